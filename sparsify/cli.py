@@ -1,0 +1,230 @@
+"""The command line: parse, call, print. `sparsify` alone and every verb with --help teach by example."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Turn dense SwiGLU language models into activation-sparse ones: convert, continue pretraining, measure, export."
+    "\n\n[bold]sparsify train quickstart[/bold] shows the whole way in five minutes on a laptop.",
+)
+recipes_app = typer.Typer(
+    no_args_is_help=True, help="The catalogue: list, show, copy, validate recipes."
+)
+app.add_typer(recipes_app, name="recipes")
+console = Console(highlight=False, soft_wrap=True)
+
+INTERRUPTED = 130
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Settings as key=value, for example training.budget_tokens=1_000_000"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 the user's mistake, 1 a defect of ours, 130 interrupted after a clean save."""
+    # Bars of libraries would break our own; ranks inherit this.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from sparsify.training.launcher import Interrupted
+
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            "[bold red]error[/bold red]", end=" "
+        )
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except Interrupted:
+        print(
+            "Interrupted; the state is saved. The same command goes on from there.", file=sys.stderr
+        )
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _say(line: str) -> None:
+    console.print(line, markup=False)
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: AsJson = False) -> None:
+    """Lists the recipes with what each is for.
+
+    Example: sparsify recipes list
+    """
+    from sparsify import catalogue, display
+
+    rows = {
+        name: catalogue.recipe_summary(catalogue.recipe_path(name))
+        for name in catalogue.recipe_names()
+    }
+    console.print_json(json.dumps(rows)) if as_json else console.print(display.recipes_table(rows))
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: str, overrides: Overrides = None) -> None:
+    """Prints a recipe with all its settings, as it would run.
+
+    Example: sparsify recipes show quickstart activation=reglu
+    """
+    from omegaconf import OmegaConf
+
+    from sparsify import catalogue
+
+    print(
+        OmegaConf.to_yaml(OmegaConf.structured(catalogue.compose_recipe(recipe, overrides or []))),
+        end="",
+    )
+
+
+@recipes_app.command("copy")
+def recipes_copy(recipe: str, to: Path) -> None:
+    """Copies a recipe, to make it your own.
+
+    Example: sparsify recipes copy quickstart my_recipe.yaml
+    """
+    from sparsify import catalogue
+
+    catalogue.copy_recipe(recipe, to)
+    _say(f"{to}: change it, then `sparsify train {to}`")
+
+
+@recipes_app.command("validate")
+def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Composes and checks recipes; all shipped ones unless some are given.
+
+    Example: sparsify recipes validate my_recipe.yaml
+    """
+    from sparsify import catalogue
+
+    for name in paths or catalogue.recipe_names():
+        catalogue.compose_recipe(name)
+        _say(f"{name}: valid")
+
+
+@app.command()
+def plan(recipe: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Says what a recipe needs before it costs anything: memory per process, steps, tokens per source, disk.
+
+    Example: sparsify plan turbosparse_mistral_7b launch.processes=8
+    """
+    from sparsify import catalogue
+    from sparsify.plan import make_plan, plan_table
+
+    result = make_plan(catalogue.compose_recipe(recipe, overrides or []))
+    console.print_json(result.model_dump_json()) if as_json else console.print(plan_table(result))
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, Hub id, GGUF file or package:NAME/PATH")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
+    activation: Annotated[str, typer.Option(help="swiglu, reglu or drelu")] = "drelu",
+    on: Annotated[
+        str, typer.Option("--on", help="Text or mixture to measure the swap on.")
+    ] = "quickstart",
+    tokens: Annotated[int, typer.Option(help="Tokens to measure the swap on.")] = 8192,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a dense checkpoint as a sparse-activated one, and says what the swap did to its loss.
+
+    Example: sparsify convert mistralai/Mistral-7B-v0.1 --activation drelu --to mistral-drelu
+    """
+    from sparsify import display, pipeline
+
+    swap = pipeline.convert_model(model, activation, to, on, tokens)
+    if as_json:
+        console.print_json(json.dumps(display.swap_record(swap)))
+    else:
+        console.print(display.swap_table(swap))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file")],
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", help="One run for each combination of key=a,b values.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Runs a recipe to its end: conversion, training, its dense control, report, export. Goes on where it stopped.
+
+    Example: sparsify train quickstart mixture.instruction_token_share=0.3
+    """
+    from sparsify import catalogue, display, pipeline
+
+    for choice in catalogue.sweep(overrides or []) if multirun else [overrides or []]:
+        result = pipeline.train(recipe, choice, _say)
+        if as_json:
+            console.print_json(json.dumps(display.run_record(result)))
+        else:
+            console.print(display.run_summary(result))
+
+
+@app.command()
+def report(
+    model_or_run: Annotated[
+        str, typer.Argument(help="Model folder, Hub id, run folder or checkpoint")
+    ],
+    on: Annotated[
+        str | None, typer.Option("--on", help="Text file (plain, jsonl, gz) or mixture.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 32_768,
+    to: Annotated[Path | None, typer.Option("--to", help="Folder of the report.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures where a model is sparse: exact zeros by layer and expert, dead neurons, loss. HTML, PNG, CSV, JSON.
+
+    Works on any Mistral, Mixtral or Llama folder, before any conversion too.
+
+    Example: sparsify report runs/quickstart --on my_text.txt.gz
+    """
+    from sparsify import display, pipeline
+
+    def quiet(_line: str) -> None: ...
+
+    result, folder = pipeline.make_report(model_or_run, on, tokens, to, quiet if as_json else _say)
+    if as_json:
+        console.print_json(result.model_dump_json())
+    else:
+        console.print(display.report_summary(result, folder))
+
+
+@app.command()
+def export(
+    run_or_checkpoint: Annotated[
+        Path, typer.Argument(help="Run folder, or one checkpoint of a run")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
+) -> None:
+    """Writes a bundle that loads with transformers alone, after checking it in a fresh offline process.
+
+    Example: sparsify export runs/quickstart --to my-sparse-model
+    """
+    from sparsify.export.bundle import export as write_bundle
+
+    bundle = write_bundle(run_or_checkpoint.expanduser(), to)
+    _say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
+    _say(f"Checked: {bundle.acceptance.sentence()}.")

@@ -1,0 +1,174 @@
+"""Results as tables that a person reads."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sparsify.pipeline import RunResult, Swap
+from sparsify.sparsity.schema import LayerRow, SparsityReport
+
+BAR_CELLS = 24
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def recipes_table(rows: dict[str, str]) -> RenderableType:
+    """Recipe names with what each is for."""
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, summary in rows.items():
+        table.add_row(name, summary)
+    return table
+
+
+def layers_table(report: SparsityReport) -> Table:
+    """Share of exact zeros of every layer, as numbers and as a bar."""
+    table = _table(
+        f"Exact zeros by layer ({report.num_tokens:,} held-out tokens)",
+        "layer",
+        "gate",
+        "up",
+        "product",
+        "dead",
+    )
+    table.add_column("")
+    for row in report.layer_rows:
+        table.add_row(
+            str(row.layer),
+            _share(row.gate_zeros),
+            _share(row.up_zeros),
+            _share(row.product_zeros),
+            f"{row.dead_neurons:,} of {row.num_neurons:,}",
+            _bar(row),
+        )
+    return table
+
+
+def _bar(row: LayerRow) -> Text:
+    filled = round(BAR_CELLS * (row.product_zeros or 0.0))
+    return Text("█" * filled, style="green") + Text("░" * (BAR_CELLS - filled), style="dim")
+
+
+def run_summary(result: RunResult) -> RenderableType:
+    """What a newcomer wants to know at the end of a run, and what to type next."""
+    recipe, run = result.recipe, result.run
+    budget_tokens = recipe.num_steps * recipe.step_tokens
+    losses = _table(
+        f"{recipe.name}: {recipe.activation.ffn_activation}, {budget_tokens:,} training tokens",
+        "model",
+        "validation loss",
+        "perplexity",
+        "exact zeros",
+    )
+    for stage in result.report.stages:
+        losses.add_row(
+            stage.name, f"{stage.loss:.3f}", f"{math.exp(stage.loss):,.1f}", _share(stage.zeros)
+        )
+    parts: list[RenderableType] = ["", losses, layers_table(result.report)]
+    if result.samples:
+        parts += ["[bold]The exported checkpoint, in a fresh process, continues[/bold]"]
+        for prompt, continuation in result.samples:
+            parts += [
+                Text(prompt, style="bold cyan") + Text(continuation.rstrip(), style="default"),
+                "",
+            ]
+    parts += [
+        f"Export: {escape(result.checked)}.",
+        "",
+        _places(run.path),
+        "",
+        _next_commands(result),
+    ]
+    return Group(*parts)
+
+
+def _places(path: Path) -> RenderableType:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_row("[bold]Report[/bold]", f"{path / 'report' / 'index.html'}")
+    table.add_row("[bold]Export[/bold]", f"{path / 'export'}")
+    table.add_row("[bold]Metrics[/bold]", f"{path / 'metrics.jsonl'}")
+    return table
+
+
+def _next_commands(result: RunResult) -> RenderableType:
+    path = result.run.path
+    rows = [
+        ("another mixture ratio", "sparsify train quickstart mixture.instruction_token_share=0.3"),
+        ("how sparse it is on your own text", f"sparsify report {path} --on YOUR_TEXT.txt"),
+        ("a bundle to give away", f"sparsify export {path} --to my-sparse-model"),
+    ]
+    lines = [f"  [dim]# {purpose}[/dim]\n  [cyan]{command}[/cyan]" for purpose, command in rows]
+    return "\n".join(["[bold]Next[/bold]", *lines])
+
+
+def run_record(result: RunResult) -> dict[str, Any]:
+    """The same as JSON."""
+    return {
+        "run": str(result.run.path),
+        "stages": [stage.model_dump() for stage in result.report.stages],
+        "zeros": result.report.product_zeros,
+        "layers": [row.product_zeros for row in result.report.layer_rows],
+        "samples": [{"prompt": prompt, "continuation": text} for prompt, text in result.samples],
+        "export": result.checked,
+    }
+
+
+def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
+    """A report's headline, its layers, and where its page lies."""
+    headline = (
+        f"[bold]{report.product_zeros:.1%}[/bold] exact zeros ({report.ffn_activation}: gate {report.gate_zeros:.1%}, "
+        f"up {report.up_zeros:.1%}), loss {report.loss:.3f} nats per token on {escape(report.text)}"
+    )
+    return Group(
+        "", headline, layers_table(report), f"[bold]Report[/bold]  {folder / 'index.html'}"
+    )
+
+
+def swap_record(swap: Swap) -> dict[str, Any]:
+    """A conversion as JSON."""
+    return {
+        "folder": str(swap.converted.folder),
+        "ffn_activation": swap.converted.config.ffn_activation,
+        "text": swap.text,
+        "num_tokens": swap.num_tokens,
+        "loss_before": swap.loss_before,
+        "loss_after": swap.loss_after,
+        "zeros_after": swap.zeros_after,
+    }
+
+
+def swap_table(swap: Swap) -> RenderableType:
+    """A conversion as a table."""
+    table = _table(
+        f"{swap.converted.folder}, on {swap.num_tokens:,} tokens: {swap.text}",
+        "activation",
+        "loss",
+        "exact zeros",
+    )
+    table.add_row("swiglu, as it was", f"{swap.loss_before:.3f}", _share(0.0))
+    table.add_row(
+        swap.converted.config.ffn_activation, f"{swap.loss_after:.3f}", _share(swap.zeros_after)
+    )
+    return Group(
+        "", table, f"Next: [cyan]sparsify train RECIPE model.source={swap.converted.folder}[/cyan]"
+    )

@@ -1,0 +1,62 @@
+"""Loads a bundle as a stranger would: offline, with transformers and nothing of ours.
+
+Run by `sparsify.export.acceptance` as `python -I fresh_process.py REQUEST ANSWER`; imports nothing of this package.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+
+def main(request_path: str, answer_path: str) -> None:
+    """Answers the request: logits held against the reference, and samples."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    request = json.loads(Path(request_path).read_text())
+    bundle = request["bundle"]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        bundle, trust_remote_code=True, dtype="auto", output_loading_info=True
+    )
+    model, info = loaded
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(bundle)
+    answer = {
+        "loading": {key: sorted(map(str, value)) for key, value in info.items()},
+        "model_class": f"{type(model).__module__}.{type(model).__name__}",
+        "foreign_modules": sorted(name for name in sys.modules if name.split(".")[0] == "sparsify"),
+        "ffn_activation": model.config.ffn_activation,
+        "samples": [
+            sample(model, tokenizer, prompt, request["sample_tokens"])
+            for prompt in request["prompts"]
+        ],
+    }
+    if request["reference"]:
+        reference = load_file(request["reference"])
+        with torch.no_grad():
+            logits = model(input_ids=reference["input_ids"], use_cache=False).logits.float()
+        answer["logits_difference"] = float((logits - reference["logits"]).abs().max())
+        answer["logits_largest"] = float(reference["logits"].abs().max())
+    Path(answer_path).write_text(json.dumps(answer))
+
+
+def sample(model: Any, tokenizer: Any, prompt: str, sample_tokens: int) -> str:
+    """Continues a prompt greedily, with a mild penalty on repeating itself."""
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(
+        **inputs,
+        max_new_tokens=sample_tokens,
+        do_sample=False,
+        repetition_penalty=1.1,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,121 @@
+"""Writing files so that a reader never meets half of one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from sparsify.errors import StorageError
+
+_REFUSALS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EACCES: "there is no permission to write there",
+    errno.EPERM: "there is no permission to write there",
+    errno.EROFS: "the file system is read-only",
+    errno.EIO: "the disk reports an error",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file stands there, not a folder",
+    errno.EISDIR: "a folder stands there, not a file",
+    errno.ENAMETOOLONG: "the name is too long",
+}
+_SHORT_WRITE = re.compile(r"unexpected pos \d+|PytorchStreamWriter|requested and \d+ written")
+"""How torch's zip writer and numpy's tofile say that a disk took only part of what they wrote."""
+_PARTIAL = re.compile(r"\.([^/]+)\.partial-\d+")
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turns what a disk or a folder refuses while `path` is written into a `StorageError`.
+
+    Besides OSError, it knows how safetensors, torch and numpy report that.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        shown = _PARTIAL.sub(r"\1", str(path))
+        raise StorageError(
+            f"{shown} cannot be written: {refusal}.",
+            next_step="Nothing that stood there before was changed. Free space or choose another place, then run the "
+            "same command again.",
+        ) from error
+
+
+def _refusal(error: Exception) -> str | None:
+    """The disk's reason, or None if the error is about something else."""
+    said = str(error)
+    code = getattr(error, "errno", None)
+    if code is None:
+        code = next((known for known in _REFUSALS if os.strerror(known) in said), None)
+    if code is None and _SHORT_WRITE.search(said):
+        code = errno.ENOSPC
+    return _REFUSALS.get(code) if code is not None else None
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises:
+        StorageError: If the disk or the folder refuses.
+    """
+    path = path.absolute()  # "." has no name to put anything beside
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with storage_errors(path):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            replace_folder(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Renames `new` to `path`, removing what stood there; that comes back if the renaming fails."""
+    old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
+    if path.exists():
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, then renames it.
+
+    Raises:
+        StorageError: If the disk or the folder refuses.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with storage_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file that a person can read, under a temporary name, then renames it."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

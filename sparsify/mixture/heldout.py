@@ -1,0 +1,114 @@
+"""Windows to measure on: from a text file, or from what a mixture holds out of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from sparsify.catalogue import load_mixture, mixture_names
+from sparsify.errors import MixtureError, nearest
+from sparsify.mixture.encoding import Encoder, Tokenizer, check_tokenizer
+from sparsify.mixture.sources import file_documents
+from sparsify.mixture.tokens import ingest_mixture, tokenize_in_memory
+from sparsify.mixture.windows import DocumentOrder, Window, held_out_windows, pack
+from sparsify.recipe import MixtureSection, SourceSection, token_shares
+
+
+def windows_from(
+    text_or_mixture: str,
+    tokenizer: Tokenizer,
+    *,
+    num_tokens: int,
+    window_tokens: int,
+    cache_dir: Path,
+) -> tuple[list[Window], str]:
+    """Windows to measure a model on.
+
+    Args:
+        text_or_mixture: Path of plain text or .jsonl (column `text`), plain or .gz; or a mixture's name or YAML path.
+        tokenizer: A fast Hugging Face tokenizer.
+        num_tokens: Tokens wanted; fewer come if there are fewer.
+        window_tokens: Length of a window. Only the last one of a text file may be shorter.
+        cache_dir: Where tokenised sources are kept.
+
+    Returns:
+        The windows, and a phrase that says what they are.
+
+    Raises:
+        MixtureError: If it is neither a file nor a mixture, or holds no text.
+        RecipeError: If the mixture cannot be drawn.
+    """
+    path = Path(text_or_mixture).expanduser()
+    if path.suffix not in (".yaml", ".yml") and path.is_file():
+        return _text_windows(path, tokenizer, num_tokens, window_tokens), path.name
+    if path.is_file() or text_or_mixture in mixture_names():
+        mixture = load_mixture(text_or_mixture)
+        windows = mixture_windows(
+            mixture,
+            tokenizer,
+            num_tokens=num_tokens,
+            window_tokens=window_tokens,
+            cache_dir=cache_dir,
+        )
+        return windows, f"held-out windows of mixture {mixture.name}"
+    raise MixtureError(
+        f"{text_or_mixture!r} is neither a file nor a mixture.",
+        allowed=f"{nearest(text_or_mixture, mixture_names())}Mixtures: {', '.join(mixture_names()) or 'none'}; "
+        "or the path of a text file (.txt or .jsonl, plain or .gz) or of a mixture's YAML file.",
+        next_step="Check the spelling, and the folder that the command runs in.",
+    )
+
+
+def mixture_windows(
+    mixture: MixtureSection,
+    tokenizer: Tokenizer,
+    *,
+    num_tokens: int,
+    window_tokens: int,
+    cache_dir: Path,
+) -> list[Window]:
+    """Held-out windows of every source of a mixture, in proportion to the token shares.
+
+    Each source gives at least one window, so that a rare one is measured too.
+
+    Raises:
+        MixtureError: If a source has no whole held-out window.
+    """
+    wanted = {
+        name: max(1, round(num_tokens * share / window_tokens))
+        for name, share in token_shares(mixture).items()
+    }
+    sources = ingest_mixture(
+        mixture,
+        tokenizer,
+        budget_tokens=1,
+        window_tokens=window_tokens,
+        cache_dir=cache_dir,
+        held_out_tokens=max(wanted.values()) * window_tokens,
+    )
+    return [
+        window
+        for name, num_windows in wanted.items()
+        for window in held_out_windows(sources[name], window_tokens, num_windows)
+    ]
+
+
+def _text_windows(
+    path: Path, tokenizer: Tokenizer, num_tokens: int, window_tokens: int
+) -> list[Window]:
+    check_tokenizer(tokenizer)
+    encoder = Encoder(path.name, tokenizer, responses_only=False)
+    documents = file_documents(path, SourceSection(token_share=1.0), str(path))
+    source = tokenize_in_memory(documents, encoder, num_tokens)
+    if not source.num_documents:
+        raise MixtureError(
+            f"{path} holds no text.", next_step="Choose a file with at least one document."
+        )
+    order = DocumentOrder(np.arange(source.num_documents), source.lengths)
+    stop = min(num_tokens, source.num_validation_tokens)
+    starts = range(0, stop, window_tokens)
+    return [
+        pack(source, list(order.pieces(start, min(start + window_tokens, stop))))
+        for start in starts
+    ]

@@ -1,0 +1,35 @@
+"""Sparse Mistral and Sparse Mixtral.
+
+The files in this folder are the ones that train and the ones that an export ships: they import transformers,
+torch and each other, and nothing else of this package.
+"""
+
+from sparsify.models.configuration_sparse_mistral import SparseMistralConfig
+from sparsify.models.configuration_sparse_mixtral import SparseMixtralConfig
+from sparsify.models.ffn_activation import FFN_ACTIVATIONS, FfnActivation
+from sparsify.models.modeling_sparse_mistral import SparseMistralForCausalLM
+from sparsify.models.modeling_sparse_mixtral import SparseMixtralForCausalLM
+
+SparseConfig = SparseMistralConfig | SparseMixtralConfig
+SparseModel = SparseMistralForCausalLM | SparseMixtralForCausalLM
+
+CONFIG_CLASSES = {
+    config.model_type: config for config in (SparseMistralConfig, SparseMixtralConfig)
+}
+MODEL_CLASSES = {
+    SparseMistralConfig.model_type: SparseMistralForCausalLM,
+    SparseMixtralConfig.model_type: SparseMixtralForCausalLM,
+}
+
+__all__ = [
+    "CONFIG_CLASSES",
+    "FFN_ACTIVATIONS",
+    "MODEL_CLASSES",
+    "FfnActivation",
+    "SparseConfig",
+    "SparseMistralConfig",
+    "SparseMistralForCausalLM",
+    "SparseMixtralConfig",
+    "SparseMixtralForCausalLM",
+    "SparseModel",
+]

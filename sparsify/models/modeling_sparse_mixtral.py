@@ -1,0 +1,120 @@
+"""Sparse Mixtral: transformers' Mixtral with a named activation inside its fused experts.
+
+transformers dispatches experts by `config._experts_implementation`. Three implementations are allowed here:
+eager (the loop below), batched_mm and grouped_mm (both call `_apply_gate`). Any other would compute its own
+activation, so it is refused. transformers decides whether a model may choose at all by looking for the text
+`@use_experts_implementation` in the file that defines it, which is one more reason for this sentence.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from .configuration_sparse_mixtral import SparseMixtralConfig
+from .ffn_activation import FfnActivation
+
+EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
+
+
+class SparseMixtralExperts(MixtralExperts):
+    """Mixtral's experts, fused.
+
+    Parameters: gate_up_proj [experts, 2 * neurons, hidden], gate rows first; down_proj [experts, hidden, neurons].
+    """
+
+    config: SparseMixtralConfig
+    ffn_activation: FfnActivation
+    gate_up_proj: nn.Parameter
+    down_proj: nn.Parameter
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Routes each token through its experts.
+
+        Args:
+            hidden_states: [tokens, hidden].
+            top_k_index: Expert of each slot, [tokens, experts per token].
+            top_k_weights: Router weight of each slot, [tokens, experts per token].
+
+        Returns:
+            [tokens, hidden].
+
+        Raises:
+            ValueError: If the experts implementation would not apply `ffn_activation`.
+        """
+        implementation = self.config._experts_implementation
+        if implementation not in EXPERTS_IMPLEMENTATIONS:
+            raise ValueError(
+                f"experts_implementation is {implementation!r}, which would not apply ffn_activation="
+                f"{self.ffn_activation.name!r}; allowed: {', '.join(EXPERTS_IMPLEMENTATIONS)}"
+            )
+        if implementation == "eager":
+            return self._loop_over_experts(hidden_states, top_k_index, top_k_weights)
+        forward = ALL_EXPERTS_FUNCTIONS[implementation]
+        return forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def _loop_over_experts(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """One matrix product per expert that has tokens, in ascending order of experts: the order that probes rely on."""
+        output = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            token, slot = torch.where(top_k_index == expert)
+            gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
+            answer = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
+            output.index_add_(
+                0, token, (answer * top_k_weights[token, slot, None]).to(output.dtype)
+            )
+        return output
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[slots, 2 * neurons] to [slots, neurons]."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.ffn_activation(gate, up)
+
+
+class SparseMixtralForCausalLM(MixtralForCausalLM):
+    """Mixtral for causal language modelling, with `config.ffn_activation` in every expert."""
+
+    config_class = SparseMixtralConfig
+    config: SparseMixtralConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, config: SparseMixtralConfig) -> None:
+        super().__init__(config)
+        for block in self.ffn_blocks():
+            block.__class__ = SparseMixtralExperts
+            block.ffn_activation = FfnActivation(config.ffn_activation)
+            del block.act_fn
+
+    def ffn_blocks(self) -> list[Any]:
+        """The module of every layer that holds `ffn_activation`, in order."""
+        return [layer.mlp.experts for layer in self.model.layers]  # pyright: ignore[reportAttributeAccessIssue]
+
+    def set_ffn_activation(self, name: str) -> None:
+        """Swaps the activation of every expert in place; the weights stay as they are."""
+        for block in self.ffn_blocks():
+            block.ffn_activation = FfnActivation(name)
+        self.config.ffn_activation = name
+
+
+# Checkpoints keep Mixtral's own layout (block_sparse_moe.experts.N.w1/w2/w3). Without this line a renamed model
+# type would read none of them and leave random experts behind with only a warning.
+register_checkpoint_conversion_mapping(
+    SparseMixtralConfig.model_type,
+    get_checkpoint_conversion_mapping("mixtral") or [],
+    overwrite=True,
+)
+AutoModelForCausalLM.register(SparseMixtralConfig, SparseMixtralForCausalLM, exist_ok=True)
+
+__all__ = ["SparseMixtralForCausalLM"]

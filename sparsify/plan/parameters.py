@@ -1,0 +1,117 @@
+"""How many parameters a Mistral or a Mixtral has, by part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
+
+from sparsify.errors import RecipeError
+
+
+class Architecture(BaseModel):
+    """The configuration fields that sizes follow from, under transformers' names."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    tie_word_embeddings: bool = False
+    num_local_experts: int = 0
+    """0 for a dense model."""
+    num_experts_per_tok: int = 1
+
+    @classmethod
+    def of(
+        cls, fields: Mapping[str, Any], upcycle_experts: int | None, per_token: int
+    ) -> Architecture:
+        """Reads configuration fields.
+
+        Args:
+            fields: transformers config fields of a Mistral, Mixtral or Llama.
+            upcycle_experts: `model.upcycle_experts`: copies of a dense model's FFN, each an expert.
+            per_token: `model.upcycle_experts_per_token`.
+
+        Raises:
+            RecipeError: If a field is missing or of the wrong type.
+        """
+        known = {key: value for key, value in fields.items() if value is not None}
+        if not str(known.get("model_type", "")).endswith("mixtral"):
+            known |= {"num_local_experts": 0, "num_experts_per_tok": 1}
+        if upcycle_experts:
+            known |= {"num_local_experts": upcycle_experts, "num_experts_per_tok": per_token}
+        if {"hidden_size", "num_attention_heads"} <= known.keys():
+            known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
+        try:
+            return cls(**known)
+        except ValidationError as error:
+            faults = [f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors()]
+            raise RecipeError(
+                f"model.architecture does not describe a model: {'; '.join(faults)}.",
+                allowed="The fields of a Mistral's or Mixtral's config.json.",
+            ) from error
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_value_size(self) -> int:
+        """Width of all key heads together; values have the same."""
+        return self.num_key_value_heads * self.head_dim
+
+
+class Parameters(BaseModel):
+    """Number of parameters by part. A tied head counts once, as embeddings."""
+
+    model_config = ConfigDict(frozen=True)
+
+    embeddings: int
+    attention: int
+    gate: int
+    up: int
+    down: int
+    router: int
+    norms: int
+    head: int
+
+    @computed_field
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.shared + self.gate + self.up + self.down
+
+    @property
+    def shared(self) -> int:
+        """Parameters outside of the feed-forward blocks."""
+        return self.embeddings + self.attention + self.router + self.norms + self.head
+
+    def active(self, architecture: Architecture) -> int:
+        """Parameters at work on one token: `num_experts_per_tok` of the experts, everything else whole."""
+        experts = architecture.num_local_experts or 1
+        ffn = (self.gate + self.up + self.down) // experts
+        return self.shared + ffn * architecture.num_experts_per_tok
+
+
+def count_parameters(architecture: Architecture) -> Parameters:
+    """Counts by formula; a test holds it against transformers' own models on the meta device."""
+    a = architecture
+    matrix = a.num_hidden_layers * (a.num_local_experts or 1) * a.hidden_size * a.intermediate_size
+    return Parameters(
+        embeddings=a.vocab_size * a.hidden_size,
+        attention=a.num_hidden_layers * 2 * a.hidden_size * (a.query_size + a.key_value_size),
+        gate=matrix,
+        up=matrix,
+        down=matrix,
+        router=a.num_hidden_layers * a.num_local_experts * a.hidden_size,
+        norms=(2 * a.num_hidden_layers + 1) * a.hidden_size,
+        head=0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size,
+    )

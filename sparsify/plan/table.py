@@ -1,0 +1,70 @@
+"""A plan as a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from sparsify.plan.estimate import Plan
+from sparsify.plan.memory import DeviceMemory, HostMemory
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan for a terminal, one line a number."""
+    table = Table(
+        title=f"Plan of {plan.recipe}, an estimate",
+        title_justify="left",
+        box=None,
+        show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in _rows(plan):
+        table.add_row(*row)
+    return table
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    parts = plan.parameters.model_dump(exclude={"total"})
+    yield "", "", ""
+    yield "parameters", f"{plan.parameters.total:,}", f"{plan.active_parameters:,} for each token"
+    yield from ((f"  {part}", f"{count:,}", "") for part, count in parts.items() if count)
+    stage = f"{plan.precision}, ZeRO-{plan.zero_stage}, {plan.processes} process(es)"
+    yield "", "", ""
+    yield "memory per process", _size(plan.device.total), stage
+    yield from _sizes(plan.device)
+    if plan.host.total:
+        yield "host memory", _size(plan.host.total), "of this machine, all processes together"
+        yield from _sizes(plan.host)
+    yield (
+        "checkpoint",
+        _size(plan.checkpoint_bytes),
+        f"{_size(plan.disk_bytes)} on the disk at most",
+    )
+    yield "", "", ""
+    yield "steps", f"{plan.num_steps:,}", f"of {plan.step_tokens:,} tokens"
+    yield "  warm-up", f"{plan.warmup_steps:,}", ""
+    yield "  forward passes", f"{plan.accumulation_steps:,}", "per step and process"
+    yield (
+        "learning rate",
+        f"{plan.peak_learning_rate:g}",
+        f"to {plan.final_learning_rate:g}, cosine",
+    )
+    yield "windows", f"{plan.num_windows:,}", f"of {plan.window_tokens:,} tokens"
+    yield "tokens", f"{plan.num_tokens:,}", ""
+    for source, tokens in plan.tokens_per_source.items():
+        yield f"  {source}", f"{tokens:,}", f"{tokens / plan.num_tokens:.2%}"
+
+
+def _sizes(part: DeviceMemory | HostMemory) -> Iterator[tuple[str, str, str]]:
+    for name, size in part.model_dump(exclude={"total"}).items():
+        if size:
+            yield f"  {name.removesuffix('_bytes').replace('_', ' ')}", _size(size), ""
+
+
+def _size(num_bytes: int) -> str:
+    unit = min(int(math.log(max(num_bytes, 1), 1024)), 4)
+    return f"{num_bytes / 1024**unit:,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

@@ -1,0 +1,235 @@
+"""The typed schema of a recipe. Every setting and every default of the product stands here, once.
+
+A recipe is one YAML file in `recipes/` (or a user's own) that Hydra composes onto `Recipe`; mixtures come
+from `data_mixtures/`, measurement plans from `eval/`. Unknown keys and wrong types are refused while
+composing (`sparsify.catalogue`), combinations that cannot work by `validate` below.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
+
+
+@dataclass
+class ModelSection:
+    """Where the weights come from."""
+
+    source: str | None = None
+    """A checkpoint folder, a Hub id, a GGUF file, or `package:NAME/PATH` inside an installed Python package."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    init: str = "pretrained"
+    """`pretrained` reads `source`; `random` builds `architecture` from `training.seed`."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """transformers config fields with `model_type` mistral or mixtral. For `random` it is the model; for `pretrained`
+    it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is here."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from; `source` unless given."""
+    upcycle_experts: int | None = None
+    """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
+    upcycle_experts_per_token: int = 2
+
+
+@dataclass
+class ActivationSection:
+    """The feed-forward activation to train with: one of FFN_ACTIVATIONS."""
+
+    ffn_activation: str = MISSING
+
+
+@dataclass
+class SourceSection:
+    """One source of a mixture: where its text is, what it is, how much of the run it gets."""
+
+    token_share: float = MISSING
+    """Share of all training tokens, over the whole mixture. The shares of a mixture sum to 1."""
+    group: str = "pretraining"
+    """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
+    files: list[str] | None = None
+    """Local paths or globs: .jsonl, .json, .csv, .parquet, .arrow, .txt, each plain or .gz. Plain text holds documents
+    separated by <|endoftext|>."""
+    hub: str | None = None
+    """A Hugging Face dataset id, streamed."""
+    hub_config: str | None = None
+    hub_split: str = "train"
+    hub_revision: str | None = None
+    stdlib: str | None = None
+    """Text that every Python installation carries: `code`, `prose` or `questions`."""
+    text_column: str = "text"
+    """Column with the document; pretraining sources only."""
+    prompt_column: str = "prompt"
+    response_column: str = "response"
+    """Columns of a prompt and its answer; instruction sources only."""
+
+
+@dataclass
+class MixtureSection:
+    """What to train on. Holds no run parameter, so that one mixture serves every budget."""
+
+    name: str = MISSING
+    description: str = ""
+    sources: dict[str, SourceSection] = field(default_factory=dict)
+    instruction_token_share: float | None = None
+    """Share of training tokens from the instruction group; shares inside both groups keep their proportions.
+    Null keeps the shares as the sources state them."""
+    instruction_loss: str = "responses"
+    """Which tokens of an instruction carry loss: `responses` or `all`."""
+    validation_fraction: float = 0.05
+    """Share of each source's documents that is held out from training, chosen by a hash of their content or origin."""
+
+
+@dataclass
+class TrainingSection:
+    """How much to train, in which pieces."""
+
+    budget_tokens: int = MISSING
+    """Tokens to train on, rounded down to whole steps."""
+    window_tokens: int = MISSING
+    """Length of one packed training window; at most the model's context."""
+    batch_windows: int = MISSING
+    """Windows per optimiser step, over all processes."""
+    micro_batch_windows: int = MISSING
+    """Windows per forward pass and process."""
+    precision: str = "bf16"
+    """`bf16` (with fp32 master weights; needs ZeRO stage 1 or above) or `fp32`."""
+    gradient_checkpointing: bool = False
+    seed: int = 1
+
+
+@dataclass
+class OptimizerSection:
+    """AdamW with linear warm-up and cosine decay, as functions of the tokens seen."""
+
+    peak_learning_rate: float = MISSING
+    final_learning_rate: float = MISSING
+    warmup_tokens: int = MISSING
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    """Applied to matrices only, not to norms."""
+    max_gradient_norm: float = 1.0
+
+
+@dataclass
+class CheckpointSection:
+    """When to save, and how much of it to keep."""
+
+    every_tokens: int = MISSING
+    keep_last: int = 2
+
+
+@dataclass
+class EvalSection:
+    """What to measure during and after training. The files stand in `eval/`."""
+
+    name: str = MISSING
+    every_tokens: int = MISSING
+    """Cadence of validation loss and of the sparsity probe."""
+    validation_windows_per_source: int = 16
+    report_tokens: int = 32_768
+    """Held-out tokens that the sparsity report rests on."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Pretraining-style prompts that the exported checkpoint continues in a fresh process."""
+    sample_tokens: int = 48
+
+
+@dataclass
+class EngineSection:
+    """DeepSpeed ZeRO."""
+
+    zero_stage: int = MISSING
+    offload_optimizer_to_cpu: bool = False
+    """ZeRO stage 1 or above; needs a C++ compiler for DeepSpeed's CPU Adam."""
+    offload_parameters_to_cpu: bool = False
+    """ZeRO stage 3 only."""
+    reduce_bucket_elements: int = 50_000_000
+
+
+@dataclass
+class LaunchSection:
+    """On what to run; none of it changes what is trained."""
+
+    processes: int = 1
+    """Training processes on this machine, one GPU each where there are GPUs."""
+    threads_per_process: int | None = None
+    """CPU threads of each process; the machine's cores shared evenly unless given."""
+
+
+@dataclass
+class TrackingSection:
+    """Who else is told."""
+
+    wandb: str = "disabled"
+    """`disabled`, `offline` or `online`. metrics.jsonl and sparsity.jsonl are written in any case."""
+    wandb_project: str = "sparsify"
+
+
+@dataclass
+class ControlSection:
+    """A second run on the same tokens that differs in its activation only."""
+
+    ffn_activation: str | None = None
+    """`swiglu` trains the dense control after the sparse run; null trains none. A run that has this activation itself
+    (`activation=swiglu`) is the control: `validate` sets null."""
+
+
+@dataclass
+class Recipe:
+    """One experiment."""
+
+    name: str = MISSING
+    run_dir: str = "runs/${name}"
+    """Overrides on the command line are added to its name, so that every variant has a folder of its own."""
+    cache_dir: str = "~/.cache/sparsify"
+    """Tokenised sources, shared by all runs."""
+    model: ModelSection = field(default_factory=ModelSection)
+    activation: ActivationSection = field(default_factory=ActivationSection)
+    mixture: MixtureSection = field(default_factory=MixtureSection)
+    training: TrainingSection = field(default_factory=TrainingSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    eval: EvalSection = field(default_factory=EvalSection)
+    engine: EngineSection = field(default_factory=EngineSection)
+    launch: LaunchSection = field(default_factory=LaunchSection)
+    tracking: TrackingSection = field(default_factory=TrackingSection)
+    control: ControlSection = field(default_factory=ControlSection)
+
+    @property
+    def step_tokens(self) -> int:
+        return self.training.batch_windows * self.training.window_tokens
+
+    @property
+    def num_steps(self) -> int:
+        return self.training.budget_tokens // self.step_tokens
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.training.batch_windows // (
+            self.training.micro_batch_windows * self.launch.processes
+        )
+
+
+def token_shares(mixture: MixtureSection) -> dict[str, float]:
+    """Token share of every source after `instruction_token_share` is applied; sources with share 0 are left out."""
+    stated = {name: source.token_share for name, source in mixture.sources.items()}
+    if mixture.instruction_token_share is not None:
+        target = {
+            "instruction": mixture.instruction_token_share,
+            "pretraining": 1.0 - mixture.instruction_token_share,
+        }
+        totals = dict.fromkeys(target, 0.0)
+        for source in mixture.sources.values():
+            totals[source.group] += source.token_share
+        stated = {
+            name: source.token_share / totals[source.group] * target[source.group]
+            if totals[source.group]
+            else 0.0
+            for name, source in mixture.sources.items()
+        }
+    return {name: share for name, share in stated.items() if share > 0}

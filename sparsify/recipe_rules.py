@@ -1,0 +1,219 @@
+"""Which settings of a recipe can work together, and what to say where they cannot."""
+
+from __future__ import annotations
+
+import math
+
+from sparsify.errors import RecipeError, nearest
+from sparsify.recipe import FFN_ACTIVATIONS, MixtureSection, ModelSection, Recipe, SourceSection
+
+SHARE_TOLERANCE = 1e-6
+
+
+def validate(recipe: Recipe) -> Recipe:
+    """Refuses settings that cannot work together.
+
+    Returns:
+        The same recipe; without a control where it would repeat the run itself.
+
+    Raises:
+        RecipeError: Naming the setting, its value, what is allowed and what to change.
+    """
+    _check_choices(recipe)
+    _check_numbers(recipe)
+    _check_model(recipe.model)
+    _check_batch(recipe)
+    _check_engine(recipe)
+    check_mixture(recipe.mixture)
+    if recipe.control.ffn_activation == recipe.activation.ffn_activation:
+        recipe.control.ffn_activation = None
+    return recipe
+
+
+def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is none of those allowed.
+
+    Raises:
+        RecipeError: With the nearest allowed value.
+    """
+    if value not in allowed:
+        raise RecipeError(
+            f"{key} is {value!r}.",
+            allowed=f"{nearest(str(value), allowed)}Allowed: {', '.join(allowed)}.",
+            next_step=f"Set {key}={allowed[0]}, for example.",
+        )
+
+
+def _check_choices(recipe: Recipe) -> None:
+    check_choice("activation.ffn_activation", recipe.activation.ffn_activation, FFN_ACTIVATIONS)
+    if recipe.control.ffn_activation is not None:
+        check_choice("control.ffn_activation", recipe.control.ffn_activation, FFN_ACTIVATIONS)
+    check_choice("model.init", recipe.model.init, ("pretrained", "random"))
+    check_choice("training.precision", recipe.training.precision, ("bf16", "fp32"))
+    check_choice("tracking.wandb", recipe.tracking.wandb, ("disabled", "offline", "online"))
+    check_choice("mixture.instruction_loss", recipe.mixture.instruction_loss, ("responses", "all"))
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    training, optimizer = recipe.training, recipe.optimizer
+    positive = {
+        "training.budget_tokens": training.budget_tokens,
+        "training.window_tokens": training.window_tokens,
+        "training.batch_windows": training.batch_windows,
+        "training.micro_batch_windows": training.micro_batch_windows,
+        "optimizer.peak_learning_rate": optimizer.peak_learning_rate,
+        "optimizer.max_gradient_norm": optimizer.max_gradient_norm,
+        "checkpoint.every_tokens": recipe.checkpoint.every_tokens,
+        "checkpoint.keep_last": recipe.checkpoint.keep_last,
+        "eval.every_tokens": recipe.eval.every_tokens,
+        "eval.validation_windows_per_source": recipe.eval.validation_windows_per_source,
+        "eval.report_tokens": recipe.eval.report_tokens,
+        "launch.processes": recipe.launch.processes,
+    }
+    if recipe.launch.threads_per_process is not None:
+        positive["launch.threads_per_process"] = recipe.launch.threads_per_process
+    for key, value in positive.items():
+        if not value > 0 or not math.isfinite(value):
+            raise RecipeError(f"{key} is {value}.", allowed="It must be above 0.")
+    if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
+        raise RecipeError(
+            f"optimizer.final_learning_rate is {optimizer.final_learning_rate}.",
+            allowed=f"Allowed: 0 to optimizer.peak_learning_rate ({optimizer.peak_learning_rate}).",
+        )
+    if not 0 <= optimizer.warmup_tokens < training.budget_tokens:
+        raise RecipeError(
+            f"optimizer.warmup_tokens is {optimizer.warmup_tokens}.",
+            allowed=f"It must be below training.budget_tokens ({training.budget_tokens}).",
+        )
+
+
+def _check_model(model: ModelSection) -> None:
+    if model.init == "pretrained" and model.source is None:
+        raise RecipeError(
+            "model.init is pretrained, but model.source is not set.",
+            allowed="A checkpoint folder, a Hub id, a GGUF file or package:NAME/PATH.",
+            next_step="Set model.source, or model.init=random with model.architecture.",
+        )
+    if model.init == "random" and model.source is not None:
+        raise RecipeError(
+            f"model.init is random, so model.source={model.source} would be ignored.",
+            next_step="Set model.source=null, or model.init=pretrained.",
+        )
+    if model.init == "random" and not (model.architecture and model.tokenizer):
+        raise RecipeError(
+            "model.init is random, but model.architecture or model.tokenizer is not set.",
+            allowed="A random model needs both: its config fields and a tokenizer.",
+        )
+    experts = model.upcycle_experts
+    if experts is not None and not 1 <= model.upcycle_experts_per_token <= experts:
+        raise RecipeError(
+            f"model.upcycle_experts_per_token is {model.upcycle_experts_per_token}.",
+            allowed=f"Allowed: 1 to model.upcycle_experts ({experts}).",
+        )
+
+
+def _check_batch(recipe: Recipe) -> None:
+    training = recipe.training
+    per_forward = training.micro_batch_windows * recipe.launch.processes
+    if training.batch_windows % per_forward:
+        raise RecipeError(
+            f"training.batch_windows is {training.batch_windows}, which {recipe.launch.processes} process(es) of "
+            f"{training.micro_batch_windows} window(s) cannot share evenly.",
+            allowed="It must be a multiple of launch.processes x training.micro_batch_windows "
+            f"({per_forward}).",
+            next_step=f"Set training.batch_windows={max(1, training.batch_windows // per_forward) * per_forward}, "
+            "or a smaller training.micro_batch_windows.",
+        )
+    if recipe.num_steps < 1:
+        raise RecipeError(
+            f"training.budget_tokens is {training.budget_tokens}, less than one step.",
+            allowed=f"One step is batch_windows x window_tokens = {recipe.step_tokens} tokens.",
+        )
+
+
+def _check_engine(recipe: Recipe) -> None:
+    engine = recipe.engine
+    if engine.zero_stage not in (0, 1, 2, 3):
+        raise RecipeError(f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3.")
+    if engine.zero_stage == 0 and recipe.training.precision == "bf16":
+        raise RecipeError(
+            "engine.zero_stage is 0 with training.precision=bf16.",
+            allowed="DeepSpeed keeps fp32 master weights with a correct Adam from stage 1 on.",
+            next_step="Use engine=zero1, or training.precision=fp32.",
+        )
+    if engine.offload_optimizer_to_cpu and engine.zero_stage == 0:
+        raise RecipeError(
+            "engine.offload_optimizer_to_cpu needs engine.zero_stage 1 or above.",
+            next_step="Use engine=zero1, zero2 or zero3_offload.",
+        )
+    if engine.offload_parameters_to_cpu and engine.zero_stage != 3:
+        raise RecipeError(
+            f"engine.offload_parameters_to_cpu is set with zero_stage {engine.zero_stage}.",
+            allowed="Only stage 3 partitions parameters.",
+            next_step="Use engine=zero3_offload.",
+        )
+
+
+def check_mixture(mixture: MixtureSection) -> None:
+    """Refuses a mixture whose sources or shares cannot be drawn.
+
+    Raises:
+        RecipeError: Naming the source and the setting.
+    """
+    if not mixture.sources:
+        raise RecipeError(
+            f"Mixture {mixture.name!r} has no sources.",
+            next_step="Add at least one entry under mixture.sources.",
+        )
+    for name, source in mixture.sources.items():
+        _check_source(f"mixture.sources.{name}", source)
+    if not 0 < mixture.validation_fraction < 1:
+        raise RecipeError(
+            f"mixture.validation_fraction is {mixture.validation_fraction}.",
+            allowed="Allowed: above 0 and below 1.",
+        )
+    total = math.fsum(source.token_share for source in mixture.sources.values())
+    if abs(total - 1.0) > SHARE_TOLERANCE:
+        raise RecipeError(
+            f"The token shares of mixture {mixture.name!r} sum to {total:.6g}: "
+            + ", ".join(
+                f"{name} {source.token_share:g}" for name, source in mixture.sources.items()
+            )
+            + ".",
+            allowed="They must sum to 1.",
+            next_step=f"Change one of them by {1.0 - total:+.6g}; "
+            "mixture.instruction_token_share moves all of them at once.",
+        )
+    _check_knob(mixture)
+
+
+def _check_source(key: str, source: SourceSection) -> None:
+    check_choice(f"{key}.group", source.group, ("pretraining", "instruction"))
+    origins = [name for name in ("files", "hub", "stdlib") if getattr(source, name)]
+    if len(origins) != 1:
+        raise RecipeError(
+            f"{key} states {' and '.join(origins) or 'no'} origin.",
+            allowed="Exactly one of files, hub, stdlib.",
+        )
+    if source.stdlib is not None:
+        check_choice(f"{key}.stdlib", source.stdlib, ("code", "prose", "questions"))
+    if not 0 <= source.token_share <= 1:
+        raise RecipeError(f"{key}.token_share is {source.token_share}.", allowed="Allowed: 0 to 1.")
+
+
+def _check_knob(mixture: MixtureSection) -> None:
+    wanted = mixture.instruction_token_share
+    if wanted is None:
+        return
+    if not 0 <= wanted <= 1:
+        raise RecipeError(
+            f"mixture.instruction_token_share is {wanted}.", allowed="Allowed: 0 to 1."
+        )
+    for group, share in (("instruction", wanted), ("pretraining", 1 - wanted)):
+        if share > 0 and not any(
+            source.group == group and source.token_share > 0 for source in mixture.sources.values()
+        ):
+            raise RecipeError(
+                f"mixture.instruction_token_share is {wanted}, but mixture {mixture.name!r} has no {group} source.",
+                next_step=f"Add a source with group: {group}, or leave the knob unset.",
+            )

@@ -1,0 +1,27 @@
+"""How sparse a model is, where, and how reliably."""
+
+from sparsify.sparsity.probe import SparsityProbe
+from sparsify.sparsity.report import (
+    LayerRow,
+    SparsityReport,
+    Stage,
+    Trajectory,
+    TrajectoryPoint,
+    measure,
+    read_report,
+    write_report,
+)
+from sparsify.sparsity.statistics import ActivationStatistics
+
+__all__ = [
+    "ActivationStatistics",
+    "LayerRow",
+    "SparsityProbe",
+    "SparsityReport",
+    "Stage",
+    "Trajectory",
+    "TrajectoryPoint",
+    "measure",
+    "read_report",
+    "write_report",
+]

@@ -1,0 +1,162 @@
+"""The pictures of a sparsity report in the order of the page: what each is, when it applies, how to draw it."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from sparsify.sparsity.block_figures import (
+    draw_experts,
+    draw_firing_rates,
+    draw_layers,
+    sorted_firing_rates,
+)
+from sparsify.sparsity.percent import percent
+from sparsify.sparsity.schema import SparsityReport
+from sparsify.sparsity.statistics import ActivationStatistics
+from sparsify.sparsity.themes import Theme
+from sparsify.sparsity.training_figures import (
+    draw_layers_over_time,
+    draw_stages,
+    draw_trajectory,
+    layer_points,
+)
+
+PNG_DOTS_PER_INCH = 160
+# The page's own type, so that letters in pictures and in text are the same on every machine.
+PAGE_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """One picture.
+
+    Attributes:
+        name: File name without its ending.
+        title: Heading on the page.
+        caption: What to see in it, from the report and its counts.
+        applies: Whether the report has what it shows.
+        draw: The drawing function.
+    """
+
+    name: str
+    title: str
+    caption: Callable[[SparsityReport, ActivationStatistics], str]
+    applies: Callable[[SparsityReport], bool]
+    draw: Callable[[SparsityReport, ActivationStatistics, Theme], Figure]
+
+
+def draw(
+    figure: ReportFigure,
+    report: SparsityReport,
+    statistics: ActivationStatistics,
+    theme: Theme,
+    kind: Literal["png", "svg"],
+) -> bytes:
+    """Draws a picture; the same report gives the same bytes."""
+    # Ids inside an SVG are hashes; with a salt of its own no two pictures on one page share any.
+    settings: dict[Any, Any] = theme.rc() | {"svg.hashsalt": f"{figure.name}-{theme.name}"}
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(settings):
+        drawing = figure.draw(report, statistics, theme)
+        drawing.savefig(buffer, format=kind, dpi=PNG_DOTS_PER_INCH, metadata=metadata)
+    image = buffer.getvalue()
+    return image.replace(b"'DejaVu Sans'", PAGE_FONTS.encode()) if kind == "svg" else image
+
+
+def _layers_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    rows = [row for row in report.layer_rows if row.product_zeros is not None]
+    low = min(rows, key=lambda row: row.product_zeros or 0)
+    high = max(rows, key=lambda row: row.product_zeros or 0)
+    extent = (
+        f"{percent(low.product_zeros)} in every layer"
+        if low.product_zeros == high.product_zeros
+        else f"from {percent(low.product_zeros)} (layer {low.layer}) to {percent(high.product_zeros)} (layer {high.layer})"
+    )
+    return (
+        f"A bar is the share of neuron activations that are exactly zero in a layer, {extent}. The thin line spans the "
+        "middle 90% of tokens; the marks show how much of it each factor alone makes zero."
+    )
+
+
+def _experts_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    idle = int((statistics.routed_tokens == 0).sum())
+    blank = f" {idle} experts saw no token (–)." if idle else ""
+    even = 1 / report.num_experts
+    return (
+        f"Numbers in the cells are percentages. Each token goes to {report.experts_per_token} of {report.num_experts} experts; with even "
+        f"routing every expert would carry {percent(even)} of its layer's load.{blank}"
+    )
+
+
+def _firing_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    rates = sorted_firing_rates(statistics)
+    hottest = math.ceil(rates.shape[1] / 10)
+    share = rates[:, :hottest].sum() / rates.sum() if rates.sum() else 0.0
+    return (
+        f"One line a layer. The hottest 10% of neurons make {share:.0%} of all firings; a line that ends before the right "
+        "edge ends where neurons fired on none of the tokens."
+    )
+
+
+def _stages_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    return f"Every stage on the same {report.num_tokens:,} tokens. Lower is better."
+
+
+def _trajectory_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    control = report.trajectory is not None and report.trajectory.control
+    return (
+        "The control saw the same tokens in the same order and differs in its activation only: the gap between the lines "
+        "is what the zeros cost."
+        if control
+        else "No dense control was trained, so what the data alone would have changed is not known."
+    )
+
+
+FIGURES = (
+    ReportFigure(
+        "stages",
+        "What it cost",
+        _stages_caption,
+        lambda report: len(report.stages) > 1,
+        draw_stages,
+    ),
+    ReportFigure(
+        "layers", "Where the zeros are", _layers_caption, lambda report: True, draw_layers
+    ),
+    ReportFigure(
+        "experts",
+        "Experts: zeros and load",
+        _experts_caption,
+        lambda report: report.num_experts > 1,
+        draw_experts,
+    ),
+    ReportFigure(
+        "firing_rates",
+        "Hot and cold neurons",
+        _firing_caption,
+        lambda report: True,
+        draw_firing_rates,
+    ),
+    ReportFigure(
+        "trajectory",
+        "How it got there",
+        _trajectory_caption,
+        lambda report: report.trajectory is not None and len(report.trajectory.sparse) > 1,
+        draw_trajectory,
+    ),
+    ReportFigure(
+        "layers_over_time",
+        "Layers during training",
+        lambda report, statistics: "Share of zeros of every layer in the sparse run.",
+        lambda report: len(layer_points(report)) > 1,
+        draw_layers_over_time,
+    ),
+)

@@ -1,0 +1,15 @@
+"""How shares are written for people."""
+
+from __future__ import annotations
+
+import math
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage with one decimal. Only an exact 0 or 1 reads 0% or 100%; None reads as a dash."""
+    if share is None or math.isnan(share):
+        return "–"
+    if share in (0, 1):
+        return f"{share:.0%}"
+    rounded = f"{share:.1%}"
+    return {"0.0%": "<0.1%", "100.0%": ">99.9%"}.get(rounded, rounded)

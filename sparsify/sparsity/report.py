@@ -1,0 +1,83 @@
+"""Writes a sparsity report: report.json, per_layer.csv, pictures and one page."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from sparsify.errors import StorageError
+from sparsify.files import atomic_folder
+from sparsify.sparsity.figures import FIGURES, draw
+from sparsify.sparsity.measure import measure
+from sparsify.sparsity.page import render_page
+from sparsify.sparsity.schema import (
+    REPORT_FILE,
+    LayerRow,
+    SparsityReport,
+    Stage,
+    Trajectory,
+    TrajectoryPoint,
+    read_report,
+)
+from sparsify.sparsity.statistics import ActivationStatistics
+from sparsify.sparsity.themes import LIGHT
+
+PAGE_FILE = "index.html"
+TABLE_FILE = "per_layer.csv"
+
+__all__ = [
+    "LayerRow",
+    "SparsityReport",
+    "Stage",
+    "Trajectory",
+    "TrajectoryPoint",
+    "measure",
+    "read_report",
+    "write_report",
+]
+
+
+def write_report(report: SparsityReport, statistics: ActivationStatistics, to: Path) -> None:
+    """Writes the report into a folder, in place of a report that is there already.
+
+    The folder appears complete or not at all. It holds report.json, per_layer.csv, index.html (one file that needs no
+    other) and one PNG for every picture on the page.
+
+    Args:
+        report: What `measure` returned, with whatever the caller added.
+        statistics: The counts that `measure` returned with it.
+        to: The report's folder.
+
+    Raises:
+        StorageError: If the folder cannot be written, or holds something that is not a report.
+    """
+    _refuse_foreign_folder(to)
+    with atomic_folder(to) as fresh:
+        _write_files(report, statistics, fresh)
+
+
+def _refuse_foreign_folder(to: Path) -> None:
+    if not to.exists() or (to.is_dir() and (not any(to.iterdir()) or (to / REPORT_FILE).is_file())):
+        return
+    raise StorageError(
+        f"{to} exists and is not a sparsity report.",
+        allowed="A new folder, an empty one, or an old report, which is replaced.",
+        next_step="Choose another folder for the report.",
+    )
+
+
+def _write_files(report: SparsityReport, statistics: ActivationStatistics, folder: Path) -> None:
+    (folder / REPORT_FILE).write_text(report.model_dump_json(indent=2) + "\n")
+    _write_table(report, folder / TABLE_FILE)
+    for figure in FIGURES:
+        if figure.applies(report):
+            png = draw(figure, report, statistics, LIGHT, "png")
+            (folder / f"{figure.name}.png").write_bytes(png)
+    (folder / PAGE_FILE).write_text(render_page(report, statistics), encoding="utf-8")
+
+
+def _write_table(report: SparsityReport, path: Path) -> None:
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, list(LayerRow.model_fields))
+        table.writeheader()
+        table.writerows(row.model_dump() for row in report.layers)

@@ -1,0 +1,188 @@
+"""Activation statistics: exact integer counts of which neurons fired, from which every measure is derived.
+
+Counts are sums over tokens, so they do not depend on the order or the size of batches, they merge exactly, and
+they sum over ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Literal, Self
+
+import torch
+import torch.distributed as dist
+
+Factor = Literal["gate", "up", "product"]
+
+
+@dataclass(frozen=True)
+class ActivationStatistics:
+    """How often neurons fired. A value is zero when the model, in its own dtype, computed exactly 0.
+
+    A dense model counts as one expert a layer. All tensors are int64 on one device.
+
+    Attributes:
+        num_tokens: Tokens of text that counted, [].
+        routed_tokens: Tokens that each expert computed, [layers, experts]; in a dense model num_tokens everywhere.
+        gate_fired: Tokens whose gate factor was not zero, [layers, experts, neurons].
+        up_fired: The same for the up factor.
+        product_fired: The same for their product, the neuron activation.
+        tokens_by_zeros: [layers, experts, neurons + 1]. Entry z counts the tokens with exactly z zero products.
+    """
+
+    num_tokens: torch.Tensor
+    routed_tokens: torch.Tensor
+    gate_fired: torch.Tensor
+    up_fired: torch.Tensor
+    product_fired: torch.Tensor
+    tokens_by_zeros: torch.Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        num_layers: int,
+        num_experts: int,
+        num_neurons: int,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """Statistics of no tokens. `num_neurons` is the width of one expert."""
+
+        def counts(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int64, device=device)
+
+        per_expert = (num_layers, num_experts)
+        return cls(
+            num_tokens=counts(),
+            routed_tokens=counts(*per_expert),
+            gate_fired=counts(*per_expert, num_neurons),
+            up_fired=counts(*per_expert, num_neurons),
+            product_fired=counts(*per_expert, num_neurons),
+            tokens_by_zeros=counts(*per_expert, num_neurons + 1),
+        )
+
+    def add(
+        self,
+        layer: int,
+        expert: int,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        product: torch.Tensor,
+    ) -> None:
+        """Counts the tokens of one block in place; `num_tokens` is left alone, as every layer sees the same text.
+
+        Args:
+            layer: Index of the layer.
+            expert: Index of the expert, 0 in a dense model.
+            gate: Gate factors, [tokens, neurons].
+            up: Up factors, [tokens, neurons].
+            product: Their product, [tokens, neurons].
+        """
+        fired = product != 0
+        zeros = fired.shape[1] - fired.sum(1)
+        self.routed_tokens[layer, expert] += len(fired)
+        self.gate_fired[layer, expert] += (gate != 0).sum(0)
+        self.up_fired[layer, expert] += (up != 0).sum(0)
+        self.product_fired[layer, expert] += fired.sum(0)
+        self.tokens_by_zeros[layer, expert].index_add_(0, zeros, torch.ones_like(zeros))
+
+    def merge(self, other: Self) -> Self:
+        """Statistics of both texts together; exact, commutative and associative."""
+        return type(self)(
+            *(mine + theirs for mine, theirs in zip(self._counts(), other._counts(), strict=True))
+        )
+
+    def reduce(self) -> Self:
+        """Statistics of all ranks' texts together, on every rank; of this process alone without torch.distributed."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return self
+        counts = self._counts()
+        flat = torch.cat([count.flatten() for count in counts])
+        if dist.get_backend() == "nccl":
+            flat = flat.cuda()
+        dist.all_reduce(flat)
+        parts = flat.to(self.num_tokens.device).split([count.numel() for count in counts])
+        return type(self)(*(part.view_as(count) for part, count in zip(parts, counts, strict=True)))
+
+    @property
+    def num_layers(self) -> int:
+        return self.routed_tokens.shape[0]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of one layer; 1 in a dense model."""
+        return self.routed_tokens.shape[1]
+
+    @property
+    def num_neurons(self) -> int:
+        """Neurons of one expert."""
+        return self.product_fired.shape[2]
+
+    def select(self, layer: int, expert: int | None = None) -> Self:
+        """Statistics of one layer, or of one expert of it, as a model of that size would give them."""
+        experts = slice(None) if expert is None else slice(expert, expert + 1)
+        per_expert = (count[layer : layer + 1, experts] for count in self._counts()[1:])
+        return type(self)(self.num_tokens, *per_expert)
+
+    def zero_share(self, factor: Factor = "product") -> float:
+        """Share of exact zeros among all values that the model computed, so experts weigh by their routed tokens.
+
+        Returns:
+            A share between 0 and 1; NaN when no token was counted.
+        """
+        values = int(self.routed_tokens.sum()) * self.num_neurons
+        return 1 - int(self._fired(factor).sum()) / values if values else float("nan")
+
+    def layer_zero_shares(self, factor: Factor = "product") -> list[float]:
+        """`zero_share` of every layer, [layers]."""
+        return [self.select(layer).zero_share(factor) for layer in range(self.num_layers)]
+
+    def firing_rates(self) -> torch.Tensor:
+        """Share of its routed tokens on which each neuron fired, float64 [layers, experts, neurons]; NaN for experts
+        that no token was routed to.
+        """
+        return self.product_fired.double() / self.routed_tokens.unsqueeze(-1)
+
+    def dead_neurons(self) -> torch.Tensor:
+        """Neurons that fired on no token, bool [layers, experts, neurons]. An expert that no token was routed to tells
+        nothing about its neurons, so none of them counts.
+        """
+        return (self.product_fired == 0) & (self.routed_tokens > 0).unsqueeze(-1)
+
+    def always_on_neurons(self) -> torch.Tensor:
+        """Neurons that fired on every routed token, bool [layers, experts, neurons]; none of an expert without tokens."""
+        routed = self.routed_tokens.unsqueeze(-1)
+        return (self.product_fired == routed) & (routed > 0)
+
+    def zero_share_percentile(self, percent: int) -> float:
+        """Percentile over routed tokens of the share of zeros that one token has in one block.
+
+        Args:
+            percent: 1 to 100.
+
+        Returns:
+            The smallest share that at least `percent` % of the tokens do not exceed (the inverse of the empirical
+            distribution, exact); NaN when no token was counted.
+        """
+        cumulative = self.tokens_by_zeros.sum((0, 1)).cumsum(0)
+        total = int(cumulative[-1])
+        if total == 0:
+            return float("nan")
+        rank = -(-total * percent // 100)
+        return int(torch.searchsorted(cumulative, rank)) / self.num_neurons
+
+    def summary(self) -> dict[str, float | int | list[float]]:
+        """The few numbers that a line of sparsity.jsonl holds; shares are between 0 and 1."""
+        return {
+            "num_tokens": int(self.num_tokens),
+            "zeros": self.zero_share("product"),
+            "gate_zeros": self.zero_share("gate"),
+            "up_zeros": self.zero_share("up"),
+            "layers": self.layer_zero_shares("product"),
+            "dead_neurons": int(self.dead_neurons().sum()),
+        }
+
+    def _counts(self) -> list[torch.Tensor]:
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def _fired(self, factor: Factor) -> torch.Tensor:
+        return {"gate": self.gate_fired, "up": self.up_fired, "product": self.product_fired}[factor]

@@ -1,0 +1,141 @@
+"""The DeepSpeed engine around a sparse model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify.conversion.folder import check_activation, load_sparse
+from sparsify.models import SparseModel
+from sparsify.recipe import Recipe
+
+MOE_BLOCK = "MixtralSparseMoeBlock"
+
+
+def prepare_accelerator() -> str:
+    """Chooses the accelerator before DeepSpeed looks for one, and returns the device type.
+
+    On a CPU, `init_distributed` would compile DeepSpeed's shared-memory collectives at every first use: over a
+    minute, and an error where there is no C++ compiler. gloo serves as well, so that operator is marked absent.
+    """
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert get_accelerator().device_name() == device  # pyright: ignore[reportOptionalMemberAccess]
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return device
+
+
+def init_distributed() -> None:
+    """Joins the process group that the launcher described in the environment."""
+    import deepspeed
+
+    device = prepare_accelerator()
+    if device != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(dist_backend="gloo" if device == "cpu" else None, verbose=False)
+
+
+def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """The DeepSpeed configuration that a recipe stands for."""
+    engine, training = recipe.engine, recipe.training
+    zero: dict[str, Any] = {
+        "stage": engine.zero_stage,
+        "reduce_bucket_size": engine.reduce_bucket_elements,
+    }
+    if engine.zero_stage == 3:
+        # DeepSpeed's default leaf list may name classes by path; ours are loaded under their stock class here, but
+        # saying so keeps ranks together when their tokens go to different experts.
+        zero["leaf_module"] = {"classes": [MOE_BLOCK]}
+        zero["stage3_gather_16bit_weights_on_model_save"] = False
+    if engine.offload_optimizer_to_cpu:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if engine.offload_parameters_to_cpu:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_batch_size": training.batch_windows,
+        "train_micro_batch_size_per_gpu": training.micro_batch_windows,
+        "gradient_accumulation_steps": recipe.accumulation_steps,
+        "gradient_clipping": recipe.optimizer.max_gradient_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31 - 1,
+    }
+    if training.precision == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseModel:
+    """Loads a rank's model: whole for ZeRO 0 to 2, partitioned while loading for ZeRO 3."""
+    keep_alive = None
+    if recipe.engine.zero_stage == 3:
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+        keep_alive = HfDeepSpeedConfig(config)  # from_pretrained partitions while this object lives
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    model = load_sparse(folder, recipe.activation.ffn_activation, dtype)
+    del keep_alive
+    if recipe.training.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def build_engine(recipe: Recipe, folder: Path) -> Any:
+    """Builds the DeepSpeed engine with AdamW around the model in `folder`; every rank calls it."""
+    import deepspeed
+
+    config = deepspeed_config(recipe)
+    model = load_model(recipe, folder, config)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=_build_optimizer(recipe, model),
+        config=config,
+        dist_init_required=False,
+    )
+    check_activation(model, recipe.activation.ffn_activation)
+    return engine
+
+
+def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimizer:
+    settings = recipe.optimizer
+    # A partitioned parameter is empty here; its full shape is in ds_shape.
+    shapes = {
+        parameter: getattr(parameter, "ds_shape", parameter.shape)
+        for parameter in model.parameters()
+    }
+    groups = [
+        {
+            "params": [p for p, shape in shapes.items() if len(shape) >= 2],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for p, shape in shapes.items() if len(shape) < 2], "weight_decay": 0.0},
+    ]
+    betas = (settings.beta1, settings.beta2)
+    if recipe.engine.offload_optimizer_to_cpu:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(
+            groups,
+            lr=settings.peak_learning_rate,
+            betas=betas,
+            eps=settings.epsilon,
+            adamw_mode=True,
+        )
+    return torch.optim.AdamW(
+        groups, lr=settings.peak_learning_rate, betas=betas, eps=settings.epsilon
+    )
+
+
+def set_learning_rate(engine: Any, value: float) -> None:
+    """Sets the rate of every parameter group for the next step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = value

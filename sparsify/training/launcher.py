@@ -1,0 +1,159 @@
+"""Starts the ranks of a run on this machine and brings home how they ended.
+
+Everything is resolved before the ranks start: they are handed a run folder and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from sparsify.errors import RunError, UserError
+from sparsify.files import storage_errors
+from sparsify.recipe import LaunchSection
+from sparsify.training.run_folder import RunFolder
+
+INTERRUPTED = 130
+USER_ERROR = 2
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+LOG_TAIL_LINES = 30
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+def launch(run: RunFolder, settings: LaunchSection) -> None:
+    """Runs all ranks to the end. Rank 0 speaks on this terminal, the others into logs/.
+
+    Raises:
+        UserError: What a rank found wrong with what the user gave.
+        Interrupted: If the run was interrupted, after its state was saved.
+        RuntimeError: If a rank failed otherwise; the message is that rank's own.
+    """
+    environments = list(_rank_environments(settings))
+    paths = [run.logs / f"rank-{rank}.log" for rank in range(len(environments))]
+    with storage_errors(run.logs):
+        run.logs.mkdir(parents=True, exist_ok=True)
+        logs = [path.open("w") for path in paths]
+    command = [sys.executable, "-m", "sparsify.training.worker", str(run.path)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdout=None if rank == 0 else logs[rank],
+            stderr=logs[rank] if rank == 0 else subprocess.STDOUT,
+            start_new_session=True,  # the terminal's Ctrl-C reaches them through us, once
+        )
+        for rank, environment in enumerate(environments)
+    ]
+    with _forward_signals(ranks):
+        failed = _wait(ranks)
+    if failed is not None:
+        _raise_for(failed, ranks[failed].returncode, paths[failed])
+
+
+def _rank_environments(settings: LaunchSection) -> Iterator[dict[str, str]]:
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    threads = settings.threads_per_process or max(1, cores // settings.processes)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    for rank in range(settings.processes):
+        yield (
+            os.environ
+            | accelerator
+            | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(settings.processes),
+                "LOCAL_SIZE": str(settings.processes),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": str(threads),
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        )
+
+
+@contextmanager
+def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def forward(number: int, _frame: FrameType | None) -> None:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGTERM)
+
+    previous = {
+        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+    """Waits for all ranks; when one fails the others are ended. Returns the index of the first that failed."""
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        failed = next((index for index, code in enumerate(codes) if code not in (None, 0)), None)
+        if failed is not None:
+            if codes[failed] != INTERRUPTED:
+                time.sleep(POLL_SECONDS)
+                for rank in ranks:
+                    rank.terminate()
+            for rank in ranks:
+                try:
+                    rank.wait(GRACE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    rank.kill()
+                    rank.wait()
+            # What the user can mend says more than what it led to in another rank.
+            ended = [rank.returncode for rank in ranks]
+            return ended.index(USER_ERROR) if USER_ERROR in ended else failed
+        if all(code == 0 for code in codes):
+            return None
+        time.sleep(POLL_SECONDS)
+
+
+def _raise_for(rank: int, code: int, log: Path) -> None:
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+    if code == INTERRUPTED:
+        raise Interrupted
+    if code == USER_ERROR:
+        message = (
+            tail.rpartition(UserErrorMarker.START)[2].partition(UserErrorMarker.END)[0].strip()
+        )
+        raise UserError(message or tail)
+    if code < 0:
+        name = signal.Signals(-code).name
+        raise RunError(
+            f"Rank {rank} was killed by {name}.",
+            next_step="SIGKILL often means that memory ran out: lower training.micro_batch_windows. "
+            "The same command goes on from the last checkpoint."
+            if name == "SIGKILL"
+            else "The same command goes on from the last checkpoint.",
+        )
+    raise RuntimeError(f"rank {rank} failed with exit code {code} (whole log: {log}):\n{tail}")
+
+
+class UserErrorMarker:
+    """What a rank puts round a UserError's message in its log, so that the launcher can repeat it alone."""
+
+    START = "<<user error>>"
+    END = "<</user error>>"

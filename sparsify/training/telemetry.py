@@ -1,0 +1,168 @@
+"""What a run says: metrics.jsonl and sparsity.jsonl always, a line for people, wandb when asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from sparsify.files import write_text
+from sparsify.recipe import Recipe
+from sparsify.training.run_folder import RunFolder
+from sparsify.training.validation import Validation
+
+LINE_EVERY_SECONDS = 5.0
+
+
+class Telemetry:
+    """Speaks for rank 0; the other ranks hold one that is silent.
+
+    Args:
+        recipe: The run's recipe.
+        run: Its folder.
+        first_step: Step that training goes on from; lines that a killed run wrote beyond it are removed.
+        silent: Whether to write nothing at all.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunFolder, first_step: int, *, silent: bool) -> None:
+        self._recipe, self._run, self._silent = recipe, run, silent
+        self._budget_tokens = recipe.num_steps * recipe.step_tokens
+        self._started = self._last_line = time.monotonic()
+        self._first_tokens = first_step * recipe.step_tokens
+        self._zeros: float | None = None
+        self._console = Console(highlight=False)
+        self._progress: Progress | None = None
+        self._wandb: Any = None
+        if silent:
+            return
+        for path in (run.metrics, run.sparsity):
+            drop_lines_after(path, first_step)
+        if recipe.tracking.wandb != "disabled":
+            self._wandb = _start_wandb(recipe, run)
+        if self._console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24))
+            self._progress = Progress(*columns, console=self._console)
+            self._progress.start()
+            self._task = self._progress.add_task("", total=recipe.num_steps, completed=first_step)
+
+    def train(self, step: int, seen_tokens: int, loss: float, **values: float | None) -> None:
+        """Records one finished training step."""
+        if self._silent:
+            return
+        now = time.monotonic()
+        tokens_per_second = (seen_tokens - self._first_tokens) / max(now - self._started, 1e-9)
+        record = {"kind": "train", "step": step, "tokens": seen_tokens, "loss": loss, **values}
+        self._append(self._run.metrics, record | {"tokens_per_second": round(tokens_per_second, 1)})
+        line = self._line(seen_tokens, loss, tokens_per_second)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=line)
+        elif now - self._last_line >= LINE_EVERY_SECONDS or step == self._recipe.num_steps:
+            self._last_line = now
+            self._console.print(line, soft_wrap=True)
+
+    def validation(self, step: int, seen_tokens: int, result: Validation, label: str) -> None:
+        """Records one validation pass.
+
+        Args:
+            step: Finished steps.
+            seen_tokens: Training tokens seen.
+            result: What the pass found.
+            label: `dense_base`, `after_swap` or `training`.
+        """
+        if self._silent:
+            return
+        summary = result.statistics.summary()
+        self._zeros = result.statistics.zero_share("product")
+        where = {"step": step, "tokens": seen_tokens, "label": label}
+        losses = {"loss": result.loss, "sources": result.losses, "zeros": self._zeros}
+        self._append(self._run.metrics, {"kind": "validation", **where, **losses})
+        self._append(self._run.sparsity, where | summary)
+        parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())
+        self._say(
+            f"validation {label.replace('_', ' ')}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}"
+        )
+
+    def saved(self, checkpoint: Path, seconds: float) -> None:
+        """Says that a checkpoint is on disk."""
+        size_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
+        self._say(f"saved {checkpoint} ({size_bytes / 1e6:.0f} MB, {seconds:.1f} s)")
+
+    def close(self) -> None:
+        """Ends the progress bar and the tracker."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb is not None:
+            self._wandb.finish(quiet=True)
+
+    def _line(self, seen_tokens: int, loss: float, tokens_per_second: float) -> str:
+        left_seconds = (self._budget_tokens - seen_tokens) / max(tokens_per_second, 1e-9)
+        zeros = "" if self._zeros is None else f"  zeros {self._zeros:.1%}"
+        return (
+            f"{seen_tokens / self._budget_tokens:4.0%} of {self._budget_tokens:,} tokens  loss {loss:.3f}{zeros}  "
+            f"{tokens_per_second:,.0f} tokens/s  {_duration(left_seconds)} left"
+        )
+
+    def _say(self, line: str) -> None:
+        if not self._silent:
+            (self._progress.console if self._progress else self._console).print(
+                line, soft_wrap=True
+            )
+
+    def _append(self, path: Path, record: dict[str, Any]) -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._wandb is not None:
+            self._wandb.log(_flat(record), step=record["step"])
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Removes the lines of a JSON-lines file that belong to later steps, and a last line that was cut off."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] < step or (record["step"] == step and step > 0):
+            kept.append(line)
+    write_text(path, "".join(line + "\n" for line in kept))
+
+
+def _start_wandb(recipe: Recipe, run: RunFolder) -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")
+    import wandb
+    from omegaconf import OmegaConf
+
+    return wandb.init(
+        project=recipe.tracking.wandb_project,
+        name=recipe.name,
+        dir=str(run.path),
+        mode=recipe.tracking.wandb,  # pyright: ignore[reportArgumentType]  (validated by recipe.py)
+        config=OmegaConf.to_container(OmegaConf.structured(recipe)),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _flat(record: dict[str, Any]) -> dict[str, float]:
+    kind = str(record.get("kind", "sparsity"))
+    flat = {}
+    for key, value in record.items():
+        items = value.items() if isinstance(value, dict) else [(None, value)]
+        if isinstance(value, list):
+            items = list(enumerate(value))
+        for name, number in items:
+            if isinstance(number, int | float):
+                flat[f"{kind}/{key}" if name is None else f"{kind}/{key}/{name}"] = float(number)
+    return flat
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,88 @@
+"""Validation loss per source, with the share of zeros read in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from sparsify.mixture.windows import Window, collate
+from sparsify.sparsity.probe import SparsityProbe
+from sparsify.sparsity.statistics import ActivationStatistics
+
+IGNORED_LABEL = -100
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats, summed over the positions that have a label.
+
+    Args:
+        logits: [batch, tokens, vocabulary].
+        labels: [batch, tokens], already shifted; -100 where there is none.
+    """
+    return functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+    )
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one validation pass found.
+
+    Attributes:
+        loss: Mean of the sources' losses, weighted by their token shares. Nats per token.
+        losses: Loss of each source. Nats per token.
+        statistics: Which neurons fired on these windows.
+    """
+
+    loss: float
+    losses: dict[str, float]
+    statistics: ActivationStatistics
+
+
+@torch.no_grad()
+def validate(
+    engine: Any,
+    windows: Mapping[str, Sequence[Window]],
+    shares: Mapping[str, float],
+    micro_batch_windows: int,
+) -> Validation:
+    """Runs the held-out windows through the live model; every rank calls it with the same windows."""
+    engine.eval()
+    losses = {}
+    with SparsityProbe(engine.module) as probe:
+        for source, held_out in windows.items():
+            losses[source] = _source_loss(engine, probe, held_out, micro_batch_windows)
+    engine.train()
+    statistics = probe.statistics().reduce()
+    total = sum(shares[source] for source in losses)
+    loss = sum(shares[source] * value for source, value in losses.items()) / total
+    return Validation(loss, losses, statistics)
+
+
+def _source_loss(
+    engine: Any, probe: SparsityProbe, windows: Sequence[Window], micro_batch_windows: int
+) -> float:
+    """Ranks take turns window by window; all of them make the same number of passes, which ZeRO-3 needs."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    passes = -(-len(windows) // (world * micro_batch_windows))
+    totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    for index in range(passes):
+        start = (index * world + rank) * micro_batch_windows
+        mine = windows[start : start + micro_batch_windows]
+        batch = collate(mine or windows[:1])
+        if not mine:
+            batch["labels"].fill_(IGNORED_LABEL)
+        batch = {key: value.to(engine.device) for key, value in batch.items()}
+        probe.count(torch.full_like(batch["input_ids"], bool(mine), dtype=torch.bool))
+        logits = engine(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+        ).logits
+        totals[0] += summed_loss(logits, batch["labels"])
+        totals[1] += (batch["labels"] != IGNORED_LABEL).sum()
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1].clamp(min=1))

@@ -1,0 +1,121 @@
+"""Small real parts for the tests: checkpoints, texts and a recipe, made on the spot."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from sparsify.catalogue import PACKAGE
+from sparsify.conversion.folder import copy_tokenizer
+
+TOKENIZER = PACKAGE / "assets" / "quickstart_base"
+SHAPE = {
+    "vocab_size": 2048,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.1,
+}
+STOCK = {
+    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": None}),
+    "mistral_tied": (MistralForCausalLM, MistralConfig, {"tie_word_embeddings": True}),
+    "mixtral": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
+}
+
+
+def stock_model(kind: str, seed: int = 0) -> torch.nn.Module:
+    """A small stock model with random weights."""
+    model_class, config_class, extra = STOCK[kind]
+    torch.manual_seed(seed)
+    return model_class(config_class(**SHAPE | extra)).eval()
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Stock checkpoint folders by kind, as a user would have them."""
+    root = tmp_path_factory.mktemp("stock")
+    for kind in STOCK:
+        stock_model(kind).save_pretrained(root / kind)
+        copy_tokenizer(TOKENIZER, root / kind)
+    return {kind: root / kind for kind in STOCK}
+
+
+@pytest.fixture(scope="session")
+def mixture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of two pretraining sources and one instruction source, with its text."""
+    root = tmp_path_factory.mktemp("mixture")
+    for name in ("code", "prose"):
+        lines = [
+            json.dumps({"text": f"{name} {i}: " + f"word{i % 7} value{i % 11} " * 20})
+            for i in range(200)
+        ]
+        (root / f"{name}.jsonl").write_text("\n".join(lines))
+    turns = [
+        json.dumps({"prompt": f"What is {i}?", "response": f"It is number {i}." * 3})
+        for i in range(300)
+    ]
+    (root / "questions.jsonl").write_text("\n".join(turns))
+    sources = {
+        "code": {"files": [str(root / "code.jsonl")], "token_share": 0.5},
+        "prose": {"files": [str(root / "prose.jsonl")], "token_share": 0.25},
+        "questions": {
+            "files": [str(root / "questions.jsonl")],
+            "group": "instruction",
+            "token_share": 0.25,
+        },
+    }
+    path = root / "own_mixture.yaml"
+    path.write_text(yaml.safe_dump({"name": "own", "sources": sources, "validation_fraction": 0.2}))
+    return path
+
+
+@pytest.fixture(scope="session")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory, stock: dict[str, Path]) -> Path:
+    """A user's own recipe, outside the catalogue: six steps from the small stock Mistral."""
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(
+        f"""
+# sparsify train tiny.yaml mixture=own_mixture.yaml
+defaults:
+  - recipe_schema
+  - activation: drelu
+  - mixture: quickstart
+  - engine: zero1
+  - eval: quickstart
+  - _self_
+name: tiny
+model: {{source: {stock["mistral"]}}}
+training: {{budget_tokens: 3072, window_tokens: 64, batch_windows: 8, micro_batch_windows: 2, precision: fp32}}
+optimizer: {{peak_learning_rate: 3.0e-3, final_learning_rate: 3.0e-4, warmup_tokens: 512}}
+checkpoint: {{every_tokens: 1024}}
+eval: {{every_tokens: 1536, validation_windows_per_source: 3, report_tokens: 512, sample_tokens: 4, sample_prompts: [code]}}
+"""
+    )
+    return path

@@ -1,0 +1,184 @@
+"""Dense checkpoint → dReLU → DeepSpeed ZeRO → report → export, with real processes, for Mistral and Mixtral."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+SIX_MATRIX = [(kind, stage) for kind in ("mistral", "mixtral") for stage in (1, 2, 3)]
+STEPS = 8
+START_SECONDS = 240
+
+
+class Setup(NamedTuple):
+    """One way to train the small model."""
+
+    kind: str
+    stage: int
+    processes: int
+    precision: str
+
+
+class Command:
+    """Builds the command of a setup, with the run folder of its own."""
+
+    def __init__(self, recipe: Path, mixture: Path, stock: dict[str, Path], root: Path) -> None:
+        self._recipe, self._mixture, self._stock, self.root = recipe, mixture, stock, root
+
+    def __call__(self, setup: Setup, run: Path) -> list[str]:
+        program = "from sparsify.cli import main; main()"
+        overrides = [
+            f"mixture={self._mixture}",
+            f"model.source={self._stock[setup.kind]}",
+            f"engine=zero{setup.stage}",
+            f"launch.processes={setup.processes}",
+            f"training.precision={setup.precision}",
+            f"training.budget_tokens={STEPS * 512}",
+            "eval.every_tokens=2048",
+            f"run_dir={run}",
+            f"cache_dir={self.root / 'cache'}",
+        ]
+        return [sys.executable, "-c", program, "train", str(self._recipe), "--json", *overrides]
+
+
+@pytest.fixture(scope="session")
+def command(
+    recipe_file: Path,
+    mixture_file: Path,
+    stock: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Command:
+    return Command(recipe_file, mixture_file, stock, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def finished(command: Command) -> Callable[[Setup], tuple[Path, dict]]:
+    """Trains a setup from beginning to end, once, and returns its run folder and what the command printed."""
+    done: dict[Setup, tuple[Path, dict]] = {}
+
+    def train(setup: Setup) -> tuple[Path, dict]:
+        if setup not in done:
+            run = command.root / "-".join(map(str, setup))
+            result = subprocess.run(
+                command(setup, run), capture_output=True, text=True, check=False
+            )
+            assert result.returncode == 0, result.stdout + result.stderr
+            done[setup] = run, json.loads(result.stdout[result.stdout.index("\n{") :])
+        return done[setup]
+
+    return train
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, float, float | None]]:
+    train = [line for line in lines(run / "metrics.jsonl") if line["kind"] == "train"]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in train]
+
+
+def weights_hash(run: Path) -> str:
+    return hashlib.sha256((run / "export" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("kind", "stage"), SIX_MATRIX)
+def test_two_processes_go_all_the_way(
+    kind: str, stage: int, finished: Callable[[Setup], tuple[Path, dict]]
+) -> None:
+    run, printed = finished(Setup(kind, stage, 2, "bf16"))
+    steps = losses(run)
+    assert [step for step, _, _ in steps] == list(range(1, STEPS + 1))
+    names = [stage["name"] for stage in printed["stages"]]
+    assert names == ["dense base", "right after the swap", "after training"]
+    base, swapped, trained = (stage["loss"] for stage in printed["stages"])
+    assert trained < min(swapped, base)
+    assert 0.6 < printed["zeros"] < 0.9
+    assert "logits equal the trained model's" in printed["export"]
+    for name in (
+        "report/index.html",
+        "report/per_layer.csv",
+        "export/SHA256SUMS",
+        "mixture.lock.json",
+    ):
+        assert (run / name).is_file(), name
+    sparsity = lines(run / "sparsity.jsonl")
+    assert [line["step"] for line in sparsity] == [0, 0, 4, 8]
+    assert len(sparsity[-1]["layers"]) == 2
+
+
+def test_stages_agree_on_every_loss(finished: Callable[[Setup], tuple[Path, dict]]) -> None:
+    for kind in ("mistral", "mixtral"):
+        curves = [losses(finished(Setup(kind, stage, 2, "bf16"))[0]) for stage in (1, 2, 3)]
+        for other in curves[1:]:
+            for (_, loss, _), (_, expected, _) in zip(other, curves[0], strict=True):
+                assert loss == pytest.approx(expected, rel=2e-3)
+
+
+def test_one_and_two_processes_see_the_same_global_batches(
+    finished: Callable[[Setup], tuple[Path, dict]],
+) -> None:
+    one, _ = finished(Setup("mistral", 1, 1, "fp32"))
+    two, _ = finished(Setup("mistral", 1, 2, "fp32"))
+    for (_, loss, norm), (_, other_loss, other_norm) in zip(losses(one), losses(two), strict=True):
+        assert loss == pytest.approx(other_loss, rel=1e-5)
+        assert norm == pytest.approx(other_norm, rel=1e-4)
+    assert (one / "mixture.lock.json").read_text() == (two / "mixture.lock.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("setup", "signal_number", "exit_code"),
+    [
+        (Setup("mistral", 1, 1, "fp32"), signal.SIGINT, 130),
+        (Setup("mistral", 2, 2, "bf16"), signal.SIGKILL, -signal.SIGKILL),
+        (Setup("mixtral", 3, 2, "bf16"), signal.SIGKILL, -signal.SIGKILL),
+    ],
+    ids=["mistral-zero1-interrupted", "mistral-zero2-killed", "mixtral-zero3-killed"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    setup: Setup,
+    signal_number: signal.Signals,
+    exit_code: int,
+    command: Command,
+    finished: Callable[[Setup], tuple[Path, dict]],
+) -> None:
+    straight, _ = finished(setup)
+    run = command.root / ("stopped-" + "-".join(map(str, setup)))
+    arguments = command(setup, run)
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + START_SECONDS
+    while not (run / "checkpoints" / "latest").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal_number)
+    assert process.wait(START_SECONDS) == exit_code
+    saved = (run / "checkpoints" / "latest").read_text()
+    assert int(saved.split("-")[1]) < STEPS, "it was stopped too late to prove anything"
+
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Going on from step" in result.stdout
+    assert losses(run) == losses(straight)
+    assert weights_hash(run) == weights_hash(straight)
+
+
+def test_the_second_command_finds_everything_done(
+    command: Command, finished: Callable[[Setup], tuple[Path, dict]]
+) -> None:
+    setup = Setup("mistral", 1, 1, "fp32")
+    run, printed = finished(setup)
+    before = {path: path.stat().st_mtime_ns for path in (run / "export").rglob("*")}
+    result = subprocess.run(command(setup, run), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Trained already" in result.stdout
+    assert json.loads(result.stdout[result.stdout.index("\n{") :]) == printed
+    assert {path: path.stat().st_mtime_ns for path in (run / "export").rglob("*")} == before

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.mixture.tokens import TokenizedSource, ingest
+from sparsify.recipe import MixtureSection, SourceSection
+
+WORDS = [
+    "river",
+    "stone",
+    "cloud",
+    "amber",
+    "quiet",
+    "seven",
+    "lantern",
+    "orbit",
+    "maple",
+    "violet",
+    "harbour",
+    "copper",
+]
+
+
+def story(number: int, num_words: int) -> str:
+    """A document whose words `marker<number>` occur in no other document."""
+    filler = [WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(num_words)]
+    return f"marker{number}x " + " ".join(filler) + f" marker{number}x"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator((story(number, 30) for number in range(50)), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., str]:
+    def write(rows: list[dict[str, object]], name: str = "rows.jsonl") -> str:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        path = tmp_path / name
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def stories(write_jsonl: Callable[..., str]) -> SourceSection:
+    """60 pretraining documents of very different lengths."""
+    rows: list[dict[str, object]] = [{"text": story(n, 3 + n * n % 37)} for n in range(60)]
+    return SourceSection(token_share=0.7, files=[write_jsonl(rows, "stories.jsonl")])
+
+
+@pytest.fixture
+def chats(write_jsonl: Callable[..., str]) -> SourceSection:
+    """40 prompts with answers."""
+    rows: list[dict[str, object]] = [
+        {"prompt": f"question{n} about {WORDS[n % 12]}", "response": f"answer{n} is {story(n, 5)}"}
+        for n in range(40)
+    ]
+    files = [write_jsonl(rows, "chats.jsonl")]
+    return SourceSection(token_share=0.3, group="instruction", files=files)
+
+
+@pytest.fixture
+def mixture(stories: SourceSection, chats: SourceSection) -> MixtureSection:
+    return MixtureSection(
+        name="tiny", sources={"stories": stories, "chats": chats}, validation_fraction=0.2
+    )
+
+
+@pytest.fixture
+def tokenized(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> dict[str, TokenizedSource]:
+    """Both sources of `mixture`, read to their ends."""
+    return {
+        name: ingest(
+            name,
+            source,
+            mixture,
+            tokenizer,
+            needed_tokens=10**9,
+            cache_dir=tmp_path / "cache",
+        )
+        for name, source in mixture.sources.items()
+    }

@@ -1,0 +1,139 @@
+"""The activation is what its name says, in dense blocks and in every expert back-end that is allowed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsify.models import (
+    FFN_ACTIVATIONS,
+    FfnActivation,
+    SparseMistralConfig,
+    SparseMistralForCausalLM,
+    SparseMixtralConfig,
+    SparseMixtralForCausalLM,
+)
+from tests.conftest import SHAPE
+
+FORMULAS = {
+    "swiglu": lambda g, u: g / (1 + torch.exp(-g)) * u,
+    "reglu": lambda g, u: torch.where(g > 0, g, 0.0) * u,
+    "drelu": lambda g, u: torch.where(g > 0, g, 0.0) * torch.where(u > 0, u, 0.0),
+}
+numbers = st.floats(-8, 8, allow_nan=False)
+
+
+@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20))
+def test_every_activation_equals_its_formula_in_float64(pairs: list[tuple[float, float]]) -> None:
+    gate, up = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
+    for name in FFN_ACTIVATIONS:
+        torch.testing.assert_close(FfnActivation(name)(gate, up), FORMULAS[name](gate, up))
+
+
+def test_gradients_equal_finite_differences() -> None:
+    gate, up = torch.randn(2, 50, dtype=torch.float64).requires_grad_().unbind(0)
+    for name in FFN_ACTIVATIONS:
+        assert torch.autograd.gradcheck(FfnActivation(name), (gate, up))
+
+
+def test_drelu_passes_no_gradient_where_it_is_zero() -> None:
+    pre = torch.tensor([[-1.0, 2.0], [2.0, -1.0], [0.0, 3.0]], requires_grad=True)
+    FfnActivation("drelu")(pre[:, 0], pre[:, 1]).sum().backward()
+    assert torch.equal(pre.grad[:2], torch.zeros(2, 2))
+    assert pre.grad[2, 1] == 0
+
+
+def test_unknown_activation_is_refused() -> None:
+    with pytest.raises(ValueError, match="allowed: swiglu, reglu, drelu"):
+        FfnActivation("relu")
+
+
+@pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
+def test_mistral_block_computes_the_formula(name: str) -> None:
+    torch.manual_seed(0)
+    mlp = (
+        SparseMistralForCausalLM(SparseMistralConfig(**SHAPE, ffn_activation=name))
+        .model.layers[0]
+        .mlp
+    )
+    x = torch.randn(2, 5, SHAPE["hidden_size"])
+    expected = (
+        FORMULAS[name](x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T)
+        @ mlp.down_proj.weight.T
+    )
+    torch.testing.assert_close(mlp(x), expected)
+
+
+@pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
+def test_mixtral_experts_compute_the_formula_in_every_allowed_backend(
+    name: str, backend: str
+) -> None:
+    torch.manual_seed(0)
+    config = SparseMixtralConfig(
+        **SHAPE, num_local_experts=4, num_experts_per_tok=2, ffn_activation=name
+    )
+    model = SparseMixtralForCausalLM(config)
+    model.set_experts_implementation(backend)
+    experts = model.model.layers[0].mlp.experts
+    x, weights = torch.randn(9, SHAPE["hidden_size"]), torch.rand(9, 2)
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+    expected = torch.zeros_like(x)
+    for token in range(9):
+        for slot in range(2):
+            gate, up = (experts.gate_up_proj[index[token, slot]] @ x[token]).chunk(2)
+            answer = experts.down_proj[index[token, slot]] @ FORMULAS[name](gate, up)
+            expected[token] += weights[token, slot] * answer
+    torch.testing.assert_close(experts(x, index, weights), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["deepgemm", "sonicmoe"])
+def test_other_expert_backends_are_refused(backend: str) -> None:
+    config = SparseMixtralConfig(
+        **SHAPE, num_local_experts=2, num_experts_per_tok=1, ffn_activation="drelu"
+    )
+    model = SparseMixtralForCausalLM(config)
+    model.config._experts_implementation = backend
+    with pytest.raises(ValueError, match=f"{backend}.*would not apply ffn_activation='drelu'"):
+        model(torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        SparseMistralForCausalLM(SparseMistralConfig(**SHAPE, ffn_activation="drelu")),
+        SparseMixtralForCausalLM(
+            SparseMixtralConfig(
+                **SHAPE, num_local_experts=4, num_experts_per_tok=2, ffn_activation="drelu"
+            )
+        ),
+    ],
+    ids=["mistral", "mixtral"],
+)
+def test_no_logit_depends_on_another_document_of_the_window(model: torch.nn.Module) -> None:
+    model.eval()
+    position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
+    first, other = torch.randint(0, 2048, (2, 1, 12))
+    mixed = first.clone()
+    mixed[:, :5], mixed[:, 8:] = (
+        other[:, :5],
+        other[:, 8:],
+    )  # the neighbours change, the middle document stays
+    before = model(first, position_ids=position_ids, use_cache=False).logits[:, 5:8]
+    after = model(mixed, position_ids=position_ids, use_cache=False).logits[:, 5:8]
+    alone = model(first[:, 5:8], use_cache=False).logits
+    assert torch.equal(before, after)
+    torch.testing.assert_close(before, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_swapping_in_place_changes_every_layer_and_the_config() -> None:
+    model = SparseMistralForCausalLM(SparseMistralConfig(**SHAPE)).eval()
+    ids = torch.randint(0, 2048, (1, 8))
+    dense = model(ids).logits
+    model.set_ffn_activation("drelu")
+    assert model.config.ffn_activation == "drelu"
+    assert not torch.allclose(model(ids).logits, dense)
+    model.set_ffn_activation("swiglu")
+    assert torch.equal(model(ids).logits, dense)

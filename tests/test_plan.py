@@ -1,0 +1,249 @@
+"""The plan's arithmetic, held against the models themselves and against published numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+from sparsify.catalogue import compose_recipe, recipe_names
+from sparsify.errors import RecipeError
+from sparsify.models import (
+    MODEL_CLASSES,
+    SparseMistralConfig,
+    SparseMistralForCausalLM,
+    SparseMixtralConfig,
+)
+from sparsify.plan import make_plan, plan_table
+from sparsify.plan.memory import layer_activation_bytes
+from sparsify.plan.parameters import Architecture
+from sparsify.recipe import Recipe
+
+GPU_BYTES = 80 * 10**9
+FP32_ZERO0 = ["training.precision=fp32", "engine=zero0"]
+
+
+@cache
+def composed(name: str, *overrides: str) -> Recipe:
+    """One composing for all tests that only read the recipe."""
+    return compose_recipe(name, overrides)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_has_a_plan_that_prints(name: str) -> None:
+    plan = make_plan(composed(name))
+    out = io.StringIO()
+    Console(file=out, width=100).print(plan_table(plan))
+    assert f"{plan.parameters.total:,}" in out.getvalue()
+    assert all(source in out.getvalue() for source in plan.tokens_per_source)
+    dumped = plan.model_dump()
+    assert dumped["device"]["total"] == plan.device.total
+    assert dumped["disk_bytes"] == plan.disk_bytes
+
+
+@pytest.mark.parametrize("experts", [None, 4])
+@pytest.mark.parametrize(
+    "name", [name for name in recipe_names() if composed(name).model.architecture]
+)
+def test_parameters_are_those_of_transformers_own_model(name: str, experts: int | None) -> None:
+    recipe = deepcopy(composed(name))
+    fields = dict(recipe.model.architecture)
+    if experts and fields["model_type"] == "mistral":
+        recipe.model.upcycle_experts = experts
+        fields |= {"model_type": "mixtral", "num_local_experts": experts}
+    classes: dict[str, tuple[Any, type[PreTrainedModel]]] = {
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "mixtral": (MixtralConfig, MixtralForCausalLM),
+    }
+    config_class, model_class = classes[fields.pop("model_type")]
+    with torch.device("meta"):
+        model = model_class(config_class(**fields))
+    assert make_plan(recipe).parameters.total == model.num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("turbosparse_mistral_7b", 7.24e9, 7.24e9),  # arXiv 2310.06825
+        ("turbosparse_mixtral_8x7b", 46.7e9, 12.9e9),  # arXiv 2401.04088: "47B", "13B active"
+    ],
+)
+def test_published_parameter_counts(name: str, total: float, active: float) -> None:
+    plan = make_plan(composed(name))
+    assert plan.parameters.total == pytest.approx(total, rel=2e-3)
+    assert plan.active_parameters == pytest.approx(active, rel=2e-3)
+
+
+def test_a_given_config_counts_instead_of_the_architecture() -> None:
+    recipe = composed("turbosparse_mistral_7b")
+    config = SparseMistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2,
+    )  # fmt: skip
+    model = SparseMistralForCausalLM(config)
+    assert make_plan(recipe, config).parameters.total == model.num_parameters()
+
+
+def test_a_checkpoint_on_this_machine_counts_instead_of_the_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "carrier" / "model"
+    folder.mkdir(parents=True)
+    (tmp_path / "carrier" / "__init__.py").touch()
+    fields = {**composed("quickstart_base").model.architecture, "vocab_size": 7}
+    (folder / "config.json").write_text(json.dumps(fields))
+    monkeypatch.syspath_prepend(tmp_path)
+    recipe = deepcopy(composed("turbosparse_mistral_7b"))
+    for source in (str(folder), "package:carrier/model"):
+        recipe.model.source = source
+        assert make_plan(recipe).parameters.embeddings == 7 * fields["hidden_size"]
+    recipe.model.source = "package:missing/model"
+    assert make_plan(recipe).parameters.embeddings == 32_000 * 4096
+
+
+def test_without_any_architecture_the_user_is_told_what_to_do() -> None:
+    recipe = deepcopy(composed("turbosparse_mistral_7b"))
+    recipe.model.architecture = {}
+    with pytest.raises(RecipeError, match=r"how large mistralai/Mistral-7B-v0\.1 is") as caught:
+        make_plan(recipe)
+    assert "model.architecture" in str(caught.value)
+    recipe.model.architecture = {"model_type": "mistral", "hidden_size": "wide"}
+    with pytest.raises(RecipeError, match="hidden_size"):
+        make_plan(recipe)
+
+
+def states(overrides: list[str]) -> float:
+    """Bytes a parameter and process of weights, gradients and optimiser."""
+    plan = make_plan(composed("turbosparse_mistral_7b", *overrides))
+    device = plan.device
+    kept = device.weights_bytes + device.gradients_bytes
+    kept += device.master_weights_bytes + device.adam_moments_bytes
+    return kept / plan.parameters.total
+
+
+@pytest.mark.parametrize(
+    ("overrides", "bytes_each"),
+    [
+        # ZeRO, arXiv 1910.02054, section 5, with fp32 gradients: 2 + 4 + 12 bytes over 8 processes
+        (["engine=zero1"], 2 + 4 + 12 / 8),
+        (["engine=zero2"], 2 + (4 + 12) / 8),
+        (["engine=zero3"], (2 + 4 + 12) / 8),
+        (["engine=zero1", "launch.processes=1"], 2 + 4 + 12),
+        (FP32_ZERO0, 4 + 4 + 8),
+        (["engine=zero3_offload"], 0),
+        (["engine=zero3_offload", "engine.offload_parameters_to_cpu=false"], 2 / 8),
+    ],
+)
+def test_model_states_are_split_as_zero_says(overrides: list[str], bytes_each: float) -> None:
+    assert states(overrides) == pytest.approx(bytes_each)
+
+
+def test_what_is_offloaded_is_in_host_memory_instead() -> None:
+    plan = make_plan(composed("turbosparse_mixtral_8x7b", "engine=zero3_offload"))
+    assert plan.host.total == pytest.approx(16 * plan.parameters.total)
+    assert make_plan(composed("turbosparse_mixtral_8x7b", "engine=zero3")).host.total == 0
+
+
+def test_the_turbosparse_recipes_fit_eight_gpus_and_only_as_they_are() -> None:
+    assert make_plan(composed("turbosparse_mistral_7b")).device.total < 0.8 * GPU_BYTES
+    assert make_plan(composed("turbosparse_mixtral_8x7b")).device.total < 0.8 * GPU_BYTES
+    on_gpus = make_plan(composed("turbosparse_mixtral_8x7b", "engine=zero3"))
+    assert on_gpus.device.total > GPU_BYTES
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "sliding_window": None,
+}
+
+
+def kept_for_backward(model: torch.nn.Module, num_tokens: int) -> int:
+    """Bytes of all tensors that autograd keeps, without the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in parameters:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(input_ids=torch.zeros(1, num_tokens, dtype=torch.long), use_cache=False)
+    assert output.logits is not None
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "reglu", "drelu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("experts", [False, True])
+def test_activation_bytes_are_what_autograd_keeps(
+    activation: str, dtype: torch.dtype, experts: bool
+) -> None:
+    num_tokens = 128
+    measured = {}
+    for layers in (1, 3):
+        fields = {**TINY, "num_hidden_layers": layers, "ffn_activation": activation}
+        config = (
+            SparseMixtralConfig(num_local_experts=4, **fields)
+            if experts
+            else SparseMistralConfig(**fields)
+        )
+        model = MODEL_CLASSES[config.model_type](config)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        measured[layers] = kept_for_backward(model, num_tokens)
+    per_token = (measured[3] - measured[1]) / 2 / num_tokens
+    architecture = Architecture.of(config.to_dict(), None, 2)
+    estimate = layer_activation_bytes(architecture, activation, dtype.itemsize)
+    assert estimate == pytest.approx(per_token, rel=0.03)
+
+
+def test_gradient_checkpointing_keeps_less() -> None:
+    overrides = ["training.gradient_checkpointing=false"]
+    without = make_plan(composed("turbosparse_mistral_7b", *overrides)).device
+    with_it = make_plan(composed("turbosparse_mistral_7b")).device
+    assert with_it.activations_bytes < without.activations_bytes / 5
+
+
+def test_steps_and_tokens_of_turbosparse() -> None:
+    plan = make_plan(composed("turbosparse_mistral_7b"))
+    assert plan.num_steps == 17_881
+    assert plan.warmup_steps == 1000
+    assert plan.accumulation_steps * plan.processes * 4 == 2048
+    assert plan.num_windows * 4096 == plan.num_tokens
+    assert plan.tokens_per_source["wanjuan_cc"] == pytest.approx(0.7355 * 150e9, rel=1e-3)
+
+
+@given(
+    budget_tokens=st.integers(100_000, 10**12), share=st.floats(0, 1), window=st.integers(1, 512)
+)
+@settings(max_examples=25, deadline=None)
+def test_every_token_has_a_source(budget_tokens: int, share: float, window: int) -> None:
+    recipe = deepcopy(composed("smollm2_135m"))
+    recipe.training.budget_tokens, recipe.training.window_tokens = budget_tokens, window
+    recipe.mixture.instruction_token_share = share
+    plan = make_plan(recipe)
+    assert sum(plan.tokens_per_source.values()) == plan.num_tokens <= budget_tokens
+    assert budget_tokens - plan.num_tokens < recipe.step_tokens
+    assert min(plan.tokens_per_source.values()) >= 0
