@@ -21,14 +21,24 @@ from omegaconf import OmegaConf
 
 from sparsify.errors import RecipeError, nearest
 from sparsify.files import write_text
-from sparsify.recipe import MixtureSection, Recipe
+from sparsify.recipe import EXECUTION_SETTINGS, MixtureSection, Recipe
 from sparsify.recipe_errors import GROUPS, OWN_FILE, RECIPE_GROUPS, recipe_errors
 from sparsify.recipe_rules import check_mixture, validate
 
 YAML = (".yaml", ".yml")
 Section = TypeVar("Section")
 PACKAGE = Path(__file__).parent
-NEUTRAL_OVERRIDES = ("run_dir=", "cache_dir=", "name=", "launch.", "tracking.", "checkpoint.")
+NEUTRAL_OVERRIDES = (
+    "run_dir=",
+    "cache_dir=",
+    "name=",
+    "launch.",
+    "tracking.",
+    "checkpoint.",
+    "eval.",
+    "eval=",
+    *(f"training.{key}=" for key in EXECUTION_SETTINGS),
+)
 """Overrides that do not change what is trained."""
 MAX_NAME_CHARACTERS = 120
 

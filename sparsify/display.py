@@ -44,7 +44,7 @@ def recipes_table(rows: dict[str, str]) -> RenderableType:
 def layers_table(report: SparsityReport) -> Table:
     """Share of exact zeros of every layer, as numbers and as a bar."""
     table = _table(
-        f"Exact zeros by layer ({report.num_tokens:,} held-out tokens)",
+        f"Exact zeros by layer (measured on {report.num_tokens:,} tokens)",
         "layer",
         "gate",
         "up",
@@ -103,21 +103,28 @@ def run_summary(result: RunResult) -> RenderableType:
 
 
 def _places(path: Path) -> RenderableType:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_row("[bold]Report[/bold]", f"{path / 'report' / 'index.html'}")
-    table.add_row("[bold]Export[/bold]", f"{path / 'export'}")
-    table.add_row("[bold]Metrics[/bold]", f"{path / 'metrics.jsonl'}")
-    return table
+    places = {
+        "Report": path / "report" / "index.html",
+        "Export": path / "export",
+        "Metrics": path / "metrics.jsonl",
+    }
+    return "\n".join(
+        f"[bold]{name:8}[/bold] {escape(str(place))}" for name, place in places.items()
+    )
 
 
 def _next_commands(result: RunResult) -> RenderableType:
     path = result.run.path
-    rows = [
-        ("another mixture ratio", "sparsify train quickstart mixture.instruction_token_share=0.3"),
-        ("how sparse it is on your own text", f"sparsify report {path} --on YOUR_TEXT.txt"),
-        ("a bundle to give away", f"sparsify export {path} --to my-sparse-model"),
+    ratio = f"sparsify train {result.given} mixture.instruction_token_share=0.3"
+    commands = {
+        "another mixture ratio": ratio,
+        "how sparse it is on your own text": f"sparsify report {path} --on YOUR_TEXT.txt",
+        "a bundle to give away": f"sparsify export {path} --to my-sparse-model",
+    }
+    lines = [
+        f"  [dim]# {purpose}[/dim]\n  [cyan]{escape(command)}[/cyan]"
+        for purpose, command in commands.items()
     ]
-    lines = [f"  [dim]# {purpose}[/dim]\n  [cyan]{command}[/cyan]" for purpose, command in rows]
     return "\n".join(["[bold]Next[/bold]", *lines])
 
 
@@ -153,6 +160,7 @@ def swap_record(swap: Swap) -> dict[str, Any]:
         "num_tokens": swap.num_tokens,
         "loss_before": swap.loss_before,
         "loss_after": swap.loss_after,
+        "zeros_before": swap.zeros_before,
         "zeros_after": swap.zeros_after,
     }
 
@@ -165,7 +173,11 @@ def swap_table(swap: Swap) -> RenderableType:
         "loss",
         "exact zeros",
     )
-    table.add_row("swiglu, as it was", f"{swap.loss_before:.3f}", _share(0.0))
+    table.add_row(
+        f"{swap.converted.config.base_ffn_activation}, as it was",
+        f"{swap.loss_before:.3f}",
+        _share(swap.zeros_before),
+    )
     table.add_row(
         swap.converted.config.ffn_activation, f"{swap.loss_after:.3f}", _share(swap.zeros_after)
     )

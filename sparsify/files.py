@@ -71,14 +71,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: If the disk or the folder refuses.
     """
-    path = path.absolute()  # "." has no name to put anything beside
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    whole = path.absolute()  # "." has no name to put anything beside
+    partial = whole.with_name(f".{whole.name}.partial-{os.getpid()}")
     with storage_errors(path):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
-            replace_folder(partial, path)
+            replace_folder(partial, whole)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +29,7 @@ from sparsify.files import storage_errors, write_json
 from sparsify.mixture.heldout import mixture_windows, windows_from
 from sparsify.mixture.lock import check_lock, read_lock, write_lock
 from sparsify.mixture.windows import Window, collate
-from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
+from sparsify.recipe import EXECUTION_SETTINGS, FFN_ACTIVATIONS, ModelSection, Recipe
 from sparsify.recipe_rules import check_choice
 from sparsify.sparsity.report import SparsityReport, measure, read_report, write_report
 from sparsify.training.checkpoints import latest_checkpoint, read_state
@@ -49,6 +51,8 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify
 class RunResult:
     """A finished run, and what there is to show of it."""
 
+    given: str
+    """Recipe name or path as the user gave it."""
     run: RunFolder
     recipe: Recipe
     report: SparsityReport
@@ -76,7 +80,7 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult:
     if recipe.control.ffn_activation is not None:
         say(f"Control: {recipe.control.ffn_activation} on the same tokens")
         trained |= train_run(_control_recipe(recipe, run), run.control, say)
-    return _finish(recipe, run, say, anew=trained)
+    return _finish(name_or_path, recipe, run, say, anew=trained)
 
 
 def train_run(recipe: Recipe, run: RunFolder, say: Say) -> bool:
@@ -145,7 +149,7 @@ def _open_run(recipe: Recipe, run: RunFolder) -> None:
 def _check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
     for section in IDENTITY_SECTIONS:
         old, new = asdict(getattr(before, section)), asdict(getattr(now, section))
-        changed = [key for key in old if old[key] != new.get(key)]
+        changed = [key for key in old if old[key] != new.get(key) and key not in EXECUTION_SETTINGS]
         if changed:
             key = changed[0]
             raise RunError(
@@ -221,17 +225,15 @@ def _ingest_progress(say: Say) -> Callable[[str, int, int], None]:
     return progress
 
 
-def _finish(recipe: Recipe, run: RunFolder, say: Say, *, anew: bool) -> RunResult:
+def _finish(given: str, recipe: Recipe, run: RunFolder, say: Say, *, anew: bool) -> RunResult:
     """Report and export of a trained run; reused when nothing was trained since."""
-    from shutil import rmtree
-
     samples_path = run.path / "samples.json"
     if anew or not run.report.is_dir():
         report, _ = make_report(str(run.path), None, recipe.eval.report_tokens, run.report, say)
     else:
         report = read_report(run.report)
     if anew or not run.export.is_dir() or not samples_path.is_file():
-        rmtree(run.export, ignore_errors=True)  # ours, of an earlier checkpoint of this run
+        shutil.rmtree(run.export, ignore_errors=True)  # ours, of an earlier checkpoint of this run
         bundle = export(run.path, run.export, recipe.eval.sample_prompts, recipe.eval.sample_tokens)
         write_json(
             samples_path,
@@ -239,7 +241,7 @@ def _finish(recipe: Recipe, run: RunFolder, say: Say, *, anew: bool) -> RunResul
         )
     written = json.loads(samples_path.read_text())
     samples = list(zip(recipe.eval.sample_prompts, written["samples"], strict=False))
-    return RunResult(run, recipe, report, samples, written["checked"])
+    return RunResult(given, run, recipe, report, samples, written["checked"])
 
 
 def make_report(
@@ -267,9 +269,8 @@ def make_report(
     if loaded.trained is not None:
         report.stages = stages(loaded.trained.run)
         report.trajectory = trajectory(loaded.trained.run)
-    default = (
-        loaded.trained.run.report if loaded.trained else Path("reports") / Path(model_or_run).name
-    )
+    name = re.sub("[^-.0-9A-Za-z_]+", "-", model_or_run).strip("-.")
+    default = loaded.trained.run.report if loaded.trained else Path("reports") / name
     folder = to or default
     write_report(report, statistics, folder)
     return report, folder
@@ -300,6 +301,7 @@ class Swap:
     num_tokens: int
     loss_before: float
     loss_after: float
+    zeros_before: float
     zeros_after: float
 
 
@@ -328,7 +330,7 @@ def convert_model(source: str, ffn_activation: str, to: Path, on: str, num_token
         measure(
             load_sparse(to, activation), (collate([w]) for w in windows), name=str(to), text=text
         )[0]
-        for activation in ("swiglu", ffn_activation)
+        for activation in (converted.config.base_ffn_activation, ffn_activation)
     ]
     return Swap(
         converted,
@@ -336,6 +338,7 @@ def convert_model(source: str, ffn_activation: str, to: Path, on: str, num_token
         reports[1].num_tokens,
         reports[0].loss,
         reports[1].loss,
+        reports[0].product_zeros,
         reports[1].product_zeros,
     )
 

@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import MISSING
 
 FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
+EXECUTION_SETTINGS = ("micro_batch_windows", "gradient_checkpointing")
+"""Settings of `training` that change how a step is computed, but not which one: a run may go on with others."""
 
 
 @dataclass

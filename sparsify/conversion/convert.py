@@ -27,7 +27,7 @@ from sparsify.conversion.folder import (
     write_config,
 )
 from sparsify.conversion.source import SourceCheckpoint, check_tensors, locate, read_checkpoint
-from sparsify.conversion.upcycle import upcycle
+from sparsify.conversion.upcycle import check_dense, upcycle
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder
 from sparsify.models import MODEL_CLASSES, SparseConfig
@@ -80,11 +80,28 @@ def convert(
             write = _write_gguf if path.is_file() else _write_swapped
             config = write(model, path, ffn_activation, partial)
             origin = model.source
-        check_tokenizer(load_tokenizer(partial), config, model.tokenizer or origin)
+        _check_tokenizer(model, config, partial, origin)
         if model.upcycle_experts is not None:
             config = _write_upcycled(model, partial, seed)
             origin += f", upcycled to {model.upcycle_experts} experts"
     return Converted(to, config, origin)
+
+
+def _held_as(
+    model: ModelSection, config: dict[str, Any], ffn_activation: str, where: str
+) -> SparseConfig:
+    """The configuration to hold a checkpoint with, after everything that it alone can tell against the recipe."""
+    held = sparse_config(config, ffn_activation, where)
+    held.base_ffn_activation = config.get("ffn_activation", "swiglu")
+    _check_architecture(model, config)
+    if model.upcycle_experts is not None:
+        check_dense(held, model.upcycle_experts)
+    return held
+
+
+def _check_tokenizer(model: ModelSection, config: SparseConfig, folder: Path, origin: str) -> None:
+    where = model.tokenizer or origin
+    check_tokenizer(load_tokenizer(folder, where), config, where)
 
 
 def _tokenizer_folder(model: ModelSection, default: Path) -> Path:
@@ -95,8 +112,7 @@ def _write_swapped(
     model: ModelSection, path: Path, ffn_activation: str, folder: Path
 ) -> SparseConfig:
     checkpoint = read_checkpoint(path)
-    config = sparse_config(checkpoint.config, ffn_activation, str(path))
-    _check_architecture(model, checkpoint.config)
+    config = _held_as(model, checkpoint.config, ffn_activation, str(path))
     expected = tensor_shapes(config)
     needless = {
         key
@@ -144,7 +160,8 @@ def _load_gguf(path: Path) -> PreTrainedModel:
     with path.open("rb") as file:
         if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
             raise ModelError(
-                f"{path} is a file, but no GGUF file.", allowed="A checkpoint folder or a GGUF file."
+                f"{path} is a file, but no GGUF file.",
+                allowed="A checkpoint folder or a GGUF file.",
             )
     missing = [name for name in GGUF_PACKAGES if find_spec(name) is None]
     if missing:
@@ -165,8 +182,7 @@ def _load_gguf(path: Path) -> PreTrainedModel:
 
 def _write_gguf(model: ModelSection, path: Path, ffn_activation: str, folder: Path) -> SparseConfig:
     dense = _load_gguf(path)
-    config = sparse_config(dense.config.to_dict(), ffn_activation, path.name)
-    _check_architecture(model, dense.config.to_dict())
+    config = _held_as(model, dense.config.to_dict(), ffn_activation, path.name)
     sparse = MODEL_CLASSES[config.model_type](config).to(torch.bfloat16)
     sparse.load_state_dict(dense.state_dict(), strict=True)
     sparse.save_pretrained(folder)
@@ -182,7 +198,7 @@ def _write_random(
     model: ModelSection, ffn_activation: str, folder: Path, seed: int, dtype: torch.dtype
 ) -> SparseConfig:
     assert model.tokenizer is not None
-    config = sparse_config(dict(model.architecture), ffn_activation, "model.architecture")
+    config = _held_as(model, dict(model.architecture), ffn_activation, "model.architecture")
     torch.manual_seed(seed)
     MODEL_CLASSES[config.model_type](config).to(dtype).save_pretrained(folder)
     write_config(config, folder, dtype)

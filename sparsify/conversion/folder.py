@@ -17,14 +17,13 @@ from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig, SparseMo
 from sparsify.models.modeling_sparse_mistral import SparseMistralMLP
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
+    *VOCABULARIES,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "vocab.json",
     "merges.txt",
 )
 
@@ -98,23 +97,30 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, where: str = "") -> PreTrainedTokenizerFast:
     """Loads the tokenizer of a checkpoint folder.
+
+    Args:
+        folder: Where its files are.
+        where: What to call that in messages; `folder` unless given.
 
     Raises:
         ModelError: If the folder has none that can be read.
     """
     try:
+        if not any((folder / name).is_file() for name in VOCABULARIES):
+            raise OSError(f"it has none of {', '.join(VOCABULARIES)}")
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
         raise ModelError(
-            f"{folder} has no tokenizer that can be read: {str(error).splitlines()[0]}",
+            f"{where or folder} has no tokenizer that can be read: {reason}",
             allowed="tokenizer.json with tokenizer_config.json, or tokenizer.model with tokenizer_config.json.",
-            next_step="Copy the tokenizer files of the base model into this folder, or set model.tokenizer.",
+            next_step="Copy the tokenizer files of the base model there, or set model.tokenizer.",
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(
-            f"{folder} has a {type(tokenizer).__name__}, which is not backed by the tokenizers library.",
+            f"{where or folder} has a {type(tokenizer).__name__}, which is not backed by the tokenizers library.",
             next_step="Convert it to tokenizer.json, or name another one by model.tokenizer.",
         )
     return tokenizer

@@ -87,6 +87,7 @@ def read_checkpoint(folder: Path) -> SourceCheckpoint:
         raise ModelError(
             f"{folder} is no checkpoint: it has no config.json.",
             allowed="A folder with config.json, safetensors weights and a tokenizer.",
+            next_step=NEXT_STEP,
         )
     config = _read_json(folder / "config.json")
     shards = _shard_paths(folder)
@@ -141,7 +142,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+        raise ModelError(
+            f"{path} cannot be read as JSON: {error}", next_step="Download or copy this file again."
+        ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object.")
     return value

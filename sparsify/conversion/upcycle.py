@@ -6,6 +6,7 @@ import torch
 
 from sparsify.errors import ModelError
 from sparsify.models import (
+    SparseConfig,
     SparseMistralConfig,
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
@@ -13,6 +14,20 @@ from sparsify.models import (
 )
 
 DENSE_ONLY_FIELDS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version")
+
+
+def check_dense(config: SparseConfig, num_experts: int) -> None:
+    """Refuses to upcycle what has experts already.
+
+    Raises:
+        ModelError: If the configuration is that of a Mixtral.
+    """
+    if not isinstance(config, SparseMistralConfig):
+        raise ModelError(
+            f"model.upcycle_experts is {num_experts}, but the model is {config.model_type} already.",
+            allowed="Only a dense model can be turned into one with experts.",
+            next_step="Leave model.upcycle_experts out.",
+        )
 
 
 def upcycle(
@@ -32,11 +47,7 @@ def upcycle(
     Raises:
         ModelError: If the model has experts already.
     """
-    if not isinstance(dense.config, SparseMistralConfig):
-        raise ModelError(
-            f"model.upcycle_experts is {num_experts}, but the model is {dense.config.model_type} already.",
-            next_step="Leave model.upcycle_experts out.",
-        )
+    check_dense(dense.config, num_experts)
     fields = {
         key: value for key, value in dense.config.to_dict().items() if key not in DENSE_ONLY_FIELDS
     }

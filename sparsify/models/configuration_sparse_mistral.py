@@ -17,6 +17,8 @@ class SparseMistralConfig(MistralConfig):
     model_type = "sparse_mistral"
 
     ffn_activation: str = "swiglu"
+    base_ffn_activation: str = "swiglu"
+    """Activation of the checkpoint that this one was converted from."""
 
 
 AutoConfig.register(SparseMistralConfig.model_type, SparseMistralConfig, exist_ok=True)

@@ -13,6 +13,8 @@ class SparseMixtralConfig(MixtralConfig):
     model_type = "sparse_mixtral"
 
     ffn_activation: str = "swiglu"
+    base_ffn_activation: str = "swiglu"
+    """Activation of the checkpoint that this one was converted from."""
 
 
 AutoConfig.register(SparseMixtralConfig.model_type, SparseMixtralConfig, exist_ok=True)

@@ -107,7 +107,7 @@ def _firing_caption(report: SparsityReport, statistics: ActivationStatistics) ->
 
 
 def _stages_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
-    return f"Every stage on the same {report.num_tokens:,} tokens. Lower is better."
+    return "Validation loss on the same held-out windows of the run's mixture, sources weighted by token share. Lower is better."
 
 
 def _trajectory_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:

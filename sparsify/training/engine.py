@@ -85,7 +85,7 @@ def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseMo
     model = load_sparse(folder, recipe.activation.ffn_activation, dtype)
     del keep_alive
     if recipe.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 

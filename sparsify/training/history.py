@@ -9,12 +9,6 @@ from typing import Any
 from sparsify.sparsity.schema import Stage, Trajectory, TrajectoryPoint
 from sparsify.training.run_folder import RunFolder
 
-STAGE_NAMES = {
-    "dense_base": "dense base",
-    "after_swap": "right after the swap",
-    "training": "after training",
-}
-
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON-lines file; none when it is not there yet."""
@@ -36,7 +30,7 @@ def stages(run: RunFolder) -> list[Stage]:
     newest = {record["label"]: record for record in validation_records(run)}
     rows = [
         Stage(name=name, loss=newest[label]["loss"], zeros=newest[label]["zeros"])
-        for label, name in STAGE_NAMES.items()
+        for label, name in _stage_names(run).items()
         if label in newest
     ]
     control = [
@@ -56,9 +50,21 @@ def trajectory(run: RunFolder) -> Trajectory:
     return Trajectory(sparse=_points(run), control=_points(run.control))
 
 
+def _stage_names(run: RunFolder) -> dict[str, str]:
+    if not run.initial.is_dir():
+        return {}
+    config = json.loads((run.initial / "config.json").read_text(encoding="utf-8"))
+    base = config["base_ffn_activation"]
+    return {
+        "base": "dense base" if base == "swiglu" else f"{base} base",
+        "after_swap": "right after the swap",
+        "training": "after training",
+    }
+
+
 def _points(run: RunFolder) -> list[TrajectoryPoint]:
-    activation = run.load_recipe().activation.ffn_activation if run.recipe.is_file() else "swiglu"
-    start = "dense_base" if activation == "swiglu" else "after_swap"
+    records = validation_records(run)
+    start = "after_swap" if any(record["label"] == "after_swap" for record in records) else "base"
     layers = {(line["tokens"], line["label"]): line["layers"] for line in read_lines(run.sparsity)}
     return [
         TrajectoryPoint(
@@ -67,6 +73,6 @@ def _points(run: RunFolder) -> list[TrajectoryPoint]:
             zeros=record["zeros"],
             layers=layers.get((record["tokens"], record["label"])),
         )
-        for record in validation_records(run)
+        for record in records
         if record["label"] in ("training", start)
     ]

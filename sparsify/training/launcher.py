@@ -6,6 +6,7 @@ Everything is resolved before the ranks start: they are handed a run folder and 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from types import FrameType
 
 import torch
 
-from sparsify.errors import RunError, UserError
+from sparsify.errors import RunError, StorageError, UserError
 from sparsify.files import storage_errors
 from sparsify.recipe import LaunchSection
 from sparsify.training.run_folder import RunFolder
@@ -28,6 +29,7 @@ USER_ERROR = 2
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 LOG_TAIL_LINES = 30
+LEAST_FREE_BYTES = 64 * 1024
 
 
 class Interrupted(Exception):
@@ -148,6 +150,12 @@ def _raise_for(rank: int, code: int, log: Path) -> None:
             "The same command goes on from the last checkpoint."
             if name == "SIGKILL"
             else "The same command goes on from the last checkpoint.",
+        )
+    if shutil.disk_usage(log).free < LEAST_FREE_BYTES:
+        # Metrics and the log itself stand on that disk, so the rank could not say so.
+        raise StorageError(
+            f"Rank {rank} failed while the disk of {log} was full.",
+            next_step="Free space, then run the same command again: it goes on from the last checkpoint.",
         )
     raise RuntimeError(f"rank {rank} failed with exit code {code} (whole log: {log}):\n{tail}")
 

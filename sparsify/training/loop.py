@@ -140,11 +140,14 @@ def _accumulate(session: Session, batch: dict[str, torch.Tensor], num_labels: in
 def _validate_start(session: Session) -> None:
     """Before any training: the base with its own activation, then what the swap alone made of it."""
     model, activation = session.engine.module, session.recipe.activation.ffn_activation
-    if session.recipe.model.init == "pretrained" and activation != "swiglu":
-        model.set_ffn_activation("swiglu")
-        _validate(session, "dense_base")
+    base = model.config.base_ffn_activation
+    if session.recipe.model.init == "pretrained" and activation != base:
+        model.set_ffn_activation(base)
+        _validate(session, "base")
         model.set_ffn_activation(activation)
-    _validate(session, "after_swap" if activation != "swiglu" else "dense_base")
+        _validate(session, "after_swap")
+    else:
+        _validate(session, "base")
 
 
 def _validate(session: Session, label: str) -> None:

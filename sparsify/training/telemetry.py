@@ -72,7 +72,7 @@ class Telemetry:
             step: Finished steps.
             seen_tokens: Training tokens seen.
             result: What the pass found.
-            label: `dense_base`, `after_swap` or `training`.
+            label: `base`, `after_swap` or `training`.
         """
         if self._silent:
             return
@@ -97,7 +97,7 @@ class Telemetry:
         if self._progress is not None:
             self._progress.stop()
         if self._wandb is not None:
-            self._wandb.finish(quiet=True)
+            self._wandb.finish()
 
     def _line(self, seen_tokens: int, loss: float, tokens_per_second: float) -> str:
         left_seconds = (self._budget_tokens - seen_tokens) / max(tokens_per_second, 1e-9)

@@ -7,76 +7,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
+from tests.conftest import STEPS, Command, Setup
+
+pytestmark = pytest.mark.xdist_group("runs")
+
 SIX_MATRIX = [(kind, stage) for kind in ("mistral", "mixtral") for stage in (1, 2, 3)]
-STEPS = 8
 START_SECONDS = 240
-
-
-class Setup(NamedTuple):
-    """One way to train the small model."""
-
-    kind: str
-    stage: int
-    processes: int
-    precision: str
-
-
-class Command:
-    """Builds the command of a setup, with the run folder of its own."""
-
-    def __init__(self, recipe: Path, mixture: Path, stock: dict[str, Path], root: Path) -> None:
-        self._recipe, self._mixture, self._stock, self.root = recipe, mixture, stock, root
-
-    def __call__(self, setup: Setup, run: Path) -> list[str]:
-        program = "from sparsify.cli import main; main()"
-        overrides = [
-            f"mixture={self._mixture}",
-            f"model.source={self._stock[setup.kind]}",
-            f"engine=zero{setup.stage}",
-            f"launch.processes={setup.processes}",
-            f"training.precision={setup.precision}",
-            f"training.budget_tokens={STEPS * 512}",
-            "eval.every_tokens=2048",
-            f"run_dir={run}",
-            f"cache_dir={self.root / 'cache'}",
-        ]
-        return [sys.executable, "-c", program, "train", str(self._recipe), "--json", *overrides]
-
-
-@pytest.fixture(scope="session")
-def command(
-    recipe_file: Path,
-    mixture_file: Path,
-    stock: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Command:
-    return Command(recipe_file, mixture_file, stock, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="session")
-def finished(command: Command) -> Callable[[Setup], tuple[Path, dict]]:
-    """Trains a setup from beginning to end, once, and returns its run folder and what the command printed."""
-    done: dict[Setup, tuple[Path, dict]] = {}
-
-    def train(setup: Setup) -> tuple[Path, dict]:
-        if setup not in done:
-            run = command.root / "-".join(map(str, setup))
-            result = subprocess.run(
-                command(setup, run), capture_output=True, text=True, check=False
-            )
-            assert result.returncode == 0, result.stdout + result.stderr
-            done[setup] = run, json.loads(result.stdout[result.stdout.index("\n{") :])
-        return done[setup]
-
-    return train
 
 
 def lines(path: Path) -> list[dict]:

@@ -113,6 +113,7 @@ def test_other_expert_backends_are_refused(backend: str) -> None:
     ids=["mistral", "mixtral"],
 )
 def test_no_logit_depends_on_another_document_of_the_window(model: torch.nn.Module) -> None:
+    torch.manual_seed(0)
     model.eval()
     position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
     first, other = torch.randint(0, 2048, (2, 1, 12))
@@ -124,7 +125,8 @@ def test_no_logit_depends_on_another_document_of_the_window(model: torch.nn.Modu
     before = model(first, position_ids=position_ids, use_cache=False).logits[:, 5:8]
     after = model(mixed, position_ids=position_ids, use_cache=False).logits[:, 5:8]
     alone = model(first[:, 5:8], use_cache=False).logits
-    assert torch.equal(before, after)
+    # Experts multiply their tokens together, so a neighbour may change the order of a sum, not more.
+    torch.testing.assert_close(before, after, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(before, alone, atol=1e-5, rtol=1e-4)
 
 

@@ -1,0 +1,148 @@
+"""The bundle is what was trained, loads for a stranger, and is refused when it is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsify.conversion.folder import load_sparse, load_tokenizer
+from sparsify.errors import ExportError
+from sparsify.export.acceptance import accept
+from sparsify.export.bundle import export
+from sparsify.export.weights import find_trained, load_trained
+from tests.conftest import Setup
+
+pytestmark = pytest.mark.xdist_group("runs")
+Finished = Callable[[Setup], tuple[Path, dict]]
+
+STRANGER = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, pipeline
+bundle = sys.argv[1]
+ids = torch.arange(3, 43)[None]
+model = AutoModelForCausalLM.from_pretrained(bundle, trust_remote_code=True)
+text = pipeline("text-generation", model=bundle, trust_remote_code=True)("code 1:", max_new_tokens=3)
+assert not any(name.split(".")[0] == "sparsify" for name in sys.modules)
+print(json.dumps({"logits": model(ids).logits.double().tolist(), "text": text[0]["generated_text"]}))
+"""
+
+
+@pytest.fixture(scope="module", params=["mistral", "mixtral"])
+def trained(request: pytest.FixtureRequest, finished: Finished) -> Path:
+    return finished(Setup(request.param, 3 if request.param == "mixtral" else 1, 2, "bf16"))[0]
+
+
+def run_stranger(code: str, bundle: Path, scratch: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
+    command = [sys.executable, "-I", "-c", code, str(bundle)]
+    return subprocess.run(
+        command, env=environment, cwd=scratch, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_stranger_gets_the_trained_logits(trained: Path, tmp_path: Path) -> None:
+    result = run_stranger(STRANGER, trained / "export", tmp_path)
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout.splitlines()[-1])
+    found = find_trained(trained)
+    assert found is not None
+    expected = load_trained(found)(torch.arange(3, 43)[None]).logits.double()
+    assert torch.equal(torch.tensor(answer["logits"], dtype=torch.float64), expected)
+    assert answer["text"].startswith("code 1:")
+
+
+def test_without_remote_code_it_fails_loudly(trained: Path, tmp_path: Path) -> None:
+    code = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
+    result = run_stranger(code, trained / "export", tmp_path)
+    assert result.returncode != 0
+    assert "trust_remote_code" in result.stderr
+
+
+def test_the_bundle_is_complete_and_its_sums_hold(trained: Path) -> None:
+    bundle = trained / "export"
+    sums = dict(
+        reversed(line.split("  ")) for line in (bundle / "SHA256SUMS").read_text().splitlines()
+    )
+    for name, expected in sums.items():
+        assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == expected, name
+    files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
+    assert files - {"SHA256SUMS"} == set(sums)
+    assert files >= {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "ffn_activation.py",
+        "tokenizer.json",
+        "tokenizer.model",
+        "README.md",
+        "sparsity/report.json",
+        "sparsity/per_layer.csv",
+        "sparsity/index.html",
+        "training/recipe.yaml",
+        "training/mixture.lock.json",
+        "training/metrics.jsonl",
+        "training/environment.json",
+    }
+
+
+def test_the_card_tells_the_measured_numbers(trained: Path) -> None:
+    card = (trained / "export" / "README.md").read_text()
+    report = json.loads((trained / "report" / "report.json").read_text())
+    assert f"{100 * report['product_zeros']:.1f}% of its feed-forward activations" in card
+    for stage in report["stages"]:
+        assert f"| {stage['name']} | {stage['loss']:.3f} |" in card
+    assert "No dense control was trained" in card
+    assert "| questions | instruction | 0.2500 | 1,024 |" in card
+
+
+def test_generation_with_cache_and_padding_equals_plain_forwards(trained: Path) -> None:
+    bundle = trained / "export"
+    model, tokenizer = load_sparse(bundle, dtype=torch.float32), load_tokenizer(bundle)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    prompts = ["code 1: word1", "What is 7? It is a longer prompt than the other"]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+    together = model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=2)[:, -5:]
+    for row, prompt in enumerate(prompts):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        for _ in range(5):
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        assert torch.equal(ids[0, -5:], together[row])
+
+
+def test_an_export_never_overwrites(trained: Path) -> None:
+    before = (trained / "export" / "SHA256SUMS").read_bytes()
+    with pytest.raises(ExportError, match="exists already; an export never overwrites"):
+        export(trained, trained / "export")
+    assert (trained / "export" / "SHA256SUMS").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["weights", "activation"])
+def test_a_bundle_that_answers_differently_is_refused(
+    damage: str, finished: Finished, tmp_path: Path
+) -> None:
+    run, _ = finished(Setup("mistral", 1, 2, "bf16"))
+    bundle = tmp_path / "bundle"
+    shutil.copytree(run / "export", bundle)
+    reference = next((run / "checkpoints").glob("step-*")) / "reference.safetensors"
+    if damage == "weights":
+        tensors = load_file(bundle / "model.safetensors")
+        tensors["model.layers.1.mlp.down_proj.weight"].neg_()
+        save_file(tensors, bundle / "model.safetensors", metadata={"format": "pt"})
+        words = "gives other logits than the trained model"
+    else:
+        config = json.loads((bundle / "config.json").read_text())
+        (bundle / "config.json").write_text(json.dumps(config | {"ffn_activation": "reglu"}))
+        words = "loads with reglu; it was trained with drelu"
+    with pytest.raises(ExportError, match=words):
+        accept(bundle, "drelu", "bf16", reference)
