@@ -45,7 +45,7 @@ MAX_NAME_CHARACTERS = 120
 
 def folder(name: str) -> Path:
     """Path of `recipes`, `data_mixtures` or `eval`: inside the installed package, else at the top of the checkout."""
-    installed = PACKAGE / "catalogue" / name
+    installed = PACKAGE / "_catalogue" / name
     return installed if installed.is_dir() else PACKAGE.parent / name
 
 

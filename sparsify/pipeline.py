@@ -26,7 +26,7 @@ from sparsify.errors import RecipeError, RunError
 from sparsify.export.bundle import Bundle, export
 from sparsify.export.weights import load
 from sparsify.files import storage_errors, write_json
-from sparsify.mixture.heldout import mixture_windows, windows_from
+from sparsify.mixture.heldout import check_text_or_mixture, mixture_windows, windows_from
 from sparsify.mixture.lock import check_lock, read_lock, write_lock
 from sparsify.mixture.windows import Window, collate
 from sparsify.recipe import EXECUTION_SETTINGS, FFN_ACTIVATIONS, ModelSection, Recipe
@@ -140,8 +140,10 @@ def _control_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
 
 def _open_run(recipe: Recipe, run: RunFolder) -> None:
     """Records what is to be run, or makes sure that it is what was begun."""
-    if run.recipe.is_file():
+    if run.mixture_lock.is_file():
         _check_same(run.load_recipe(), recipe, run)
+    elif run.initial.is_dir():
+        shutil.rmtree(run.initial)  # nothing was trained from it, and the recipe may be another now
     save_recipe(recipe, run.recipe)
     write_json(run.environment, environment())
 
@@ -259,6 +261,8 @@ def make_report(
     Returns:
         The report and the folder that holds it.
     """
+    if on is not None:
+        check_text_or_mixture(on)
     loaded = load(model_or_run)
     windows, text = _report_windows(loaded, on, num_tokens)
     say(f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in windows):,} tokens: {text}")
@@ -316,6 +320,7 @@ def convert_model(source: str, ffn_activation: str, to: Path, on: str, num_token
         num_tokens: Tokens to measure on.
     """
     check_choice("--activation", ffn_activation, FFN_ACTIVATIONS)
+    check_text_or_mixture(on)
     model = ModelSection(source=source)
     converted = convert(model, ffn_activation, to, seed=0, dtype=torch.bfloat16)  # nothing is drawn
     tokenizer = load_tokenizer(to)

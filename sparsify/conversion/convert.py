@@ -182,7 +182,11 @@ def _load_gguf(path: Path) -> PreTrainedModel:
 
 def _write_gguf(model: ModelSection, path: Path, ffn_activation: str, folder: Path) -> SparseConfig:
     dense = _load_gguf(path)
-    config = _held_as(model, dense.config.to_dict(), ffn_activation, path.name)
+    fields = dense.config.to_dict()
+    fields.pop(
+        "quantization_config", None
+    )  # it says how the file was; what was loaded is full precision
+    config = _held_as(model, fields, ffn_activation, path.name)
     sparse = MODEL_CLASSES[config.model_type](config).to(torch.bfloat16)
     sparse.load_state_dict(dense.state_dict(), strict=True)
     sparse.save_pretrained(folder)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsify.catalogue import load_mixture, mixture_names
+from sparsify.catalogue import YAML, load_mixture, mixture_names
 from sparsify.errors import MixtureError, nearest
 from sparsify.mixture.encoding import Encoder, Tokenizer, check_tokenizer
 from sparsify.mixture.sources import file_documents
@@ -39,19 +39,29 @@ def windows_from(
         MixtureError: If it is neither a file nor a mixture, or holds no text.
         RecipeError: If the mixture cannot be drawn.
     """
+    check_text_or_mixture(text_or_mixture)
     path = Path(text_or_mixture).expanduser()
-    if path.suffix not in (".yaml", ".yml") and path.is_file():
+    if path.suffix not in YAML and path.is_file():
         return _text_windows(path, tokenizer, num_tokens, window_tokens), path.name
-    if path.is_file() or text_or_mixture in mixture_names():
-        mixture = load_mixture(text_or_mixture)
-        windows = mixture_windows(
-            mixture,
-            tokenizer,
-            num_tokens=num_tokens,
-            window_tokens=window_tokens,
-            cache_dir=cache_dir,
-        )
-        return windows, f"held-out windows of mixture {mixture.name}"
+    mixture = load_mixture(text_or_mixture)
+    windows = mixture_windows(
+        mixture,
+        tokenizer,
+        num_tokens=num_tokens,
+        window_tokens=window_tokens,
+        cache_dir=cache_dir,
+    )
+    return windows, f"held-out windows of mixture {mixture.name}"
+
+
+def check_text_or_mixture(text_or_mixture: str) -> None:
+    """Refuses what is neither a file nor a mixture's name, before anything is done for it.
+
+    Raises:
+        MixtureError: With the nearest name.
+    """
+    if Path(text_or_mixture).expanduser().is_file() or text_or_mixture in mixture_names():
+        return
     raise MixtureError(
         f"{text_or_mixture!r} is neither a file nor a mixture.",
         allowed=f"{nearest(text_or_mixture, mixture_names())}Mixtures: {', '.join(mixture_names()) or 'none'}; "
