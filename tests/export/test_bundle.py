@@ -112,11 +112,16 @@ def test_generation_with_cache_and_padding_equals_plain_forwards(trained: Path) 
     tokenizer.padding_side = "left"
     prompts = ["code 1: word1", "What is 7? It is a longer prompt than the other"]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    together = model.generate(**batch, max_new_tokens=5, do_sample=False, pad_token_id=2)[:, -5:]
+    # Without min_new_tokens a row that happens to end its document would be padded from there on.
+    together = model.generate(
+        **batch, min_new_tokens=5, max_new_tokens=5, do_sample=False, pad_token_id=2
+    )[:, -5:]
     for row, prompt in enumerate(prompts):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         for _ in range(5):
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            logits = model(ids, use_cache=False).logits[:, -1]
+            logits[:, tokenizer.eos_token_id] = -torch.inf  # as min_new_tokens forbids it
+            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
         assert torch.equal(ids[0, -5:], together[row])
 
 
