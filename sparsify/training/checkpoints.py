@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 from sparsify.errors import RunError
 from sparsify.files import storage_errors, write_json, write_text
+from sparsify.training.engine import prepare_accelerator
 
 LATEST = "latest"
 STATE = "state.json"
@@ -187,14 +188,12 @@ def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     Raises:
         RunError: If a shard is missing or damaged.
     """
+    prepare_accelerator()  # unpickling imports DeepSpeed, which else announces the accelerator it found
     if read_state(checkpoint).zero_stage < 3:
         shard = checkpoint / "mp_rank_00_model_states.pt"
         # DeepSpeed's own shard of the user's own run: the one pickle that is trusted here.
         with _unreadable_shards(checkpoint):
             return torch.load(shard, map_location="cpu", weights_only=False)["module"]
-    from sparsify.training.engine import prepare_accelerator
-
-    prepare_accelerator()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     unheard = io.StringIO()
