@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -27,13 +27,15 @@ from sparsify.export.bundle import Bundle, export
 from sparsify.export.weights import load
 from sparsify.files import storage_errors, write_json
 from sparsify.mixture.heldout import check_text_or_mixture, mixture_windows, windows_from
-from sparsify.mixture.lock import check_lock, read_lock, write_lock
+from sparsify.mixture.ingest import Ingest
+from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.mixture.windows import Window, collate
 from sparsify.recipe import EXECUTION_SETTINGS, FFN_ACTIVATIONS, ModelSection, Recipe
 from sparsify.recipe_rules import check_choice
 from sparsify.sparsity.report import SparsityReport, measure, read_report, write_report
 from sparsify.training.checkpoints import latest_checkpoint, read_state
-from sparsify.training.data import lock_of, open_sources
+from sparsify.training.data import ingests_of, lock_of, open_sources, schedule_of
+from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.history import stages, trajectory
 from sparsify.training.launcher import launch
 from sparsify.training.run_folder import RunFolder
@@ -117,15 +119,23 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
         converted = _convert(recipe, run.initial)
         say(f"Model: {_describe(converted)}")
     _check_context(recipe, run)
-    _prepare_data(recipe, run, say)
     newest = latest_checkpoint(run.checkpoints)
     step = read_state(newest).step if newest else 0
     if step == recipe.num_steps:
         say(f"Trained already: {run.path}")
         return False
-    if step:
-        say(f"Going on from step {step:,} of {recipe.num_steps:,}")
-    launch(run, recipe.launch)
+    ingests = ingests_of(recipe, run)
+    with Feeder(run, ingests, recipe.launch.ingest_processes, _ingest_progress(say)) as feeder:
+        feeder.wait_until(can_begin)
+        _lock_data(recipe, run, ingests, say)
+        if step:
+            say(f"Going on from step {step:,} of {recipe.num_steps:,}")
+        launch(run, recipe.launch, feeder.check)
+        feeder.wait_until(is_done)
+    num_windows = recipe.num_steps * recipe.training.batch_windows
+    lock = lock_of(recipe, open_sources(ingests))
+    lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
+    write_lock(with_delivered(lock, schedule_of(recipe).counts(num_windows)), run.mixture_lock)
     return True
 
 
@@ -201,18 +211,22 @@ def _check_context(recipe: Recipe, run: RunFolder) -> None:
         )
 
 
-def _prepare_data(recipe: Recipe, run: RunFolder, say: Say) -> None:
-    """Tokenises what is not in the cache yet, and fixes in the lock what this run reads."""
-    lock = lock_of(recipe, open_sources(recipe, run, _ingest_progress(say)))
+def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest], say: Say) -> None:
+    """Fixes in the lock what this run reads, or makes sure that it is what the run began with."""
+    lock = lock_of(recipe, open_sources(ingests))
     if run.mixture_lock.is_file():
-        check_lock(read_lock(run.mixture_lock), lock)
+        before = read_lock(run.mixture_lock)
+        if not recipe.launch.accept_changed_data:
+            check_lock(before, lock)
+        lock.accepted_changes = before.accepted_changes + differences(before, lock)
     else:
-        write_lock(lock, run.mixture_lock)
         parts = (
-            f"{name} {source.token_share:.1%} ({source.epochs:.2f} epochs)"
+            f"{name} {source.token_share:.1%}"
+            + (f" ({source.epochs:.2f} epochs)" if source.epochs else " (still being tokenised)")
             for name, source in lock.sources.items()
         )
         say("Data: " + ", ".join(parts))
+    write_lock(lock, run.mixture_lock)
 
 
 def _ingest_progress(say: Say) -> Callable[[str, int, int], None]:

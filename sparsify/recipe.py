@@ -161,6 +161,10 @@ class LaunchSection:
     """Training processes on this machine, one GPU each where there are GPUs."""
     threads_per_process: int | None = None
     """CPU threads of each process; the machine's cores shared evenly unless given."""
+    ingest_processes: int = 1
+    """Processes that tokenise ahead of training, as long as there is something left to tokenise."""
+    accept_changed_data: bool = False
+    """Go on with a run although its text or its tokenizer changed since it began; the lock records it."""
 
 
 @dataclass

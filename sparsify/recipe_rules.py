@@ -69,6 +69,7 @@ def _check_numbers(recipe: Recipe) -> None:
         "eval.validation_windows_per_source": recipe.eval.validation_windows_per_source,
         "eval.report_tokens": recipe.eval.report_tokens,
         "launch.processes": recipe.launch.processes,
+        "launch.ingest_processes": recipe.launch.ingest_processes,
     }
     if recipe.launch.threads_per_process is not None:
         positive["launch.threads_per_process"] = recipe.launch.threads_per_process

@@ -1,173 +1,273 @@
-"""The files of a tokenised source: writing them shard by shard, and opening them memory-mapped."""
+"""The files of a tokenised source: shards of whole documents, written one after another and readable at once.
+
+    cache_dir/<fingerprint>/
+      source.json             dtype, loss mask, tokenizer; written first
+      tokens-00000.bin …      the documents of a shard one after another, uint16 or uint32
+      loss-00000.bin …        instruction sources only: 1 where a token carries loss as a target
+      documents-00000.npy …   length of each document, negative where it is held out of training
+      shards.jsonl            one line a finished shard, appended after its files are on disk
+
+A line with `"closed": true` never changes, so a reader may follow the file while it grows. Ingest ends with a line that
+is not closed: the shard that was left unfinished when the need was met. A later ingest writes that shard anew and
+goes on from there; so does one whose predecessor was killed.
+"""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack
+import json
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
-SHARD_TOKENS = 2**25
+from sparsify.files import write_text
 
-Shards = tuple[NDArray[Any], ...]
+SHARD_TOKENS = 2**23
+"""A shard is closed by the document that fills it: long enough to shuffle and pack in, short enough to wait for."""
+SHARDS_FILE, SOURCE_FILE = "shards.jsonl", "source.json"
+OPEN_SHARDS = 4
+
+IntArray = NDArray[np.int64]
 
 
-class SourceIndex(BaseModel):
-    """What a cache folder holds; written last, so a folder that has it is whole."""
+class SourceInfo(BaseModel):
+    """What all shards of a source have in common."""
 
-    num_documents: int
-    num_tokens: int
     token_dtype: str
     has_loss_mask: bool
-    complete: bool
-    """Whether the source was read to its end."""
     tokenizer: str
+    """Fingerprint of the tokenizer."""
+    end_token: int
+    """Id of the end-of-sequence token, with which packing fills what is left of a window."""
+
+
+class ShardRecord(BaseModel):
+    """One line of shards.jsonl."""
+
+    num_documents: int
+    train_tokens: int
+    held_out_tokens: int
+    read_documents: int
+    """Documents of the source that were read when the shard ended, those that were left out among them."""
+    closed: bool
+    complete: bool = False
+    """Whether the source ends here."""
 
 
 @dataclass(frozen=True)
-class CachedSource:
-    """An opened cache folder: see `SourceIndex`; arrays as in `tokens.TokenizedSource`."""
+class Shard:
+    """One opened shard.
 
-    index: SourceIndex
-    lengths: NDArray[np.int64]
-    held_out: NDArray[np.bool_]
-    token_shards: Shards
-    loss_shards: Shards
-
-
-def open_cache(folder: Path) -> CachedSource | None:
-    """Opens a cache folder; None if there is none or it is damaged."""
-    try:
-        index = SourceIndex.model_validate_json((folder / "index.json").read_text())
-        lengths = np.fromfile(folder / "lengths.bin", dtype=np.int64)
-        held_out = np.fromfile(folder / "held_out.bin", dtype=np.bool_)
-        tokens = _open_shards(folder, "tokens", np.dtype(index.token_dtype), index.num_tokens)
-        masked_tokens = index.num_tokens if index.has_loss_mask else 0
-        losses = _open_shards(folder, "loss", np.dtype(np.uint8), masked_tokens)
-    except (
-        OSError,
-        ValidationError,
-        ValueError,
-    ):  # ValueError: a shard shorter than the index says
-        return None
-    if not len(lengths) == len(held_out) == index.num_documents:
-        return None
-    return CachedSource(index, lengths, held_out, tokens, losses)
-
-
-def _open_shards(folder: Path, stem: str, dtype: np.dtype[Any], num_tokens: int) -> Shards:
-    sizes = [min(SHARD_TOKENS, num_tokens - first) for first in range(0, num_tokens, SHARD_TOKENS)]
-    return tuple(
-        np.memmap(folder / f"{stem}-{number:05d}.bin", dtype=dtype, mode="r", shape=(size,))
-        for number, size in enumerate(sizes)
-    )
-
-
-def read_shards(shards: Shards, start: int, stop: int) -> NDArray[Any]:
-    """Elements [start, stop) of the shards laid one after another."""
-    assert 0 <= start <= stop <= sum(map(len, shards)), (start, stop)
-    pieces = []
-    while start < stop:
-        number, offset = divmod(start, SHARD_TOKENS)
-        piece = shards[number][offset : offset + stop - start]
-        pieces.append(piece)
-        start += len(piece)
-    return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
-
-
-class CacheWriter:
-    """Writes a cache folder under a temporary name; renames it when the `with` block ends well.
-
-    Hold the folder's lock around it.
+    Attributes:
+        tokens: All documents one after another, memory-mapped.
+        loss: Which of them carry loss as a target, uint8; None when all do.
+        lengths: Tokens of each document. [D] int64
+        held_out: Documents kept from training. [D] bool
     """
 
-    def __init__(self, folder: Path, token_dtype: np.dtype[Any], *, has_loss_mask: bool) -> None:
-        self.folder, self.token_dtype, self.has_loss_mask = (
-            folder,
-            token_dtype,
-            has_loss_mask,
-        )
-        self.lengths: list[int] = []
-        self.held_out: list[bool] = []
-        self.num_tokens = self.num_train_tokens = self.num_held_out_tokens = 0
-        self._shards = ExitStack()
-        self._open: dict[str, IO[bytes]] = {}
+    tokens: NDArray[Any]
+    loss: NDArray[np.uint8] | None
+    lengths: IntArray
+    held_out: NDArray[np.bool_]
 
-    def __enter__(self) -> Self:
-        # Only the holder of the lock is here, so leftovers belong to a process that was killed.
-        for leftover in self.folder.parent.glob(f"{self.folder.name}.partial-*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        prefix = f"{self.folder.name}.partial-"
-        self.partial = Path(tempfile.mkdtemp(prefix=prefix, dir=self.folder.parent))
-        return self
+    @property
+    def starts(self) -> IntArray:
+        """Offset of each document's first token. [D] int64"""
+        return np.cumsum(self.lengths) - self.lengths
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._shards.close()
-        shutil.rmtree(self.partial, ignore_errors=True)
 
-    def add(
-        self,
-        ids: NDArray[np.unsignedinteger],
-        carries_loss: NDArray[np.bool_],
-        held_out: bool,
-    ) -> None:
-        """Appends one document."""
-        self._append("tokens", ids)
-        if self.has_loss_mask:
-            self._append("loss", carries_loss.astype(np.uint8))
-        self.lengths.append(len(ids))
-        self.held_out.append(held_out)
-        self.num_tokens += len(ids)
-        self.num_held_out_tokens += len(ids) * held_out
-        self.num_train_tokens += len(ids) * (not held_out)
+class SourceCache:
+    """Reads a cache folder, also one that another process is still writing."""
 
-    def finish(self, *, complete: bool, tokenizer: str) -> None:
-        """Writes lengths and index, and puts the folder in its place."""
-        self._shards.close()
-        np.array(self.lengths, dtype=np.int64).tofile(self.partial / "lengths.bin")
-        np.array(self.held_out, dtype=np.bool_).tofile(self.partial / "held_out.bin")
-        index = SourceIndex(
-            num_documents=len(self.lengths),
-            num_tokens=self.num_tokens,
-            token_dtype=self.token_dtype.name,
-            has_loss_mask=self.has_loss_mask,
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.records: list[ShardRecord] = []
+        self._closed_bytes = 0
+        self.shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+
+    @property
+    def info(self) -> SourceInfo | None:
+        """What source.json says, or None when there is none."""
+        try:
+            return SourceInfo.model_validate_json((self.folder / SOURCE_FILE).read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    @property
+    def num_closed(self) -> int:
+        """Shards that will never change."""
+        return len(self.records) - bool(self.records and not self.records[-1].closed)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the source was read to its end."""
+        return bool(self.records and self.records[-1].complete)
+
+    def refresh(self) -> None:
+        """Takes in the shards that were finished since the last call, up to one that is damaged."""
+        if self.info is None:
+            return
+        try:
+            with (self.folder / SHARDS_FILE).open("rb") as file:
+                file.seek(self._closed_bytes)
+                lines = file.read().splitlines(keepends=True)
+        except OSError:
+            return
+        info = self.info
+        assert info is not None
+        del self.records[self.num_closed :]
+        for line in lines:
+            try:
+                record = ShardRecord.model_validate_json(line)
+            except ValidationError:  # being written, or left by a process that was killed
+                break
+            if not self._is_whole(len(self.records), record, info):
+                break
+            self.records.append(record)
+            if record.closed:
+                self._closed_bytes += len(line)
+        self.shard.cache_clear()
+
+    def _is_whole(self, number: int, record: ShardRecord, info: SourceInfo) -> bool:
+        """Whether a shard's files are as long as its line says; a full disk or a careless hand leaves shorter ones."""
+        num_tokens = record.train_tokens + record.held_out_tokens
+        sizes = {
+            f"tokens-{number:05d}.bin": num_tokens * np.dtype(info.token_dtype).itemsize,
+            f"documents-{number:05d}.npy": record.num_documents * 8,
+        }
+        if info.has_loss_mask:
+            sizes[f"loss-{number:05d}.bin"] = num_tokens
+        try:
+            return all((self.folder / name).stat().st_size >= size for name, size in sizes.items())
+        except OSError:
+            return False
+
+    def _open_shard(self, number: int) -> Shard:
+        info, record = self.info, self.records[number]
+        assert info is not None
+        signed = np.load(self.folder / f"documents-{number:05d}.npy")
+        # A shard that was left unfinished may have grown since its line was read: the line counts.
+        signed = signed[: record.num_documents]
+        lengths = np.abs(signed)
+        size = int(lengths.sum())
+        tokens = _mapped(self.folder / f"tokens-{number:05d}.bin", info.token_dtype, size)
+        loss = None
+        if info.has_loss_mask:
+            loss = _mapped(self.folder / f"loss-{number:05d}.bin", "uint8", size)
+        return Shard(tokens, loss, lengths, signed < 0)
+
+
+def _mapped(path: Path, dtype: str, size: int) -> NDArray[Any]:
+    if not size:
+        return np.empty(0, dtype=dtype)
+    # A plain array over the mapping: memmap's own class makes every indexing slower.
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(size,)))
+
+
+class ShardWriter:
+    """Appends documents to a cache folder. Hold the folder's lock around it.
+
+    Args:
+        folder: The cache folder; what is closed in it is kept, what is not is written anew.
+        info: What all its shards have in common.
+    """
+
+    def __init__(self, folder: Path, info: SourceInfo) -> None:
+        self.folder, self.info = folder, info
+        folder.mkdir(parents=True, exist_ok=True)
+        self.cache = SourceCache(folder)
+        if self.cache.info != info:
+            for leftover in folder.iterdir():
+                leftover.unlink()
+            write_text(folder / SOURCE_FILE, info.model_dump_json(indent=2) + "\n")
+        self.cache.refresh()
+        del self.cache.records[self.cache.num_closed :]
+        self.records = self.cache.records
+        self.read_documents = self.records[-1].read_documents if self.records else 0
+        """Documents of the source that have been read: where to go on."""
+        self._forget_open_shard()
+        self._begin_shard()
+
+    @property
+    def train_tokens(self) -> int:
+        """Training tokens so far, the open shard's among them."""
+        return sum(record.train_tokens for record in self.records) + self._train_tokens
+
+    @property
+    def held_out_tokens(self) -> int:
+        """Held-out tokens so far."""
+        return sum(record.held_out_tokens for record in self.records) + self._held_out_tokens
+
+    def add(self, ids: NDArray[Any], carries_loss: NDArray[np.bool_], held_out: bool) -> None:
+        """Appends one document; closes the shard when it is full."""
+        self._tokens.write(ids.tobytes())
+        if self._loss is not None:
+            self._loss.write(carries_loss.astype(np.uint8).tobytes())
+        self._signed.append(-len(ids) if held_out else len(ids))
+        self._held_out_tokens += len(ids) * held_out
+        self._train_tokens += len(ids) * (not held_out)
+        if self._train_tokens + self._held_out_tokens >= SHARD_TOKENS:
+            self._shard_is_full = True
+
+    def end_batch(self, read_documents: int) -> None:
+        """Says how many documents of the source have been read, those that were left out among them."""
+        self.read_documents = read_documents
+        if self._shard_is_full:
+            self._end_shard(closed=True, complete=False)
+            self._begin_shard()
+
+    def finish(self, *, complete: bool) -> None:
+        """Writes what there is of the open shard; `complete` says that the source has no more."""
+        self._end_shard(closed=False, complete=complete)
+
+    def close(self) -> None:
+        """Lets go of the files; what `finish` did not write is written anew next time."""
+        for file in (self._tokens, self._loss):
+            if file is not None:
+                file.close()
+
+    def _begin_shard(self) -> None:
+        self._tokens = self._partial("tokens").open("wb")
+        self._loss: IO[bytes] | None = None
+        if self.info.has_loss_mask:
+            self._loss = self._partial("loss").open("wb")
+        self._signed: list[int] = []
+        self._train_tokens = self._held_out_tokens = 0
+        self._shard_is_full = False
+
+    def _end_shard(self, *, closed: bool, complete: bool) -> None:
+        self.close()
+        number = len(self.records)
+        with self._partial("documents").open("wb") as file:
+            np.save(file, np.array(self._signed, dtype=np.int64))
+        for stem, suffix in (("documents", "npy"), ("tokens", "bin"), ("loss", "bin")):
+            if self._partial(stem).exists():
+                self._partial(stem).replace(self.folder / f"{stem}-{number:05d}.{suffix}")
+        record = ShardRecord(
+            num_documents=len(self._signed),
+            train_tokens=self._train_tokens,
+            held_out_tokens=self._held_out_tokens,
+            read_documents=self.read_documents,
+            closed=closed,
             complete=complete,
-            tokenizer=tokenizer,
         )
-        (self.partial / "index.json").write_text(index.model_dump_json(indent=2))
-        shutil.rmtree(self.folder, ignore_errors=True)  # what stands there holds too little
-        self.partial.rename(self.folder)
+        with (self.folder / SHARDS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record.model_dump()) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if closed:
+            self.records.append(record)
 
-    def _append(self, stem: str, values: NDArray[Any]) -> None:
-        first = self.num_tokens
-        for number, piece in _split_at_shards(values, first):
-            self._shard(stem, number).write(piece.tobytes())
+    def _forget_open_shard(self) -> None:
+        lines = "".join(json.dumps(record.model_dump()) + "\n" for record in self.records)
+        path = self.folder / SHARDS_FILE
+        if not path.is_file() or path.read_text(encoding="utf-8") != lines:
+            write_text(path, lines)
 
-    def _shard(self, stem: str, number: int) -> IO[bytes]:
-        name = f"{stem}-{number:05d}.bin"
-        if name not in self._open:
-            self._open[name] = self._shards.enter_context((self.partial / name).open("wb"))
-        return self._open[name]
-
-
-def _split_at_shards(values: NDArray[Any], first: int) -> Iterator[tuple[int, NDArray[Any]]]:
-    """Shard number and piece of values whose first one has the index `first` over all shards."""
-    taken = 0
-    while taken < len(values):
-        number, offset = divmod(first + taken, SHARD_TOKENS)
-        piece = values[taken : taken + SHARD_TOKENS - offset]
-        yield number, piece
-        taken += len(piece)
+    def _partial(self, stem: str) -> Path:
+        return self.folder / f"{stem}.partial"

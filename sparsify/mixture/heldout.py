@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from sparsify.catalogue import YAML, load_mixture, mixture_names
 from sparsify.errors import MixtureError, nearest
 from sparsify.mixture.encoding import Encoder, Tokenizer, check_tokenizer
+from sparsify.mixture.ingest import mixture_ingests, text_documents
 from sparsify.mixture.sources import file_documents
-from sparsify.mixture.tokens import ingest_mixture, tokenize_in_memory
-from sparsify.mixture.windows import DocumentOrder, Window, held_out_windows, pack
+from sparsify.mixture.windows import Window, cut_windows, held_out_windows
 from sparsify.recipe import MixtureSection, SourceSection, token_shares
 
 
@@ -89,18 +87,18 @@ def mixture_windows(
         name: max(1, round(num_tokens * share / window_tokens))
         for name, share in token_shares(mixture).items()
     }
-    sources = ingest_mixture(
+    ingests = mixture_ingests(
         mixture,
         tokenizer,
-        budget_tokens=1,
+        train_tokens=dict.fromkeys(wanted, 1),
+        held_out_tokens=max(wanted.values()) * window_tokens,
         window_tokens=window_tokens,
         cache_dir=cache_dir,
-        held_out_tokens=max(wanted.values()) * window_tokens,
     )
     return [
         window
         for name, num_windows in wanted.items()
-        for window in held_out_windows(sources[name], window_tokens, num_windows)
+        for window in held_out_windows(ingests[name].run(), window_tokens, num_windows)
     ]
 
 
@@ -110,15 +108,12 @@ def _text_windows(
     check_tokenizer(tokenizer)
     encoder = Encoder(path.name, tokenizer, responses_only=False)
     documents = file_documents(path, SourceSection(token_share=1.0), str(path))
-    source = tokenize_in_memory(documents, encoder, num_tokens)
-    if not source.num_documents:
+    text = text_documents(documents, encoder, num_tokens)
+    if not len(text.lengths):
         raise MixtureError(
             f"{path} holds no text.", next_step="Choose a file with at least one document."
         )
-    order = DocumentOrder(np.arange(source.num_documents), source.lengths)
-    stop = min(num_tokens, source.num_validation_tokens)
+    stop = min(num_tokens, int(text.lengths.sum()))
     starts = range(0, stop, window_tokens)
-    return [
-        pack(source, list(order.pieces(start, min(start + window_tokens, stop))))
-        for start in starts
-    ]
+    spans = ((start, min(start + window_tokens, stop)) for start in starts)
+    return cut_windows(path.name, [text], spans)

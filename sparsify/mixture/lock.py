@@ -5,27 +5,33 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from sparsify.errors import RunError
 from sparsify.files import write_text
-from sparsify.mixture.plan import SourceSchedule
 from sparsify.mixture.tokens import TokenizedSource
 
 LOCK_FILE = "mixture.lock.json"
 
 
 class SourceLock(BaseModel):
-    """One source of a run. Token counts are those of the documents that the run's budget reaches."""
+    """One source of a run. Counts are those of the documents that the run's budget reaches.
+
+    They are None as long as the source is still being tokenised.
+    """
 
     fingerprint: str
-    documents: int
-    train_tokens: int
-    held_out_tokens: int
     token_share: float
+    """Its share of the run's tokens, as the plan says."""
     planned_tokens: int
-    epochs: float
+    documents: int | None = None
+    train_tokens: int | None = None
+    held_out_tokens: int | None = None
+    epochs: float | None = None
     """How often the run sees each training document."""
+    delivered_tokens: int | None = None
+    """Tokens of the windows that training has drawn; None before it ended."""
+    delivered_share: float | None = None
 
 
 class MixtureLock(BaseModel):
@@ -35,35 +41,58 @@ class MixtureLock(BaseModel):
     window_tokens: int
     seed: int
     sources: dict[str, SourceLock]
+    accepted_changes: list[str] = Field(default_factory=list)
+    """What differed when the run went on with other data at its user's word (launch.accept_changed_data)."""
 
 
 def make_lock(
     sources: Mapping[str, TokenizedSource],
     shares: Mapping[str, float],
     *,
-    num_windows: int,
+    planned_windows: Mapping[str, int],
     window_tokens: int,
     seed: int,
 ) -> MixtureLock:
-    """The lock of a run over `num_windows` windows."""
-    counts = SourceSchedule(shares).counts(num_windows)
+    """The lock of a run that draws `planned_windows` of each source."""
     return MixtureLock(
-        tokenizer_fingerprint=next(iter(sources.values())).tokenizer,
+        tokenizer_fingerprint=next(iter(sources.values())).info.tokenizer,
         window_tokens=window_tokens,
         seed=seed,
         sources={
-            name: SourceLock(
-                fingerprint=sources[name].fingerprint,
-                documents=sources[name].num_documents,
-                train_tokens=sources[name].num_train_tokens,
-                held_out_tokens=sources[name].num_validation_tokens,
-                token_share=share,
-                planned_tokens=counts[name] * window_tokens,
-                epochs=counts[name] * window_tokens / sources[name].num_train_tokens,
-            )
+            name: _source_lock(sources[name], share, planned_windows[name] * window_tokens)
             for name, share in shares.items()
         },
     )
+
+
+def _source_lock(source: TokenizedSource, share: float, planned_tokens: int) -> SourceLock:
+    lock = SourceLock(
+        fingerprint=source.fingerprint, token_share=share, planned_tokens=planned_tokens
+    )
+    if not source.covered:
+        return lock
+    counts = {
+        "documents": source.num_documents,
+        "train_tokens": source.num_train_tokens,
+        "held_out_tokens": source.num_held_out_tokens,
+        "epochs": planned_tokens / source.num_train_tokens,
+    }
+    return lock.model_copy(update=counts)
+
+
+def with_delivered(lock: MixtureLock, windows: Mapping[str, int]) -> MixtureLock:
+    """The lock of a run that has drawn these windows of each source."""
+    total = sum(windows.values()) * lock.window_tokens
+    sources = {
+        name: source.model_copy(
+            update={
+                "delivered_tokens": windows[name] * lock.window_tokens,
+                "delivered_share": windows[name] * lock.window_tokens / max(total, 1),
+            }
+        )
+        for name, source in lock.sources.items()
+    }
+    return lock.model_copy(update={"sources": sources})
 
 
 def write_lock(lock: MixtureLock, path: Path) -> None:
@@ -96,15 +125,20 @@ def check_lock(previous: MixtureLock, current: MixtureLock) -> None:
     Raises:
         RunError: Naming every source and field that differs, with its old and its new value.
     """
-    differences = list(_differences(previous, current))
-    if differences:
+    changes = differences(previous, current)
+    if changes:
         raise RunError(
             "The mixture is not the one that this run began with:\n"
-            + "\n".join(f"  {difference}" for difference in differences),
+            + "\n".join(f"  {change}" for change in changes),
             allowed="A run is resumed on exactly the same tokens.",
-            next_step="Undo the change (files, shares, tokenizer, window length, budget, seed), or start a new run "
-            "under another name.",
+            next_step="Undo the change (files, shares, tokenizer, window length, budget, seed), start a new run under "
+            "another name, or go on all the same with launch.accept_changed_data=true, which the lock records.",
         )
+
+
+def differences(previous: MixtureLock, current: MixtureLock) -> list[str]:
+    """What decides about tokens and is not the same in both locks; counts only where both know them."""
+    return list(_differences(previous, current))
 
 
 def _differences(previous: MixtureLock, current: MixtureLock) -> Iterator[str]:
@@ -116,9 +150,11 @@ def _differences(previous: MixtureLock, current: MixtureLock) -> Iterator[str]:
             yield f"source {name}: {'added' if old is None else 'removed'}"
             continue
         for field in SourceLock.model_fields:
-            yield from _changed(f"source {name}: {field}", getattr(old, field), getattr(new, field))
+            if not field.startswith("delivered"):
+                values = getattr(old, field), getattr(new, field)
+                yield from _changed(f"source {name}: {field}", *values)
 
 
 def _changed(what: str, old: object, new: object) -> Iterator[str]:
-    if old != new:
+    if old != new and old is not None and new is not None:
         yield f"{what} was {old}, is {new}"

@@ -1,34 +1,37 @@
-"""Windows: fixed-length pieces of a source's token stream, with positions and labels that respect its documents.
+"""Windows: pieces of documents laid side by side, with positions and labels that keep the documents apart.
 
-A source is an endless stream: all its training documents in an order of their own, then all of them again in
-another order, and so on. Window j of the source is tokens [j * T, (j + 1) * T) of that stream, so every training
-document is seen exactly once an epoch. Everything is a function of (seed, source, window): nothing is remembered.
+Training windows are packed (`packing`) and found by their number (`plan` and `stream`). Windows to measure on are the held-out
+documents one after another, cut every T tokens, so that none of their positions is empty.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sparsify.errors import MixtureError
+from sparsify.mixture.cache import Shard
+from sparsify.mixture.packing import Packing
 from sparsify.mixture.plan import SourceSchedule
-from sparsify.mixture.tokens import TokenizedSource
+from sparsify.mixture.stream import TrainingStream
+from sparsify.mixture.tokens import ShardDocuments, TokenizedSource
 
 NO_LOSS = -100
 """Label of a position without loss, as PyTorch's cross entropy ignores it."""
+
+FIELDS = ("input_ids", "position_ids", "labels")
 
 IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Window:
-    """One packed window of T tokens. Labels are already shifted: do not shift them again.
+    """One window of T tokens. Labels are already shifted: do not shift them again.
 
     Args:
         source: Name of the source it is from.
@@ -44,12 +47,25 @@ class Window:
     labels: IntArray
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Windows stacked, and the source of each.
+
+    Attributes:
+        tensors: `input_ids`, `position_ids` and `labels` as in `Window`. [B, T] int64 each
+        sources: Index of each window's source in the reader's `names`. [B] int64
+    """
+
+    tensors: dict[str, torch.Tensor]
+    sources: torch.Tensor
+
+
 class WindowReader:
-    """Gives every window of a run by its number.
+    """Gives every training window of a run by its number.
 
     Args:
-        sources: The tokenised sources.
-        shares: Token share of each of them.
+        sources: The tokenised sources; those without a share are not read.
+        schedule: Which source gives which window.
         window_tokens: T, tokens of one window.
         seed: Decides the order of documents.
     """
@@ -57,137 +73,160 @@ class WindowReader:
     def __init__(
         self,
         sources: Mapping[str, TokenizedSource],
-        shares: Mapping[str, float],
+        schedule: SourceSchedule,
         window_tokens: int,
         seed: int,
     ) -> None:
-        self.window_tokens, self.seed = window_tokens, seed
-        self.schedule = SourceSchedule(shares)
-        self.sources = {name: sources[name] for name in shares}
-        self._streams = {
-            name: _TrainingStream(source, seed) for name, source in self.sources.items()
+        self.window_tokens, self.schedule = window_tokens, schedule
+        self.names = list(schedule.names)
+        self._end_token = sources[self.names[0]].info.end_token
+        self.streams = {
+            name: TrainingStream(sources[name], window_tokens, seed) for name in self.names
         }
 
+    def is_here(self, first: int, count: int) -> bool:
+        """Whether the windows first, …, first + count - 1 can be read by now."""
+        last = dict(self.schedule.windows_of(first, count))
+        return all(self.streams[name].is_here(rank) for name, rank in last.items())
+
+    def batch(self, first: int, count: int) -> Batch:
+        """The windows first, …, first + count - 1 of the run, counted over all processes."""
+        places = self.schedule.windows_of(first, count)
+        arrays = _empty_batch(count, self.window_tokens, self._end_token)
+        located = sorted(
+            (name, *self.streams[name].locate(rank), row) for row, (name, rank) in enumerate(places)
+        )
+        for (name, epoch, shard), members in groupby(located, key=lambda place: place[:3]):
+            windows, rows = zip(*(place[3:] for place in members), strict=True)
+            self._fill(arrays, rows, *self.streams[name].packed(epoch, shard), windows)
+        indices = {name: index for index, name in enumerate(self.names)}
+        return Batch(
+            {field: torch.from_numpy(array) for field, array in arrays.items()},
+            torch.tensor([indices[name] for name, _ in places]),
+        )
+
     def window(self, index: int) -> Window:
-        """The training window with this number, over the whole run and all processes."""
-        name, rank = self.schedule.locate(index)
-        start = rank * self.window_tokens
-        pieces = self._streams[name].pieces(start, start + self.window_tokens)
-        return pack(self.sources[name], pieces)
+        """The training window with this number."""
+        batch = self.batch(index, 1)
+        fields = {field: tensor[0].numpy() for field, tensor in batch.tensors.items()}
+        return Window(self.names[int(batch.sources[0])], **fields)
 
-    def validation_windows(self, source: str, num_windows: int) -> list[Window]:
-        """Windows of held-out documents, spread evenly over all of them.
+    def _fill(
+        self,
+        arrays: dict[str, IntArray],
+        rows: Sequence[int],
+        documents: ShardDocuments,
+        packing: Packing,
+        windows: Sequence[int],
+    ) -> None:
+        """Writes windows of one shard into the rows of the arrays that are theirs."""
+        slices = [packing.pieces(window) for window in windows]
+        num_pieces = np.array([piece.stop - piece.start for piece in slices])
+        chosen = np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])
+        document, start, length = (
+            values[chosen] for values in (packing.document, packing.start, packing.length)
+        )
+        begin = np.cumsum(length) - length
+        first_piece = np.cumsum(num_pieces) - num_pieces
+        place = np.array(rows) * self.window_tokens - begin[first_piece]
+        spread = _Spread(begin, length)
+        target = spread(np.repeat(place, num_pieces)) + spread.index
+        token = spread(documents.starts[document] + start - begin) + spread.index
+        document_end = spread((documents.starts + documents.lengths)[document])
+        arrays["input_ids"].reshape(-1)[target] = documents.shard.tokens[token]
+        arrays["position_ids"].reshape(-1)[target] = spread.index - spread(begin)
+        arrays["labels"].reshape(-1)[target] = _labels(documents.shard, token, document_end)
 
-        Returns:
-            `num_windows` windows, or as many whole ones as there are.
 
-        Raises:
-            MixtureError: If the held-out documents do not fill one window.
-        """
-        return held_out_windows(self.sources[source], self.window_tokens, num_windows)
+class _Spread:
+    """Repeats one value for each piece over the piece's tokens."""
+
+    def __init__(self, begin: IntArray, length: IntArray) -> None:
+        self._length = length
+        self.index = np.arange(int(begin[-1] + length[-1]))
+
+    def __call__(self, values: IntArray) -> IntArray:
+        return np.repeat(values, self._length)
+
+
+def _labels(shard: Shard, token: IntArray, document_end: IntArray) -> IntArray:
+    """The token after each of `token` in the same document, where it carries loss."""
+    following = token + 1
+    inside = following < document_end
+    following = np.where(inside, following, token)
+    carries_loss = inside if shard.loss is None else inside & (shard.loss[following] != 0)
+    return np.where(carries_loss, shard.tokens[following].astype(np.int64), NO_LOSS)
+
+
+def _empty_batch(num_windows: int, window_tokens: int, end_token: int) -> dict[str, IntArray]:
+    """Windows of nothing but padding: one document without loss, which packing then writes over.
+
+    What packing leaves of it stands apart from the documents, since its positions do not go on from theirs.
+    """
+    shape = (num_windows, window_tokens)
+    return {
+        "input_ids": np.full(shape, end_token, dtype=np.int64),
+        "position_ids": np.zeros(shape, dtype=np.int64),
+        "labels": np.full(shape, NO_LOSS, dtype=np.int64),
+    }
 
 
 def collate(windows: Sequence[Window]) -> dict[str, torch.Tensor]:
     """Stacks windows of one length into `input_ids`, `position_ids` and `labels`. [B, T] int64 each"""
     return {
         field: torch.from_numpy(np.stack([getattr(window, field) for window in windows]))
-        for field in ("input_ids", "position_ids", "labels")
+        for field in FIELDS
     }
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Tokens [start, stop) of one document, counted from the document's first token."""
-
-    document: int
-    start: int
-    stop: int
-
-
-def pack(source: TokenizedSource, pieces: Sequence[Piece]) -> Window:
-    """Lays pieces of documents one after another into a window."""
-    ids, positions, labels = zip(*(_read_piece(source, piece) for piece in pieces), strict=True)
-    return Window(
-        source.name, np.concatenate(ids), np.concatenate(positions), np.concatenate(labels)
-    )
-
-
-def _read_piece(source: TokenizedSource, piece: Piece) -> tuple[IntArray, IntArray, IntArray]:
-    first = int(source.starts[piece.document])
-    # One token more than the piece, where the document has it: the last position predicts it.
-    stop = min(piece.stop + 1, int(source.lengths[piece.document]))
-    tokens = source.tokens(first + piece.start, first + stop)
-    carries_loss = source.loss_mask(first + piece.start, first + stop)
-    num_tokens = piece.stop - piece.start
-    labels = np.full(num_tokens, NO_LOSS, dtype=np.int64)
-    labels[: len(tokens) - 1] = np.where(carries_loss[1:], tokens[1:], NO_LOSS)
-    return tokens[:num_tokens], np.arange(num_tokens), labels
-
-
-class DocumentOrder:
-    """Documents laid one after another in a given order."""
-
-    def __init__(self, documents: IntArray, lengths: IntArray) -> None:
-        self.documents, self.lengths = documents, lengths
-        self.ends = np.cumsum(lengths)
-
-    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """What tokens [start, stop) of this order are made of."""
-        place = int(np.searchsorted(self.ends, start, side="right"))
-        while start < stop:
-            length = int(self.lengths[place])
-            begin = start - (int(self.ends[place]) - length)
-            end = min(length, begin + stop - start)
-            yield Piece(int(self.documents[place]), begin, end)
-            start += end - begin
-            place += 1
-
-
-class _TrainingStream:
-    """The endless stream of one source's training documents, epoch after epoch."""
-
-    def __init__(self, source: TokenizedSource, seed: int) -> None:
-        self.source, self.seed = source, seed
-        self.documents = np.flatnonzero(~source.held_out)
-        # Two epochs at a time are enough: a window may lie across the seam of one and the next.
-        self.epoch_order = lru_cache(maxsize=2)(self._epoch_order)
-
-    def pieces(self, start: int, stop: int) -> list[Piece]:
-        """What tokens [start, stop) of the stream are made of."""
-        epoch_tokens = self.source.num_train_tokens
-        pieces: list[Piece] = []
-        while start < stop:
-            epoch, offset = divmod(start, epoch_tokens)
-            end = min(epoch_tokens, offset + stop - start)
-            pieces += self.epoch_order(epoch).pieces(offset, end)
-            start += end - offset
-        return pieces
-
-    def _epoch_order(self, epoch: int) -> DocumentOrder:
-        key = f"{self.seed}/{self.source.name}/{epoch}".encode()
-        digest = hashlib.blake2b(key, digest_size=32).digest()
-        # RandomState, whose streams NumPy guarantees to stay as they are: a newer Generator may shuffle
-        # differently, and a run resumed under it would see some documents twice and others never.
-        shuffle = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
-        documents = shuffle.permutation(self.documents)
-        return DocumentOrder(documents, self.source.lengths[documents])
-
-
 def held_out_windows(source: TokenizedSource, window_tokens: int, num_windows: int) -> list[Window]:
-    """Whole windows of a source's held-out documents, spread evenly over all of them.
+    """Whole windows of a source's held-out documents, spread evenly over those that the run reads.
+
+    Returns:
+        `num_windows` windows, or as many whole ones as there are.
 
     Raises:
         MixtureError: If the held-out documents do not fill one window.
     """
-    whole = source.num_validation_tokens // window_tokens
+    num_tokens = source.num_held_out_tokens
+    whole = num_tokens // window_tokens
     if whole == 0:
         raise MixtureError(
-            f"Source {source.name!r} holds out {source.num_validation_tokens} token(s), less than one window "
+            f"Source {source.name!r} holds out {num_tokens} token(s), less than one window "
             f"of {window_tokens}.",
             next_step="Raise mixture.validation_fraction, add documents, or lower training.window_tokens.",
         )
-    documents = np.flatnonzero(source.held_out)
-    order = DocumentOrder(documents, source.lengths[documents])
     taken = min(num_windows, whole)
     starts = (number * whole // taken * window_tokens for number in range(taken))
-    return [pack(source, list(order.pieces(start, start + window_tokens))) for start in starts]
+    spans = ((start, start + window_tokens) for start in starts)
+    return cut_windows(source.name, source.held_out_documents(), spans)
+
+
+def cut_windows(
+    name: str, documents: Sequence[ShardDocuments], spans: Iterable[tuple[int, int]]
+) -> list[Window]:
+    """Windows cut from documents laid one after another.
+
+    Args:
+        name: Name of the source.
+        documents: The documents, shard by shard.
+        spans: First token and end of each window in the row of documents.
+    """
+    parts: dict[str, list[IntArray]] = {field: [] for field in FIELDS}
+    for part in documents:
+        begin = np.cumsum(part.lengths) - part.lengths
+        spread = _Spread(begin, part.lengths)
+        token = spread(part.starts - begin) + spread.index
+        document_end = spread(part.starts + part.lengths)
+        parts["input_ids"].append(part.shard.tokens[token].astype(np.int64))
+        parts["position_ids"].append(spread.index - spread(begin))
+        parts["labels"].append(_labels(part.shard, token, document_end))
+    row = {field: np.concatenate(arrays) for field, arrays in parts.items()}
+    windows = []
+    for start, stop in spans:
+        fields = {field: array[start:stop] for field, array in row.items()}
+        # A document that began before the window begins anew in it.
+        offset = np.arange(stop - start)
+        fields["position_ids"] = np.minimum(fields["position_ids"], offset)
+        windows.append(Window(name, **fields))
+    return windows

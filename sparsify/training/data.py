@@ -1,45 +1,65 @@
-"""What a run reads: the tokenised sources of its mixture, and the lock that fixes them.
+"""What a run reads: the tokenised sources of its mixture, the order of their windows, and the lock that fixes them.
 
-The launcher calls this first and tokenises what is missing; every rank calls it again and finds it in the cache.
+The launcher has them tokenised (`feeder`); every rank opens what is there by now.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from sparsify.conversion.folder import load_tokenizer
+from sparsify.mixture.ingest import Ingest, mixture_ingests
 from sparsify.mixture.lock import MixtureLock, make_lock
-from sparsify.mixture.tokens import Progress, TokenizedSource, ingest_mixture
+from sparsify.mixture.plan import SourceSchedule
+from sparsify.mixture.tokens import TokenizedSource
 from sparsify.recipe import Recipe, token_shares
 from sparsify.training.run_folder import RunFolder
 
 
-def open_sources(
-    recipe: Recipe, run: RunFolder, on_progress: Progress | None = None
-) -> dict[str, TokenizedSource]:
-    """The tokenised sources of a run, as far as its budget needs them.
+def schedule_of(recipe: Recipe) -> SourceSchedule:
+    """Which source gives which window of a run."""
+    return SourceSchedule(token_shares(recipe.mixture))
+
+
+def ingests_of(recipe: Recipe, run: RunFolder) -> dict[str, Ingest]:
+    """What a run needs of each source.
 
     Raises:
-        MixtureError: If a source cannot supply its tokens.
+        MixtureError: If the tokenizer cannot serve.
     """
-    return ingest_mixture(
+    training, num_tokens = recipe.training, recipe.num_steps * recipe.step_tokens
+    return mixture_ingests(
         recipe.mixture,
         load_tokenizer(run.initial),
-        budget_tokens=recipe.num_steps * recipe.step_tokens,
-        window_tokens=recipe.training.window_tokens,
-        cache_dir=Path(recipe.cache_dir).expanduser(),
-        on_progress=on_progress,
-        held_out_tokens=recipe.eval.validation_windows_per_source * recipe.training.window_tokens,
+        # The plan is never a whole window ahead of a source's share.
+        train_tokens={
+            name: math.ceil(num_tokens * share) + training.window_tokens
+            for name, share in token_shares(recipe.mixture).items()
+        },
+        held_out_tokens=recipe.eval.validation_windows_per_source * training.window_tokens,
+        window_tokens=training.window_tokens,
+        cache_dir=Path(recipe.cache_dir),
     )
+
+
+def open_sources(ingests: Mapping[str, Ingest]) -> dict[str, TokenizedSource]:
+    """The sources as far as they are tokenised.
+
+    Raises:
+        MixtureError: If a file is missing, or a source lies on one side of the held-out split.
+    """
+    return {name: ingest.open() for name, ingest in ingests.items()}
 
 
 def lock_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> MixtureLock:
     """The lock that these sources give this run."""
+    num_windows = recipe.num_steps * recipe.training.batch_windows
     return make_lock(
         sources,
         token_shares(recipe.mixture),
-        num_windows=recipe.num_steps * recipe.training.batch_windows,
+        planned_windows=schedule_of(recipe).counts(num_windows),
         window_tokens=recipe.training.window_tokens,
         seed=recipe.training.seed,
     )

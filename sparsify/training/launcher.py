@@ -12,23 +12,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 import torch
 
-from sparsify.errors import RunError, StorageError, UserError
+from sparsify.errors import RunError, StorageError
 from sparsify.files import storage_errors
 from sparsify.recipe import LaunchSection
+from sparsify.training.processes import INTERRUPTED, USER_ERROR, log_tail, raise_user_error
 from sparsify.training.run_folder import RunFolder
 
-INTERRUPTED = 130
-USER_ERROR = 2
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
-LOG_TAIL_LINES = 30
 LEAST_FREE_BYTES = 64 * 1024
 
 
@@ -36,11 +34,16 @@ class Interrupted(Exception):
     """The run was asked to stop and has saved its state."""
 
 
-def launch(run: RunFolder, settings: LaunchSection) -> None:
+def launch(run: RunFolder, settings: LaunchSection, check: Callable[[], None]) -> None:
     """Runs all ranks to the end. Rank 0 speaks on this terminal, the others into logs/.
 
+    Args:
+        run: The run's folder.
+        settings: How many ranks.
+        check: Called again and again; when it raises, the ranks save their state and end, and then it is raised.
+
     Raises:
-        UserError: What a rank found wrong with what the user gave.
+        UserError: What a rank, or `check`, found wrong with what the user gave.
         Interrupted: If the run was interrupted, after its state was saved.
         RuntimeError: If a rank failed otherwise; the message is that rank's own.
     """
@@ -61,7 +64,11 @@ def launch(run: RunFolder, settings: LaunchSection) -> None:
         for rank, environment in enumerate(environments)
     ]
     with _forward_signals(ranks):
-        failed = _wait(ranks)
+        try:
+            failed = _wait(ranks, check)
+        except BaseException:
+            _end(ranks)
+            raise
     if failed is not None:
         _raise_for(failed, ranks[failed].returncode, paths[failed])
 
@@ -109,22 +116,18 @@ def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
+def _wait(ranks: list[subprocess.Popen[bytes]], check: Callable[[], None]) -> int | None:
     """Waits for all ranks; when one fails the others are ended. Returns the index of the first that failed."""
     while True:
+        check()
         codes = [rank.poll() for rank in ranks]
         failed = next((index for index, code in enumerate(codes) if code not in (None, 0)), None)
         if failed is not None:
             if codes[failed] != INTERRUPTED:
                 time.sleep(POLL_SECONDS)
-                for rank in ranks:
-                    rank.terminate()
+                _end(ranks)
             for rank in ranks:
-                try:
-                    rank.wait(GRACE_SECONDS)
-                except subprocess.TimeoutExpired:
-                    rank.kill()
-                    rank.wait()
+                _wait_for(rank)
             # What the user can mend says more than what it led to in another rank.
             ended = [rank.returncode for rank in ranks]
             return ended.index(USER_ERROR) if USER_ERROR in ended else failed
@@ -133,15 +136,27 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(POLL_SECONDS)
 
 
+def _end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Asks all ranks to save and end, and waits for it."""
+    for rank in ranks:
+        rank.terminate()
+    for rank in ranks:
+        _wait_for(rank)
+
+
+def _wait_for(rank: subprocess.Popen[bytes]) -> None:
+    try:
+        rank.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        rank.kill()
+        rank.wait()
+
+
 def _raise_for(rank: int, code: int, log: Path) -> None:
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
     if code == INTERRUPTED:
         raise Interrupted
     if code == USER_ERROR:
-        message = (
-            tail.rpartition(UserErrorMarker.START)[2].partition(UserErrorMarker.END)[0].strip()
-        )
-        raise UserError(message or tail)
+        raise_user_error(log)
     if code < 0:
         name = signal.Signals(-code).name
         raise RunError(
@@ -157,11 +172,6 @@ def _raise_for(rank: int, code: int, log: Path) -> None:
             f"Rank {rank} failed while the disk of {log} was full.",
             next_step="Free space, then run the same command again: it goes on from the last checkpoint.",
         )
-    raise RuntimeError(f"rank {rank} failed with exit code {code} (whole log: {log}):\n{tail}")
-
-
-class UserErrorMarker:
-    """What a rank puts round a UserError's message in its log, so that the launcher can repeat it alone."""
-
-    START = "<<user error>>"
-    END = "<</user error>>"
+    raise RuntimeError(
+        f"rank {rank} failed with exit code {code} (whole log: {log}):\n{log_tail(log)}"
+    )

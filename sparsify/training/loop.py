@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparsify.mixture.windows import Window, WindowReader, collate
+from sparsify.mixture.windows import NO_LOSS, Batch, Window, WindowReader
 from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import TrainingState
@@ -18,9 +18,10 @@ from sparsify.training.engine import set_learning_rate
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.schedule import learning_rate
 from sparsify.training.telemetry import Telemetry
-from sparsify.training.validation import IGNORED_LABEL, summed_loss, validate
+from sparsify.training.validation import validate, window_losses
 
 REFERENCE_TOKENS = 32
+DATA_POLL_SECONDS = 0.1
 
 
 @dataclass
@@ -68,73 +69,92 @@ def _due(recipe: Recipe, state: TrainingState, every_tokens: int) -> bool:
 def _train_step(session: Session) -> bool:
     """One optimiser step over a global batch. Returns whether any rank was asked to stop."""
     recipe, engine, state = session.recipe, session.engine, session.state
-    batches = _micro_batches(session)
-    counts = torch.tensor(
-        [
-            sum(int((batch["labels"] != IGNORED_LABEL).sum()) for batch in batches),
-            session.stop_requested(),
-        ]
-    ).to(engine.device)
-    dist.all_reduce(counts)
-    num_labels, stopping = int(counts[0]), bool(counts[1])
+    has_data = _wait_for_data(session)
+    batches = _micro_batches(session) if has_data else []
+    num_labels, stopping, lacking = _agree(session, batches, has_data)
+    if lacking:
+        return True
 
     seen_tokens = state.seen_tokens + recipe.step_tokens
     rate = learning_rate(recipe.optimizer, seen_tokens, recipe.num_steps * recipe.step_tokens)
     set_learning_rate(engine, rate)
-    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    loss_sums = torch.zeros(len(num_labels), dtype=torch.float64, device=engine.device)
     for batch in batches:
-        loss_sum += _accumulate(session, batch, num_labels)
+        _accumulate(session, batch, loss_sums, int(num_labels.sum()))
         engine.step()
-    dist.all_reduce(loss_sum)
+    dist.all_reduce(loss_sums)
 
     session.state = replace(state, step=state.step + 1, seen_tokens=seen_tokens)
     norm = engine.get_global_grad_norm()  # None at ZeRO stage 0 in fp32
     session.telemetry.train(
         session.state.step,
         seen_tokens,
-        float(loss_sum) / max(num_labels, 1),
+        dict(zip(session.reader.names, loss_sums.tolist(), strict=True)),
+        dict(zip(session.reader.names, num_labels.tolist(), strict=True)),
         learning_rate=rate,
         gradient_norm=None if norm is None else float(norm),
     )
     return stopping
 
 
-def _micro_batches(session: Session) -> list[dict[str, torch.Tensor]]:
+def _wait_for_data(session: Session) -> bool:
+    """Waits until the next global batch is tokenised. Returns False when this rank was asked to stop before it was."""
+    batch_windows = session.recipe.training.batch_windows
+    while not session.reader.is_here(session.state.step * batch_windows, batch_windows):
+        if session.stop_requested():
+            return False
+        time.sleep(DATA_POLL_SECONDS)
+    return True
+
+
+def _agree(
+    session: Session, batches: list[Batch], has_data: bool
+) -> tuple[torch.Tensor, bool, bool]:
+    """Over all ranks: labels of each source, whether any was asked to stop, whether any lacks its data."""
+    counts = torch.zeros(len(session.reader.names) + 2, dtype=torch.int64)
+    for batch in batches:
+        labels = (batch.tensors["labels"] != NO_LOSS).sum(1)
+        counts.index_add_(0, batch.sources, labels)
+    counts[-2], counts[-1] = session.stop_requested(), not has_data
+    counts = counts.to(session.engine.device)
+    dist.all_reduce(counts)
+    return counts[:-2], bool(counts[-2]), bool(counts[-1])
+
+
+def _micro_batches(session: Session) -> list[Batch]:
     """This rank's windows of the next global batch; the batch itself does not depend on the number of ranks."""
     training = session.recipe.training
     first = session.state.step * training.batch_windows
-    rank, world = dist.get_rank(), dist.get_world_size()
-    batches = []
-    for index in range(session.recipe.accumulation_steps):
-        start = first + (index * world + rank) * training.micro_batch_windows
-        windows = [session.reader.window(start + i) for i in range(training.micro_batch_windows)]
-        batches.append(
-            {key: value.to(session.engine.device) for key, value in collate(windows).items()}
-        )
-    return batches
+    rank, world, size = dist.get_rank(), dist.get_world_size(), training.micro_batch_windows
+    return [
+        session.reader.batch(first + (index * world + rank) * size, size)
+        for index in range(session.recipe.accumulation_steps)
+    ]
 
 
-def _accumulate(session: Session, batch: dict[str, torch.Tensor], num_labels: int) -> torch.Tensor:
+def _accumulate(session: Session, batch: Batch, loss_sums: torch.Tensor, num_labels: int) -> None:
     """Forward and backward of one micro-batch. Every label of the global batch weighs the same.
 
-    DeepSpeed averages gradients over ranks, so the sum over this rank's labels is scaled by ranks / labels.
-
-    Returns:
-        The micro-batch's summed cross-entropy, without gradient.
+    DeepSpeed averages gradients over ranks, so the sum over this rank's labels is scaled by ranks / labels. Adds each
+    source's summed cross-entropy to `loss_sums`.
     """
     engine = session.engine
     routed = hasattr(engine.module.config, "num_local_experts")
     options = {"output_router_logits": True} if routed else {}
+    tensors = {key: value.to(engine.device) for key, value in batch.tensors.items()}
     output = engine(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **options
+        input_ids=tensors["input_ids"],
+        position_ids=tensors["position_ids"],
+        use_cache=False,
+        **options,
     )
-    cross_entropy = summed_loss(output.logits, batch["labels"])
-    loss = cross_entropy * dist.get_world_size() / max(num_labels, 1)
+    by_window = window_losses(output.logits, tensors["labels"])
+    loss = by_window.sum() * dist.get_world_size() / max(num_labels, 1)
     if routed:
         coefficient = engine.module.config.router_aux_loss_coef
         loss = loss + coefficient * output.aux_loss / session.recipe.accumulation_steps
     engine.backward(loss, scale_wrt_gas=False)
-    return cross_entropy.detach().double()
+    loss_sums.index_add_(0, batch.sources.to(engine.device), by_window.detach().double())
 
 
 def _validate_start(session: Session) -> None:

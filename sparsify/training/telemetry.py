@@ -50,10 +50,30 @@ class Telemetry:
             self._progress.start()
             self._task = self._progress.add_task("", total=recipe.num_steps, completed=first_step)
 
-    def train(self, step: int, seen_tokens: int, loss: float, **values: float | None) -> None:
-        """Records one finished training step."""
+    def train(
+        self,
+        step: int,
+        seen_tokens: int,
+        loss_sums: dict[str, float],
+        num_labels: dict[str, int],
+        **values: Any,
+    ) -> None:
+        """Records one finished training step.
+
+        Args:
+            step: Finished steps.
+            seen_tokens: Training tokens seen.
+            loss_sums: Cross-entropy of each source in this step, summed over its labels, in nats.
+            num_labels: Labels of each source in this step.
+            values: What else the line holds.
+        """
         if self._silent:
             return
+        loss = sum(loss_sums.values()) / max(sum(num_labels.values()), 1)
+        values["sources"] = {
+            source: loss_sums[source] / count for source, count in num_labels.items() if count
+        }
+        values["source_labels"] = num_labels
         now = time.monotonic()
         tokens_per_second = (seen_tokens - self._first_tokens) / max(now - self._started, 1e-9)
         record = {"kind": "train", "step": step, "tokens": seen_tokens, "loss": loss, **values}
@@ -80,6 +100,7 @@ class Telemetry:
         self._zeros = result.statistics.zero_share("product")
         where = {"step": step, "tokens": seen_tokens, "label": label}
         losses = {"loss": result.loss, "sources": result.losses, "zeros": self._zeros}
+        losses["source_zeros"] = result.zeros
         self._append(self._run.metrics, {"kind": "validation", **where, **losses})
         self._append(self._run.sparsity, where | summary)
         parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())

@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from sparsify.mixture.windows import Window, collate
+from sparsify.mixture.windows import NO_LOSS, Window, collate
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.statistics import ActivationStatistics
 
-IGNORED_LABEL = -100
 
-
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats, summed over the positions that have a label.
+def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each window, summed over the positions that have a label. [batch]
 
     Args:
         logits: [batch, tokens, vocabulary].
-        labels: [batch, tokens], already shifted; -100 where there is none.
+        labels: [batch, tokens], already shifted; NO_LOSS where there is none.
     """
-    return functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL, reduction="sum"
+    by_token = functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=NO_LOSS, reduction="none"
     )
+    return by_token.view_as(labels).sum(1)
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ class Validation:
     Attributes:
         loss: Mean of the sources' losses, weighted by their token shares. Nats per token.
         losses: Loss of each source. Nats per token.
-        statistics: Which neurons fired on these windows.
+        zeros: Share of exact zeros of each source.
+        statistics: Which neurons fired on all these windows.
     """
 
     loss: float
     losses: dict[str, float]
+    zeros: dict[str, float]
     statistics: ActivationStatistics
 
 
@@ -53,15 +55,19 @@ def validate(
 ) -> Validation:
     """Runs the held-out windows through the live model; every rank calls it with the same windows."""
     engine.eval()
-    losses = {}
-    with SparsityProbe(engine.module) as probe:
-        for source, held_out in windows.items():
+    losses, statistics = {}, {}
+    for source, held_out in windows.items():
+        with SparsityProbe(engine.module) as probe:
             losses[source] = _source_loss(engine, probe, held_out, micro_batch_windows)
+        statistics[source] = probe.statistics().reduce()
     engine.train()
-    statistics = probe.statistics().reduce()
     total = sum(shares[source] for source in losses)
-    loss = sum(shares[source] * value for source, value in losses.items()) / total
-    return Validation(loss, losses, statistics)
+    return Validation(
+        loss=sum(shares[source] * value for source, value in losses.items()) / total,
+        losses=losses,
+        zeros={source: counts.zero_share("product") for source, counts in statistics.items()},
+        statistics=reduce(ActivationStatistics.merge, statistics.values()),
+    )
 
 
 def _source_loss(
@@ -76,13 +82,13 @@ def _source_loss(
         mine = windows[start : start + micro_batch_windows]
         batch = collate(mine or windows[:1])
         if not mine:
-            batch["labels"].fill_(IGNORED_LABEL)
+            batch["labels"].fill_(NO_LOSS)
         batch = {key: value.to(engine.device) for key, value in batch.items()}
         probe.count(torch.full_like(batch["input_ids"], bool(mine), dtype=torch.bool))
         logits = engine(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).logits
-        totals[0] += summed_loss(logits, batch["labels"])
-        totals[1] += (batch["labels"] != IGNORED_LABEL).sum()
+        totals[0] += window_losses(logits, batch["labels"]).double().sum()
+        totals[1] += (batch["labels"] != NO_LOSS).sum()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1].clamp(min=1))

@@ -9,7 +9,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.mixture.tokens import TokenizedSource, ingest
+from sparsify.mixture.ingest import Ingest
+from sparsify.mixture.tokens import Need, TokenizedSource
 from sparsify.recipe import MixtureSection, SourceSection
 
 WORDS = [
@@ -32,6 +33,36 @@ def story(number: int, num_words: int) -> str:
     """A document whose words `marker<number>` occur in no other document."""
     filler = [WORDS[(number * 7 + place * place) % len(WORDS)] for place in range(num_words)]
     return f"marker{number}x " + " ".join(filler) + f" marker{number}x"
+
+
+Tokenized = tuple[list[int], list[bool], bool]
+"""Ids of a document, which of them carry loss as targets, and whether it is held out."""
+
+
+def ingest_of(
+    mixture: MixtureSection,
+    name: str,
+    tokenizer: PreTrainedTokenizerFast,
+    cache_dir: Path,
+    train_tokens: int = 10**9,
+    held_out_tokens: int = 10**9,
+) -> Ingest:
+    """What to tokenise of one source; to its end unless said otherwise."""
+    return Ingest(name, mixture, tokenizer, Need(train_tokens, held_out_tokens), cache_dir)
+
+
+def documents_of(source: TokenizedSource) -> list[Tokenized]:
+    """Every document in the cache of a source, in the order of the source."""
+    found = []
+    for number in range(len(source.cache.records)):
+        shard = source.cache.shard(number)
+        for start, length, held_out in zip(
+            shard.starts, shard.lengths, shard.held_out, strict=True
+        ):
+            place = slice(start, start + length)
+            mask = [True] * length if shard.loss is None else (shard.loss[place] != 0).tolist()
+            found.append((shard.tokens[place].tolist(), mask, bool(held_out)))
+    return found
 
 
 @pytest.fixture(scope="session")
@@ -91,13 +122,6 @@ def tokenized(
 ) -> dict[str, TokenizedSource]:
     """Both sources of `mixture`, read to their ends."""
     return {
-        name: ingest(
-            name,
-            source,
-            mixture,
-            tokenizer,
-            needed_tokens=10**9,
-            cache_dir=tmp_path / "cache",
-        )
-        for name, source in mixture.sources.items()
+        name: ingest_of(mixture, name, tokenizer, tmp_path / "cache").run()
+        for name in mixture.sources
     }

@@ -5,14 +5,23 @@ from pathlib import Path
 import pytest
 
 from sparsify.errors import RunError
-from sparsify.mixture.lock import MixtureLock, check_lock, make_lock, read_lock, write_lock
+from sparsify.mixture.lock import (
+    MixtureLock,
+    check_lock,
+    make_lock,
+    read_lock,
+    with_delivered,
+    write_lock,
+)
 from sparsify.mixture.tokens import TokenizedSource
+from tests.mixture.conftest import documents_of
 
 
 @pytest.fixture
 def lock(tokenized: dict[str, TokenizedSource]) -> MixtureLock:
     shares = {"stories": 0.7, "chats": 0.3}
-    return make_lock(tokenized, shares, num_windows=100, window_tokens=16, seed=1)
+    windows = {"stories": 70, "chats": 30}
+    return make_lock(tokenized, shares, planned_windows=windows, window_tokens=16, seed=1)
 
 
 def test_a_lock_counts_what_the_run_will_see(
@@ -21,7 +30,22 @@ def test_a_lock_counts_what_the_run_will_see(
     stories = lock.sources["stories"]
     assert stories.planned_tokens == 70 * 16
     assert stories.epochs == 70 * 16 / tokenized["stories"].num_train_tokens
-    assert stories.train_tokens + stories.held_out_tokens == int(tokenized["stories"].lengths.sum())
+    every = sum(len(ids) for ids, _, _ in documents_of(tokenized["stories"]))
+    assert (stories.train_tokens or 0) + (stories.held_out_tokens or 0) == every
+
+
+def test_what_is_not_known_yet_is_no_difference(lock: MixtureLock) -> None:
+    begun = lock.model_copy(deep=True)
+    for source in begun.sources.values():
+        source.documents = source.train_tokens = source.held_out_tokens = source.epochs = None
+    check_lock(begun, lock)
+    check_lock(lock, with_delivered(lock, {"stories": 69, "chats": 31}))
+
+
+def test_delivered_shares_are_of_what_was_drawn(lock: MixtureLock) -> None:
+    sources = with_delivered(lock, {"stories": 3, "chats": 1}).sources
+    assert (sources["stories"].delivered_tokens, sources["stories"].delivered_share) == (48, 0.75)
+    assert (sources["chats"].delivered_tokens, sources["chats"].delivered_share) == (16, 0.25)
 
 
 def test_a_lock_survives_its_file_unchanged(lock: MixtureLock, tmp_path: Path) -> None:

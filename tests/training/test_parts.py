@@ -17,7 +17,7 @@ from sparsify.training.checkpoints import latest_checkpoint
 from sparsify.training.engine import deepspeed_config, load_model
 from sparsify.training.schedule import learning_rate
 from sparsify.training.telemetry import drop_lines_after
-from sparsify.training.validation import summed_loss
+from sparsify.training.validation import window_losses
 
 SETTINGS = OptimizerSection(peak_learning_rate=1e-3, final_learning_rate=1e-4, warmup_tokens=100)
 
@@ -57,11 +57,11 @@ def test_latest_that_names_nothing_is_said_with_what_to_do(tmp_path: Path) -> No
         latest_checkpoint(tmp_path)
 
 
-def test_summed_loss_counts_labelled_positions_only() -> None:
+def test_window_losses_count_labelled_positions_only() -> None:
     logits, labels = torch.randn(2, 3, 7), torch.tensor([[1, -100, 2], [-100, -100, 6]])
     logp = logits.log_softmax(-1)
-    expected = -(logp[0, 0, 1] + logp[0, 2, 2] + logp[1, 2, 6])
-    torch.testing.assert_close(summed_loss(logits, labels), expected)
+    expected = -torch.stack([logp[0, 0, 1] + logp[0, 2, 2], logp[1, 2, 6]])
+    torch.testing.assert_close(window_losses(logits, labels), expected)
 
 
 def test_the_paper_s_recipe_becomes_the_engine_s_configuration() -> None:
@@ -81,7 +81,7 @@ def test_gradient_checkpointing_changes_no_gradient(
     for switch in ("true", "false"):
         recipe = compose_recipe(str(recipe_file), [f"training.gradient_checkpointing={switch}"])
         model = load_model(recipe, stock["mistral"], {}).train()
-        summed_loss(model(ids, use_cache=False).logits, ids).backward()
+        window_losses(model(ids, use_cache=False).logits, ids).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+from filelock import Timeout
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError, StorageError
-from sparsify.mixture.tokens import TokenizedSource, ingest, ingest_mixture
+from sparsify.mixture.ingest import Ingest, Ingesting, mixture_ingests
+from sparsify.mixture.tokens import TokenizedSource
 from sparsify.recipe import MixtureSection, SourceSection
+from tests.mixture.conftest import documents_of, ingest_of
 
 BOS, EOS = 0, 1  # the fixture's tokenizer numbers its special tokens first
 
@@ -21,22 +25,15 @@ def text_of(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     return str(tokenizer.decode(ids))
 
 
-def document_ids(source: TokenizedSource, number: int) -> tuple[list[int], list[bool]]:
-    start = int(source.starts[number])
-    stop = start + int(source.lengths[number])
-    return source.tokens(start, stop).tolist(), source.loss_mask(start, stop).tolist()
-
-
 def test_a_pretraining_document_is_its_ids_between_bos_and_eos(
     write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     texts = [f"river {n} </s> stone" for n in range(30)]
     source = SourceSection(token_share=1.0, files=[write_jsonl([{"text": t} for t in texts])])
     mixture = MixtureSection(name="m", sources={"web": source}, validation_fraction=0.3)
-    web = ingest("web", source, mixture, tokenizer, needed_tokens=10**9, cache_dir=tmp_path / "c")
-    assert web.complete
-    for number, text in enumerate(texts):
-        ids, mask = document_ids(web, number)
+    web = ingest_of(mixture, "web", tokenizer, tmp_path / "c").run()
+    assert web.cache.complete
+    for text, (ids, mask, _) in zip(texts, documents_of(web), strict=True):
         assert (ids[0], ids[-1]) == (BOS, EOS)
         # A text that spells a special token does not become one: the document would end in its middle.
         assert EOS not in ids[1:-1]
@@ -47,9 +44,7 @@ def test_a_pretraining_document_is_its_ids_between_bos_and_eos(
 def test_only_answers_and_their_end_carry_loss(
     tokenized: dict[str, TokenizedSource], tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    chats = tokenized["chats"]
-    for number in range(chats.num_documents):
-        ids, mask = document_ids(chats, number)
+    for number, (ids, mask, _) in enumerate(documents_of(tokenized["chats"])):
         with_loss = [i for i, carries in zip(ids, mask, strict=True) if carries]
         without = [i for i, carries in zip(ids, mask, strict=True) if not carries]
         assert with_loss[-1] == EOS
@@ -63,12 +58,9 @@ def test_instruction_loss_all_masks_nothing(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     everything = replace(mixture, instruction_loss="all")
-    source = everything.sources["chats"]
-    chats = ingest(
-        "chats", source, everything, tokenizer, needed_tokens=10**9, cache_dir=tmp_path / "all"
-    )
-    assert not chats.has_loss_mask
-    assert all(document_ids(chats, 0)[1])
+    chats = ingest_of(everything, "chats", tokenizer, tmp_path / "all").run()
+    assert not chats.info.has_loss_mask
+    assert all(all(mask) for _, mask, _ in documents_of(chats))
 
 
 def test_the_tokenizers_own_template_is_used_without_doubled_ends(
@@ -81,9 +73,8 @@ def test_the_tokenizers_own_template_is_used_without_doubled_ends(
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[Q] {{ m['content'] }} [A]"
         "{% else %} {{ m['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
     )
-    source = mixture.sources["chats"]
-    chats = ingest("chats", source, mixture, own, needed_tokens=10**9, cache_dir=tmp_path / "own")
-    ids, mask = document_ids(chats, 7)
+    chats = ingest_of(mixture, "chats", own, tmp_path / "own").run()
+    ids, mask, _ = documents_of(chats)[7]
     assert text_of(tokenizer, ids).startswith("<s>[Q] question7 about")
     assert ids.count(BOS) == ids.count(EOS) == 1
     answer = text_of(own, [i for i, carries in zip(ids, mask, strict=True) if carries])
@@ -96,61 +87,108 @@ def test_a_second_run_reuses_the_cache(
 ) -> None:
     calls: list[str] = []
 
-    def read() -> dict[str, TokenizedSource]:
-        return ingest_mixture(
+    def read() -> dict[str, str]:
+        ingests = mixture_ingests(
             mixture,
             tokenizer,
-            budget_tokens=800,
+            train_tokens={"stories": 560, "chats": 240},
+            held_out_tokens=8,
             window_tokens=8,
             cache_dir=tmp_path / "cache",
-            on_progress=lambda name, done, needed: calls.append(name),
         )
+        sources = [i.run(lambda name, done, needed: calls.append(name)) for i in ingests.values()]
+        return {source.name: source.fingerprint for source in sources}
 
     first = read()
-    assert set(calls) == {"stories", "chats"}
+    assert set(calls) <= {"stories", "chats"}
     calls.clear()
     mixture.sources["stories"].token_share, mixture.sources["chats"].token_share = 0.69, 0.31
     started = time.perf_counter()
-    second = read()
-    assert not calls, "a changed ratio tokenises nothing"
+    assert read() == first, "a changed ratio tokenises nothing"
+    assert not calls
     assert time.perf_counter() - started < 1
-    assert {n: s.fingerprint for n, s in first.items()} == {
-        n: s.fingerprint for n, s in second.items()
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of four documents and shards of about a hundred tokens."""
+    monkeypatch.setattr("sparsify.mixture.ingest.BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr("sparsify.mixture.cache.SHARD_TOKENS", 100)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_larger_need_reads_on_and_a_smaller_one_sees_what_it_saw_before(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def read(train_tokens: int) -> TokenizedSource:
+        return ingest_of(mixture, "stories", tokenizer, tmp_path / "c", train_tokens, 1).run()
+
+    small = read(300)
+    assert 300 <= small.num_train_tokens < 345, "the document that meets the need is the last"
+    assert not small.cache.complete
+    before, files = training_ids(small), shard_files(small)
+    large = read(10**9)
+    assert large.cache.complete
+    assert len(documents_of(large)) == 60
+    assert shard_files(large).items() >= files.items(), "what was tokenised is not tokenised again"
+    again = read(300)
+    assert training_ids(again) == training_ids(small) == before, "open readers are not disturbed"
+    assert training_ids(large)[: len(before)] == before
+
+
+def training_ids(source: TokenizedSource) -> list[list[int]]:
+    """Ids of every training document that the run sees."""
+    found = []
+    for number in range(source.num_shards):
+        documents = source.train_documents(number)
+        for start, length in zip(documents.starts, documents.lengths, strict=True):
+            found.append(documents.shard.tokens[start : start + length].tolist())
+    return found
+
+
+def shard_files(source: TokenizedSource) -> dict[str, int]:
+    """When each file of a closed shard was written."""
+    closed = [f"-{number:05d}." for number in range(source.cache.num_closed)]
+    files = source.cache.folder.iterdir()
+    return {
+        path.name: path.stat().st_mtime_ns
+        for path in files
+        if any(number in path.name for number in closed)
     }
 
 
-def test_a_larger_need_reads_on_and_a_smaller_one_sees_what_it_saw_before(
-    mixture: MixtureSection,
-    tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.usefixtures("small_pieces")
+def test_a_killed_ingest_goes_on_where_it_was(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sparsify.mixture.tokens.BATCH_DOCUMENTS", 4)
-    source = mixture.sources["stories"]
+    straight = documents_of(ingest_of(mixture, "stories", tokenizer, tmp_path / "straight").run())
+    task = ingest_of(mixture, "stories", tokenizer, tmp_path / "killed")
 
-    def read(needed_tokens: int) -> TokenizedSource:
-        return ingest(
-            "stories",
-            source,
-            mixture,
-            tokenizer,
-            needed_tokens=needed_tokens,
-            cache_dir=tmp_path / "c",
-        )
+    def tokenize_and_die() -> None:
+        with Ingesting(task) as ingesting:
+            for _ in range(7):
+                ingesting.step()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    small = read(300)
-    assert 300 <= small.num_train_tokens < 450
-    assert not small.complete
-    large = read(10**9)
-    assert large.complete
-    assert large.num_documents == 60
-    again = read(300)
-    assert again.num_documents == small.num_documents
-    stop = int(small.lengths.sum())
-    assert np.array_equal(again.tokens(0, stop), large.tokens(0, stop))
-    assert np.array_equal(small.tokens(0, stop), large.tokens(0, stop)), (
-        "open readers are not disturbed"
-    )
+    child = multiprocessing.get_context("fork").Process(target=tokenize_and_die)
+    child.start()
+    child.join(timeout=60)
+    assert child.exitcode == -signal.SIGKILL
+    left = task.open()
+    assert left.cache.num_closed > 0
+    files = shard_files(left)
+    again = task.run()
+    assert documents_of(again) == straight
+    assert shard_files(again).items() >= files.items()
+    assert not list(again.cache.folder.glob("*.partial*")) or again.cache.complete
+
+
+def test_only_one_process_at_a_time_writes_a_source(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    task = ingest_of(mixture, "stories", tokenizer, tmp_path / "c")
+    with Ingesting(task), pytest.raises(Timeout), Ingesting(task, wait=False):
+        pass
 
 
 @pytest.mark.parametrize("change", ["file", "validation_fraction", "tokenizer"])
@@ -160,9 +198,7 @@ def test_the_fingerprint_follows_what_tokens_depend_on(
     source = mixture.sources["stories"]
 
     def fingerprint() -> str:
-        return ingest(
-            "stories", source, mixture, tokenizer, needed_tokens=10, cache_dir=tmp_path / "c"
-        ).fingerprint
+        return ingest_of(mixture, "stories", tokenizer, tmp_path / "c").open().fingerprint
 
     before = fingerprint()
     if change == "file":
@@ -177,45 +213,34 @@ def test_the_fingerprint_follows_what_tokens_depend_on(
     assert fingerprint() != before
 
 
-def test_a_damaged_cache_is_written_anew(
-    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_damaged_shard_is_written_anew_with_those_after_it(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, number: int
 ) -> None:
-    source = mixture.sources["stories"]
-
-    def read() -> TokenizedSource:
-        return ingest(
-            "stories", source, mixture, tokenizer, needed_tokens=10**9, cache_dir=tmp_path
-        )
-
-    before = read()
-    shard = tmp_path / before.fingerprint / "tokens-00000.bin"
+    task = ingest_of(mixture, "stories", tokenizer, tmp_path)
+    before = documents_of(task.run())
+    shard = task.open().cache.folder / f"tokens-{number:05d}.bin"
     whole = shard.read_bytes()
-    shard.unlink()
     shard.write_bytes(whole[:100])
-    after = read()
+    assert task.open().cache.num_closed == number
+    assert documents_of(task.run()) == before
     assert shard.read_bytes() == whole
-    assert after.num_documents == before.num_documents
 
 
-def _ingest_in_child(
-    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, cache_dir: Path, results: list[int]
-) -> None:
-    source = mixture.sources["stories"]
-    read = ingest("stories", source, mixture, tokenizer, needed_tokens=10**9, cache_dir=cache_dir)
-    results.append(int(read.tokens(0, int(read.lengths.sum())).sum()))
+def _ingest_in_child(task: Ingest, results: list[int]) -> None:
+    results.append(sum(sum(ids) for ids, _, _ in documents_of(task.run())))
 
 
 def test_processes_that_ingest_at_once_get_the_same_tokens(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     context = multiprocessing.get_context("fork")
+    task = ingest_of(mixture, "stories", tokenizer, tmp_path / "c")
     with context.Manager() as manager:
         results = manager.list()
         children = [
-            context.Process(
-                target=_ingest_in_child, args=(mixture, tokenizer, tmp_path / "c", results)
-            )
-            for _ in range(4)
+            context.Process(target=_ingest_in_child, args=(task, results)) for _ in range(4)
         ]
         for child in children:
             child.start()
@@ -223,7 +248,6 @@ def test_processes_that_ingest_at_once_get_the_same_tokens(
             child.join(timeout=60)
         assert len(results) == 4
         assert len(set(results)) == 1
-    assert not list((tmp_path / "c").glob("*.partial-*"))
 
 
 def test_duplicates_fall_on_the_same_side(
@@ -232,9 +256,9 @@ def test_duplicates_fall_on_the_same_side(
     rows = [{"text": f"river {n % 20}"} for n in range(60)]
     source = SourceSection(token_share=1.0, files=[write_jsonl(rows)])
     mixture = MixtureSection(name="m", sources={"web": source}, validation_fraction=0.5)
-    web = ingest("web", source, mixture, tokenizer, needed_tokens=10**9, cache_dir=tmp_path / "c")
-    assert np.array_equal(web.held_out[:20], web.held_out[20:40])
-    assert np.array_equal(web.held_out[:20], web.held_out[40:])
+    web = ingest_of(mixture, "web", tokenizer, tmp_path / "c").run()
+    sides = [held_out for _, _, held_out in documents_of(web)]
+    assert sides[:20] == sides[20:40] == sides[40:]
 
 
 @pytest.mark.parametrize(
@@ -250,14 +274,7 @@ def test_a_split_that_leaves_one_side_empty_says_what_to_change(
 ) -> None:
     mixture.validation_fraction = fraction
     with pytest.raises(MixtureError) as caught:
-        ingest(
-            "stories",
-            mixture.sources["stories"],
-            mixture,
-            tokenizer,
-            needed_tokens=10,
-            cache_dir=tmp_path,
-        )
+        ingest_of(mixture, "stories", tokenizer, tmp_path).run()
     message = str(caught.value)
     assert "Source 'stories'" in message
     assert f"none of its 60 document(s) on the {side} side" in message
@@ -269,23 +286,19 @@ def test_a_tokenizer_without_eos_is_refused(
 ) -> None:
     endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(MixtureError, match="no end-of-sequence token"):
-        ingest_mixture(mixture, endless, budget_tokens=10, window_tokens=4, cache_dir=tmp_path)
+        mixture_ingests(
+            mixture,
+            endless,
+            train_tokens={"stories": 10},
+            held_out_tokens=1,
+            window_tokens=4,
+            cache_dir=tmp_path,
+        )
 
 
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match="set cache_dir"):
-        ingest_mixture(
-            mixture, tokenizer, budget_tokens=10, window_tokens=4, cache_dir=tmp_path / "file"
-        )
-
-
-def test_sources_without_share_are_not_read(
-    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    mixture.instruction_token_share = 0.0
-    mixture.sources["chats"].files = ["/nowhere/*.jsonl"]
-    read = ingest_mixture(mixture, tokenizer, budget_tokens=10, window_tokens=4, cache_dir=tmp_path)
-    assert list(read) == ["stories"]
+    with pytest.raises(StorageError, match="cannot be written: a file stands there"):
+        ingest_of(mixture, "stories", tokenizer, tmp_path / "file").run()
