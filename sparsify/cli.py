@@ -25,9 +25,14 @@ recipes_app = typer.Typer(
     no_args_is_help=True, help="The catalogue: list, show, copy, validate recipes."
 )
 app.add_typer(recipes_app, name="recipes")
+mixture_app = typer.Typer(
+    no_args_is_help=True, help="Mixtures: look at what training would draw, and at its sizes."
+)
+app.add_typer(mixture_app, name="mixture")
 console = Console(highlight=False, soft_wrap=True)
 
 INTERRUPTED = 130
+DEFAULT_TOKENIZER = "package:sparsify/assets/quickstart_base"
 
 Overrides = Annotated[
     list[str] | None,
@@ -63,6 +68,9 @@ def main() -> None:
 
 def _say(line: str) -> None:
     console.print(line, markup=False)
+
+
+def _quiet(_line: str) -> None: ...
 
 
 @recipes_app.command("list")
@@ -119,6 +127,56 @@ def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None
     for name in paths or catalogue.recipe_names():
         catalogue.compose_recipe(name)
         _say(f"{name}: valid")
+
+
+Tokenizer = Annotated[
+    str,
+    typer.Option("--tokenizer", help="Model folder, Hub id or package:NAME/PATH it comes from."),
+]
+WindowTokens = Annotated[int, typer.Option("--window-tokens", help="Length of a window.")]
+
+
+@mixture_app.command("preview")
+def mixture_preview(
+    mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
+    windows: Annotated[int, typer.Option("--windows", help="Windows of each source.")] = 1,
+    window_tokens: WindowTokens = 256,
+    tokenizer: Tokenizer = DEFAULT_TOKENIZER,
+) -> None:
+    """Shows real training windows of every source: where documents meet, which tokens carry loss.
+
+    Example: sparsify mixture preview quickstart --windows 2
+    """
+    from sparsify import display
+    from sparsify.verbs.mixture import preview
+
+    for window in preview(mixture, tokenizer, windows, window_tokens, _say):
+        console.print(display.window_preview(window))
+
+
+@mixture_app.command("stats")
+def mixture_stats(
+    mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
+    budget_tokens: Annotated[
+        int, typer.Option("--budget-tokens", help="Training tokens to look at.")
+    ] = 1_000_000,
+    window_tokens: WindowTokens = 2048,
+    tokenizer: Tokenizer = DEFAULT_TOKENIZER,
+    as_json: AsJson = False,
+) -> None:
+    """Counts a mixture: documents, tokens, tokens per document, packing efficiency, epochs at a budget.
+
+    Example: sparsify mixture stats quickstart --budget-tokens 10000000
+    """
+    from sparsify import display
+    from sparsify.verbs.mixture import stats
+
+    say = _quiet if as_json else _say
+    result = stats(mixture, tokenizer, budget_tokens, window_tokens, say)
+    if as_json:
+        console.print_json(result.model_dump_json())
+    else:
+        console.print(display.mixture_table(result))
 
 
 @app.command()
@@ -203,9 +261,8 @@ def report(
     """
     from sparsify import display, pipeline
 
-    def quiet(_line: str) -> None: ...
-
-    result, folder = pipeline.make_report(model_or_run, on, tokens, to, quiet if as_json else _say)
+    say = _quiet if as_json else _say
+    result, folder = pipeline.make_report(model_or_run, on, tokens, to, say)
     if as_json:
         console.print_json(result.model_dump_json())
     else:

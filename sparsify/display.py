@@ -9,9 +9,12 @@ from typing import Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.panel import Panel
+from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.mixture.inspection import MixtureStats, WindowPreview
 from sparsify.pipeline import RunResult, Swap
 from sparsify.sparsity.schema import LayerRow, SparsityReport
 
@@ -183,4 +186,53 @@ def swap_table(swap: Swap) -> RenderableType:
     )
     return Group(
         "", table, f"Next: [cyan]sparsify train RECIPE model.source={swap.converted.folder}[/cyan]"
+    )
+
+
+def mixture_table(stats: MixtureStats) -> RenderableType:
+    """Sizes of a mixture, one source a row."""
+    table = _table(
+        f"{stats.mixture}: {stats.budget_tokens:,} training tokens in windows of {stats.window_tokens:,}",
+        "source",
+        "documents",
+        "tokens",
+        "tokens each",
+        "loss on",
+        "full",
+        "epochs",
+    )
+    for name, source in stats.sources.items():
+        more = "" if source.complete else "+"
+        table.add_row(
+            name,
+            f"{source.documents:,}{more}",
+            f"{source.tokens:,}{more}",
+            f"{source.tokens_per_document_p50:,}–{source.tokens_per_document_p95:,}",
+            _share(source.loss_share),
+            _share(source.packing_efficiency),
+            f"{source.epochs:.2f}",
+        )
+    notes = (
+        "tokens each: half of the documents have at most the first number, 95% at most the second\n"
+        "full: share of window positions that carry tokens after packing\n"
+        "+ the source goes on: it was read as far as the budget needs it"
+    )
+    return Group("", table, Text(notes, style="dim"))
+
+
+def window_preview(window: WindowPreview) -> RenderableType:
+    """One window with its documents between rules; tokens without loss are dim."""
+    parts: list[RenderableType] = []
+    for number, document in enumerate(window.documents, start=1):
+        of = f"document {number} of {len(window.documents)} in this window"
+        text = Text()
+        for span in document:
+            text.append(span.text, style="default" if span.carries_loss else "dim italic")
+        parts += [Rule(Text(of, style="dim"), align="left", style="dim"), text]
+    return Panel(
+        Group(*parts),
+        title=f"{window.source}: {window.num_tokens:,} tokens, {window.num_empty:,} left empty",
+        subtitle="dim italic: no loss",
+        title_align="left",
+        subtitle_align="right",
     )

@@ -39,6 +39,7 @@ from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.history import stages, trajectory
 from sparsify.training.launcher import launch
 from sparsify.training.run_folder import RunFolder
+from sparsify.verbs.mixture import ingest_progress
 
 Say = Callable[[str], None]
 
@@ -125,7 +126,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
         say(f"Trained already: {run.path}")
         return False
     ingests = ingests_of(recipe, run)
-    with Feeder(run, ingests, recipe.launch.ingest_processes, _ingest_progress(say)) as feeder:
+    with Feeder(run, ingests, recipe.launch.ingest_processes, ingest_progress(say)) as feeder:
         feeder.wait_until(can_begin)
         _lock_data(recipe, run, ingests, say)
         if step:
@@ -227,18 +228,6 @@ def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest], sa
         )
         say("Data: " + ", ".join(parts))
     write_lock(lock, run.mixture_lock)
-
-
-def _ingest_progress(say: Say) -> Callable[[str, int, int], None]:
-    last: dict[str, int] = {}
-
-    def progress(source: str, tokens: int, needed_tokens: int) -> None:
-        tenth = 10 * tokens // max(needed_tokens, 1)
-        if tenth > last.get(source, 0):
-            last[source] = tenth
-            say(f"Tokenising {source}: {tokens:,} of {needed_tokens:,} tokens")
-
-    return progress
 
 
 def _finish(given: str, recipe: Recipe, run: RunFolder, say: Say, *, anew: bool) -> RunResult:

@@ -98,7 +98,7 @@ class WindowReader:
         )
         for (name, epoch, shard), members in groupby(located, key=lambda place: place[:3]):
             windows, rows = zip(*(place[3:] for place in members), strict=True)
-            self._fill(arrays, rows, *self.streams[name].packed(epoch, shard), windows)
+            _fill(arrays, rows, *self.streams[name].packed(epoch, shard), windows)
         indices = {name: index for index, name in enumerate(self.names)}
         return Batch(
             {field: torch.from_numpy(array) for field, array in arrays.items()},
@@ -107,35 +107,50 @@ class WindowReader:
 
     def window(self, index: int) -> Window:
         """The training window with this number."""
-        batch = self.batch(index, 1)
-        fields = {field: tensor[0].numpy() for field, tensor in batch.tensors.items()}
-        return Window(self.names[int(batch.sources[0])], **fields)
+        name, rank = self.schedule.locate(index)
+        return read_window(self.streams[name], rank)[0]
 
-    def _fill(
-        self,
-        arrays: dict[str, IntArray],
-        rows: Sequence[int],
-        documents: ShardDocuments,
-        packing: Packing,
-        windows: Sequence[int],
-    ) -> None:
-        """Writes windows of one shard into the rows of the arrays that are theirs."""
-        slices = [packing.pieces(window) for window in windows]
-        num_pieces = np.array([piece.stop - piece.start for piece in slices])
-        chosen = np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])
-        document, start, length = (
-            values[chosen] for values in (packing.document, packing.start, packing.length)
-        )
-        begin = np.cumsum(length) - length
-        first_piece = np.cumsum(num_pieces) - num_pieces
-        place = np.array(rows) * self.window_tokens - begin[first_piece]
-        spread = _Spread(begin, length)
-        target = spread(np.repeat(place, num_pieces)) + spread.index
-        token = spread(documents.starts[document] + start - begin) + spread.index
-        document_end = spread((documents.starts + documents.lengths)[document])
-        arrays["input_ids"].reshape(-1)[target] = documents.shard.tokens[token]
-        arrays["position_ids"].reshape(-1)[target] = spread.index - spread(begin)
-        arrays["labels"].reshape(-1)[target] = _labels(documents.shard, token, document_end)
+
+def _fill(
+    arrays: dict[str, IntArray],
+    rows: Sequence[int],
+    documents: ShardDocuments,
+    packing: Packing,
+    windows: Sequence[int],
+) -> None:
+    """Writes windows of one shard into the rows of the arrays that are theirs. Arrays: [B, T]"""
+    window_tokens = arrays["input_ids"].shape[1]
+    slices = [packing.pieces(window) for window in windows]
+    num_pieces = np.array([piece.stop - piece.start for piece in slices])
+    chosen = np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])
+    document, start, length = (
+        values[chosen] for values in (packing.document, packing.start, packing.length)
+    )
+    begin = np.cumsum(length) - length
+    first_piece = np.cumsum(num_pieces) - num_pieces
+    place = np.array(rows) * window_tokens - begin[first_piece]
+    spread = _Spread(begin, length)
+    target = spread(np.repeat(place, num_pieces)) + spread.index
+    token = spread(documents.starts[document] + start - begin) + spread.index
+    document_end = spread((documents.starts + documents.lengths)[document])
+    arrays["input_ids"].reshape(-1)[target] = documents.shard.tokens[token]
+    arrays["position_ids"].reshape(-1)[target] = spread.index - spread(begin)
+    arrays["labels"].reshape(-1)[target] = _labels(documents.shard, token, document_end)
+
+
+def read_window(stream: TrainingStream, rank: int) -> tuple[Window, int]:
+    """One training window of one source, and how many of its positions hold tokens.
+
+    Args:
+        stream: The source's windows.
+        rank: Number of the window within the source.
+    """
+    epoch, shard, number = stream.locate(rank)
+    documents, packing = stream.packed(epoch, shard)
+    arrays = _empty_batch(1, stream.window_tokens, stream.source.info.end_token)
+    _fill(arrays, [0], documents, packing, [number])
+    window = Window(stream.source.name, **{field: array[0] for field, array in arrays.items()})
+    return window, int(packing.length[packing.pieces(number)].sum())
 
 
 class _Spread:

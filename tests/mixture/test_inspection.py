@@ -1,0 +1,67 @@
+"""What a mixture's sizes and previews say is what training will draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.mixture.inspection import measure_mixture, preview_windows
+from sparsify.mixture.tokens import TokenizedSource
+from sparsify.recipe import MixtureSection
+from tests.mixture.conftest import documents_of
+
+
+def test_stats_count_what_a_budget_reads(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    stats = measure_mixture(
+        mixture, tokenizer, budget_tokens=10_000, window_tokens=32, cache_dir=tmp_path
+    )
+    for name, share in (("stories", 0.7), ("chats", 0.3)):
+        source = stats.sources[name]
+        assert source.planned_tokens == round(share * 10_000)
+        assert source.complete
+        assert 0.9 < source.packing_efficiency <= 1
+        assert source.tokens == pytest.approx(source.packing_efficiency * source.windows * 32)
+        assert source.epochs == pytest.approx(share * 10_000 / (source.windows * 32))
+    assert stats.sources["stories"].loss_share == 1
+    assert 0.3 < stats.sources["chats"].loss_share < 0.9
+
+
+def test_stats_of_a_source_agree_with_its_documents(
+    mixture: MixtureSection,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenized: dict[str, TokenizedSource],
+    tmp_path: Path,
+) -> None:
+    stats = measure_mixture(
+        mixture, tokenizer, budget_tokens=10**5, window_tokens=32, cache_dir=tmp_path
+    ).sources["chats"]
+    training = [(ids, mask) for ids, mask, side in documents_of(tokenized["chats"]) if not side]
+    lengths = [len(ids) for ids, _ in training]
+    assert (stats.documents, stats.tokens) == (len(lengths), sum(lengths))
+    assert stats.loss_share == sum(sum(mask) for _, mask in training) / sum(lengths)
+    assert stats.tokens_per_document_p50 == sorted(lengths)[(len(lengths) + 1) // 2 - 1]
+    assert stats.tokens_per_document_p95 == np.percentile(lengths, 95, method="inverted_cdf")
+
+
+def test_a_preview_shows_documents_apart_and_what_carries_loss(
+    tokenizer: PreTrainedTokenizerFast, tokenized: dict[str, TokenizedSource]
+) -> None:
+    windows = list(
+        preview_windows(tokenized["chats"], tokenizer, window_tokens=300, num_windows=99, seed=1)
+    )
+    texts = {tokenizer.decode(ids) for ids, _, side in documents_of(tokenized["chats"]) if not side}
+    shown = ["".join(span.text for span in doc) for window in windows for doc in window.documents]
+    assert sorted(shown) == sorted(texts)
+    for window in windows:
+        assert window.num_tokens + window.num_empty == 300
+        for prompt, answer in window.documents:
+            assert not prompt.carries_loss
+            assert prompt.text.startswith("<s><|im_start|>user\nquestion")
+            assert answer.carries_loss
+            assert answer.text.startswith("answer")
+            assert answer.text.endswith("</s>")
