@@ -209,9 +209,10 @@ def convert(
 
     Example: sparsify convert mistralai/Mistral-7B-v0.1 --activation drelu --to mistral-drelu
     """
-    from sparsify import display, pipeline
+    from sparsify import display
+    from sparsify.verbs.convert import convert_model
 
-    swap = pipeline.convert_model(model, activation, to, on, tokens)
+    swap = convert_model(model, activation, to, on, tokens)
     if as_json:
         console.print_json(json.dumps(display.swap_record(swap)))
     else:
@@ -231,10 +232,11 @@ def train(
 
     Example: sparsify train quickstart mixture.instruction_token_share=0.3
     """
-    from sparsify import catalogue, display, pipeline
+    from sparsify import catalogue, display
+    from sparsify.verbs.train import train as run_recipe
 
     for choice in catalogue.sweep(overrides or []) if multirun else [overrides or []]:
-        result = pipeline.train(recipe, choice, _say)
+        result = run_recipe(recipe, choice, _say)
         if as_json:
             console.print_json(json.dumps(display.run_record(result)))
         else:
@@ -259,10 +261,11 @@ def report(
 
     Example: sparsify report runs/quickstart --on my_text.txt.gz
     """
-    from sparsify import display, pipeline
+    from sparsify import display
+    from sparsify.verbs.report import make_report
 
     say = _quiet if as_json else _say
-    result, folder = pipeline.make_report(model_or_run, on, tokens, to, say)
+    result, folder = make_report(model_or_run, on, tokens, to, say)
     if as_json:
         console.print_json(result.model_dump_json())
     else:

@@ -15,8 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.mixture.inspection import MixtureStats, WindowPreview
-from sparsify.pipeline import RunResult, Swap
 from sparsify.sparsity.schema import LayerRow, SparsityReport
+from sparsify.verbs.convert import Swap
+from sparsify.verbs.train import RunResult
 
 BAR_CELLS = 24
 

@@ -17,8 +17,7 @@ from sparsify.mixture.inspection import (
     preview_windows,
 )
 from sparsify.recipe import MixtureSection, Recipe, TrainingSection
-
-Say = Callable[[str], None]
+from sparsify.verbs import Say
 
 LEAST_WINDOWS = 64
 """Windows are only packed as in training among enough of their like."""

@@ -1,0 +1,173 @@
+"""One arm of an experiment, from its recipe to its last checkpoint: conversion, data, training."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from sparsify.catalogue import save_recipe
+from sparsify.conversion.convert import Converted, convert
+from sparsify.conversion.source import read_checkpoint
+from sparsify.errors import RecipeError, RunError
+from sparsify.files import storage_errors, write_json
+from sparsify.mixture.ingest import Ingest
+from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
+from sparsify.recipe import EXECUTION_SETTINGS, Recipe
+from sparsify.training.checkpoints import latest_checkpoint, read_state
+from sparsify.training.data import ingests_of, lock_of, open_sources, schedule_of
+from sparsify.training.feeder import Feeder, can_begin, is_done
+from sparsify.training.launcher import launch
+from sparsify.training.run_folder import RunFolder
+from sparsify.verbs import Say
+from sparsify.verbs.mixture import ingest_progress
+
+IDENTITY_SECTIONS = ("model", "activation", "mixture", "training", "optimizer")
+"""Sections that decide what is trained: a run cannot go on with others."""
+LOCK_SECONDS = 2.0
+"""Ranks outlive a killed launcher by less than this."""
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify-lm")
+
+
+def train_run(recipe: Recipe, run: RunFolder, say: Say) -> bool:
+    """Trains one arm. Returns whether there was anything left to train.
+
+    Raises:
+        RunError: If another process is training it now, or it was begun with other settings.
+    """
+    with _only_one(run):
+        return _train_alone(recipe, run, say)
+
+
+@contextmanager
+def _only_one(run: RunFolder) -> Iterator[None]:
+    with storage_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run.path / ".lock")
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise RunError(
+                f"Another process is training {run.path}.",
+                next_step="Wait for it, stop it, or choose another folder with run_dir=….",
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
+    _open_run(recipe, run)
+    if not run.initial.is_dir():
+        converted = _convert(recipe, run.initial)
+        say(f"Model: {_describe(converted)}")
+    _check_context(recipe, run)
+    newest = latest_checkpoint(run.checkpoints)
+    step = read_state(newest).step if newest else 0
+    if step == recipe.num_steps:
+        say(f"Trained already: {run.path}")
+        return False
+    ingests = ingests_of(recipe, run)
+    with Feeder(run, ingests, recipe.launch.ingest_processes, ingest_progress(say)) as feeder:
+        feeder.wait_until(can_begin)
+        _lock_data(recipe, run, ingests, say)
+        if step:
+            say(f"Going on from step {step:,} of {recipe.num_steps:,}")
+        launch(run, recipe.launch, feeder.check)
+        feeder.wait_until(is_done)
+    num_windows = recipe.num_steps * recipe.training.batch_windows
+    lock = lock_of(recipe, open_sources(ingests))
+    lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
+    write_lock(with_delivered(lock, schedule_of(recipe).counts(num_windows)), run.mixture_lock)
+    return True
+
+
+def _open_run(recipe: Recipe, run: RunFolder) -> None:
+    """Records what is to be run, or makes sure that it is what was begun."""
+    if run.mixture_lock.is_file():
+        _check_same(run.load_recipe(), recipe, run)
+    elif run.initial.is_dir():
+        shutil.rmtree(run.initial)  # nothing was trained from it, and the recipe may be another now
+    save_recipe(recipe, run.recipe)
+    write_json(run.environment, environment())
+
+
+def _check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
+    for section in IDENTITY_SECTIONS:
+        old, new = asdict(getattr(before, section)), asdict(getattr(now, section))
+        changed = [key for key in old if old[key] != new.get(key) and key not in EXECUTION_SETTINGS]
+        if changed:
+            key = changed[0]
+            raise RunError(
+                f"{run.path} was begun with {section}.{key}={old[key]}; this command says {new.get(key)}.",
+                allowed=f"A run goes on only as it began ({', '.join(IDENTITY_SECTIONS)}).",
+                next_step="Choose another folder with run_dir=…, or remove this one.",
+            )
+
+
+def environment() -> dict[str, Any]:
+    """The software and the machine, for the record."""
+    return {
+        "command": " ".join(["sparsify", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": {name: version(name) for name in PACKAGES},
+    }
+
+
+def _convert(recipe: Recipe, to: Path) -> Converted:
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    # Random weights are born in fp32, so that both precisions start from the same values.
+    born = torch.float32 if recipe.model.init == "random" else dtype
+    return convert(
+        recipe.model, recipe.activation.ffn_activation, to, seed=recipe.training.seed, dtype=born
+    )
+
+
+def _describe(converted: Converted) -> str:
+    config = converted.config
+    shapes = read_checkpoint(converted.folder).shapes.values()
+    num_parameters = sum(torch.Size(shape).numel() for shape in shapes)
+    return (
+        f"{converted.origin} as {config.model_type} with {config.ffn_activation}, "
+        f"{num_parameters / 1e6:,.1f}M parameters, {config.num_hidden_layers} layers"
+    )
+
+
+def _check_context(recipe: Recipe, run: RunFolder) -> None:
+    context = read_checkpoint(run.initial).config["max_position_embeddings"]
+    if recipe.training.window_tokens > context:
+        raise RecipeError(
+            f"training.window_tokens is {recipe.training.window_tokens}, longer than the model's context.",
+            allowed=f"At most {context} tokens for this model.",
+            next_step=f"Set training.window_tokens={context} or less.",
+        )
+
+
+def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest], say: Say) -> None:
+    """Fixes in the lock what this run reads, or makes sure that it is what the run began with."""
+    lock = lock_of(recipe, open_sources(ingests))
+    if run.mixture_lock.is_file():
+        before = read_lock(run.mixture_lock)
+        if not recipe.launch.accept_changed_data:
+            check_lock(before, lock)
+        lock.accepted_changes = before.accepted_changes + differences(before, lock)
+    else:
+        parts = (
+            f"{name} {source.token_share:.1%}"
+            + (f" ({source.epochs:.2f} epochs)" if source.epochs else " (still being tokenised)")
+            for name, source in lock.sources.items()
+        )
+        say("Data: " + ", ".join(parts))
+    write_lock(lock, run.mixture_lock)
