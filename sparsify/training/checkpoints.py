@@ -131,7 +131,7 @@ def save(
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
             write_text(checkpoints / LATEST, final.name + "\n")
-            _prune(checkpoints, keep_last)
+            _prune(checkpoints, keep_last, final.name)
         dist.barrier()
     return final
 
@@ -146,11 +146,11 @@ def _removed_on_failure(partial: Path) -> Iterator[None]:
         raise
 
 
-def _prune(checkpoints: Path, keep_last: int) -> None:
+def _prune(checkpoints: Path, keep_last: int, newest: str) -> None:
     saved = sorted(path for path in checkpoints.glob("step-*") if (path / STATE).is_file())
-    for path in saved[:-keep_last]:
-        shutil.rmtree(path, ignore_errors=True)
-    for path in checkpoints.glob(".partial-*"):
+    kept = [path for path in saved if path.name <= newest][-keep_last:]
+    # Later steps than the newest are of a course that was given up when `latest` was set back.
+    for path in (set(saved) - set(kept)) | set(checkpoints.glob(".partial-*")):
         shutil.rmtree(path, ignore_errors=True)
 
 

@@ -41,7 +41,7 @@ def test_changed_text_is_refused_by_name_and_accepted_on_record(
     assert delivered == {"code": 1536, "prose": 768, "questions": 768}
     assert lock["accepted_changes"] == []
 
-    (run / "checkpoints" / "latest").unlink()  # as if it had been stopped before the first one
+    (run / "checkpoints" / "latest").unlink()  # go back to the beginning
     with (folder / "code.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"text": "one more document"}))
     refused = train()
@@ -54,6 +54,7 @@ def test_changed_text_is_refused_by_name_and_accepted_on_record(
 
     accepted = train("launch.accept_changed_data=true")
     assert accepted.returncode == 0, accepted.stdout + accepted.stderr
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000006\n"
     changes = json.loads((run / "mixture.lock.json").read_text())["accepted_changes"]
     assert changes[0].startswith(f"source code: fingerprint was {old}, is ")
 
@@ -62,6 +63,7 @@ def test_every_step_records_its_sources(finished: Callable[[Setup], tuple[Path, 
     run, _ = finished(Setup("mistral", 1, 1, "fp32"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
+    labels: dict[str, int] = {}
     for line in steps:
         labels = line["source_labels"]
         total = sum(labels[name] * loss for name, loss in line["sources"].items())
