@@ -1,11 +1,15 @@
+"""Every prefix of a run has each source's share to the window, whatever the schedule."""
+
 from __future__ import annotations
 
 from fractions import Fraction
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.mixture.plan import SourceSchedule
+from sparsify.mixture.plan import Anchor, SourceSchedule
+from sparsify.mixture.shares import Shares, Stretch
 
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=12)
 
@@ -14,41 +18,95 @@ def shares_of(parts: list[int]) -> dict[str, float]:
     return {f"source{i}": part / sum(parts) for i, part in enumerate(parts)}
 
 
+def constant(parts: list[int]) -> SourceSchedule:
+    return SourceSchedule(Shares.constant(shares_of(parts)))
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> Shares:
+    """Up to five stretches of constant or moving shares, sources that come and go among them."""
+    num_sources = draw(st.integers(1, 12))
+    part = st.integers(0, 1000)
+    row = st.lists(part, min_size=num_sources, max_size=num_sources).filter(any)
+    end, stretches = 0, []
+    for _ in range(draw(st.integers(1, 5))):
+        end += draw(st.integers(1, 120))
+        first = shares_of(draw(row))
+        last = shares_of(draw(row)) if draw(st.booleans()) else first
+        stretches.append(Stretch(end, first, last))
+    return Shares(stretches)
+
+
+def assert_law(schedule: SourceSchedule, num_windows: int) -> None:
+    """Windows come in order, none twice, and never a whole one off their demand."""
+    shares, names = schedule.shares, schedule.names
+    bound = 1 - Fraction(1, max(2 * len(names) - 2, 1))
+    given_windows = dict.fromkeys(names, 0)
+    for count, (name, rank) in enumerate(schedule.windows_of(0, num_windows), start=1):
+        assert rank == given_windows[name]
+        given_windows[name] += 1
+        for source, windows in given_windows.items():
+            assert abs(windows - shares.demand(source, count)) <= bound
+
+
 @settings(max_examples=40, deadline=None)
 @given(weights)
 def test_shares_are_exact_at_every_prefix(parts: list[int]) -> None:
-    schedule = SourceSchedule(shares_of(parts))
-    bound = 1 - Fraction(1, max(2 * len(parts) - 2, 1))
-    given_windows = dict.fromkeys(schedule.names, 0)
-    for num_windows, (name, rank) in enumerate(schedule.windows_of(0, 300), start=1):
-        assert rank == given_windows[name], "a source's windows come in order, none twice"
-        given_windows[name] += 1
-        for source, count in given_windows.items():
-            assert abs(count - schedule.shares[source] * num_windows) <= bound
+    assert_law(constant(parts), 300)
+
+
+@settings(max_examples=60, deadline=None)
+@given(curves())
+def test_changing_shares_are_exact_at_every_prefix(shares: Shares) -> None:
+    assert_law(SourceSchedule(shares), 400)
+
+
+@settings(max_examples=40, deadline=None)
+@given(curves(), st.integers(0, 500))
+def test_demands_follow_the_shares_and_sum_to_the_windows(shares: Shares, window: int) -> None:
+    assert sum(shares.demand(name, window) for name in shares.names) == window
+    for index, name in enumerate(shares.names):
+        demand = shares.demand(name, window)
+        assert 0 <= shares.demand(name, window + 1) - demand <= 1
+        first = shares.reaches(index, demand.numerator, demand.denominator)
+        assert shares.demand(name, int(first)) >= demand
+        if first > 0:
+            assert shares.demand(name, int(first) - 1) < demand
+
+
+def test_a_ramp_is_the_area_under_a_straight_line() -> None:
+    first, last = {"chat": 0.1, "web": 0.9}, {"chat": 0.3, "web": 0.7}
+    shares = Shares([Stretch(100, first, first), Stretch(200, first, last)])
+    assert shares.demand("chat", 100) == 10
+    assert shares.demand("chat", 150) == 10 + 50 * Fraction(15, 100)
+    assert shares.demand("chat", 200) == 10 + 100 * Fraction(20, 100)
+    assert shares.demand("chat", 300) == 30 + 30, "beyond its end a run keeps its last shares"
+    assert shares.share("chat", 149) == pytest.approx(0.199)
 
 
 @settings(max_examples=30, deadline=None)
-@given(weights, st.lists(st.integers(0, 20_000), min_size=1, max_size=8))
-def test_the_schedule_does_not_depend_on_the_order_of_asking(
-    parts: list[int], indices: list[int]
+@given(curves(), st.lists(st.integers(0, 20_000), min_size=1, max_size=8), st.integers(0, 9_000))
+def test_the_schedule_does_not_depend_on_where_one_begins(
+    shares: Shares, indices: list[int], start: int
 ) -> None:
-    shares = shares_of(parts)
-    in_order = SourceSchedule(dict(reversed(shares.items())))
+    in_order = SourceSchedule(shares)
     expected = {index: in_order.locate(index) for index in sorted(indices)}
     asked = SourceSchedule(shares)
     assert {index: asked.locate(index) for index in indices} == expected
+    anchored = SourceSchedule(shares, in_order.anchor(start))
+    assert {index: anchored.locate(index) for index in indices} == expected
 
 
 def test_counts_agree_with_the_windows_given() -> None:
-    schedule = SourceSchedule({"web": 0.62, "code": 0.25, "chat": 0.13})
+    schedule = SourceSchedule(Shares.constant({"web": 0.62, "code": 0.25, "chat": 0.13}))
     for num_windows in (0, 1, 99, 100, 101, 777):
         names = [name for name, _ in schedule.windows_of(0, num_windows)]
         assert schedule.counts(num_windows) == {name: names.count(name) for name in schedule.names}
 
 
 def test_decimal_shares_are_met_exactly_after_one_period_and_far_into_a_run() -> None:
-    schedule = SourceSchedule({"web": 0.7, "code": 0.2, "chat": 0.1})
-    assert schedule.period == 10
+    schedule = SourceSchedule(Shares.constant({"web": 0.7, "code": 0.2, "chat": 0.1}))
+    assert schedule.shares.period == 10
     assert schedule.counts(10**12) == {"web": 7 * 10**11, "code": 2 * 10**11, "chat": 10**11}
     name, rank = schedule.locate(10**12 + 3)
     assert (name, rank - schedule.counts(10**12)[name]) == schedule.locate(3)
@@ -56,6 +114,14 @@ def test_decimal_shares_are_met_exactly_after_one_period_and_far_into_a_run() ->
 
 def test_shares_that_floats_cannot_hold_lose_nothing() -> None:
     # 0.1 scaled by 0.85 / 0.9, as the instruction knob does, is a float close to 17/180.
-    schedule = SourceSchedule({"a": 0.7 / 0.9 * 0.85, "b": 0.2 / 0.9 * 0.85, "c": 0.15})
-    assert schedule.period == 180
-    assert sum(schedule.shares.values()) == 1
+    shares = Shares.constant({"a": 0.7 / 0.9 * 0.85, "b": 0.2 / 0.9 * 0.85, "c": 0.15})
+    assert shares.period == 180
+
+
+def test_an_anchor_answers_far_into_a_run_of_awkward_shares_at_once() -> None:
+    shares = Shares([Stretch(10**9, {"a": 0.123456789, "b": 0.876543211}, {"a": 0.9, "b": 0.1})])
+    window = 700_000_000
+    given = {name: round(shares.demand(name, window)) for name in shares.names}
+    given["b"] = window - given["a"]
+    schedule = SourceSchedule(shares, Anchor(window, given))
+    assert {name for name, _ in schedule.windows_of(window, 50)} == {"a", "b"}
