@@ -21,9 +21,10 @@ from omegaconf import OmegaConf
 
 from sparsify.errors import RecipeError, nearest
 from sparsify.files import write_text
+from sparsify.mixture_rules import check_mixture
 from sparsify.recipe import EXECUTION_SETTINGS, MixtureSection, Recipe
 from sparsify.recipe_errors import GROUPS, OWN_FILE, RECIPE_GROUPS, recipe_errors
-from sparsify.recipe_rules import check_mixture, validate
+from sparsify.recipe_rules import validate
 
 YAML = (".yaml", ".yml")
 Section = TypeVar("Section")

@@ -52,6 +52,11 @@ class SourceSection:
     """Share of all training tokens, over the whole mixture. The shares of a mixture sum to 1."""
     group: str = "pretraining"
     """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
+    max_epochs: float | None = None
+    """How often a run may see each document; null repeats the source as often as the budget asks."""
+    when_exhausted: str = "stop"
+    """What a source does that has reached `max_epochs`: `stop` refuses a run that would exceed it and says which budget fits;
+    `redistribute` gives its share to the other sources from there on, in proportion."""
     files: list[str] | None = None
     """Local paths or globs: .jsonl, .json, .csv, .parquet, .arrow, .txt, each plain or .gz. Plain text holds documents
     separated by <|endoftext|>."""
@@ -70,6 +75,20 @@ class SourceSection:
 
 
 @dataclass
+class PhaseSection:
+    """Shares from where the phase before ended up to a point of the run."""
+
+    until_budget_share: float = MISSING
+    """Where the phase ends, as a share of the training budget; 1 for the last phase."""
+    instruction_token_share: float | None = None
+    """Share of tokens from the instruction group, as in the mixture; shares inside both groups keep their proportions."""
+    token_shares: dict[str, float] = field(default_factory=dict)
+    """Share of each source instead of the sources' own; what is left out has none. They sum to 1."""
+    ramp: bool = False
+    """Move in a straight line from the shares at the end of the phase before to these, instead of all at once."""
+
+
+@dataclass
 class MixtureSection:
     """What to train on. Holds no run parameter, so that one mixture serves every budget."""
 
@@ -79,6 +98,8 @@ class MixtureSection:
     instruction_token_share: float | None = None
     """Share of training tokens from the instruction group; shares inside both groups keep their proportions.
     Null keeps the shares as the sources state them."""
+    phases: list[PhaseSection] = field(default_factory=list)
+    """How shares change over the run; without any they stay as stated."""
     instruction_loss: str = "responses"
     """Which tokens of an instruction carry loss: `responses` or `all`."""
     validation_fraction: float = 0.05
@@ -222,20 +243,44 @@ class Recipe:
 
 
 def token_shares(mixture: MixtureSection) -> dict[str, float]:
-    """Token share of every source after `instruction_token_share` is applied; sources with share 0 are left out."""
+    """Share of every source in the tokens of a whole run; sources without any are left out."""
+    means = dict.fromkeys(mixture.sources, 0.0)
+    start = 0.0
+    for end, first, last in share_phases(mixture):
+        for name in means:
+            means[name] += (end - start) * (first[name] + last[name]) / 2
+        start = end
+    return {name: share for name, share in means.items() if share > 0}
+
+
+def share_phases(mixture: MixtureSection) -> list[tuple[float, dict[str, float], dict[str, float]]]:
+    """For each phase: where it ends as a share of the budget, and the shares of all sources at its beginning and end."""
+    if not mixture.phases:
+        shares = _with_instructions(mixture, mixture.instruction_token_share)
+        return [(1.0, shares, shares)]
+    phases, before = [], dict.fromkeys(mixture.sources, 0.0)
+    for phase in mixture.phases:
+        if phase.token_shares:
+            after = {name: phase.token_shares.get(name, 0.0) for name in mixture.sources}
+        else:
+            after = _with_instructions(mixture, phase.instruction_token_share)
+        phases.append((phase.until_budget_share, before if phase.ramp else after, after))
+        before = after
+    return phases
+
+
+def _with_instructions(mixture: MixtureSection, share: float | None) -> dict[str, float]:
+    """The sources' own shares, moved so that the instruction group has `share`; as stated when that is None."""
     stated = {name: source.token_share for name, source in mixture.sources.items()}
-    if mixture.instruction_token_share is not None:
-        target = {
-            "instruction": mixture.instruction_token_share,
-            "pretraining": 1.0 - mixture.instruction_token_share,
-        }
-        totals = dict.fromkeys(target, 0.0)
-        for source in mixture.sources.values():
-            totals[source.group] += source.token_share
-        stated = {
-            name: source.token_share / totals[source.group] * target[source.group]
-            if totals[source.group]
-            else 0.0
-            for name, source in mixture.sources.items()
-        }
-    return {name: share for name, share in stated.items() if share > 0}
+    if share is None:
+        return stated
+    target = {"instruction": share, "pretraining": 1.0 - share}
+    totals = dict.fromkeys(target, 0.0)
+    for source in mixture.sources.values():
+        totals[source.group] += source.token_share
+    return {
+        name: source.token_share / totals[source.group] * target[source.group]
+        if totals[source.group]
+        else 0.0
+        for name, source in mixture.sources.items()
+    }

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from sparsify.errors import RecipeError, nearest
-from sparsify.recipe import FFN_ACTIVATIONS, MixtureSection, ModelSection, Recipe, SourceSection
-
-SHARE_TOLERANCE = 1e-6
+from sparsify.errors import RecipeError
+from sparsify.mixture_rules import check_choice, check_mixture
+from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
 
 
 def validate(recipe: Recipe) -> Recipe:
@@ -30,20 +29,6 @@ def validate(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    """Refuses a value that is none of those allowed.
-
-    Raises:
-        RecipeError: With the nearest allowed value.
-    """
-    if value not in allowed:
-        raise RecipeError(
-            f"{key} is {value!r}.",
-            allowed=f"{nearest(str(value), allowed)}Allowed: {', '.join(allowed)}.",
-            next_step=f"Set {key}={allowed[0]}, for example.",
-        )
-
-
 def _check_choices(recipe: Recipe) -> None:
     check_choice("activation.ffn_activation", recipe.activation.ffn_activation, FFN_ACTIVATIONS)
     if recipe.control.ffn_activation is not None:
@@ -51,7 +36,6 @@ def _check_choices(recipe: Recipe) -> None:
     check_choice("model.init", recipe.model.init, ("pretrained", "random"))
     check_choice("training.precision", recipe.training.precision, ("bf16", "fp32"))
     check_choice("tracking.wandb", recipe.tracking.wandb, ("disabled", "offline", "online"))
-    check_choice("mixture.instruction_loss", recipe.mixture.instruction_loss, ("responses", "all"))
 
 
 def _check_numbers(recipe: Recipe) -> None:
@@ -153,68 +137,3 @@ def _check_engine(recipe: Recipe) -> None:
             allowed="Only stage 3 partitions parameters.",
             next_step="Use engine=zero3_offload.",
         )
-
-
-def check_mixture(mixture: MixtureSection) -> None:
-    """Refuses a mixture whose sources or shares cannot be drawn.
-
-    Raises:
-        RecipeError: Naming the source and the setting.
-    """
-    if not mixture.sources:
-        raise RecipeError(
-            f"Mixture {mixture.name!r} has no sources.",
-            next_step="Add at least one entry under mixture.sources.",
-        )
-    for name, source in mixture.sources.items():
-        _check_source(f"mixture.sources.{name}", source)
-    if not 0 < mixture.validation_fraction < 1:
-        raise RecipeError(
-            f"mixture.validation_fraction is {mixture.validation_fraction}.",
-            allowed="Allowed: above 0 and below 1.",
-        )
-    total = math.fsum(source.token_share for source in mixture.sources.values())
-    if abs(total - 1.0) > SHARE_TOLERANCE:
-        raise RecipeError(
-            f"The token shares of mixture {mixture.name!r} sum to {total:.6g}: "
-            + ", ".join(
-                f"{name} {source.token_share:g}" for name, source in mixture.sources.items()
-            )
-            + ".",
-            allowed="They must sum to 1.",
-            next_step=f"Change one of them by {1.0 - total:+.6g}; "
-            "mixture.instruction_token_share moves all of them at once.",
-        )
-    _check_knob(mixture)
-
-
-def _check_source(key: str, source: SourceSection) -> None:
-    check_choice(f"{key}.group", source.group, ("pretraining", "instruction"))
-    origins = [name for name in ("files", "hub", "stdlib") if getattr(source, name)]
-    if len(origins) != 1:
-        raise RecipeError(
-            f"{key} states {' and '.join(origins) or 'no'} origin.",
-            allowed="Exactly one of files, hub, stdlib.",
-        )
-    if source.stdlib is not None:
-        check_choice(f"{key}.stdlib", source.stdlib, ("code", "prose", "questions"))
-    if not 0 <= source.token_share <= 1:
-        raise RecipeError(f"{key}.token_share is {source.token_share}.", allowed="Allowed: 0 to 1.")
-
-
-def _check_knob(mixture: MixtureSection) -> None:
-    wanted = mixture.instruction_token_share
-    if wanted is None:
-        return
-    if not 0 <= wanted <= 1:
-        raise RecipeError(
-            f"mixture.instruction_token_share is {wanted}.", allowed="Allowed: 0 to 1."
-        )
-    for group, share in (("instruction", wanted), ("pretraining", 1 - wanted)):
-        if share > 0 and not any(
-            source.group == group and source.token_share > 0 for source in mixture.sources.values()
-        ):
-            raise RecipeError(
-                f"mixture.instruction_token_share is {wanted}, but mixture {mixture.name!r} has no {group} source.",
-                next_step=f"Add a source with group: {group}, or leave the knob unset.",
-            )

@@ -17,7 +17,7 @@ from sparsify.conversion.folder import copy_tokenizer
 from tests.conftest import SHAPE, TOKENIZER
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-STATE = '{"step": 2, "seen_tokens": 1024, "processes": 1, "zero_stage": 1}'
+STATE = '{"step": 2, "seen_tokens": 1024, "processes": 1, "zero_stage": 1, "drawn_windows": {}}'
 
 
 class Place:

@@ -59,8 +59,8 @@ def make_lock(
         window_tokens=window_tokens,
         seed=seed,
         sources={
-            name: _source_lock(sources[name], share, planned_windows[name] * window_tokens)
-            for name, share in shares.items()
+            name: _source_lock(source, shares.get(name, 0.0), planned_windows[name] * window_tokens)
+            for name, source in sources.items()
         },
     )
 
@@ -86,8 +86,8 @@ def with_delivered(lock: MixtureLock, windows: Mapping[str, int]) -> MixtureLock
     sources = {
         name: source.model_copy(
             update={
-                "delivered_tokens": windows[name] * lock.window_tokens,
-                "delivered_share": windows[name] * lock.window_tokens / max(total, 1),
+                "delivered_tokens": windows.get(name, 0) * lock.window_tokens,
+                "delivered_share": windows.get(name, 0) * lock.window_tokens / max(total, 1),
             }
         )
         for name, source in lock.sources.items()

@@ -56,6 +56,7 @@ class Shares:
     """
 
     def __init__(self, stretches: Sequence[Stretch]) -> None:
+        self.stretches = list(stretches)
         # By name, so that the order in which a YAML file lists its sources changes nothing.
         named = {
             name
@@ -69,11 +70,11 @@ class Shares:
         start = 0
         for part in stretches:
             first, last = self._fractions(part.first), self._fractions(part.last)
-            if part.end is not None and part.end <= start:
-                continue
-            demand = self._append(start, part.end, first, last, demand)
-            start = part.end if part.end is not None else start
-        if self._pieces[-1].end != math.inf:
+            if part.end is None or part.end > start:
+                demand = self._append(start, part.end, first, last, demand)
+                start = part.end or start
+        if stretches[-1].end is not None:
+            last = self._fractions(stretches[-1].last)
             self._append(start, None, last, last, demand)
 
     @classmethod
@@ -95,7 +96,9 @@ class Shares:
         return self._pieces[0].end
 
     def demand(self, source: str, window: int) -> Fraction:
-        """What a source should have given among the first `window` windows."""
+        """What a source should have given among the first `window` windows; 0 for one without any share."""
+        if source not in self.names:
+            return Fraction(0)
         index, piece = self.names.index(source), self._piece_of(window)
         return Fraction(piece.scaled_demand(index, window), piece.denominator)
 
@@ -187,3 +190,71 @@ def _first_reaching(piece: _Piece, source: int, wanted: int) -> float:
         if piece.start + m > piece.end:
             return math.inf
     return piece.start + m
+
+
+def last_window_within(shares: Shares, name: str, capacity: int) -> float:
+    """How many windows a run may have before a source could be asked for more than `capacity` of them."""
+    if name not in shares.names:
+        return math.inf
+    slack = max(2 * len(shares.names) - 2, 1)
+    # A source is ahead of its demand by less than 1 - 1 / slack.
+    reached = shares.reaches(shares.names.index(name), slack * (capacity - 1) + 1, slack)
+    return max(reached - 1, 0)
+
+
+def redistributed(shares: Shares, capacities: Mapping[str, int]) -> Shares:
+    """The shares of a run in which sources stop giving when they are exhausted, and the others give more.
+
+    From where a source is exhausted, its share goes to the others in proportion to theirs; in a ramp, at both its ends.
+    After all are exhausted the shares stay what they were: `last_window_within` says where.
+
+    Args:
+        shares: The shares before.
+        capacities: Most windows that a source may give.
+    """
+    open_sources = set(capacities) & set(shares.names)
+    while open_sources:
+        ends = {name: last_window_within(shares, name, capacities[name]) for name in open_sources}
+        name = min(ends, key=lambda one: (ends[one], one))
+        if ends[name] == math.inf or len(shares.names) == 1:
+            break
+        without = _without(shares.stretches, name, int(ends[name]))
+        if without is None:
+            break
+        shares = Shares(without)
+        open_sources.remove(name)
+    return shares
+
+
+def _without(stretches: Sequence[Stretch], name: str, window: int) -> list[Stretch] | None:
+    """The stretches with a source's share given to the others from a window on; None if there are no others."""
+    changed, start = [], 0
+    for part in [*stretches, Stretch(None, stretches[-1].last, stretches[-1].last)]:
+        end = math.inf if part.end is None else part.end
+        if end <= window:
+            changed.append(part)
+        else:
+            turn = max(window, start)
+            middle = _between(part, start, turn)
+            if start < turn:
+                changed.append(Stretch(turn, part.first, middle))
+            first, last = _shared_out(middle, name), _shared_out(part.last, name)
+            if first is None or last is None:
+                return None
+            changed.append(Stretch(part.end, first, last))
+        start = part.end or start
+    return changed
+
+
+def _between(part: Stretch, start: int, window: int) -> dict[str, float]:
+    if part.end is None:
+        return dict(part.first)
+    way = (window - start) / (part.end - start)
+    return {name: share + way * (part.last[name] - share) for name, share in part.first.items()}
+
+
+def _shared_out(shares: Mapping[str, float], name: str) -> dict[str, float] | None:
+    rest = sum(share for other, share in shares.items() if other != name)
+    if rest <= 0:
+        return None
+    return {other: 0.0 if other == name else share / rest for other, share in shares.items()}

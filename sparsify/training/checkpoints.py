@@ -41,6 +41,8 @@ class TrainingState:
     seen_tokens: int
     processes: int
     zero_stage: int
+    drawn_windows: dict[str, int]
+    """Windows of each source so far: what was delivered, and where the schedule goes on without counting anew."""
 
 
 def checkpoint_name(step: int) -> str:

@@ -125,8 +125,13 @@ class Feeder:
 
 
 def can_begin(ingest: Ingest) -> bool:
-    """Whether a source has its held-out text and a first shard to train on."""
+    """Whether a source has its held-out text and a first shard to train on.
+
+    One with max_epochs must be there as far as the run needs it: else nobody knows whether it will be exhausted.
+    """
     source = ingest.open()
+    if ingest.mixture.sources[ingest.name].max_epochs is not None:
+        return source.covered
     return source.held_out_settled and source.num_shards > 0
 
 

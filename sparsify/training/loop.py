@@ -84,7 +84,9 @@ def _train_step(session: Session) -> bool:
         engine.step()
     dist.all_reduce(loss_sums)
 
-    session.state = replace(state, step=state.step + 1, seen_tokens=seen_tokens)
+    step = state.step + 1
+    drawn = session.reader.schedule.counts(step * recipe.training.batch_windows)
+    session.state = replace(state, step=step, seen_tokens=seen_tokens, drawn_windows=drawn)
     norm = engine.get_global_grad_norm()  # None at ZeRO stage 0 in fp32
     session.telemetry.train(
         session.state.step,

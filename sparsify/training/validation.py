@@ -35,7 +35,7 @@ class Validation:
 
     Attributes:
         loss: Mean of the sources' losses, weighted by their token shares. Nats per token.
-        losses: Loss of each source. Nats per token.
+        losses: Loss of each source of the mixture, those without a share among them. Nats per token.
         zeros: Share of exact zeros of each source.
         statistics: Which neurons fired on all these windows.
     """
@@ -61,9 +61,9 @@ def validate(
             losses[source] = _source_loss(engine, probe, held_out, micro_batch_windows)
         statistics[source] = probe.statistics().reduce()
     engine.train()
-    total = sum(shares[source] for source in losses)
+    weights = {source: shares.get(source, 0.0) for source in losses}
     return Validation(
-        loss=sum(shares[source] * value for source, value in losses.items()) / total,
+        loss=sum(weights[source] * loss for source, loss in losses.items()) / sum(weights.values()),
         losses=losses,
         zeros={source: counts.zero_share("product") for source, counts in statistics.items()},
         statistics=reduce(ActivationStatistics.merge, statistics.values()),

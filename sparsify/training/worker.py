@@ -11,11 +11,12 @@ import torch.distributed as dist
 
 from sparsify.errors import UserError
 from sparsify.mixture.lock import check_lock, read_lock
+from sparsify.mixture.plan import Anchor, SourceSchedule
 from sparsify.mixture.windows import WindowReader, held_out_windows
 from sparsify.recipe import token_shares
 from sparsify.training import checkpoints
-from sparsify.training.checkpoints import TrainingState, latest_checkpoint
-from sparsify.training.data import ingests_of, lock_of, open_sources, schedule_of
+from sparsify.training.checkpoints import TrainingState, latest_checkpoint, read_state
+from sparsify.training.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import Session, train
 from sparsify.training.processes import (
@@ -54,7 +55,13 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
     training = recipe.training
     sources = open_sources(ingests_of(recipe, run))
     check_lock(read_lock(run.mixture_lock), lock_of(recipe, sources))
-    reader = WindowReader(sources, schedule_of(recipe), training.window_tokens, training.seed)
+    newest = latest_checkpoint(run.checkpoints)
+    anchor = None
+    if newest is not None:
+        saved = read_state(newest)
+        anchor = Anchor(saved.step * training.batch_windows, saved.drawn_windows)
+    schedule = SourceSchedule(shares_of(recipe, sources), anchor)
+    reader = WindowReader(sources, schedule, training.window_tokens, training.seed)
     held_out = {
         name: held_out_windows(
             source, training.window_tokens, recipe.eval.validation_windows_per_source
@@ -62,8 +69,13 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
         for name, source in sources.items()
     }
     engine = build_engine(recipe, run.initial)
-    state = TrainingState(0, 0, dist.get_world_size(), recipe.engine.zero_stage)
-    newest = latest_checkpoint(run.checkpoints)
+    state = TrainingState(
+        step=0,
+        seen_tokens=0,
+        processes=dist.get_world_size(),
+        zero_stage=recipe.engine.zero_stage,
+        drawn_windows=dict.fromkeys(schedule.names, 0),
+    )
     if newest is not None:
         state = checkpoints.load(engine, newest)
     telemetry = Telemetry(recipe, run, state.step, silent=dist.get_rank() != 0)

@@ -24,7 +24,7 @@ from sparsify.mixture.ingest import Ingest
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.recipe import EXECUTION_SETTINGS, Recipe
 from sparsify.training.checkpoints import latest_checkpoint, read_state
-from sparsify.training.data import ingests_of, lock_of, open_sources, schedule_of
+from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.launcher import launch
 from sparsify.training.run_folder import RunFolder
@@ -85,10 +85,11 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
             say(f"Going on from step {step:,} of {recipe.num_steps:,}")
         launch(run, recipe.launch, feeder.check)
         feeder.wait_until(is_done)
-    num_windows = recipe.num_steps * recipe.training.batch_windows
     lock = lock_of(recipe, open_sources(ingests))
     lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
-    write_lock(with_delivered(lock, schedule_of(recipe).counts(num_windows)), run.mixture_lock)
+    last = latest_checkpoint(run.checkpoints)
+    assert last is not None
+    write_lock(with_delivered(lock, read_state(last).drawn_windows), run.mixture_lock)
     return True
 
 

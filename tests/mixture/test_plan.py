@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.mixture.plan import Anchor, SourceSchedule
-from sparsify.mixture.shares import Shares, Stretch
+from sparsify.mixture.shares import Shares, Stretch, last_window_within, redistributed
 
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=12)
 
@@ -125,3 +125,36 @@ def test_an_anchor_answers_far_into_a_run_of_awkward_shares_at_once() -> None:
     given["b"] = window - given["a"]
     schedule = SourceSchedule(shares, Anchor(window, given))
     assert {name for name, _ in schedule.windows_of(window, 50)} == {"a", "b"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(curves(), st.integers(1, 60), st.integers(0, 11), st.integers(1, 60))
+def test_an_exhausted_source_gives_no_more_than_it_has_and_the_law_holds(
+    shares: Shares, capacity: int, number: int, other_capacity: int
+) -> None:
+    name, other = shares.names[number % len(shares.names)], shares.names[0]
+    capacities = {name: capacity, other: other_capacity}
+    changed = redistributed(shares, capacities)
+    schedule = SourceSchedule(changed)
+    assert_law(schedule, 400)
+    fits = min(last_window_within(changed, one, size) for one, size in capacities.items())
+    counts = schedule.counts(int(min(fits, 400)))
+    assert all(counts.get(one, 0) <= size for one, size in capacities.items())
+
+
+def test_a_share_is_given_to_the_others_in_proportion() -> None:
+    shares = Shares.constant({"small": 0.5, "web": 0.4, "code": 0.1})
+    changed = redistributed(shares, {"small": 10})
+    turn = int(last_window_within(shares, "small", 10))
+    assert 17 <= turn <= 20
+    assert changed.share("small", turn + 5) == 0
+    assert changed.share("web", turn + 5) == pytest.approx(0.8)
+    assert SourceSchedule(changed).counts(1000)["small"] in (9, 10)
+
+
+def test_the_budget_that_fits_a_cap_is_the_last_before_it_would_break() -> None:
+    shares = Shares.constant({"small": 0.25, "web": 0.75})
+    fits = int(last_window_within(shares, "small", 10))
+    schedule = SourceSchedule(shares)
+    assert schedule.counts(fits)["small"] <= 10
+    assert schedule.counts(fits + 8)["small"] > 10

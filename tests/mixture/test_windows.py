@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.errors import MixtureError
 from sparsify.mixture.ingest import Ingesting
 from sparsify.mixture.plan import SourceSchedule
+from sparsify.mixture.shares import Shares
 from sparsify.mixture.tokens import TokenizedSource
 from sparsify.mixture.windows import NO_LOSS, Window, WindowReader, collate, held_out_windows
 from sparsify.recipe import MixtureSection
@@ -32,7 +33,7 @@ few = settings(
 def reader_of(
     tokenized: dict[str, TokenizedSource], window_tokens: int, seed: int = 1
 ) -> WindowReader:
-    return WindowReader(tokenized, SourceSchedule(SHARES), window_tokens, seed)
+    return WindowReader(tokenized, SourceSchedule(Shares.constant(SHARES)), window_tokens, seed)
 
 
 def training_documents(source: TokenizedSource) -> list[list[Pair]]:

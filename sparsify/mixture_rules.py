@@ -1,0 +1,149 @@
+"""Which settings of a mixture can work together, and what to say where they cannot."""
+
+from __future__ import annotations
+
+import math
+
+from sparsify.errors import RecipeError, nearest
+from sparsify.recipe import MixtureSection, PhaseSection, SourceSection
+
+SHARE_TOLERANCE = 1e-6
+
+
+def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is none of those allowed.
+
+    Raises:
+        RecipeError: With the nearest allowed value.
+    """
+    if value not in allowed:
+        raise RecipeError(
+            f"{key} is {value!r}.",
+            allowed=f"{nearest(str(value), allowed)}Allowed: {', '.join(allowed)}.",
+            next_step=f"Set {key}={allowed[0]}, for example.",
+        )
+
+
+def check_mixture(mixture: MixtureSection) -> None:
+    """Refuses a mixture whose sources or shares cannot be drawn.
+
+    Raises:
+        RecipeError: Naming the source and the setting.
+    """
+    if not mixture.sources:
+        raise RecipeError(
+            f"Mixture {mixture.name!r} has no sources.",
+            next_step="Add at least one entry under mixture.sources.",
+        )
+    for name, source in mixture.sources.items():
+        _check_source(f"mixture.sources.{name}", source)
+    check_choice("mixture.instruction_loss", mixture.instruction_loss, ("responses", "all"))
+    if not 0 < mixture.validation_fraction < 1:
+        raise RecipeError(
+            f"mixture.validation_fraction is {mixture.validation_fraction}.",
+            allowed="Allowed: above 0 and below 1.",
+        )
+    _check_sum(
+        f"The token shares of mixture {mixture.name!r}",
+        {name: source.token_share for name, source in mixture.sources.items()},
+        "mixture.instruction_token_share moves all of them at once.",
+    )
+    if mixture.phases:
+        _check_phases(mixture)
+    else:
+        _check_knob(mixture, "mixture.instruction_token_share", mixture.instruction_token_share)
+
+
+def _check_sum(what: str, shares: dict[str, float], hint: str) -> None:
+    total = math.fsum(shares.values())
+    if abs(total - 1.0) > SHARE_TOLERANCE:
+        listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        raise RecipeError(
+            f"{what} sum to {total:.6g}: {listed}.",
+            allowed="They must sum to 1.",
+            next_step=f"Change one of them by {1.0 - total:+.6g}; {hint}",
+        )
+
+
+def _check_phases(mixture: MixtureSection) -> None:
+    if mixture.instruction_token_share is not None:
+        raise RecipeError(
+            f"mixture.instruction_token_share is {mixture.instruction_token_share}, but mixture {mixture.name!r} has phases, "
+            "which would ignore it.",
+            next_step="Set mixture.phases.0.instruction_token_share (and those after it), or mixture.phases=[].",
+        )
+    before = 0.0
+    for number, phase in enumerate(mixture.phases):
+        key = f"mixture.phases.{number}"
+        last = number == len(mixture.phases) - 1
+        if not before < phase.until_budget_share <= 1 or (last and phase.until_budget_share != 1):
+            raise RecipeError(
+                f"{key}.until_budget_share is {phase.until_budget_share:g}.",
+                allowed="Phases end one after another, above 0, and the last one at 1: "
+                f"this one {'at 1' if last else f'above {before:g} and below 1'}.",
+            )
+        before = phase.until_budget_share
+        _check_phase(mixture, key, phase, first=number == 0)
+
+
+def _check_phase(mixture: MixtureSection, key: str, phase: PhaseSection, *, first: bool) -> None:
+    if phase.ramp and first:
+        raise RecipeError(
+            f"{key}.ramp is true, but there is no phase before it to begin from.",
+            next_step="Begin with a phase of constant shares; it may be short.",
+        )
+    if phase.token_shares and phase.instruction_token_share is not None:
+        raise RecipeError(
+            f"{key} states token_shares and instruction_token_share, of which one would be ignored.",
+            next_step="Leave one of them out.",
+        )
+    for name, share in phase.token_shares.items():
+        if name not in mixture.sources:
+            raise RecipeError(
+                f"{key}.token_shares names {name!r}, which is no source of mixture {mixture.name!r}.",
+                allowed=f"{nearest(name, mixture.sources)}Sources: {', '.join(mixture.sources)}.",
+            )
+        if not 0 <= share <= 1:
+            raise RecipeError(f"{key}.token_shares.{name} is {share}.", allowed="Allowed: 0 to 1.")
+    if phase.token_shares:
+        _check_sum(f"{key}.token_shares", dict(phase.token_shares), "or leave them all out.")
+    _check_knob(mixture, f"{key}.instruction_token_share", phase.instruction_token_share)
+
+
+def _check_source(key: str, source: SourceSection) -> None:
+    check_choice(f"{key}.group", source.group, ("pretraining", "instruction"))
+    origins = [name for name in ("files", "hub", "stdlib") if getattr(source, name)]
+    if len(origins) != 1:
+        raise RecipeError(
+            f"{key} states {' and '.join(origins) or 'no'} origin.",
+            allowed="Exactly one of files, hub, stdlib.",
+        )
+    if source.stdlib is not None:
+        check_choice(f"{key}.stdlib", source.stdlib, ("code", "prose", "questions"))
+    check_choice(f"{key}.when_exhausted", source.when_exhausted, ("stop", "redistribute"))
+    if source.max_epochs is None and source.when_exhausted != "stop":
+        raise RecipeError(
+            f"{key}.when_exhausted is {source.when_exhausted}, but max_epochs is not set, so the source is never exhausted.",
+            next_step=f"Set {key}.max_epochs=1, for example.",
+        )
+    if source.max_epochs is not None and not source.max_epochs >= 1:
+        raise RecipeError(
+            f"{key}.max_epochs is {source.max_epochs}.", allowed="At least 1; null sets no limit."
+        )
+    if not 0 <= source.token_share <= 1:
+        raise RecipeError(f"{key}.token_share is {source.token_share}.", allowed="Allowed: 0 to 1.")
+
+
+def _check_knob(mixture: MixtureSection, key: str, wanted: float | None) -> None:
+    if wanted is None:
+        return
+    if not 0 <= wanted <= 1:
+        raise RecipeError(f"{key} is {wanted}.", allowed="Allowed: 0 to 1.")
+    for group, share in (("instruction", wanted), ("pretraining", 1 - wanted)):
+        if share > 0 and not any(
+            source.group == group and source.token_share > 0 for source in mixture.sources.values()
+        ):
+            raise RecipeError(
+                f"{key} is {wanted}, but mixture {mixture.name!r} has no {group} source.",
+                next_step=f"Add a source with group: {group}, or leave the knob unset.",
+            )
