@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 from matplotlib.figure import Figure
 
 from sparsify.comparison.curves import draw_loss, draw_zeros, has_loss
-from sparsify.comparison.schema import ComparedRun, Comparison
-from sparsify.comparison.series import draw_setting, has_series, series_of
+from sparsify.comparison.schema import Comparison
+from sparsify.comparison.series import (
+    by_value,
+    draw_setting,
+    has_series,
+    plain_means,
+    repeats,
+    series_of,
+)
 from sparsify.sparsity.themes import Theme
 
 
@@ -39,22 +47,19 @@ def figures_of(comparison: Comparison) -> list[ComparisonFigure]:
 
 def _setting_caption(comparison: Comparison) -> str:
     key = comparison.swept_setting or ""
-    series = series_of(comparison)
-    known = [run for run in series if run.mean_loss is not None]
-    caption = f"Losses at the end of every finished run against {key}, all on the same scale; lower is better. "
-    if len(known) > 1:
-        best = min(known, key=_mean_loss)
-        caption += f"The plain mean is lowest, {best.mean_loss:.3f}, at {best.settings[key]:g}. "
-    if any(run.control is not None for run in series):
+    runs = series_of(comparison)
+    means = by_value(plain_means(runs, key))
+    caption = f"Losses of the finished runs against {key}, all on the same scale; lower is better. "
+    if len(means) > 1:
+        value, lowest = min(means, key=itemgetter(1))
+        caption += f"The plain mean is lowest, {lowest:.3f}, at {value:g}. "
+    if any(run.control is not None for run in runs):
         caption += "Dashed: the dense control of each run. "
+    if repeats(runs, key):
+        return caption + "The lines go through the mean over training.seed; a point is a run."
     return (
         caption + "One run a point: what another training.seed would change is not known from it."
     )
-
-
-def _mean_loss(run: ComparedRun) -> float:
-    assert run.mean_loss is not None
-    return run.mean_loss
 
 
 def _loss_caption(comparison: Comparison) -> str:
@@ -83,7 +88,7 @@ FIGURES = (
         "zeros",
         "Exact zeros",
         lambda comparison: (
-            "Share of exact zeros among the products of gate and up, over all layers. Dense runs have none."
+            "Share of exact zeros among the products of gate and up, over all layers. Dense runs are left out."
         ),
         lambda comparison: any(
             point.zeros

@@ -112,7 +112,7 @@ class Comparison(_Section):
     sources: list[str]
     """Sources that at least one run trains on or was measured on."""
     swept_setting: str | None
-    """The one setting that differs, if it is one and a number."""
+    """The one setting that differs, if it is one and a number; training.seed may differ beside it."""
     notes: list[str]
     """What must be known before two numbers are compared, in words."""
     command: str | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import fmean
 
 from matplotlib.axes import Axes
@@ -23,7 +24,7 @@ LOG_RATIO = 20
 MAX_TICKS = 8
 
 Line = list[tuple[float, float]]
-"""Value of the setting and loss, by value."""
+"""Value of the setting and loss of every run, by value."""
 
 
 def series_of(comparison: Comparison) -> list[ComparedRun]:
@@ -39,19 +40,33 @@ def series_of(comparison: Comparison) -> list[ComparedRun]:
 def has_series(comparison: Comparison) -> bool:
     """Whether a source was measured comparably at two values of the setting or more."""
     key, runs = comparison.swept_setting, series_of(comparison)
-    lines = [_line(runs, key, name) for name in comparison.sources] if key else []
+    lines = [_line(runs, key, partial(_loss, source=name)) for name in comparison.sources if key]
     return any(len({value for value, _ in line}) > 1 for line in lines)
+
+
+def repeats(runs: Sequence[ComparedRun], key: str) -> bool:
+    """Whether a value of the setting was run more than once."""
+    return len({_value(run, key) for run in runs}) < len(runs)
+
+
+def by_value(line: Line) -> Line:
+    """The mean loss at every value."""
+    values = sorted({value for value, _ in line})
+    return [(value, fmean(loss for one, loss in line if one == value)) for value in values]
+
+
+def plain_means(runs: Sequence[ComparedRun], key: str) -> Line:
+    """Mean of the sources' losses, each counting the same, of every run that has it."""
+    return _line(runs, key, partial(_loss, source=MEAN))
 
 
 def draw_setting(comparison: Comparison, theme: Theme) -> Figure:
     """A panel a source and one for their plain mean; below each, dashed, the dense controls on the same scale."""
     key = comparison.swept_setting or ""
     runs = series_of(comparison)
-    lines = {name: _line(runs, key, name) for name in comparison.sources}
-    dense = {name: _control_line(runs, key, name) for name in comparison.sources}
-    if len(lines) > 1:
-        lines[MEAN] = _mean(list(lines.values()))
-        dense[MEAN] = _mean(list(dense.values()))
+    shown = [*comparison.sources, *([MEAN] if len(comparison.sources) > 1 else [])]
+    lines = {name: _line(runs, key, partial(_loss, source=name)) for name in shown}
+    dense = {name: _line(runs, key, partial(_control_loss, source=name)) for name in shown}
     names = [name for name, line in lines.items() if line]
     has_control = any(dense.values())
     columns = min(len(names), MAX_COLUMNS)
@@ -85,32 +100,26 @@ def _value(run: ComparedRun, key: str) -> float:
     return value
 
 
-def _line(runs: Sequence[ComparedRun], key: str, source: str) -> Line:
-    of_source = [(_value(run, key), run.sources[source]) for run in runs]
-    return [
-        (value, one.loss)
-        for value, one in of_source
-        if one.loss is not None and one.comparable and math.isfinite(one.loss)
-    ]
+def _line(
+    runs: Sequence[ComparedRun], key: str, loss_of: Callable[[ComparedRun], float | None]
+) -> Line:
+    losses = [(_value(run, key), loss_of(run)) for run in runs]
+    return [(value, loss) for value, loss in losses if loss is not None and math.isfinite(loss)]
 
 
-def _control_line(runs: Sequence[ComparedRun], key: str, source: str) -> Line:
-    """The controls, as far as they are finished too."""
-    line = []
-    for run in runs:
-        own, control = run.sources[source], run.control
-        if control is None or control.tokens != run.measured_tokens or not own.comparable:
-            continue
-        if own.loss is not None and math.isfinite(control.source_gaps[source]):
-            line.append((_value(run, key), own.loss - control.source_gaps[source]))
-    return line
+def _loss(run: ComparedRun, source: str) -> float | None:
+    if source == MEAN:
+        return run.mean_loss
+    return run.sources[source].loss if run.sources[source].comparable else None
 
 
-def _mean(lines: Sequence[Line]) -> Line:
-    """Mean over all lines, at the values that all of them have."""
-    losses = [dict(line) for line in lines]
-    values = set(losses[0]).intersection(*losses)
-    return [(value, fmean(one[value] for one in losses)) for value in sorted(values)]
+def _control_loss(run: ComparedRun, source: str) -> float | None:
+    """Of a control that is finished too."""
+    loss, control = _loss(run, source), run.control
+    if loss is None or control is None or control.tokens != run.measured_tokens:
+        return None
+    gap = fmean(control.source_gaps.values()) if source == MEAN else control.source_gaps[source]
+    return loss - gap
 
 
 def _span(lines: Sequence[Line]) -> float:
@@ -121,9 +130,11 @@ def _span(lines: Sequence[Line]) -> float:
 
 def _draw(axes: Axes, line: Line, span: float, colour: str, dashes: str) -> None:
     axes.set_visible(True)
-    values, losses = zip(*line, strict=True)
-    axes.plot(values, losses, dashes, color=colour, marker="o", markersize=4, linewidth=1.8)
-    for value, loss in line:
+    losses = [loss for _, loss in line]
+    means = by_value(line)
+    axes.plot(*zip(*means, strict=True), dashes, color=colour, linewidth=1.8)
+    axes.plot(*zip(*line, strict=True), "o", color=colour, markersize=4)
+    for value, loss in means:
         axes.annotate(
             f"{loss:.3f}",
             (value, loss),

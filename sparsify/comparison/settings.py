@@ -22,6 +22,7 @@ UNINTERESTING = (
     "tracking.",
 )
 """Settings that say nothing about results or speed; whether there is a control is a column of its own."""
+SEED = "training.seed"
 INSTRUCTION_SHARE = "mixture.instruction_token_share"
 
 
@@ -70,12 +71,17 @@ def _instruction_share(arm: Arm, given: Setting) -> Setting:
 
 
 def swept_setting(settings: Sequence[Mapping[str, Setting]]) -> str | None:
-    """The setting that alone differs in what is trained, if its values are numbers."""
+    """The setting that alone differs in what is trained, if its values are numbers.
+
+    The seed may differ as well: then the runs repeat each other.
+    """
     keys = [
         key
         for key in settings[0]
         if not f"{key}=".startswith(NEUTRAL_OVERRIDES) and len({one[key] for one in settings}) > 1
     ]
+    if len(keys) > 1:
+        keys = [key for key in keys if key != SEED]
     if len(keys) != 1:
         return None
     values = [one[keys[0]] for one in settings]
