@@ -273,6 +273,38 @@ def report(
 
 
 @app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Run folders; one alone is compared with its control."),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Folder to write; comparisons/NAME unless given."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Puts runs side by side: what differs, loss by source, gap to the dense control, zeros, speed. HTML, PNG, CSV, JSON.
+
+    Says which losses may be compared with each other, and why others may not.
+
+    Example: sparsify compare runs/quickstart runs/quickstart,activation=reglu
+    """
+    from sparsify import comparison
+
+    if to is not None:
+        comparison.check_folder(to)
+    result = comparison.compare(runs)
+    result.command = " ".join(["sparsify", *sys.argv[1:]])
+    folder = to or comparison.default_folder(result)
+    comparison.write_comparison(result, folder)
+    if as_json:
+        console.print_json(result.model_dump_json())
+    else:
+        console.print(comparison.comparison_summary(result, folder))
+
+
+@app.command()
 def export(
     run_or_checkpoint: Annotated[
         Path, typer.Argument(help="Run folder, or one checkpoint of a run")

@@ -83,6 +83,26 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def refuse_foreign_folder(to: Path, marker: str, what: str) -> None:
+    """Refuses to write in place of anything but a new folder, an empty one, or an older one of the same kind.
+
+    Args:
+        to: The folder to be written.
+        marker: File that every folder of this kind holds.
+        what: What the folder is, in words.
+
+    Raises:
+        StorageError: If it holds something else.
+    """
+    if not to.exists() or (to.is_dir() and (not any(to.iterdir()) or (to / marker).is_file())):
+        return
+    raise StorageError(
+        f"{to} exists and is not a {what}.",
+        allowed=f"A new folder, an empty one, or an old {what}, which is replaced.",
+        next_step=f"Choose another folder for the {what.rpartition(' ')[2]}.",
+    )
+
+
 def replace_folder(new: Path, path: Path) -> None:
     """Renames `new` to `path`, removing what stood there; that comes back if the renaming fails."""
     old = path.with_name(f".{path.name}.replaced-{os.getpid()}")

@@ -9,11 +9,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from sparsify.sparsity.pictures import WIDTH_INCHES
 from sparsify.sparsity.schema import LayerRow, SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
 from sparsify.sparsity.themes import Theme
 
-WIDTH_INCHES = 9.4
 # A heat map of at most this many cells has room for a number in each.
 MAX_LABELLED_CELLS = 320
 # Lines of a firing-rate curve are drawn through this many neurons: more cannot be seen, and would weigh megabytes.

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
 
-import matplotlib
 from matplotlib.figure import Figure
 
 from sparsify.sparsity.block_figures import (
@@ -28,10 +25,6 @@ from sparsify.sparsity.training_figures import (
     layer_points,
 )
 
-PNG_DOTS_PER_INCH = 160
-# The page's own type, so that letters in pictures and in text are the same on every machine.
-PAGE_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-
 
 @dataclass(frozen=True)
 class ReportFigure:
@@ -50,25 +43,6 @@ class ReportFigure:
     caption: Callable[[SparsityReport, ActivationStatistics], str]
     applies: Callable[[SparsityReport], bool]
     draw: Callable[[SparsityReport, ActivationStatistics, Theme], Figure]
-
-
-def draw(
-    figure: ReportFigure,
-    report: SparsityReport,
-    statistics: ActivationStatistics,
-    theme: Theme,
-    kind: Literal["png", "svg"],
-) -> bytes:
-    """Draws a picture; the same report gives the same bytes."""
-    # Ids inside an SVG are hashes; with a salt of its own no two pictures on one page share any.
-    settings: dict[Any, Any] = theme.rc() | {"svg.hashsalt": f"{figure.name}-{theme.name}"}
-    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(settings):
-        drawing = figure.draw(report, statistics, theme)
-        drawing.savefig(buffer, format=kind, dpi=PNG_DOTS_PER_INCH, metadata=metadata)
-    image = buffer.getvalue()
-    return image.replace(b"'DejaVu Sans'", PAGE_FONTS.encode()) if kind == "svg" else image
 
 
 def _layers_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:

@@ -2,43 +2,57 @@
 
 from __future__ import annotations
 
-import base64
 import math
-from importlib import resources
+from functools import partial
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from sparsify.sparsity.definitions import FORMULAS
-from sparsify.sparsity.figures import FIGURES, ReportFigure, draw
+from sparsify.sparsity.figures import FIGURES
 from sparsify.sparsity.percent import percent
+from sparsify.sparsity.pictures import page_figure
 from sparsify.sparsity.schema import SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
-from sparsify.sparsity.themes import DARK, LIGHT, Theme
 
 TEMPLATE_FILE = "page.html.j2"
+BASE_PACKAGE = "sparsify.sparsity"
+"""Holds base.html.j2: the look that all pages share."""
+
+
+def page_environment(package: str) -> Environment:
+    """Finds the templates of a package, and base.html.j2 that they extend."""
+    packages = dict.fromkeys((package, BASE_PACKAGE))
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(name, ".") for name in packages]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = percent
+    return environment
 
 
 def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str:
     """The page as text: pictures inside as data, on light and on dark paper."""
-    template = (resources.files("sparsify.sparsity") / TEMPLATE_FILE).read_text(encoding="utf-8")
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = percent
-    return environment.from_string(template).render(
-        report=report,
-        formula=FORMULAS[report.ffn_activation],
-        perplexity=_perplexity(report.loss),
-        figures=[
-            {
-                "title": figure.title,
-                "caption": figure.caption(report, statistics),
-                "light": _data_uri(figure, report, statistics, LIGHT),
-                "dark": _data_uri(figure, report, statistics, DARK),
-            }
-            for figure in FIGURES
-            if figure.applies(report)
-        ],
+    return (
+        page_environment(BASE_PACKAGE)
+        .get_template(TEMPLATE_FILE)
+        .render(
+            report=report,
+            formula=FORMULAS[report.ffn_activation],
+            perplexity=_perplexity(report.loss),
+            figures=[
+                page_figure(
+                    partial(figure.draw, report, statistics),
+                    figure.name,
+                    figure.title,
+                    figure.caption(report, statistics),
+                )
+                for figure in FIGURES
+                if figure.applies(report)
+            ],
+        )
     )
 
 
@@ -47,10 +61,3 @@ def _perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-def _data_uri(
-    figure: ReportFigure, report: SparsityReport, statistics: ActivationStatistics, theme: Theme
-) -> str:
-    svg = draw(figure, report, statistics, theme, "svg")
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"

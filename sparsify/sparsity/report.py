@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 from pathlib import Path
 
-from sparsify.errors import StorageError
-from sparsify.files import atomic_folder
-from sparsify.sparsity.figures import FIGURES, draw
+from sparsify.files import atomic_folder, refuse_foreign_folder
+from sparsify.sparsity.figures import FIGURES
 from sparsify.sparsity.measure import measure
 from sparsify.sparsity.page import render_page
+from sparsify.sparsity.pictures import image
 from sparsify.sparsity.schema import (
     REPORT_FILE,
     LayerRow,
@@ -51,19 +52,9 @@ def write_report(report: SparsityReport, statistics: ActivationStatistics, to: P
     Raises:
         StorageError: If the folder cannot be written, or holds something that is not a report.
     """
-    _refuse_foreign_folder(to)
+    refuse_foreign_folder(to, REPORT_FILE, "sparsity report")
     with atomic_folder(to) as fresh:
         _write_files(report, statistics, fresh)
-
-
-def _refuse_foreign_folder(to: Path) -> None:
-    if not to.exists() or (to.is_dir() and (not any(to.iterdir()) or (to / REPORT_FILE).is_file())):
-        return
-    raise StorageError(
-        f"{to} exists and is not a sparsity report.",
-        allowed="A new folder, an empty one, or an old report, which is replaced.",
-        next_step="Choose another folder for the report.",
-    )
 
 
 def _write_files(report: SparsityReport, statistics: ActivationStatistics, folder: Path) -> None:
@@ -71,7 +62,7 @@ def _write_files(report: SparsityReport, statistics: ActivationStatistics, folde
     _write_table(report, folder / TABLE_FILE)
     for figure in FIGURES:
         if figure.applies(report):
-            png = draw(figure, report, statistics, LIGHT, "png")
+            png = image(partial(figure.draw, report, statistics), figure.name, LIGHT, "png")
             (folder / f"{figure.name}.png").write_bytes(png)
     (folder / PAGE_FILE).write_text(render_page(report, statistics), encoding="utf-8")
 

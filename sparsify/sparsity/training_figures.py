@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from sparsify.sparsity.block_figures import WIDTH_INCHES, heat_range
+from sparsify.sparsity.block_figures import heat_range
 from sparsify.sparsity.percent import percent
+from sparsify.sparsity.pictures import WIDTH_INCHES
 from sparsify.sparsity.schema import SparsityReport, Trajectory, TrajectoryPoint
 from sparsify.sparsity.statistics import ActivationStatistics
 from sparsify.sparsity.themes import Theme

@@ -6,20 +6,52 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sparsify.errors import RunError
 from sparsify.sparsity.schema import Stage, Trajectory, TrajectoryPoint
 from sparsify.training.run_folder import RunFolder
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; none when it is not there yet."""
+    """Records of a JSON-lines file; none when it is not there yet.
+
+    Half a line at the end is left out: it is being written at this moment, or a killed run left it.
+
+    Raises:
+        RunError: If another line is not a JSON object.
+    """
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = [_record(line) for line in lines]
+    if records[-1] is None:
+        del records[-1]
+    if None in records:
+        number = records.index(None)
+        raise RunError(
+            f"Line {number + 1} of {path} is not a JSON object: {lines[number][:80]!r}.",
+            next_step="Restore the file from a copy of the run folder, or remove that line.",
+        )
+    return [record for record in records if record is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def validation_records(run: RunFolder) -> list[dict[str, Any]]:
     """The validation lines of metrics.jsonl, in order."""
-    return [record for record in read_lines(run.metrics) if record["kind"] == "validation"]
+    return [record for record in read_lines(run.metrics) if record.get("kind") == "validation"]
+
+
+def curve_records(run: RunFolder) -> list[dict[str, Any]]:
+    """The validation lines of the model that is trained: from where its training starts, without the base before a swap."""
+    records = validation_records(run)
+    start = "after_swap" if any(record["label"] == "after_swap" for record in records) else "base"
+    return [record for record in records if record["label"] in ("training", start)]
 
 
 def stages(run: RunFolder) -> list[Stage]:
@@ -63,8 +95,6 @@ def _stage_names(run: RunFolder) -> dict[str, str]:
 
 
 def _points(run: RunFolder) -> list[TrajectoryPoint]:
-    records = validation_records(run)
-    start = "after_swap" if any(record["label"] == "after_swap" for record in records) else "base"
     layers = {(line["tokens"], line["label"]): line["layers"] for line in read_lines(run.sparsity)}
     return [
         TrajectoryPoint(
@@ -73,6 +103,5 @@ def _points(run: RunFolder) -> list[TrajectoryPoint]:
             zeros=record["zeros"],
             layers=layers.get((record["tokens"], record["label"])),
         )
-        for record in records
-        if record["label"] in ("training", start)
+        for record in curve_records(run)
     ]

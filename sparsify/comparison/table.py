@@ -1,0 +1,52 @@
+"""A comparison as a person reads it in a terminal."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from sparsify.comparison.cells import TextTable, tables
+from sparsify.comparison.schema import Comparison
+from sparsify.comparison.write import PAGE_FILE
+
+MIN_NAME_CELLS = 16
+LONG_WORD = re.compile(r"(\S{8,}?_)")
+
+
+def comparison_summary(comparison: Comparison, folder: Path) -> RenderableType:
+    """The tables, what must be known to read them, and where the page lies."""
+    return Group(
+        "",
+        *map(_table, tables(comparison)),
+        *(Text(note) for note in comparison.notes),
+        *([""] if comparison.notes else []),
+        f"[bold]Comparison[/bold]  {escape(str(folder / PAGE_FILE))}",
+    )
+
+
+def _table(text: TextTable) -> Table:
+    table = Table(
+        title=text.title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    # A narrow terminal folds names, and headings between their words; a number stays whole.
+    for index, column in enumerate(text.header):
+        heading = LONG_WORD.sub(r"\1\n", column) if index else column
+        longest = max(len(row[index]) for row in text.rows)
+        least = (
+            max([longest, *map(len, heading.split())]) if index else min(longest, MIN_NAME_CELLS)
+        )
+        justify = "right" if index else "left"
+        table.add_column(Text(heading), justify=justify, overflow="fold", min_width=least)
+    for row in text.rows:
+        table.add_row(*map(Text, row))
+    return table
