@@ -26,7 +26,8 @@ recipes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 mixture_app = typer.Typer(
-    no_args_is_help=True, help="Mixtures: look at what training would draw, and at its sizes."
+    no_args_is_help=True,
+    help="Mixtures: look at what training would draw, count it, find better ratios.",
 )
 app.add_typer(mixture_app, name="mixture")
 console = Console(highlight=False, soft_wrap=True)
@@ -241,6 +242,62 @@ def train(
             console.print_json(json.dumps(display.run_record(result)))
         else:
             console.print(display.run_summary(result))
+
+
+@mixture_app.command("tune")
+def mixture_tune(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file")],
+    over: Annotated[
+        list[str],
+        typer.Option(
+            help="What to vary: mixture.instruction_token_share=0:0.4, token_shares, or SOURCE=0.2:0.8; repeatable."
+        ),
+    ],
+    trials: Annotated[int, typer.Option(help="Proxy runs; the first is the recipe's mixture.")],
+    trial_tokens: Annotated[int, typer.Option(help="Training tokens of each proxy run.")],
+    overrides: Overrides = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(help="DOMAIN=FACTOR: it counts FACTOR times its share in the mixture."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="YAML file of the mixture.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the mixture even if the data do not support it.")
+    ] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Train both mixtures once more with another seed.")
+    ] = False,
+    confirm_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of those two runs; those of a trial unless given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Finds a better mixture ratio: short proxy runs, a regression with its uncertainty, and a new mixture file.
+
+    Says so when the trials do not support a choice. The same command goes on where it stopped.
+
+    Example: sparsify mixture tune quickstart --over token_shares --trials 8 --trial-tokens 40960 --confirm
+    """
+    from sparsify.tuning.table import tune_summary
+    from sparsify.tuning.tune import Request, tune
+
+    request = Request(
+        recipe,
+        overrides or [],
+        over,
+        weight or [],
+        trials,
+        trial_tokens,
+        to,
+        force,
+        confirm or confirm_tokens is not None,
+        confirm_tokens,
+    )
+    found, folder = tune(request, _say)
+    if as_json:
+        console.print_json(found.model_dump_json())
+    else:
+        console.print(tune_summary(found, folder, recipe))
 
 
 @app.command()

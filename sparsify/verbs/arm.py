@@ -96,14 +96,19 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
 def _open_run(recipe: Recipe, run: RunFolder) -> None:
     """Records what is to be run, or makes sure that it is what was begun."""
     if run.mixture_lock.is_file():
-        _check_same(run.load_recipe(), recipe, run)
+        check_same(run.load_recipe(), recipe, run)
     elif run.initial.is_dir():
         shutil.rmtree(run.initial)  # nothing was trained from it, and the recipe may be another now
     save_recipe(recipe, run.recipe)
     write_json(run.environment, environment())
 
 
-def _check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
+def check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
+    """Refuses to go on with a run under other settings than it was begun with.
+
+    Raises:
+        RunError: Naming the first setting that differs, with both values.
+    """
     for section in IDENTITY_SECTIONS:
         old, new = asdict(getattr(before, section)), asdict(getattr(now, section))
         changed = [key for key in old if old[key] != new.get(key) and key not in EXECUTION_SETTINGS]

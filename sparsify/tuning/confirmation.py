@@ -1,0 +1,96 @@
+"""The confirmation: default and tuned mixture once more, with another seed and other held-out windows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from sparsify.recipe import Recipe, token_shares
+from sparsify.tuning.choice import LEVEL
+from sparsify.tuning.measurement import Measurement
+from sparsify.tuning.record import Confirmation
+from sparsify.tuning.trials import Proxy, check_comparable, proxy_recipe, run_proxy
+from sparsify.verbs import Say
+
+
+def confirm(
+    recipe: Recipe,
+    tuned: Mapping[str, float],
+    weights: Mapping[str, float],
+    num_tokens: int,
+    folder: Path,
+    say: Say,
+) -> Confirmation:
+    """Trains both mixtures and compares them on held-out windows that no trial was judged on.
+
+    Args:
+        recipe: The recipe that was tuned.
+        tuned: Token share of each source.
+        weights: Of each domain's loss; they sum to 1.
+        num_tokens: Training tokens of each run.
+        folder: Of the tuning.
+        say: Told what happens, a line at a time.
+    """
+    seed = recipe.training.seed + 1
+    # Another choice, from more trials, is another run.
+    key = hashlib.blake2b(json.dumps(tuned, sort_keys=True).encode(), digest_size=3).hexdigest()
+    arms = {"default": token_shares(recipe.mixture), f"tuned-{key}": tuned}
+    measured = []
+    for name, shares in arms.items():
+        place = folder / f"confirm-{num_tokens}" / name
+        proxy = Proxy(
+            f"Confirmation, {name.partition('-')[0]} mixture",
+            proxy_recipe(recipe, shares, num_tokens, place, seed),
+            recipe.eval.validation_windows_per_source,
+            "confirmation",
+        )
+        measured.append((proxy, run_proxy(proxy, say)))
+    check_comparable(measured)
+    (proxy, default), (_, better) = measured
+    budget_tokens = proxy.recipe.num_steps * proxy.recipe.step_tokens
+    return compare(default, better, weights, num_tokens=budget_tokens, seed=seed)
+
+
+def compare(
+    default: Measurement,
+    tuned: Measurement,
+    weights: Mapping[str, float],
+    *,
+    num_tokens: int,
+    seed: int,
+) -> Confirmation:
+    """Compares two models window by window.
+
+    Args:
+        default: What the model of the default mixture makes of the held-out windows.
+        tuned: What that of the tuned mixture makes of the same windows.
+        weights: Of each domain's loss; they sum to 1.
+        num_tokens: Training tokens of each, for the record.
+        seed: Their seed, for the record.
+    """
+    before, after = (
+        sum(weights[name] * loss for name, loss in one.losses.items()) for one in (default, tuned)
+    )
+    variance = 0.0
+    for name, weight in weights.items():
+        gaps = np.subtract(tuned.window_losses[name], default.window_losses[name])
+        # One window says nothing about how much windows differ; it adds nothing rather than a guess.
+        variance += weight**2 * float(gaps.var(ddof=1)) / len(gaps) if len(gaps) > 1 else 0.0
+    limit = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    return Confirmation(
+        num_tokens=num_tokens,
+        seed=seed,
+        default_losses=default.losses,
+        tuned_losses=tuned.losses,
+        default_loss=before,
+        tuned_loss=after,
+        difference=after - before,
+        half_width=limit * variance**0.5,
+        default_zeros=default.zeros,
+        tuned_zeros=tuned.zeros,
+    )

@@ -1,0 +1,126 @@
+"""`sparsify mixture tune`: trials at spread-out shares, a regression, a choice, and what argues for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsify.catalogue import compose_recipe
+from sparsify.errors import RecipeError
+from sparsify.recipe import Recipe, token_shares
+from sparsify.tuning.choice import objective_weights
+from sparsify.tuning.conclusion import conclude
+from sparsify.tuning.confirmation import confirm
+from sparsify.tuning.mixture_file import check_target, write_mixture
+from sparsify.tuning.page import write_page
+from sparsify.tuning.record import TuneRecord
+from sparsify.tuning.space import Space, parse_space
+from sparsify.tuning.trials import Proxy, check_comparable, proxy_recipe, run_proxy
+from sparsify.verbs import Say
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Args:
+        recipe: Recipe name or path.
+        overrides: Hydra overrides.
+        over: What to vary (`sparsify.tuning.space`).
+        weights: `DOMAIN=FACTOR`, how many times its share a domain counts.
+        num_trials: Proxy runs, the recipe's own mixture among them.
+        trial_tokens: Training tokens of each.
+        to: Where to write the tuned mixture; into the tuning's folder unless given.
+        force: Write it even if it is not recommended.
+        confirm: Whether to train default and tuned mixture once more.
+        confirm_tokens: Training tokens of these two runs; those of a trial unless given.
+    """
+
+    recipe: str
+    overrides: Sequence[str]
+    over: Sequence[str]
+    weights: Sequence[str]
+    num_trials: int
+    trial_tokens: int
+    to: Path | None = None
+    force: bool = False
+    confirm: bool = False
+    confirm_tokens: int | None = None
+
+
+def tune(request: Request, say: Say) -> tuple[TuneRecord, Path]:
+    """Tunes a recipe's mixture. The same command goes on where it stopped.
+
+    Returns:
+        What was found, and the folder with tune.json, index.html and the pictures.
+
+    Raises:
+        UserError: Whatever is wrong with the request, the recipe, the data or the disk.
+        sparsify.training.launcher.Interrupted: After a clean save.
+    """
+    recipe = compose_recipe(request.recipe, request.overrides)
+    space = parse_space(request.over, recipe.mixture)
+    default = token_shares(recipe.mixture)
+    weights = objective_weights(list(recipe.mixture.sources), default, request.weights)
+    _check_trials(request.num_trials, space)
+    folder = Path(f"{recipe.run_dir}-tune")
+    to = request.to or folder / f"{recipe.mixture.name}_tuned.yaml"
+    check_target(to)
+    confirm_tokens = request.confirm_tokens or request.trial_tokens
+    if request.confirm:  # refused now, not after all trials
+        proxy_recipe(recipe, default, confirm_tokens, folder, recipe.training.seed)
+
+    proxies = _proxies(recipe, space, request, folder)
+    trial_tokens = proxies[0].recipe.num_steps * recipe.step_tokens
+    say(f"{len(proxies)} trials of {trial_tokens:,} tokens in {folder}")
+    measured = []
+    for proxy in proxies:
+        measured.append((proxy, run_proxy(proxy, say)))
+        loss = sum(weights[name] * value for name, value in measured[-1][1].losses.items())
+        say(f"{proxy.title}: weighted loss {loss:.4f}, zeros {measured[-1][1].zeros:.1%}")
+    check_comparable(measured)
+
+    record = conclude(space, weights, measured)
+    record.recipe, record.over, record.trial_tokens = recipe.name, list(request.over), trial_tokens
+    record.command = " ".join(["sparsify", *sys.argv[1:]])
+    tuned = {name: domain.tuned_share for name, domain in record.domains.items()}
+    if request.confirm:
+        record.confirmation = confirm(recipe, tuned, weights, confirm_tokens, folder, say)
+    if record.recommended or request.force:
+        name, how = f"{recipe.mixture.name}_tuned", f"{record.command}\n{record.verdict}"
+        write_mixture(recipe.mixture, tuned, to, how, name)
+        record.mixture_file = str(to)
+    write_page(record, folder)
+    return record, folder
+
+
+def _check_trials(num_trials: int, space: Space) -> None:
+    if num_trials < space.least_trials:
+        names = ", ".join(part.name for part in space.parts)
+        raise RecipeError(
+            f"--trials {num_trials} are too few for {space.num_free} free share(s) ({names}, summing to 1).",
+            allowed=f"At least {space.least_trials}: one for each coefficient of a plane, and two to judge its noise by.",
+            next_step=f"Set --trials {2 * space.least_trials}, or vary fewer sources: --over SOURCE=LOW:HIGH.",
+        )
+
+
+def _proxies(recipe: Recipe, space: Space, request: Request, folder: Path) -> list[Proxy]:
+    """Trial 0 is the recipe's own mixture."""
+    points = space.spread(request.num_trials - 1, recipe.training.seed)
+    shares = [token_shares(recipe.mixture), *map(space.source_shares, points)]
+    return [
+        Proxy(
+            f"Trial {number + 1} of {len(shares)}",
+            proxy_recipe(
+                recipe,
+                one,
+                request.trial_tokens,
+                folder / f"trial-{number:02d}",
+                recipe.training.seed,
+            ),
+            recipe.eval.validation_windows_per_source,
+        )
+        for number, one in enumerate(shares)
+    ]
