@@ -104,6 +104,12 @@ class MixtureSection:
     """Which tokens of an instruction carry loss: `responses` or `all`."""
     validation_fraction: float = 0.05
     """Share of each source's documents that is held out from training, chosen by a hash of their content or origin."""
+    remove_duplicates: bool = True
+    """Leave out a document whose text, or all of whose messages, an earlier document of the same source has. On, because
+    what stands twice in a source would be seen twice an epoch, whatever the plan says about epochs."""
+    decontaminate_against: list[str] = field(default_factory=list)
+    """Evaluation sets: a document that shares 13 words in a row with one of their items is left out. Names of suites in
+    `eval/` that list `evaluation_files`, paths of such a .yaml, or paths and globs of the files themselves."""
 
 
 @dataclass
@@ -154,6 +160,9 @@ class EvalSection:
     name: str = MISSING
     every_tokens: int = MISSING
     """Cadence of validation loss and of the sparsity probe."""
+    evaluation_files: list[str] = field(default_factory=list)
+    """Paths or globs of evaluation sets, formats as in `SourceSection.files`: what `mixture.decontaminate_against` means
+    by this suite's name."""
     validation_windows_per_source: int = 16
     report_tokens: int = 32_768
     """Held-out tokens that the sparsity report rests on."""
