@@ -180,16 +180,23 @@ class ShardWriter:
     def __init__(self, folder: Path, info: SourceInfo) -> None:
         self.folder, self.info = folder, info
         folder.mkdir(parents=True, exist_ok=True)
-        self.cache = SourceCache(folder)
-        if self.cache.info != info:
-            for leftover in folder.iterdir():
-                leftover.unlink()
-            write_text(folder / SOURCE_FILE, info.model_dump_json(indent=2) + "\n")
-        self.cache.refresh()
-        del self.cache.records[self.cache.num_closed :]
-        self.records = self.cache.records
+        cache = SourceCache(folder)
+        cache.refresh()
+        self.records = cache.records[: cache.num_closed]
         self.read_documents = self.records[-1].read_documents if self.records else 0
         """Documents of the source that have been read: where to go on."""
+        if cache.info == info:
+            self._forget_open_shard()
+            self._begin_shard()
+        else:
+            self.clear()
+
+    def clear(self) -> None:
+        """Begins the whole folder anew."""
+        for leftover in self.folder.iterdir():
+            leftover.unlink()
+        self.records, self.read_documents = [], 0
+        write_text(self.folder / SOURCE_FILE, self.info.model_dump_json(indent=2) + "\n")
         self._forget_open_shard()
         self._begin_shard()
 
@@ -212,12 +219,12 @@ class ShardWriter:
         self._held_out_tokens += len(ids) * held_out
         self._train_tokens += len(ids) * (not held_out)
         if self._train_tokens + self._held_out_tokens >= SHARD_TOKENS:
-            self._shard_is_full = True
+            self.shard_is_full = True
 
     def end_batch(self, read_documents: int) -> None:
         """Says how many documents of the source have been read, those that were left out among them."""
         self.read_documents = read_documents
-        if self._shard_is_full:
+        if self.shard_is_full:
             self._end_shard(closed=True, complete=False)
             self._begin_shard()
 
@@ -238,7 +245,7 @@ class ShardWriter:
             self._loss = self._partial("loss").open("wb")
         self._signed: list[int] = []
         self._train_tokens = self._held_out_tokens = 0
-        self._shard_is_full = False
+        self.shard_is_full = False
 
     def _end_shard(self, *, closed: bool, complete: bool) -> None:
         self.close()

@@ -7,12 +7,13 @@ import json
 import sys
 from dataclasses import asdict
 
+from sparsify.mixture.decontamination import decontamination_fingerprint
 from sparsify.mixture.encoding import Tokenizer, tokenizer_fingerprint
 from sparsify.mixture.sources import source_paths
 from sparsify.mixture.stdlib_text import module_paths
 from sparsify.recipe import MixtureSection, SourceSection
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when the same source would be read or laid out differently than before."""
 
 
@@ -27,7 +28,8 @@ def source_fingerprint(
         MixtureError: If a file of the source is missing.
     """
     specification = asdict(source)
-    del specification["token_share"], specification["files"]
+    for key in ("token_share", "files", "max_epochs", "when_exhausted"):
+        del specification[key]
     parts = {
         "format": FORMAT_VERSION,
         "source": specification,
@@ -35,6 +37,8 @@ def source_fingerprint(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "instruction_loss": mixture.instruction_loss if source.group == "instruction" else None,
         "validation_fraction": mixture.validation_fraction,
+        "remove_duplicates": mixture.remove_duplicates,
+        "decontaminate_against": decontamination_fingerprint(mixture),
     }
     text = json.dumps(parts, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from sparsify.errors import MixtureError
 from sparsify.files import storage_errors
 from sparsify.mixture.cache import Shard, ShardWriter, SourceCache, SourceInfo
+from sparsify.mixture.cleaning import Cleaner
 from sparsify.mixture.documents import Document, is_held_out
 from sparsify.mixture.encoding import Encoder, Tokenizer, check_tokenizer, tokenizer_fingerprint
 from sparsify.mixture.fingerprint import source_fingerprint
@@ -123,12 +124,19 @@ class Ingesting:
 
     def _begin(self, folder: Path) -> None:
         task = self.task
-        self._writer = ShardWriter(folder, self._info)
+        writer = ShardWriter(folder, self._info)
+        try:
+            cleaner = Cleaner(task.mixture, folder, writer.read_documents)
+        except (
+            ValueError
+        ):  # what it remembered is gone, so that duplicates could not be told any more
+            writer.clear()
+            cleaner = Cleaner(task.mixture, folder, 0)
+        self._writer, self._cleaner = writer, cleaner
         documents = read_documents(task.name, task.mixture.sources[task.name])
-        for _ in range(self._writer.read_documents):
+        for _ in range(writer.read_documents):
             next(documents, None)
         self._batches = batches(documents)
-        self._read_documents = self._writer.read_documents
 
     def __exit__(
         self,
@@ -142,6 +150,7 @@ class Ingesting:
         """Lets go of the cache folder."""
         if self._writer is not None:
             self._writer.close()
+            self._cleaner.close()
         self._lock.release()
 
     @property
@@ -161,20 +170,24 @@ class Ingesting:
             return False
         with storage_errors(writer.folder):
             batch = next(self._batches, None)
-            if batch is None:
-                writer.finish(complete=True)
-                self._finished = True
-                return False
-            for document, (ids, mask) in zip(batch, self._encoder.encode(batch), strict=True):
-                held_out = is_held_out(document.origin, self.task.mixture.validation_fraction)
-                writer.add(ids, mask, held_out)
-            self._read_documents += len(batch)
-            writer.end_batch(self._read_documents)
+            if batch is not None:
+                self._add(batch, writer)
             enough = writer.train_tokens >= need.train_tokens
-            if enough and writer.held_out_tokens >= need.held_out_tokens:
-                writer.finish(complete=False)
+            if batch is None or (enough and writer.held_out_tokens >= need.held_out_tokens):
+                self._cleaner.finish()
+                writer.finish(complete=batch is None)
                 self._finished = True
         return not self._finished
+
+    def _add(self, batch: list[Document], writer: ShardWriter) -> None:
+        kept = self._cleaner.clean(batch)
+        tokenized = self._encoder.encode(kept) if kept else ()
+        for document, (ids, mask) in zip(kept, tokenized, strict=True):
+            held_out = is_held_out(document.origin, self.task.mixture.validation_fraction)
+            writer.add(ids, mask, held_out)
+        if writer.shard_is_full:
+            self._cleaner.commit()
+        writer.end_batch(self._cleaner.num_documents)
 
 
 def mixture_ingests(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -16,7 +17,7 @@ from sparsify.errors import MixtureError, StorageError
 from sparsify.mixture.ingest import Ingest, Ingesting, mixture_ingests
 from sparsify.mixture.tokens import TokenizedSource
 from sparsify.recipe import MixtureSection, SourceSection
-from tests.mixture.conftest import documents_of, ingest_of
+from tests.mixture.conftest import documents_of, ingest_of, story
 
 BOS, EOS = 0, 1  # the fixture's tokenizer numbers its special tokens first
 
@@ -255,10 +256,45 @@ def test_duplicates_fall_on_the_same_side(
 ) -> None:
     rows = [{"text": f"river {n % 20}"} for n in range(60)]
     source = SourceSection(token_share=1.0, files=[write_jsonl(rows)])
-    mixture = MixtureSection(name="m", sources={"web": source}, validation_fraction=0.5)
+    mixture = MixtureSection(
+        name="m", sources={"web": source}, validation_fraction=0.5, remove_duplicates=False
+    )
     web = ingest_of(mixture, "web", tokenizer, tmp_path / "c").run()
     sides = [held_out for _, _, held_out in documents_of(web)]
     assert sides[:20] == sides[20:40] == sides[40:]
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_duplicates_are_left_out_also_after_a_pause(
+    write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = [{"text": story(n % 20, 9)} for n in range(60)]
+    source = SourceSection(token_share=1.0, files=[write_jsonl(rows)])
+    mixture = MixtureSection(name="m", sources={"web": source}, validation_fraction=0.3)
+    for need in (100, 250, 10**9):
+        web = ingest_of(mixture, "web", tokenizer, tmp_path / "c", need, 1).run()
+    assert web.cache.complete
+    documents = [tuple(ids) for ids, _, _ in documents_of(web)]
+    assert len(documents) == len(set(documents)) == 20
+
+
+def test_what_overlaps_with_an_evaluation_set_is_left_out_and_listed(
+    write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    item = " ".join(f"word{n}" for n in range(20))
+    rows = [{"text": story(n, 9)} for n in range(30)] + [{"text": f"River. {item} stone"}]
+    source = SourceSection(token_share=1.0, files=[write_jsonl(rows)])
+    (tmp_path / "eval.jsonl").write_text(json.dumps({"question": item}))
+    mixture = MixtureSection(
+        name="m",
+        sources={"web": source},
+        validation_fraction=0.3,
+        decontaminate_against=[str(tmp_path / "eval.jsonl")],
+    )
+    web = ingest_of(mixture, "web", tokenizer, tmp_path / "c").run()
+    assert len(documents_of(web)) == 30
+    report = (web.cache.folder / "contamination.json").read_text()
+    assert "word0 word1" in report
 
 
 @pytest.mark.parametrize(
