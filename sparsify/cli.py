@@ -181,15 +181,26 @@ def mixture_stats(
 
 
 @app.command()
-def plan(recipe: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def plan(
+    recipe: str,
+    overrides: Overrides = None,
+    chart: Annotated[
+        Path | None,
+        typer.Option("--chart", help="Draw the shares over the run into this .png file."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Says what a recipe needs before it costs anything: memory per process, steps, tokens per source, disk.
 
-    Example: sparsify plan turbosparse_mistral_7b launch.processes=8
+    Example: sparsify plan turbosparse_mistral_7b launch.processes=8 --chart shares.png
     """
     from sparsify import catalogue
-    from sparsify.plan import make_plan, plan_table
+    from sparsify.plan import make_plan, plan_table, write_chart
 
-    result = make_plan(catalogue.compose_recipe(recipe, overrides or []))
+    composed = catalogue.compose_recipe(recipe, overrides or [])
+    result = make_plan(composed)
+    if chart is not None:
+        write_chart(composed, chart)
     console.print_json(result.model_dump_json()) if as_json else console.print(plan_table(result))
 
 

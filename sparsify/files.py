@@ -117,8 +117,8 @@ def replace_folder(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name, then renames it.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file under a temporary name, then renames it.
 
     Raises:
         StorageError: If the disk or the folder refuses.
@@ -127,13 +127,22 @@ def write_text(path: Path, text: str) -> None:
     with storage_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(text)
+            with partial.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name, then renames it.
+
+    Raises:
+        StorageError: If the disk or the folder refuses.
+    """
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:

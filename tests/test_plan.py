@@ -30,7 +30,8 @@ from sparsify.models import (
     SparseMistralForCausalLM,
     SparseMixtralConfig,
 )
-from sparsify.plan import make_plan, plan_table
+from sparsify.plan import make_plan, plan_table, write_chart
+from sparsify.plan.chart import share_corners
 from sparsify.plan.memory import layer_activation_bytes
 from sparsify.plan.parameters import Architecture
 from sparsify.recipe import Recipe
@@ -247,3 +248,31 @@ def test_every_token_has_a_source(budget_tokens: int, share: float, window: int)
     assert sum(plan.tokens_per_source.values()) == plan.num_tokens <= budget_tokens
     assert budget_tokens - plan.num_tokens < recipe.step_tokens
     assert min(plan.tokens_per_source.values()) >= 0
+
+
+PHASED = """
+name: phased
+sources:
+  web: {files: [web.txt], token_share: 0.9}
+  chat: {files: [chat.jsonl], group: instruction, token_share: 0.1}
+phases:
+  - {until_budget_share: 0.5, instruction_token_share: 0}
+  - {until_budget_share: 1.0, instruction_token_share: 0.4, ramp: true}
+"""
+
+
+def test_phases_are_planned_and_drawn(tmp_path: Path) -> None:
+    (tmp_path / "phased.yaml").write_text(PHASED)
+    recipe = compose_recipe("quickstart", [f"mixture={tmp_path / 'phased.yaml'}"])
+    plan = make_plan(recipe)
+    assert plan.tokens_per_source["chat"] == pytest.approx(0.1 * plan.num_tokens, abs=1)
+    assert [phase.until_tokens for phase in plan.phases] == [102_400, 204_800]
+    assert share_corners(recipe)[1]["chat"] == pytest.approx([0, 0, 0, 0.4])
+    write_chart(recipe, tmp_path / "shares.png")
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(RecipeError, match=r"path of a \.png file"):
+        write_chart(recipe, tmp_path / "shares.pdf")
+    console = Console(width=100)
+    with console.capture() as capture:
+        console.print(plan_table(plan))
+    assert "0.00% → 40.00%" in capture.get()

@@ -17,7 +17,17 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from sparsify.errors import RecipeError
 from sparsify.plan.memory import DeviceMemory, HostMemory, checkpoint_bytes, memory
 from sparsify.plan.parameters import Architecture, Parameters, count_parameters
-from sparsify.recipe import ModelSection, Recipe, token_shares
+from sparsify.recipe import ModelSection, Recipe, share_phases, token_shares
+
+
+class PlannedPhase(BaseModel):
+    """Shares of one phase of the mixture, at its beginning and its end."""
+
+    model_config = ConfigDict(frozen=True)
+
+    until_tokens: int
+    first: dict[str, float]
+    last: dict[str, float]
 
 
 class Plan(BaseModel):
@@ -56,6 +66,8 @@ class Plan(BaseModel):
     peak_learning_rate: float
     final_learning_rate: float
     tokens_per_source: dict[str, int]
+    phases: list[PlannedPhase]
+    """Empty when the shares stay the same all the way."""
 
     @computed_field
     @property
@@ -101,6 +113,11 @@ def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
         peak_learning_rate=recipe.optimizer.peak_learning_rate,
         final_learning_rate=recipe.optimizer.final_learning_rate,
         tokens_per_source=_divide(num_tokens, token_shares(recipe.mixture)),
+        phases=[
+            PlannedPhase(until_tokens=round(end * num_tokens), first=first, last=last)
+            for end, first, last in share_phases(recipe.mixture)
+            if recipe.mixture.phases
+        ],
     )
 
 

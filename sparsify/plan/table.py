@@ -57,6 +57,16 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "tokens", f"{plan.num_tokens:,}", ""
     for source, tokens in plan.tokens_per_source.items():
         yield f"  {source}", f"{tokens:,}", f"{tokens / plan.num_tokens:.2%}"
+    yield from _phase_rows(plan)
+
+
+def _phase_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    for number, phase in enumerate(plan.phases, start=1):
+        yield f"phase {number}", f"{phase.until_tokens:,}", "tokens at its end"
+        for source in plan.tokens_per_source:
+            first, last = phase.first[source], phase.last[source]
+            moving = "" if first == last else f"{first:.2%} → "
+            yield f"  {source}", f"{moving}{last:.2%}", ""
 
 
 def _sizes(part: DeviceMemory | HostMemory) -> Iterator[tuple[str, str, str]]:
