@@ -57,7 +57,7 @@ def _draw(recipe: Recipe) -> Figure:
     figure = Figure(figsize=(9.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     areas = axes.stackplot(
-        tokens, shares.values(), colors=COLOURS, edgecolor="white", linewidth=0.6
+        tokens, np.array([*shares.values()]), colors=COLOURS, edgecolor="white", linewidth=0.6
     )
     axes.set(ylim=(0, 1), xlim=(0, tokens[-1]), xlabel="training tokens", ylabel="share of tokens")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
