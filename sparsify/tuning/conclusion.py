@@ -16,6 +16,7 @@ from sparsify.tuning.trials import Proxy
 
 FloatArray = NDArray[np.float64]
 CURVE_POINTS = 61
+NEAR_BOUND = 2e-3
 
 
 def conclude(
@@ -67,8 +68,20 @@ def conclude(
         features=fitted.features,
         ridge=fitted.ridge,
         reason=choice.reason,
+        at_bounds=_at_bounds(space, choice.point),
         curves=_curves(space, list(weights), points, outputs, fitted, objective, choice.point),
     )
+
+
+def _at_bounds(space: Space, point: FloatArray) -> list[str]:
+    """Bounds that keep the choice from going on; no share goes below 0 or above 1."""
+    found = []
+    pairs = list(zip(space.parts, point, strict=True))
+    for part, share in pairs[:1] if len(pairs) == 2 else pairs:
+        for side, bound, open_end in (("lower", part.low, 0.0), ("upper", part.high, 1.0)):
+            if abs(share - bound) < NEAR_BOUND and abs(bound - open_end) > NEAR_BOUND:
+                found.append(f"{part.name} is at its {side} bound, {bound:.1%}")
+    return found
 
 
 def _trials(

@@ -123,6 +123,8 @@ class TuneRecord(BaseModel):
     ridge: float
     reason: str | None
     """Why the trials do not support the tuned mixture; null where they do."""
+    at_bounds: list[str]
+    """Which bounds of `over` the tuned mixture lies on, in words: beyond them it may be better still."""
     curves: list[Curve]
     confirmation: Confirmation | None = None
     mixture_file: str | None = None
@@ -143,5 +145,7 @@ class TuneRecord(BaseModel):
         else:
             gap = f"{self.tuned_loss - self.default_loss:+.4f} ± {self.half_width:.4f}"
             found = f"The trials support the tuned mixture: {gap} nats per token of the weighted loss (90% interval)."
+        if self.at_bounds:
+            found += f" It lies on the edge of --over: {'; '.join(self.at_bounds)}."
         confirmed = "" if self.confirmation is None else " " + self.confirmation.verdict
         return f"{found}{confirmed}" + ("" if self.recommended else " Keep the default mixture.")

@@ -92,6 +92,8 @@ def tune(request: Request, say: Say) -> tuple[TuneRecord, Path]:
         name, how = f"{recipe.mixture.name}_tuned", f"{record.command}\n{record.verdict}"
         write_mixture(recipe.mixture, tuned, to, how, name)
         record.mixture_file = str(to)
+    elif request.to is None:
+        to.unlink(missing_ok=True)  # what fewer trials or a shorter confirmation spoke for
     write_page(record, folder)
     return record, folder
 
