@@ -63,12 +63,16 @@ def launch(run: RunFolder, settings: LaunchSection, check: Callable[[], None]) -
         )
         for rank, environment in enumerate(environments)
     ]
-    with _forward_signals(ranks):
+    with _forward_signals(ranks) as forwarded:
         try:
             failed = _wait(ranks, check)
         except BaseException:
             _end(ranks)
             raise
+    # A rank that was still starting has no handler yet and has changed nothing; one that was at its last step
+    # ends well. Neither may hide that the user asked to stop.
+    if forwarded and (failed is None or ranks[failed].returncode == -signal.SIGTERM):
+        raise Interrupted
     if failed is not None:
         _raise_for(failed, ranks[failed].returncode, paths[failed])
 
@@ -100,8 +104,12 @@ def _rank_environments(settings: LaunchSection) -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Hands Ctrl-C and SIGTERM on to the ranks; yields the list of those that came."""
+    forwarded: list[int] = []
+
     def forward(number: int, _frame: FrameType | None) -> None:
+        forwarded.append(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(signal.SIGTERM)
@@ -110,7 +118,7 @@ def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[None]:
         number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield
+        yield forwarded
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
