@@ -1,0 +1,162 @@
+"""The result of `sparsify bench mixture` as tables that a person understands at a glance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from sparsify.benchmarks.mixture_result import Loaded, MixtureBench, Side, Tokenized
+
+MEGA = 1e6
+
+
+def mixture_table(bench: MixtureBench) -> RenderableType:
+    """Both sides, ingest and loading, and what the numbers rest on."""
+    return Group(
+        "",
+        _shares_table(bench),
+        _run_table(bench),
+        _speed_table(bench.tokenized, bench.loaded),
+        _rests_on(bench),
+    )
+
+
+def _shares_table(bench: MixtureBench) -> Table:
+    table = _table(
+        f"Shares of tokens delivered over {bench.num_windows:,} windows of {bench.window_tokens:,} tokens",
+        ["source", "asked", "sparsify", "interleave_datasets", "… by length*"],
+    )
+    columns = (
+        bench.ours.delivered,
+        bench.interleaved.delivered,
+        bench.interleaved_by_length,
+    )
+    for name, asked in bench.asked_token_shares.items():
+        given = (f"{column.token_shares[name]:.1%}" for column in columns)
+        table.add_row(name, f"{asked:.1%}", *given)
+    table.add_section()
+    deviations = (f"{column.largest_deviation_windows:,.1f} windows" for column in columns)
+    table.add_row("furthest from asked, at any moment", "", *deviations)
+    texts = (f"{column.text_positions:.1%}" for column in columns)
+    table.add_row("window positions that carry text", "", *texts)
+    cut = (f"{column.cut_documents:,}" for column in columns)
+    table.add_row("documents cut though shorter than a window", "", *cut)
+    return table
+
+
+def _run_table(bench: MixtureBench) -> Table:
+    ours, theirs = bench.ours, bench.interleaved
+    table = _table(
+        f"The run, stopped after window {bench.stopped_after_windows:,} and resumed",
+        ["", "sparsify", "interleave_datasets", "ratio"],
+    )
+    _add(
+        table,
+        "documents in the uninterrupted run",
+        [f"{s.resumed.documents:,}" for s in _sides(bench)],
+    )
+    _add(table, "of these lost by the resume", [f"{s.resumed.lost:,}" for s in _sides(bench)])
+    _add(table, "repeated by the resume", [f"{s.resumed.repeated:,}" for s in _sides(bench)])
+    table.add_section()
+    _add(
+        table,
+        "text → windows, M tokens/s",
+        [f"{side.text_tokens_per_second / MEGA:.2f}" for side in _sides(bench)],
+        _times(bench.text_speed_ratio, "fast"),
+    )
+    cached = ours.cached_tokens_per_second or 0.0
+    _add(
+        table,
+        "the same text again (cache), M tokens/s",
+        [f"{cached / MEGA:.1f}", f"{theirs.text_tokens_per_second / MEGA:.2f} (no cache)"],
+        _times(cached / theirs.text_tokens_per_second, "fast"),
+    )
+    late = theirs.late_resume_seconds
+    _add(
+        table,
+        f"resume at window {bench.late_window:,}",
+        [_seconds(ours.late_resume_seconds), f"{_seconds(late)} from state"],
+        _times(late / ours.late_resume_seconds, "fast"),
+    )
+    skip = theirs.late_skip_seconds or 0.0
+    _add(
+        table,
+        "the same without saved state",
+        [_seconds(ours.late_resume_seconds), f"{_seconds(skip)} with skip()"],
+        _times(skip / ours.late_resume_seconds, "fast"),
+    )
+    _add(
+        table,
+        "peak memory (of it, above the imports)",
+        [_memory(side) for side in _sides(bench)],
+        f"{ours.added_memory_bytes / max(theirs.added_memory_bytes, 1):.2f} × above imports",
+    )
+    return table
+
+
+def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
+    table = _table("sparsify in one process, M tokens/s", ["", "sparsify", "against", "ratio"])
+    table.add_row(
+        f"ingest: documents → cache, {tokenized.num_tokens / MEGA:.1f}M tokens",
+        f"{tokenized.tokens_per_second / MEGA:.2f}",
+        f"{tokenized.bare_tokens_per_second / MEGA:.2f} bare tokenizer, text in memory",
+        f"{tokenized.ratio:.2f}",
+    )
+    for one in loaded:
+        table.add_row(
+            f"load windows of {one.window_tokens:,}, 10^12 tokens into a plan",
+            f"{one.far_tokens_per_second / MEGA:.1f}",
+            f"{one.tokens_per_second / MEGA:.1f} at its beginning",
+            f"{one.far_ratio:.2f}",
+        )
+    first = loaded[0]
+    table.add_row(
+        f"open the cache, draw the first batch at step {first.first_batch_step:,}",
+        _seconds(first.first_batch_seconds),
+    )
+    return table
+
+
+def _rests_on(bench: MixtureBench) -> str:
+    loaded = bench.loaded[0]
+    return (
+        f"[dim]Mixture {bench.mixture}: {bench.text_bytes / MEGA:.1f} MB of JSON lines in a warm file cache. Tokenizer "
+        f"{bench.tokenizer}, {bench.vocabulary_size:,} entries. Seed {bench.seed}; {bench.cpu_cores} core(s).\n"
+        f"Times are medians of {bench.repeats} repeat(s) taken in turns, ratios medians of the pairs; one repeat of "
+        f"loading is {loaded.num_tokens / MEGA:.1f}M tokens.\n"
+        f"interleave_datasets: shuffle buffers of {bench.buffer_documents:,} documents, probabilities = asked shares, "
+        "state_dict() and load_state_dict().\n"
+        "* probabilities divided by each source's mean document length in tokens, which one must tokenise to know.[/dim]"
+    )
+
+
+def _sides(bench: MixtureBench) -> tuple[Side, Side]:
+    return bench.ours, bench.interleaved
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    return table
+
+
+def _add(table: Table, label: str, values: Sequence[str], ratio: str = "") -> None:
+    table.add_row(label, *values, ratio)
+
+
+def _times(ratio: float, what: str) -> str:
+    return f"{ratio:,.1f} × as {what}" if ratio < 100 else f"{ratio:,.0f} × as {what}"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def _memory(side: Side) -> str:
+    return f"{side.peak_memory_bytes / MEGA:,.0f} MB ({side.added_memory_bytes / MEGA:,.0f})"
