@@ -11,6 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sparsify.cli_bench import bench_app
+from sparsify.cli_common import AsJson, Overrides, console, quiet, say
+from sparsify.cli_mixture import mixture_app
 from sparsify.errors import UserError
 
 app = typer.Typer(
@@ -25,26 +28,10 @@ recipes_app = typer.Typer(
     no_args_is_help=True, help="The catalogue: list, show, copy, validate recipes."
 )
 app.add_typer(recipes_app, name="recipes")
-mixture_app = typer.Typer(
-    no_args_is_help=True,
-    help="Mixtures: look at what training would draw, count it, find better ratios.",
-)
 app.add_typer(mixture_app, name="mixture")
-bench_app = typer.Typer(
-    no_args_is_help=True,
-    help="Benchmarks: ratios against a named baseline, measured in the same process.",
-)
 app.add_typer(bench_app, name="bench")
-console = Console(highlight=False, soft_wrap=True)
 
 INTERRUPTED = 130
-DEFAULT_TOKENIZER = "package:sparsify/assets/quickstart_base"
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(help="Settings as key=value, for example training.budget_tokens=1_000_000"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def main() -> None:
@@ -70,13 +57,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
-
-
-def _say(line: str) -> None:
-    console.print(line, markup=False)
-
-
-def _quiet(_line: str) -> None: ...
 
 
 @recipes_app.command("list")
@@ -119,7 +99,7 @@ def recipes_copy(recipe: str, to: Path) -> None:
     from sparsify import catalogue
 
     catalogue.copy_recipe(recipe, to)
-    _say(f"{to}: change it, then `sparsify train {to}`")
+    say(f"{to}: change it, then `sparsify train {to}`")
 
 
 @recipes_app.command("validate")
@@ -132,57 +112,7 @@ def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None
 
     for name in paths or catalogue.recipe_names():
         catalogue.compose_recipe(name)
-        _say(f"{name}: valid")
-
-
-Tokenizer = Annotated[
-    str,
-    typer.Option("--tokenizer", help="Model folder, Hub id or package:NAME/PATH it comes from."),
-]
-WindowTokens = Annotated[int, typer.Option("--window-tokens", help="Length of a window.")]
-
-
-@mixture_app.command("preview")
-def mixture_preview(
-    mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
-    windows: Annotated[int, typer.Option("--windows", help="Windows of each source.")] = 1,
-    window_tokens: WindowTokens = 256,
-    tokenizer: Tokenizer = DEFAULT_TOKENIZER,
-) -> None:
-    """Shows real training windows of every source: where documents meet, which tokens carry loss.
-
-    Example: sparsify mixture preview quickstart --windows 2
-    """
-    from sparsify import display
-    from sparsify.verbs.mixture import preview
-
-    for window in preview(mixture, tokenizer, windows, window_tokens, _say):
-        console.print(display.window_preview(window))
-
-
-@mixture_app.command("stats")
-def mixture_stats(
-    mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
-    budget_tokens: Annotated[
-        int, typer.Option("--budget-tokens", help="Training tokens to look at.")
-    ] = 1_000_000,
-    window_tokens: WindowTokens = 2048,
-    tokenizer: Tokenizer = DEFAULT_TOKENIZER,
-    as_json: AsJson = False,
-) -> None:
-    """Counts a mixture: documents, tokens, tokens per document, packing efficiency, epochs at a budget.
-
-    Example: sparsify mixture stats quickstart --budget-tokens 10000000
-    """
-    from sparsify import display
-    from sparsify.verbs.mixture import stats
-
-    say = _quiet if as_json else _say
-    result = stats(mixture, tokenizer, budget_tokens, window_tokens, say)
-    if as_json:
-        console.print_json(result.model_dump_json())
-    else:
-        console.print(display.mixture_table(result))
+        say(f"{name}: valid")
 
 
 @app.command()
@@ -253,67 +183,11 @@ def train(
     from sparsify.verbs.train import train as run_recipe
 
     for choice in catalogue.sweep(overrides or []) if multirun else [overrides or []]:
-        result = run_recipe(recipe, choice, _say)
+        result = run_recipe(recipe, choice, say)
         if as_json:
             console.print_json(json.dumps(display.run_record(result)))
         else:
             console.print(display.run_summary(result))
-
-
-@mixture_app.command("tune")
-def mixture_tune(
-    recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file")],
-    over: Annotated[
-        list[str],
-        typer.Option(
-            help="What to vary: mixture.instruction_token_share=0:0.4, token_shares, or SOURCE=0.2:0.8; repeatable."
-        ),
-    ],
-    trials: Annotated[int, typer.Option(help="Proxy runs; the first is the recipe's mixture.")],
-    trial_tokens: Annotated[int, typer.Option(help="Training tokens of each proxy run.")],
-    overrides: Overrides = None,
-    weight: Annotated[
-        list[str] | None,
-        typer.Option(help="DOMAIN=FACTOR: it counts FACTOR times its share in the mixture."),
-    ] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="YAML file of the mixture.")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Write the mixture even if the data do not support it.")
-    ] = False,
-    confirm: Annotated[
-        bool, typer.Option("--confirm", help="Train both mixtures once more with another seed.")
-    ] = False,
-    confirm_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of those two runs; those of a trial unless given.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Finds a better mixture ratio: short proxy runs, a regression with its uncertainty, and a new mixture file.
-
-    Says so when the trials do not support a choice. The same command goes on where it stopped.
-
-    Example: sparsify mixture tune quickstart --over token_shares --trials 8 --trial-tokens 40960 --confirm
-    """
-    from sparsify.tuning.table import tune_summary
-    from sparsify.tuning.tune import Request, tune
-
-    request = Request(
-        recipe,
-        overrides or [],
-        over,
-        weight or [],
-        trials,
-        trial_tokens,
-        to,
-        force,
-        confirm or confirm_tokens is not None,
-        confirm_tokens,
-    )
-    found, folder = tune(request, _say)
-    if as_json:
-        console.print_json(found.model_dump_json())
-    else:
-        console.print(tune_summary(found, folder, recipe))
 
 
 @app.command()
@@ -337,8 +211,8 @@ def report(
     from sparsify import display
     from sparsify.verbs.report import make_report
 
-    say = _quiet if as_json else _say
-    result, folder = make_report(model_or_run, on, tokens, to, say)
+    tell = quiet if as_json else say
+    result, folder = make_report(model_or_run, on, tokens, to, tell)
     if as_json:
         console.print_json(result.model_dump_json())
     else:
@@ -391,50 +265,5 @@ def export(
     from sparsify.export.bundle import export as write_bundle
 
     bundle = write_bundle(run_or_checkpoint.expanduser(), to)
-    _say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
-    _say(f"Checked: {bundle.acceptance.sentence()}.")
-
-
-@bench_app.command("mixture")
-def bench_mixture(
-    on: Annotated[str, typer.Option("--on", help="Mixture: a name or a YAML file.")] = "quickstart",
-    tokenizer: Annotated[
-        str, typer.Option(help="Model folder or Hub id whose tokenizer both sides use.")
-    ] = "package:sparsify/assets/quickstart_base",
-    budget_tokens: Annotated[
-        int, typer.Option(help="Tokens of the run that is drawn.")
-    ] = 2_000_000,
-    window_tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
-    buffer_documents: Annotated[
-        int,
-        typer.Option(
-            help="Shuffle buffer of interleave_datasets. Its default of 1000 holds all of a short run."
-        ),
-    ] = 100,
-    load_tokens: Annotated[
-        int, typer.Option(help="Tokens of one repeat of loading from the cache.")
-    ] = 8_000_000,
-    repeats: Annotated[int, typer.Option(help="Repeats of every time.")] = 3,
-    as_json: AsJson = False,
-) -> None:
-    """Our data path beside datasets.interleave_datasets on the same files: shares, resume, speed, memory.
-
-    Example: sparsify bench mixture --on my_mixture.yaml --budget-tokens 10000000
-    """
-    from sparsify.benchmarks import mixture
-    from sparsify.benchmarks.mixture_table import mixture_table
-
-    with Console(stderr=True).status("") as status:
-        result = mixture.bench_mixture(
-            on,
-            tokenizer,
-            budget_tokens=budget_tokens,
-            window_tokens=window_tokens,
-            buffer_documents=buffer_documents,
-            load_tokens=load_tokens,
-            repeats=repeats,
-            say=status.update,
-        )
-    console.print_json(result.model_dump_json()) if as_json else console.print(
-        mixture_table(result)
-    )
+    say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
+    say(f"Checked: {bundle.acceptance.sentence()}.")

@@ -133,6 +133,11 @@ def parse_space(over: Sequence[str], mixture: MixtureSection) -> Space:
     Raises:
         RecipeError: If something is misspelt, contradicts itself, or leaves nothing to vary.
     """
+    if mixture.phases:
+        raise RecipeError(
+            f"Mixture {mixture.name!r} has phases; tuning varies shares that stay the same over a run.",
+            next_step="mixture.phases=[] tunes the sources' own shares.",
+        )
     ranges: dict[str, tuple[float, float] | None] = {}
     for item in over:
         name, bounds = _read(item)

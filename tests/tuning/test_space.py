@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.errors import RecipeError
-from sparsify.recipe import MixtureSection, SourceSection
+from sparsify.recipe import MixtureSection, PhaseSection, SourceSection
 from sparsify.tuning.space import OTHERS, Part, Space, parse_space
 
 KNOB = "mixture.instruction_token_share"
@@ -130,3 +130,10 @@ def test_few_points_are_spread_out() -> None:
     space = parse_space([f"{KNOB}=0:0.4"], mixture())
     eighths = np.floor(space.spread(8, 3)[:, 0] / 0.05).astype(int)
     assert sorted(eighths.tolist()) == list(range(8))
+
+
+def test_a_mixture_with_phases_is_refused() -> None:
+    phased = mixture()
+    phased.phases = [PhaseSection(until_budget_share=1.0, instruction_token_share=0.1)]
+    with pytest.raises(RecipeError, match=r"has phases(.|\n)*mixture.phases=\[\]"):
+        parse_space(["token_shares"], phased)

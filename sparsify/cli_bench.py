@@ -1,0 +1,60 @@
+"""`sparsify bench`: ratios against a named baseline, measured in one process."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.cli_common import AsJson, console
+
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    help="Benchmarks: ratios against a named baseline, measured in the same process.",
+)
+
+
+@bench_app.command("mixture")
+def bench_mixture(
+    on: Annotated[str, typer.Option("--on", help="Mixture: a name or a YAML file.")] = "quickstart",
+    tokenizer: Annotated[
+        str, typer.Option(help="Model folder or Hub id whose tokenizer both sides use.")
+    ] = "package:sparsify/assets/quickstart_base",
+    budget_tokens: Annotated[
+        int, typer.Option(help="Tokens of the run that is drawn.")
+    ] = 2_000_000,
+    window_tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    buffer_documents: Annotated[
+        int,
+        typer.Option(
+            help="Shuffle buffer of interleave_datasets. Its default of 1000 holds all of a short run."
+        ),
+    ] = 100,
+    load_tokens: Annotated[
+        int, typer.Option(help="Tokens of one repeat of loading from the cache.")
+    ] = 8_000_000,
+    repeats: Annotated[int, typer.Option(help="Repeats of every time.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Our data path beside datasets.interleave_datasets on the same files: shares, resume, speed, memory.
+
+    Example: sparsify bench mixture --on my_mixture.yaml --budget-tokens 10000000
+    """
+    from sparsify.benchmarks import mixture
+    from sparsify.benchmarks.mixture_table import mixture_table
+
+    with Console(stderr=True).status("") as status:
+        result = mixture.bench_mixture(
+            on,
+            tokenizer,
+            budget_tokens=budget_tokens,
+            window_tokens=window_tokens,
+            buffer_documents=buffer_documents,
+            load_tokens=load_tokens,
+            repeats=repeats,
+            say=status.update,
+        )
+    console.print_json(result.model_dump_json()) if as_json else console.print(
+        mixture_table(result)
+    )
