@@ -25,8 +25,8 @@ from sparsify.catalogue import (
     sweep,
 )
 from sparsify.errors import RecipeError
+from sparsify.mixture.shares import Shares
 from sparsify.recipe import FFN_ACTIVATIONS, Recipe, share_phases, token_shares
-from sparsify.training.data import stated_shares
 
 RECIPES = recipe_names()
 SPARSE_RECIPES = [name for name in RECIPES if name != "quickstart_base"]
@@ -330,8 +330,9 @@ def test_phases_and_ramps_give_shares_over_the_run(tmp_path: Path) -> None:
         (1, 0.02, 0.3),
     ]
     assert token_shares(recipe.mixture)["chat"] == pytest.approx(0.8 * 0.02 + 0.2 * 0.16)
-    shares, num_windows = stated_shares(recipe), recipe.num_steps * recipe.training.batch_windows
-    assert float(shares.demand("chat", num_windows)) == pytest.approx(num_windows * 0.048)
+    shares = Shares.of(recipe.mixture, 1000)
+    assert float(shares.demand("chat", 800)) == pytest.approx(16)
+    assert float(shares.demand("chat", 1000)) == pytest.approx(48)
 
 
 @pytest.mark.parametrize(

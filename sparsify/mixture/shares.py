@@ -12,8 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from sparsify.recipe import MixtureSection, share_phases
+
 LARGEST_DENOMINATOR = 10**9
 """Shares are taken as the closest fraction up to this denominator: 0.15 is 3/20, not the binary float beside it."""
+
+
+def exact_shares(shares: Mapping[str, float | Fraction]) -> dict[str, Fraction]:
+    """Shares as fractions that sum to 1; a fraction stays what it is in proportion to the others."""
+    exact = {
+        name: share
+        if isinstance(share, Fraction)
+        else Fraction(str(share)).limit_denominator(LARGEST_DENOMINATOR)
+        for name, share in shares.items()
+    }
+    total = sum(exact.values())
+    return {name: share / total for name, share in exact.items()}
 
 
 @dataclass(frozen=True)
@@ -27,8 +41,8 @@ class Stretch:
     """
 
     end: int | None
-    first: Mapping[str, float]
-    last: Mapping[str, float]
+    first: Mapping[str, float | Fraction]
+    last: Mapping[str, float | Fraction]
 
 
 @dataclass(frozen=True)
@@ -82,6 +96,16 @@ class Shares:
         """The same shares all the way."""
         return cls([Stretch(None, shares, shares)])
 
+    @classmethod
+    def of(cls, mixture: MixtureSection, num_windows: int) -> Shares:
+        """The shares that a mixture states for a run of `num_windows`; its phases end at whole windows."""
+        return cls(
+            [
+                Stretch(round(end * num_windows), first, last)
+                for end, first, last in share_phases(mixture)
+            ]
+        )
+
     @property
     def period(self) -> int | None:
         """Windows after which every demand is whole again, as long as the first stretch lasts; None if it is a ramp."""
@@ -128,12 +152,9 @@ class Shares:
     def _piece_of(self, window: int) -> _Piece:
         return next(piece for piece in self._pieces if window <= piece.end)
 
-    def _fractions(self, shares: Mapping[str, float]) -> list[Fraction]:
-        exact = [
-            Fraction(str(shares.get(name, 0.0))).limit_denominator(LARGEST_DENOMINATOR)
-            for name in self.names
-        ]
-        return [share / sum(exact) for share in exact]
+    def _fractions(self, shares: Mapping[str, float | Fraction]) -> list[Fraction]:
+        exact = exact_shares(shares)
+        return [exact.get(name, Fraction(0)) for name in self.names]
 
     def _append(
         self,
@@ -190,71 +211,3 @@ def _first_reaching(piece: _Piece, source: int, wanted: int) -> float:
         if piece.start + m > piece.end:
             return math.inf
     return piece.start + m
-
-
-def last_window_within(shares: Shares, name: str, capacity: int) -> float:
-    """How many windows a run may have before a source could be asked for more than `capacity` of them."""
-    if name not in shares.names:
-        return math.inf
-    slack = max(2 * len(shares.names) - 2, 1)
-    # A source is ahead of its demand by less than 1 - 1 / slack.
-    reached = shares.reaches(shares.names.index(name), slack * (capacity - 1) + 1, slack)
-    return max(reached - 1, 0)
-
-
-def redistributed(shares: Shares, capacities: Mapping[str, int]) -> Shares:
-    """The shares of a run in which sources stop giving when they are exhausted, and the others give more.
-
-    From where a source is exhausted, its share goes to the others in proportion to theirs; in a ramp, at both its ends.
-    After all are exhausted the shares stay what they were: `last_window_within` says where.
-
-    Args:
-        shares: The shares before.
-        capacities: Most windows that a source may give.
-    """
-    open_sources = set(capacities) & set(shares.names)
-    while open_sources:
-        ends = {name: last_window_within(shares, name, capacities[name]) for name in open_sources}
-        name = min(ends, key=lambda one: (ends[one], one))
-        if ends[name] == math.inf or len(shares.names) == 1:
-            break
-        without = _without(shares.stretches, name, int(ends[name]))
-        if without is None:
-            break
-        shares = Shares(without)
-        open_sources.remove(name)
-    return shares
-
-
-def _without(stretches: Sequence[Stretch], name: str, window: int) -> list[Stretch] | None:
-    """The stretches with a source's share given to the others from a window on; None if there are no others."""
-    changed, start = [], 0
-    for part in [*stretches, Stretch(None, stretches[-1].last, stretches[-1].last)]:
-        end = math.inf if part.end is None else part.end
-        if end <= window:
-            changed.append(part)
-        else:
-            turn = max(window, start)
-            middle = _between(part, start, turn)
-            if start < turn:
-                changed.append(Stretch(turn, part.first, middle))
-            first, last = _shared_out(middle, name), _shared_out(part.last, name)
-            if first is None or last is None:
-                return None
-            changed.append(Stretch(part.end, first, last))
-        start = part.end or start
-    return changed
-
-
-def _between(part: Stretch, start: int, window: int) -> dict[str, float]:
-    if part.end is None:
-        return dict(part.first)
-    way = (window - start) / (part.end - start)
-    return {name: share + way * (part.last[name] - share) for name, share in part.first.items()}
-
-
-def _shared_out(shares: Mapping[str, float], name: str) -> dict[str, float] | None:
-    rest = sum(share for other, share in shares.items() if other != name)
-    if rest <= 0:
-        return None
-    return {other: 0.0 if other == name else share / rest for other, share in shares.items()}

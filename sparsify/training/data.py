@@ -5,30 +5,19 @@ The launcher has them tokenised (`feeder`); every rank opens what is there by no
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from sparsify.conversion.folder import load_tokenizer
 from sparsify.errors import MixtureError
+from sparsify.mixture.epochs import capped_shares, first_exceeded, fitting_steps, most_windows
 from sparsify.mixture.ingest import Ingest, mixture_ingests
 from sparsify.mixture.lock import MixtureLock, make_lock
-from sparsify.mixture.shares import Shares, Stretch, last_window_within, redistributed
+from sparsify.mixture.shares import Shares
 from sparsify.mixture.stream import TrainingStream
 from sparsify.mixture.tokens import TokenizedSource
-from sparsify.recipe import Recipe, share_phases, token_shares
+from sparsify.recipe import Recipe, token_shares
 from sparsify.training.run_folder import RunFolder
-
-
-def stated_shares(recipe: Recipe) -> Shares:
-    """The demand of each source over a run, as the mixture states it."""
-    num_windows = recipe.num_steps * recipe.training.batch_windows
-    return Shares(
-        [
-            Stretch(round(end * num_windows), first, last)
-            for end, first, last in share_phases(recipe.mixture)
-        ]
-    )
 
 
 def shares_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> Shares:
@@ -37,30 +26,31 @@ def shares_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> Shares:
     Raises:
         MixtureError: If a source would be seen more often than its max_epochs, with the budget that fits.
     """
-    shares, training = stated_shares(recipe), recipe.training
-    capacities = _capacities(recipe, sources)
-    shares = redistributed(
-        shares,
-        {
-            name: capacity
-            for name, capacity in capacities.items()
-            if recipe.mixture.sources[name].when_exhausted == "redistribute"
-        },
-    )
+    training, mixture = recipe.training, recipe.mixture
     num_windows = recipe.num_steps * training.batch_windows
-    fits = {name: last_window_within(shares, name, windows) for name, windows in capacities.items()}
-    tightest = min(fits, key=fits.__getitem__, default=None)
-    if tightest is not None and fits[tightest] < num_windows:
-        asked = float(shares.demand(tightest, num_windows)) / sources[tightest].num_train_tokens
-        steps = int(fits[tightest]) // training.batch_windows
-        raise MixtureError(
-            f"Source {tightest!r} would be seen {asked * training.window_tokens:.2f} times, more than its max_epochs="
-            f"{recipe.mixture.sources[tightest].max_epochs:g}: it has {sources[tightest].num_train_tokens:,} training tokens.",
-            allowed=f"At these shares a budget of {steps * recipe.step_tokens:,} tokens fits.",
-            next_step=f"Set training.budget_tokens={steps * recipe.step_tokens}, lower its share, add text to it, or set "
-            f"mixture.sources.{tightest}.when_exhausted=redistribute.",
-        )
-    return shares
+    capacities = _capacities(recipe, sources)
+    shares = capped_shares(mixture, num_windows, capacities)
+    exceeded = first_exceeded(mixture, num_windows, capacities)
+    if exceeded is None:
+        return shares
+    epoch_tokens = sources[exceeded].num_train_tokens
+    asked_tokens = float(shares.demand(exceeded, num_windows)) * training.window_tokens
+    steps = fitting_steps(mixture, recipe.num_steps, training.batch_windows, capacities)
+    shorter = f"Set training.budget_tokens={steps * recipe.step_tokens}, " if steps else ""
+    key = f"mixture.sources.{exceeded}"
+    others = (
+        f" or set {key}.when_exhausted=redistribute."
+        if mixture.sources[exceeded].when_exhausted == "stop"
+        else f" or raise {key}.max_epochs: no other source is left to take its share."
+    )
+    raise MixtureError(
+        f"Source {exceeded!r} would be seen {asked_tokens / epoch_tokens:.2f} times, more than its max_epochs="
+        f"{mixture.sources[exceeded].max_epochs:g}: it has {epoch_tokens:,} training tokens.",
+        allowed=f"A budget of {steps * recipe.step_tokens:,} tokens fits."
+        if steps
+        else "Not even one step fits.",
+        next_step=f"{shorter}lower its share, add text to it,{others}",
+    )
 
 
 def _capacities(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> dict[str, int]:
@@ -80,17 +70,12 @@ def ingests_of(recipe: Recipe, run: RunFolder) -> dict[str, Ingest]:
     Raises:
         MixtureError: If the tokenizer cannot serve.
     """
-    training, shares = recipe.training, stated_shares(recipe)
-    num_windows = recipe.num_steps * training.batch_windows
+    training = recipe.training
+    windows = most_windows(recipe.mixture, recipe.num_steps * training.batch_windows)
     return mixture_ingests(
         recipe.mixture,
         load_tokenizer(run.initial),
-        # The schedule is never a whole window ahead of a source's demand. A source without a share is read as well:
-        # what the others do to it is measured on its held-out text.
-        train_tokens={
-            name: (math.ceil(shares.demand(name, num_windows)) + 1) * training.window_tokens
-            for name in recipe.mixture.sources
-        },
+        train_tokens={name: count * training.window_tokens for name, count in windows.items()},
         held_out_tokens=recipe.eval.validation_windows_per_source * training.window_tokens,
         window_tokens=training.window_tokens,
         cache_dir=Path(recipe.cache_dir),

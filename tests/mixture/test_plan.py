@@ -9,44 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.mixture.plan import Anchor, SourceSchedule
-from sparsify.mixture.shares import Shares, Stretch, last_window_within, redistributed
+from sparsify.mixture.shares import Shares, Stretch
+from tests.mixture.laws import assert_law, curves, shares_of
 
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=12)
 
 
-def shares_of(parts: list[int]) -> dict[str, float]:
-    return {f"source{i}": part / sum(parts) for i, part in enumerate(parts)}
-
-
 def constant(parts: list[int]) -> SourceSchedule:
     return SourceSchedule(Shares.constant(shares_of(parts)))
-
-
-@st.composite
-def curves(draw: st.DrawFn) -> Shares:
-    """Up to five stretches of constant or moving shares, sources that come and go among them."""
-    num_sources = draw(st.integers(1, 12))
-    part = st.integers(0, 1000)
-    row = st.lists(part, min_size=num_sources, max_size=num_sources).filter(any)
-    end, stretches = 0, []
-    for _ in range(draw(st.integers(1, 5))):
-        end += draw(st.integers(1, 120))
-        first = shares_of(draw(row))
-        last = shares_of(draw(row)) if draw(st.booleans()) else first
-        stretches.append(Stretch(end, first, last))
-    return Shares(stretches)
-
-
-def assert_law(schedule: SourceSchedule, num_windows: int) -> None:
-    """Windows come in order, none twice, and never a whole one off their demand."""
-    shares, names = schedule.shares, schedule.names
-    bound = 1 - Fraction(1, max(2 * len(names) - 2, 1))
-    given_windows = dict.fromkeys(names, 0)
-    for count, (name, rank) in enumerate(schedule.windows_of(0, num_windows), start=1):
-        assert rank == given_windows[name]
-        given_windows[name] += 1
-        for source, windows in given_windows.items():
-            assert abs(windows - shares.demand(source, count)) <= bound
 
 
 @settings(max_examples=40, deadline=None)
@@ -125,36 +95,3 @@ def test_an_anchor_answers_far_into_a_run_of_awkward_shares_at_once() -> None:
     given["b"] = window - given["a"]
     schedule = SourceSchedule(shares, Anchor(window, given))
     assert {name for name, _ in schedule.windows_of(window, 50)} == {"a", "b"}
-
-
-@settings(max_examples=60, deadline=None)
-@given(curves(), st.integers(1, 60), st.integers(0, 11), st.integers(1, 60))
-def test_an_exhausted_source_gives_no_more_than_it_has_and_the_law_holds(
-    shares: Shares, capacity: int, number: int, other_capacity: int
-) -> None:
-    name, other = shares.names[number % len(shares.names)], shares.names[0]
-    capacities = {name: capacity, other: other_capacity}
-    changed = redistributed(shares, capacities)
-    schedule = SourceSchedule(changed)
-    assert_law(schedule, 400)
-    fits = min(last_window_within(changed, one, size) for one, size in capacities.items())
-    counts = schedule.counts(int(min(fits, 400)))
-    assert all(counts.get(one, 0) <= size for one, size in capacities.items())
-
-
-def test_a_share_is_given_to_the_others_in_proportion() -> None:
-    shares = Shares.constant({"small": 0.5, "web": 0.4, "code": 0.1})
-    changed = redistributed(shares, {"small": 10})
-    turn = int(last_window_within(shares, "small", 10))
-    assert 17 <= turn <= 20
-    assert changed.share("small", turn + 5) == 0
-    assert changed.share("web", turn + 5) == pytest.approx(0.8)
-    assert SourceSchedule(changed).counts(1000)["small"] in (9, 10)
-
-
-def test_the_budget_that_fits_a_cap_is_the_last_before_it_would_break() -> None:
-    shares = Shares.constant({"small": 0.25, "web": 0.75})
-    fits = int(last_window_within(shares, "small", 10))
-    schedule = SourceSchedule(shares)
-    assert schedule.counts(fits)["small"] <= 10
-    assert schedule.counts(fits + 8)["small"] > 10

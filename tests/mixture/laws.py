@@ -1,0 +1,41 @@
+"""The law that every schedule keeps, and shares of every shape to hold it against."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from hypothesis import strategies as st
+
+from sparsify.mixture.plan import SourceSchedule
+from sparsify.mixture.shares import Shares, Stretch
+
+
+def shares_of(parts: list[int]) -> dict[str, float]:
+    return {f"source{i}": part / sum(parts) for i, part in enumerate(parts)}
+
+
+@st.composite
+def curves(draw: st.DrawFn) -> Shares:
+    """Up to five stretches of constant or moving shares, sources that come and go among them."""
+    num_sources = draw(st.integers(1, 12))
+    part = st.integers(0, 1000)
+    row = st.lists(part, min_size=num_sources, max_size=num_sources).filter(any)
+    end, stretches = 0, []
+    for _ in range(draw(st.integers(1, 5))):
+        end += draw(st.integers(1, 120))
+        first = shares_of(draw(row))
+        last = shares_of(draw(row)) if draw(st.booleans()) else first
+        stretches.append(Stretch(end, first, last))
+    return Shares(stretches)
+
+
+def assert_law(schedule: SourceSchedule, num_windows: int) -> None:
+    """Windows come in order, none twice, and never a whole one off their demand."""
+    shares, names = schedule.shares, schedule.names
+    bound = 1 - Fraction(1, max(2 * len(names) - 2, 1))
+    given_windows = dict.fromkeys(names, 0)
+    for count, (name, rank) in enumerate(schedule.windows_of(0, num_windows), start=1):
+        assert rank == given_windows[name]
+        given_windows[name] += 1
+        for source, windows in given_windows.items():
+            assert abs(windows - shares.demand(source, count)) <= bound
