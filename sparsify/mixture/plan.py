@@ -12,10 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heappop, heappush
-
-import numpy as np
-from numpy.typing import NDArray
+from heapq import heapify, heappop, heappush
 
 from sparsify.mixture.shares import Shares
 
@@ -49,28 +46,34 @@ class SourceSchedule:
 
     Args:
         shares: Demand of each source over the run.
-        anchor: Where to begin instead of at the first window; changes nothing but the time that it takes.
+        anchor: Where to begin instead of at the first window; changes nothing but the time that it takes. One that cannot
+            be of these shares, because they were changed since, is not used.
     """
 
     def __init__(self, shares: Shares, anchor: Anchor | None = None) -> None:
         self.shares, self.names = shares, shares.names
         self._anchors: dict[int, list[int]] = {0: [0] * len(self.names)}
-        if anchor is not None:
+        if anchor is not None and _is_possible(anchor, shares):
             self._anchors[anchor.window] = [anchor.given[name] for name in self.names]
         self._chunks: deque[_Chunk] = deque(maxlen=OPEN_CHUNKS)
         self._order: _FairOrder | None = None  # at the end of the newest chunk, to go on from
 
     def locate(self, window: int) -> tuple[str, int]:
         """Source of a global window, and the window's index within that source."""
-        chunk = next((one for one in self._chunks if one.holds(window)), None) or self._chunk(
-            window
-        )
+        chunk = self._chunk_of(window)
         place = window - chunk.start
-        return self.names[chunk.sources[place]], int(chunk.ranks[place])
+        return self.names[chunk.sources[place]], chunk.ranks[place]
 
     def windows_of(self, start: int, count: int) -> list[tuple[str, int]]:
         """`locate` of the global windows start, …, start + count - 1."""
-        return [self.locate(window) for window in range(start, start + count)]
+        found: list[tuple[str, int]] = []
+        while len(found) < count:
+            chunk = self._chunk_of(start + len(found))
+            first = start + len(found) - chunk.start
+            last = first + count - len(found)
+            names = (self.names[source] for source in chunk.sources[first:last])
+            found += zip(names, chunk.ranks[first:last], strict=True)
+        return found
 
     def anchor(self, window: int) -> Anchor:
         """What each source has given among the first `window` windows."""
@@ -83,7 +86,13 @@ class SourceSchedule:
         """Windows that each source gives among the first `num_windows`."""
         return dict(self.anchor(num_windows).given)
 
-    def _chunk(self, window: int) -> _Chunk:
+    def _chunk_of(self, window: int) -> _Chunk:
+        for chunk in self._chunks:
+            if chunk.holds(window):
+                return chunk
+        return self._new_chunk(window)
+
+    def _new_chunk(self, window: int) -> _Chunk:
         """Hands out windows up to and beyond this one, from the nearest place that is known."""
         order = self._order
         if order is None or not order.window <= window < order.window + CHUNK_WINDOWS:
@@ -115,13 +124,24 @@ class SourceSchedule:
         return _FairOrder(self.shares, start, given)
 
 
+def _is_possible(anchor: Anchor, shares: Shares) -> bool:
+    return (
+        anchor.given.keys() == set(shares.names)
+        and sum(anchor.given.values()) == anchor.window
+        and all(
+            abs(count - shares.demand(name, anchor.window)) < 1
+            for name, count in anchor.given.items()
+        )
+    )
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """Consecutive windows: source of each, and its index within the source."""
 
     start: int
-    sources: NDArray[np.int16]
-    ranks: NDArray[np.int64]
+    sources: list[int]
+    ranks: list[int]
 
     def holds(self, window: int) -> bool:
         return self.start <= window < self.start + len(self.sources)
@@ -135,35 +155,32 @@ class _FairOrder:
     """
 
     def __init__(self, shares: Shares, window: int, given: Sequence[int]) -> None:
-        self.shares, self.window, self.given = shares, window, list(given)
-        self.slack = max(2 * len(self.given) - 2, 1)
-        self._waiting: list[tuple[float, int]] = []  # release, source
-        self._ready: list[tuple[float, int]] = []  # deadline, source
-        for source in range(len(self.given)):
-            self._wait(source)
+        self.window, self.given = window, list(given)
+        slack = max(2 * len(self.given) - 2, 1)
+        numbered = list(enumerate(self.given))
+        self._releases = [shares.moments(i, slack * x + 1, slack) for i, x in numbered]
+        self._deadlines = [shares.moments(i, slack * x + slack - 1, slack) for i, x in numbered]
+        # The next window of each source is in one of two heaps: release, source; and deadline, source.
+        self._waiting = [(next(releases), i) for i, releases in enumerate(self._releases)]
+        self._ready: list[tuple[float, int]] = []
+        heapify(self._waiting)
 
-    def next_windows(self, count: int) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    def next_windows(self, count: int) -> tuple[list[int], list[int]]:
         """Source and index within the source of the next `count` windows."""
-        sources = np.empty(count, dtype=np.int16)
-        ranks = np.empty(count, dtype=np.int64)
+        sources: list[int] = []
+        ranks: list[int] = []
         waiting, ready, given = self._waiting, self._ready, self.given
-        for place in range(count):
-            self.window += 1
-            while waiting and waiting[0][0] <= self.window:
+        releases, deadlines = self._releases, self._deadlines
+        for window in range(self.window + 1, self.window + count + 1):
+            while waiting[0][0] <= window:
                 source = heappop(waiting)[1]
-                heappush(ready, (self._deadline(source), source))
+                heappush(ready, (next(deadlines[source]), source))
+                if not waiting:
+                    break
             source = heappop(ready)[1]
-            sources[place], ranks[place] = source, given[source]
+            sources.append(source)
+            ranks.append(given[source])
             given[source] += 1
-            self._wait(source)
+            heappush(waiting, (next(releases[source]), source))
+        self.window += count
         return sources, ranks
-
-    def _wait(self, source: int) -> None:
-        needed = self.slack * self.given[source] + 1
-        release = self.shares.reaches(source, needed, self.slack, self.window)
-        heappush(self._waiting, (release, source))
-
-    def _deadline(self, source: int) -> float:
-        needed = self.slack * (self.given[source] + 1) - 1
-        # A deadline may lie before the window at hand, but never so far that it matters where.
-        return self.shares.reaches(source, needed, self.slack, 0)

@@ -8,7 +8,7 @@ at the last of a trillion.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -126,24 +126,27 @@ class Shares:
         index, piece = self.names.index(source), self._piece_of(window)
         return Fraction(piece.scaled_demand(index, window), piece.denominator)
 
-    def reaches(self, source: int, numerator: int, denominator: int, after: int = 0) -> float:
-        """The first window n, not before `after`, with demand(n) >= numerator / denominator; infinity if there is none.
+    def reaches(self, source: int, numerator: int, denominator: int) -> float:
+        """The first window n with demand(n) >= numerator / denominator; infinity if there is none.
 
         Args:
             source: Index in `names`.
             numerator: Of the demand to reach.
             denominator: Of the same, above 0.
-            after: Where to begin looking.
         """
-        for piece in self._pieces:
-            if piece.end <= after:
-                continue
-            # Demands are whole multiples of 1 / piece.denominator: round what is wanted up to the next of them.
-            wanted = -(-numerator * piece.denominator // denominator)
-            found = _first_reaching(piece, source, wanted)
-            if found <= piece.end:
-                return max(found, after)
-        return math.inf
+        return next(self.moments(source, numerator, denominator))
+
+    def moments(self, source: int, numerator: int, denominator: int) -> Iterator[float]:
+        """`reaches` of a demand, of that demand + 1, + 2, and so on for ever."""
+        for piece in self._pieces:  # the last of them has no end, and infinity is not beyond it
+            while True:
+                # Demands are whole multiples of 1 / piece.denominator: round what is wanted up to the next of them.
+                wanted = -(-numerator * piece.denominator // denominator)
+                found = _first_reaching(piece, source, wanted)
+                if found > piece.end:
+                    break
+                yield found
+                numerator += denominator
 
     def share(self, source: str, window: int) -> float:
         """The share of a source round about a window."""

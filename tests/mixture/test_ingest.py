@@ -214,6 +214,17 @@ def test_the_fingerprint_follows_what_tokens_depend_on(
     assert fingerprint() != before
 
 
+def test_another_share_or_cap_tokenises_nothing_again(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def fingerprint() -> str:
+        return ingest_of(mixture, "stories", tokenizer, tmp_path / "c").open().fingerprint
+
+    before, source = fingerprint(), mixture.sources["stories"]
+    source.token_share, source.max_epochs, source.when_exhausted = 0.1, 2.0, "redistribute"
+    assert fingerprint() == before
+
+
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_damaged_shard_is_written_anew_with_those_after_it(

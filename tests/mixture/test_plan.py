@@ -95,3 +95,23 @@ def test_an_anchor_answers_far_into_a_run_of_awkward_shares_at_once() -> None:
     given["b"] = window - given["a"]
     schedule = SourceSchedule(shares, Anchor(window, given))
     assert {name for name, _ in schedule.windows_of(window, 50)} == {"a", "b"}
+
+
+def test_an_anchor_of_other_shares_changes_nothing() -> None:
+    shares = Shares.constant({"a": 0.3, "b": 0.7})
+    expected = SourceSchedule(shares).windows_of(0, 60)
+    for given in ({"a": 25, "b": 15}, {"a": 12, "b": 27}, {"a": 12, "c": 28}):
+        assert SourceSchedule(shares, Anchor(40, given)).windows_of(0, 60) == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(curves(), st.integers(0, 9_000), st.integers(0, 9_000))
+def test_many_windows_at_once_are_those_asked_for_one_by_one(
+    shares: Shares, start: int, count: int
+) -> None:
+    schedule = SourceSchedule(shares)
+    windows = schedule.windows_of(start, count)
+    assert len(windows) == count
+    assert windows[:: count // 7 + 1] == [
+        schedule.locate(window) for window in range(start, start + count, count // 7 + 1)
+    ]
