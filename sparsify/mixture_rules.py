@@ -84,6 +84,11 @@ def _check_phases(mixture: MixtureSection) -> None:
             )
         before = phase.until_budget_share
         _check_phase(mixture, key, phase, first=number == 0)
+    if all(phase.token_shares for phase in mixture.phases):
+        raise RecipeError(
+            f"Every phase of mixture {mixture.name!r} states token_shares, so the token_share of its sources would be ignored.",
+            next_step="Give the sources the shares of one phase, and leave token_shares out there.",
+        )
 
 
 def _check_phase(mixture: MixtureSection, key: str, phase: PhaseSection, *, first: bool) -> None:

@@ -135,6 +135,22 @@ def test_turbosparse_mixture_has_the_shares_of_table_4() -> None:
     assert not shares
 
 
+def test_bamboo_has_the_two_phases_of_its_200_billion_tokens() -> None:
+    phases = share_phases(load_mixture("bamboo"))
+    assert [end * 200 for end, _, _ in phases] == [150, 200]
+    early, late = phases[0][1], phases[1][1]
+    assert all(late[name] > early[name] for name in ("starcoder", "open_web_math"))
+
+
+def test_prosparse_mixes_the_papers_instruction_sets_all_the_way() -> None:
+    mixture = load_mixture("prosparse")
+    names = {name for name, source in mixture.sources.items() if source.group == "instruction"}
+    assert names == {
+        "ultrachat", "p3", "paq", "unnatural_instructions", "flan", "super_natural_instructions",
+    }  # fmt: skip
+    assert len(share_phases(mixture)) == 1
+
+
 # What a user writes
 
 
@@ -350,6 +366,10 @@ def test_phases_and_ramps_give_shares_over_the_run(tmp_path: Path) -> None:
         (
             "[{until_budget_share: 1, token_shares: {web: 1}, instruction_token_share: 0.1}]",
             "one would be ignored",
+        ),
+        (
+            "[{until_budget_share: 1, token_shares: {web: 1}}]",
+            "token_share of its sources would be",
         ),
     ],
 )

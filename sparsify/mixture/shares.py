@@ -126,6 +126,14 @@ class Shares:
         index, piece = self.names.index(source), self._piece_of(window)
         return Fraction(piece.scaled_demand(index, window), piece.denominator)
 
+    def planned(self, num_windows: int) -> dict[str, int]:
+        """Demand in whole windows that sum to `num_windows`: at most one from what the schedule gives, and known at once."""
+        demand = {name: self.demand(name, num_windows) for name in self.names}
+        planned = {name: int(windows) for name, windows in demand.items()}
+        missing = num_windows - sum(planned.values())
+        nearest = sorted(self.names, key=lambda name: planned[name] - demand[name])
+        return planned | {name: planned[name] + 1 for name in nearest[:missing]}
+
     def reaches(self, source: int, numerator: int, denominator: int) -> float:
         """The first window n with demand(n) >= numerator / denominator; infinity if there is none.
 

@@ -94,11 +94,11 @@ def open_sources(ingests: Mapping[str, Ingest]) -> dict[str, TokenizedSource]:
 def lock_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> MixtureLock:
     """The lock that these sources give this run."""
     shares = shares_of(recipe, sources)
-    num_windows = recipe.num_steps * recipe.training.batch_windows
+    planned = shares.planned(recipe.num_steps * recipe.training.batch_windows)
     return make_lock(
         sources,
         token_shares(recipe.mixture),
-        planned_windows={name: round(shares.demand(name, num_windows)) for name in sources},
+        planned_windows={name: planned.get(name, 0) for name in sources},
         window_tokens=recipe.training.window_tokens,
         seed=recipe.training.seed,
     )

@@ -10,7 +10,7 @@ from sparsify.mixture.plan import SourceSchedule
 from sparsify.mixture.shares import Shares, Stretch
 
 
-def shares_of(parts: list[int]) -> dict[str, float]:
+def weighted(parts: list[int]) -> dict[str, float]:
     return {f"source{i}": part / sum(parts) for i, part in enumerate(parts)}
 
 
@@ -23,8 +23,8 @@ def curves(draw: st.DrawFn) -> Shares:
     end, stretches = 0, []
     for _ in range(draw(st.integers(1, 5))):
         end += draw(st.integers(1, 120))
-        first = shares_of(draw(row))
-        last = shares_of(draw(row)) if draw(st.booleans()) else first
+        first = weighted(draw(row))
+        last = weighted(draw(row)) if draw(st.booleans()) else first
         stretches.append(Stretch(end, first, last))
     return Shares(stretches)
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsify.catalogue import compose_recipe
+from sparsify.errors import MixtureError
 from sparsify.mixture.epochs import (
     capped_shares,
     first_exceeded,
@@ -18,8 +21,11 @@ from sparsify.mixture.epochs import (
 )
 from sparsify.mixture.plan import SourceSchedule
 from sparsify.mixture.shares import Shares, Stretch
-from sparsify.recipe import MixtureSection, PhaseSection, SourceSection
-from tests.mixture.laws import assert_law, curves, shares_of
+from sparsify.mixture.stream import TrainingStream
+from sparsify.mixture.tokens import TokenizedSource
+from sparsify.recipe import MixtureSection, PhaseSection, Recipe, SourceSection
+from sparsify.training.data import shares_of
+from tests.mixture.laws import assert_law, curves, weighted
 
 capacities_of_12 = st.lists(st.none() | st.integers(0, 80), min_size=12, max_size=12)
 
@@ -126,7 +132,7 @@ def test_no_source_is_asked_for_more_than_is_read_ahead(
             max_epochs=1 if size is not None else None,
             when_exhausted="stop" if size is None else "redistribute",
         )
-        for (name, share), size in zip(shares_of(parts).items(), sizes, strict=False)
+        for (name, share), size in zip(weighted(parts).items(), sizes, strict=False)
     }
     mixture, num_windows = MixtureSection("mine", sources=sources), 200
     capacities = {
@@ -135,3 +141,42 @@ def test_no_source_is_asked_for_more_than_is_read_ahead(
     counts = SourceSchedule(capped_shares(mixture, num_windows, capacities)).counts(num_windows)
     most = most_windows(mixture, num_windows)
     assert all(count <= most[name] for name, count in counts.items())
+
+
+@pytest.fixture
+def recipe(mixture: MixtureSection) -> Recipe:
+    recipe = compose_recipe(
+        "quickstart", ["training.batch_windows=4", "training.micro_batch_windows=2"]
+    )
+    recipe.mixture, recipe.training.window_tokens = mixture, 64
+    recipe.training.budget_tokens = 400 * 4 * 64
+    return recipe
+
+
+def test_a_run_that_would_exceed_a_cap_is_refused_and_the_budget_it_names_is_not(
+    recipe: Recipe, tokenized: dict[str, TokenizedSource]
+) -> None:
+    chats = recipe.mixture.sources["chats"]
+    chats.max_epochs = 2
+    with pytest.raises(MixtureError, match=r"'chats' would be seen .* max_epochs=2") as caught:
+        shares_of(recipe, tokenized)
+    budget = int(re.findall(r"budget_tokens=(\d+)", str(caught.value))[0])
+    recipe.training.budget_tokens = budget
+    shares_of(recipe, tokenized)
+    recipe.training.budget_tokens = budget + recipe.step_tokens
+    with pytest.raises(MixtureError):
+        shares_of(recipe, tokenized)
+
+
+def test_an_exhausted_source_leaves_the_run_to_the_others_until_they_are_exhausted_too(
+    recipe: Recipe, tokenized: dict[str, TokenizedSource]
+) -> None:
+    chats, stories = recipe.mixture.sources["chats"], recipe.mixture.sources["stories"]
+    chats.max_epochs, chats.when_exhausted = 2, "redistribute"
+    num_windows = recipe.num_steps * recipe.training.batch_windows
+    counts = SourceSchedule(shares_of(recipe, tokenized)).counts(num_windows)
+    assert counts["chats"] == 2 * TrainingStream(tokenized["chats"], 64, 0).num_windows
+    assert counts["stories"] == num_windows - counts["chats"]
+    stories.max_epochs, stories.when_exhausted = 2, "redistribute"
+    with pytest.raises(MixtureError, match="no other source is left to take its share"):
+        shares_of(recipe, tokenized)

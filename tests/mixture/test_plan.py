@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from sparsify.mixture.plan import Anchor, SourceSchedule
 from sparsify.mixture.shares import Shares, Stretch
-from tests.mixture.laws import assert_law, curves, shares_of
+from tests.mixture.laws import assert_law, curves, weighted
 
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=12)
 
 
 def constant(parts: list[int]) -> SourceSchedule:
-    return SourceSchedule(Shares.constant(shares_of(parts)))
+    return SourceSchedule(Shares.constant(weighted(parts)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -100,8 +100,8 @@ def test_an_anchor_answers_far_into_a_run_of_awkward_shares_at_once() -> None:
 def test_an_anchor_of_other_shares_changes_nothing() -> None:
     shares = Shares.constant({"a": 0.3, "b": 0.7})
     expected = SourceSchedule(shares).windows_of(0, 60)
-    for given in ({"a": 25, "b": 15}, {"a": 12, "b": 27}, {"a": 12, "c": 28}):
-        assert SourceSchedule(shares, Anchor(40, given)).windows_of(0, 60) == expected
+    for counts in ({"a": 25, "b": 15}, {"a": 12, "b": 27}, {"a": 12, "c": 28}):
+        assert SourceSchedule(shares, Anchor(40, counts)).windows_of(0, 60) == expected
 
 
 @settings(max_examples=20, deadline=None)
@@ -115,3 +115,11 @@ def test_many_windows_at_once_are_those_asked_for_one_by_one(
     assert windows[:: count // 7 + 1] == [
         schedule.locate(window) for window in range(start, start + count, count // 7 + 1)
     ]
+
+
+@settings(max_examples=40, deadline=None)
+@given(curves(), st.integers(0, 600))
+def test_planned_windows_are_at_most_one_from_those_given(shares: Shares, window: int) -> None:
+    planned, counts = shares.planned(window), SourceSchedule(shares).counts(window)
+    assert sum(planned.values()) == window
+    assert all(abs(planned[name] - counts[name]) <= 1 for name in shares.names)
