@@ -121,7 +121,7 @@ def plan(
     overrides: Overrides = None,
     chart: Annotated[
         Path | None,
-        typer.Option("--chart", help="Draw the shares over the run into this .png file."),
+        typer.Option("--chart", help="Draw the shares over the run into this .png or .svg file."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -130,12 +130,13 @@ def plan(
     Example: sparsify plan turbosparse_mistral_7b launch.processes=8 --chart shares.png
     """
     from sparsify import catalogue
-    from sparsify.plan import make_plan, plan_table, write_chart
+    from sparsify.plan import make_plan, plan_table
 
-    composed = catalogue.compose_recipe(recipe, overrides or [])
-    result = make_plan(composed)
+    result = make_plan(catalogue.compose_recipe(recipe, overrides or []))
     if chart is not None:
-        write_chart(composed, chart)
+        from sparsify.plan.chart import write_chart
+
+        write_chart(result, chart)
     console.print_json(result.model_dump_json()) if as_json else console.print(plan_table(result))
 
 

@@ -23,18 +23,19 @@ from transformers import (
 )
 
 from sparsify.catalogue import compose_recipe, recipe_names
-from sparsify.errors import RecipeError
+from sparsify.errors import RecipeError, StorageError
 from sparsify.models import (
     MODEL_CLASSES,
     SparseMistralConfig,
     SparseMistralForCausalLM,
     SparseMixtralConfig,
 )
-from sparsify.plan import make_plan, plan_table, write_chart
-from sparsify.plan.chart import share_corners
+from sparsify.plan import make_plan, plan_table
+from sparsify.plan.chart import draw_shares, write_chart
 from sparsify.plan.memory import layer_activation_bytes
 from sparsify.plan.parameters import Architecture
 from sparsify.recipe import Recipe
+from sparsify.sparsity.themes import LIGHT
 
 GPU_BYTES = 80 * 10**9
 FP32_ZERO0 = ["training.precision=fp32", "engine=zero0"]
@@ -52,7 +53,7 @@ def test_every_recipe_has_a_plan_that_prints(name: str) -> None:
     out = io.StringIO()
     Console(file=out, width=100).print(plan_table(plan))
     assert f"{plan.parameters.total:,}" in out.getvalue()
-    assert all(source in out.getvalue() for source in plan.tokens_per_source)
+    assert all(source in out.getvalue() for source in plan.sources)
     dumped = plan.model_dump()
     assert dumped["device"]["total"] == plan.device.total
     assert dumped["disk_bytes"] == plan.disk_bytes
@@ -233,7 +234,59 @@ def test_steps_and_tokens_of_turbosparse() -> None:
     assert plan.warmup_steps == 1000
     assert plan.accumulation_steps * plan.processes * 4 == 2048
     assert plan.num_windows * 4096 == plan.num_tokens
-    assert plan.tokens_per_source["wanjuan_cc"] == pytest.approx(0.7355 * 150e9, rel=1e-3)
+    assert plan.sources["wanjuan_cc"].tokens == pytest.approx(0.7355 * 150e9, rel=1e-3)
+
+
+RAMPED = """
+name: ramped
+sources:
+  web: {files: [web.txt], token_share: 0.6}
+  code: {files: [code.txt], token_share: 0.3, max_epochs: 4, when_exhausted: redistribute}
+  chat: {files: [chat.jsonl], group: instruction, token_share: 0.1, max_epochs: 2}
+phases:
+  - {until_budget_share: 0.8, instruction_token_share: 0.02}
+  - {until_budget_share: 1.0, instruction_token_share: 0.3, ramp: true}
+"""
+
+
+@pytest.fixture
+def ramped(tmp_path: Path) -> Recipe:
+    path = tmp_path / "ramped.yaml"
+    path.write_text(RAMPED)
+    return compose_recipe("smollm2_135m", [f"mixture={path}", "training.budget_tokens=20_480_000"])
+
+
+def test_phases_and_limits_are_in_the_plan(ramped: Recipe) -> None:
+    plan = make_plan(ramped)
+    assert plan.sources["chat"].tokens == pytest.approx(
+        (0.8 * 0.02 + 0.2 * (0.02 + 0.3) / 2) * plan.num_tokens, abs=plan.window_tokens
+    )
+    assert [phase.until_tokens for phase in plan.phases] == [16_384_000, 20_480_000]
+    out = io.StringIO()
+    Console(file=out, width=160).print(plan_table(plan))
+    for words in (
+        "4.80%: 2.00%, 2.00% → 30.00%; at most 2 epochs, more is refused",
+        "at most 4 epochs, then the others take over",
+        "until 80%", "16,384,000",
+    ):  # fmt: skip
+        assert words in out.getvalue()
+
+
+def test_the_chart_shows_every_source_at_its_share(ramped: Recipe, tmp_path: Path) -> None:
+    plan = make_plan(ramped)
+    figure = draw_shares(plan, LIGHT)
+    axes = figure.axes[0]
+    labels = {text.get_text() for text in axes.texts}
+    assert labels == {"web  65.3% → 46.7%", "code  32.7% → 23.3%", "chat  2.0% → 30.0%"}
+    # In the middle of the ramp, chat reaches from 1 - 0.16 to the top.
+    chat = axes.collections[-1].get_paths()[0]
+    middle = (16_384_000 + 20_480_000) / 2
+    assert chat.contains_point((middle, 0.85))
+    assert not chat.contains_point((middle, 0.83))
+    write_chart(plan, tmp_path / "mixture.png")
+    assert (tmp_path / "mixture.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(StorageError, match=r"--chart mixture\.png"):
+        write_chart(plan, tmp_path / "mixture.pdf")
 
 
 @given(
@@ -245,34 +298,7 @@ def test_every_token_has_a_source(budget_tokens: int, share: float, window: int)
     recipe.training.budget_tokens, recipe.training.window_tokens = budget_tokens, window
     recipe.mixture.instruction_token_share = share
     plan = make_plan(recipe)
-    assert sum(plan.tokens_per_source.values()) == plan.num_tokens <= budget_tokens
+    tokens = [source.tokens for source in plan.sources.values()]
+    assert sum(tokens) == plan.num_tokens <= budget_tokens
     assert budget_tokens - plan.num_tokens < recipe.step_tokens
-    assert min(plan.tokens_per_source.values()) >= 0
-
-
-PHASED = """
-name: phased
-sources:
-  web: {files: [web.txt], token_share: 0.9}
-  chat: {files: [chat.jsonl], group: instruction, token_share: 0.1}
-phases:
-  - {until_budget_share: 0.5, instruction_token_share: 0}
-  - {until_budget_share: 1.0, instruction_token_share: 0.4, ramp: true}
-"""
-
-
-def test_phases_are_planned_and_drawn(tmp_path: Path) -> None:
-    (tmp_path / "phased.yaml").write_text(PHASED)
-    recipe = compose_recipe("quickstart", [f"mixture={tmp_path / 'phased.yaml'}"])
-    plan = make_plan(recipe)
-    assert plan.tokens_per_source["chat"] == pytest.approx(0.1 * plan.num_tokens, abs=1)
-    assert [phase.until_tokens for phase in plan.phases] == [102_400, 204_800]
-    assert share_corners(recipe)[1]["chat"] == pytest.approx([0, 0, 0, 0.4])
-    write_chart(recipe, tmp_path / "shares.png")
-    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(RecipeError, match=r"path of a \.png file"):
-        write_chart(recipe, tmp_path / "shares.pdf")
-    console = Console(width=100)
-    with console.capture() as capture:
-        console.print(plan_table(plan))
-    assert "0.00% → 40.00%" in capture.get()
+    assert min(tokens) >= 0

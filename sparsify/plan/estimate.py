@@ -8,20 +8,44 @@ from __future__ import annotations
 import json
 import math
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from sparsify.errors import RecipeError
+from sparsify.mixture.shares import Shares
 from sparsify.plan.memory import DeviceMemory, HostMemory, checkpoint_bytes, memory
 from sparsify.plan.parameters import Architecture, Parameters, count_parameters
-from sparsify.recipe import ModelSection, Recipe, share_phases, token_shares
+from sparsify.recipe import MixtureSection, ModelSection, Recipe, share_phases
 
 
-class PlannedPhase(BaseModel):
-    """Shares of one phase of the mixture, at its beginning and its end."""
+class SourcePlan(BaseModel):
+    """What a run asks of one source.
+
+    Attributes:
+        group: `pretraining` or `instruction`.
+        tokens: Tokens of the whole run; a source with a limit may give less.
+        max_epochs: How often it may be seen at most; None if there is no limit.
+        when_exhausted: What happens then.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    group: str
+    tokens: int
+    max_epochs: float | None
+    when_exhausted: str
+
+
+class PhasePlan(BaseModel):
+    """A part of the run over which the shares of tokens stay, or move in a straight line.
+
+    Attributes:
+        until_tokens: Tokens of the run at its end.
+        first: Share of each source at its beginning.
+        last: Share of each source at its end.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,7 +64,8 @@ class Plan(BaseModel):
         host: Bytes in this machine's memory for what ZeRO-Offload moves there, all processes together.
         checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk.
         num_tokens: `training.budget_tokens` rounded down to whole steps.
-        tokens_per_source: `num_tokens` divided by token share.
+        sources: The sources that have a share of `num_tokens`.
+        phases: Their shares over the run: one phase unless the mixture states more.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,9 +90,8 @@ class Plan(BaseModel):
     warmup_steps: int
     peak_learning_rate: float
     final_learning_rate: float
-    tokens_per_source: dict[str, int]
-    phases: list[PlannedPhase]
-    """Empty when the shares stay the same all the way."""
+    sources: dict[str, SourcePlan]
+    phases: list[PhasePlan]
 
     @computed_field
     @property
@@ -90,7 +114,8 @@ def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
     architecture = _architecture(recipe, model_config)
     parameters = count_parameters(architecture)
     device, host = memory(recipe, architecture, parameters)
-    num_tokens = recipe.num_steps * recipe.step_tokens
+    num_windows = recipe.num_steps * recipe.training.batch_windows
+    sources = _sources(recipe.mixture, num_windows, recipe.training.window_tokens)
     return Plan(
         recipe=recipe.name,
         ffn_activation=recipe.activation.ffn_activation,
@@ -106,19 +131,38 @@ def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
         num_steps=recipe.num_steps,
         step_tokens=recipe.step_tokens,
         accumulation_steps=recipe.accumulation_steps,
-        num_windows=recipe.num_steps * recipe.training.batch_windows,
+        num_windows=num_windows,
         window_tokens=recipe.training.window_tokens,
-        num_tokens=num_tokens,
+        num_tokens=recipe.num_steps * recipe.step_tokens,
         warmup_steps=math.ceil(recipe.optimizer.warmup_tokens / recipe.step_tokens),
         peak_learning_rate=recipe.optimizer.peak_learning_rate,
         final_learning_rate=recipe.optimizer.final_learning_rate,
-        tokens_per_source=_divide(num_tokens, token_shares(recipe.mixture)),
+        sources=sources,
         phases=[
-            PlannedPhase(until_tokens=round(end * num_tokens), first=first, last=last)
+            PhasePlan(
+                until_tokens=round(end * num_windows) * recipe.training.window_tokens,
+                first={name: first[name] for name in sources},
+                last={name: last[name] for name in sources},
+            )
             for end, first, last in share_phases(recipe.mixture)
-            if recipe.mixture.phases
         ],
     )
+
+
+def _sources(
+    mixture: MixtureSection, num_windows: int, window_tokens: int
+) -> dict[str, SourcePlan]:
+    planned = Shares.of(mixture, num_windows).planned(num_windows)
+    return {
+        name: SourcePlan(
+            group=source.group,
+            tokens=planned[name] * window_tokens,
+            max_epochs=source.max_epochs,
+            when_exhausted=source.when_exhausted,
+        )
+        for name, source in mixture.sources.items()
+        if name in planned
+    }
 
 
 def _architecture(recipe: Recipe, model_config: Any) -> Architecture:
@@ -145,13 +189,3 @@ def _local_config(model: ModelSection) -> dict[str, Any]:
         folder = Path(next(iter(places))) / inside if places else folder
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
-
-
-def _divide(num_tokens: int, shares: dict[str, float]) -> dict[str, int]:
-    """Whole tokens for each source that add up to all tokens."""
-    ends = [0]
-    for count in range(1, len(shares) + 1):
-        ends.append(round(num_tokens * math.fsum(list(shares.values())[:count])))
-    return {
-        source: end - start for source, (start, end) in zip(shares, pairwise(ends), strict=True)
-    }

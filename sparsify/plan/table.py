@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from sparsify.plan.estimate import Plan
+from sparsify.plan.estimate import Plan, SourcePlan
 from sparsify.plan.memory import DeviceMemory, HostMemory
 
 
@@ -55,18 +55,39 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     )
     yield "windows", f"{plan.num_windows:,}", f"of {plan.window_tokens:,} tokens"
     yield "tokens", f"{plan.num_tokens:,}", ""
-    for source, tokens in plan.tokens_per_source.items():
-        yield f"  {source}", f"{tokens:,}", f"{tokens / plan.num_tokens:.2%}"
-    yield from _phase_rows(plan)
+    for name, source in plan.sources.items():
+        yield f"  {name}", f"{source.tokens:,}", _shares_of(plan, name) + _limit(source)
+    if len(plan.phases) > 1:
+        yield "phases", f"{len(plan.phases)}", "each source's shares above stand in this order"
+        yield from _phases(plan)
 
 
-def _phase_rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
-    for number, phase in enumerate(plan.phases, start=1):
-        yield f"phase {number}", f"{phase.until_tokens:,}", "tokens at its end"
-        for source in plan.tokens_per_source:
-            first, last = phase.first[source], phase.last[source]
-            moving = "" if first == last else f"{first:.2%} → "
-            yield f"  {source}", f"{moving}{last:.2%}", ""
+def _shares_of(plan: Plan, name: str) -> str:
+    """A source's share of the run, and where that changes, in each phase: `4.80%: 2.00%, 2.00% → 30.00%`."""
+    mean = f"{plan.sources[name].tokens / plan.num_tokens:.2%}"
+    if len(plan.phases) == 1:
+        return mean
+    parts = [
+        f"{phase.first[name]:.2%}"
+        if phase.first[name] == phase.last[name]
+        else f"{phase.first[name]:.2%} → {phase.last[name]:.2%}"
+        for phase in plan.phases
+    ]
+    return f"{mean}: {', '.join(parts)}"
+
+
+def _limit(source: SourcePlan) -> str:
+    if source.max_epochs is None:
+        return ""
+    then = {"stop": "more is refused", "redistribute": "then the others take over"}
+    return f"; at most {source.max_epochs:g} epochs, {then[source.when_exhausted]}"
+
+
+def _phases(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    for phase in plan.phases:
+        share = phase.until_tokens / plan.num_tokens
+        way = "constant shares" if phase.first == phase.last else "ramp"
+        yield f"  until {share:.0%}", f"{phase.until_tokens:,}", way
 
 
 def _sizes(part: DeviceMemory | HostMemory) -> Iterator[tuple[str, str, str]]:
