@@ -28,6 +28,7 @@ class Corpus:
         paths: Files of each source that has a share, in order.
         shares: Asked share of tokens of each source; they sum to 1.
         first_document: Number of each source's first document; the others follow.
+        validation_fraction: The mixture's: our side holds these documents out.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Corpus:
     paths: dict[str, list[Path]]
     shares: dict[str, float]
     first_document: dict[str, int]
+    validation_fraction: float
 
     @property
     def mixture(self) -> MixtureSection:
@@ -43,7 +45,9 @@ class Corpus:
             name: SourceSection(token_share=self.shares[name], files=[*map(str, paths)])
             for name, paths in self.paths.items()
         }
-        return MixtureSection(name=self.name, sources=sources)
+        return MixtureSection(
+            name=self.name, sources=sources, validation_fraction=self.validation_fraction
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +81,7 @@ def write_corpus(mixture: MixtureSection, folder: Path, budget_tokens: int) -> C
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             paths[name].append(path)
             number += len(texts)
-    return Corpus(mixture.name, folder, paths, shares, first_document)
+    return Corpus(mixture.name, folder, paths, shares, first_document, mixture.validation_fraction)
 
 
 def _lines(path: Path) -> Iterator[str]:

@@ -264,22 +264,25 @@ class _Bench:
         near, far, first = [], [], []
         reader = self.ours.reader(self.cache_dir, window_tokens)
         ours.draw(reader, 0, 1)
+        far_window = self.ours.far_window(FAR_TOKENS, window_tokens)
+        first_window = FIRST_BATCH_STEP * ours.BATCH_WINDOWS
+        anchor = self.ours.anchor(first_window)
         for repeat in range(repeats):
             # Each repeat elsewhere, so that it packs its own shards.
             with _timed(near):
                 ours.draw(reader, repeat * count, count)
-            with _timed(far):
-                ours.draw(reader, FAR_TOKENS // window_tokens - (repeat + 1) * count, count)
+            if far_window is not None:
+                with _timed(far):
+                    ours.draw(reader, far_window + repeat * count, count)
             with _timed(first):
-                fresh = self.ours.reader(self.cache_dir, window_tokens)
-                fresh.batch(FIRST_BATCH_STEP * ours.BATCH_WINDOWS, ours.BATCH_WINDOWS)
+                fresh = self.ours.reader(self.cache_dir, window_tokens, anchor)
+                fresh.batch(first_window, ours.BATCH_WINDOWS)
         return Loaded(
             window_tokens=window_tokens,
             num_tokens=count * window_tokens,
             tokens_per_second=count * window_tokens / median(near),
-            far_tokens_per_second=count * window_tokens / median(far),
-            far_tokens=FAR_TOKENS,
-            far_ratio=_ratio(near, far),
+            far_tokens_per_second=count * window_tokens / median(far) if far else None,
+            far_ratio=_ratio(near, far) if far else None,
             first_batch_seconds=median(first),
             first_batch_step=FIRST_BATCH_STEP,
         )

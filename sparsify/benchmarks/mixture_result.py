@@ -67,10 +67,9 @@ class Loaded(BaseModel):
     """Tokens of one repeat."""
     tokens_per_second: float
     """At the beginning of a plan."""
-    far_tokens_per_second: float
-    """At the end of a plan of `far_tokens`."""
-    far_tokens: int
-    far_ratio: float
+    far_tokens_per_second: float | None
+    """More than 10^12 tokens into a plan; None where shares have so many digits that one must count up to there."""
+    far_ratio: float | None
     """Median of the ratios of the pairs: far over near."""
     first_batch_seconds: float
     """Opening the cache and drawing the first batch at step `first_batch_step`."""

@@ -65,34 +65,34 @@ def _run_table(bench: MixtureBench) -> Table:
         table,
         "text → windows, M tokens/s",
         [f"{side.text_tokens_per_second / MEGA:.2f}" for side in _sides(bench)],
-        _times(bench.text_speed_ratio, "fast"),
+        _as_fast(bench.text_speed_ratio),
     )
     cached = ours.cached_tokens_per_second or 0.0
     _add(
         table,
         "the same text again (cache), M tokens/s",
         [f"{cached / MEGA:.1f}", f"{theirs.text_tokens_per_second / MEGA:.2f} (no cache)"],
-        _times(cached / theirs.text_tokens_per_second, "fast"),
+        _as_fast(cached / theirs.text_tokens_per_second),
     )
     late = theirs.late_resume_seconds
     _add(
         table,
         f"resume at window {bench.late_window:,}",
         [_seconds(ours.late_resume_seconds), f"{_seconds(late)} from state"],
-        _times(late / ours.late_resume_seconds, "fast"),
+        _as_fast(late / ours.late_resume_seconds),
     )
     skip = theirs.late_skip_seconds or 0.0
     _add(
         table,
         "the same without saved state",
         [_seconds(ours.late_resume_seconds), f"{_seconds(skip)} with skip()"],
-        _times(skip / ours.late_resume_seconds, "fast"),
+        _as_fast(skip / ours.late_resume_seconds),
     )
     _add(
         table,
         "peak memory (of it, above the imports)",
         [_memory(side) for side in _sides(bench)],
-        f"{ours.added_memory_bytes / max(theirs.added_memory_bytes, 1):.2f} × above imports",
+        f"{ours.added_memory_bytes / max(theirs.added_memory_bytes, 1):.2f} × above them",
     )
     return table
 
@@ -108,9 +108,9 @@ def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
     for one in loaded:
         table.add_row(
             f"load windows of {one.window_tokens:,}, 10^12 tokens into a plan",
-            f"{one.far_tokens_per_second / MEGA:.1f}",
+            "–" if one.far_tokens_per_second is None else f"{one.far_tokens_per_second / MEGA:.1f}",
             f"{one.tokens_per_second / MEGA:.1f} at its beginning",
-            f"{one.far_ratio:.2f}",
+            "–" if one.far_ratio is None else f"{one.far_ratio:.2f}",
         )
     first = loaded[0]
     table.add_row(
@@ -150,8 +150,8 @@ def _add(table: Table, label: str, values: Sequence[str], ratio: str = "") -> No
     table.add_row(label, *values, ratio)
 
 
-def _times(ratio: float, what: str) -> str:
-    return f"{ratio:,.1f} × as {what}" if ratio < 100 else f"{ratio:,.0f} × as {what}"
+def _as_fast(ratio: float) -> str:
+    return f"{ratio:,.0f} × as fast" if ratio >= 100 else f"{ratio:.2g} × as fast"
 
 
 def _seconds(seconds: float) -> str:

@@ -11,12 +11,13 @@ import numpy as np
 from sparsify.benchmarks.corpus import Corpus
 from sparsify.mixture.encoding import Tokenizer
 from sparsify.mixture.ingest import Ingest, mixture_ingests
-from sparsify.mixture.plan import SourceSchedule
+from sparsify.mixture.plan import Anchor, SourceSchedule
 from sparsify.mixture.shares import Shares
 from sparsify.mixture.tokens import TokenizedSource
 from sparsify.mixture.windows import WindowReader
 
 BATCH_WINDOWS = 8
+MAX_PERIOD_WINDOWS = 10**10
 
 Piece = tuple[str, int, int, int]
 """Source, shard, document within the shard, and first token: a document longer than a window has several pieces."""
@@ -41,9 +42,24 @@ class Ours:
     budget_tokens: int
 
     @property
-    def schedule(self) -> SourceSchedule:
-        """Which source gives which window."""
-        return SourceSchedule(Shares.constant(self.corpus.shares))
+    def shares(self) -> Shares:
+        """The demand of every source."""
+        return Shares.constant(self.corpus.shares)
+
+    def anchor(self, window: int) -> Anchor:
+        """What a checkpoint at this window saves of the schedule, so that a resumed run need not count up to it."""
+        return SourceSchedule(self.shares).anchor(window)
+
+    def far_window(self, num_tokens: int, window_tokens: int) -> int | None:
+        """A window at least `num_tokens` into a run that needs no counting up to it.
+
+        Returns:
+            The window at which all shares are met exactly; None where shares have so many digits that none is near.
+        """
+        period = self.shares.period
+        if period is None or period > MAX_PERIOD_WINDOWS:
+            return None
+        return -(-num_tokens // (window_tokens * period)) * period
 
     def ingests(self, cache_dir: Path) -> dict[str, Ingest]:
         """What is to be tokenised."""
@@ -63,11 +79,13 @@ class Ours:
         """Text → cache, in this process."""
         return {name: ingest.run() for name, ingest in self.ingests(cache_dir).items()}
 
-    def reader(self, cache_dir: Path, window_tokens: int | None = None) -> WindowReader:
+    def reader(
+        self, cache_dir: Path, window_tokens: int | None = None, anchor: Anchor | None = None
+    ) -> WindowReader:
         """Opens a warm cache, as a process that begins or resumes does."""
         sources = {name: ingest.open() for name, ingest in self.ingests(cache_dir).items()}
         size = window_tokens or self.window_tokens
-        return WindowReader(sources, self.schedule, size, self.seed)
+        return WindowReader(sources, SourceSchedule(self.shares, anchor), size, self.seed)
 
 
 def draw(reader: WindowReader, first: int, count: int) -> None:
