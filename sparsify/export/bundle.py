@@ -103,7 +103,6 @@ def _model_card(trained: Trained) -> str:
     lock = read_lock(trained.run.mixture_lock)
     report = read_report(trained.run.report) if trained.run.report.is_dir() else None
     template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    steps_share = state.step / recipe.num_steps
     return (
         jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
         .from_string(template)
@@ -121,7 +120,7 @@ def _model_card(trained: Trained) -> str:
                     "name": name,
                     "group": recipe.mixture.sources[name].group,
                     "share": source.token_share,
-                    "tokens": round(source.planned_tokens * steps_share),
+                    "tokens": state.drawn_windows.get(name, 0) * lock.window_tokens,
                 }
                 for name, source in lock.sources.items()
             ],

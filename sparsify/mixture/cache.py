@@ -234,6 +234,11 @@ class ShardWriter:
 
     def close(self) -> None:
         """Lets go of the files; what `finish` did not write is written anew next time."""
+        self._close_files()
+        for stem in ("tokens", "loss", "documents"):
+            self._partial(stem).unlink(missing_ok=True)
+
+    def _close_files(self) -> None:
         for file in (self._tokens, self._loss):
             if file is not None:
                 file.close()
@@ -248,7 +253,7 @@ class ShardWriter:
         self.shard_is_full = False
 
     def _end_shard(self, *, closed: bool, complete: bool) -> None:
-        self.close()
+        self._close_files()
         number = len(self.records)
         with self._partial("documents").open("wb") as file:
             np.save(file, np.array(self._signed, dtype=np.int64))

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -16,6 +17,9 @@ from sparsify.errors import MixtureError
 from sparsify.mixture.documents import Document, Message
 
 Tokenizer = PreTrainedTokenizerFast
+
+PIECE_CHARACTERS = 1 << 20
+"""Longer documents are tokenised in pieces."""
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -75,19 +79,15 @@ class Encoder:
         A pretraining document is [bos] + ids + [eos], where the tokenizer has a bos. An instruction document is its
         chat-template text in the same frame, without doubling what the template writes itself.
         """
-        chats = [document.messages is not None for document in documents]
-        spans: list[list[tuple[int, int]]] = []
-        texts: list[str] = []
-        for document in documents:
-            text, answers = self._render(document)
-            texts.append(text)
-            spans.append(answers)
-        # A pretraining text that happens to spell "</s>" must not end its document, so special tokens are only
-        # parsed where a chat template wrote them. A source is all one or all the other.
+        # A source is all of one kind.
+        if not any(document.messages is not None for document in documents):
+            yield from self._encode_texts([document.text or "" for document in documents])
+            return
+        texts, spans = zip(*map(self._render, documents), strict=True)
         encoded = self.tokenizer(
-            texts,
+            list(texts),
             add_special_tokens=False,
-            split_special_tokens=not any(chats),
+            split_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             return_offsets_mapping=self.responses_only,
@@ -99,6 +99,38 @@ class Encoder:
             if places is not None:
                 mask = _inside(places, answers)
             yield self._frame(np.asarray(ids, dtype=self.token_dtype), mask)
+
+    def _encode_texts(
+        self, texts: list[str]
+    ) -> Iterator[tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]]:
+        # Straight to the tokenizer's own core: the way through transformers takes about as long again.
+        backend = self.tokenizer.backend_tokenizer
+        # A pretraining text that happens to spell "</s>" must not end its document, so special tokens are only
+        # parsed where a chat template wrote them.
+        backend.encode_special_tokens = True
+        # Whoever called the tokenizer last may have left them behind.
+        backend.no_truncation()
+        backend.no_padding()
+        if max(map(len, texts), default=0) <= PIECE_CHARACTERS:
+            pieces = backend.encode_batch_fast(texts, add_special_tokens=False)
+            found = (np.asarray(piece.ids, dtype=self.token_dtype) for piece in pieces)
+        else:
+            found = (self._encode_long(backend, text) for text in texts)
+        for ids in found:
+            yield self._frame(ids, np.ones(len(ids), dtype=np.bool_))
+
+    def _encode_long(self, backend: Any, text: str) -> NDArray[np.unsignedinteger]:
+        """Piece by piece: a tokenizer holds a hundred bytes and more for each token of what it is given at once."""
+        ids, start = [np.empty(0, dtype=self.token_dtype)], 0
+        while start < len(text):
+            # After a line's end, where hardly any tokenizer joins what stands on both sides.
+            stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+            if stop <= start or start + PIECE_CHARACTERS >= len(text):
+                stop = start + PIECE_CHARACTERS
+            encoding = backend.encode_batch_fast([text[start:stop]], add_special_tokens=False)[0]
+            ids.append(np.asarray(encoding.ids, dtype=self.token_dtype))
+            start = stop
+        return np.concatenate(ids)
 
     def _frame(
         self, ids: NDArray[np.unsignedinteger], mask: NDArray[np.bool_]

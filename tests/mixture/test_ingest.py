@@ -14,6 +14,8 @@ from filelock import Timeout
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError, StorageError
+from sparsify.mixture.documents import Document
+from sparsify.mixture.encoding import Encoder
 from sparsify.mixture.ingest import Ingest, Ingesting, mixture_ingests
 from sparsify.mixture.tokens import TokenizedSource
 from sparsify.recipe import MixtureSection, SourceSection
@@ -40,6 +42,20 @@ def test_a_pretraining_document_is_its_ids_between_bos_and_eos(
         assert EOS not in ids[1:-1]
         assert text_of(tokenizer, ids[1:-1]) == text
         assert all(mask)
+
+
+def test_a_long_document_is_tokenised_in_pieces_that_lose_nothing(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [story(1, 40) + "\n" + story(2, 200), "short", "no line end " * 30]
+    documents = [Document(text, text=text) for text in texts]
+    encoder = Encoder("web", tokenizer, responses_only=False)
+    whole = [ids.tolist() for ids, _ in encoder.encode(documents)]
+    monkeypatch.setattr("sparsify.mixture.encoding.PIECE_CHARACTERS", 64)
+    pieces = [ids.tolist() for ids, _ in encoder.encode(documents)]
+    for text, ids in zip(texts, pieces, strict=True):
+        assert text_of(tokenizer, ids) == f"<s>{text}</s>"
+    assert pieces[1] == whole[1]
 
 
 def test_only_answers_and_their_end_carry_loss(
