@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
-from sparsify.errors import RecipeError, nearest
-from sparsify.recipe import FFN_ACTIVATIONS, MixtureSection, ModelSection, Recipe, SourceSection
+from sparsify.errors import RecipeError
+from sparsify.recipe import FFN_ACTIVATIONS, MixtureSection, ModelSection, Recipe
+from sparsify.source_rules import check_choice, check_dirt_and_chat, check_source
 
 SHARE_TOLERANCE = 1e-6
 
@@ -28,20 +29,6 @@ def validate(recipe: Recipe) -> Recipe:
     if recipe.control.ffn_activation == recipe.activation.ffn_activation:
         recipe.control.ffn_activation = None
     return recipe
-
-
-def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    """Refuses a value that is none of those allowed.
-
-    Raises:
-        RecipeError: With the nearest allowed value.
-    """
-    if value not in allowed:
-        raise RecipeError(
-            f"{key} is {value!r}.",
-            allowed=f"{nearest(str(value), allowed)}Allowed: {', '.join(allowed)}.",
-            next_step=f"Set {key}={allowed[0]}, for example.",
-        )
 
 
 def _check_choices(recipe: Recipe) -> None:
@@ -166,7 +153,8 @@ def check_mixture(mixture: MixtureSection) -> None:
             next_step="Add at least one entry under mixture.sources.",
         )
     for name, source in mixture.sources.items():
-        _check_source(f"mixture.sources.{name}", source)
+        check_source(f"mixture.sources.{name}", source)
+    check_dirt_and_chat(mixture)
     if not 0 < mixture.validation_fraction < 1:
         raise RecipeError(
             f"mixture.validation_fraction is {mixture.validation_fraction}.",
@@ -185,20 +173,6 @@ def check_mixture(mixture: MixtureSection) -> None:
             "mixture.instruction_token_share moves all of them at once.",
         )
     _check_knob(mixture)
-
-
-def _check_source(key: str, source: SourceSection) -> None:
-    check_choice(f"{key}.group", source.group, ("pretraining", "instruction"))
-    origins = [name for name in ("files", "hub", "stdlib") if getattr(source, name)]
-    if len(origins) != 1:
-        raise RecipeError(
-            f"{key} states {' and '.join(origins) or 'no'} origin.",
-            allowed="Exactly one of files, hub, stdlib.",
-        )
-    if source.stdlib is not None:
-        check_choice(f"{key}.stdlib", source.stdlib, ("code", "prose", "questions"))
-    if not 0 <= source.token_share <= 1:
-        raise RecipeError(f"{key}.token_share is {source.token_share}.", allowed="Allowed: 0 to 1.")
 
 
 def _check_knob(mixture: MixtureSection) -> None:

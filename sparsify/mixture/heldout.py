@@ -9,6 +9,8 @@ import numpy as np
 from sparsify.catalogue import YAML, load_mixture, mixture_names
 from sparsify.errors import MixtureError, nearest
 from sparsify.mixture.encoding import Encoder, Tokenizer, check_tokenizer
+from sparsify.mixture.files import check_format, look_at
+from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import file_documents
 from sparsify.mixture.tokens import ingest_mixture, tokenize_in_memory
 from sparsify.mixture.windows import DocumentOrder, Window, held_out_windows, pack
@@ -42,7 +44,7 @@ def windows_from(
     check_text_or_mixture(text_or_mixture)
     path = Path(text_or_mixture).expanduser()
     if path.suffix not in YAML and path.is_file():
-        return _text_windows(path, tokenizer, num_tokens, window_tokens), path.name
+        return _text_windows(path, tokenizer, num_tokens, window_tokens)
     mixture = load_mixture(text_or_mixture)
     windows = mixture_windows(
         mixture,
@@ -106,19 +108,25 @@ def mixture_windows(
 
 def _text_windows(
     path: Path, tokenizer: Tokenizer, num_tokens: int, window_tokens: int
-) -> list[Window]:
+) -> tuple[list[Window], str]:
     check_tokenizer(tokenizer)
-    encoder = Encoder(path.name, tokenizer, responses_only=False)
-    documents = file_documents(path, SourceSection(token_share=1.0), str(path))
+    bad_rows = BadRows(path.name, MixtureSection.max_bad_fraction)
+    encoder = Encoder(path.name, tokenizer, responses_only=False, bad_rows=bad_rows)
+    file, pretraining = look_at(path), SourceSection(token_share=1.0)
+    check_format(path.name, file, pretraining)
+    documents = file_documents(file, pretraining, bad_rows)
     source = tokenize_in_memory(documents, encoder, num_tokens)
     if not source.num_documents:
         raise MixtureError(
-            f"{path} holds no text.", next_step="Choose a file with at least one document."
+            "\n".join([f"{path} holds no text.", *bad_rows.lines()]),
+            next_step="Choose a file with at least one document.",
         )
+    bad_rows.check()
     order = DocumentOrder(np.arange(source.num_documents), source.lengths)
     stop = min(num_tokens, source.num_validation_tokens)
     starts = range(0, stop, window_tokens)
-    return [
+    windows = [
         pack(source, list(order.pieces(start, min(start + window_tokens, stop))))
         for start in starts
     ]
+    return windows, bad_rows.summary() if bad_rows.num_bad_rows else path.name

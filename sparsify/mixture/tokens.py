@@ -32,6 +32,7 @@ from sparsify.mixture.encoding import (
     tokenizer_fingerprint,
 )
 from sparsify.mixture.fingerprint import source_fingerprint
+from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import read_documents
 from sparsify.recipe import MixtureSection, SourceSection, token_shares
 
@@ -201,7 +202,7 @@ def tokenize_in_memory(
     """The first documents that cover `num_tokens`, all of them held out, without any file."""
     ids: list[NDArray[np.unsignedinteger]] = []
     for batch in _batches(documents):
-        ids += [tokens for tokens, _ in encoder.encode(batch)]
+        ids += [tokens for tokens, _ in encoder.encode(batch) if len(tokens)]
         if sum(map(len, ids)) >= num_tokens:
             break
     flat = np.concatenate(ids) if ids else np.empty(0, dtype=encoder.token_dtype)
@@ -249,17 +250,26 @@ def _write(
     on_progress: Progress | None,
 ) -> None:
     responses_only = source.group == "instruction" and mixture.instruction_loss == "responses"
-    encoder = Encoder(name, tokenizer, responses_only=responses_only)
-    documents = read_documents(name, source)
+    bad_rows = BadRows(name, mixture.max_bad_fraction)
+    encoder = Encoder(
+        name,
+        tokenizer,
+        responses_only=responses_only,
+        chat_template=mixture.chat_template,
+        bad_rows=bad_rows,
+    )
+    documents = read_documents(name, source, bad_rows, tokenizer=tokenizer)
     with CacheWriter(folder, encoder.token_dtype, has_loss_mask=responses_only) as writer:
         for batch in _batches(documents):
             for document, (ids, carries_loss) in zip(batch, encoder.encode(batch), strict=True):
-                held_out = is_held_out(document.origin, mixture.validation_fraction)
-                writer.add(ids, carries_loss, held_out)
+                if len(ids):
+                    held_out = is_held_out(document.origin, mixture.validation_fraction)
+                    writer.add(ids, carries_loss, held_out)
             if on_progress is not None:
                 on_progress(name, writer.num_train_tokens, need.train_tokens)
             if need.is_met(writer.num_train_tokens, writer.num_held_out_tokens):
                 break
+        bad_rows.check()
         writer.finish(
             complete=next(documents, None) is None,
             tokenizer=tokenizer_fingerprint(tokenizer),
