@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import cast
@@ -140,7 +141,9 @@ class Encoder:
         after = int(not (len(ids) and ids[-1] == eos))
         framed = np.empty(before + len(ids) + after, dtype=self.token_dtype)
         mask = np.ones(len(framed), dtype=np.bool_)
-        framed[before : before + len(ids)] = ids
+        # array takes a list in a third of the time that numpy does, and this is done for every token of a run.
+        flat = ids if isinstance(ids, np.ndarray) else np.frombuffer(array("I", ids), np.uint32)
+        framed[before : before + len(ids)] = flat
         if carries_loss is not None:
             mask[before : before + len(ids)] = carries_loss
         if before:

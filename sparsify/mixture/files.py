@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -34,6 +35,7 @@ FORMATS = (
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
 """What a damaged file raises: archives that stop, Parquet and Arrow that are none."""
 SAMPLED_BYTES = 1 << 20
+READ_BYTES = 1 << 20
 # Small, because whatever a decompressor gave in one go is lost when it then meets the damage.
 DECOMPRESSED_BYTES = 1 << 16
 
@@ -153,7 +155,7 @@ def open_binary(file: SourceFile) -> io.BufferedReader:
     if file.compression == ".zst":
         stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(file.path)), "zstd")
         return io.BufferedReader(cast(io.RawIOBase, stream), DECOMPRESSED_BYTES)
-    return io.BufferedReader(io.FileIO(file.path), SAMPLED_BYTES)
+    return io.BufferedReader(io.FileIO(file.path), READ_BYTES)
 
 
 def open_text(file: SourceFile, newline: str | None = None) -> io.TextIOWrapper:
@@ -161,6 +163,16 @@ def open_text(file: SourceFile, newline: str | None = None) -> io.TextIOWrapper:
     return io.TextIOWrapper(
         open_binary(file), encoding="utf-8-sig", errors="surrogateescape", newline=newline
     )
+
+
+def text_chunks(file: SourceFile) -> Iterator[str]:
+    """Text of a file piece by piece, decoded as by `open_text`. All that comes before a damage is given."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    with open_binary(file) as stream:
+        while chunk := stream.read1():
+            yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
 
 
 @contextmanager
@@ -171,7 +183,7 @@ def open_seekable(file: SourceFile) -> Iterator[pyarrow.NativeFile]:
             yield mapped
         return
     with tempfile.TemporaryFile() as unpacked, open_binary(file) as packed:
-        shutil.copyfileobj(packed, unpacked, SAMPLED_BYTES)
+        shutil.copyfileobj(packed, unpacked, READ_BYTES)
         unpacked.seek(0)
         yield pyarrow.PythonFile(unpacked, mode="r")
 

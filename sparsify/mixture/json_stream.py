@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from typing import IO, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from sparsify.mixture.files import BrokenFileError
 
-CHUNK_CHARACTERS = 1 << 20
 MAX_VALUE_CHARACTERS = 1 << 28
 _SPACE = re.compile(r"[ \t\n\r]*")
 # An error this near to the end of what is read may be about what is not read yet: "\\ud83d\\ude00" is the longest.
 _MARGIN = 16
 
 
-def json_list(stream: IO[str]) -> Iterator[Any]:
-    """Elements of the list that a JSON file is, or of the one list of objects that its object holds.
+def json_list(chunks: Iterable[str]) -> Iterator[Any]:
+    """Elements of the list that a JSON text is, or of the one list of objects that its object holds.
 
     Raises:
-        BrokenFileError: If the file does not go on as JSON, or holds no such list.
+        BrokenFileError: If the text does not go on as JSON, or holds no such list.
     """
-    text = _Text(stream)
+    text = _Text(iter(chunks))
     opening = text.peek()
     if opening == "[":
         yield from _elements(text)
@@ -81,10 +80,9 @@ def _list_inside(text: _Text) -> Iterator[Any]:
 class _Text:
     """A JSON text of which only a piece is held, and the place in it."""
 
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream, self._held, self._at = stream, "", 0
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self._chunks, self._held, self._at = chunks, "", 0
         self._before = 0
-        self._ended = False
         self._decoder = json.JSONDecoder()
 
     @property
@@ -110,7 +108,6 @@ class _Text:
 
     def value(self) -> Any:
         self.peek()
-        wanted = CHUNK_CHARACTERS
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._held, self._at)
@@ -119,34 +116,33 @@ class _Text:
                     error.msg.startswith("Unterminated string")
                     or error.pos >= len(self._held) - _MARGIN
                 )
-                if not (
-                    unfinished and self._held_value() < MAX_VALUE_CHARACTERS and self._more(wanted)
-                ):
+                held = len(self._held) - self._at
+                # As much again each time: a long value is parsed again only a few times.
+                if not (unfinished and held < MAX_VALUE_CHARACTERS and self._more(held)):
                     where = self._before + error.pos
                     raise BrokenFileError(
                         f"not JSON: {error.msg}, at character {where:,}"
                     ) from error
-                # Twice as much each time: a long value is parsed again only a few times.
-                wanted *= 2
                 continue
             except (ValueError, RecursionError) as error:
                 raise BrokenFileError(
                     f"not JSON: {error}, at character {self.position:,}"
                 ) from error
             # A number at the end of what is held may go on in what is not.
-            if end < len(self._held) or not self._more(wanted):
+            if end < len(self._held) or not self._more():
                 self._at = end
                 return value
 
-    def _held_value(self) -> int:
-        return len(self._held) - self._at
-
-    def _more(self, characters: int = CHUNK_CHARACTERS) -> bool:
-        """Reads on. Returns False at the end of the file."""
-        if self._ended:
-            return False
-        piece = self._stream.read(characters)
-        self._ended = not piece
-        self._before += self._at
-        self._held, self._at = self._held[self._at :] + piece, 0
-        return bool(piece)
+    def _more(self, characters: int = 1) -> bool:
+        """Reads on by so many characters or more. Returns False at the end."""
+        pieces = [self._held[self._at :]]
+        read = 0
+        for chunk in self._chunks:
+            pieces.append(chunk)
+            read += len(chunk)
+            if read >= characters:
+                break
+        if read:
+            self._before += self._at
+            self._held, self._at = "".join(pieces), 0
+        return read > 0

@@ -22,6 +22,7 @@ from sparsify.mixture.files import (
     open_binary,
     open_seekable,
     open_text,
+    text_chunks,
 )
 from sparsify.mixture.json_stream import json_list
 from sparsify.mixture.quarantine import Reason
@@ -86,8 +87,7 @@ def _lines(stream: io.BufferedReader, report: Report) -> Iterator[tuple[int, byt
 
 
 def _json_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
-    with open_text(file) as stream:
-        yield from enumerate(json_list(stream), start=1)
+    yield from enumerate(json_list(text_chunks(file)), start=1)
 
 
 def _csv_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:

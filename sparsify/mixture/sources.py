@@ -24,8 +24,8 @@ from sparsify.mixture.files import (
     TEXT_FORMATS,
     SourceFile,
     check_unchanged,
-    open_text,
     source_files,
+    text_chunks,
     without_duplicates,
 )
 from sparsify.mixture.quarantine import BadRows, Reason
@@ -34,7 +34,6 @@ from sparsify.mixture.stdlib_text import stdlib_documents
 from sparsify.mixture.token_files import token_documents
 from sparsify.recipe import SourceSection
 
-CHUNK_CHARACTERS = 1 << 20
 MAX_TEXT_CHARACTERS = 1 << 26
 """Plain text that goes on for longer without a separator becomes several documents."""
 FIRST_ROWS = 100
@@ -67,10 +66,11 @@ def read_documents(
     documents = _all_documents(name, source, bad_rows, tokenizer, files)
     yield from islice(documents, skip_documents, None)
     if not bad_rows.good_rows:
+        check = "Check that its files are complete and of the format that their names say, "
+        add = "add text to it, or remove it from the mixture."
         raise MixtureError(
             "\n".join([f"Source {name!r} holds no document.", *bad_rows.lines()]),
-            next_step="Check that its files are complete and of the format that their names say, add text to it, or "
-            "remove it from the mixture.",
+            next_step=(check + add if bad_rows.bad_rows else add.capitalize()),
         )
     bad_rows.check()
 
@@ -207,18 +207,17 @@ def _split_texts(file: SourceFile, separator: str) -> Iterator[str]:
     pieces: list[str] = []
     held = 0
     tail = ""  # may be the beginning of a separator
-    with open_text(file) as stream:
-        while chunk := stream.read(CHUNK_CHARACTERS):
-            *complete, rest = (tail + chunk).split(separator)
-            for text in complete:
-                yield from _nonempty("".join([*pieces, text]))
-                pieces, held = [], 0
-            cut = max(0, len(rest) - len(separator) + 1)
-            pieces.append(rest[:cut])
-            tail, held = rest[cut:], held + cut
-            if held > MAX_TEXT_CHARACTERS:
-                yield from _nonempty("".join(pieces))
-                pieces, held = [], 0
+    for chunk in text_chunks(file):
+        *complete, rest = (tail + chunk).split(separator)
+        for text in complete:
+            yield from _nonempty("".join([*pieces, text]))
+            pieces, held = [], 0
+        cut = max(0, len(rest) - len(separator) + 1)
+        pieces.append(rest[:cut])
+        tail, held = rest[cut:], held + cut
+        if held > MAX_TEXT_CHARACTERS:
+            yield from _nonempty("".join(pieces))
+            pieces, held = [], 0
     yield from _nonempty("".join([*pieces, tail]))
 
 
