@@ -128,8 +128,9 @@ class _Text:
                 raise BrokenFileError(
                     f"not JSON: {error}, at character {self.position:,}"
                 ) from error
-            # A number at the end of what is held may go on in what is not.
-            if end < len(self._held) or not self._more():
+            # A number at the end of what is held may go on in what is not: "1" is held of "1.5", or "1e-" of "1e-5".
+            whole = not isinstance(value, int | float) or end < len(self._held) - len("e-")
+            if whole or not self._more():
                 self._at = end
                 return value
 
