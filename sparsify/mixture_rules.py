@@ -5,23 +5,10 @@ from __future__ import annotations
 import math
 
 from sparsify.errors import RecipeError, nearest
-from sparsify.recipe import MixtureSection, PhaseSection, SourceSection
+from sparsify.recipe import MixtureSection, PhaseSection
+from sparsify.source_rules import check_choice, check_dirt_and_chat, check_source
 
 SHARE_TOLERANCE = 1e-6
-
-
-def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    """Refuses a value that is none of those allowed.
-
-    Raises:
-        RecipeError: With the nearest allowed value.
-    """
-    if value not in allowed:
-        raise RecipeError(
-            f"{key} is {value!r}.",
-            allowed=f"{nearest(str(value), allowed)}Allowed: {', '.join(allowed)}.",
-            next_step=f"Set {key}={allowed[0]}, for example.",
-        )
 
 
 def check_mixture(mixture: MixtureSection) -> None:
@@ -36,7 +23,8 @@ def check_mixture(mixture: MixtureSection) -> None:
             next_step="Add at least one entry under mixture.sources.",
         )
     for name, source in mixture.sources.items():
-        _check_source(f"mixture.sources.{name}", source)
+        check_source(f"mixture.sources.{name}", source)
+    check_dirt_and_chat(mixture)
     check_choice("mixture.instruction_loss", mixture.instruction_loss, ("responses", "all"))
     if not 0 < mixture.validation_fraction < 1:
         raise RecipeError(
@@ -113,30 +101,6 @@ def _check_phase(mixture: MixtureSection, key: str, phase: PhaseSection, *, firs
     if phase.token_shares:
         _check_sum(f"{key}.token_shares", dict(phase.token_shares), "or leave them all out.")
     _check_knob(mixture, f"{key}.instruction_token_share", phase.instruction_token_share)
-
-
-def _check_source(key: str, source: SourceSection) -> None:
-    check_choice(f"{key}.group", source.group, ("pretraining", "instruction"))
-    origins = [name for name in ("files", "hub", "stdlib") if getattr(source, name)]
-    if len(origins) != 1:
-        raise RecipeError(
-            f"{key} states {' and '.join(origins) or 'no'} origin.",
-            allowed="Exactly one of files, hub, stdlib.",
-        )
-    if source.stdlib is not None:
-        check_choice(f"{key}.stdlib", source.stdlib, ("code", "prose", "questions"))
-    check_choice(f"{key}.when_exhausted", source.when_exhausted, ("stop", "redistribute"))
-    if source.max_epochs is None and source.when_exhausted != "stop":
-        raise RecipeError(
-            f"{key}.when_exhausted is {source.when_exhausted}, but max_epochs is not set, so the source is never exhausted.",
-            next_step=f"Set {key}.max_epochs=1, for example.",
-        )
-    if source.max_epochs is not None and not source.max_epochs >= 1:
-        raise RecipeError(
-            f"{key}.max_epochs is {source.max_epochs}.", allowed="At least 1; null sets no limit."
-        )
-    if not 0 <= source.token_share <= 1:
-        raise RecipeError(f"{key}.token_share is {source.token_share}.", allowed="Allowed: 0 to 1.")
 
 
 def _check_knob(mixture: MixtureSection, key: str, wanted: float | None) -> None:

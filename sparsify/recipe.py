@@ -58,8 +58,15 @@ class SourceSection:
     """What a source does that has reached `max_epochs`: `stop` refuses a run that would exceed it and says which budget fits;
     `redistribute` gives its share to the other sources from there on, in proportion."""
     files: list[str] | None = None
-    """Local paths or globs: .jsonl, .json, .csv, .parquet, .arrow, .txt, each plain or .gz. Plain text holds documents
-    separated by <|endoftext|>."""
+    """Local paths or globs: .jsonl .ndjson .json .csv .tsv .parquet .arrow .txt .text .md, each plain or .gz .zst .xz, and
+    folders that `datasets.save_to_disk` wrote."""
+    document_separator: str = "<|endoftext|>"
+    """What stands between the documents of plain text: "\\n\\n", for example, makes each paragraph one."""
+    token_files: list[str] | None = None
+    """Paths or globs of text that the run's tokenizer has tokenised already: .npy or .bin, documents one after another,
+    each ended by the end-of-sequence token. Pretraining only."""
+    token_dtype: str | None = None
+    """`uint16` or `uint32`: what the numbers of .bin files are."""
     hub: str | None = None
     """A Hugging Face dataset id, streamed."""
     hub_config: str | None = None
@@ -69,9 +76,20 @@ class SourceSection:
     """Text that every Python installation carries: `code`, `prose` or `questions`."""
     text_column: str = "text"
     """Column with the document; pretraining sources only."""
+    text_template: str | None = None
+    """Jinja text over a row's columns instead of `text_column`: `"# {{ title }}\\n{{ body }}"`."""
     prompt_column: str = "prompt"
     response_column: str = "response"
     """Columns of a prompt and its answer; instruction sources only."""
+    prompt_template: str | None = None
+    response_template: str | None = None
+    """Jinja text over a row's columns, each instead of the column of its name."""
+    input_column: str | None = None
+    """Column that is appended to the prompt after a blank line where it is not empty."""
+    system_column: str | None = None
+    """Column that becomes the system message where it is not empty."""
+    messages_column: str | None = None
+    """Column with a whole conversation, instead of all of the above: a list of {role, content}, or of {from, value}."""
 
 
 @dataclass
@@ -102,6 +120,12 @@ class MixtureSection:
     """How shares change over the run; without any they stay as stated."""
     instruction_loss: str = "responses"
     """Which tokens of an instruction carry loss: `responses` or `all`."""
+    chat_template: str | None = None
+    """What instructions are written with: null for the tokenizer's own chat template or else ChatML, `chatml`, a Jinja
+    text, or the path of a .jinja file."""
+    max_bad_fraction: float = 0.01
+    """Share of a source's rows that may be unreadable, null, of the wrong type or otherwise bad; above it the run stops.
+    They are left out, counted and listed in any case."""
     validation_fraction: float = 0.05
     """Share of each source's documents that is held out from training, chosen by a hash of their content or origin."""
     remove_duplicates: bool = True

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 from sparsify.errors import RecipeError
-from sparsify.mixture_rules import check_choice, check_mixture
+from sparsify.mixture_rules import check_mixture
 from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
+from sparsify.source_rules import check_choice
 
 
 def validate(recipe: Recipe) -> Recipe:

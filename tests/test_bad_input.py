@@ -200,7 +200,7 @@ TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     ),
     "cut-off source": (
         lambda place: place.train(place.source(files=[place.write("cut.jsonl", '{"text": "a')])),
-        ["cut.jsonl", "line 1 is not JSON", "complete"],
+        ["cut.jsonl:1 is not JSON", "complete"],
     ),
     "context": (
         lambda place: place.train("training.window_tokens=256", "training.budget_tokens=8192"),

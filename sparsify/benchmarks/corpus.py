@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from sparsify.mixture.documents import Document
+from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import read_documents
 from sparsify.recipe import MixtureSection, SourceSection, token_shares
 
@@ -74,7 +75,8 @@ def write_corpus(mixture: MixtureSection, folder: Path, budget_tokens: int) -> C
     number = 0
     for name in shares:
         first_document[name], paths[name] = number, []
-        documents = read_documents(name, mixture.sources[name])
+        bad_rows = BadRows(name, mixture.max_bad_fraction)
+        documents = read_documents(name, mixture.sources[name], bad_rows)
         for texts in _files(_texts_up_to(documents, CHARACTERS_PER_TOKEN * budget_tokens)):
             path = folder / f"{name}-{len(paths[name]):05d}.jsonl"
             rows = ({"document": number + place, "text": text} for place, text in enumerate(texts))

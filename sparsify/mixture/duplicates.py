@@ -147,7 +147,9 @@ class SeenDocuments:
 
 def _digest(document: Document) -> int:
     hasher = xxhash.xxh3_64()
-    if document.messages is None:
+    if document.token_ids is not None:
+        hasher.update(document.token_ids.astype("<u4").tobytes())
+    elif document.messages is None:
         hasher.update((document.text or "").encode("utf-8", "surrogatepass"))
     for message in document.messages or ():
         for part in (message["role"], message["content"]):

@@ -4,53 +4,43 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import cast
 
-import jinja2
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError
-from sparsify.mixture.documents import Document, Message
+from sparsify.mixture.chat import ChatTemplateError, ChatWriter, Span, chat_template_text
+from sparsify.mixture.documents import Document
+from sparsify.mixture.quarantine import BadRows, Reason
+from sparsify.recipe import MixtureSection
 
 Tokenizer = PreTrainedTokenizerFast
 
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenised in pieces."""
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""Chat template for tokenizers that have none. Public format of OpenAI's ChatML."""
-
-
-def chat_template_of(tokenizer: Tokenizer) -> str:
-    """The template that instruction documents are written in: the tokenizer's own, or ChatML."""
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template or CHATML
+Encoded = tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]
+"""Token ids of a document, and whether each of them carries loss as a target. [T], [T]"""
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Hash of everything in a tokenizer that decides about token ids."""
+    """Hash of everything in a tokenizer that decides about token ids of a given text."""
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    return _fingerprint(tokenizer, len(tokenizer), chat_template_of(tokenizer), ends)
+    return _fingerprint(tokenizer, len(tokenizer), ends)
 
 
 @lru_cache(maxsize=2)  # writing out a large vocabulary takes a moment, and every source asks for it
-def _fingerprint(
-    tokenizer: Tokenizer, vocabulary_size: int, template: str, ends: tuple[int | None, ...]
-) -> str:
+def _fingerprint(tokenizer: Tokenizer, vocabulary_size: int, ends: tuple[int | None, ...]) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Left behind by whoever called the tokenizer last; neither is used here.
     backend.pop("truncation", None)
     backend.pop("padding", None)
-    parts = json.dumps([backend, vocabulary_size, template, ends], sort_keys=True)
+    parts = json.dumps([backend, vocabulary_size, ends], sort_keys=True)
     return hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()
 
 
@@ -61,65 +51,62 @@ class Encoder:
         name: The source's name, for messages.
         tokenizer: A fast Hugging Face tokenizer with an end-of-sequence token.
         responses_only: Only the answers of instruction documents and their end carry loss.
+        chat_template: `mixture.chat_template`.
+        bad_rows: Counts the documents that the chat template refuses.
 
     Raises:
-        MixtureError: If the tokenizer is slow or has no end-of-sequence token.
+        MixtureError: If the tokenizer is slow or has no end-of-sequence token, or the chat template cannot be read.
     """
 
-    def __init__(self, name: str, tokenizer: Tokenizer, *, responses_only: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        *,
+        responses_only: bool,
+        chat_template: str | None = None,
+        bad_rows: BadRows | None = None,
+    ) -> None:
         check_tokenizer(tokenizer)
         self.name, self.tokenizer, self.responses_only = name, tokenizer, responses_only
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._bos, self._eos = cast(tuple[int | None, int], ends)
         self.token_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.bad_rows = bad_rows or BadRows(name, MixtureSection.max_bad_fraction)
+        self._chat = ChatWriter(tokenizer, chat_template_text(chat_template, tokenizer))
 
-    def encode(
-        self, documents: Sequence[Document]
-    ) -> Iterator[tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]]:
+    def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """Tokens of each document and whether each of them carries loss as a target.
 
         A pretraining document is [bos] + ids + [eos], where the tokenizer has a bos. An instruction document is its
-        chat-template text in the same frame, without doubling what the template writes itself.
+        chat-template text in the same frame, without doubling what the template writes itself. One that the chat
+        template refuses gives no tokens.
+
+        Raises:
+            MixtureError: If the chat template refuses too many.
         """
         # A source is all of one kind.
-        if not any(document.messages is not None for document in documents):
+        if documents and documents[0].messages is not None:
+            yield from self._encode_chats(documents)
+        elif documents and documents[0].token_ids is not None:
+            for document in documents:
+                assert document.token_ids is not None
+                yield self._frame(document.token_ids)
+        else:
             yield from self._encode_texts([document.text or "" for document in documents])
-            return
-        texts, spans = zip(*map(self._render, documents), strict=True)
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            return_offsets_mapping=self.responses_only,
-            verbose=False,
-        )
-        offsets = encoded["offset_mapping"] if self.responses_only else [None] * len(texts)
-        for ids, places, answers in zip(encoded["input_ids"], offsets, spans, strict=True):
-            mask = np.ones(len(ids), dtype=np.bool_)
-            if places is not None:
-                mask = _inside(places, answers)
-            yield self._frame(np.asarray(ids, dtype=self.token_dtype), mask)
 
-    def _encode_texts(
-        self, texts: list[str]
-    ) -> Iterator[tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]]:
-        # Straight to the tokenizer's own core: the way through transformers takes about as long again.
-        backend = self.tokenizer.backend_tokenizer
+    def _encode_texts(self, texts: list[str]) -> Iterator[Encoded]:
+        # Straight to the tokenizer's own core, and without places: the way through transformers costs a third.
         # A pretraining text that happens to spell "</s>" must not end its document, so special tokens are only
         # parsed where a chat template wrote them.
-        backend.encode_special_tokens = True
-        # Whoever called the tokenizer last may have left them behind.
-        backend.no_truncation()
-        backend.no_padding()
-        if max(map(len, texts), default=0) <= PIECE_CHARACTERS:
-            pieces = backend.encode_batch_fast(texts, add_special_tokens=False)
-            found = (np.asarray(piece.ids, dtype=self.token_dtype) for piece in pieces)
-        else:
-            found = (self._encode_long(backend, text) for text in texts)
-        for ids in found:
-            yield self._frame(ids, np.ones(len(ids), dtype=np.bool_))
+        backend = self._backend(parse_special_tokens=False)
+        if max(map(len, texts), default=0) > PIECE_CHARACTERS:
+            yield from (self._frame(self._encode_long(backend, text)) for text in texts)
+            return
+        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
+            yield self._frame(encoding.ids)
 
-    def _encode_long(self, backend: Any, text: str) -> NDArray[np.unsignedinteger]:
+    def _encode_long(self, backend: tokenizers.Tokenizer, text: str) -> NDArray[np.unsignedinteger]:
         """Piece by piece: a tokenizer holds a hundred bytes and more for each token of what it is given at once."""
         ids, start = [np.empty(0, dtype=self.token_dtype)], 0
         while start < len(text):
@@ -132,51 +119,58 @@ class Encoder:
             start = stop
         return np.concatenate(ids)
 
-    def _frame(
-        self, ids: NDArray[np.unsignedinteger], mask: NDArray[np.bool_]
-    ) -> tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]:
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        before = [bos] if bos is not None and ids[:1].tolist() != [bos] else []
-        after = [eos] if ids[-1:].tolist() != [eos] else []
-        framed = np.array([*before, *ids, *after], dtype=self.token_dtype)
-        # A bos is never a target, whatever its mask says: nothing of its document precedes it.
-        return framed, np.concatenate([[False] * len(before), mask, [True] * len(after)]).astype(
-            np.bool_
-        )
+    def _encode_chats(self, documents: Sequence[Document]) -> Iterator[Encoded]:
+        written = [self._write(document) for document in documents]
+        texts = [text for text, _ in written]
+        backend = self._backend(parse_special_tokens=True)
+        encode = backend.encode_batch if self.responses_only else backend.encode_batch_fast
+        encodings = encode(texts, add_special_tokens=False)
+        for (text, answers), encoding in zip(written, encodings, strict=True):
+            if not text:
+                yield np.empty(0, dtype=self.token_dtype), np.empty(0, dtype=np.bool_)
+            elif self.responses_only:
+                yield self._frame(encoding.ids, _inside(encoding.offsets, answers))
+            else:
+                yield self._frame(encoding.ids)
 
-    def _render(self, document: Document) -> tuple[str, list[tuple[int, int]]]:
-        """Text of a document, and the character spans of its assistant turns."""
-        if document.messages is None:
-            return document.text or "", []
-        messages = list(document.messages)
-        text = self._chat_text(messages).rstrip()
-        if not self.responses_only:
-            return text, []
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant":
-                # Where the whole text leaves the one that waits for this answer, the answer begins.
-                waiting = self._chat_text(messages[:turn], add_generation_prompt=True)
-                start = _common_characters(text, waiting)
-                stop = _common_characters(text, self._chat_text(messages[: turn + 1]))
-                spans.append((start, stop))
-        return text, spans
-
-    def _chat_text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def _write(self, document: Document) -> tuple[str, list[Span]]:
+        assert document.messages is not None
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=chat_template_of(self.tokenizer),
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
-            )
-        except jinja2.TemplateError as error:
-            raise MixtureError(
-                f"The tokenizer's chat template refuses a document of source {self.name!r}: {error}.",
-                next_step="Use another tokenizer, or correct its chat_template.",
-            ) from error
-        assert isinstance(text, str)
-        return text
+            return self._chat.write(document.messages, with_answers=self.responses_only)
+        except ChatTemplateError as error:
+            detail = f"the chat template fails: {error}"
+            self.bad_rows.refuse(document.file, Reason.CHAT_TEMPLATE, document.row, detail)
+            return "", []
+
+    def _backend(self, *, parse_special_tokens: bool) -> tokenizers.Tokenizer:
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = not parse_special_tokens
+        # Whoever called the tokenizer last may have left them behind.
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+    def _frame(
+        self,
+        ids: Sequence[int] | NDArray[np.unsignedinteger],
+        carries_loss: NDArray[np.bool_] | None = None,
+    ) -> Encoded:
+        bos, eos = self._bos, self._eos
+        before = int(bos is not None and not (len(ids) and ids[0] == bos))
+        after = int(not (len(ids) and ids[-1] == eos))
+        framed = np.empty(before + len(ids) + after, dtype=self.token_dtype)
+        mask = np.ones(len(framed), dtype=np.bool_)
+        # array takes a list in a third of the time that numpy does, and this is done for every token of a run.
+        flat = ids if isinstance(ids, np.ndarray) else np.frombuffer(array("I", ids), np.uint32)
+        framed[before : before + len(ids)] = flat
+        if carries_loss is not None:
+            mask[before : before + len(ids)] = carries_loss
+        if before:
+            # A bos is never a target, whatever its mask says: nothing of its document precedes it.
+            framed[0], mask[0] = cast(int, bos), False
+        if after:
+            framed[-1] = eos
+        return framed, mask
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -194,18 +188,9 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         )
 
 
-def _common_characters(one: str, other: str) -> int:
-    """Length of the longest common beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _inside(
-    places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
-) -> NDArray[np.bool_]:
+def _inside(places: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
     """Which tokens begin inside one of the character spans. `places` are the tokens' own spans."""
-    starts = np.array([start for start, _ in places], dtype=np.int64)
-    stops = np.array([stop for _, stop in places], dtype=np.int64)
+    starts, stops = np.array(places, dtype=np.int64).reshape(-1, 2).T
     inside = np.zeros(len(starts), dtype=np.bool_)
     for first, last in spans:
         # By its end, a token that merges the last blank of the prompt with the answer's first letter counts.

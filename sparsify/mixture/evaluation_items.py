@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import glob
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
-import pyarrow
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from sparsify.catalogue import YAML, folder
 from sparsify.errors import MixtureError, nearest
-from sparsify.mixture.sources import FORMATS, ROW_READERS, file_documents
+from sparsify.mixture.files import FORMATS, ROW_FORMATS, TEXT_FORMATS, look_at
+from sparsify.mixture.quarantine import BadRows
+from sparsify.mixture.readers import read_rows
+from sparsify.mixture.sources import file_documents
 from sparsify.recipe import MixtureSection, SourceSection
 
 
@@ -60,21 +62,23 @@ def read_items(path: Path) -> Iterator[str]:
     Raises:
         MixtureError: If the file cannot be read, or its format is unknown.
     """
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    where = f"The evaluation file {path}"
-    if kind not in ROW_READERS:  # plain text, or refused as any source's file is
-        plain = file_documents(path, SourceSection(token_share=1.0), where)
+    file, bad_rows = look_at(path), BadRows(str(path), max_bad_fraction=1.0)
+    if file.format in TEXT_FORMATS:
+        plain = file_documents(file, SourceSection(token_share=1.0), bad_rows)
         yield from (document.text or "" for document in plain)
-        return
-    try:
-        for row in ROW_READERS[kind](path):
+    elif file.format in ROW_FORMATS:
+        for _, row in read_rows(file, None, partial(bad_rows.add, str(path))):
             yield "\n".join(_strings(row))
-    except (OSError, EOFError, ValueError, csv.Error, pyarrow.ArrowException) as error:
+    else:
         raise MixtureError(
-            f"{where} cannot be read: {error or type(error).__name__}.",
+            f"The evaluation file {path} is of no format that is known.", allowed=f"{FORMATS}."
+        )
+    # Nothing of it may be missing: what was left out could not be found in the training text.
+    if bad_rows.num_bad_rows:
+        raise MixtureError(
+            "\n".join([f"The evaluation file {path} cannot be read whole:", *bad_rows.lines()]),
             next_step="Check that the file is complete and of the format that its name says.",
-        ) from error
+        )
 
 
 def _strings(value: object) -> Iterator[str]:

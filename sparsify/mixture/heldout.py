@@ -7,7 +7,9 @@ from pathlib import Path
 from sparsify.catalogue import YAML, load_mixture, mixture_names
 from sparsify.errors import MixtureError, nearest
 from sparsify.mixture.encoding import Encoder, Tokenizer, check_tokenizer
+from sparsify.mixture.files import check_format, look_at
 from sparsify.mixture.ingest import mixture_ingests, text_documents
+from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import file_documents
 from sparsify.mixture.windows import Window, cut_windows, held_out_windows
 from sparsify.recipe import MixtureSection, SourceSection, token_shares
@@ -40,7 +42,7 @@ def windows_from(
     check_text_or_mixture(text_or_mixture)
     path = Path(text_or_mixture).expanduser()
     if path.suffix not in YAML and path.is_file():
-        return _text_windows(path, tokenizer, num_tokens, window_tokens), path.name
+        return _text_windows(path, tokenizer, num_tokens, window_tokens)
     mixture = load_mixture(text_or_mixture)
     windows = mixture_windows(
         mixture,
@@ -104,16 +106,21 @@ def mixture_windows(
 
 def _text_windows(
     path: Path, tokenizer: Tokenizer, num_tokens: int, window_tokens: int
-) -> list[Window]:
+) -> tuple[list[Window], str]:
     check_tokenizer(tokenizer)
-    encoder = Encoder(path.name, tokenizer, responses_only=False)
-    documents = file_documents(path, SourceSection(token_share=1.0), str(path))
-    text = text_documents(documents, encoder, num_tokens)
+    bad_rows = BadRows(path.name, MixtureSection.max_bad_fraction)
+    encoder = Encoder(path.name, tokenizer, responses_only=False, bad_rows=bad_rows)
+    file, pretraining = look_at(path), SourceSection(token_share=1.0)
+    check_format(path.name, file, pretraining)
+    text = text_documents(file_documents(file, pretraining, bad_rows), encoder, num_tokens)
     if not len(text.lengths):
         raise MixtureError(
-            f"{path} holds no text.", next_step="Choose a file with at least one document."
+            "\n".join([f"{path} holds no text.", *bad_rows.lines()]),
+            next_step="Choose a file with at least one document.",
         )
+    bad_rows.check()
     stop = min(num_tokens, int(text.lengths.sum()))
     starts = range(0, stop, window_tokens)
     spans = ((start, min(start + window_tokens, stop)) for start in starts)
-    return cut_windows(path.name, [text], spans)
+    said = bad_rows.summary() if bad_rows.num_bad_rows else path.name
+    return cut_windows(path.name, [text], spans), said

@@ -6,7 +6,7 @@ last one stopped, or was killed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -17,18 +17,24 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from sparsify.errors import MixtureError
-from sparsify.files import storage_errors
+from sparsify.files import storage_errors, write_text
 from sparsify.mixture.cache import Shard, ShardWriter, SourceCache, SourceInfo
 from sparsify.mixture.cleaning import Cleaner
 from sparsify.mixture.documents import Document, is_held_out
 from sparsify.mixture.encoding import Encoder, Tokenizer, check_tokenizer, tokenizer_fingerprint
+from sparsify.mixture.files import SourceFile, source_files
 from sparsify.mixture.fingerprint import source_fingerprint
+from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import read_documents
 from sparsify.mixture.tokens import Need, ShardDocuments, TokenizedSource
 from sparsify.recipe import MixtureSection
 
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 20
+QUARANTINE_FILE = "quarantine.json"
+"""Bad rows by reason with examples, as far as the source was read."""
+REFUSALS_FILE = "refusals.json"
+"""The same as of the last closed shard: where an ingest goes on, what it skips is not encoded again."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a source's name, its training tokens so far, and the training tokens needed."""
@@ -52,14 +58,17 @@ class Ingest:
     need: Need
     cache_dir: Path
 
-    def open(self) -> TokenizedSource:
+    def open(self, files: Sequence[SourceFile] | None = None) -> TokenizedSource:
         """The source as far as it is in the cache.
+
+        Args:
+            files: Its files as they were found before; as they are now unless given.
 
         Raises:
             MixtureError: If a file of it is missing, or everything of it lies on one side of the held-out split.
         """
         source = self.mixture.sources[self.name]
-        fingerprint = source_fingerprint(self.name, source, self.mixture, self.tokenizer)
+        fingerprint = source_fingerprint(self.name, source, self.mixture, self.tokenizer, files)
         cache = SourceCache(self.cache_dir.expanduser() / fingerprint)
         found = TokenizedSource(self.name, cache, self.need)
         if found.covered:
@@ -83,6 +92,12 @@ class Ingest:
         return self.open()
 
 
+def bad_rows_of(source: TokenizedSource) -> BadRows | None:
+    """What was left out of a source for being unreadable; None before it was read as far as any run needed it."""
+    path = source.cache.folder / QUARANTINE_FILE
+    return BadRows.from_json(path.read_bytes()) if path.is_file() else None
+
+
 class Ingesting:
     """One source being tokenised; holds the lock of its cache folder.
 
@@ -95,7 +110,14 @@ class Ingesting:
         self.task, self._wait = task, wait
         source, mixture = task.mixture.sources[task.name], task.mixture
         responses_only = source.group == "instruction" and mixture.instruction_loss == "responses"
-        self._encoder = Encoder(task.name, task.tokenizer, responses_only=responses_only)
+        self._bad_rows = BadRows(task.name, mixture.max_bad_fraction)
+        self._encoder = Encoder(
+            task.name,
+            task.tokenizer,
+            responses_only=responses_only,
+            chat_template=mixture.chat_template,
+            bad_rows=self._bad_rows,
+        )
         self._info = SourceInfo(
             token_dtype=self._encoder.token_dtype.name,
             has_loss_mask=responses_only,
@@ -107,7 +129,9 @@ class Ingesting:
 
     def __enter__(self) -> Self:
         task = self.task
-        folder = task.open().cache.folder
+        # As they are now: reading notices when one of them changes.
+        self._files = source_files(task.name, task.mixture.sources[task.name])
+        folder = task.open(self._files).cache.folder
         with storage_errors(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(folder.with_suffix(".lock"))
@@ -133,9 +157,17 @@ class Ingesting:
             writer.clear()
             cleaner = Cleaner(task.mixture, folder, 0)
         self._writer, self._cleaner = writer, cleaner
-        documents = read_documents(task.name, task.mixture.sources[task.name])
-        for _ in range(writer.read_documents):
-            next(documents, None)
+        if writer.read_documents:
+            previous = (folder / REFUSALS_FILE).read_bytes()
+            self._bad_rows.carry_refusals(BadRows.from_json(previous))
+        documents = read_documents(
+            task.name,
+            task.mixture.sources[task.name],
+            self._bad_rows,
+            tokenizer=task.tokenizer,
+            files=self._files,
+            skip_documents=writer.read_documents,
+        )
         self._batches = batches(documents)
 
     def __exit__(
@@ -174,7 +206,9 @@ class Ingesting:
                 self._add(batch, writer)
             enough = writer.train_tokens >= need.train_tokens
             if batch is None or (enough and writer.held_out_tokens >= need.held_out_tokens):
+                self._bad_rows.check()
                 self._cleaner.finish()
+                write_text(writer.folder / QUARANTINE_FILE, self._bad_rows.to_json() + "\n")
                 writer.finish(complete=batch is None)
                 self._finished = True
         return not self._finished
@@ -183,10 +217,12 @@ class Ingesting:
         kept = self._cleaner.clean(batch)
         tokenized = self._encoder.encode(kept) if kept else ()
         for document, (ids, mask) in zip(kept, tokenized, strict=True):
-            held_out = is_held_out(document.origin, self.task.mixture.validation_fraction)
-            writer.add(ids, mask, held_out)
+            if len(ids):  # the chat template may refuse a document
+                held_out = is_held_out(document.origin, self.task.mixture.validation_fraction)
+                writer.add(ids, mask, held_out)
         if writer.shard_is_full:
             self._cleaner.commit()
+            write_text(writer.folder / REFUSALS_FILE, self._bad_rows.to_json() + "\n")
         writer.end_batch(self._cleaner.num_documents)
 
 
@@ -232,7 +268,7 @@ def text_documents(
     """The first documents that cover `num_tokens`, tokenised in memory without any file."""
     ids: list[NDArray[np.unsignedinteger]] = []
     for batch in batches(documents):
-        ids += [tokens for tokens, _ in encoder.encode(batch)]
+        ids += [tokens for tokens, _ in encoder.encode(batch) if len(tokens)]
         if sum(map(len, ids)) >= num_tokens:
             break
     flat = np.concatenate(ids) if ids else np.empty(0, dtype=encoder.token_dtype)

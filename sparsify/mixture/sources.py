@@ -1,244 +1,232 @@
-"""Where documents come from: the standard library, local files, or a Hugging Face dataset.
+"""Where documents come from: the standard library, local files, a Hugging Face data set, or files of token ids.
 
-Files are read as streams, so that a source larger than memory can be read only as far as a run needs it.
+Everything is read as a stream, so that a source larger than memory can be read only as far as a run needs it. Rows that
+cannot become documents are counted (`quarantine.BadRows`), not raised.
 """
 
 from __future__ import annotations
 
-import csv
-import glob
-import gzip
-import io
-import json
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
-from pathlib import Path
-from typing import IO, Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import islice
+from typing import Any
 
 import datasets
 import httpx
-import pyarrow
-import pyarrow.parquet
 from datasets.exceptions import DatasetsError
+from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError
-from sparsify.mixture.documents import Document, content_origin, conversation
+from sparsify.mixture.documents import Document, content_origin
+from sparsify.mixture.fields import BadRowError, FieldReader, MissingColumnError
+from sparsify.mixture.files import (
+    READ_ERRORS,
+    TEXT_FORMATS,
+    SourceFile,
+    check_unchanged,
+    source_files,
+    text_chunks,
+    without_duplicates,
+)
+from sparsify.mixture.quarantine import BadRows, Reason
+from sparsify.mixture.readers import Report, read_rows
 from sparsify.mixture.stdlib_text import stdlib_documents
+from sparsify.mixture.token_files import token_documents
 from sparsify.recipe import SourceSection
 
-DOCUMENT_SEPARATOR = "<|endoftext|>"
-CHUNK_CHARACTERS = 1 << 20
-FORMATS = ".jsonl, .json, .csv, .parquet, .arrow, .txt, each plain or .gz"
+MAX_TEXT_CHARACTERS = 1 << 26
+"""Plain text that goes on for longer without a separator becomes several documents."""
+FIRST_ROWS = 100
+"""A column that none of a file's first rows has is the user's mistake, not dirt."""
 
-Row = Mapping[str, Any]
 
-
-def read_documents(name: str, source: SourceSection) -> Iterator[Document]:
+def read_documents(
+    name: str,
+    source: SourceSection,
+    bad_rows: BadRows,
+    *,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    files: Sequence[SourceFile] | None = None,
+    skip_documents: int = 0,
+) -> Iterator[Document]:
     """Documents of one source, in the source's own order.
 
     Args:
         name: The source's name in its mixture, for messages.
         source: Where the text is and which columns hold it.
+        bad_rows: Counts the rows, from the source's beginning, skipped documents included.
+        tokenizer: Needed by `token_files` only: its end of sequence ends a document.
+        files: Its files as they were when its fingerprint was taken; as they are now unless given.
+        skip_documents: Documents at the beginning that are read, but not given.
 
     Raises:
-        MixtureError: If the source cannot be reached or read, lacks a column, or holds no document.
+        MixtureError: If the source cannot be reached, lacks a column, holds no document or too many bad rows, or a file of
+            it changes.
     """
-    documents = (document for document in _all_documents(name, source) if document.num_characters)
-    first = next(documents, None)
-    if first is None:
+    documents = _all_documents(name, source, bad_rows, tokenizer, files)
+    yield from islice(documents, skip_documents, None)
+    if not bad_rows.good_rows:
+        check = "Check that its files are complete and of the format that their names say, "
+        add = "add text to it, or remove it from the mixture."
         raise MixtureError(
-            f"Source {name!r} holds no document.",
-            next_step="Add text to it, or remove it from the mixture.",
+            "\n".join([f"Source {name!r} holds no document.", *bad_rows.lines()]),
+            next_step=(check + add if bad_rows.bad_rows else add.capitalize()),
         )
-    yield first
-    yield from documents
+    bad_rows.check()
 
 
-def _all_documents(name: str, source: SourceSection) -> Iterator[Document]:
-    if source.stdlib is not None:
-        _check_stdlib_group(name, source)
-        yield from stdlib_documents(source.stdlib)
-    elif source.hub is not None:
-        where = f"dataset {source.hub!r} of source {name!r}"
-        yield from _documents_from_rows(_hub_rows(name, source), source, where)
-    else:
-        for path in source_paths(name, source):
-            yield from file_documents(path, source, f"{path} of source {name!r}")
-
-
-def _check_stdlib_group(name: str, source: SourceSection) -> None:
-    wanted = "instruction" if source.stdlib == "questions" else "pretraining"
-    if source.group != wanted:
-        raise MixtureError(
-            f"Source {name!r} has stdlib: {source.stdlib} in group {source.group}.",
-            allowed="`code` and `prose` are pretraining text, `questions` is instruction text.",
-            next_step=f"Set group: {wanted}.",
-        )
-
-
-def source_paths(name: str, source: SourceSection) -> list[Path]:
-    """The files of a source, sorted within each pattern.
-
-    Raises:
-        MixtureError: If a pattern matches no file.
-    """
-    paths: list[Path] = []
-    for pattern in source.files or []:
-        matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
-        found = [Path(match) for match in matches if Path(match).is_file()]
-        if not found:
-            raise MixtureError(
-                f"Source {name!r}: no file matches {pattern!r} (looked from {Path.cwd()}).",
-                allowed=f"Paths or globs of {FORMATS}.",
-                next_step=f"Correct mixture.sources.{name}.files.",
-            )
-        paths += found
-    return list(dict.fromkeys(paths))
-
-
-def file_documents(path: Path, source: SourceSection, where: str) -> Iterator[Document]:
-    """Documents of one file, read as its suffix says.
-
-    Raises:
-        MixtureError: If the file's format is unknown, it cannot be read, or a column is missing.
-    """
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    kind = suffixes[-2] if suffixes[-1:] == [".gz"] and len(suffixes) > 1 else path.suffix.lower()
-    try:
-        if kind in (".txt", ".text") and source.group == "pretraining":
-            for text in _split_texts(path):
-                yield Document(content_origin(text), text=text)
-        elif kind in ROW_READERS:
-            yield from _documents_from_rows(ROW_READERS[kind](path), source, where)
-        else:
-            raise MixtureError(
-                f"{where} cannot be read as {source.group} text.",
-                allowed=f"Allowed: {FORMATS}; plain text is for pretraining sources only.",
-            )
-    except (OSError, EOFError, ValueError, csv.Error, pyarrow.ArrowException) as error:
-        # ValueError covers bad JSON and bad UTF-8, EOFError a truncated .gz.
-        raise MixtureError(
-            f"{where} cannot be read: {error or type(error).__name__}.",
-            next_step="Check that the file is complete and of the format that its name says.",
-        ) from error
-
-
-def _documents_from_rows(
-    rows: Iterable[Row], source: SourceSection, where: str
+def _all_documents(
+    name: str,
+    source: SourceSection,
+    bad_rows: BadRows,
+    tokenizer: PreTrainedTokenizerFast | None,
+    files: Sequence[SourceFile] | None,
 ) -> Iterator[Document]:
-    instruction = source.group == "instruction"
-    columns = (
-        (source.prompt_column, source.response_column) if instruction else (source.text_column,)
-    )
-    for number, row in enumerate(rows, start=1):
-        values = [_text_of(row, column, number, where) for column in columns]
-        if not all(value.strip() for value in values):
-            continue
-        if instruction:
-            yield conversation(content_origin(*values), *values)
+    if source.stdlib is not None:
+        yield from _counted(stdlib_documents(source.stdlib), bad_rows)
+        return
+    if source.hub is not None:
+        where = f"dataset {source.hub!r} of source {name!r}"
+        fields = FieldReader(source)
+        rows = enumerate(_hub_rows(name, source), start=1)
+        yield from _row_documents(rows, fields, source.hub, where, bad_rows)
+        return
+    for file in without_duplicates(files or source_files(name, source), bad_rows):
+        check_unchanged(name, file)
+        if source.token_files:
+            assert tokenizer is not None, "token files are cut into documents by their tokenizer"
+            yield from _counted(token_documents(name, file, source, tokenizer), bad_rows)
         else:
-            yield Document(content_origin(*values), text=values[0])
+            yield from file_documents(file, source, bad_rows)
+        check_unchanged(name, file)
 
 
-def _text_of(row: Row, column: str, number: int, where: str) -> str:
-    if not isinstance(row, Mapping) or column not in row:
-        present = sorted(map(str, row)) if isinstance(row, Mapping) else []
-        raise MixtureError(
-            f"{where}: row {number} has no column {column!r}.",
-            allowed=f"Its columns: {', '.join(present) or 'none'}.",
-            next_step="Set text_column, or prompt_column and response_column, of the source.",
-        )
-    value = row[column]
-    if value is not None and not isinstance(value, str):
-        raise MixtureError(
-            f"{where}: column {column!r} of row {number} holds {type(value).__name__}, not text.",
-            next_step="Choose a column of text.",
-        )
-    return value or ""
+def file_documents(
+    file: SourceFile, source: SourceSection, bad_rows: BadRows
+) -> Iterator[Document]:
+    """Documents of one file of text or rows, read as its suffix says.
+
+    Raises:
+        MixtureError: If it lacks a column, or has too many bad rows.
+    """
+    report = partial(bad_rows.add, str(file.path))
+    if file.format in TEXT_FORMATS:
+        yield from _text_documents(file, source.document_separator, report, bad_rows)
+    else:
+        where = f"{file.path} of source {bad_rows.source!r}"
+        fields = FieldReader(source)
+        rows = read_rows(file, fields.columns, report)
+        yield from _row_documents(rows, fields, str(file.path), where, bad_rows)
 
 
-def _open_binary(path: Path) -> IO[bytes]:
-    if path.suffix.lower() == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    return path.open("rb")
+def _counted(documents: Iterable[Document], bad_rows: BadRows) -> Iterator[Document]:
+    for document in documents:
+        if document.num_characters:
+            bad_rows.good_rows += 1
+            yield document
 
 
-def _open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    return io.TextIOWrapper(_open_binary(path), encoding="utf-8-sig", newline=newline)
-
-
-def _split_texts(path: Path) -> Iterator[str]:
-    """Documents of plain text, read piece by piece: a file may hold more than memory does."""
-    pending = ""
-    with _open_text(path) as file:
-        while chunk := file.read(CHUNK_CHARACTERS):
-            *complete, pending = (pending + chunk).split(DOCUMENT_SEPARATOR)
-            yield from (text.strip("\n") for text in complete if text.strip())
-    if pending.strip():
-        yield pending.strip("\n")
-
-
-def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with _open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"line {number} is not JSON ({error})") from error
-
-
-def _json_rows(path: Path) -> Iterator[Row]:
-    with _open_text(path) as file:
-        rows = json.load(file)
-    if not isinstance(rows, list):
-        raise ValueError("a .json source is a list of objects; use .jsonl for one object a line")
-    yield from rows
-
-
-def _csv_rows(path: Path) -> Iterator[Row]:
-    # csv's own limit of 128 KiB a field is shorter than many documents.
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with _open_text(path, newline="") as file:
-        yield from csv.DictReader(file, strict=True)
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    with pyarrow.parquet.ParquetFile(_arrow_input(path)) as file:
-        for batch in file.iter_batches(batch_size=1024):
-            yield from batch.to_pylist()
-
-
-def _arrow_rows(path: Path) -> Iterator[Row]:
-    with closing(_arrow_input(path)) as file:
+def _row_documents(
+    rows: Iterable[tuple[int, Any]], fields: FieldReader, file: str, where: str, bad_rows: BadRows
+) -> Iterator[Document]:
+    """Documents of the rows of one file or data set."""
+    columns_seen = False
+    missing: list[tuple[int, MissingColumnError]] = []
+    for number, row in rows:
         try:
-            reader = pyarrow.ipc.open_file(file)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        except pyarrow.ArrowInvalid:  # `datasets` writes the stream format, others the file format
-            file.seek(0)
-            batches = iter(pyarrow.ipc.open_stream(file))
-        for batch in batches:
-            yield from batch.to_pylist()
+            content = fields.read(row)
+            if isinstance(content, str):
+                document = Document(content_origin(content), text=content, file=file, row=number)
+            else:
+                origin = content_origin(*(message["content"] for message in content))
+                document = Document(origin, messages=content, file=file, row=number)
+        except BadRowError as error:
+            if isinstance(error, MissingColumnError) and not columns_seen:
+                missing.append((number, error))
+                if len(missing) == FIRST_ROWS:
+                    break
+            else:
+                columns_seen = columns_seen or error.reason is not Reason.NOT_AN_OBJECT
+                bad_rows.add(file, error.reason, number, error.detail)
+            continue
+        except UnicodeEncodeError as error:
+            columns_seen = True
+            bad_rows.add(file, Reason.INVALID_UTF8, number, _not_utf8(error))
+            continue
+        if missing:  # until now it was not clear whether they are a mistake or dirt
+            _add_missing(missing, file, bad_rows)
+        columns_seen = True
+        bad_rows.good_rows += 1
+        yield document
+    if missing and not columns_seen:
+        number, error = missing[0]
+        raise MixtureError(
+            f"{where}: row {number} has no column {error.column!r}, nor has any of its first {len(missing)} row(s).",
+            allowed=f"Its columns: {error.present}.",
+            next_step="Set text_column, or prompt_column and response_column, or messages_column of the source.",
+        )
+    _add_missing(missing, file, bad_rows)
 
 
-def _arrow_input(path: Path) -> pyarrow.NativeFile:
-    if path.suffix.lower() != ".gz":
-        return pyarrow.memory_map(str(path))
-    with _open_binary(path) as file:
-        return pyarrow.BufferReader(file.read())
+def _add_missing(
+    missing: list[tuple[int, MissingColumnError]], file: str, bad_rows: BadRows
+) -> None:
+    for number, error in missing:
+        bad_rows.add(file, error.reason, number, error.detail)
+    missing.clear()
 
 
-ROW_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
-    ".jsonl": _jsonl_rows,
-    ".json": _json_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-    ".arrow": _arrow_rows,
-}
+def _not_utf8(error: UnicodeEncodeError) -> str:
+    """Where a text has bytes that are no UTF-8, or a surrogate that JSON escaped."""
+    around = error.object[max(0, error.start - 20) : error.start + 20]
+    return f"is not UTF-8 text at character {error.start:,}: {around!r}"
 
 
-def _hub_rows(name: str, source: SourceSection) -> Iterator[Row]:
+def _text_documents(
+    file: SourceFile, separator: str, report: Report, bad_rows: BadRows
+) -> Iterator[Document]:
+    number = 0
+    try:
+        for number, text in enumerate(_split_texts(file, separator), start=1):
+            try:
+                document = Document(
+                    content_origin(text), text=text, file=str(file.path), row=number
+                )
+            except UnicodeEncodeError as error:
+                report(Reason.INVALID_UTF8, number, _not_utf8(error))
+                continue
+            bad_rows.good_rows += 1
+            yield document
+    except READ_ERRORS as error:
+        said = str(error) or type(error).__name__
+        report(Reason.BROKEN_FILE, number, f"breaks off after this document: {said}")
+
+
+def _split_texts(file: SourceFile, separator: str) -> Iterator[str]:
+    """Documents of plain text, read piece by piece: a file may hold more than memory does."""
+    pieces: list[str] = []
+    held = 0
+    tail = ""  # may be the beginning of a separator
+    for chunk in text_chunks(file):
+        *complete, rest = (tail + chunk).split(separator)
+        for text in complete:
+            yield from _nonempty("".join([*pieces, text]))
+            pieces, held = [], 0
+        cut = max(0, len(rest) - len(separator) + 1)
+        pieces.append(rest[:cut])
+        tail, held = rest[cut:], held + cut
+        if held > MAX_TEXT_CHARACTERS:
+            yield from _nonempty("".join(pieces))
+            pieces, held = [], 0
+    yield from _nonempty("".join([*pieces, tail]))
+
+
+def _nonempty(text: str) -> Iterator[str]:
+    if text.strip():
+        yield text.strip("\n")
+
+
+def _hub_rows(name: str, source: SourceSection) -> Iterator[Any]:
     try:
         stream = datasets.load_dataset(
             str(source.hub),
@@ -247,7 +235,7 @@ def _hub_rows(name: str, source: SourceSection) -> Iterator[Row]:
             revision=source.hub_revision,
             streaming=True,
         )
-        yield from stream  # pyright: ignore[reportReturnType]  (a split of a streamed dataset gives dicts)
+        yield from stream
     except (
         OSError,
         ValueError,

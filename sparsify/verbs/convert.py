@@ -11,8 +11,8 @@ from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.folder import load_sparse, load_tokenizer
 from sparsify.mixture.heldout import check_text_or_mixture, windows_from
 from sparsify.mixture.windows import collate
-from sparsify.mixture_rules import check_choice
 from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
+from sparsify.source_rules import check_choice
 from sparsify.sparsity.report import measure
 
 

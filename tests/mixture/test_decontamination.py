@@ -237,11 +237,11 @@ def test_an_entry_that_stands_for_nothing_is_named(entry: str, said: str) -> Non
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.jsonl", b'{"q": "x"}\n{', "line 2 is not JSON"),
-        ("a.jsonl.gz", b"no gzip", "cannot be read"),
-        ("a.txt", b"\xff\xfe", "cannot be read"),
-        ("a.docx", b"x", ".jsonl, .json, .csv"),
-        ("README", b"x", ".jsonl, .json, .csv"),
+        ("a.jsonl", b'{"q": "x"}\n{', "a.jsonl:2 is not JSON"),
+        ("a.jsonl.gz", b"no gzip", "breaks off"),
+        ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
+        ("a.docx", b"x", ".jsonl .ndjson .json .csv"),
+        ("README", b"x", ".jsonl .ndjson .json .csv"),
     ],
 )
 def test_an_evaluation_file_that_cannot_be_read_is_named(

@@ -3,16 +3,24 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import lzma
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError
 from sparsify.mixture.documents import Document
+from sparsify.mixture.encoding import Encoder
+from sparsify.mixture.files import source_files
+from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import read_documents
 from sparsify.mixture.stdlib_text import module_paths, module_questions
 from sparsify.recipe import SourceSection
@@ -20,140 +28,228 @@ from sparsify.recipe import SourceSection
 TEXTS = ["first, with a comma", 'second "quoted"\nwith two lines', "third ünïcödé"]
 
 
+def read(
+    source: SourceSection, tokenizer: PreTrainedTokenizerFast | None = None, skip: int = 0
+) -> list[Document]:
+    bad_rows = BadRows("web", 0.01)
+    documents = list(
+        read_documents("web", source, bad_rows, tokenizer=tokenizer, skip_documents=skip)
+    )
+    assert not bad_rows.num_bad_rows
+    return documents
+
+
 def texts_of(source: SourceSection) -> list[str | None]:
-    return [document.text for document in read_documents("web", source)]
+    return [document.text for document in read(source)]
+
+
+def files_of(*paths: Path) -> SourceSection:
+    return SourceSection(token_share=1.0, files=[str(path) for path in paths])
 
 
 def write_file(path: Path, kind: str) -> None:
     rows = [{"id": n, "text": text} for n, text in enumerate(TEXTS)]
     table = pa.Table.from_pylist(rows)
-    if kind == "jsonl":
+    if kind in ("jsonl", "ndjson"):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     elif kind == "json":
-        path.write_text(json.dumps(rows))
-    elif kind == "csv":
+        path.write_text(json.dumps(rows, indent=1))
+    elif kind in ("csv", "tsv"):
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["id", "text"])
+            writer = csv.DictWriter(file, ["id", "text"], delimiter="\t" if kind == "tsv" else ",")
             writer.writeheader()
             writer.writerows(rows)
-    elif kind == "txt":
+    elif kind in ("txt", "md"):
         path.write_text("\n<|endoftext|>\n".join(TEXTS))
     elif kind == "parquet":
-        pq.write_table(table, path)
+        pq.write_table(table, path, row_group_size=2)
     else:
         writer = pa.ipc.new_file if kind == "arrow" else pa.ipc.new_stream
         with writer(str(path), table.schema) as sink:
             sink.write_table(table)
 
 
-@pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize(
-    "kind", ["jsonl", "json", "csv", "txt", "parquet", "arrow", "arrow stream"]
-)
-def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, zipped: bool) -> None:
+def zst(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+PACKED = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zst}
+KINDS = ["jsonl", "ndjson", "json", "csv", "tsv", "txt", "md", "parquet", "arrow", "arrow stream"]
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, packed: str) -> None:
     path = tmp_path / f"a.b.{kind.split()[0]}"
     write_file(path, kind)
-    if zipped:
-        packed = path.with_name(path.name + ".gz")
-        packed.write_bytes(gzip.compress(path.read_bytes()))
-        path = packed
-    assert texts_of(SourceSection(token_share=1.0, files=[str(path)])) == TEXTS
+    whole = path.with_name(path.name + packed)
+    whole.write_bytes(PACKED[packed](path.read_bytes()))
+    documents = read(files_of(whole))
+    assert [document.text for document in documents] == TEXTS
+    assert {document.file for document in documents} == {str(whole)}
+
+
+def test_archives_of_several_parts_are_read_to_their_end(tmp_path: Path) -> None:
+    for suffix in (".gz", ".xz", ".zst"):
+        lines = [b'{"text": "%d"}\n' % n for n in range(2)]
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(b"".join(PACKED[suffix](line) for line in lines))
+        assert texts_of(files_of(path)) == ["0", "1"]
+
+
+def test_a_saved_dataset_is_read_as_it_was_saved(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_dict({"text": TEXTS})
+    saved.select([2, 0]).save_to_disk(tmp_path / "web")
+    assert texts_of(files_of(tmp_path / "web")) == [TEXTS[2], TEXTS[0]]
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "splits")
+    assert f"name one of them: {tmp_path}/splits/train" in message_of(files_of(tmp_path / "splits"))
+    assert texts_of(files_of(tmp_path / "splits" / "train")) == TEXTS
 
 
 def test_a_glob_reads_each_file_once_in_order(
     write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
     for name in ("b.jsonl", "a.jsonl.gz", "c.jsonl"):
-        write_jsonl([{"text": name}, {"text": ""}, {"text": None}], name)
-    patterns = [str(tmp_path / "*.jsonl*"), str(tmp_path / "b.jsonl")]
-    source = SourceSection(token_share=1.0, files=patterns)
+        write_jsonl([{"text": name}], name)
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl.gz")
+    source = files_of(tmp_path / "?.jsonl*", tmp_path / "b.jsonl", tmp_path / "link.jsonl")
     assert texts_of(source) == ["a.jsonl.gz", "b.jsonl", "c.jsonl"]
 
 
-def test_instruction_rows_become_messages(write_jsonl: Callable[..., str]) -> None:
-    rows = [{"q": "How?", "a": "So."}, {"q": "Unanswered", "a": ""}]
-    source = SourceSection(
-        token_share=1.0,
-        group="instruction",
-        files=[write_jsonl(rows)],
-        prompt_column="q",
-        response_column="a",
-    )
-    (document,) = read_documents("chat", source)
-    assert document.messages == (
-        {"role": "user", "content": "How?"},
-        {"role": "assistant", "content": "So."},
-    )
+def test_a_copy_of_a_file_is_left_out_and_noted(
+    write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
+        write_jsonl([{"text": text}], f"{name}.jsonl")
+    bad_rows = BadRows("web", 0.0)
+    documents = read_documents("web", files_of(tmp_path / "*.jsonl"), bad_rows)
+    assert [document.text for document in documents] == ["one", "two"]
+    (duplicate,) = bad_rows.duplicate_files
+    assert (Path(duplicate.file).name, Path(duplicate.same_as).name) == ("c.jsonl", "a.jsonl")
+    assert bad_rows.summary() == "web: 2 rows, 1 duplicate file(s) left out"
+
+
+def test_a_file_that_changes_under_the_reader_is_named(
+    write_jsonl: Callable[..., str], tmp_path: Path
+) -> None:
+    path = Path(write_jsonl([{"text": "x"}, {"text": "y"}]))
+    documents = read_documents("web", files_of(path), BadRows("web", 0.01))
+    next(documents)
+    path.write_text(path.read_text() + '{"text": "z"}\n')
+    with pytest.raises(MixtureError, match=r"rows.jsonl changed while it was read \(28 bytes"):
+        list(documents)
+    files = source_files("web", files_of(path))
+    os.utime(path, ns=(1, 1))
+    documents = read_documents("web", files_of(path), BadRows("web", 0.01), files=files)
+    with pytest.raises(MixtureError, match="changed"):
+        next(documents)
+
+
+def test_skipped_documents_are_counted_but_not_given(write_jsonl: Callable[..., str]) -> None:
+    rows: list[dict[str, object]] = [{"text": str(n) if n % 5 else None} for n in range(50)]
+    source = files_of(Path(write_jsonl(rows)))
+
+    def read_from(skip: int) -> tuple[list[Document], str]:
+        bad_rows = BadRows("web", 0.5)
+        return list(
+            read_documents("web", source, bad_rows, skip_documents=skip)
+        ), bad_rows.to_json()
+
+    whole, counts = read_from(0)
+    assert read_from(17) == (whole[17:], counts)
+    assert read_from(40) == ([], counts)
 
 
 def test_text_longer_than_a_chunk_is_split_at_separators_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sparsify.mixture.sources.CHUNK_CHARACTERS", 5)
     path = tmp_path / "a.txt"
     path.write_text("one two three<|endoftext|>four<|endoftext|>\n<|endoftext|>five six")
-    source = SourceSection(token_share=1.0, files=[str(path)])
-    assert texts_of(source) == ["one two three", "four", "five six"]
+    for size in (1, 5, 13, 14, 1000):
+        monkeypatch.setattr("sparsify.mixture.files.READ_BYTES", size)
+        assert texts_of(files_of(path)) == ["one two three", "four", "five six"]
 
 
-def message_of(source: SourceSection) -> str:
+def test_plain_text_is_split_where_its_source_says(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
+    source = files_of(tmp_path / "a.txt")
+    source.document_separator = "\n\n"
+    assert texts_of(source) == ["one\ntwo", "three"]
+    (tmp_path / "b.jsonl").write_text('{"text": "x"}')
+    source.files = [str(tmp_path / "b.jsonl")]
+    assert "none of its files is plain text" in message_of(source)
+
+
+def test_documents_of_50_megabytes_pass(tmp_path: Path) -> None:
+    text = "large " * 9_000_000
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "c.json").write_text(json.dumps([{"text": "small"}, {"text": text}]))
+    found = texts_of(files_of(*(tmp_path / name for name in ("a.txt", "b.jsonl", "c.json"))))
+    assert [len(text or "") for text in found] == [len(text), len(text), 5, len(text)]
+
+
+def token_source(path: Path, dtype: str | None = None) -> SourceSection:
+    return SourceSection(token_share=1.0, token_files=[str(path)], token_dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ["npy", "bin"])
+def test_token_files_give_what_the_texts_would(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsify.mixture.token_files.CHUNK_TOKENS", 7)
+    encoder = Encoder("web", tokenizer, responses_only=False)
+    wanted = [ids for ids, _ in encoder.encode([Document("", text=text) for text in TEXTS])]
+    ids = np.concatenate([ids[1:] for ids in wanted])  # as others write it: without a bos
+    path = tmp_path / f"a.{kind}"
+    np.save(path, ids) if kind == "npy" else ids.tofile(path)
+    documents = read(token_source(path, "uint16" if kind == "bin" else None), tokenizer)
+    found = [ids for ids, _ in encoder.encode(documents)]
+    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert len({document.origin for document in documents}) == 3
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.bin"
+    np.array([5, 6, 40_000, 7], dtype=np.uint16).tofile(path)
+    message = message_of(token_source(path, "uint16"), tokenizer)
+    assert f"token 2 of {path} is 40,000" in message
+    assert f"ids 0 to {len(tokenizer) - 1}" in message
+    assert "does not say what its numbers are" in message_of(token_source(path), tokenizer)
+    monkeypatch.setattr("sparsify.mixture.token_files.MAX_DOCUMENT_TOKENS", 3)
+    np.array([5, 6, 8, 7], dtype=np.uint16).tofile(path)
+    message = message_of(token_source(path, "uint16"), tokenizer)
+    assert "without the end-of-sequence token" in message
+
+
+def message_of(source: SourceSection, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
     with pytest.raises(MixtureError) as caught:
-        list(read_documents("web", source))
+        list(read_documents("web", source, BadRows("web", 0.01), tokenizer=tokenizer))
     return str(caught.value)
 
 
 def test_a_pattern_without_a_match_is_named(tmp_path: Path) -> None:
-    pattern = str(tmp_path / "*.jsonl")
-    message = message_of(SourceSection(token_share=1.0, files=[pattern]))
-    assert f"Source 'web': no file matches {pattern!r}" in message
+    pattern = tmp_path / "*.jsonl"
+    message = message_of(files_of(pattern))
+    assert f"Source 'web': no file matches {str(pattern)!r}" in message
     assert "Correct mixture.sources.web.files." in message
-
-
-def test_a_missing_column_says_which_columns_there_are(write_jsonl: Callable[..., str]) -> None:
-    files = [write_jsonl([{"content": "x", "url": "y"}])]
-    message = message_of(SourceSection(token_share=1.0, files=files))
-    assert "row 1 has no column 'text'" in message
-    assert "Its columns: content, url." in message
-
-
-def test_a_column_of_another_type_is_refused(write_jsonl: Callable[..., str]) -> None:
-    files = [write_jsonl([{"text": ["a", "b"]}])]
-    assert "column 'text' of row 1 holds list, not text" in message_of(
-        SourceSection(token_share=1.0, files=files)
-    )
-
-
-def corrupt(path: Path) -> None:
-    if path.name.endswith(".gz"):
-        path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 1000)[:-20])
-    elif path.suffix == ".txt":
-        path.write_bytes(b"\xff\xfe\x00broken")
-    else:
-        path.write_bytes(b'{"text": "x"}\n{"text": \n')
-
-
-@pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.parquet", "a.arrow", "a.txt"]
-)
-def test_a_damaged_file_is_named(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    corrupt(path)
-    message = message_of(SourceSection(token_share=1.0, files=[str(path)]))
-    assert f"{path} of source 'web' cannot be read" in message
-    if name == "a.jsonl":
-        assert "line 2 is not JSON" in message
+    assert f"name its files: {tmp_path}/*.jsonl" in message_of(files_of(tmp_path))
 
 
 def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_text("x")
-    message = message_of(SourceSection(token_share=1.0, files=[str(tmp_path / "a.docx")]))
-    assert ".jsonl, .json, .csv, .parquet, .arrow, .txt" in message
+    message = message_of(files_of(tmp_path / "a.docx"))
+    assert ".jsonl .ndjson .json .csv .tsv .parquet .arrow .txt .text .md" in message
 
 
 def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n \n")
-    message = message_of(SourceSection(token_share=1.0, files=[str(tmp_path / "a.txt")]))
-    assert "Source 'web' holds no document." in message
+    assert "Source 'web' holds no document." in message_of(files_of(tmp_path / "a.txt"))
 
 
 def test_the_hub_out_of_reach_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,15 +260,10 @@ def test_the_hub_out_of_reach_is_the_users_to_mend(monkeypatch: pytest.MonkeyPat
     assert "hub_split" in message
 
 
-@pytest.mark.parametrize(("kind", "group"), [("code", "instruction"), ("questions", "pretraining")])
-def test_stdlib_text_in_the_wrong_group_is_refused(kind: str, group: str) -> None:
-    message = message_of(SourceSection(token_share=1.0, stdlib=kind, group=group))
-    assert f"stdlib: {kind} in group {group}" in message
-
-
 def test_stdlib_code_and_prose_share_origins() -> None:
     def documents(kind: str) -> list[Document]:
-        return list(islice(read_documents("stdlib", SourceSection(1.0, stdlib=kind)), 40))
+        source = SourceSection(token_share=1.0, stdlib=kind)
+        return list(islice(read_documents("stdlib", source, BadRows("stdlib", 0.0)), 40))
 
     code = documents("code")
     assert code == documents("code"), "the order is the same every time"
