@@ -84,9 +84,7 @@ def _train_step(session: Session) -> bool:
         engine.step()
     dist.all_reduce(loss_sums)
 
-    step = state.step + 1
-    drawn = session.reader.schedule.counts(step * recipe.training.batch_windows)
-    session.state = replace(state, step=step, seen_tokens=seen_tokens, drawn_windows=drawn)
+    session.state = replace(state, step=state.step + 1, seen_tokens=seen_tokens)
     norm = engine.get_global_grad_norm()  # None at ZeRO stage 0 in fp32
     session.telemetry.train(
         session.state.step,
@@ -185,6 +183,11 @@ def _validate(session: Session, label: str) -> None:
 def _save(session: Session) -> None:
     started = time.monotonic()
     reference = _reference(session)
+    # Counted only here: for shares without a short period it takes a moment, which no step should wait for.
+    drawn = session.reader.schedule.counts(
+        session.state.step * session.recipe.training.batch_windows
+    )
+    session.state = replace(session.state, drawn_windows=drawn)
     path = checkpoints.save(
         session.engine,
         session.state,
