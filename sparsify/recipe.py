@@ -49,7 +49,8 @@ class SourceSection:
     """One source of a mixture: where its text is, what it is, how much of the run it gets."""
 
     token_share: float = MISSING
-    """Share of all training tokens, over the whole mixture. The shares of a mixture sum to 1."""
+    """Share of all training tokens, over the whole mixture; the shares of a mixture sum to 1. Where the mixture sets
+    `instruction_token_share`, it may be the share within the group instead; then the shares of each group sum to 1."""
     group: str = "pretraining"
     """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
     max_epochs: float | None = None

@@ -175,7 +175,8 @@ class Ingesting:
             skip_documents=writer.read_documents,
         )
         self._batches = batches(documents)
-        self._batch = next(self._batches, None)
+        # The first step has nothing to tokenise while it reads.
+        self._batch: list[Document] | None = []
 
     def __exit__(
         self,
