@@ -20,7 +20,8 @@ from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.source import read_checkpoint
 from sparsify.errors import RecipeError, RunError
 from sparsify.files import storage_errors, write_json
-from sparsify.mixture.ingest import QUARANTINE_FILE, Ingest, bad_rows_of
+from sparsify.mixture.ingest import Ingest
+from sparsify.mixture.left_out import LeftOut
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.recipe import EXECUTION_SETTINGS, Recipe
 from sparsify.training.checkpoints import latest_checkpoint, read_state
@@ -86,9 +87,8 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
         launch(run, recipe.launch, feeder.check)
         feeder.wait_until(is_done)
     for source in open_sources(ingests).values():
-        bad_rows = bad_rows_of(source)
-        if bad_rows is not None and (bad_rows.num_bad_rows or bad_rows.duplicate_files):
-            say(f"{bad_rows.summary()}: {source.cache.folder / QUARANTINE_FILE}")
+        for note in LeftOut.of(source).notes:
+            say(note)
     lock = lock_of(recipe, open_sources(ingests))
     lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
     last = latest_checkpoint(run.checkpoints)
