@@ -13,6 +13,8 @@ from typing import Any
 from omegaconf import MISSING
 
 FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
+"""Not flash_attention_2: transformers tells documents apart there only when a forward pass has one window."""
 EXECUTION_SETTINGS = ("micro_batch_windows", "gradient_checkpointing")
 """Settings of `training` that change how a step is computed, but not which one: a run may go on with others."""
 
@@ -206,6 +208,9 @@ class EngineSection:
     offload_parameters_to_cpu: bool = False
     """ZeRO stage 3 only."""
     reduce_bucket_elements: int = 50_000_000
+    attention: str = "sdpa"
+    """One of ATTENTION_IMPLEMENTATIONS. Both keep the documents of a window apart; flex_attention skips what lies between
+    them instead of masking it, and trains on a GPU only."""
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 
 from sparsify.errors import RecipeError
 from sparsify.mixture_rules import check_mixture
-from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
+from sparsify.recipe import ATTENTION_IMPLEMENTATIONS, FFN_ACTIVATIONS, ModelSection, Recipe
 from sparsify.source_rules import check_choice
 
 
@@ -121,6 +121,7 @@ def _check_engine(recipe: Recipe) -> None:
     engine = recipe.engine
     if engine.zero_stage not in (0, 1, 2, 3):
         raise RecipeError(f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3.")
+    check_choice("engine.attention", engine.attention, ATTENTION_IMPLEMENTATIONS)
     if engine.zero_stage == 0 and recipe.training.precision == "bf16":
         raise RecipeError(
             "engine.zero_stage is 0 with training.precision=bf16.",

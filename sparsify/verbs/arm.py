@@ -26,6 +26,7 @@ from sparsify.mixture.lock import check_lock, differences, read_lock, with_deliv
 from sparsify.recipe import EXECUTION_SETTINGS, Recipe
 from sparsify.training.checkpoints import latest_checkpoint, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources
+from sparsify.training.engine import check_machine
 from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.launcher import launch
 from sparsify.training.run_folder import RunFolder
@@ -68,6 +69,7 @@ def _only_one(run: RunFolder) -> Iterator[None]:
 
 
 def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
+    check_machine(recipe)
     _open_run(recipe, run)
     if not run.initial.is_dir():
         converted = _convert(recipe, run.initial)
