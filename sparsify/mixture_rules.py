@@ -44,15 +44,19 @@ def check_mixture(mixture: MixtureSection) -> None:
 
 
 def _groups_sum_to_one(mixture: MixtureSection) -> bool:
-    totals: dict[str, float] = {}
+    groups: dict[str, list[float]] = {}
     for source in mixture.sources.values():
-        totals[source.group] = totals.get(source.group, 0.0) + source.token_share
-    return all(abs(total - 1.0) <= SHARE_TOLERANCE for total in totals.values())
+        groups.setdefault(source.group, []).append(source.token_share)
+    return all(_is_one(math.fsum(shares)) for shares in groups.values())
+
+
+def _is_one(total: float) -> bool:
+    return abs(total - 1.0) <= SHARE_TOLERANCE
 
 
 def _check_sum(what: str, shares: dict[str, float], hint: str) -> None:
     total = math.fsum(shares.values())
-    if abs(total - 1.0) > SHARE_TOLERANCE:
+    if not _is_one(total):
         listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
         raise RecipeError(
             f"{what} sum to {total:.6g}: {listed}.",

@@ -69,7 +69,7 @@ class SeenDocuments:
         self._files: list[_SortedFile] = []
         self._filter = _BloomFilter(num_documents)
         num_new = 0
-        for digests in self._logged():
+        for digests in _logged(folder, num_documents):
             new = digests[digests != DUPLICATE]
             num_new += len(new)
             self._filter.add(new)
@@ -99,7 +99,7 @@ class SeenDocuments:
             self._log.flush()
             del self._filter  # its memory is free before a larger one is made
             self._filter = _BloomFilter(self.num_documents + len(digests))
-            for logged in self._logged():
+            for logged in _logged(self._folder, self.num_documents):
                 self._filter.add(logged[logged != DUPLICATE])
         new = np.zeros(len(digests), dtype=np.bool_)
         new[np.unique(digests, return_index=True)[1]] = True
@@ -126,11 +126,6 @@ class SeenDocuments:
         for file in self._files:
             file.close()
 
-    def _logged(self) -> Iterator[Digests]:
-        path, block_bytes = self._folder / DIGESTS_FILE, BLOCK_DIGESTS * DIGEST_BYTES
-        for offset in range(0, self.num_documents * DIGEST_BYTES, block_bytes):
-            yield np.fromfile(path, dtype=np.uint64, count=BLOCK_DIGESTS, offset=offset)
-
     def _has(self, digest: int) -> bool:
         return digest in self._recent or any(file.has(digest) for file in self._files)
 
@@ -143,6 +138,23 @@ class SeenDocuments:
             file.close()
             file = merged
         self._files.append(file)
+
+
+def count_duplicates(folder: Path, num_documents: int) -> int | None:
+    """Documents among the first `num_documents` of a source whose content an earlier one has; None where none were sought."""
+    if not (folder / DIGESTS_FILE).is_file():
+        return None
+    return sum(
+        int(np.count_nonzero(digests == DUPLICATE)) for digests in _logged(folder, num_documents)
+    )
+
+
+def _logged(folder: Path, num_documents: int) -> Iterator[Digests]:
+    """What `digests.bin` says of the first documents, block by block: the file may be larger than memory."""
+    for start in range(0, num_documents, BLOCK_DIGESTS):
+        count = min(BLOCK_DIGESTS, num_documents - start)
+        offset = start * DIGEST_BYTES
+        yield np.fromfile(folder / DIGESTS_FILE, dtype=np.uint64, count=count, offset=offset)
 
 
 def _digest(document: Document) -> int:

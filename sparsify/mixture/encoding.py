@@ -84,8 +84,9 @@ class Encoder:
     def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """Tokens of each document and whether each of them carries loss as a target.
 
-        Tokenising begins at once, in a thread of its own; do something else before asking for the first document. One
-        batch must be asked for to its end before the next is begun with the same tokenizer.
+        Tokenising begins at once, in a thread of its own (only texts in pieces wait until they are asked for): do
+        something else before asking for the first document. One batch must be asked for to its end before the next is
+        begun with the same tokenizer.
 
         A pretraining document is [bos] + ids + [eos], where the tokenizer has a bos. An instruction document is its
         chat-template text in the same frame, without doubling what the template writes itself. One that the chat

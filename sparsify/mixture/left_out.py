@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from sparsify.mixture.contamination import REPORT_FILE, contamination_report
-from sparsify.mixture.duplicates import DIGESTS_FILE, DUPLICATE
+from sparsify.mixture.duplicates import count_duplicates
 from sparsify.mixture.ingest import QUARANTINE_FILE, bad_rows_of
 from sparsify.mixture.tokens import TokenizedSource
 
@@ -36,14 +35,11 @@ class LeftOut(BaseModel):
         bad_rows = bad_rows_of(source)
         if bad_rows is not None and (bad_rows.num_bad_rows or bad_rows.duplicate_files):
             notes.append(f"{bad_rows.summary()}: {folder / QUARANTINE_FILE}")
-        duplicates = None
-        if (folder / DIGESTS_FILE).is_file():
-            digests = np.fromfile(folder / DIGESTS_FILE, dtype=np.uint64, count=num_read)
-            duplicates = int(np.count_nonzero(digests == DUPLICATE))
-            if duplicates:
-                notes.append(
-                    f"{source.name}: {duplicates:,} of {num_read:,} documents are duplicates of earlier ones"
-                )
+        duplicates = count_duplicates(folder, num_read)
+        if duplicates:
+            notes.append(
+                f"{source.name}: {duplicates:,} of {num_read:,} documents are duplicates of earlier ones"
+            )
         report = contamination_report(folder, num_read)
         if report is not None and report.documents_left_out:
             notes.append(

@@ -88,10 +88,11 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
             say(f"Going on from step {step:,} of {recipe.num_steps:,}")
         launch(run, recipe.launch, feeder.check)
         feeder.wait_until(is_done)
-    for source in open_sources(ingests).values():
+    sources = open_sources(ingests)
+    for source in sources.values():
         for note in LeftOut.of(source).notes:
             say(note)
-    lock = lock_of(recipe, open_sources(ingests))
+    lock = lock_of(recipe, sources)
     lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
     last = latest_checkpoint(run.checkpoints)
     assert last is not None
