@@ -13,7 +13,7 @@ from sparsify.catalogue import compose_recipe, save_recipe
 from sparsify.mixture.lock import MixtureLock, SourceLock, write_lock
 from sparsify.mixture.plan import SourceSchedule
 from sparsify.mixture.shares import Shares
-from sparsify.recipe import token_shares
+from sparsify.recipe import Recipe, token_shares
 from sparsify.training.run_folder import RunFolder
 
 BUDGET = ("training.budget_tokens=20480", "optimizer.warmup_tokens=2048")
@@ -56,26 +56,7 @@ class Runs:
         counts = SourceSchedule(Shares.constant(shares)).counts(
             recipe.num_steps * recipe.training.batch_windows
         )
-        window_tokens = recipe.training.window_tokens
-        sources = {
-            source: SourceLock(
-                fingerprint=(fingerprints or {}).get(source, f"text of {source}"),
-                documents=100,
-                train_tokens=100_000,
-                held_out_tokens=8192,
-                token_share=share,
-                planned_tokens=counts[source] * window_tokens,
-                epochs=counts[source] * window_tokens / 100_000,
-            )
-            for source, share in shares.items()
-        }
-        lock = MixtureLock(
-            tokenizer_fingerprint="tokenizer",
-            window_tokens=window_tokens,
-            seed=recipe.training.seed,
-            sources=sources,
-        )
-        write_lock(lock, run.mixture_lock)
+        write_lock(_lock(recipe, shares, counts, fingerprints or {}), run.mixture_lock)
         dense = recipe.activation.ffn_activation == "swiglu"
         base = _validation(0, "base", dict.fromkeys(shares, 1.0), shares, 0.0)
         records = [] if dense else [base]
@@ -89,6 +70,33 @@ class Runs:
             records.append(_step(trained_tokens, tokens_per_second))
         run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
         return run.path
+
+
+def _lock(
+    recipe: Recipe,
+    shares: Mapping[str, float],
+    counts: Mapping[str, int],
+    fingerprints: Mapping[str, str],
+) -> MixtureLock:
+    window_tokens = recipe.training.window_tokens
+    sources = {
+        source: SourceLock(
+            fingerprint=fingerprints.get(source, f"text of {source}"),
+            documents=100,
+            train_tokens=100_000,
+            held_out_tokens=8192,
+            token_share=share,
+            planned_tokens=counts[source] * window_tokens,
+            epochs=counts[source] * window_tokens / 100_000,
+        )
+        for source, share in shares.items()
+    }
+    return MixtureLock(
+        tokenizer_fingerprint="tokenizer",
+        window_tokens=window_tokens,
+        seed=recipe.training.seed,
+        sources=sources,
+    )
 
 
 def _step(tokens: int, tokens_per_second: float) -> dict[str, object]:
