@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,12 @@ def _places(path: Path) -> RenderableType:
 def _next_commands(result: RunResult) -> RenderableType:
     path = result.run.path
     ratio = f"sparsify train {result.given} mixture.instruction_token_share=0.3"
-    commands = {
+    # `make quickstart` calls the command by its path, and the next one is typed by hand.
+    commands = {}
+    if sys.prefix != sys.base_prefix and shutil.which("sparsify") is None:
+        activate = Path(sys.prefix) / "bin" / "activate"
+        commands["put sparsify on your path"] = f"source {activate}"
+    commands |= {
         "another mixture ratio": ratio,
         "how sparse it is on your own text": f"sparsify report {path} --on YOUR_TEXT.txt",
         "a bundle to give away": f"sparsify export {path} --to my-sparse-model",
