@@ -12,9 +12,9 @@ from sparsify.sparsity.block_figures import (
     draw_experts,
     draw_firing_rates,
     draw_layers,
-    sorted_firing_rates,
 )
 from sparsify.sparsity.percent import percent
+from sparsify.sparsity.rows import sorted_firing_rates
 from sparsify.sparsity.schema import SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
 from sparsify.sparsity.themes import Theme
@@ -23,6 +23,12 @@ from sparsify.sparsity.training_figures import (
     draw_stages,
     draw_trajectory,
     layer_points,
+)
+from sparsify.sparsity.usage_figures import (
+    draw_causes,
+    draw_positions,
+    draw_sources,
+    draw_unions,
 )
 
 
@@ -80,6 +86,42 @@ def _firing_caption(report: SparsityReport, statistics: ActivationStatistics) ->
     )
 
 
+def _causes_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    causes = statistics.zero_causes()
+    return (
+        f"Of all neuron activations {percent(causes['gate_only'])} are zero because of the gate alone, "
+        f"{percent(causes['up_only'])} because of up alone, {percent(causes['both'])} because of both. An exact kernel that "
+        "computes the gate first skips up and down where the gate is zero, so the zeros of up alone only spare it down."
+    )
+
+
+def _sources_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    ends = sorted(report.sources, key=lambda source: source.product_zeros)
+    return (
+        f"From {percent(ends[0].product_zeros)} ({ends[0].source}) to {percent(ends[-1].product_zeros)} ({ends[-1].source}). "
+        "The bar behind a dot spans the layers from the least to the most sparse."
+    )
+
+
+def _positions_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    first = report.positions[0]
+    return (
+        f"A document's first token ({first.num_tokens:,} of them) has {percent(first.product_zeros)} zeros, all tokens together "
+        f"{percent(report.product_zeros)}. A document that goes on in another window starts there anew."
+    )
+
+
+def _unions_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    engine = report.engine
+    reuse = [percent(share) for share in engine.reuse]
+    return (
+        f"Skipping works neuron by neuron, so tokens that are computed together need the union of their neurons. "
+        f"Of the neurons that fire on a token, {reuse[0]} also fired on the token before and {reuse[-1]} on one of the five "
+        f"before. Alone, a token needs {percent(engine.perfect_predictor_ffn_bytes)} of its feed-forward weights if a "
+        f"predictor is perfect, and {percent(engine.gate_first_ffn_bytes)} with an exact kernel that reads the gate first."
+    )
+
+
 def _stages_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     return "Validation loss on the same held-out windows of the run's mixture, sources weighted by token share. Lower is better."
 
@@ -92,6 +134,10 @@ def _trajectory_caption(report: SparsityReport, statistics: ActivationStatistics
         if control
         else "No dense control was trained, so what the data alone would have changed is not known."
     )
+
+
+def _has_zeros(report: SparsityReport) -> bool:
+    return report.product_zeros > 0
 
 
 FIGURES = (
@@ -112,6 +158,21 @@ FIGURES = (
         lambda report: report.num_experts > 1,
         draw_experts,
     ),
+    ReportFigure("causes", "Which factor makes them", _causes_caption, _has_zeros, draw_causes),
+    ReportFigure(
+        "sources",
+        "Zeros by source",
+        _sources_caption,
+        lambda report: len(report.sources) > 1,
+        draw_sources,
+    ),
+    ReportFigure(
+        "positions",
+        "Zeros by position",
+        _positions_caption,
+        lambda report: len(report.positions) > 1,
+        draw_positions,
+    ),
     ReportFigure(
         "firing_rates",
         "Hot and cold neurons",
@@ -119,6 +180,7 @@ FIGURES = (
         lambda report: True,
         draw_firing_rates,
     ),
+    ReportFigure("unions", "What tokens share", _unions_caption, lambda report: True, draw_unions),
     ReportFigure(
         "trajectory",
         "How it got there",

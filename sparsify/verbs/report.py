@@ -37,7 +37,11 @@ def make_report(
     windows, text = _report_windows(loaded, on, num_tokens)
     say(f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in windows):,} tokens: {text}")
     report, statistics = measure(
-        loaded.model, (collate([window]) for window in windows), name=loaded.name, text=text
+        loaded.model,
+        (collate([window]) for window in windows),
+        name=loaded.name,
+        text=text,
+        sources=[window.source for window in windows],
     )
     report.command = " ".join(["sparsify", *sys.argv[1:]])
     if loaded.trained is not None:

@@ -61,7 +61,8 @@ def test_a_whole_report_of_a_mixture_of_experts(
     write_report(report, statistics, to)
 
     assert read_report(to) == report
-    figures = {"stages", "layers", "experts", "firing_rates", "trajectory", "layers_over_time"}
+    figures = {"stages", "layers", "experts", "causes", "positions", "firing_rates", "unions"}
+    figures |= {"trajectory", "layers_over_time"}
     assert {path.name for path in to.iterdir()} == {
         "report.json",
         "per_layer.csv",
@@ -99,7 +100,7 @@ def _assert_needs_no_other_file(page: str, num_figures: int) -> None:
 def test_dense_report_has_only_the_figures_that_apply(measured: Measured, tmp_path: Path) -> None:
     write_report(*measured, tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
-    _assert_needs_no_other_file(page, num_figures=2)
+    _assert_needs_no_other_file(page, num_figures=5)
     assert not (tmp_path / "report" / "experts.png").exists()
 
 
@@ -142,7 +143,7 @@ def test_missing_or_damaged_reports_are_user_errors(tmp_path: Path) -> None:
         read_report(tmp_path)
     for content in ("{", '{"schema_version": 99}'):
         (tmp_path / "report.json").write_text(content)
-        with pytest.raises(RunError, match="not a sparsity report of schema version 1"):
+        with pytest.raises(RunError, match="not a sparsity report of schema version 2"):
             read_report(tmp_path)
 
 
