@@ -44,6 +44,16 @@ def definitions(
         "over tokens with five tokens of their document before them.",
         "Co-activation gap": "Of the tokens on which a neuron fires, the share on which its most frequent partner fires minus "
         "the mean share of all partners; averaged over an even sample of each expert's neurons.",
+        "CETT": "Norm of the sum of the neuron outputs that are left out, divided by the norm of the block's output, averaged over "
+        "tokens (ReLU² Wins). A layer leaves out the neurons whose output norm |h| · ‖W_down column‖ does not exceed its "
+        "threshold; thresholds are searched until every layer has the target error on the inputs of the untouched model. "
+        "Experts are judged by their own outputs.",
+        "CETT-PPL-p%": "Zeros with such thresholds in all layers at once, at the highest CETT where the perplexity is at most p% "
+        "above that of the untouched model (Sparsing Law).",
+        "Top-k, threshold": "Top-k leaves out a share of every token's neurons of a block, those of the smallest |h| (TurboSparse, "
+        "table 3); the threshold leaves out every |h| below a fixed number of its layer.",
+        "Law of training": "Activation ratio (1 − zeros) against training tokens D of this run, Sparsing Law: exp(−c·D^α + b) + A0 for "
+        "ReLU-like activations, −c / D^α + A0 for SiLU. The band is that of the law, from the covariance of its coefficients.",
         "Active parameters": "What one token needs. Perfect predictor: gate, up and down of the neurons that fire, and no "
         "others. Gate first: the whole gate of the computed experts, up where the gate is not zero, down where the product is "
         "not. A tied head counts once, as the embedding.",

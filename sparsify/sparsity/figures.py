@@ -13,6 +13,7 @@ from sparsify.sparsity.block_figures import (
     draw_firing_rates,
     draw_layers,
 )
+from sparsify.sparsity.curve_figures import draw_cett, draw_perplexity
 from sparsify.sparsity.percent import percent
 from sparsify.sparsity.rows import sorted_firing_rates
 from sparsify.sparsity.schema import SparsityReport
@@ -20,6 +21,7 @@ from sparsify.sparsity.statistics import ActivationStatistics
 from sparsify.sparsity.themes import Theme
 from sparsify.sparsity.training_figures import (
     draw_layers_over_time,
+    draw_scaling,
     draw_stages,
     draw_trajectory,
     layer_points,
@@ -122,6 +124,46 @@ def _unions_caption(report: SparsityReport, statistics: ActivationStatistics) ->
     )
 
 
+def _cett_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    curves = report.curves
+    assert curves is not None
+    elbow = next(point for point in curves.cett if point.target == 0.2)
+    return (
+        f"Neurons that can be left out of a block while its output keeps within a relative error, on {curves.num_tokens:,} tokens. At "
+        f"0.2, where papers see the elbow, {percent(elbow.sparsity)}; with these thresholds in all layers at once the loss goes "
+        f"from {curves.loss:.3f} to {elbow.loss:.3f}."
+    )
+
+
+def _perplexity_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    curves = report.curves
+    assert curves is not None
+    found = "; ".join(
+        f"{'more than ' if point.is_limit else ''}{percent(point.sparsity)} at {point.percent}% more perplexity (CETT {point.cett:.3f})"
+        for point in curves.ppl
+    )
+    return (
+        f"What leaving activations out costs, on {curves.num_labels:,} predictions. CETT-PPL: {found}. "
+        "A model that already has more exact zeros than asked for loses nothing."
+    )
+
+
+def _scaling_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    fit = report.scaling
+    assert fit is not None
+    last = fit.predicted[-1]
+    law = (
+        f"exp(−{fit.c:.3g}·D^{fit.alpha:.3g} {fit.b:+.3g}) + {fit.limit:.4f}"
+        if fit.b is not None
+        else f"−{fit.c:.3g} / D^{fit.alpha:.3g} + {fit.limit:.4f}"
+    )
+    return (
+        f"Through {fit.num_points} checkpoints of this run, D in billions of tokens: A(D) = {law}. At {last.tokens:,} tokens it "
+        f"predicts {percent(1 - last.active)} zeros ({fit.confidence:.0%} band {percent(max(0.0, 1 - last.high))} to "
+        f"{percent(min(1.0, 1 - last.low))}). A run with another schedule or another learning rate follows another curve."
+    )
+
+
 def _stages_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     return "Validation loss on the same held-out windows of the run's mixture, sources weighted by token share. Lower is better."
 
@@ -182,11 +224,32 @@ FIGURES = (
     ),
     ReportFigure("unions", "What tokens share", _unions_caption, lambda report: True, draw_unions),
     ReportFigure(
+        "cett",
+        "How sparse it could be",
+        _cett_caption,
+        lambda report: report.curves is not None,
+        draw_cett,
+    ),
+    ReportFigure(
+        "perplexity",
+        "What leaving out more costs",
+        _perplexity_caption,
+        lambda report: report.curves is not None,
+        draw_perplexity,
+    ),
+    ReportFigure(
         "trajectory",
         "How it got there",
         _trajectory_caption,
         lambda report: report.trajectory is not None and len(report.trajectory.sparse) > 1,
         draw_trajectory,
+    ),
+    ReportFigure(
+        "scaling",
+        "Where it is going",
+        _scaling_caption,
+        lambda report: report.scaling is not None,
+        draw_scaling,
     ),
     ReportFigure(
         "layers_over_time",

@@ -22,7 +22,7 @@ from sparsify.sparsity.rows import (
     position_rows,
     source_rows,
 )
-from sparsify.sparsity.schema import SparsityReport
+from sparsify.sparsity.schema import Against, SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
 
 IGNORED_LABEL = -100
@@ -150,4 +150,17 @@ def _report(
         ),
         definitions=definitions(**facts, dead_rate_bound=statistics.firing_rate_bound()),
         **facts,
+    )
+
+
+def as_against(report: SparsityReport) -> Against:
+    """The part of a report that is set beside another model's."""
+    return Against(
+        model=report.model,
+        ffn_activation=report.ffn_activation,
+        loss=report.loss,
+        product_zeros=report.product_zeros,
+        layers=[row.product_zeros or 0.0 for row in report.layer_rows],
+        active_parameters=report.active_parameters,
+        curves=report.curves,
     )

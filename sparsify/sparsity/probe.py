@@ -54,6 +54,10 @@ class Observer(Protocol):
         """
 
 
+Editor = Callable[[int, int, torch.Tensor], torch.Tensor]
+"""(layer, expert, activations [rows, neurons]) to the activations that the model shall go on with."""
+
+
 class SparsityProbe:
     """Context manager that counts which neurons fire in every forward pass of a model.
 
@@ -64,6 +68,7 @@ class SparsityProbe:
     Args:
         model: A sparse model, or a module that wraps one.
         observers: Told of every activation that counts.
+        editor: Changes the activations, before they are counted and go on through the model.
 
     Raises:
         ValueError: If there is no sparse model in `model`.
@@ -75,9 +80,11 @@ class SparsityProbe:
         probe.statistics().zero_share()
     """
 
-    def __init__(self, model: nn.Module, *observers: Observer) -> None:
+    def __init__(
+        self, model: nn.Module, *observers: Observer, editor: Editor | None = None
+    ) -> None:
         self._model = _sparse_model(model)
-        self._observers = observers
+        self._observers, self._editor = observers, editor
         self._blocks = self._model.ffn_blocks()
         self._layers: list[ActivationStatistics | None] = [None] * len(self._model.model.layers)
         self._num_tokens = 0
@@ -188,20 +195,25 @@ class SparsityProbe:
         activation: FfnActivation,
         pre_activations: tuple[torch.Tensor, torch.Tensor],
         product: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor | None:
         if not self._in_forward:
-            return
+            return None
         expert, tokens = 0, torch.arange(len(self._positions), device=product.device)
         if self._calls:
             expert, tokens = self._calls.popleft()
         gate, up = (factor.flatten(0, -2) for factor in pre_activations)
+        shape = product.shape
         product = product.flatten(0, -2)
+        if self._editor is not None:
+            product = self._editor(layer, expert, product)
+        edited = None if self._editor is None else product.view(shape)
         with torch.no_grad():
             factors = [activation.gate_factor(gate), activation.up_factor(up), product]
             if self._token_mask is not None:
                 keep = self._token_mask.to(tokens.device)[tokens]
                 tokens, factors = tokens[keep], [factor[keep] for factor in factors]
             self._add(layer, expert, tokens, *factors)
+        return edited
 
     def _add(self, layer: int, expert: int, tokens: torch.Tensor, *factors: torch.Tensor) -> None:
         product = factors[-1]

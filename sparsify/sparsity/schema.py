@@ -141,6 +141,103 @@ class PublishedActive(_Section):
     """Zeros at which a perfect predictor would need as many as claimed."""
 
 
+class CettLayer(_Section):
+    """One layer with its own threshold on the norm of a neuron's output, judged on the untouched model's inputs."""
+
+    threshold: float
+    cett: float
+    sparsity: float
+
+
+class CettPoint(_Section):
+    """Thresholds of every layer at one target error."""
+
+    target: float
+    sparsity: float
+    """Mean of the layers' sparsities."""
+    loss: float
+    """With the thresholds at work in all layers at once; nats per token."""
+    edited_sparsity: float
+    """Zeros while they were."""
+    layers: list[CettLayer]
+
+
+class PplPoint(_Section):
+    """Highest CETT at which the perplexity has not risen by more than `percent` %."""
+
+    percent: int
+    cett: float
+    sparsity: float
+    loss: float
+    is_limit: bool
+    """Whether the perplexity had not risen that far at the highest CETT that was tried."""
+
+
+class SharePoint(_Section):
+    """A share of activations left out; a model with more exact zeros than that has nothing to leave out."""
+
+    share: float
+    sparsity: float
+    """Zeros after that."""
+    loss: float
+
+
+class Curves(_Section):
+    """Loss when small activations are left out, on a part of the text."""
+
+    num_tokens: int
+    num_labels: int
+    loss: float
+    """Of the untouched model."""
+    cett: list[CettPoint]
+    ppl: list[PplPoint]
+    top_k: list[SharePoint]
+    magnitude: list[SharePoint]
+
+
+class Against(_Section):
+    """Another model on the same windows."""
+
+    model: str
+    ffn_activation: str
+    loss: float
+    product_zeros: float
+    layers: list[float]
+    """Share of zero products of every layer."""
+    active_parameters: ActiveParameters
+    curves: Curves | None = None
+
+
+class ScalingPoint(_Section):
+    """The law at some number of training tokens."""
+
+    tokens: int
+    active: float
+    """Activation ratio, 1 - zeros."""
+    low: float
+    high: float
+    """Ends of the confidence band of the law itself, not of a single measurement."""
+
+
+class ScalingFit(_Section):
+    """Sparsing Law fitted to the checkpoints of this run; D in billions of training tokens."""
+
+    family: Literal["relu", "silu"]
+    """relu: exp(-c·D^alpha + b) + limit; silu: -c / D^alpha + limit."""
+    num_points: int
+    alpha: float
+    c: float
+    b: float | None
+    limit: float
+    """Activation ratio after unlimited training."""
+    residual: float
+    """Standard deviation of the checkpoints around the law."""
+    confidence: float
+    predicted: list[ScalingPoint]
+    """At 1, 2, 5 and 10 times the tokens seen."""
+    band: list[ScalingPoint]
+
+
 class Stage(_Section):
     """One model on the way, measured on the same text."""
 
@@ -201,8 +298,11 @@ class SparsityReport(_Section):
     active_parameters: ActiveParameters
     definitions: dict[str, str]
     """Term to meaning, as the page prints them."""
+    curves: Curves | None = None
+    against: Against | None = None
     stages: list[Stage] = Field(default_factory=list)
     trajectory: Trajectory | None = None
+    scaling: ScalingFit | None = None
     command: str | None = None
     """The command line that made the report."""
 

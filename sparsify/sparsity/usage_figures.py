@@ -96,9 +96,9 @@ def draw_unions(report: SparsityReport, statistics: ActivationStatistics, theme:
     tokens = np.array([chunk.num_tokens for chunk in chunks])
     figure = Figure(figsize=(WIDTH_INCHES, 3.6))
     axes = figure.add_subplot()
-    for name, label, colour, dashes in (
-        ("unrelated", "unrelated tokens (a batch)", theme.gate, "s--"),
-        ("consecutive", "consecutive tokens (a chunk)", theme.product, "o-"),
+    for name, label, colour, dashes, side in (
+        ("unrelated", "unrelated tokens (a batch)", theme.gate, "s--", 1),
+        ("consecutive", "consecutive tokens (a chunk)", theme.product, "o-", -1),
     ):
         values = np.array([getattr(chunk, name) for chunk in chunks], dtype=float)
         if not np.isnan(values).all():
@@ -107,16 +107,16 @@ def draw_unions(report: SparsityReport, statistics: ActivationStatistics, theme:
             axes.annotate(
                 percent(float(values[last])),
                 (tokens[last], values[last]),
-                (7, 0),
+                (7, 3 * side),
                 textcoords="offset points",
                 color=colour,
-                va="center",
+                va="bottom" if side > 0 else "top",
                 annotation_clip=False,
             )
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [str(number) for number in tokens])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="tokens together", ylim=(0, 1.03), ylabel="share of neurons that fire")
+    axes.set(xlabel="tokens together", ylim=(0, 1.06), ylabel="share of neurons that fire")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside upper left", ncols=2)
     return figure
