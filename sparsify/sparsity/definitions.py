@@ -53,7 +53,8 @@ def definitions(
         "Top-k, threshold": "Top-k leaves out a share of every token's neurons of a block, those of the smallest |h| (TurboSparse, "
         "table 3); the threshold leaves out every |h| below a fixed number of its layer.",
         "Law of training": "Activation ratio (1 − zeros) against training tokens D of this run, Sparsing Law: exp(−c·D^α + b) + A0 for "
-        "ReLU-like activations, −c / D^α + A0 for SiLU. The band is that of the law, from the covariance of its coefficients.",
+        "ReLU-like activations, −c / D^α + A0 for SiLU. The band is that of the law, from the covariance of its coefficients; where "
+        "too few validations determine a law none is shown.",
         "Active parameters": "What one token needs. Perfect predictor: gate, up and down of the neurons that fire, and no "
         "others. Gate first: the whole gate of the computed experts, up where the gate is not zero, down where the product is "
         "not. A tied head counts once, as the embedding.",

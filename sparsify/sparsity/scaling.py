@@ -30,6 +30,8 @@ BILLION = 1e9
 AHEAD = (1.0, 2.0, 5.0, 10.0)
 """Budgets to predict at, as multiples of the tokens seen."""
 BAND_POINTS = 40
+MAX_BAND_WIDTH = 1.0
+"""A band as wide as all ratios that there are says nothing, however well the curve goes through the points."""
 
 
 def family_of(ffn_activation: str) -> Family:
@@ -65,8 +67,8 @@ def fit_scaling(
         budget_tokens: A further budget to predict at.
 
     Returns:
-        None when there are not more distinct checkpoints than coefficients, or when no fit holds: a law with as many
-        coefficients as points fits everything and says nothing.
+        None when there are not more distinct checkpoints than coefficients (a law with as many coefficients as points fits
+        everything), when no fit converges, or when its band covers every ratio.
     """
     law, num_coefficients = (relu_law, 4) if family == "relu" else (silu_law, 3)
     order = np.argsort(tokens)
@@ -91,6 +93,9 @@ def fit_scaling(
             for d, a, w in zip(at, middle, widen * deviation, strict=True)
         ]
 
+    predicted = points(budgets)
+    if max(point.high - point.low for point in predicted) > MAX_BAND_WIDTH:
+        return None
     alpha = math.exp(coefficients[1])
     in_billions = (scale / BILLION) ** (-alpha if family == "relu" else alpha)
     return ScalingFit(
@@ -102,7 +107,7 @@ def fit_scaling(
         limit=float(coefficients[-1]),
         residual=math.sqrt(residual / freedom),
         confidence=CONFIDENCE,
-        predicted=points(budgets),
+        predicted=predicted,
         band=points(line),
     )
 
