@@ -31,6 +31,7 @@ class ConsecutiveStatistics:
         reused: Those of them that fired on at least one of the 1 to 5 tokens before, [layers, 5].
         together: Tokens on which two sampled neurons of an expert fired, [layers, experts, sample, sample]; on the
             diagonal, tokens on which one fired.
+        routed: Tokens that each expert computed, [layers, experts].
     """
 
     chunks: torch.Tensor
@@ -38,6 +39,7 @@ class ConsecutiveStatistics:
     fired: torch.Tensor
     reused: torch.Tensor
     together: torch.Tensor
+    routed: torch.Tensor
 
     @classmethod
     def empty(cls, num_layers: int, num_experts: int, num_neurons: int) -> Self:
@@ -49,6 +51,7 @@ class ConsecutiveStatistics:
             (num_layers,),
             (num_layers, len(REUSE_TOKENS)),
             (num_layers, num_experts, sample, sample),
+            (num_layers, num_experts),
         )
         return cls(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
 
@@ -86,17 +89,15 @@ class ConsecutiveStatistics:
         if sample < 2 or not fired.any():
             return float("nan"), float("nan")
         given = together / fired.unsqueeze(-1)
-        # Rates need no token count: with firings in place of rates the gap only has another unit.
-        alone = fired.unsqueeze(-2).expand_as(given).clone()
+        rates = fired / self.routed.unsqueeze(-1)
+        alone = rates.unsqueeze(-2).expand_as(given)
         itself = torch.eye(sample, dtype=torch.bool)
         gaps = []
         for values in (given, alone):
-            top = values.masked_fill(itself, 0).amax(-1)
-            mean = values.masked_fill(itself, 0).sum(-1) / (sample - 1)
-            gaps.append(top - mean)
-        tokens = self.chunks[0].double()
-        gaps[1] = gaps[1] / tokens
-        return tuple(float(gap[fired > 0].mean()) for gap in gaps)  # pyright: ignore[reportReturnType]
+            others = values.masked_fill(itself, 0)
+            gaps.append(others.amax(-1) - others.sum(-1) / (sample - 1))
+        together_gap, alone_gap = (float(gap[fired > 0].mean()) for gap in gaps)
+        return together_gap, alone_gap
 
 
 class ConsecutiveObserver:
@@ -142,6 +143,7 @@ class ConsecutiveObserver:
         sampled = fired[tokens][:, self._sample.to(fired.device)].float()
         pairs = (sampled.T @ sampled).cpu().long()
         self.statistics.together[layer, expert] += pairs
+        self.statistics.routed[layer, expert] += len(tokens)
         fired = fired.view(batch, length, -1)
         self._add_reuse(layer, fired)
         self._add_chunks(layer, fired)

@@ -139,7 +139,7 @@ def test_gap_is_that_of_partners_and_none_without_them() -> None:
     for fired, gap in ((torch.cat([leaders, leaders], 1), 0.75 * 6 / 7), (strangers, 0.0)):
         counts = ConsecutiveStatistics.empty(1, 1, 8)
         counts.together[0, 0] = fired.T.double().matmul(fired.double()).long()
-        counts.chunks[0] = num_tokens
+        counts.routed[:] = num_tokens
         measured, independent = counts.coactivation_gap()
         assert measured == pytest.approx(gap, abs=0.03)
         assert independent == pytest.approx(0.0, abs=0.03)
