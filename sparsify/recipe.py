@@ -193,6 +193,8 @@ class EvalSection:
     validation_windows_per_source: int = 16
     report_tokens: int = 32_768
     """Held-out tokens that the sparsity report rests on."""
+    report_curve_tokens: int = 0
+    """Of these, tokens for CETT, CETT-PPL and top-k curves, which need about 35 passes over them; 0 leaves the curves out."""
     sample_prompts: list[str] = field(default_factory=list)
     """Pretraining-style prompts that the exported checkpoint continues in a fresh process."""
     sample_tokens: int = 48

@@ -56,6 +56,11 @@ def _check_numbers(recipe: Recipe) -> None:
         "launch.processes": recipe.launch.processes,
         "launch.ingest_processes": recipe.launch.ingest_processes,
     }
+    if not 0 <= recipe.eval.report_curve_tokens <= recipe.eval.report_tokens:
+        raise RecipeError(
+            f"eval.report_curve_tokens is {recipe.eval.report_curve_tokens}.",
+            allowed=f"Allowed: 0 (no curves) to eval.report_tokens ({recipe.eval.report_tokens}).",
+        )
     if recipe.launch.threads_per_process is not None:
         positive["launch.threads_per_process"] = recipe.launch.threads_per_process
     for key, value in positive.items():

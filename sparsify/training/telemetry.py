@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from sparsify.files import write_text
 from sparsify.recipe import Recipe
+from sparsify.sparsity.alarms import LayerAlarms
+from sparsify.training.history import read_lines
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.validation import Validation
 
@@ -35,6 +37,7 @@ class Telemetry:
         self._started = self._last_line = time.monotonic()
         self._first_tokens = first_step * recipe.step_tokens
         self._zeros: float | None = None
+        self._alarms = LayerAlarms()
         self._console = Console(highlight=False)
         self._progress: Progress | None = None
         self._wandb: Any = None
@@ -42,6 +45,8 @@ class Telemetry:
             return
         for path in (run.metrics, run.sparsity):
             drop_lines_after(path, first_step)
+        for record in read_lines(run.sparsity):
+            self._alarms.check(record["layers"])  # said before the interruption
         if recipe.tracking.wandb != "disabled":
             self._wandb = _start_wandb(recipe, run)
         if self._console.is_terminal:
@@ -102,11 +107,14 @@ class Telemetry:
         losses = {"loss": result.loss, "sources": result.losses, "zeros": self._zeros}
         losses["source_zeros"] = result.zeros
         self._append(self._run.metrics, {"kind": "validation", **where, **losses})
-        self._append(self._run.sparsity, where | summary)
+        alarms = self._alarms.check(result.statistics.layer_zero_shares())
+        self._append(self._run.sparsity, where | summary | {"alarms": alarms})
         parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())
         self._say(
             f"validation {label.replace('_', ' ')}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}"
         )
+        for alarm in alarms:
+            self._say(f"[bold red]Alarm[/bold red] {alarm}")
 
     def saved(self, checkpoint: Path, seconds: float) -> None:
         """Says that a checkpoint is on disk."""

@@ -69,7 +69,14 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, say: Say, *, anew: bool)
     """Report and export of a trained run; reused when nothing was trained since."""
     samples_path = run.path / "samples.json"
     if anew or not run.report.is_dir():
-        report, _ = make_report(str(run.path), None, recipe.eval.report_tokens, run.report, say)
+        report, _ = make_report(
+            str(run.path),
+            None,
+            recipe.eval.report_tokens,
+            run.report,
+            say,
+            curve_tokens=recipe.eval.report_curve_tokens,
+        )
     else:
         report = read_report(run.report)
     if anew or not run.export.is_dir() or not samples_path.is_file():
