@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
+ON_BAD_STEP = ("skip", "rollback", "stop")
 EXECUTION_SETTINGS = ("micro_batch_windows", "gradient_checkpointing")
 """Settings of `training` that change how a step is computed, but not which one: a run may go on with others."""
 
@@ -170,6 +171,25 @@ class OptimizerSection:
 
 
 @dataclass
+class StabilitySection:
+    """What to do about a bad step: one whose loss or gradient is NaN or infinite, or whose loss is a spike.
+
+    A bad step never changes weights or Adam's moments. Its windows count as seen; metrics.jsonl names them.
+    """
+
+    on_bad_step: str = "skip"
+    """`skip` goes on with the next batch; `rollback` also takes back every step since the last checkpoint and leaves their
+    windows out; `stop` saves the state from before the step and ends the run with a report."""
+    spike_deviations: float | None = 8.0
+    """A loss is a spike when it lies this many robust standard deviations above what the recent losses of its sources let
+    expect; null judges NaN and infinity only."""
+    recent_steps: int = 64
+    """Steps that a loss is judged by. A source is judged from a quarter of them on."""
+    max_bad_steps: int = 8
+    """More bad steps than this among the recent ones stop the run with a report."""
+
+
+@dataclass
 class CheckpointSection:
     """When to save, and how much of it to keep."""
 
@@ -253,6 +273,7 @@ class Recipe:
     mixture: MixtureSection = field(default_factory=MixtureSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    stability: StabilitySection = field(default_factory=StabilitySection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     eval: EvalSection = field(default_factory=EvalSection)
     engine: EngineSection = field(default_factory=EngineSection)

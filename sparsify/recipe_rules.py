@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from sparsify.errors import RecipeError
 from sparsify.mixture_rules import check_mixture
-from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
+from sparsify.recipe import FFN_ACTIVATIONS, ON_BAD_STEP, ModelSection, Recipe
 from sparsify.source_rules import check_choice
 
 
@@ -35,6 +36,7 @@ def _check_choices(recipe: Recipe) -> None:
     if recipe.control.ffn_activation is not None:
         check_choice("control.ffn_activation", recipe.control.ffn_activation, FFN_ACTIVATIONS)
     check_choice("model.init", recipe.model.init, ("pretrained", "random"))
+    check_choice("stability.on_bad_step", recipe.stability.on_bad_step, ON_BAD_STEP)
     check_choice("training.precision", recipe.training.precision, ("bf16", "fp32"))
     check_choice("tracking.wandb", recipe.tracking.wandb, ("disabled", "offline", "online"))
 
@@ -56,11 +58,21 @@ def _check_numbers(recipe: Recipe) -> None:
         "launch.processes": recipe.launch.processes,
         "launch.ingest_processes": recipe.launch.ingest_processes,
     }
+    positive |= {
+        f"stability.{key}": value
+        for key, value in asdict(recipe.stability).items()
+        if key != "on_bad_step" and value is not None
+    }
     if recipe.launch.threads_per_process is not None:
         positive["launch.threads_per_process"] = recipe.launch.threads_per_process
     for key, value in positive.items():
         if not value > 0 or not math.isfinite(value):
             raise RecipeError(f"{key} is {value}.", allowed="It must be above 0.")
+    if not recipe.stability.max_bad_steps < recipe.stability.recent_steps:
+        raise RecipeError(
+            f"stability.max_bad_steps is {recipe.stability.max_bad_steps}, which would never be reached.",
+            allowed=f"It must be below stability.recent_steps ({recipe.stability.recent_steps}).",
+        )
     if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
         raise RecipeError(
             f"optimizer.final_learning_rate is {optimizer.final_learning_rate}.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from sparsify.files import write_text
 from sparsify.recipe import Recipe
 from sparsify.training.run_folder import RunFolder
+from sparsify.training.stability import BadStep
 from sparsify.training.validation import Validation
 
 LINE_EVERY_SECONDS = 5.0
@@ -84,6 +86,32 @@ class Telemetry:
         elif now - self._last_line >= LINE_EVERY_SECONDS or step == self._recipe.num_steps:
             self._last_line = now
             self._console.print(line, soft_wrap=True)
+
+    def bad_step(self, bad: BadStep, seen_tokens: int, policy: str) -> None:
+        """Records a step that did not go into the weights.
+
+        Args:
+            bad: What was wrong with it.
+            seen_tokens: Training tokens seen, its own among them.
+            policy: What the run does about it.
+        """
+        if self._silent:
+            return
+        record = {"kind": "bad_step", "step": bad.step, "tokens": seen_tokens}
+        self._append(self._run.metrics, record | asdict(bad) | {"policy": policy})
+        self._say(f"{bad.sentence()}; on_bad_step={policy}")
+
+    def rolled_back(
+        self, step: int, seen_tokens: int, to_step: int, windows: tuple[int, int]
+    ) -> None:
+        """Records that weights and optimiser are again those of a checkpoint, and which windows were left out by that."""
+        if self._silent:
+            return
+        record = {"kind": "rollback", "step": step, "tokens": seen_tokens, "to_step": to_step}
+        self._append(self._run.metrics, record | {"windows": windows})
+        self._say(
+            f"rolled back to the weights of step {to_step:,}; windows {windows[0]}–{windows[1]} are left out"
+        )
 
     def validation(self, step: int, seen_tokens: int, result: Validation, label: str) -> None:
         """Records one validation pass.
