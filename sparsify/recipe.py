@@ -152,6 +152,8 @@ class TrainingSection:
     precision: str = "bf16"
     """`bf16` (with fp32 master weights; needs ZeRO stage 1 or above) or `fp32`."""
     gradient_checkpointing: bool = False
+    router_aux_loss_coefficient: float | None = None
+    """Weight of a Mixtral's load-balancing loss; null takes the checkpoint's own."""
     seed: int = 1
 
 
@@ -187,6 +189,10 @@ class StabilitySection:
     """Steps that a loss is judged by. A source is judged from a quarter of them on."""
     max_bad_steps: int = 8
     """More bad steps than this among the recent ones stop the run with a report."""
+    starving_expert_load: float = 0.1
+    """A Mixtral's expert starves when it gets less than this part of an even share of its layer's tokens …"""
+    starving_expert_steps: int = 100
+    """… for so many steps in a row: then an alarm names it, once."""
 
 
 @dataclass
@@ -232,13 +238,24 @@ class LaunchSection:
     """On what to run; none of it changes what is trained."""
 
     processes: int = 1
-    """Training processes on this machine, one GPU each where there are GPUs."""
+    """Training processes on each machine, one GPU each where there are GPUs."""
+    nodes: int = 1
+    """Machines. Each is given the same command but for `node_rank`, and sees the same `run_dir` and `cache_dir`."""
+    node_rank: int = 0
+    """Which of them this is, from 0. Node 0 resolves the recipe, converts and tokenises; the others follow it."""
+    rendezvous: str | None = None
+    """HOST:PORT of node 0, where several nodes meet."""
     threads_per_process: int | None = None
     """CPU threads of each process; the machine's cores shared evenly unless given."""
     ingest_processes: int = 1
     """Processes that tokenise ahead of training, as long as there is something left to tokenise."""
     accept_changed_data: bool = False
     """Go on with a run although its text or its tokenizer changed since it began; the lock records it."""
+
+    @property
+    def total_processes(self) -> int:
+        """Ranks over all machines."""
+        return self.nodes * self.processes
 
 
 @dataclass
@@ -292,7 +309,7 @@ class Recipe:
     @property
     def accumulation_steps(self) -> int:
         return self.training.batch_windows // (
-            self.training.micro_batch_windows * self.launch.processes
+            self.training.micro_batch_windows * self.launch.total_processes
         )
 
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from sparsify.errors import RecipeError
 from sparsify.mixture_rules import check_mixture
-from sparsify.recipe import FFN_ACTIVATIONS, ON_BAD_STEP, ModelSection, Recipe
+from sparsify.recipe import FFN_ACTIVATIONS, ON_BAD_STEP, LaunchSection, ModelSection, Recipe
 from sparsify.source_rules import check_choice
 
 
@@ -25,6 +25,7 @@ def validate(recipe: Recipe) -> Recipe:
     _check_model(recipe.model)
     _check_batch(recipe)
     _check_engine(recipe)
+    _check_nodes(recipe.launch)
     check_mixture(recipe.mixture)
     if recipe.control.ffn_activation == recipe.activation.ffn_activation:
         recipe.control.ffn_activation = None
@@ -56,6 +57,7 @@ def _check_numbers(recipe: Recipe) -> None:
         "eval.validation_windows_per_source": recipe.eval.validation_windows_per_source,
         "eval.report_tokens": recipe.eval.report_tokens,
         "launch.processes": recipe.launch.processes,
+        "launch.nodes": recipe.launch.nodes,
         "launch.ingest_processes": recipe.launch.ingest_processes,
     }
     positive |= {
@@ -72,6 +74,12 @@ def _check_numbers(recipe: Recipe) -> None:
         raise RecipeError(
             f"stability.max_bad_steps is {recipe.stability.max_bad_steps}, which would never be reached.",
             allowed=f"It must be below stability.recent_steps ({recipe.stability.recent_steps}).",
+        )
+    coefficient = training.router_aux_loss_coefficient
+    if coefficient is not None and not 0 <= coefficient < math.inf:
+        raise RecipeError(
+            f"training.router_aux_loss_coefficient is {coefficient}.",
+            allowed="0 or above; null takes the checkpoint's own.",
         )
     if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
         raise RecipeError(
@@ -112,12 +120,13 @@ def _check_model(model: ModelSection) -> None:
 
 def _check_batch(recipe: Recipe) -> None:
     training = recipe.training
-    per_forward = training.micro_batch_windows * recipe.launch.processes
+    processes = recipe.launch.total_processes
+    per_forward = training.micro_batch_windows * processes
     if training.batch_windows % per_forward:
         raise RecipeError(
-            f"training.batch_windows is {training.batch_windows}, which {recipe.launch.processes} process(es) of "
+            f"training.batch_windows is {training.batch_windows}, which {processes} process(es) of "
             f"{training.micro_batch_windows} window(s) cannot share evenly.",
-            allowed="It must be a multiple of launch.processes x training.micro_batch_windows "
+            allowed="It must be a multiple of launch.nodes x launch.processes x training.micro_batch_windows "
             f"({per_forward}).",
             next_step=f"Set training.batch_windows={max(1, training.batch_windows // per_forward) * per_forward}, "
             "or a smaller training.micro_batch_windows.",
@@ -126,6 +135,26 @@ def _check_batch(recipe: Recipe) -> None:
         raise RecipeError(
             f"training.budget_tokens is {training.budget_tokens}, less than one step.",
             allowed=f"One step is batch_windows x window_tokens = {recipe.step_tokens} tokens.",
+        )
+
+
+def _check_nodes(launch: LaunchSection) -> None:
+    if not 0 <= launch.node_rank < launch.nodes:
+        raise RecipeError(
+            f"launch.node_rank is {launch.node_rank} of launch.nodes={launch.nodes}.",
+            allowed=f"Allowed: 0 to {launch.nodes - 1}.",
+        )
+    host, _, port = (launch.rendezvous or "").rpartition(":")
+    if launch.nodes == 1 and launch.rendezvous is not None:
+        raise RecipeError(
+            f"launch.rendezvous={launch.rendezvous} would be ignored: launch.nodes is 1.",
+            next_step="Set launch.nodes, or leave out launch.rendezvous.",
+        )
+    if launch.nodes > 1 and not (host and port.isdigit()):
+        raise RecipeError(
+            f"launch.nodes is {launch.nodes}, and launch.rendezvous is {launch.rendezvous}.",
+            allowed="HOST:PORT of node 0, the same for every node.",
+            next_step="Set launch.rendezvous, such as node0.cluster:29400.",
         )
 
 

@@ -47,6 +47,8 @@ class TrainingState:
     """Loss of each source at the newest steps, None where a step was bad: what the next step is judged by."""
     left_out_windows: list[list[int]] = field(default_factory=list)
     """First and last window of each range that did not go into the weights, because its steps were bad or taken back."""
+    hungry_steps: list[list[int]] = field(default_factory=list)
+    """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
 
 
 def checkpoint_name(step: int) -> str:

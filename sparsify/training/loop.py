@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import TrainingState
 from sparsify.training.engine import set_learning_rate
+from sparsify.training.router import RouterMeter, aux_loss_coefficient, hungry_steps, is_routed
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.schedule import learning_rate
 from sparsify.training.stability import (
@@ -100,7 +101,12 @@ def _train_step(session: Session) -> bool:
     ]
     by_source = dict(zip(session.reader.names, num_labels.tolist(), strict=True))
     rule = spike_rule(recipe.stability, state.recent_losses, by_source)
-    window_losses = _accumulate_all(session, batches, sources, int(num_labels.sum()), rule)
+    routers = (
+        RouterMeter(engine.module.config, engine.device)
+        if is_routed(engine.module.config)
+        else None
+    )
+    window_losses = _accumulate_all(session, batches, sources, int(num_labels.sum()), rule, routers)
     norm, applied = finish_step(engine)
 
     losses = window_losses.tolist()
@@ -123,8 +129,20 @@ def _train_step(session: Session) -> bool:
         by_source,
         learning_rate=rate,
         gradient_norm=norm,
+        **({} if routers is None else {"router": _watch_routers(session, routers)}),
     )
     return stopping
+
+
+def _watch_routers(session: Session, routers: RouterMeter) -> dict[str, Any]:
+    """Raises the alarm for experts that starve. Returns what the step's line says of the routers."""
+    state, record = session.state, routers.reduce()
+    hungry, starving = hungry_steps(session.recipe.stability, state.hungry_steps, record.load)
+    session.state = replace(state, hungry_steps=hungry)
+    for layer, expert in starving:
+        load = record.load[layer][expert]
+        session.telemetry.starving(state.step, state.seen_tokens, layer, expert, load)
+    return asdict(record)
 
 
 def _wait_for_data(session: Session) -> bool:
@@ -168,6 +186,7 @@ def _accumulate_all(
     sources: list[str],
     num_labels: int,
     rule: SpikeRule | None,
+    routers: RouterMeter | None,
 ) -> torch.Tensor:
     """Forward and backward of the global batch, up to the last micro-batch's step.
 
@@ -178,7 +197,7 @@ def _accumulate_all(
     rank, world = dist.get_rank(), dist.get_world_size()
     losses = torch.zeros(len(sources), dtype=torch.float64, device=engine.device)
     for index, batch in enumerate(batches):
-        loss, by_window = _forward(session, batch, num_labels)
+        loss, by_window = _forward(session, batch, num_labels, routers)
         place = (index * world + rank) * size
         losses[place : place + size] = by_window.detach()
         last = index == len(batches) - 1
@@ -191,15 +210,16 @@ def _accumulate_all(
     return losses
 
 
-def _forward(session: Session, batch: Batch, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _forward(
+    session: Session, batch: Batch, num_labels: int, routers: RouterMeter | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss of one micro-batch, and the summed cross-entropy of each of its windows. [] and [windows]
 
     Every label of the global batch weighs the same: DeepSpeed averages gradients over ranks, so the sum over this rank's labels
     is scaled by ranks / labels.
     """
     engine = session.engine
-    routed = hasattr(engine.module.config, "num_local_experts")
-    options = {"output_router_logits": True} if routed else {}
+    options = {} if routers is None else {"output_router_logits": True}
     tensors = {key: value.to(engine.device) for key, value in batch.tensors.items()}
     output = engine(
         input_ids=tensors["input_ids"],
@@ -209,8 +229,9 @@ def _forward(session: Session, batch: Batch, num_labels: int) -> tuple[torch.Ten
     )
     by_window = window_losses(output.logits, tensors["labels"])
     loss = by_window.sum() * dist.get_world_size() / max(num_labels, 1)
-    if routed:
-        coefficient = engine.module.config.router_aux_loss_coef
+    if routers is not None:
+        routers.add(output.router_logits, output.aux_loss)
+        coefficient = aux_loss_coefficient(session.recipe, engine.module.config)
         loss = loss + coefficient * output.aux_loss / session.recipe.accumulation_steps
     return loss, by_window
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,11 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.catalogue import save_recipe
-from sparsify.recipe import StabilitySection
-from sparsify.training.run_folder import RunFolder
+from sparsify.recipe import Recipe, StabilitySection
 from sparsify.training.stability import find_bad, judgement, spike_rule, with_range
 from tests.conftest import Setup
+from tests.ranks import prepare_run, records, run_ranks
 
 pytestmark = pytest.mark.xdist_group("runs")
 
@@ -50,42 +44,21 @@ def found(meet: Callable[[list[str]], Found]) -> Found:
 
 def _meet(cases: list[str], whole: Path, root: Path) -> Found:
     for case in cases:
-        policy, stage, dtype = case.split("-")
-        run = RunFolder(root / case)
-        shutil.copytree(whole / "initial", run.initial)
-        shutil.copy(whole / "mixture.lock.json", run.mixture_lock)
-        recipe = RunFolder(whole).load_recipe()
-        recipe.run_dir, recipe.launch.processes = str(run.path), 2
-        recipe.engine.zero_stage, recipe.training.precision = int(stage), dtype
-        recipe.stability.on_bad_step = "skip" if policy == "never" else policy
-        recipe.stability.recent_steps, recipe.stability.max_bad_steps = 8, 4
-        recipe.checkpoint.keep_last = 9
-        recipe.checkpoint.every_tokens = 3 * recipe.step_tokens
-        recipe.eval.every_tokens = 8 * recipe.step_tokens
-        recipe.tracking.wandb = "disabled"
-        save_recipe(recipe, run.recipe)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    place |= {"LOCAL_RANK": "0", "LOCAL_SIZE": "2", "DS_ACCELERATOR": "cpu"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), *(str(root / case) for case in cases)],
-            env=os.environ | place | {"RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(said)[-6000:]
-    answers = [json.loads(line[6:]) for line in said[0].splitlines() if line.startswith("FOUND ")]
-    for case in cases:
-        metrics = (root / case / "metrics.jsonl").read_text().splitlines()
-        answers[cases.index(case)][0]["metrics"] = [json.loads(line) for line in metrics]
+        prepare_run(whole, root / case, partial(_change, case=case))
+    answers = run_ranks(PROGRAM, [str(root / case) for case in cases])
+    for case, ranks in zip(cases, answers, strict=True):
+        ranks[0]["metrics"] = records(root / case)
     return dict(zip(cases, answers, strict=True))
+
+
+def _change(recipe: Recipe, case: str) -> None:
+    policy, stage, dtype = case.split("-")
+    recipe.engine.zero_stage, recipe.training.precision = int(stage), dtype
+    recipe.stability.on_bad_step = "skip" if policy == "never" else policy
+    recipe.stability.recent_steps, recipe.stability.max_bad_steps = 8, 4
+    recipe.checkpoint.keep_last = 9
+    recipe.checkpoint.every_tokens = 3 * recipe.step_tokens
+    recipe.eval.every_tokens = 8 * recipe.step_tokens
 
 
 @pytest.mark.parametrize(("stage", "dtype"), ENGINES)
@@ -105,17 +78,17 @@ def test_other_engines_do_the_same(meet: Callable[[list[str]], Found]) -> None:
 def _check_skipped(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["same"] and rank["trains_on"] for rank in ranks)
     assert all(rank["state"] == [[24, 47]] for rank in ranks)
-    records = [record for record in ranks[0]["metrics"] if record["kind"] == "bad_step"]
-    assert [record["step"] for record in records] == [4, 5, 6]
-    assert [record["reason"] for record in records] == [
+    lines = [record for record in ranks[0]["metrics"] if record["kind"] == "bad_step"]
+    assert [record["step"] for record in lines] == [4, 5, 6]
+    assert [record["reason"] for record in lines] == [
         "loss_not_finite",
         "gradient_not_finite",
         "spike",
     ]
     # Rank 1 holds windows 2, 3, 6 and 7 of each batch of eight.
-    assert sorted(chain(*records[0]["suspects"].values())) == [26, 27, 30, 31]
-    assert records[1]["windows"] == [32, 39]
-    assert set(chain(*records[2]["suspects"].values())) <= {42, 43, 46, 47}
+    assert sorted(chain(*lines[0]["suspects"].values())) == [26, 27, 30, 31]
+    assert lines[1]["windows"] == [32, 39]
+    assert set(chain(*lines[2]["suspects"].values())) <= {42, 43, 46, 47}
     trained = [record["step"] for record in ranks[0]["metrics"] if record["kind"] == "train"]
     assert trained == [1, 2, 3, 7]
 
@@ -136,8 +109,8 @@ def test_rollback_goes_on_behind_the_bad_step_with_the_checkpoint_s_weights(foun
 def _check_rolled_back(ranks: list[dict[str, Any]]) -> None:
     assert all(rank["state"] == [[24, 39]] and "error" not in rank for rank in ranks)
     assert all(rank["resumed"] for rank in ranks)
-    records = {record["kind"]: record for record in ranks[0]["metrics"]}
-    assert records["rollback"] | {"kind": ""} == {
+    lines = {record["kind"]: record for record in ranks[0]["metrics"]}
+    assert lines["rollback"] | {"kind": ""} == {
         "kind": "",
         "step": 5,
         "tokens": 5 * 512,
