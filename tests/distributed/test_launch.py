@@ -68,6 +68,7 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(
     assert "Connection" not in said  # rank 0's noise
 
 
+@pytest.mark.slow
 def test_two_nodes_train_what_two_processes_train(
     command: Command, finished: Callable[[Setup], tuple[Path, dict]]
 ) -> None:

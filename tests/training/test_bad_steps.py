@@ -21,8 +21,8 @@ from tests.ranks import prepare_run, records, run_ranks
 
 pytestmark = pytest.mark.xdist_group("runs")
 
-ENGINES = [(0, "fp32"), (1, "bf16"), (3, "bf16")]
-OTHER_ENGINES = [(1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")]
+ENGINES = [(0, "fp32"), (3, "bf16")]
+OTHER_ENGINES = [(1, "bf16"), (1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")]
 Found = dict[str, list[dict[str, Any]]]
 PROGRAM = Path(__file__).with_name("bad_step_program.py")
 
