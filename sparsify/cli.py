@@ -185,6 +185,8 @@ def train(
 
     for choice in catalogue.sweep(overrides or []) if multirun else [overrides or []]:
         result = run_recipe(recipe, choice, say)
+        if result is None:
+            continue  # node 0 shows it
         if as_json:
             console.print_json(json.dumps(display.run_record(result)))
         else:
