@@ -21,7 +21,7 @@ from tests.ranks import prepare_run, records
 
 pytestmark = pytest.mark.xdist_group("runs")
 
-MOST_SECONDS = 5
+MOST_SECONDS = 20  # half an hour is what the process group itself would wait
 DYING_RANK = """
 import os, sys, time
 if os.environ.get("RANK") == "1" and "sparsify.training.worker" in sys.orig_argv:
@@ -118,6 +118,6 @@ def test_nodes_that_were_given_other_numbers_are_told(command: Command, tmp_path
     other.close()
     started = time.monotonic()
     first.close()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < MOST_SECONDS
     with pytest.raises(UserError, match="cannot serve launch"):
         Nodes(LaunchSection(processes=2, nodes=2, rendezvous=place))
