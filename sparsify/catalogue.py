@@ -35,6 +35,7 @@ NEUTRAL_OVERRIDES = (
     "name=",
     "launch.",
     "tracking.",
+    "stability.",
     "checkpoint.",
     "eval.",
     "eval=",
