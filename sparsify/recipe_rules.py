@@ -6,7 +6,7 @@ import math
 
 from sparsify.errors import RecipeError
 from sparsify.mixture_rules import check_mixture
-from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
+from sparsify.recipe import AUTO_STAGE, FFN_ACTIVATIONS, ModelSection, Recipe
 from sparsify.source_rules import check_choice
 
 
@@ -99,12 +99,13 @@ def _check_model(model: ModelSection) -> None:
 
 
 def _check_batch(recipe: Recipe) -> None:
-    training = recipe.training
-    per_forward = training.micro_batch_windows * recipe.launch.processes
+    training, engine = recipe.training, recipe.engine
+    replaced = engine.zero_stage == AUTO_STAGE and engine.auto_micro_batch
+    per_forward = recipe.launch.processes * (1 if replaced else training.micro_batch_windows)
     if training.batch_windows % per_forward:
         raise RecipeError(
             f"training.batch_windows is {training.batch_windows}, which {recipe.launch.processes} process(es) of "
-            f"{training.micro_batch_windows} window(s) cannot share evenly.",
+            f"{per_forward // recipe.launch.processes} window(s) cannot share evenly.",
             allowed="It must be a multiple of launch.processes x training.micro_batch_windows "
             f"({per_forward}).",
             next_step=f"Set training.batch_windows={max(1, training.batch_windows // per_forward) * per_forward}, "
@@ -119,8 +120,19 @@ def _check_batch(recipe: Recipe) -> None:
 
 def _check_engine(recipe: Recipe) -> None:
     engine = recipe.engine
+    if engine.zero_stage == AUTO_STAGE:
+        _check_auto(recipe)
+        return
+    for key in ("auto_micro_batch", "auto_checkpointing", "auto_offload"):
+        if not getattr(engine, key):
+            raise RecipeError(
+                f"engine.{key} is false with engine.zero_stage={engine.zero_stage}, where nothing is chosen.",
+                next_step="Use engine=auto, or leave it out.",
+            )
     if engine.zero_stage not in (0, 1, 2, 3):
-        raise RecipeError(f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3.")
+        raise RecipeError(
+            f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3, or engine=auto."
+        )
     if engine.zero_stage == 0 and recipe.training.precision == "bf16":
         raise RecipeError(
             "engine.zero_stage is 0 with training.precision=bf16.",
@@ -138,3 +150,14 @@ def _check_engine(recipe: Recipe) -> None:
             allowed="Only stage 3 partitions parameters.",
             next_step="Use engine=zero3_offload.",
         )
+
+
+def _check_auto(recipe: Recipe) -> None:
+    """Refuses what `engine=auto` would silently replace."""
+    engine = recipe.engine
+    for key in ("offload_optimizer_to_cpu", "offload_parameters_to_cpu"):
+        if getattr(engine, key):
+            raise RecipeError(
+                f"engine.{key} is set with engine=auto, which decides it.",
+                next_step="Leave it out, or use engine=zero3_offload.",
+            )

@@ -80,7 +80,7 @@ def _train_step(session: Session) -> bool:
     set_learning_rate(engine, rate)
     loss_sums = torch.zeros(len(num_labels), dtype=torch.float64, device=engine.device)
     for batch in batches:
-        _accumulate(session, batch, loss_sums, int(num_labels.sum()))
+        accumulate(session, batch, loss_sums, int(num_labels.sum()))
         engine.step()
     dist.all_reduce(loss_sums)
 
@@ -132,7 +132,7 @@ def _micro_batches(session: Session) -> list[Batch]:
     ]
 
 
-def _accumulate(session: Session, batch: Batch, loss_sums: torch.Tensor, num_labels: int) -> None:
+def accumulate(session: Session, batch: Batch, loss_sums: torch.Tensor, num_labels: int) -> None:
     """Forward and backward of one micro-batch. Every label of the global batch weighs the same.
 
     DeepSpeed averages gradients over ranks, so the sum over this rank's labels is scaled by ranks / labels. Adds each

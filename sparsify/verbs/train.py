@@ -17,6 +17,7 @@ from sparsify.sparsity.report import SparsityReport, read_report
 from sparsify.training.run_folder import RunFolder
 from sparsify.verbs import Say
 from sparsify.verbs.arm import train_run
+from sparsify.verbs.auto import resolve_for_this_machine
 from sparsify.verbs.report import make_report
 
 
@@ -47,7 +48,7 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult:
         UserError: Whatever is wrong with the recipe, the model, the data or the disk.
         sparsify.training.launcher.Interrupted: After a clean save.
     """
-    recipe = compose_recipe(name_or_path, overrides)
+    recipe = resolve_for_this_machine(compose_recipe(name_or_path, overrides), say)
     run = RunFolder(Path(recipe.run_dir))
     trained = train_run(recipe, run, say)
     if recipe.control.ffn_activation is not None:
