@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparsify.benchmarks.memory import peak_memory_bytes
@@ -62,7 +63,9 @@ def _steps(engine: Any, recipe: Recipe) -> None:
     loss_sums = torch.zeros(1, dtype=torch.float64, device=engine.device)
     for _ in range(STEPS * recipe.accumulation_steps):
         tokens = torch.randint(engine.module.config.vocab_size, shape, generator=generator)
-        positions = torch.arange(training.window_tokens).expand(shape)
+        # Two documents a window: packed windows need an attention mask, and that takes memory.
+        positions = torch.arange(training.window_tokens) % -(-training.window_tokens // 2)
+        positions = positions.expand(shape)
         tensors = {"input_ids": tokens, "labels": tokens, "position_ids": positions}
         batch = Batch(tensors, torch.zeros(shape[0], dtype=torch.int64))
         accumulate(session, batch, loss_sums, tokens.numel() * dist.get_world_size())
@@ -85,17 +88,31 @@ def _on_cpu(build: Callable[[], Any], recipe: Recipe) -> tuple[int, int]:
             pass
         _steps(engine, recipe)
     assert profiler.profiler is not None
-    events = cast(Any, profiler.profiler.kineto_results).events()
-    started = next(event.start_ns() for event in events if event.name() == TRAINING)
-    setup = training = live = 0
-    changes = (event for event in events if event.name() == "[memory]")
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        if event.start_ns() < started:
-            setup = max(setup, live)
+    results = cast(Any, profiler.profiler.kineto_results)
+    started = next(event.start_ns() for event in results.events() if event.name() == TRAINING)
+    setup = training = total = 0
+    live: dict[int, int] = {}
+    for time_ns, pointer, change in sorted(_allocations(results.experimental_event_tree())):
+        # By address: the release of a storage that ZeRO-3 resizes to nothing is not always reported.
+        total -= live.pop(pointer, 0)
+        if change > 0:
+            live[pointer] = change
+            total += change
+        if time_ns < started:
+            setup = max(setup, total)
         else:
-            training = max(training, live)
+            training = max(training, total)
     return setup, training
+
+
+def _allocations(roots: list[Any]) -> Iterator[tuple[int, int, int]]:
+    """Time, address and bytes of every allocation, negative for a release."""
+    events = list(roots)
+    while events:
+        event = events.pop()
+        events.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
 
 
 if __name__ == "__main__":
