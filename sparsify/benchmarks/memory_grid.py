@@ -75,7 +75,7 @@ class Trial:
 
 
 FEW = (
-    Trial("mistral", 1, "bf16", 2),
+    Trial("mistral", 1, "bf16", 1),
     Trial("mixtral", 2, "fp32", 1, micro_batch_windows=8),
 )
 """What a test has time for."""
