@@ -68,4 +68,4 @@ def test_exhausted_memory_names_what_takes_less(monkeypatch: pytest.MonkeyPatch)
     for remedy in ("micro_batch_windows=2", "gradient_checkpointing=true", "engine=zero3"):
         assert remedy in message
     with pytest.raises(RuntimeError, match="shape"), out_of_memory_named(recipe):
-        torch.zeros(2) @ torch.zeros(3, 3)  # any other error stays what it is
+        torch.matmul(torch.zeros(2), torch.zeros(3, 3))  # any other error stays what it is
