@@ -6,7 +6,7 @@ import math
 
 from sparsify.errors import RecipeError
 from sparsify.mixture_rules import check_mixture
-from sparsify.recipe import AUTO_STAGE, FFN_ACTIVATIONS, ModelSection, Recipe
+from sparsify.recipe import AUTO_STAGE, FFN_ACTIVATIONS, EngineSection, ModelSection, Recipe
 from sparsify.source_rules import check_choice
 
 
@@ -120,16 +120,8 @@ def _check_batch(recipe: Recipe) -> None:
 
 def _check_engine(recipe: Recipe) -> None:
     engine = recipe.engine
-    if engine.zero_stage == AUTO_STAGE:
-        _check_auto(recipe)
-        return
-    for key in ("auto_micro_batch", "auto_checkpointing", "auto_offload"):
-        if not getattr(engine, key):
-            raise RecipeError(
-                f"engine.{key} is false with engine.zero_stage={engine.zero_stage}, where nothing is chosen.",
-                next_step="Use engine=auto, or leave it out.",
-            )
-    if engine.zero_stage not in (0, 1, 2, 3):
+    _check_auto(engine)
+    if engine.zero_stage not in (AUTO_STAGE, 0, 1, 2, 3):
         raise RecipeError(
             f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3, or engine=auto."
         )
@@ -152,9 +144,16 @@ def _check_engine(recipe: Recipe) -> None:
         )
 
 
-def _check_auto(recipe: Recipe) -> None:
-    """Refuses what `engine=auto` would silently replace."""
-    engine = recipe.engine
+def _check_auto(engine: EngineSection) -> None:
+    """Refuses what `engine=auto` would silently replace, and what only it knows."""
+    if engine.zero_stage != AUTO_STAGE:
+        for key in ("auto_micro_batch", "auto_checkpointing", "auto_offload"):
+            if not getattr(engine, key):
+                raise RecipeError(
+                    f"engine.{key} is false with engine.zero_stage={engine.zero_stage}, where nothing is chosen.",
+                    next_step="Use engine=auto, or leave it out.",
+                )
+        return
     for key in ("offload_optimizer_to_cpu", "offload_parameters_to_cpu"):
         if getattr(engine, key):
             raise RecipeError(
