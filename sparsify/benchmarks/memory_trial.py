@@ -26,6 +26,7 @@ from sparsify.mixture.windows import Batch
 from sparsify.recipe import Recipe
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import Session, accumulate
+from sparsify.training.processes import exit_with_launcher
 from sparsify.training.run_folder import RunFolder
 
 STEPS = 2  # the optimiser's state is whole from the second on
@@ -34,6 +35,7 @@ TRAINING = "sparsify training"
 
 def main(run_dir: str) -> None:
     """Runs one rank and prints what it measured as a line of JSON."""
+    exit_with_launcher()
     run = RunFolder(Path(run_dir))
     recipe = run.load_recipe()
     with redirect_stdout(sys.stderr):
