@@ -119,25 +119,45 @@ def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None
 def plan(
     recipe: str,
     overrides: Overrides = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="COUNTxGPU, one process each, such as 8xh100-80gb or 64xa800-80gb; else engine.planned_gpu or this machine."
+        ),
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Measured throughput of all processes together.")
+    ] = None,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(help="US dollars for one device and hour.")
+    ] = None,
+    host_memory_gb: Annotated[
+        float | None, typer.Option(help="Memory of one node, for what is offloaded.")
+    ] = None,
     chart: Annotated[
         Path | None,
         typer.Option("--chart", help="Draw the shares over the run into this .png or .svg file."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Says what a recipe needs before it costs anything: memory per process, steps, tokens per source, disk.
+    """Says what a recipe needs before it costs anything: memory by part, steps, epochs, disk, time, price, and whether it fits.
 
-    Example: sparsify plan turbosparse_mistral_7b launch.processes=8 --chart shares.png
+    Ends with 2 where it cannot work. Memory is reckoned, time and price are assumptions that options replace.
+
+    Example: sparsify plan turbosparse_mistral_7b engine=auto --hardware 8xh100-80gb --gpu-hour-price 2.2
     """
-    from sparsify import catalogue
-    from sparsify.plan import make_plan, plan_table
+    from sparsify.plan import plan_table
+    from sparsify.verbs.plan import Assumptions, refuse_unfit
+    from sparsify.verbs.plan import plan as plan_recipe
 
-    result = make_plan(catalogue.compose_recipe(recipe, overrides or []))
+    given = Assumptions(hardware, tokens_per_second, gpu_hour_price, host_memory_gb)
+    result = plan_recipe(recipe, overrides or [], given)
     if chart is not None:
         from sparsify.plan.chart import write_chart
 
         write_chart(result, chart)
     console.print_json(result.model_dump_json()) if as_json else console.print(plan_table(result))
+    refuse_unfit(result)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
@@ -58,3 +59,25 @@ def bench_mixture(
     console.print_json(result.model_dump_json()) if as_json else console.print(
         mixture_table(result)
     )
+
+
+@bench_app.command("memory")
+def bench_memory(
+    few: Annotated[
+        bool, typer.Option("--few", help="Only the two trials that a test has.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The memory that `plan` predicts beside the measured peak, over ZeRO stages, precisions, processes and batches.
+
+    Example: sparsify bench memory
+    """
+    from sparsify.benchmarks import memory_grid
+
+    with Console(stderr=True).status("") as status:
+        trials = memory_grid.FEW if few else memory_grid.GRID
+        results = memory_grid.bench_memory(trials, status.update)
+    if as_json:
+        console.print_json(json.dumps([one.model_dump() for one in results]))
+    else:
+        console.print(memory_grid.memory_table(results))

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+AUTO_STAGE = -1
 FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
 """Not flash_attention_2: transformers tells documents apart there only when a forward pass has one window."""
@@ -231,6 +232,16 @@ class EngineSection:
     """DeepSpeed ZeRO."""
 
     zero_stage: int = MISSING
+    """0 to 3; AUTO_STAGE (`engine=auto`) leaves stage, offload, micro-batch and checkpointing to the plan."""
+    auto_micro_batch: bool = True
+    """`engine=auto` may replace training.micro_batch_windows; the batch stays."""
+    auto_checkpointing: bool = True
+    """`engine=auto` may replace training.gradient_checkpointing."""
+    auto_offload: bool = True
+    """`engine=auto` may move optimiser and weights to host memory. On GPUs only; needs a C++ compiler."""
+    planned_gpu: str | None = None
+    """The GPU that `plan` reckons with, launch.processes of them, unless --hardware says otherwise: `h100-80gb`, for example.
+    Null is this machine. Training always takes what is there."""
     offload_optimizer_to_cpu: bool = False
     """ZeRO stage 1 or above; needs a C++ compiler for DeepSpeed's CPU Adam."""
     offload_parameters_to_cpu: bool = False

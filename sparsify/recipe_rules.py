@@ -9,8 +9,10 @@ from sparsify.errors import RecipeError
 from sparsify.mixture_rules import check_mixture
 from sparsify.recipe import (
     ATTENTION_IMPLEMENTATIONS,
+    AUTO_STAGE,
     FFN_ACTIVATIONS,
     ON_BAD_STEP,
+    EngineSection,
     LaunchSection,
     ModelSection,
     Recipe,
@@ -131,13 +133,15 @@ def _check_model(model: ModelSection) -> None:
 
 
 def _check_batch(recipe: Recipe) -> None:
-    training = recipe.training
+    training, engine = recipe.training, recipe.engine
+    replaced = engine.zero_stage == AUTO_STAGE and engine.auto_micro_batch
+    micro_batch_windows = 1 if replaced else training.micro_batch_windows
     processes = recipe.launch.total_processes
-    per_forward = training.micro_batch_windows * processes
+    per_forward = processes * micro_batch_windows
     if training.batch_windows % per_forward:
         raise RecipeError(
             f"training.batch_windows is {training.batch_windows}, which {processes} process(es) of "
-            f"{training.micro_batch_windows} window(s) cannot share evenly.",
+            f"{micro_batch_windows} window(s) cannot share evenly.",
             allowed="It must be a multiple of launch.nodes x launch.processes x training.micro_batch_windows "
             f"({per_forward}).",
             next_step=f"Set training.batch_windows={max(1, training.batch_windows // per_forward) * per_forward}, "
@@ -172,8 +176,11 @@ def _check_nodes(launch: LaunchSection) -> None:
 
 def _check_engine(recipe: Recipe) -> None:
     engine = recipe.engine
-    if engine.zero_stage not in (0, 1, 2, 3):
-        raise RecipeError(f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3.")
+    _check_auto(engine)
+    if engine.zero_stage not in (AUTO_STAGE, 0, 1, 2, 3):
+        raise RecipeError(
+            f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3, or engine=auto."
+        )
     check_choice("engine.attention", engine.attention, ATTENTION_IMPLEMENTATIONS)
     if engine.zero_stage == 0 and recipe.training.precision == "bf16":
         raise RecipeError(
@@ -192,3 +199,21 @@ def _check_engine(recipe: Recipe) -> None:
             allowed="Only stage 3 partitions parameters.",
             next_step="Use engine=zero3_offload.",
         )
+
+
+def _check_auto(engine: EngineSection) -> None:
+    """Refuses what `engine=auto` would silently replace, and what only it knows."""
+    if engine.zero_stage != AUTO_STAGE:
+        for key in ("auto_micro_batch", "auto_checkpointing", "auto_offload"):
+            if not getattr(engine, key):
+                raise RecipeError(
+                    f"engine.{key} is false with engine.zero_stage={engine.zero_stage}, where nothing is chosen.",
+                    next_step="Use engine=auto, or leave it out.",
+                )
+        return
+    for key in ("offload_optimizer_to_cpu", "offload_parameters_to_cpu"):
+        if getattr(engine, key):
+            raise RecipeError(
+                f"engine.{key} is set with engine=auto, which decides it.",
+                next_step="Leave it out, or use engine=zero3_offload.",
+            )

@@ -25,7 +25,7 @@ from sparsify.catalogue import (
     sweep,
 )
 from sparsify.errors import RecipeError
-from sparsify.recipe import FFN_ACTIVATIONS, Recipe, share_phases, token_shares
+from sparsify.recipe import AUTO_STAGE, FFN_ACTIVATIONS, Recipe, share_phases, token_shares
 
 RECIPES = recipe_names()
 SPARSE_RECIPES = [name for name in RECIPES if name != "quickstart_base"]
@@ -77,7 +77,8 @@ def test_a_run_that_is_its_own_control_trains_none() -> None:
 @pytest.mark.parametrize("option", options("engine"))
 def test_every_engine_composes(option: str) -> None:
     recipe = compose_recipe("quickstart", [f"engine={option}", "training.precision=fp32"])
-    assert recipe.engine.zero_stage == int(option.removeprefix("zero")[0])
+    expected = AUTO_STAGE if option == "auto" else int(option.removeprefix("zero")[0])
+    assert recipe.engine.zero_stage == expected
 
 
 @pytest.mark.parametrize("option", options("model"))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from sparsify.errors import RecipeError
 from sparsify.mixture.shares import Shares
+from sparsify.plan.cost import Cost, cost
+from sparsify.plan.fit import Choice, Verdict, verdict_of
+from sparsify.plan.hardware import Hardware, this_machine
 from sparsify.plan.memory import DeviceMemory, HostMemory, checkpoint_bytes, memory
 from sparsify.plan.parameters import Architecture, Parameters, count_parameters
 from sparsify.recipe import MixtureSection, ModelSection, Recipe, share_phases
@@ -26,6 +30,7 @@ class SourcePlan(BaseModel):
     Attributes:
         group: `pretraining` or `instruction`.
         tokens: Tokens of the whole run; a source with a limit may give less.
+        epochs: How often the run sees it; None where the tokenised cache does not know all of it yet.
         max_epochs: How often it may be seen at most; None if there is no limit.
         when_exhausted: What happens then.
     """
@@ -34,6 +39,7 @@ class SourcePlan(BaseModel):
 
     group: str
     tokens: int
+    epochs: float | None
     max_epochs: float | None
     when_exhausted: str
 
@@ -60,8 +66,14 @@ class Plan(BaseModel):
     Attributes:
         parameters: All parameters, by part of the model.
         active_parameters: Parameters that work on one token; fewer than all in a mixture of experts.
-        device: Bytes of each process on its GPU (on a CPU machine: in its memory).
-        host: Bytes in this machine's memory for what ZeRO-Offload moves there, all processes together.
+        hardware: What it is planned for.
+        device: Bytes of each process's tensors at the fullest moment of a step, on its GPU (on a CPU machine: in its memory).
+        host: Bytes in one node's memory for what ZeRO-Offload moves there, all its processes together.
+        activations_with_checkpointing_bytes: Activations at that moment with `training.gradient_checkpointing`.
+        activations_without_checkpointing_bytes: And without it.
+        allowance_bytes: Added to `device` for the framework and fragmentation, an assumption.
+        verdict: Whether it fits, and what would.
+        cost: Time and price, from a throughput that was given or from `hardware`.
         checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk.
         num_tokens: `training.budget_tokens` rounded down to whole steps.
         sources: The sources that have a share of `num_tokens`.
@@ -77,8 +89,16 @@ class Plan(BaseModel):
     processes: int
     parameters: Parameters
     active_parameters: int
+    micro_batch_windows: int
+    gradient_checkpointing: bool
+    hardware: Hardware
     device: DeviceMemory
     host: HostMemory
+    activations_with_checkpointing_bytes: int
+    activations_without_checkpointing_bytes: int
+    allowance_bytes: int
+    verdict: Verdict
+    cost: Cost
     checkpoint_bytes: int
     keep_checkpoints: int
     num_steps: int
@@ -100,22 +120,44 @@ class Plan(BaseModel):
         return self.checkpoint_bytes * (self.keep_checkpoints + 1)
 
 
-def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
-    """Estimates a recipe's memory and lays out its steps and tokens.
+def make_plan(
+    recipe: Recipe,
+    model_config: Any = None,
+    *,
+    hardware: Hardware | None = None,
+    tokens_per_second: float | None = None,
+    source_tokens: Mapping[str, int] | None = None,
+    choice: Choice | None = None,
+) -> Plan:
+    """Estimates a recipe's memory, time and price and lays out its steps and tokens.
 
     Args:
-        recipe: A composed recipe.
+        recipe: A composed recipe with a concrete ZeRO stage.
         model_config: The model's transformers configuration. Otherwise `model.source`'s config.json counts where it
             is on this machine, and `model.architecture` where it is not.
+        hardware: What to plan for; this machine unless given.
+        tokens_per_second: Measured throughput of all processes together, instead of the assumption about `hardware`.
+        source_tokens: Training tokens that each source has, where they are known.
+        choice: What `engine=auto` chose, where it did.
 
     Raises:
         RecipeError: If none of them says what the model looks like.
     """
-    architecture = _architecture(recipe, model_config)
+    architecture = architecture_of(recipe, model_config)
     parameters = count_parameters(architecture)
-    device, host = memory(recipe, architecture, parameters)
+    hardware = hardware or this_machine(recipe.launch.processes, recipe.launch.nodes)
+    verdict = verdict_of(recipe, architecture, parameters, hardware, choice)
+    needed = memory(
+        recipe,
+        architecture,
+        parameters,
+        on_cpu=hardware.is_cpu,
+        node_processes=hardware.node_devices,
+    )
     num_windows = recipe.num_steps * recipe.training.batch_windows
-    sources = _sources(recipe.mixture, num_windows, recipe.training.window_tokens)
+    sources = _sources(
+        recipe.mixture, num_windows, recipe.training.window_tokens, source_tokens or {}
+    )
     return Plan(
         recipe=recipe.name,
         ffn_activation=recipe.activation.ffn_activation,
@@ -124,8 +166,16 @@ def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
         processes=recipe.launch.total_processes,
         parameters=parameters,
         active_parameters=parameters.active(architecture),
-        device=device,
-        host=host,
+        micro_batch_windows=recipe.training.micro_batch_windows,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        hardware=hardware,
+        device=needed.device,
+        host=needed.host,
+        activations_with_checkpointing_bytes=needed.with_checkpointing_bytes,
+        activations_without_checkpointing_bytes=needed.without_checkpointing_bytes,
+        allowance_bytes=hardware.allowance_bytes(needed.device.total),
+        verdict=verdict,
+        cost=cost(recipe, architecture, parameters, hardware, tokens_per_second),
         checkpoint_bytes=checkpoint_bytes(recipe, parameters.total),
         keep_checkpoints=recipe.checkpoint.keep_last,
         num_steps=recipe.num_steps,
@@ -138,25 +188,30 @@ def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
         peak_learning_rate=recipe.optimizer.peak_learning_rate,
         final_learning_rate=recipe.optimizer.final_learning_rate,
         sources=sources,
-        phases=[
-            PhasePlan(
-                until_tokens=round(end * num_windows) * recipe.training.window_tokens,
-                first={name: first[name] for name in sources},
-                last={name: last[name] for name in sources},
-            )
-            for end, first, last in share_phases(recipe.mixture)
-        ],
+        phases=_phases(recipe, num_windows, sources),
     )
 
 
+def _phases(recipe: Recipe, num_windows: int, sources: Collection[str]) -> list[PhasePlan]:
+    return [
+        PhasePlan(
+            until_tokens=round(end * num_windows) * recipe.training.window_tokens,
+            first={name: first[name] for name in sources},
+            last={name: last[name] for name in sources},
+        )
+        for end, first, last in share_phases(recipe.mixture)
+    ]
+
+
 def _sources(
-    mixture: MixtureSection, num_windows: int, window_tokens: int
+    mixture: MixtureSection, num_windows: int, window_tokens: int, known: Mapping[str, int]
 ) -> dict[str, SourcePlan]:
     planned = Shares.of(mixture, num_windows).planned(num_windows)
     return {
         name: SourcePlan(
             group=source.group,
             tokens=planned[name] * window_tokens,
+            epochs=planned[name] * window_tokens / known[name] if known.get(name) else None,
             max_epochs=source.max_epochs,
             when_exhausted=source.when_exhausted,
         )
@@ -165,7 +220,12 @@ def _sources(
     }
 
 
-def _architecture(recipe: Recipe, model_config: Any) -> Architecture:
+def architecture_of(recipe: Recipe, model_config: Any = None) -> Architecture:
+    """What the model of a recipe looks like.
+
+    Raises:
+        RecipeError: If nothing here says it.
+    """
     model = recipe.model
     fields = model_config.to_dict() if model_config is not None else _local_config(model)
     fields = fields or model.architecture
@@ -176,6 +236,11 @@ def _architecture(recipe: Recipe, model_config: Any) -> Architecture:
             next_step="Download the checkpoint and set model.source to its folder, or set model.architecture.",
         )
     return Architecture.of(fields, model.upcycle_experts, model.upcycle_experts_per_token)
+
+
+def is_local(source: str) -> bool:
+    """Whether a model's `source` can be looked up without a network."""
+    return source.startswith("package:") or Path(source).expanduser().exists()
 
 
 def _local_config(model: ModelSection) -> dict[str, Any]:

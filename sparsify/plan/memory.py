@@ -1,15 +1,31 @@
-"""Bytes that training takes, by part, for a ZeRO stage and a number of processes."""
+"""Bytes that training takes, by part, for a ZeRO stage and a number of processes.
+
+What DeepSpeed allocates, and when, is read from its engine and its optimisers (`bf16_optimizer`, `stage_1_and_2`,
+`stage3`); `sparsify bench memory` holds it against measured peaks.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from sparsify.plan.activations import FP32_BYTES, Pass, forward_and_backward, value_bytes
 from sparsify.plan.parameters import Architecture, Parameters
 from sparsify.recipe import Recipe
 
-FP32_BYTES = 4
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters: ZeRO-3 lets go of gathered weights beyond it."""
+ALLREDUCE_PARAMETERS = 500_000_000
+"""What DeepSpeed's engine sums over the processes in one piece where no ZeRO optimiser does it."""
+PREFETCH_PARAMETERS = 50_000_000
+"""DeepSpeed's default of stage3_prefetch_bucket_size."""
+SUB_GROUP_PARAMETERS = 1_000_000_000
+"""DeepSpeed's default of sub_group_size: ZeRO-3 updates so many parameters at a time."""
+CPU_STEP_COPIES, GPU_STEP_COPIES = 2, 1
+"""Copies of what one AdamW call updates that it makes on the way: sqrt and quotient of the second moment on a CPU; on a GPU
+the quotient is taken in place."""
 
 
 class _Bytes(BaseModel):
@@ -19,7 +35,12 @@ class _Bytes(BaseModel):
     @property
     def total(self) -> int:
         """Sum of the parts."""
-        return sum(getattr(self, name) for name in type(self).model_fields)
+        return sum(self.parts().values())
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by part."""
+        fields = type(self).model_fields
+        return {name: getattr(self, name) for name in fields if name.endswith("_bytes")}
 
 
 class HostMemory(_Bytes):
@@ -32,113 +53,223 @@ class HostMemory(_Bytes):
 
 
 class DeviceMemory(HostMemory):
-    """What each process holds. Not counted: the framework itself, fragmentation, gradients of activations."""
+    """What each process's tensors take at the fullest moment of a step."""
 
+    moment: str
+    """Which moment that is: `loss`, `backward` or `optimizer step`."""
     gathered_weights_bytes: int = 0
     """ZeRO-3 only: weights that are whole while their layer works."""
-    reduction_buffer_bytes: int = 0
+    communication_buffers_bytes: int = 0
     activations_bytes: int = 0
     logits_bytes: int = 0
+    optimizer_step_bytes: int = 0
+    """Temporary copies that AdamW makes."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a recipe takes.
+
+    Attributes:
+        device: Tensors of each process at the fullest moment of a step.
+        host: Of one node, all its processes together.
+        with_checkpointing_bytes: Activations at that moment if `training.gradient_checkpointing` is set.
+        without_checkpointing_bytes: Activations at that moment if it is not.
+    """
+
+    device: DeviceMemory
+    host: HostMemory
+    with_checkpointing_bytes: int
+    without_checkpointing_bytes: int
 
 
 def memory(
-    recipe: Recipe, architecture: Architecture, parameters: Parameters
-) -> tuple[DeviceMemory, HostMemory]:
-    """Estimates memory in bytes per process, and in host memory for all processes together.
+    recipe: Recipe,
+    architecture: Architecture,
+    parameters: Parameters,
+    *,
+    on_cpu: bool = False,
+    node_processes: int | None = None,
+) -> MemoryPlan:
+    """Estimates the memory of one process, and of one node's memory where ZeRO-Offload uses it.
 
     ZeRO (arXiv 1910.02054, section 3.1) counts 2 + 2 + 12 bytes a parameter in mixed precision: weights, gradients,
     and master weights with Adam's two moments. Here it is 2 + 4 + 12, because the engine accumulates gradients in fp32.
     Stage 1 divides the 12 by the processes, stage 2 gradients too, stage 3 weights too (section 5).
+
+    Args:
+        recipe: A recipe with a concrete ZeRO stage.
+        architecture: Its model.
+        parameters: Its model's parameters.
+        on_cpu: Whether the processes run on a CPU, where PyTorch's AdamW makes more copies.
+        node_processes: Processes of one node; all of them unless given.
     """
-    engine = recipe.engine
-    states = _state_bytes(recipe, parameters.total)
-    host_parts = set()
-    if engine.offload_optimizer_to_cpu:
-        host_parts |= {"gradients_bytes", "master_weights_bytes", "adam_moments_bytes"}
-    if engine.offload_parameters_to_cpu:
-        host_parts |= {"weights_bytes"}
-    host = {name: states[name] * recipe.launch.processes for name in host_parts}
-    device = {name: size for name, size in states.items() if name not in host_parts}
-    working = _working_bytes(recipe, architecture, parameters)
-    return DeviceMemory(**device, **working), HostMemory(**host)
+    passes = [
+        forward_and_backward(recipe, architecture, checkpointing=way) for way in (True, False)
+    ]
+    checkpointing = recipe.training.gradient_checkpointing
+    states = _Sizes(recipe, architecture, parameters, on_cpu)
+    moments = list(_moments(states, passes[0] if checkpointing else passes[1]))
+    fullest = max(range(len(moments)), key=lambda index: moments[index].total)
+    activations = [one.of_moment[fullest] for one in passes]
+    host = states.host(node_processes or recipe.launch.processes)
+    return MemoryPlan(moments[fullest], host, *activations)
 
 
 def checkpoint_bytes(recipe: Recipe, num_parameters: int) -> int:
     """Bytes of one checkpoint: master weights and moments, and below stage 3 the model's weights beside them."""
-    weight_bytes = _weight_bytes(recipe) if recipe.engine.zero_stage < 3 else 0
+    weight_bytes = value_bytes(recipe) if recipe.engine.zero_stage < 3 else 0
     master_bytes = FP32_BYTES if recipe.engine.zero_stage else 0
     return num_parameters * (weight_bytes + master_bytes + 2 * FP32_BYTES)
 
 
-def layer_activation_bytes(
-    architecture: Architecture, ffn_activation: str, weight_bytes: int
-) -> int:
-    """Bytes that one layer keeps for its backward pass, for each token.
+class _Sizes:
+    """Bytes per process of what does not depend on the batch."""
 
-    The counting is Korthikanti et al.'s (arXiv 2205.05198, section 4.1) for this block: without dropout, and without
-    attention scores, which fused attention computes again. Counted are each norm's input and normalised value and
-    its output; queries, keys, values, their answer and the log-sum-exp of each head; and of the feed-forward block
-    the factors and their product. silu keeps its input as well, relu does not. Fused experts hold gate and up in one
-    tensor, so that a factor without relu keeps both.
-    """
-    a = architecture
-    norms = 2 * a.hidden_size * (FP32_BYTES + 2 * weight_bytes)
-    attention = (
-        2 * weight_bytes * (a.query_size + a.key_value_size) + FP32_BYTES * a.num_attention_heads
-    )
-    lean = ("drelu",) if a.num_local_experts else ("drelu", "reglu")
-    neuron_values = 3 if ffn_activation in lean else 4
-    ffn = weight_bytes * neuron_values * a.intermediate_size
-    if a.num_local_experts:
-        routed_copies = 2 * weight_bytes * a.hidden_size
-        ffn = a.num_experts_per_tok * (ffn + routed_copies)
-    return norms + attention + ffn
-
-
-def _state_bytes(recipe: Recipe, num_parameters: int) -> dict[str, int]:
-    """Bytes per process of weights, gradients and optimiser."""
-    stage, processes = recipe.engine.zero_stage, recipe.launch.total_processes
-
-    def held(bytes_each: int, split_from_stage: int) -> int:
-        return num_parameters * bytes_each // (processes if stage >= split_from_stage else 1)
-
-    return {
-        "weights_bytes": held(_weight_bytes(recipe), 3),
-        "gradients_bytes": held(FP32_BYTES, 2),
-        "master_weights_bytes": held(FP32_BYTES, 1) if stage else 0,
-        "adam_moments_bytes": held(2 * FP32_BYTES, 1),
-    }
-
-
-def _working_bytes(
-    recipe: Recipe, architecture: Architecture, parameters: Parameters
-) -> dict[str, int]:
-    """Bytes per process that come and go with each step."""
-    a, engine, weight_bytes = architecture, recipe.engine, _weight_bytes(recipe)
-    tokens = recipe.training.micro_batch_windows * recipe.training.window_tokens
-    layer = layer_activation_bytes(a, recipe.activation.ffn_activation, weight_bytes)
-    whole_layers = 1 if recipe.training.gradient_checkpointing else a.num_hidden_layers
-    inputs = a.num_hidden_layers * weight_bytes * a.hidden_size
-    kept_inputs = inputs if recipe.training.gradient_checkpointing else 0
-    working = {
-        "activations_bytes": tokens * (whole_layers * layer + kept_inputs),
-        # Logits, their fp32 copy, its log-softmax and their gradients: 12 bytes at the fullest in either precision.
-        "logits_bytes": tokens * a.vocab_size * 3 * FP32_BYTES,
-    }
-    if engine.zero_stage >= 2:
-        largest = max(engine.reduce_bucket_elements, _largest_tensor(a))
-        working["reduction_buffer_bytes"] = largest * weight_bytes
-    if engine.zero_stage == 3:
+    def __init__(
+        self, recipe: Recipe, architecture: Architecture, parameters: Parameters, on_cpu: bool
+    ) -> None:
+        self.engine, self.stage = recipe.engine, recipe.engine.zero_stage
+        self.processes = recipe.launch.total_processes
+        self.value_bytes, self.on_cpu = value_bytes(recipe), on_cpu
+        self.accumulates = recipe.accumulation_steps > 1
+        self.all = parameters.total
+        self.own = -(-parameters.total // self.processes)
+        self.largest = largest_tensor(architecture)
         experts = parameters.gate + parameters.up + parameters.down
-        live = max(MAX_LIVE_PARAMETERS, experts // a.num_hidden_layers)
-        working["gathered_weights_bytes"] = min(parameters.total, live) * weight_bytes
-    return working
+        self.layer = experts // architecture.num_hidden_layers
+
+    @property
+    def is_bf16_optimizer(self) -> bool:
+        """Whether DeepSpeed takes its BF16_Optimizer: it does for stage 1 without offload."""
+        return (
+            self.stage == 1 and self.value_bytes == 2 and not self.engine.offload_optimizer_to_cpu
+        )
+
+    def kept(self) -> dict[str, int]:
+        """Weights and optimiser."""
+        held = self.own if self.stage else self.all
+        parts = {"adam_moments_bytes": 2 * FP32_BYTES * held}
+        parts["master_weights_bytes"] = FP32_BYTES * held if self.stage else 0
+        if self.engine.offload_optimizer_to_cpu:
+            parts = {}
+        if not self.engine.offload_parameters_to_cpu:
+            parts["weights_bytes"] = self.value_bytes * (self.own if self.stage == 3 else self.all)
+        return parts
+
+    def gradients(self, *, begun: bool) -> int:
+        """Gradients that are kept.
+
+        Args:
+            begun: Whether a backward pass has left some; otherwise what is there before the first.
+        """
+        if self.engine.offload_optimizer_to_cpu:
+            return 0
+        if self.is_bf16_optimizer:
+            return (
+                FP32_BYTES + self.value_bytes
+            ) * self.all  # of a whole batch, and of a micro-batch
+        if self.stage == 3:
+            return FP32_BYTES * self.own
+        held = self.own if self.stage == 2 else self.all
+        return FP32_BYTES * held if begun else 0
+
+    def step_gradients(self) -> int:
+        """Gradients when the optimiser begins: stage 1 has let go of other processes' by then."""
+        if self.stage == 1 and not self.is_bf16_optimizer:
+            return 0 if self.engine.offload_optimizer_to_cpu else FP32_BYTES * self.own
+        return self.gradients(begun=True)
+
+    def buffers(self, *, at_end: bool) -> int:
+        """Buckets that gradients are reduced in; at the end of the backward pass also the copy that goes over the wire."""
+        bucket = self.engine.reduce_bucket_elements
+        if self.is_bf16_optimizer or self.stage == 0:
+            # Summed by the engine in pieces of its own size; bf16 gradients of a whole batch are fp32 there, and sent as bf16.
+            piece = min(self.all, ALLREDUCE_PARAMETERS)
+            width = FP32_BYTES + (self.value_bytes if self.is_bf16_optimizer else 0)
+            return piece * width if at_end and self.processes > 1 else 0
+        size = bucket * self.value_bytes
+        if self.stage == 3 and self.value_bytes == 2:
+            size += (
+                FP32_BYTES * self.own
+            )  # what was reduced, in the width that it is accumulated in
+        if at_end:
+            size += min(max(bucket, self.largest), self.all) * self.value_bytes
+            if self.value_bytes == 2:
+                size += FP32_BYTES * self.largest  # the same, tensor by tensor
+            elif self.stage == 2:
+                size += FP32_BYTES * self.own  # a micro-batch's, beside the sum
+        return size
+
+    def gathered(self) -> int:
+        """ZeRO-3's whole weights while they are used: DeepSpeed keeps what is used again soon."""
+        if self.stage < 3:
+            return 0
+        live = min(self.all, max(MAX_LIVE_PARAMETERS, self.layer))
+        if self.processes > 1:  # as they arrive, before they are laid into the shape of each tensor
+            live += min(self.all, max(PREFETCH_PARAMETERS, self.layer))
+        return live * self.value_bytes
+
+    def step(self) -> dict[str, int]:
+        """What only the optimiser's step has."""
+        if self.engine.offload_optimizer_to_cpu:
+            return {}
+        copies = CPU_STEP_COPIES if self.on_cpu else GPU_STEP_COPIES
+        updated = min(self.own, SUB_GROUP_PARAMETERS) if self.stage == 3 else self.own
+        if self.stage == 0:
+            updated = self.largest if self.on_cpu else self.all
+        is_flat = self.is_bf16_optimizer or (self.stage == 2 and self.value_bytes == 2)
+        flat = (
+            0 if self.stage == 0 or is_flat else updated
+        )  # else gradients are laid side by side first
+        return {"optimizer_step_bytes": FP32_BYTES * (copies * updated + flat)}
+
+    def host(self, node_processes: int) -> HostMemory:
+        """What is offloaded, for one node's processes."""
+        parts: dict[str, int] = {}
+        if self.engine.offload_optimizer_to_cpu:
+            for name, size in (("gradients", 1), ("master_weights", 1), ("adam_moments", 2)):
+                parts[f"{name}_bytes"] = size * FP32_BYTES * self.own * node_processes
+        if self.engine.offload_parameters_to_cpu:
+            parts["weights_bytes"] = self.value_bytes * self.own * node_processes
+        return HostMemory(**parts)
 
 
-def _largest_tensor(a: Architecture) -> int:
+def _moments(sizes: _Sizes, micro_batch: Pass) -> Iterator[DeviceMemory]:
+    """The moments at which memory may be at its fullest, in the order of `Pass.of_moment`."""
+    kept, begun = sizes.kept(), sizes.accumulates
+    yield DeviceMemory(
+        moment="loss",
+        **kept,
+        gradients_bytes=sizes.gradients(begun=begun),
+        communication_buffers_bytes=sizes.buffers(at_end=False),
+        gathered_weights_bytes=sizes.gathered(),
+        activations_bytes=micro_batch.of_moment[0],
+        logits_bytes=micro_batch.loss_logits_bytes,
+    )
+    for place, whole in ((1, begun), (2, True)):
+        yield DeviceMemory(
+            moment="backward",
+            **kept,
+            gradients_bytes=sizes.gradients(begun=whole),
+            communication_buffers_bytes=sizes.buffers(at_end=whole),
+            gathered_weights_bytes=sizes.gathered(),
+            activations_bytes=micro_batch.of_moment[place],
+            logits_bytes=micro_batch.kept_logits_bytes,
+        )
+    bucket = sizes.engine.reduce_bucket_elements * sizes.value_bytes
+    buffers = bucket if sizes.stage == 3 else 0  # only ZeRO-3 keeps it
+    yield DeviceMemory(
+        moment="optimizer step",
+        **kept,
+        **sizes.step(),
+        gradients_bytes=sizes.step_gradients(),
+        communication_buffers_bytes=buffers,
+        activations_bytes=micro_batch.of_moment[3],
+    )
+
+
+def largest_tensor(a: Architecture) -> int:
+    """Parameters of the model's largest tensor."""
     fused_experts = 2 * a.num_local_experts * a.intermediate_size
     return a.hidden_size * max(a.vocab_size, a.intermediate_size, fused_experts)
-
-
-def _weight_bytes(recipe: Recipe) -> int:
-    return 2 if recipe.training.precision == "bf16" else FP32_BYTES

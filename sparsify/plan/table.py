@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from sparsify.plan.estimate import Plan, SourcePlan
+from sparsify.plan.fit import Verdict, gb
 from sparsify.plan.memory import DeviceMemory, HostMemory
 
 
@@ -32,13 +33,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "", "", ""
     yield "parameters", f"{plan.parameters.total:,}", f"{plan.active_parameters:,} for each token"
     yield from ((f"  {part}", f"{count:,}", "") for part, count in parts.items() if count)
-    stage = f"{plan.precision}, ZeRO-{plan.zero_stage}, {plan.processes} process(es)"
     yield "", "", ""
-    yield "memory per process", _size(plan.device.total), stage
-    yield from _sizes(plan.device)
-    if plan.host.total:
-        yield "host memory", _size(plan.host.total), "of this machine, all processes together"
-        yield from _sizes(plan.host)
+    yield from _memory(plan)
     yield (
         "checkpoint",
         _size(plan.checkpoint_bytes),
@@ -56,10 +52,65 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "windows", f"{plan.num_windows:,}", f"of {plan.window_tokens:,} tokens"
     yield "tokens", f"{plan.num_tokens:,}", ""
     for name, source in plan.sources.items():
-        yield f"  {name}", f"{source.tokens:,}", _shares_of(plan, name) + _limit(source)
+        yield f"  {name}", f"{source.tokens:,}", _shares_of(plan, name) + _epochs(source)
+    if any(source.epochs is None for source in plan.sources.values()):
+        yield "", "", "epochs: unknown without tokenised text; `sparsify mixture stats` tokenises"
     if len(plan.phases) > 1:
         yield "phases", f"{len(plan.phases)}", "each source's shares above stand in this order"
         yield from _phases(plan)
+    yield from _outcome(plan)
+
+
+def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    stage = (
+        f"{plan.precision}, ZeRO-{plan.zero_stage}, {plan.processes} process(es), "
+        f"{plan.micro_batch_windows} window(s) a forward pass"
+    )
+    if plan.gradient_checkpointing:
+        stage += ", checkpointing"
+    device = plan.device
+    yield "planned for", plan.hardware.name, f"{gb(plan.hardware.device_bytes)} for each process"
+    needed = device.total + plan.allowance_bytes
+    yield "memory per process", _size(needed), f"{stage}; fullest at: {device.moment}"
+    yield from _sizes(device)
+    yield "  allowance", _size(plan.allowance_bytes), "assumed: framework and fragmentation"
+    yield (
+        "activations then",
+        _size(plan.activations_without_checkpointing_bytes),
+        "without gradient checkpointing",
+    )
+    yield "", _size(plan.activations_with_checkpointing_bytes), "with gradient checkpointing"
+    if plan.host.total:
+        yield "host memory", _size(plan.host.total), "of one node, all its processes together"
+        yield from _sizes(plan.host)
+
+
+def _outcome(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    cost, hardware = plan.cost, plan.hardware
+    basis = "as given"
+    if cost.assumed:
+        peak = f"{hardware.peak_flops / 1e12:,.4g} TFLOP/s"
+        basis = f"assumed: {hardware.mfu:.0%} of {peak}, nothing overlapped"
+    yield "", "", ""
+    yield "tokens a second", f"{cost.tokens_per_second:,.0f}", basis
+    yield "hours of training", f"{cost.hours:,.1f}", f"{cost.device_hours:,.0f} device hours"
+    if cost.price:
+        price = f"at {hardware.gpu_hour_price:.2f} a device and hour; --gpu-hour-price"
+        yield "price, US dollars", f"{cost.price:,.0f}", price
+    yield "", "", ""
+    verdict = plan.verdict
+    yield "verdict", "fits" if verdict.fits else "does not fit", verdict.reason
+    if verdict.chosen:
+        yield "  engine=auto", "", "chose these settings: the shortest assumed step that fits"
+    if not verdict.fits:
+        yield "  nearest that fits", "", nearest_sentence(verdict)
+
+
+def nearest_sentence(verdict: Verdict) -> str:
+    """The settings that would fit, for a terminal."""
+    if verdict.nearest is None:
+        return "no ZeRO stage, micro-batch or offload does: take more devices or larger ones"
+    return f"{' '.join(verdict.nearest.overrides)} ({gb(verdict.nearest.device_bytes)})"
 
 
 def _shares_of(plan: Plan, name: str) -> str:
@@ -76,11 +127,12 @@ def _shares_of(plan: Plan, name: str) -> str:
     return f"{mean}: {', '.join(parts)}"
 
 
-def _limit(source: SourcePlan) -> str:
+def _epochs(source: SourcePlan) -> str:
+    seen = "" if source.epochs is None else f"; {source.epochs:.2f} epochs"
     if source.max_epochs is None:
-        return ""
+        return seen
     then = {"stop": "more is refused", "redistribute": "then the others take over"}
-    return f"; at most {source.max_epochs:g} epochs, {then[source.when_exhausted]}"
+    return f"{seen}; at most {source.max_epochs:g} epochs, {then[source.when_exhausted]}"
 
 
 def _phases(plan: Plan) -> Iterator[tuple[str, str, str]]:
@@ -91,7 +143,7 @@ def _phases(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 
 def _sizes(part: DeviceMemory | HostMemory) -> Iterator[tuple[str, str, str]]:
-    for name, size in part.model_dump(exclude={"total"}).items():
+    for name, size in part.parts().items():
         if size:
             yield f"  {name.removesuffix('_bytes').replace('_', ' ')}", _size(size), ""
 

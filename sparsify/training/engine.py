@@ -118,6 +118,7 @@ def build_engine(recipe: Recipe, folder: Path) -> Any:
         dist_init_required=False,
     )
     check_activation(model, recipe.activation.ffn_activation)
+    engine.train()  # from_pretrained leaves it in evaluation mode, where gradient checkpointing does nothing
     return engine
 
 

@@ -15,7 +15,7 @@ from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import TrainingState
 from sparsify.training.engine import set_learning_rate
-from sparsify.training.router import RouterMeter, aux_loss_coefficient, hungry_steps, is_routed
+from sparsify.training.router import RouterMeter, aux_loss_coefficient, hungry_steps, router_meter
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.schedule import learning_rate
 from sparsify.training.stability import (
@@ -101,12 +101,8 @@ def _train_step(session: Session) -> bool:
     ]
     by_source = dict(zip(session.reader.names, num_labels.tolist(), strict=True))
     rule = spike_rule(recipe.stability, state.recent_losses, by_source)
-    routers = (
-        RouterMeter(engine.module.config, engine.device)
-        if is_routed(engine.module.config)
-        else None
-    )
-    window_losses = _accumulate_all(session, batches, sources, int(num_labels.sum()), rule, routers)
+    routers = router_meter(engine)
+    window_losses = accumulate(session, batches, sources, int(num_labels.sum()), rule, routers)
     norm, applied = finish_step(engine)
 
     losses = window_losses.tolist()
@@ -180,7 +176,7 @@ def _micro_batches(session: Session) -> list[Batch]:
     ]
 
 
-def _accumulate_all(
+def accumulate(
     session: Session,
     batches: list[Batch],
     sources: list[str],

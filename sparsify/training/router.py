@@ -83,6 +83,13 @@ class RouterMeter:
         )
 
 
+def router_meter(engine: Any) -> RouterMeter | None:
+    """A meter for the engine's model; None where it has no router."""
+    if not is_routed(engine.module.config):
+        return None
+    return RouterMeter(engine.module.config, engine.device)
+
+
 def is_routed(config: Any) -> bool:
     """Whether a model has experts."""
     return hasattr(config, "num_local_experts")

@@ -17,6 +17,7 @@ from sparsify.recipe import token_shares
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import TrainingState, latest_checkpoint, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources, shares_of
+from sparsify.training.dry_run import dry_run
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import Session, train
 from sparsify.training.processes import (
@@ -42,6 +43,7 @@ def main(run_dir: str) -> int:
         ):  # DeepSpeed prints while it is set up; that belongs in the log
             init_distributed()
             session = build_session(run, stop_requested)
+            dry_run(session)
         finished = train(session)
         session.telemetry.close()
         dist.barrier()  # a rank that leaves first would break the others' connections

@@ -19,6 +19,7 @@ from sparsify.training.nodes import joined
 from sparsify.training.run_folder import RunFolder
 from sparsify.verbs import Say
 from sparsify.verbs.arm import train_run
+from sparsify.verbs.auto import resolve_for_this_machine
 from sparsify.verbs.report import make_report
 
 
@@ -58,6 +59,7 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | 
             say(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
             serve(nodes)
             return None
+        recipe = resolve_for_this_machine(recipe, say)
         run = RunFolder(Path(recipe.run_dir))
         trained = train_run(recipe, run, say, nodes)
         if recipe.control.ffn_activation is not None:

@@ -1,0 +1,103 @@
+"""Bytes of a forward and backward pass, for each token: what a layer keeps, and what the loss needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsify.plan.parameters import Architecture
+from sparsify.recipe import Recipe
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of one micro-batch on one process at three moments.
+
+    Attributes:
+        at_loss_bytes: Activations of all layers while the gradient of the logits is made.
+        at_top_bytes: Activations while the last layer's backward pass runs: all layers', and its gradients.
+        at_bottom_bytes: Activations while the first layer's backward pass runs: only its own, and its gradients.
+        loss_logits_bytes: Logits, log-probabilities and their gradients.
+        kept_logits_bytes: The logits, which stay to the end of the backward pass.
+    """
+
+    at_loss_bytes: int
+    at_top_bytes: int
+    at_bottom_bytes: int
+    loss_logits_bytes: int
+    kept_logits_bytes: int
+
+    @property
+    def of_moment(self) -> tuple[int, int, int, int]:
+        """Activations at the loss, at the top and at the bottom of the backward pass, and in the optimiser's step."""
+        return self.at_loss_bytes, self.at_top_bytes, self.at_bottom_bytes, 0
+
+
+def forward_and_backward(
+    recipe: Recipe, architecture: Architecture, *, checkpointing: bool
+) -> Pass:
+    """The bytes that one micro-batch takes with or without gradient checkpointing."""
+    a, training = architecture, recipe.training
+    value = value_bytes(recipe)
+    tokens = training.micro_batch_windows * training.window_tokens
+    layer = layer_activation_bytes(
+        a, recipe.activation.ffn_activation, value, training.window_tokens
+    )
+    kept = value * a.hidden_size if checkpointing else layer
+    top = a.num_hidden_layers * kept + a.hidden_size * (FP32_BYTES + 2 * value)  # and the last norm
+    working = layer_gradient_bytes(a, value) + (layer if checkpointing else 0)
+    # log-softmax, its gradient and that of the chosen log-probabilities are fp32 in either precision.
+    loss_logits = value + 3 * FP32_BYTES
+    return Pass(
+        at_loss_bytes=tokens * top,
+        at_top_bytes=tokens * (top + working),
+        at_bottom_bytes=tokens * (layer + layer_gradient_bytes(a, value)),
+        loss_logits_bytes=tokens * a.vocab_size * loss_logits,
+        kept_logits_bytes=tokens * a.vocab_size * value,
+    )
+
+
+def layer_activation_bytes(
+    architecture: Architecture, ffn_activation: str, value_bytes: int, window_tokens: int | None
+) -> int:
+    """Bytes that one layer keeps for its backward pass, for each token.
+
+    The counting is Korthikanti et al.'s (arXiv 2205.05198, section 4.1) for this block: without dropout, and without
+    attention scores, which fused attention computes again. Counted are each norm's input and normalised value and
+    its output; queries, keys, values, their answer and the log-sum-exp of each head; and of the feed-forward block
+    the factors and their product. silu keeps its input as well, relu does not. Fused experts hold gate and up in one
+    tensor, so that a factor without relu keeps both.
+
+    Args:
+        architecture: The model.
+        ffn_activation: Its activation.
+        value_bytes: Bytes of one value.
+        window_tokens: Length of windows that hold several documents: their attention mask is kept by every layer,
+            and keys and values are repeated for every query head. None for one document a window.
+    """
+    a = architecture
+    norms = 2 * a.hidden_size * (FP32_BYTES + 2 * value_bytes)
+    keys_size = a.key_value_size if window_tokens is None else a.query_size
+    attention = 2 * value_bytes * (a.query_size + keys_size) + FP32_BYTES * a.num_attention_heads
+    attention += value_bytes * (window_tokens or 0)
+    lean = ("drelu",) if a.num_local_experts else ("drelu", "reglu")
+    neuron_values = 3 if ffn_activation in lean else 4
+    ffn = value_bytes * neuron_values * a.intermediate_size
+    if a.num_local_experts:
+        routed_copies = 2 * value_bytes * a.hidden_size
+        ffn = a.num_experts_per_tok * (ffn + routed_copies)
+    return norms + attention + ffn
+
+
+def layer_gradient_bytes(architecture: Architecture, value_bytes: int) -> int:
+    """Bytes of the gradients of activations that a layer's backward pass holds at once, for each token: of the product
+    and both factors, and of the residual stream before and after.
+    """
+    a = architecture
+    return value_bytes * (3 * a.intermediate_size * a.num_experts_per_tok + 2 * a.hidden_size)
+
+
+def value_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight and of an activation."""
+    return 2 if recipe.training.precision == "bf16" else FP32_BYTES

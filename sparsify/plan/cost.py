@@ -1,0 +1,93 @@
+"""How long a step and a run take, and what they cost, from a given throughput or from assumptions about the hardware."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from sparsify.plan.activations import FP32_BYTES, value_bytes
+from sparsify.plan.hardware import Hardware
+from sparsify.plan.parameters import Architecture, Parameters
+from sparsify.recipe import Recipe
+
+PASS_OVERHEAD_TOKENS = 512
+"""Assumed: what a forward pass costs beyond its tokens (starting kernels, small matrices), as so many tokens more."""
+
+
+class Cost(BaseModel):
+    """Time and price of a run.
+
+    Attributes:
+        tokens_per_second: Of all processes together.
+        assumed: Whether that rests on `hardware`'s assumptions and not on a given number.
+        hours: Training only: no conversion, validation, control run or report.
+        device_hours: `hours` on all devices.
+        price: US dollars.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens_per_second: float
+    assumed: bool
+    hours: float
+    device_hours: float
+    price: float
+
+
+def cost(
+    recipe: Recipe,
+    architecture: Architecture,
+    parameters: Parameters,
+    hardware: Hardware,
+    tokens_per_second: float | None,
+) -> Cost:
+    """Time and price of a whole run."""
+    assumed = tokens_per_second is None
+    if tokens_per_second is None:
+        seconds = step_seconds(recipe, architecture, parameters, hardware)
+        tokens_per_second = recipe.step_tokens / seconds
+    hours = recipe.num_steps * recipe.step_tokens / tokens_per_second / 3600
+    devices = recipe.launch.total_processes
+    return Cost(
+        tokens_per_second=tokens_per_second,
+        assumed=assumed,
+        hours=hours,
+        device_hours=hours * devices,
+        price=hours * devices * hardware.gpu_hour_price,
+    )
+
+
+def step_seconds(
+    recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
+) -> float:
+    """Seconds of one step as if computing, communicating and offloading never overlapped.
+
+    Computing is 6 FLOPs a token and active parameter (arXiv 2001.08361, section 2.1) and 12 a layer, token, position and
+    head value for attention; recomputing with gradient checkpointing adds a third. Stage 1 reduces gradients once a step,
+    stage 2 after every forward pass, stage 3 gathers weights twice for each as well (arXiv 1910.02054, section 7).
+    """
+    a, training, engine = architecture, recipe.training, recipe.engine
+    processes, passes = recipe.launch.total_processes, recipe.accumulation_steps
+    micro_batch_tokens = training.micro_batch_windows * training.window_tokens
+    attention = (
+        6 * a.num_hidden_layers * a.query_size * training.window_tokens
+    )  # causal: half of 12
+    flops = passes * (micro_batch_tokens + PASS_OVERHEAD_TOKENS)
+    flops *= 6 * parameters.active(a) + attention
+    computing = flops * (4 / 3 if training.gradient_checkpointing else 1)
+    seconds = computing / (hardware.peak_flops * hardware.mfu)
+
+    sent = {0: 2.0, 1: 2.0, 2: passes + 1.0, 3: 3.0 * passes}[engine.zero_stage]
+    if engine.zero_stage == 1 and engine.offload_optimizer_to_cpu:
+        sent = passes + 1.0
+    own_share = (processes - 1) / processes
+    volume = sent * own_share * value_bytes(recipe) * parameters.total
+    seconds += volume / hardware.link_bytes_per_second
+
+    own = parameters.total / processes
+    moved = 0.0
+    if engine.offload_optimizer_to_cpu:
+        # Gradients after every pass; master weights, moments and gradients once through the host's own memory; weights back.
+        moved += own * (passes * FP32_BYTES + 7 * FP32_BYTES + value_bytes(recipe))
+    if engine.offload_parameters_to_cpu:
+        moved += own * passes * 2 * value_bytes(recipe)
+    return seconds + moved / hardware.host_link_bytes_per_second

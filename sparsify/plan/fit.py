@@ -1,0 +1,183 @@
+"""Whether a recipe fits its devices, what would, and the choice that `engine=auto` makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import deepcopy
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+from sparsify.plan.cost import step_seconds
+from sparsify.plan.hardware import Hardware
+from sparsify.plan.memory import memory
+from sparsify.plan.parameters import Architecture, Parameters
+from sparsify.recipe import Recipe
+
+
+class Choice(BaseModel):
+    """Settings that decide how a step is computed, with what they need.
+
+    Attributes:
+        zero_stage: And the four below it: the settings, under the recipe's names.
+        device_bytes: What each process needs with the allowance.
+        host_bytes: What one node's memory needs for what is offloaded.
+        step_seconds: Assumed time of a step: what the cheapest is chosen by.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    zero_stage: int
+    offload_optimizer_to_cpu: bool
+    offload_parameters_to_cpu: bool
+    micro_batch_windows: int
+    gradient_checkpointing: bool
+    device_bytes: int
+    host_bytes: int
+    step_seconds: float
+
+    @computed_field
+    @property
+    def overrides(self) -> list[str]:
+        """The settings as a command line takes them."""
+        engine = ("zero_stage", "offload_optimizer_to_cpu", "offload_parameters_to_cpu")
+        training = ("micro_batch_windows", "gradient_checkpointing")
+        return [
+            f"{section}.{key}={str(getattr(self, key)).lower()}"
+            for section, keys in (("engine", engine), ("training", training))
+            for key in keys
+        ]
+
+
+class Verdict(BaseModel):
+    """Whether a recipe fits.
+
+    Attributes:
+        fits: Whether it does.
+        reason: What it needs and what there is.
+        nearest: The cheapest settings that fit, where these do not; None if none do.
+        chosen: Whether `engine=auto` chose the settings.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    fits: bool
+    reason: str
+    nearest: Choice | None = None
+    chosen: bool = False
+
+
+def verdict_of(
+    recipe: Recipe,
+    architecture: Architecture,
+    parameters: Parameters,
+    hardware: Hardware,
+    choice: Choice | None = None,
+) -> Verdict:
+    """Holds what a recipe needs against what there is.
+
+    Args:
+        recipe: With a concrete ZeRO stage.
+        architecture: Its model.
+        parameters: Its model's parameters.
+        hardware: What it is to run on.
+        choice: What `engine=auto` chose, where it did.
+    """
+    device_bytes, host_bytes = needs(recipe, architecture, parameters, hardware)
+    shortage = _shortage(device_bytes, host_bytes, hardware)
+    if shortage is None:
+        room = hardware.device_bytes - device_bytes
+        reason = f"{gb(device_bytes)} of {gb(hardware.device_bytes)}, {gb(room)} to spare"
+        return Verdict(fits=True, reason=reason, chosen=choice is not None)
+    nearest = cheapest(recipe, architecture, parameters, hardware)
+    return Verdict(fits=False, reason=shortage, nearest=nearest)
+
+
+def needs(
+    recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
+) -> tuple[int, int]:
+    """Bytes of one process with the allowance, and of one node's memory for what is offloaded."""
+    plan = memory(
+        recipe,
+        architecture,
+        parameters,
+        on_cpu=hardware.is_cpu,
+        node_processes=hardware.node_devices,
+    )
+    device = plan.device.total + hardware.allowance_bytes(plan.device.total)
+    return device, plan.host.total
+
+
+def _shortage(device_bytes: int, host_bytes: int, hardware: Hardware) -> str | None:
+    where = "a process" if hardware.is_cpu else "a GPU"
+    if device_bytes > hardware.device_bytes:
+        return f"{where} would need {gb(device_bytes)}, and has {gb(hardware.device_bytes)}"
+    # On a CPU machine, what is offloaded and the processes share one memory.
+    taken = device_bytes * hardware.node_devices if hardware.is_cpu else 0
+    if host_bytes and host_bytes + taken > hardware.host_bytes:
+        return f"a node's memory would need {gb(host_bytes + taken)}, and has {gb(hardware.host_bytes)}"
+    return None
+
+
+def cheapest(
+    recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
+) -> Choice | None:
+    """The settings that fit with the least assumed time of a step; the lower stage where two take the same.
+
+    Host memory is used only where nothing fits without it. The batch stays as it is. What may be changed is said by the recipe's `engine.auto_…` settings.
+    """
+    best: tuple[float, Choice] | None = None
+    for candidate in _candidates(recipe, hardware):
+        if best and candidate.engine.offload_optimizer_to_cpu:
+            break
+        device_bytes, host_bytes = needs(candidate, architecture, parameters, hardware)
+        if _shortage(device_bytes, host_bytes, hardware) is not None:
+            continue
+        seconds = step_seconds(candidate, architecture, parameters, hardware)
+        if best is None or seconds < best[0] * (1 - SAME):
+            choice = Choice(
+                zero_stage=candidate.engine.zero_stage,
+                offload_optimizer_to_cpu=candidate.engine.offload_optimizer_to_cpu,
+                offload_parameters_to_cpu=candidate.engine.offload_parameters_to_cpu,
+                micro_batch_windows=candidate.training.micro_batch_windows,
+                gradient_checkpointing=candidate.training.gradient_checkpointing,
+                device_bytes=device_bytes,
+                host_bytes=host_bytes,
+                step_seconds=seconds,
+            )
+            best = seconds, choice
+    return best[1] if best else None
+
+
+SAME = 0.005
+"""Times that differ by less are the same to an estimate: the simpler settings, which come first, are taken."""
+
+
+def _candidates(recipe: Recipe, hardware: Hardware) -> Iterator[Recipe]:
+    """Settings to try, the simpler first and those with offload last."""
+    engine, training = recipe.engine, recipe.training
+    first_stage = 0 if training.precision == "fp32" else 1
+    ways = [(stage, False, False) for stage in range(first_stage, 4)]
+    if engine.auto_offload and not hardware.is_cpu:
+        ways += [(stage, True, False) for stage in (1, 2, 3)] + [(3, True, True)]
+    checkpointing = (
+        (False, True) if engine.auto_checkpointing else (training.gradient_checkpointing,)
+    )
+    windows = training.batch_windows // recipe.launch.total_processes
+    sizes = [size for size in range(1, windows + 1) if windows % size == 0]
+    if not engine.auto_micro_batch:
+        sizes = [training.micro_batch_windows]
+    for stage, optimizer, weights in ways:
+        for recomputes in checkpointing:
+            for size in sizes:
+                candidate = deepcopy(recipe)
+                candidate.engine.zero_stage = stage
+                candidate.engine.offload_optimizer_to_cpu = optimizer
+                candidate.engine.offload_parameters_to_cpu = weights
+                candidate.training.gradient_checkpointing = recomputes
+                candidate.training.micro_batch_windows = size
+                yield candidate
+
+
+def gb(num_bytes: int) -> str:
+    """Bytes in the unit that GPUs are sold in."""
+    return f"{num_bytes / 1e9:,.1f} GB"

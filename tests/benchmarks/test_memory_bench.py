@@ -1,0 +1,17 @@
+"""The plan's memory is what real engines take."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.benchmarks.memory_grid import FEW, GRID, Trial, bench_memory
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [FEW[:1], pytest.param(GRID, marks=pytest.mark.slow)],
+    ids=["one", "all"],
+)
+def test_predictions_are_within_15_percent_of_the_measured_peak(trials: tuple[Trial, ...]) -> None:
+    measured = bench_memory(trials, lambda _: None)
+    assert {one.trial: one.error for one in measured if abs(one.error) > 0.15} == {}
