@@ -62,7 +62,9 @@ class Plan(BaseModel):
         active_parameters: Parameters that work on one token; fewer than all in a mixture of experts.
         device: Bytes of each process on its GPU (on a CPU machine: in its memory).
         host: Bytes in this machine's memory for what ZeRO-Offload moves there, all processes together.
-        checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk.
+        checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk,
+            beside those that `checkpoint.keep_every_tokens` keeps for good.
+        kept_for_good: How many these are at the end of the run, without those among the last.
         num_tokens: `training.budget_tokens` rounded down to whole steps.
         sources: The sources that have a share of `num_tokens`.
         phases: Their shares over the run: one phase unless the mixture states more.
@@ -81,6 +83,7 @@ class Plan(BaseModel):
     host: HostMemory
     checkpoint_bytes: int
     keep_checkpoints: int
+    kept_for_good: int
     num_steps: int
     step_tokens: int
     accumulation_steps: int
@@ -97,7 +100,7 @@ class Plan(BaseModel):
     @property
     def disk_bytes(self) -> int:
         """Checkpoints at their fullest: those kept and the one being written."""
-        return self.checkpoint_bytes * (self.keep_checkpoints + 1)
+        return self.checkpoint_bytes * (self.kept_for_good + self.keep_checkpoints + 1)
 
 
 def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
@@ -128,6 +131,7 @@ def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
         host=host,
         checkpoint_bytes=checkpoint_bytes(recipe, parameters.total),
         keep_checkpoints=recipe.checkpoint.keep_last,
+        kept_for_good=_kept_for_good(recipe),
         num_steps=recipe.num_steps,
         step_tokens=recipe.step_tokens,
         accumulation_steps=recipe.accumulation_steps,
@@ -147,6 +151,16 @@ def make_plan(recipe: Recipe, model_config: Any = None) -> Plan:
             for end, first, last in share_phases(recipe.mixture)
         ],
     )
+
+
+def _kept_for_good(recipe: Recipe) -> int:
+    settings = recipe.checkpoint
+    if settings.keep_every_tokens is None:
+        return 0
+    older_tokens = (
+        recipe.num_steps * recipe.step_tokens - settings.keep_last * settings.every_tokens
+    )
+    return max(0, older_tokens) // settings.keep_every_tokens
 
 
 def _sources(

@@ -23,7 +23,7 @@ from sparsify.files import storage_errors, write_json
 from sparsify.mixture.ingest import QUARANTINE_FILE, Ingest, bad_rows_of
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.recipe import EXECUTION_SETTINGS, Recipe
-from sparsify.training.checkpoints import latest_checkpoint, read_state
+from sparsify.training.checkpoints import latest_checkpoint, newest_whole, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.launcher import launch
@@ -72,7 +72,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
         converted = _convert(recipe, run.initial)
         say(f"Model: {_describe(converted)}")
     _check_context(recipe, run)
-    newest = latest_checkpoint(run.checkpoints)
+    newest = newest_whole(run.checkpoints, say)
     step = read_state(newest).step if newest else 0
     if step == recipe.num_steps:
         say(f"Trained already: {run.path}")
