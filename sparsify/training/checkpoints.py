@@ -30,6 +30,13 @@ from sparsify.files import replace_folder, storage_errors, write_json, write_tex
 from sparsify.recipe import CheckpointSection
 from sparsify.training.engine import prepare_accelerator
 from sparsify.training.manifest import damage, sync_folder, write_manifest
+from sparsify.training.resize import (
+    Shape,
+    check_convertible,
+    conversion_folder,
+    needs_conversion,
+    universal_loading,
+)
 
 LATEST = "latest"
 STATE = "state.json"
@@ -48,6 +55,10 @@ class TrainingState:
     zero_stage: int
     drawn_windows: dict[str, int]
     """Windows of each source so far: what was delivered, and where the schedule goes on without counting anew."""
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.processes, self.zero_stage)
 
 
 @dataclass(frozen=True)
@@ -255,27 +266,41 @@ def _prune(checkpoints: Path, keep: Keep, newest: str) -> None:
 
 
 def load(engine: Any, checkpoint: Path) -> TrainingState:
-    """Loads weights and optimiser state into an engine of the same shape; every rank calls it.
+    """Loads weights and optimiser state into an engine; every rank calls it.
+
+    Where the checkpoint was written by another number of processes or ZeRO stage, its conversion is loaded, which the
+    launcher made (`sparsify.training.resize.resized`), and then removed.
 
     Raises:
-        RunError: If the checkpoint was written by another number of processes or ZeRO stage.
+        RunError: If it is damaged, or has not been converted.
     """
     state = read_state(checkpoint)
-    now = (dist.get_world_size(), engine.zero_optimization_stage())
-    if (state.processes, state.zero_stage) != now:
+    now = Shape(dist.get_world_size(), engine.zero_optimization_stage())
+    if not needs_conversion(state.shape, now):
+        _load_shards(engine, checkpoint)
+        return state
+    check_convertible(checkpoint, state.shape, now)
+    conversion = conversion_folder(checkpoint)
+    if not conversion.is_dir():
         raise RunError(
-            f"{checkpoint} was written by {state.processes} process(es) at ZeRO stage {state.zero_stage}; "
-            f"this run has {now[0]} at stage {now[1]}.",
-            next_step=f"Go on with launch.processes={state.processes} engine.zero_stage={state.zero_stage}, "
-            "or start another run with run_dir=….",
+            f"{checkpoint} was written by {state.shape}; this run has {now}, and nothing converted it.",
+            next_step="Start the run with `sparsify train`.",
         )
-    with _unreadable_shards(checkpoint):
+    with universal_loading(engine):
+        _load_shards(engine, conversion / checkpoint.name)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(conversion, ignore_errors=True)
+    return state
+
+
+def _load_shards(engine: Any, folder: Path) -> None:
+    with _unreadable_shards(folder):
         loaded, _ = engine.load_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, load_lr_scheduler_states=False
+            str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
         )
     if loaded is None:
-        raise _damaged(checkpoint, "DeepSpeed found nothing to load in it")
-    return state
+        raise _damaged(folder, "DeepSpeed found nothing to load in it")
 
 
 def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
