@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from sparsify.errors import RunError
 from sparsify.files import storage_errors
 from sparsify.training.processes import exit_with_launcher, log_tail
@@ -124,21 +126,27 @@ def _convert(checkpoint: Path, to: Path, log: Path) -> None:
 def universal_loading(engine: Any) -> Iterator[None]:
     """Lets an engine load a converted checkpoint, once.
 
-    The setting is not in the engine's configuration, because an ordinary checkpoint may have to be loaded later. Groups
-    keep the settings that the recipe gives them: at stage 3 DeepSpeed copies those of the first group to all others,
-    and with them its weight decay to the norms.
+    The setting is not in the engine's configuration, because an ordinary checkpoint may have to be loaded later.
+
+    Two things that DeepSpeed 0.19.8 gets wrong here at stage 3 are put right. It copies the settings of the first
+    parameter group to all others, and with them its weight decay to the norms. And it gives all groups one and the
+    same step counter, which Adam then advances once for each group.
     """
+    optimizer = engine.optimizer
     settings = [
         {key: value for key, value in group.items() if key != "params"}
-        for group in engine.optimizer.param_groups
+        for group in optimizer.param_groups
     ]
     engine._config.load_universal_checkpoint = True
     try:
         yield
     finally:
         engine._config.load_universal_checkpoint = False
-    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def main(checkpoint: str, to: str) -> None:

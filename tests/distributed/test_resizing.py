@@ -42,7 +42,8 @@ SLOW = [
     (Setup("mistral", 1, 1, "fp32"), Setup("mistral", 1, 2, "fp32")),
     (Setup("mistral", 1, 2, "bf16"), Setup("mistral", 2, 1, "bf16")),
     (Setup("mistral", 3, 2, "bf16"), Setup("mistral", 3, 1, "bf16")),
-    (Setup("mistral", 3, 1, "bf16"), Setup("mistral", 3, 2, "bf16")),
+    (Setup("mistral", 3, 1, "fp32"), Setup("mistral", 3, 2, "fp32")),
+    (Setup("mistral", 3, 2, "fp32"), Setup("mistral", 3, 1, "fp32")),
     (Setup("mixtral", 3, 2, "bf16"), Setup("mixtral", 3, 1, "bf16")),
     (Setup("mixtral", 1, 1, "fp32"), Setup("mixtral", 1, 2, "fp32")),
     (Setup("mistral", 0, 2, "fp32"), Setup("mistral", 0, 1, "fp32")),
@@ -64,7 +65,9 @@ def test_losses_agree_with_the_uninterrupted_run(
         assert f"was saved by {before.processes} process(es) at ZeRO stage {before.stage}" in said
         assert f"this run has {now.processes} process(es) at ZeRO stage {now.stage}" in said
     assert losses(run)[:HALF] == losses(straight)[:HALF]
-    assert losses(run) == pytest.approx(losses(straight), rel=1e-3)
+    # In bf16 two runs that differ in their number of processes drift apart by themselves.
+    tolerance = 1e-3 if now.precision == "bf16" else 1e-5
+    assert losses(run) == pytest.approx(losses(straight), rel=tolerance)
     state = json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())
     assert (state["processes"], state["zero_stage"]) == (now.processes, now.stage)
     assert not list((run / "checkpoints").glob(".*")), "the conversion was left behind"
