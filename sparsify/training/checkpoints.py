@@ -31,6 +31,7 @@ from sparsify.recipe import CheckpointSection
 from sparsify.training.engine import prepare_accelerator
 from sparsify.training.manifest import damage, sync_folder, write_manifest
 from sparsify.training.resize import (
+    CONVERSIONS,
     Shape,
     check_convertible,
     conversion_folder,
@@ -41,8 +42,8 @@ from sparsify.training.resize import (
 LATEST = "latest"
 STATE = "state.json"
 REFERENCE = "reference.safetensors"
-HIDDEN = (".partial-*", ".step-*")
-"""What a run that was killed while saving, or while replacing a checkpoint, leaves behind."""
+HIDDEN = (".partial-*", ".step-*", CONVERSIONS)
+"""What no longer serves after a save: remains of a run that was killed meanwhile, and what a resized run began from."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def load(engine: Any, checkpoint: Path) -> TrainingState:
     """Loads weights and optimiser state into an engine; every rank calls it.
 
     Where the checkpoint was written by another number of processes or ZeRO stage, its conversion is loaded, which the
-    launcher made (`sparsify.training.resize.resized`), and then removed.
+    launcher made (`sparsify.training.resize.resized`). It stays until the next save: till then it may be asked for again.
 
     Raises:
         RunError: If it is damaged, or has not been converted.
@@ -288,9 +289,6 @@ def load(engine: Any, checkpoint: Path) -> TrainingState:
         )
     with universal_loading(engine):
         _load_shards(engine, conversion / checkpoint.name)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(conversion, ignore_errors=True)
     return state
 
 

@@ -1,7 +1,7 @@
 """Going on with another number of processes or another ZeRO stage, by way of DeepSpeed's universal checkpoints.
 
 DeepSpeed's shards fit only as many ranks as wrote them. The launcher converts them into one file a tensor before the
-ranks start, the ranks load those, and the conversion is removed again: the next checkpoint is an ordinary one.
+ranks start, the ranks load those, and the next save, which is an ordinary one, removes them.
 
     python -m sparsify.training.resize CHECKPOINT TO
 """
@@ -124,7 +124,7 @@ def _convert(checkpoint: Path, to: Path, log: Path) -> None:
 
 @contextmanager
 def universal_loading(engine: Any) -> Iterator[None]:
-    """Lets an engine load a converted checkpoint, once.
+    """Lets an engine load a converted checkpoint while the block runs.
 
     The setting is not in the engine's configuration, because an ordinary checkpoint may have to be loaded later.
 
