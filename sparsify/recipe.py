@@ -205,6 +205,9 @@ class CheckpointSection:
 
     every_tokens: int = MISSING
     keep_last: int = 2
+    """The newest checkpoints. With 1 there is none to go back to when the newest is damaged."""
+    keep_every_tokens: int | None = None
+    """Keep also the checkpoint at each multiple of so many tokens, for good: a multiple of `every_tokens`."""
 
 
 @dataclass

@@ -81,6 +81,8 @@ def _check_numbers(recipe: Recipe) -> None:
     }
     if recipe.launch.threads_per_process is not None:
         positive["launch.threads_per_process"] = recipe.launch.threads_per_process
+    if recipe.checkpoint.keep_every_tokens is not None:
+        positive["checkpoint.keep_every_tokens"] = recipe.checkpoint.keep_every_tokens
     for key, value in positive.items():
         if not value > 0 or not math.isfinite(value):
             raise RecipeError(f"{key} is {value}.", allowed="It must be above 0.")
@@ -94,6 +96,13 @@ def _check_numbers(recipe: Recipe) -> None:
         raise RecipeError(
             f"training.router_aux_loss_coefficient is {coefficient}.",
             allowed="0 or above; null takes the checkpoint's own.",
+        )
+    every, keep_every = recipe.checkpoint.every_tokens, recipe.checkpoint.keep_every_tokens
+    if keep_every is not None and keep_every % every:
+        raise RecipeError(
+            f"checkpoint.keep_every_tokens is {keep_every}, where no checkpoint is saved.",
+            allowed=f"A multiple of checkpoint.every_tokens ({every}).",
+            next_step=f"Set checkpoint.keep_every_tokens={math.ceil(keep_every / every) * every}.",
         )
     if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
         raise RecipeError(

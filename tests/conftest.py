@@ -153,6 +153,7 @@ class Command:
             f"training.precision={setup.precision}",
             f"training.budget_tokens={STEPS * 512}",
             "eval.every_tokens=2048",
+            "checkpoint.keep_every_tokens=2048",
             f"run_dir={run}",
             f"cache_dir={self.root / 'cache'}",
             f"tracking.wandb={'offline' if setup.processes == 1 else 'disabled'}",

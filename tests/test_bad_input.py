@@ -260,7 +260,7 @@ MEASURED: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     ),
     "export of a checkpoint that was cut off": (
         lambda place: ["export", place.run("step-00000002"), "--to", OUT],
-        ["step-00000002 is not whole", "Write the name of another"],
+        ["step-00000002 is not whole: mp_rank_00_model_states.pt has", "Write the name of another"],
     ),
     "report of nothing": (
         lambda _: ["report", "runs/none"],

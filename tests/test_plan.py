@@ -59,6 +59,19 @@ def test_every_recipe_has_a_plan_that_prints(name: str) -> None:
     assert dumped["disk_bytes"] == plan.disk_bytes
 
 
+def test_checkpoints_kept_for_good_are_on_the_disk(recipe_file: Path) -> None:
+    saving = ["training.budget_tokens=20480", "checkpoint.every_tokens=1024"]
+    few = make_plan(compose_recipe(str(recipe_file), saving))
+    many = make_plan(
+        compose_recipe(str(recipe_file), [*saving, "checkpoint.keep_every_tokens=2048"])
+    )
+    assert few.disk_bytes == 3 * few.checkpoint_bytes
+    # 20 are saved; the last two and one being written are counted already, of the 18 before them every other stays.
+    assert many.disk_bytes == (3 + 9) * many.checkpoint_bytes
+    with pytest.raises(RecipeError, match=r"Set checkpoint.keep_every_tokens=3072\."):
+        compose_recipe(str(recipe_file), [*saving, "checkpoint.keep_every_tokens=2100"])
+
+
 @pytest.mark.parametrize("experts", [None, 4])
 @pytest.mark.parametrize(
     "name", [name for name in recipe_names() if composed(name).model.architecture]

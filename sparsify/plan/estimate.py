@@ -74,7 +74,9 @@ class Plan(BaseModel):
         allowance_bytes: Added to `device` for the framework and fragmentation, an assumption.
         verdict: Whether it fits, and what would.
         cost: Time and price, from a throughput that was given or from `hardware`.
-        checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk.
+        checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk,
+            beside those that `checkpoint.keep_every_tokens` keeps for good.
+        kept_for_good: How many these are at the end of the run, without those among the last.
         num_tokens: `training.budget_tokens` rounded down to whole steps.
         sources: The sources that have a share of `num_tokens`.
         phases: Their shares over the run: one phase unless the mixture states more.
@@ -101,6 +103,7 @@ class Plan(BaseModel):
     cost: Cost
     checkpoint_bytes: int
     keep_checkpoints: int
+    kept_for_good: int
     num_steps: int
     step_tokens: int
     accumulation_steps: int
@@ -117,7 +120,7 @@ class Plan(BaseModel):
     @property
     def disk_bytes(self) -> int:
         """Checkpoints at their fullest: those kept and the one being written."""
-        return self.checkpoint_bytes * (self.keep_checkpoints + 1)
+        return self.checkpoint_bytes * (self.kept_for_good + self.keep_checkpoints + 1)
 
 
 def make_plan(
@@ -178,6 +181,7 @@ def make_plan(
         cost=cost(recipe, architecture, parameters, hardware, tokens_per_second),
         checkpoint_bytes=checkpoint_bytes(recipe, parameters.total),
         keep_checkpoints=recipe.checkpoint.keep_last,
+        kept_for_good=_kept_for_good(recipe),
         num_steps=recipe.num_steps,
         step_tokens=recipe.step_tokens,
         accumulation_steps=recipe.accumulation_steps,
@@ -201,6 +205,16 @@ def _phases(recipe: Recipe, num_windows: int, sources: Collection[str]) -> list[
         )
         for end, first, last in share_phases(recipe.mixture)
     ]
+
+
+def _kept_for_good(recipe: Recipe) -> int:
+    settings = recipe.checkpoint
+    if settings.keep_every_tokens is None:
+        return 0
+    older_tokens = (
+        recipe.num_steps * recipe.step_tokens - settings.keep_last * settings.every_tokens
+    )
+    return max(0, older_tokens) // settings.keep_every_tokens
 
 
 def _sources(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sparsify.mixture.windows import NO_LOSS, Batch, Window, WindowReader
 from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
-from sparsify.training.checkpoints import TrainingState
+from sparsify.training.checkpoints import Keep, TrainingState
 from sparsify.training.engine import set_learning_rate
 from sparsify.training.router import RouterMeter, aux_loss_coefficient, hungry_steps, router_meter
 from sparsify.training.run_folder import RunFolder
@@ -51,6 +51,8 @@ class Session:
     telemetry: Telemetry
     state: TrainingState
     stop_requested: Callable[[], bool]
+    saved: TrainingState | None = None
+    """The state that the newest checkpoint holds, or None before the first."""
 
 
 def train(session: Session) -> bool:
@@ -75,9 +77,7 @@ def train(session: Session) -> bool:
 
 def _due(recipe: Recipe, state: TrainingState, every_tokens: int) -> bool:
     """Whether the step that has just ended crossed a multiple of `every_tokens`."""
-    return (
-        state.seen_tokens // every_tokens > (state.seen_tokens - recipe.step_tokens) // every_tokens
-    )
+    return checkpoints.crosses(every_tokens, state.seen_tokens, recipe.step_tokens)
 
 
 def _train_step(session: Session) -> bool:
@@ -289,21 +289,28 @@ def _validate(session: Session, label: str) -> None:
 
 
 def _save(session: Session) -> None:
+    if session.saved is session.state:  # stopped before a step could be trained
+        return
     started = time.monotonic()
+    recipe = session.recipe
     reference = _reference(session)
     # Counted only here: for shares without a short period it takes a moment, which no step should wait for.
-    drawn = session.reader.schedule.counts(
-        session.state.step * session.recipe.training.batch_windows
+    drawn = session.reader.schedule.counts(session.state.step * recipe.training.batch_windows)
+    session.state = replace(
+        session.state,
+        drawn_windows=drawn,
+        processes=dist.get_world_size(),
+        zero_stage=recipe.engine.zero_stage,
     )
-    session.state = replace(session.state, drawn_windows=drawn)
-    path = checkpoints.save(
+    saved = checkpoints.save(
         session.engine,
         session.state,
         session.run.checkpoints,
-        session.recipe.checkpoint.keep_last,
+        Keep.of(recipe.checkpoint, recipe.step_tokens),
         reference,
     )
-    session.telemetry.saved(path, time.monotonic() - started)
+    session.saved = session.state
+    session.telemetry.saved(session.state, saved, time.monotonic() - started)
 
 
 @torch.no_grad()

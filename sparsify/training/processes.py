@@ -37,13 +37,19 @@ class StopRequest:
         return self.came
 
 
-def exit_with_launcher() -> None:
-    """Ends this process soon after its launcher is gone, so that no orphan writes into a run that is started again."""
+def exit_with_launcher(*, whole_group: bool = False) -> None:
+    """Ends this process soon after its launcher is gone, so that no orphan writes into a run that is started again.
+
+    Args:
+        whole_group: End its process group with it, for one that has workers of its own.
+    """
     launcher = os.getppid()
 
     def watch() -> None:
         while os.getppid() == launcher:
             time.sleep(WATCH_SECONDS)
+        if whole_group:
+            os.killpg(0, signal.SIGKILL)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

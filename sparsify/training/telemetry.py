@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from sparsify.files import write_text
 from sparsify.recipe import Recipe
 from sparsify.sparsity.alarms import LayerAlarms
+from sparsify.training.checkpoints import Saved, TrainingState
 from sparsify.training.history import read_lines
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.stability import BadStep
@@ -165,10 +166,14 @@ class Telemetry:
         for alarm in alarms:
             self._say(f"[bold red]Alarm[/bold red] {alarm}")
 
-    def saved(self, checkpoint: Path, seconds: float) -> None:
-        """Says that a checkpoint is on disk."""
-        size_bytes = sum(file.stat().st_size for file in checkpoint.iterdir())
-        self._say(f"saved {checkpoint} ({size_bytes / 1e6:.0f} MB, {seconds:.1f} s)")
+    def saved(self, state: TrainingState, saved: Saved, seconds: float) -> None:
+        """Records that a checkpoint is on disk, its size, and how long training stood still for it."""
+        if self._silent:
+            return
+        where = {"kind": "checkpoint", "step": state.step, "tokens": state.seen_tokens}
+        cost = {"bytes": saved.size_bytes, "seconds": round(seconds, 3)}
+        self._append(self._run.metrics, where | cost)
+        self._say(f"saved {saved.path} ({saved.size_bytes / 1e6:.0f} MB, {seconds:.1f} s)")
 
     def close(self) -> None:
         """Ends the progress bar and the tracker."""

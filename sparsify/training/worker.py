@@ -62,7 +62,7 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
     training = recipe.training
     sources = open_sources(ingests_of(recipe, run))
     check_lock(read_lock(run.mixture_lock), lock_of(recipe, sources))
-    newest = latest_checkpoint(run.checkpoints)
+    newest = _agreed(latest_checkpoint(run.checkpoints))
     anchor = None
     if newest is not None:
         saved = read_state(newest)
@@ -96,7 +96,15 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
         telemetry,
         state,
         stop_requested,
+        saved=None if newest is None else state,
     )
+
+
+def _agreed(newest: Path | None) -> Path | None:
+    """Rank 0's checkpoint: another machine may still see an older `latest`."""
+    names = [newest]
+    dist.broadcast_object_list(names)
+    return names[0]
 
 
 if __name__ == "__main__":

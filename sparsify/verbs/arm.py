@@ -6,7 +6,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +25,13 @@ from sparsify.mixture.ingest import Ingest
 from sparsify.mixture.left_out import LeftOut
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.recipe import EXECUTION_SETTINGS, Recipe
-from sparsify.training.checkpoints import latest_checkpoint, read_state
+from sparsify.training.checkpoints import latest_checkpoint, newest_whole, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.engine import check_machine
 from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.launcher import launch
 from sparsify.training.nodes import Nodes
+from sparsify.training.resize import Shape, check_convertible, needs_conversion, resized
 from sparsify.training.router import check_router
 from sparsify.training.run_folder import RunFolder
 from sparsify.verbs import Say
@@ -90,18 +91,26 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) 
         converted = _convert(recipe, run.initial)
         say(f"Model: {_describe(converted)}")
     _check_context(recipe, run)
-    newest = latest_checkpoint(run.checkpoints)
-    step = read_state(newest).step if newest else 0
+    newest = newest_whole(run.checkpoints, say)
+    saved = read_state(newest) if newest else None
+    step = saved.step if saved else 0
     if step == recipe.num_steps:
         say(f"Trained already: {run.path}")
         return False
+    now = Shape(recipe.launch.total_processes, recipe.engine.zero_stage)
+    if newest and saved and needs_conversion(saved.shape, now):
+        check_convertible(newest, saved.shape, now)  # before anything is tokenised for it
     ingests = ingests_of(recipe, run)
     with Feeder(run, ingests, recipe.launch.ingest_processes, ingest_progress(say)) as feeder:
         feeder.wait_until(can_begin)
         _lock_data(recipe, run, ingests, say)
         if step:
             say(f"Going on from step {step:,} of {recipe.num_steps:,}")
-        launch(run, nodes or Nodes(recipe.launch), feeder.check)
+        with ExitStack() as stack:
+            if newest and saved:
+                log = run.logs / "convert.log"
+                stack.enter_context(resized(newest, saved.shape, now, log, say))
+            launch(run, nodes or Nodes(recipe.launch), feeder.check)
         feeder.wait_until(is_done)
     sources = open_sources(ingests)
     for source in sources.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from sparsify.plan import auto_sentence, resolve_engine, this_machine
@@ -27,10 +28,13 @@ def resolve_for_this_machine(recipe: Recipe, say: Say) -> Recipe:
         return recipe
     hardware = this_machine(recipe.launch.processes, recipe.launch.nodes)
     begun = _begun(recipe)
-    if begun is not None and begun.launch.total_processes == recipe.launch.total_processes:
+    if begun is not None:
         for section, keys in (("engine", ENGINE_SETTINGS), ("training", TRAINING_SETTINGS)):
             for key in keys:
                 setattr(getattr(recipe, section), key, getattr(getattr(begun, section), key))
+        # Other processes go on with the same global batches, in whole micro-batches.
+        windows = recipe.training.batch_windows // recipe.launch.total_processes
+        recipe.training.micro_batch_windows = math.gcd(begun.training.micro_batch_windows, windows)
         say(f"engine=auto: ZeRO-{recipe.engine.zero_stage}, as this run began")
         return recipe
     resolved, choice = resolve_engine(recipe, hardware=hardware)
