@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -61,20 +62,49 @@ def stock_model(kind: str, seed: int = 0) -> torch.nn.Module:
     return model_class(config_class(**SHAPE | extra)).eval()
 
 
+class Shared:
+    """Folders that all workers of a session use, each filled by the first that needs it: a run takes half a minute."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        own = factory.getbasetemp()
+        self.root = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+        self.root.mkdir(exist_ok=True)
+
+    def __call__(self, name: str, fill: Callable[[Path], None]) -> Path:
+        folder, done = self.root / name, self.root / f"{name}.done"
+        with FileLock(self.root / f"{name}.lock"):
+            if not done.is_file():
+                folder.mkdir()
+                fill(folder)
+                done.touch()
+        return folder
+
+
 @pytest.fixture(scope="session")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    return Shared(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def stock(shared: Shared) -> dict[str, Path]:
     """Stock checkpoint folders by kind, as a user would have them."""
-    root = tmp_path_factory.mktemp("stock")
-    for kind in STOCK:
-        stock_model(kind).save_pretrained(root / kind)
-        copy_tokenizer(TOKENIZER, root / kind)
+
+    def fill(root: Path) -> None:
+        for kind in STOCK:
+            stock_model(kind).save_pretrained(root / kind)
+            copy_tokenizer(TOKENIZER, root / kind)
+
+    root = shared("stock", fill)
     return {kind: root / kind for kind in STOCK}
 
 
 @pytest.fixture(scope="session")
-def mixture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixture_file(shared: Shared) -> Path:
     """A mixture of two pretraining sources and one instruction source, with its text."""
-    root = tmp_path_factory.mktemp("mixture")
+    return shared("mixture", _write_mixture) / "own_mixture.yaml"
+
+
+def _write_mixture(root: Path) -> None:
     for name in ("code", "prose"):
         lines = [
             json.dumps({"text": f"{name} {i}: " + f"word{i % 7} value{i % 11} " * 20})
@@ -97,15 +127,20 @@ def mixture_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     path = root / "own_mixture.yaml"
     path.write_text(yaml.safe_dump({"name": "own", "sources": sources, "validation_fraction": 0.2}))
-    return path
 
 
 @pytest.fixture(scope="session")
-def recipe_file(tmp_path_factory: pytest.TempPathFactory, stock: dict[str, Path]) -> Path:
+def recipe_file(shared: Shared, stock: dict[str, Path]) -> Path:
     """A user's own recipe, outside the catalogue: six steps from the small stock Mistral."""
-    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(
-        f"""
+    recipe = RECIPE.format(source=stock["mistral"])
+    return shared("recipe", lambda root: _write(root / "tiny.yaml", recipe)) / "tiny.yaml"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+RECIPE = """
 # sparsify train tiny.yaml mixture=own_mixture.yaml
 defaults:
   - recipe_schema
@@ -115,14 +150,12 @@ defaults:
   - eval: quickstart
   - _self_
 name: tiny
-model: {{source: {stock["mistral"]}}}
+model: {{source: {source}}}
 training: {{budget_tokens: 3072, window_tokens: 64, batch_windows: 8, micro_batch_windows: 2, precision: fp32}}
 optimizer: {{peak_learning_rate: 3.0e-3, final_learning_rate: 3.0e-4, warmup_tokens: 512}}
 checkpoint: {{every_tokens: 1024}}
 eval: {{every_tokens: 1536, validation_windows_per_source: 3, report_tokens: 512, sample_tokens: 4, sample_prompts: [code]}}
 """
-    )
-    return path
 
 
 STEPS = 8
@@ -166,24 +199,24 @@ def command(
     recipe_file: Path,
     mixture_file: Path,
     stock: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
+    shared: Shared,
 ) -> Command:
-    return Command(recipe_file, mixture_file, stock, tmp_path_factory.mktemp("runs"))
+    return Command(recipe_file, mixture_file, stock, shared("runs", lambda _: None))
 
 
 @pytest.fixture(scope="session")
-def finished(command: Command) -> Callable[[Setup], tuple[Path, dict]]:
+def finished(command: Command, shared: Shared) -> Callable[[Setup], tuple[Path, dict]]:
     """Trains a setup from beginning to end, once, and returns its run folder and what the command printed."""
-    done: dict[Setup, tuple[Path, dict]] = {}
 
-    def train(setup: Setup) -> tuple[Path, dict]:
-        if setup not in done:
-            run = command.root / "-".join(map(str, setup))
-            result = subprocess.run(
-                command(setup, run), capture_output=True, text=True, check=False
-            )
-            assert result.returncode == 0, result.stdout + result.stderr
-            done[setup] = run, json.loads(result.stdout[result.stdout.index("\n{") :])
-        return done[setup]
+    def train(folder: Path, setup: Setup) -> None:
+        asked = command(setup, folder / "run")
+        result = subprocess.run(asked, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stdout + result.stderr
+        (folder / "printed.json").write_text(result.stdout[result.stdout.index("\n{") :])
 
-    return train
+    def run_of(setup: Setup) -> tuple[Path, dict]:
+        name = "-".join(map(str, setup))
+        folder = shared(name, lambda folder: train(folder, setup))
+        return folder / "run", json.loads((folder / "printed.json").read_text())
+
+    return run_of

@@ -100,6 +100,7 @@ def trained(workplace: Path) -> Path:
 
 
 @each_page
+@pytest.mark.xdist_group("docs")
 def test_marked_blocks_run(page: Path, trained: Path) -> None:
     for fence in fences(page):
         if fence.test != "tiny":

@@ -21,6 +21,8 @@ from sparsify.catalogue import load_mixture
 from sparsify.conversion.folder import load_tokenizer
 from tests.conftest import TOKENIZER
 
+pytestmark = pytest.mark.xdist_group("mixture_bench")
+
 ALLOCATED_BYTES = 200_000_000
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -15,10 +16,10 @@ import pytest
 
 from tests.conftest import STEPS, Command, Setup
 
-pytestmark = pytest.mark.xdist_group("runs")
-
-SIX_MATRIX = [(kind, stage) for kind in ("mistral", "mixtral") for stage in (1, 2, 3)]
+FAST = [("mistral", 2), ("mixtral", 3)]
+SLOW = [("mistral", 1), ("mistral", 3), ("mixtral", 1), ("mixtral", 2)]
 START_SECONDS = 240
+STOP_ATTEMPTS = 3
 
 
 def lines(path: Path) -> list[dict]:
@@ -34,7 +35,10 @@ def weights_hash(run: Path) -> str:
     return hashlib.sha256((run / "export" / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(("kind", "stage"), SIX_MATRIX)
+@pytest.mark.parametrize(
+    ("kind", "stage"),
+    [*FAST, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
+)
 def test_two_processes_go_all_the_way(
     kind: str, stage: int, finished: Callable[[Setup], tuple[Path, dict]]
 ) -> None:
@@ -59,6 +63,7 @@ def test_two_processes_go_all_the_way(
     assert len(sparsity[-1]["layers"]) == 2
 
 
+@pytest.mark.slow
 def test_stages_agree_on_every_loss(finished: Callable[[Setup], tuple[Path, dict]]) -> None:
     for kind in ("mistral", "mixtral"):
         curves = [losses(finished(Setup(kind, stage, 2, "bf16"))[0]) for stage in (1, 2, 3)]
@@ -92,24 +97,39 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     exit_code: int,
     command: Command,
     finished: Callable[[Setup], tuple[Path, dict]],
+    tmp_path: Path,
 ) -> None:
     straight, _ = finished(setup)
-    run = command.root / ("stopped-" + "-".join(map(str, setup)))
+    run = tmp_path / "run"
     arguments = command(setup, run)
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + START_SECONDS
-    while not (run / "checkpoints" / "latest").is_file() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal_number)
-    assert process.wait(START_SECONDS) == exit_code
-    saved = (run / "checkpoints" / "latest").read_text()
-    assert int(saved.split("-")[1]) < STEPS, "it was stopped too late to prove anything"
+    for _ in range(STOP_ATTEMPTS):  # a busy machine may look too late
+        if _stopped_half_way(arguments, run, signal_number, exit_code):
+            break
+        shutil.rmtree(run)
+    else:
+        pytest.fail("it was stopped too late to prove anything")
 
     result = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Going on from step" in result.stdout
     assert losses(run) == losses(straight)
     assert weights_hash(run) == weights_hash(straight)
+
+
+def _stopped_half_way(
+    arguments: list[str], run: Path, signal_number: signal.Signals, exit_code: int
+) -> bool:
+    """Stops a run after its first checkpoint. Returns whether it had not come to its end by then."""
+    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + START_SECONDS
+    while not (run / "checkpoints" / "latest").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal_number)
+    ended = process.wait(START_SECONDS)
+    if (run / "checkpoints" / "latest").read_text() == f"step-{STEPS:08d}\n":
+        return False
+    assert ended == exit_code
+    return True
 
 
 def test_the_second_command_finds_everything_done(

@@ -14,8 +14,6 @@ import yaml
 
 from tests.conftest import Setup
 
-pytestmark = pytest.mark.xdist_group("runs")
-
 
 def test_changed_text_is_refused_by_name_and_accepted_on_record(
     mixture_file: Path, recipe_file: Path, tmp_path: Path

@@ -20,7 +20,6 @@ import pytest
 
 from tests.conftest import STEPS, Command, Setup
 
-pytestmark = pytest.mark.xdist_group("runs")
 Finished = Callable[[Setup], tuple[Path, dict]]
 SEED = int(os.environ.get("SPARSIFY_KILL_SEED", "20"))
 CAMPAIGN = [

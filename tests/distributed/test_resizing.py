@@ -12,7 +12,6 @@ import pytest
 
 from tests.conftest import STEPS, Command, Setup
 
-pytestmark = pytest.mark.xdist_group("runs")
 Finished = Callable[[Setup], tuple[Path, dict]]
 HALF = STEPS // 2
 

@@ -16,7 +16,7 @@ from sparsify.training.router import check_router, hungry_steps
 from tests.conftest import STEPS, Setup
 from tests.ranks import prepare_run, records, run_ranks
 
-pytestmark = pytest.mark.xdist_group("runs")
+pytestmark = pytest.mark.xdist_group("router")
 
 PROGRAM = Path(__file__).with_name("router_program.py")
 CASES = [("disjoint", "grouped_mm"), ("disjoint", "eager"), ("starving", "grouped_mm")]

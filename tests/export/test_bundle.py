@@ -22,7 +22,6 @@ from sparsify.export.bundle import export
 from sparsify.export.weights import find_trained, load_trained
 from tests.conftest import Setup
 
-pytestmark = pytest.mark.xdist_group("runs")
 Finished = Callable[[Setup], tuple[Path, dict]]
 
 STRANGER = """

@@ -19,7 +19,7 @@ from sparsify.training.stability import find_bad, judgement, spike_rule, with_ra
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, run_ranks
 
-pytestmark = pytest.mark.xdist_group("runs")
+pytestmark = pytest.mark.xdist_group("bad_steps")
 
 ENGINES = [(0, "fp32"), (3, "bf16")]
 OTHER_ENGINES = [(1, "bf16"), (1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")]
