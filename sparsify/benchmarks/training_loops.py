@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, default_da
 from sparsify.benchmarks.turns import Finished, Turn
 from sparsify.mixture.windows import NO_LOSS
 from sparsify.recipe import Recipe
-from sparsify.training.engine import build_engine, build_optimizer, deepspeed_config, load_model
+from sparsify.training.engine import build_engine, deepspeed_config, load_model
 from sparsify.training.loop import Session, train
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.worker import build_session
@@ -92,7 +92,7 @@ class Loops:
 
     def trainer(self, turn: Turn) -> None:
         """The Trainer with the same DeepSpeed configuration, reading the windows in the same order."""
-        recipe, training = self.recipe, self.recipe.training
+        recipe, training, optimizer = self.recipe, self.recipe.training, self.recipe.optimizer
         config = deepspeed_config(recipe)
         arguments = TrainingArguments(
             output_dir=str(self.run.path / "trainer"),
@@ -100,8 +100,15 @@ class Loops:
             per_device_train_batch_size=training.micro_batch_windows,
             gradient_accumulation_steps=recipe.accumulation_steps,
             max_steps=recipe.num_steps,
-            max_grad_norm=recipe.optimizer.max_gradient_norm,
-            learning_rate=recipe.optimizer.peak_learning_rate,
+            max_grad_norm=optimizer.max_gradient_norm,
+            # Under DeepSpeed the Trainer builds its optimizer itself, whichever it is handed.
+            optim="adamw_torch",
+            learning_rate=optimizer.peak_learning_rate,
+            lr_scheduler_type="constant",
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_epsilon=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
             bf16=training.precision == "bf16",
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
@@ -114,14 +121,11 @@ class Loops:
         )
         model = load_model(recipe, self.run.initial, config).train()
         model.config.use_cache = False
-        optimizer = build_optimizer(recipe, model)
-        constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
         trainer = Trainer(
             model=model,
             args=arguments,
             # Labels are shifted already; under this name transformers' loss does not shift them again.
             train_dataset=[window | {"shift_labels": window["labels"]} for window in self.windows],  # pyright: ignore
-            optimizers=(optimizer, constant),
             callbacks=[_OnStep(turn.step)],
         )
         try:
