@@ -35,6 +35,7 @@ NEUTRAL_OVERRIDES = (
     "name=",
     "launch.",
     "tracking.",
+    "stability.",
     "checkpoint.",
     "eval.",
     "eval=",
@@ -179,7 +180,11 @@ def load_mixture(name_or_path: str) -> MixtureSection:
             allowed=f"{nearest(name_or_path, names)}Mixtures: {', '.join(names)}; or the path of a YAML file.",
         )
     with recipe_errors(path.name):
-        mixture = _typed(MixtureSection, OmegaConf.load(path))
+        option = _register_own_file(f"mixture={path}")
+        _register_groups()
+        with _hydra(folder("recipes").resolve()):
+            config = compose(overrides=[f"+{option}"])
+        mixture = _typed(MixtureSection, config.mixture)
     check_mixture(mixture)
     return mixture
 

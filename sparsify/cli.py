@@ -185,6 +185,8 @@ def train(
 
     for choice in catalogue.sweep(overrides or []) if multirun else [overrides or []]:
         result = run_recipe(recipe, choice, say)
+        if result is None:
+            continue  # node 0 shows it
         if as_json:
             console.print_json(json.dumps(display.run_record(result)))
         else:
@@ -200,10 +202,17 @@ def report(
         str | None, typer.Option("--on", help="Text file (plain, jsonl, gz) or mixture.")
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 32_768,
+    curve_tokens: Annotated[
+        int,
+        typer.Option(help="Of these, tokens for CETT, perplexity and top-k curves; 0: no curves."),
+    ] = 2_048,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Another model or run to set beside it.")
+    ] = None,
     to: Annotated[Path | None, typer.Option("--to", help="Folder of the report.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measures where a model is sparse: exact zeros by layer and expert, dead neurons, loss. HTML, PNG, CSV, JSON.
+    """Measures where a model is sparse, and how sparse it could be: zeros, CETT, unions, active parameters. HTML, PNG, CSV, JSON.
 
     Works on any Mistral, Mixtral or Llama folder, before any conversion too.
 
@@ -213,7 +222,9 @@ def report(
     from sparsify.verbs.report import make_report
 
     tell = quiet if as_json else say
-    result, folder = make_report(model_or_run, on, tokens, to, tell)
+    result, folder = make_report(
+        model_or_run, on, tokens, to, tell, curve_tokens=curve_tokens, against=against
+    )
     if as_json:
         console.print_json(result.model_dump_json())
     else:

@@ -218,7 +218,8 @@ def mixture_table(stats: MixtureStats) -> RenderableType:
         "full: share of window positions that carry tokens after packing\n"
         "+ the source goes on: it was read as far as the budget needs it"
     )
-    return Group("", table, Text(notes, style="dim"))
+    left_out = [Text(note) for source in stats.sources.values() for note in source.left_out.notes]
+    return Group("", table, Text(notes, style="dim"), *left_out)
 
 
 def window_preview(window: WindowPreview) -> RenderableType:

@@ -31,15 +31,23 @@ def check_mixture(mixture: MixtureSection) -> None:
             f"mixture.validation_fraction is {mixture.validation_fraction}.",
             allowed="Allowed: above 0 and below 1.",
         )
-    _check_sum(
-        f"The token shares of mixture {mixture.name!r}",
-        {name: source.token_share for name, source in mixture.sources.items()},
-        "mixture.instruction_token_share moves all of them at once.",
-    )
+    if mixture.instruction_token_share is None or not _groups_sum_to_one(mixture):
+        _check_sum(
+            f"The token shares of mixture {mixture.name!r}",
+            {name: source.token_share for name, source in mixture.sources.items()},
+            "mixture.instruction_token_share moves all of them at once.",
+        )
     if mixture.phases:
         _check_phases(mixture)
     else:
         _check_knob(mixture, "mixture.instruction_token_share", mixture.instruction_token_share)
+
+
+def _groups_sum_to_one(mixture: MixtureSection) -> bool:
+    totals: dict[str, float] = {}
+    for source in mixture.sources.values():
+        totals[source.group] = totals.get(source.group, 0.0) + source.token_share
+    return all(abs(total - 1.0) <= SHARE_TOLERANCE for total in totals.values())
 
 
 def _check_sum(what: str, shares: dict[str, float], hint: str) -> None:

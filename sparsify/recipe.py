@@ -13,6 +13,9 @@ from typing import Any
 from omegaconf import MISSING
 
 FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
+"""Not flash_attention_2: transformers tells documents apart there only when a forward pass has one window."""
+ON_BAD_STEP = ("skip", "rollback", "stop")
 EXECUTION_SETTINGS = ("micro_batch_windows", "gradient_checkpointing")
 """Settings of `training` that change how a step is computed, but not which one: a run may go on with others."""
 
@@ -49,7 +52,8 @@ class SourceSection:
     """One source of a mixture: where its text is, what it is, how much of the run it gets."""
 
     token_share: float = MISSING
-    """Share of all training tokens, over the whole mixture. The shares of a mixture sum to 1."""
+    """Share of all training tokens, over the whole mixture; the shares of a mixture sum to 1. Where the mixture sets
+    `instruction_token_share`, it may be the share within the group instead; then the shares of each group sum to 1."""
     group: str = "pretraining"
     """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
     max_epochs: float | None = None
@@ -151,6 +155,8 @@ class TrainingSection:
     precision: str = "bf16"
     """`bf16` (with fp32 master weights; needs ZeRO stage 1 or above) or `fp32`."""
     gradient_checkpointing: bool = False
+    router_aux_loss_coefficient: float | None = None
+    """Weight of a Mixtral's load-balancing loss; null takes the checkpoint's own."""
     seed: int = 1
 
 
@@ -167,6 +173,29 @@ class OptimizerSection:
     weight_decay: float = 0.1
     """Applied to matrices only, not to norms."""
     max_gradient_norm: float = 1.0
+
+
+@dataclass
+class StabilitySection:
+    """What to do about a bad step: one whose loss or gradient is NaN or infinite, or whose loss is a spike.
+
+    A bad step never changes weights or Adam's moments. Its windows count as seen; metrics.jsonl names them.
+    """
+
+    on_bad_step: str = "skip"
+    """`skip` goes on with the next batch; `rollback` also takes back every step since the last checkpoint and leaves their
+    windows out; `stop` saves the state from before the step and ends the run with a report."""
+    spike_deviations: float | None = 8.0
+    """A loss is a spike when it lies this many robust standard deviations above what the recent losses of its sources let
+    expect; null judges NaN and infinity only."""
+    recent_steps: int = 64
+    """Steps that a loss is judged by. A source is judged from a quarter of them on."""
+    max_bad_steps: int = 8
+    """More bad steps than this among the recent ones stop the run with a report."""
+    starving_expert_load: float = 0.1
+    """A Mixtral's expert starves when it gets less than this part of an even share of its layer's tokens …"""
+    starving_expert_steps: int = 100
+    """… for so many steps in a row: then an alarm names it, once."""
 
 
 @dataclass
@@ -190,6 +219,8 @@ class EvalSection:
     validation_windows_per_source: int = 16
     report_tokens: int = 32_768
     """Held-out tokens that the sparsity report rests on."""
+    report_curve_tokens: int = 0
+    """Of these, tokens for CETT, CETT-PPL and top-k curves, which need about 35 passes over them; 0 leaves the curves out."""
     sample_prompts: list[str] = field(default_factory=list)
     """Pretraining-style prompts that the exported checkpoint continues in a fresh process."""
     sample_tokens: int = 48
@@ -205,6 +236,9 @@ class EngineSection:
     offload_parameters_to_cpu: bool = False
     """ZeRO stage 3 only."""
     reduce_bucket_elements: int = 50_000_000
+    attention: str = "sdpa"
+    """One of ATTENTION_IMPLEMENTATIONS. Both keep the documents of a window apart; flex_attention skips what lies between
+    them instead of masking it, and trains on a GPU only."""
 
 
 @dataclass
@@ -212,13 +246,24 @@ class LaunchSection:
     """On what to run; none of it changes what is trained."""
 
     processes: int = 1
-    """Training processes on this machine, one GPU each where there are GPUs."""
+    """Training processes on each machine, one GPU each where there are GPUs."""
+    nodes: int = 1
+    """Machines. Each is given the same command but for `node_rank`, and sees the same `run_dir` and `cache_dir`."""
+    node_rank: int = 0
+    """Which of them this is, from 0. Node 0 resolves the recipe, converts and tokenises; the others follow it."""
+    rendezvous: str | None = None
+    """HOST:PORT of node 0, where several nodes meet."""
     threads_per_process: int | None = None
     """CPU threads of each process; the machine's cores shared evenly unless given."""
     ingest_processes: int = 1
     """Processes that tokenise ahead of training, as long as there is something left to tokenise."""
     accept_changed_data: bool = False
     """Go on with a run although its text or its tokenizer changed since it began; the lock records it."""
+
+    @property
+    def total_processes(self) -> int:
+        """Ranks over all machines."""
+        return self.nodes * self.processes
 
 
 @dataclass
@@ -253,6 +298,7 @@ class Recipe:
     mixture: MixtureSection = field(default_factory=MixtureSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    stability: StabilitySection = field(default_factory=StabilitySection)
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     eval: EvalSection = field(default_factory=EvalSection)
     engine: EngineSection = field(default_factory=EngineSection)
@@ -271,7 +317,7 @@ class Recipe:
     @property
     def accumulation_steps(self) -> int:
         return self.training.batch_windows // (
-            self.training.micro_batch_windows * self.launch.processes
+            self.training.micro_batch_windows * self.launch.total_processes
         )
 
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from sparsify.errors import RecipeError
 from sparsify.mixture_rules import check_mixture
-from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
+from sparsify.recipe import (
+    ATTENTION_IMPLEMENTATIONS,
+    FFN_ACTIVATIONS,
+    ON_BAD_STEP,
+    LaunchSection,
+    ModelSection,
+    Recipe,
+)
 from sparsify.source_rules import check_choice
 
 
@@ -24,6 +32,7 @@ def validate(recipe: Recipe) -> Recipe:
     _check_model(recipe.model)
     _check_batch(recipe)
     _check_engine(recipe)
+    _check_nodes(recipe.launch)
     check_mixture(recipe.mixture)
     if recipe.control.ffn_activation == recipe.activation.ffn_activation:
         recipe.control.ffn_activation = None
@@ -35,6 +44,7 @@ def _check_choices(recipe: Recipe) -> None:
     if recipe.control.ffn_activation is not None:
         check_choice("control.ffn_activation", recipe.control.ffn_activation, FFN_ACTIVATIONS)
     check_choice("model.init", recipe.model.init, ("pretrained", "random"))
+    check_choice("stability.on_bad_step", recipe.stability.on_bad_step, ON_BAD_STEP)
     check_choice("training.precision", recipe.training.precision, ("bf16", "fp32"))
     check_choice("tracking.wandb", recipe.tracking.wandb, ("disabled", "offline", "online"))
 
@@ -54,13 +64,35 @@ def _check_numbers(recipe: Recipe) -> None:
         "eval.validation_windows_per_source": recipe.eval.validation_windows_per_source,
         "eval.report_tokens": recipe.eval.report_tokens,
         "launch.processes": recipe.launch.processes,
+        "launch.nodes": recipe.launch.nodes,
         "launch.ingest_processes": recipe.launch.ingest_processes,
+    }
+    if not 0 <= recipe.eval.report_curve_tokens <= recipe.eval.report_tokens:
+        raise RecipeError(
+            f"eval.report_curve_tokens is {recipe.eval.report_curve_tokens}.",
+            allowed=f"Allowed: 0 (no curves) to eval.report_tokens ({recipe.eval.report_tokens}).",
+        )
+    positive |= {
+        f"stability.{key}": value
+        for key, value in asdict(recipe.stability).items()
+        if key != "on_bad_step" and value is not None
     }
     if recipe.launch.threads_per_process is not None:
         positive["launch.threads_per_process"] = recipe.launch.threads_per_process
     for key, value in positive.items():
         if not value > 0 or not math.isfinite(value):
             raise RecipeError(f"{key} is {value}.", allowed="It must be above 0.")
+    if not recipe.stability.max_bad_steps < recipe.stability.recent_steps:
+        raise RecipeError(
+            f"stability.max_bad_steps is {recipe.stability.max_bad_steps}, which would never be reached.",
+            allowed=f"It must be below stability.recent_steps ({recipe.stability.recent_steps}).",
+        )
+    coefficient = training.router_aux_loss_coefficient
+    if coefficient is not None and not 0 <= coefficient < math.inf:
+        raise RecipeError(
+            f"training.router_aux_loss_coefficient is {coefficient}.",
+            allowed="0 or above; null takes the checkpoint's own.",
+        )
     if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
         raise RecipeError(
             f"optimizer.final_learning_rate is {optimizer.final_learning_rate}.",
@@ -100,12 +132,13 @@ def _check_model(model: ModelSection) -> None:
 
 def _check_batch(recipe: Recipe) -> None:
     training = recipe.training
-    per_forward = training.micro_batch_windows * recipe.launch.processes
+    processes = recipe.launch.total_processes
+    per_forward = training.micro_batch_windows * processes
     if training.batch_windows % per_forward:
         raise RecipeError(
-            f"training.batch_windows is {training.batch_windows}, which {recipe.launch.processes} process(es) of "
+            f"training.batch_windows is {training.batch_windows}, which {processes} process(es) of "
             f"{training.micro_batch_windows} window(s) cannot share evenly.",
-            allowed="It must be a multiple of launch.processes x training.micro_batch_windows "
+            allowed="It must be a multiple of launch.nodes x launch.processes x training.micro_batch_windows "
             f"({per_forward}).",
             next_step=f"Set training.batch_windows={max(1, training.batch_windows // per_forward) * per_forward}, "
             "or a smaller training.micro_batch_windows.",
@@ -117,10 +150,31 @@ def _check_batch(recipe: Recipe) -> None:
         )
 
 
+def _check_nodes(launch: LaunchSection) -> None:
+    if not 0 <= launch.node_rank < launch.nodes:
+        raise RecipeError(
+            f"launch.node_rank is {launch.node_rank} of launch.nodes={launch.nodes}.",
+            allowed=f"Allowed: 0 to {launch.nodes - 1}.",
+        )
+    host, _, port = (launch.rendezvous or "").rpartition(":")
+    if launch.nodes == 1 and launch.rendezvous is not None:
+        raise RecipeError(
+            f"launch.rendezvous={launch.rendezvous} would be ignored: launch.nodes is 1.",
+            next_step="Set launch.nodes, or leave out launch.rendezvous.",
+        )
+    if launch.nodes > 1 and not (host and port.isdigit()):
+        raise RecipeError(
+            f"launch.nodes is {launch.nodes}, and launch.rendezvous is {launch.rendezvous}.",
+            allowed="HOST:PORT of node 0, the same for every node.",
+            next_step="Set launch.rendezvous, such as node0.cluster:29400.",
+        )
+
+
 def _check_engine(recipe: Recipe) -> None:
     engine = recipe.engine
     if engine.zero_stage not in (0, 1, 2, 3):
         raise RecipeError(f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3.")
+    check_choice("engine.attention", engine.attention, ATTENTION_IMPLEMENTATIONS)
     if engine.zero_stage == 0 and recipe.training.precision == "bf16":
         raise RecipeError(
             "engine.zero_stage is 0 with training.precision=bf16.",

@@ -206,6 +206,20 @@ TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
         lambda place: place.train("training.window_tokens=256", "training.budget_tokens=8192"),
         ["training.window_tokens is 256", "At most 128 tokens", "training.window_tokens=128"],
     ),
+    "flash attention": (
+        lambda place: place.train("engine.attention=flash_attention_2"),
+        ["engine.attention is 'flash_attention_2'", "sdpa, flex_attention"],
+    ),
+    **(
+        {}
+        if torch.cuda.is_available()
+        else {
+            "flex attention without a GPU": (
+                lambda place: place.train("engine.attention=flex_attention"),
+                ["engine.attention is flex_attention", "no GPU here", "engine.attention=sdpa"],
+            )
+        }
+    ),
     "upcycling a Mixtral": (
         lambda place: place.train(
             f"model.source={place.stock['mixtral']}", "model.upcycle_experts=4"

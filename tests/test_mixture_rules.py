@@ -78,3 +78,20 @@ def test_caps_that_would_be_ignored_are_refused() -> None:
     with pytest.raises(RecipeError, match=r"max_epochs is 0.5.*\n.*At least 1"):
         compose_recipe("quickstart", [f"{key}.max_epochs=0.5"])
     compose_recipe("quickstart", [f"{key}.max_epochs=2", f"{key}.when_exhausted=redistribute"])
+
+
+@pytest.mark.parametrize("knob", ["0.25", "null"])
+def test_shares_may_be_of_each_group_only_where_a_number_says_what_each_group_has(
+    tmp_path: Path, knob: str
+) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        f"name: x\ninstruction_token_share: {knob}\nsources:\n  web: {{files: [w.txt], token_share: 0.4}}\n"
+        "  code: {files: [p.txt], token_share: 0.6}\n  chat: {files: [c.jsonl], group: instruction, token_share: 1}\n"
+    )
+    if knob == "null":
+        with pytest.raises(RecipeError, match="sum to 2"):
+            load_mixture(str(path))
+    else:
+        shares = token_shares(load_mixture(str(path)))
+        assert shares == pytest.approx({"web": 0.3, "code": 0.45, "chat": 0.25})

@@ -134,6 +134,15 @@ def test_turbosparse_mixture_has_the_shares_of_table_4() -> None:
     assert not shares
 
 
+def test_turbosparse_sft_keeps_the_table_within_its_pretraining_side() -> None:
+    plain, mixed = token_shares(load_mixture("turbosparse")), load_mixture("turbosparse_sft")
+    shares = token_shares(mixed)
+    instructions = {name for name, source in mixed.sources.items() if source.group == "instruction"}
+    assert instructions == {"orca_math", "bagel"}
+    assert sum(shares[name] for name in instructions) == pytest.approx(0.05)
+    assert {name: shares[name] / 0.95 for name in plain} == pytest.approx(plain)
+
+
 def test_bamboo_has_the_two_phases_of_its_200_billion_tokens() -> None:
     phases = share_phases(load_mixture("bamboo"))
     assert [end * 200 for end, _, _ in phases] == [150, 200]

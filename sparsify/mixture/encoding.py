@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import cast
 
@@ -24,6 +26,8 @@ Tokenizer = PreTrainedTokenizerFast
 
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenised in pieces."""
+PARTS = 2
+"""Parts of a batch: one is tokenised while the caller does something with the one before."""
 Encoded = tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]
 """Token ids of a document, and whether each of them carries loss as a target. [T], [T]"""
 
@@ -74,9 +78,14 @@ class Encoder:
         self.token_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         self.bad_rows = bad_rows or BadRows(name, MixtureSection.max_bad_fraction)
         self._chat = ChatWriter(tokenizer, chat_template_text(chat_template, tokenizer))
+        # The tokenizer's core runs without Python's lock, so one thread more lets both work.
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         """Tokens of each document and whether each of them carries loss as a target.
+
+        Tokenising begins at once, in a thread of its own; do something else before asking for the first document. One
+        batch must be asked for to its end before the next is begun with the same tokenizer.
 
         A pretraining document is [bos] + ids + [eos], where the tokenizer has a bos. An instruction document is its
         chat-template text in the same frame, without doubling what the template writes itself. One that the chat
@@ -87,13 +96,10 @@ class Encoder:
         """
         # A source is all of one kind.
         if documents and documents[0].messages is not None:
-            yield from self._encode_chats(documents)
-        elif documents and documents[0].token_ids is not None:
-            for document in documents:
-                assert document.token_ids is not None
-                yield self._frame(document.token_ids)
-        else:
-            yield from self._encode_texts([document.text or "" for document in documents])
+            return self._encode_chats(documents)
+        if documents and documents[0].token_ids is not None:
+            return (self._frame(one.token_ids) for one in documents if one.token_ids is not None)
+        return self._encode_texts([document.text or "" for document in documents])
 
     def _encode_texts(self, texts: list[str]) -> Iterator[Encoded]:
         # Straight to the tokenizer's own core, and without places: the way through transformers costs a third.
@@ -101,10 +107,19 @@ class Encoder:
         # parsed where a chat template wrote them.
         backend = self._backend(parse_special_tokens=False)
         if max(map(len, texts), default=0) > PIECE_CHARACTERS:
-            yield from (self._frame(self._encode_long(backend, text)) for text in texts)
-            return
-        for encoding in backend.encode_batch_fast(texts, add_special_tokens=False):
-            yield self._frame(encoding.ids)
+            return (self._frame(self._encode_long(backend, text)) for text in texts)
+        encodings = self._encode_ahead(backend.encode_batch_fast, texts)
+        return (self._frame(encoding.ids) for encoding in encodings)
+
+    def _encode_ahead(
+        self, encode: Callable[..., list[tokenizers.Encoding]], texts: list[str]
+    ) -> Iterator[tokenizers.Encoding]:
+        size = max(-(-len(texts) // PARTS), 1)
+        parts = [
+            self._ahead.submit(encode, texts[start : start + size], add_special_tokens=False)
+            for start in range(0, len(texts), size)
+        ]
+        return (encoding for part in parts for encoding in part.result())
 
     def _encode_long(self, backend: tokenizers.Tokenizer, text: str) -> NDArray[np.unsignedinteger]:
         """Piece by piece: a tokenizer holds a hundred bytes and more for each token of what it is given at once."""
@@ -121,17 +136,19 @@ class Encoder:
 
     def _encode_chats(self, documents: Sequence[Document]) -> Iterator[Encoded]:
         written = [self._write(document) for document in documents]
-        texts = [text for text, _ in written]
         backend = self._backend(parse_special_tokens=True)
         encode = backend.encode_batch if self.responses_only else backend.encode_batch_fast
-        encodings = encode(texts, add_special_tokens=False)
-        for (text, answers), encoding in zip(written, encodings, strict=True):
-            if not text:
-                yield np.empty(0, dtype=self.token_dtype), np.empty(0, dtype=np.bool_)
-            elif self.responses_only:
-                yield self._frame(encoding.ids, _inside(encoding.offsets, answers))
-            else:
-                yield self._frame(encoding.ids)
+        encodings = self._encode_ahead(encode, [text for text, _ in written])
+        return map(self._frame_chat, written, encodings)
+
+    def _frame_chat(
+        self, written: tuple[str, list[Span]], encoding: tokenizers.Encoding
+    ) -> Encoded:
+        text, answers = written
+        if not text:
+            return np.empty(0, dtype=self.token_dtype), np.empty(0, dtype=np.bool_)
+        inside = _inside(encoding, answers) if self.responses_only else None
+        return self._frame(encoding.ids, inside)
 
     def _write(self, document: Document) -> tuple[str, list[Span]]:
         assert document.messages is not None
@@ -188,11 +205,18 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         )
 
 
-def _inside(places: Sequence[Span], spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens begin inside one of the character spans. `places` are the tokens' own spans."""
-    starts, stops = np.array(places, dtype=np.int64).reshape(-1, 2).T
-    inside = np.zeros(len(starts), dtype=np.bool_)
+def _inside(encoding: tokenizers.Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens begin inside one of the character spans."""
+    inside = np.zeros(len(encoding), dtype=np.bool_)
+    tokens = range(len(encoding))
     for first, last in spans:
-        # By its end, a token that merges the last blank of the prompt with the answer's first letter counts.
-        inside |= (stops > first) & (starts < last)
+        # Tokens stand in the order of their text, and asking for a few places takes a twentieth of listing all. By
+        # its end, a token that merges the last blank of the prompt with the answer's first letter counts.
+        start = bisect_right(tokens, first, key=lambda token: _place(encoding, token)[1])
+        stop = bisect_left(tokens, last, key=lambda token: _place(encoding, token)[0])
+        inside[start:stop] = True
     return inside
+
+
+def _place(encoding: tokenizers.Encoding, token: int) -> Span:
+    return cast(Span, encoding.token_to_chars(token))

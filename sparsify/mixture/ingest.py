@@ -21,7 +21,13 @@ from sparsify.files import storage_errors, write_text
 from sparsify.mixture.cache import Shard, ShardWriter, SourceCache, SourceInfo
 from sparsify.mixture.cleaning import Cleaner
 from sparsify.mixture.documents import Document, is_held_out
-from sparsify.mixture.encoding import Encoder, Tokenizer, check_tokenizer, tokenizer_fingerprint
+from sparsify.mixture.encoding import (
+    Encoded,
+    Encoder,
+    Tokenizer,
+    check_tokenizer,
+    tokenizer_fingerprint,
+)
 from sparsify.mixture.files import SourceFile, source_files
 from sparsify.mixture.fingerprint import source_fingerprint
 from sparsify.mixture.quarantine import BadRows
@@ -30,7 +36,7 @@ from sparsify.mixture.tokens import Need, ShardDocuments, TokenizedSource
 from sparsify.recipe import MixtureSection
 
 BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 22
 QUARANTINE_FILE = "quarantine.json"
 """Bad rows by reason with examples, as far as the source was read."""
 REFUSALS_FILE = "refusals.json"
@@ -169,6 +175,8 @@ class Ingesting:
             skip_documents=writer.read_documents,
         )
         self._batches = batches(documents)
+        # The first step has nothing to tokenise while it reads.
+        self._batch: list[Document] | None = []
 
     def __exit__(
         self,
@@ -201,7 +209,7 @@ class Ingesting:
         if self._finished or writer is None:
             return False
         with storage_errors(writer.folder):
-            batch = next(self._batches, None)
+            batch = self._batch
             if batch is not None:
                 self._add(batch, writer)
             enough = writer.train_tokens >= need.train_tokens
@@ -215,7 +223,17 @@ class Ingesting:
 
     def _add(self, batch: list[Document], writer: ShardWriter) -> None:
         kept = self._cleaner.clean(batch)
-        tokenized = self._encoder.encode(kept) if kept else ()
+        tokenized = self._encoder.encode(kept)
+        try:
+            # While this one is tokenised.
+            self._batch = next(self._batches, None)
+        finally:
+            # Also when reading meets an error: what was read before it counts.
+            self._write(kept, tokenized, writer)
+
+    def _write(
+        self, kept: list[Document], tokenized: Iterator[Encoded], writer: ShardWriter
+    ) -> None:
         for document, (ids, mask) in zip(kept, tokenized, strict=True):
             if len(ids):  # the chat template may refuse a document
                 held_out = is_held_out(document.origin, self.task.mixture.validation_fraction)

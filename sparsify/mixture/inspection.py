@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from sparsify.mixture.encoding import Tokenizer
 from sparsify.mixture.ingest import Progress, mixture_ingests
+from sparsify.mixture.left_out import LeftOut
 from sparsify.mixture.stream import TrainingStream
 from sparsify.mixture.tokens import ShardDocuments, TokenizedSource
 from sparsify.mixture.windows import NO_LOSS, Window, read_window
@@ -41,6 +42,8 @@ class SourceStats(BaseModel):
     """Share of tokens that carry loss."""
     epochs: float
     """How often the budget sees each document."""
+    left_out: LeftOut
+    """What of the source is not trained on."""
 
 
 class MixtureStats(BaseModel):
@@ -135,6 +138,7 @@ def _source_stats(
         packing_efficiency=num_tokens / (windows * window_tokens),
         loss_share=sum(map(_tokens_with_loss, shards)) / num_tokens,
         epochs=planned_tokens / (windows * window_tokens),
+        left_out=LeftOut.of(source),
     )
 
 

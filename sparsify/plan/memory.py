@@ -97,7 +97,7 @@ def layer_activation_bytes(
 
 def _state_bytes(recipe: Recipe, num_parameters: int) -> dict[str, int]:
     """Bytes per process of weights, gradients and optimiser."""
-    stage, processes = recipe.engine.zero_stage, recipe.launch.processes
+    stage, processes = recipe.engine.zero_stage, recipe.launch.total_processes
 
     def held(bytes_each: int, split_from_stage: int) -> int:
         return num_parameters * bytes_each // (processes if stage >= split_from_stage else 1)

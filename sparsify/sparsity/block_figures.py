@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from sparsify.sparsity.pictures import WIDTH_INCHES
+from sparsify.sparsity.rows import sorted_firing_rates
 from sparsify.sparsity.schema import LayerRow, SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
 from sparsify.sparsity.themes import Theme
@@ -91,16 +92,6 @@ def draw_firing_rates(
     axes.grid(axis="x")
     figure.legend(loc="outside upper left", ncols=2)
     return figure
-
-
-def sorted_firing_rates(statistics: ActivationStatistics) -> np.ndarray:
-    """Firing rates of each layer, hottest neuron first; those of experts without tokens are 0.
-
-    Returns:
-        [layers, experts * neurons].
-    """
-    rates = statistics.firing_rates().nan_to_num(0.0).flatten(1)
-    return rates.sort(dim=1, descending=True).values.numpy()
 
 
 def shares(rows: list[LayerRow], name: str) -> np.ndarray:

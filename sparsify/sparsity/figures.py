@@ -12,17 +12,25 @@ from sparsify.sparsity.block_figures import (
     draw_experts,
     draw_firing_rates,
     draw_layers,
-    sorted_firing_rates,
 )
+from sparsify.sparsity.curve_figures import draw_cett, draw_perplexity
 from sparsify.sparsity.percent import percent
+from sparsify.sparsity.rows import sorted_firing_rates
 from sparsify.sparsity.schema import SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
 from sparsify.sparsity.themes import Theme
 from sparsify.sparsity.training_figures import (
     draw_layers_over_time,
+    draw_scaling,
     draw_stages,
     draw_trajectory,
     layer_points,
+)
+from sparsify.sparsity.usage_figures import (
+    draw_causes,
+    draw_positions,
+    draw_sources,
+    draw_unions,
 )
 
 
@@ -80,6 +88,82 @@ def _firing_caption(report: SparsityReport, statistics: ActivationStatistics) ->
     )
 
 
+def _causes_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    causes = statistics.zero_causes()
+    return (
+        f"Of all neuron activations {percent(causes['gate_only'])} are zero because of the gate alone, "
+        f"{percent(causes['up_only'])} because of up alone, {percent(causes['both'])} because of both. An exact kernel that "
+        "computes the gate first skips up and down where the gate is zero, so the zeros of up alone only spare it down."
+    )
+
+
+def _sources_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    ends = sorted(report.sources, key=lambda source: source.product_zeros)
+    return (
+        f"From {percent(ends[0].product_zeros)} ({ends[0].source}) to {percent(ends[-1].product_zeros)} ({ends[-1].source}). "
+        "The bar behind a dot spans the layers from the least to the most sparse."
+    )
+
+
+def _positions_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    first = report.positions[0]
+    return (
+        f"A document's first token ({first.num_tokens:,} of them) has {percent(first.product_zeros)} zeros, all tokens together "
+        f"{percent(report.product_zeros)}. A document that goes on in another window starts there anew."
+    )
+
+
+def _unions_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    engine = report.engine
+    reuse = [percent(share) for share in engine.reuse]
+    return (
+        f"Skipping works neuron by neuron, so tokens that are computed together need the union of their neurons. "
+        f"Of the neurons that fire on a token, {reuse[0]} also fired on the token before and {reuse[-1]} on one of the five "
+        f"before. Alone, a token needs {percent(engine.perfect_predictor_ffn_bytes)} of its feed-forward weights if a "
+        f"predictor is perfect, and {percent(engine.gate_first_ffn_bytes)} with an exact kernel that reads the gate first."
+    )
+
+
+def _cett_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    curves = report.curves
+    assert curves is not None
+    elbow = next(point for point in curves.cett if point.target == 0.2)
+    return (
+        f"Neurons that can be left out of a block while its output keeps within a relative error, on {curves.num_tokens:,} tokens. At "
+        f"0.2, where papers see the elbow, {percent(elbow.sparsity)}; with these thresholds in all layers at once the loss goes "
+        f"from {curves.loss:.3f} to {elbow.loss:.3f}."
+    )
+
+
+def _perplexity_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    curves = report.curves
+    assert curves is not None
+    found = "; ".join(
+        f"{'more than ' if point.is_limit else ''}{percent(point.sparsity)} at {point.percent}% more perplexity (CETT {point.cett:.3f})"
+        for point in curves.ppl
+    )
+    return (
+        f"What leaving activations out costs, on {curves.num_labels:,} predictions. CETT-PPL: {found}. "
+        "A model that already has more exact zeros than asked for loses nothing."
+    )
+
+
+def _scaling_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    fit = report.scaling
+    assert fit is not None
+    last = fit.predicted[-1]
+    law = (
+        f"exp(−{fit.c:.3g}·D^{fit.alpha:.3g} {fit.b:+.3g}) + {fit.limit:.4f}"
+        if fit.b is not None
+        else f"−{fit.c:.3g} / D^{fit.alpha:.3g} + {fit.limit:.4f}"
+    )
+    return (
+        f"Through {fit.num_points} checkpoints of this run, D in billions of tokens: A(D) = {law}. At {last.tokens:,} tokens it "
+        f"predicts {percent(1 - last.active)} zeros ({fit.confidence:.0%} band {percent(max(0.0, 1 - last.high))} to "
+        f"{percent(min(1.0, 1 - last.low))}). A run with another schedule or another learning rate follows another curve."
+    )
+
+
 def _stages_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     return "Validation loss on the same held-out windows of the run's mixture, sources weighted by token share. Lower is better."
 
@@ -92,6 +176,10 @@ def _trajectory_caption(report: SparsityReport, statistics: ActivationStatistics
         if control
         else "No dense control was trained, so what the data alone would have changed is not known."
     )
+
+
+def _has_zeros(report: SparsityReport) -> bool:
+    return report.product_zeros > 0
 
 
 FIGURES = (
@@ -112,6 +200,21 @@ FIGURES = (
         lambda report: report.num_experts > 1,
         draw_experts,
     ),
+    ReportFigure("causes", "Which factor makes them", _causes_caption, _has_zeros, draw_causes),
+    ReportFigure(
+        "sources",
+        "Zeros by source",
+        _sources_caption,
+        lambda report: len(report.sources) > 1,
+        draw_sources,
+    ),
+    ReportFigure(
+        "positions",
+        "Zeros by position",
+        _positions_caption,
+        lambda report: len(report.positions) > 1,
+        draw_positions,
+    ),
     ReportFigure(
         "firing_rates",
         "Hot and cold neurons",
@@ -119,12 +222,34 @@ FIGURES = (
         lambda report: True,
         draw_firing_rates,
     ),
+    ReportFigure("unions", "What tokens share", _unions_caption, lambda report: True, draw_unions),
+    ReportFigure(
+        "cett",
+        "How sparse it could be",
+        _cett_caption,
+        lambda report: report.curves is not None,
+        draw_cett,
+    ),
+    ReportFigure(
+        "perplexity",
+        "What leaving out more costs",
+        _perplexity_caption,
+        lambda report: report.curves is not None,
+        draw_perplexity,
+    ),
     ReportFigure(
         "trajectory",
         "How it got there",
         _trajectory_caption,
         lambda report: report.trajectory is not None and len(report.trajectory.sparse) > 1,
         draw_trajectory,
+    ),
+    ReportFigure(
+        "scaling",
+        "Where it is going",
+        _scaling_caption,
+        lambda report: report.scaling is not None,
+        draw_scaling,
     ),
     ReportFigure(
         "layers_over_time",

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
+from itertools import repeat
 
 import torch
 from torch import nn
 
 from sparsify.errors import RunError
 from sparsify.models import SparseModel
+from sparsify.sparsity.active_parameters import active_parameters, parameters_by_part
+from sparsify.sparsity.consecutive import ConsecutiveObserver, ConsecutiveStatistics
 from sparsify.sparsity.definitions import definitions
 from sparsify.sparsity.probe import SparsityProbe
-from sparsify.sparsity.schema import LayerRow, SparsityReport
+from sparsify.sparsity.rows import (
+    SourceCounts,
+    engine_section,
+    firing_curves,
+    layer_rows,
+    position_rows,
+    source_rows,
+)
+from sparsify.sparsity.schema import Against, SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
 
 IGNORED_LABEL = -100
@@ -26,6 +36,7 @@ def measure(
     *,
     name: str,
     text: str,
+    sources: Iterable[str] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[SparsityReport, ActivationStatistics]:
     """Measures exact zeros and the loss in one pass over a text, in this process alone.
@@ -37,6 +48,7 @@ def measure(
             for the zeros all the same.
         name: Name of the model for the report.
         text: What the batches are, in words.
+        sources: Name of the source of each batch; `text` for all of them unless given.
         on_progress: Called after every batch with the number of tokens so far.
 
     Returns:
@@ -46,32 +58,40 @@ def measure(
         RunError: If the batches hold no label to predict.
     """
     was_training = model.training
-    device = next(model.parameters()).device
-    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    num_tokens = num_labels = 0
+    experts = getattr(model.config, "num_local_experts", 1)
+    width = model.config.intermediate_size
+    consecutive = ConsecutiveObserver(len(model.model.layers), experts, width)
+    by_source: dict[str, SourceCounts] = {}
+    num_tokens = 0
     model.eval()
     try:
-        with torch.no_grad(), SparsityProbe(model) as probe:
-            for batch in batches:
-                batch = {key: value.to(device) for key, value in batch.items()}
-                loss_sum += _summed_loss(model, batch)
-                num_labels += int((batch["labels"] != IGNORED_LABEL).sum())
+        with torch.no_grad(), SparsityProbe(model, consecutive) as probe:
+            before = probe.layer_totals()
+            for batch, source in zip(batches, repeat(text) if sources is None else sources):  # noqa: B905
+                counts = by_source.setdefault(source, SourceCounts())
+                batch = {key: value.to(model.device) for key, value in batch.items()}
+                counts.loss_sum += float(summed_loss(model, batch))
+                counts.num_labels += int((batch["labels"] != IGNORED_LABEL).sum())
+                counts.num_tokens += batch["input_ids"].numel()
+                now = probe.layer_totals()
+                counts.values = counts.values + now - before
+                before = now
                 num_tokens += batch["input_ids"].numel()
                 if on_progress is not None:
                     on_progress(num_tokens)
     finally:
         model.train(was_training)
-    if num_labels == 0:
+    if not any(counts.num_labels for counts in by_source.values()):
         raise RunError(
             f"The sparsity report has nothing to measure: {text} holds {num_tokens} tokens and no labels.",
             next_step="Choose a longer text, or raise eval.report_tokens.",
         )
     statistics = probe.statistics()
-    loss = float(loss_sum) / num_labels
-    return _report(model, statistics, name, text, loss, num_labels), statistics
+    return _report(model, statistics, consecutive.statistics, name, text, by_source), statistics
 
 
-def _summed_loss(model: SparseModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def summed_loss(model: SparseModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of a batch in nats, summed over its labels. [] float64"""
     logits = model(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
     ).logits
@@ -92,11 +112,12 @@ def _summed_loss(model: SparseModel, batch: dict[str, torch.Tensor]) -> torch.Te
 def _report(
     model: SparseModel,
     statistics: ActivationStatistics,
+    consecutive: ConsecutiveStatistics,
     name: str,
     text: str,
-    loss: float,
-    num_labels: int,
+    by_source: dict[str, SourceCounts],
 ) -> SparsityReport:
+    num_labels = sum(counts.num_labels for counts in by_source.values())
     facts = {
         "ffn_activation": model.config.ffn_activation,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -115,38 +136,31 @@ def _report(
         num_neurons=statistics.product_fired.numel(),
         dead_neurons=int(statistics.dead_neurons().sum()),
         always_on_neurons=int(statistics.always_on_neurons().sum()),
-        loss=loss,
+        loss=sum(counts.loss_sum for counts in by_source.values()) / num_labels,
         layers=layer_rows(statistics),
-        definitions=definitions(**facts),
+        sources=source_rows(by_source),
+        positions=position_rows(statistics, model),
+        firing_curves=firing_curves(statistics),
+        engine=engine_section(statistics, consecutive),
+        active_parameters=active_parameters(
+            parameters_by_part(model),
+            expert_share=facts["experts_per_token"] / statistics.num_experts,
+            gate_zeros=statistics.zero_share("gate"),
+            product_zeros=statistics.zero_share("product"),
+        ),
+        definitions=definitions(**facts, dead_rate_bound=statistics.firing_rate_bound()),
         **facts,
     )
 
 
-def layer_rows(statistics: ActivationStatistics) -> list[LayerRow]:
-    """One row a layer; in a mixture of experts followed by one row for each of its experts."""
-    experts = range(statistics.num_experts) if statistics.num_experts > 1 else ()
-    return [
-        _row(statistics.select(layer, expert), layer, expert)
-        for layer in range(statistics.num_layers)
-        for expert in (None, *experts)
-    ]
-
-
-def _row(block: ActivationStatistics, layer: int, expert: int | None) -> LayerRow:
-    def known(share: float) -> float | None:
-        return None if math.isnan(share) else share
-
-    return LayerRow(
-        layer=layer,
-        expert=expert,
-        num_tokens=int(block.routed_tokens.sum()),
-        gate_zeros=known(block.zero_share("gate")),
-        up_zeros=known(block.zero_share("up")),
-        product_zeros=known(block.zero_share("product")),
-        p5=known(block.zero_share_percentile(5)),
-        p50=known(block.zero_share_percentile(50)),
-        p95=known(block.zero_share_percentile(95)),
-        num_neurons=block.product_fired.numel(),
-        dead_neurons=int(block.dead_neurons().sum()),
-        always_on_neurons=int(block.always_on_neurons().sum()),
+def as_against(report: SparsityReport) -> Against:
+    """The part of a report that is set beside another model's."""
+    return Against(
+        model=report.model,
+        ffn_activation=report.ffn_activation,
+        loss=report.loss,
+        product_zeros=report.product_zeros,
+        layers=[row.product_zeros or 0.0 for row in report.layer_rows],
+        active_parameters=report.active_parameters,
+        curves=report.curves,
     )

@@ -7,9 +7,10 @@ from functools import partial
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
+from sparsify.sparsity.active_parameters import published
 from sparsify.sparsity.definitions import FORMULAS
 from sparsify.sparsity.figures import FIGURES
-from sparsify.sparsity.percent import percent
+from sparsify.sparsity.percent import count, percent
 from sparsify.sparsity.pictures import page_figure
 from sparsify.sparsity.schema import SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
@@ -29,7 +30,7 @@ def page_environment(package: str) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["percent"] = percent
+    environment.filters |= {"percent": percent, "count": count}
     return environment
 
 
@@ -42,6 +43,7 @@ def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str
             report=report,
             formula=FORMULAS[report.ffn_activation],
             perplexity=_perplexity(report.loss),
+            published=published(),
             figures=[
                 page_figure(
                     partial(figure.draw, report, statistics),

@@ -1,4 +1,4 @@
-"""How shares are written for people."""
+"""How shares and large counts are written for people."""
 
 from __future__ import annotations
 
@@ -13,3 +13,11 @@ def percent(share: float | None) -> str:
         return f"{share:.0%}"
     rounded = f"{share:.1%}"
     return {"0.0%": "<0.1%", "100.0%": ">99.9%"}.get(rounded, rounded)
+
+
+def count(number: float) -> str:
+    """A count of parameters: 2.17B, 3.1M, 812."""
+    for size, unit in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.{2 if unit == 'B' else 1}f}{unit}"
+    return f"{number:,.0f}"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -20,6 +21,43 @@ from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 from sparsify.sparsity.statistics import ActivationStatistics
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one forward pass.
+
+    Attributes:
+        counted: Which of them count, bool [batch, tokens].
+        positions: Position in the document, [batch, tokens].
+    """
+
+    counted: torch.Tensor
+    positions: torch.Tensor
+
+
+class Observer(Protocol):
+    """What else looks at the activations of a pass, beside the counts."""
+
+    def begin(self, tokens: Tokens) -> None:
+        """A forward pass begins."""
+
+    def add(
+        self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
+    ) -> None:
+        """One block, or one expert of it, has its activations.
+
+        Args:
+            layer: Index of the layer.
+            expert: Index of the expert, 0 in a dense model.
+            tokens: Which tokens of the pass these are: indices into [batch * tokens], [rows].
+            block: The module that holds the activation and its down projection.
+            product: Neuron activations, [rows, neurons].
+        """
+
+
+Editor = Callable[[int, int, torch.Tensor], torch.Tensor]
+"""(layer, expert, activations [rows, neurons]) to the activations that the model shall go on with."""
+
+
 class SparsityProbe:
     """Context manager that counts which neurons fire in every forward pass of a model.
 
@@ -29,6 +67,8 @@ class SparsityProbe:
 
     Args:
         model: A sparse model, or a module that wraps one.
+        observers: Told of every activation that counts.
+        editor: Changes the activations, before they are counted and go on through the model.
 
     Raises:
         ValueError: If there is no sparse model in `model`.
@@ -40,11 +80,16 @@ class SparsityProbe:
         probe.statistics().zero_share()
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, *observers: Observer, editor: Editor | None = None
+    ) -> None:
         self._model = _sparse_model(model)
+        self._observers, self._editor = observers, editor
+        self._blocks = self._model.ffn_blocks()
         self._layers: list[ActivationStatistics | None] = [None] * len(self._model.model.layers)
         self._num_tokens = 0
         self._token_mask: torch.Tensor | None = None
+        self._positions = torch.empty(0)
         self._in_forward = False
         # Of the expert calls that are still to come in the current block: expert, its tokens in the order of rows.
         self._calls: deque[tuple[int, torch.Tensor]] = deque()
@@ -54,7 +99,7 @@ class SparsityProbe:
         if isinstance(self._model, SparseMixtralForCausalLM):
             self._run_experts_eagerly()
         decoder = self._model.model
-        self._hook(decoder.register_forward_pre_hook(self._begin_forward))
+        self._hook(decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
         self._hook(decoder.register_forward_hook(self._end_forward, always_call=True))
         for index, layer in enumerate(decoder.layers):
             for module in layer.modules():
@@ -87,14 +132,19 @@ class SparsityProbe:
         def stack(name: str) -> torch.Tensor:
             return torch.cat([getattr(layer, name).cpu() for layer in layers])
 
-        return ActivationStatistics(
-            num_tokens=torch.tensor(self._num_tokens),
-            routed_tokens=stack("routed_tokens"),
-            gate_fired=stack("gate_fired"),
-            up_fired=stack("up_fired"),
-            product_fired=stack("product_fired"),
-            tokens_by_zeros=stack("tokens_by_zeros"),
-        )
+        names = [field.name for field in fields(ActivationStatistics)]
+        counts = {name: stack(name) for name in names if name != "num_tokens"}
+        return ActivationStatistics(torch.tensor(self._num_tokens), **counts)
+
+    def layer_totals(self) -> torch.Tensor:
+        """Values computed so far and those of gate, up and product that were not zero, int64 [layers, 4] on the CPU."""
+        totals = torch.zeros(len(self._layers), 4, dtype=torch.int64)
+        for layer, counts in enumerate(self._layers):
+            if counts is not None:
+                values = counts.routed_tokens.sum() * counts.num_neurons
+                fired = (counts.gate_fired, counts.up_fired, counts.product_fired)
+                totals[layer] = torch.stack([values, *(count.sum() for count in fired)]).cpu()
+        return totals
 
     def _hook(self, handle: torch.utils.hooks.RemovableHandle) -> None:
         self._undo.append(handle.remove)
@@ -106,7 +156,18 @@ class SparsityProbe:
         )
         config._experts_implementation = "eager"
 
-    def _begin_forward(self, decoder: nn.Module, args: Any) -> None:
+    def _begin_forward(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        tokens = args[0] if args else kwargs.get("input_ids")
+        tokens = kwargs["inputs_embeds"][..., 0] if tokens is None else tokens
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = positions.expand(tokens.shape)
+        self._positions = positions.flatten()
+        mask = self._token_mask
+        counted = torch.ones_like(positions, dtype=torch.bool) if mask is None else mask
+        for observer in self._observers:
+            observer.begin(Tokens(counted.reshape(positions.shape), positions))
         self._in_forward = True
 
     def _end_forward(self, decoder: nn.Module, args: Any, output: Any) -> None:
@@ -134,32 +195,38 @@ class SparsityProbe:
         activation: FfnActivation,
         pre_activations: tuple[torch.Tensor, torch.Tensor],
         product: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor | None:
         if not self._in_forward:
-            return
-        expert, mask = 0, self._token_mask
+            return None
+        expert, tokens = 0, torch.arange(len(self._positions), device=product.device)
         if self._calls:
             expert, tokens = self._calls.popleft()
-            mask = None if mask is None else mask.to(tokens.device)[tokens]
-        gate, up = pre_activations
+        gate, up = (factor.flatten(0, -2) for factor in pre_activations)
+        shape = product.shape
+        product = product.flatten(0, -2)
+        if self._editor is not None:
+            product = self._editor(layer, expert, product)
+        edited = None if self._editor is None else product.view(shape)
         with torch.no_grad():
-            self._add(
-                layer, expert, mask, activation.gate_factor(gate), activation.up_factor(up), product
-            )
+            factors = [activation.gate_factor(gate), activation.up_factor(up), product]
+            if self._token_mask is not None:
+                keep = self._token_mask.to(tokens.device)[tokens]
+                tokens, factors = tokens[keep], [factor[keep] for factor in factors]
+            self._add(layer, expert, tokens, *factors)
+        return edited
 
-    def _add(
-        self, layer: int, expert: int, mask: torch.Tensor | None, *factors: torch.Tensor
-    ) -> None:
-        rows = [factor.flatten(0, -2) for factor in factors]
-        if mask is not None:
-            rows = [factor[mask.to(factor.device)] for factor in rows]
+    def _add(self, layer: int, expert: int, tokens: torch.Tensor, *factors: torch.Tensor) -> None:
+        product = factors[-1]
         counts = self._layers[layer]
         if counts is None:
             # Made here, because only now the device of this layer is known for certain.
             experts = getattr(self._model.config, "num_local_experts", 1)
-            counts = ActivationStatistics.empty(1, experts, rows[0].shape[-1], rows[0].device)
+            counts = ActivationStatistics.empty(1, experts, product.shape[-1], product.device)
             self._layers[layer] = counts
-        counts.add(0, expert, *rows)
+        positions = self._positions.to(tokens.device)[tokens]
+        counts.add(0, expert, *factors, positions=positions)
+        for observer in self._observers:
+            observer.add(layer, expert, tokens, self._blocks[layer], product)
 
 
 def _sparse_model(model: nn.Module) -> SparseModel:

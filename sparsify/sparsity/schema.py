@@ -32,9 +32,210 @@ class LayerRow(_Section):
     p50: float | None
     p95: float | None
     """Percentiles over tokens of one token's share of zero products."""
+    gate_only_zeros: float | None
+    up_only_zeros: float | None
+    both_zeros: float | None
+    """Shares of products that are zero because of one factor alone, or of both; with `underflow_zeros` they sum to
+    `product_zeros`."""
+    underflow_zeros: float | None
+    """Zero products of two factors that are not zero."""
     num_neurons: int
     dead_neurons: int
     always_on_neurons: int
+    firing_rate_bound: float | None
+    """A dead neuron's firing rate is below this with 95% confidence; an always-on neuron's silent share too."""
+
+
+class SourceRow(_Section):
+    """One source of the text. Shares are between 0 and 1."""
+
+    source: str
+    num_tokens: int
+    num_labels: int
+    loss: float | None
+    """Nats per token; None when no position has a label."""
+    gate_zeros: float
+    up_zeros: float
+    product_zeros: float
+    layers: list[float]
+    """Share of zero products of every layer."""
+
+
+class PositionRow(_Section):
+    """Tokens at some positions of their documents (of the window, where a document goes on from the window before)."""
+
+    first: int
+    last: int | None
+    """None: no limit."""
+    num_tokens: int
+    product_zeros: float
+
+
+class ChunkRow(_Section):
+    """Neurons that fire on at least one of several tokens, as a share of all neurons (of all experts)."""
+
+    num_tokens: int
+    num_chunks: int
+    consecutive: float | None
+    """Mean over chunks of that many consecutive tokens of one document; None where there is no such chunk."""
+    unrelated: float | None
+    """Mean over every choice of that many different tokens of the text."""
+
+
+class Engine(_Section):
+    """What an engine that skips neurons would feel. All are shares between 0 and 1."""
+
+    chunks: list[ChunkRow]
+    reuse: list[float | None]
+    """Firing neurons that also fired on at least one of the last 1, 2, … 5 tokens."""
+    coactivation_gap: float | None
+    independent_coactivation_gap: float | None
+    """What the same firing rates would give if neurons fired independently."""
+    sampled_neurons: int
+    """Neurons of each expert whose pairs were counted."""
+    gate_first_ffn_bytes: float
+    perfect_predictor_ffn_bytes: float
+    """Weights of the computed blocks that one token reads."""
+
+
+class ActivePart(_Section):
+    """Parameters of one part of the model: all, and those that one token needs."""
+
+    part: str
+    total: int
+    perfect_predictor: int
+    gate_first: int
+
+
+class ActiveParameters(_Section):
+    """Parameters that one token needs, counted in two ways; embeddings are the last part but one."""
+
+    parts: list[ActivePart]
+
+    @property
+    def total(self) -> int:
+        return sum(part.total for part in self.parts)
+
+    @property
+    def perfect_predictor(self) -> int:
+        return sum(part.perfect_predictor for part in self.parts)
+
+    @property
+    def gate_first(self) -> int:
+        return sum(part.gate_first for part in self.parts)
+
+    @property
+    def embeddings(self) -> int:
+        return sum(part.total for part in self.parts if part.part == "embeddings")
+
+
+class PublishedActive(_Section):
+    """A published number of active parameters beside what the account gives for the published zeros."""
+
+    name: str
+    claimed: int
+    zeros: float
+    perfect_predictor: int
+    gate_first: int
+    zeros_of_claim: float
+    """Zeros at which a perfect predictor would need as many as claimed."""
+
+
+class CettLayer(_Section):
+    """One layer with its own threshold on the norm of a neuron's output, judged on the untouched model's inputs."""
+
+    threshold: float
+    cett: float
+    sparsity: float
+
+
+class CettPoint(_Section):
+    """Thresholds of every layer at one target error."""
+
+    target: float
+    sparsity: float
+    """Mean of the layers' sparsities."""
+    loss: float
+    """With the thresholds at work in all layers at once; nats per token."""
+    edited_sparsity: float
+    """Zeros while they were."""
+    layers: list[CettLayer]
+
+
+class PplPoint(_Section):
+    """Highest CETT at which the perplexity has not risen by more than `percent` %."""
+
+    percent: int
+    cett: float
+    sparsity: float
+    loss: float
+    is_limit: bool
+    """Whether the perplexity had not risen that far at the highest CETT that was tried."""
+
+
+class SharePoint(_Section):
+    """A share of activations left out; a model with more exact zeros than that has nothing to leave out."""
+
+    share: float
+    sparsity: float
+    """Zeros after that."""
+    loss: float
+
+
+class Curves(_Section):
+    """Loss when small activations are left out, on a part of the text."""
+
+    num_tokens: int
+    num_labels: int
+    loss: float
+    """Of the untouched model."""
+    cett: list[CettPoint]
+    ppl: list[PplPoint]
+    top_k: list[SharePoint]
+    magnitude: list[SharePoint]
+
+
+class Against(_Section):
+    """Another model on the same windows."""
+
+    model: str
+    ffn_activation: str
+    loss: float
+    product_zeros: float
+    layers: list[float]
+    """Share of zero products of every layer."""
+    active_parameters: ActiveParameters
+    curves: Curves | None = None
+
+
+class ScalingPoint(_Section):
+    """The law at some number of training tokens."""
+
+    tokens: int
+    active: float
+    """Activation ratio, 1 - zeros."""
+    low: float
+    high: float
+    """Ends of the confidence band of the law itself, not of a single measurement."""
+
+
+class ScalingFit(_Section):
+    """Sparsing Law fitted to the checkpoints of this run; D in billions of training tokens."""
+
+    family: Literal["relu", "silu"]
+    """relu: exp(-c·D^alpha + b) + limit; silu: -c / D^alpha + limit."""
+    num_points: int
+    alpha: float
+    c: float
+    b: float | None
+    limit: float
+    """Activation ratio after unlimited training."""
+    residual: float
+    """Standard deviation of the checkpoints around the law."""
+    confidence: float
+    predicted: list[ScalingPoint]
+    """At 1, 2, 5 and 10 times the tokens seen."""
+    band: list[ScalingPoint]
 
 
 class Stage(_Section):
@@ -68,7 +269,7 @@ class Trajectory(_Section):
 class SparsityReport(_Section):
     """Where and how reliably a model is sparse on one text. All losses are nats per token, all shares 0 to 1."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: str
     model_type: str
     ffn_activation: str
@@ -89,12 +290,26 @@ class SparsityReport(_Section):
     always_on_neurons: int
     loss: float
     layers: list[LayerRow]
+    sources: list[SourceRow]
+    positions: list[PositionRow]
+    firing_curves: list[list[float]]
+    """Firing rates of each layer's neurons at even steps from the hottest to the coldest; experts side by side."""
+    engine: Engine
+    active_parameters: ActiveParameters
     definitions: dict[str, str]
     """Term to meaning, as the page prints them."""
+    curves: Curves | None = None
+    against: Against | None = None
     stages: list[Stage] = Field(default_factory=list)
     trajectory: Trajectory | None = None
+    scaling: ScalingFit | None = None
     command: str | None = None
     """The command line that made the report."""
+
+    @property
+    def dead_rate_bound(self) -> float:
+        """The weakest bound of all layers and experts on the firing rate of their dead neurons."""
+        return max((row.firing_rate_bound or 0.0 for row in self.layers), default=0.0)
 
     @property
     def layer_rows(self) -> list[LayerRow]:
@@ -123,6 +338,6 @@ def read_report(folder: Path) -> SparsityReport:
         ) from error
     except ValidationError as error:
         raise RunError(
-            f"{path} is not a sparsity report of schema version 1: {error.errors()[0]['msg']}.",
+            f"{path} is not a sparsity report of schema version 2: {error.errors()[0]['msg']}.",
             next_step="Make it again with `sparsify report RUN_OR_CHECKPOINT`.",
         ) from error

@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 
 Factor = Literal["gate", "up", "product"]
+Cause = Literal["gate_only", "up_only", "both", "underflow"]
+
+POSITION_STARTS = (0, *(2**power for power in range(20)))
+"""First position of each bucket of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last bucket is open."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,9 @@ class ActivationStatistics:
         up_fired: The same for the up factor.
         product_fired: The same for their product, the neuron activation.
         tokens_by_zeros: [layers, experts, neurons + 1]. Entry z counts the tokens with exactly z zero products.
+        underflows: Zero products of two factors that are not zero, [layers, experts].
+        position_tokens: Tokens by their position in the document, [layers, experts, buckets] as in POSITION_STARTS.
+        position_fired: Products of these tokens that were not zero, [layers, experts, buckets].
     """
 
     num_tokens: torch.Tensor
@@ -36,6 +43,9 @@ class ActivationStatistics:
     up_fired: torch.Tensor
     product_fired: torch.Tensor
     tokens_by_zeros: torch.Tensor
+    underflows: torch.Tensor
+    position_tokens: torch.Tensor
+    position_fired: torch.Tensor
 
     @classmethod
     def empty(
@@ -58,6 +68,9 @@ class ActivationStatistics:
             up_fired=counts(*per_expert, num_neurons),
             product_fired=counts(*per_expert, num_neurons),
             tokens_by_zeros=counts(*per_expert, num_neurons + 1),
+            underflows=counts(*per_expert),
+            position_tokens=counts(*per_expert, len(POSITION_STARTS)),
+            position_fired=counts(*per_expert, len(POSITION_STARTS)),
         )
 
     def add(
@@ -67,6 +80,7 @@ class ActivationStatistics:
         gate: torch.Tensor,
         up: torch.Tensor,
         product: torch.Tensor,
+        positions: torch.Tensor,
     ) -> None:
         """Counts the tokens of one block in place; `num_tokens` is left alone, as every layer sees the same text.
 
@@ -76,14 +90,21 @@ class ActivationStatistics:
             gate: Gate factors, [tokens, neurons].
             up: Up factors, [tokens, neurons].
             product: Their product, [tokens, neurons].
+            positions: Position of each token in its document, [tokens].
         """
-        fired = product != 0
-        zeros = fired.shape[1] - fired.sum(1)
+        fired, gate_fired, up_fired = product != 0, gate != 0, up != 0
+        fired_of_token = fired.sum(1)
+        zeros = fired.shape[1] - fired_of_token
+        starts = torch.tensor(POSITION_STARTS[1:], device=positions.device)
+        bucket = torch.bucketize(positions, starts, right=True)
         self.routed_tokens[layer, expert] += len(fired)
-        self.gate_fired[layer, expert] += (gate != 0).sum(0)
-        self.up_fired[layer, expert] += (up != 0).sum(0)
+        self.gate_fired[layer, expert] += gate_fired.sum(0)
+        self.up_fired[layer, expert] += up_fired.sum(0)
         self.product_fired[layer, expert] += fired.sum(0)
         self.tokens_by_zeros[layer, expert].index_add_(0, zeros, torch.ones_like(zeros))
+        self.underflows[layer, expert] += (gate_fired & up_fired & ~fired).sum()
+        self.position_tokens[layer, expert].index_add_(0, bucket, torch.ones_like(zeros))
+        self.position_fired[layer, expert].index_add_(0, bucket, fired_of_token)
 
     def merge(self, other: Self) -> Self:
         """Statistics of both texts together; exact, commutative and associative."""
@@ -131,6 +152,72 @@ class ActivationStatistics:
         """
         values = int(self.routed_tokens.sum()) * self.num_neurons
         return 1 - int(self._fired(factor).sum()) / values if values else float("nan")
+
+    def zero_causes(self) -> dict[Cause, float]:
+        """Why products are zero, as shares of all values; they sum to `zero_share("product")`.
+
+        Returns:
+            `gate_only`: only the gate factor is zero; `up_only`; `both`; `underflow`: neither is, but their product is
+            too small for the dtype. NaN when no token was counted.
+        """
+        values = int(self.routed_tokens.sum()) * self.num_neurons
+        gate, up, product = (
+            int(count.sum()) for count in (self.gate_fired, self.up_fired, self.product_fired)
+        )
+        underflows = int(self.underflows.sum())
+        both_fired = product + underflows
+        zeros: dict[Cause, int] = {
+            "gate_only": up - both_fired,
+            "up_only": gate - both_fired,
+            "both": values - gate - up + both_fired,
+            "underflow": underflows,
+        }
+        return {cause: count / values if values else float("nan") for cause, count in zeros.items()}
+
+    def union_of_unrelated_tokens(self, num_tokens: int) -> float:
+        """Share of all neurons (of all experts) that fire on at least one of some tokens, averaged over every choice of
+        that many different tokens of the text; exact.
+
+        It is what a batch of sequences that have nothing to do with each other needs. A neuron that fired on f of N
+        tokens is missing from a choice of n with the probability C(N - f, n) / C(N, n).
+
+        Returns:
+            A share between 0 and 1; NaN when the text is shorter than `num_tokens`.
+        """
+        total = self.num_tokens.double().cpu()
+        if num_tokens > int(total):
+            return float("nan")
+        silent = total - self.product_fired.double().cpu()
+        log_missing = (
+            torch.lgamma(silent + 1)
+            - torch.lgamma((silent - num_tokens).clamp(min=0) + 1)
+            + torch.lgamma(total - num_tokens + 1)
+            - torch.lgamma(total + 1)
+        )
+        missing = torch.where(silent >= num_tokens, log_missing.exp(), 0.0)
+        return 1 - float(missing.mean())
+
+    def position_zero_shares(self) -> dict[int, tuple[int, float]]:
+        """Tokens and share of zero products by first position of the bucket; buckets without tokens are left out."""
+        tokens = self.position_tokens.sum((0, 1)).tolist()
+        fired = self.position_fired.sum((0, 1)).tolist()
+        return {
+            start: (count // self.num_layers, 1 - hits / (count * self.num_neurons))
+            for start, count, hits in zip(POSITION_STARTS, tokens, fired, strict=True)
+            if count
+        }
+
+    def firing_rate_bound(self) -> float:
+        """What the firing rate of a dead neuron is below, with 95% confidence: 1 - 0.05^(1/n), about 3/n, for n tokens.
+
+        Tokens count as independent draws. Of several experts the one with the fewest tokens decides; always-on neurons
+        have the same bound on the share of tokens that they are silent on.
+
+        Returns:
+            NaN when no token was counted.
+        """
+        routed = self.routed_tokens[self.routed_tokens > 0]
+        return 1 - 0.05 ** (1 / int(routed.min())) if len(routed) else float("nan")
 
     def layer_zero_shares(self, factor: Factor = "product") -> list[float]:
         """`zero_share` of every layer, [layers]."""

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
 from sparsify.sparsity.block_figures import heat_range
 from sparsify.sparsity.percent import percent
@@ -103,6 +103,33 @@ def draw_layers_over_time(
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     _token_axis(axes)
+    return figure
+
+
+def draw_scaling(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
+    """Activation ratio over training, the law through it, and where that leads."""
+    fit, sparse = report.scaling, _known(_trajectory(report).sparse, "zeros")
+    assert fit is not None
+    points = [(tokens, 1 - zeros) for tokens, zeros in sparse if tokens > 0]
+    tokens = [point.tokens for point in fit.band]
+    figure = Figure(figsize=(WIDTH_INCHES, 3.6))
+    axes = figure.add_subplot()
+    low, high = ([getattr(point, end) for point in fit.band] for end in ("low", "high"))
+    label = f"{fit.confidence:.0%} band"
+    axes.fill_between(tokens, low, high, color=theme.product_fill, alpha=0.5, lw=0, label=label)
+    axes.plot(tokens, [point.active for point in fit.band], color=theme.product, label="law")
+    axes.plot(*zip(*points, strict=True), "o", color=theme.gate, label="checkpoints")
+    axes.axvline(points[-1][0], color=theme.line, linewidth=1)
+    # A band from few checkpoints may be wider than the chart: what was measured and predicted sets its height.
+    values = [value for _, value in points] + [point.active for point in fit.band]
+    margin = 0.6 * (max(values) - min(values)) or 0.01
+    axes.set(ylim=(max(0, min(values) - margin), min(1, max(values) + margin)))
+    axes.set_ylabel("active neurons")
+    axes.set_xscale("log")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    _token_axis(axes)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    figure.legend(loc="outside upper left", ncols=3)
     return figure
 
 

@@ -16,7 +16,7 @@ import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,12 @@ class TrainingState:
     zero_stage: int
     drawn_windows: dict[str, int]
     """Windows of each source so far: what was delivered, and where the schedule goes on without counting anew."""
+    recent_losses: list[dict[str, float] | None] = field(default_factory=list)
+    """Loss of each source at the newest steps, None where a step was bad: what the next step is judged by."""
+    left_out_windows: list[list[int]] = field(default_factory=list)
+    """First and last window of each range that did not go into the weights, because its steps were bad or taken back."""
+    hungry_steps: list[list[int]] = field(default_factory=list)
+    """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
 
 
 def checkpoint_name(step: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sparsify.conversion.folder import check_activation, load_sparse
+from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
 from sparsify.recipe import Recipe
 
@@ -31,6 +32,20 @@ def prepare_accelerator() -> str:
     if device == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return device
+
+
+def check_machine(recipe: Recipe) -> None:
+    """Refuses a recipe that this machine cannot train, before anything is started.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    if recipe.engine.attention == "flex_attention" and not torch.cuda.is_available():
+        raise RecipeError(
+            "engine.attention is flex_attention, and there is no GPU here.",
+            allowed="torch computes its gradients on a GPU only.",
+            next_step="Set engine.attention=sdpa.",
+        )
 
 
 def init_distributed() -> None:
@@ -84,6 +99,7 @@ def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseMo
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_sparse(folder, recipe.activation.ffn_activation, dtype)
     del keep_alive
+    model.set_attn_implementation(recipe.engine.attention)
     if recipe.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model

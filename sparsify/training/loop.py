@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,8 +15,22 @@ from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import TrainingState
 from sparsify.training.engine import set_learning_rate
+from sparsify.training.router import RouterMeter, aux_loss_coefficient, hungry_steps, is_routed
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.schedule import learning_rate
+from sparsify.training.stability import (
+    BadStep,
+    SpikeRule,
+    find_bad,
+    finish_step,
+    judgement,
+    not_recovering,
+    num_bad,
+    remember,
+    spike_rule,
+    stopped_at,
+    with_range,
+)
 from sparsify.training.telemetry import Telemetry
 from sparsify.training.validation import validate, window_losses
 
@@ -78,23 +92,57 @@ def _train_step(session: Session) -> bool:
     seen_tokens = state.seen_tokens + recipe.step_tokens
     rate = learning_rate(recipe.optimizer, seen_tokens, recipe.num_steps * recipe.step_tokens)
     set_learning_rate(engine, rate)
-    loss_sums = torch.zeros(len(num_labels), dtype=torch.float64, device=engine.device)
-    for batch in batches:
-        _accumulate(session, batch, loss_sums, int(num_labels.sum()))
-        engine.step()
-    dist.all_reduce(loss_sums)
+    first_window = state.step * recipe.training.batch_windows
+    sources = [
+        name
+        for name, _ in session.reader.schedule.windows_of(
+            first_window, recipe.training.batch_windows
+        )
+    ]
+    by_source = dict(zip(session.reader.names, num_labels.tolist(), strict=True))
+    rule = spike_rule(recipe.stability, state.recent_losses, by_source)
+    routers = (
+        RouterMeter(engine.module.config, engine.device)
+        if is_routed(engine.module.config)
+        else None
+    )
+    window_losses = _accumulate_all(session, batches, sources, int(num_labels.sum()), rule, routers)
+    norm, applied = finish_step(engine)
 
-    session.state = replace(state, step=state.step + 1, seen_tokens=seen_tokens)
-    norm = engine.get_global_grad_norm()  # None at ZeRO stage 0 in fp32
+    losses = window_losses.tolist()
+    if not applied:
+        bad = find_bad(state.step + 1, losses, sources, first_window, rule)
+        _leave_out(session, bad, seen_tokens)
+        return stopping
+    sums = dict.fromkeys(session.reader.names, 0.0)
+    for source, loss in zip(sources, losses, strict=True):
+        sums[source] += loss
+    means = {name: sums[name] / count for name, count in by_source.items() if count}
+    recent = remember(recipe.stability, state, means)
+    session.state = replace(
+        state, step=state.step + 1, seen_tokens=seen_tokens, recent_losses=recent
+    )
     session.telemetry.train(
         session.state.step,
         seen_tokens,
-        dict(zip(session.reader.names, loss_sums.tolist(), strict=True)),
-        dict(zip(session.reader.names, num_labels.tolist(), strict=True)),
+        sums,
+        by_source,
         learning_rate=rate,
-        gradient_norm=None if norm is None else float(norm),
+        gradient_norm=norm,
+        **({} if routers is None else {"router": _watch_routers(session, routers)}),
     )
     return stopping
+
+
+def _watch_routers(session: Session, routers: RouterMeter) -> dict[str, Any]:
+    """Raises the alarm for experts that starve. Returns what the step's line says of the routers."""
+    state, record = session.state, routers.reduce()
+    hungry, starving = hungry_steps(session.recipe.stability, state.hungry_steps, record.load)
+    session.state = replace(state, hungry_steps=hungry)
+    for layer, expert in starving:
+        load = record.load[layer][expert]
+        session.telemetry.starving(state.step, state.seen_tokens, layer, expert, load)
+    return asdict(record)
 
 
 def _wait_for_data(session: Session) -> bool:
@@ -132,15 +180,46 @@ def _micro_batches(session: Session) -> list[Batch]:
     ]
 
 
-def _accumulate(session: Session, batch: Batch, loss_sums: torch.Tensor, num_labels: int) -> None:
-    """Forward and backward of one micro-batch. Every label of the global batch weighs the same.
+def _accumulate_all(
+    session: Session,
+    batches: list[Batch],
+    sources: list[str],
+    num_labels: int,
+    rule: SpikeRule | None,
+    routers: RouterMeter | None,
+) -> torch.Tensor:
+    """Forward and backward of the global batch, up to the last micro-batch's step.
 
-    DeepSpeed averages gradients over ranks, so the sum over this rank's labels is scaled by ranks / labels. Adds each
-    source's summed cross-entropy to `loss_sums`.
+    Returns:
+        Summed cross-entropy of each of its windows, the same on every rank. [batch windows]
+    """
+    engine, size = session.engine, session.recipe.training.micro_batch_windows
+    rank, world = dist.get_rank(), dist.get_world_size()
+    losses = torch.zeros(len(sources), dtype=torch.float64, device=engine.device)
+    for index, batch in enumerate(batches):
+        loss, by_window = _forward(session, batch, num_labels, routers)
+        place = (index * world + rank) * size
+        losses[place : place + size] = by_window.detach()
+        last = index == len(batches) - 1
+        if last:
+            dist.all_reduce(losses)
+            loss = loss * judgement(losses, sources, rule)
+        engine.backward(loss, scale_wrt_gas=False)
+        if not last:
+            engine.step()  # counts the micro-batch
+    return losses
+
+
+def _forward(
+    session: Session, batch: Batch, num_labels: int, routers: RouterMeter | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss of one micro-batch, and the summed cross-entropy of each of its windows. [] and [windows]
+
+    Every label of the global batch weighs the same: DeepSpeed averages gradients over ranks, so the sum over this rank's labels
+    is scaled by ranks / labels.
     """
     engine = session.engine
-    routed = hasattr(engine.module.config, "num_local_experts")
-    options = {"output_router_logits": True} if routed else {}
+    options = {} if routers is None else {"output_router_logits": True}
     tensors = {key: value.to(engine.device) for key, value in batch.tensors.items()}
     output = engine(
         input_ids=tensors["input_ids"],
@@ -150,11 +229,44 @@ def _accumulate(session: Session, batch: Batch, loss_sums: torch.Tensor, num_lab
     )
     by_window = window_losses(output.logits, tensors["labels"])
     loss = by_window.sum() * dist.get_world_size() / max(num_labels, 1)
-    if routed:
-        coefficient = engine.module.config.router_aux_loss_coef
+    if routers is not None:
+        routers.add(output.router_logits, output.aux_loss)
+        coefficient = aux_loss_coefficient(session.recipe, engine.module.config)
         loss = loss + coefficient * output.aux_loss / session.recipe.accumulation_steps
-    engine.backward(loss, scale_wrt_gas=False)
-    loss_sums.index_add_(0, batch.sources.to(engine.device), by_window.detach().double())
+    return loss, by_window
+
+
+def _leave_out(session: Session, bad: BadStep, seen_tokens: int) -> None:
+    """Goes on after a bad step as `stability.on_bad_step` says; the weights are still those from before it.
+
+    Raises:
+        RunError: If that is to stop, or if there were too many bad steps of late.
+    """
+    settings, state = session.recipe.stability, session.state
+    session.telemetry.bad_step(bad, seen_tokens, settings.on_bad_step)
+    if settings.on_bad_step == "stop":
+        if state.step:
+            _save(session)
+        raise stopped_at(bad, f"The state from before it, step {state.step:,}, is saved.")
+    before, (first, last) = state, bad.windows
+    newest = None
+    if settings.on_bad_step == "rollback":
+        newest = checkpoints.latest_checkpoint(session.run.checkpoints)
+    if newest is not None:
+        before = checkpoints.load(session.engine, newest)
+        first = before.step * session.recipe.training.batch_windows
+    session.state = replace(
+        before,
+        step=bad.step,
+        seen_tokens=seen_tokens,
+        recent_losses=remember(settings, before, None),
+        left_out_windows=with_range(before.left_out_windows, first, last),
+    )
+    if num_bad(session.state) > settings.max_bad_steps:
+        raise not_recovering(settings, session.state, bad)
+    if newest is not None:
+        session.telemetry.rolled_back(bad.step, seen_tokens, before.step, (first, last))
+        _save(session)  # so that a resume finds the same windows left out
 
 
 def _validate_start(session: Session) -> None:

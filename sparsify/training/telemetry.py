@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from sparsify.files import write_text
 from sparsify.recipe import Recipe
+from sparsify.sparsity.alarms import LayerAlarms
+from sparsify.training.history import read_lines
 from sparsify.training.run_folder import RunFolder
+from sparsify.training.stability import BadStep
 from sparsify.training.validation import Validation
 
 LINE_EVERY_SECONDS = 5.0
@@ -35,6 +40,7 @@ class Telemetry:
         self._started = self._last_line = time.monotonic()
         self._first_tokens = first_step * recipe.step_tokens
         self._zeros: float | None = None
+        self._alarms = LayerAlarms()
         self._console = Console(highlight=False)
         self._progress: Progress | None = None
         self._wandb: Any = None
@@ -42,6 +48,8 @@ class Telemetry:
             return
         for path in (run.metrics, run.sparsity):
             drop_lines_after(path, first_step)
+        for record in read_lines(run.sparsity):
+            self._alarms.check(record["layers"])  # said before the interruption
         if recipe.tracking.wandb != "disabled":
             self._wandb = _start_wandb(recipe, run)
         if self._console.is_terminal:
@@ -85,6 +93,52 @@ class Telemetry:
             self._last_line = now
             self._console.print(line, soft_wrap=True)
 
+    def bad_step(self, bad: BadStep, seen_tokens: int, policy: str) -> None:
+        """Records a step that did not go into the weights.
+
+        Args:
+            bad: What was wrong with it.
+            seen_tokens: Training tokens seen, its own among them.
+            policy: What the run does about it.
+        """
+        if self._silent:
+            return
+        record = {"kind": "bad_step", "step": bad.step, "tokens": seen_tokens}
+        self._append(self._run.metrics, record | asdict(bad) | {"policy": policy})
+        self._say(f"{bad.sentence()}; on_bad_step={policy}")
+
+    def rolled_back(
+        self, step: int, seen_tokens: int, to_step: int, windows: tuple[int, int]
+    ) -> None:
+        """Records that weights and optimiser are again those of a checkpoint, and which windows were left out by that."""
+        if self._silent:
+            return
+        record = {"kind": "rollback", "step": step, "tokens": seen_tokens, "to_step": to_step}
+        self._append(self._run.metrics, record | {"windows": windows})
+        self._say(
+            f"rolled back to the weights of step {to_step:,}; windows {windows[0]}–{windows[1]} are left out"
+        )
+
+    def starving(self, step: int, seen_tokens: int, layer: int, expert: int, load: float) -> None:
+        """Raises the alarm for an expert that has been starving.
+
+        Args:
+            step: Finished steps.
+            seen_tokens: Training tokens seen.
+            layer: Its layer, from 0.
+            expert: Its number in the layer, from 0.
+            load: Share of the layer's routed tokens that it got in this step.
+        """
+        if self._silent:
+            return
+        steps = self._recipe.stability.starving_expert_steps
+        record = {"kind": "starving_expert", "step": step, "tokens": seen_tokens, "steps": steps}
+        self._append(self._run.metrics, record | {"layer": layer, "expert": expert, "load": load})
+        self._say(
+            f"expert {expert} of layer {layer} starves at step {step:,}: {load:.2%} of its layer's tokens, too few for "
+            f"{steps} steps in a row; a higher training.router_aux_loss_coefficient spreads them more evenly"
+        )
+
     def validation(self, step: int, seen_tokens: int, result: Validation, label: str) -> None:
         """Records one validation pass.
 
@@ -102,11 +156,14 @@ class Telemetry:
         losses = {"loss": result.loss, "sources": result.losses, "zeros": self._zeros}
         losses["source_zeros"] = result.zeros
         self._append(self._run.metrics, {"kind": "validation", **where, **losses})
-        self._append(self._run.sparsity, where | summary)
+        alarms = self._alarms.check(result.statistics.layer_zero_shares())
+        self._append(self._run.sparsity, where | summary | {"alarms": alarms})
         parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())
         self._say(
             f"validation {label.replace('_', ' ')}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}"
         )
+        for alarm in alarms:
+            self._say(f"[bold red]Alarm[/bold red] {alarm}")
 
     def saved(self, checkpoint: Path, seconds: float) -> None:
         """Says that a checkpoint is on disk."""
@@ -171,16 +228,16 @@ def _start_wandb(recipe: Recipe, run: RunFolder) -> Any:
 
 
 def _flat(record: dict[str, Any]) -> dict[str, float]:
-    kind = str(record.get("kind", "sparsity"))
-    flat = {}
-    for key, value in record.items():
-        items = value.items() if isinstance(value, dict) else [(None, value)]
-        if isinstance(value, list):
-            items = list(enumerate(value))
-        for name, number in items:
-            if isinstance(number, int | float):
-                flat[f"{kind}/{key}" if name is None else f"{kind}/{key}/{name}"] = float(number)
-    return flat
+    return dict(_numbers(record, str(record.get("kind", "sparsity"))))
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, int | float):
+        yield name, float(value)
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _numbers(item, f"{name}/{key}")
 
 
 def _duration(seconds: float) -> str:

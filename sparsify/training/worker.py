@@ -20,9 +20,11 @@ from sparsify.training.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import Session, train
 from sparsify.training.processes import (
+    FAILED,
     INTERRUPTED,
     StopRequest,
     exit_with_launcher,
+    tell_failure,
     tell_user_error,
 )
 from sparsify.training.run_folder import RunFolder
@@ -46,6 +48,9 @@ def main(run_dir: str) -> int:
         dist.destroy_process_group()
     except UserError as error:
         return tell_user_error(error)
+    except Exception:
+        tell_failure()
+        return FAILED
     return 0 if finished else INTERRUPTED
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,13 +21,17 @@ from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.source import read_checkpoint
 from sparsify.errors import RecipeError, RunError
 from sparsify.files import storage_errors, write_json
-from sparsify.mixture.ingest import QUARANTINE_FILE, Ingest, bad_rows_of
+from sparsify.mixture.ingest import Ingest
+from sparsify.mixture.left_out import LeftOut
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.recipe import EXECUTION_SETTINGS, Recipe
 from sparsify.training.checkpoints import latest_checkpoint, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources
+from sparsify.training.engine import check_machine
 from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.launcher import launch
+from sparsify.training.nodes import Nodes
+from sparsify.training.router import check_router
 from sparsify.training.run_folder import RunFolder
 from sparsify.verbs import Say
 from sparsify.verbs.mixture import ingest_progress
@@ -38,14 +43,26 @@ LOCK_SECONDS = 2.0
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify-lm")
 
 
-def train_run(recipe: Recipe, run: RunFolder, say: Say) -> bool:
+def train_run(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None = None) -> bool:
     """Trains one arm. Returns whether there was anything left to train.
+
+    Args:
+        recipe: What to train.
+        run: Where.
+        say: Told what happens, a line at a time.
+        nodes: This machine and the others, where there are others.
 
     Raises:
         RunError: If another process is training it now, or it was begun with other settings.
     """
+    if nodes is None and recipe.launch.nodes > 1:
+        raise RecipeError(
+            f"launch.nodes is {recipe.launch.nodes}.",
+            allowed="Only `sparsify train` runs on several nodes.",
+            next_step="Set launch.nodes=1.",
+        )
     with _only_one(run):
-        return _train_alone(recipe, run, say)
+        return _train_alone(recipe, run, say, nodes)
 
 
 @contextmanager
@@ -66,7 +83,8 @@ def _only_one(run: RunFolder) -> Iterator[None]:
         lock.release()
 
 
-def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
+def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) -> bool:
+    check_machine(recipe)
     _open_run(recipe, run)
     if not run.initial.is_dir():
         converted = _convert(recipe, run.initial)
@@ -83,12 +101,11 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say) -> bool:
         _lock_data(recipe, run, ingests, say)
         if step:
             say(f"Going on from step {step:,} of {recipe.num_steps:,}")
-        launch(run, recipe.launch, feeder.check)
+        launch(run, nodes or Nodes(recipe.launch), feeder.check)
         feeder.wait_until(is_done)
     for source in open_sources(ingests).values():
-        bad_rows = bad_rows_of(source)
-        if bad_rows is not None and (bad_rows.num_bad_rows or bad_rows.duplicate_files):
-            say(f"{bad_rows.summary()}: {source.cache.folder / QUARANTINE_FILE}")
+        for note in LeftOut.of(source).notes:
+            say(note)
     lock = lock_of(recipe, open_sources(ingests))
     lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
     last = latest_checkpoint(run.checkpoints)
@@ -156,7 +173,9 @@ def _describe(converted: Converted) -> str:
 
 
 def _check_context(recipe: Recipe, run: RunFolder) -> None:
-    context = read_checkpoint(run.initial).config["max_position_embeddings"]
+    config = read_checkpoint(run.initial).config
+    check_router(recipe, SimpleNamespace(**config))
+    context = config["max_position_embeddings"]
     if recipe.training.window_tokens > context:
         raise RecipeError(
             f"training.window_tokens is {recipe.training.window_tokens}, longer than the model's context.",

@@ -14,6 +14,8 @@ from sparsify.export.bundle import export
 from sparsify.files import write_json
 from sparsify.recipe import Recipe
 from sparsify.sparsity.report import SparsityReport, read_report
+from sparsify.training.launcher import serve
+from sparsify.training.nodes import joined
 from sparsify.training.run_folder import RunFolder
 from sparsify.verbs import Say
 from sparsify.verbs.arm import train_run
@@ -35,7 +37,7 @@ class RunResult:
     """What the export's acceptance found, in words."""
 
 
-def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult:
+def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | None:
     """Runs a recipe from wherever it stands to its end: the run, its control, report and export.
 
     Args:
@@ -43,16 +45,24 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult:
         overrides: Hydra overrides.
         say: Told what happens, a line at a time.
 
+    Returns:
+        None on any node but the first, which has the result.
+
     Raises:
         UserError: Whatever is wrong with the recipe, the model, the data or the disk.
         sparsify.training.launcher.Interrupted: After a clean save.
     """
     recipe = compose_recipe(name_or_path, overrides)
-    run = RunFolder(Path(recipe.run_dir))
-    trained = train_run(recipe, run, say)
-    if recipe.control.ffn_activation is not None:
-        say(f"Control: {recipe.control.ffn_activation} on the same tokens")
-        trained |= train_run(_control_recipe(recipe, run), run.control, say)
+    with joined(recipe.launch) as nodes:
+        if recipe.launch.node_rank > 0:
+            say(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
+            serve(nodes)
+            return None
+        run = RunFolder(Path(recipe.run_dir))
+        trained = train_run(recipe, run, say, nodes)
+        if recipe.control.ffn_activation is not None:
+            say(f"Control: {recipe.control.ffn_activation} on the same tokens")
+            trained |= train_run(_control_recipe(recipe, run), run.control, say, nodes)
     return _finish(name_or_path, recipe, run, say, anew=trained)
 
 
@@ -69,7 +79,14 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, say: Say, *, anew: bool)
     """Report and export of a trained run; reused when nothing was trained since."""
     samples_path = run.path / "samples.json"
     if anew or not run.report.is_dir():
-        report, _ = make_report(str(run.path), None, recipe.eval.report_tokens, run.report, say)
+        report, _ = make_report(
+            str(run.path),
+            None,
+            recipe.eval.report_tokens,
+            run.report,
+            say,
+            curve_tokens=recipe.eval.report_curve_tokens,
+        )
     else:
         report = read_report(run.report)
     if anew or not run.export.is_dir() or not samples_path.is_file():

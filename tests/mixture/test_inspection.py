@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsify.mixture.inspection import measure_mixture, preview_windows
 from sparsify.mixture.tokens import TokenizedSource
-from sparsify.recipe import MixtureSection
+from sparsify.recipe import MixtureSection, SourceSection
 from tests.mixture.conftest import documents_of
 
 
@@ -66,3 +67,26 @@ def test_a_preview_shows_documents_apart_and_what_carries_loss(
             assert answer.carries_loss
             assert answer.text.startswith("answer")
             assert answer.text.endswith("</s>")
+
+
+def test_stats_say_what_is_left_out(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    stories = [f"Story {number} of the old town, told by its baker." for number in range(60)]
+    asked = "the quick brown fox of the question jumps over one lazy dog by the river bank"
+    rows = [json.dumps({"text": text}) for text in [*stories, *stories[:7], f"It says: {asked}."]]
+    (tmp_path / "source.jsonl").write_text("\n".join([*rows, '{"text": null}']) + "\n")
+    (tmp_path / "items.jsonl").write_text(json.dumps({"question": asked}) + "\n")
+    mixture = MixtureSection(
+        name="x",
+        sources={"town": SourceSection(token_share=1, files=[str(tmp_path / "source.jsonl")])},
+        decontaminate_against=[str(tmp_path / "items.jsonl")],
+    )
+    left_out = (
+        measure_mixture(
+            mixture, tokenizer, budget_tokens=100, window_tokens=32, cache_dir=tmp_path / "cache"
+        )
+        .sources["town"]
+        .left_out
+    )
+    counts = (left_out.bad_rows, left_out.duplicates, left_out.contaminated)
+    assert counts == (1, 7, 1)
+    assert "7 of 68 documents are duplicates" in "\n".join(left_out.notes)

@@ -15,6 +15,7 @@ from sparsify.models import (
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
 )
+from sparsify.recipe import ATTENTION_IMPLEMENTATIONS
 from tests.conftest import SHAPE
 
 FORMULAS = {
@@ -112,9 +113,14 @@ def test_other_expert_backends_are_refused(backend: str) -> None:
     ],
     ids=["mistral", "mixtral"],
 )
-def test_no_logit_depends_on_another_document_of_the_window(model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
+@torch.no_grad()  # flex_attention has no gradient on a CPU
+def test_no_logit_depends_on_another_document_of_the_window(
+    model: torch.nn.Module, attention: str
+) -> None:
     torch.manual_seed(0)
     model.eval()
+    model.set_attn_implementation(attention)
     position_ids = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]])
     first, other = torch.randint(0, 2048, (2, 1, 12))
     mixed = first.clone()

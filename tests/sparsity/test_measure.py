@@ -75,3 +75,27 @@ def test_text_without_labels_is_refused(build_model: BuildModel, input_ids: torc
     for batches in ([], [batch]):
         with pytest.raises(RunError, match=r"held-out notes.*no labels"):
             measure(build_model(), batches, name="tiny", text="held-out notes")
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_sources_add_up_to_the_whole(
+    build_model: BuildModel, input_ids: torch.Tensor, kind: str
+) -> None:
+    model = build_model(kind)
+    batches = [batch_of(rows) for rows in input_ids.split(1)]
+    names = ["code", "prose", "code", "prose"]
+    whole, _ = measure(model, batches, name="tiny", text="noise", sources=names)
+    assert [row.source for row in whole.sources] == ["code", "prose"]
+    alone, _ = measure(model, [batches[0], batches[2]], name="tiny", text="code")
+    assert whole.sources[0].product_zeros == pytest.approx(alone.product_zeros, abs=1e-12)
+    assert whole.sources[0].layers == pytest.approx([r.product_zeros for r in alone.layer_rows])
+    assert whole.sources[0].loss == pytest.approx(alone.loss)
+    assert sum(row.num_tokens for row in whole.sources) == whole.num_tokens
+    mean = sum(row.num_tokens * row.product_zeros for row in whole.sources) / whole.num_tokens
+    assert whole.product_zeros == pytest.approx(mean)
+    assert sum(row.num_tokens for row in whole.positions) == whole.num_tokens
+    assert [row.first for row in whole.positions] == [0, 1, 2, 4, 8]
+    assert whole.engine.chunks[0].consecutive == pytest.approx(
+        1 - whole.product_zeros if kind == "mistral" else (1 - whole.product_zeros) / 2
+    )
+    assert whole.engine.chunks[0].unrelated == pytest.approx(whole.engine.chunks[0].consecutive)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.errors import RunError, StorageError
-from sparsify.models import SparseModel
+from sparsify.models import FFN_ACTIVATIONS, SparseModel
 from sparsify.sparsity import (
     ActivationStatistics,
     SparsityReport,
@@ -24,7 +24,11 @@ from sparsify.sparsity import (
     read_report,
     write_report,
 )
+from sparsify.sparsity.curves import measure_curves
+from sparsify.sparsity.definitions import FORMULAS
+from sparsify.sparsity.measure import as_against, summed_loss
 from sparsify.sparsity.percent import percent
+from sparsify.sparsity.scaling import fit_trajectory
 
 BuildModel = Callable[..., SparseModel]
 Measured = tuple[SparsityReport, ActivationStatistics]
@@ -36,32 +40,50 @@ def measured(build_model: BuildModel, input_ids: torch.Tensor) -> Measured:
 
 
 def _measure(model: SparseModel, input_ids: torch.Tensor) -> Measured:
+    batches = [_batch(half) for half in input_ids.split(2)]
+    return measure(
+        model, batches, name="tiny <b>model</b>", text="noise & more", sources=["code", "prose"]
+    )
+
+
+def _batch(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
     positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    batch = {"input_ids": input_ids, "position_ids": positions, "labels": input_ids}
-    return measure(model, [batch], name="tiny <b>model</b>", text="noise & more")
+    return {"input_ids": input_ids, "position_ids": positions, "labels": input_ids}
 
 
 def _with_training(report: SparsityReport) -> SparsityReport:
     points = [
-        TrajectoryPoint(tokens=step * 1000, loss=4.0 - step, zeros=0.7, layers=[0.6, 0.7, 0.8])
-        for step in range(3)
+        TrajectoryPoint(
+            tokens=step * 1000,
+            loss=4.0 - step / 10,
+            zeros=0.9 - 0.3 * math.exp(-step / 3),
+            layers=[0.6, 0.7, 0.8],
+        )
+        for step in range(9)
     ]
     stages = [Stage(name="dense base", loss=2.0), Stage(name="after training", loss=2.1, zeros=0.8)]
     trajectory = Trajectory(sparse=points, control=[TrajectoryPoint(tokens=0, loss=2.5, zeros=0.0)])
-    return report.model_copy(update={"stages": stages, "trajectory": trajectory})
+    scaling = fit_trajectory(trajectory, "drelu")
+    return report.model_copy(
+        update={"stages": stages, "trajectory": trajectory, "scaling": scaling}
+    )
 
 
 def test_a_whole_report_of_a_mixture_of_experts(
     build_model: BuildModel, input_ids: torch.Tensor, tmp_path: Path
 ) -> None:
-    report, statistics = _measure(build_model("mixtral"), input_ids)
+    model = build_model("mixtral")
+    report, statistics = _measure(model, input_ids)
     report = _with_training(report)
+    report.curves = measure_curves(model, [_batch(input_ids)], summed_loss)
+    report.against = as_against(report.model_copy(update={"model": "the <other>"}))
     report.command = "sparsify report runs/tiny"
     to = tmp_path / "new" / "report"
     write_report(report, statistics, to)
 
     assert read_report(to) == report
-    figures = {"stages", "layers", "experts", "firing_rates", "trajectory", "layers_over_time"}
+    figures = {"stages", "layers", "experts", "causes", "positions", "firing_rates", "unions"}
+    figures |= {"trajectory", "layers_over_time", "sources", "cett", "perplexity", "scaling"}
     assert {path.name for path in to.iterdir()} == {
         "report.json",
         "per_layer.csv",
@@ -73,6 +95,10 @@ def test_a_whole_report_of_a_mixture_of_experts(
     _assert_needs_no_other_file(page, num_figures=len(figures))
     assert "tiny &lt;b&gt;model&lt;/b&gt;" in page
     assert "noise &amp; more" in page
+    assert "Against the &lt;other&gt;" in page
+    assert "TurboSparse-Mistral-7B is published as 2.50B" in page
+    for part in report.active_parameters.parts:
+        assert f"<td>{part.part}</td>" in page or not part.total
     assert "sparsify report runs/tiny" in page
     assert percent(report.product_zeros) in page.replace("&gt;", ">").replace("&lt;", "<")
     assert all(term in page for term in report.definitions)
@@ -99,7 +125,7 @@ def _assert_needs_no_other_file(page: str, num_figures: int) -> None:
 def test_dense_report_has_only_the_figures_that_apply(measured: Measured, tmp_path: Path) -> None:
     write_report(*measured, tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
-    _assert_needs_no_other_file(page, num_figures=2)
+    _assert_needs_no_other_file(page, num_figures=6)
     assert not (tmp_path / "report" / "experts.png").exists()
 
 
@@ -142,7 +168,7 @@ def test_missing_or_damaged_reports_are_user_errors(tmp_path: Path) -> None:
         read_report(tmp_path)
     for content in ("{", '{"schema_version": 99}'):
         (tmp_path / "report.json").write_text(content)
-        with pytest.raises(RunError, match="not a sparsity report of schema version 1"):
+        with pytest.raises(RunError, match="not a sparsity report of schema version 2"):
             read_report(tmp_path)
 
 
@@ -152,3 +178,7 @@ def test_rounding_never_claims_all_or_nothing(share: float) -> None:
     assert (text == "0%") == (share == 0)
     assert (text == "100%") == (share == 1)
     assert text not in ("0.0%", "100.0%")
+
+
+def test_every_activation_has_its_formula_on_the_page() -> None:
+    assert FORMULAS.keys() == FFN_ACTIVATIONS.keys()

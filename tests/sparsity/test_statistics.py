@@ -29,7 +29,7 @@ def count(tokens: list[tuple[int, list[int]]]) -> ActivationStatistics:
     statistics = ActivationStatistics.empty(1, 2, NUM_NEURONS)
     for expert, values in tokens:
         product = torch.tensor([values])
-        statistics.add(0, expert, product.abs(), product, product)
+        statistics.add(0, expert, product.abs(), product, product, torch.tensor([3]))
     statistics.num_tokens.add_(len(tokens))
     return statistics
 
@@ -73,7 +73,12 @@ def test_symmetric_pre_activations_give_a_half_a_half_and_three_quarters() -> No
     gate, up = torch.randn(4000, 50), torch.randn(4000, 50)
     statistics = ActivationStatistics.empty(1, 1, 50)
     statistics.add(
-        0, 0, activation.gate_factor(gate), activation.up_factor(up), activation(gate, up)
+        0,
+        0,
+        activation.gate_factor(gate),
+        activation.up_factor(up),
+        activation(gate, up),
+        torch.zeros(4000, dtype=torch.int64),
     )
     assert statistics.zero_share("gate") == pytest.approx(0.5, abs=0.005)
     assert statistics.zero_share("up") == pytest.approx(0.5, abs=0.005)
@@ -138,3 +143,55 @@ def test_reduce_sums_over_ranks(tmp_path: Path) -> None:
 def test_reduce_alone_changes_nothing() -> None:
     statistics = count([(0, [1, 0, 0, 1, 0])])
     assert_equal(statistics.reduce(), statistics)
+
+
+def test_gaussian_factors_have_the_causes_of_fair_coins() -> None:
+    torch.manual_seed(0)
+    activation = FfnActivation("drelu")
+    gate, up = torch.randn(4000, 50) + 0.5, torch.randn(4000, 50)
+    statistics = ActivationStatistics.empty(1, 1, 50)
+    factors = activation.gate_factor(gate), activation.up_factor(up), activation(gate, up)
+    statistics.add(0, 0, *factors, positions=torch.arange(4000))
+    silent = float(torch.distributions.Normal(0, 1).cdf(torch.tensor(-0.5)))
+    assert statistics.zero_causes() == pytest.approx(
+        {"gate_only": silent / 2, "up_only": (1 - silent) / 2, "both": silent / 2, "underflow": 0},
+        abs=0.005,
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(token_lists.filter(len))
+def test_causes_sum_to_the_zeros_and_underflow_stands_apart(
+    tokens: list[tuple[int, list[int]]],
+) -> None:
+    statistics = ActivationStatistics.empty(1, 2, NUM_NEURONS)
+    for expert, values in tokens:
+        gate = torch.tensor([values]) * 1e-30
+        statistics.add(0, expert, gate, gate.abs(), gate * gate.abs(), torch.tensor([0]))
+    causes = statistics.zero_causes()
+    assert sum(causes.values()) == pytest.approx(statistics.zero_share()) == pytest.approx(1.0)
+    assert causes["gate_only"] == causes["up_only"] == 0
+    assert causes["underflow"] == pytest.approx(1 - statistics.zero_share("gate"))
+
+
+def test_zeros_by_position() -> None:
+    statistics = ActivationStatistics.empty(1, 1, 4)
+    positions = torch.tensor([0, 1, 2, 3, 4, 0, 2**19, 2**22])
+    product = torch.tensor([[1.0] * 4, [0.0] * 4] * 4)
+    statistics.add(0, 0, product, product, product, positions)
+    assert statistics.position_zero_shares() == {
+        0: (2, 0.5),
+        1: (1, 1.0),
+        2: (2, 0.5),
+        4: (1, 0.0),
+        2**19: (2, 0.5),
+    }
+
+
+@pytest.mark.parametrize("num_tokens", [1, 30, 3000])
+def test_a_neuron_at_the_bound_is_missed_once_in_twenty(num_tokens: int) -> None:
+    statistics = count([(0, [0, 1, 1, 1, 1])] * num_tokens)
+    bound = statistics.firing_rate_bound()
+    assert (1 - bound) ** num_tokens == pytest.approx(0.05)
+    if num_tokens > 100:
+        assert bound == pytest.approx(3 / num_tokens, rel=0.01)  # the rule of three

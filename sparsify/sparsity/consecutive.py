@@ -1,0 +1,177 @@
+"""What consecutive tokens share: unions over chunks, reuse from token to token, neurons that fire together.
+
+Exact integer counts, like ActivationStatistics: they do not depend on how windows are batched, and they merge by addition.
+Only tokens of one document that stand next to each other are consecutive.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import torch
+
+from sparsify.sparsity.probe import Tokens
+
+CHUNK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+REUSE_TOKENS = (1, 2, 3, 4, 5)
+"""How many tokens back a firing counts as reuse."""
+SAMPLED_NEURONS = 512
+"""Neurons of a layer whose pairs are counted: all pairs of 14,336 neurons would need 1.6 GB a layer."""
+
+
+@dataclass(frozen=True)
+class ConsecutiveStatistics:
+    """Counts over consecutive tokens. All tensors are int64 on the CPU.
+
+    Attributes:
+        chunks: Whole chunks of each length of CHUNK_TOKENS, cut from the window's start, [lengths].
+        chunk_fired: Neurons that fired on any token of a chunk, summed over chunks, [layers, lengths].
+        fired: Neurons that fired on a token that has five tokens before it, summed over tokens, [layers].
+        reused: Those of them that fired on at least one of the 1 to 5 tokens before, [layers, 5].
+        together: Tokens on which two sampled neurons of an expert fired, [layers, experts, sample, sample]; on the
+            diagonal, tokens on which one fired.
+        routed: Tokens that each expert computed, [layers, experts].
+    """
+
+    chunks: torch.Tensor
+    chunk_fired: torch.Tensor
+    fired: torch.Tensor
+    reused: torch.Tensor
+    together: torch.Tensor
+    routed: torch.Tensor
+
+    @classmethod
+    def empty(cls, num_layers: int, num_experts: int, num_neurons: int) -> Self:
+        """Statistics of no tokens."""
+        sample = len(sampled_neurons(num_neurons, num_experts))
+        shapes = (
+            (len(CHUNK_TOKENS),),
+            (num_layers, len(CHUNK_TOKENS)),
+            (num_layers,),
+            (num_layers, len(REUSE_TOKENS)),
+            (num_layers, num_experts, sample, sample),
+            (num_layers, num_experts),
+        )
+        return cls(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
+
+    def merge(self, other: Self) -> Self:
+        """Statistics of both texts together; exact, commutative and associative."""
+        names = [field.name for field in fields(self)]
+        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    def chunk_unions(self, layer_neurons: int) -> list[tuple[int, float]]:
+        """Number of chunks of each length, and the mean share of all neurons that fired in one; NaN without chunks.
+
+        Args:
+            layer_neurons: Neurons of one layer, of all its experts together.
+        """
+        values = self.chunks * len(self.chunk_fired) * layer_neurons
+        shares = self.chunk_fired.sum(0).double() / values
+        return list(zip(self.chunks.tolist(), shares.tolist(), strict=True))
+
+    def reuse(self) -> list[float]:
+        """Share of firing neurons that had fired on one of the 1 to 5 tokens before; NaN when none was counted."""
+        return (self.reused.sum(0).double() / self.fired.sum()).tolist()
+
+    def coactivation_gap(self) -> tuple[float, float]:
+        """How much more often a neuron's best partner fires with it than its average partner does.
+
+        For neuron i the co-activation with j is the share of i's firings on which j fires too; its gap is the highest of
+        these minus their mean (ReLU² Wins, arXiv 2402.03804). Averaged over sampled neurons that fired.
+
+        Returns:
+            The gap, and the gap that the same firing rates would give if neurons fired independently; NaN when none fired.
+        """
+        together = self.together.double()
+        fired = together.diagonal(dim1=-2, dim2=-1)
+        sample = fired.shape[-1]
+        if sample < 2 or not fired.any():
+            return float("nan"), float("nan")
+        given = together / fired.unsqueeze(-1)
+        rates = fired / self.routed.unsqueeze(-1)
+        alone = rates.unsqueeze(-2).expand_as(given)
+        itself = torch.eye(sample, dtype=torch.bool)
+        gaps = []
+        for values in (given, alone):
+            others = values.masked_fill(itself, 0)
+            gaps.append(others.amax(-1) - others.sum(-1) / (sample - 1))
+        together_gap, alone_gap = (float(gap[fired > 0].mean()) for gap in gaps)
+        return together_gap, alone_gap
+
+
+class ConsecutiveObserver:
+    """Gathers ConsecutiveStatistics from a SparsityProbe.
+
+    Args:
+        num_layers: Layers of the model.
+        num_experts: Experts of one layer, 1 in a dense model.
+        num_neurons: Neurons of one expert.
+    """
+
+    def __init__(self, num_layers: int, num_experts: int, num_neurons: int) -> None:
+        self.statistics = ConsecutiveStatistics.empty(num_layers, num_experts, num_neurons)
+        self._sample = sampled_neurons(num_neurons, num_experts)
+        self._chunk_counts: list[torch.Tensor] = []
+        self._reuse_counts = torch.empty(0)
+
+    def begin(self, tokens: Tokens) -> None:
+        """Finds the chunks of the pass that count."""
+        counted = tokens.counted
+        follows = torch.zeros_like(counted)
+        follows[:, 1:] = (tokens.positions[:, 1:] == tokens.positions[:, :-1] + 1) & (
+            counted[:, 1:] & counted[:, :-1]
+        )
+        self._chunk_counts = []
+        for index, length in enumerate(CHUNK_TOKENS):
+            whole = counted.shape[1] // length
+            inside = follows[:, : whole * length].unflatten(1, (whole, length))[..., 1:].all(-1)
+            counts = inside & counted[:, : whole * length : length]
+            self._chunk_counts.append(counts)
+            self.statistics.chunks[index] += counts.sum().cpu()
+        back = REUSE_TOKENS[-1]
+        runs = follows.unfold(1, back, 1).all(-1) if follows.shape[1] > back else follows[:, :0]
+        self._reuse_counts = runs[:, 1:]
+
+    def add(
+        self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
+    ) -> None:
+        """Counts one block; the experts of a layer add up."""
+        batch, length = self._chunk_counts[0].shape
+        fired = product.new_zeros(batch * length, product.shape[1], dtype=torch.bool)
+        fired[tokens] = product != 0
+        sampled = fired[tokens][:, self._sample.to(fired.device)].float()
+        pairs = (sampled.T @ sampled).cpu().long()
+        self.statistics.together[layer, expert] += pairs
+        self.statistics.routed[layer, expert] += len(tokens)
+        fired = fired.view(batch, length, -1)
+        self._add_reuse(layer, fired)
+        self._add_chunks(layer, fired)
+
+    def _add_chunks(self, layer: int, fired: torch.Tensor) -> None:
+        union = fired
+        for index, counts in enumerate(self._chunk_counts):
+            if index:
+                even = union.shape[1] // 2 * 2
+                union = union[:, 0:even:2] | union[:, 1:even:2]
+            total = (union.sum(-1) * counts.to(union.device)).sum()
+            self.statistics.chunk_fired[layer, index] += total.cpu()
+
+    def _add_reuse(self, layer: int, fired: torch.Tensor) -> None:
+        back, length = REUSE_TOKENS[-1], fired.shape[1]
+        if length <= back:
+            return
+        counts = self._reuse_counts.to(fired.device)
+        now = fired[:, back:]
+        self.statistics.fired[layer] += (now.sum(-1) * counts).sum().cpu()
+        before = torch.zeros_like(now)
+        for index, distance in enumerate(REUSE_TOKENS):
+            before |= fired[:, back - distance : length - distance]
+            total = ((now & before).sum(-1) * counts).sum()
+            self.statistics.reused[layer, index] += total.cpu()
+
+
+def sampled_neurons(num_neurons: int, num_experts: int) -> torch.Tensor:
+    """Evenly spaced neurons of every expert, at most SAMPLED_NEURONS of a layer, [sample]."""
+    sample = min(num_neurons, max(2, SAMPLED_NEURONS // num_experts))
+    return torch.linspace(0, num_neurons - 1, sample).long()

@@ -1,0 +1,136 @@
+"""Where a Mixtral's tokens go: load of every expert, the router's entropy, its auxiliary loss, and experts that starve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparsify.errors import RecipeError
+from sparsify.recipe import Recipe, StabilitySection
+
+LOAD_DECIMALS = 5
+
+
+@dataclass(frozen=True)
+class RouterRecord:
+    """What the routers of all layers did in one step, over all ranks.
+
+    Attributes:
+        load: Share of each layer's routed tokens that each expert got; a layer's shares sum to 1. [layers][experts]
+        entropy: Mean entropy of each layer's router over all experts, in nats; at most log(experts). [layers]
+        aux_loss: Load-balancing loss before its coefficient, mean over micro-batches; experts per token when all is even.
+    """
+
+    load: list[list[float]]
+    entropy: list[float]
+    aux_loss: float
+
+
+class RouterMeter:
+    """Adds up on the device what the routers do in one step; nothing is read before `reduce`.
+
+    Args:
+        config: The model's configuration.
+        device: Where to count.
+    """
+
+    def __init__(self, config: Any, device: torch.device) -> None:
+        self._experts_per_token = config.num_experts_per_tok
+        shape = config.num_hidden_layers, config.num_local_experts
+        self._load = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._entropy = torch.zeros(shape[0], dtype=torch.float64, device=device)
+        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    def add(self, router_logits: Sequence[torch.Tensor], aux_loss: torch.Tensor) -> None:
+        """Counts one micro-batch.
+
+        Args:
+            router_logits: Of each layer. [tokens, experts] each
+            aux_loss: The model's load-balancing loss. []
+        """
+        log_shares = torch.stack([logits.float() for logits in router_logits]).log_softmax(-1)
+        chosen = log_shares.topk(self._experts_per_token, dim=-1).indices.flatten(1)
+        self._load.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))
+        self._entropy -= (log_shares.exp() * log_shares).sum((-1, -2))
+        self._totals += torch.stack(
+            [
+                aux_loss.double(),
+                aux_loss.new_ones(()).double(),
+                aux_loss.new_full((), log_shares.shape[1]).double(),
+            ]
+        )
+
+    def reduce(self) -> RouterRecord:
+        """The step's record over all ranks; every rank calls it."""
+        numbers = torch.cat([self._load.flatten(), self._entropy, self._totals])
+        dist.all_reduce(numbers)
+        load, entropy, (aux_loss, passes, tokens) = numbers.split(
+            [self._load.numel(), self._entropy.numel(), 3]
+        )
+        load = load.view_as(self._load)
+        return RouterRecord(
+            load=[
+                [round(x, LOAD_DECIMALS) for x in row]
+                for row in (load / load.sum(1, keepdim=True)).tolist()
+            ],
+            entropy=[round(x, LOAD_DECIMALS) for x in (entropy / tokens).tolist()],
+            aux_loss=float(aux_loss / passes),
+        )
+
+
+def is_routed(config: Any) -> bool:
+    """Whether a model has experts."""
+    return hasattr(config, "num_local_experts")
+
+
+def aux_loss_coefficient(recipe: Recipe, config: Any) -> float:
+    """What the auxiliary loss is multiplied by: the recipe's coefficient, else the checkpoint's."""
+    own = recipe.training.router_aux_loss_coefficient
+    return config.router_aux_loss_coef if own is None else own
+
+
+def check_router(recipe: Recipe, config: Any) -> None:
+    """Refuses settings of a router that the model does not have.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    coefficient = recipe.training.router_aux_loss_coefficient
+    if coefficient is not None and not is_routed(config):
+        raise RecipeError(
+            f"training.router_aux_loss_coefficient is {coefficient}, but a {config.model_type} has no router.",
+            next_step="Set training.router_aux_loss_coefficient=null.",
+        )
+
+
+def hungry_steps(
+    settings: StabilitySection, before: list[list[int]], load: list[list[float]]
+) -> tuple[list[list[int]], list[tuple[int, int]]]:
+    """For how many steps in a row each expert has been starving, and which reach the alarm with this step.
+
+    Args:
+        settings: From what load on, and after how many steps.
+        before: The same before this step; empty at the first. [layers][experts]
+        load: Of this step. [layers][experts]
+
+    Returns:
+        The counts, [layers][experts], and layer and expert of each alarm: once for each time that an expert starves.
+    """
+    counts, alarms = [], []
+    for layer, shares in enumerate(load):
+        least = settings.starving_expert_load / len(shares)
+        old = before[layer] if before else [0] * len(shares)
+        counts.append(
+            [count + 1 if share < least else 0 for count, share in zip(old, shares, strict=True)]
+        )
+        alarms += [
+            (layer, expert)
+            for expert, count in enumerate(counts[-1])
+            if count == settings.starving_expert_steps
+        ]
+    return counts, alarms

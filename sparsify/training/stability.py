@@ -1,0 +1,239 @@
+"""Bad steps: which they are, how to leave the weights as they were, and what to say.
+
+A step is bad when a window's loss or the gradient is NaN or infinite, or when its loss is a spike. Whether a loss is a spike is known
+before the last backward pass, on every rank and without waiting for the device: the loss is then multiplied by NaN, and
+DeepSpeed discards the step as it discards every step whose gradient norm is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from sparsify.errors import RunError
+from sparsify.recipe import StabilitySection
+from sparsify.training.checkpoints import TrainingState
+
+DEVIATIONS_PER_MAD = 1.4826
+"""Standard deviations that the median absolute deviation of a normal distribution stands for."""
+LEAST_DEVIATION = 0.01
+"""Of the median: what the losses of a source vary by at least, so that a run of equal losses makes no spikes."""
+SHOWN_WINDOWS = 8
+SHOWN_RANGES = 8
+
+Losses = dict[str, float]
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that must not go into the weights.
+
+    Attributes:
+        step: Its number; the first step of a run is 1.
+        reason: `loss_not_finite`, `gradient_not_finite` or `spike`.
+        loss: Mean cross-entropy of the labels that can be judged, in nats; None where there is none.
+        limit: What that could at most be, in nats; None where there are too few steps to tell.
+        windows: First and last of its windows, by their global numbers.
+        suspects: Numbers of the windows whose loss is not finite, or of those with the highest loss at a spike, by source.
+    """
+
+    step: int
+    reason: str
+    loss: float | None
+    limit: float | None
+    windows: tuple[int, int]
+    suspects: dict[str, list[int]]
+
+    def sentence(self) -> str:
+        """What is wrong, with its place."""
+        what = {
+            "loss_not_finite": "the loss is NaN or infinite",
+            "gradient_not_finite": "the gradient is NaN or infinite, though the loss is not",
+            "spike": f"the loss jumped to {self.loss:.3f}, above {self.limit:.3f}"
+            if self.loss is not None and self.limit is not None
+            else "",
+        }[self.reason]
+        named = "; ".join(
+            f"{source}: {', '.join(map(str, numbers[:SHOWN_WINDOWS]))}"
+            + (" …" if len(numbers) > SHOWN_WINDOWS else "")
+            for source, numbers in self.suspects.items()
+        )
+        where = "sources and windows" if self.reason == "gradient_not_finite" else "in windows of"
+        first, last = self.windows
+        return f"step {self.step:,} is bad: {what} ({where} {named}; the step is windows {first}–{last})"
+
+
+@dataclass(frozen=True)
+class SpikeRule:
+    """How high the loss of the next step may be.
+
+    Attributes:
+        sources: Sources that were seen often enough to judge their windows.
+        limit: Highest mean loss of those windows' labels that is no spike, in nats.
+        num_labels: Those labels.
+    """
+
+    sources: frozenset[str]
+    limit: float
+    num_labels: int
+
+
+def spike_rule(
+    settings: StabilitySection,
+    recent: Sequence[Mapping[str, float] | None],
+    num_labels: Mapping[str, int],
+) -> SpikeRule | None:
+    """What recent losses let expect of a step.
+
+    A source's limit is the median of its recent losses plus `spike_deviations` robust standard deviations of them; a step's is
+    their mean, weighted by its labels. Judging by sources keeps a change of the mixture's shares from looking like a spike.
+
+    Args:
+        settings: The rule's numbers.
+        recent: Losses of the sources at recent steps in nats; None for bad steps.
+        num_labels: Labels of each source in this step.
+
+    Returns:
+        None when half of the labels or more are of sources that were not seen often enough.
+    """
+    if settings.spike_deviations is None:
+        return None
+    limits: Losses = {}
+    for source, count in num_labels.items():
+        losses = [step[source] for step in recent if step is not None and source in step]
+        if count and len(losses) >= max(2, settings.recent_steps // 4):
+            middle = median(losses)
+            deviation = DEVIATIONS_PER_MAD * median(abs(loss - middle) for loss in losses)
+            deviation = max(deviation, LEAST_DEVIATION * abs(middle))
+            limits[source] = middle + settings.spike_deviations * deviation
+    judged = sum(num_labels[source] for source in limits)
+    if 2 * judged <= sum(num_labels.values()):
+        return None
+    limit = sum(num_labels[source] * limit for source, limit in limits.items()) / judged
+    return SpikeRule(frozenset(limits), limit, judged)
+
+
+def judgement(
+    window_losses: torch.Tensor, sources: Sequence[str], rule: SpikeRule | None
+) -> torch.Tensor:
+    """A factor for the loss that stays on the device: 1 for a good step, NaN for a bad one. []
+
+    Args:
+        window_losses: Summed cross-entropy of each window of the global batch, in nats. [windows]
+        sources: Source of each window.
+        rule: What the loss may be.
+    """
+    good = torch.isfinite(window_losses).all()
+    if rule is not None:
+        judged = torch.tensor([source in rule.sources for source in sources])
+        total = torch.where(judged.to(window_losses.device), window_losses, 0.0).sum()
+        good &= total <= rule.limit * rule.num_labels
+    return torch.where(good, 1.0, math.nan)
+
+
+def finish_step(engine: Any) -> tuple[float, bool]:
+    """The engine's step at the end of a global batch; without effect when the gradient is not finite.
+
+    Returns:
+        Gradient norm before clipping, and whether the weights were updated; the same on every rank.
+    """
+    if engine.zero_optimization_stage() > 0:
+        engine.step()
+        norm = float(engine.get_global_grad_norm())
+        return norm, math.isfinite(norm) and engine.was_step_applied()
+    # Without ZeRO, DeepSpeed updates with whatever the gradients are. They are averaged over ranks by now.
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if math.isfinite(norm):
+        engine.step()
+        return norm, True
+    engine.zero_grad()
+    engine.micro_steps += (
+        1  # what its step would count: where the next global batch begins follows from it
+    )
+    engine.global_steps += 1
+    engine.skipped_steps += 1
+    return norm, False
+
+
+def find_bad(
+    step: int,
+    window_losses: Sequence[float],
+    sources: Sequence[str],
+    first_window: int,
+    rule: SpikeRule | None,
+) -> BadStep:
+    """Says what was wrong with a step that was not applied.
+
+    Args:
+        step: Its number.
+        window_losses: Summed cross-entropy of each window of the global batch, in nats.
+        sources: Source of each window.
+        first_window: Global number of the first.
+        rule: What the loss might have been.
+    """
+    numbered = list(zip(window_losses, sources, strict=True))
+    bad = [index for index, (loss, _) in enumerate(numbered) if not math.isfinite(loss)]
+    reason, mean, limit = "loss_not_finite", None, None
+    if not bad and rule is not None:
+        judged = sum(loss for loss, source in numbered if source in rule.sources)
+        mean, limit = judged / rule.num_labels, rule.limit
+        if judged > rule.limit * rule.num_labels:
+            reason = "spike"
+            order = sorted(range(len(numbered)), key=lambda index: -window_losses[index])
+            bad = sorted(order[: max(1, len(order) // 8)])
+    if not bad:
+        reason, bad = "gradient_not_finite", list(range(len(numbered)))
+    suspects: dict[str, list[int]] = {}
+    for index in bad:
+        suspects.setdefault(sources[index], []).append(first_window + index)
+    windows = (first_window, first_window + len(numbered) - 1)
+    return BadStep(step, reason, mean, limit, windows, suspects)
+
+
+def remember(
+    settings: StabilitySection, state: TrainingState, losses: Losses | None
+) -> list[Losses | None]:
+    """The recent losses with those of one more step; None for a bad one."""
+    return [*state.recent_losses, losses][-settings.recent_steps :]
+
+
+def num_bad(state: TrainingState) -> int:
+    """Bad steps among the recent ones."""
+    return sum(losses is None for losses in state.recent_losses)
+
+
+def with_range(ranges: list[list[int]], first: int, last: int) -> list[list[int]]:
+    """Ranges of windows with one more at their end; joined to the last where they touch."""
+    if ranges and ranges[-1][1] + 1 >= first:
+        return [*ranges[:-1], [min(first, ranges[-1][0]), last]]
+    return [*ranges, [first, last]]
+
+
+def not_recovering(settings: StabilitySection, state: TrainingState, bad: BadStep) -> RunError:
+    """The report of a run that meets one bad step after the other; `state` is the one after the newest of them."""
+    ranges = state.left_out_windows[-SHOWN_RANGES:]
+    left_out = ", ".join(f"{first}–{last}" for first, last in ranges)
+    return RunError(
+        f"The run does not recover: {bad.sentence()}. It is bad step {num_bad(state)} of the last "
+        f"{len(state.recent_losses)}. Left out were the windows {left_out}.",
+        allowed=f"At most stability.max_bad_steps={settings.max_bad_steps} among stability.recent_steps="
+        f"{settings.recent_steps}. None of them changed the weights; metrics.jsonl names the windows of each.",
+        next_step="If the same source is named again and again, its text is to blame: clean it or take it out, and begin "
+        "another run with run_dir=…. Else lower optimizer.peak_learning_rate or raise optimizer.warmup_tokens there. The same "
+        "command with stability.on_bad_step=rollback goes on from the last checkpoint and leaves windows out.",
+    )
+
+
+def stopped_at(bad: BadStep, saved: str) -> RunError:
+    """The report of a run that was told to stop at a bad step."""
+    return RunError(
+        f"Training stopped at {bad.sentence()}.",
+        allowed=f"stability.on_bad_step=stop ends the run there. {saved}",
+        next_step="Look at those windows' text. The same command with stability.on_bad_step=skip or =rollback leaves them out.",
+    )

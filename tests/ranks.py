@@ -1,0 +1,63 @@
+"""Two ranks of a test's own program, on whole run folders, without the launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsify.catalogue import save_recipe
+from sparsify.recipe import Recipe
+from sparsify.training.run_folder import RunFolder
+
+RANKS = 2
+SECONDS = 300
+
+
+def prepare_run(whole: Path, path: Path, change: Callable[[Recipe], None]) -> RunFolder:
+    """A run folder as the launcher leaves it before ranks start, with the model and the data of a finished run."""
+    run, recipe = RunFolder(path), RunFolder(whole).load_recipe()
+    shutil.copytree(whole / "initial", run.initial)
+    shutil.copy(whole / "mixture.lock.json", run.mixture_lock)
+    recipe.run_dir, recipe.launch.processes = str(path), RANKS
+    recipe.tracking.wandb = "disabled"
+    change(recipe)
+    save_recipe(recipe, run.recipe)
+    return run
+
+
+def run_ranks(program: Path, arguments: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """What the program printed after FOUND, one for each case; each has an answer of every rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    place = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place |= {"LOCAL_RANK": "0", "LOCAL_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(program), *arguments],
+            env=os.environ | place | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        said = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(said)[-6000:]
+    return [json.loads(line[6:]) for line in said[0].splitlines() if line.startswith("FOUND ")]
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

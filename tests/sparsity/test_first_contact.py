@@ -1,0 +1,129 @@
+"""`sparsify report` on stock checkpoints, before any conversion; what it holds in memory; alarms of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparsify.errors import RunError
+from sparsify.export.weights import load
+from sparsify.mixture.windows import Window
+from sparsify.models import SparseModel
+from sparsify.sparsity import ActivationStatistics, SparsityProbe
+from sparsify.sparsity.consecutive import ConsecutiveStatistics
+from sparsify.sparsity.magnitudes import MagnitudeHistogram
+from sparsify.training.telemetry import Telemetry
+from sparsify.training.validation import Validation
+from sparsify.verbs.report import make_report, spread
+
+BuildModel = Callable[..., SparseModel]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    path.write_text("\n".join(f"word{i % 7} value{i % 11} of note {i}" for i in range(200)))
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "llama"])
+def test_says_how_sparse_a_stock_model_could_be(
+    stock: dict[str, Path], text: str, tmp_path: Path, kind: str
+) -> None:
+    report, folder = make_report(
+        str(stock[kind]), text, 256, tmp_path / "report", lambda _: None, curve_tokens=128
+    )
+    assert report.ffn_activation == "swiglu"
+    assert report.product_zeros < 0.01
+    assert report.num_tokens == 256
+    assert report.curves is not None
+    assert report.curves.num_tokens == 128
+    elbow = next(point for point in report.curves.cett if point.target == 0.2)
+    assert 0.1 < elbow.sparsity < 0.9
+    assert [layer.cett for layer in elbow.layers] == pytest.approx([0.2, 0.2], abs=0.01)
+    assert report.active_parameters.total == sum(
+        parameter.numel() for parameter in load(str(stock[kind])).model.parameters()
+    )
+    assert json.loads((folder / "report.json").read_text())["schema_version"] == 2
+
+
+def test_models_of_other_tokenizers_are_not_set_side_by_side(
+    stock: dict[str, Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(path: str) -> object:
+        loaded = load(path)
+        if path == str(stock["llama"]):
+            loaded.tokenizer.add_tokens(["<another>"])
+        return loaded
+
+    monkeypatch.setattr("sparsify.verbs.report.load", other)
+    with pytest.raises(RunError, match="another tokenizer"):
+        make_report(
+            str(stock["mistral"]),
+            text,
+            256,
+            tmp_path / "report",
+            lambda _: None,
+            against=str(stock["llama"]),
+        )
+
+
+@pytest.mark.parametrize(("tokens", "curve_tokens"), [(0, 0), (8, -1)])
+def test_impossible_numbers_of_tokens_are_refused(
+    stock: dict[str, Path], text: str, tokens: int, curve_tokens: int
+) -> None:
+    with pytest.raises(RunError, match="cannot be made"):
+        make_report(
+            str(stock["mistral"]), text, tokens, None, lambda _: None, curve_tokens=curve_tokens
+        )
+
+
+def test_curves_see_every_part_of_the_text() -> None:
+    numbers = torch.arange(8).numpy()
+    windows = [Window(f"source {i // 8}", numbers, numbers, numbers) for i in range(32)]
+    chosen = spread(windows, 64)
+    assert len(chosen) == 8
+    assert {window.source for window in chosen} == {f"source {i}" for i in range(4)}
+
+
+def test_a_7b_model_and_a_mixtral_are_counted_in_a_few_hundred_megabytes() -> None:
+    for experts in (1, 8):
+        held = [
+            # On the meta device shapes cost nothing.
+            *_tensors(ActivationStatistics.empty(32, experts, 14336, device="meta")),
+            *_tensors(ConsecutiveStatistics.empty(32, experts, 14336)),
+            MagnitudeHistogram(32).counts,
+            MagnitudeHistogram(32).counts,
+        ]
+        assert sum(tensor.numel() * tensor.element_size() for tensor in held) < 300e6
+
+
+def _tensors(statistics: ActivationStatistics | ConsecutiveStatistics) -> list[torch.Tensor]:
+    return [getattr(statistics, field.name) for field in fields(statistics)]
+
+
+def test_a_layer_that_dies_is_named_once_also_after_a_restart(
+    build_model: BuildModel, input_ids: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = SimpleNamespace(metrics=tmp_path / "m.jsonl", sparsity=tmp_path / "s.jsonl")
+    recipe = SimpleNamespace(num_steps=4, step_tokens=8, tracking=SimpleNamespace(wandb="disabled"))
+    model = build_model()
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.mlp").gate_proj.weight.zero_()
+        with SparsityProbe(model) as probe:
+            model(input_ids)
+    result = Validation(2.0, {"code": 2.0}, {"code": 0.9}, probe.statistics())
+    for first_step in (0, 1):  # the second time the run goes on from its first step
+        telemetry = Telemetry(recipe, run, first_step, silent=False)
+        telemetry.validation(1 + first_step, 8, result, "training")
+        telemetry.close()
+    said = capsys.readouterr().out
+    assert said.count("Alarm layer 1 dies") == 1
+    lines = [json.loads(line) for line in run.sparsity.read_text().splitlines()]
+    assert [len(line["alarms"]) for line in lines] == [1, 0]

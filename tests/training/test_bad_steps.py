@@ -1,0 +1,183 @@
+"""NaN, infinity and spikes in real runs of two ranks: found by all, left out of the weights, named, survived or stopped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsify.recipe import Recipe, StabilitySection
+from sparsify.training.stability import find_bad, judgement, spike_rule, with_range
+from tests.conftest import Setup
+from tests.ranks import prepare_run, records, run_ranks
+
+pytestmark = pytest.mark.xdist_group("runs")
+
+ENGINES = [(0, "fp32"), (3, "bf16")]
+OTHER_ENGINES = [(1, "bf16"), (1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "fp32")]
+Found = dict[str, list[dict[str, Any]]]
+PROGRAM = Path(__file__).with_name("bad_step_program.py")
+
+
+@pytest.fixture(scope="module")
+def meet(
+    finished: Callable[[Setup], tuple[Path, dict]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[list[str]], Found]:
+    """Runs cases one after another in the same two processes; returns what both ranks found, by case."""
+    whole, _ = finished(Setup("mistral", 1, 1, "fp32"))
+    return lambda cases: _meet(cases, whole, tmp_path_factory.mktemp("bad"))
+
+
+@pytest.fixture(scope="module")
+def found(meet: Callable[[list[str]], Found]) -> Found:
+    skips = [f"skip-{stage}-{dtype}" for stage, dtype in ENGINES]
+    return meet([*skips, "stop-1-fp32", "rollback-3-bf16", "never-1-fp32"])
+
+
+def _meet(cases: list[str], whole: Path, root: Path) -> Found:
+    for case in cases:
+        prepare_run(whole, root / case, partial(_change, case=case))
+    answers = run_ranks(PROGRAM, [str(root / case) for case in cases])
+    for case, ranks in zip(cases, answers, strict=True):
+        ranks[0]["metrics"] = records(root / case)
+    return dict(zip(cases, answers, strict=True))
+
+
+def _change(recipe: Recipe, case: str) -> None:
+    policy, stage, dtype = case.split("-")
+    recipe.engine.zero_stage, recipe.training.precision = int(stage), dtype
+    recipe.stability.on_bad_step = "skip" if policy == "never" else policy
+    recipe.stability.recent_steps, recipe.stability.max_bad_steps = 8, 4
+    recipe.checkpoint.keep_last = 9
+    recipe.checkpoint.every_tokens = 3 * recipe.step_tokens
+    recipe.eval.every_tokens = 8 * recipe.step_tokens
+
+
+@pytest.mark.parametrize(("stage", "dtype"), ENGINES)
+def test_a_skipped_step_leaves_every_bit_on_both_ranks(
+    stage: int, dtype: str, found: Found
+) -> None:
+    _check_skipped(found[f"skip-{stage}-{dtype}"])
+
+
+@pytest.mark.slow
+def test_other_engines_do_the_same(meet: Callable[[list[str]], Found]) -> None:
+    cases = [f"skip-{stage}-{dtype}" for stage, dtype in OTHER_ENGINES]
+    for case, ranks in meet([*cases, "rollback-2-bf16", "rollback-1-fp32"]).items():
+        (_check_skipped if case.startswith("skip") else _check_rolled_back)(ranks)
+
+
+def _check_skipped(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["same"] and rank["trains_on"] for rank in ranks)
+    assert all(rank["state"] == [[24, 47]] for rank in ranks)
+    lines = [record for record in ranks[0]["metrics"] if record["kind"] == "bad_step"]
+    assert [record["step"] for record in lines] == [4, 5, 6]
+    assert [record["reason"] for record in lines] == [
+        "loss_not_finite",
+        "gradient_not_finite",
+        "spike",
+    ]
+    # Rank 1 holds windows 2, 3, 6 and 7 of each batch of eight.
+    assert sorted(chain(*lines[0]["suspects"].values())) == [26, 27, 30, 31]
+    assert lines[1]["windows"] == [32, 39]
+    assert set(chain(*lines[2]["suspects"].values())) <= {42, 43, 46, 47}
+    trained = [record["step"] for record in ranks[0]["metrics"] if record["kind"] == "train"]
+    assert trained == [1, 2, 3, 7]
+
+
+def test_stop_says_where_and_keeps_the_state_from_before(
+    found: Found,
+) -> None:
+    for rank in found["stop-1-fp32"]:
+        assert "step 4 is bad: the loss is NaN or infinite" in rank["error"]
+        assert "on_bad_step=skip" in rank["error"]
+        assert rank["latest"] == "step-00000003"
+
+
+def test_rollback_goes_on_behind_the_bad_step_with_the_checkpoint_s_weights(found: Found) -> None:
+    _check_rolled_back(found["rollback-3-bf16"])
+
+
+def _check_rolled_back(ranks: list[dict[str, Any]]) -> None:
+    assert all(rank["state"] == [[24, 39]] and "error" not in rank for rank in ranks)
+    assert all(rank["resumed"] for rank in ranks)
+    lines = {record["kind"]: record for record in ranks[0]["metrics"]}
+    assert lines["rollback"] | {"kind": ""} == {
+        "kind": "",
+        "step": 5,
+        "tokens": 5 * 512,
+        "to_step": 3,
+        "windows": [24, 39],
+    }
+
+
+def test_a_run_that_does_not_recover_stops_with_a_report(
+    found: Found,
+) -> None:
+    for rank in found["never-1-fp32"]:
+        assert "The run does not recover: step 7 is bad" in rank["error"]
+        assert "bad step 5 of the last 7" in rank["error"]
+        assert "windows 16–55" in rank["error"]
+        assert "on_bad_step=rollback" in rank["error"]
+
+
+SETTINGS = StabilitySection(recent_steps=16, max_bad_steps=4)
+
+
+@given(
+    st.lists(st.floats(1.9, 2.1), min_size=8, max_size=16),
+    st.lists(st.floats(3.9, 4.1), min_size=8, max_size=16),
+    st.floats(0, 1),
+)
+def test_other_shares_are_no_spike(low: list[float], high: list[float], share: float) -> None:
+    recent = [{"a": a, "b": b} for a, b in zip(low, high, strict=False)]
+    labels = {"a": round(share * 1000), "b": 1000 - round(share * 1000)}
+    rule = spike_rule(SETTINGS, recent, labels)
+    assert rule is not None
+    expected = (labels["a"] * 2 + labels["b"] * 4) / 1000
+    assert rule.limit > expected + 0.05
+    assert rule.limit < 3 * expected
+
+
+def test_a_spike_is_judged_by_sources_that_were_seen_often_enough() -> None:
+    recent: list[dict[str, float] | None] = [{"a": 2.0 + 0.01 * (i % 3)} for i in range(8)]
+    assert spike_rule(SETTINGS, recent[:3], {"a": 10}) is None
+    assert spike_rule(SETTINGS, recent, {"a": 10, "new": 10}) is None
+    rule = spike_rule(SETTINGS, [*recent, None], {"a": 10, "new": 1})
+    assert rule is not None
+    sources = ["a", "new"]
+    for losses, good in (
+        ([20.0, 90.0], True),
+        ([40.0, 2.0], False),
+        ([20.0, math.inf], False),
+        ([math.nan, 2.0], False),
+    ):
+        factor = float(judgement(torch.tensor(losses).double(), sources, rule))
+        assert (factor == 1.0) is good
+    assert find_bad(9, [40.0, 2.0], sources, 64, rule).suspects == {"a": [64]}
+    assert find_bad(9, [20.0, math.inf], sources, 64, rule).suspects == {"new": [65]}
+
+
+def test_a_single_wild_step_does_not_move_the_limit() -> None:
+    calm = [{"a": 2.0 + 0.02 * (i % 5)} for i in range(16)]
+    limits = [
+        rule.limit
+        for recent in (calm, [*calm[:-1], {"a": 1e4}])
+        if (rule := spike_rule(SETTINGS, recent, {"a": 1})) is not None
+    ]
+    assert limits[1] == pytest.approx(limits[0], rel=0.1)
+
+
+def test_ranges_that_touch_are_one() -> None:
+    assert with_range([], 8, 15) == [[8, 15]]
+    assert with_range([[8, 15]], 16, 23) == [[8, 23]]
+    assert with_range([[8, 15]], 24, 31) == [[8, 15], [24, 31]]
+    assert with_range([[8, 15]], 0, 23) == [[0, 23]]
