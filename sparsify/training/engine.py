@@ -113,7 +113,7 @@ def build_engine(recipe: Recipe, folder: Path) -> Any:
     model = load_model(recipe, folder, config)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=build_optimizer(recipe, model),
+        optimizer=_build_optimizer(recipe, model),
         config=config,
         dist_init_required=False,
     )
@@ -121,8 +121,7 @@ def build_engine(recipe: Recipe, folder: Path) -> Any:
     return engine
 
 
-def build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimizer:
-    """AdamW as the recipe sets it, with weight decay on matrices only."""
+def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimizer:
     settings = recipe.optimizer
     # A partitioned parameter is empty here; its full shape is in ds_shape.
     shapes = {
