@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sparsify.cli_common import AsJson, console
+from sparsify.cli_common import AsJson, Overrides, console
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -81,3 +81,27 @@ def bench_memory(
         console.print_json(json.dumps([one.model_dump() for one in results]))
     else:
         console.print(memory_grid.memory_table(results))
+
+
+@bench_app.command("train")
+def bench_train(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a name or a YAML file.")] = "quickstart",
+    overrides: Overrides = None,
+    block_steps: Annotated[int, typer.Option(help="Training steps of one measured block.")] = 3,
+    blocks: Annotated[int, typer.Option(help="Measured blocks of each loop.")] = 9,
+    as_json: AsJson = False,
+) -> None:
+    """Our training loop beside the bare DeepSpeed engine and beside transformers.Trainer; what validation costs.
+
+    Example: sparsify bench train quickstart engine=zero2 --blocks 15
+    """
+    from sparsify.benchmarks import training
+    from sparsify.benchmarks.training_table import training_table
+
+    with Console(stderr=True).status("") as status:
+        result = training.bench_train(
+            recipe, overrides or [], block_steps=block_steps, blocks=blocks, say=status.update
+        )
+    console.print_json(result.model_dump_json()) if as_json else console.print(
+        training_table(result)
+    )
