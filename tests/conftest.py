@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from sparsify.catalogue import PACKAGE
-from sparsify.conversion.folder import copy_tokenizer
+from sparsify.conversion.tokenizer import copy_tokenizer
 
 TOKENIZER = PACKAGE / "assets" / "quickstart_base"
 SHAPE = {

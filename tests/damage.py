@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM
 
 from sparsify.catalogue import compose_recipe, save_recipe
-from sparsify.conversion.folder import copy_tokenizer
+from sparsify.conversion.tokenizer import copy_tokenizer
 from tests.conftest import SHAPE, TOKENIZER
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

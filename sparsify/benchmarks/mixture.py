@@ -31,8 +31,8 @@ from sparsify.benchmarks.mixture_result import (
 )
 from sparsify.benchmarks.ours import Ours
 from sparsify.catalogue import load_mixture
-from sparsify.conversion.folder import load_tokenizer
 from sparsify.conversion.source import locate
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError
 from sparsify.mixture.encoding import Tokenizer, check_tokenizer
 from sparsify.mixture.ingest import BATCH_DOCUMENTS

@@ -19,14 +19,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparsify.conversion.architecture import sparse_config, tensor_shapes
-from sparsify.conversion.folder import (
-    check_tokenizer,
-    copy_tokenizer,
-    load_sparse,
-    load_tokenizer,
-    write_config,
-)
+from sparsify.conversion.folder import load_sparse, write_config
 from sparsify.conversion.source import SourceCheckpoint, check_tensors, locate, read_checkpoint
+from sparsify.conversion.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
 from sparsify.conversion.upcycle import check_dense, upcycle
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder

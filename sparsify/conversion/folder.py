@@ -1,4 +1,4 @@
-"""The sparse checkpoint folder: weights, configuration, the code that gives them their meaning, a tokenizer."""
+"""The sparse checkpoint folder: weights, configuration, and the code that gives them their meaning."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sparsify import models
 from sparsify.conversion.architecture import sparse_config
@@ -16,16 +15,6 @@ from sparsify.files import write_json
 from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel
 from sparsify.models.modeling_sparse_mistral import SparseMistralMLP
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
-
-VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-TOKENIZER_FILES = (
-    *VOCABULARIES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-)
 
 
 def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None:
@@ -95,54 +84,3 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             raise RuntimeError(
                 f"{type(block).__name__} was patched: it does not apply {ffn_activation}"
             )
-
-
-def load_tokenizer(folder: Path, where: str = "") -> PreTrainedTokenizerFast:
-    """Loads the tokenizer of a checkpoint folder.
-
-    Args:
-        folder: Where its files are.
-        where: What to call that in messages; `folder` unless given.
-
-    Raises:
-        ModelError: If the folder has none that can be read.
-    """
-    try:
-        if not any((folder / name).is_file() for name in VOCABULARIES):
-            raise OSError(f"it has none of {', '.join(VOCABULARIES)}")
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ModelError(
-            f"{where or folder} has no tokenizer that can be read: {reason}",
-            allowed="tokenizer.json with tokenizer_config.json, or tokenizer.model with tokenizer_config.json.",
-            next_step="Copy the tokenizer files of the base model there, or set model.tokenizer.",
-        ) from error
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelError(
-            f"{where or folder} has a {type(tokenizer).__name__}, which is not backed by the tokenizers library.",
-            next_step="Convert it to tokenizer.json, or name another one by model.tokenizer.",
-        )
-    return tokenizer
-
-
-def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: SparseConfig, where: str) -> None:
-    """Refuses a tokenizer that can produce ids beyond the model's embedding.
-
-    Raises:
-        ModelError: With both sizes.
-    """
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= config.vocab_size:
-        raise ModelError(
-            f"The tokenizer does not match the model: {where} has token ids up to {largest}, the model embeds "
-            f"{config.vocab_size} tokens.",
-            next_step="Use the tokenizer that the checkpoint was trained with (model.tokenizer).",
-        )
-
-
-def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies a tokenizer's files as they are, tokenizer.model among them."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)

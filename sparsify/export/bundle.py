@@ -11,7 +11,8 @@ from pathlib import Path
 
 import jinja2
 
-from sparsify.conversion.folder import copy_tokenizer, write_config
+from sparsify.conversion.folder import write_config
+from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ExportError, RunError
 from sparsify.export.acceptance import Acceptance, accept
 from sparsify.export.weights import Trained, find_trained, load_trained

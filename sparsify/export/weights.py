@@ -8,13 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.conversion.folder import (
-    check_activation,
-    check_tokenizer,
-    load_sparse,
-    load_tokenizer,
-)
+from sparsify.conversion.folder import check_activation, load_sparse
 from sparsify.conversion.source import locate
+from sparsify.conversion.tokenizer import check_tokenizer, load_tokenizer
 from sparsify.errors import RunError
 from sparsify.models import SparseModel
 from sparsify.training.checkpoints import STATE, consolidated_weights, latest_checkpoint

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from sparsify.conversion.folder import load_tokenizer
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError
 from sparsify.mixture.epochs import capped_shares, first_exceeded, fitting_steps, most_windows
 from sparsify.mixture.ingest import Ingest, mixture_ingests

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from sparsify.conversion.folder import load_tokenizer
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError, RunError
 from sparsify.export.weights import find_trained, load_trained
 from sparsify.files import write_text

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from sparsify.conversion.convert import Converted, convert
-from sparsify.conversion.folder import load_sparse, load_tokenizer
+from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.mixture.heldout import check_text_or_mixture, windows_from
 from sparsify.mixture.windows import collate
 from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe

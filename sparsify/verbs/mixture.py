@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sparsify.catalogue import load_mixture
-from sparsify.conversion.folder import load_tokenizer
 from sparsify.conversion.source import locate
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.mixture.encoding import Tokenizer
 from sparsify.mixture.inspection import (
     MixtureStats,

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify.catalogue import compose_recipe
-from sparsify.conversion.folder import load_tokenizer
 from sparsify.conversion.source import locate
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError, UserError
 from sparsify.mixture.encoding import Tokenizer
 from sparsify.mixture.ingest import mixture_ingests

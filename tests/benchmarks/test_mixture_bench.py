@@ -18,7 +18,7 @@ from sparsify.benchmarks.memory import measure_apart
 from sparsify.benchmarks.mixture_result import MixtureBench
 from sparsify.benchmarks.mixture_table import mixture_table
 from sparsify.catalogue import load_mixture
-from sparsify.conversion.folder import load_tokenizer
+from sparsify.conversion.tokenizer import load_tokenizer
 from tests.conftest import TOKENIZER
 
 pytestmark = pytest.mark.xdist_group("mixture_bench")

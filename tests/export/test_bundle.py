@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify.conversion.folder import load_sparse, load_tokenizer
+from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import ExportError
 from sparsify.export.acceptance import accept
 from sparsify.export.bundle import export

@@ -8,7 +8,8 @@ import pytest
 
 from sparsify.catalogue import compose_recipe
 from sparsify.conversion.convert import convert
-from sparsify.conversion.folder import load_sparse, load_tokenizer
+from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError, RecipeError, RunError
 from sparsify.recipe import ModelSection, Recipe, token_shares
 from sparsify.tuning.confirmation import compare
