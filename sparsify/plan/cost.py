@@ -56,23 +56,35 @@ def cost(
     )
 
 
+def training_flops_per_token(
+    architecture: Architecture, parameters: Parameters, window_tokens: int
+) -> int:
+    """Floating-point operations of forward and backward for one token: 6 N + 12 L H Q T.
+
+    PaLM, arXiv 2204.02311, appendix B. N: parameters that multiply each token, so the experts that a token is routed to and
+    not the others, the output head and not the look-up of embeddings. L layers of H heads of Q dimensions attend over T tokens;
+    as there, neither the causal mask nor the borders of documents take anything off. What activation checkpointing computes
+    again is not counted, so that MFU stays comparable with and without it.
+    """
+    looked_up = 0 if architecture.tie_word_embeddings else parameters.embeddings
+    multiplied = parameters.active(architecture) - looked_up
+    attention = architecture.num_hidden_layers * architecture.query_size * window_tokens
+    return 6 * multiplied + 12 * attention
+
+
 def step_seconds(
     recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
 ) -> float:
     """Seconds of one step as if computing, communicating and offloading never overlapped.
 
-    Computing is 6 FLOPs a token and active parameter (arXiv 2001.08361, section 2.1) and 12 a layer, token, position and
-    head value for attention; recomputing with gradient checkpointing adds a third. Stage 1 reduces gradients once a step,
+    Computing is `training_flops_per_token`; recomputing with gradient checkpointing adds a third. Stage 1 reduces gradients once a step,
     stage 2 after every forward pass, stage 3 gathers weights twice for each as well (arXiv 1910.02054, section 7).
     """
-    a, training, engine = architecture, recipe.training, recipe.engine
+    training, engine = recipe.training, recipe.engine
     processes, passes = recipe.launch.total_processes, recipe.accumulation_steps
     micro_batch_tokens = training.micro_batch_windows * training.window_tokens
-    attention = (
-        6 * a.num_hidden_layers * a.query_size * training.window_tokens
-    )  # causal: half of 12
     flops = passes * (micro_batch_tokens + PASS_OVERHEAD_TOKENS)
-    flops *= 6 * parameters.active(a) + attention
+    flops *= training_flops_per_token(architecture, parameters, training.window_tokens)
     computing = flops * (4 / 3 if training.gradient_checkpointing else 1)
     seconds = computing / (hardware.peak_flops * hardware.mfu)
 

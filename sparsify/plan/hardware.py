@@ -85,6 +85,7 @@ GPUS = {
     "a100-80gb": Gpu(memory_gb=80, peak_tflops=312, hour_price=1.8, link_gb_per_second=150),
     "a800-80gb": Gpu(memory_gb=80, peak_tflops=312, hour_price=1.8, link_gb_per_second=100),
     "h100-80gb": Gpu(memory_gb=80, peak_tflops=989, hour_price=2.5, link_gb_per_second=225),
+    "h100-pcie-80gb": Gpu(memory_gb=80, peak_tflops=756, hour_price=2.0, link_gb_per_second=32),
     "h200-141gb": Gpu(memory_gb=141, peak_tflops=989, hour_price=3.5, link_gb_per_second=225),
     "l40s-48gb": Gpu(memory_gb=48, peak_tflops=362, hour_price=1.0, link_gb_per_second=16),
     "rtx4090-24gb": Gpu(memory_gb=24, peak_tflops=165, hour_price=0.5, link_gb_per_second=16),
@@ -133,6 +134,15 @@ def named_hardware(
     )
 
 
+def known_gpu(device_name: str) -> Gpu | None:
+    """The line of GPUS for what a driver calls its device, such as `NVIDIA H100 PCIe`; None where it has none."""
+    called = device_name.lower().replace(" ", "")
+    fitting = [
+        name for name in GPUS if all(part in called for part in name.rpartition("-")[0].split("-"))
+    ]
+    return GPUS[max(fitting, key=len)] if fitting else None
+
+
 def this_machine(processes: int, nodes: int = 1, gpu_hour_price: float | None = None) -> Hardware:
     """The machine that this runs on: its GPUs, or its memory shared by the processes.
 
@@ -144,10 +154,7 @@ def this_machine(processes: int, nodes: int = 1, gpu_hour_price: float | None = 
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        known = next(
-            (gpu for name, gpu in GPUS.items() if name.split("-")[0] in properties.name.lower()),
-            GPUS["a100-80gb"],
-        )
+        known = known_gpu(properties.name) or GPUS["a100-80gb"]
         return Hardware(
             name=f"{processes * nodes}x{properties.name}",
             devices=processes * nodes,

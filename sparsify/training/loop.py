@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
 
 from sparsify.mixture.windows import NO_LOSS, Batch, Window, WindowReader
 from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import Keep, TrainingState
 from sparsify.training.engine import set_learning_rate
+from sparsify.training.performance import Performance
 from sparsify.training.router import RouterMeter, aux_loss_coefficient, hungry_steps, router_meter
 from sparsify.training.run_folder import RunFolder
+from sparsify.training.samples import continue_prompts
 from sparsify.training.schedule import learning_rate
 from sparsify.training.stability import (
     BadStep,
@@ -51,6 +54,8 @@ class Session:
     telemetry: Telemetry
     state: TrainingState
     stop_requested: Callable[[], bool]
+    performance: Performance
+    tokenizer: PreTrainedTokenizerFast
     saved: TrainingState | None = None
     """The state that the newest checkpoint holds, or None before the first."""
 
@@ -72,6 +77,8 @@ def train(session: Session) -> bool:
             _validate(session, "training")
         if last or stopping or _due(recipe, session.state, recipe.checkpoint.every_tokens):
             _save(session)
+            if not stopping:
+                _sample(session)
     return session.state.step == recipe.num_steps
 
 
@@ -83,8 +90,10 @@ def _due(recipe: Recipe, state: TrainingState, every_tokens: int) -> bool:
 def _train_step(session: Session) -> bool:
     """One optimiser step over a global batch. Returns whether any rank was asked to stop."""
     recipe, engine, state = session.recipe, session.engine, session.state
+    started = time.monotonic()
     has_data = _wait_for_data(session)
     batches = _micro_batches(session) if has_data else []
+    data_seconds = time.monotonic() - started
     num_labels, stopping, lacking = _agree(session, batches, has_data)
     if lacking:
         return True
@@ -125,6 +134,7 @@ def _train_step(session: Session) -> bool:
         by_source,
         learning_rate=rate,
         gradient_norm=norm,
+        **session.performance.step(recipe.step_tokens, time.monotonic() - started, data_seconds),
         **({} if routers is None else {"router": _watch_routers(session, routers)}),
     )
     return stopping
@@ -311,6 +321,13 @@ def _save(session: Session) -> None:
     )
     session.saved = session.state
     session.telemetry.saved(session.state, saved, time.monotonic() - started)
+
+
+def _sample(session: Session) -> None:
+    state, settings = session.state, session.recipe.eval
+    if settings.sample_prompts:
+        texts = continue_prompts(session.engine, session.tokenizer, settings)
+        session.telemetry.samples(state.step, state.seen_tokens, settings.sample_prompts, texts)
 
 
 @torch.no_grad()

@@ -42,6 +42,11 @@ class RunFolder:
         return self.path / "sparsity.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """What the model writes at each checkpoint."""
+        return self.path / "samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

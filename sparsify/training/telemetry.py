@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,12 @@ from sparsify.training.checkpoints import Saved, TrainingState
 from sparsify.training.history import read_lines
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.stability import BadStep
+from sparsify.training.tracker import Tracker
 from sparsify.training.validation import Validation
 
 LINE_EVERY_SECONDS = 5.0
+BAR_COLUMNS = 10
+COMPACT_ABOVE = 100_000
 
 
 class Telemetry:
@@ -38,23 +39,22 @@ class Telemetry:
     def __init__(self, recipe: Recipe, run: RunFolder, first_step: int, *, silent: bool) -> None:
         self._recipe, self._run, self._silent = recipe, run, silent
         self._budget_tokens = recipe.num_steps * recipe.step_tokens
-        self._started = self._last_line = time.monotonic()
-        self._first_tokens = first_step * recipe.step_tokens
+        self._last_line = time.monotonic()
         self._zeros: float | None = None
         self._alarms = LayerAlarms()
         self._console = Console(highlight=False)
         self._progress: Progress | None = None
-        self._wandb: Any = None
+        self._tracker: Tracker | None = None
         if silent:
             return
-        for path in (run.metrics, run.sparsity):
+        for path in (run.metrics, run.sparsity, run.samples):
             drop_lines_after(path, first_step)
         for record in read_lines(run.sparsity):
             self._alarms.check(record["layers"])  # said before the interruption
         if recipe.tracking.wandb != "disabled":
-            self._wandb = _start_wandb(recipe, run)
+            self._tracker = Tracker(recipe, run)
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24))
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=BAR_COLUMNS))
             self._progress = Progress(*columns, console=self._console)
             self._progress.start()
             self._task = self._progress.add_task("", total=recipe.num_steps, completed=first_step)
@@ -74,7 +74,7 @@ class Telemetry:
             seen_tokens: Training tokens seen.
             loss_sums: Cross-entropy of each source in this step, summed over its labels, in nats.
             num_labels: Labels of each source in this step.
-            values: What else the line holds.
+            values: What else the line holds; what `Performance.step` measured is among it.
         """
         if self._silent:
             return
@@ -84,10 +84,9 @@ class Telemetry:
         }
         values["source_labels"] = num_labels
         now = time.monotonic()
-        tokens_per_second = (seen_tokens - self._first_tokens) / max(now - self._started, 1e-9)
         record = {"kind": "train", "step": step, "tokens": seen_tokens, "loss": loss, **values}
-        self._append(self._run.metrics, record | {"tokens_per_second": round(tokens_per_second, 1)})
-        line = self._line(seen_tokens, loss, tokens_per_second)
+        self._append(self._run.metrics, record)
+        line = progress_line(record, self._budget_tokens, self._zeros)
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=line)
         elif now - self._last_line >= LINE_EVERY_SECONDS or step == self._recipe.num_steps:
@@ -163,8 +162,25 @@ class Telemetry:
         self._say(
             f"validation {label.replace('_', ' ')}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}"
         )
+        if self._tracker is not None:
+            layers = [record["layers"] for record in read_lines(self._run.sparsity)]
+            self._tracker.heat_map(step, layers)
         for alarm in alarms:
             self._say(f"[bold red]Alarm[/bold red] {alarm}")
+
+    def samples(self, step: int, seen_tokens: int, prompts: list[str], texts: list[str]) -> None:
+        """Records what the model makes of the prompts at a checkpoint."""
+        if self._silent:
+            return
+        pairs = [
+            {"prompt": prompt, "continuation": text}
+            for prompt, text in zip(prompts, texts, strict=True)
+        ]
+        record = {"step": step, "tokens": seen_tokens, "samples": pairs}
+        with self._run.samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._tracker is not None:
+            self._tracker.samples(step, pairs)
 
     def saved(self, state: TrainingState, saved: Saved, seconds: float) -> None:
         """Records that a checkpoint is on disk, its size, and how long training stood still for it."""
@@ -179,16 +195,8 @@ class Telemetry:
         """Ends the progress bar and the tracker."""
         if self._progress is not None:
             self._progress.stop()
-        if self._wandb is not None:
-            self._wandb.finish()
-
-    def _line(self, seen_tokens: int, loss: float, tokens_per_second: float) -> str:
-        left_seconds = (self._budget_tokens - seen_tokens) / max(tokens_per_second, 1e-9)
-        zeros = "" if self._zeros is None else f"  zeros {self._zeros:.1%}"
-        return (
-            f"{seen_tokens / self._budget_tokens:4.0%} of {self._budget_tokens:,} tokens  loss {loss:.3f}{zeros}  "
-            f"{tokens_per_second:,.0f} tokens/s  {_duration(left_seconds)} left"
-        )
+        if self._tracker is not None:
+            self._tracker.close()
 
     def _say(self, line: str) -> None:
         if not self._silent:
@@ -199,8 +207,31 @@ class Telemetry:
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-        if self._wandb is not None:
-            self._wandb.log(_flat(record), step=record["step"])
+        if self._tracker is not None:
+            self._tracker.numbers(record)
+
+
+def progress_line(record: dict[str, Any], budget_tokens: int, zeros: float | None) -> str:
+    """A train record for people: with the bar beside it at most 120 columns.
+
+    Args:
+        record: A line of metrics.jsonl with what `Performance.step` gives.
+        budget_tokens: Training tokens of the run.
+        zeros: Share of exact zeros at the last validation.
+    """
+    parts = [
+        f"{record['tokens'] / budget_tokens:4.0%} of {_compact(budget_tokens)} tokens",
+        f"loss {record['loss']:.3f}",
+        "" if zeros is None else f"zeros {zeros:.1%}",
+        f"{_compact(round(record['tokens_per_second']))} tokens/s",
+        f"{record['flops_per_second'] / 1e9:,.0f} GFLOP/s"
+        if record["mfu"] is None
+        else f"MFU {record['mfu']:.1%}",
+        f"data {record['data_share']:.0%}",
+        f"{record['memory_bytes'] / 1e9:.1f} GB",
+        f"{_duration(record['left_seconds'])} left",
+    ]
+    return "  ".join(part for part in parts if part)
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -218,31 +249,12 @@ def drop_lines_after(path: Path, step: int) -> None:
     write_text(path, "".join(line + "\n" for line in kept))
 
 
-def _start_wandb(recipe: Recipe, run: RunFolder) -> Any:
-    os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
-    from omegaconf import OmegaConf
-
-    return wandb.init(
-        project=recipe.tracking.wandb_project,
-        name=recipe.name,
-        dir=str(run.path),
-        mode=recipe.tracking.wandb,  # pyright: ignore[reportArgumentType]  (validated by recipe.py)
-        config=OmegaConf.to_container(OmegaConf.structured(recipe)),  # pyright: ignore[reportArgumentType]
-    )
-
-
-def _flat(record: dict[str, Any]) -> dict[str, float]:
-    return dict(_numbers(record, str(record.get("kind", "sparsity"))))
-
-
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, int | float):
-        yield name, float(value)
-    elif isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _numbers(item, f"{name}/{key}")
+def _compact(number: int) -> str:
+    """All digits, or above a hundred thousand four of them and a unit: 3,026, 204.8K, 150B."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= max(size, COMPACT_ABOVE):
+            return f"{number / size:.4g}{unit}"
+    return f"{number:,}"
 
 
 def _duration(seconds: float) -> str:

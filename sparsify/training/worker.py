@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import UserError
 from sparsify.mixture.lock import check_lock, read_lock
 from sparsify.mixture.plan import Anchor, SourceSchedule
@@ -20,6 +21,7 @@ from sparsify.training.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.training.dry_run import dry_run
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import Session, train
+from sparsify.training.performance import Performance
 from sparsify.training.processes import (
     FAILED,
     INTERRUPTED,
@@ -96,6 +98,14 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
         telemetry,
         state,
         stop_requested,
+        Performance(
+            engine.module,
+            training.window_tokens,
+            dist.get_world_size(),
+            training.precision,
+            recipe.num_steps * recipe.step_tokens - state.seen_tokens,
+        ),
+        load_tokenizer(run.initial),
         saved=None if newest is None else state,
     )
 

@@ -58,6 +58,14 @@ def test_two_processes_go_all_the_way(
         "mixture.lock.json",
     ):
         assert (run / name).is_file(), name
+    samples = lines(run / "samples.jsonl")
+    assert [line["step"] for line in samples] == [2, 4, 6, 8]
+    assert [pair["prompt"] for pair in samples[0]["samples"]] == ["code"]
+    assert all(pair["continuation"] for line in samples for pair in line["samples"])
+    train = [line for line in lines(run / "metrics.jsonl") if line["kind"] == "train"]
+    assert all(line["flops_per_second"] > 0 and line["memory_bytes"] > 1e8 for line in train)
+    assert all(0 <= line["data_share"] < 1 for line in train)
+    assert train[-1]["left_seconds"] == 0
     sparsity = lines(run / "sparsity.jsonl")
     assert [line["step"] for line in sparsity] == [0, 0, 4, 8]
     assert len(sparsity[-1]["layers"]) == 2
