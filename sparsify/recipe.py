@@ -255,6 +255,9 @@ class EngineSection:
     them instead of masking it, and trains on a GPU only."""
 
 
+TORCHRUN = "torchrun"
+
+
 @dataclass
 class LaunchSection:
     """On what to run; none of it changes what is trained."""
@@ -266,7 +269,10 @@ class LaunchSection:
     node_rank: int = 0
     """Which of them this is, from 0. Node 0 resolves the recipe, converts and tokenises; the others follow it."""
     rendezvous: str | None = None
-    """HOST:PORT of node 0, where several nodes meet."""
+    """HOST:PORT of node 0, where several nodes meet; or `torchrun`, under which `nodes` and `node_rank` are torchrun's."""
+    hostfile: str | None = None
+    """A DeepSpeed hostfile, lines of `HOST slots=N`. The command runs on the first host and starts the others by ssh; nodes and
+    processes are the file's."""
     threads_per_process: int | None = None
     """CPU threads of each process; the machine's cores shared evenly unless given."""
     ingest_processes: int = 1

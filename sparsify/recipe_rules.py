@@ -12,6 +12,7 @@ from sparsify.recipe import (
     AUTO_STAGE,
     FFN_ACTIVATIONS,
     ON_BAD_STEP,
+    TORCHRUN,
     EngineSection,
     LaunchSection,
     ModelSection,
@@ -169,6 +170,17 @@ def _check_nodes(launch: LaunchSection) -> None:
             f"launch.node_rank is {launch.node_rank} of launch.nodes={launch.nodes}.",
             allowed=f"Allowed: 0 to {launch.nodes - 1}.",
         )
+    if launch.hostfile is not None or launch.rendezvous == TORCHRUN:
+        source = "launch.hostfile" if launch.hostfile is not None else "launch.rendezvous=torchrun"
+        both = launch.hostfile is not None and launch.rendezvous is not None
+        if both or launch.nodes > 1 or launch.node_rank > 0:
+            raise RecipeError(
+                f"{source} is set beside launch.nodes={launch.nodes}, launch.node_rank={launch.node_rank}, "
+                f"launch.rendezvous={launch.rendezvous}.",
+                allowed="It says all of these itself.",
+                next_step="Leave the others out.",
+            )
+        return
     host, _, port = (launch.rendezvous or "").rpartition(":")
     if launch.nodes == 1 and launch.rendezvous is not None:
         raise RecipeError(

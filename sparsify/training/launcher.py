@@ -159,9 +159,11 @@ def _rank_environments(settings: LaunchSection, ticket: Ticket) -> Iterator[dict
     )
     threads = settings.threads_per_process or max(1, cores // settings.processes)
     accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    # torchrun's own variables would send the ranks to its store, and not to where they meet.
+    inherited = {key: value for key, value in os.environ.items() if "TORCHELASTIC" not in key}
     for local_rank in range(settings.processes):
         yield (
-            os.environ
+            inherited
             | accelerator
             | {
                 "RANK": str(settings.node_rank * settings.processes + local_rank),

@@ -7,9 +7,10 @@ all of them see.
 from __future__ import annotations
 
 import json
+import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -48,15 +49,31 @@ class Ticket:
     processes: int
 
 
+@dataclass(frozen=True)
+class Follower:
+    """Another node that this one started.
+
+    Attributes:
+        name: What to call it.
+        poll: Its exit code; None while it runs.
+        last_words: What it printed at the end.
+    """
+
+    name: str
+    poll: Callable[[], int | None]
+    last_words: Callable[[], str]
+
+
 class Nodes:
     """This node's end of the rendezvous; on a single machine there is nobody to talk to.
 
     Args:
         settings: Which node this is, and where they meet.
+        followers: The others, where this one started them.
     """
 
-    def __init__(self, settings: LaunchSection) -> None:
-        self.settings, self._launch = settings, 0
+    def __init__(self, settings: LaunchSection, followers: Sequence[Follower] = ()) -> None:
+        self.settings, self._followers, self._launch = settings, followers, 0
         self._store: Any = None
         if settings.nodes > 1:
             self._store = _meet(settings)
@@ -68,7 +85,7 @@ class Nodes:
         ticket = Ticket(
             str(run.absolute()),
             address,
-            _free_port(),
+            free_port(),
             self._launch,
             settings.nodes,
             settings.processes,
@@ -114,10 +131,16 @@ class Nodes:
         """What other nodes reported.
 
         Raises:
-            RunError: If node 0 is gone.
+            RunError: If node 0 is gone, or a node that this one started ended without a word.
         """
+        gone = [one for one in self._followers if one.poll() not in (None, 0)]  # before it is asked
         # One question as long as all goes well: every launcher asks it several times a second.
         if self._store is None or not self.has(f"failed/{ticket.launch}"):
+            if gone:
+                raise RunError(
+                    f"{gone[0].name} ended with exit code {gone[0].poll()}: {gone[0].last_words()}",
+                    next_step="The same command goes on from the last checkpoint.",
+                )
             return []
         others = (node for node in range(self.settings.nodes) if node != self.settings.node_rank)
         keys = [f"failed/{ticket.launch}/{node}" for node in others]
@@ -162,9 +185,9 @@ class Nodes:
 
 
 @contextmanager
-def joined(settings: LaunchSection) -> Iterator[Nodes]:
+def joined(settings: LaunchSection, followers: Sequence[Follower] = ()) -> Iterator[Nodes]:
     """The rendezvous while a command lasts."""
-    nodes = Nodes(settings)
+    nodes = Nodes(settings, followers)
     try:
         yield nodes
     finally:
@@ -173,11 +196,15 @@ def joined(settings: LaunchSection) -> Iterator[Nodes]:
 
 def _meet(settings: LaunchSection) -> Any:
     host, port = _host(settings)
+    # torchrun may serve that port itself, for whatever it starts.
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and (
+        settings.rendezvous == f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    )
     try:
         store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
             host,
             port,
-            is_master=settings.node_rank == 0,
+            is_master=settings.node_rank == 0 and not is_served,
             wait_for_workers=False,
             timeout=timedelta(seconds=MEET_SECONDS),
         )
@@ -188,7 +215,9 @@ def _meet(settings: LaunchSection) -> Any:
             f"{str(error).partition(chr(10))[0]}",
             next_step="Name the host of node 0, as the other nodes know it, and a free port that no firewall closes.",
         ) from error
-    return store
+    # Agents that start everything anew keep their store, and with it what was said before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"sparsify/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _host(settings: LaunchSection) -> tuple[str, int]:
@@ -196,7 +225,8 @@ def _host(settings: LaunchSection) -> tuple[str, int]:
     return host, int(port)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listens at now."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return probe.getsockname()[1]

@@ -56,11 +56,13 @@ def train_run(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None = No
     Raises:
         RunError: If another process is training it now, or it was begun with other settings.
     """
-    if nodes is None and recipe.launch.nodes > 1:
+    place = recipe.launch
+    if nodes is None and (place.nodes > 1 or place.rendezvous or place.hostfile):
         raise RecipeError(
-            f"launch.nodes is {recipe.launch.nodes}.",
+            f"launch.nodes is {place.nodes}, launch.rendezvous {place.rendezvous}, "
+            f"launch.hostfile {place.hostfile}.",
             allowed="Only `sparsify train` runs on several nodes.",
-            next_step="Set launch.nodes=1.",
+            next_step="Leave these settings out.",
         )
     with _only_one(run):
         return _train_alone(recipe, run, say, nodes)

@@ -16,6 +16,7 @@ from sparsify.plan import Hardware, Plan, make_plan, named_hardware, resolve_eng
 from sparsify.plan.estimate import is_local
 from sparsify.plan.table import nearest_sentence
 from sparsify.recipe import Recipe, token_shares
+from sparsify.training.hosts import read_hostfile
 
 ALL_TOKENS = 2**62
 
@@ -50,7 +51,11 @@ def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Pla
     """
     _check(given)
     hardware = _named(given.hardware, given) if given.hardware else None
-    recipe = compose_recipe(name_or_path, [*overrides, *(_launch_on(hardware) if hardware else [])])
+    hostfile = compose_recipe(name_or_path, overrides).launch.hostfile
+    place = _launch_on(hardware) if hardware else []
+    if hostfile is not None and not hardware:
+        place = _alone(sum(read_hostfile(hostfile).values()))
+    recipe = compose_recipe(name_or_path, [*overrides, *place])
     hardware = hardware or hardware_of(recipe, given)
     recipe, choice = resolve_engine(recipe, hardware=hardware)
     return make_plan(
@@ -128,8 +133,17 @@ def _named(name: str, given: Assumptions) -> Hardware:
 
 def _launch_on(hardware: Hardware) -> list[str]:
     """Overrides that give every device one process. A plan asks nothing of a network, so nodes need not meet."""
-    alone = ["launch.nodes=1", "launch.node_rank=0", "launch.rendezvous=null"]
-    return [*alone, f"launch.processes={hardware.devices}"]
+    return _alone(hardware.devices)
+
+
+def _alone(processes: int) -> list[str]:
+    alone = (
+        "launch.nodes=1",
+        "launch.node_rank=0",
+        "launch.rendezvous=null",
+        "launch.hostfile=null",
+    )
+    return [*alone, f"launch.processes={processes}"]
 
 
 def _check(given: Assumptions) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from sparsify.export.bundle import export
 from sparsify.files import write_json
 from sparsify.recipe import Recipe
 from sparsify.sparsity.report import SparsityReport, read_report
+from sparsify.training.hosts import placed
 from sparsify.training.launcher import serve
 from sparsify.training.nodes import joined
 from sparsify.training.run_folder import RunFolder
@@ -53,8 +55,11 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | 
         UserError: Whatever is wrong with the recipe, the model, the data or the disk.
         sparsify.training.launcher.Interrupted: After a clean save.
     """
-    recipe = compose_recipe(name_or_path, overrides)
-    with joined(recipe.launch) as nodes:
+    launch = compose_recipe(name_or_path, overrides).launch
+    with ExitStack() as stack:
+        place = stack.enter_context(placed(launch, ["train", name_or_path, *overrides]))
+        recipe = compose_recipe(name_or_path, [*overrides, *place.overrides])
+        nodes = stack.enter_context(joined(recipe.launch, place.followers))
         if recipe.launch.node_rank > 0:
             say(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
             serve(nodes)

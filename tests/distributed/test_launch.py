@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +14,9 @@ import pytest
 
 from sparsify.errors import UserError
 from sparsify.recipe import LaunchSection
+from sparsify.training.hosts import placed, read_hostfile
 from sparsify.training.launcher import launch
-from sparsify.training.nodes import Nodes
+from sparsify.training.nodes import Follower, Nodes, free_port
 from tests.conftest import Command, Setup
 from tests.ranks import prepare_run, records
 
@@ -68,35 +69,56 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(
     assert "Connection" not in said  # rank 0's noise
 
 
+SSH = """#!/bin/sh
+# What ssh would do, on this machine: the last argument goes to a shell.
+echo "$3" >> "{hosts}"
+exec sh -c "$4"
+"""
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("way", ["settings", "hostfile", "torchrun"])
 def test_two_nodes_train_what_two_processes_train(
-    command: Command, finished: Callable[[Setup], tuple[Path, dict]]
+    way: str,
+    command: Command,
+    finished: Callable[[Setup], tuple[Path, dict]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     setup = Setup("mistral", 1, 2, "fp32")
     straight, _ = finished(setup)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    run = command.root / "two-nodes"
-    arguments = [
-        *command(setup._replace(processes=1), run),
-        "tracking.wandb=disabled",
-        "launch.nodes=2",
-        f"launch.rendezvous=127.0.0.1:{port}",
-    ]
+    place = f"127.0.0.1:{free_port()}"
+    run = tmp_path / "run"
+    command_line = command(setup._replace(processes=1), run)
+    arguments = [*command_line, "tracking.wandb=disabled"]
+    if way == "settings":
+        own = [f"launch.node_rank={node}" for node in (1, 0)]  # the others may come first
+        common = ["launch.nodes=2", f"launch.rendezvous={place}"]
+        commands = [[*arguments, *common, rank] for rank in own]
+    elif way == "hostfile":
+        (tmp_path / "hosts").write_text("127.0.0.1 slots=1\n# second\nlocalhost slots=1\n")
+        ssh = tmp_path / "ssh"
+        ssh.write_text(SSH.format(hosts=tmp_path / "asked"))
+        ssh.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+        commands = [[arg for arg in arguments if not arg.startswith("launch.processes")]]
+        commands[0].append(f"launch.hostfile={tmp_path / 'hosts'}")
+    else:
+        agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint={place}", "--no-python"]
+        commands = [[*agent, *arguments, "launch.rendezvous=torchrun"]] * 2
     nodes = [
-        subprocess.Popen(
-            [*arguments, f"launch.node_rank={node}"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in (1, 0)  # the others may come first
+        subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for each in commands
     ]
     said = [node.communicate(timeout=300)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
-    assert "Node 1 of 2 follows node 0" in said[0]
-    assert json.loads(said[1][said[1].index("\n{") :])["stages"]
+    assert [node.returncode for node in nodes] == [0] * len(nodes), said
+    if way == "hostfile":
+        assert (tmp_path / "asked").read_text() == "localhost\n"
+    else:
+        assert "Node 1 of 2 follows node 0" in "".join(said)
+    whole = next(text for text in said if "\n{" in text)
+    assert json.loads(whole[whole.index("\n{") :])["stages"]
     kept = ("step", "loss", "sources", "gradient_norm")
     curves = [
         [[line[key] for key in kept] for line in records(path) if line["kind"] == "train"]
@@ -106,9 +128,7 @@ def test_two_nodes_train_what_two_processes_train(
 
 
 def test_nodes_that_were_given_other_numbers_are_told(command: Command, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{probe.getsockname()[1]}"
+    place = f"127.0.0.1:{free_port()}"
     first = Nodes(LaunchSection(processes=2, nodes=2, rendezvous=place))
     other = Nodes(LaunchSection(processes=4, nodes=2, node_rank=1, rendezvous=place))
     first.announce(tmp_path)
@@ -121,3 +141,40 @@ def test_nodes_that_were_given_other_numbers_are_told(command: Command, tmp_path
     assert time.monotonic() - started < MOST_SECONDS
     with pytest.raises(UserError, match="cannot serve launch"):
         Nodes(LaunchSection(processes=2, nodes=2, rendezvous=place))
+
+
+def test_a_node_that_ended_without_a_word_is_named(tmp_path: Path) -> None:
+    place = f"127.0.0.1:{free_port()}"
+    gone = Follower("Node 1 (gpu7)", lambda: 255, lambda: "ssh: Could not resolve hostname gpu7")
+    nodes = Nodes(LaunchSection(processes=1, nodes=2, rendezvous=place), [gone])
+    ticket = nodes.announce(tmp_path)
+    with pytest.raises(
+        UserError, match=r"Node 1 \(gpu7\) ended with exit code 255: ssh: Could not"
+    ):
+        nodes.failures(ticket)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("gpu1 slots=8\ngpu2 slots=4\n", "differ in their slots: gpu1 8, gpu2 4"),
+        ("gpu1 slots=8\ngpu1 slots=8\n", "HOST slots=N"),
+        ("gpu1\n", "HOST slots=N"),
+        ("# nothing\n", "names no host|HOST slots=N"),
+    ],
+)
+def test_hostfiles_that_cannot_be_used_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_hostfile(str(path))
+
+
+def test_without_torchrun_its_place_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
+    with (
+        pytest.raises(UserError, match="torchrun did not start this process") as raised,
+        placed(LaunchSection(rendezvous="torchrun"), []),
+    ):
+        pass
+    assert "--nproc-per-node=1" in str(raised.value)
