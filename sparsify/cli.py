@@ -166,7 +166,13 @@ def convert(
         str, typer.Argument(help="Checkpoint folder, Hub id, GGUF file or package:NAME/PATH")
     ],
     to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
-    activation: Annotated[str, typer.Option(help="swiglu, reglu or drelu")] = "drelu",
+    activation: Annotated[
+        str, typer.Option(help="swiglu, reglu, shifted_relu, relu2, fatrelu or drelu")
+    ] = "drelu",
+    gate_threshold: Annotated[
+        float | None,
+        typer.Option(help="Of shifted_relu and fatrelu; the published one unless given."),
+    ] = None,
     on: Annotated[
         str, typer.Option("--on", help="Text or mixture to measure the swap on.")
     ] = "quickstart",
@@ -178,9 +184,10 @@ def convert(
     Example: sparsify convert mistralai/Mistral-7B-v0.1 --activation drelu --to mistral-drelu
     """
     from sparsify import display
+    from sparsify.recipe import ActivationSection
     from sparsify.verbs.convert import convert_model
 
-    swap = convert_model(model, activation, to, on, tokens)
+    swap = convert_model(model, ActivationSection(activation, gate_threshold), to, on, tokens)
     if as_json:
         console.print_json(json.dumps(display.swap_record(swap)))
     else:

@@ -11,8 +11,10 @@ from sparsify.recipe import (
     ATTENTION_IMPLEMENTATIONS,
     AUTO_STAGE,
     FFN_ACTIVATIONS,
+    GATE_THRESHOLDS,
     ON_BAD_STEP,
     TORCHRUN,
+    ActivationSection,
     EngineSection,
     LaunchSection,
     ModelSection,
@@ -43,13 +45,40 @@ def validate(recipe: Recipe) -> Recipe:
 
 
 def _check_choices(recipe: Recipe) -> None:
-    check_choice("activation.ffn_activation", recipe.activation.ffn_activation, FFN_ACTIVATIONS)
+    check_activation(recipe.activation)
     if recipe.control.ffn_activation is not None:
         check_choice("control.ffn_activation", recipe.control.ffn_activation, FFN_ACTIVATIONS)
     check_choice("model.init", recipe.model.init, ("pretrained", "random"))
     check_choice("stability.on_bad_step", recipe.stability.on_bad_step, ON_BAD_STEP)
     check_choice("training.precision", recipe.training.precision, ("bf16", "fp32"))
     check_choice("tracking.wandb", recipe.tracking.wandb, ("disabled", "offline", "online"))
+
+
+def check_activation(
+    activation: ActivationSection,
+    name_key: str = "activation.ffn_activation",
+    threshold_key: str = "activation.gate_threshold",
+) -> None:
+    """Refuses an activation that there is not, and a gate threshold that it would ignore.
+
+    Args:
+        activation: What was set.
+        name_key: What the user knows its name by.
+        threshold_key: What the user knows its threshold by.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    name, threshold = activation.ffn_activation, activation.gate_threshold
+    check_choice(name_key, name, FFN_ACTIVATIONS)
+    if threshold is not None and name not in GATE_THRESHOLDS:
+        raise RecipeError(
+            f"{threshold_key}={threshold:g} would be ignored: {name} has none.",
+            allowed=f"Activations with a gate threshold: {', '.join(GATE_THRESHOLDS)}.",
+            next_step="Leave it out, or choose one of them.",
+        )
+    if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
+        raise RecipeError(f"{threshold_key} is {threshold}.", allowed="0 or above.")
 
 
 def _check_numbers(recipe: Recipe) -> None:

@@ -25,6 +25,7 @@ from transformers import (
 from sparsify.catalogue import compose_recipe, recipe_names
 from sparsify.errors import RecipeError, StorageError
 from sparsify.models import (
+    FFN_ACTIVATIONS,
     MODEL_CLASSES,
     SparseMistralConfig,
     SparseMistralForCausalLM,
@@ -212,17 +213,18 @@ def kept_for_backward(model: torch.nn.Module, num_tokens: int, documents: int) -
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "reglu", "drelu"])
+@pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize("documents", [1, 2])
+@pytest.mark.parametrize(("documents", "thresholds"), [(1, "neuron"), (2, "none")])
 def test_activation_bytes_are_what_autograd_keeps(
-    activation: str, dtype: torch.dtype, experts: bool, documents: int
+    activation: str, dtype: torch.dtype, experts: bool, documents: int, thresholds: str
 ) -> None:
     num_tokens = 128
     measured = {}
     for layers in (1, 3):
         fields = {**TINY, "num_hidden_layers": layers, "ffn_activation": activation}
+        fields["ffn_thresholds"] = thresholds
         config = (
             SparseMixtralConfig(num_local_experts=4, **fields)
             if experts
@@ -235,7 +237,9 @@ def test_activation_bytes_are_what_autograd_keeps(
     per_token = (measured[3] - measured[1]) / 2 / num_tokens
     architecture = Architecture.of(config.to_dict(), None, 2)
     window = num_tokens if documents > 1 else None
-    estimate = layer_activation_bytes(architecture, activation, dtype.itemsize, window)
+    estimate = layer_activation_bytes(
+        architecture, activation, dtype.itemsize, window, thresholds=thresholds == "neuron"
+    )
     assert estimate == pytest.approx(per_token, rel=0.03)
 
 

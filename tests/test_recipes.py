@@ -69,6 +69,14 @@ def test_every_sparse_recipe_has_its_controls(name: str, activation: str) -> Non
     assert recipe.control.ffn_activation != activation
 
 
+def test_a_gate_threshold_is_the_published_one_unless_given() -> None:
+    fatrelu = compose_recipe("quickstart", ["activation=fatrelu"]).activation
+    assert fatrelu.model_gate_threshold == 0.01
+    override = ["activation=fatrelu", "activation.gate_threshold=0.2"]
+    assert compose_recipe("quickstart", override).activation.model_gate_threshold == 0.2
+    assert composed("quickstart").activation.model_gate_threshold == 0
+
+
 def test_a_run_that_is_its_own_control_trains_none() -> None:
     assert composed("quickstart").control.ffn_activation == "swiglu"
     assert compose_recipe("quickstart", ["activation=swiglu"]).control.ffn_activation is None
@@ -266,7 +274,7 @@ BAD_OVERRIDES = {
     "training.budget_tokens=???": ["training.budget_tokens is not set"],
     "training=4": ["training=4"],
     "foo": ["'foo' is not an override", "KEY=VALUE"],
-    "activation=dreluu": ["no activation 'dreluu'", "Did you mean 'drelu'?", "reglu, swiglu"],
+    "activation=dreluu": ["no activation 'dreluu'", "Did you mean 'drelu'?", "reglu, relu2"],
     "engine=zero9": ["no engine 'zero9'", "zero0, zero1, zero2, zero3, zero3_offload"],
     "mixture=quikstart": ["Did you mean 'quickstart'?", "mixture=PATH.yaml"],
     "mixture=gone.yaml": ["mixture=gone.yaml", "no such file"],
@@ -279,7 +287,9 @@ BAD_OVERRIDES = {
     "engine.offload_parameters_to_cpu=true": ["engine=zero3_offload"],
     "training.batch_windows=17": ["training.batch_windows is 17", "multiple of"],
     "training.precision=fp16": ["'fp16'", "bf16, fp32"],
-    "activation.ffn_activation=gelu": ["'gelu'", "swiglu, reglu, drelu"],
+    "activation.ffn_activation=gelu": ["'gelu'", "swiglu, reglu,"],
+    "activation.gate_threshold=0.1": ["activation.gate_threshold=0.1 would be ignored", "fatrelu"],
+    "activation=fatrelu activation.gate_threshold=-1": ["activation.gate_threshold is -1", "0 or"],
     "optimizer.final_learning_rate=1": ["optimizer.final_learning_rate", "peak_learning_rate"],
     "model.source=null": ["model.source"],
     "launch.processes=0": ["launch.processes is 0", "above 0"],

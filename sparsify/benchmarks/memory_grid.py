@@ -147,13 +147,7 @@ def bench_memory(trials: Sequence[Trial], say: Callable[[str], None]) -> list[Me
 def _measure(trial: Trial, run: RunFolder) -> Measured:
     recipe = compose_recipe("quickstart_base", [*trial.overrides(), f"run_dir={run.path}"])
     save_recipe(recipe, run.recipe)
-    convert(
-        recipe.model,
-        recipe.activation.ffn_activation,
-        run.initial,
-        seed=1,
-        dtype=torch.float32,
-    )
+    convert(recipe.model, recipe.activation, run.initial, seed=1, dtype=torch.float32)
     architecture = architecture_of(recipe)
     on_cpu = not torch.cuda.is_available()
     plan = memory(recipe, architecture, count_parameters(architecture), on_cpu=on_cpu)

@@ -15,6 +15,9 @@ HELD_AS = {
     "mixtral": SparseMixtralConfig,
     **CONFIG_CLASSES,
 }
+DENSE_THRESHOLD = "mlp.ffn_activation.threshold"
+EXPERTS_THRESHOLD = "block_sparse_moe.experts.ffn_activation.threshold"
+"""Names on disk, inside a layer, of the thresholds that `ffn_thresholds: neuron` speaks of."""
 DROPPED_FIELDS = (
     "model_type",
     "architectures",
@@ -30,13 +33,16 @@ DROPPED_FIELDS = (
 )
 
 
-def sparse_config(config: dict[str, Any], ffn_activation: str, where: str) -> SparseConfig:
+def sparse_config(
+    config: dict[str, Any], ffn_activation: str, where: str, gate_threshold: float | None = None
+) -> SparseConfig:
     """The configuration under which a checkpoint is held here.
 
     Args:
         config: Content of its config.json.
         ffn_activation: The activation to hold it with.
         where: What to call the checkpoint in messages.
+        gate_threshold: Of that activation; the checkpoint's own unless given.
 
     Raises:
         ModelError: If the architecture cannot be held, with the reason.
@@ -55,6 +61,8 @@ def sparse_config(config: dict[str, Any], ffn_activation: str, where: str) -> Sp
         )
     fields = {key: value for key, value in config.items() if key not in DROPPED_FIELDS}
     fields["ffn_activation"] = ffn_activation
+    if gate_threshold is not None:
+        fields["ffn_gate_threshold"] = gate_threshold
     if model_type == "llama":
         fields["sliding_window"] = None
     try:
@@ -108,15 +116,18 @@ def tensor_shapes(config: SparseConfig) -> dict[str, tuple[int, ...]]:
 
 def _ffn_shapes(config: SparseConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     hidden, neurons = config.hidden_size, config.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {}
     if isinstance(config, SparseMistralConfig):
-        return {
+        if config.ffn_thresholds == "neuron":
+            shapes[f"{prefix}{DENSE_THRESHOLD}"] = (neurons,)
+        return shapes | {
             f"{prefix}mlp.gate_proj.weight": (neurons, hidden),
             f"{prefix}mlp.up_proj.weight": (neurons, hidden),
             f"{prefix}mlp.down_proj.weight": (hidden, neurons),
         }
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{prefix}block_sparse_moe.gate.weight": (config.num_local_experts, hidden)
-    }
+    if config.ffn_thresholds == "neuron":
+        shapes[f"{prefix}{EXPERTS_THRESHOLD}"] = (config.num_local_experts, neurons)
+    shapes[f"{prefix}block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
     for expert in range(config.num_local_experts):
         name = f"{prefix}block_sparse_moe.experts.{expert}."
         shapes |= {

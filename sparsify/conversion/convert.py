@@ -26,7 +26,7 @@ from sparsify.conversion.upcycle import check_dense, upcycle
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder
 from sparsify.models import MODEL_CLASSES, SparseConfig
-from sparsify.recipe import ModelSection
+from sparsify.recipe import ActivationSection, ModelSection
 
 TIED = "lm_head.weight"
 """Left out on disk when the embedding is tied; some checkpoints store it all the same."""
@@ -46,13 +46,18 @@ class Converted:
 
 
 def convert(
-    model: ModelSection, ffn_activation: str, to: Path, *, seed: int, dtype: torch.dtype
+    model: ModelSection,
+    activation: ActivationSection,
+    to: Path,
+    *,
+    seed: int,
+    dtype: torch.dtype,
 ) -> Converted:
     """Writes the sparse-activated checkpoint that a recipe's model section describes.
 
     Args:
         model: Where the weights come from.
-        ffn_activation: The activation to give it.
+        activation: The activation to give it.
         to: Folder to write; must not exist.
         seed: Seed of random weights and of an upcycled router.
         dtype: Dtype of weights that are built here; copied shards keep theirs.
@@ -67,13 +72,13 @@ def convert(
         )
     with atomic_folder(to) as partial:
         if model.init == "random":
-            config = _write_random(model, ffn_activation, partial, seed, dtype)
+            config = _write_random(model, activation, partial, seed, dtype)
             origin = f"random weights, seed {seed}"
         else:
             assert model.source is not None
             path = locate(model.source, model.revision)
             write = _write_gguf if path.is_file() else _write_swapped
-            config = write(model, path, ffn_activation, partial)
+            config = write(model, path, activation, partial)
             origin = model.source
         _check_tokenizer(model, config, partial, origin)
         if model.upcycle_experts is not None:
@@ -83,11 +88,13 @@ def convert(
 
 
 def _held_as(
-    model: ModelSection, config: dict[str, Any], ffn_activation: str, where: str
+    model: ModelSection, config: dict[str, Any], activation: ActivationSection, where: str
 ) -> SparseConfig:
     """The configuration to hold a checkpoint with, after everything that it alone can tell against the recipe."""
-    held = sparse_config(config, ffn_activation, where)
+    name, gate_threshold = activation.ffn_activation, activation.model_gate_threshold
+    held = sparse_config(config, name, where, gate_threshold)
     held.base_ffn_activation = config.get("ffn_activation", "swiglu")
+    held.base_ffn_gate_threshold = config.get("ffn_gate_threshold", 0.0)
     _check_architecture(model, config)
     if model.upcycle_experts is not None:
         check_dense(held, model.upcycle_experts)
@@ -104,10 +111,10 @@ def _tokenizer_folder(model: ModelSection, default: Path) -> Path:
 
 
 def _write_swapped(
-    model: ModelSection, path: Path, ffn_activation: str, folder: Path
+    model: ModelSection, path: Path, activation: ActivationSection, folder: Path
 ) -> SparseConfig:
     checkpoint = read_checkpoint(path)
-    config = _held_as(model, checkpoint.config, ffn_activation, str(path))
+    config = _held_as(model, checkpoint.config, activation, str(path))
     expected = tensor_shapes(config)
     needless = {
         key
@@ -175,13 +182,15 @@ def _load_gguf(path: Path) -> PreTrainedModel:
         ) from error
 
 
-def _write_gguf(model: ModelSection, path: Path, ffn_activation: str, folder: Path) -> SparseConfig:
+def _write_gguf(
+    model: ModelSection, path: Path, activation: ActivationSection, folder: Path
+) -> SparseConfig:
     dense = _load_gguf(path)
     fields = dense.config.to_dict()
     fields.pop(
         "quantization_config", None
     )  # it says how the file was; what was loaded is full precision
-    config = _held_as(model, fields, ffn_activation, path.name)
+    config = _held_as(model, fields, activation, path.name)
     sparse = MODEL_CLASSES[config.model_type](config).to(torch.bfloat16)
     sparse.load_state_dict(dense.state_dict(), strict=True)
     sparse.save_pretrained(folder)
@@ -194,10 +203,10 @@ def _write_gguf(model: ModelSection, path: Path, ffn_activation: str, folder: Pa
 
 
 def _write_random(
-    model: ModelSection, ffn_activation: str, folder: Path, seed: int, dtype: torch.dtype
+    model: ModelSection, activation: ActivationSection, folder: Path, seed: int, dtype: torch.dtype
 ) -> SparseConfig:
     assert model.tokenizer is not None
-    config = _held_as(model, dict(model.architecture), ffn_activation, "model.architecture")
+    config = _held_as(model, dict(model.architecture), activation, "model.architecture")
     torch.manual_seed(seed)
     MODEL_CLASSES[config.model_type](config).to(dtype).save_pretrained(folder)
     write_config(config, folder, dtype)

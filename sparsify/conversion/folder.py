@@ -36,7 +36,11 @@ def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None
 
 
 def load_sparse(
-    folder: Path, ffn_activation: str | None = None, dtype: torch.dtype | None = None
+    folder: Path,
+    ffn_activation: str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    gate_threshold: float | None = None,
 ) -> SparseModel:
     """Loads a checkpoint folder as a sparse model: a sparse checkpoint, or a stock one that can be held.
 
@@ -44,13 +48,14 @@ def load_sparse(
         folder: Checkpoint folder.
         ffn_activation: Activation to load it with; the folder's own unless given (swiglu for a stock checkpoint).
         dtype: Dtype of the weights; the stored one unless given.
+        gate_threshold: Of that activation; the folder's own unless given.
 
     Raises:
         ModelError: If the folder is no whole checkpoint, cannot be held, or any key is missing or unexpected.
     """
     checkpoint = read_checkpoint(folder)
     kept = checkpoint.config.get("ffn_activation", "swiglu")
-    config = sparse_config(checkpoint.config, ffn_activation or kept, str(folder))
+    config = sparse_config(checkpoint.config, ffn_activation or kept, str(folder), gate_threshold)
     model, info = MODEL_CLASSES[config.model_type].from_pretrained(
         folder, config=config, dtype=dtype or "auto", output_loading_info=True
     )
@@ -80,6 +85,8 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             not own
             or not isinstance(activation, FfnActivation)
             or activation.name != ffn_activation
+            or activation.gate_threshold != model.config.ffn_gate_threshold
+            or (activation.threshold is None) != (model.config.ffn_thresholds == "none")
         ):
             raise RuntimeError(
                 f"{type(block).__name__} was patched: it does not apply {ffn_activation}"

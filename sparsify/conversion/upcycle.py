@@ -65,5 +65,8 @@ def upcycle(
         old, new = f"model.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.experts."
         gate_up = torch.cat([source[f"{old}gate_proj.weight"], source[f"{old}up_proj.weight"]])
         state[f"{new}gate_up_proj"].copy_(gate_up.expand(num_experts, -1, -1))
+        if config.ffn_thresholds == "neuron":
+            threshold = "ffn_activation.threshold"
+            state[f"{new}{threshold}"].copy_(source[f"{old}{threshold}"].expand(num_experts, -1))
         state[f"{new}down_proj"].copy_(source[f"{old}down_proj.weight"].expand(num_experts, -1, -1))
     return model.eval()

@@ -78,9 +78,10 @@ def load_trained(trained: Trained) -> SparseModel:
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_sparse(trained.run.initial, recipe.activation.ffn_activation, dtype)
     weights = consolidated_weights(trained.checkpoint)
-    expected = dict(model.named_parameters())
+    expected = model.state_dict()
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
+        expected.pop("lm_head.weight", None)
     if weights.keys() != expected.keys():
         raise RunError(
             f"{trained.checkpoint} does not hold the model's tensors: "

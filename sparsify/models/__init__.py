@@ -6,7 +6,7 @@ torch and each other, and nothing else of this package.
 
 from sparsify.models.configuration_sparse_mistral import SparseMistralConfig
 from sparsify.models.configuration_sparse_mixtral import SparseMixtralConfig
-from sparsify.models.ffn_activation import FFN_ACTIVATIONS, FfnActivation
+from sparsify.models.ffn_activation import FFN_ACTIVATIONS, FFN_THRESHOLDS, FfnActivation
 from sparsify.models.modeling_sparse_mistral import SparseMistralForCausalLM
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralForCausalLM
 
@@ -24,6 +24,7 @@ MODEL_CLASSES = {
 __all__ = [
     "CONFIG_CLASSES",
     "FFN_ACTIVATIONS",
+    "FFN_THRESHOLDS",
     "MODEL_CLASSES",
     "FfnActivation",
     "SparseConfig",

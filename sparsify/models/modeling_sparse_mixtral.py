@@ -34,6 +34,7 @@ class SparseMixtralExperts(MixtralExperts):
 
     config: SparseMixtralConfig
     ffn_activation: FfnActivation
+    _row_experts: int | torch.Tensor
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
 
@@ -61,6 +62,9 @@ class SparseMixtralExperts(MixtralExperts):
             )
         if implementation == "eager":
             return self._loop_over_experts(hidden_states, top_k_index, top_k_weights)
+        # Both keep one row for each slot: batched_mm in the order of slots, grouped_mm sorted by expert.
+        slots = top_k_index.reshape(-1)
+        self._row_experts = slots if implementation == "batched_mm" else slots.sort().values
         forward = ALL_EXPERTS_FUNCTIONS[implementation]
         return forward(self, hidden_states, top_k_index, top_k_weights)
 
@@ -72,6 +76,7 @@ class SparseMixtralExperts(MixtralExperts):
         for expert in torch.unique(top_k_index).tolist():
             token, slot = torch.where(top_k_index == expert)
             gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
+            self._row_experts = expert
             answer = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
             output.index_add_(
                 0, token, (answer * top_k_weights[token, slot, None]).to(output.dtype)
@@ -81,7 +86,7 @@ class SparseMixtralExperts(MixtralExperts):
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[slots, 2 * neurons] to [slots, neurons]."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.ffn_activation(gate, up)
+        return self.ffn_activation(gate, up, experts=self._row_experts)
 
 
 class SparseMixtralForCausalLM(MixtralForCausalLM):
@@ -94,18 +99,20 @@ class SparseMixtralForCausalLM(MixtralForCausalLM):
         super().__init__(config)
         for block in self.ffn_blocks():
             block.__class__ = SparseMixtralExperts
-            block.ffn_activation = FfnActivation(config.ffn_activation)
+            block.ffn_activation = FfnActivation.from_config(config)
             del block.act_fn
 
     def ffn_blocks(self) -> list[Any]:
         """The module of every layer that holds `ffn_activation`, in order."""
         return [layer.mlp.experts for layer in self.model.layers]  # pyright: ignore[reportAttributeAccessIssue]
 
-    def set_ffn_activation(self, name: str) -> None:
-        """Swaps the activation of every expert in place; the weights stay as they are."""
+    def set_ffn_activation(self, name: str, gate_threshold: float = 0.0) -> None:
+        """Swaps the activation of every expert in place; weights and thresholds stay as they are."""
+        self.config.ffn_activation, self.config.ffn_gate_threshold = name, gate_threshold
         for block in self.ffn_blocks():
-            block.ffn_activation = FfnActivation(name)
-        self.config.ffn_activation = name
+            activation = FfnActivation.from_config(self.config)
+            activation.threshold = block.ffn_activation.threshold
+            block.ffn_activation = activation
 
 
 # Checkpoints keep Mixtral's own layout (block_sparse_moe.experts.N.w1/w2/w3). Without this line a renamed model

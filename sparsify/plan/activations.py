@@ -8,6 +8,19 @@ from sparsify.plan.parameters import Architecture
 from sparsify.recipe import Recipe
 
 FP32_BYTES = 4
+MASK_BYTES = 1
+KEPT_NEURON_VALUES = {
+    "swiglu": (4, 4),
+    "reglu": (3, 4),
+    "shifted_relu": (3, 4),
+    "relu2": (4, 5),
+    "fatrelu": (3, 4),
+    "drelu": (3, 3),
+}
+"""Values of a neuron that its backward pass needs, in dense blocks and in fused experts, which hold gate and up in one
+tensor: both factors and their product; silu keeps its input as well, and the square its root."""
+MASKED = ("fatrelu",)
+"""Activations that keep which values they let through, one byte each."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +72,19 @@ def forward_and_backward(
 
 
 def layer_activation_bytes(
-    architecture: Architecture, ffn_activation: str, value_bytes: int, window_tokens: int | None
+    architecture: Architecture,
+    ffn_activation: str,
+    value_bytes: int,
+    window_tokens: int | None,
+    *,
+    thresholds: bool = False,
 ) -> int:
     """Bytes that one layer keeps for its backward pass, for each token.
 
     The counting is Korthikanti et al.'s (arXiv 2205.05198, section 4.1) for this block: without dropout, and without
     attention scores, which fused attention computes again. Counted are each norm's input and normalised value and
     its output; queries, keys, values, their answer and the log-sum-exp of each head; and of the feed-forward block
-    the factors and their product. silu keeps its input as well, relu does not. Fused experts hold gate and up in one
-    tensor, so that a factor without relu keeps both.
+    what KEPT_NEURON_VALUES says.
 
     Args:
         architecture: The model.
@@ -75,16 +92,18 @@ def layer_activation_bytes(
         value_bytes: Bytes of one value.
         window_tokens: Length of windows that hold several documents: their attention mask is kept by every layer,
             and keys and values are repeated for every query head. None for one document a window.
+        thresholds: Whether neurons have thresholds.
     """
     a = architecture
     norms = 2 * a.hidden_size * (FP32_BYTES + 2 * value_bytes)
     keys_size = a.key_value_size if window_tokens is None else a.query_size
     attention = 2 * value_bytes * (a.query_size + keys_size) + FP32_BYTES * a.num_attention_heads
     attention += value_bytes * (window_tokens or 0)
-    lean = ("drelu",) if a.num_local_experts else ("drelu", "reglu")
-    neuron_values = 3 if ffn_activation in lean else 4
-    ffn = value_bytes * neuron_values * a.intermediate_size
-    if a.num_local_experts:
+    fused = bool(a.num_local_experts)
+    neuron_bytes = value_bytes * KEPT_NEURON_VALUES[ffn_activation][fused]
+    neuron_bytes += MASK_BYTES * ((ffn_activation in MASKED) + thresholds)
+    ffn = neuron_bytes * a.intermediate_size
+    if fused:
         routed_copies = 2 * value_bytes * a.hidden_size
         ffn = a.num_experts_per_tok * (ffn + routed_copies)
     return norms + attention + ffn

@@ -5,14 +5,24 @@ from __future__ import annotations
 FORMULAS = {
     "swiglu": "silu(gate) × up",
     "reglu": "max(0, gate) × up",
+    "shifted_relu": "max(0, gate − t) × up",
+    "relu2": "max(0, gate)² × up",
+    "fatrelu": "gate × up where gate > t, else 0",
     "drelu": "max(0, gate) × max(0, up)",
 }
 """`ffn_activation` to its two factors, in the notation of the page."""
 
 
+def formula(ffn_activation: str, ffn_thresholds: str) -> str:
+    """What a neuron's activation is, in the notation of the page."""
+    above = ", where that exceeds its neuron's threshold in size, else 0"
+    return FORMULAS[ffn_activation] + (above if ffn_thresholds == "neuron" else "")
+
+
 def definitions(
     *,
     ffn_activation: str,
+    ffn_thresholds: str,
     dtype: str,
     num_tokens: int,
     num_experts: int,
@@ -21,9 +31,9 @@ def definitions(
 ) -> dict[str, str]:
     """Term to meaning, with the facts of one measurement filled in."""
     terms = {
-        "Neuron activation": f"One entry of {FORMULAS[ffn_activation]}, the vector that a feed-forward block multiplies "
+        "Neuron activation": f"One entry of {formula(ffn_activation, ffn_thresholds)}, the vector that a feed-forward block multiplies "
         "with its down projection. Its two factors are called gate and up.",
-        "Exact zero": f"A value that the model itself, computing in {dtype}, made equal to 0. No threshold is applied; "
+        "Exact zero": f"A value that the model itself, computing in {dtype}, made equal to 0. Nothing else is counted as one; "
         "values that are merely small count as non-zero.",
         "Share of zeros": "Zero values divided by all values, every token with equal weight.",
         "p5, p50, p95": "Percentiles over tokens of the share of zeros that a single token has in that block.",
@@ -34,7 +44,7 @@ def definitions(
         "neighbouring tokens are not, so read it as a lower limit of the doubt.",
         "Always-on neuron": "Fired on every token that reached it; the same bound holds for its silent share.",
         "Zeros by cause": "A product is zero because its gate factor is, its up factor is, or both are. A product of two "
-        "non-zero factors that is too small for the dtype is counted apart, as underflow.",
+        "non-zero factors is counted apart: one that is too small for the dtype, or does not exceed its neuron's threshold.",
         "Position": "Distance from the first token of the document, or of the window where a document was cut.",
         "Union, consecutive": "Share of a layer's neurons (of all its experts) that fire on at least one token of a chunk of "
         "consecutive tokens of one document; chunks are cut from the window's start, mean over chunks and layers.",

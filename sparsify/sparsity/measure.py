@@ -120,6 +120,7 @@ def _report(
     num_labels = sum(counts.num_labels for counts in by_source.values())
     facts = {
         "ffn_activation": model.config.ffn_activation,
+        "ffn_thresholds": model.config.ffn_thresholds,
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_tokens": int(statistics.num_tokens),
         "num_experts": statistics.num_experts,

@@ -8,7 +8,7 @@ from functools import partial
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 from sparsify.sparsity.active_parameters import published
-from sparsify.sparsity.definitions import FORMULAS
+from sparsify.sparsity.definitions import formula
 from sparsify.sparsity.figures import FIGURES
 from sparsify.sparsity.percent import count, percent
 from sparsify.sparsity.pictures import page_figure
@@ -41,7 +41,7 @@ def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str
         .get_template(TEMPLATE_FILE)
         .render(
             report=report,
-            formula=FORMULAS[report.ffn_activation],
+            formula=formula(report.ffn_activation, report.ffn_thresholds),
             perplexity=_perplexity(report.loss),
             published=published(),
             figures=[

@@ -273,6 +273,8 @@ class SparsityReport(_Section):
     model: str
     model_type: str
     ffn_activation: str
+    ffn_thresholds: str
+    """`neuron`: an activation that does not exceed its neuron's threshold is an exact zero too."""
     text: str
     """What the numbers were measured on, in words."""
     num_tokens: int

@@ -280,9 +280,9 @@ def _validate_start(session: Session) -> None:
     model, activation = session.engine.module, session.recipe.activation.ffn_activation
     base = model.config.base_ffn_activation
     if session.recipe.model.init == "pretrained" and activation != base:
-        model.set_ffn_activation(base)
+        model.set_ffn_activation(base, model.config.base_ffn_gate_threshold)
         _validate(session, "base")
-        model.set_ffn_activation(activation)
+        model.set_ffn_activation(activation, session.recipe.activation.model_gate_threshold)
         _validate(session, "after_swap")
     else:
         _validate(session, "base")

@@ -169,9 +169,7 @@ def _convert(recipe: Recipe, to: Path) -> Converted:
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     # Random weights are born in fp32, so that both precisions start from the same values.
     born = torch.float32 if recipe.model.init == "random" else dtype
-    return convert(
-        recipe.model, recipe.activation.ffn_activation, to, seed=recipe.training.seed, dtype=born
-    )
+    return convert(recipe.model, recipe.activation, to, seed=recipe.training.seed, dtype=born)
 
 
 def _describe(converted: Converted) -> str:

@@ -12,8 +12,8 @@ from sparsify.conversion.folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.mixture.heldout import check_text_or_mixture, windows_from
 from sparsify.mixture.windows import collate
-from sparsify.recipe import FFN_ACTIVATIONS, ModelSection, Recipe
-from sparsify.source_rules import check_choice
+from sparsify.recipe import ActivationSection, ModelSection, Recipe
+from sparsify.recipe_rules import check_activation
 from sparsify.sparsity.report import measure
 
 
@@ -30,20 +30,22 @@ class Swap:
     zeros_after: float
 
 
-def convert_model(source: str, ffn_activation: str, to: Path, on: str, num_tokens: int) -> Swap:
+def convert_model(
+    source: str, activation: ActivationSection, to: Path, on: str, num_tokens: int
+) -> Swap:
     """Converts a checkpoint and measures the swap on a text.
 
     Args:
         source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
-        ffn_activation: The activation to give it.
+        activation: The activation to give it.
         to: Folder to write.
         on: Text file, mixture name or mixture path.
         num_tokens: Tokens to measure on.
     """
-    check_choice("--activation", ffn_activation, FFN_ACTIVATIONS)
+    check_activation(activation, "--activation", "--gate-threshold")
     check_text_or_mixture(on)
     model = ModelSection(source=source)
-    converted = convert(model, ffn_activation, to, seed=0, dtype=torch.bfloat16)  # nothing is drawn
+    converted = convert(model, activation, to, seed=0, dtype=torch.bfloat16)  # nothing is drawn
     tokenizer = load_tokenizer(to)
     windows, text = windows_from(
         on,
@@ -52,11 +54,18 @@ def convert_model(source: str, ffn_activation: str, to: Path, on: str, num_token
         window_tokens=min(512, converted.config.max_position_embeddings),
         cache_dir=Path(Recipe().cache_dir).expanduser(),
     )
+    config = converted.config
     reports = [
         measure(
-            load_sparse(to, activation), (collate([w]) for w in windows), name=str(to), text=text
+            load_sparse(to, name, gate_threshold=threshold),
+            (collate([w]) for w in windows),
+            name=str(to),
+            text=text,
         )[0]
-        for activation in (converted.config.base_ffn_activation, ffn_activation)
+        for name, threshold in (
+            (config.base_ffn_activation, config.base_ffn_gate_threshold),
+            (config.ffn_activation, config.ffn_gate_threshold),
+        )
     ]
     return Swap(
         converted,

@@ -13,7 +13,7 @@ from pathlib import Path
 from sparsify.catalogue import compose_recipe
 from sparsify.export.bundle import export
 from sparsify.files import write_json
-from sparsify.recipe import Recipe
+from sparsify.recipe import ActivationSection, Recipe
 from sparsify.sparsity.report import SparsityReport, read_report
 from sparsify.training.hosts import placed
 from sparsify.training.launcher import serve
@@ -76,7 +76,7 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | 
 def _control_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
     control = deepcopy(recipe)
     assert recipe.control.ffn_activation is not None
-    control.activation.ffn_activation = recipe.control.ffn_activation
+    control.activation = ActivationSection(recipe.control.ffn_activation)
     control.control.ffn_activation = None
     control.name, control.run_dir = f"{recipe.name}-control", str(run.control.path)
     return control

@@ -16,7 +16,7 @@ from sparsify.conversion.convert import convert
 from sparsify.conversion.folder import check_activation, load_sparse
 from sparsify.conversion.source import read_checkpoint
 from sparsify.models import SparseMixtralForCausalLM
-from sparsify.recipe import ModelSection
+from sparsify.recipe import ActivationSection, ModelSection
 from tests.conftest import STOCK, TOKENIZER, stock_model
 
 IDS = torch.tensor([[1, 5, 9, 200, 77, 1031, 3, 2]])
@@ -24,7 +24,7 @@ IDS = torch.tensor([[1, 5, 9, 200, 77, 1031, 3, 2]])
 
 def converted(source: Path, to: Path, activation: str = "drelu", **model: object) -> Path:
     section = ModelSection(source=str(source), **model)  # type: ignore[arg-type]
-    return convert(section, activation, to, seed=1, dtype=torch.float32).folder
+    return convert(section, ActivationSection(activation), to, seed=1, dtype=torch.float32).folder
 
 
 @pytest.mark.parametrize("kind", list(STOCK))

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from sparsify.catalogue import compose_recipe
 from sparsify.conversion.convert import convert
 from sparsify.errors import RunError
+from sparsify.recipe import ActivationSection
 from sparsify.training.dry_run import out_of_memory_named
 
 TINY = [
@@ -28,7 +29,8 @@ TINY = [
 def test_a_run_with_a_dry_run_is_bit_equal_to_one_without(tmp_path: Path, processes: int) -> None:
     overrides = [*TINY, f"launch.processes={processes}"]
     recipe = compose_recipe("quickstart_base", overrides)
-    convert(recipe.model, "swiglu", tmp_path / "model", seed=1, dtype=torch.float32)
+    swiglu = ActivationSection("swiglu")
+    convert(recipe.model, swiglu, tmp_path / "model", seed=1, dtype=torch.float32)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

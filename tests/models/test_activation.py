@@ -17,12 +17,8 @@ from sparsify.models import (
 )
 from sparsify.recipe import ATTENTION_IMPLEMENTATIONS
 from tests.conftest import SHAPE
+from tests.models.formulas import FORMULAS, T
 
-FORMULAS = {
-    "swiglu": lambda g, u: g / (1 + torch.exp(-g)) * u,
-    "reglu": lambda g, u: torch.where(g > 0, g, 0.0) * u,
-    "drelu": lambda g, u: torch.where(g > 0, g, 0.0) * torch.where(u > 0, u, 0.0),
-}
 numbers = st.floats(-8, 8, allow_nan=False)
 
 
@@ -30,13 +26,36 @@ numbers = st.floats(-8, 8, allow_nan=False)
 def test_every_activation_equals_its_formula_in_float64(pairs: list[tuple[float, float]]) -> None:
     gate, up = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
     for name in FFN_ACTIVATIONS:
-        torch.testing.assert_close(FfnActivation(name)(gate, up), FORMULAS[name](gate, up))
+        torch.testing.assert_close(FfnActivation(name, T)(gate, up), FORMULAS[name](gate, up))
 
 
-def test_gradients_equal_finite_differences() -> None:
+@given(st.lists(st.tuples(numbers, numbers, st.floats(0, 4)), min_size=1, max_size=20))
+def test_thresholds_zero_what_does_not_exceed_them_and_keep_the_rest(
+    rows: list[tuple[float, float, float]],
+) -> None:
+    gate, up, threshold = torch.tensor(rows, dtype=torch.float64).unbind(-1)
+    for name in FFN_ACTIVATIONS:
+        activation = FfnActivation(name, T, (len(rows),)).double()
+        activation.threshold = threshold
+        expected = FORMULAS[name](gate, up)
+        expected = torch.where(expected.abs() > threshold, expected, 0.0)
+        torch.testing.assert_close(activation(gate, up), expected)
+
+
+def test_published_relu2_is_drelu_with_gate_and_up_the_same() -> None:
+    x = torch.randn(50, dtype=torch.float64)
+    assert torch.equal(FfnActivation("drelu")(x, x), torch.relu(x) ** 2)
+
+
+@pytest.mark.parametrize("thresholded", [False, True])
+def test_gradients_equal_finite_differences(thresholded: bool) -> None:
+    torch.manual_seed(0)
     gate, up = torch.randn(2, 50, dtype=torch.float64).requires_grad_().unbind(0)
     for name in FFN_ACTIVATIONS:
-        assert torch.autograd.gradcheck(FfnActivation(name), (gate, up))
+        activation = FfnActivation(name, T, (50,) if thresholded else None).double()
+        if thresholded:
+            activation.threshold = torch.rand(50, dtype=torch.float64)
+        assert torch.autograd.gradcheck(activation, (gate, up))
 
 
 def test_drelu_passes_no_gradient_where_it_is_zero() -> None:
@@ -47,18 +66,17 @@ def test_drelu_passes_no_gradient_where_it_is_zero() -> None:
 
 
 def test_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="allowed: swiglu, reglu, drelu"):
+    with pytest.raises(
+        ValueError, match="allowed: swiglu, reglu, shifted_relu, relu2, fatrelu, drelu"
+    ):
         FfnActivation("relu")
 
 
 @pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
 def test_mistral_block_computes_the_formula(name: str) -> None:
     torch.manual_seed(0)
-    mlp = (
-        SparseMistralForCausalLM(SparseMistralConfig(**SHAPE, ffn_activation=name))
-        .model.layers[0]
-        .mlp
-    )
+    config = SparseMistralConfig(**SHAPE, ffn_activation=name, ffn_gate_threshold=T)
+    mlp = SparseMistralForCausalLM(config).model.layers[0].mlp
     x = torch.randn(2, 5, SHAPE["hidden_size"])
     expected = (
         FORMULAS[name](x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T)
@@ -68,24 +86,35 @@ def test_mistral_block_computes_the_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("thresholds", ["none", "neuron"])
 @pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
 def test_mixtral_experts_compute_the_formula_in_every_allowed_backend(
-    name: str, backend: str
+    name: str, thresholds: str, backend: str
 ) -> None:
     torch.manual_seed(0)
     config = SparseMixtralConfig(
-        **SHAPE, num_local_experts=4, num_experts_per_tok=2, ffn_activation=name
+        **SHAPE,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        ffn_activation=name,
+        ffn_gate_threshold=T,
+        ffn_thresholds=thresholds,
     )
     model = SparseMixtralForCausalLM(config)
     model.set_experts_implementation(backend)
     experts = model.model.layers[0].mlp.experts
+    limits = torch.zeros(4, SHAPE["intermediate_size"])
+    if thresholds == "neuron":
+        limits = experts.ffn_activation.threshold.uniform_(0, 0.3)
     x, weights = torch.randn(9, SHAPE["hidden_size"]), torch.rand(9, 2)
     index = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
     expected = torch.zeros_like(x)
     for token in range(9):
         for slot in range(2):
             gate, up = (experts.gate_up_proj[index[token, slot]] @ x[token]).chunk(2)
-            answer = experts.down_proj[index[token, slot]] @ FORMULAS[name](gate, up)
+            product = FORMULAS[name](gate, up)
+            product[product.abs() <= limits[index[token, slot]]] = 0
+            answer = experts.down_proj[index[token, slot]] @ product
             expected[token] += weights[token, slot] * answer
     torch.testing.assert_close(experts(x, index, weights), expected, atol=1e-5, rtol=1e-4)
 

@@ -11,7 +11,7 @@ from sparsify.conversion.convert import convert
 from sparsify.conversion.folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError, RecipeError, RunError
-from sparsify.recipe import ModelSection, Recipe, token_shares
+from sparsify.recipe import ActivationSection, ModelSection, Recipe, token_shares
 from sparsify.tuning.confirmation import compare
 from sparsify.tuning.measurement import Measurement, held_out_halves, measure_domains
 from sparsify.tuning.trials import Proxy, check_comparable, proxy_recipe
@@ -90,7 +90,7 @@ def test_losses_of_domains_are_means_over_their_labels(
     import torch
 
     source = ModelSection(source=str(stock["mistral"]))
-    convert(source, "drelu", tmp_path / "model", seed=0, dtype=torch.float32)
+    convert(source, ActivationSection("drelu"), tmp_path / "model", seed=0, dtype=torch.float32)
     model = load_sparse(tmp_path / "model", "drelu", torch.float32)
     half, _ = held_out_halves(recipe, load_tokenizer(tmp_path / "model"), 3)
     one, other = (measure_domains(model, half, batch) for batch in (1, 4))
