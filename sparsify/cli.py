@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sparsify.cli_bench import bench_app
 from sparsify.cli_common import AsJson, Overrides, console, quiet, say
+from sparsify.cli_evaluate import evaluate
 from sparsify.cli_mixture import mixture_app
 from sparsify.errors import UserError
 
@@ -30,6 +31,7 @@ recipes_app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(mixture_app, name="mixture")
 app.add_typer(bench_app, name="bench")
+app.command()(evaluate)
 
 INTERRUPTED = 130
 
@@ -38,6 +40,7 @@ def main() -> None:
     """Entry point: exit code 0 done, 2 the user's mistake, 1 a defect of ours, 130 interrupted after a clean save."""
     # Bars of libraries would break our own; ranks inherit this.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from sparsify.training.launcher import Interrupted
 

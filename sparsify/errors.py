@@ -45,6 +45,10 @@ class ExportError(UserError):
     """A bundle that cannot be written, or that failed its own acceptance check."""
 
 
+class EvaluationError(UserError):
+    """A suite, a task or evaluation data that cannot be measured with."""
+
+
 class StorageError(UserError):
     """A disk or a folder that refused to be written."""
 

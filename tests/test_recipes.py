@@ -100,7 +100,7 @@ def test_every_mixture_loads_and_composes_to_the_same(name: str) -> None:
     assert compose_recipe("quickstart", [f"mixture={name}"]).mixture == load_mixture(name)
 
 
-@pytest.mark.parametrize("path", sorted(folder("eval").rglob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(folder("eval").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_evaluation_composes(path: Path) -> None:
     assert compose_recipe("quickstart", [f"eval={path.stem}"]).eval.name == path.stem
 

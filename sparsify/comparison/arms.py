@@ -71,32 +71,33 @@ class Arm:
 
     def shares(self) -> dict[str, float]:
         """Planned share of tokens of every source."""
-        return {
-            name: round(source.token_share, SHARE_DECIMALS)
-            for name, source in self.lock.sources.items()
-        }
+        return {name: _rounded(source.token_share) for name, source in self.lock.sources.items()}
 
     def is_control_of(self, other: Arm) -> bool:
         """Whether it is `other` with the activation left dense: model, tokens, order, optimiser and windows are the same."""
         return (
             self.is_dense
             and not other.is_dense
-            and _identity(self) == _identity(other)
+            and identity_of(self.recipe, self.lock) == identity_of(other.recipe, other.lock)
             and self.windows() == other.windows()
         )
 
 
-def _identity(arm: Arm) -> tuple[Any, ...]:
-    training = asdict(arm.recipe.training)
+def identity_of(recipe: Recipe, lock: MixtureLock) -> tuple[Any, ...]:
+    """What a run and its control have in common: model, optimiser, budget, and the tokens in their order."""
+    training = asdict(recipe.training)
     for key in EXECUTION_SETTINGS:
         del training[key]
-    lock, shares = arm.lock, arm.shares()
     tokens = {
-        name: (source.fingerprint, source.planned_tokens, shares[name])
+        name: (source.fingerprint, source.planned_tokens, _rounded(source.token_share))
         for name, source in lock.sources.items()
     }
-    data = (lock.tokenizer_fingerprint, lock.seed, arm.recipe.mixture.instruction_loss, tokens)
-    return asdict(arm.recipe.model), asdict(arm.recipe.optimizer), training, data
+    data = (lock.tokenizer_fingerprint, lock.seed, recipe.mixture.instruction_loss, tokens)
+    return asdict(recipe.model), asdict(recipe.optimizer), training, data
+
+
+def _rounded(share: float) -> float:
+    return round(share, SHARE_DECIMALS)
 
 
 def read_arm(path: Path) -> Arm:

@@ -19,7 +19,7 @@ from sparsify.export.weights import Trained, find_trained, load_trained
 from sparsify.files import atomic_folder
 from sparsify.mixture.lock import read_lock
 from sparsify.sparsity.report import read_report
-from sparsify.training.checkpoints import REFERENCE, read_state
+from sparsify.training.checkpoints import REFERENCE, STATE, read_state
 from sparsify.training.history import stages
 
 SHARD_BYTES = "5GB"
@@ -94,6 +94,7 @@ def _write_history(trained: Trained, folder: Path) -> None:
     for file in (run.recipe, run.mixture_lock, run.metrics, run.sparsity, run.environment):
         if file.is_file():
             shutil.copyfile(file, folder / "training" / file.name)
+    shutil.copyfile(trained.checkpoint / STATE, folder / "training" / STATE)
     if run.report.is_dir():
         shutil.copytree(run.report, folder / "sparsity")
     (folder / "README.md").write_text(_model_card(trained), encoding="utf-8")

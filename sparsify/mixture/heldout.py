@@ -89,6 +89,33 @@ def mixture_windows(
         name: max(1, round(num_tokens * share / window_tokens))
         for name, share in token_shares(mixture).items()
     }
+    return _held_out(mixture, tokenizer, wanted, window_tokens, cache_dir)
+
+
+def source_windows(
+    mixture: MixtureSection,
+    tokenizer: Tokenizer,
+    *,
+    windows_per_source: int,
+    window_tokens: int,
+    cache_dir: Path,
+) -> list[Window]:
+    """Held-out windows of every source of a mixture, as many of each, source after source.
+
+    Raises:
+        MixtureError: If a source has no whole held-out window.
+    """
+    wanted = dict.fromkeys(token_shares(mixture), windows_per_source)
+    return _held_out(mixture, tokenizer, wanted, window_tokens, cache_dir)
+
+
+def _held_out(
+    mixture: MixtureSection,
+    tokenizer: Tokenizer,
+    wanted: dict[str, int],
+    window_tokens: int,
+    cache_dir: Path,
+) -> list[Window]:
     ingests = mixture_ingests(
         mixture,
         tokenizer,

@@ -136,6 +136,11 @@ class SparsityProbe:
         counts = {name: stack(name) for name in names if name != "num_tokens"}
         return ActivationStatistics(torch.tensor(self._num_tokens), **counts)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens counted so far by this process."""
+        return self._num_tokens
+
     def layer_totals(self) -> torch.Tensor:
         """Values computed so far and those of gate, up and product that were not zero, int64 [layers, 4] on the CPU."""
         totals = torch.zeros(len(self._layers), 4, dtype=torch.int64)

@@ -1,0 +1,94 @@
+"""`sparsify evaluate`: a suite of tasks on one model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sparsify.cli_common import AsJson, console, quiet, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="Model folder, Hub id, run folder, checkpoint or exported bundle"),
+    ],
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="open_llm_v1, commonsense, perplexity, quick, or the path of a YAML file."
+        ),
+    ] = "quick",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Some tasks of the suite alone, separated by commas."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SPARSIFY_EVAL_DATA",
+            help="Folder of local copies of the evaluation sets; without it they come from the Hub.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of one forward pass.")] = 8,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", help="Mixture whose held-out text is measured; a run's own, else quickstart."
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Folder to write; in the run's evaluations/, else evaluations/MODEL."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures a suite of tasks on a model, exact zeros and active parameters in the same pass. JSON, Markdown, model card.
+
+    An interrupted evaluation goes on where it stopped. `sparsify compare` puts results side by side.
+
+    Example: sparsify evaluate runs/quickstart --suite quick
+    """
+    from sparsify.evaluation.table import results_table
+    from sparsify.verbs.evaluate import Asked, evaluate_model
+
+    some = tuple(tasks.split(",")) if tasks else ()
+    asked = Asked(suite, some, data_dir, limit, batch_size, on, to)
+    command = " ".join(["sparsify", *sys.argv[1:]])
+    with _bars() as on_progress:
+        results, folder = evaluate_model(
+            model, asked, command, quiet if as_json else say, on_progress
+        )
+    if as_json:
+        console.print_json(results.model_dump_json())
+    else:
+        console.print(results_table(results))
+        for note in results.notes:
+            say(note)
+        say(f"{folder}: results.json, results.md, model-index.yaml, items/")
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """A bar for each task on standard error, while there is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+
+        def begin(task: str) -> Callable[[int, int], None]:
+            bar = progress.add_task(task, total=None)
+            return lambda done, total: progress.update(bar, completed=done, total=total)
+
+        yield begin

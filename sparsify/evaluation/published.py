@@ -1,0 +1,46 @@
+"""Published scores, for reference columns: marked as published, since nobody here measured them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from omegaconf import OmegaConf
+from pydantic import BaseModel, ConfigDict
+
+from sparsify.catalogue import folder
+
+
+class PublishedSuite(BaseModel):
+    """Published rows of one suite."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: str
+    columns: list[str]
+    models: dict[str, list[float]]
+    """Per cent, as printed."""
+    caveat: str
+
+
+@cache
+def published() -> dict[str, PublishedSuite]:
+    """Published rows by the name of the suite."""
+    found = {}
+    for path in sorted((folder("eval") / "published").glob("*.yaml")):
+        suites = OmegaConf.to_container(OmegaConf.load(path))
+        assert isinstance(suites, dict), path
+        for name, rows in suites.items():
+            found[str(name)] = PublishedSuite.model_validate(rows)
+    return found
+
+
+def published_scores(suite: str) -> tuple[PublishedSuite, dict[str, dict[str, float]]] | None:
+    """The published rows of a suite: for each model, the score of each task as a share; None if there are none."""
+    rows = published().get(suite)
+    if rows is None:
+        return None
+    scores = {
+        model: {task: value / 100 for task, value in zip(rows.columns, values, strict=True)}
+        for model, values in rows.models.items()
+    }
+    return rows, scores

@@ -1,0 +1,175 @@
+"""`sparsify evaluate`: finds model, suite and data, and measures."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparsify.catalogue import load_mixture, load_recipe
+from sparsify.comparison.arms import identity_of
+from sparsify.conversion.source import locate
+from sparsify.errors import EvaluationError
+from sparsify.evaluation.heldout import HeldOut
+from sparsify.evaluation.results import EvaluationResults, Provenance
+from sparsify.evaluation.suite import Suite, load_suite, only
+from sparsify.export.weights import Loaded, load
+from sparsify.mixture.heldout import source_windows
+from sparsify.mixture.lock import read_lock
+from sparsify.recipe import Recipe, token_shares
+from sparsify.training.checkpoints import STATE, read_state
+from sparsify.verbs import Say
+
+if TYPE_CHECKING:
+    from sparsify.evaluation.harness import Progress
+
+MAX_WINDOW_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user asks for.
+
+    Attributes:
+        suite: Name or path of a suite.
+        tasks: Some of its tasks; empty for all and its held-out text.
+        data_dir: Folder of local copies; None for the Hub's.
+        limit: Items of each task; None for all.
+        batch_size: Requests of one forward pass.
+        on: Mixture whose held-out text is measured; None for the run's own, else the quickstart's.
+        to: Folder to write; None for the usual one.
+    """
+
+    suite: str
+    tasks: tuple[str, ...] = ()
+    data_dir: Path | None = None
+    limit: int | None = None
+    batch_size: int = 8
+    on: str | None = None
+    to: Path | None = None
+
+
+def evaluate_model(
+    model: str,
+    asked: Asked,
+    command: str,
+    say: Say,
+    on_progress: Callable[[str], Progress],
+) -> tuple[EvaluationResults, Path]:
+    """Measures a suite on a model and writes what came out.
+
+    Returns:
+        The results and their folder.
+
+    Raises:
+        EvaluationError: If the suite, a task or its data is missing, before the model is loaded where that can be.
+        ModelError, RunError: If the model cannot be loaded.
+    """
+    suite = load_suite(asked.suite)
+    if asked.tasks:
+        suite = only(suite, list(asked.tasks))
+    check_installed()
+    from sparsify.evaluation.evaluate import Settings, Subject, evaluate
+    from sparsify.evaluation.tasks import task_sources
+    from sparsify.evaluation.write import write_results
+
+    if asked.on is not None and not suite.held_out_windows_per_source:
+        raise EvaluationError(
+            f"--on {asked.on}: suite {suite.name} measures no held-out text.",
+            next_step="Leave --on out, or set held_out_windows_per_source in a suite of your own.",
+        )
+    if asked.data_dir is not None and not asked.data_dir.expanduser().is_dir():
+        raise EvaluationError(
+            f"There is no folder {asked.data_dir} with evaluation data.",
+            next_step="Correct --data-dir or SPARSIFY_EVAL_DATA, or leave both out to read the Hub's data.",
+        )
+    data_dir = asked.data_dir.expanduser() if asked.data_dir else None
+    sources = task_sources(suite, data_dir)
+    loaded = load(model)
+    if torch.cuda.is_available():
+        torch.nn.Module.to(loaded.model, "cuda")
+    held_out = _held_out(loaded, suite, asked.on)
+    folder = asked.to or default_folder(loaded, asked)
+    say(f"Measuring {loaded.name}: suite {suite.name}")
+    subject = Subject(loaded.model, loaded.tokenizer, loaded.name, provenance(loaded))
+    settings = Settings(asked.limit, asked.batch_size)
+    results = evaluate(subject, suite, sources, held_out, folder, settings, on_progress=on_progress)
+    results.command = command
+    write_results(results, folder)
+    return results, folder
+
+
+def check_installed() -> None:
+    """Refuses to go on without lm-evaluation-harness.
+
+    Raises:
+        EvaluationError: With the command that installs it.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvaluationError(
+            "Evaluation needs lm-evaluation-harness, which is not installed.",
+            next_step="pip install 'sparsify-lm[eval]', or in a checkout: pip install -e '.[eval]'",
+        )
+
+
+def default_folder(loaded: Loaded, asked: Asked) -> Path:
+    """RUN/evaluations/SUITE,STEP for a checkpoint, else evaluations/MODEL/SUITE; with tasks and limit, if there are any."""
+    name = ",".join([Path(asked.suite).stem, *asked.tasks])
+    if asked.limit is not None:
+        name += f",limit={asked.limit}"
+    if loaded.trained is not None:
+        return loaded.trained.run.path / "evaluations" / f"{name},{loaded.trained.checkpoint.name}"
+    model = re.sub("[^-.0-9A-Za-z_]+", "-", loaded.name).strip("-.")
+    return Path("evaluations") / model / name
+
+
+def provenance(loaded: Loaded) -> Provenance | None:
+    """What is known of the training of a run's checkpoint or of an exported bundle; None for any other model."""
+    if loaded.trained is not None:
+        run = loaded.trained.run
+        return _provenance(
+            str(run.path), run.load_recipe(), run.mixture_lock, loaded.trained.checkpoint
+        )
+    training = locate(loaded.name) / "training"
+    recipe = training / "recipe.yaml"
+    if not recipe.is_file() or not (training / STATE).is_file():
+        return None
+    return _provenance(loaded.name, load_recipe(recipe), training / "mixture.lock.json", training)
+
+
+def _provenance(run: str, recipe: Recipe, lock_file: Path, checkpoint: Path) -> Provenance:
+    identity = repr(identity_of(recipe, read_lock(lock_file)))
+    shares = token_shares(recipe.mixture)
+    return Provenance(
+        run=run,
+        identity=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
+        tokens=read_state(checkpoint).seen_tokens,
+        instruction_sources=[
+            name for name in shares if recipe.mixture.sources[name].group == "instruction"
+        ],
+    )
+
+
+def _held_out(loaded: Loaded, suite: Suite, on: str | None) -> HeldOut | None:
+    if not suite.held_out_windows_per_source:
+        return None
+    recipe = loaded.trained.run.load_recipe() if loaded.trained else None
+    window_tokens = min(MAX_WINDOW_TOKENS, loaded.model.config.max_position_embeddings)
+    if recipe is not None:
+        window_tokens = recipe.training.window_tokens
+    own = recipe.mixture if recipe is not None and on is None else None
+    mixture = own or load_mixture(on or "quickstart")
+    windows = source_windows(
+        mixture,
+        loaded.tokenizer,
+        windows_per_source=suite.held_out_windows_per_source,
+        window_tokens=window_tokens,
+        cache_dir=Path(recipe.cache_dir if recipe else Recipe().cache_dir).expanduser(),
+    )
+    return HeldOut(mixture.name, windows)
