@@ -46,7 +46,10 @@ class KernelActivation:
 KERNEL_ACTIVATIONS: dict[str, KernelActivation] = {
     "drelu": KernelActivation("relu", "relu"),
     "reglu": KernelActivation("relu", "identity"),
+    "fatrelu": KernelActivation("relu", "identity"),
+    "shifted_relu": KernelActivation("shifted_relu", "identity"),
+    "relu2": KernelActivation("relu_squared", "identity"),
     # Zeros only from thresholds: no gate row decides alone, so only rows of down_proj are saved.
     "swiglu": KernelActivation("silu", "identity"),
 }
-"""By the names of `ffn_activation`."""
+"""By the names of `ffn_activation`, at a gate threshold of 0."""

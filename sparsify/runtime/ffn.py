@@ -25,6 +25,7 @@ def sparse_ffn(
     weights: FfnWeights,
     activation: KernelActivation,
     *,
+    predictor_input: torch.Tensor | None = None,
     dense: bool = False,
     backend: Backend = "auto",
     threads: int | None = None,
@@ -35,6 +36,7 @@ def sparse_ffn(
         x: Input of the block, [..., hidden].
         weights: Weights of the block, on the device and of the dtype of x.
         activation: The two factors.
+        predictor_input: What the predictor looks at, of the shape of x; x itself unless given.
         dense: Read every row: the control that a speed-up is measured against.
         backend: `native` is the C++ kernel, `torch` the same by torch's operators on any device, `auto` the first
             where it can be used.
@@ -48,6 +50,12 @@ def sparse_ffn(
         ValueError: If shapes, dtypes or devices do not fit, or `native` is asked for and cannot be used.
     """
     weights.check(x)
+    if predictor_input is None:
+        predictor_input = x
+    elif predictor_input.shape != x.shape or predictor_input.dtype != x.dtype:
+        raise ValueError(
+            f"predictor_input is {list(predictor_input.shape)}; it must be like x, {list(x.shape)}."
+        )
     if backend == "auto":
         backend = "native" if native_can(x) else "torch"
     elif backend == "native" and not native_can(x):
@@ -55,15 +63,15 @@ def sparse_ffn(
             f"The C++ kernel cannot be used for {x.dtype} on {x.device.type}: it needs a CPU, a compiler and "
             f"one of {', '.join(map(str, NATIVE_DTYPES))}."
         )
-    tokens = x.reshape(-1, x.shape[-1])
+    tokens, seen = x.reshape(-1, x.shape[-1]), predictor_input.reshape(-1, x.shape[-1])
     out, rows = torch.empty_like(tokens, memory_format=torch.contiguous_format), RowsRead()
     for start in range(0, len(tokens), MAX_TOKENS):
-        some = tokens[start : start + MAX_TOKENS]
+        chunk = slice(start, start + MAX_TOKENS)
+        given = (tokens[chunk], weights, activation, seen[chunk], dense)
         if backend == "native":
-            answer, read = native_ffn(some, weights, activation, dense, threads)
+            out[chunk], read = native_ffn(*given, threads)
         else:
-            answer, read = portable_ffn(some, weights, activation, dense)
-        out[start : start + MAX_TOKENS] = answer
+            out[chunk], read = portable_ffn(*given)
         rows += read
     return out.view(x.shape), rows
 

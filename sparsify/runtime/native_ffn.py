@@ -27,7 +27,8 @@ class FfnCall(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank")),
-        *((name, _Matrix) for name in ("x", "gate", "up", "down_t", "predictor_a", "predictor_b")),
+        *((name, _Matrix) for name in ("x", "gate", "up", "down_t")),
+        *((name, _Matrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
         ("thresholds", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         *(
@@ -44,6 +45,7 @@ def native_ffn(
     x: torch.Tensor,
     weights: FfnWeights,
     activation: KernelActivation,
+    predictor_x: torch.Tensor,
     dense: bool = False,
     threads: int | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
@@ -56,7 +58,11 @@ def native_ffn(
     predictor = None if dense else weights.predictor
     parts = {"x": x, "gate": weights.gate, "up": weights.up, "down_t": weights.down_t}
     if predictor is not None:
-        parts |= {"predictor_a": predictor.a, "predictor_b": predictor.b}
+        parts |= {
+            "predictor_x": predictor_x,
+            "predictor_a": predictor.a,
+            "predictor_b": predictor.b,
+        }
     parts = {name: _whole_rows(part) for name, part in parts.items()}
     thresholds = weights.thresholds
     if thresholds is not None:

@@ -29,7 +29,7 @@ def block(
     x[:, 0] = 1.0
     gate, up, down_t = (normal(neurons, hidden) / hidden**0.5 for _ in range(3))
     lift = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(min(max(on, 1e-6), 1 - 1e-6)))
-    gate[:, 0] = lift.double() if 0 < on < 1 else (2 * on - 1) * 100
+    gate[:, 0] = lift.double() if 0 < on < 1 else (2 * on - 1) * 6
     return x.to(dtype), FfnWeights(gate.to(dtype), up.to(dtype), down_t.to(dtype))
 
 

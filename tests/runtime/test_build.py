@@ -21,7 +21,7 @@ import warnings, torch
 from sparsify.runtime import KERNEL_ACTIVATIONS
 from sparsify.runtime.ffn import native_can, sparse_ffn
 from tests.runtime.blocks import block, difference
-x, weights = block(3, 40, 90)
+x, weights = block(3, 40, 90, on=0.03)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     for _ in range(2):

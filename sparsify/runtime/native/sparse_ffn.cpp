@@ -34,7 +34,7 @@ struct Matrix {
 struct FfnCall {
     int64_t tokens, hidden, neurons, rank;
     Matrix x, gate, up, down_t;
-    Matrix predictor_a, predictor_b;  // [rank, hidden], [neurons, rank]; data is null without a predictor
+    Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
     const float* thresholds;          // [neurons] or null: a product is kept where it is larger in size
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
     int32_t dtype, gate_kind, up_kind, dense, threads, unused;
@@ -51,7 +51,7 @@ constexpr int64_t BLOCK_ROWS = 32;  // rows that a thread takes at once
 bool forked = false;  // the threads of OpenMP do not survive a fork, and waiting for them would never end
 
 struct Scratch {
-    std::vector<float> x, rank_values, gate, product, sums;
+    std::vector<float> x, predictor_x, rank_values, gate, product, sums;
     std::vector<int32_t> listed, next;
 };
 
@@ -193,7 +193,7 @@ void phases(FfnCall& call, Scratch& s, int thread, int threads) {
     const std::vector<int32_t>* candidates = nullptr;
     if (call.predictor_a.data) {
         float* hidden = s.rank_values.data();
-        all_dots<T, B>(call.predictor_a, nullptr, call.rank, x, call.hidden, [&](int64_t r, const float* dots) {
+        all_dots<T, B>(call.predictor_a, nullptr, call.rank, s.predictor_x.data(), call.hidden, [&](int64_t r, const float* dots) {
             for (int b = 0; b < B; ++b) hidden[b * call.rank + r] = dots[b] <= 0.0f ? 0.0f : dots[b];
         });
         all_dots<T, B>(call.predictor_b, nullptr, call.neurons, hidden, call.rank, [&](int64_t n, const float* scores) {
@@ -238,16 +238,22 @@ void phases(FfnCall& call, Scratch& s, int thread, int threads) {
 }
 
 template <class T, int B>
+void widen(const FfnCall& call, const Matrix& from, std::vector<float>& to) {
+    to.resize(B * call.hidden);
+    for (int b = 0; b < B; ++b)
+        for (int64_t i = 0; i < call.hidden; ++i)
+            to[b * call.hidden + i] = b < call.tokens ? T::at(row<T>(from, b), i) : 0.0f;
+}
+
+template <class T, int B>
 void run(FfnCall& call) {
     static thread_local Scratch s;
-    s.x.resize(B * call.hidden);
     s.sums.resize(B * call.hidden);
     s.gate.resize(B * call.neurons);
     s.product.resize(B * call.neurons);
     s.rank_values.resize(B * call.rank);
-    for (int b = 0; b < B; ++b)
-        for (int64_t i = 0; i < call.hidden; ++i)
-            s.x[b * call.hidden + i] = b < call.tokens ? T::at(row<T>(call.x, b), i) : 0.0f;
+    widen<T, B>(call, call.x, s.x);
+    if (call.predictor_a.data) widen<T, B>(call, call.predictor_x, s.predictor_x);
     Scratch& shared = s;  // a thread_local name inside the region would be another thread's
 #if defined(_OPENMP)
     const int threads = forked ? 1 : std::max(1, call.threads);
