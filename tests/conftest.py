@@ -13,6 +13,8 @@ from typing import NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests that move HOME still find the kernels that were compiled before.
+os.environ.setdefault("SPARSIFY_KERNEL_CACHE", str(Path("~/.cache/sparsify/kernels").expanduser()))
 
 import pytest
 import torch

@@ -1,0 +1,157 @@
+"""Makes a model's decoding read only the weights of neurons that fire. `generate()`, its cache and its sampling stay as they are.
+
+A block's own forward is replaced by one that calls the kernels for a few tokens, and the class's forward for all else: long
+prompts, training, blocks whose activation is being watched. Nothing is copied: weights keep their names, shapes and values, and
+those of down_proj get another order in memory (a neuron's column becomes contiguous), which moving and casting keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sparsify.errors import ModelError
+from sparsify.runtime.activations import KERNEL_ACTIVATIONS
+from sparsify.runtime.ffn import native_can
+from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
+from sparsify.runtime.predictors import read_predictors
+from sparsify.runtime.weights import RowsRead
+
+MAX_TOKENS = 8
+
+
+@dataclass
+class BlockReads:
+    """What decoding has read of one layer since `reset`.
+
+    Args:
+        tokens: Tokens that went through the block, or through its experts together.
+        rows: Rows read.
+        offered: Neurons of the blocks and experts that these tokens were sent to, each counted once per call.
+        bytes_read: Bytes of weights read, predictors included.
+    """
+
+    tokens: int = 0
+    offered: int = 0
+    bytes_read: int = 0
+    rows: RowsRead = field(default_factory=RowsRead)
+
+    @property
+    def touched_share(self) -> float:
+        """Share of the rows of all three projections that were read."""
+        return self.rows.total / max(3 * self.offered, 1)
+
+
+class Acceleration:
+    """A model whose decoding was accelerated: what it reads, and the way back.
+
+    Args:
+        model: The accelerated model.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @property
+    def forwards(self) -> list[BlockForward]:
+        """The forward of every layer's block, in order."""
+        return [vars(block)["forward"] for block in self._model.ffn_blocks()]
+
+    @property
+    def reads(self) -> list[BlockReads]:
+        """What was read of every layer since `reset`."""
+        return [
+            BlockReads(one.tokens, one.offered, one.bytes_read, one.rows) for one in self.forwards
+        ]
+
+    @property
+    def backend(self) -> str:
+        """`native` where the C++ kernel is used, else `torch`."""
+        parameter = next(self._model.parameters())
+        return "native" if native_can(parameter) else "torch"
+
+    def reset(self) -> None:
+        """Forgets what was read."""
+        for forward in self.forwards:
+            forward.reset()
+
+    def remove(self) -> None:
+        """Gives the model its own forward back. The order of down_proj in memory stays."""
+        for forward in self.forwards:
+            forward.remove()
+
+
+def accelerate(
+    model: Any,
+    *,
+    predictors: Path | None = None,
+    max_tokens: int = MAX_TOKENS,
+    threads: int | None = None,
+) -> Acceleration:
+    """Makes the decoding of a sparse model read only what counts.
+
+    Args:
+        model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
+        predictors: Folder with predictors.safetensors and predictors.json. Without it decoding is exact.
+        max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way.
+        threads: Of the kernels; torch's own number unless given.
+
+    Returns:
+        What counts the reads. The model itself is changed in place.
+
+    Raises:
+        ModelError: If the model has no blocks of ours, or has no zeros that could be skipped, or the predictors do
+            not belong to it.
+    """
+    check_acceleratable(model)
+    found = read_predictors(predictors, model) if predictors is not None else None
+    for layer, block in enumerate(model.ffn_blocks()):
+        if "forward" in vars(block):
+            vars(block)["forward"].remove()
+        own = found.layer(layer) if found is not None else None
+        options = Options(max_tokens, threads, own)
+        kind = ExpertsForward if hasattr(block, "gate_up_proj") else MlpForward
+        block.forward = kind(block, options)
+        if found is not None and found.input == "residual":
+            block.forward.watch(model.model.layers[layer].post_attention_layernorm)
+    return Acceleration(model)
+
+
+def check_acceleratable(model: Any) -> None:
+    """Refuses a model that the kernels cannot serve.
+
+    Raises:
+        ModelError: With the reason.
+    """
+    if not hasattr(model, "ffn_blocks"):
+        raise ModelError(
+            f"{type(model).__name__} has no blocks with a named activation.",
+            allowed="A bundle that `sparsify export` wrote, or a folder that `sparsify convert` wrote.",
+            next_step="Convert the checkpoint first: sparsify convert MODEL --activation drelu --to DIR",
+        )
+    for layer, block in enumerate(model.ffn_blocks()):
+        activation = block.ffn_activation
+        if activation.name not in KERNEL_ACTIVATIONS:
+            raise ModelError(
+                f"Layer {layer} has the activation {activation.name!r}, which no kernel knows.",
+                allowed=f"Activations: {', '.join(KERNEL_ACTIVATIONS)}.",
+            )
+        if activation.name == "swiglu" and getattr(activation, "threshold", None) is None:
+            raise ModelError(
+                "The model is dense: swiglu makes no zeros, so there is nothing to skip.",
+                allowed=f"{', '.join(name for name in KERNEL_ACTIVATIONS if name != 'swiglu')}, or fitted thresholds.",
+                next_step="Convert it and train it first: sparsify train RECIPE",
+            )
+        for name, part in block.named_children():
+            if name.endswith("_proj") and (type(part) is not nn.Linear or part.bias is not None):
+                raise ModelError(
+                    f"{name} of layer {layer} is {part}, which the kernels cannot read.",
+                    allowed="Plain linear layers without biases in fp32, bf16 or fp16.",
+                    next_step="Merge adapters into the weights, or load the model without quantisation.",
+                )
+
+
+__all__ = ["MAX_TOKENS", "Acceleration", "BlockReads", "accelerate", "check_acceleratable"]

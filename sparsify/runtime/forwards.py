@@ -1,0 +1,173 @@
+"""The forwards that `accelerate` gives to feed-forward blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
+from sparsify.runtime.ffn import sparse_ffn
+from sparsify.runtime.weights import FfnWeights, Predictor, RowsRead
+
+
+@dataclass
+class Options:
+    """How a block decodes.
+
+    Args:
+        max_tokens: Most tokens of a call that go through the kernels.
+        threads: Of the kernels; torch's own number for None.
+        predictors: One for the block, or one for each of its experts; None for exact decoding.
+    """
+
+    max_tokens: int
+    threads: int | None
+    predictors: Sequence[Predictor] | None
+
+
+class BlockForward:
+    """A block's forward that reads only what counts, and counts what it reads.
+
+    It holds no weights: they are the block's, whatever becomes of them.
+    """
+
+    def __init__(self, block: Any, options: Options) -> None:
+        self.block, self.options = block, options
+        self._norm_input: torch.Tensor | None = None
+        self._watching: Any = None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was read."""
+        self.tokens, self.offered, self.bytes_read, self.rows = 0, 0, 0, RowsRead()
+
+    def remove(self) -> None:
+        """Gives the block its class's forward back."""
+        if self._watching is not None:
+            self._watching.remove()
+        del self.block.forward
+
+    def watch(self, norm: nn.Module) -> None:
+        """Keeps what the block's RMS norm gets, which is what the predictors look at."""
+        self._watching = norm.register_forward_pre_hook(self._keep_norm_input)
+
+    def _keep_norm_input(self, _norm: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        self._norm_input = arguments[0]
+
+    def _dense(self, *arguments: Any) -> Any:
+        return type(self.block).forward(self.block, *arguments)
+
+    def _can(self, x: torch.Tensor) -> bool:
+        """Whether this call may go through the kernels: few tokens, no gradient wanted, nobody watching the activation."""
+        block = self.block
+        watched = (block.ffn_activation, *block.children())
+        return (
+            x.device.type == "cpu"
+            and 0 < x.numel() <= self.options.max_tokens * x.shape[-1]
+            and not (torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()))
+            and not any(m._forward_hooks or m._forward_pre_hooks for m in watched)
+        )
+
+    def _activation(self) -> KernelActivation:
+        own = self.block.ffn_activation
+        threshold = getattr(own, "gate_threshold", 0.0)
+        return replace(KERNEL_ACTIVATIONS[own.name], gate_threshold=threshold)
+
+    def _predictor(self, index: int, x: torch.Tensor) -> Predictor | None:
+        """The predictor, as x is: it follows a model that was moved or cast."""
+        if self.options.predictors is None:
+            return None
+        one = self.options.predictors[index]
+        if one.a.dtype != x.dtype or one.a.device != x.device:
+            one = replace(one, a=one.a.to(x), b=one.b.to(x))
+            self.options.predictors = [
+                one if place == index else other
+                for place, other in enumerate(self.options.predictors)
+            ]
+        return one
+
+    def _read(
+        self, x: torch.Tensor, weights: FfnWeights, predictor_input: torch.Tensor | None
+    ) -> torch.Tensor:
+        out, rows = sparse_ffn(
+            x,
+            weights,
+            self._activation(),
+            predictor_input=predictor_input,
+            threads=self.options.threads,
+        )
+        self.rows += rows
+        self.offered += weights.gate.shape[0]
+        self.bytes_read += rows.total * weights.row_bytes + weights.predictor_bytes
+        return out
+
+
+class MlpForward(BlockForward):
+    """Of a dense block: gate_proj, up_proj, down_proj."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps hidden states [batch, tokens, hidden] to the same shape."""
+        if not self._can(x):
+            return self._dense(x)
+        block = self.block
+        weights = FfnWeights(
+            block.gate_proj.weight.detach(),
+            block.up_proj.weight.detach(),
+            neurons_first(block.down_proj.weight),
+            getattr(block.ffn_activation, "threshold", None),
+            self._predictor(0, x),
+        )
+        seen = self._norm_input if weights.predictor is not None else None
+        self.tokens += x.shape[:-1].numel()
+        return self._read(x, weights, seen)
+
+
+class ExpertsForward(BlockForward):
+    """Of fused experts: only the experts that a token is sent to are touched, and of these only what counts."""
+
+    def __call__(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Maps [tokens, hidden] to the same shape; see SparseMixtralExperts."""
+        if not self._can(hidden_states):
+            return self._dense(hidden_states, top_k_index, top_k_weights)
+        self.tokens += len(hidden_states)
+        output = torch.zeros_like(hidden_states)
+        seen = self._norm_input
+        for expert in torch.unique(top_k_index).tolist():
+            token, slot = torch.where(top_k_index == expert)
+            weights = self._weights(expert, hidden_states)
+            chosen = None
+            if weights.predictor is not None and seen is not None:
+                chosen = seen.reshape(hidden_states.shape)[token]
+            answer = self._read(hidden_states[token], weights, chosen)
+            share = top_k_weights[token, slot, None]
+            output.index_add_(0, token, (answer * share).to(output.dtype))
+        return output
+
+    def _weights(self, expert: int, x: torch.Tensor) -> FfnWeights:
+        block = self.block
+        gate, up = block.gate_up_proj.detach()[expert].chunk(2)
+        thresholds = getattr(block.ffn_activation, "threshold", None)
+        return FfnWeights(
+            gate,
+            up,
+            neurons_first(block.down_proj)[expert],
+            None if thresholds is None else thresholds[expert],
+            self._predictor(expert, x),
+        )
+
+
+def neurons_first(down: nn.Parameter) -> torch.Tensor:
+    """The transpose of a down projection [..., hidden, neurons], contiguous: [..., neurons, hidden].
+
+    The parameter's values are put into that order where they are not yet; its shape and its name stay, and so do
+    its strides when it is moved, cast or loaded anew.
+    """
+    if not down.data.mT.is_contiguous():
+        down.data = down.data.mT.contiguous().mT
+    return down.data.mT

@@ -1,0 +1,166 @@
+// Sixteen fp32 values at a time, and rows of weights that are read as such.
+//
+// Everything above this file is written once. Here stands what differs: AVX-512, AVX2, and plain loops of sixteen that
+// compilers turn into the vectors of any other machine (NEON among them). No -ffast-math: NaN and the order of sums count.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#include <immintrin.h>
+#endif
+
+namespace sparsify {
+
+constexpr int64_t LANES = 16;
+
+#if defined(__AVX512F__)
+
+struct Lanes {
+    __m512 v;
+};
+inline Lanes zeros() { return {_mm512_setzero_ps()}; }
+inline Lanes broadcast(float a) { return {_mm512_set1_ps(a)}; }
+inline Lanes load_f32(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, Lanes a) { _mm512_storeu_ps(p, a.v); }
+inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
+inline Lanes load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Lanes load_f16(const uint16_t* p) {
+    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+struct Lanes {
+    __m256 low, high;
+};
+inline Lanes zeros() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Lanes broadcast(float a) { return {_mm256_set1_ps(a), _mm256_set1_ps(a)}; }
+inline Lanes load_f32(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline void store(float* p, Lanes a) {
+    _mm256_storeu_ps(p, a.low);
+    _mm256_storeu_ps(p + 8, a.high);
+}
+inline Lanes add(Lanes a, Lanes b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+inline Lanes multiply(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
+    return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+inline float sum(Lanes a) {
+    const __m256 eight = _mm256_add_ps(a.low, a.high);
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+inline __m256 widen_bf16(const uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Lanes load_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+inline Lanes load_f16(const uint16_t* p) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+
+#else
+#define SPARSIFY_PLAIN_LANES 1
+#endif
+
+// ---- one value at a time: ends of rows, and all of it on machines without the above ----
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+inline float bf16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
+inline float f16_to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16, rest = h & 0x7fffu;
+    if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+    if (rest >= 0x0400u) return bits_to_float(sign | ((rest << 13) + 0x38000000u));
+    const float small = static_cast<float>(rest) * 5.9604644775390625e-8f;  // subnormal: multiples of 2^-24
+    return sign ? -small : small;
+}
+inline uint16_t float_to_bf16(float value) {
+    const uint32_t bits = float_to_bits(value);
+    if (value != value) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+inline uint16_t float_to_f16(float value) {
+    const uint32_t bits = float_to_bits(value), sign = (bits >> 16) & 0x8000u;
+    const uint32_t size = bits & 0x7fffffffu;
+    if (size > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
+    if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // rounds to infinity
+    if (size < 0x38800000u) {                                              // subnormal: let the adder round
+        const float rounded = bits_to_float(size) + 0.5f;
+        return static_cast<uint16_t>(sign | (float_to_bits(rounded) - 0x3f000000u));
+    }
+    return static_cast<uint16_t>(sign | ((size - 0x38000000u + 0xfffu + ((size >> 13) & 1u)) >> 13));
+}
+
+#if defined(SPARSIFY_PLAIN_LANES)
+
+struct Lanes {
+    float v[LANES];
+};
+template <class F>
+inline Lanes each(F f) {
+    Lanes r;
+    for (int i = 0; i < LANES; ++i) r.v[i] = f(i);
+    return r;
+}
+inline Lanes zeros() { return each([](int) { return 0.0f; }); }
+inline Lanes broadcast(float a) { return each([=](int) { return a; }); }
+inline Lanes load_f32(const float* p) { return each([=](int i) { return p[i]; }); }
+inline void store(float* p, Lanes a) { std::memcpy(p, a.v, sizeof a.v); }
+inline Lanes add(const Lanes& a, const Lanes& b) { return each([&](int i) { return a.v[i] + b.v[i]; }); }
+inline Lanes multiply(const Lanes& a, const Lanes& b) { return each([&](int i) { return a.v[i] * b.v[i]; }); }
+inline Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
+    return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+}
+inline float sum(const Lanes& a) {
+    float r[LANES];
+    std::memcpy(r, a.v, sizeof r);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) r[i] += r[i + width];
+    return r[0];
+}
+inline Lanes load_bf16(const uint16_t* p) { return each([=](int i) { return bf16_to_float(p[i]); }); }
+inline Lanes load_f16(const uint16_t* p) { return each([=](int i) { return f16_to_float(p[i]); }); }
+
+#endif
+
+// ---- formats of weights and of hidden states ----
+
+struct F32 {
+    using Stored = float;
+    static Lanes lanes(const Stored* row, int64_t i) { return load_f32(row + i); }
+    static float at(const Stored* row, int64_t i) { return row[i]; }
+    static Stored from(float value) { return value; }
+};
+struct Bf16 {
+    using Stored = uint16_t;
+    static Lanes lanes(const Stored* row, int64_t i) { return load_bf16(row + i); }
+    static float at(const Stored* row, int64_t i) { return bf16_to_float(row[i]); }
+    static Stored from(float value) { return float_to_bf16(value); }
+};
+struct F16 {
+    using Stored = uint16_t;
+    static Lanes lanes(const Stored* row, int64_t i) { return load_f16(row + i); }
+    static float at(const Stored* row, int64_t i) { return f16_to_float(row[i]); }
+    static Stored from(float value) { return float_to_f16(value); }
+};
+
+}  // namespace sparsify

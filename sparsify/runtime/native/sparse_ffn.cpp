@@ -1,0 +1,323 @@
+// Gated feed-forward blocks for one to eight tokens at a time, reading only the rows of neurons that count.
+//
+// gate [neurons, hidden], up [neurons, hidden], down_t [neurons, hidden]: neuron n is row n of all three. The work goes in
+// phases, each over a list of neurons that the one before it left:
+//   predict (optional) -> gate rows -> those whose gate factor is not zero: up rows -> those whose product is kept: down rows.
+// Every row's dot product is summed in one fixed order, and every output column over neurons in ascending order, so that
+// the result is the same bits for any number of threads.
+
+#include "lanes.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace sparsify {
+
+enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
+enum GateKind : int32_t { RELU = 0, RELU_SQUARED = 1, SHIFTED_RELU = 2, SILU = 3 };
+enum UpKind : int32_t { IDENTITY = 0, UP_RELU = 1 };
+
+struct Matrix {
+    const void* data;
+    int64_t row_stride;  // in elements
+};
+
+// Mirrors sparsify/runtime/native_ffn.py.
+struct FfnCall {
+    int64_t tokens, hidden, neurons, rank;
+    Matrix x, gate, up, down_t;
+    Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
+    const float* thresholds;          // [neurons] or null: a product is kept where it is larger in size
+    void* out;                        // [tokens, hidden], contiguous, of the dtype of x
+    int32_t dtype, gate_kind, up_kind, dense, threads, unused;
+    float gate_threshold, predictor_threshold;
+    int64_t gate_rows, up_rows, down_rows;  // answers: how many rows were read
+};
+
+namespace {
+
+constexpr int MAX_TOKENS = 8;
+constexpr int ROWS = 4;            // rows of one pass: as many streams keep the memory busy
+constexpr int64_t BLOCK_ROWS = 32;  // rows that a thread takes at once
+
+bool forked = false;  // the threads of OpenMP do not survive a fork, and waiting for them would never end
+
+struct Scratch {
+    std::vector<float> x, predictor_x, rank_values, gate, product, sums;
+    std::vector<int32_t> listed, next;
+};
+
+template <class T>
+const typename T::Stored* row(const Matrix& m, int64_t n) {
+    return static_cast<const typename T::Stored*>(m.data) + n * m.row_stride;
+}
+
+// R rows times B tokens: out[r][b] = dot(rows[r], x[b]).
+template <class T, int R, int B>
+void dot(const typename T::Stored* const* rows, const float* x, int64_t width, float (*out)[MAX_TOKENS]) {
+    Lanes total[R][B][2];
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) total[r][b][0] = total[r][b][1] = zeros();
+    int64_t i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES)
+        for (int half = 0; half < 2; ++half) {
+            const int64_t j = i + half * LANES;
+            for (int r = 0; r < R; ++r) {
+                const Lanes weights = T::lanes(rows[r], j);
+                for (int b = 0; b < B; ++b)
+                    total[r][b][half] = multiply_add(weights, load_f32(x + b * width + j), total[r][b][half]);
+            }
+        }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) {
+            float answer = sum(add(total[r][b][0], total[r][b][1]));
+            for (int64_t j = i; j < width; ++j) answer += T::at(rows[r], j) * x[b * width + j];
+            out[r][b] = answer;
+        }
+}
+
+// Dots of `count` listed rows (or of rows first, first + 1, ... without a list); take(n, values over tokens) has the rest.
+template <class T, int R, int B, class Take>
+void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count, const float* x, int64_t width,
+              const Take& take) {
+    float out[R][MAX_TOKENS];
+    const typename T::Stored* rows[R];
+    int64_t i = 0;
+    for (; i + R <= count; i += R) {
+        for (int r = 0; r < R; ++r) rows[r] = row<T>(m, list ? list[i + r] : first + i + r);
+        dot<T, R, B>(rows, x, width, out);
+        for (int r = 0; r < R; ++r) take(list ? list[i + r] : first + i + r, out[r]);
+    }
+    for (; i < count; ++i) {
+        const int64_t n = list ? list[i] : first + i;
+        rows[0] = row<T>(m, n);
+        dot<T, 1, B>(rows, x, width, out);
+        take(n, out[0]);
+    }
+}
+
+// All of `count` rows, shared among the threads of the parallel region that this is called in.
+template <class T, int B, class Take>
+void all_dots(const Matrix& m, const int32_t* list, int64_t count, const float* x, int64_t width, const Take& take) {
+    constexpr int R = B <= 2 ? ROWS : 2;
+    const int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = block * BLOCK_ROWS, size = std::min(BLOCK_ROWS, count - begin);
+        dot_rows<T, R, B>(m, list ? list + begin : nullptr, begin, size, x, width, take);
+    }
+}
+
+float gate_factor(float g, const FfnCall& call) {
+    switch (call.gate_kind) {
+        case SILU: return g / (1.0f + std::exp(-g));
+        case RELU_SQUARED: return g <= call.gate_threshold ? 0.0f : g * g;
+        case SHIFTED_RELU: return g <= call.gate_threshold ? 0.0f : g - call.gate_threshold;
+        default: return g <= call.gate_threshold ? 0.0f : g;  // NaN compares false and stays
+    }
+}
+
+// Neurons of `list` (or all) that are wanted for at least one token, ascending, into `kept`.
+template <class Wanted>
+void compact(const std::vector<int32_t>* list, int64_t neurons, std::vector<int32_t>& kept, const Wanted& wanted) {
+    kept.clear();
+    const int64_t count = list ? static_cast<int64_t>(list->size()) : neurons;
+    for (int64_t i = 0; i < count; ++i) {
+        const int32_t n = list ? (*list)[i] : static_cast<int32_t>(i);
+        if (wanted(n)) kept.push_back(n);
+    }
+}
+
+// sums[b][columns] += product[b][n] * down_t[n][columns], over the listed neurons, for one thread's columns.
+template <class T, int R, int B>
+void add_rows(const FfnCall& call, const int32_t* list, const float* product, float* sums, int64_t begin, int64_t end) {
+    const typename T::Stored* rows[R];
+    float factors[R][B];
+    for (int r = 0; r < R; ++r) {
+        rows[r] = row<T>(call.down_t, list[r]);
+        for (int b = 0; b < B; ++b) factors[r][b] = product[static_cast<int64_t>(list[r]) * B + b];
+    }
+    int64_t i = begin;
+    for (; i + LANES <= end; i += LANES) {
+        Lanes weights[R];
+        for (int r = 0; r < R; ++r) weights[r] = T::lanes(rows[r], i);
+        for (int b = 0; b < B; ++b) {
+            float* place = sums + b * call.hidden + i;
+            Lanes total = load_f32(place);
+            for (int r = 0; r < R; ++r) total = multiply_add(weights[r], broadcast(factors[r][b]), total);
+            store(place, total);
+        }
+    }
+    for (; i < end; ++i)
+        for (int b = 0; b < B; ++b)
+            for (int r = 0; r < R; ++r)
+                sums[b * call.hidden + i] = std::fma(T::at(rows[r], i), factors[r][b], sums[b * call.hidden + i]);
+}
+
+template <class T, int B>
+void down(const FfnCall& call, Scratch& s, int thread, int threads) {
+    // Whole vectors for each thread, so that none writes into another's cache line.
+    const int64_t vectors = (call.hidden + LANES - 1) / LANES;
+    const int64_t begin = std::min(call.hidden, vectors * thread / threads * LANES);
+    const int64_t end = std::min(call.hidden, vectors * (thread + 1) / threads * LANES);
+    if (begin == end) return;
+    for (int b = 0; b < B; ++b) std::fill(s.sums.data() + b * call.hidden + begin, s.sums.data() + b * call.hidden + end, 0.0f);
+    const int64_t count = static_cast<int64_t>(s.listed.size());
+    int64_t i = 0;
+    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(call, s.listed.data() + i, s.product.data(), s.sums.data(), begin, end);
+    for (; i < count; ++i) add_rows<T, 1, B>(call, s.listed.data() + i, s.product.data(), s.sums.data(), begin, end);
+    auto* out = static_cast<typename T::Stored*>(call.out);
+    for (int b = 0; b < call.tokens; ++b)
+        for (int64_t j = begin; j < end; ++j) out[b * call.hidden + j] = T::from(s.sums[b * call.hidden + j]);
+}
+
+template <int B>
+bool any_token(const float* values) {
+    for (int b = 0; b < B; ++b)
+        if (values[b] != 0.0f) return true;
+    return false;
+}
+
+template <class T, int B>
+void phases(FfnCall& call, Scratch& s, int thread, int threads) {
+    const float* x = s.x.data();
+    float *gate = s.gate.data(), *product = s.product.data();
+    const std::vector<int32_t>* candidates = nullptr;
+    if (call.predictor_a.data) {
+        float* hidden = s.rank_values.data();
+        all_dots<T, B>(call.predictor_a, nullptr, call.rank, s.predictor_x.data(), call.hidden, [&](int64_t r, const float* dots) {
+            for (int b = 0; b < B; ++b) hidden[b * call.rank + r] = dots[b] <= 0.0f ? 0.0f : dots[b];
+        });
+        all_dots<T, B>(call.predictor_b, nullptr, call.neurons, hidden, call.rank, [&](int64_t n, const float* scores) {
+            // A score that is not a number predicts nothing: the neuron is computed.
+            for (int b = 0; b < B; ++b)
+                product[n * B + b] = b >= call.tokens || scores[b] <= call.predictor_threshold ? 0.0f : 1.0f;
+        });
+#pragma omp single
+        compact(nullptr, call.neurons, s.listed, [&](int32_t n) { return any_token<B>(product + static_cast<int64_t>(n) * B); });
+        candidates = &s.listed;
+    }
+    const bool predicted = candidates != nullptr;
+    const int64_t num_candidates = predicted ? static_cast<int64_t>(s.listed.size()) : call.neurons;
+    all_dots<T, B>(call.gate, predicted ? s.listed.data() : nullptr, num_candidates, x, call.hidden,
+                   [&](int64_t n, const float* dots) {
+                       for (int b = 0; b < B; ++b) {
+                           const bool on = b < call.tokens && (!predicted || product[n * B + b] != 0.0f);
+                           gate[n * B + b] = on ? gate_factor(dots[b], call) : 0.0f;
+                       }
+                   });
+#pragma omp single
+    compact(candidates, call.neurons, s.next,
+            [&](int32_t n) { return call.dense || any_token<B>(gate + static_cast<int64_t>(n) * B); });
+    all_dots<T, B>(call.up, s.next.data(), static_cast<int64_t>(s.next.size()), x, call.hidden,
+                   [&](int64_t n, const float* dots) {
+                       const float threshold = call.thresholds ? call.thresholds[n] : -1.0f;
+                       for (int b = 0; b < B; ++b) {
+                           const float up = call.up_kind == UP_RELU && dots[b] <= 0.0f ? 0.0f : dots[b];
+                           const float value = gate[n * B + b] == 0.0f && !call.dense ? 0.0f : gate[n * B + b] * up;
+                           product[n * B + b] = std::fabs(value) <= threshold ? 0.0f : value;
+                       }
+                   });
+#pragma omp single
+    {
+        compact(&s.next, call.neurons, s.listed,
+                [&](int32_t n) { return call.dense || any_token<B>(product + static_cast<int64_t>(n) * B); });
+        call.gate_rows = num_candidates;
+        call.up_rows = static_cast<int64_t>(s.next.size());
+        call.down_rows = static_cast<int64_t>(s.listed.size());
+    }
+    down<T, B>(call, s, thread, threads);
+}
+
+template <class T, int B>
+void widen(const FfnCall& call, const Matrix& from, std::vector<float>& to) {
+    to.resize(B * call.hidden);
+    for (int b = 0; b < B; ++b)
+        for (int64_t i = 0; i < call.hidden; ++i)
+            to[b * call.hidden + i] = b < call.tokens ? T::at(row<T>(from, b), i) : 0.0f;
+}
+
+template <class T, int B>
+void run(FfnCall& call) {
+    static thread_local Scratch s;
+    s.sums.resize(B * call.hidden);
+    s.gate.resize(B * call.neurons);
+    s.product.resize(B * call.neurons);
+    s.rank_values.resize(B * call.rank);
+    widen<T, B>(call, call.x, s.x);
+    if (call.predictor_a.data) widen<T, B>(call, call.predictor_x, s.predictor_x);
+    Scratch& shared = s;  // a thread_local name inside the region would be another thread's
+#if defined(_OPENMP)
+    const int threads = forked ? 1 : std::max(1, call.threads);
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        phases<T, B>(call, shared, omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    phases<T, B>(call, shared, 0, 1);
+}
+
+template <class T>
+int choose_batch(FfnCall& call) {
+    // Other numbers are filled up with tokens that want nothing: a kernel for each would take twice as long to compile.
+    if (call.tokens < 1 || call.tokens > MAX_TOKENS) return 1;
+    if (call.tokens == 1) run<T, 1>(call);
+    else if (call.tokens == 2) run<T, 2>(call);
+    else if (call.tokens <= 4) run<T, 4>(call);
+    else run<T, 8>(call);
+    return 0;
+}
+
+}  // namespace
+}  // namespace sparsify
+
+extern "C" {
+
+int sparsify_ffn(sparsify::FfnCall* call) {
+    switch (call->dtype) {
+        case sparsify::FP32: return sparsify::choose_batch<sparsify::F32>(*call);
+        case sparsify::BF16: return sparsify::choose_batch<sparsify::Bf16>(*call);
+        case sparsify::FP16: return sparsify::choose_batch<sparsify::F16>(*call);
+        default: return 2;
+    }
+}
+
+int64_t sparsify_call_bytes() { return sizeof(sparsify::FfnCall); }
+
+int sparsify_is_parallel() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void sparsify_start() {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { sparsify::forked = true; });
+#endif
+}
+
+// Reads `bytes` as the kernels do, so that a benchmark knows what this machine's memory can give.
+double sparsify_read(const float* data, int64_t count, int threads) {
+    double total = 0.0;
+#pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
+    for (int64_t block = 0; block < count / 1024; ++block) {
+        sparsify::Lanes sums[4] = {sparsify::zeros(), sparsify::zeros(), sparsify::zeros(), sparsify::zeros()};
+        for (int i = 0; i < 1024; i += 64)
+            for (int k = 0; k < 4; ++k)
+                sums[k] = sparsify::add(sums[k], sparsify::load_f32(data + block * 1024 + i + k * 16));
+        total += sparsify::sum(sparsify::add(sparsify::add(sums[0], sums[1]), sparsify::add(sums[2], sums[3])));
+    }
+    return total;
+}
+}

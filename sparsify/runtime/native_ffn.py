@@ -1,0 +1,94 @@
+"""Calls the C++ kernel: tensors become addresses and strides."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from sparsify.runtime.activations import KernelActivation
+from sparsify.runtime.build import kernels
+from sparsify.runtime.weights import FfnWeights, RowsRead
+
+MAX_TOKENS = 8
+"""Most tokens of one call; MAX_TOKENS in sparse_ffn.cpp."""
+
+NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_GATE_KINDS = {"relu": 0, "relu_squared": 1, "shifted_relu": 2, "silu": 3}
+_UP_KINDS = {"identity": 0, "relu": 1}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64))
+
+
+class FfnCall(ctypes.Structure):
+    """The arguments and answers of a call; FfnCall in sparse_ffn.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank")),
+        *((name, _Matrix) for name in ("x", "gate", "up", "down_t")),
+        *((name, _Matrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
+        ("thresholds", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "unused")
+        ),
+        ("gate_threshold", ctypes.c_float),
+        ("predictor_threshold", ctypes.c_float),
+        *((name, ctypes.c_int64) for name in ("gate_rows", "up_rows", "down_rows")),
+    )
+
+
+def native_ffn(
+    x: torch.Tensor,
+    weights: FfnWeights,
+    activation: KernelActivation,
+    predictor_x: torch.Tensor,
+    dense: bool = False,
+    threads: int | None = None,
+) -> tuple[torch.Tensor, RowsRead]:
+    """As `sparse_ffn`, for x [tokens, hidden] of at most MAX_TOKENS tokens, already checked.
+
+    Rows may lie apart (a slice of a larger matrix); elements of a row that do are copied together first.
+    """
+    library = kernels()
+    assert library is not None, "there is no compiler; sparse_ffn chooses torch then"
+    predictor = None if dense else weights.predictor
+    parts = {"x": x, "gate": weights.gate, "up": weights.up, "down_t": weights.down_t}
+    if predictor is not None:
+        parts |= {
+            "predictor_x": predictor_x,
+            "predictor_a": predictor.a,
+            "predictor_b": predictor.b,
+        }
+    parts = {name: _whole_rows(part) for name, part in parts.items()}
+    thresholds = weights.thresholds
+    if thresholds is not None:
+        thresholds = thresholds.to(x.device, torch.float32).contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    call = FfnCall(
+        tokens=x.shape[0],
+        hidden=x.shape[1],
+        neurons=weights.gate.shape[0],
+        rank=0 if predictor is None else predictor.a.shape[0],
+        thresholds=None if thresholds is None else thresholds.data_ptr(),
+        out=out.data_ptr(),
+        dtype=NATIVE_DTYPES[x.dtype],
+        gate_kind=_GATE_KINDS[activation.gate],
+        up_kind=_UP_KINDS[activation.up],
+        dense=dense,
+        threads=threads or torch.get_num_threads(),
+        gate_threshold=activation.gate_threshold,
+        predictor_threshold=0.0 if predictor is None else predictor.threshold,
+        **{name: _Matrix(part.data_ptr(), part.stride(0)) for name, part in parts.items()},
+    )
+    assert library.sparsify_call_bytes() == ctypes.sizeof(FfnCall)
+    error = library.sparsify_ffn(ctypes.byref(call))
+    assert error == 0, f"sparsify_ffn refused its arguments: {error}"
+    return out, RowsRead(call.gate_rows, call.up_rows, call.down_rows)
+
+
+def _whole_rows(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

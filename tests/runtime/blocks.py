@@ -1,0 +1,75 @@
+"""Feed-forward blocks with a chosen share of firing neurons, and their answer in float64."""
+
+from __future__ import annotations
+
+import torch
+
+from sparsify.runtime import FfnWeights, KernelActivation, Predictor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+
+
+def block(
+    tokens: int,
+    hidden: int,
+    neurons: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    on: float = 0.2,
+    seed: int = 0,
+) -> tuple[torch.Tensor, FfnWeights]:
+    """x [tokens, hidden] and weights whose gates are positive for about `on` of the neurons."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    x = normal(tokens, hidden)
+    x[:, 0] = 1.0
+    gate, up, down_t = (normal(neurons, hidden) / hidden**0.5 for _ in range(3))
+    lift = torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(min(max(on, 1e-6), 1 - 1e-6)))
+    gate[:, 0] = lift.double() if 0 < on < 1 else (2 * on - 1) * 6
+    return x.to(dtype), FfnWeights(gate.to(dtype), up.to(dtype), down_t.to(dtype))
+
+
+def predictor(weights: FfnWeights, rank: int, seed: int = 1) -> Predictor:
+    """Random: what it predicts has nothing to do with what fires."""
+    neurons, hidden = weights.gate.shape
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, hidden, generator=generator) / hidden**0.5
+    b = torch.randn(neurons, rank, generator=generator)
+    return Predictor(a.to(weights.gate.dtype), b.to(weights.gate.dtype), threshold=0.1)
+
+
+def products_of(x: torch.Tensor, weights: FfnWeights, activation: KernelActivation) -> torch.Tensor:
+    """Activations of every neuron in float64, before thresholds and predictor. [tokens, neurons]"""
+    x = x.double()
+    gate, up = x @ weights.gate.double().T, x @ weights.up.double().T
+    return activation.gate_factor(gate) * activation.up_factor(up)
+
+
+def scores_of(x: torch.Tensor, chosen: Predictor) -> torch.Tensor:
+    """Scores of every neuron. [tokens, neurons]"""
+    return (x @ chosen.a.to(x.dtype).T).relu() @ chosen.b.to(x.dtype).T
+
+
+def difference(
+    given: torch.Tensor, x: torch.Tensor, weights: FfnWeights, activation: KernelActivation
+) -> float:
+    """Largest difference from float64, as a share of the largest sum of the sizes of what is added up."""
+    product = _products_kept(x, weights, activation)
+    sizes = product.abs() @ weights.down_t.double().abs()
+    wrong = (given.double() - product @ weights.down_t.double()).abs()
+    return (wrong.max() / sizes.max().clamp_min(1e-30)).item() if wrong.numel() else 0.0
+
+
+def _products_kept(
+    x: torch.Tensor, weights: FfnWeights, activation: KernelActivation
+) -> torch.Tensor:
+    product = products_of(x, weights, activation)
+    if weights.thresholds is not None:
+        product[product.abs() <= weights.thresholds] = 0.0
+    if weights.predictor is not None:
+        product[scores_of(x.double(), weights.predictor) <= weights.predictor.threshold] = 0.0
+    return product

@@ -1,0 +1,217 @@
+"""The kernels compute the dense block, whatever they skip."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsify.models import FFN_ACTIVATIONS, FfnActivation
+from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, KernelActivation, Predictor, sparse_ffn
+from tests.runtime.blocks import (
+    DTYPES,
+    TOLERANCES,
+    block,
+    difference,
+    predictor,
+    products_of,
+    scores_of,
+)
+
+DRELU = KERNEL_ACTIVATIONS["drelu"]
+ALL = KERNEL_ACTIVATIONS | {
+    "fatrelu": KernelActivation("relu", "identity", gate_threshold=0.3),
+    "shifted_relu": KernelActivation("shifted_relu", "identity", gate_threshold=-0.5),
+}
+backends = pytest.mark.parametrize("backend", ["native", "torch"])
+
+
+@pytest.fixture(autouse=True)
+def _compiled(native: str) -> None:
+    """Every test here may ask for the compiled kernel."""
+
+
+@backends
+@settings(max_examples=150, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 10), st.integers(1, 75), st.integers(1, 150)),
+    name=st.sampled_from(sorted(ALL)),
+    dtype=st.sampled_from(DTYPES),
+    on=st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]),
+    thresholded=st.sampled_from(["none", "zero", "between", "huge"]),
+    rank=st.sampled_from([None, 1, 7, 20]),
+    threads=st.integers(1, 3),
+    dense=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_every_block_equals_float64(
+    backend, shape, name, dtype, on, thresholded, rank, threads, dense, seed
+) -> None:
+    x, weights = block(*shape, dtype, on=on, seed=seed)
+    if rank is not None and not dense:
+        chosen = _clear_of_ties(x, predictor(weights, rank))
+        weights = dataclasses.replace(weights, predictor=chosen)
+    if thresholded != "none":
+        flat = torch.full((shape[2],), {"huge": 1e9}.get(thresholded, 0.0))
+        between = _thresholds(x, weights, name)
+        weights = dataclasses.replace(
+            weights, thresholds=between if thresholded == "between" else flat
+        )
+    out, rows = sparse_ffn(x, weights, ALL[name], backend=backend, threads=threads, dense=dense)
+    assert out.shape == x.shape
+    assert out.dtype == dtype
+    assert difference(out, x, weights, ALL[name]) < TOLERANCES[dtype]
+    if dense:
+        chunks = math.ceil(shape[0] / 8)
+        assert rows.gate == rows.up == rows.down == shape[2] * chunks
+    else:
+        assert rows.down <= rows.up <= rows.gate
+
+
+def _thresholds(x: torch.Tensor, weights: FfnWeights, name: str) -> torch.Tensor:
+    """[neurons] in float32: in the middle of the widest gap between tokens' products, so that rounding decides nothing."""
+    sizes = products_of(x, weights, ALL[name]).abs()
+    edges = torch.cat([torch.zeros_like(sizes[:1]), sizes]).sort(dim=0).values
+    widest = edges.diff(dim=0).argmax(dim=0, keepdim=True)
+    return edges.gather(0, torch.cat([widest, widest + 1])).mean(dim=0).float()
+
+
+def _clear_of_ties(x: torch.Tensor, chosen: Predictor) -> Predictor:
+    """The predictor with a threshold that no score is near, so that rounding decides nothing."""
+    scores = scores_of(x.double(), chosen)
+    values = torch.cat([scores.flatten().sort().values, torch.tensor([1e3, 2e3])])
+    widest = values.diff()[: max(len(values) // 2, 1)].argmax()
+    return dataclasses.replace(chosen, threshold=values[widest : widest + 2].mean().item())
+
+
+@pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
+def test_kernels_and_models_agree_on_every_activation(name: str) -> None:
+    gate, up = torch.randn(2, 500, dtype=torch.float64)
+    kernel = KERNEL_ACTIVATIONS[name]
+    given = kernel.gate_factor(gate) * kernel.up_factor(up)
+    torch.testing.assert_close(given, FfnActivation(name)(gate, up))
+
+
+@backends
+def test_only_rows_that_count_are_read(backend: str) -> None:
+    x, weights = block(1, 64, 200, on=0.1)
+    gate, up = x @ weights.gate.T, x @ weights.up.T
+    _, rows = sparse_ffn(x, weights, DRELU, backend=backend)
+    assert rows.gate == 200
+    assert rows.up == (gate > 0).sum()
+    assert rows.down == ((gate > 0) & (up > 0)).sum()
+    chosen = dataclasses.replace(predictor(weights, 8), threshold=2.0)
+    predicting = dataclasses.replace(weights, predictor=chosen)
+    on = (
+        scores_of(x, chosen) > chosen.threshold
+    )  # few enough to be gathered by torch's operators, too
+    _, rows = sparse_ffn(x, predicting, DRELU, backend=backend)
+    assert rows.gate == on.sum()
+    assert rows.up == ((gate > 0) & on).sum()
+
+
+@backends
+def test_rows_that_do_not_count_are_never_touched(backend: str) -> None:
+    """What is not a number in a skipped row would show."""
+    x, weights = block(1, 40, 100, on=0.1)
+    expected, _ = sparse_ffn(x, weights, DRELU, backend=backend)
+    gate, up = x @ weights.gate.T, x @ weights.up.T
+    weights.up[(gate <= 0)[0]] = torch.nan
+    weights.down_t[((gate <= 0) | (up <= 0))[0]] = torch.nan
+    given, _ = sparse_ffn(x, weights, DRELU, backend=backend)
+    assert torch.equal(given, expected)
+
+
+@backends
+@pytest.mark.parametrize("with_predictor", [False, True])
+def test_nan_and_inf_come_out_of_the_token_that_brought_them(
+    backend: str, with_predictor: bool
+) -> None:
+    x, weights = block(3, 40, 100, on=0.3)
+    if with_predictor:
+        weights = dataclasses.replace(weights, predictor=predictor(weights, 8))
+    clean, _ = sparse_ffn(x, weights, DRELU, backend=backend)
+    x[1, 5] = torch.nan
+    out, _ = sparse_ffn(x, weights, DRELU, backend=backend)
+    assert out[1].isnan().all()
+    torch.testing.assert_close(out[[0, 2]], clean[[0, 2]])
+    x[1, 5] = torch.inf
+    out, _ = sparse_ffn(x, weights, DRELU, backend=backend)
+    assert not out[1].isfinite().any()
+    torch.testing.assert_close(out[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, tokens: int) -> None:
+    x, weights = block(tokens, 200, 700, dtype, on=0.3)
+    weights = dataclasses.replace(weights, predictor=predictor(weights, 24))
+    one, _ = sparse_ffn(x, weights, DRELU, backend="native", threads=1)
+    for threads in (2, 3, 5, 32):
+        more, _ = sparse_ffn(x, weights, DRELU, backend="native", threads=threads)
+        assert torch.equal(one, more)
+
+
+@backends
+def test_strides_do_not_matter(backend: str) -> None:
+    x, weights = block(4, 33, 70, on=0.4)
+    expected, _ = sparse_ffn(x, weights, DRELU, backend=backend)
+    wide = torch.full((4, 2, 100), torch.nan)
+    wide[:, 1, 7:40] = x
+    apart = torch.full((70, 90), torch.nan)
+    apart[:, 11:44] = weights.gate
+    scattered = FfnWeights(
+        apart[:, 11:44], weights.up.T.contiguous().T, weights.down_t.repeat_interleave(2, 0)[::2]
+    )
+    given, _ = sparse_ffn(wide[:, 1, 7:40], scattered, DRELU, backend=backend)
+    assert torch.equal(given, expected)
+    columns, _ = sparse_ffn(x.T.contiguous().T, scattered, DRELU, backend=backend)
+    assert torch.equal(columns, expected)
+
+
+@backends
+def test_a_predictor_may_look_at_something_else(backend: str) -> None:
+    x, weights = block(9, 40, 100, on=0.3)
+    other = block(9, 40, 100, seed=7)[0]
+    chosen = _clear_of_ties(other, predictor(weights, 8))
+    given, _ = sparse_ffn(
+        x,
+        dataclasses.replace(weights, predictor=chosen),
+        DRELU,
+        predictor_input=other,
+        backend=backend,
+    )
+    product = products_of(x, weights, DRELU)
+    product[scores_of(other.double(), chosen) <= chosen.threshold] = 0.0
+    expected = product @ weights.down_t.double()
+    torch.testing.assert_close(given.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@backends
+def test_no_tokens_give_no_answers(backend: str) -> None:
+    x, weights = block(1, 32, 64)
+    out, rows = sparse_ffn(x[:0].view(2, 0, 32), weights, DRELU, backend=backend)
+    assert out.shape == (2, 0, 32)
+    assert rows.total == 0
+
+
+def test_float64_is_left_to_torch() -> None:
+    x, weights = block(2, 32, 64, torch.float64)
+    out, _ = sparse_ffn(x, weights, DRELU)
+    assert difference(out, x, weights, DRELU) < TOLERANCES[torch.float64]
+    with pytest.raises(ValueError, match=r"cannot be used for torch\.float64 on cpu"):
+        sparse_ffn(x, weights, DRELU, backend="native")
+
+
+@pytest.mark.parametrize("part", ["up", "down_t", "thresholds"])
+def test_what_does_not_fit_is_refused(part: str) -> None:
+    x, weights = block(1, 32, 64)
+    wrong = dataclasses.replace(weights, **{part: torch.zeros(63)[:, None]})
+    with pytest.raises(ValueError, match=f"{part} is .*it must be"):
+        sparse_ffn(x, wrong, DRELU)
+    with pytest.raises(ValueError, match="must be alike"):
+        sparse_ffn(x.bfloat16(), weights, DRELU)
