@@ -15,6 +15,7 @@ from sparsify.cli_bench import bench_app
 from sparsify.cli_common import AsJson, Overrides, console, quiet, say
 from sparsify.cli_evaluate import evaluate
 from sparsify.cli_mixture import mixture_app
+from sparsify.cli_predictors import predictors_app
 from sparsify.errors import UserError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ recipes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(mixture_app, name="mixture")
+app.add_typer(predictors_app, name="predictors")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
 

@@ -92,7 +92,7 @@ def _prepare(recipe: Recipe, run: RunFolder) -> list[Window]:
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     convert(
         recipe.model,
-        recipe.activation.ffn_activation,
+        recipe.activation,
         run.initial,
         seed=recipe.training.seed,
         dtype=dtype,

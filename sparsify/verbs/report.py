@@ -58,7 +58,7 @@ def make_report(
             f"{against} has another tokenizer than {model_or_run}: their losses are not per the same tokens.",
             next_step="Compare models of one tokenizer, or make two reports.",
         )
-    windows, text = _report_windows(loaded, on, num_tokens)
+    windows, text = held_out_windows(loaded, on, num_tokens)
     say(f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in windows):,} tokens: {text}")
     report, statistics = _measure(loaded, windows, text, curve_tokens, say)
     if other is not None:
@@ -114,11 +114,22 @@ def spread(windows: list[Window], num_tokens: int) -> list[Window]:
     return chosen if any((window.labels >= 0).any() for window in chosen) else windows
 
 
-def _report_windows(loaded: Loaded, on: str | None, num_tokens: int) -> tuple[list[Window], str]:
+def held_out_windows(
+    loaded: Loaded, on: str | None, num_tokens: int, window_tokens: int | None = None
+) -> tuple[list[Window], str]:
+    """Windows to measure a model or a run on, and a phrase that says what they are.
+
+    Args:
+        loaded: The model, and its run if it has one.
+        on: Text file, mixture name or mixture path; a run's own mixture, else the quickstart's, unless given.
+        num_tokens: Tokens wanted; fewer come if there are fewer.
+        window_tokens: Length of a window; the run's, or 512, unless given.
+    """
     recipe = loaded.trained.run.load_recipe() if loaded.trained else None
-    window_tokens = min(512, loaded.model.config.max_position_embeddings)
-    if recipe is not None:
-        window_tokens = recipe.training.window_tokens
+    if window_tokens is None:
+        window_tokens = min(512, loaded.model.config.max_position_embeddings)
+        if recipe is not None:
+            window_tokens = recipe.training.window_tokens
     settings: dict[str, Any] = {
         "num_tokens": num_tokens,
         "window_tokens": window_tokens,

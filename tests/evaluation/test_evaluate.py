@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from sparsify.cli import main
-from sparsify.conversion.folder import load_sparse, load_tokenizer
+from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import EvaluationError
 from sparsify.evaluation import evaluate as evaluation
 from sparsify.evaluation.evaluate import Settings, Subject, evaluate

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from sparsify.conversion.architecture import tensor_shapes
-from sparsify.conversion.folder import copy_tokenizer, load_sparse, write_config
+from sparsify.conversion.folder import load_sparse, write_config
 from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.export.acceptance import accept
 from sparsify.models import MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig, SparseModel
 from tests.conftest import SHAPE, TOKENIZER

@@ -208,8 +208,13 @@ class MaskedActivation(FfnActivation):
 
     mask: torch.Tensor
 
-    def forward(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return super().forward(gate, up) * self.mask
+    def forward(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        experts: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return super().forward(gate, up, experts) * self.mask
 
 
 @pytest.mark.parametrize("seen", ["normed", "residual"])

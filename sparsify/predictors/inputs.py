@@ -1,0 +1,62 @@
+"""What a predictor sees: the input of every feed-forward block while a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from sparsify.models import SparseModel
+from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
+from sparsify.predictors.predictors import PredictorInput
+
+
+class BlockInputs:
+    """Context manager that holds the input of the layer that runs just now; nothing is kept beyond its layer.
+
+    Enter it before a SparsityProbe, whose editor and observers may then ask for rows.
+
+    Args:
+        model: A sparse model.
+        kind: `normed` for what the block gets, `residual` for what its RMS norm gets.
+    """
+
+    def __init__(self, model: SparseModel, kind: PredictorInput) -> None:
+        self._model, self._kind = model, kind
+        self._rows = torch.empty(0)
+        self._routing: torch.Tensor | None = None
+        self._undo: list[Callable[[], None]] = []
+        self.rms = torch.empty(0)
+        """RMS of the running layer's residual, [rows]."""
+
+    def __enter__(self) -> Self:
+        for layer in self._model.model.layers:
+            norm: nn.Module = layer.post_attention_layernorm  # pyright: ignore[reportAssignmentType]
+            self._undo.append(norm.register_forward_hook(self._keep).remove)
+            for module in layer.modules():
+                if isinstance(module, SparseMixtralExperts):
+                    hook = module.register_forward_pre_hook(self._route, with_kwargs=True)
+                    self._undo.append(hook.remove)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+    def rows(self, expert: int) -> torch.Tensor:
+        """Inputs of the tokens that an expert of the running layer computes, [rows, hidden], in its order of rows."""
+        if self._routing is None:
+            return self._rows
+        return self._rows[torch.where(self._routing == expert)[0]]
+
+    def _keep(self, norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        residual = args[0].detach().flatten(0, -2).float()
+        normed = output.detach().flatten(0, -2).float()
+        self.rms = residual.pow(2).mean(-1).sqrt()
+        self._rows = normed if self._kind == "normed" else residual
+        self._routing = None
+
+    def _route(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        self._routing = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]

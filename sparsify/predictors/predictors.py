@@ -1,0 +1,238 @@
+"""Predictors of the neurons that fire, and the folder that holds them.
+
+One predictor stands for one feed-forward block, or for one expert of it: two matrices without biases, as PowerInfer
+(arXiv 2312.12456) and Deja Vu (arXiv 2310.17157) have them. It is far smaller than the block, and an engine reads only the
+weights of the neurons that it switches on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sparsify.errors import ModelError
+from sparsify.files import atomic_folder, refuse_foreign_folder
+from sparsify.models import SparseModel
+
+WEIGHTS_FILE = "predictors.safetensors"
+FACTS_FILE = "predictors.json"
+FORMAT = 1
+FINGERPRINT_VALUES = 256
+
+Block = tuple[int, int]
+"""Layer and expert; the expert is 0 in a dense model."""
+PredictorInput = Literal["residual", "normed"]
+INPUTS: tuple[PredictorInput, ...] = ("residual", "normed")
+
+
+class BlockPredictor(NamedTuple):
+    """Predictor of one block. `A`: [rank, hidden], `B`: [neurons, rank]."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def num_parameters(self) -> int:
+        return self.A.numel() + self.B.numel()
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Scores of the neurons, [rows, neurons]; a neuron is predicted to fire where its score exceeds the threshold.
+
+        Args:
+            x: Input of the predictor, [rows, hidden].
+        """
+        return torch.relu(x.to(self.A.dtype) @ self.A.T) @ self.B.T
+
+
+class BlockFacts(BaseModel):
+    """How a predictor did on text that it was not trained on, at the score 0."""
+
+    rank: int
+    recall: float | None
+    on_share: float | None
+    firing_share: float | None
+
+
+class PredictorFacts(BaseModel):
+    """What predictors.json says. Only `input`, `threshold` and `rank` matter to an engine.
+
+    Attributes:
+        input: `normed`: the input of the feed-forward block; `residual`: what its RMS norm gets.
+        threshold: A neuron is predicted to fire where its score exceeds it.
+        rank: Rank of every predictor, by the prefix of its tensors.
+        fingerprint: Of the model that the predictors belong to.
+        blocks: How each did while training, by the same prefix.
+        threshold_reason: Why the threshold is what it is.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: int = FORMAT
+    input: PredictorInput
+    threshold: float
+    rank: dict[str, int]
+    num_layers: int
+    num_experts: int
+    hidden: int
+    neurons: int
+    fingerprint: str
+    text: str
+    window_tokens: int
+    trained_tokens: int
+    passes: int
+    wanted_recall: float
+    blocks: dict[str, BlockFacts]
+    threshold_reason: str
+    command: str = ""
+
+
+class Predictors(NamedTuple):
+    """The predictors of a whole model."""
+
+    facts: PredictorFacts
+    blocks: dict[Block, BlockPredictor]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(block.num_parameters for block in self.blocks.values())
+
+    def to(self, device: torch.device) -> Predictors:
+        """The same predictors in fp32 on another device."""
+        moved = {
+            key: BlockPredictor(*(matrix.to(device, torch.float32) for matrix in block))
+            for key, block in self.blocks.items()
+        }
+        return self._replace(blocks=moved)
+
+    def check_model(self, model: SparseModel, where: str) -> None:
+        """Refuses a model that these predictors were not trained for.
+
+        Raises:
+            ModelError: With what differs.
+        """
+        config, facts = model.config, self.facts
+        shape = [len(model.model.layers), num_experts(model)]
+        shape += [config.hidden_size, config.intermediate_size]
+        own = [facts.num_layers, facts.num_experts, facts.hidden, facts.neurons]
+        if shape != own:
+            raise ModelError(
+                f"{where} belongs to another model: it has {own} layers, experts, hidden size and neurons; the model {shape}.",
+                next_step="Train predictors for this model: `sparsify predictors train`.",
+            )
+        if facts.fingerprint != fingerprint(model):
+            raise ModelError(
+                f"{where} was trained for other weights of the same shape than these: it would switch the wrong neurons off.",
+                next_step="Train predictors for this checkpoint: `sparsify predictors train`.",
+            )
+
+
+def prefix(block: Block, num_experts: int) -> str:
+    """Prefix of a predictor's tensors."""
+    layer, expert = block
+    return f"layers.{layer}" if num_experts == 1 else f"layers.{layer}.experts.{expert}"
+
+
+def num_experts(model: SparseModel) -> int:
+    """Experts of one layer; 1 in a dense model."""
+    return getattr(model.config, "num_local_experts", 1)
+
+
+def all_blocks(num_layers: int, num_experts: int) -> Iterator[Block]:
+    """All blocks of a model, layer by layer."""
+    return ((layer, expert) for layer in range(num_layers) for expert in range(num_experts))
+
+
+def fingerprint(model: SparseModel) -> str:
+    """Hash of some values of every layer's gate, rounded to bf16: the same in any dtype that holds bf16."""
+    digest = xxhash.xxh3_128()
+    for block in model.ffn_blocks():
+        gate = block.gate_up_proj if hasattr(block, "gate_up_proj") else block.gate_proj.weight
+        values = gate.detach().flatten()
+        chosen = values[:: max(1, len(values) // FINGERPRINT_VALUES)].to(torch.bfloat16)
+        digest.update(chosen.cpu().contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def folded(predictor: BlockPredictor, norm: nn.Module, scale: float) -> BlockPredictor:
+    """A predictor of the normed input as one of the residual before the norm.
+
+    The norm multiplies by its weight and divides by a positive number of the token. Without biases that number goes through both
+    matrices, so the sign of every score stays exactly what it was; a score of s becomes s times the token's RMS over `scale`.
+
+    Args:
+        predictor: Takes the normed input.
+        norm: The RMS norm before the block.
+        scale: A typical RMS of the layer, so that scores keep their size.
+    """
+    weight: torch.Tensor = norm.weight.detach().float().to(predictor.A.device)  # pyright: ignore[reportAssignmentType, reportCallIssue]
+    return BlockPredictor(predictor.A * weight / scale, predictor.B)
+
+
+def write_predictors(predictors: Predictors, to: Path) -> None:
+    """Writes predictors.safetensors and predictors.json, in place of predictors that are there already.
+
+    Raises:
+        StorageError: If the folder cannot be written, or holds something else.
+    """
+    refuse_foreign_folder(to, FACTS_FILE, "folder of predictors")
+    experts = predictors.facts.num_experts
+    tensors = {
+        f"{prefix(key, experts)}.{name}": matrix.detach().float().cpu().contiguous()
+        for key, block in predictors.blocks.items()
+        for name, matrix in zip("AB", block, strict=True)
+    }
+    with atomic_folder(to) as fresh:
+        save_file(tensors, fresh / WEIGHTS_FILE, metadata={"format": "pt"})
+        facts = predictors.facts.model_dump_json(indent=2)
+        (fresh / FACTS_FILE).write_text(facts + "\n", encoding="utf-8")
+
+
+def read_predictors(folder: Path) -> Predictors:
+    """Reads what `write_predictors` wrote.
+
+    Raises:
+        ModelError: If the folder holds no predictors, or damaged ones.
+    """
+    if not (folder / FACTS_FILE).is_file():
+        raise ModelError(
+            f"{folder} holds no predictors: it has no {FACTS_FILE}.",
+            next_step="`sparsify predictors train CHECKPOINT` makes them.",
+        )
+    try:
+        facts = PredictorFacts.model_validate(json.loads((folder / FACTS_FILE).read_text()))
+        tensors = load_file(folder / WEIGHTS_FILE)
+    except (ValueError, ValidationError, OSError, SafetensorError) as error:
+        raise ModelError(
+            f"The predictors in {folder} cannot be read: {error}",
+            next_step="Copy the folder again, or train the predictors again.",
+        ) from error
+    blocks: dict[Block, BlockPredictor] = {}
+    for key in all_blocks(facts.num_layers, facts.num_experts):
+        name = prefix(key, facts.num_experts)
+        pair = [tensors.pop(f"{name}.{matrix}", None) for matrix in "AB"]
+        rank = facts.rank.get(name)
+        shapes = [None if matrix is None else tuple(matrix.shape) for matrix in pair]
+        if rank is None or shapes != [(rank, facts.hidden), (facts.neurons, rank)]:
+            raise ModelError(
+                f"The predictors in {folder} are damaged: {name} has A and B of the shapes {shapes}, and rank {rank}.",
+                allowed=f"A [rank, {facts.hidden}] and B [{facts.neurons}, rank].",
+            )
+        blocks[key] = BlockPredictor(*pair)  # pyright: ignore[reportArgumentType]
+    if tensors:
+        raise ModelError(
+            f"{folder / WEIGHTS_FILE} holds tensors of no block: {sorted(tensors)[:3]}."
+        )
+    return Predictors(facts, blocks)

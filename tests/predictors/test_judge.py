@@ -1,0 +1,207 @@
+"""A judgement says what the masked model really does, chooses by the limit on the loss, and catches what saves nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sparsify import cli
+from sparsify.conversion.folder import write_config
+from sparsify.conversion.tokenizer import copy_tokenizer
+from sparsify.models import SparseModel
+from sparsify.predictors import BlockPredictor, Predictors, read_predictors, write_predictors
+from sparsify.predictors.judge import judge_predictors
+from sparsify.predictors.schema import Judgement
+from sparsify.predictors.train import Settings, train_predictors
+from sparsify.verbs.predictors import judge, train
+from tests.conftest import TOKENIZER, stock_model
+from tests.predictors.conftest import random_batches
+
+BATCHES = random_batches(3, seed=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _labels_that_the_model_expects(mistral: SparseModel) -> None:
+    """Random ones are so far from what it says that masking could lower the loss."""
+    for batch in BATCHES:
+        with torch.no_grad():
+            batch["labels"] = mistral(batch["input_ids"]).logits.argmax(-1)
+
+
+@pytest.fixture(scope="module", params=["residual", "normed"])
+def predictors(
+    request: pytest.FixtureRequest, mistral: SparseModel, tmp_path_factory: pytest.TempPathFactory
+) -> Predictors:
+    settings = Settings(request.param, wanted_recall=0.95, budget_share=0.5, ranks=(12,), passes=4)
+    state = tmp_path_factory.mktemp("train") / "state"
+    train_on, validation = random_batches(40, seed=2), random_batches(4, seed=3)
+    return train_predictors(
+        mistral, train_on, validation, settings, text="random", state_path=state
+    )
+
+
+def judged(
+    model: SparseModel, predictors: Predictors, limit: float, *thresholds: float
+) -> Judgement:
+    return judge_predictors(
+        model,
+        predictors,
+        BATCHES,
+        name="tiny",
+        folder="predictors",
+        text="random",
+        max_loss_rise=limit,
+        thresholds=thresholds,
+    )
+
+
+@torch.no_grad()
+def by_hand(model: SparseModel, predictors: Predictors, threshold: float) -> tuple[float, float]:
+    """Loss and recall of the masked model, with the blocks written out."""
+    loss = labels = fired_sum = hit_sum = 0
+    for batch in BATCHES:
+        x = model.model.embed_tokens(batch["input_ids"])
+        rope = model.model.rotary_emb(x, batch["position_ids"])
+        for index, layer in enumerate(model.model.layers):
+            attended, _ = layer.self_attn(layer.input_layernorm(x), rope, attention_mask=None)
+            residual = x + attended
+            normed = layer.post_attention_layernorm(residual)
+            A, B = predictors.blocks[index, 0]
+            z = normed if predictors.facts.input == "normed" else residual
+            on = torch.relu(z @ A.T) @ B.T > threshold
+            h = torch.relu(layer.mlp.gate_proj(normed)) * torch.relu(layer.mlp.up_proj(normed))
+            fired_sum += int((h != 0).sum())
+            hit_sum += int(((h != 0) & on).sum())
+            x = residual + layer.mlp.down_proj(h * on)
+        logits = model.lm_head(model.model.norm(x)).flatten(0, 1)
+        loss += float(
+            nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum").double()
+        )
+        labels += batch["labels"].numel()
+    return loss / labels, hit_sum / fired_sum
+
+
+def test_a_point_is_what_the_masked_blocks_give(
+    mistral: SparseModel, predictors: Predictors
+) -> None:
+    for threshold in (0.0, 0.7):
+        loss, recall = by_hand(mistral, predictors, threshold)
+        (point,) = judged(mistral, predictors, 1.0, threshold).points
+        assert point.loss == pytest.approx(loss, rel=1e-5)
+        assert point.recall == pytest.approx(recall, abs=1e-4)
+
+
+def test_the_cheapest_threshold_within_the_limit_is_chosen(
+    mistral: SparseModel, predictors: Predictors
+) -> None:
+    loose = judged(mistral, predictors, 1.0)
+    strict = judged(mistral, predictors, sorted(p.loss_rise for p in loose.points)[4])
+    for judgement in (loose, strict):
+        usable = [point for point in judgement.points if not point.refusal]
+        chosen = judgement.chosen_point
+        assert chosen is not None
+        assert chosen.loss_rise <= judgement.max_loss_rise
+        assert chosen.ffn_bytes == min(point.ffn_bytes for point in usable)
+        assert chosen.ffn_bytes < judgement.ways[1].ffn_bytes
+        assert chosen.ffn_speedup == pytest.approx(1 / chosen.ffn_bytes)
+    assert strict.chosen is not None
+    assert loose.chosen is not None
+    assert strict.chosen < loose.chosen
+    dense = loose.ways[0]
+    assert (dense.ffn_bytes, dense.model_speedup) == (1.0, 1.0)
+
+
+def test_predictors_that_switch_everything_on_are_caught(
+    mistral: SparseModel, predictors: Predictors
+) -> None:
+    judgement = judged(mistral, predictors, 1.0, -1e9)
+    (point,) = judgement.points
+    assert (point.recall, point.on_share, point.loss_rise) == (1.0, 1.0, 0.0)
+    assert judgement.chosen is None
+    assert "switch everything on" in judgement.verdict
+
+
+def test_predictors_that_know_nothing_are_caught(
+    mistral: SparseModel, predictors: Predictors
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        block: BlockPredictor(*(torch.randn(m.shape, generator=generator) for m in matrices))
+        for block, matrices in predictors.blocks.items()
+    }
+    judgement = judged(mistral, predictors._replace(blocks=noise), 10.0)
+    assert judgement.chosen is None
+    assert all(
+        point.recall is None or point.recall < point.static_recall or point.ffn_bytes > 0.6
+        for point in judgement.points
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dReLU model of 32 hidden units with a tokenizer, and a text."""
+    from sparsify.conversion.folder import load_sparse
+
+    root = tmp_path_factory.mktemp("model")
+    stock_model("mistral").save_pretrained(root / "stock")
+    copy_tokenizer(TOKENIZER, root / "stock")
+    model = load_sparse(root / "stock", "drelu")
+    model.save_pretrained(root / "model")
+    write_config(model.config, root / "model", model.dtype)
+    copy_tokenizer(TOKENIZER, root / "model")
+    words = [f"Note {i}: word{i % 7} value{i % 11} and {i * i}." for i in range(400)]
+    (root / "text.txt").write_text("\n".join(words))
+    return root
+
+
+def test_the_verbs_write_predictors_with_the_chosen_threshold(folder: Path) -> None:
+    model, text, to = str(folder / "model"), str(folder / "text.txt"), folder / "predictors"
+    settings = Settings(wanted_recall=0.9, budget_share=0.3, ranks=(8,), passes=3)
+    train(model, text, 4096, to, settings, lambda _: None, lambda _: None)
+    assert sorted(path.name for path in folder.glob(".*")) == []
+    judgement, page = judge(model, to, text, 512, 0.5, [], lambda _: None, lambda _: None)
+    assert judgement.chosen is not None
+    assert read_predictors(to).facts.threshold == judgement.chosen
+    assert {path.name for path in page.iterdir()} == {
+        "judgement.json",
+        "judgement.csv",
+        "index.html",
+        "cost.png",
+        "recall.png",
+    }
+    assert json.loads((page / "judgement.json").read_text())["chosen"] == judgement.chosen
+    assert judgement.verdict in (page / "index.html").read_text()
+
+
+def test_the_command_ends_with_2_where_no_threshold_may_be_chosen(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    test_the_verbs_write_predictors_with_the_chosen_threshold(folder)
+    before = (folder / "predictors" / "predictors.json").read_bytes()
+    options = ["--on", str(folder / "text.txt"), "--tokens", "256", "--threshold", "-1e9"]
+    command = [
+        "predictors",
+        "judge",
+        str(folder / "model"),
+        "--predictors",
+        str(folder / "predictors"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["sparsify", *command, *options])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert "switch everything on" in capsys.readouterr().err
+    assert (folder / "predictors" / "predictors.json").read_bytes() == before
+
+
+def test_written_predictors_come_back(predictors: Predictors, tmp_path: Path) -> None:
+    write_predictors(predictors, tmp_path / "predictors")
+    again = read_predictors(tmp_path / "predictors")
+    assert again.facts == predictors.facts
+    for block, matrices in predictors.blocks.items():
+        assert all(map(torch.equal, matrices, again.blocks[block]))
