@@ -76,11 +76,7 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             SparseMixtralExperts,
         )
         activation = getattr(block, "ffn_activation", None)
-        if (
-            not own
-            or not isinstance(activation, FfnActivation)
-            or activation.name != ffn_activation
-        ):
+        if not own or type(activation) is not FfnActivation or activation.name != ffn_activation:
             raise RuntimeError(
                 f"{type(block).__name__} was patched: it does not apply {ffn_activation}"
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 from sparsify.catalogue import compose_recipe
 from sparsify.export.bundle import export
 from sparsify.files import write_json
-from sparsify.recipe import Recipe
+from sparsify.recipe import Recipe, SparsitySection, SwapSection
 from sparsify.sparsity.report import SparsityReport, read_report
 from sparsify.training.launcher import serve
 from sparsify.training.nodes import joined
@@ -73,6 +73,7 @@ def _control_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
     assert recipe.control.ffn_activation is not None
     control.activation.ffn_activation = recipe.control.ffn_activation
     control.control.ffn_activation = None
+    control.swap, control.sparsity = SwapSection(), SparsitySection()
     control.name, control.run_dir = f"{recipe.name}-control", str(run.control.path)
     return control
 
