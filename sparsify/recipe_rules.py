@@ -21,6 +21,7 @@ from sparsify.recipe import (
     Recipe,
 )
 from sparsify.source_rules import check_choice
+from sparsify.sparsity_rules import check_sparsification
 
 
 def validate(recipe: Recipe) -> Recipe:
@@ -39,6 +40,7 @@ def validate(recipe: Recipe) -> Recipe:
     _check_engine(recipe)
     _check_nodes(recipe.launch)
     check_mixture(recipe.mixture)
+    check_sparsification(recipe)
     if recipe.control.ffn_activation == recipe.activation.ffn_activation:
         recipe.control.ffn_activation = None
     return recipe

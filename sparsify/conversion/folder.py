@@ -83,7 +83,7 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
         activation = getattr(block, "ffn_activation", None)
         if (
             not own
-            or not isinstance(activation, FfnActivation)
+            or type(activation) is not FfnActivation
             or activation.name != ffn_activation
             or activation.gate_threshold != model.config.ffn_gate_threshold
             or (activation.threshold is None) != (model.config.ffn_thresholds == "none")

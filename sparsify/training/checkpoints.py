@@ -62,6 +62,8 @@ class TrainingState:
     """First and last window of each range that did not go into the weights, because its steps were bad or taken back."""
     hungry_steps: list[list[int]] = field(default_factory=list)
     """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
+    control: dict[str, float] = field(default_factory=dict)
+    """Where the loop stands that ends at `sparsity.target_zeros` (`sparsify.training.target.Control`); empty without one."""
 
     @property
     def shape(self) -> Shape:

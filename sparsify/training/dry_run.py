@@ -16,8 +16,10 @@ import torch.distributed as dist
 from sparsify.errors import RunError
 from sparsify.mixture.windows import Batch
 from sparsify.recipe import Recipe
+from sparsify.training.annealing import anneal
 from sparsify.training.loop import Session, accumulate
-from sparsify.training.router import router_meter
+from sparsify.training.objective import Objective
+from sparsify.training.penalty import penalty_weight
 
 BEFORE_FIRST = -1
 """DeepSpeed's count of micro-batches in `stage_1_and_2` before the first of a step."""
@@ -39,7 +41,10 @@ def dry_run(session: Session) -> None:
     with out_of_memory_named(recipe):
         # As the last micro-batch of a step, which reduces the gradients as well.
         engine.set_gradient_accumulation_boundary(True)
-        accumulate(session, [batch], sources, num_labels, None, router_meter(engine))
+        weight = penalty_weight(recipe, session.state.control, 0)
+        anneal(engine.module, recipe, 0)
+        with Objective(recipe, engine, weight) as objective:
+            accumulate(session, [batch], sources, num_labels, None, objective)
     forget_gradients(engine)
     engine.set_gradient_accumulation_boundary(None)
 

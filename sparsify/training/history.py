@@ -48,10 +48,19 @@ def validation_records(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def curve_records(run: RunFolder) -> list[dict[str, Any]]:
-    """The validation lines of the model that is trained: from where its training starts, without the base before a swap."""
+    """The validation lines of the model that is trained: from where its training starts, without the base before a swap.
+
+    An annealed run starts as its dense base: what the bare swap would have made of it, no step ever met.
+    """
     records = validation_records(run)
-    start = "after_swap" if any(record["label"] == "after_swap" for record in records) else "base"
-    return [record for record in records if record["label"] in ("training", start)]
+    labels = {record["label"] for record in records}
+    start = "after_swap" if "after_swap" in labels and not is_annealed(run) else "base"
+    return [record for record in records if record["label"] in ("annealing", "training", start)]
+
+
+def is_annealed(run: RunFolder) -> bool:
+    """Whether the run's activation fades in while it trains."""
+    return run.recipe.is_file() and run.load_recipe().swap.anneal_token_share > 0
 
 
 def stages(run: RunFolder) -> list[Stage]:
@@ -60,6 +69,8 @@ def stages(run: RunFolder) -> list[Stage]:
     Losses are validation losses: means over sources by token share, nats per token.
     """
     newest = {record["label"]: record for record in validation_records(run)}
+    if "training" in newest:
+        newest.pop("annealing", None)  # on its way then, past now
     rows = [
         Stage(name=name, loss=newest[label]["loss"], zeros=newest[label]["zeros"])
         for label, name in _stage_names(run).items()
@@ -89,7 +100,8 @@ def _stage_names(run: RunFolder) -> dict[str, str]:
     base = config["base_ffn_activation"]
     return {
         "base": "dense base" if base == "swiglu" else f"{base} base",
-        "after_swap": "right after the swap",
+        "after_swap": "what the bare swap would be" if is_annealed(run) else "right after the swap",
+        "annealing": "while annealing",
         "training": "after training",
     }
 

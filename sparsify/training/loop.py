@@ -14,10 +14,13 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.mixture.windows import NO_LOSS, Batch, Window, WindowReader
 from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
+from sparsify.training.annealing import anneal, plain
 from sparsify.training.checkpoints import Keep, TrainingState
 from sparsify.training.engine import set_learning_rate
+from sparsify.training.objective import Objective, pressure_line
+from sparsify.training.penalty import next_control, penalty_weight
 from sparsify.training.performance import Performance
-from sparsify.training.router import RouterMeter, aux_loss_coefficient, hungry_steps, router_meter
+from sparsify.training.router import RouterMeter, hungry_steps
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.samples import continue_prompts
 from sparsify.training.schedule import learning_rate
@@ -35,7 +38,7 @@ from sparsify.training.stability import (
     with_range,
 )
 from sparsify.training.telemetry import Telemetry
-from sparsify.training.validation import validate, window_losses
+from sparsify.training.validation import validate
 
 REFERENCE_TOKENS = 32
 DATA_POLL_SECONDS = 0.1
@@ -110,9 +113,13 @@ def _train_step(session: Session) -> bool:
     ]
     by_source = dict(zip(session.reader.names, num_labels.tolist(), strict=True))
     rule = spike_rule(recipe.stability, state.recent_losses, by_source)
-    routers = router_meter(engine)
-    window_losses = accumulate(session, batches, sources, int(num_labels.sum()), rule, routers)
-    norm, applied = finish_step(engine)
+    annealed = anneal(engine.module, recipe, state.seen_tokens)
+    weight = penalty_weight(recipe, state.control, state.seen_tokens)
+    with Objective(recipe, engine, weight) as objective:
+        window_losses = accumulate(
+            session, batches, sources, int(num_labels.sum()), rule, objective
+        )
+        norm, applied = finish_step(engine)
 
     losses = window_losses.tolist()
     if not applied:
@@ -123,9 +130,14 @@ def _train_step(session: Session) -> bool:
     for source, loss in zip(sources, losses, strict=True):
         sums[source] += loss
     means = {name: sums[name] / count for name, count in by_source.items() if count}
-    recent = remember(recipe.stability, state, means)
+    pressure = objective.pressure()
+    loss = sum(losses) / max(int(num_labels.sum()), 1)
     session.state = replace(
-        state, step=state.step + 1, seen_tokens=seen_tokens, recent_losses=recent
+        state,
+        step=state.step + 1,
+        seen_tokens=seen_tokens,
+        recent_losses=remember(recipe.stability, state, means),
+        control=next_control(recipe, state.control, seen_tokens, pressure, loss),
     )
     session.telemetry.train(
         session.state.step,
@@ -135,20 +147,24 @@ def _train_step(session: Session) -> bool:
         learning_rate=rate,
         gradient_norm=norm,
         **session.performance.step(recipe.step_tokens, time.monotonic() - started, data_seconds),
-        **({} if routers is None else {"router": _watch_routers(session, routers)}),
+        **({} if annealed == 1 else {"annealed_share": annealed}),
+        **({} if pressure is None else {"pressure": pressure_line(pressure, weight or 0.0)}),
+        **_watch_routers(session, objective.routers),
     )
     return stopping
 
 
-def _watch_routers(session: Session, routers: RouterMeter) -> dict[str, Any]:
+def _watch_routers(session: Session, routers: RouterMeter | None) -> dict[str, Any]:
     """Raises the alarm for experts that starve. Returns what the step's line says of the routers."""
+    if routers is None:
+        return {}
     state, record = session.state, routers.reduce()
     hungry, starving = hungry_steps(session.recipe.stability, state.hungry_steps, record.load)
     session.state = replace(state, hungry_steps=hungry)
     for layer, expert in starving:
         load = record.load[layer][expert]
         session.telemetry.starving(state.step, state.seen_tokens, layer, expert, load)
-    return asdict(record)
+    return {"router": asdict(record)}
 
 
 def _wait_for_data(session: Session) -> bool:
@@ -192,7 +208,7 @@ def accumulate(
     sources: list[str],
     num_labels: int,
     rule: SpikeRule | None,
-    routers: RouterMeter | None,
+    objective: Objective,
 ) -> torch.Tensor:
     """Forward and backward of the global batch, up to the last micro-batch's step.
 
@@ -203,7 +219,7 @@ def accumulate(
     rank, world = dist.get_rank(), dist.get_world_size()
     losses = torch.zeros(len(sources), dtype=torch.float64, device=engine.device)
     for index, batch in enumerate(batches):
-        loss, by_window = _forward(session, batch, num_labels, routers)
+        loss, by_window = objective.forward(batch, num_labels)
         place = (index * world + rank) * size
         losses[place : place + size] = by_window.detach()
         last = index == len(batches) - 1
@@ -214,32 +230,6 @@ def accumulate(
         if not last:
             engine.step()  # counts the micro-batch
     return losses
-
-
-def _forward(
-    session: Session, batch: Batch, num_labels: int, routers: RouterMeter | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of one micro-batch, and the summed cross-entropy of each of its windows. [] and [windows]
-
-    Every label of the global batch weighs the same: DeepSpeed averages gradients over ranks, so the sum over this rank's labels
-    is scaled by ranks / labels.
-    """
-    engine = session.engine
-    options = {} if routers is None else {"output_router_logits": True}
-    tensors = {key: value.to(engine.device) for key, value in batch.tensors.items()}
-    output = engine(
-        input_ids=tensors["input_ids"],
-        position_ids=tensors["position_ids"],
-        use_cache=False,
-        **options,
-    )
-    by_window = window_losses(output.logits, tensors["labels"])
-    loss = by_window.sum() * dist.get_world_size() / max(num_labels, 1)
-    if routers is not None:
-        routers.add(output.router_logits, output.aux_loss)
-        coefficient = aux_loss_coefficient(session.recipe, engine.module.config)
-        loss = loss + coefficient * output.aux_loss / session.recipe.accumulation_steps
-    return loss, by_window
 
 
 def _leave_out(session: Session, bad: BadStep, seen_tokens: int) -> None:
@@ -289,13 +279,18 @@ def _validate_start(session: Session) -> None:
 
 
 def _validate(session: Session, label: str) -> None:
+    annealed = None
+    if label == "training":
+        share = anneal(session.engine.module, session.recipe, session.state.seen_tokens)
+        label, annealed = ("training", None) if share == 1 else ("annealing", share)
     result = validate(
         session.engine,
         session.held_out,
         session.shares,
         session.recipe.training.micro_batch_windows,
     )
-    session.telemetry.validation(session.state.step, session.state.seen_tokens, result, label)
+    state = session.state
+    session.telemetry.validation(state.step, state.seen_tokens, result, label, annealed)
 
 
 def _save(session: Session) -> None:
@@ -332,12 +327,16 @@ def _sample(session: Session) -> None:
 
 @torch.no_grad()
 def _reference(session: Session) -> dict[str, torch.Tensor]:
-    """What the live model answers to the first held-out window; every rank computes it, which ZeRO-3 needs."""
+    """What the live weights answer to the first held-out window, with the activation that they will be loaded with.
+
+    Every rank computes it, which ZeRO-3 needs.
+    """
     window = next(iter(session.held_out.values()))[0]
     input_ids = torch.from_numpy(window.input_ids[:REFERENCE_TOKENS].copy())[None].to(
         session.engine.device
     )
     session.engine.eval()
-    logits = session.engine(input_ids=input_ids, use_cache=False).logits
+    with plain(session.engine.module):
+        logits = session.engine(input_ids=input_ids, use_cache=False).logits
     session.engine.train()
     return {"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}

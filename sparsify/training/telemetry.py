@@ -50,7 +50,7 @@ class Telemetry:
         for path in (run.metrics, run.sparsity, run.samples):
             drop_lines_after(path, first_step)
         for record in read_lines(run.sparsity):
-            self._alarms.check(record["layers"])  # said before the interruption
+            self._check_layers(record["layers"], record["label"])  # said before the interruption
         if recipe.tracking.wandb != "disabled":
             self._tracker = Tracker(recipe, run)
         if self._console.is_terminal:
@@ -139,34 +139,48 @@ class Telemetry:
             f"{steps} steps in a row; a higher training.router_aux_loss_coefficient spreads them more evenly"
         )
 
-    def validation(self, step: int, seen_tokens: int, result: Validation, label: str) -> None:
+    def validation(
+        self,
+        step: int,
+        seen_tokens: int,
+        result: Validation,
+        label: str,
+        annealed_share: float | None = None,
+    ) -> None:
         """Records one validation pass.
 
         Args:
             step: Finished steps.
             seen_tokens: Training tokens seen.
             result: What the pass found.
-            label: `base`, `after_swap` or `training`.
+            label: `base`, `after_swap`, `annealing` or `training`: which activation was measured.
+            annealed_share: How much of the sparse activation was in force while annealing.
         """
         if self._silent:
             return
         summary = result.statistics.summary()
         self._zeros = result.statistics.zero_share("product")
-        where = {"step": step, "tokens": seen_tokens, "label": label}
+        where: dict[str, Any] = {"step": step, "tokens": seen_tokens, "label": label}
+        if annealed_share is not None:
+            where["annealed_share"] = annealed_share
         losses = {"loss": result.loss, "sources": result.losses, "zeros": self._zeros}
         losses["source_zeros"] = result.zeros
         self._append(self._run.metrics, {"kind": "validation", **where, **losses})
-        alarms = self._alarms.check(result.statistics.layer_zero_shares())
+        alarms = self._check_layers(result.statistics.layer_zero_shares(), label)
         self._append(self._run.sparsity, where | summary | {"alarms": alarms})
         parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())
-        self._say(
-            f"validation {label.replace('_', ' ')}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}"
-        )
+        what = label.replace("_", " ")
+        what += "" if annealed_share is None else f" ({annealed_share:.0%} of the way)"
+        self._say(f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}")
         if self._tracker is not None:
             layers = [record["layers"] for record in read_lines(self._run.sparsity)]
             self._tracker.heat_map(step, layers)
         for alarm in alarms:
             self._say(f"[bold red]Alarm[/bold red] {alarm}")
+
+    def _check_layers(self, layers: list[float], label: str) -> list[str]:
+        # A mixture with the dense activation has no zeros, and is about to have them again.
+        return [] if label == "annealing" else self._alarms.check(layers)
 
     def samples(self, step: int, seen_tokens: int, prompts: list[str], texts: list[str]) -> None:
         """Records what the model makes of the prompts at a checkpoint."""

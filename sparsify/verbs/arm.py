@@ -25,6 +25,7 @@ from sparsify.mixture.ingest import Ingest
 from sparsify.mixture.left_out import LeftOut
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.recipe import EXECUTION_SETTINGS, Recipe
+from sparsify.sparsity_rules import check_anneal
 from sparsify.training.checkpoints import latest_checkpoint, newest_whole, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.engine import check_machine
@@ -37,7 +38,15 @@ from sparsify.training.run_folder import RunFolder
 from sparsify.verbs import Say
 from sparsify.verbs.mixture import ingest_progress
 
-IDENTITY_SECTIONS = ("model", "activation", "mixture", "training", "optimizer")
+IDENTITY_SECTIONS = (
+    "model",
+    "activation",
+    "swap",
+    "sparsity",
+    "mixture",
+    "training",
+    "optimizer",
+)
 """Sections that decide what is trained: a run cannot go on with others."""
 LOCK_SECONDS = 2.0
 """Ranks outlive a killed launcher by less than this."""
@@ -185,6 +194,7 @@ def _describe(converted: Converted) -> str:
 def _check_context(recipe: Recipe, run: RunFolder) -> None:
     config = read_checkpoint(run.initial).config
     check_router(recipe, SimpleNamespace(**config))
+    check_anneal(recipe, config["base_ffn_activation"])
     context = config["max_position_embeddings"]
     if recipe.training.window_tokens > context:
         raise RecipeError(

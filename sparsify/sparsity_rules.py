@@ -1,0 +1,106 @@
+"""Which settings of `swap` and `sparsity` can work together, and what to say where they cannot."""
+
+from __future__ import annotations
+
+import math
+
+from sparsify.errors import RecipeError
+from sparsify.recipe import Recipe
+
+WITHOUT_ZEROS = ("swiglu",)
+"""Activations that are almost never exactly zero, however small a penalty makes them."""
+
+
+def check_sparsification(recipe: Recipe) -> None:
+    """Refuses what cannot make a model sparser.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    _check_swap(recipe)
+    _check_stages(recipe)
+    _check_penalty(recipe)
+    _check_target(recipe)
+
+
+def _check_swap(recipe: Recipe) -> None:
+    share = recipe.swap.anneal_token_share
+    if not 0 <= share < 1:
+        raise RecipeError(
+            f"swap.anneal_token_share is {share}.",
+            allowed="0 (swap at once) or above, and below 1: the run must end with the activation itself.",
+        )
+    if share and recipe.model.init == "random":
+        raise RecipeError(
+            f"swap.anneal_token_share={share} would be ignored: model.init is random, so nothing is swapped.",
+            next_step="Set swap.anneal_token_share=0, or train from a checkpoint.",
+        )
+
+
+def check_anneal(recipe: Recipe, base_ffn_activation: str) -> None:
+    """Refuses an anneal from an activation to itself, once the checkpoint is known.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    share, activation = recipe.swap.anneal_token_share, recipe.activation.ffn_activation
+    if share and activation == base_ffn_activation:
+        raise RecipeError(
+            f"swap.anneal_token_share={share} would be ignored: the checkpoint has {activation} already.",
+            next_step="Set swap.anneal_token_share=0, or choose another activation.",
+        )
+
+
+def _check_stages(recipe: Recipe) -> None:
+    stages, before = recipe.sparsity.penalty_stages, 0.0
+    for number, stage in enumerate(stages):
+        key, last = f"sparsity.penalty_stages.{number}", number == len(stages) - 1
+        end = stage.until_budget_share
+        if not before < end <= 1 or (last and end != 1):
+            raise RecipeError(
+                f"{key}.until_budget_share is {end:g}.",
+                allowed="Stages end one after another, above 0, and the last one at 1: "
+                f"this one {'at 1' if last else f'above {before:g} and below 1'}.",
+            )
+        if not 0 <= stage.weight < math.inf:
+            raise RecipeError(f"{key}.weight is {stage.weight}.", allowed="0 or above.")
+        before = end
+    if stages and not any(stage.weight for stage in stages):
+        raise RecipeError(
+            "sparsity.penalty_stages have weight 0 throughout.",
+            allowed="At least one weight above 0, or no stages at all.",
+        )
+
+
+def _check_penalty(recipe: Recipe) -> None:
+    sparsity, activation = recipe.sparsity, recipe.activation.ffn_activation
+    pressed = bool(sparsity.penalty_stages) or sparsity.target_zeros is not None
+    if pressed and activation in WITHOUT_ZEROS:
+        key = "sparsity.penalty_stages" if sparsity.penalty_stages else "sparsity.target_zeros"
+        raise RecipeError(
+            f"{key} is set with {activation}, which is never exactly zero.",
+            next_step="Choose another activation, such as activation=drelu, or leave it out.",
+        )
+    share = sparsity.gate_penalty_share
+    if not 0 <= share <= 1:
+        raise RecipeError(f"sparsity.gate_penalty_share is {share}.", allowed="Allowed: 0 to 1.")
+    if share and not pressed:
+        raise RecipeError(
+            f"sparsity.gate_penalty_share={share} would be ignored: there is no penalty.",
+            next_step="Set sparsity.penalty_stages or sparsity.target_zeros, or leave it out.",
+        )
+
+
+def _check_target(recipe: Recipe) -> None:
+    target = recipe.sparsity.target_zeros
+    if target is None:
+        return
+    if not 0 < target < 1:
+        raise RecipeError(
+            f"sparsity.target_zeros is {target}.", allowed="Above 0 and below 1, such as 0.9."
+        )
+    if recipe.sparsity.penalty_stages:
+        raise RecipeError(
+            "sparsity.target_zeros and sparsity.penalty_stages both say what the penalty's weight is.",
+            next_step="Leave one of them out.",
+        )

@@ -1,0 +1,82 @@
+"""What one step minimises: the cross-entropy, and beside it the routers' balance and the activations' penalty."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from sparsify.mixture.windows import Batch
+from sparsify.recipe import Recipe
+from sparsify.training.pressure import PressureMeter, PressureRecord
+from sparsify.training.router import RouterMeter, aux_loss_coefficient, router_meter
+from sparsify.training.validation import window_losses
+
+
+class Objective:
+    """Context manager around the forward and backward passes of one step.
+
+    Args:
+        recipe: The run's recipe.
+        engine: Its engine.
+        penalty_weight: Weight of the activations' penalty in this step; None where the recipe has no penalty.
+    """
+
+    def __init__(self, recipe: Recipe, engine: Any, penalty_weight: float | None) -> None:
+        self._recipe, self._engine, self.penalty_weight = recipe, engine, penalty_weight
+        self.routers: RouterMeter | None = router_meter(engine)
+        self._pressure: PressureMeter | None = None
+        if penalty_weight is not None:
+            gate_share = recipe.sparsity.gate_penalty_share
+            self._pressure = PressureMeter(engine.module, gate_share, engine.device)
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._pressure is not None:
+            self._hooks.enter_context(self._pressure)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+
+    def forward(self, batch: Batch, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of one micro-batch, and the summed cross-entropy of each of its windows. [] and [windows]
+
+        Every label of the global batch weighs the same: DeepSpeed averages gradients over ranks, so the sum over this rank's
+        labels is scaled by ranks / labels. What is a mean over a micro-batch's tokens is divided by the micro-batches.
+
+        Args:
+            batch: The micro-batch.
+            num_labels: Labels of the global batch.
+        """
+        engine, recipe = self._engine, self._recipe
+        options = {} if self.routers is None else {"output_router_logits": True}
+        tensors = {key: value.to(engine.device) for key, value in batch.tensors.items()}
+        output = engine(
+            input_ids=tensors["input_ids"],
+            position_ids=tensors["position_ids"],
+            use_cache=False,
+            **options,
+        )
+        by_window = window_losses(output.logits, tensors["labels"])
+        loss = by_window.sum() * dist.get_world_size() / max(num_labels, 1)
+        if self.routers is not None:
+            self.routers.add(output.router_logits, output.aux_loss)
+            coefficient = aux_loss_coefficient(recipe, engine.module.config)
+            loss = loss + coefficient * output.aux_loss / recipe.accumulation_steps
+        if self._pressure is not None:
+            penalty = self._pressure.penalty()
+            loss = loss + self.penalty_weight * penalty / recipe.accumulation_steps
+        return loss, by_window
+
+    def pressure(self) -> PressureRecord | None:
+        """What the penalty met in this step, over all ranks; every rank calls it."""
+        return None if self._pressure is None else self._pressure.reduce()
+
+
+def pressure_line(record: PressureRecord, weight: float) -> dict[str, float]:
+    """What a step's line says of the penalty; `penalty` in nats, as it was added to the loss."""
+    return asdict(record) | {"weight": weight, "penalty": weight * record.penalty}

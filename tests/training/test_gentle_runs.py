@@ -1,0 +1,133 @@
+"""Annealed swap, penalty and target in real runs of two ranks: the same under every ZeRO stage, and after an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify.recipe import PenaltyStageSection, Recipe
+from tests.conftest import Setup
+from tests.ranks import prepare_run, records, run_ranks
+
+pytestmark = pytest.mark.xdist_group("gentle")
+
+PROGRAM = Path(__file__).with_name("pressure_program.py")
+TARGET = 0.9
+STAGES = ["mistral-1", "mistral-3", "mixtral-2", "mixtral-3"]
+OTHER_STAGES = ["mistral-0", "mistral-2", "mixtral-1"]
+Runs = Callable[[list[str]], dict[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    finished: Callable[[Setup], tuple[Path, dict]],
+    stock: dict[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Runs:
+    """Trains cases one after another in the same two processes; returns their metrics."""
+    whole, _ = finished(Setup("mistral", 1, 1, "fp32"))
+
+    def train(cases: list[str]) -> dict[str, list[dict[str, Any]]]:
+        root = tmp_path_factory.mktemp("gentle")
+        for case in cases:
+            run = prepare_run(whole, root / case, partial(_change, case=case))
+            if case.startswith("mixtral"):
+                _convert(stock["mixtral"], run.initial)
+        run_ranks(PROGRAM, [str(root / case) for case in cases])
+        return {case: records(root / case) for case in cases}
+
+    return train
+
+
+def _convert(source: Path, to: Path) -> None:
+    import shutil
+
+    import torch
+
+    from sparsify.conversion.convert import convert
+    from sparsify.recipe import ModelSection
+
+    shutil.rmtree(to)
+    convert(ModelSection(source=str(source)), "drelu", to, seed=0, dtype=torch.float32)
+
+
+def _change(recipe: Recipe, case: str) -> None:
+    recipe.checkpoint.every_tokens = 1_000_000
+    recipe.swap.anneal_token_share = 0.25
+    if "target" in case:
+        recipe.training.budget_tokens = 80 * recipe.step_tokens
+        recipe.eval.every_tokens = recipe.training.budget_tokens
+        recipe.sparsity.target_zeros = TARGET
+        return
+    recipe.engine.zero_stage = int(case[-1])
+    recipe.eval.every_tokens = recipe.step_tokens
+    recipe.sparsity.penalty_stages = [
+        PenaltyStageSection(0.25, 1.0),
+        PenaltyStageSection(1.0, 30.0),
+    ]
+    recipe.sparsity.gate_penalty_share = 0.5
+
+
+@pytest.fixture(scope="module")
+def measured(runs: Runs) -> dict[str, list[dict[str, Any]]]:
+    return runs([*STAGES, "target", "target-cut"])
+
+
+def lines(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def test_the_penalty_is_the_same_under_every_stage(measured: dict[str, Any]) -> None:
+    _check_equal(measured["mistral-1"], measured["mistral-3"])
+    _check_equal(measured["mixtral-2"], measured["mixtral-3"])
+
+
+@pytest.mark.slow
+def test_other_stages_do_the_same(measured: dict[str, Any], runs: Runs) -> None:
+    others = runs(OTHER_STAGES)
+    for case in OTHER_STAGES:
+        _check_equal(measured[f"{case[:-1]}3"], others[case])
+
+
+def _check_equal(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    for a, b in zip(lines(one, "train"), lines(other, "train"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["pressure"] == pytest.approx(b["pressure"], rel=2e-3)
+
+
+def test_the_log_says_how_far_the_anneal_is_and_what_was_measured(measured: dict[str, Any]) -> None:
+    train, validation = (lines(measured["mistral-3"], kind) for kind in ("train", "validation"))
+    assert [line.get("annealed_share") for line in train[:3]] == [0.0, 0.5, None]
+    labels = [(line["label"], line.get("annealed_share")) for line in validation]
+    assert labels[:4] == [
+        ("base", None),
+        ("after_swap", None),
+        ("annealing", 0.5),
+        ("training", None),
+    ]
+    assert validation[2]["zeros"] == 0
+    assert validation[3]["zeros"] > 0.5
+    weights = [line["pressure"]["weight"] for line in train]
+    assert weights[:2] == [1.0, 1.0]
+    assert weights == sorted(weights)
+
+
+def test_a_run_ends_at_its_target(measured: dict[str, Any]) -> None:
+    zeros = [line["pressure"]["zeros"] for line in lines(measured["target"], "train")]
+    assert zeros[19] < TARGET - 0.05
+    assert zeros[-1] == pytest.approx(TARGET, abs=0.01)
+    assert max(zeros) < TARGET + 0.015
+    assert lines(measured["target"], "validation")[-1]["zeros"] == pytest.approx(TARGET, abs=0.02)
+
+
+def test_a_target_s_run_goes_on_after_an_interruption_as_if_there_had_been_none(
+    measured: dict[str, Any],
+) -> None:
+    whole, cut = (lines(measured[case], "train") for case in ("target", "target-cut"))
+    for key in ("step", "loss", "pressure"):
+        assert [line[key] for line in whole] == [line[key] for line in cut]
+    assert len(lines(measured["target-cut"], "checkpoint")) == 2
