@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sparsify.cli_bench import bench_app
 from sparsify.cli_common import AsJson, Overrides, console, quiet, say
+from sparsify.cli_generate import generate
 from sparsify.cli_mixture import mixture_app
 from sparsify.errors import UserError
 
@@ -30,6 +31,7 @@ recipes_app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(mixture_app, name="mixture")
 app.add_typer(bench_app, name="bench")
+app.command()(generate)
 
 INTERRUPTED = 130
 
