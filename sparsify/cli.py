@@ -14,6 +14,7 @@ from rich.console import Console
 from sparsify.cli_bench import bench_app
 from sparsify.cli_common import AsJson, Overrides, console, quiet, say
 from sparsify.cli_evaluate import evaluate
+from sparsify.cli_generate import generate
 from sparsify.cli_mixture import mixture_app
 from sparsify.cli_predictors import predictors_app
 from sparsify.errors import UserError
@@ -34,6 +35,7 @@ app.add_typer(mixture_app, name="mixture")
 app.add_typer(predictors_app, name="predictors")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
+app.command()(generate)
 
 INTERRUPTED = 130
 

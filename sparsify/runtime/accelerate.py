@@ -17,7 +17,7 @@ from sparsify.errors import ModelError
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS
 from sparsify.runtime.ffn import native_can
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
-from sparsify.runtime.predictors import read_predictors
+from sparsify.runtime.predictors import Predictors, read_predictors
 from sparsify.runtime.weights import RowsRead
 
 MAX_TOKENS = 8
@@ -87,7 +87,7 @@ class Acceleration:
 def accelerate(
     model: Any,
     *,
-    predictors: Path | None = None,
+    predictors: Path | Predictors | None = None,
     max_tokens: int = MAX_TOKENS,
     threads: int | None = None,
 ) -> Acceleration:
@@ -95,7 +95,8 @@ def accelerate(
 
     Args:
         model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
-        predictors: Folder with predictors.safetensors and predictors.json. Without it decoding is exact.
+        predictors: Folder with predictors.safetensors and predictors.json, or what was read of one. Without, decoding is
+            exact.
         max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way.
         threads: Of the kernels; torch's own number unless given.
 
@@ -107,7 +108,7 @@ def accelerate(
             not belong to it.
     """
     check_acceleratable(model)
-    found = read_predictors(predictors, model) if predictors is not None else None
+    found = read_predictors(predictors, model) if isinstance(predictors, Path) else predictors
     for layer, block in enumerate(model.ffn_blocks()):
         if "forward" in vars(block):
             vars(block)["forward"].remove()

@@ -18,6 +18,7 @@ from sparsify.runtime.portable import portable_ffn
 from sparsify.runtime.weights import FfnWeights, Predictor, RowsRead
 
 Backend = Literal["auto", "native", "torch"]
+THREAD_BYTES = 1 << 18
 
 
 def sparse_ffn(
@@ -40,7 +41,8 @@ def sparse_ffn(
         dense: Read every row: the control that a speed-up is measured against.
         backend: `native` is the C++ kernel, `torch` the same by torch's operators on any device, `auto` the first
             where it can be used.
-        threads: Of the C++ kernel; torch's own number unless given. The result does not depend on it.
+        threads: Of the C++ kernel. Unless given, torch's own number, but no more than have THREAD_BYTES of gate rows to
+            read each. The result does not depend on it.
 
     Returns:
         [..., hidden] of x's dtype, and how many rows were read. Rows that several tokens want are read once for each
@@ -50,6 +52,7 @@ def sparse_ffn(
         ValueError: If shapes, dtypes or devices do not fit, or `native` is asked for and cannot be used.
     """
     weights.check(x)
+    threads = threads or default_threads(weights)
     if predictor_input is None:
         predictor_input = x
     elif predictor_input.shape != x.shape or predictor_input.dtype != x.dtype:
@@ -74,6 +77,12 @@ def sparse_ffn(
             out[chunk], read = portable_ffn(*given)
         rows += read
     return out.view(x.shape), rows
+
+
+def default_threads(weights: FfnWeights) -> int:
+    """As many as torch has, as long as each has enough to do: waiting for each other costs time, too."""
+    enough = weights.row_bytes * weights.gate.shape[0] // THREAD_BYTES
+    return max(1, min(torch.get_num_threads(), enough))
 
 
 def native_can(x: torch.Tensor) -> bool:

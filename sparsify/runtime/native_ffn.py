@@ -46,8 +46,8 @@ def native_ffn(
     weights: FfnWeights,
     activation: KernelActivation,
     predictor_x: torch.Tensor,
-    dense: bool = False,
-    threads: int | None = None,
+    dense: bool,
+    threads: int,
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `sparse_ffn`, for x [tokens, hidden] of at most MAX_TOKENS tokens, already checked.
 
@@ -79,7 +79,7 @@ def native_ffn(
         gate_kind=_GATE_KINDS[activation.gate],
         up_kind=_UP_KINDS[activation.up],
         dense=dense,
-        threads=threads or torch.get_num_threads(),
+        threads=threads,
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
         **{name: _Matrix(part.data_ptr(), part.stride(0)) for name, part in parts.items()},

@@ -46,13 +46,17 @@ namespace {
 
 constexpr int MAX_TOKENS = 8;
 constexpr int ROWS = 4;            // rows of one pass: as many streams keep the memory busy
-constexpr int64_t BLOCK_ROWS = 32;  // rows that a thread takes at once
+constexpr int64_t BLOCK_ROWS = 64;  // rows that a thread takes at once
 
 bool forked = false;  // the threads of OpenMP do not survive a fork, and waiting for them would never end
 
 struct Scratch {
     std::vector<float> x, predictor_x, rank_values, gate, product, sums;
-    std::vector<int32_t> listed, next;
+};
+
+// Every thread makes the lists for itself: that takes less time than waiting for one that does.
+struct Lists {
+    std::vector<int32_t> predicted, up, down;
 };
 
 template <class T>
@@ -60,14 +64,23 @@ const typename T::Stored* row(const Matrix& m, int64_t n) {
     return static_cast<const typename T::Stored*>(m.data) + n * m.row_stride;
 }
 
-// R rows times B tokens: out[r][b] = dot(rows[r], x[b]).
+inline void prefetch(const void* data, int64_t bytes) {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
+#endif
+}
+
+// R rows times B tokens: out[r][b] = dot(rows[r], x[b]). What comes after these rows is asked for while they are read: the
+// processor's own guesses end with a row.
 template <class T, int R, int B>
-void dot(const typename T::Stored* const* rows, const float* x, int64_t width, float (*out)[MAX_TOKENS]) {
+void dot(const typename T::Stored* const* rows, const typename T::Stored* const* next, const float* x, int64_t width,
+         float (*out)[MAX_TOKENS]) {
     Lanes total[R][B][2];
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) total[r][b][0] = total[r][b][1] = zeros();
     int64_t i = 0;
-    for (; i + 2 * LANES <= width; i += 2 * LANES)
+    for (; i + 2 * LANES <= width; i += 2 * LANES) {
+        for (int r = 0; r < R; ++r) prefetch(next[r] + i, 2 * LANES * sizeof(typename T::Stored));
         for (int half = 0; half < 2; ++half) {
             const int64_t j = i + half * LANES;
             for (int r = 0; r < R; ++r) {
@@ -76,6 +89,7 @@ void dot(const typename T::Stored* const* rows, const float* x, int64_t width, f
                     total[r][b][half] = multiply_add(weights, load_f32(x + b * width + j), total[r][b][half]);
             }
         }
+    }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) {
             float answer = sum(add(total[r][b][0], total[r][b][1]));
@@ -89,18 +103,21 @@ template <class T, int R, int B, class Take>
 void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count, const float* x, int64_t width,
               const Take& take) {
     float out[R][MAX_TOKENS];
-    const typename T::Stored* rows[R];
+    const typename T::Stored *rows[R], *next[R];
+    const auto nth = [&](int64_t i) { return list ? static_cast<int64_t>(list[i]) : first + i; };
     int64_t i = 0;
     for (; i + R <= count; i += R) {
-        for (int r = 0; r < R; ++r) rows[r] = row<T>(m, list ? list[i + r] : first + i + r);
-        dot<T, R, B>(rows, x, width, out);
-        for (int r = 0; r < R; ++r) take(list ? list[i + r] : first + i + r, out[r]);
+        for (int r = 0; r < R; ++r) {
+            rows[r] = row<T>(m, nth(i + r));
+            next[r] = row<T>(m, nth(std::min(i + R + r, count - 1)));
+        }
+        dot<T, R, B>(rows, next, x, width, out);
+        for (int r = 0; r < R; ++r) take(nth(i + r), out[r]);
     }
     for (; i < count; ++i) {
-        const int64_t n = list ? list[i] : first + i;
-        rows[0] = row<T>(m, n);
-        dot<T, 1, B>(rows, x, width, out);
-        take(n, out[0]);
+        rows[0] = row<T>(m, nth(i));
+        dot<T, 1, B>(rows, rows, x, width, out);
+        take(nth(i), out[0]);
     }
 }
 
@@ -125,30 +142,37 @@ float gate_factor(float g, const FfnCall& call) {
     }
 }
 
-// Neurons of `list` (or all) that are wanted for at least one token, ascending, into `kept`.
+// Neurons of `list`, or all without one, that are wanted for at least one token, ascending, into `kept`.
 template <class Wanted>
 void compact(const std::vector<int32_t>* list, int64_t neurons, std::vector<int32_t>& kept, const Wanted& wanted) {
-    kept.clear();
     const int64_t count = list ? static_cast<int64_t>(list->size()) : neurons;
+    kept.resize(count);
+    int64_t num_kept = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int32_t n = list ? (*list)[i] : static_cast<int32_t>(i);
-        if (wanted(n)) kept.push_back(n);
+        kept[num_kept] = n;  // overwritten by the next unless this one is wanted: no branch to guess
+        num_kept += wanted(n) ? 1 : 0;
     }
+    kept.resize(num_kept);
 }
 
-// sums[b][columns] += product[b][n] * down_t[n][columns], over the listed neurons, for one thread's columns.
+// sums[b][columns] += product[b][n] * down_t[n][columns], over R listed neurons, for one thread's columns.
 template <class T, int R, int B>
-void add_rows(const FfnCall& call, const int32_t* list, const float* product, float* sums, int64_t begin, int64_t end) {
-    const typename T::Stored* rows[R];
+void add_rows(const FfnCall& call, const int32_t* list, int64_t left, const float* product, float* sums, int64_t begin, int64_t end) {
+    const typename T::Stored *rows[R], *next[R];
     float factors[R][B];
     for (int r = 0; r < R; ++r) {
+        next[r] = row<T>(call.down_t, list[std::min<int64_t>(R + r, left - 1)]);
         rows[r] = row<T>(call.down_t, list[r]);
         for (int b = 0; b < B; ++b) factors[r][b] = product[static_cast<int64_t>(list[r]) * B + b];
     }
     int64_t i = begin;
     for (; i + LANES <= end; i += LANES) {
         Lanes weights[R];
-        for (int r = 0; r < R; ++r) weights[r] = T::lanes(rows[r], i);
+        for (int r = 0; r < R; ++r) {
+            weights[r] = T::lanes(rows[r], i);
+            prefetch(next[r] + i, LANES * sizeof(typename T::Stored));
+        }
         for (int b = 0; b < B; ++b) {
             float* place = sums + b * call.hidden + i;
             Lanes total = load_f32(place);
@@ -163,17 +187,17 @@ void add_rows(const FfnCall& call, const int32_t* list, const float* product, fl
 }
 
 template <class T, int B>
-void down(const FfnCall& call, Scratch& s, int thread, int threads) {
+void down(const FfnCall& call, Scratch& s, const std::vector<int32_t>& listed, int thread, int threads) {
     // Whole vectors for each thread, so that none writes into another's cache line.
     const int64_t vectors = (call.hidden + LANES - 1) / LANES;
     const int64_t begin = std::min(call.hidden, vectors * thread / threads * LANES);
     const int64_t end = std::min(call.hidden, vectors * (thread + 1) / threads * LANES);
     if (begin == end) return;
     for (int b = 0; b < B; ++b) std::fill(s.sums.data() + b * call.hidden + begin, s.sums.data() + b * call.hidden + end, 0.0f);
-    const int64_t count = static_cast<int64_t>(s.listed.size());
+    const int64_t count = static_cast<int64_t>(listed.size());
     int64_t i = 0;
-    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(call, s.listed.data() + i, s.product.data(), s.sums.data(), begin, end);
-    for (; i < count; ++i) add_rows<T, 1, B>(call, s.listed.data() + i, s.product.data(), s.sums.data(), begin, end);
+    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(call, listed.data() + i, count - i, s.product.data(), s.sums.data(), begin, end);
+    for (; i < count; ++i) add_rows<T, 1, B>(call, listed.data() + i, count - i, s.product.data(), s.sums.data(), begin, end);
     auto* out = static_cast<typename T::Stored*>(call.out);
     for (int b = 0; b < call.tokens; ++b)
         for (int64_t j = begin; j < end; ++j) out[b * call.hidden + j] = T::from(s.sums[b * call.hidden + j]);
@@ -186,38 +210,42 @@ bool any_token(const float* values) {
     return false;
 }
 
+// Leaves 1 in `product` where a neuron is predicted for a token, else 0.
+template <class T, int B>
+void predict(const FfnCall& call, Scratch& s) {
+    float *values = s.rank_values.data(), *product = s.product.data();
+    all_dots<T, B>(call.predictor_a, nullptr, call.rank, s.predictor_x.data(), call.hidden, [&](int64_t r, const float* dots) {
+        for (int b = 0; b < B; ++b) values[b * call.rank + r] = dots[b] <= 0.0f ? 0.0f : dots[b];
+    });
+    all_dots<T, B>(call.predictor_b, nullptr, call.neurons, values, call.rank, [&](int64_t n, const float* scores) {
+        // A score that is no number predicts nothing: the neuron is computed.
+        for (int b = 0; b < B; ++b)
+            product[n * B + b] = b >= call.tokens || scores[b] <= call.predictor_threshold ? 0.0f : 1.0f;
+    });
+}
+
+// The part of one thread. Each all_dots ends with all threads waiting for each other.
 template <class T, int B>
 void phases(FfnCall& call, Scratch& s, int thread, int threads) {
+    static thread_local Lists lists;
     const float* x = s.x.data();
     float *gate = s.gate.data(), *product = s.product.data();
-    const std::vector<int32_t>* candidates = nullptr;
-    if (call.predictor_a.data) {
-        float* hidden = s.rank_values.data();
-        all_dots<T, B>(call.predictor_a, nullptr, call.rank, s.predictor_x.data(), call.hidden, [&](int64_t r, const float* dots) {
-            for (int b = 0; b < B; ++b) hidden[b * call.rank + r] = dots[b] <= 0.0f ? 0.0f : dots[b];
-        });
-        all_dots<T, B>(call.predictor_b, nullptr, call.neurons, hidden, call.rank, [&](int64_t n, const float* scores) {
-            // A score that is not a number predicts nothing: the neuron is computed.
-            for (int b = 0; b < B; ++b)
-                product[n * B + b] = b >= call.tokens || scores[b] <= call.predictor_threshold ? 0.0f : 1.0f;
-        });
-#pragma omp single
-        compact(nullptr, call.neurons, s.listed, [&](int32_t n) { return any_token<B>(product + static_cast<int64_t>(n) * B); });
-        candidates = &s.listed;
+    const bool predicted = call.predictor_a.data != nullptr;
+    if (predicted) {
+        predict<T, B>(call, s);
+        compact(nullptr, call.neurons, lists.predicted, [&](int64_t n) { return any_token<B>(product + n * B); });
     }
-    const bool predicted = candidates != nullptr;
-    const int64_t num_candidates = predicted ? static_cast<int64_t>(s.listed.size()) : call.neurons;
-    all_dots<T, B>(call.gate, predicted ? s.listed.data() : nullptr, num_candidates, x, call.hidden,
+    const std::vector<int32_t>* candidates = predicted ? &lists.predicted : nullptr;
+    const int64_t num_candidates = predicted ? static_cast<int64_t>(lists.predicted.size()) : call.neurons;
+    all_dots<T, B>(call.gate, predicted ? lists.predicted.data() : nullptr, num_candidates, x, call.hidden,
                    [&](int64_t n, const float* dots) {
                        for (int b = 0; b < B; ++b) {
                            const bool on = b < call.tokens && (!predicted || product[n * B + b] != 0.0f);
                            gate[n * B + b] = on ? gate_factor(dots[b], call) : 0.0f;
                        }
                    });
-#pragma omp single
-    compact(candidates, call.neurons, s.next,
-            [&](int32_t n) { return call.dense || any_token<B>(gate + static_cast<int64_t>(n) * B); });
-    all_dots<T, B>(call.up, s.next.data(), static_cast<int64_t>(s.next.size()), x, call.hidden,
+    compact(candidates, call.neurons, lists.up, [&](int64_t n) { return call.dense || any_token<B>(gate + n * B); });
+    all_dots<T, B>(call.up, lists.up.data(), static_cast<int64_t>(lists.up.size()), x, call.hidden,
                    [&](int64_t n, const float* dots) {
                        const float threshold = call.thresholds ? call.thresholds[n] : -1.0f;
                        for (int b = 0; b < B; ++b) {
@@ -226,15 +254,14 @@ void phases(FfnCall& call, Scratch& s, int thread, int threads) {
                            product[n * B + b] = std::fabs(value) <= threshold ? 0.0f : value;
                        }
                    });
-#pragma omp single
-    {
-        compact(&s.next, call.neurons, s.listed,
-                [&](int32_t n) { return call.dense || any_token<B>(product + static_cast<int64_t>(n) * B); });
+    compact(&lists.up, call.neurons, lists.down,
+            [&](int64_t n) { return call.dense || any_token<B>(product + n * B); });
+    if (thread == 0) {
         call.gate_rows = num_candidates;
-        call.up_rows = static_cast<int64_t>(s.next.size());
-        call.down_rows = static_cast<int64_t>(s.listed.size());
+        call.up_rows = static_cast<int64_t>(lists.up.size());
+        call.down_rows = static_cast<int64_t>(lists.down.size());
     }
-    down<T, B>(call, s, thread, threads);
+    down<T, B>(call, s, lists.down, thread, threads);
 }
 
 template <class T, int B>
