@@ -269,7 +269,9 @@ def report(
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Run folders; one alone is compared with its control."),
+        typer.Argument(
+            help="Run folders, where one alone is compared with its control; or folders of `sparsify evaluate`."
+        ),
     ],
     to: Annotated[
         Path | None,
@@ -277,24 +279,16 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Puts runs side by side: what differs, loss by source, gap to the dense control, zeros, speed. HTML, PNG, CSV, JSON.
+    """Puts runs, or evaluations, side by side: loss by source or paired scores by task, gap to the dense control, zeros.
 
-    Says which losses may be compared with each other, and why others may not.
+    Says which numbers may be compared, what lies within noise, and which gain has no control. HTML, PNG, CSV, JSON.
 
     Example: sparsify compare runs/quickstart runs/quickstart,activation=reglu
     """
-    from sparsify import comparison
+    from sparsify.verbs.compare import compare as compare_paths
 
-    if to is not None:
-        comparison.check_folder(to)
-    result = comparison.compare(runs)
-    result.command = " ".join(["sparsify", *sys.argv[1:]])
-    folder = to or comparison.default_folder(result)
-    comparison.write_comparison(result, folder)
-    if as_json:
-        console.print_json(result.model_dump_json())
-    else:
-        console.print(comparison.comparison_summary(result, folder))
+    result, summary = compare_paths(runs, to, " ".join(["sparsify", *sys.argv[1:]]))
+    console.print_json(result.model_dump_json()) if as_json else console.print(summary)
 
 
 @app.command()

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from sparsify.comparison.cells import TextTable, tables
+from sparsify.comparison.evaluation_cells import evaluation_tables
+from sparsify.comparison.evaluations import EvaluationComparison
 from sparsify.comparison.schema import Comparison
 from sparsify.comparison.write import PAGE_FILE
 
@@ -21,11 +23,20 @@ LONG_WORD = re.compile(r"(\S{8,}?_)")
 
 def comparison_summary(comparison: Comparison, folder: Path) -> RenderableType:
     """The tables, what must be known to read them, and where the page lies."""
+    return _summary(tables(comparison), comparison.notes, folder)
+
+
+def evaluations_summary(comparison: EvaluationComparison, folder: Path) -> RenderableType:
+    """The same for a comparison of evaluations."""
+    return _summary(evaluation_tables(comparison), comparison.notes, folder)
+
+
+def _summary(tables: list[TextTable], notes: list[str], folder: Path) -> RenderableType:
     return Group(
         "",
-        *map(_table, tables(comparison)),
-        *(Text(note) for note in comparison.notes),
-        *([""] if comparison.notes else []),
+        *map(_table, tables),
+        *(Text(note) for note in notes),
+        *([""] if notes else []),
         f"[bold]Comparison[/bold]  {escape(str(folder / PAGE_FILE))}",
     )
 

@@ -18,6 +18,7 @@ from sparsify.errors import EvaluationError
 from sparsify.evaluation.harness import MeasuredModel, Progress
 from sparsify.evaluation.heldout import PREFIX, HeldOut, fingerprint, measure_source
 from sparsify.evaluation.model import active_count, model_hash, zero_shares
+from sparsify.evaluation.overlap import write_texts
 from sparsify.evaluation.results import (
     RESULTS_FILE,
     EvaluationResults,
@@ -30,6 +31,7 @@ from sparsify.evaluation.scores import Score, kind_of, mean_of, measured, scores
 from sparsify.evaluation.suite import Suite
 from sparsify.evaluation.tasks import FEWSHOT_SEED, TaskSource, build_tasks
 from sparsify.files import write_json, write_text
+from sparsify.mixture.evaluation_items import strings
 from sparsify.models import SparseModel
 from sparsify.sparsity.probe import SparsityProbe
 
@@ -139,10 +141,10 @@ class _Kept:
     """Tasks that are measured already, in one folder, each of one model, on one set of items, in one way."""
 
     def __init__(self, folder: Path, identity: str) -> None:
-        self._folder, self.identity = folder, identity
+        self.folder, self.identity = folder, identity
 
     def journal(self, task: str) -> Path:
-        return self._folder / JOURNAL_FOLDER / task
+        return self.folder / JOURNAL_FOLDER / task
 
     def or_measure(
         self, task: str, facts: str, measure: Callable[[], tuple[TaskResult, Items]]
@@ -152,24 +154,24 @@ class _Kept:
         result = self._read(task, identity)
         if result is None:
             result, items = measure()
-            write_items(self._folder, task, items)
+            write_items(self.folder, task, items)
             write_json(
                 self._path(task), {"facts": identity, "result": result.model_dump(mode="json")}
             )
-            for journal in (self._folder / JOURNAL_FOLDER).glob(f"{task}.*.jsonl"):
+            for journal in (self.folder / JOURNAL_FOLDER).glob(f"{task}.*.jsonl"):
                 journal.unlink()
         return result
 
     def _read(self, task: str, identity: str) -> TaskResult | None:
         try:
             kept = json.loads(self._path(task).read_text(encoding="utf-8"))
-            same = kept["facts"] == identity and items_path(self._folder, task).is_file()
+            same = kept["facts"] == identity and items_path(self.folder, task).is_file()
             return TaskResult.model_validate(kept["result"]) if same else None
         except (OSError, ValueError, KeyError, ValidationError):
             return None
 
     def _path(self, task: str) -> Path:
-        return self._folder / TASKS_FOLDER / f"{task.replace('/', '.')}.json"
+        return self.folder / TASKS_FOLDER / f"{task.replace('/', '.')}.json"
 
 
 def _facts(source: TaskSource, settings: Settings) -> str:
@@ -204,6 +206,7 @@ def _measure(
         log_samples=True,
     )
     items = _items(answered["samples"], asked)
+    write_texts(keep.folder, source.name, _texts(answered["samples"]))
     metrics = {
         metric: measured(kind_of(metric), [scores[metric] for scores in items.values()])
         for metric in dict.fromkeys(key for scores in items.values() for key in scores)
@@ -248,6 +251,16 @@ def _items(samples: dict[str, list[dict[str, Any]]], asked: MeasuredModel) -> It
                 tokens = max(1, len(asked.tok_encode(text)))
                 scores["token_perplexity"] = Score(scores["word_perplexity"].value, float(tokens))
     return items
+
+
+def _texts(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """All text of every item: question, choices, answer."""
+    documents = {
+        (task, answer["doc_id"]): answer["doc"]
+        for task, answers in samples.items()
+        for answer in answers
+    }
+    return ["\n".join(strings(document)) for document in documents.values()]
 
 
 def _headline(source: TaskSource, metrics: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ from sparsify.evaluation.scores import Measured, Score
 from sparsify.files import write_text
 
 RESULTS_FILE = "results.json"
-ITEMS_FOLDER = "items"
+ITEMS_FOLDER, TEXTS_FOLDER = "items", "texts"
 
 
 class _Section(BaseModel):
@@ -42,6 +42,18 @@ class ActiveCount(_Section):
     """By an exact kernel, which reads the whole gate to find out."""
 
 
+class SourceOverlap(_Section):
+    """What one source of a run's mixture shares with the items of one task: 13 words in a row."""
+
+    source: str
+    documents_read: int
+    documents_overlapping: int
+    items: int
+    items_found: int
+    problem: str | None = None
+    """Why the source could not be read to its end; None if it was."""
+
+
 class TaskResult(_Section):
     """One task: a row of the table."""
 
@@ -64,6 +76,8 @@ class TaskResult(_Section):
     truncated_requests: int
     """Requests whose beginning did not fit into the context and was cut off."""
     seconds: float
+    overlaps: list[SourceOverlap] = []
+    """For each instruction source of the run that trained the model, what it shares with these items."""
 
 
 class EvaluationResults(_Section):

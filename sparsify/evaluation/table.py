@@ -92,7 +92,10 @@ def results_table(results: EvaluationResults) -> Table:
         pad_edge=False,
     )
     for index, column in enumerate(rows.header):
-        table.add_column(column, justify="left" if index in (0, 3) else "right", no_wrap=True)
+        # A narrow terminal breaks lines; a number that it cut short would be another number.
+        longest = max(len(column), *(len(row[index]) for row in rows.rows))
+        justify = "left" if index in (0, 3) else "right"
+        table.add_column(column, justify=justify, no_wrap=True, min_width=longest)
     for row in rows.rows:
         table.add_row(*row)
     return table

@@ -68,7 +68,7 @@ def read_items(path: Path) -> Iterator[str]:
         yield from (document.text or "" for document in plain)
     elif file.format in ROW_FORMATS:
         for _, row in read_rows(file, None, partial(bad_rows.add, str(path))):
-            yield "\n".join(_strings(row))
+            yield "\n".join(strings(row))
     else:
         raise MixtureError(
             f"The evaluation file {path} is of no format that is known.", allowed=f"{FORMATS}."
@@ -81,14 +81,15 @@ def read_items(path: Path) -> Iterator[str]:
         )
 
 
-def _strings(value: object) -> Iterator[str]:
+def strings(value: object) -> Iterator[str]:
+    """All strings of a row in their order, those in lists and in objects too."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from _strings(list(value.values()))
+        yield from strings(list(value.values()))
     elif isinstance(value, Iterable):
         for one in value:
-            yield from _strings(one)
+            yield from strings(one)
 
 
 def _suites() -> list[str]:

@@ -16,7 +16,8 @@ from sparsify.catalogue import load_mixture, load_recipe
 from sparsify.comparison.arms import identity_of
 from sparsify.conversion.source import locate
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.heldout import HeldOut
+from sparsify.evaluation.heldout import PREFIX, HeldOut
+from sparsify.evaluation.overlap import overlaps
 from sparsify.evaluation.results import EvaluationResults, Provenance
 from sparsify.evaluation.suite import Suite, load_suite, only
 from sparsify.export.weights import Loaded, load
@@ -101,6 +102,8 @@ def evaluate_model(
     settings = Settings(asked.limit, asked.batch_size)
     results = evaluate(subject, suite, sources, held_out, folder, settings, on_progress=on_progress)
     results.command = command
+    if subject.provenance is not None:
+        _add_overlaps(results, folder, _recipe_of(loaded), say)
     write_results(results, folder)
     return results, folder
 
@@ -154,6 +157,24 @@ def _provenance(run: str, recipe: Recipe, lock_file: Path, checkpoint: Path) -> 
             name for name in shares if recipe.mixture.sources[name].group == "instruction"
         ],
     )
+
+
+def _add_overlaps(results: EvaluationResults, folder: Path, recipe: Recipe, say: Say) -> None:
+    """Looks for the tasks' items in the run's instruction data."""
+    sources = results.provenance.instruction_sources if results.provenance else []
+    tasks = [task.name for task in results.tasks if not task.name.startswith(PREFIX)]
+    if not sources or not tasks:
+        return
+    say(f"Looking for the items in instruction data: {', '.join(sources)}")
+    found = overlaps(folder, tasks, recipe.mixture, sources)
+    for task in results.tasks:
+        task.overlaps = found.get(task.name, [])
+
+
+def _recipe_of(loaded: Loaded) -> Recipe:
+    if loaded.trained is not None:
+        return loaded.trained.run.load_recipe()
+    return load_recipe(locate(loaded.name) / "training" / "recipe.yaml")
 
 
 def _held_out(loaded: Loaded, suite: Suite, on: str | None) -> HeldOut | None:
