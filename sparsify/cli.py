@@ -13,6 +13,7 @@ from rich.console import Console
 
 from sparsify.cli_bench import bench_app
 from sparsify.cli_common import AsJson, Overrides, console, quiet, say
+from sparsify.cli_export import export_app
 from sparsify.cli_mixture import mixture_app
 from sparsify.cli_predictors import predictors_app
 from sparsify.errors import UserError
@@ -31,6 +32,7 @@ recipes_app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(mixture_app, name="mixture")
 app.add_typer(predictors_app, name="predictors")
+app.add_typer(export_app, name="export")
 app.add_typer(bench_app, name="bench")
 
 INTERRUPTED = 130
@@ -283,21 +285,3 @@ def compare(
         console.print_json(result.model_dump_json())
     else:
         console.print(comparison.comparison_summary(result, folder))
-
-
-@app.command()
-def export(
-    run_or_checkpoint: Annotated[
-        Path, typer.Argument(help="Run folder, or one checkpoint of a run")
-    ],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
-) -> None:
-    """Writes a bundle that loads with transformers alone, after checking it in a fresh offline process.
-
-    Example: sparsify export runs/quickstart --to my-sparse-model
-    """
-    from sparsify.export.bundle import export as write_bundle
-
-    bundle = write_bundle(run_or_checkpoint.expanduser(), to)
-    say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
-    say(f"Checked: {bundle.acceptance.sentence()}.")

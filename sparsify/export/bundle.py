@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import jinja2
 from sparsify.conversion.folder import copy_tokenizer, write_config
 from sparsify.errors import ExportError, RunError
 from sparsify.export.acceptance import Acceptance, accept
+from sparsify.export.sums import write_sums
 from sparsify.export.weights import Trained, find_trained, load_trained
 from sparsify.files import atomic_folder
 from sparsify.mixture.lock import read_lock
@@ -22,8 +22,6 @@ from sparsify.training.checkpoints import REFERENCE, read_state
 from sparsify.training.history import stages
 
 SHARD_BYTES = "5GB"
-SUMS = "SHA256SUMS"
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def export(
             prompts,
             sample_tokens,
         )
-        files = _write_sums(partial)
+        files = write_sums(partial)
         size_bytes = sum(file.stat().st_size for file in files)
     return Bundle(to, len(files), size_bytes, acceptance)
 
@@ -126,18 +124,3 @@ def _model_card(trained: Trained) -> str:
             ],
         )
     )
-
-
-def _write_sums(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
-    (folder / SUMS).write_text("".join(lines))
-    return files
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
