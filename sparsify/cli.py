@@ -14,6 +14,7 @@ from rich.console import Console
 from sparsify.cli_bench import bench_app
 from sparsify.cli_common import AsJson, Overrides, console, quiet, say
 from sparsify.cli_evaluate import evaluate
+from sparsify.cli_export import export_app
 from sparsify.cli_generate import generate
 from sparsify.cli_mixture import mixture_app
 from sparsify.cli_predictors import predictors_app
@@ -33,6 +34,7 @@ recipes_app = typer.Typer(
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(mixture_app, name="mixture")
 app.add_typer(predictors_app, name="predictors")
+app.add_typer(export_app, name="export")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
 app.command()(generate)
@@ -289,21 +291,3 @@ def compare(
 
     result, summary = compare_paths(runs, to, " ".join(["sparsify", *sys.argv[1:]]))
     console.print_json(result.model_dump_json()) if as_json else console.print(summary)
-
-
-@app.command()
-def export(
-    run_or_checkpoint: Annotated[
-        Path, typer.Argument(help="Run folder, or one checkpoint of a run")
-    ],
-    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
-) -> None:
-    """Writes a bundle that loads with transformers alone, after checking it in a fresh offline process.
-
-    Example: sparsify export runs/quickstart --to my-sparse-model
-    """
-    from sparsify.export.bundle import export as write_bundle
-
-    bundle = write_bundle(run_or_checkpoint.expanduser(), to)
-    say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
-    say(f"Checked: {bundle.acceptance.sentence()}.")

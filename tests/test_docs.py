@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from omegaconf import OmegaConf
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -117,8 +118,7 @@ def parse(arguments: list[str]) -> dict[str, Any]:
     """What a command line means to the command line interface, without running it."""
     command: Any = get_command(cli.app)
     while isinstance(command, TyperGroup):
-        name, *arguments = arguments
-        command = command.commands[name]
+        _, command, arguments = command.resolve_command(typer.Context(command), arguments)
     return command.make_context(command.name, list(arguments)).params
 
 

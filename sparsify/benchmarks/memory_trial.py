@@ -26,8 +26,8 @@ from sparsify.mixture.windows import Batch
 from sparsify.recipe import Recipe
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import Session, accumulate
+from sparsify.training.objective import Objective
 from sparsify.training.processes import exit_with_launcher
-from sparsify.training.router import router_meter
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.stability import finish_step
 
@@ -74,8 +74,9 @@ def _steps(engine: Any, recipe: Recipe) -> None:
             tensors["position_ids"] = positions.expand(shape)
             batches.append(Batch(tensors, torch.zeros(shape[0], dtype=torch.int64)))
         sources = ["made up"] * training.batch_windows
-        accumulate(session, batches, sources, recipe.step_tokens, None, router_meter(engine))
-        finish_step(engine)
+        with Objective(recipe, engine, None) as objective:
+            accumulate(session, batches, sources, recipe.step_tokens, None, objective)
+            finish_step(engine)
 
 
 def _on_gpu(build: Callable[[], Any], recipe: Recipe) -> tuple[int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from sparsify.conversion.folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ExportError, RunError
 from sparsify.export.acceptance import Acceptance, accept
+from sparsify.export.sums import write_sums
 from sparsify.export.weights import Trained, find_trained, load_trained
 from sparsify.files import atomic_folder
 from sparsify.mixture.lock import read_lock
@@ -23,8 +23,6 @@ from sparsify.training.checkpoints import REFERENCE, STATE, read_state
 from sparsify.training.history import stages
 
 SHARD_BYTES = "5GB"
-SUMS = "SHA256SUMS"
-READ_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def export(
             prompts,
             sample_tokens,
         )
-        files = _write_sums(partial)
+        files = write_sums(partial)
         size_bytes = sum(file.stat().st_size for file in files)
     return Bundle(to, len(files), size_bytes, acceptance)
 
@@ -128,18 +126,3 @@ def _model_card(trained: Trained) -> str:
             ],
         )
     )
-
-
-def _write_sums(folder: Path) -> list[Path]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{_sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
-    (folder / SUMS).write_text("".join(lines))
-    return files
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

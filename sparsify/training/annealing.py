@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -75,7 +76,7 @@ def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int) -> float:
 @contextmanager
 def plain(model: SparseModel) -> Iterator[None]:
     """Has every block apply its plain activation meanwhile: what a checkpoint saved now is loaded with."""
-    mixed = [
+    mixed: list[Any] = [
         block.ffn_activation
         for block in model.ffn_blocks()
         if isinstance(block.ffn_activation, AnnealedActivation)

@@ -17,6 +17,7 @@ from sparsify.recipe import Recipe
 from sparsify.training.dry_run import dry_run, largest_batch
 from sparsify.training.engine import build_engine, init_distributed, set_learning_rate
 from sparsify.training.loop import Session, accumulate
+from sparsify.training.objective import Objective
 from sparsify.training.stability import finish_step
 
 SETUPS = [(0, "fp32"), *((stage, name) for stage in (1, 2, 3) for name in ("fp32", "bf16"))]
@@ -57,7 +58,8 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
             recipe.training.seed += 1  # other tokens for every micro-batch
             batches.append(largest_batch(recipe, engine.module.config.vocab_size, 2))
         sources = ["one"] * recipe.training.batch_windows
-        losses = accumulate(session, batches, sources, recipe.step_tokens, None, None)
+        with Objective(recipe, engine, None) as objective:
+            losses = accumulate(session, batches, sources, recipe.step_tokens, None, objective)
         seen += [step, losses.tolist(), *map(str, finish_step(engine))]
     recipe.training.seed -= 3 * recipe.accumulation_steps
     seen += [engine.global_steps, engine.micro_steps]

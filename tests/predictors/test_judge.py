@@ -137,7 +137,7 @@ def test_predictors_that_know_nothing_are_caught(
     judgement = judged(mistral, predictors._replace(blocks=noise), 10.0)
     assert judgement.chosen is None
     assert all(
-        point.recall is None or point.recall < point.static_recall or point.ffn_bytes > 0.6
+        (point.recall or 0) < point.static_recall or point.ffn_bytes > 0.6
         for point in judgement.points
     )
 

@@ -1,0 +1,91 @@
+"""`sparsify export`: writing bundles, and checking them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from sparsify.cli_common import say
+
+WRITE = "write"
+
+
+class ExportGroup(TyperGroup):
+    """`export RUN --to DIR` is short for `export write RUN --to DIR`: what is no verb of the group is a run."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Finds the verb; the default one where the first word is none."""
+        if args and args[0] not in self.commands:
+            args = [WRITE, *args]
+        return super().resolve_command(ctx, args)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Options before the run belong to the default verb too."""
+        if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
+            args = [WRITE, *args]
+        return super().parse_args(ctx, args)
+
+
+export_app = typer.Typer(
+    cls=ExportGroup,
+    no_args_is_help=True,
+    help="Checkpoints that other people and engines load: [bold]sparsify export RUN --to DIR[/bold].",
+)
+
+
+@export_app.command(WRITE)
+def export_write(
+    model_or_run: Annotated[
+        str,
+        typer.Argument(
+            help="Run folder or one checkpoint of a run; for PowerInfer a model or bundle too"
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="hf, a bundle for transformers; powerinfer, its GGUF; powerinfer_hf, what PowerInfer's converter takes."
+        ),
+    ] = "hf",
+    predictors: Annotated[
+        Path | None, typer.Option("--predictors", help="Their folder; RUN/predictors else.")
+    ] = None,
+    ffn_type: Annotated[
+        str | None, typer.Option(help="PowerInfer: f16 (as it is) or q4_0, of the FFN weights.")
+    ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(help="PowerInfer: longest context; the model's own else.")
+    ] = None,
+    vram_gb: Annotated[
+        float | None,
+        typer.Option(help="PowerInfer: GPU memory for hot neurons; writes the split file."),
+    ] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", help="PowerInfer: text or mixture to count firing on.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="PowerInfer: how many tokens of it; 16,384 else.")
+    ] = None,
+) -> None:
+    """Writes a bundle that loads with transformers alone, after checking it in a fresh offline process; or a PowerInfer file.
+
+    Example: sparsify export runs/quickstart --to my-sparse-model
+    """
+    from sparsify.export.bundle import export as write_bundle
+    from sparsify.verbs.export import PowerInferOptions, check_options, to_powerinfer
+
+    options = PowerInferOptions(predictors, ffn_type, context_tokens, vram_gb, on, tokens)
+    check_options(format, options, [])
+    if format != "hf":
+        written = to_powerinfer(model_or_run, to, format, options, say)
+        say(f"{to / written.model_file}: {written.size_bytes / 1e6:.1f} MB in all")
+        for note in written.notes:
+            say(f"Note: {note}")
+        return
+    bundle = write_bundle(Path(model_or_run).expanduser(), to)
+    say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
+    say(f"Checked: {bundle.acceptance.sentence()}.")
