@@ -12,10 +12,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from sparsify.recipe_conversion import ActivationSection, ConversionSection
+
 AUTO_STAGE = -1
-FFN_ACTIVATIONS = ("swiglu", "reglu", "shifted_relu", "relu2", "fatrelu", "drelu")
-GATE_THRESHOLDS = {"shifted_relu": 1.0, "fatrelu": 0.01}
-"""Activations that have a gate threshold, and the published one: ReLU Strikes Back (2310.04564), ProSparse (2402.13516)."""
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
 """Not flash_attention_2: transformers tells documents apart there only when a forward pass has one window."""
 ON_BAD_STEP = ("skip", "rollback", "stop")
@@ -41,23 +40,6 @@ class ModelSection:
     upcycle_experts: int | None = None
     """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
     upcycle_experts_per_token: int = 2
-
-
-@dataclass
-class ActivationSection:
-    """The feed-forward activation to train with: one of FFN_ACTIVATIONS."""
-
-    ffn_activation: str = MISSING
-    gate_threshold: float | None = None
-    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published one
-    (GATE_THRESHOLDS). No other activation has one."""
-
-    @property
-    def model_gate_threshold(self) -> float:
-        """`ffn_gate_threshold` of the model's configuration."""
-        if self.gate_threshold is not None:
-            return self.gate_threshold
-        return GATE_THRESHOLDS.get(self.ffn_activation, 0.0)
 
 
 @dataclass
@@ -321,6 +303,7 @@ class Recipe:
     """Tokenised sources, shared by all runs."""
     model: ModelSection = field(default_factory=ModelSection)
     activation: ActivationSection = field(default_factory=ActivationSection)
+    conversion: ConversionSection = field(default_factory=ConversionSection)
     mixture: MixtureSection = field(default_factory=MixtureSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)

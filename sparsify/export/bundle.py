@@ -11,6 +11,7 @@ from pathlib import Path
 
 import jinja2
 
+from sparsify.conversion.calibrated import RECORD
 from sparsify.conversion.folder import copy_tokenizer, write_config
 from sparsify.errors import ExportError, RunError
 from sparsify.export.acceptance import Acceptance, accept
@@ -90,7 +91,15 @@ def _write_model(trained: Trained, folder: Path) -> None:
 def _write_history(trained: Trained, folder: Path) -> None:
     run = trained.run
     (folder / "training").mkdir()
-    for file in (run.recipe, run.mixture_lock, run.metrics, run.sparsity, run.environment):
+    calibration = run.initial / RECORD
+    for file in (
+        run.recipe,
+        run.mixture_lock,
+        run.metrics,
+        run.sparsity,
+        run.environment,
+        calibration,
+    ):
         if file.is_file():
             shutil.copyfile(file, folder / "training" / file.name)
     if run.report.is_dir():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -165,6 +165,23 @@ class Telemetry:
         )
         for alarm in alarms:
             self._say(f"[bold red]Alarm[/bold red] {alarm}")
+
+    def base(self, stage: Mapping[str, Any], shares: Mapping[str, float]) -> None:
+        """Records the validation losses of the dense base that a calibration measured, before step 1.
+
+        Args:
+            stage: Its `losses` by source and share of `zeros`.
+            shares: Token share of each source.
+        """
+        if self._silent:
+            return
+        losses: dict[str, float] = stage["losses"]
+        weights = {source: shares.get(source, 0.0) for source in losses}
+        loss = sum(weights[name] * value for name, value in losses.items()) / sum(weights.values())
+        record = {"kind": "validation", "step": 0, "tokens": 0, "label": "base", "loss": loss}
+        record |= {"sources": losses, "zeros": stage["zeros"], "source_zeros": {}}
+        self._append(self._run.metrics, record)
+        self._say(f"validation base: loss {loss:.3f}, as calibration measured it")
 
     def saved(self, state: TrainingState, saved: Saved, seconds: float) -> None:
         """Records that a checkpoint is on disk, its size, and how long training stood still for it."""

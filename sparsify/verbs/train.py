@@ -12,7 +12,7 @@ from pathlib import Path
 from sparsify.catalogue import compose_recipe
 from sparsify.export.bundle import export
 from sparsify.files import write_json
-from sparsify.recipe import ActivationSection, Recipe
+from sparsify.recipe import ActivationSection, ConversionSection, Recipe
 from sparsify.sparsity.report import SparsityReport, read_report
 from sparsify.training.launcher import serve
 from sparsify.training.nodes import joined
@@ -72,6 +72,7 @@ def _control_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
     control = deepcopy(recipe)
     assert recipe.control.ffn_activation is not None
     control.activation = ActivationSection(recipe.control.ffn_activation)
+    control.conversion = ConversionSection()
     control.control.ffn_activation = None
     control.name, control.run_dir = f"{recipe.name}-control", str(run.control.path)
     return control
