@@ -84,6 +84,13 @@ def convert_calibrated(
     if _has_nothing_to_do(converted.config, settings):
         say(f"Nothing to calibrate: the model has {converted.config.ffn_activation} already")
         replace_folder(bare, to)
+    elif converted.config.ffn_thresholds != "none":
+        shutil.rmtree(state, ignore_errors=True)
+        raise ModelError(
+            f"{converted.origin} has thresholds already, from an earlier calibration.",
+            allowed="Calibration starts from a model without thresholds.",
+            next_step="Calibrate the dense model, or train this one as it is, without a calibration.",
+        )
     else:
         windows, watched = windows_for(load_tokenizer(bare), converted.config)
         calibrator = Calibrator(bare, state, windows, dict(watched), settings, say)

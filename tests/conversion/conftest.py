@@ -32,7 +32,7 @@ class Calibrated:
 
 
 class Calibrate:
-    """Converts a stock checkpoint with the calibrated swap."""
+    """Converts a stock checkpoint, by its kind, or any other, by its path, with the calibrated swap."""
 
     def __init__(self, mixture: Path, stock: dict[str, Path], cache: Path) -> None:
         self._mixture, self._stock, self._cache = load_mixture(str(mixture)), stock, cache
@@ -63,7 +63,7 @@ class Calibrate:
             return windows, held_out
 
         _, calibration = convert_calibrated(
-            ModelSection(source=str(self._stock[kind])),
+            ModelSection(source=str(self._stock.get(kind, kind))),
             ActivationSection(activation),
             ConversionSection(calibration_tokens=tokens, target_zeros=target_zeros),
             to,

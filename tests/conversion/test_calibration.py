@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from sparsify.conversion.calibrated import read_record
-from sparsify.conversion.folder import load_sparse
-from sparsify.errors import MixtureError
+from sparsify.conversion.folder import copy_tokenizer, load_sparse
+from sparsify.errors import MixtureError, ModelError
 from sparsify.mixture.windows import NO_LOSS, collate
 from sparsify.models import SparseModel
 from sparsify.sparsity.probe import SparsityProbe
@@ -127,6 +127,21 @@ def test_another_calibration_does_not_go_on_with_the_state_of_a_killed_one(
     said: list[str] = []
     calibrate("mistral", "drelu", tmp_path / "out", said.append, target_zeros=0.8)
     assert said[0].startswith("Layer 1")
+
+
+def test_thresholds_of_a_sharded_checkpoint_are_in_its_index(
+    calibrate: Calibrate, stock: dict[str, Path], tmp_path: Path
+) -> None:
+    source = tmp_path / "sharded"
+    stock_model("mixtral").save_pretrained(source, max_shard_size="100KB")  # type: ignore[operator]
+    copy_tokenizer(stock["mixtral"], source)
+    found = calibrate(str(source), "drelu", tmp_path / "out", tokens=1024, target_zeros=0.9)
+    assert (found.folder / "model.safetensors.index.json").is_file()
+    stages = {stage.name: stage.loss for stage in found.calibration.stages}
+    loss, _ = measured(load_sparse(found.folder), found)
+    assert loss == pytest.approx(stages["refit"], abs=2e-4)
+    with pytest.raises(ModelError, match="has thresholds already"):
+        calibrate(str(found.folder), "reglu", tmp_path / "again", tokens=1024)
 
 
 def test_too_few_windows_are_refused(calibrate: Calibrate, tmp_path: Path) -> None:
