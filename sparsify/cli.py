@@ -182,21 +182,38 @@ def convert(
         float | None,
         typer.Option(help="Of shifted_relu and fatrelu; the published one unless given."),
     ] = None,
+    calibrate_on: Annotated[
+        str | None,
+        typer.Option(help="Text or mixture to repair the swap on, before any training."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of it; 131,072 unless given.")
+    ] = None,
+    target_zeros: Annotated[
+        float | None,
+        typer.Option(help="Share of exact zeros that thresholds give every layer, such as 0.9."),
+    ] = None,
     on: Annotated[
-        str, typer.Option("--on", help="Text or mixture to measure the swap on.")
-    ] = "quickstart",
+        str | None,
+        typer.Option("--on", help="Text or mixture to measure a bare swap on; else quickstart."),
+    ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to measure the swap on.")] = 8192,
     as_json: AsJson = False,
 ) -> None:
     """Writes a dense checkpoint as a sparse-activated one, and says what the swap did to its loss.
 
-    Example: sparsify convert mistralai/Mistral-7B-v0.1 --activation drelu --to mistral-drelu
+    Example: sparsify convert mistralai/Mistral-7B-v0.1 --calibrate-on my_text.jsonl.gz --to mistral-drelu
     """
     from sparsify import display
-    from sparsify.recipe import ActivationSection
-    from sparsify.verbs.convert import convert_model
+    from sparsify.verbs import convert as verb
 
-    swap = convert_model(model, ActivationSection(activation, gate_threshold), to, on, tokens)
+    chosen, settings = verb.conversion_settings(
+        activation, gate_threshold, calibrate_on, calibration_tokens, target_zeros, on
+    )
+    if calibrate_on is None:
+        swap = verb.convert_model(model, chosen, to, on or "quickstart", tokens)
+    else:
+        swap = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens, say)
     if as_json:
         console.print_json(json.dumps(display.swap_record(swap)))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from sparsify.conversion.calibration import Calibration
 from sparsify.mixture.inspection import MixtureStats, WindowPreview
 from sparsify.sparsity.schema import LayerRow, SparsityReport
 from sparsify.verbs.convert import Swap
@@ -167,34 +169,55 @@ def swap_record(swap: Swap) -> dict[str, Any]:
     return {
         "folder": str(swap.converted.folder),
         "ffn_activation": swap.converted.config.ffn_activation,
+        "ffn_thresholds": swap.converted.config.ffn_thresholds,
         "text": swap.text,
         "num_tokens": swap.num_tokens,
-        "loss_before": swap.loss_before,
-        "loss_after": swap.loss_after,
-        "zeros_before": swap.zeros_before,
-        "zeros_after": swap.zeros_after,
+        "stages": [asdict(stage) for stage in swap.stages],
+        "calibration_tokens": swap.calibration.num_tokens if swap.calibration else 0,
+        "layers": swap.calibration.layers if swap.calibration else [],
     }
 
 
 def swap_table(swap: Swap) -> RenderableType:
-    """A conversion as a table."""
+    """A conversion as tables: the stages, and of a calibrated one what each layer gained."""
+    config = swap.converted.config
     table = _table(
-        f"{swap.converted.folder}, on {swap.num_tokens:,} tokens: {swap.text}",
-        "activation",
+        f"{swap.converted.folder}, {config.base_ffn_activation} to {config.ffn_activation}, "
+        f"on {swap.num_tokens:,} tokens: {swap.text}",
+        "stage",
         "loss",
         "exact zeros",
     )
-    table.add_row(
-        f"{swap.converted.config.base_ffn_activation}, as it was",
-        f"{swap.loss_before:.3f}",
-        _share(swap.zeros_before),
+    for stage in swap.stages:
+        table.add_row(stage.name, f"{stage.loss:.3f}", _share(stage.zeros))
+    layers = [_calibrated_layers(swap.calibration)] if swap.calibration else []
+    following = f"Next: [cyan]sparsify train RECIPE model.source={swap.converted.folder}[/cyan]"
+    return Group("", table, *layers, following)
+
+
+def _calibrated_layers(calibration: Calibration) -> RenderableType:
+    table = _table(
+        f"Relative error of the feed-forward answers on held-out calibration tokens ({calibration.num_tokens:,} in all)",
+        "layer",
+        "bare swap",
+        "before the refit",
+        "after it",
+        "signs turned",
+        "",
     )
-    table.add_row(
-        swap.converted.config.ffn_activation, f"{swap.loss_after:.3f}", _share(swap.zeros_after)
-    )
-    return Group(
-        "", table, f"Next: [cyan]sparsify train RECIPE model.source={swap.converted.folder}[/cyan]"
-    )
+    for layer in calibration.layers:
+        for number, expert in enumerate(layer["experts"]):
+            name = str(layer["layer"])
+            table.add_row(
+                f"{name}, expert {number}" if len(layer["experts"]) > 1 else name,
+                *(
+                    "–" if expert[key] is None else f"{expert[key]:.3f}"
+                    for key in ("error_bare", "error_before", "error_refitted")
+                ),
+                f"{expert['num_flipped']:,}",
+                f"kept: {expert['kept_because']}" if expert["kept_because"] else "",
+            )
+    return table
 
 
 def mixture_table(stats: MixtureStats) -> RenderableType:

@@ -10,15 +10,19 @@ from sparsify.mixture_rules import check_mixture
 from sparsify.recipe import (
     ATTENTION_IMPLEMENTATIONS,
     AUTO_STAGE,
-    FFN_ACTIVATIONS,
-    GATE_THRESHOLDS,
     ON_BAD_STEP,
     TORCHRUN,
-    ActivationSection,
     EngineSection,
     LaunchSection,
     ModelSection,
     Recipe,
+)
+from sparsify.recipe_conversion import (
+    FFN_ACTIVATIONS,
+    GATE_THRESHOLDS,
+    REFIT_TARGETS,
+    ActivationSection,
+    ConversionSection,
 )
 from sparsify.source_rules import check_choice
 from sparsify.sparsity_rules import check_sparsification
@@ -36,6 +40,7 @@ def validate(recipe: Recipe) -> Recipe:
     _check_choices(recipe)
     _check_numbers(recipe)
     _check_model(recipe.model)
+    _check_conversion(recipe)
     _check_batch(recipe)
     _check_engine(recipe)
     _check_nodes(recipe.launch)
@@ -170,6 +175,46 @@ def _check_model(model: ModelSection) -> None:
         raise RecipeError(
             f"model.upcycle_experts_per_token is {model.upcycle_experts_per_token}.",
             allowed=f"Allowed: 1 to model.upcycle_experts ({experts}).",
+        )
+
+
+def _check_conversion(recipe: Recipe) -> None:
+    conversion, least = recipe.conversion, 8 * recipe.training.window_tokens
+    if conversion.calibration_tokens == 0:
+        settings, defaults = asdict(conversion), asdict(ConversionSection())
+        for key in (key for key in settings if settings[key] != defaults[key]):
+            raise RecipeError(
+                f"conversion.{key}={settings[key]} would be ignored: nothing is calibrated.",
+                next_step="Set conversion.calibration_tokens too, or leave it out.",
+            )
+        return
+    check_conversion(conversion)
+    if conversion.calibration_tokens < least:
+        raise RecipeError(
+            f"conversion.calibration_tokens is {conversion.calibration_tokens}.",
+            allowed=f"0, or at least eight windows: {least} tokens.",
+        )
+    if recipe.model.init == "random":
+        raise RecipeError(
+            "conversion.calibration_tokens is set with model.init=random.",
+            allowed="Only a trained model has answers to be kept.",
+            next_step="Leave it out, or give model.source.",
+        )
+
+
+def check_conversion(conversion: ConversionSection) -> None:
+    """Refuses settings of the calibrated swap that cannot be met.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    check_choice("conversion.refit_target", conversion.refit_target, tuple(REFIT_TARGETS))
+    if not 0 < conversion.ridge < math.inf:
+        raise RecipeError(f"conversion.ridge is {conversion.ridge}.", allowed="Above 0.")
+    if conversion.target_zeros is not None and not 0 < conversion.target_zeros < 1:
+        raise RecipeError(
+            f"conversion.target_zeros is {conversion.target_zeros}.",
+            allowed="A share between 0 and 1, such as 0.9; null sets no thresholds.",
         )
 
 

@@ -243,6 +243,22 @@ def test_activation_bytes_are_what_autograd_keeps(
     assert estimate == pytest.approx(per_token, rel=0.03)
 
 
+def test_the_calibrated_swap_needs_memory_for_a_layer_and_disk_for_its_tokens() -> None:
+    name, key = "turbosparse_mixtral_8x7b", "conversion.calibration_tokens"
+    assert make_plan(composed(name)).calibration is None
+    small, large = (make_plan(composed(name, f"{key}={size}")) for size in (100_000, 1_000_000))
+    assert small.calibration
+    assert large.calibration
+    assert small.calibration.memory_bytes == large.calibration.memory_bytes
+    assert large.calibration.memory_bytes < large.parameters.total  # 47 GB: one byte a parameter
+    # One residual stream of a million tokens is 16 GB.
+    more_disk = large.calibration.disk_bytes - small.calibration.disk_bytes
+    assert more_disk == pytest.approx(6 * 0.9 * 16.4e9, rel=0.01)
+    out = io.StringIO()
+    Console(file=out, width=160).print(plan_table(large))
+    assert "calibrated swap" in out.getvalue()
+
+
 def test_gradient_checkpointing_keeps_less() -> None:
     overrides = ["training.gradient_checkpointing=false"]
     without = make_plan(composed("turbosparse_mistral_7b", *overrides)).device

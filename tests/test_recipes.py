@@ -25,7 +25,8 @@ from sparsify.catalogue import (
     sweep,
 )
 from sparsify.errors import RecipeError
-from sparsify.recipe import AUTO_STAGE, FFN_ACTIVATIONS, Recipe, share_phases, token_shares
+from sparsify.recipe import AUTO_STAGE, Recipe, share_phases, token_shares
+from sparsify.recipe_conversion import FFN_ACTIVATIONS
 
 RECIPES = recipe_names()
 SPARSE_RECIPES = [name for name in RECIPES if name != "quickstart_base"]
@@ -288,6 +289,13 @@ BAD_OVERRIDES = {
     "training.batch_windows=17": ["training.batch_windows is 17", "multiple of"],
     "training.precision=fp16": ["'fp16'", "bf16, fp32"],
     "activation.ffn_activation=gelu": ["'gelu'", "swiglu, reglu,"],
+    "conversion.target_zeros=0.9": [
+        "conversion.target_zeros=0.9 would be ignored",
+        "calibration_t",
+    ],
+    "conversion.calibration_tokens=300": ["at least eight windows: 2048"],
+    "conversion.calibration_tokens=9999 conversion.target_zeros=90": ["is 90.0", "such as 0.9"],
+    "conversion.calibration_tokens=9999 conversion.refit_target=mx": ["Did you mean 'mix'?"],
     "activation.gate_threshold=0.1": ["activation.gate_threshold=0.1 would be ignored", "fatrelu"],
     "activation=fatrelu activation.gate_threshold=-1": ["activation.gate_threshold is -1", "0 or"],
     "optimizer.final_learning_rate=1": ["optimizer.final_learning_rate", "peak_learning_rate"],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 
+from sparsify.conversion.calibrated import RECORD
 from sparsify.conversion.folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ExportError, RunError
@@ -89,7 +90,15 @@ def _write_model(trained: Trained, folder: Path) -> None:
 def _write_history(trained: Trained, folder: Path) -> None:
     run = trained.run
     (folder / "training").mkdir()
-    for file in (run.recipe, run.mixture_lock, run.metrics, run.sparsity, run.environment):
+    calibration = run.initial / RECORD
+    for file in (
+        run.recipe,
+        run.mixture_lock,
+        run.metrics,
+        run.sparsity,
+        run.environment,
+        calibration,
+    ):
         if file.is_file():
             shutil.copyfile(file, folder / "training" / file.name)
     shutil.copyfile(trained.checkpoint / STATE, folder / "training" / STATE)

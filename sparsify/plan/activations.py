@@ -55,7 +55,11 @@ def forward_and_backward(
     value = value_bytes(recipe)
     tokens = training.micro_batch_windows * training.window_tokens
     layer = layer_activation_bytes(
-        a, recipe.activation.ffn_activation, value, training.window_tokens
+        a,
+        recipe.activation.ffn_activation,
+        value,
+        training.window_tokens,
+        thresholds=recipe.conversion.target_zeros is not None,
     )
     kept = value * a.hidden_size if checkpointing else layer
     top = a.num_hidden_layers * kept + a.hidden_size * (FP32_BYTES + 2 * value)  # and the last norm

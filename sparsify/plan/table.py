@@ -83,6 +83,13 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if plan.host.total:
         yield "host memory", _size(plan.host.total), "of one node, all its processes together"
         yield from _sizes(plan.host)
+    if plan.calibration is not None:
+        yield (
+            "calibrated swap",
+            _size(plan.calibration.memory_bytes),
+            f"before training, one layer at a time; {plan.calibration.num_tokens:,} tokens, "
+            f"{_size(plan.calibration.disk_bytes)} on the disk meanwhile",
+        )
 
 
 def _outcome(plan: Plan) -> Iterator[tuple[str, str, str]]:

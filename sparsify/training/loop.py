@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.conversion.calibrated import read_record
 from sparsify.mixture.windows import NO_LOSS, Batch, Window, WindowReader
 from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
@@ -269,7 +270,12 @@ def _validate_start(session: Session) -> None:
     """Before any training: the base with its own activation, then what the swap alone made of it."""
     model, activation = session.engine.module, session.recipe.activation.ffn_activation
     base = model.config.base_ffn_activation
-    if session.recipe.model.init == "pretrained" and activation != base:
+    calibration = read_record(session.run.initial)
+    if calibration is not None:
+        # The weights are no longer the base's, which was measured on the same windows while it was calibrated.
+        session.telemetry.base(calibration["stages"][0], session.shares)
+        _validate(session, "after_swap")
+    elif session.recipe.model.init == "pretrained" and activation != base:
         model.set_ffn_activation(base, model.config.base_ffn_gate_threshold)
         _validate(session, "base")
         model.set_ffn_activation(activation, session.recipe.activation.model_gate_threshold)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,23 @@ class Telemetry:
             file.write(json.dumps(record) + "\n")
         if self._tracker is not None:
             self._tracker.samples(step, pairs)
+
+    def base(self, stage: Mapping[str, Any], shares: Mapping[str, float]) -> None:
+        """Records the validation losses of the dense base that a calibration measured, before step 1.
+
+        Args:
+            stage: Its `losses` by source and share of `zeros`.
+            shares: Token share of each source.
+        """
+        if self._silent:
+            return
+        losses: dict[str, float] = stage["losses"]
+        weights = {source: shares.get(source, 0.0) for source in losses}
+        loss = sum(weights[name] * value for name, value in losses.items()) / sum(weights.values())
+        record = {"kind": "validation", "step": 0, "tokens": 0, "label": "base", "loss": loss}
+        record |= {"sources": losses, "zeros": stage["zeros"], "source_zeros": {}}
+        self._append(self._run.metrics, record)
+        self._say(f"validation base: loss {loss:.3f}, as calibration measured it")
 
     def saved(self, state: TrainingState, saved: Saved, seconds: float) -> None:
         """Records that a checkpoint is on disk, its size, and how long training stood still for it."""

@@ -17,13 +17,18 @@ import torch
 from filelock import FileLock, Timeout
 
 from sparsify.catalogue import save_recipe
+from sparsify.conversion.calibrated import convert_calibrated
 from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.source import read_checkpoint
 from sparsify.errors import RecipeError, RunError
 from sparsify.files import storage_errors, write_json
+from sparsify.mixture.calibration import Watched, mixture_calibration
+from sparsify.mixture.encoding import Tokenizer
 from sparsify.mixture.ingest import Ingest
 from sparsify.mixture.left_out import LeftOut
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
+from sparsify.mixture.windows import Window
+from sparsify.models import SparseConfig
 from sparsify.recipe import EXECUTION_SETTINGS, Recipe
 from sparsify.sparsity_rules import check_anneal
 from sparsify.training.checkpoints import latest_checkpoint, newest_whole, read_state
@@ -41,6 +46,7 @@ from sparsify.verbs.mixture import ingest_progress
 IDENTITY_SECTIONS = (
     "model",
     "activation",
+    "conversion",
     "swap",
     "sparsity",
     "mixture",
@@ -99,7 +105,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) 
     check_machine(recipe)
     _open_run(recipe, run)
     if not run.initial.is_dir():
-        converted = _convert(recipe, run.initial)
+        converted = _convert(recipe, run.initial, say)
         say(f"Model: {_describe(converted)}")
     _check_context(recipe, run)
     newest = newest_whole(run.checkpoints, say)
@@ -174,11 +180,41 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _convert(recipe: Recipe, to: Path) -> Converted:
+def _convert(recipe: Recipe, to: Path, say: Say) -> Converted:
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     # Random weights are born in fp32, so that both precisions start from the same values.
     born = torch.float32 if recipe.model.init == "random" else dtype
-    return convert(recipe.model, recipe.activation, to, seed=recipe.training.seed, dtype=born)
+    seed = recipe.training.seed
+    if not recipe.conversion.calibration_tokens:
+        return convert(recipe.model, recipe.activation, to, seed=seed, dtype=born)
+
+    def windows_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[Window], Watched]:
+        check_context(recipe, config.max_position_embeddings)
+        return mixture_calibration(
+            recipe.mixture,
+            tokenizer,
+            num_tokens=recipe.conversion.calibration_tokens,
+            watched_windows=recipe.eval.validation_windows_per_source,
+            window_tokens=recipe.training.window_tokens,
+            seed=seed,
+            cache_dir=Path(recipe.cache_dir),
+            on_progress=ingest_progress(say),
+        )
+
+    converted, calibration = convert_calibrated(
+        recipe.model,
+        recipe.activation,
+        recipe.conversion,
+        to,
+        windows_for,
+        say,
+        seed=seed,
+        dtype=born,
+    )
+    if calibration is not None:
+        stages = ", ".join(f"{stage.name} {stage.loss:.3f}" for stage in calibration.stages)
+        say(f"Calibrated on {calibration.num_tokens:,} tokens; held-out loss: {stages}")
+    return converted
 
 
 def _describe(converted: Converted) -> str:
@@ -195,7 +231,15 @@ def _check_context(recipe: Recipe, run: RunFolder) -> None:
     config = read_checkpoint(run.initial).config
     check_router(recipe, SimpleNamespace(**config))
     check_anneal(recipe, config["base_ffn_activation"])
-    context = config["max_position_embeddings"]
+    check_context(recipe, config["max_position_embeddings"])
+
+
+def check_context(recipe: Recipe, context: int) -> None:
+    """Refuses windows that are longer than the model's context.
+
+    Raises:
+        RecipeError: With both lengths.
+    """
     if recipe.training.window_tokens > context:
         raise RecipeError(
             f"training.window_tokens is {recipe.training.window_tokens}, longer than the model's context.",

@@ -13,7 +13,13 @@ from pathlib import Path
 from sparsify.catalogue import compose_recipe
 from sparsify.export.bundle import export
 from sparsify.files import write_json
-from sparsify.recipe import ActivationSection, Recipe, SparsitySection, SwapSection
+from sparsify.recipe import (
+    ActivationSection,
+    ConversionSection,
+    Recipe,
+    SparsitySection,
+    SwapSection,
+)
 from sparsify.sparsity.report import SparsityReport, read_report
 from sparsify.training.hosts import placed
 from sparsify.training.launcher import serve
@@ -77,6 +83,7 @@ def _control_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
     control = deepcopy(recipe)
     assert recipe.control.ffn_activation is not None
     control.activation = ActivationSection(recipe.control.ffn_activation)
+    control.conversion = ConversionSection()
     control.control.ffn_activation = None
     control.swap, control.sparsity = SwapSection(), SparsitySection()
     control.name, control.run_dir = f"{recipe.name}-control", str(run.control.path)
