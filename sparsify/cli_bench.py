@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -105,3 +106,41 @@ def bench_train(
     console.print_json(result.model_dump_json()) if as_json else console.print(
         training_table(result)
     )
+
+
+@bench_app.command("recovery")
+def bench_recovery(
+    overrides: Overrides = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder of the runs and the result.")] = Path(
+        "recovery"
+    ),
+    arms: Annotated[
+        str,
+        typer.Option(help="Recipes of recipes/recovery/, such as drelu,reglu; all unless given."),
+    ] = "",
+    rates: Annotated[
+        str, typer.Option(help="Peak learning rates that every arm chooses from.")
+    ] = "1e-4,3e-4,1e-3",
+    seeds: Annotated[str, typer.Option(help="The first one searches.")] = "1,2,3",
+    as_json: AsJson = False,
+) -> None:
+    """What each way to sparsity costs against the dense control, on the same tokens, each with a rate of its own.
+
+    Goes on where it was interrupted. Example: sparsify bench recovery --arms drelu,annealed_drelu training.budget_tokens=102400
+    """
+    from sparsify.benchmarks.recovery import RecoveryPlan, bench_recovery, numbers
+    from sparsify.benchmarks.recovery_table import recovery_table, write_recovery
+
+    plan = RecoveryPlan(
+        to,
+        [name.strip() for name in arms.split(",") if name.strip()],
+        numbers("--rates", rates, float),
+        numbers("--seeds", seeds, int),
+        overrides or [],
+    )
+    result = bench_recovery(plan, Console(stderr=True, highlight=False).print)
+    write_recovery(result, to)
+    if as_json:
+        console.print_json(result.model_dump_json())
+    else:
+        console.print(recovery_table(result))

@@ -29,7 +29,9 @@ from sparsify.recipe import AUTO_STAGE, Recipe, share_phases, token_shares
 from sparsify.recipe_conversion import FFN_ACTIVATIONS
 
 RECIPES = recipe_names()
-SPARSE_RECIPES = [name for name in RECIPES if name != "quickstart_base"]
+RECOVERY = [name for name in RECIPES if name.startswith("recovery/")]
+# The arms of the recovery benchmark are each other's controls.
+SPARSE_RECIPES = [name for name in RECIPES if name != "quickstart_base" and name not in RECOVERY]
 TURBOSPARSE = ["turbosparse_mistral_7b", "turbosparse_mixtral_8x7b"]
 
 

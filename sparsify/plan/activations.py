@@ -61,6 +61,7 @@ def forward_and_backward(
         training.window_tokens,
         thresholds=recipe.conversion.target_zeros is not None,
     )
+    layer += value * extra_neuron_values(recipe) * a.intermediate_size * a.num_experts_per_tok
     kept = value * a.hidden_size if checkpointing else layer
     top = a.num_hidden_layers * kept + a.hidden_size * (FP32_BYTES + 2 * value)  # and the last norm
     working = layer_gradient_bytes(a, value) + (layer if checkpointing else 0)
@@ -111,6 +112,14 @@ def layer_activation_bytes(
         routed_copies = 2 * value_bytes * a.hidden_size
         ffn = a.num_experts_per_tok * (ffn + routed_copies)
     return norms + attention + ffn
+
+
+def extra_neuron_values(recipe: Recipe) -> int:
+    """Values for each neuron that a layer keeps besides its own: both activations' factors where one fades into the other,
+    and the gate's factor once more where the penalty looks at it.
+    """
+    annealing = 3 if recipe.swap.anneal_token_share else 0
+    return annealing + (1 if recipe.sparsity.gate_penalty_share else 0)
 
 
 def layer_gradient_bytes(architecture: Architecture, value_bytes: int) -> int:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
+from torch import nn
 
 from sparsify.conversion.folder import check_activation
 from sparsify.models import FFN_ACTIVATIONS, FfnActivation, SparseModel
@@ -66,7 +66,7 @@ def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int) -> float:
             _mix(block.ffn_activation, model.config.base_ffn_activation, share)
     elif recipe.swap.anneal_token_share:
         for block in model.ffn_blocks():
-            block.ffn_activation.__class__ = FfnActivation
+            _become(block.ffn_activation, FfnActivation)
             for name in ("base", "share"):
                 vars(block.ffn_activation).pop(name, None)
         check_activation(model, recipe.activation.ffn_activation)
@@ -76,23 +76,24 @@ def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int) -> float:
 @contextmanager
 def plain(model: SparseModel) -> Iterator[None]:
     """Has every block apply its plain activation meanwhile: what a checkpoint saved now is loaded with."""
-    mixed: list[Any] = [
-        block.ffn_activation
-        for block in model.ffn_blocks()
-        if isinstance(block.ffn_activation, AnnealedActivation)
-    ]
+    activations: list[FfnActivation] = [block.ffn_activation for block in model.ffn_blocks()]
+    mixed = [one for one in activations if type(one) is AnnealedActivation]
     for activation in mixed:
-        activation.__class__ = FfnActivation
+        _become(activation, FfnActivation)
     try:
         yield
     finally:
         for activation in mixed:
-            activation.__class__ = AnnealedActivation
+            _become(activation, AnnealedActivation)
+
+
+def _become(activation: nn.Module, kind: type[FfnActivation]) -> None:
+    # Re-classing keeps the module itself, with all that hangs on it: hooks, thresholds.
+    activation.__class__ = kind
 
 
 def _mix(activation: FfnActivation, base: str, share: float) -> None:
-    # Re-classing keeps the module itself, with all that hangs on it: hooks, thresholds.
-    activation.__class__ = AnnealedActivation
+    _become(activation, AnnealedActivation)
     assert isinstance(activation, AnnealedActivation)
     assert base in FFN_ACTIVATIONS
     activation.share = share

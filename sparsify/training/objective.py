@@ -26,7 +26,8 @@ class Objective:
     """
 
     def __init__(self, recipe: Recipe, engine: Any, penalty_weight: float | None) -> None:
-        self._recipe, self._engine, self.penalty_weight = recipe, engine, penalty_weight
+        self._recipe, self._engine = recipe, engine
+        self._penalty_weight = penalty_weight or 0.0
         self.routers: RouterMeter | None = router_meter(engine)
         self._pressure: PressureMeter | None = None
         if penalty_weight is not None:
@@ -69,7 +70,7 @@ class Objective:
             loss = loss + coefficient * output.aux_loss / recipe.accumulation_steps
         if self._pressure is not None and self.penalty_weight is not None:
             penalty = self._pressure.penalty()
-            loss = loss + self.penalty_weight * penalty / recipe.accumulation_steps
+            loss = loss + self._penalty_weight * penalty / recipe.accumulation_steps
         return loss, by_window
 
     def pressure(self) -> PressureRecord | None:

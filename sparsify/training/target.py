@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 
 RAMP_SHARE = 0.7
 """Of the way from where control begins to the end of the run: what is left is for the weights to settle at the target."""
-GAIN = 12.0
+GAIN = 8.0
 INTEGRAL_RATE = 3.0
 FIRST_LOSS_SHARE = 0.003
 """The penalty begins at this share of the loss."""

@@ -13,8 +13,10 @@ from sparsify.catalogue import compose_recipe
 from sparsify.conversion.folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
+from sparsify.plan.activations import extra_neuron_values
 from sparsify.recipe_sparsity import PenaltyStageSection
 from sparsify.sparsity.probe import SparsityProbe
+from sparsify.training.annealing import anneal
 from sparsify.training.pressure import PressureMeter, PressureRecord, stage_weight
 
 IDS = torch.arange(60).view(2, 30)
@@ -146,3 +148,38 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], message: st
     with pytest.raises(RecipeError) as error:
         compose_recipe("quickstart", overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["drelu", "reglu"])
+@pytest.mark.parametrize("setting", ["swap.anneal_token_share", "sparsity.gate_penalty_share"])
+def test_the_plan_knows_what_it_keeps_for_the_backward_pass(
+    name: str, setting: str, stock: dict[str, Path]
+) -> None:
+    anneals = setting.startswith("swap")
+    overrides = [f"activation={name}", f"{setting}=0.5", *([] if anneals else [STAGES])]
+    recipe = compose_recipe("quickstart", overrides)
+    model = load_sparse(stock["mistral"], name).train()
+    with PressureMeter(model, 0.0, IDS.device):
+        before = kept_bytes(model)
+    if anneals:
+        anneal(model, recipe, 10_240)
+    with PressureMeter(model, 0.0 if anneals else 0.5, IDS.device):
+        after = kept_bytes(model)
+    config = model.config
+    values = IDS.numel() * config.num_hidden_layers * config.intermediate_size
+    extra = (after - before) / (4 * values)
+    assert extra_neuron_values(recipe) - 1 <= extra <= extra_neuron_values(recipe) + 1e-6
+    assert extra > 0
+
+
+def kept_bytes(model: SparseModel) -> int:
+    """Bytes of all storages that a forward pass keeps for its backward pass."""
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(IDS, use_cache=False)
+    return sum(storage.nbytes() for storage in storages.values())
