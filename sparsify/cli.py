@@ -308,3 +308,27 @@ def compare(
 
     result, summary = compare_paths(runs, to, " ".join(["sparsify", *sys.argv[1:]]))
     console.print_json(result.model_dump_json()) if as_json else console.print(summary)
+
+
+@app.command()
+def reproduce(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `sparsify export` wrote")],
+    run: Annotated[bool, typer.Option("--run", help="Run it, and compare.")] = False,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Run folder; reproductions/NAME unless given.")
+    ] = None,
+) -> None:
+    """Prints the command that makes a bundle again, from the recipe that it carries; --run runs it and compares data and loss.
+
+    Example: sparsify reproduce my-sparse-model
+    """
+    from sparsify.verbs.reproduce import reproduce as run_again
+    from sparsify.verbs.reproduce import reproduction
+
+    plan = reproduction(bundle.expanduser(), to)
+    for difference in plan.differences:
+        say(f"Note: {difference}.")
+    say(plan.command)
+    if run:
+        for sentence in run_again(bundle.expanduser(), plan, say):
+            say(sentence)

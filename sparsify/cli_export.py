@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
-from sparsify.cli_common import say
+from sparsify.cli_common import AsJson, console, say
 
 WRITE = "write"
 
@@ -54,6 +56,21 @@ def export_write(
     predictors: Annotated[
         Path | None, typer.Option("--predictors", help="Their folder; RUN/predictors else.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="hf: bf16, fp16 or fp32; as it was trained else.")
+    ] = None,
+    shard_gb: Annotated[
+        float | None, typer.Option(help="hf: size of a shard; 5 else. Memory holds one.")
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="hf: licence of the base model, for the card.")
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push-to-hub", help="hf: publish it as OWNER/NAME.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="hf: make a new repository private.")
+    ] = False,
     ffn_type: Annotated[
         str | None, typer.Option(help="PowerInfer: f16 (as it is) or q4_0, of the FFN weights.")
     ] = None,
@@ -75,17 +92,47 @@ def export_write(
 
     Example: sparsify export runs/quickstart --to my-sparse-model
     """
-    from sparsify.export.bundle import export as write_bundle
-    from sparsify.verbs.export import PowerInferOptions, check_options, to_powerinfer
+    from sparsify.verbs.export import PowerInferOptions, check_options, to_bundle, to_powerinfer
 
     options = PowerInferOptions(predictors, ffn_type, context_tokens, vram_gb, on, tokens)
-    check_options(format, options, [])
+    hub = {"--push-to-hub": push_to_hub, "--private": private or None}
+    bundle_options = {"--dtype": dtype, "--shard-gb": shard_gb, "--license": license} | hub
+    check_options(format, options, [name for name, value in bundle_options.items() if value])
     if format != "hf":
         written = to_powerinfer(model_or_run, to, format, options, say)
         say(f"{to / written.model_file}: {written.size_bytes / 1e6:.1f} MB in all")
         for note in written.notes:
             say(f"Note: {note}")
         return
-    bundle = write_bundle(Path(model_or_run).expanduser(), to)
+    bundle = to_bundle(model_or_run, to, predictors, dtype, shard_gb, license)
     say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
     say(f"Checked: {bundle.acceptance.sentence()}.")
+    if bundle.has_predictors:
+        say("Predictors are in predictors/.")
+    if push_to_hub is not None:
+        from sparsify.export.hub import push_to_hub as publish
+
+        say(f"Published: {publish(bundle.folder, push_to_hub, private=private)}")
+
+
+@export_app.command("verify")
+def export_verify(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `sparsify export` wrote")],
+    as_json: AsJson = False,
+) -> None:
+    """Checks a bundle: hashes, names and shapes of tensors, logits against those of the trained model, zeros, predictors.
+
+    Ends with 2 where it was damaged or edited, and says what.
+
+    Example: sparsify export verify my-sparse-model
+    """
+    from sparsify.export.verify import refuse_broken, verify
+
+    with Console(stderr=True).status("") as status:
+        checks = verify(bundle.expanduser(), status.update)
+    if as_json:
+        console.print_json(json.dumps([vars(check) for check in checks]))
+    else:
+        for check in checks:
+            say(f"{'holds ' if check.holds else 'BROKEN'}  {check.name}: {check.found}")
+    refuse_broken(bundle, checks)

@@ -14,9 +14,9 @@ from pathlib import Path
 from sparsify.errors import ExportError
 from sparsify.export import fresh_process
 
-TOLERANCES = {"bf16": 2e-2, "fp32": 1e-4}
-"""Largest allowed logit difference, as a share of the largest logit. On the machine that trained it is 0; another
-device or thread count rounds differently."""
+TOLERANCES = {"bf16": 2e-2, "fp16": 5e-3, "fp32": 1e-4}
+"""Largest allowed logit difference, as a share of the largest logit, in the coarser of the dtypes that trained and that are
+stored. On the machine that trained it is 0; another device, thread count or dtype rounds differently."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class Acceptance:
     samples: list[str]
     logits_difference: float | None
     model_class: str
+    zeros: float | None = None
+    """Share of exact zeros on the reference tokens."""
+    reference_tokens: int = 0
 
     def sentence(self) -> str:
         """What was checked, in one line."""
@@ -42,7 +45,7 @@ class Acceptance:
 def accept(
     bundle: Path,
     ffn_activation: str,
-    precision: str,
+    precisions: Sequence[str],
     reference: Path | None,
     prompts: Sequence[str] = (),
     sample_tokens: int = 48,
@@ -52,7 +55,7 @@ def accept(
     Args:
         bundle: Folder to check.
         ffn_activation: The activation that it must have.
-        precision: `bf16` or `fp32`, which decides the tolerance.
+        precisions: Of the training and of the stored weights: keys of TOLERANCES, of which the coarser one decides.
         reference: reference.safetensors of the checkpoint it was made from.
         prompts: Prompts to continue.
         sample_tokens: Length of each continuation.
@@ -79,12 +82,19 @@ def accept(
     difference = None
     if reference is not None:
         difference = answer["logits_difference"] / max(answer["logits_largest"], 1e-30)
+        precision = max(precisions, key=TOLERANCES.__getitem__)
         if not difference <= TOLERANCES[precision]:
             raise ExportError(
                 f"{bundle} gives other logits than the trained model: off by {difference:.1%} of the largest logit.",
                 allowed=f"At most {TOLERANCES[precision]:.2%} in {precision}.",
             )
-    return Acceptance(answer["samples"], difference, answer["model_class"])
+    return Acceptance(
+        answer["samples"],
+        difference,
+        answer["model_class"],
+        answer.get("zeros"),
+        answer.get("reference_tokens", 0),
+    )
 
 
 def _ask(request: dict[str, object], scratch: Path) -> dict:

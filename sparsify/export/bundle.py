@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
+from transformers import GenerationConfig
 
+from sparsify.conversion.architecture import sparse_config
 from sparsify.conversion.calibrated import RECORD
 from sparsify.conversion.folder import write_config
+from sparsify.conversion.source import read_checkpoint
 from sparsify.conversion.tokenizer import copy_tokenizer
-from sparsify.errors import ExportError, RunError
+from sparsify.errors import ExportError, ModelError, RunError
 from sparsify.export.acceptance import Acceptance, accept
+from sparsify.export.card import model_card
+from sparsify.export.recorded import RECORDED_FILE, REFERENCE_FILE, Recorded
+from sparsify.export.shards import DTYPES, write_shards
 from sparsify.export.sums import write_sums
-from sparsify.export.weights import Trained, find_trained, load_trained
-from sparsify.files import atomic_folder
-from sparsify.mixture.lock import read_lock
-from sparsify.sparsity.report import read_report
-from sparsify.training.checkpoints import REFERENCE, STATE, read_state
-from sparsify.training.history import stages
+from sparsify.export.weights import Trained, find_trained
+from sparsify.files import atomic_folder, write_json
+from sparsify.models import SparseConfig
+from sparsify.predictors import Predictors, read_predictors, write_predictors
+from sparsify.predictors.predictors import FACTS_FILE, fingerprint_of
+from sparsify.source_rules import check_choice
+from sparsify.training.checkpoints import REFERENCE, STATE, StoredTensor, consolidated_weights
 
-SHARD_BYTES = "5GB"
+PREDICTORS_FOLDER = "predictors"
+GENERATION_FILE = "generation_config.json"
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class BundleSettings:
+    """How a bundle is written.
+
+    Attributes:
+        dtype: A key of DTYPES; what the run was trained in if None.
+        shard_gb: Size of a shard.
+        predictors: Their folder; those in the run's own folder if None and if they fit the checkpoint.
+        license: Identifier of the base model's licence for the card; what the base says if None.
+    """
+
+    dtype: str | None = None
+    shard_gb: float = 5.0
+    predictors: Path | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True)
@@ -34,10 +58,15 @@ class Bundle:
     num_files: int
     size_bytes: int
     acceptance: Acceptance
+    has_predictors: bool
 
 
 def export(
-    run_or_checkpoint: Path, to: Path, prompts: Sequence[str] = (), sample_tokens: int = 48
+    run_or_checkpoint: Path,
+    to: Path,
+    prompts: Sequence[str] = (),
+    sample_tokens: int = 48,
+    settings: BundleSettings | None = None,
 ) -> Bundle:
     """Writes the bundle of a run's newest checkpoint, or of one checkpoint, and checks it before it takes its name.
 
@@ -46,45 +75,101 @@ def export(
         to: Folder to write; must not exist.
         prompts: Prompts that the fresh process continues.
         sample_tokens: Length of each continuation.
+        settings: How; the defaults if None.
 
     Raises:
         ExportError: If `to` exists, or the bundle does not give the trained model's logits.
+        ModelError: If the predictors that are named belong to another checkpoint.
         RunError: If there is no such run or no checkpoint.
         StorageError: If the disk refuses.
     """
+    settings = settings or BundleSettings()
+    trained = _checked(run_or_checkpoint, to, settings)
+    recipe = trained.run.load_recipe()
+    precision = recipe.training.precision
+    dtype = settings.dtype or precision
+    weights = consolidated_weights(trained.checkpoint)
+    predictors = _predictors(trained, weights, settings.predictors)
+    with atomic_folder(to) as partial:
+        _write_model(trained, weights, partial, dtype, settings)
+        if predictors is not None:
+            write_predictors(predictors, partial / PREDICTORS_FOLDER)
+        _write_history(trained, partial)
+        acceptance = accept(
+            partial,
+            recipe.activation.ffn_activation,
+            [precision, dtype],
+            trained.checkpoint / REFERENCE,
+            prompts,
+            sample_tokens,
+        )
+        _record(trained, acceptance, dtype, partial)
+        facts = predictors.facts if predictors else None
+        card = model_card(trained, dtype, acceptance, facts, settings.license)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        files = write_sums(partial)
+        size_bytes = sum(file.stat().st_size for file in files)
+    return Bundle(to, len(files), size_bytes, acceptance, predictors is not None)
+
+
+def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Trained:
     if to.exists():
         raise ExportError(
             f"{to} exists already; an export never overwrites.",
             next_step="Choose another folder with --to, or remove this one.",
         )
+    if settings.dtype is not None:
+        check_choice("--dtype", settings.dtype, tuple(DTYPES))
+    if not settings.shard_gb > 0:
+        raise ExportError(f"--shard-gb is {settings.shard_gb:g}.", allowed="Above 0.")
     trained = find_trained(run_or_checkpoint)
     if trained is None:
         raise RunError(
             f"{run_or_checkpoint} is no run folder and no checkpoint of one.",
             allowed="A folder that `sparsify train` wrote, such as runs/quickstart, or a step-… folder in its checkpoints/.",
         )
-    recipe = trained.run.load_recipe()
-    with atomic_folder(to) as partial:
-        _write_model(trained, partial)
-        _write_history(trained, partial)
-        acceptance = accept(
-            partial,
-            recipe.activation.ffn_activation,
-            recipe.training.precision,
-            trained.checkpoint / REFERENCE,
-            prompts,
-            sample_tokens,
-        )
-        files = write_sums(partial)
-        size_bytes = sum(file.stat().st_size for file in files)
-    return Bundle(to, len(files), size_bytes, acceptance)
+    return trained
 
 
-def _write_model(trained: Trained, folder: Path) -> None:
-    model = load_trained(trained)
-    model.save_pretrained(folder, max_shard_size=SHARD_BYTES)
-    write_config(model.config, folder, model.dtype)
-    copy_tokenizer(trained.run.initial, folder)
+def _predictors(
+    trained: Trained, weights: dict[str, StoredTensor], given: Path | None
+) -> Predictors | None:
+    folder = given or trained.run.path / PREDICTORS_FOLDER
+    if given is None and not (folder / FACTS_FILE).is_file():
+        return None
+    predictors = read_predictors(folder)
+    names = [name for name in weights if name.endswith(("gate_proj.weight", "gate_up_proj"))]
+    gates = (weights[name].contiguous() for name in names)
+    try:
+        predictors.check_fingerprint(fingerprint_of(gates), str(folder))
+    except ModelError:
+        if given is not None:
+            raise
+        return None  # of an earlier checkpoint of the run
+    return predictors
+
+
+def _config(trained: Trained) -> SparseConfig:
+    initial, recipe = trained.run.initial, trained.run.load_recipe()
+    kept = read_checkpoint(initial).config
+    return sparse_config(kept, recipe.activation.ffn_activation, str(initial))
+
+
+def _write_model(
+    trained: Trained,
+    weights: dict[str, StoredTensor],
+    folder: Path,
+    dtype: str,
+    settings: BundleSettings,
+) -> None:
+    config, initial = _config(trained), trained.run.initial
+    write_shards(weights, config, folder, DTYPES[dtype], int(settings.shard_gb * GB))
+    write_config(config, folder, DTYPES[dtype])
+    if (initial / GENERATION_FILE).is_file():
+        shutil.copyfile(initial / GENERATION_FILE, folder / GENERATION_FILE)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+    copy_tokenizer(initial, folder)
 
 
 def _write_history(trained: Trained, folder: Path) -> None:
@@ -102,36 +187,22 @@ def _write_history(trained: Trained, folder: Path) -> None:
         if file.is_file():
             shutil.copyfile(file, folder / "training" / file.name)
     shutil.copyfile(trained.checkpoint / STATE, folder / "training" / STATE)
+    shutil.copyfile(trained.checkpoint / REFERENCE, folder / "training" / REFERENCE_FILE)
     if run.report.is_dir():
         shutil.copytree(run.report, folder / "sparsity")
-    (folder / "README.md").write_text(_model_card(trained), encoding="utf-8")
 
 
-def _model_card(trained: Trained) -> str:
-    recipe, state = trained.run.load_recipe(), read_state(trained.checkpoint)
-    lock = read_lock(trained.run.mixture_lock)
-    report = read_report(trained.run.report) if trained.run.report.is_dir() else None
-    template = Path(__file__).with_name("model_card.md.j2").read_text(encoding="utf-8")
-    return (
-        jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
-        .from_string(template)
-        .render(
-            recipe=recipe,
-            state=state,
-            config=json.loads((trained.run.initial / "config.json").read_text()),
-            origin=recipe.model.source or "random weights",
-            zeros=report.product_zeros if report else None,
-            report_tokens=report.num_tokens if report else 0,
-            stages=stages(trained.run),
-            has_control=trained.run.control.metrics.is_file(),
-            sources=[
-                {
-                    "name": name,
-                    "group": recipe.mixture.sources[name].group,
-                    "share": source.token_share,
-                    "tokens": state.drawn_windows.get(name, 0) * lock.window_tokens,
-                }
-                for name, source in lock.sources.items()
-            ],
-        )
+def _record(trained: Trained, acceptance: Acceptance, dtype: str, folder: Path) -> None:
+    recipe = trained.run.load_recipe()
+    assert acceptance.logits_difference is not None
+    assert acceptance.zeros is not None
+    recorded = Recorded(
+        checkpoint=trained.checkpoint.name,
+        ffn_activation=recipe.activation.ffn_activation,
+        precision=recipe.training.precision,
+        dtype=dtype,
+        logits_difference=acceptance.logits_difference,
+        zeros=acceptance.zeros,
+        reference_tokens=acceptance.reference_tokens,
     )
+    write_json(folder / "training" / RECORDED_FILE, recorded.model_dump())

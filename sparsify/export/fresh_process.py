@@ -38,11 +38,28 @@ def main(request_path: str, answer_path: str) -> None:
     }
     if request["reference"]:
         reference = load_file(request["reference"])
+        counts = count_zeros(model)
         with torch.no_grad():
             logits = model(input_ids=reference["input_ids"], use_cache=False).logits.float()
+        answer["zeros"] = counts["zeros"] / counts["values"]
+        answer["reference_tokens"] = reference["input_ids"].numel()
         answer["logits_difference"] = float((logits - reference["logits"]).abs().max())
         answer["logits_largest"] = float(reference["logits"].abs().max())
     Path(answer_path).write_text(json.dumps(answer))
+
+
+def count_zeros(model: Any) -> dict[str, int]:
+    """Counts values and exact zeros of every activation from now on."""
+    counts = {"values": 0, "zeros": 0}
+
+    def count(module: Any, args: Any, output: torch.Tensor) -> None:
+        counts["values"] += output.numel()
+        counts["zeros"] += int((output == 0).sum())
+
+    for module in model.modules():
+        if type(module).__name__ == "FfnActivation":
+            module.register_forward_hook(count)
+    return counts
 
 
 def sample(model: Any, tokenizer: Any, prompt: str, sample_tokens: int) -> str:

@@ -90,6 +90,6 @@ def load_trained(trained: Trained) -> SparseModel:
         )
     with torch.no_grad():
         for name, parameter in expected.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(weights[name].contiguous())
     check_activation(model, recipe.activation.ffn_activation)
     return model

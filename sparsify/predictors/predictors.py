@@ -8,7 +8,7 @@ weights of the neurons that it switches on.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -132,7 +132,15 @@ class Predictors(NamedTuple):
                 f"{where} belongs to another model: it has {own} layers, experts, hidden size and neurons; the model {shape}.",
                 next_step="Train predictors for this model: `sparsify predictors train`.",
             )
-        if facts.fingerprint != fingerprint(model):
+        self.check_fingerprint(fingerprint(model), where)
+
+    def check_fingerprint(self, of_model: str, where: str) -> None:
+        """Refuses the weights that these predictors were not trained for.
+
+        Raises:
+            ModelError: If the fingerprints differ.
+        """
+        if self.facts.fingerprint != of_model:
             raise ModelError(
                 f"{where} was trained for other weights of the same shape than these: it would switch the wrong neurons off.",
                 next_step="Train predictors for this checkpoint: `sparsify predictors train`.",
@@ -157,9 +165,16 @@ def all_blocks(num_layers: int, num_experts: int) -> Iterator[Block]:
 
 def fingerprint(model: SparseModel) -> str:
     """Hash of some values of every layer's gate, rounded to bf16: the same in any dtype that holds bf16."""
+    return fingerprint_of(
+        block.gate_up_proj if hasattr(block, "gate_up_proj") else block.gate_proj.weight
+        for block in model.ffn_blocks()
+    )
+
+
+def fingerprint_of(gates: Iterable[torch.Tensor]) -> str:
+    """The same from every layer's gate, or fused gate and up."""
     digest = xxhash.xxh3_128()
-    for block in model.ffn_blocks():
-        gate = block.gate_up_proj if hasattr(block, "gate_up_proj") else block.gate_proj.weight
+    for gate in gates:
         values = gate.detach().flatten()
         chosen = values[:: max(1, len(values) // FINGERPRINT_VALUES)].to(torch.bfloat16)
         digest.update(chosen.cpu().contiguous().view(torch.int16).numpy().tobytes())

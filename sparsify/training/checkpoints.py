@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -309,8 +309,21 @@ def _load_shards(engine: Any, folder: Path) -> None:
         raise _damaged(folder, "DeepSpeed found nothing to load in it")
 
 
-def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Gathers the trained weights from a run's own shards, without an engine.
+class StoredTensor(Protocol):
+    """A tensor that is still on the disk."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+        ...
+
+    def contiguous(self) -> torch.Tensor:
+        """Reads it."""
+        ...
+
+
+def consolidated_weights(checkpoint: Path) -> dict[str, StoredTensor]:
+    """Finds the trained weights in a run's own shards, without an engine. A tensor is read when it is asked for.
 
     Returns:
         Tensors by the model's parameter names: the live weights for ZeRO 0 to 2; for ZeRO 3 the fp32 master weights,
@@ -328,13 +341,13 @@ def consolidated_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if whole_model:
         # DeepSpeed's own shard of the user's own run: the one pickle that is trusted here.
         with _unreadable_shards(checkpoint):
-            return torch.load(shard, map_location="cpu", weights_only=False)["module"]
+            return torch.load(shard, map_location="cpu", mmap=True, weights_only=False)["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     unheard = io.StringIO()
     with _unreadable_shards(checkpoint), redirect_stdout(unheard), redirect_stderr(unheard):
         weights = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name
+            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
         )
     assert weights is not None
     return weights

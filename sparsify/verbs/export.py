@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify.errors import ExportError
+from sparsify.export.bundle import Bundle, BundleSettings, export
 from sparsify.export.powerinfer import (
     PowerInferSettings,
     Written,
@@ -66,6 +67,20 @@ def check_options(layout: str, options: PowerInferOptions, bundle_options: Seque
             f"--format {layout} does not take {', '.join(given)}.",
             next_step="Leave it out, or choose another --format.",
         )
+
+
+def to_bundle(
+    run: str,
+    to: Path,
+    predictors: Path | None,
+    dtype: str | None,
+    shard_gb: float | None,
+    license: str | None,
+) -> Bundle:
+    """Writes the Hugging Face bundle of a run, with the defaults where nothing is given."""
+    given = {"dtype": dtype, "predictors": predictors, "license": license, "shard_gb": shard_gb}
+    settings = BundleSettings(**{name: value for name, value in given.items() if value is not None})
+    return export(Path(run).expanduser(), to, settings=settings)
 
 
 def to_powerinfer(

@@ -92,6 +92,8 @@ def test_the_bundle_is_complete_and_its_sums_hold(trained: Path) -> None:
         "training/mixture.lock.json",
         "training/metrics.jsonl",
         "training/environment.json",
+        "training/recorded.json",
+        "training/reference.safetensors",
     }
 
 
@@ -102,7 +104,7 @@ def test_the_card_tells_the_measured_numbers(trained: Path) -> None:
     for stage in report["stages"]:
         assert f"| {stage['name']} | {stage['loss']:.3f} |" in card
     assert "No dense control was trained" in card
-    assert "| questions | instruction | 0.2500 | 1,024 |" in card
+    assert "| questions | instruction | 0.2500 | 0.2500 | 1,024 |" in card
 
 
 def test_generation_with_cache_and_padding_equals_plain_forwards(trained: Path) -> None:
@@ -150,4 +152,4 @@ def test_a_bundle_that_answers_differently_is_refused(
         (bundle / "config.json").write_text(json.dumps(config | {"ffn_activation": "reglu"}))
         words = "loads with reglu; it was trained with drelu"
     with pytest.raises(ExportError, match=words):
-        accept(bundle, "drelu", "bf16", reference)
+        accept(bundle, "drelu", ["bf16"], reference)

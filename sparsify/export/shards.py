@@ -1,0 +1,112 @@
+"""Writes a model's weights shard by shard, so that no more than one shard is ever in memory."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+
+from sparsify.conversion.architecture import tensor_shapes
+from sparsify.errors import RunError
+from sparsify.files import write_json
+from sparsify.models import SparseConfig
+from sparsify.training.checkpoints import StoredTensor
+
+INDEX_FILE = "model.safetensors.index.json"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_EXPERT = re.compile(r"(.*)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
+_ROUTER = re.compile(r"(.*)block_sparse_moe\.gate\.weight")
+
+
+class _Place(NamedTuple):
+    """Where a tensor of the stored layout is among the live ones."""
+
+    live_name: str
+    expert: int | None = None
+    matrix: str = ""
+
+
+def write_shards(
+    weights: Mapping[str, StoredTensor],
+    config: SparseConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    shard_bytes: int,
+) -> None:
+    """Writes safetensors in the layout of stock Mistral and Mixtral checkpoints, and an index if there are several.
+
+    Memory holds one shard, and of a Mixtral one layer's fused experts besides.
+
+    Args:
+        weights: The live model's tensors by name, read when they are asked for.
+        config: Of the model.
+        folder: To write into.
+        dtype: Of the written tensors.
+        shard_bytes: Largest shard. A tensor that is larger has a shard of its own.
+
+    Raises:
+        RunError: If `weights` lacks a tensor, or holds one of another shape.
+    """
+    shapes = tensor_shapes(config)
+    planned = {
+        name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()
+    }
+    split = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
+    reader = _Reader(weights, config)
+    for file, names in split.filename_to_tensors.items():
+        tensors = {name: reader.read(name, shapes[name], dtype) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        del tensors
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(folder / INDEX_FILE, index)
+
+
+class _Reader:
+    """Reads tensors of the stored layout, and keeps the fused experts that it read last."""
+
+    def __init__(self, weights: Mapping[str, StoredTensor], config: SparseConfig) -> None:
+        self._weights, self._neurons = weights, config.intermediate_size
+        self._last: tuple[str, torch.Tensor] | None = None
+
+    def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        place = _place(name)
+        if place.live_name not in self._weights:
+            raise RunError(
+                f"The checkpoint does not hold {place.live_name}.",
+                next_step="Use another checkpoint of the run.",
+            )
+        tensor = self._gathered(place)
+        if place.expert is not None:
+            tensor = tensor[place.expert]
+            if place.matrix == "1":
+                tensor = tensor[: self._neurons]
+            elif place.matrix == "3":
+                tensor = tensor[self._neurons :]
+        if tuple(tensor.shape) != shape:
+            raise RunError(f"{name} has the shape {list(tensor.shape)} instead of {list(shape)}.")
+        # A copy in any case: safetensors refuses views, and a view would keep the whole fused tensor.
+        return tensor.to(dtype, copy=True).contiguous()
+
+    def _gathered(self, place: _Place) -> torch.Tensor:
+        if self._last is not None and self._last[0] == place.live_name:
+            return self._last[1]
+        self._last = None
+        tensor = self._weights[place.live_name].contiguous()
+        if place.expert is not None:
+            self._last = place.live_name, tensor
+        return tensor
+
+
+def _place(name: str) -> _Place:
+    if match := _EXPERT.fullmatch(name):
+        fused = "down_proj" if match[3] == "2" else "gate_up_proj"
+        return _Place(f"{match[1]}mlp.experts.{fused}", int(match[2]), match[3])
+    if match := _ROUTER.fullmatch(name):
+        return _Place(f"{match[1]}mlp.gate.weight")
+    return _Place(name)

@@ -1,0 +1,134 @@
+"""Publishing goes through huggingface_hub: here against a server of our own that speaks the Hub's interface."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+PUBLISH = """
+import sys
+from pathlib import Path
+from huggingface_hub import HfApi
+from sparsify.errors import ExportError
+from sparsify.export.hub import push_to_hub
+api = HfApi(endpoint=sys.argv[1], token="hf_test")
+for repository in sys.argv[3:]:
+    try:
+        print(push_to_hub(Path(sys.argv[2]), repository, private=True, api=api))
+    except ExportError as error:
+        print("refused:", str(error).replace(chr(10), " "))
+"""
+
+
+class Hub(ThreadingHTTPServer):
+    """Keeps what is uploaded."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.created: list[dict] = []
+        self.num_commits = 0
+        self.files: dict[str, bytes] = {}
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def _answer(self, body: object, status: int = 200) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self) -> None:
+        self._answer({"error": "not found"}, 404)
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.partition("?")[0]
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            if asked["name"] == "forbidden":
+                self._answer({"error": "You may not write here"}, 403)
+                return
+            self.server.created.append(asked)
+            self._answer({"url": f"{self.server.address}/owner/{asked['name']}"})
+        elif path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif path.endswith("/preupload/main"):
+            files = json.loads(body)["files"]
+            self._answer(
+                {
+                    "files": [
+                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                        for f in files
+                    ]
+                }
+            )
+        elif path.endswith("/commit/main"):
+            self.server.num_commits += 1
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    value = entry["value"]
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+            commit = f"{self.server.address}/owner/mine/commit/{'0' * 40}"
+            self._answer({"success": True, "commitOid": "0" * 40, "commitUrl": commit})
+        else:
+            self._answer({"error": path}, 404)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_bundle_is_published_whole_and_a_refusal_is_told(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A card\n")
+    (tmp_path / "training" / "recipe.yaml").write_text("name: tiny\n")
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(256)) * 20)
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    names = ["owner/mine", "owner/forbidden"]
+    result = subprocess.run(
+        [sys.executable, "-c", PUBLISH, hub.address, str(tmp_path), *names],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    published, refused = result.stdout.splitlines()
+    assert published == f"{hub.address}/owner/mine"
+    assert "was not published as owner/forbidden" in refused
+    (created,) = hub.created
+    assert created["visibility"] == "private"
+    assert hub.num_commits == 1
+    assert hub.files == {
+        path.relative_to(tmp_path).as_posix(): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }

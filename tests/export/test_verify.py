@@ -1,0 +1,194 @@
+"""A bundle can be checked anywhere: damage, edits and foreign predictors are named. It can be published and made again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsify.catalogue import compose_recipe
+from sparsify.errors import ExportError, ModelError
+from sparsify.export.bundle import BundleSettings, export
+from sparsify.export.shards import INDEX_FILE
+from sparsify.export.sums import SUMS, write_sums
+from sparsify.export.verify import Check, refuse_broken, verify
+from sparsify.export.weights import find_trained, load_trained
+from sparsify.predictors import read_predictors, write_predictors
+from sparsify.predictors.train import Settings, train_predictors
+from sparsify.verbs.reproduce import reproduce, reproduction
+from tests.conftest import Setup
+
+pytestmark = pytest.mark.xdist_group("runs")
+Finished = Callable[[Setup], tuple[Path, dict]]
+
+
+@pytest.fixture(scope="module")
+def run(finished: Finished) -> Path:
+    return finished(Setup("mistral", 1, 2, "bf16"))[0]
+
+
+@pytest.fixture(scope="module")
+def predictors(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("predictors") / "own"
+    found = find_trained(run)
+    assert found is not None
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "input_ids": torch.randint(3, 2048, (1, 64), generator=generator),
+            "position_ids": torch.arange(64)[None],
+        }
+        for _ in range(4)
+    ]
+    settings = Settings(ranks=(8,), budget_share=1.0, passes=1)
+    trained = train_predictors(
+        load_trained(found), batches, batches, settings, text="", state_path=folder / "state"
+    )
+    write_predictors(trained, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def bundle(run: Path, predictors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a bf16 run in fp16, in several shards, with predictors."""
+    to = tmp_path_factory.mktemp("bundle") / "bundle"
+    settings = BundleSettings("fp16", shard_gb=5e-5, predictors=predictors, license="apache-2.0")
+    export(run, to, settings=settings)
+    return to
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(bundle, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def broken(checks: list[Check]) -> dict[str, str]:
+    return {check.name: check.found for check in checks if not check.holds}
+
+
+def test_a_whole_bundle_holds_whatever_its_dtype_and_shards(bundle: Path) -> None:
+    index = json.loads((bundle / INDEX_FILE).read_text())
+    shards = set(index["weight_map"].values())
+    assert len(shards) > 1
+    tensors = load_file(bundle / min(shards))
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    checks = verify(bundle)
+    assert [check.name for check in checks] == [
+        "hashes",
+        "tensors",
+        "logits",
+        "sparsity",
+        "predictors",
+    ]
+    assert broken(checks) == {}
+    refuse_broken(bundle, checks)
+    card = (bundle / "README.md").read_text()
+    assert "license: apache-2.0" in card
+    assert "`predictors/` holds predictors" in card
+    assert "| together |" in card
+
+
+@pytest.mark.slow
+def test_an_edit_is_found_even_when_its_hash_was_written_anew(copy: Path) -> None:
+    name = json.loads((copy / INDEX_FILE).read_text())["weight_map"][
+        "model.layers.1.mlp.down_proj.weight"
+    ]
+    tensors = load_file(copy / name)
+    tensors["model.layers.1.mlp.down_proj.weight"].neg_()
+    save_file(tensors, copy / name, metadata={"format": "pt"})
+    write_sums(copy)
+    checks = verify(copy)
+    assert broken(checks).keys() == {"logits"}
+    assert "gives other logits" in broken(checks)["logits"]
+    with pytest.raises(
+        ExportError, match=r"is not what was exported: logits: .*gives other logits"
+    ):
+        refuse_broken(copy, checks)
+
+
+def test_damaged_missing_and_added_files_are_named(copy: Path) -> None:
+    """The first shard is cut short, so that nothing is loaded."""
+    first = min(copy.glob("*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-10])
+    (copy / "tokenizer.json").unlink()
+    (copy / "modeling_extra.py").write_text("")
+    (copy / ".gitattributes").write_text("the Hub's own")
+    found = broken(verify(copy))
+    assert found["hashes"] == (
+        f"missing tokenizer.json; added modeling_extra.py; changed {first.name}"
+    )
+    assert f"{first.name} is truncated or corrupt" in found["tensors"]
+    assert found["logits"] == "not computed: the tensors do not fit"
+
+
+def test_a_folder_without_hashes_or_records_does_not_pass(copy: Path, tmp_path: Path) -> None:
+    (copy / SUMS).unlink()
+    (copy / "training" / "recorded.json").write_text("{}")
+    found = broken(verify(copy))
+    assert found["hashes"] == f"there is no {SUMS}"
+    assert "recorded.json cannot be read" in found["logits"]
+    with pytest.raises(ExportError, match="is no bundle"):
+        verify(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_edited_report_and_foreign_predictors_are_found(copy: Path) -> None:
+    path = copy / "sparsity" / "report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps(report | {"product_zeros": 0.99}))
+    kept = read_predictors(copy / "predictors")
+    kept.facts.fingerprint = "another"
+    write_predictors(kept, copy / "predictors")
+    write_sums(copy)
+    found = broken(verify(copy))
+    assert found.keys() == {"sparsity", "predictors"}
+    assert "its report says 99.0%" in found["sparsity"]
+
+
+def test_foreign_predictors_are_not_exported(run: Path, predictors: Path, tmp_path: Path) -> None:
+    kept = read_predictors(predictors)
+    kept.facts.fingerprint = "another"
+    write_predictors(kept, tmp_path / "predictors")
+    settings = BundleSettings(predictors=tmp_path / "predictors")
+    with pytest.raises(ModelError, match="trained for other weights"):
+        export(run, tmp_path / "out", settings=settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_printed_command_is_the_recipe_that_was_run(bundle: Path, run: Path) -> None:
+    plan = reproduction(bundle, None)
+    assert plan.command.startswith(f"sparsify train {bundle}/training/recipe.yaml run_dir=")
+    again = compose_recipe(*plan.arguments[1:2], plan.arguments[2:])
+    kept = find_trained(run)
+    assert kept is not None
+    recipe = kept.run.load_recipe()
+    recipe.run_dir = again.run_dir
+    assert again == recipe
+    assert plan.differences == []
+
+
+def test_other_software_is_told(copy: Path) -> None:
+    path = copy / "training" / "environment.json"
+    recorded = json.loads(path.read_text())
+    recorded["packages"]["torch"] = "1.0"
+    path.write_text(json.dumps(recorded))
+    (difference,) = reproduction(copy, None).differences
+    assert difference.endswith("here and was 1.0")
+
+
+@pytest.mark.slow
+def test_a_bundle_is_made_again_with_the_same_data_and_loss(bundle: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    plan = reproduction(bundle, tmp_path / "again")
+    same, losses = reproduce(bundle, plan, told.append)
+    assert same == "The data are the same, source by source."
+    report = json.loads((bundle / "sparsity" / "report.json").read_text())
+    assert losses.startswith(
+        f"Loss {report['loss']:.4f} (the bundle's report: {report['loss']:.4f})"
+    )
