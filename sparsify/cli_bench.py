@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
 from sparsify.cli_common import AsJson, Overrides, console
+from sparsify.errors import RunError
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -144,3 +145,88 @@ def bench_recovery(
         console.print_json(result.model_dump_json())
     else:
         console.print(recovery_table(result))
+
+
+@bench_app.command("decode")
+def bench_decode(
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="Bundle, model or run of yours: what speed-up it has here, and which layers hold it back."
+        ),
+    ] = None,
+    predictors: Annotated[
+        Path | None, typer.Option(help="The bundle's predictors, tried besides exact decoding.")
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="What the bundle's decoding starts from.")
+    ] = "def read_json(path):\n",
+    tokens: Annotated[int, typer.Option(help="Tokens that a model decodes one by one.")] = 24,
+    hidden: Annotated[int, typer.Option(help="Width of the block.")] = 4096,
+    neurons: Annotated[int, typer.Option(help="Neurons of the block.")] = 14_336,
+    rank: Annotated[int, typer.Option(help="Rank of the predictors.")] = 1024,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
+    sparsity: Annotated[
+        str, typer.Option(help="Shares of zeros, with commas; empty: no blocks.")
+    ] = "0.5,0.7,0.8,0.9,0.95,0.97",
+    batch: Annotated[
+        str, typer.Option(help="Batches at 90% zeros, with commas.")
+    ] = "1,2,4,8,16,32",
+    threads: Annotated[
+        str | None, typer.Option(help="Threads, with commas; 1 and torch's own unless given.")
+    ] = None,
+    layers: Annotated[
+        int, typer.Option(help="Layers of the model of random weights; 0: none.")
+    ] = 4,
+    repeats: Annotated[int, typer.Option(help="Repeats of every time.")] = 9,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed-up against zeros into this .png or .svg file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decoding dense and sparse, with the same weights in one process: one block, and a whole model.
+
+    Example: sparsify bench decode --bundle my-sparse-model --sparsity ""
+    """
+    import torch
+
+    from sparsify.benchmarks.decode import DecodeSettings
+    from sparsify.benchmarks.decode import bench_decode as run
+    from sparsify.benchmarks.decode_figure import check_figure, write_figure
+    from sparsify.benchmarks.decode_table import decode_table
+
+    own = sorted({1, torch.get_num_threads()})
+    settings = DecodeSettings(
+        hidden=hidden,
+        neurons=neurons,
+        rank=rank,
+        dtype=dtype,
+        sparsities=tuple(_numbers("--sparsity", sparsity, float)),
+        batches=tuple(_numbers("--batch", batch, int)),
+        threads=tuple(own if threads is None else _numbers("--threads", threads, int)),
+        repeats=repeats,
+        layers=layers,
+        bundle=bundle,
+        predictors=predictors,
+        prompt=prompt,
+        decode_tokens=tokens,
+    )
+    if plot is not None:
+        check_figure(plot, settings.sparsities)
+    with Console(stderr=True).status("") as status:
+        result = run(settings, status.update)
+    if plot is not None:
+        write_figure(result, plot)
+    console.print_json(result.model_dump_json()) if as_json else console.print(decode_table(result))
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise RunError(
+            f"{option} is {text!r}.", allowed="Numbers with commas between, such as 1,2,4."
+        ) from error

@@ -20,8 +20,6 @@ from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, 
 from sparsify.runtime.predictors import Predictors, read_predictors
 from sparsify.runtime.weights import RowsRead
 
-MAX_TOKENS = 8
-
 
 @dataclass
 class BlockReads:
@@ -88,7 +86,7 @@ def accelerate(
     model: Any,
     *,
     predictors: Path | Predictors | None = None,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int | None = None,
     threads: int | None = None,
 ) -> Acceleration:
     """Makes the decoding of a sparse model read only what counts.
@@ -97,7 +95,8 @@ def accelerate(
         model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
         predictors: Folder with predictors.safetensors and predictors.json, or what was read of one. Without, decoding is
             exact.
-        max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way.
+        max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way. Unless
+            given, 8, or 4 in bf16, where torch's dense product is the faster from about six tokens on.
         threads: Of the kernels; torch's own number unless given.
 
     Returns:
@@ -155,4 +154,4 @@ def check_acceleratable(model: Any) -> None:
                 )
 
 
-__all__ = ["MAX_TOKENS", "Acceleration", "BlockReads", "accelerate", "check_acceleratable"]
+__all__ = ["Acceleration", "BlockReads", "accelerate", "check_acceleratable"]

@@ -18,7 +18,7 @@ from sparsify.runtime.portable import portable_ffn
 from sparsify.runtime.weights import FfnWeights, Predictor, RowsRead
 
 Backend = Literal["auto", "native", "torch"]
-THREAD_BYTES = 1 << 18
+THREAD_BYTES = 1 << 20
 
 
 def sparse_ffn(

@@ -13,18 +13,21 @@ from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
 from sparsify.runtime.ffn import sparse_ffn
 from sparsify.runtime.weights import FfnWeights, Predictor, RowsRead
 
+WORTHWHILE_TOKENS = {torch.bfloat16: 4}
+"""Where it is not 8: with more tokens torch's dense product wins, as it multiplies in bf16 itself."""
+
 
 @dataclass
 class Options:
     """How a block decodes.
 
     Args:
-        max_tokens: Most tokens of a call that go through the kernels.
+        max_tokens: Most tokens of a call that go through the kernels; by the dtype for None.
         threads: Of the kernels; torch's own number for None.
         predictors: One for the block, or one for each of its experts; None for exact decoding.
     """
 
-    max_tokens: int
+    max_tokens: int | None
     threads: int | None
     predictors: Sequence[Predictor] | None
 
@@ -64,10 +67,11 @@ class BlockForward:
     def _can(self, x: torch.Tensor) -> bool:
         """Whether this call may go through the kernels: few tokens, no gradient wanted, nobody watching the activation."""
         block = self.block
+        most = self.options.max_tokens or WORTHWHILE_TOKENS.get(x.dtype, 8)
         watched = (block.ffn_activation, *block.children())
         return (
             x.device.type == "cpu"
-            and 0 < x.numel() <= self.options.max_tokens * x.shape[-1]
+            and 0 < x.numel() <= most * x.shape[-1]
             and not (torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()))
             and not any(m._forward_hooks or m._forward_pre_hooks for m in watched)
         )

@@ -142,6 +142,14 @@ inline Lanes load_f16(const uint16_t* p) { return each([=](int i) { return f16_t
 
 #endif
 
+// ---- asking for memory before it is needed ----
+
+inline void prefetch(const void* data, int64_t bytes) {
+#if defined(__GNUC__)
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
+#endif
+}
+
 // ---- formats of weights and of hidden states ----
 
 struct F32 {

@@ -64,35 +64,36 @@ const typename T::Stored* row(const Matrix& m, int64_t n) {
     return static_cast<const typename T::Stored*>(m.data) + n * m.row_stride;
 }
 
-inline void prefetch(const void* data, int64_t bytes) {
-#if defined(__GNUC__)
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
-#endif
-}
-
 // R rows times B tokens: out[r][b] = dot(rows[r], x[b]). What comes after these rows is asked for while they are read: the
 // processor's own guesses end with a row.
 template <class T, int R, int B>
 void dot(const typename T::Stored* const* rows, const typename T::Stored* const* next, const float* x, int64_t width,
          float (*out)[MAX_TOKENS]) {
-    Lanes total[R][B][2];
+    constexpr int SUMS = B <= 2 ? 2 : 1;  // of each dot: enough to keep the adders busy, few enough for the registers
+    Lanes total[R][B][SUMS];
     for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b) total[r][b][0] = total[r][b][1] = zeros();
+        for (int b = 0; b < B; ++b)
+            for (int k = 0; k < SUMS; ++k) total[r][b][k] = zeros();
     int64_t i = 0;
-    for (; i + 2 * LANES <= width; i += 2 * LANES) {
-        for (int r = 0; r < R; ++r) prefetch(next[r] + i, 2 * LANES * sizeof(typename T::Stored));
-        for (int half = 0; half < 2; ++half) {
-            const int64_t j = i + half * LANES;
-            for (int r = 0; r < R; ++r) {
-                const Lanes weights = T::lanes(rows[r], j);
-                for (int b = 0; b < B; ++b)
-                    total[r][b][half] = multiply_add(weights, load_f32(x + b * width + j), total[r][b][half]);
+    for (; i + SUMS * LANES <= width; i += SUMS * LANES) {
+        for (int r = 0; r < R; ++r) prefetch(next[r] + i, SUMS * LANES * sizeof(typename T::Stored));
+#pragma GCC unroll 2
+        for (int k = 0; k < SUMS; ++k) {
+            const int64_t j = i + k * LANES;
+            Lanes weights[R];
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) weights[r] = T::lanes(rows[r], j);
+#pragma GCC unroll 8
+            for (int b = 0; b < B; ++b) {
+                const Lanes token = load_f32(x + b * width + j);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) total[r][b][k] = multiply_add(weights[r], token, total[r][b][k]);
             }
         }
     }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) {
-            float answer = sum(add(total[r][b][0], total[r][b][1]));
+            float answer = sum(SUMS == 2 ? add(total[r][b][0], total[r][b][SUMS - 1]) : total[r][b][0]);
             for (int64_t j = i; j < width; ++j) answer += T::at(rows[r], j) * x[b * width + j];
             out[r][b] = answer;
         }
@@ -124,7 +125,7 @@ void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count
 // All of `count` rows, shared among the threads of the parallel region that this is called in.
 template <class T, int B, class Take>
 void all_dots(const Matrix& m, const int32_t* list, int64_t count, const float* x, int64_t width, const Take& take) {
-    constexpr int R = B <= 2 ? ROWS : 2;
+    constexpr int R = B <= 4 ? ROWS : 2;
     const int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t block = 0; block < blocks; ++block) {
@@ -340,9 +341,11 @@ double sparsify_read(const float* data, int64_t count, int threads) {
 #pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
     for (int64_t block = 0; block < count / 1024; ++block) {
         sparsify::Lanes sums[4] = {sparsify::zeros(), sparsify::zeros(), sparsify::zeros(), sparsify::zeros()};
-        for (int i = 0; i < 1024; i += 64)
+        for (int i = 0; i < 1024; i += 64) {
+            sparsify::prefetch(data + std::min((block + 4) * 1024 + i, count - 64), 64 * sizeof(float));
             for (int k = 0; k < 4; ++k)
                 sums[k] = sparsify::add(sums[k], sparsify::load_f32(data + block * 1024 + i + k * 16));
+        }
         total += sparsify::sum(sparsify::add(sparsify::add(sums[0], sums[1]), sparsify::add(sums[2], sums[3])));
     }
     return total;

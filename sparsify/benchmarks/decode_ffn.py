@@ -1,0 +1,148 @@
+"""One feed-forward block with a sparsity that is set exactly, timed in turns: torch, dense kernel, exact, predictor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import torch
+from torch.nn.functional import linear
+
+from sparsify.benchmarks.decode_result import FfnPoint, Timing
+from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, Predictor, sparse_ffn
+from sparsify.runtime.build import kernels
+
+DRELU = KERNEL_ACTIVATIONS["drelu"]
+MIB = 1 << 20
+OUT_OF_CACHE_BYTES = 256 * MIB
+"""Weights that one round of contenders passes over, so that none finds its own in the cache."""
+SIGN = 12.0
+"""What decides a pre-activation's sign: far above the random part."""
+
+
+@dataclass
+class Block:
+    """A block whose token t is all of column t, so that writing that column says which neurons fire for it.
+
+    Args:
+        x: [tokens, hidden].
+        weights: With a predictor.
+        down: [hidden, neurons], as a dense model has it.
+    """
+
+    x: torch.Tensor
+    weights: FfnWeights
+    down: torch.Tensor
+
+    def fire(self, active: float, gates: float, generator: torch.Generator) -> None:
+        """Sets the share of neurons that fire for each token, and of those whose gate is positive."""
+        neurons = self.weights.gate.shape[0]
+        predictor = self.weights.predictor
+        assert predictor is not None
+        for token in range(len(self.x)):
+            order = torch.randperm(neurons, generator=generator)
+            gate_on, both_on = torch.full((neurons,), -SIGN), torch.full((neurons,), -SIGN)
+            gate_on[order[: round(gates * neurons)]] = SIGN
+            both_on[order[: round(active * neurons)]] = SIGN
+            self.weights.gate[:, token] = gate_on
+            self.weights.up[:, token] = both_on
+            predictor.b[:, token] = both_on
+
+
+def make_blocks(
+    hidden: int, neurons: int, rank: int, tokens: int, dtype: torch.dtype
+) -> list[Block]:
+    """As many blocks as do not fit into a processor's cache, with random weights."""
+    size = 3 * hidden * neurons * dtype.itemsize
+    generator = torch.Generator().manual_seed(0)
+    return [
+        _make_block(hidden, neurons, rank, tokens, dtype, generator)
+        for _ in range(max(1, round(OUT_OF_CACHE_BYTES / size)))
+    ]
+
+
+def _make_block(
+    hidden: int,
+    neurons: int,
+    rank: int,
+    tokens: int,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> Block:
+    def uniform(
+        *shape: int,
+    ) -> torch.Tensor:  # cheap to draw; variance as of weights that keep that of x
+        return (torch.rand(*shape, generator=generator) - 0.5).to(dtype).mul_(3.4 / shape[1] ** 0.5)
+
+    x = uniform(tokens, hidden) * hidden**0.5
+    x[:, :tokens] = torch.eye(tokens)
+    a = uniform(rank, hidden)
+    a[:tokens] = 0.0
+    a[:tokens, :tokens] = torch.eye(tokens)  # hidden unit t of the predictor knows token t
+    predictor = Predictor(a, uniform(neurons, rank), threshold=0.0)
+    gate, up, down_t = (uniform(neurons, hidden) for _ in range(3))
+    return Block(x, FfnWeights(gate, up, down_t, predictor=predictor), down_t.T.contiguous())
+
+
+def measure_point(
+    blocks: Sequence[Block], active: float, gates: float, tokens: int, threads: int, repeats: int
+) -> FfnPoint:
+    """Times all contenders in turns, over the first `tokens` of each block's tokens."""
+    generator = torch.Generator().manual_seed(1)
+    data = torch.ones(OUT_OF_CACHE_BYTES // 4)
+    for block in blocks:
+        block.fire(active, gates, generator)
+    exact = [replace(block.weights, predictor=None) for block in blocks]
+
+    def sparse(index: int, weights: FfnWeights, dense: bool = False) -> int:
+        x = blocks[index].x[:tokens]
+        _, rows = sparse_ffn(x, weights, DRELU, dense=dense, threads=threads)
+        passes = -(-tokens // 8)
+        return rows.total * weights.row_bytes + passes * weights.predictor_bytes
+
+    contenders: dict[str, Callable[[int], int]] = {
+        "torch": lambda index: _torch_dense(blocks[index], tokens),
+        "dense": lambda index: sparse(index, exact[index], dense=True),
+        "exact": lambda index: sparse(index, exact[index]),
+        "predictor": lambda index: sparse(index, blocks[index].weights),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    reading: list[float] = []
+    read_data(data, threads)
+    bytes_read = {name: run(0) for name, run in contenders.items()}  # warms up, too
+    for _ in range(repeats):
+        start = time.perf_counter()
+        read_data(data, threads)
+        reading.append(time.perf_counter() - start)
+        for name, run in contenders.items():
+            start = time.perf_counter()
+            for index in range(len(blocks)):
+                run(index)
+            seconds[name].append((time.perf_counter() - start) / len(blocks))
+    return FfnPoint(
+        active_share=active,
+        gate_share=gates,
+        tokens=tokens,
+        threads=threads,
+        bytes_read=bytes_read,
+        read_bytes_per_second=data.numel() * 4 / median(reading),
+        seconds={name: Timing(seconds=times) for name, times in seconds.items()},
+    )
+
+
+def _torch_dense(block: Block, tokens: int) -> int:
+    weights, x = block.weights, block.x[:tokens]
+    product = linear(x, weights.gate).relu() * linear(x, weights.up).relu()
+    linear(product, block.down)
+    return 3 * weights.gate.numel() * weights.gate.element_size()
+
+
+def read_data(data: torch.Tensor, threads: int) -> None:
+    """Reads memory as fast as this machine can: threads that only add up what they read."""
+    library = kernels()
+    if library is None:
+        data.sum()
+    else:
+        library.sparsify_read(data.data_ptr(), data.numel(), threads)

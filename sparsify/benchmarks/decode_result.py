@@ -1,0 +1,138 @@
+"""What `sparsify bench decode` measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+
+from pydantic import BaseModel
+
+CONTENDERS = ("torch", "dense", "exact", "predictor")
+"""torch's dense block, the dense C++ kernel, the exact sparse kernel, the sparse kernel with a predictor."""
+
+
+class Timing(BaseModel):
+    """Seconds of interleaved repeats, in the order in which they were taken."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return median(self.seconds)
+
+
+class Ratio(BaseModel):
+    """How many times as fast: the median over the pairs of each repeat, and the middle half of them."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, slower: Timing, faster: Timing) -> Ratio:
+        """Of two contenders that took turns."""
+        pairs = sorted(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
+        quarter = len(pairs) // 4
+        return cls(median=median(pairs), low=pairs[quarter], high=pairs[-1 - quarter])
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ±{(self.high - self.low) / 2:.2f}"
+
+
+class FfnPoint(BaseModel):
+    """One block under one sparsity.
+
+    Attributes:
+        active_share: Share of neurons whose product is not zero, for one token.
+        gate_share: Share of neurons whose gate is positive, for one token.
+        tokens: Batch.
+        bytes_read: Bytes of weights that each contender reads.
+        read_bytes_per_second: Of plain reading, which took its turn among the contenders.
+        seconds: By contender.
+    """
+
+    active_share: float
+    gate_share: float
+    tokens: int
+    threads: int
+    bytes_read: dict[str, int]
+    read_bytes_per_second: float
+    seconds: dict[str, Timing]
+
+    def ratio(self, contender: str, baseline: str) -> Ratio:
+        """Speed-up of one over another."""
+        return Ratio.of(self.seconds[baseline], self.seconds[contender])
+
+    def ideal(self, contender: str) -> float:
+        """Speed-up over the dense kernel if bytes were all that cost."""
+        return self.bytes_read["dense"] / self.bytes_read[contender]
+
+    def read_share(self, contender: str) -> float:
+        """Bytes a second, as a share of those that plain reading got."""
+        speed = self.bytes_read[contender] / self.seconds[contender].median
+        return speed / self.read_bytes_per_second
+
+
+class LayerRead(BaseModel):
+    """What decoding read of one layer of a model."""
+
+    layer: int
+    fired_share: float
+    touched_share: float
+
+    @property
+    def ideal(self) -> float:
+        """Speed-up of its block if bytes were all that cost."""
+        return 1 / self.touched_share
+
+
+class ModelPoint(BaseModel):
+    """A whole model that decodes the same tokens densely and sparsely.
+
+    Attributes:
+        model: What it is.
+        decode_seconds: Of a token, by contender.
+        prompt_seconds: Of the prompt, by contender; all of them go the dense way, with down_proj in the kernels' order for the sparse ones.
+        outside_share: Share of a token's time outside the feed-forward blocks, by contender.
+        bytes_read: Of weights for a token, by contender.
+    """
+
+    model: str
+    dtype: str
+    layers: int
+    prompt_tokens: int
+    threads: int
+    active_share: float
+    decode_seconds: dict[str, Timing]
+    prompt_seconds: dict[str, Timing]
+    outside_share: dict[str, float]
+    bytes_read: dict[str, float]
+    reads: list[LayerRead]
+
+    def ratio(self, contender: str) -> Ratio:
+        """Speed-up of decoding over the model's dense self."""
+        return Ratio.of(self.decode_seconds["torch"], self.decode_seconds[contender])
+
+
+class DecodeBench(BaseModel):
+    """Everything."""
+
+    hidden: int
+    neurons: int
+    rank: int
+    dtype: str
+    threads: int
+    repeats: int
+    cpu: str
+    load_before: float
+    ffn: list[FfnPoint]
+    models: list[ModelPoint]
+
+
+def closest(points: Sequence[FfnPoint], active: float) -> FfnPoint:
+    """The point at batch 1 whose gates decide alone and whose active share is nearest."""
+    return min(
+        (one for one in points if one.tokens == 1),
+        key=lambda one: (abs(one.active_share - active), one.gate_share),
+    )

@@ -1,0 +1,147 @@
+"""The result of `sparsify bench decode` as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from sparsify.benchmarks.decode_result import CONTENDERS, DecodeBench, FfnPoint, ModelPoint
+
+GIGA, MEGA = 1e9, 1e6
+SHOWN_LAYERS = 5
+WHERE = ("zeros", "gates on", "batch", "threads")
+
+
+def decode_table(bench: DecodeBench) -> RenderableType:
+    """Blocks, models, and what the numbers rest on."""
+    parts: list[RenderableType] = [""]
+    if bench.ffn:
+        parts += [_speed(bench), _bytes(bench)]
+    for model in bench.models:
+        parts += [_model(model), _layers(model)]
+    return Group(*parts, _rests_on(bench))
+
+
+def _speed(bench: DecodeBench) -> Table:
+    table = _table(
+        f"One block, {bench.hidden}×{bench.neurons}, {bench.dtype}: times as fast ± half of the middle half of the repeats",
+        [*WHERE, "dense", "exact", "exact", "predictor"],
+        ["", "", "", "", "on torch", "on torch", "on dense", "on dense"],
+    )
+    for point in bench.ffn:
+        table.add_row(
+            *_where(point),
+            str(point.ratio("dense", "torch")),
+            str(point.ratio("exact", "torch")),
+            str(point.ratio("exact", "dense")),
+            str(point.ratio("predictor", "dense")),
+        )
+    return table
+
+
+def _bytes(bench: DecodeBench) -> Table:
+    table = _table(
+        "What they read, and what that allows: MB, times as fast as dense, and how much of this machine's reading speed is used",
+        [*WHERE, "exact", "pred.", "exact", "pred.", "torch, dense, exact, pred."],
+        ["", "", "", "", "MB", "MB", "allows", "allows", "% of reading speed"],
+    )
+    for point in bench.ffn:
+        read = point.bytes_read
+        shares = (f"{100 * point.read_share(one):4.0f}" for one in CONTENDERS)
+        table.add_row(
+            *_where(point),
+            *(f"{read[one] / MEGA:.1f}" for one in ("exact", "predictor")),
+            f"{point.ideal('exact'):.2f}",
+            f"{point.ideal('predictor'):.2f}",
+            "".join(shares),
+        )
+    return table
+
+
+def _where(point: FfnPoint) -> list[str]:
+    return [
+        f"{1 - point.active_share:.0%}",
+        f"{point.gate_share:.0%}",
+        str(point.tokens),
+        str(point.threads),
+    ]
+
+
+def _model(model: ModelPoint) -> Table:
+    table = _table(
+        f"{escape(model.model)}: {model.layers} layers, {model.dtype}, {model.threads} thread(s); "
+        f"{model.active_share:.1%} of the neurons fire",
+        ["decoding", "tokens/s", "times", "bytes", "MB", "outside", "prompt"],
+        ["", "", "as fast", "allow", "a token", "blocks", f"of {model.prompt_tokens}"],
+    )
+    dense_bytes = model.bytes_read["torch"]
+    for name, timing in model.decode_seconds.items():
+        prompt = model.prompt_seconds
+        table.add_row(
+            "dense (torch)" if name == "torch" else name,
+            f"{1 / timing.median:.1f}",
+            str(model.ratio(name)),
+            f"{dense_bytes / model.bytes_read[name]:.2f}",
+            f"{model.bytes_read[name] / MEGA:,.0f}",
+            f"{model.outside_share[name]:.0%}",
+            f"{prompt['torch'].median / prompt[name].median:.2f}",
+        )
+    return table
+
+
+def _layers(model: ModelPoint) -> Table:
+    shown = sorted(model.reads, key=lambda one: one.touched_share, reverse=True)[:SHOWN_LAYERS]
+    table = _table(
+        "Layers that hold it back most: their exact blocks read the most rows",
+        ["layer", "neurons that fire", "rows read", "its block at most"],
+    )
+    for one in shown:
+        table.add_row(
+            str(one.layer),
+            f"{one.fired_share:.1%}",
+            f"{one.touched_share:.1%}",
+            f"{one.ideal:.2f}×",
+        )
+    return table
+
+
+def _rests_on(bench: DecodeBench) -> str:
+    busy = bench.load_before > 0.5
+    warning = (
+        f" The load was {bench.load_before:.1f} before the start: other work shared the machine, so read ratios alone."
+        if busy
+        else ""
+    )
+    return (
+        f"[dim]{escape(bench.cpu)}; {_reading(bench)}{warning}\n"
+        f"dense: the C++ kernel that reads every row. Medians of {bench.repeats} repeats taken in turns, ratios medians of the "
+        "pairs; same weights, same process.\n"
+        f"Predictor: rank {bench.rank}, perfect by construction, its own cost included. Gates on: share of neurons whose gate "
+        "is positive, which alone decides what exact decoding saves of the up projection.[/dim]"
+    )
+
+
+def _reading(bench: DecodeBench) -> str:
+    speeds = [one.read_bytes_per_second / GIGA for one in bench.ffn if one.threads == bench.threads]
+    if not speeds:
+        return ""
+    return f"{min(speeds):.0f} to {max(speeds):.0f} GB/s of plain reading by {bench.threads} thread(s), in turns with the rest."
+
+
+def _table(title: str, columns: Sequence[str], below: Sequence[str] = ()) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for index, column in enumerate(columns):
+        head = f"{column}\n{below[index]}" if below else column
+        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
