@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sparsify.cli_bench import bench_app
 from sparsify.cli_common import AsJson, Overrides, console, quiet, say
-from sparsify.cli_evaluate import evaluate
+from sparsify.cli_evaluate import evaluate, paper
 from sparsify.cli_mixture import mixture_app
 from sparsify.errors import UserError
 
@@ -32,6 +32,7 @@ app.add_typer(recipes_app, name="recipes")
 app.add_typer(mixture_app, name="mixture")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
+app.command()(paper)
 
 INTERRUPTED = 130
 

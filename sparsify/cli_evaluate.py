@@ -1,4 +1,4 @@
-"""`sparsify evaluate`: a suite of tasks on one model."""
+"""`sparsify evaluate` and `sparsify paper`: a suite of tasks on one model; the paper's own comparison, made again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsify.cli_common import AsJson, console, quiet, say
+from sparsify.cli_common import AsJson, Overrides, console, quiet, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +42,10 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of one forward pass.")] = 8,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; that of the weights unless given."),
+    ] = None,
     on: Annotated[
         str | None,
         typer.Option(
@@ -66,7 +70,7 @@ def evaluate(
     from sparsify.verbs.evaluate import Asked, evaluate_model
 
     some = tuple(tasks.split(",")) if tasks else ()
-    asked = Asked(suite, some, data_dir, limit, batch_size, on, to)
+    asked = Asked(suite, some, data_dir, limit, batch_size, dtype, on, to)
     command = " ".join(["sparsify", *sys.argv[1:]])
     with _bars() as on_progress:
         results, folder = evaluate_model(
@@ -79,6 +83,37 @@ def evaluate(
         for note in results.notes:
             say(note)
         say(f"{folder}: results.json, results.md, model-index.yaml, items/")
+
+
+def paper(
+    recipe: str = "paper/from_scratch_2m",
+    overrides: Overrides = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Text or mixture for perplexity; the recipe's own held-out text unless given.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of it.")] = 65_536,
+    as_json: AsJson = False,
+) -> None:
+    """Trains dReLU and SwiGLU from the same start and writes the TurboSparse paper's tables of it, ours beside the paper's.
+
+    Example: sparsify paper paper/from_scratch_2m
+    """
+    from sparsify.evaluation.table import terminal_table
+    from sparsify.verbs.paper import paper_tables
+
+    rows, tables, to = paper_tables(recipe, overrides or [], on, tokens, quiet if as_json else say)
+    if as_json:
+        console.print_json(tables.model_dump_json())
+        return
+    for table in rows:
+        console.print(terminal_table(table))
+        for note in table.notes:
+            say(note)
+    say(f"{to}: tables.md, tables.json")
 
 
 @contextmanager
