@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,10 @@ def evaluate(
             "--to", help="Folder to write; in the run's evaluations/, else evaluations/MODEL."
         ),
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Measure each checkpoint of a run, while it trains."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measures a suite of tasks on a model, exact zeros and active parameters in the same pass. JSON, Markdown, model card.
@@ -68,21 +73,32 @@ def evaluate(
     """
     from sparsify.evaluation.table import results_table
     from sparsify.verbs.evaluate import Asked, evaluate_model
+    from sparsify.verbs.follow import LINES_FILE
+    from sparsify.verbs.follow import follow as follow_run
 
     some = tuple(tasks.split(",")) if tasks else ()
     asked = Asked(suite, some, data_dir, limit, batch_size, dtype, on, to)
     command = " ".join(["sparsify", *sys.argv[1:]])
+    tell = quiet if as_json else say
     with _bars() as on_progress:
-        results, folder = evaluate_model(
-            model, asked, command, quiet if as_json else say, on_progress
-        )
+        if follow:
+            found = follow_run(model, asked, command, tell, on_progress)
+            where = f"{model}/{LINES_FILE} and {model}/evaluations/"
+        else:
+            results, folder = evaluate_model(model, asked, command, tell, on_progress)
+            found, where = (
+                [results],
+                f"{folder}: results.json, results.md, model-index.yaml, items/",
+            )
     if as_json:
-        console.print_json(results.model_dump_json())
-    else:
+        whole = [results.model_dump(mode="json") for results in found]
+        console.print_json(json.dumps(whole if follow else whole[0]))
+        return
+    for results in found:
         console.print(results_table(results))
         for note in results.notes:
             say(note)
-        say(f"{folder}: results.json, results.md, model-index.yaml, items/")
+    say(where)
 
 
 def paper(
