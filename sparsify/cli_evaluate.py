@@ -102,7 +102,7 @@ def evaluate(
 
 
 def paper(
-    recipe: str = "paper/from_scratch_2m",
+    recipe: Annotated[str, typer.Argument(help="Recipe whose run has a control")],
     overrides: Overrides = None,
     on: Annotated[
         str | None,
