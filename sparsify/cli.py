@@ -13,7 +13,7 @@ from rich.console import Console
 
 from sparsify.cli_bench import bench_app
 from sparsify.cli_common import AsJson, Overrides, console, quiet, say
-from sparsify.cli_evaluate import evaluate
+from sparsify.cli_evaluate import evaluate, paper
 from sparsify.cli_export import export_app
 from sparsify.cli_generate import generate
 from sparsify.cli_mixture import mixture_app
@@ -38,6 +38,7 @@ app.add_typer(export_app, name="export")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
 app.command()(generate)
+app.command()(paper)
 
 INTERRUPTED = 130
 

@@ -1,7 +1,8 @@
-"""`sparsify evaluate`: a suite of tasks on one model."""
+"""`sparsify evaluate` and `sparsify paper`: a suite of tasks on one model; the paper's own comparison, made again."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsify.cli_common import AsJson, console, quiet, say
+from sparsify.cli_common import AsJson, Overrides, console, quiet, say
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -42,6 +43,10 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests of one forward pass.")] = 8,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; that of the weights unless given."),
+    ] = None,
     on: Annotated[
         str | None,
         typer.Option(
@@ -54,6 +59,10 @@ def evaluate(
             "--to", help="Folder to write; in the run's evaluations/, else evaluations/MODEL."
         ),
     ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Measure each checkpoint of a run, while it trains."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measures a suite of tasks on a model, exact zeros and active parameters in the same pass. JSON, Markdown, model card.
@@ -64,21 +73,63 @@ def evaluate(
     """
     from sparsify.evaluation.table import results_table
     from sparsify.verbs.evaluate import Asked, evaluate_model
+    from sparsify.verbs.follow import LINES_FILE
+    from sparsify.verbs.follow import follow as follow_run
 
     some = tuple(tasks.split(",")) if tasks else ()
-    asked = Asked(suite, some, data_dir, limit, batch_size, on, to)
+    asked = Asked(suite, some, data_dir, limit, batch_size, dtype, on, to)
     command = " ".join(["sparsify", *sys.argv[1:]])
+    tell = quiet if as_json else say
     with _bars() as on_progress:
-        results, folder = evaluate_model(
-            model, asked, command, quiet if as_json else say, on_progress
-        )
+        if follow:
+            found = follow_run(model, asked, command, tell, on_progress)
+            where = f"{model}/{LINES_FILE} and {model}/evaluations/"
+        else:
+            results, folder = evaluate_model(model, asked, command, tell, on_progress)
+            found, where = (
+                [results],
+                f"{folder}: results.json, results.md, model-index.yaml, items/",
+            )
     if as_json:
-        console.print_json(results.model_dump_json())
-    else:
+        whole = [results.model_dump(mode="json") for results in found]
+        console.print_json(json.dumps(whole if follow else whole[0]))
+        return
+    for results in found:
         console.print(results_table(results))
         for note in results.notes:
             say(note)
-        say(f"{folder}: results.json, results.md, model-index.yaml, items/")
+    say(where)
+
+
+def paper(
+    recipe: Annotated[str, typer.Argument(help="Recipe whose run has a control")],
+    overrides: Overrides = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Text or mixture for perplexity; the recipe's own held-out text unless given.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of it.")] = 65_536,
+    as_json: AsJson = False,
+) -> None:
+    """Trains dReLU and SwiGLU from the same start and writes the TurboSparse paper's tables of it, ours beside the paper's.
+
+    Example: sparsify paper paper/from_scratch_2m
+    """
+    from sparsify.evaluation.table import terminal_table
+    from sparsify.verbs.paper import paper_tables
+
+    rows, tables, to = paper_tables(recipe, overrides or [], on, tokens, quiet if as_json else say)
+    if as_json:
+        console.print_json(tables.model_dump_json())
+        return
+    for table in rows:
+        console.print(terminal_table(table))
+        for note in table.notes:
+            say(note)
+    say(f"{to}: tables.md, tables.json")
 
 
 @contextmanager

@@ -125,6 +125,22 @@ def test_turbosparse_has_the_papers_hyperparameters(name: str) -> None:
     assert recipe.activation.ffn_activation == "drelu"
 
 
+def test_the_300m_comparison_has_the_papers_hyperparameters() -> None:
+    """Section 3.2 and appendix A."""
+    recipe = composed("paper/from_scratch_300m")
+    assert recipe.step_tokens == 128 * 2048
+    assert recipe.optimizer.warmup_tokens == 2000 * recipe.step_tokens
+    assert recipe.optimizer.peak_learning_rate == 1e-4
+    assert recipe.optimizer.weight_decay == 0.01
+    shape = recipe.model.architecture
+    assert (shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]) == (
+        1024,
+        24,
+        32000,
+    )
+    assert composed("paper/from_scratch_2m").control.ffn_activation == "swiglu"
+
+
 def test_turbosparse_mixture_has_the_shares_of_table_4() -> None:
     table_4 = {
         ("pile_arxiv", "pile_pubmed", "pile_philpapers"): 2.69,

@@ -22,6 +22,8 @@ def evaluation_tables(comparison: EvaluationComparison) -> list[TextTable]:
     tables = [_models(comparison), _scores(comparison)]
     if any(model.differences for model in comparison.models):
         tables.append(_differences(comparison))
+    if any(model.samples for model in comparison.models):
+        tables.append(_samples(comparison))
     return tables
 
 
@@ -64,6 +66,18 @@ def _scores(comparison: EvaluationComparison) -> TextTable:
             row.append(f"{100 * scores[task]:.1f}" if task in scores else "–")
         rows.append(row)
     return TextTable("Scores with 95% intervals", header, rows)
+
+
+def _samples(comparison: EvaluationComparison) -> TextTable:
+    prompts = dict.fromkeys(one.prompt for model in comparison.models for one in model.samples)
+    written = [{one.prompt: one.text for one in model.samples} for model in comparison.models]
+    rows = [
+        [" ".join(prompt.split()), model.name, " ".join(texts[prompt].split())]
+        for prompt in prompts
+        for model, texts in zip(comparison.models, written, strict=True)
+        if prompt in texts
+    ]
+    return TextTable("How each goes on", ["prompt", "model", "continuation"], rows)
 
 
 def _differences(comparison: EvaluationComparison) -> TextTable:

@@ -15,6 +15,7 @@ from sparsify.errors import EvaluationError
 from sparsify.evaluation.results import (
     RESULTS_FILE,
     EvaluationResults,
+    Sample,
     SourceOverlap,
     TaskResult,
     read_items,
@@ -69,6 +70,7 @@ class EvaluatedModel(_Section):
     """Name of the model that differences are to."""
     against_kind: Against
     differences: dict[str, TaskDifference]
+    samples: list[Sample]
 
 
 class EvaluationComparison(_Section):
@@ -184,6 +186,7 @@ def _model(
         against=None if against is None else names[against],
         against_kind=kind,
         differences=differences,
+        samples=own.samples,
     )
 
 

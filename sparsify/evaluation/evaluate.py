@@ -27,6 +27,7 @@ from sparsify.evaluation.results import (
     items_path,
     write_items,
 )
+from sparsify.evaluation.samples import samples
 from sparsify.evaluation.scores import Score, kind_of, mean_of, measured, scores_of
 from sparsify.evaluation.suite import Suite
 from sparsify.evaluation.tasks import FEWSHOT_SEED, TaskSource, build_tasks
@@ -99,6 +100,7 @@ def evaluate(
                     done.append(keep.or_measure(source.name, _facts(source, settings), measure))
             finally:
                 asked.close()
+            written = samples(model, subject.tokenizer, suite.prompts, suite.prompt_tokens)
             done += _held_out(model, held_out, probe, keep) if held_out is not None else []
     finally:
         model.train(was_training)
@@ -118,6 +120,7 @@ def evaluate(
         provenance=subject.provenance,
         tasks=done,
         average=_average(done),
+        samples=written,
         notes=_notes(done, settings),
     )
     write_text(folder / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")

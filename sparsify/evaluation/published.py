@@ -25,13 +25,11 @@ class PublishedSuite(BaseModel):
 @cache
 def published() -> dict[str, PublishedSuite]:
     """Published rows by the name of the suite."""
-    found = {}
-    for path in sorted((folder("eval") / "published").glob("*.yaml")):
-        suites = OmegaConf.to_container(OmegaConf.load(path))
-        assert isinstance(suites, dict), path
-        for name, rows in suites.items():
-            found[str(name)] = PublishedSuite.model_validate(rows)
-    return found
+    suites = OmegaConf.to_container(
+        OmegaConf.load(folder("eval") / "published" / "turbosparse.yaml")
+    )
+    assert isinstance(suites, dict)
+    return {str(name): PublishedSuite.model_validate(rows) for name, rows in suites.items()}
 
 
 def published_scores(suite: str) -> tuple[PublishedSuite, dict[str, dict[str, float]]] | None:

@@ -80,6 +80,13 @@ class TaskResult(_Section):
     """For each instruction source of the run that trained the model, what it shares with these items."""
 
 
+class Sample(_Section):
+    """How a model goes on from a prompt."""
+
+    prompt: str
+    text: str
+
+
 class EvaluationResults(_Section):
     """A suite on one model."""
 
@@ -101,6 +108,7 @@ class EvaluationResults(_Section):
     tasks: list[TaskResult]
     average: Measured | None
     """Mean of the tasks' scores, where all of them are means and there is more than one."""
+    samples: list[Sample] = []
     notes: list[str]
     command: str | None = None
 

@@ -38,6 +38,10 @@ class Suite(BaseModel):
     tasks: dict[str, SuiteTask] = {}
     held_out_windows_per_source: int = Field(0, ge=0)
     """Held-out windows of each source of the mixture that perplexity is measured on; 0 for none."""
+    prompts: list[str] = []
+    """What the model is to go on from, so that a person sees what numbers hide."""
+    prompt_tokens: int = Field(48, gt=0)
+    """Length of each continuation."""
 
 
 def suite_names() -> list[str]:
@@ -64,7 +68,7 @@ def load_suite(name_or_path: str) -> Suite:
     except (OSError, YAMLError, OmegaConfBaseException, ValidationError) as error:
         raise EvaluationError(
             f"{path} is no suite: {_reason(error)}.",
-            allowed="name, description, tasks (each with shots, metric, limit, task), held_out_windows_per_source.",
+            allowed="name, description, tasks (each with shots, metric, limit, task), held_out_windows_per_source, prompts, prompt_tokens.",
             next_step=f"Begin with a copy of {folder('eval') / 'suites' / 'commonsense.yaml'}.",
         ) from error
     if not suite.tasks and not suite.held_out_windows_per_source:

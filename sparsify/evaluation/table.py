@@ -82,8 +82,12 @@ def published_rows(results: EvaluationResults) -> Rows | None:
 
 
 def results_table(results: EvaluationResults) -> Table:
-    """The table of the terminal."""
-    rows = own_rows(results)
+    """The results as the terminal shows them."""
+    return terminal_table(own_rows(results))
+
+
+def terminal_table(rows: Rows) -> Table:
+    """A table as the terminal shows it, without its notes."""
     table = Table(
         title=rows.title,
         title_justify="left",
@@ -94,7 +98,7 @@ def results_table(results: EvaluationResults) -> Table:
     for index, column in enumerate(rows.header):
         # A narrow terminal breaks lines; a number that it cut short would be another number.
         longest = max(len(column), *(len(row[index]) for row in rows.rows))
-        justify = "left" if index in (0, 3) else "right"
+        justify = "left" if column in ("task", "metric", "") else "right"
         table.add_column(column, justify=justify, no_wrap=True, min_width=longest)
     for row in rows.rows:
         table.add_row(*row)

@@ -25,6 +25,8 @@ def write_results(results: EvaluationResults, folder: Path) -> None:
     write_text(folder / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
     tables = [own_rows(results), published_rows(results)]
     text = "\n".join(markdown(rows) for rows in tables if rows is not None)
+    for sample in results.samples:
+        text += f"\n**{sample.prompt.strip()}**\n\n```\n{sample.text}\n```\n"
     write_text(folder / TABLE_FILE, text)
     write_text(folder / CARD_FILE, OmegaConf.to_yaml({"model-index": model_index(results)}))
 

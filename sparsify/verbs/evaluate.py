@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sparsify.evaluation.harness import Progress
 
 MAX_WINDOW_TOKENS = 512
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Asked:
         data_dir: Folder of local copies; None for the Hub's.
         limit: Items of each task; None for all.
         batch_size: Requests of one forward pass.
+        dtype: Of weights and computation; None for that of the weights.
         on: Mixture whose held-out text is measured; None for the run's own, else the quickstart's.
         to: Folder to write; None for the usual one.
     """
@@ -52,6 +54,7 @@ class Asked:
     data_dir: Path | None = None
     limit: int | None = None
     batch_size: int = 8
+    dtype: str | None = None
     on: str | None = None
     to: Path | None = None
 
@@ -72,6 +75,10 @@ def evaluate_model(
         EvaluationError: If the suite, a task or its data is missing, before the model is loaded where that can be.
         ModelError, RunError: If the model cannot be loaded.
     """
+    if asked.dtype is not None and asked.dtype not in DTYPES:
+        raise EvaluationError(
+            f"--dtype {asked.dtype} is no type to compute in.", allowed=f"{', '.join(DTYPES)}."
+        )
     suite = load_suite(asked.suite)
     if asked.tasks:
         suite = only(suite, list(asked.tasks))
@@ -93,6 +100,8 @@ def evaluate_model(
     data_dir = asked.data_dir.expanduser() if asked.data_dir else None
     sources = task_sources(suite, data_dir)
     loaded = load(model)
+    if asked.dtype is not None:
+        torch.nn.Module.to(loaded.model, DTYPES[asked.dtype])
     if torch.cuda.is_available():
         torch.nn.Module.to(loaded.model, "cuda")
     held_out = _held_out(loaded, suite, asked.on)
@@ -126,6 +135,8 @@ def default_folder(loaded: Loaded, asked: Asked) -> Path:
     name = ",".join([Path(asked.suite).stem, *asked.tasks])
     if asked.limit is not None:
         name += f",limit={asked.limit}"
+    if asked.dtype is not None:
+        name += f",{asked.dtype}"
     if loaded.trained is not None:
         return loaded.trained.run.path / "evaluations" / f"{name},{loaded.trained.checkpoint.name}"
     model = re.sub("[^-.0-9A-Za-z_]+", "-", loaded.name).strip("-.")

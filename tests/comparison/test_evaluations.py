@@ -19,6 +19,7 @@ from sparsify.evaluation.results import (
     ActiveCount,
     EvaluationResults,
     Provenance,
+    Sample,
     SourceOverlap,
     TaskResult,
     write_items,
@@ -89,6 +90,7 @@ def evaluations(tmp_path: Path) -> Evaluations:
             else Provenance(run=name, identity=identity, tokens=1000, instruction_sources=["chat"]),
             tasks=tasks,
             average=mean_of(means) if len(means) > 1 else None,
+            samples=[Sample(prompt="Once", text=f"upon a {name}")],
             notes=[],
         )
         (folder / RESULTS_FILE).write_text(results.model_dump_json())
@@ -170,6 +172,8 @@ def test_a_run_stands_for_its_newest_evaluation(
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Quality against active parameters" in page
     assert "no control of it on the same tokens" in page
+    assert "upon a base" in page
+    assert "upon a run" in page
     kept = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert kept["models"][1]["differences"]["piqa"]["verdict"] == "better"
     # A perplexity is better when it is lower.

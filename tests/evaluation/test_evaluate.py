@@ -216,6 +216,33 @@ def test_a_cut_short_evaluation_goes_on_where_it_stopped(
     assert not list((tmp_path / "cut" / evaluation.JOURNAL_FOLDER).iterdir())
 
 
+def test_the_quick_suite_needs_no_data_and_shows_what_a_model_writes(
+    stock: dict[str, Path],
+    tmp_path: Path,
+    mixture_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By the command, in another type than the weights', on the held-out text of a mixture of one's own."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    options = ["--limit", "6", "--dtype", "bfloat16", "--on", str(mixture_file)]
+    monkeypatch.setattr("sys.argv", ["sparsify", "evaluate", str(stock["llama"]), *options])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None), capsys.readouterr().err
+    (folder,) = (tmp_path / "evaluations").glob("*/quick,limit=6,bfloat16")
+    results = read_results(folder)
+    assert results.dtype == "bfloat16"
+    rows = {task.name: task for task in results.tasks}
+    held_out = {"held-out/code", "held-out/prose", "held-out/questions"}
+    assert rows.keys() == {"python_functions"} | held_out
+    # Random weights know nothing: a perplexity near the size of the vocabulary.
+    assert all(500 < rows[name].score.value < 20_000 for name in held_out)
+    assert [sample.prompt for sample in results.samples] == load_suite("quick").prompts
+    assert results.samples[0].prompt.strip() in (folder / "results.md").read_text()
+
+
 def test_other_weights_are_measured_anew(
     subject: Subject, stock: dict[str, Path], data_dir: Path, tmp_path: Path
 ) -> None:
