@@ -49,10 +49,11 @@ def _convert(source: Path, to: Path) -> None:
     import torch
 
     from sparsify.conversion.convert import convert
-    from sparsify.recipe import ModelSection
+    from sparsify.recipe import ActivationSection, ModelSection
 
     shutil.rmtree(to)
-    convert(ModelSection(source=str(source)), "drelu", to, seed=0, dtype=torch.float32)
+    activation = ActivationSection("drelu")
+    convert(ModelSection(source=str(source)), activation, to, seed=0, dtype=torch.float32)
 
 
 def _change(recipe: Recipe, case: str) -> None:
