@@ -22,7 +22,10 @@ from sparsify.training.worker import build_session
 def main(run: RunFolder) -> None:
     recipe = run.load_recipe()
     if dist.get_rank() == 0:
-        write_lock(lock_of(recipe, open_sources(ingests_of(recipe, run))), run.mixture_lock)
+        ingests = ingests_of(recipe, run)
+        for ingest in ingests.values():
+            ingest.run()
+        write_lock(lock_of(recipe, open_sources(ingests)), run.mixture_lock)
     dist.barrier()
     session = build_session(run, lambda: False)
     if "cut" in run.path.name:
