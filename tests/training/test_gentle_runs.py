@@ -58,9 +58,9 @@ def _convert(source: Path, to: Path) -> None:
 
 def _change(recipe: Recipe, case: str) -> None:
     recipe.checkpoint.every_tokens = 1_000_000
-    recipe.swap.anneal_token_share = 0.25
+    recipe.swap.anneal_token_share = 0.2 if "target" in case else 0.25
     if "target" in case:
-        recipe.training.budget_tokens = 80 * recipe.step_tokens
+        recipe.training.budget_tokens = 60 * recipe.step_tokens
         recipe.eval.every_tokens = recipe.training.budget_tokens
         recipe.sparsity.target_zeros = TARGET
         return
@@ -119,10 +119,11 @@ def test_the_log_says_how_far_the_anneal_is_and_what_was_measured(measured: dict
 
 def test_a_run_ends_at_its_target(measured: dict[str, Any]) -> None:
     zeros = [line["pressure"]["zeros"] for line in lines(measured["target"], "train")]
-    assert zeros[19] < TARGET - 0.05
-    assert zeros[-1] == pytest.approx(TARGET, abs=0.01)
+    assert 0.5 < zeros[15] < TARGET - 0.1
+    assert zeros[-1] == pytest.approx(TARGET, abs=0.015)
     assert max(zeros) < TARGET + 0.015
-    assert lines(measured["target"], "validation")[-1]["zeros"] == pytest.approx(TARGET, abs=0.02)
+    # Held-out text has fewer zeros than that which the target was held on.
+    assert lines(measured["target"], "validation")[-1]["zeros"] == pytest.approx(TARGET, abs=0.05)
 
 
 def test_a_target_s_run_goes_on_after_an_interruption_as_if_there_had_been_none(
