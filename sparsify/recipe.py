@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from sparsify.recipe_conversion import ActivationSection
+from sparsify.recipe_sparsity import SparsitySection, SwapSection
+
 AUTO_STAGE = -1
-FFN_ACTIVATIONS = ("swiglu", "reglu", "shifted_relu", "relu2", "fatrelu", "drelu")
-GATE_THRESHOLDS = {"shifted_relu": 1.0, "fatrelu": 0.01}
-"""Activations that have a gate threshold, and the published one: ReLU Strikes Back (2310.04564), ProSparse (2402.13516)."""
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
 """Not flash_attention_2: transformers tells documents apart there only when a forward pass has one window."""
 ON_BAD_STEP = ("skip", "rollback", "stop")
@@ -41,56 +41,6 @@ class ModelSection:
     upcycle_experts: int | None = None
     """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
     upcycle_experts_per_token: int = 2
-
-
-@dataclass
-class ActivationSection:
-    """The feed-forward activation to train with: one of FFN_ACTIVATIONS."""
-
-    ffn_activation: str = MISSING
-    gate_threshold: float | None = None
-    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published one
-    (GATE_THRESHOLDS). No other activation has one."""
-
-    @property
-    def model_gate_threshold(self) -> float:
-        """`ffn_gate_threshold` of the model's configuration."""
-        if self.gate_threshold is not None:
-            return self.gate_threshold
-        return GATE_THRESHOLDS.get(self.ffn_activation, 0.0)
-
-
-@dataclass
-class SwapSection:
-    """How the dense activation gives way to `activation.ffn_activation`."""
-
-    anneal_token_share: float = 0.0
-    """Share of the budget over which the dense activation fades into the sparse one, in a straight line: below 1, so that
-    the run ends with the sparse one itself. 0 swaps before the first step."""
-
-
-@dataclass
-class PenaltyStageSection:
-    """Weight of the activations' penalty up to a point of the run."""
-
-    until_budget_share: float = MISSING
-    """Where the stage ends, as a share of the training budget; 1 for the last stage."""
-    weight: float = MISSING
-    """Weight at its end, reached from that of the stage before by half a sine wave; the first stage has it throughout."""
-
-
-@dataclass
-class SparsitySection:
-    """Pressure on the neurons to be exactly zero: an L1 penalty on their activations beside the loss."""
-
-    penalty_stages: list[PenaltyStageSection] = field(default_factory=list)
-    """ProSparse's progressive penalty (arXiv 2402.13516, section 3.2). Empty for none."""
-    gate_penalty_share: float = 0.0
-    """Part of the penalty that lies on the gate's factor alone, 0 to 1; the rest lies on the product. An exact kernel that
-    computes the gate first gains only from the gate's own zeros."""
-    target_zeros: float | None = None
-    """Share of exact zeros that the run shall end with: the penalty's weight is then set by what is measured, step by step,
-    instead of by stages."""
 
 
 @dataclass

@@ -10,8 +10,6 @@ from sparsify.mixture_rules import check_mixture
 from sparsify.recipe import (
     ATTENTION_IMPLEMENTATIONS,
     AUTO_STAGE,
-    FFN_ACTIVATIONS,
-    GATE_THRESHOLDS,
     ON_BAD_STEP,
     TORCHRUN,
     ActivationSection,
@@ -20,6 +18,7 @@ from sparsify.recipe import (
     ModelSection,
     Recipe,
 )
+from sparsify.recipe_conversion import FFN_ACTIVATIONS, GATE_THRESHOLDS
 from sparsify.source_rules import check_choice
 from sparsify.sparsity_rules import check_sparsification
 

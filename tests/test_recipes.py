@@ -25,7 +25,8 @@ from sparsify.catalogue import (
     sweep,
 )
 from sparsify.errors import RecipeError
-from sparsify.recipe import AUTO_STAGE, FFN_ACTIVATIONS, Recipe, share_phases, token_shares
+from sparsify.recipe import AUTO_STAGE, Recipe, share_phases, token_shares
+from sparsify.recipe_conversion import FFN_ACTIVATIONS
 
 RECIPES = recipe_names()
 SPARSE_RECIPES = [name for name in RECIPES if name != "quickstart_base"]

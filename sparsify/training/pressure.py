@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparsify.models import FfnActivation, SparseModel
-from sparsify.recipe import PenaltyStageSection
+from sparsify.recipe_sparsity import PenaltyStageSection
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from sparsify.catalogue import compose_recipe
 from sparsify.conversion.folder import check_activation, load_sparse
 from sparsify.models import FfnActivation, SparseModel
-from sparsify.recipe import FFN_ACTIVATIONS, Recipe
+from sparsify.recipe import Recipe
+from sparsify.recipe_conversion import FFN_ACTIVATIONS
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.training.annealing import anneal, annealed_share, plain
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from sparsify.recipe import PenaltyStageSection, Recipe
+from sparsify.recipe import Recipe
+from sparsify.recipe_sparsity import PenaltyStageSection
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, run_ranks
 

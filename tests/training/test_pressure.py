@@ -13,7 +13,7 @@ from sparsify.catalogue import compose_recipe
 from sparsify.conversion.folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
-from sparsify.recipe import PenaltyStageSection
+from sparsify.recipe_sparsity import PenaltyStageSection
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.training.pressure import PressureMeter, PressureRecord, stage_weight
 

@@ -1,0 +1,40 @@
+"""The sections of a recipe that say how a run gets sparse while it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class SwapSection:
+    """How the dense activation gives way to `activation.ffn_activation`."""
+
+    anneal_token_share: float = 0.0
+    """Share of the budget over which the dense activation fades into the sparse one, in a straight line: below 1, so that
+    the run ends with the sparse one itself. 0 swaps before the first step."""
+
+
+@dataclass
+class PenaltyStageSection:
+    """Weight of the activations' penalty up to a point of the run."""
+
+    until_budget_share: float = MISSING
+    """Where the stage ends, as a share of the training budget; 1 for the last stage."""
+    weight: float = MISSING
+    """Weight at its end, reached from that of the stage before by half a sine wave; the first stage has it throughout."""
+
+
+@dataclass
+class SparsitySection:
+    """Pressure on the neurons to be exactly zero: an L1 penalty on their activations beside the loss."""
+
+    penalty_stages: list[PenaltyStageSection] = field(default_factory=list)
+    """ProSparse's progressive penalty (arXiv 2402.13516, section 3.2). Empty for none."""
+    gate_penalty_share: float = 0.0
+    """Part of the penalty that lies on the gate's factor alone, 0 to 1; the rest lies on the product. An exact kernel that
+    computes the gate first gains only from the gate's own zeros."""
+    target_zeros: float | None = None
+    """Share of exact zeros that the run shall end with: the penalty's weight is then set by what is measured, step by step,
+    instead of by stages."""
