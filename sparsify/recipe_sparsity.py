@@ -1,4 +1,4 @@
-"""The settings of how a run gets sparse while it trains: sections of `sparsify.recipe.Recipe`."""
+"""The sections of a recipe that say how a run gets sparse while it trains."""
 
 from __future__ import annotations
 

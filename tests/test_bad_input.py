@@ -300,7 +300,7 @@ MEASURED: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
             "--to",
             OUT,
         ],
-        ["dralu", "Did you mean 'drelu'?", "swiglu, reglu, drelu"],
+        ["dralu", "Did you mean 'drelu'?", "swiglu, reglu, shifted_relu, relu2, fatrelu, drelu"],
     ),
 }
 

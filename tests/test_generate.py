@@ -13,7 +13,7 @@ import torch
 from sparsify import cli
 from sparsify.conversion.convert import convert
 from sparsify.errors import ModelError, RunError
-from sparsify.recipe import ModelSection
+from sparsify.recipe import ActivationSection, ModelSection
 from sparsify.verbs.generate import generate
 
 PROMPT = "word1 value2"
@@ -23,7 +23,7 @@ PROMPT = "word1 value2"
 def bundle(stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     to = tmp_path_factory.mktemp("generate") / "mixtral-drelu"
     section = ModelSection(source=str(stock["mixtral"]))
-    convert(section, "drelu", to, seed=0, dtype=torch.float32)
+    convert(section, ActivationSection("drelu"), to, seed=0, dtype=torch.float32)
     return to
 
 

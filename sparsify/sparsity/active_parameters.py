@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -91,22 +92,20 @@ def published() -> tuple[PublishedActive, ...]:
 
     Zeros are those that the paper states: 90% for Mistral-7B, 85% inside the chosen experts of Mixtral-8x7B.
     """
+    shape: dict[str, Any] = {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
     mistral = SparseMistralConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **shape,
         ffn_activation="drelu",
     )
     mixtral = SparseMixtralConfig(
-        vocab_size=32000,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
+        **shape,
         num_local_experts=8,
         num_experts_per_tok=2,
         ffn_activation="drelu",

@@ -75,7 +75,11 @@ class Feeder:
     def _listen(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            self._on_progress(*json.loads(line))
+            try:
+                name, done, need = json.loads(line)
+            except ValueError:  # what a library printed, or a line that a kill cut off
+                continue
+            self._on_progress(name, done, need)
 
     def __exit__(
         self,

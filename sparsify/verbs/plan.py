@@ -51,11 +51,10 @@ def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Pla
     """
     _check(given)
     hardware = _named(given.hardware, given) if given.hardware else None
-    hostfile = compose_recipe(name_or_path, overrides).launch.hostfile
-    place = _launch_on(hardware) if hardware else []
-    if hostfile is not None and not hardware:
-        place = _alone(sum(read_hostfile(hostfile).values()))
-    recipe = compose_recipe(name_or_path, [*overrides, *place])
+    recipe = compose_recipe(name_or_path, [*overrides, *(_launch_on(hardware) if hardware else [])])
+    if recipe.launch.hostfile is not None:
+        place = _alone(sum(read_hostfile(recipe.launch.hostfile).values()))
+        recipe = compose_recipe(name_or_path, [*overrides, *place])
     hardware = hardware or hardware_of(recipe, given)
     recipe, choice = resolve_engine(recipe, hardware=hardware)
     return make_plan(

@@ -61,10 +61,11 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | 
         UserError: Whatever is wrong with the recipe, the model, the data or the disk.
         sparsify.training.launcher.Interrupted: After a clean save.
     """
-    launch = compose_recipe(name_or_path, overrides).launch
+    recipe = compose_recipe(name_or_path, overrides)
     with ExitStack() as stack:
-        place = stack.enter_context(placed(launch, ["train", name_or_path, *overrides]))
-        recipe = compose_recipe(name_or_path, [*overrides, *place.overrides])
+        place = stack.enter_context(placed(recipe.launch, ["train", name_or_path, *overrides]))
+        if place.overrides:
+            recipe = compose_recipe(name_or_path, [*overrides, *place.overrides])
         nodes = stack.enter_context(joined(recipe.launch, place.followers))
         if recipe.launch.node_rank > 0:
             say(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")

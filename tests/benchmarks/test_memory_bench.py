@@ -9,7 +9,7 @@ from sparsify.benchmarks.memory_grid import FEW, GRID, Trial, bench_memory
 
 @pytest.mark.parametrize(
     "trials",
-    [FEW[:1], pytest.param(GRID, marks=pytest.mark.slow)],
+    [pytest.param(FEW[:1], marks=pytest.mark.slow), pytest.param(GRID, marks=pytest.mark.slow)],
     ids=["one", "all"],
 )
 def test_predictions_are_within_15_percent_of_the_measured_peak(trials: tuple[Trial, ...]) -> None:

@@ -21,7 +21,7 @@ from sparsify.catalogue import load_mixture
 from sparsify.conversion.tokenizer import load_tokenizer
 from tests.conftest import TOKENIZER
 
-pytestmark = pytest.mark.xdist_group("mixture_bench")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mixture_bench")]
 
 ALLOCATED_BYTES = 200_000_000
 

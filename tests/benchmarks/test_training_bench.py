@@ -16,6 +16,8 @@ from sparsify.benchmarks.turns import Turn, take_turns
 
 BLOCKS, BLOCK_STEPS = 2, 2
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bench(recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPathFactory):

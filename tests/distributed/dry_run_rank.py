@@ -44,7 +44,7 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
         SimpleNamespace(
             recipe=recipe,
             engine=engine,
-            state=SimpleNamespace(step=0),
+            state=SimpleNamespace(step=0, control={}),
             reader=SimpleNamespace(names=["one", "two"]),
         ),
     )

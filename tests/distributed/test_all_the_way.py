@@ -95,7 +95,10 @@ def test_one_and_two_processes_see_the_same_global_batches(
     ("setup", "signal_number", "exit_code"),
     [
         (Setup("mistral", 1, 1, "fp32"), signal.SIGINT, 130),
-        (Setup("mixtral", 3, 2, "bf16"), signal.SIGKILL, -signal.SIGKILL),
+        pytest.param(
+            *(Setup("mixtral", 3, 2, "bf16"), signal.SIGKILL, -signal.SIGKILL),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["mistral-zero1-interrupted", "mixtral-zero3-killed"],
 )

@@ -111,7 +111,11 @@ def _tensors(statistics: ActivationStatistics | ConsecutiveStatistics) -> list[t
 def test_a_layer_that_dies_is_named_once_also_after_a_restart(
     build_model: BuildModel, input_ids: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    run = SimpleNamespace(metrics=tmp_path / "m.jsonl", sparsity=tmp_path / "s.jsonl")
+    run = SimpleNamespace(
+        metrics=tmp_path / "m.jsonl",
+        sparsity=tmp_path / "s.jsonl",
+        samples=tmp_path / "t.jsonl",
+    )
     recipe = SimpleNamespace(num_steps=4, step_tokens=8, tracking=SimpleNamespace(wandb="disabled"))
     model = build_model()
     with torch.no_grad():
