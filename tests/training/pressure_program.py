@@ -29,7 +29,7 @@ def main(run: RunFolder) -> None:
     dist.barrier()
     session = build_session(run, lambda: False)
     if "cut" in run.path.name:
-        session.stop_requested = lambda: session.state.step + 1 >= recipe.num_steps // 3
+        session.stop_requested = lambda: session.state.step + 1 >= recipe.num_steps // 6
         assert not train(session)
         session = build_session(run, lambda: False)
     assert train(session)
