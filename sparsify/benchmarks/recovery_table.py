@@ -38,9 +38,10 @@ def recovery_table(recovery: Recovery) -> RenderableType:
         title=f"After {recovery.budget_tokens:,} tokens, mean of seeds {seeds}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if index else "left")
+        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
     for arm in sorted(recovery.arms, key=lambda arm: (arm.name != DENSE, arm.gap)):
         table.add_row(*_row(arm))
     return Group("", table, Text(_notes(recovery)))

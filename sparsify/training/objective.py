@@ -68,7 +68,7 @@ class Objective:
             self.routers.add(output.router_logits, output.aux_loss)
             coefficient = aux_loss_coefficient(recipe, engine.module.config)
             loss = loss + coefficient * output.aux_loss / recipe.accumulation_steps
-        if self._pressure is not None and self.penalty_weight is not None:
+        if self._pressure is not None:
             penalty = self._pressure.penalty()
             loss = loss + self._penalty_weight * penalty / recipe.accumulation_steps
         return loss, by_window

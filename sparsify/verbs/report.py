@@ -17,6 +17,8 @@ from sparsify.sparsity.measure import as_against, summed_loss
 from sparsify.sparsity.report import SparsityReport, measure, write_report
 from sparsify.sparsity.scaling import fit_trajectory
 from sparsify.sparsity.statistics import ActivationStatistics
+from sparsify.training.annealing import annealed_share
+from sparsify.training.checkpoints import read_state
 from sparsify.training.history import stages, trajectory
 from sparsify.verbs import Say
 
@@ -59,6 +61,7 @@ def make_report(
             next_step="Compare models of one tokenizer, or make two reports.",
         )
     windows, text = held_out_windows(loaded, on, num_tokens)
+    text += anneal_note(loaded)
     say(f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in windows):,} tokens: {text}")
     report, statistics = _measure(loaded, windows, text, curve_tokens, say)
     if other is not None:
@@ -96,6 +99,18 @@ def _measure(
         batches = (collate([window]) for window in chosen)
         report.curves = measure_curves(loaded.model, batches, summed_loss)
     return report, statistics
+
+
+def anneal_note(loaded: Loaded) -> str:
+    """What to say of a checkpoint whose activation was still fading in when it was saved."""
+    if loaded.trained is None:
+        return ""
+    recipe = loaded.trained.run.load_recipe()
+    share = annealed_share(recipe, read_state(loaded.trained.checkpoint).seen_tokens)
+    if share == 1:
+        return ""
+    activation = recipe.activation.ffn_activation
+    return f" (saved {share:.0%} of the way to {activation}, measured with {activation} itself)"
 
 
 def _check_tokens(num_tokens: int, curve_tokens: int) -> None:

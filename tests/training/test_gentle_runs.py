@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from sparsify.recipe import Recipe
+from sparsify.conversion.convert import convert
+from sparsify.export.weights import load
+from sparsify.recipe import ActivationSection, ModelSection, Recipe
 from sparsify.recipe_sparsity import PenaltyStageSection
+from sparsify.verbs.report import anneal_note
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, run_ranks
 
@@ -39,19 +45,14 @@ def runs(
             if case.startswith("mixtral"):
                 _convert(stock["mixtral"], run.initial)
         run_ranks(PROGRAM, [str(root / case) for case in cases])
-        return {case: records(root / case) for case in cases}
+        return {
+            case: [*records(root / case), {"kind": "folder", "path": root / case}] for case in cases
+        }
 
     return train
 
 
 def _convert(source: Path, to: Path) -> None:
-    import shutil
-
-    import torch
-
-    from sparsify.conversion.convert import convert
-    from sparsify.recipe import ActivationSection, ModelSection
-
     shutil.rmtree(to)
     activation = ActivationSection("drelu")
     convert(ModelSection(source=str(source)), activation, to, seed=0, dtype=torch.float32)
@@ -135,3 +136,16 @@ def test_a_target_s_run_goes_on_after_an_interruption_as_if_there_had_been_none(
     for key in ("step", "loss", "pressure"):
         assert [line[key] for line in whole] == [line[key] for line in cut]
     assert len(lines(measured["target-cut"], "checkpoint")) == 2
+
+
+def test_a_checkpoint_saved_on_the_way_is_what_it_will_be_loaded_as(
+    measured: dict[str, Any],
+) -> None:
+    (folder,) = lines(measured["target-cut"], "folder")
+    checkpoint = folder["path"] / "checkpoints" / "step-00000010"
+    loaded = load(str(checkpoint))
+    reference = load_file(checkpoint / "reference.safetensors")
+    with torch.no_grad():
+        logits = loaded.model(reference["input_ids"], use_cache=False).logits
+    torch.testing.assert_close(logits, reference["logits"])
+    assert "saved 83% of the way to drelu, measured with drelu itself" in anneal_note(loaded)
