@@ -165,23 +165,6 @@ def test_a_model_that_cannot_be_converted(
     assert_nothing_left(place)
 
 
-CALIBRATIONS = {
-    "--target-zeros 0.9": ["--target-zeros 0.9 would be ignored", "--calibrate-on"],
-    "--calibrate-on quickstart --on quickstart": ["--on quickstart would be ignored"],
-    "--calibrate-on quickstart --target-zeros 90": ["target_zeros is 90", "such as 0.9"],
-    "--calibrate-on quikstart": ["Did you mean 'quickstart'?"],
-    "--activation drelu --gate-threshold 1": ["--gate-threshold=1 would be ignored", "fatrelu"],
-}
-
-
-@pytest.mark.parametrize("options", CALIBRATIONS)
-def test_a_calibration_that_cannot_be_made(options: str, place: Place, refused: Any) -> None:
-    model = str(place.stock["mistral"])
-    message = refused(["convert", model, "--to", OUT, *options.split()])
-    assert [word for word in CALIBRATIONS[options] if word not in message] == []
-    assert_nothing_left(place)
-
-
 TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     "unknown recipe": (
         lambda _: ["train", "quikstart"],
