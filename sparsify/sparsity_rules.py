@@ -35,6 +35,12 @@ def _check_swap(recipe: Recipe) -> None:
             f"swap.anneal_token_share={share} would be ignored: model.init is random, so nothing is swapped.",
             next_step="Set swap.anneal_token_share=0, or train from a checkpoint.",
         )
+    if share and recipe.conversion.calibration_tokens:
+        raise RecipeError(
+            f"swap.anneal_token_share={share} is set with a calibration, which has fitted the weights to "
+            f"{recipe.activation.ffn_activation} before the first step.",
+            next_step="Set swap.anneal_token_share=0, or conversion.calibration_tokens=0.",
+        )
 
 
 def check_anneal(recipe: Recipe, base_ffn_activation: str) -> None:
@@ -75,11 +81,12 @@ def _check_stages(recipe: Recipe) -> None:
 def _check_penalty(recipe: Recipe) -> None:
     sparsity, activation = recipe.sparsity, recipe.activation.ffn_activation
     pressed = bool(sparsity.penalty_stages) or sparsity.target_zeros is not None
-    if pressed and activation in WITHOUT_ZEROS:
+    thresholds = recipe.conversion.target_zeros is not None
+    if pressed and activation in WITHOUT_ZEROS and not thresholds:
         key = "sparsity.penalty_stages" if sparsity.penalty_stages else "sparsity.target_zeros"
         raise RecipeError(
             f"{key} is set with {activation}, which is never exactly zero.",
-            next_step="Choose another activation, such as activation=drelu, or leave it out.",
+            next_step="Choose another activation, such as activation=drelu, set conversion.target_zeros, or leave it out.",
         )
     share = sparsity.gate_penalty_share
     if not 0 <= share <= 1:

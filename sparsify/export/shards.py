@@ -21,6 +21,7 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _EXPERT = re.compile(r"(.*)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 _ROUTER = re.compile(r"(.*)block_sparse_moe\.gate\.weight")
+_THRESHOLD = re.compile(r"(.*)block_sparse_moe\.(experts\.ffn_activation\.threshold)")
 
 
 class _Place(NamedTuple):
@@ -109,4 +110,6 @@ def _place(name: str) -> _Place:
         return _Place(f"{match[1]}mlp.experts.{fused}", int(match[2]), match[3])
     if match := _ROUTER.fullmatch(name):
         return _Place(f"{match[1]}mlp.gate.weight")
+    if match := _THRESHOLD.fullmatch(name):
+        return _Place(f"{match[1]}mlp.{match[2]}")
     return _Place(name)

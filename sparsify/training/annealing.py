@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparsify.conversion.folder import check_activation
-from sparsify.models import FFN_ACTIVATIONS, FfnActivation, SparseModel
+from sparsify.models import FfnActivation, SparseConfig, SparseModel
 from sparsify.recipe import Recipe
 
 
@@ -63,7 +63,7 @@ def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int) -> float:
     share = annealed_share(recipe, seen_tokens)
     if share < 1:
         for block in model.ffn_blocks():
-            _mix(block.ffn_activation, model.config.base_ffn_activation, share)
+            _mix(block.ffn_activation, model.config, share)
     elif recipe.swap.anneal_token_share:
         for block in model.ffn_blocks():
             _become(block.ffn_activation, FfnActivation)
@@ -92,11 +92,12 @@ def _become(activation: nn.Module, kind: type[FfnActivation]) -> None:
     activation.__class__ = kind
 
 
-def _mix(activation: FfnActivation, base: str, share: float) -> None:
+def _mix(activation: FfnActivation, config: SparseConfig, share: float) -> None:
     _become(activation, AnnealedActivation)
     assert isinstance(activation, AnnealedActivation)
-    assert base in FFN_ACTIVATIONS
     activation.share = share
     if "base" not in vars(activation):
         # Beside the module's own attributes, not among its children, which are part of the model.
-        vars(activation)["base"] = FfnActivation(base)
+        vars(activation)["base"] = FfnActivation(
+            config.base_ffn_activation, config.base_ffn_gate_threshold
+        )

@@ -17,7 +17,7 @@ from sparsify.benchmarks.decode_model import dense_twin, measure_model
 from sparsify.benchmarks.decode_result import Ratio, Timing
 from sparsify.conversion.convert import convert
 from sparsify.conversion.folder import load_sparse
-from sparsify.recipe import ModelSection
+from sparsify.recipe import ActivationSection, ModelSection
 
 HIDDEN, NEURONS, RANK = 64, 500, 16
 
@@ -57,7 +57,8 @@ def test_ratios_are_taken_within_pairs() -> None:
 @pytest.fixture(scope="module")
 def bundle(stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     to = tmp_path_factory.mktemp("bench") / "mistral-drelu"
-    convert(ModelSection(source=str(stock["mistral"])), "drelu", to, seed=0, dtype=torch.float32)
+    source, activation = ModelSection(source=str(stock["mistral"])), ActivationSection("drelu")
+    convert(source, activation, to, seed=0, dtype=torch.float32)
     return to
 
 

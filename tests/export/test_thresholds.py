@@ -54,6 +54,6 @@ def test_a_fresh_process_applies_them_inside_fused_experts(tmp_path: Path) -> No
     with torch.no_grad():
         reference = {"input_ids": IDS, "logits": model(IDS).logits.contiguous()}
     save_file(reference, tmp_path / "reference.safetensors")
-    accepted = accept(tmp_path / "bundle", "fatrelu", "fp32", tmp_path / "reference.safetensors")
+    accepted = accept(tmp_path / "bundle", "fatrelu", ["fp32"], tmp_path / "reference.safetensors")
     assert accepted.logits_difference is not None
     assert accepted.logits_difference < 1e-6

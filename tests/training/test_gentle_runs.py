@@ -60,7 +60,7 @@ def _convert(source: Path, to: Path) -> None:
 
 def _change(recipe: Recipe, case: str) -> None:
     recipe.checkpoint.every_tokens = 1_000_000
-    recipe.swap.anneal_token_share = 0.2 if "target" in case else 0.25
+    recipe.swap.anneal_token_share = 0.2 if "target" in case else 0.4
     if "target" in case:
         recipe.training.budget_tokens = 60 * recipe.step_tokens
         recipe.eval.every_tokens = recipe.training.budget_tokens

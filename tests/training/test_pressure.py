@@ -133,6 +133,10 @@ STAGES = (
         (["swap.anneal_token_share=1"], "swap.anneal_token_share is 1"),
         (["swap.anneal_token_share=-0.1"], "0 (swap at once) or above"),
         (["swap.anneal_token_share=0.2", "model=quickstart_random"], "nothing is swapped"),
+        (
+            ["swap.anneal_token_share=0.2", "conversion.calibration_tokens=16384"],
+            "fitted the weights to drelu",
+        ),
         (["sparsity.target_zeros=0.9", "activation=swiglu"], "which is never exactly zero"),
         ([STAGES, "activation=swiglu"], "which is never exactly zero"),
         ([STAGES, "sparsity.target_zeros=0.9"], "both say what the penalty's weight is"),
@@ -148,6 +152,12 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], message: st
     with pytest.raises(RecipeError) as error:
         compose_recipe("quickstart", overrides)
     assert message in str(error.value)
+
+
+def test_thresholds_let_a_dense_activation_be_pressed() -> None:
+    conversion = ["conversion.calibration_tokens=16384", "conversion.target_zeros=0.5"]
+    pressed = ["sparsity.target_zeros=0.9", "activation=swiglu", "control.ffn_activation=null"]
+    assert compose_recipe("quickstart", conversion + pressed).sparsity.target_zeros == 0.9
 
 
 @pytest.mark.parametrize("name", ["drelu", "reglu"])
