@@ -11,6 +11,8 @@ from sparsify.recipe import (
     ATTENTION_IMPLEMENTATIONS,
     AUTO_STAGE,
     FFN_ACTIVATIONS,
+    FUSED_ACTIVATION,
+    FUSED_FFN_ACTIVATIONS,
     ON_BAD_STEP,
     EngineSection,
     LaunchSection,
@@ -34,6 +36,7 @@ def validate(recipe: Recipe) -> Recipe:
     _check_model(recipe.model)
     _check_batch(recipe)
     _check_engine(recipe)
+    _check_fused(recipe)
     _check_nodes(recipe.launch)
     check_mixture(recipe.mixture)
     if recipe.control.ffn_activation == recipe.activation.ffn_activation:
@@ -225,4 +228,28 @@ def _check_auto(engine: EngineSection) -> None:
             raise RecipeError(
                 f"engine.{key} is set with engine=auto, which decides it.",
                 next_step="Leave it out, or use engine=zero3_offload.",
+            )
+
+
+def _check_fused(recipe: Recipe) -> None:
+    """Refuses kernels that an activation does not have, and zeros that nothing would count."""
+    training = recipe.training
+    check_choice("training.fused_activation", training.fused_activation, FUSED_ACTIVATION)
+    if training.fused_activation == "off":
+        if training.count_zeros:
+            raise RecipeError(
+                "training.count_zeros is set with training.fused_activation=off, where nothing counts them.",
+                next_step="Set training.fused_activation=auto.",
+            )
+        return
+    if training.fused_activation == "auto" and not training.count_zeros:
+        return
+    for key in ("activation", "control"):
+        name = getattr(recipe, key).ffn_activation
+        if name is not None and name not in FUSED_FFN_ACTIVATIONS:
+            asked = "count_zeros" if training.count_zeros else "fused_activation"
+            raise RecipeError(
+                f"training.{asked} is set, and there is no kernel for {key}.ffn_activation={name}.",
+                allowed=f"Activations with one: {', '.join(FUSED_FFN_ACTIVATIONS)}.",
+                next_step="Leave it out.",
             )

@@ -42,7 +42,11 @@ def forward_and_backward(
     value = value_bytes(recipe)
     tokens = training.micro_batch_windows * training.window_tokens
     layer = layer_activation_bytes(
-        a, recipe.activation.ffn_activation, value, training.window_tokens
+        a,
+        recipe.activation.ffn_activation,
+        value,
+        training.window_tokens,
+        fused=training.fused_activation in ("triton", "inductor"),
     )
     kept = value * a.hidden_size if checkpointing else layer
     top = a.num_hidden_layers * kept + a.hidden_size * (FP32_BYTES + 2 * value)  # and the last norm
@@ -59,7 +63,12 @@ def forward_and_backward(
 
 
 def layer_activation_bytes(
-    architecture: Architecture, ffn_activation: str, value_bytes: int, window_tokens: int | None
+    architecture: Architecture,
+    ffn_activation: str,
+    value_bytes: int,
+    window_tokens: int | None,
+    *,
+    fused: bool = False,
 ) -> int:
     """Bytes that one layer keeps for its backward pass, for each token.
 
@@ -75,6 +84,7 @@ def layer_activation_bytes(
         value_bytes: Bytes of one value.
         window_tokens: Length of windows that hold several documents: their attention mask is kept by every layer,
             and keys and values are repeated for every query head. None for one document a window.
+        fused: Whether a kernel computes the activation: then it keeps gate, up and their product, whichever it is.
     """
     a = architecture
     norms = 2 * a.hidden_size * (FP32_BYTES + 2 * value_bytes)
@@ -82,7 +92,7 @@ def layer_activation_bytes(
     attention = 2 * value_bytes * (a.query_size + keys_size) + FP32_BYTES * a.num_attention_heads
     attention += value_bytes * (window_tokens or 0)
     lean = ("drelu",) if a.num_local_experts else ("drelu", "reglu")
-    neuron_values = 3 if ffn_activation in lean else 4
+    neuron_values = 3 if fused or ffn_activation in lean else 4
     ffn = value_bytes * neuron_values * a.intermediate_size
     if a.num_local_experts:
         routed_copies = 2 * value_bytes * a.hidden_size

@@ -16,6 +16,7 @@ from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import Keep, TrainingState
 from sparsify.training.engine import set_learning_rate
+from sparsify.training.fused_activation import fuse_activation, zero_meter
 from sparsify.training.performance import Performance
 from sparsify.training.router import RouterMeter, aux_loss_coefficient, hungry_steps, router_meter
 from sparsify.training.run_folder import RunFolder
@@ -110,7 +111,7 @@ def _train_step(session: Session) -> bool:
     ]
     by_source = dict(zip(session.reader.names, num_labels.tolist(), strict=True))
     rule = spike_rule(recipe.stability, state.recent_losses, by_source)
-    routers = router_meter(engine)
+    routers, zeros = router_meter(engine), zero_meter(recipe, engine)
     window_losses = accumulate(session, batches, sources, int(num_labels.sum()), rule, routers)
     norm, applied = finish_step(engine)
 
@@ -136,6 +137,7 @@ def _train_step(session: Session) -> bool:
         gradient_norm=norm,
         **session.performance.step(recipe.step_tokens, time.monotonic() - started, data_seconds),
         **({} if routers is None else {"router": _watch_routers(session, routers)}),
+        **({} if zeros is None else {"zeros": zeros.share()}),
     )
     return stopping
 
@@ -283,6 +285,7 @@ def _validate_start(session: Session) -> None:
         model.set_ffn_activation(base)
         _validate(session, "base")
         model.set_ffn_activation(activation)
+        fuse_activation(model, session.recipe)
         _validate(session, "after_swap")
     else:
         _validate(session, "base")

@@ -66,6 +66,7 @@ def test_two_processes_go_all_the_way(
     assert all(line["flops_per_second"] > 0 and line["memory_bytes"] > 1e8 for line in train)
     assert all(0 <= line["data_share"] < 1 for line in train)
     assert train[-1]["left_seconds"] == 0
+    assert all(0.6 < line["zeros"] < 0.9 for line in train)  # counted while it trains
     sparsity = lines(run / "sparsity.jsonl")
     assert [line["step"] for line in sparsity] == [0, 0, 4, 8]
     assert len(sparsity[-1]["layers"]) == 2
