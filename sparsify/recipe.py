@@ -24,6 +24,7 @@ EXECUTION_SETTINGS = (
     "micro_batch_windows",
     "gradient_checkpointing",
     "fused_activation",
+    "compile",
     "count_zeros",
 )
 """Settings of `training` that change how a step is computed, but not which one: a run may go on with others."""
@@ -170,6 +171,8 @@ class TrainingSection:
     fused_activation: str = "auto"
     """The activation in one pass forward and one back: `triton` (a GPU), `inductor` (a compiler builds it: a minute or less at
     the start), or `off` for the model's own code. `auto` is triton where it is, else off. Same values in each."""
+    compile: bool = False
+    """torch.compile on every decoder layer while it trains; ZeRO stage 0 to 2."""
     count_zeros: bool = False
     """Write the share of exact zeros of every step into metrics.jsonl, counted in the pass that makes them."""
 

@@ -37,6 +37,7 @@ def validate(recipe: Recipe) -> Recipe:
     _check_batch(recipe)
     _check_engine(recipe)
     _check_fused(recipe)
+    _check_compile(recipe)
     _check_nodes(recipe.launch)
     check_mixture(recipe.mixture)
     if recipe.control.ffn_activation == recipe.activation.ffn_activation:
@@ -252,4 +253,26 @@ def _check_fused(recipe: Recipe) -> None:
                 f"training.{asked} is set, and there is no kernel for {key}.ffn_activation={name}.",
                 allowed=f"Activations with one: {', '.join(FUSED_FFN_ACTIVATIONS)}.",
                 next_step="Leave it out.",
+            )
+
+
+def _check_compile(recipe: Recipe) -> None:
+    training, stage = recipe.training, recipe.engine.zero_stage
+    if not training.compile:
+        return
+    if stage in (AUTO_STAGE, 3):
+        raise RecipeError(
+            "training.compile is set with "
+            + ("engine=auto." if stage == AUTO_STAGE else "ZeRO-3."),
+            allowed="ZeRO stage 0 to 2: stage 3 gathers weights between any two operations, which leaves nothing to fuse.",
+            next_step="Use engine=zero2, or training.compile=false.",
+        )
+    for key, ignored in {
+        "fused_activation": training.fused_activation in ("triton", "inductor"),
+        "count_zeros": training.count_zeros,
+    }.items():
+        if ignored:
+            raise RecipeError(
+                f"training.{key} is set with training.compile, which fuses the model's own activation.",
+                next_step=f"Leave out training.{key}, or set training.compile=false.",
             )

@@ -12,6 +12,7 @@ from sparsify.conversion.folder import check_activation, load_sparse
 from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
 from sparsify.recipe import Recipe
+from sparsify.training.compiled import check_compilable, compile_layers
 from sparsify.training.fused_activation import check_fusible, fuse_activation
 
 MOE_BLOCK = "MixtralSparseMoeBlock"
@@ -48,6 +49,7 @@ def check_machine(recipe: Recipe) -> None:
             next_step="Set engine.attention=sdpa.",
         )
     check_fusible(recipe)
+    check_compilable(recipe)
 
 
 def init_distributed() -> None:
@@ -105,6 +107,7 @@ def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseMo
     model.set_attn_implementation(recipe.engine.attention)
     if recipe.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    compile_layers(model, recipe)
     return model
 
 

@@ -224,7 +224,7 @@ def check_fusible(recipe: Recipe) -> None:
     setting = recipe.training.fused_activation
     missing = {
         "triton": None if _triton_is_here() else "there is no GPU with Triton here",
-        "inductor": None if _has_compiler() else "there is no C++ compiler here",
+        "inductor": None if has_compiler() else "there is no C++ compiler here",
     }
     if missing.get(setting):
         raise RecipeError(
@@ -248,6 +248,8 @@ def _implementation(recipe: Recipe, activation: FfnActivation) -> str | None:
         )
     if setting != "auto":
         return setting
+    if recipe.training.compile:
+        return None  # the compiler fuses the model's own code
     if _triton_is_here():
         return "triton"
     return "plain" if recipe.training.count_zeros else None
@@ -257,14 +259,15 @@ def fastest_implementation() -> str:
     """A key of KERNELS: what is fastest of those that can run here."""
     if _triton_is_here():
         return "triton"
-    return "inductor" if _has_compiler() else "plain"
+    return "inductor" if has_compiler() else "plain"
 
 
 def _triton_is_here() -> bool:
     return torch.cuda.is_available() and find_spec("triton") is not None
 
 
-def _has_compiler() -> bool:
+def has_compiler() -> bool:
+    """Whether torch's compiler can build loops here: for a CPU it needs a C++ compiler."""
     return torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 

@@ -15,6 +15,7 @@ from sparsify.mixture.windows import NO_LOSS, Batch, Window, WindowReader
 from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import Keep, TrainingState
+from sparsify.training.compiled import evaluating
 from sparsify.training.engine import set_learning_rate
 from sparsify.training.fused_activation import fuse_activation, zero_meter
 from sparsify.training.performance import Performance
@@ -340,7 +341,6 @@ def _reference(session: Session) -> dict[str, torch.Tensor]:
     input_ids = torch.from_numpy(window.input_ids[:REFERENCE_TOKENS].copy())[None].to(
         session.engine.device
     )
-    session.engine.eval()
-    logits = session.engine(input_ids=input_ids, use_cache=False).logits
-    session.engine.train()
+    with evaluating(session.engine):
+        logits = session.engine(input_ids=input_ids, use_cache=False).logits
     return {"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}

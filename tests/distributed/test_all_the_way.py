@@ -112,7 +112,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     run = tmp_path / "run"
     arguments = command(setup, run)
     for _ in range(STOP_ATTEMPTS):  # a busy machine may look too late
-        if _stopped_half_way(arguments, run, signal_number, exit_code):
+        if stopped_half_way(arguments, run, signal_number, exit_code):
             break
         shutil.rmtree(run)
     else:
@@ -125,7 +125,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert weights_hash(run) == weights_hash(straight)
 
 
-def _stopped_half_way(
+def stopped_half_way(
     arguments: list[str], run: Path, signal_number: signal.Signals, exit_code: int
 ) -> bool:
     """Stops a run after its first checkpoint. Returns whether it had not come to its end by then."""

@@ -29,7 +29,7 @@ from sparsify.training.fused_activation import (
 from tests.training.activation_checks import TOLERANCES, check_kernel
 
 CHECKS = Path(__file__).with_name("activation_checks.py")
-NO_COMPILER = not fused_activation._has_compiler()
+NO_COMPILER = not fused_activation.has_compiler()
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_settings_that_would_be_ignored_are_refused(
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match="no GPU"):
             check_machine(recipe_with(fused_activation="triton"))
-    monkeypatch.setattr(fused_activation, "_has_compiler", lambda: False)
+    monkeypatch.setattr(fused_activation, "has_compiler", lambda: False)
     with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
         check_machine(recipe_with(fused_activation="inductor"))
     model = load_sparse(stock["mistral"], "drelu", torch.float32)
