@@ -220,6 +220,35 @@ def bench_decode(
     console.print_json(result.model_dump_json()) if as_json else console.print(decode_table(result))
 
 
+@bench_app.command("activation")
+def bench_activation(
+    activation: Annotated[str, typer.Option(help="Activation: drelu, reglu or swiglu.")] = "drelu",
+    tokens: Annotated[int, typer.Option(help="Rows of the pre-activations.")] = 4096,
+    neurons: Annotated[int, typer.Option(help="Columns: a layer's neurons.")] = 14_336,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    repeats: Annotated[int, typer.Option(help="Measured rounds.")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """The fused activation beside eager torch and a plain copy: forward, and forward with backward.
+
+    Example: sparsify bench activation --dtype fp32
+    """
+    from sparsify.benchmarks import activation as bench
+
+    with Console(stderr=True).status("") as status:
+        result = bench.bench_activation(
+            activation,
+            tokens=tokens,
+            neurons=neurons,
+            dtype=dtype,
+            repeats=repeats,
+            say=status.update,
+        )
+    console.print_json(result.model_dump_json()) if as_json else console.print(
+        bench.activation_table(result)
+    )
+
+
 Number = TypeVar("Number", int, float)
 
 

@@ -16,10 +16,19 @@ from sparsify.recipe_conversion import ActivationSection, ConversionSection
 from sparsify.recipe_sparsity import SparsitySection, SwapSection
 
 AUTO_STAGE = -1
+FUSED_FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
+"""Those that `training.fused_activation` has kernels for."""
+FUSED_ACTIVATION = ("auto", "triton", "inductor", "off")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
 """Not flash_attention_2: transformers tells documents apart there only when a forward pass has one window."""
 ON_BAD_STEP = ("skip", "rollback", "stop")
-EXECUTION_SETTINGS = ("micro_batch_windows", "gradient_checkpointing")
+EXECUTION_SETTINGS = (
+    "micro_batch_windows",
+    "gradient_checkpointing",
+    "fused_activation",
+    "compile",
+    "count_zeros",
+)
 """Settings of `training` that change how a step is computed, but not which one: a run may go on with others."""
 
 
@@ -154,6 +163,13 @@ class TrainingSection:
     router_aux_loss_coefficient: float | None = None
     """Weight of a Mixtral's load-balancing loss; null takes the checkpoint's own."""
     seed: int = 1
+    fused_activation: str = "auto"
+    """The activation in one pass forward and one back: `triton` (a GPU), `inductor` (a compiler builds it: a minute or less at
+    the start), or `off` for the model's own code. `auto` is triton where it is, else off. Same values in each."""
+    compile: bool = False
+    """torch.compile on every decoder layer while it trains; ZeRO stage 0 to 2."""
+    count_zeros: bool = False
+    """Write the share of exact zeros of every step into metrics.jsonl, counted in the pass that makes them."""
 
 
 @dataclass

@@ -26,6 +26,7 @@ from sparsify.recipe_conversion import (
 )
 from sparsify.source_rules import check_choice
 from sparsify.sparsity_rules import check_sparsification
+from sparsify.speed_rules import check_speed
 
 
 def validate(recipe: Recipe) -> Recipe:
@@ -46,6 +47,7 @@ def validate(recipe: Recipe) -> Recipe:
     _check_nodes(recipe.launch)
     check_mixture(recipe.mixture)
     check_sparsification(recipe)
+    check_speed(recipe)
     if recipe.control.ffn_activation == recipe.activation.ffn_activation:
         recipe.control.ffn_activation = None
     return recipe

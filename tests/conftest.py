@@ -191,6 +191,7 @@ class Command:
             "checkpoint.keep_every_tokens=2048",
             f"run_dir={run}",
             f"cache_dir={self.root / 'cache'}",
+            f"training.count_zeros={setup.processes == 2}",
             f"tracking.wandb={'offline' if setup.processes == 1 else 'disabled'}",
         ]
         return [sys.executable, "-c", program, "train", str(self._recipe), "--json", *overrides]

@@ -28,6 +28,7 @@ from sparsify.mixture.plan import SourceSchedule
 from sparsify.mixture.windows import WindowReader, collate
 from sparsify.recipe import Recipe, token_shares
 from sparsify.sparsity.probe import SparsityProbe
+from sparsify.training.compiled import evaluating
 from sparsify.training.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.training.engine import init_distributed
 from sparsify.training.feeder import Feeder, is_done
@@ -223,13 +224,12 @@ def _probed_forward(session: Session) -> None:
 def _forward(session: Session) -> None:
     """The forward passes of a validation and nothing else."""
     engine, size = session.engine, session.recipe.training.micro_batch_windows
-    engine.eval()
-    for windows in session.held_out.values():
-        for start in range(0, len(windows), size):
-            batch = collate(windows[start : start + size])
-            engine(
-                input_ids=batch["input_ids"].to(engine.device),
-                position_ids=batch["position_ids"].to(engine.device),
-                use_cache=False,
-            )
-    engine.train()
+    with evaluating(engine):
+        for windows in session.held_out.values():
+            for start in range(0, len(windows), size):
+                batch = collate(windows[start : start + size])
+                engine(
+                    input_ids=batch["input_ids"].to(engine.device),
+                    position_ids=batch["position_ids"].to(engine.device),
+                    use_cache=False,
+                )

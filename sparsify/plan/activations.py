@@ -60,6 +60,7 @@ def forward_and_backward(
         value,
         training.window_tokens,
         thresholds=recipe.conversion.target_zeros is not None,
+        one_pass=training.fused_activation in ("triton", "inductor"),
     )
     layer += value * extra_neuron_values(recipe) * a.intermediate_size * a.num_experts_per_tok
     kept = value * a.hidden_size if checkpointing else layer
@@ -83,6 +84,7 @@ def layer_activation_bytes(
     window_tokens: int | None,
     *,
     thresholds: bool = False,
+    one_pass: bool = False,
 ) -> int:
     """Bytes that one layer keeps for its backward pass, for each token.
 
@@ -98,6 +100,7 @@ def layer_activation_bytes(
         window_tokens: Length of windows that hold several documents: their attention mask is kept by every layer,
             and keys and values are repeated for every query head. None for one document a window.
         thresholds: Whether neurons have thresholds.
+        one_pass: Whether a kernel computes the activation: then it keeps gate, up and their product, whichever it is.
     """
     a = architecture
     norms = 2 * a.hidden_size * (FP32_BYTES + 2 * value_bytes)
@@ -105,7 +108,8 @@ def layer_activation_bytes(
     attention = 2 * value_bytes * (a.query_size + keys_size) + FP32_BYTES * a.num_attention_heads
     attention += value_bytes * (window_tokens or 0)
     fused = bool(a.num_local_experts)
-    neuron_bytes = value_bytes * KEPT_NEURON_VALUES[ffn_activation][fused]
+    neuron_values = 3 if one_pass else KEPT_NEURON_VALUES[ffn_activation][fused]
+    neuron_bytes = value_bytes * neuron_values
     neuron_bytes += MASK_BYTES * ((ffn_activation in MASKED) + thresholds)
     ffn = neuron_bytes * a.intermediate_size
     if fused:

@@ -12,6 +12,8 @@ from sparsify.conversion.folder import check_activation, load_sparse
 from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
 from sparsify.recipe import Recipe
+from sparsify.training.compiled import check_compilable, compile_layers
+from sparsify.training.fused_activation import check_fusible, fuse_activation
 
 MOE_BLOCK = "MixtralSparseMoeBlock"
 
@@ -46,6 +48,8 @@ def check_machine(recipe: Recipe) -> None:
             allowed="torch computes its gradients on a GPU only.",
             next_step="Set engine.attention=sdpa.",
         )
+    check_fusible(recipe)
+    check_compilable(recipe)
 
 
 def init_distributed() -> None:
@@ -99,9 +103,11 @@ def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseMo
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     model = load_sparse(folder, recipe.activation.ffn_activation, dtype)
     del keep_alive
+    fuse_activation(model, recipe)
     model.set_attn_implementation(recipe.engine.attention)
     if recipe.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    compile_layers(model, recipe)
     return model
 
 

@@ -17,7 +17,9 @@ from sparsify.recipe import Recipe
 from sparsify.training import checkpoints
 from sparsify.training.annealing import anneal, plain
 from sparsify.training.checkpoints import Keep, TrainingState
+from sparsify.training.compiled import evaluating
 from sparsify.training.engine import set_learning_rate
+from sparsify.training.fused_activation import fuse_activation
 from sparsify.training.objective import Objective, pressure_line
 from sparsify.training.penalty import next_control, penalty_weight
 from sparsify.training.performance import Performance
@@ -151,6 +153,7 @@ def _train_step(session: Session) -> bool:
         **({} if annealed == 1 else {"annealed_share": annealed}),
         **({} if pressure is None else {"pressure": pressure_line(pressure, weight or 0.0)}),
         **_watch_routers(session, objective.routers),
+        **({} if objective.zeros is None else {"zeros": objective.zeros.share()}),
     )
     return stopping
 
@@ -279,6 +282,7 @@ def _validate_start(session: Session) -> None:
         model.set_ffn_activation(base, model.config.base_ffn_gate_threshold)
         _validate(session, "base")
         model.set_ffn_activation(activation, session.recipe.activation.model_gate_threshold)
+        fuse_activation(model, session.recipe)
         _validate(session, "after_swap")
     else:
         _validate(session, "base")
@@ -341,8 +345,6 @@ def _reference(session: Session) -> dict[str, torch.Tensor]:
     input_ids = torch.from_numpy(window.input_ids[:REFERENCE_TOKENS].copy())[None].to(
         session.engine.device
     )
-    session.engine.eval()
-    with plain(session.engine.module):
+    with evaluating(session.engine), plain(session.engine.module):
         logits = session.engine(input_ids=input_ids, use_cache=False).logits
-    session.engine.train()
     return {"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from sparsify.mixture.windows import Batch
 from sparsify.recipe import Recipe
+from sparsify.training.fused_activation import ZeroMeter, zero_meter
 from sparsify.training.pressure import PressureMeter, PressureRecord
 from sparsify.training.router import RouterMeter, aux_loss_coefficient, router_meter
 from sparsify.training.validation import window_losses
@@ -29,6 +30,7 @@ class Objective:
         self._recipe, self._engine = recipe, engine
         self._penalty_weight = penalty_weight or 0.0
         self.routers: RouterMeter | None = router_meter(engine)
+        self.zeros: ZeroMeter | None = zero_meter(recipe, engine)
         self._pressure: PressureMeter | None = None
         if penalty_weight is not None:
             gate_share = recipe.sparsity.gate_penalty_share

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.recipe import EvalSection
+from sparsify.training.compiled import evaluating
 
 
 @torch.no_grad()
@@ -28,14 +29,13 @@ def continue_prompts(
     # All prompts at once, padded on the left: a pass under ZeRO-3 costs the same for one as for all of them.
     ids = [[padding] * (length - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    engine.eval()
-    output = engine.module.generate(
-        torch.tensor(ids, device=engine.device),
-        attention_mask=torch.tensor(mask, device=engine.device),
-        do_sample=False,
-        max_new_tokens=settings.sample_tokens,
-        pad_token_id=padding,
-        synced_gpus=engine.zero_optimization_partition_weights(),
-    )
-    engine.train()
+    with evaluating(engine):
+        output = engine.module.generate(
+            torch.tensor(ids, device=engine.device),
+            attention_mask=torch.tensor(mask, device=engine.device),
+            do_sample=False,
+            max_new_tokens=settings.sample_tokens,
+            pad_token_id=padding,
+            synced_gpus=engine.zero_optimization_partition_weights(),
+        )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)

@@ -87,7 +87,7 @@ class Telemetry:
         now = time.monotonic()
         record = {"kind": "train", "step": step, "tokens": seen_tokens, "loss": loss, **values}
         self._append(self._run.metrics, record)
-        line = progress_line(record, self._budget_tokens, self._zeros)
+        line = progress_line(record, self._budget_tokens, record.get("zeros", self._zeros))
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=line)
         elif now - self._last_line >= LINE_EVERY_SECONDS or step == self._recipe.num_steps:
@@ -249,7 +249,7 @@ def progress_line(record: dict[str, Any], budget_tokens: int, zeros: float | Non
     Args:
         record: A line of metrics.jsonl with what `Performance.step` gives.
         budget_tokens: Training tokens of the run.
-        zeros: Share of exact zeros at the last validation.
+        zeros: Share of exact zeros in this step where they are counted, else at the last validation.
     """
     parts = [
         f"{record['tokens'] / budget_tokens:4.0%} of {_compact(budget_tokens)} tokens",

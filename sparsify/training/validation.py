@@ -14,6 +14,7 @@ from torch.nn import functional
 from sparsify.mixture.windows import NO_LOSS, Window, collate
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.statistics import ActivationStatistics
+from sparsify.training.compiled import evaluating
 
 
 def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -54,13 +55,11 @@ def validate(
     micro_batch_windows: int,
 ) -> Validation:
     """Runs the held-out windows through the live model; every rank calls it with the same windows."""
-    engine.eval()
     losses, statistics = {}, {}
     for source, held_out in windows.items():
-        with SparsityProbe(engine.module) as probe:
+        with evaluating(engine), SparsityProbe(engine.module) as probe:
             losses[source] = _source_loss(engine, probe, held_out, micro_batch_windows)
         statistics[source] = probe.statistics().reduce()
-    engine.train()
     weights = {source: shares.get(source, 0.0) for source in losses}
     return Validation(
         loss=sum(weights[source] * loss for source, loss in losses.items()) / sum(weights.values()),

@@ -66,6 +66,7 @@ def test_two_processes_go_all_the_way(
     assert all(line["flops_per_second"] > 0 and line["memory_bytes"] > 1e8 for line in train)
     assert all(0 <= line["data_share"] < 1 for line in train)
     assert train[-1]["left_seconds"] == 0
+    assert all(0.6 < line["zeros"] < 0.9 for line in train)  # counted while it trains
     sparsity = lines(run / "sparsity.jsonl")
     assert [line["step"] for line in sparsity] == [0, 0, 4, 8]
     assert len(sparsity[-1]["layers"]) == 2
@@ -114,7 +115,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     run = tmp_path / "run"
     arguments = command(setup, run)
     for _ in range(STOP_ATTEMPTS):  # a busy machine may look too late
-        if _stopped_half_way(arguments, run, signal_number, exit_code):
+        if stopped_half_way(arguments, run, signal_number, exit_code):
             break
         shutil.rmtree(run)
     else:
@@ -127,7 +128,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert weights_hash(run) == weights_hash(straight)
 
 
-def _stopped_half_way(
+def stopped_half_way(
     arguments: list[str], run: Path, signal_number: signal.Signals, exit_code: int
 ) -> bool:
     """Stops a run after its first checkpoint. Returns whether it had not come to its end by then."""

@@ -1,0 +1,89 @@
+"""`training.compile` trains the same model, and a run that is stopped goes on to the same bits in a process that compiles anew."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparsify.catalogue import compose_recipe
+from sparsify.errors import RecipeError
+from sparsify.training import compiled
+from sparsify.training.engine import check_machine
+from sparsify.training.fused_activation import has_compiler
+from tests.conftest import Command, Setup
+from tests.distributed.test_all_the_way import (
+    STOP_ATTEMPTS,
+    lines,
+    losses,
+    stopped_half_way,
+    weights_hash,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_a_stopped_compiled_run_goes_on_to_the_same_bits(
+    kind: str,
+    command: Command,
+    finished: Callable[[Setup], tuple[Path, dict]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setup = Setup(kind, 1, 1, "bf16")
+    eager, _ = finished(setup)
+    compiles = ["training.compile=true", "training.gradient_checkpointing=true"]
+
+    def in_new_cache(name: str) -> None:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
+
+    in_new_cache("straight_cache")
+    straight = tmp_path / "straight"
+    subprocess.run(command(setup, straight) + compiles, check=True, stdout=subprocess.DEVNULL)
+    assert any((tmp_path / "straight_cache").iterdir())
+    for (_, loss, _), (_, expected, _) in zip(losses(straight), losses(eager), strict=True):
+        assert loss == pytest.approx(expected, rel=2e-3)
+    zeros = [line["zeros"] for run in (straight, eager) for line in lines(run / "sparsity.jsonl")]
+    assert zeros[: len(zeros) // 2] == pytest.approx(zeros[len(zeros) // 2 :], rel=0.02)
+
+    run = tmp_path / "run"
+    for attempt in range(STOP_ATTEMPTS):
+        in_new_cache(f"cache{attempt}")
+        if stopped_half_way(command(setup, run) + compiles, run, signal.SIGINT, 130):
+            break
+        shutil.rmtree(run)
+    else:
+        pytest.fail("it was stopped too late to prove anything")
+    in_new_cache("resumed_cache")
+    subprocess.run(command(setup, run) + compiles, check=True, stdout=subprocess.DEVNULL)
+    assert losses(run) == losses(straight)
+    assert weights_hash(run) == weights_hash(straight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["engine=zero3"], "ZeRO-3"),
+        (["engine=auto"], "engine=auto"),
+        (["training.fused_activation=inductor"], "fused_activation"),
+        (["training.count_zeros=true"], "count_zeros"),
+        (["swap.anneal_token_share=0.1"], "looks into the layers"),
+        (["sparsity.target_zeros=0.9"], "looks into the layers"),
+    ],
+)
+def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        compose_recipe("quickstart", ["training.compile=true", *overrides])
+
+
+def test_a_machine_without_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "has_compiler", lambda: False)
+    with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
+        check_machine(compose_recipe("quickstart", ["training.compile=true"]))
