@@ -83,7 +83,10 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
         activation = getattr(block, "ffn_activation", None)
         if (
             not own
-            or type(activation) is not FfnActivation
+            or not isinstance(activation, FfnActivation)
+            # One that is on its way to another has factors of its own; one that a kernel computes has not.
+            or type(activation).gate_factor is not FfnActivation.gate_factor
+            or type(activation).up_factor is not FfnActivation.up_factor
             or activation.name != ffn_activation
             or activation.gate_threshold != model.config.ffn_gate_threshold
             or (activation.threshold is None) != (model.config.ffn_thresholds == "none")
