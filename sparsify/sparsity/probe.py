@@ -18,7 +18,9 @@ from sparsify.models import (
     SparseModel,
 )
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
-from sparsify.sparsity.statistics import ActivationStatistics
+from sparsify.sparsity.statistics import MAX_BYTE, ActivationStatistics
+
+ROWS_AT_A_TIME = MAX_BYTE
 
 
 @dataclass(frozen=True)
@@ -213,25 +215,30 @@ class SparsityProbe:
             product = self._editor(layer, expert, product)
         edited = None if self._editor is None else product.view(shape)
         with torch.no_grad():
-            factors = [activation.gate_factor(gate), activation.up_factor(up), product]
             if self._token_mask is not None:
                 keep = self._token_mask.to(tokens.device)[tokens]
-                tokens, factors = tokens[keep], [factor[keep] for factor in factors]
-            self._add(layer, expert, tokens, *factors)
+                if not keep.all():
+                    tokens, gate, up, product = tokens[keep], gate[keep], up[keep], product[keep]
+            counts = self._counts_of(layer, product)
+            positions = self._positions.to(tokens.device)[tokens]
+            # Rows at a time, so that what is made of them to be counted stays in the cache.
+            rows = ROWS_AT_A_TIME if product.device.type == "cpu" else max(1, len(product))
+            columns = (gate.split(rows), up.split(rows), product.split(rows), positions.split(rows))
+            for some_gate, some_up, some_product, where in zip(*columns, strict=True):
+                factors = activation.gate_factor(some_gate), activation.up_factor(some_up)
+                counts.add(0, expert, *factors, some_product, positions=where)
+            for observer in self._observers:
+                observer.add(layer, expert, tokens, self._blocks[layer], product)
         return edited
 
-    def _add(self, layer: int, expert: int, tokens: torch.Tensor, *factors: torch.Tensor) -> None:
-        product = factors[-1]
+    def _counts_of(self, layer: int, product: torch.Tensor) -> ActivationStatistics:
         counts = self._layers[layer]
         if counts is None:
             # Made here, because only now the device of this layer is known for certain.
             experts = getattr(self._model.config, "num_local_experts", 1)
             counts = ActivationStatistics.empty(1, experts, product.shape[-1], product.device)
             self._layers[layer] = counts
-        positions = self._positions.to(tokens.device)[tokens]
-        counts.add(0, expert, *factors, positions=positions)
-        for observer in self._observers:
-            observer.add(layer, expert, tokens, self._blocks[layer], product)
+        return counts
 
 
 def _sparse_model(model: nn.Module) -> SparseModel:
