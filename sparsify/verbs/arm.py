@@ -148,8 +148,10 @@ def _open_run(recipe: Recipe, run: RunFolder) -> None:
     if run.mixture_lock.is_file():
         check_same(run.load_recipe(), recipe, run)
     elif run.initial.is_dir():
-        shutil.rmtree(run.initial)  # nothing was trained from it, and the recipe may be another now
-        shutil.rmtree(run.teacher, ignore_errors=True)
+        # Nothing was trained from it, and the recipe may be another now.
+        for folder in (run.teacher, run.initial):
+            if folder.is_dir():
+                shutil.rmtree(folder)
     save_recipe(recipe, run.recipe)
     write_json(run.environment, environment())
 

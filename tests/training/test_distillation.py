@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def distilled(
     return total, record, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-def answer(model: SparseModel, tensors: dict[str, torch.Tensor]):  # noqa: ANN201
+def answer(model: SparseModel, tensors: dict[str, torch.Tensor]) -> Any:
     asked = {key: tensors[key] for key in ("input_ids", "position_ids")}
     return model(**asked, use_cache=False)
 
