@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from sparsify.recipe_conversion import ActivationSection, ConversionSection
-from sparsify.recipe_sparsity import SparsitySection, SwapSection
+from sparsify.recipe_sparsity import DistillationSection, SparsitySection, SwapSection
 
 AUTO_STAGE = -1
 FUSED_FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
@@ -329,6 +329,7 @@ class Recipe:
     conversion: ConversionSection = field(default_factory=ConversionSection)
     swap: SwapSection = field(default_factory=SwapSection)
     sparsity: SparsitySection = field(default_factory=SparsitySection)
+    distillation: DistillationSection = field(default_factory=DistillationSection)
     mixture: MixtureSection = field(default_factory=MixtureSection)
     training: TrainingSection = field(default_factory=TrainingSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)

@@ -38,3 +38,20 @@ class SparsitySection:
     target_zeros: float | None = None
     """Share of exact zeros that the run shall end with: the penalty's weight is then set by what is measured, step by step,
     instead of by stages."""
+
+
+@dataclass
+class DistillationSection:
+    """What a run learns from its dense source beside the text: each term is added to the loss, times its weight."""
+
+    logits_weight: float = 0.0
+    """Weight of the Kullback-Leibler divergence of the model's next-token distribution from the source's, in nats a label.
+    0 leaves it out."""
+    ffn_weight: float = 0.0
+    """Weight of the feed-forward blocks' error: the squared distance of a block's answer from the source's as a part of that
+    answer's own square, mean over labelled tokens and layers. 1 is what a block that answers nothing has. 0 leaves it out."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run has a teacher."""
+        return self.logits_weight > 0 or self.ffn_weight > 0

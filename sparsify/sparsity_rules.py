@@ -1,8 +1,9 @@
-"""Which settings of `swap` and `sparsity` can work together, and what to say where they cannot."""
+"""Which settings of `swap`, `sparsity` and `distillation` can work together, and what to say where they cannot."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from sparsify.errors import RecipeError
 from sparsify.recipe import Recipe
@@ -21,6 +22,7 @@ def check_sparsification(recipe: Recipe) -> None:
     _check_stages(recipe)
     _check_penalty(recipe)
     _check_target(recipe)
+    _check_distillation(recipe)
 
 
 def _check_swap(recipe: Recipe) -> None:
@@ -111,3 +113,50 @@ def _check_target(recipe: Recipe) -> None:
             "sparsity.target_zeros and sparsity.penalty_stages both say what the penalty's weight is.",
             next_step="Leave one of them out.",
         )
+
+
+def _check_distillation(recipe: Recipe) -> None:
+    settings, model = recipe.distillation, recipe.model
+    for key, weight in asdict(settings).items():
+        if not 0 <= weight < math.inf:
+            raise RecipeError(
+                f"distillation.{key} is {weight}.", allowed="0 (leave it out) or above."
+            )
+    if not settings.is_on:
+        return
+    without_teacher = {
+        "model.init=random": model.init == "random",
+        f"model.upcycle_experts={model.upcycle_experts}": model.upcycle_experts is not None,
+    }
+    for setting, has_none in without_teacher.items():
+        if has_none:
+            raise RecipeError(
+                f"{_distillation_key(recipe)} is set with {setting}: there is no dense model of this shape to learn from.",
+                next_step="Leave it out, or train from a checkpoint as it is.",
+            )
+
+
+def check_teacher(recipe: Recipe, base: tuple[str, float], *, is_calibrated: bool) -> None:
+    """Refuses distillation from the very model that is trained, once the checkpoint is known.
+
+    Args:
+        recipe: What to train.
+        base: Activation of the checkpoint that was converted, and its gate threshold.
+        is_calibrated: Whether the conversion changed weights or set thresholds.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    activation = recipe.activation
+    same = base == (activation.ffn_activation, activation.model_gate_threshold)
+    if recipe.distillation.is_on and same and not is_calibrated:
+        raise RecipeError(
+            f"{_distillation_key(recipe)} is set, and the checkpoint has {activation.ffn_activation} already: "
+            "a model has nothing to learn from itself.",
+            next_step="Set it to 0, or choose another activation.",
+        )
+
+
+def _distillation_key(recipe: Recipe) -> str:
+    key = "logits_weight" if recipe.distillation.logits_weight else "ffn_weight"
+    return f"distillation.{key}={getattr(recipe.distillation, key):g}"

@@ -74,6 +74,7 @@ def _check_compile(recipe: Recipe) -> None:
         "swap.anneal_token_share": recipe.swap.anneal_token_share > 0,
         "sparsity.penalty_stages": bool(recipe.sparsity.penalty_stages),
         "sparsity.target_zeros": recipe.sparsity.target_zeros is not None,
+        "distillation.ffn_weight": recipe.distillation.ffn_weight > 0,
     }.items():
         if changing:
             raise RecipeError(

@@ -21,7 +21,7 @@ from sparsify.conversion.convert import convert
 from sparsify.plan.estimate import architecture_of
 from sparsify.plan.memory import memory
 from sparsify.plan.parameters import count_parameters
-from sparsify.recipe import Recipe
+from sparsify.recipe import DistillationSection, Recipe
 from sparsify.training.run_folder import RunFolder
 
 SHAPE = {
@@ -45,9 +45,11 @@ class Trial:
     gradient_checkpointing: bool = False
     reduce_bucket_elements: int = 2_000_000
     window_tokens: int = 128
+    distills: bool = False
 
     def __str__(self) -> str:
         recomputes = ", checkpointing" if self.gradient_checkpointing else ""
+        recomputes += ", distilling" if self.distills else ""
         return (
             f"{self.kind}, ZeRO-{self.zero_stage}, {self.precision}, {self.processes} process(es), "
             f"{self.micro_batch_windows} x {self.window_tokens}, bucket {self.reduce_bucket_elements:.0e}{recomputes}"
@@ -99,6 +101,22 @@ GRID = (
     Trial("mistral", 2, "bf16", 1, micro_batch_windows=16, gradient_checkpointing=True),
     Trial("mistral", 1, "fp32", 1, reduce_bucket_elements=50_000_000),
     Trial("mistral", 1, "bf16", 1, micro_batch_windows=4, window_tokens=512),
+    *(
+        Trial(
+            kind,
+            stage,
+            precision,
+            1,
+            micro_batch_windows=8,
+            gradient_checkpointing=stage == 2,
+            distills=True,
+        )
+        for kind, stage, precision in (
+            ("mistral", 1, "fp32"),
+            ("mistral", 2, "bf16"),
+            ("mixtral", 3, "bf16"),
+        )
+    ),
 )
 
 
@@ -146,6 +164,8 @@ def bench_memory(trials: Sequence[Trial], say: Callable[[str], None]) -> list[Me
 
 def _measure(trial: Trial, run: RunFolder) -> Measured:
     recipe = compose_recipe("quickstart_base", [*trial.overrides(), f"run_dir={run.path}"])
+    if trial.distills:  # set here: a recipe is refused that learns from random weights
+        recipe.distillation = DistillationSection(logits_weight=1.0, ffn_weight=1.0)
     save_recipe(recipe, run.recipe)
     convert(recipe.model, recipe.activation, run.initial, seed=1, dtype=torch.float32)
     architecture = architecture_of(recipe)

@@ -30,9 +30,12 @@ from sparsify.training.objective import Objective
 from sparsify.training.processes import exit_with_launcher
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.stability import finish_step
+from sparsify.training.teacher import Teacher, load_teacher
 
 STEPS = 2  # the optimiser's state is whole from the second on
 TRAINING = "sparsify training"
+Built = tuple[Any, Teacher | None]
+"""The engine, and the model that it learns from."""
 
 
 def main(run_dir: str) -> None:
@@ -44,7 +47,7 @@ def main(run_dir: str) -> None:
         init_distributed()
         imported_bytes = peak_memory_bytes()
         measure = _on_gpu if torch.cuda.is_available() else _on_cpu
-        setup, training = measure(lambda: build_engine(recipe, run.initial), recipe)
+        setup, training = measure(lambda: _build(recipe, run), recipe)
     print(
         json.dumps(
             {
@@ -59,7 +62,13 @@ def main(run_dir: str) -> None:
     os._exit(0)  # see training.worker: an ordinary exit may abort in gloo
 
 
-def _steps(engine: Any, recipe: Recipe) -> None:
+def _build(recipe: Recipe, run: RunFolder) -> Built:
+    engine = build_engine(recipe, run.initial)
+    return engine, load_teacher(recipe, run, engine.device)
+
+
+def _steps(built: Built, recipe: Recipe) -> None:
+    engine, teacher = built
     session = cast(Session, SimpleNamespace(engine=engine, recipe=recipe))
     training = recipe.training
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -74,26 +83,26 @@ def _steps(engine: Any, recipe: Recipe) -> None:
             tensors["position_ids"] = positions.expand(shape)
             batches.append(Batch(tensors, torch.zeros(shape[0], dtype=torch.int64)))
         sources = ["made up"] * training.batch_windows
-        with Objective(recipe, engine, None) as objective:
+        with Objective(recipe, engine, None, teacher) as objective:
             accumulate(session, batches, sources, recipe.step_tokens, None, objective)
             finish_step(engine)
 
 
-def _on_gpu(build: Callable[[], Any], recipe: Recipe) -> tuple[int, int]:
-    engine = build()
+def _on_gpu(build: Callable[[], Built], recipe: Recipe) -> tuple[int, int]:
+    built = build()
     setup = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    _steps(engine, recipe)
+    _steps(built, recipe)
     return setup, torch.cuda.max_memory_allocated()
 
 
-def _on_cpu(build: Callable[[], Any], recipe: Recipe) -> tuple[int, int]:
+def _on_cpu(build: Callable[[], Built], recipe: Recipe) -> tuple[int, int]:
     """Peaks from every allocation and release between the first and the last."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        engine = build()
+        built = build()
         with record_function(TRAINING):
             pass
-        _steps(engine, recipe)
+        _steps(built, recipe)
     assert profiler.profiler is not None
     results = cast(Any, profiler.profiler.kineto_results)
     started = next(event.start_ns() for event in results.events() if event.name() == TRAINING)

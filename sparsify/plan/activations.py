@@ -63,6 +63,8 @@ def forward_and_backward(
         one_pass=training.fused_activation in ("triton", "inductor"),
     )
     layer += value * extra_neuron_values(recipe) * a.intermediate_size * a.num_experts_per_tok
+    if recipe.distillation.ffn_weight:  # how far the block's answer is from the teacher's
+        layer += FP32_BYTES * a.hidden_size
     kept = value * a.hidden_size if checkpointing else layer
     top = a.num_hidden_layers * kept + a.hidden_size * (FP32_BYTES + 2 * value)  # and the last norm
     working = layer_gradient_bytes(a, value) + (layer if checkpointing else 0)

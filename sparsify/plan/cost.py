@@ -77,7 +77,7 @@ def step_seconds(
 ) -> float:
     """Seconds of one step as if computing, communicating and offloading never overlapped.
 
-    Computing is `training_flops_per_token`; recomputing with gradient checkpointing adds a third. Stage 1 reduces gradients once a step,
+    Computing is `training_flops_per_token`; recomputing with gradient checkpointing adds a third, a teacher's forward pass another. Stage 1 reduces gradients once a step,
     stage 2 after every forward pass, stage 3 gathers weights twice for each as well (arXiv 1910.02054, section 7).
     """
     training, engine = recipe.training, recipe.engine
@@ -85,7 +85,8 @@ def step_seconds(
     micro_batch_tokens = training.micro_batch_windows * training.window_tokens
     flops = passes * (micro_batch_tokens + PASS_OVERHEAD_TOKENS)
     flops *= training_flops_per_token(architecture, parameters, training.window_tokens)
-    computing = flops * (4 / 3 if training.gradient_checkpointing else 1)
+    forwards = int(training.gradient_checkpointing) + int(recipe.distillation.is_on)
+    computing = flops * (1 + forwards / 3)
     seconds = computing / (hardware.peak_flops * hardware.mfu)
 
     sent = {0: 2.0, 1: 2.0, 2: passes + 1.0, 3: 3.0 * passes}[engine.zero_stage]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from sparsify.plan.activations import FP32_BYTES, Pass, forward_and_backward, value_bytes
 from sparsify.plan.parameters import Architecture, Parameters
+from sparsify.plan.teacher import TeacherBytes, teacher_bytes
 from sparsify.recipe import Recipe
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
@@ -64,6 +65,10 @@ class DeviceMemory(HostMemory):
     logits_bytes: int = 0
     optimizer_step_bytes: int = 0
     """Temporary copies that AdamW makes."""
+    teacher_weights_bytes: int = 0
+    """Distillation only: the dense source."""
+    teacher_outputs_bytes: int = 0
+    """And its answers to a micro-batch: logits, and those of its feed-forward blocks."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,8 @@ def memory(
     ]
     checkpointing = recipe.training.gradient_checkpointing
     states = _Sizes(recipe, architecture, parameters, on_cpu)
-    moments = list(_moments(states, passes[0] if checkpointing else passes[1]))
+    teacher = teacher_bytes(recipe, architecture, parameters)
+    moments = list(_moments(states, passes[0] if checkpointing else passes[1], teacher))
     fullest = max(range(len(moments)), key=lambda index: moments[index].total)
     activations = [one.of_moment[fullest] for one in passes]
     host = states.host(node_processes or recipe.launch.processes)
@@ -235,9 +241,10 @@ class _Sizes:
         return HostMemory(**parts)
 
 
-def _moments(sizes: _Sizes, micro_batch: Pass) -> Iterator[DeviceMemory]:
+def _moments(sizes: _Sizes, micro_batch: Pass, teacher: TeacherBytes) -> Iterator[DeviceMemory]:
     """The moments at which memory may be at its fullest, in the order of `Pass.of_moment`."""
     kept, begun = sizes.kept(), sizes.accumulates
+    kept["teacher_weights_bytes"] = teacher.weights
     yield DeviceMemory(
         moment="loss",
         **kept,
@@ -246,6 +253,7 @@ def _moments(sizes: _Sizes, micro_batch: Pass) -> Iterator[DeviceMemory]:
         gathered_weights_bytes=sizes.gathered(),
         activations_bytes=micro_batch.of_moment[0],
         logits_bytes=micro_batch.loss_logits_bytes,
+        teacher_outputs_bytes=teacher.logits + teacher.ffn_outputs,
     )
     for place, whole in ((1, begun), (2, True)):
         yield DeviceMemory(
@@ -256,6 +264,7 @@ def _moments(sizes: _Sizes, micro_batch: Pass) -> Iterator[DeviceMemory]:
             gathered_weights_bytes=sizes.gathered(),
             activations_bytes=micro_batch.of_moment[place],
             logits_bytes=micro_batch.kept_logits_bytes,
+            teacher_outputs_bytes=teacher.ffn_outputs,
         )
     bucket = sizes.engine.reduce_bucket_elements * sizes.value_bytes
     buffers = bucket if sizes.stage == 3 else 0  # only ZeRO-3 keeps it
@@ -266,6 +275,7 @@ def _moments(sizes: _Sizes, micro_batch: Pass) -> Iterator[DeviceMemory]:
         gradients_bytes=sizes.step_gradients(),
         communication_buffers_bytes=buffers,
         activations_bytes=micro_batch.of_moment[3],
+        teacher_outputs_bytes=teacher.ffn_outputs,
     )
 
 

@@ -43,7 +43,7 @@ def dry_run(session: Session) -> None:
         engine.set_gradient_accumulation_boundary(True)
         weight = penalty_weight(recipe, session.state.control, 0)
         anneal(engine.module, recipe, 0)
-        with Objective(recipe, engine, weight) as objective:
+        with Objective(recipe, engine, weight, session.teacher) as objective:
             accumulate(session, [batch], sources, num_labels, None, objective)
     forget_gradients(engine)
     engine.set_gradient_accumulation_boundary(None)

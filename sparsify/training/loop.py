@@ -40,6 +40,7 @@ from sparsify.training.stability import (
     stopped_at,
     with_range,
 )
+from sparsify.training.teacher import Teacher
 from sparsify.training.telemetry import Telemetry
 from sparsify.training.validation import validate
 
@@ -62,6 +63,8 @@ class Session:
     stop_requested: Callable[[], bool]
     performance: Performance
     tokenizer: PreTrainedTokenizerFast
+    teacher: Teacher | None = None
+    """The dense source, where the recipe distils from it."""
     saved: TrainingState | None = None
     """The state that the newest checkpoint holds, or None before the first."""
 
@@ -118,7 +121,7 @@ def _train_step(session: Session) -> bool:
     rule = spike_rule(recipe.stability, state.recent_losses, by_source)
     annealed = anneal(engine.module, recipe, state.seen_tokens)
     weight = penalty_weight(recipe, state.control, state.seen_tokens)
-    with Objective(recipe, engine, weight) as objective:
+    with Objective(recipe, engine, weight, session.teacher) as objective:
         window_losses = accumulate(
             session, batches, sources, int(num_labels.sum()), rule, objective
         )
@@ -133,7 +136,7 @@ def _train_step(session: Session) -> bool:
     for source, loss in zip(sources, losses, strict=True):
         sums[source] += loss
     means = {name: sums[name] / count for name, count in by_source.items() if count}
-    pressure = objective.pressure()
+    pressure, distilled = objective.pressure(), objective.distillation()
     loss = sum(losses) / max(int(num_labels.sum()), 1)
     session.state = replace(
         state,
@@ -152,6 +155,7 @@ def _train_step(session: Session) -> bool:
         **session.performance.step(recipe.step_tokens, time.monotonic() - started, data_seconds),
         **({} if annealed == 1 else {"annealed_share": annealed}),
         **({} if pressure is None else {"pressure": pressure_line(pressure, weight or 0.0)}),
+        **({} if distilled is None else {"distillation": distilled}),
         **_watch_routers(session, objective.routers),
         **({} if objective.zeros is None else {"zeros": objective.zeros.share()}),
     )

@@ -1,4 +1,4 @@
-"""What one step minimises: the cross-entropy, and beside it the routers' balance and the activations' penalty."""
+"""What one step minimises: the cross-entropy, and beside it the routers' balance, the activations' penalty and distillation."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch.distributed as dist
 
 from sparsify.mixture.windows import Batch
 from sparsify.recipe import Recipe
+from sparsify.training.distillation import Distiller
 from sparsify.training.fused_activation import ZeroMeter, zero_meter
 from sparsify.training.pressure import PressureMeter, PressureRecord
 from sparsify.training.router import RouterMeter, aux_loss_coefficient, router_meter
+from sparsify.training.teacher import Teacher
 from sparsify.training.validation import window_losses
 
 
@@ -24,9 +26,16 @@ class Objective:
         recipe: The run's recipe.
         engine: Its engine.
         penalty_weight: Weight of the activations' penalty in this step; None where the recipe has no penalty.
+        teacher: The dense source; None where the recipe distils nothing.
     """
 
-    def __init__(self, recipe: Recipe, engine: Any, penalty_weight: float | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Any,
+        penalty_weight: float | None,
+        teacher: Teacher | None,
+    ) -> None:
         self._recipe, self._engine = recipe, engine
         self._penalty_weight = penalty_weight or 0.0
         self.routers: RouterMeter | None = router_meter(engine)
@@ -35,11 +44,16 @@ class Objective:
         if penalty_weight is not None:
             gate_share = recipe.sparsity.gate_penalty_share
             self._pressure = PressureMeter(engine.module, gate_share, engine.device)
+        self._distiller: Distiller | None = None
+        if teacher is not None:
+            self._distiller = Distiller(recipe.distillation, teacher, engine.module, engine.device)
         self._hooks = ExitStack()
 
     def __enter__(self) -> Self:
         if self._pressure is not None:
             self._hooks.enter_context(self._pressure)
+        if self._distiller is not None:
+            self._hooks.enter_context(self._distiller)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -58,6 +72,8 @@ class Objective:
         engine, recipe = self._engine, self._recipe
         options = {} if self.routers is None else {"output_router_logits": True}
         tensors = {key: value.to(engine.device) for key, value in batch.tensors.items()}
+        if self._distiller is not None:
+            self._distiller.ask(tensors)
         output = engine(
             input_ids=tensors["input_ids"],
             position_ids=tensors["position_ids"],
@@ -65,7 +81,10 @@ class Objective:
             **options,
         )
         by_window = window_losses(output.logits, tensors["labels"])
-        loss = by_window.sum() * dist.get_world_size() / max(num_labels, 1)
+        each_label = dist.get_world_size() / max(num_labels, 1)
+        loss = by_window.sum() * each_label
+        if self._distiller is not None:
+            loss = loss + self._distiller.loss(output.logits) * each_label
         if self.routers is not None:
             self.routers.add(output.router_logits, output.aux_loss)
             coefficient = aux_loss_coefficient(recipe, engine.module.config)
@@ -78,6 +97,10 @@ class Objective:
     def pressure(self) -> PressureRecord | None:
         """What the penalty met in this step, over all ranks; every rank calls it."""
         return None if self._pressure is None else self._pressure.reduce()
+
+    def distillation(self) -> dict[str, float] | None:
+        """How far the model was from its teacher in this step, over all ranks; every rank calls it."""
+        return None if self._distiller is None else self._distiller.reduce()
 
 
 def pressure_line(record: PressureRecord, weight: float) -> dict[str, float]:

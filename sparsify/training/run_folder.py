@@ -34,6 +34,11 @@ class RunFolder:
         return self.path / "initial"
 
     @property
+    def teacher(self) -> Path:
+        """The dense source, where distillation learns from it and `initial` has no longer its weights."""
+        return self.path / "teacher"
+
+    @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
 

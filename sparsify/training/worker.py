@@ -31,6 +31,7 @@ from sparsify.training.processes import (
     tell_user_error,
 )
 from sparsify.training.run_folder import RunFolder
+from sparsify.training.teacher import load_teacher
 from sparsify.training.telemetry import Telemetry
 
 
@@ -106,6 +107,7 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
             recipe.num_steps * recipe.step_tokens - state.seen_tokens,
         ),
         load_tokenizer(run.initial),
+        load_teacher(recipe, run, engine.device),
         saved=None if newest is None else state,
     )
 

@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from sparsify.catalogue import save_recipe
-from sparsify.conversion.calibrated import convert_calibrated
+from sparsify.conversion.calibrated import convert_calibrated, read_record
 from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.source import read_checkpoint
 from sparsify.errors import RecipeError, RunError
@@ -29,8 +29,8 @@ from sparsify.mixture.left_out import LeftOut
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.mixture.windows import Window
 from sparsify.models import SparseConfig
-from sparsify.recipe import EXECUTION_SETTINGS, Recipe
-from sparsify.sparsity_rules import check_anneal
+from sparsify.recipe import EXECUTION_SETTINGS, ActivationSection, Recipe
+from sparsify.sparsity_rules import check_anneal, check_teacher
 from sparsify.training.checkpoints import latest_checkpoint, newest_whole, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.engine import check_machine
@@ -49,6 +49,7 @@ IDENTITY_SECTIONS = (
     "conversion",
     "swap",
     "sparsity",
+    "distillation",
     "mixture",
     "training",
     "optimizer",
@@ -108,6 +109,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) 
         converted = _convert(recipe, run.initial, say)
         say(f"Model: {_describe(converted)}")
     _check_context(recipe, run)
+    _keep_teacher(recipe, run)
     newest = newest_whole(run.checkpoints, say)
     saved = read_state(newest) if newest else None
     step = saved.step if saved else 0
@@ -146,7 +148,10 @@ def _open_run(recipe: Recipe, run: RunFolder) -> None:
     if run.mixture_lock.is_file():
         check_same(run.load_recipe(), recipe, run)
     elif run.initial.is_dir():
-        shutil.rmtree(run.initial)  # nothing was trained from it, and the recipe may be another now
+        # Nothing was trained from it, and the recipe may be another now.
+        for folder in (run.teacher, run.initial):
+            if folder.is_dir():
+                shutil.rmtree(folder)
     save_recipe(recipe, run.recipe)
     write_json(run.environment, environment())
 
@@ -217,6 +222,20 @@ def _convert(recipe: Recipe, to: Path, say: Say) -> Converted:
     return converted
 
 
+def _keep_teacher(recipe: Recipe, run: RunFolder) -> None:
+    """Lays the dense source beside `initial`, where distillation needs it and calibration has changed the weights."""
+    needed = recipe.distillation.is_on and read_record(run.initial) is not None
+    if needed and not run.teacher.is_dir():
+        base = ActivationSection(*_base_activation(read_checkpoint(run.initial).config))
+        seed, dtype = recipe.training.seed, torch.float32
+        convert(recipe.model, base, run.teacher, seed=seed, dtype=dtype)
+
+
+def _base_activation(config: dict[str, Any]) -> tuple[str, float]:
+    """The converted checkpoint's activation before the swap, and its gate threshold."""
+    return config["base_ffn_activation"], config["base_ffn_gate_threshold"]
+
+
 def _describe(converted: Converted) -> str:
     config = converted.config
     shapes = read_checkpoint(converted.folder).shapes.values()
@@ -231,6 +250,8 @@ def _check_context(recipe: Recipe, run: RunFolder) -> None:
     config = read_checkpoint(run.initial).config
     check_router(recipe, SimpleNamespace(**config))
     check_anneal(recipe, config["base_ffn_activation"])
+    is_calibrated = read_record(run.initial) is not None
+    check_teacher(recipe, _base_activation(config), is_calibrated=is_calibrated)
     check_context(recipe, config["max_position_embeddings"])
 
 

@@ -16,6 +16,7 @@ from sparsify.files import write_json
 from sparsify.recipe import (
     ActivationSection,
     ConversionSection,
+    DistillationSection,
     Recipe,
     SparsitySection,
     SwapSection,
@@ -87,6 +88,7 @@ def _control_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
     control.conversion = ConversionSection()
     control.control.ffn_activation = None
     control.swap, control.sparsity = SwapSection(), SparsitySection()
+    control.distillation = DistillationSection()
     control.name, control.run_dir = f"{recipe.name}-control", str(run.control.path)
     return control
 

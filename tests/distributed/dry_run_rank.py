@@ -45,6 +45,7 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
             recipe=recipe,
             engine=engine,
             state=SimpleNamespace(step=0, control={}),
+            teacher=None,
             reader=SimpleNamespace(names=["one", "two"]),
         ),
     )
@@ -58,7 +59,7 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
             recipe.training.seed += 1  # other tokens for every micro-batch
             batches.append(largest_batch(recipe, engine.module.config.vocab_size, 2))
         sources = ["one"] * recipe.training.batch_windows
-        with Objective(recipe, engine, None) as objective:
+        with Objective(recipe, engine, None, None) as objective:
             losses = accumulate(session, batches, sources, recipe.step_tokens, None, objective)
         seen += [step, losses.tolist(), *map(str, finish_step(engine))]
     recipe.training.seed -= 3 * recipe.accumulation_steps

@@ -16,6 +16,8 @@ SETTINGS = [
     "conversion.calibration_tokens=2048",
     "conversion.target_zeros=0.8",
     "training.budget_tokens=1024",
+    "distillation.logits_weight=0.2",
+    "distillation.ffn_weight=0.2",
 ]
 
 
@@ -50,6 +52,20 @@ def test_thresholds_are_trained_around_and_exported(run: Path) -> None:
         assert (after.ffn_activation.threshold > 0).any()
         assert not torch.equal(before.down_proj.bfloat16(), after.down_proj)
     assert (run / "export" / "training" / "calibration.json").is_file()
+
+
+def test_the_teacher_is_the_source_and_not_what_was_fitted(run: Path, stock: dict) -> None:
+    teacher, source = load_sparse(run / "teacher"), load_sparse(stock["mixtral"])
+    fitted = load_sparse(run / "initial")
+    assert teacher.config.ffn_activation == "swiglu"
+    assert teacher.config.ffn_thresholds == "none"
+    for (name, own), other in zip(teacher.named_parameters(), source.parameters(), strict=True):
+        assert torch.equal(own, other), name
+    assert not torch.equal(teacher.ffn_blocks()[0].down_proj, fitted.ffn_blocks()[0].down_proj)
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    distilled = [line["distillation"] for line in lines if line["kind"] == "train"]
+    assert all(0 < one["logits"] < 1 for one in distilled)
+    assert all(0.01 < one["ffn"] < 1 for one in distilled)
 
 
 def read(path: Path) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Annealed swap, penalty and target in real runs of two ranks: the same under every ZeRO stage, and after an interruption."""
+"""Annealed swap, penalty, target and distillation in real runs of two ranks: the same under every ZeRO stage, and after an interruption."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from sparsify.conversion.convert import convert
 from sparsify.export.weights import load
 from sparsify.recipe import ActivationSection, ModelSection, Recipe
-from sparsify.recipe_sparsity import PenaltyStageSection
+from sparsify.recipe_sparsity import DistillationSection, PenaltyStageSection
 from sparsify.verbs.report import anneal_note
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, run_ranks
@@ -25,6 +25,7 @@ pytestmark = pytest.mark.xdist_group("gentle")
 PROGRAM = Path(__file__).with_name("pressure_program.py")
 TARGET = 0.9
 STAGES = ["mistral-1", "mistral-3", "mixtral-2", "mixtral-3"]
+WHOLE = "mistral-whole-1"
 OTHER_STAGES = ["mistral-0", "mistral-2", "mixtral-1"]
 Runs = Callable[[list[str]], dict[str, list[dict[str, Any]]]]
 
@@ -61,6 +62,7 @@ def _convert(source: Path, to: Path) -> None:
 def _change(recipe: Recipe, case: str) -> None:
     recipe.checkpoint.every_tokens = 1_000_000
     recipe.swap.anneal_token_share = 0.2 if "target" in case else 0.4
+    recipe.distillation = DistillationSection(logits_weight=0.1, ffn_weight=0.1)
     if "target" in case:
         recipe.training.budget_tokens = 60 * recipe.step_tokens
         recipe.eval.every_tokens = recipe.training.budget_tokens
@@ -74,11 +76,14 @@ def _change(recipe: Recipe, case: str) -> None:
         PenaltyStageSection(1.0, 30.0),
     ]
     recipe.sparsity.gate_penalty_share = 0.5
+    if case == WHOLE:
+        recipe.training.micro_batch_windows *= recipe.accumulation_steps
+        recipe.training.gradient_checkpointing = True
 
 
 @pytest.fixture(scope="module")
 def measured(runs: Runs) -> dict[str, list[dict[str, Any]]]:
-    return runs([*STAGES, "target", "target-cut"])
+    return runs([*STAGES, WHOLE, "target", "target-cut"])
 
 
 def lines(records: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
@@ -101,6 +106,23 @@ def _check_equal(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None
     for a, b in zip(lines(one, "train"), lines(other, "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["pressure"] == pytest.approx(b["pressure"], rel=2e-3)
+        assert a["distillation"] == pytest.approx(b["distillation"], rel=2e-3)
+
+
+def test_micro_batches_and_checkpointing_change_nothing(measured: dict[str, Any]) -> None:
+    _check_equal(measured["mistral-1"], measured[WHOLE])
+
+
+def test_the_first_step_of_an_anneal_is_its_teacher_and_the_next_are_not(
+    measured: dict[str, Any],
+) -> None:
+    for case in STAGES:
+        distilled = [line["distillation"] for line in lines(measured[case], "train")]
+        assert distilled[0] == pytest.approx({"logits": 0, "ffn": 0, "added": 0}, abs=1e-6)
+        assert distilled[2]["logits"] > 0.01
+        assert distilled[2]["ffn"] > 0.1
+        added = 0.1 * (distilled[2]["logits"] + distilled[2]["ffn"])
+        assert distilled[2]["added"] == pytest.approx(added)
 
 
 def test_the_log_says_how_far_the_anneal_is_and_what_was_measured(measured: dict[str, Any]) -> None:
@@ -133,7 +155,7 @@ def test_a_target_s_run_goes_on_after_an_interruption_as_if_there_had_been_none(
     measured: dict[str, Any],
 ) -> None:
     whole, cut = (lines(measured[case], "train") for case in ("target", "target-cut"))
-    for key in ("step", "loss", "pressure"):
+    for key in ("step", "loss", "pressure", "distillation"):
         assert [line[key] for line in whole] == [line[key] for line in cut]
     assert len(lines(measured["target-cut"], "checkpoint")) == 2
 
