@@ -121,7 +121,7 @@ def bench_recovery(
     ] = "",
     rates: Annotated[
         str, typer.Option(help="Peak learning rates that every arm chooses from.")
-    ] = "1e-4,3e-4,1e-3",
+    ] = "3e-5,1e-4,3e-4,1e-3",
     seeds: Annotated[str, typer.Option(help="The first one searches.")] = "1,2,3",
     as_json: AsJson = False,
 ) -> None:

@@ -47,7 +47,7 @@ class RecoveryPlan:
 
     to: Path
     arms: Sequence[str] = ()
-    rates: Sequence[float] = (1e-4, 3e-4, 1e-3)
+    rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3)
     seeds: Sequence[int] = (1, 2, 3)
     overrides: Sequence[str] = field(default_factory=list)
 

@@ -22,7 +22,7 @@ from sparsify.sparsity.themes import LIGHT, Theme
 
 PANEL_INCHES = 4.4
 MARKERS = "osD^vP*X<>hp"
-COLUMNS = ("arm", "peak rate", "loss", "to dense", "zeros", "gate's own", "gate first", "predictor")
+COLUMNS = ("arm", "rate", "loss", "to dense", "zeros", "gate's own", "gate first", "predictor")
 PICTURES: dict[str, tuple[str, str]] = {
     "zeros": ("exact zeros", "zeros"),
     "gate_first": ("FFN bytes, exact gate-first kernel", "gate_first_bytes"),
@@ -56,7 +56,7 @@ def _row(arm: RecoveryArm) -> list[str]:
         arm.name,
         f"{arm.peak_learning_rate:g}{'*' if arm.at_edge() else ''}",
         f"{arm.mean('loss'):.3f}",
-        "is dense" if arm.name == DENSE else gap,
+        "control" if arm.name == DENSE else gap,
         *(f"{arm.mean(share):.1%}" for share in shares),
     ]
 
