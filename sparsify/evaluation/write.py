@@ -49,6 +49,9 @@ def model_index(results: EvaluationResults) -> list[dict[str, Any]]:
                     "high": task.score.high,
                     "items": task.score.items,
                     "exact_zeros": task.product_zeros,
+                    "limit": results.limit,
+                    "dtype": results.dtype,
+                    "predictors_switch_on": task.predicted_on,
                     "lm_eval": results.versions["lm-eval"],
                 },
             )
