@@ -59,6 +59,16 @@ def evaluate(
             "--to", help="Folder to write; in the run's evaluations/, else evaluations/MODEL."
         ),
     ] = None,
+    predictors: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictors",
+            help="Compute only the neurons that these predictors switch on; a folder of `sparsify predictors`.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that answer, one for each GPU if there are any.")
+    ] = 1,
     follow: Annotated[
         bool,
         typer.Option("--follow", help="Measure each checkpoint of a run, while it trains."),
@@ -77,7 +87,7 @@ def evaluate(
     from sparsify.verbs.follow import follow as follow_run
 
     some = tuple(tasks.split(",")) if tasks else ()
-    asked = Asked(suite, some, data_dir, limit, batch_size, dtype, on, to)
+    asked = Asked(suite, some, data_dir, limit, batch_size, dtype, on, to, predictors, processes)
     command = " ".join(["sparsify", *sys.argv[1:]])
     tell = quiet if as_json else say
     with _bars() as on_progress:

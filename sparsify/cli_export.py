@@ -65,6 +65,10 @@ def export_write(
     license: Annotated[
         str | None, typer.Option(help="hf: licence of the base model, for the card.")
     ] = None,
+    evaluation: Annotated[
+        list[Path] | None,
+        typer.Option(help="hf: folder of `sparsify evaluate` for the card; may be repeated."),
+    ] = None,
     push_to_hub: Annotated[
         str | None, typer.Option("--push-to-hub", help="hf: publish it as OWNER/NAME.")
     ] = None,
@@ -97,6 +101,7 @@ def export_write(
     options = PowerInferOptions(predictors, ffn_type, context_tokens, vram_gb, on, tokens)
     hub = {"--push-to-hub": push_to_hub, "--private": private or None}
     bundle_options = {"--dtype": dtype, "--shard-gb": shard_gb, "--license": license} | hub
+    bundle_options |= {"--evaluation": evaluation}
     check_options(format, options, [name for name, value in bundle_options.items() if value])
     if format != "hf":
         written = to_powerinfer(model_or_run, to, format, options, say)
@@ -104,7 +109,7 @@ def export_write(
         for note in written.notes:
             say(f"Note: {note}")
         return
-    bundle = to_bundle(model_or_run, to, predictors, dtype, shard_gb, license)
+    bundle = to_bundle(model_or_run, to, predictors, dtype, shard_gb, license, evaluation or [])
     say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
     say(f"Checked: {bundle.acceptance.sentence()}.")
     if bundle.has_predictors:

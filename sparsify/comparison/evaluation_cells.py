@@ -9,6 +9,11 @@ from sparsify.evaluation.published import published_scores
 from sparsify.evaluation.table import count_text, score_text
 from sparsify.sparsity.percent import percent
 
+KINDS = {
+    "itself without predictors": "the same without predictors",
+    "its dense control": "dense control",
+    "another model": "no control",
+}
 SIGNS = {"better": "▲", "worse": "▼", "within noise": "≈"}
 
 
@@ -32,12 +37,12 @@ def _models(comparison: EvaluationComparison) -> TextTable:
     rows = [
         [
             model.name,
-            model.ffn_activation,
+            model.ffn_activation + (", predictors" if model.predictors else ""),
             "–" if model.training_tokens is None else f"{model.training_tokens:,}",
             "–" if model.average is None else score_text(model.average),
             percent(model.zeros),
             count_text(model.active_parameters),
-            count_text(model.gate_first_parameters),
+            "–" if model.predictors else count_text(model.gate_first_parameters),
             _against(model),
         ]
         for model in comparison.models
@@ -48,8 +53,7 @@ def _models(comparison: EvaluationComparison) -> TextTable:
 def _against(model: EvaluatedModel) -> str:
     if model.against is None:
         return "–"
-    kind = "dense control" if model.against_kind == "its dense control" else "no control"
-    return f"{model.against} ({kind})"
+    return f"{model.against} ({KINDS[model.against_kind]})"
 
 
 def _scores(comparison: EvaluationComparison) -> TextTable:

@@ -19,7 +19,8 @@ def quality_caption(comparison: EvaluationComparison) -> str:
     """What to see in the picture."""
     return (
         f"{_what(comparison)}, with its 95% interval over items, against the parameters that a token needs: from those of a "
-        "perfect predictor (dot) to those of an exact gate-first kernel (bar's end). Rings are dense."
+        "perfect predictor (dot) to those of an exact gate-first kernel (bar's end). Rings are dense. A model that predictors mask "
+        "has a dot alone: what they switch on, and themselves."
     )
 
 

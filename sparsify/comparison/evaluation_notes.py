@@ -47,7 +47,7 @@ def _of_model(model: EvaluatedModel) -> Iterator[str]:
     for task, one in model.differences.items():
         by_verdict.setdefault(one.verdict, []).append(task)
     gains = by_verdict.get("better", [])
-    if gains and model.against_kind != "its dense control":
+    if gains and model.against_kind == "another model":
         told = ", ".join(f"{task} {difference_text(model.differences[task])}" for task in gains)
         yield (
             f"{model.name} is better than {model.against} on {told}. {model.against} is no control of it on the same tokens: "

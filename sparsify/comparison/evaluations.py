@@ -15,6 +15,7 @@ from sparsify.errors import EvaluationError
 from sparsify.evaluation.results import (
     RESULTS_FILE,
     EvaluationResults,
+    PredictorMasks,
     Sample,
     SourceOverlap,
     TaskResult,
@@ -25,7 +26,7 @@ from sparsify.evaluation.scores import Difference, Measured, difference
 
 EVALUATIONS = "evaluations"
 
-Against = Literal["its dense control", "another model", "nothing"]
+Against = Literal["itself without predictors", "its dense control", "another model", "nothing"]
 Verdict = Literal["better", "worse", "within noise"]
 
 
@@ -55,6 +56,8 @@ class EvaluatedModel(_Section):
     """The shortest name that sets it apart from the others."""
     path: str
     model_hash: str
+    predictors: PredictorMasks | None
+    """That masked it; None where every neuron was computed."""
     ffn_activation: str
     training_tokens: int | None
     """None if no run is known that trained it."""
@@ -63,9 +66,9 @@ class EvaluatedModel(_Section):
     zeros: float | None
     """Of all tasks' tokens."""
     active_parameters: int
-    """With a perfect predictor, mean over all tasks' tokens."""
+    """With its predictors, else with a perfect one; mean over all tasks' tokens."""
     gate_first_parameters: int
-    """With an exact gate-first kernel."""
+    """With an exact gate-first kernel; the same as with its predictors where it has some."""
     against: str | None
     """Name of the model that differences are to."""
     against_kind: Against
@@ -103,8 +106,8 @@ def result_folders(paths: Sequence[Path]) -> list[Path] | None:
 def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
     """Reads evaluations and puts them side by side.
 
-    Each model is set against its dense control where that is among them (the same run but for its activation, after the same
-    number of tokens), else against the first.
+    A model that predictors mask is set against the same weights without them. Any other is set against its dense control where
+    that is among them (the same run but for its activation, after the same number of tokens), else against the first.
 
     Raises:
         EvaluationError: If there is only one, they are of different suites, or one cannot be read.
@@ -170,19 +173,22 @@ def _model(
         return sum(map(float.__mul__, values, map(float, weights))) / sum(weights)
 
     active = [task.active_parameters for task in own.tasks]
+    needed = [one.perfect_predictor if one.predicted is None else one.predicted for one in active]
+    at_most = [one.gate_first if one.predicted is None else one.predicted for one in active]
     zeros = [task.product_zeros for task in own.tasks]
     known = [share for share in zeros if share is not None]
     return EvaluatedModel(
         name=names[place],
         path=str(folders[place]),
         model_hash=own.model_hash,
+        predictors=own.predictors,
         ffn_activation=own.ffn_activation,
         training_tokens=own.provenance.tokens if own.provenance else None,
         average=own.average,
         tasks={task.name: task for task in own.tasks},
         zeros=over_tokens(known) if len(known) == len(zeros) else None,
-        active_parameters=round(over_tokens([float(one.perfect_predictor) for one in active])),
-        gate_first_parameters=round(over_tokens([float(one.gate_first) for one in active])),
+        active_parameters=round(over_tokens(list(map(float, needed)))),
+        gate_first_parameters=round(over_tokens(list(map(float, at_most)))),
         against=None if against is None else names[against],
         against_kind=kind,
         differences=differences,
@@ -192,6 +198,10 @@ def _model(
 
 def _against(place: int, results: Sequence[EvaluationResults]) -> tuple[int | None, Against]:
     own = results[place].provenance
+    if results[place].predictors is not None:
+        for other, theirs in enumerate(results):
+            if theirs.predictors is None and theirs.model_hash == results[place].model_hash:
+                return other, "itself without predictors"
     for other, theirs in enumerate(results):
         if (
             own is not None
@@ -242,9 +252,13 @@ def mean_differences(model: EvaluatedModel) -> float | None:
 
 
 def same_weights(models: Sequence[EvaluatedModel]) -> list[tuple[str, str]]:
-    """Pairs of names whose weights are the same."""
+    """Pairs of names whose weights are the same, and their predictors if they have some."""
     return [
         (one.name, other.name)
         for one, other in itertools.combinations(models, 2)
-        if one.model_hash == other.model_hash
+        if one.model_hash == other.model_hash and _masks(one) == _masks(other)
     ]
+
+
+def _masks(model: EvaluatedModel) -> str | None:
+    return None if model.predictors is None else model.predictors.hash

@@ -10,31 +10,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.harness import MeasuredModel, Progress
+from sparsify.evaluation.asking import Asking, Progress
 from sparsify.evaluation.heldout import PREFIX, HeldOut, fingerprint, measure_source
-from sparsify.evaluation.model import active_count, model_hash, zero_shares
+from sparsify.evaluation.model import Subject, counted_fields, model_hash
 from sparsify.evaluation.overlap import write_texts
 from sparsify.evaluation.results import (
     RESULTS_FILE,
     EvaluationResults,
-    Provenance,
     TaskResult,
     items_path,
     write_items,
 )
-from sparsify.evaluation.samples import samples
 from sparsify.evaluation.scores import Score, kind_of, mean_of, measured, scores_of
 from sparsify.evaluation.suite import Suite
 from sparsify.evaluation.tasks import FEWSHOT_SEED, TaskSource, build_tasks
+from sparsify.evaluation.workers import Workers
 from sparsify.files import write_json, write_text
 from sparsify.mixture.evaluation_items import strings
-from sparsify.models import SparseModel
-from sparsify.sparsity.probe import SparsityProbe
 
 PACKAGES = ("sparsify-lm", "lm-eval", "transformers", "torch", "datasets")
 JOURNAL_FOLDER = "journal"
@@ -44,21 +40,18 @@ Items = dict[str, dict[str, Score]]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """The model that is measured, and what is known of it."""
-
-    model: SparseModel
-    tokenizer: PreTrainedTokenizerFast
-    name: str
-    provenance: Provenance | None = None
-
-
-@dataclass(frozen=True)
 class Settings:
-    """How it is measured."""
+    """How it is measured.
+
+    Attributes:
+        limit: Items of each task; None for all.
+        batch_size: Requests of one forward pass.
+        processes: How many answer, each with a model of its own.
+    """
 
     limit: int | None = None
     batch_size: int = 8
+    processes: int = 1
 
 
 def evaluate(
@@ -74,7 +67,7 @@ def evaluate(
     """Measures every task of a suite and writes results.json and the items' scores.
 
     Args:
-        subject: The model. It is left in the mode that it was in.
+        subject: The model, with predictors if they mask it. It is left in the mode that it was in.
         suite: The suite that `sources` are of.
         sources: Its tasks.
         held_out: Held-out windows, by source; None for none.
@@ -84,24 +77,25 @@ def evaluate(
         on_progress: Given a task's name, what is told of its requests: done, all.
 
     Raises:
-        EvaluationError: If a task cannot be prepared.
+        EvaluationError: If a task cannot be prepared, or a process is killed.
     """
     model, was_training = subject.model, subject.model.training
+    masks = subject.masks
     identity = model_hash(model)
-    keep = _Kept(folder, identity)
+    keep = _Kept(folder, identity if masks is None else f"{identity} {masks.hash}")
     model.eval()
     done: list[TaskResult] = []
     try:
-        with torch.no_grad(), SparsityProbe(model) as probe:
-            asked = MeasuredModel(model, subject.tokenizer, probe, settings.batch_size)
-            try:
-                for source in sources:
-                    measure = partial(_measure, asked, model, source, keep, settings, on_progress)
-                    done.append(keep.or_measure(source.name, _facts(source, settings), measure))
-            finally:
-                asked.close()
-            written = samples(model, subject.tokenizer, suite.prompts, suite.prompt_tokens)
-            done += _held_out(model, held_out, probe, keep) if held_out is not None else []
+        predictors = subject.predictors[1] if subject.predictors else None
+        with Workers(
+            model, subject.tokenizer, settings.batch_size, predictors, settings.processes
+        ) as workers:
+            for source in sources:
+                measure = partial(_measure, workers, subject, source, keep, settings, on_progress)
+                done.append(keep.or_measure(source.name, _facts(source, settings), measure))
+            prompts = [(prompt, suite.prompt_tokens) for prompt in suite.prompts]
+            written = list(workers.map("sample", prompts))
+            done += _held_out(workers, subject, held_out, keep) if held_out is not None else []
     finally:
         model.train(was_training)
     results = EvaluationResults(
@@ -109,12 +103,14 @@ def evaluate(
         model_hash=identity,
         model_type=model.config.model_type,
         ffn_activation=model.config.ffn_activation,
+        predictors=masks,
         dtype=str(model.dtype).removeprefix("torch."),
         context_tokens=model.config.max_position_embeddings,
         suite=suite.name,
         limit=settings.limit,
         batch_size=settings.batch_size,
-        device=model.device.type,
+        processes=settings.processes,
+        device=workers.device,
         fewshot_seed=FEWSHOT_SEED,
         versions={package: version(package) for package in PACKAGES},
         provenance=subject.provenance,
@@ -128,13 +124,13 @@ def evaluate(
 
 
 def _held_out(
-    model: SparseModel, held_out: HeldOut, probe: SparsityProbe, keep: _Kept
+    workers: Workers, subject: Subject, held_out: HeldOut, keep: _Kept
 ) -> list[TaskResult]:
     return [
         keep.or_measure(
             PREFIX + source,
             fingerprint(windows),
-            partial(measure_source, model, held_out.mixture, source, windows, probe),
+            partial(measure_source, workers, subject, held_out.mixture, source, windows),
         )
         for source, windows in held_out.by_source().items()
     ]
@@ -189,8 +185,8 @@ def _facts(source: TaskSource, settings: Settings) -> str:
 
 
 def _measure(
-    asked: MeasuredModel,
-    model: SparseModel,
+    workers: Workers,
+    subject: Subject,
     source: TaskSource,
     keep: _Kept,
     settings: Settings,
@@ -200,7 +196,8 @@ def _measure(
 
     tasks = build_tasks(source)
     limits = [one for one in (settings.limit, source.settings.limit) if one is not None]
-    asked.begin(keep.journal(source.name), keep.identity, on_progress(source.name))
+    journal = keep.journal(source.name)
+    asked = Asking(workers, journal, keep.identity, on_progress(source.name))
     answered: Any = ask(
         lm=asked,
         task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
@@ -208,14 +205,12 @@ def _measure(
         bootstrap_iters=0,
         log_samples=True,
     )
-    items = _items(answered["samples"], asked)
+    items = _items(answered["samples"], subject.tokenizer)
     write_texts(keep.folder, source.name, _texts(answered["samples"]))
     metrics = {
         metric: measured(kind_of(metric), [scores[metric] for scores in items.values()])
         for metric in dict.fromkeys(key for scores in items.values() for key in scores)
     }
-    counted = asked.counted()
-    gate_zeros, product_zeros = zero_shares(counted.totals)
     metric = _headline(source, metrics)
     return TaskResult(
         name=source.name,
@@ -225,16 +220,12 @@ def _measure(
         metric=metric,
         score=metrics[metric],
         metrics=metrics,
-        gate_zeros=gate_zeros,
-        product_zeros=product_zeros,
-        tokens=counted.tokens,
-        active_parameters=active_count(model, counted.totals),
-        truncated_requests=counted.truncated_requests,
-        seconds=round(counted.seconds, 3),
+        truncated_requests=asked.truncated_requests,
+        **counted_fields(subject, asked.counts),
     ), items
 
 
-def _items(samples: dict[str, list[dict[str, Any]]], asked: MeasuredModel) -> Items:
+def _items(samples: dict[str, list[dict[str, Any]]], tokenizer: PreTrainedTokenizerFast) -> Items:
     """Scores of every item, under a name that is the same for every model that is asked the same."""
     items: Items = {}
     for task, answers in samples.items():
@@ -251,7 +242,7 @@ def _items(samples: dict[str, list[dict[str, Any]]], asked: MeasuredModel) -> It
                     scores[f"{metric},{answer['filter']}" if several else metric] = score
             if "word_perplexity" in answer["metrics"]:
                 text = answer["arguments"][0][0]
-                tokens = max(1, len(asked.tok_encode(text)))
+                tokens = max(1, len(tokenizer(text)["input_ids"]))
                 scores["token_perplexity"] = Score(scores["word_perplexity"].value, float(tokens))
     return items
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,13 +9,12 @@ from itertools import groupby
 import xxhash
 
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.model import active_count, zero_shares
+from sparsify.evaluation.counting import Counts, together
+from sparsify.evaluation.model import Subject, counted_fields
 from sparsify.evaluation.results import TaskResult
 from sparsify.evaluation.scores import Score, measured
-from sparsify.mixture.windows import Window, collate
-from sparsify.models import SparseModel
-from sparsify.sparsity.measure import IGNORED_LABEL, summed_loss
-from sparsify.sparsity.probe import SparsityProbe
+from sparsify.evaluation.workers import Workers
+from sparsify.mixture.windows import Window
 
 METRIC = "token_perplexity"
 PREFIX = "held-out/"
@@ -49,19 +47,26 @@ def fingerprint(windows: Sequence[Window]) -> str:
 
 
 def measure_source(
-    model: SparseModel, mixture: str, source: str, windows: Sequence[Window], probe: SparsityProbe
+    workers: Workers, subject: Subject, mixture: str, source: str, windows: Sequence[Window]
 ) -> tuple[TaskResult, dict[str, dict[str, Score]]]:
     """The row of one source, and its items: a window each.
+
+    Args:
+        workers: Who reads the windows.
+        subject: The model that they have.
+        mixture: Name of the mixture.
+        source: Name of the source.
+        windows: Its windows.
 
     Raises:
         EvaluationError: If no window has a token to predict.
     """
-    before, tokens = probe.layer_totals().sum(0), probe.num_tokens
-    started = time.perf_counter()
-    scored = [(window, _score(model, window)) for window in windows]
+    scored: list[tuple[Score, Counts]] = list(
+        workers.map("window", [(window,) for window in windows])
+    )
     items = {
         f"{source}:{number}:{fingerprint([window])}": {METRIC: score}
-        for number, (window, score) in enumerate(scored)
+        for number, (window, (score, _)) in enumerate(zip(windows, scored, strict=True))
         if score.weight
     }
     if not items:
@@ -69,8 +74,6 @@ def measure_source(
             f"The held-out windows of source {source} have no token to predict.",
             next_step="Raise held_out_windows_per_source in the suite.",
         )
-    totals = probe.layer_totals().sum(0) - before
-    gate_zeros, product_zeros = zero_shares(totals)
     result = measured("perplexity", [scores[METRIC] for scores in items.values()])
     return TaskResult(
         name=PREFIX + source,
@@ -80,15 +83,6 @@ def measure_source(
         metric=METRIC,
         score=result,
         metrics={METRIC: result},
-        gate_zeros=gate_zeros,
-        product_zeros=product_zeros,
-        tokens=probe.num_tokens - tokens,
-        active_parameters=active_count(model, totals),
         truncated_requests=0,
-        seconds=round(time.perf_counter() - started, 3),
+        **counted_fields(subject, together(counts for _, counts in scored)),
     ), items
-
-
-def _score(model: SparseModel, window: Window) -> Score:
-    batch = {key: value.to(model.device) for key, value in collate([window]).items()}
-    return Score(float(summed_loss(model, batch)), float((batch["labels"] != IGNORED_LABEL).sum()))

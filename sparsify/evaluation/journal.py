@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sparsify.evaluation.counting import Counts
 from sparsify.files import write_text
 
 
@@ -14,11 +15,9 @@ class Chunk(NamedTuple):
     """Some requests, their answers, and what was counted while they were answered."""
 
     answers: list[Any]
-    totals: list[int]
-    """Values computed, and those of gate, up and product that were not zero."""
-    tokens: int
+    counts: Counts
     truncated_requests: int
-    seconds: float
+    """Requests whose beginning did not fit into the context."""
 
 
 class Journal:
@@ -63,6 +62,9 @@ class Journal:
 
 def _chunk(line: bytes) -> Chunk | None:
     try:
-        return Chunk(*json.loads(line)) if line.endswith(b"\n") else None
+        if not line.endswith(b"\n"):
+            return None
+        answers, counts, truncated_requests = json.loads(line)
+        return Chunk(answers, Counts(*counts), truncated_requests)
     except (ValueError, TypeError):
         return None

@@ -40,6 +40,20 @@ class ActiveCount(_Section):
     """If one knew beforehand which neurons will fire."""
     gate_first: int
     """By an exact kernel, which reads the whole gate to find out."""
+    predicted: int | None = None
+    """With the neurons that the given predictors switch on, and the predictors themselves; None without them."""
+
+
+class PredictorMasks(_Section):
+    """Predictors that masked the model: each block computed only the neurons that they switch on."""
+
+    folder: str
+    hash: str
+    """xxh3-128 over their matrices, input and threshold."""
+    input: str
+    threshold: float
+    """A neuron is on where its score exceeds it."""
+    parameters: int
 
 
 class SourceOverlap(_Section):
@@ -73,9 +87,14 @@ class TaskResult(_Section):
     tokens: int
     """Tokens that went through the model, shots too, padding not."""
     active_parameters: ActiveCount
+    predicted_on: float | None = None
+    """Share of the neurons that predictors switched on, over the tokens of this task; None without them."""
+    predicted_recall: float | None = None
+    """Share of the neurons that fire, in the masked model, which were on."""
     truncated_requests: int
     """Requests whose beginning did not fit into the context and was cut off."""
     seconds: float
+    """That processes spent on it, added up."""
     overlaps: list[SourceOverlap] = []
     """For each instruction source of the run that trained the model, what it shares with these items."""
 
@@ -96,11 +115,14 @@ class EvaluationResults(_Section):
     """xxh3-128 over names, types, shapes and bytes of all weights, and the activation."""
     model_type: str
     ffn_activation: str
+    predictors: PredictorMasks | None = None
+    """None where every neuron was computed."""
     dtype: str
     context_tokens: int
     suite: str
     limit: int | None
     batch_size: int
+    processes: int = 1
     device: str
     fewshot_seed: int
     versions: dict[str, str]

@@ -45,18 +45,37 @@ def count_text(count: int) -> str:
 
 def own_rows(results: EvaluationResults) -> Rows:
     """One row a task: score, and what was counted in the same pass."""
+    masks = results.predictors
     header = ["task", "shots", "items", "metric", "score", "zeros (gate)", "active"]
+    header += [] if masks is None else ["switched on"]
     rows = [_row(task) for task in results.tasks]
     if results.average is not None:
         items = f"{results.average.items:,}"
-        rows.append(["mean of accuracies", "", items, "", score_text(results.average), "", ""])
+        rows.append(
+            [
+                "mean of accuracies",
+                "",
+                items,
+                "",
+                score_text(results.average),
+                *[""] * (len(header) - 5),
+            ]
+        )
     total = results.tasks[0].active_parameters.total
+    active = "with a perfect predictor / with an exact gate-first kernel"
+    how = f"{results.ffn_activation}, {results.dtype}"
+    if masks is not None:
+        how += f", neurons that {masks.folder} scores above {masks.threshold:g}"
+        active = (
+            f"with these predictors, whose {count_text(masks.parameters)} are among them. Switched on: share of the neurons "
+            "(and of those that fire in the masked model)"
+        )
+    title = f"{results.model}: suite {results.suite} ({how})"
     notes = [
         "Scores with 95% intervals over items; accuracies in per cent. Exact zeros of gate times up, and of the gate "
-        f"alone, over all tokens of the task. Active parameters, of {count_text(total)}: with a perfect predictor / with an exact gate-first kernel.",
+        f"alone, over all tokens of the task. Active parameters, of {count_text(total)}: {active}.",
         *results.notes,
     ]
-    title = f"{results.model}: suite {results.suite} ({results.ffn_activation}, {results.dtype})"
     return Rows(title, header, rows, notes)
 
 
@@ -114,7 +133,7 @@ def markdown(rows: Rows) -> str:
 
 def _row(task: TaskResult) -> list[str]:
     active = task.active_parameters
-    return [
+    cells = [
         task.name,
         str(task.shots),
         f"{task.score.items:,}",
@@ -123,3 +142,7 @@ def _row(task: TaskResult) -> list[str]:
         f"{percent(task.product_zeros)} ({percent(task.gate_zeros)})",
         f"{count_text(active.perfect_predictor)} / {count_text(active.gate_first)}",
     ]
+    if active.predicted is not None:
+        cells[-1] = count_text(active.predicted)
+        cells.append(f"{percent(task.predicted_on)} ({percent(task.predicted_recall)})")
+    return cells

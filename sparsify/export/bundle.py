@@ -17,6 +17,7 @@ from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ExportError, ModelError, RunError
 from sparsify.export.acceptance import Acceptance, accept
 from sparsify.export.card import model_card
+from sparsify.export.evaluated import card_evaluations, read_evaluations
 from sparsify.export.recorded import RECORDED_FILE, REFERENCE_FILE, Recorded
 from sparsify.export.shards import DTYPES, write_shards
 from sparsify.export.sums import write_sums
@@ -42,12 +43,14 @@ class BundleSettings:
         shard_gb: Size of a shard.
         predictors: Their folder; those in the run's own folder if None and if they fit the checkpoint.
         license: Identifier of the base model's licence for the card; what the base says if None.
+        evaluations: Folders of `sparsify evaluate`, of this checkpoint, for the card.
     """
 
     dtype: str | None = None
     shard_gb: float = 5.0
     predictors: Path | None = None
     license: str | None = None
+    evaluations: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def export(
         settings: How; the defaults if None.
 
     Raises:
-        ExportError: If `to` exists, or the bundle does not give the trained model's logits.
+        EvaluationError: If an evaluation cannot be read.
+        ExportError: If `to` exists, an evaluation is of other weights, or the bundle does not give the trained model's logits.
         ModelError: If the predictors that are named belong to another checkpoint.
         RunError: If there is no such run or no checkpoint.
         StorageError: If the disk refuses.
@@ -90,6 +94,8 @@ def export(
     dtype = settings.dtype or precision
     weights = consolidated_weights(trained.checkpoint)
     predictors = _predictors(trained, weights, settings.predictors)
+    found = read_evaluations(settings.evaluations, trained, predictors)
+    shown = card_evaluations(recipe.name, found) if found else None
     with atomic_folder(to) as partial:
         _write_model(trained, weights, partial, dtype, settings)
         if predictors is not None:
@@ -105,7 +111,7 @@ def export(
         )
         _record(trained, acceptance, dtype, partial)
         facts = predictors.facts if predictors else None
-        card = model_card(trained, dtype, acceptance, facts, settings.license)
+        card = model_card(trained, dtype, acceptance, facts, settings.license, shown)
         (partial / "README.md").write_text(card, encoding="utf-8")
         files = write_sums(partial)
         size_bytes = sum(file.stat().st_size for file in files)

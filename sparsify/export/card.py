@@ -11,6 +11,7 @@ import jinja2
 from sparsify.conversion.source import locate
 from sparsify.errors import ModelError
 from sparsify.export.acceptance import Acceptance
+from sparsify.export.evaluated import CardEvaluations
 from sparsify.export.weights import Trained
 from sparsify.mixture.lock import MixtureLock, read_lock
 from sparsify.predictors import PredictorFacts
@@ -30,6 +31,7 @@ def model_card(
     acceptance: Acceptance,
     predictors: PredictorFacts | None,
     license: str | None,
+    evaluations: CardEvaluations | None = None,
 ) -> str:
     """The card of a checkpoint of a run.
 
@@ -39,6 +41,7 @@ def model_card(
         acceptance: What the fresh process found.
         predictors: Facts of the predictors in the bundle.
         license: Identifier of the base model's licence; what the base says if None.
+        evaluations: Of this checkpoint; None for none.
     """
     run = trained.run
     recipe, state, lock = (
@@ -62,6 +65,7 @@ def model_card(
         origin=recipe.model.source or "random weights",
         report=report,
         stages=stages(run),
+        evaluations=evaluations,
         has_control=run.control.metrics.is_file(),
         sources=_sources(recipe, lock, state),
     )

@@ -47,9 +47,13 @@ class BlockInputs:
 
     def rows(self, expert: int) -> torch.Tensor:
         """Inputs of the tokens that an expert of the running layer computes, [rows, hidden], in its order of rows."""
+        return self.of_expert(self._rows, expert)
+
+    def of_expert(self, per_token: torch.Tensor, expert: int) -> torch.Tensor:
+        """Of what stands for each token of the pass, [tokens, ...], what belongs to an expert's rows, in their order."""
         if self._routing is None:
-            return self._rows
-        return self._rows[torch.where(self._routing == expert)[0]]
+            return per_token
+        return per_token[torch.where(self._routing == expert)[0]]
 
     def _keep(self, norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         residual = args[0].detach().flatten(0, -2).float()

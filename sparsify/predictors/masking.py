@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.predictors import Block, Predictors
 from sparsify.predictors.scores import ScoreHistogram
+from sparsify.sparsity.probe import Tokens
 
 
 class Mask:
     """Editor of a SparsityProbe: switches off what is not predicted, and counts hits and misses.
 
-    Every token is masked, those of the prompt too, as PowerInfer does it.
+    Every token is masked, those of the prompt too, as PowerInfer does it. As an observer of the same probe it leaves
+    out of its counts what the probe leaves out, such as padding.
 
     Args:
         predictors: On the model's device.
@@ -25,17 +29,31 @@ class Mask:
     ) -> None:
         self._predictors, self._inputs = predictors, inputs
         self._threshold = predictors.facts.threshold if threshold is None else threshold
+        self._counted: torch.Tensor | None = None
         self.counts: dict[Block, torch.Tensor] = {}
         """Neurons that fire, those of them that are on, neurons that are on, and values; int64 [4] of every block."""
+
+    def begin(self, tokens: Tokens) -> None:
+        """A forward pass begins: only these of its tokens count."""
+        self._counted = tokens.counted.flatten()
+
+    def add(
+        self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
+    ) -> None:
+        """Nothing more to do: all is counted as it is masked, before the neurons that were switched off are 0."""
 
     def __call__(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
         """The activations, 0 where the neuron is predicted off, [rows, neurons]."""
         scores = self._predictors.blocks[layer, expert].scores(self._inputs.rows(expert))
         on, fired = scores > self._threshold, product != 0
+        masked = product * on
+        if self._counted is not None:
+            keep = self._inputs.of_expert(self._counted.to(on.device), expert)
+            on, fired = on[keep], fired[keep]
         counted = [fired.sum(), (fired & on).sum(), on.sum(), torch.tensor(on.numel())]
         counts = torch.stack([count.cpu() for count in counted])
         self.counts[layer, expert] = self.counts.get((layer, expert), 0) + counts
-        return product * on
+        return masked
 
 
 class ScoreReader:

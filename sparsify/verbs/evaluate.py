@@ -23,12 +23,13 @@ from sparsify.evaluation.suite import Suite, load_suite, only
 from sparsify.export.weights import Loaded, load
 from sparsify.mixture.heldout import source_windows
 from sparsify.mixture.lock import read_lock
+from sparsify.predictors import Predictors, read_predictors
 from sparsify.recipe import Recipe, token_shares
 from sparsify.training.checkpoints import STATE, read_state
 from sparsify.verbs import Say
 
 if TYPE_CHECKING:
-    from sparsify.evaluation.harness import Progress
+    from sparsify.evaluation.asking import Progress
 
 MAX_WINDOW_TOKENS = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,6 +48,8 @@ class Asked:
         dtype: Of weights and computation; None for that of the weights.
         on: Mixture whose held-out text is measured; None for the run's own, else the quickstart's.
         to: Folder to write; None for the usual one.
+        predictors: Folder of predictors that mask the model; None to compute every neuron.
+        processes: How many answer.
     """
 
     suite: str
@@ -57,6 +60,8 @@ class Asked:
     dtype: str | None = None
     on: str | None = None
     to: Path | None = None
+    predictors: Path | None = None
+    processes: int = 1
 
 
 def evaluate_model(
@@ -73,7 +78,7 @@ def evaluate_model(
 
     Raises:
         EvaluationError: If the suite, a task or its data is missing, before the model is loaded where that can be.
-        ModelError, RunError: If the model cannot be loaded.
+        ModelError, RunError: If the model cannot be loaded, or the predictors belong to another one.
     """
     if asked.dtype is not None and asked.dtype not in DTYPES:
         raise EvaluationError(
@@ -83,7 +88,8 @@ def evaluate_model(
     if asked.tasks:
         suite = only(suite, list(asked.tasks))
     check_installed()
-    from sparsify.evaluation.evaluate import Settings, Subject, evaluate
+    from sparsify.evaluation.evaluate import Settings, evaluate
+    from sparsify.evaluation.model import Subject
     from sparsify.evaluation.tasks import task_sources
     from sparsify.evaluation.write import write_results
 
@@ -99,22 +105,39 @@ def evaluate_model(
         )
     data_dir = asked.data_dir.expanduser() if asked.data_dir else None
     sources = task_sources(suite, data_dir)
+    predictors = (
+        None if asked.predictors is None else read_predictors(asked.predictors.expanduser())
+    )
     loaded = load(model)
+    if predictors is not None:
+        predictors.check_model(loaded.model, str(asked.predictors))
     if asked.dtype is not None:
         torch.nn.Module.to(loaded.model, DTYPES[asked.dtype])
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and asked.processes == 1:
         torch.nn.Module.to(loaded.model, "cuda")
     held_out = _held_out(loaded, suite, asked.on)
     folder = asked.to or default_folder(loaded, asked)
-    say(f"Measuring {loaded.name}: suite {suite.name}")
-    subject = Subject(loaded.model, loaded.tokenizer, loaded.name, provenance(loaded))
-    settings = Settings(asked.limit, asked.batch_size)
+    named = None if predictors is None else (str(asked.predictors), predictors)
+    say(f"Measuring {loaded.name}: suite {suite.name}{_how(asked, predictors)}")
+    subject = Subject(loaded.model, loaded.tokenizer, loaded.name, provenance(loaded), named)
+    settings = Settings(asked.limit, asked.batch_size, asked.processes)
     results = evaluate(subject, suite, sources, held_out, folder, settings, on_progress=on_progress)
     results.command = command
     if subject.provenance is not None:
         _add_overlaps(results, folder, _recipe_of(loaded), say)
     write_results(results, folder)
     return results, folder
+
+
+def _how(asked: Asked, predictors: Predictors | None) -> str:
+    words = ""
+    if predictors is not None:
+        words += (
+            f", only neurons that {asked.predictors} scores above {predictors.facts.threshold:g}"
+        )
+    if asked.processes > 1:
+        words += f", in {asked.processes} processes"
+    return words
 
 
 def check_installed() -> None:
@@ -131,12 +154,14 @@ def check_installed() -> None:
 
 
 def default_folder(loaded: Loaded, asked: Asked) -> Path:
-    """RUN/evaluations/SUITE,STEP for a checkpoint, else evaluations/MODEL/SUITE; with tasks and limit, if there are any."""
+    """RUN/evaluations/SUITE,STEP for a checkpoint, else evaluations/MODEL/SUITE; with what else sets it apart."""
     name = ",".join([Path(asked.suite).stem, *asked.tasks])
     if asked.limit is not None:
         name += f",limit={asked.limit}"
     if asked.dtype is not None:
         name += f",{asked.dtype}"
+    if asked.predictors is not None:
+        name += ",predictors"
     if loaded.trained is not None:
         return loaded.trained.run.path / "evaluations" / f"{name},{loaded.trained.checkpoint.name}"
     model = re.sub("[^-.0-9A-Za-z_]+", "-", loaded.name).strip("-.")

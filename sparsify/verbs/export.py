@@ -76,10 +76,14 @@ def to_bundle(
     dtype: str | None,
     shard_gb: float | None,
     license: str | None,
+    evaluations: Sequence[Path],
 ) -> Bundle:
     """Writes the Hugging Face bundle of a run, with the defaults where nothing is given."""
     given = {"dtype": dtype, "predictors": predictors, "license": license, "shard_gb": shard_gb}
-    settings = BundleSettings(**{name: value for name, value in given.items() if value is not None})
+    settings = BundleSettings(
+        **{name: value for name, value in given.items() if value is not None},
+        evaluations=evaluations,
+    )
     return export(Path(run).expanduser(), to, settings=settings)
 
 

@@ -23,7 +23,7 @@ from sparsify.verbs import Say
 from sparsify.verbs.evaluate import Asked, evaluate_model
 
 if TYPE_CHECKING:
-    from sparsify.evaluation.harness import Progress
+    from sparsify.evaluation.asking import Progress
 
 LINES_FILE = "evaluations.jsonl"
 POLL_SECONDS = 10.0
@@ -45,7 +45,7 @@ def follow(
         What was measured now, by step.
 
     Raises:
-        EvaluationError: If it is no run folder, or one folder was asked for.
+        EvaluationError: If it is no run folder, or one folder or predictors were asked for.
     """
     run = RunFolder(Path(run_folder).expanduser())
     if not run.recipe.is_file():
@@ -57,6 +57,11 @@ def follow(
         raise EvaluationError(
             "--to names one folder, and --follow writes one for each checkpoint.",
             next_step="Leave --to out: they are written into the run's evaluations/.",
+        )
+    if asked.predictors is not None:
+        raise EvaluationError(
+            "--predictors belong to one checkpoint, and --follow measures all of them.",
+            next_step="Leave --predictors out, or evaluate the checkpoint that they were trained for.",
         )
     num_steps = run.load_recipe().num_steps
     found: list[EvaluationResults] = []

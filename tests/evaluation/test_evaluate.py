@@ -15,8 +15,9 @@ from sparsify.conversion.folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import EvaluationError
 from sparsify.evaluation import evaluate as evaluation
-from sparsify.evaluation.evaluate import Settings, Subject, evaluate
+from sparsify.evaluation.evaluate import Settings, evaluate
 from sparsify.evaluation.harness import MeasuredModel
+from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import read_items, read_results
 from sparsify.evaluation.suite import load_suite, suite_names
 from sparsify.evaluation.tasks import build_tasks, task_names, task_sources
@@ -181,7 +182,7 @@ def test_a_cut_short_evaluation_goes_on_where_it_stopped(
     subject: Subject, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sparsify.evaluation.harness.CHUNK_REQUESTS",
+        "sparsify.evaluation.asking.CHUNK_REQUESTS",
         {"loglikelihood": 8, "loglikelihood_rolling": 1, "generate_until": 4},
     )
     suite_file = tmp_path / "own.yaml"

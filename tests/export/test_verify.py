@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from sparsify.catalogue import compose_recipe
 from sparsify.errors import ExportError, ModelError
+from sparsify.evaluation.results import RESULTS_FILE, read_results
 from sparsify.export.bundle import BundleSettings, export
 from sparsify.export.shards import INDEX_FILE
 from sparsify.export.sums import SUMS, write_sums
@@ -20,6 +22,7 @@ from sparsify.export.verify import Check, refuse_broken, verify
 from sparsify.export.weights import find_trained, load_trained
 from sparsify.predictors import read_predictors, write_predictors
 from sparsify.predictors.train import Settings, train_predictors
+from sparsify.verbs.evaluate import Asked, evaluate_model
 from sparsify.verbs.reproduce import reproduce, reproduction
 from tests.conftest import Setup
 
@@ -54,10 +57,38 @@ def predictors(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def bundle(run: Path, predictors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of a bf16 run in fp16, in several shards, with predictors."""
+def evaluations(
+    run: Path, predictors: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """Of the run as it is, and masked in another type."""
+    root = tmp_path_factory.mktemp("evaluations")
+    suite = root / "own.yaml"
+    suite.write_text("name: own\ntasks: {python_functions: {limit: 4}}\n")
+    ways = {
+        "exact": Asked(str(suite), to=root / "exact"),
+        "masked": Asked(str(suite), dtype="float32", to=root / "masked", predictors=predictors),
+    }
+    for asked in ways.values():
+        evaluate_model(str(run), asked, "", print, lambda _: lambda _done, _all: None)
+    return [root / name for name in ways]
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    run: Path,
+    predictors: Path,
+    evaluations: list[Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Of a bf16 run in fp16, in several shards, with predictors and evaluations."""
     to = tmp_path_factory.mktemp("bundle") / "bundle"
-    settings = BundleSettings("fp16", shard_gb=5e-5, predictors=predictors, license="apache-2.0")
+    settings = BundleSettings(
+        "fp16",
+        shard_gb=5e-5,
+        predictors=predictors,
+        license="apache-2.0",
+        evaluations=evaluations,
+    )
     export(run, to, settings=settings)
     return to
 
@@ -92,6 +123,35 @@ def test_a_whole_bundle_holds_whatever_its_dtype_and_shards(bundle: Path) -> Non
     assert "license: apache-2.0" in card
     assert "`predictors/` holds predictors" in card
     assert "| together |" in card
+
+
+def test_the_card_shows_evaluations_as_the_hub_reads_them(
+    bundle: Path, evaluations: list[Path]
+) -> None:
+    data = ModelCard.load(bundle / "README.md").data
+    shown = {result.metric_name: result for result in data.eval_results}
+    exact, masked = (read_results(folder).tasks[0] for folder in evaluations)
+    assert shown["acc"].metric_value == pytest.approx(exact.score.value)
+    assert shown["acc, masked by predictors"].metric_args["predicted_on"] == masked.predicted_on
+    assert shown["acc"].metric_args["items"] == 4
+    assert data.license == "apache-2.0"
+    card = (bundle / "README.md").read_text()
+    assert "### Suite own, bfloat16\n" in card
+    assert "No task suite was run" not in card
+
+
+def test_evaluations_of_other_weights_are_not_shown(
+    run: Path, evaluations: list[Path], tmp_path: Path
+) -> None:
+    def refused(folder: Path, words: str) -> None:
+        with pytest.raises(ExportError, match=words):
+            export(run, tmp_path / "out", settings=BundleSettings(evaluations=[folder]))
+        assert not (tmp_path / "out").exists()
+
+    refused(evaluations[1], "predictors that the bundle does not hold")
+    other = read_results(evaluations[0]).model_copy(update={"model_hash": "0" * 32})
+    (tmp_path / RESULTS_FILE).write_text(other.model_dump_json())
+    refused(tmp_path, "whose weights are not those of")
 
 
 @pytest.mark.slow

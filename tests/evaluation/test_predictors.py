@@ -1,0 +1,230 @@
+"""A model that predictors mask: what is asked of it, and that its results say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsify.cli import main
+from sparsify.comparison.evaluations import compare_evaluations
+from sparsify.conversion.folder import load_sparse, write_config
+from sparsify.conversion.tokenizer import copy_tokenizer, load_tokenizer
+from sparsify.errors import EvaluationError
+from sparsify.evaluation.evaluate import Settings, evaluate
+from sparsify.evaluation.heldout import HeldOut
+from sparsify.evaluation.model import Subject
+from sparsify.evaluation.results import EvaluationResults, read_results
+from sparsify.evaluation.suite import load_suite
+from sparsify.evaluation.tasks import task_sources
+from sparsify.mixture.windows import Window, collate
+from sparsify.models import SparseModel
+from sparsify.predictors import BlockPredictor, PredictorFacts, Predictors, write_predictors
+from sparsify.predictors.judge import judge_predictors
+from sparsify.predictors.predictors import all_blocks, fingerprint, num_experts, prefix
+from sparsify.verbs.evaluate import Asked
+from sparsify.verbs.follow import follow
+
+EVERYTHING_ON = -1e9
+
+
+def random_predictors(model: SparseModel, threshold: float) -> Predictors:
+    """They know nothing, but switch some neurons off: that is all that these tests need."""
+    generator = torch.Generator().manual_seed(1)
+    config, experts = model.config, num_experts(model)
+    blocks = {
+        key: BlockPredictor(
+            torch.randn(4, config.hidden_size, generator=generator),
+            torch.randn(config.intermediate_size, 4, generator=generator),
+        )
+        for key in all_blocks(len(model.model.layers), experts)
+    }
+    facts = PredictorFacts(
+        input="normed",
+        threshold=threshold,
+        rank={prefix(key, experts): 4 for key in blocks},
+        num_layers=len(model.model.layers),
+        num_experts=experts,
+        hidden=config.hidden_size,
+        neurons=config.intermediate_size,
+        fingerprint=fingerprint(model),
+        text="none",
+        window_tokens=32,
+        trained_tokens=0,
+        passes=1,
+        wanted_recall=0.9,
+        blocks={},
+        threshold_reason="a test's",
+    )
+    return Predictors(facts, blocks)
+
+
+@pytest.fixture(scope="module", params=["mistral", "mixtral"])
+def subject(request: pytest.FixtureRequest, stock: dict[str, Path]) -> Subject:
+    folder = stock[request.param]
+    model = load_sparse(folder, "drelu")
+    return Subject(
+        model,
+        load_tokenizer(folder),
+        "small",
+        predictors=("predictors", random_predictors(model, 0.5)),
+    )
+
+
+def measured(
+    subject: Subject,
+    data_dir: Path,
+    folder: Path,
+    predictors: Predictors | None,
+    *,
+    held_out: HeldOut | None = None,
+    batch_size: int = 8,
+) -> EvaluationResults:
+    suite_file = folder.parent / "own.yaml"
+    suite_file.write_text("name: own\ntasks: {arc_easy: {shots: 1, limit: 6}}\nprompts: [Once]\n")
+    suite = load_suite(str(suite_file))
+    masked = Subject(
+        subject.model,
+        subject.tokenizer,
+        subject.name,
+        predictors=None if predictors is None else ("predictors", predictors),
+    )
+    sources = task_sources(suite, data_dir)
+    return evaluate(masked, suite, sources, held_out, folder, Settings(batch_size=batch_size))
+
+
+def windows(count: int) -> list[Window]:
+    rng = np.random.default_rng(0)
+    rows = (rng.integers(3, 2000, 33) for _ in range(count))
+    return [Window("prose", row[:-1], np.arange(32), row[1:]) for row in rows]
+
+
+def test_the_masked_loss_is_the_one_that_judging_finds(
+    subject: Subject, data_dir: Path, tmp_path: Path
+) -> None:
+    predictors = random_predictors(subject.model, 0.5)
+    held_out = windows(3)
+    judgement = judge_predictors(
+        subject.model,
+        predictors,
+        [collate([window]) for window in held_out],
+        name="small",
+        folder="predictors",
+        text="",
+        max_loss_rise=9.0,
+        thresholds=[0.5],
+    )
+    found = measured(
+        subject, data_dir, tmp_path / "out", predictors, held_out=HeldOut("own", held_out)
+    )
+    row = found.tasks[-1]
+    (point,) = judgement.points
+    assert row.score.value == pytest.approx(point.perplexity, rel=1e-6)
+    assert row.score.value != pytest.approx(judgement.ways[0].perplexity, rel=1e-4)
+    assert row.predicted_on == pytest.approx(point.on_share)
+    assert row.predicted_recall == pytest.approx(point.recall)
+    assert 0.1 < point.on_share < 0.9
+
+
+def test_padding_is_not_counted_as_switched_on(
+    subject: Subject, data_dir: Path, tmp_path: Path
+) -> None:
+    predictors = random_predictors(subject.model, 0.5)
+    one, seven = (
+        measured(subject, data_dir, tmp_path / str(size), predictors, batch_size=size).tasks[0]
+        for size in (1, 7)
+    )
+    assert one.tokens == seven.tokens
+    assert one.predicted_on == pytest.approx(seven.predicted_on, abs=1e-5)
+    assert one.predicted_recall == pytest.approx(seven.predicted_recall, abs=1e-4)
+    assert one.score == seven.score
+    account = one.active_parameters
+    assert account.predicted is not None
+    assert account.predicted < account.total
+
+
+def test_predictors_that_switch_everything_on_change_nothing(
+    subject: Subject, data_dir: Path, tmp_path: Path
+) -> None:
+    exact = measured(subject, data_dir, tmp_path / "exact", None)
+    on = measured(
+        subject, data_dir, tmp_path / "on", random_predictors(subject.model, EVERYTHING_ON)
+    )
+    assert on.tasks[0].score == exact.tasks[0].score
+    assert on.tasks[0].product_zeros == exact.tasks[0].product_zeros
+    assert on.samples == exact.samples
+    assert (on.tasks[0].predicted_on, exact.tasks[0].predicted_on) == (1.0, None)
+
+
+def test_other_predictors_in_the_same_folder_are_measured_anew(
+    subject: Subject, data_dir: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "out"
+    exact = measured(subject, data_dir, to, None)
+    masked = measured(subject, data_dir, to, random_predictors(subject.model, 0.5))
+    higher = measured(subject, data_dir, to, random_predictors(subject.model, 2.0))
+    assert masked.tasks[0].product_zeros > exact.tasks[0].product_zeros  # type: ignore[operator]
+    assert higher.tasks[0].predicted_on < masked.tasks[0].predicted_on  # type: ignore[operator]
+    assert exact.model_hash == masked.model_hash
+    assert masked.predictors is not None
+    assert higher.predictors is not None
+    assert masked.predictors.hash != higher.predictors.hash
+
+
+def test_the_command_says_what_masked_and_sets_it_beside_the_exact_model(
+    stock: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = load_sparse(stock["mistral"], "drelu")
+    folder = tmp_path / "my_sparse_model"
+    model.save_pretrained(folder)
+    write_config(model.config, folder, torch.float32)
+    copy_tokenizer(stock["mistral"], folder)
+    write_predictors(random_predictors(model, 0.5), tmp_path / "my_predictors")
+    suite = tmp_path / "own.yaml"
+    suite.write_text("name: own\ntasks: {python_functions: {limit: 4}}\nprompts: [Once]\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr("sys.argv", ["sparsify", "evaluate", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        told = capsys.readouterr()
+        assert ended.value.code in (0, None, 2), told.err
+        return told.out, told.err
+
+    run("my_sparse_model", "--suite", "own.yaml")
+    out, _ = run("my_sparse_model", "--suite", "own.yaml", "--predictors", "my_predictors")
+    assert "my_predictors scores above 0.5" in out
+    assert "switched on" in out
+    both = [
+        tmp_path / "evaluations" / "my_sparse_model" / name for name in ("own", "own,predictors")
+    ]
+    masked = read_results(both[1])
+    assert masked.predictors is not None
+    assert (masked.predictors.folder, masked.predictors.threshold) == ("my_predictors", 0.5)
+    first, second = compare_evaluations(both).models
+    assert (second.against, second.against_kind) == (first.name, "itself without predictors")
+    assert second.active_parameters == masked.tasks[0].active_parameters.predicted
+    assert first.samples[0].prompt == second.samples[0].prompt
+
+    _, err = run(str(stock["mistral"]), "--suite", "own.yaml", "--predictors", "my_sparse_model")
+    assert "holds no predictors" in err
+    _, err = run(str(stock["mixtral"]), "--suite", "own.yaml", "--predictors", "my_predictors")
+    assert "belongs to another model" in err
+
+
+def test_following_a_run_takes_no_predictors(recipe_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(recipe_file.read_text())
+    with pytest.raises(EvaluationError, match="belong to one checkpoint"):
+        follow(
+            str(tmp_path),
+            Asked("quick", predictors=tmp_path / "predictors"),
+            "",
+            print,
+            lambda _: lambda _done, _all: None,
+        )
