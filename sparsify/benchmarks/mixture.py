@@ -34,8 +34,8 @@ from sparsify.catalogue import load_mixture
 from sparsify.conversion.source import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError
+from sparsify.mixture.batches import BATCH_DOCUMENTS
 from sparsify.mixture.encoding import Tokenizer, check_tokenizer
-from sparsify.mixture.ingest import BATCH_DOCUMENTS
 from sparsify.recipe import TrainingSection
 
 Say = Callable[[str], None]

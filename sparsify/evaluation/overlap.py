@@ -10,9 +10,9 @@ from pathlib import Path
 from sparsify.errors import UserError
 from sparsify.evaluation.results import TEXTS_FOLDER, SourceOverlap
 from sparsify.files import write_text
+from sparsify.mixture.batches import batches
 from sparsify.mixture.decontamination import Decontaminator
 from sparsify.mixture.documents import Document, is_held_out
-from sparsify.mixture.ingest import batches
 from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import read_documents
 from sparsify.recipe import MixtureSection

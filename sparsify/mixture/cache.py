@@ -210,14 +210,28 @@ class ShardWriter:
         """Held-out tokens so far."""
         return sum(record.held_out_tokens for record in self.records) + self._held_out_tokens
 
-    def add(self, ids: NDArray[Any], carries_loss: NDArray[np.bool_], held_out: bool) -> None:
-        """Appends one document; closes the shard when it is full."""
-        self._tokens.write(ids.tobytes())
+    def add(
+        self,
+        ids: NDArray[Any],
+        carries_loss: NDArray[np.bool_] | None,
+        lengths: IntArray,
+        held_out: NDArray[np.bool_],
+    ) -> None:
+        """Appends documents.
+
+        Args:
+            ids: Their tokens, one document after another. [T]
+            carries_loss: Which of these carry loss; needed where the source has a loss mask. [T]
+            lengths: Tokens of each document. [D]
+            held_out: Which documents are kept from training. [D]
+        """
+        self._tokens.write(np.ascontiguousarray(ids).data)
         if self._loss is not None:
-            self._loss.write(carries_loss.astype(np.uint8).tobytes())
-        self._signed.append(-len(ids) if held_out else len(ids))
-        self._held_out_tokens += len(ids) * held_out
-        self._train_tokens += len(ids) * (not held_out)
+            assert carries_loss is not None
+            self._loss.write(carries_loss.astype(np.uint8).data)
+        self._signed.append(np.where(held_out, -lengths, lengths))
+        self._held_out_tokens += int(lengths[held_out].sum())
+        self._train_tokens += int(lengths[~held_out].sum())
         if self._train_tokens + self._held_out_tokens >= SHARD_TOKENS:
             self.shard_is_full = True
 
@@ -248,20 +262,21 @@ class ShardWriter:
         self._loss: IO[bytes] | None = None
         if self.info.has_loss_mask:
             self._loss = self._partial("loss").open("wb")
-        self._signed: list[int] = []
+        self._signed: list[IntArray] = [np.empty(0, dtype=np.int64)]
         self._train_tokens = self._held_out_tokens = 0
         self.shard_is_full = False
 
     def _end_shard(self, *, closed: bool, complete: bool) -> None:
         self._close_files()
         number = len(self.records)
+        signed = np.concatenate(self._signed)
         with self._partial("documents").open("wb") as file:
-            np.save(file, np.array(self._signed, dtype=np.int64))
+            np.save(file, signed)
         for stem, suffix in (("documents", "npy"), ("tokens", "bin"), ("loss", "bin")):
             if self._partial(stem).exists():
                 self._partial(stem).replace(self.folder / f"{stem}-{number:05d}.{suffix}")
         record = ShardRecord(
-            num_documents=len(self._signed),
+            num_documents=len(signed),
             train_tokens=self._train_tokens,
             held_out_tokens=self._held_out_tokens,
             read_documents=self.read_documents,

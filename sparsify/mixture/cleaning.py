@@ -83,10 +83,10 @@ class Cleaner:
         if self._log is not None:
             self._log.commit()
 
-    def finish(self) -> None:
-        """Commits, and writes the `ContaminationReport` of all documents so far, if there are evaluation sets."""
+    def finish(self, num_documents: int) -> None:
+        """Commits, and writes the `ContaminationReport` of the first documents, if there are evaluation sets."""
         self.commit()
-        report = contamination_report(self._folder, self.num_documents) if self._log else None
+        report = contamination_report(self._folder, num_documents) if self._log else None
         if report is not None:
             write_text(self._folder / REPORT_FILE, report.model_dump_json(indent=2) + "\n")
 

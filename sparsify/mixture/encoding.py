@@ -6,8 +6,8 @@ import hashlib
 import json
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
 
@@ -20,16 +20,33 @@ from sparsify.errors import MixtureError
 from sparsify.mixture.chat import ChatTemplateError, ChatWriter, Span, chat_template_text
 from sparsify.mixture.documents import Document
 from sparsify.mixture.quarantine import BadRows, Reason
+from sparsify.mixture.tokenizer_threads import tokenizer_threads
 from sparsify.recipe import MixtureSection
 
 Tokenizer = PreTrainedTokenizerFast
 
 PIECE_CHARACTERS = 1 << 20
 """Longer documents are tokenised in pieces."""
-PARTS = 2
-"""Parts of a batch: one is tokenised while the caller does something with the one before."""
-Encoded = tuple[NDArray[np.unsignedinteger], NDArray[np.bool_]]
-"""Token ids of a document, and whether each of them carries loss as a target. [T], [T]"""
+PIECES_AT_ONCE = 2
+"""Of long documents: a tokenizer holds a hundred bytes and more for each token of what it is given at once."""
+
+Ids = Sequence[int] | NDArray[np.unsignedinteger]
+"""Of one document."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as tokens, one after another.
+
+    Attributes:
+        ids: Token ids. [T]
+        carries_loss: Which of them carry loss as targets; None where no loss mask is kept. [T]
+        lengths: Tokens of each document; 0 for one that the chat template refuses. [D] int64
+    """
+
+    ids: NDArray[np.unsignedinteger]
+    carries_loss: NDArray[np.bool_] | None
+    lengths: NDArray[np.int64]
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
@@ -78,117 +95,129 @@ class Encoder:
         self.token_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         self.bad_rows = bad_rows or BadRows(name, MixtureSection.max_bad_fraction)
         self._chat = ChatWriter(tokenizer, chat_template_text(chat_template, tokenizer))
-        # The tokenizer's core runs without Python's lock, so one thread more lets both work.
-        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
 
-    def encode(self, documents: Sequence[Document]) -> Iterator[Encoded]:
-        """Tokens of each document and whether each of them carries loss as a target.
+    def encode(self, documents: Sequence[Document]) -> Encoded:
+        """Tokens of documents: `begin` and its end."""
+        return self.begin(documents)()
 
-        Tokenising begins at once, in a thread of its own (only texts in pieces wait until they are asked for): do
-        something else before asking for the first document. One batch must be asked for to its end before the next is
-        begun with the same tokenizer.
+    def begin(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
+        """Begins to tokenise documents in threads of their own, and returns at once.
 
         A pretraining document is [bos] + ids + [eos], where the tokenizer has a bos. An instruction document is its
-        chat-template text in the same frame, without doubling what the template writes itself. One that the chat
-        template refuses gives no tokens.
+        chat-template text in the same frame, without doubling what the template writes itself.
 
-        Raises:
-            MixtureError: If the chat template refuses too many.
+        Returns:
+            Gives the tokens when they are there. It counts the documents that the chat template refuses, and raises
+            MixtureError if they are too many by then.
         """
+        if not documents:
+            return lambda: self._frame([], [] if self.responses_only else None)
         # A source is all of one kind.
-        if documents and documents[0].messages is not None:
-            return self._encode_chats(documents)
-        if documents and documents[0].token_ids is not None:
-            return (self._frame(one.token_ids) for one in documents if one.token_ids is not None)
-        return self._encode_texts([document.text or "" for document in documents])
-
-    def _encode_texts(self, texts: list[str]) -> Iterator[Encoded]:
+        if documents[0].messages is not None:
+            return self._begin_chats(documents)
+        if documents[0].token_ids is not None:
+            ids = [one.token_ids for one in documents if one.token_ids is not None]
+            return lambda: self._frame(ids)
+        texts = [document.text or "" for document in documents]
         # Straight to the tokenizer's own core, and without places: the way through transformers costs a third.
         # A pretraining text that happens to spell "</s>" must not end its document, so special tokens are only
         # parsed where a chat template wrote them.
         backend = self._backend(parse_special_tokens=False)
+        return tokenizer_threads().submit(self._encode_texts, backend, texts)
+
+    def _encode_texts(self, backend: tokenizers.Tokenizer, texts: list[str]) -> Encoded:
         if max(map(len, texts), default=0) > PIECE_CHARACTERS:
-            return (self._frame(self._encode_long(backend, text)) for text in texts)
-        encodings = self._encode_ahead(backend.encode_batch_fast, texts)
-        return (self._frame(encoding.ids) for encoding in encodings)
+            return self._frame([self._encode_long(backend, text) for text in texts])
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return self._frame(encoding.ids for encoding in encodings)
 
-    def _encode_ahead(
-        self, encode: Callable[..., list[tokenizers.Encoding]], texts: list[str]
-    ) -> Iterator[tokenizers.Encoding]:
-        size = max(-(-len(texts) // PARTS), 1)
-        parts = [
-            self._ahead.submit(encode, texts[start : start + size], add_special_tokens=False)
-            for start in range(0, len(texts), size)
-        ]
-        return (encoding for part in parts for encoding in part.result())
+    @staticmethod
+    def _encode_long(backend: tokenizers.Tokenizer, text: str) -> Ids:
+        pieces, ids = list(_pieces(text)), array("I")
+        for start in range(0, len(pieces), PIECES_AT_ONCE):
+            some = pieces[start : start + PIECES_AT_ONCE]
+            for encoding in backend.encode_batch_fast(some, add_special_tokens=False):
+                ids.extend(array("I", encoding.ids))
+        return ids
 
-    def _encode_long(self, backend: tokenizers.Tokenizer, text: str) -> NDArray[np.unsignedinteger]:
-        """Piece by piece: a tokenizer holds a hundred bytes and more for each token of what it is given at once."""
-        ids, start = [np.empty(0, dtype=self.token_dtype)], 0
-        while start < len(text):
-            # After a line's end, where hardly any tokenizer joins what stands on both sides.
-            stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-            if stop <= start or start + PIECE_CHARACTERS >= len(text):
-                stop = start + PIECE_CHARACTERS
-            encoding = backend.encode_batch_fast([text[start:stop]], add_special_tokens=False)[0]
-            ids.append(np.asarray(encoding.ids, dtype=self.token_dtype))
-            start = stop
-        return np.concatenate(ids)
-
-    def _encode_chats(self, documents: Sequence[Document]) -> Iterator[Encoded]:
-        written = [self._write(document) for document in documents]
+    def _begin_chats(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
+        written, refused = [], []
+        for document in documents:
+            assert document.messages is not None
+            try:
+                text = self._chat.write(document.messages, with_answers=self.responses_only)
+            except ChatTemplateError as error:
+                refused.append((document, error))
+                text = "", []
+            written.append(text)
         backend = self._backend(parse_special_tokens=True)
-        encode = backend.encode_batch if self.responses_only else backend.encode_batch_fast
-        encodings = self._encode_ahead(encode, [text for text, _ in written])
-        return map(self._frame_chat, written, encodings)
+        tokenized = tokenizer_threads().submit(self._encode_chats, backend, written)
 
-    def _frame_chat(
-        self, written: tuple[str, list[Span]], encoding: tokenizers.Encoding
+        def end() -> Encoded:
+            # Only now, so that what was counted when a shard is closed is of the documents up to there.
+            for document, error in refused:
+                detail = f"the chat template fails: {error}"
+                self.bad_rows.refuse(document.file, Reason.CHAT_TEMPLATE, document.row, detail)
+            return tokenized()
+
+        return end
+
+    def _encode_chats(
+        self, backend: tokenizers.Tokenizer, written: Sequence[tuple[str, list[Span]]]
     ) -> Encoded:
-        text, answers = written
-        if not text:
-            return np.empty(0, dtype=self.token_dtype), np.empty(0, dtype=np.bool_)
-        inside = _inside(encoding, answers) if self.responses_only else None
-        return self._frame(encoding.ids, inside)
-
-    def _write(self, document: Document) -> tuple[str, list[Span]]:
-        assert document.messages is not None
-        try:
-            return self._chat.write(document.messages, with_answers=self.responses_only)
-        except ChatTemplateError as error:
-            detail = f"the chat template fails: {error}"
-            self.bad_rows.refuse(document.file, Reason.CHAT_TEMPLATE, document.row, detail)
-            return "", []
+        encode = backend.encode_batch if self.responses_only else backend.encode_batch_fast
+        given = [(text, answers) for text, answers in written if text]
+        encodings = encode([text for text, _ in given], add_special_tokens=False)
+        inside = None
+        if self.responses_only:
+            pairs = zip(encodings, given, strict=True)
+            inside = [_inside(encoding, answers) for encoding, (_, answers) in pairs]
+        encoded = self._frame((encoding.ids for encoding in encodings), inside)
+        lengths = np.zeros(len(written), dtype=np.int64)
+        lengths[[bool(text) for text, _ in written]] = encoded.lengths
+        return replace(encoded, lengths=lengths)
 
     def _backend(self, *, parse_special_tokens: bool) -> tokenizers.Tokenizer:
         backend = self.tokenizer.backend_tokenizer
-        backend.encode_special_tokens = not parse_special_tokens
-        # Whoever called the tokenizer last may have left them behind.
-        backend.no_truncation()
-        backend.no_padding()
+        encode_special_tokens = not parse_special_tokens
+        # Whoever called the tokenizer last may have left truncation or padding behind.
+        wanted = (encode_special_tokens, None, None)
+        if (backend.encode_special_tokens, backend.truncation, backend.padding) != wanted:
+            # Another source's texts may be under way, and a tokenizer at work cannot be changed.
+            tokenizer_threads().wait()
+            backend.encode_special_tokens = encode_special_tokens
+            backend.no_truncation()
+            backend.no_padding()
         return backend
 
     def _frame(
-        self,
-        ids: Sequence[int] | NDArray[np.unsignedinteger],
-        carries_loss: NDArray[np.bool_] | None = None,
+        self, documents: Iterable[Ids], inside: Sequence[NDArray[np.bool_]] | None = None
     ) -> Encoded:
+        """Puts begin and end around the ids of every document; `inside` says which ids carry loss."""
         bos, eos = self._bos, self._eos
-        before = int(bos is not None and not (len(ids) and ids[0] == bos))
-        after = int(not (len(ids) and ids[-1] == eos))
-        framed = np.empty(before + len(ids) + after, dtype=self.token_dtype)
-        mask = np.ones(len(framed), dtype=np.bool_)
-        # array takes a list in a third of the time that numpy does, and this is done for every token of a run.
-        flat = ids if isinstance(ids, np.ndarray) else np.frombuffer(array("I", ids), np.uint32)
-        framed[before : before + len(ids)] = flat
-        if carries_loss is not None:
-            mask[before : before + len(ids)] = carries_loss
-        if before:
-            # A bos is never a target, whatever its mask says: nothing of its document precedes it.
-            framed[0], mask[0] = cast(int, bos), False
-        if after:
-            framed[-1] = eos
-        return framed, mask
+        begin, end = array("I", [bos or 0]), array("I", [eos])
+        # A bos is never a target, whatever its mask says: nothing of its document precedes it.
+        no_loss, loss = np.zeros(1, dtype=np.bool_), np.ones(1, dtype=np.bool_)
+        pieces, masks, lengths = [], [], []
+        # A few long arrays: what numpy takes for a short one is paid for every document of a run.
+        for place, ids in enumerate(documents):
+            before = bos is not None and not (len(ids) and ids[0] == bos)
+            after = not (len(ids) and ids[-1] == eos)
+            if before:
+                pieces.append(begin)
+            # array takes a list in a third of the time that numpy does.
+            pieces.append(array("I", ids) if isinstance(ids, list) else np.asarray(ids, np.uint32))
+            if after:
+                pieces.append(end)
+            lengths.append(before + len(ids) + after)
+            if inside is not None:
+                masks += [no_loss] * before + [inside[place]] + [loss] * after
+        flat = np.frombuffer(b"".join(pieces), dtype=np.uint32)
+        return Encoded(
+            flat.astype(self.token_dtype, copy=False),
+            None if inside is None else np.concatenate([np.empty(0, np.bool_), *masks]),
+            np.array(lengths, dtype=np.int64),
+        )
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
@@ -204,6 +233,17 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
             allowed="Documents of one window are told apart by it.",
             next_step="Set eos_token in its tokenizer_config.json.",
         )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        # After a line's end, where hardly any tokenizer joins what stands on both sides.
+        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+        if stop <= start or start + PIECE_CHARACTERS >= len(text):
+            stop = start + PIECE_CHARACTERS
+        yield text[start:stop]
+        start = stop
 
 
 def _inside(encoding: tokenizers.Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:

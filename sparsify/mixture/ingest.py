@@ -6,18 +6,20 @@ last one stopped, or was killed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 from filelock import FileLock
-from numpy.typing import NDArray
 
 from sparsify.errors import MixtureError
 from sparsify.files import storage_errors, write_text
+from sparsify.mixture.batches import batches, parts
 from sparsify.mixture.cache import Shard, ShardWriter, SourceCache, SourceInfo
 from sparsify.mixture.cleaning import Cleaner
 from sparsify.mixture.documents import Document, is_held_out
@@ -32,11 +34,12 @@ from sparsify.mixture.files import SourceFile, source_files
 from sparsify.mixture.fingerprint import source_fingerprint
 from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import read_documents
+from sparsify.mixture.tokenizer_threads import tokenizer_threads
 from sparsify.mixture.tokens import Need, ShardDocuments, TokenizedSource
 from sparsify.recipe import MixtureSection
 
-BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 1 << 22
+USUAL_TOKENS_AND_CHARACTERS = (300, 1000)
+"""So many tokens have so many characters; a guess that decides about nothing but speed."""
 QUARANTINE_FILE = "quarantine.json"
 """Bad rows by reason with examples, as far as the source was read."""
 REFUSALS_FILE = "refusals.json"
@@ -130,6 +133,8 @@ class Ingesting:
             tokenizer=tokenizer_fingerprint(task.tokenizer),
             end_token=int(task.tokenizer.eos_token_id),  # pyright: ignore[reportArgumentType]
         )
+        # Until the source's own are known.
+        self._written_tokens, self._written_characters = USUAL_TOKENS_AND_CHARACTERS
         self._writer: ShardWriter | None = None
         self._finished = False
 
@@ -174,9 +179,10 @@ class Ingesting:
             files=self._files,
             skip_documents=writer.read_documents,
         )
-        self._batches = batches(documents)
-        # The first step has nothing to tokenise while it reads.
-        self._batch: list[Document] | None = []
+        self._read_documents = writer.read_documents
+        self._parts = parts(documents)
+        # The first step has nothing to write while it reads.
+        self._batch: deque[_Part] | None = deque()
 
     def __exit__(
         self,
@@ -204,44 +210,110 @@ class Ingesting:
         return self.train_tokens / max(self.task.need.train_tokens, 1)
 
     def step(self) -> bool:
-        """Tokenises one batch of documents. Returns whether there is more to do."""
+        """Writes one batch of documents, while the next is read. Returns whether there is more to do."""
         writer, need = self._writer, self.task.need
         if self._finished or writer is None:
             return False
         with storage_errors(writer.folder):
             batch = self._batch
             if batch is not None:
-                self._add(batch, writer)
+                self._read_and_write(batch, writer)
             enough = writer.train_tokens >= need.train_tokens
             if batch is None or (enough and writer.held_out_tokens >= need.held_out_tokens):
                 self._bad_rows.check()
-                self._cleaner.finish()
+                self._cleaner.finish(writer.read_documents)
                 write_text(writer.folder / QUARANTINE_FILE, self._bad_rows.to_json() + "\n")
                 writer.finish(complete=batch is None)
                 self._finished = True
         return not self._finished
 
-    def _add(self, batch: list[Document], writer: ShardWriter) -> None:
-        kept = self._cleaner.clean(batch)
-        tokenized = self._encoder.encode(kept)
-        try:
-            # While this one is tokenised.
-            self._batch = next(self._batches, None)
-        finally:
-            # Also when reading meets an error: what was read before it counts.
-            self._write(kept, tokenized, writer)
+    def _read_and_write(self, batch: deque[_Part], writer: ShardWriter) -> None:
+        """Reads the next batch, part by part, and writes this one meanwhile."""
+        read_documents = self._read_documents
+        read: deque[_Part] = deque()
+        unreadable: Exception | None = None
+        more = True
+        self._keep_busy(batch, read, writer)
+        while more or batch:
+            try:
+                more = more and self._read_part(read)
+            except Exception as error:  # what was read before it counts
+                more, unreadable = False, error
+            self._keep_busy(batch, read, writer)
+            if batch:
+                self._write(batch.popleft(), writer)
+        self._end_batch(read_documents, writer)
+        if unreadable is not None:
+            raise unreadable
 
-    def _write(
-        self, kept: list[Document], tokenized: Iterator[Encoded], writer: ShardWriter
-    ) -> None:
-        for document, (ids, mask) in zip(kept, tokenized, strict=True):
-            if len(ids):  # the chat template may refuse a document
-                held_out = is_held_out(document.origin, self.task.mixture.validation_fraction)
-                writer.add(ids, mask, held_out)
+    def _read_part(self, read: deque[_Part]) -> bool:
+        """Adds a part of the next batch to what is read of it. Returns whether the batch goes on."""
+        documents, ends_batch = next(self._parts, (None, True))
+        if documents is None:
+            self._batch = None
+            return False
+        read.append(_Part(self._cleaner.clean(documents)))
+        if ends_batch:
+            self._batch, self._read_documents = read, self._cleaner.num_documents
+        return not ends_batch
+
+    def _keep_busy(self, batch: deque[_Part], read: deque[_Part], writer: ShardWriter) -> None:
+        """Begins to tokenise so many parts that the tokenizer has work until the next call."""
+        # The batch after the one that likely meets the need is read, but not tokenised for nothing.
+        wanted = batch if self._may_be_enough(batch, writer) else chain(batch, read)
+        for part in wanted:
+            if not tokenizer_threads().have_room:
+                return
+            part.begin(self._encoder)
+
+    def _may_be_enough(self, batch: Iterable[_Part], writer: ShardWriter) -> bool:
+        """Whether the need is likely met when this batch is written, by the tokens that its characters may make."""
+        tokens = (
+            sum(part.num_characters for part in batch)
+            * self._written_tokens
+            / self._written_characters
+        )
+        held_out = tokens * self.task.mixture.validation_fraction
+        need = self.task.need
+        return (
+            writer.train_tokens + tokens - held_out >= need.train_tokens
+            and writer.held_out_tokens + held_out >= need.held_out_tokens
+        )
+
+    def _write(self, part: _Part, writer: ShardWriter) -> None:
+        part.begin(self._encoder)
+        encoded = part.end()
+        there = encoded.lengths > 0  # the chat template may refuse a document
+        fraction = self.task.mixture.validation_fraction
+        held_out = [is_held_out(document.origin, fraction) for document in part.documents]
+        sides = np.array(held_out, dtype=np.bool_)
+        writer.add(encoded.ids, encoded.carries_loss, encoded.lengths[there], sides[there])
+        self._written_characters += part.num_characters
+        self._written_tokens += len(encoded.ids)
+
+    def _end_batch(self, read_documents: int, writer: ShardWriter) -> None:
         if writer.shard_is_full:
             self._cleaner.commit()
             write_text(writer.folder / REFUSALS_FILE, self._bad_rows.to_json() + "\n")
-        writer.end_batch(self._cleaner.num_documents)
+        writer.end_batch(read_documents)
+
+
+class _Part:
+    """Some documents of a batch, from when they are read until they are written."""
+
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents = documents
+        self.num_characters = sum(document.num_characters for document in documents)
+        self._end: Callable[[], Encoded] | None = None
+
+    def begin(self, encoder: Encoder) -> None:
+        """Begins to tokenise, unless that was done."""
+        self._end = self._end or encoder.begin(self.documents)
+
+    def end(self) -> Encoded:
+        """The tokens, when they are there."""
+        assert self._end is not None, "not begun"
+        return self._end()
 
 
 def mixture_ingests(
@@ -284,14 +356,16 @@ def text_documents(
     documents: Iterator[Document], encoder: Encoder, num_tokens: int
 ) -> ShardDocuments:
     """The first documents that cover `num_tokens`, tokenised in memory without any file."""
-    ids: list[NDArray[np.unsignedinteger]] = []
+    encoded: list[Encoded] = []
     for batch in batches(documents):
-        ids += [tokens for tokens, _ in encoder.encode(batch) if len(tokens)]
-        if sum(map(len, ids)) >= num_tokens:
+        encoded.append(encoder.encode(batch))
+        if sum(len(one.ids) for one in encoded) >= num_tokens:
             break
-    flat = np.concatenate(ids) if ids else np.empty(0, dtype=encoder.token_dtype)
-    lengths = np.array([len(tokens) for tokens in ids], dtype=np.int64)
-    shard = Shard(flat, None, lengths, np.ones(len(ids), dtype=np.bool_))
+    none = np.empty(0, dtype=np.int64)
+    flat = np.concatenate([none.astype(encoder.token_dtype), *(one.ids for one in encoded)])
+    lengths = np.concatenate([none, *(one.lengths for one in encoded)])
+    lengths = lengths[lengths > 0]
+    shard = Shard(flat, None, lengths, np.ones(len(lengths), dtype=np.bool_))
     return ShardDocuments(shard, shard.starts, lengths)
 
 
@@ -310,17 +384,3 @@ def _check_split(source: TokenizedSource, validation_fraction: float) -> Tokeniz
                 next_step=f"Add documents, or {change} mixture.validation_fraction.",
             )
     return source
-
-
-def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Batches small enough for memory, whatever the length of documents, and large enough for the tokenizer."""
-    batch: list[Document] = []
-    num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += document.num_characters
-        if len(batch) == BATCH_DOCUMENTS or num_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch

@@ -13,6 +13,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 from datasets.exceptions import DatasetsError
+from pydantic_core import from_json
 
 from sparsify.mixture.files import (
     READ_ERRORS,
@@ -62,15 +63,18 @@ def read_rows(file: SourceFile, columns: Collection[str] | None, report: Report)
 def _jsonl_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
     with open_binary(file) as stream:
         for number, line in _lines(stream, report):
-            # Bytes that are no UTF-8 become lone surrogates: they harm the columns that hold them, no others.
-            text = line.decode("utf-8", "surrogateescape")
-            if text.isspace():
-                continue
             try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                report(Reason.NOT_JSON, number, f"is not JSON: {error}")
-                continue
+                row = from_json(line)  # three times as fast as Python's own, and stricter
+            except ValueError:
+                # Bytes that are no UTF-8 become lone surrogates: they harm the columns that hold them, no others.
+                text = line.decode("utf-8", "surrogateescape")
+                if text.isspace():
+                    continue
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    report(Reason.NOT_JSON, number, f"is not JSON: {error}")
+                    continue
             yield number, row
 
 

@@ -5,10 +5,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.mixture.encoding import Encoded
 from sparsify.mixture.ingest import Ingest
 from sparsify.mixture.tokens import Need, TokenizedSource
 from sparsify.recipe import MixtureSection, SourceSection
@@ -63,6 +66,11 @@ def documents_of(source: TokenizedSource) -> list[Tokenized]:
             mask = [True] * length if shard.loss is None else (shard.loss[place] != 0).tolist()
             found.append((shard.tokens[place].tolist(), mask, bool(held_out)))
     return found
+
+
+def ids_of(encoded: Encoded) -> list[NDArray[np.unsignedinteger]]:
+    """Token ids of each document. [T] each"""
+    return np.split(encoded.ids, np.cumsum(encoded.lengths)[:-1])
 
 
 @pytest.fixture(scope="session")
@@ -125,3 +133,10 @@ def tokenized(
         name: ingest_of(mixture, name, tokenizer, tmp_path / "cache").run()
         for name in mixture.sources
     }
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of four documents and shards of about a hundred tokens."""
+    monkeypatch.setattr("sparsify.mixture.batches.BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr("sparsify.mixture.cache.SHARD_TOKENS", 100)

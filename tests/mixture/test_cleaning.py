@@ -39,7 +39,7 @@ def cleaned(
         for first in range(start, len(numbers), batch):
             kept += cleaner.clean([document(number) for number in numbers[first : first + batch]])
             cleaner.commit()
-        cleaner.finish()
+        cleaner.finish(cleaner.num_documents)
         distinct = set(numbers)
         assert cleaner.num_documents == len(numbers)
         assert cleaner.num_duplicates == len(numbers) - len(distinct)
@@ -82,7 +82,7 @@ def test_the_report_says_what_was_left_out_and_why(mixture: MixtureSection, tmp_
     with Cleaner(mixture, tmp_path, 0) as cleaner:
         assert cleaner.clean([document(9), both, document(1)]) == [document(9)]
         assert cleaner.clean([document(1), document(8)]) == [document(8)]
-        cleaner.finish()
+        cleaner.finish(cleaner.num_documents)
     report = ContaminationReport.model_validate_json((tmp_path / "contamination.json").read_text())
     assert (report.documents_read, report.documents_left_out) == (5, 2)
     one, two = report.evaluation_files
@@ -102,7 +102,7 @@ def test_the_report_says_what_was_left_out_and_why(mixture: MixtureSection, tmp_
 def test_examples_are_few_and_counts_are_all(mixture: MixtureSection, tmp_path: Path) -> None:
     with Cleaner(mixture, tmp_path, 0) as cleaner:
         cleaner.clean([Document(str(n), text=f"{n} {ITEMS[0]}") for n in range(30)])
-        cleaner.finish()
+        cleaner.finish(cleaner.num_documents)
     report = contamination_report(tmp_path, 30)
     assert report is not None
     assert report.evaluation_files[0].documents_left_out == 30
@@ -114,7 +114,7 @@ def test_both_can_be_off(tmp_path: Path) -> None:
     documents = [document(1), document(1)]
     with Cleaner(off, tmp_path, 0) as cleaner:
         assert cleaner.clean(documents) == documents
-        cleaner.finish()
+        cleaner.finish(cleaner.num_documents)
         assert (cleaner.num_duplicates, cleaner.num_contaminated) == (0, 0)
     assert list(tmp_path.iterdir()) == []
     assert contamination_report(tmp_path, 2) is None

@@ -11,14 +11,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError
 from sparsify.mixture.documents import Document
 from sparsify.mixture.encoding import Encoder
+from sparsify.mixture.files import look_at
 from sparsify.mixture.quarantine import EXAMPLES_PER_REASON, BadRows, Reason
+from sparsify.mixture.readers import read_rows
 from sparsify.mixture.sources import read_documents
 from sparsify.recipe import SourceSection
 
@@ -45,6 +47,35 @@ def lines_of(rows: list[object]) -> bytes:
     return b"".join(
         row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows
     )
+
+
+@settings(deadline=None)
+@given(
+    line=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    ).map(lambda value: json.dumps(value).encode()),
+    place=st.integers(0, 60),
+    damage=st.binary(max_size=2),
+)
+def test_a_line_is_read_as_pythons_own_json_reads_it(
+    tmp_path_factory: pytest.TempPathFactory, line: bytes, place: int, damage: bytes
+) -> None:
+    damaged = (line[:place] + damage + line[place:]).replace(b"\n", b"")
+    path = tmp_path_factory.getbasetemp() / "line.jsonl"
+    path.write_bytes(damaged + b"\n")
+    text = damaged.decode("utf-8", "surrogateescape")
+    bad: list[Reason] = []
+    rows = [
+        repr(row)
+        for _, row in read_rows(look_at(path), None, lambda reason, *_, **__: bad.append(reason))
+    ]
+    try:
+        wanted = [] if not text or text.isspace() else [repr(json.loads(text))]
+    except ValueError:
+        assert (rows, bad) == ([], [Reason.NOT_JSON])
+    else:
+        assert (rows, bad) == (wanted, [])
 
 
 def test_each_bad_line_is_left_out_and_listed_with_its_place(tmp_path: Path) -> None:
@@ -242,7 +273,7 @@ def test_chats_that_the_template_refuses_are_counted(tokenizer: PreTrainedTokeni
     encoder = Encoder(
         "chat", tokenizer, responses_only=True, chat_template=template, bad_rows=bad_rows
     )
-    assert [len(ids) > 0 for ids, _ in encoder.encode(documents)] == [True, False, True]
+    assert (encoder.encode(documents).lengths > 0).tolist() == [True, False, True]
     assert bad_rows.good_rows == 2
     (bad,) = bad_rows.examples[Reason.CHAT_TEMPLATE]
     assert "a.jsonl:2" in str(bad)

@@ -226,7 +226,8 @@ def test_a_given_template_writes_the_documents_and_marks_the_answers(
     source = SourceSection(token_share=1.0, group="instruction", messages_column="m")
     messages = FieldReader(source).read(row)
     assert not isinstance(messages, str)
-    ((ids, mask),) = encoder.encode([Document("1", messages=messages)])
+    encoded = encoder.encode([Document("1", messages=messages)])
+    ids, mask = encoded.ids, encoded.carries_loss
     assert tokenizer.decode(ids) == "<s>[u] How? [a] So. [u] Why? [a] Thus.</s>"
     assert tokenizer.decode(ids[mask]) == " So.  Thus.</s>", (
         "what the template puts after an answer ends it"

@@ -19,7 +19,7 @@ from sparsify.mixture.encoding import Encoder
 from sparsify.mixture.ingest import Ingest, Ingesting, mixture_ingests
 from sparsify.mixture.tokens import TokenizedSource
 from sparsify.recipe import MixtureSection, SourceSection
-from tests.mixture.conftest import documents_of, ingest_of, story
+from tests.mixture.conftest import documents_of, ids_of, ingest_of, story
 
 BOS, EOS = 0, 1  # the fixture's tokenizer numbers its special tokens first
 
@@ -50,9 +50,9 @@ def test_a_long_document_is_tokenised_in_pieces_that_lose_nothing(
     texts = [story(1, 40) + "\n" + story(2, 200), "short", "no line end " * 30]
     documents = [Document(text, text=text) for text in texts]
     encoder = Encoder("web", tokenizer, responses_only=False)
-    whole = [ids.tolist() for ids, _ in encoder.encode(documents)]
+    whole = [ids.tolist() for ids in ids_of(encoder.encode(documents))]
     monkeypatch.setattr("sparsify.mixture.encoding.PIECE_CHARACTERS", 64)
-    pieces = [ids.tolist() for ids, _ in encoder.encode(documents)]
+    pieces = [ids.tolist() for ids in ids_of(encoder.encode(documents))]
     for text, ids in zip(texts, pieces, strict=True):
         assert text_of(tokenizer, ids) == f"<s>{text}</s>"
     assert pieces[1] == whole[1]
@@ -124,13 +124,6 @@ def test_a_second_run_reuses_the_cache(
     assert read() == first, "a changed ratio tokenises nothing"
     assert not calls
     assert time.perf_counter() - started < 1
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of four documents and shards of about a hundred tokens."""
-    monkeypatch.setattr("sparsify.mixture.ingest.BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr("sparsify.mixture.cache.SHARD_TOKENS", 100)
 
 
 @pytest.mark.usefixtures("small_pieces")

@@ -24,6 +24,7 @@ from sparsify.mixture.quarantine import BadRows
 from sparsify.mixture.sources import read_documents
 from sparsify.mixture.stdlib_text import module_paths, module_questions
 from sparsify.recipe import SourceSection
+from tests.mixture.conftest import ids_of
 
 TEXTS = ["first, with a comma", 'second "quoted"\nwith two lines', "third ünïcödé"]
 
@@ -202,12 +203,12 @@ def test_token_files_give_what_the_texts_would(
 ) -> None:
     monkeypatch.setattr("sparsify.mixture.token_files.CHUNK_TOKENS", 7)
     encoder = Encoder("web", tokenizer, responses_only=False)
-    wanted = [ids for ids, _ in encoder.encode([Document("", text=text) for text in TEXTS])]
+    wanted = ids_of(encoder.encode([Document("", text=text) for text in TEXTS]))
     ids = np.concatenate([ids[1:] for ids in wanted])  # as others write it: without a bos
     path = tmp_path / f"a.{kind}"
     np.save(path, ids) if kind == "npy" else ids.tofile(path)
     documents = read(token_source(path, "uint16" if kind == "bin" else None), tokenizer)
-    found = [ids for ids, _ in encoder.encode(documents)]
+    found = ids_of(encoder.encode(documents))
     assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert len({document.origin for document in documents}) == 3
 

@@ -128,7 +128,7 @@ def test_a_source_that_grows_gives_the_windows_of_one_that_is_whole(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sparsify.mixture.ingest.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("sparsify.mixture.batches.BATCH_DOCUMENTS", 3)
     monkeypatch.setattr("sparsify.mixture.cache.SHARD_TOKENS", 120)
     cold, warm = (
         {
