@@ -38,10 +38,11 @@ def recovery_table(recovery: Recovery) -> RenderableType:
         title=f"After {recovery.budget_tokens:,} tokens, mean of seeds {seeds}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
+        padding=0,
+        show_edge=False,
     )
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if index else "left", no_wrap=not index)
+        table.add_column(column, justify="right" if index else "left", no_wrap=" " not in column)
     for arm in sorted(recovery.arms, key=lambda arm: (arm.name != DENSE, arm.gap)):
         table.add_row(*_row(arm))
     return Group("", table, Text(_notes(recovery)))
@@ -56,7 +57,7 @@ def _row(arm: RecoveryArm) -> list[str]:
         arm.name,
         f"{arm.peak_learning_rate:g}{'*' if arm.at_edge() else ''}",
         f"{arm.mean('loss'):.3f}",
-        "control" if arm.name == DENSE else gap,
+        "–" if arm.name == DENSE else gap,
         *(f"{arm.mean(share):.1%}" for share in shares),
     ]
 
