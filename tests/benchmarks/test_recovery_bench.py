@@ -59,6 +59,7 @@ def test_bytes_are_those_of_an_exact_kernel() -> None:
     assert point(0, 3.0, zeros=0.0, gate_zeros=0.0).gate_first_bytes == 1
 
 
+@pytest.mark.slow
 def test_a_real_run_is_read_to_its_end(
     finished: Callable[[Setup], tuple[Path, dict]], tmp_path: Path
 ) -> None:

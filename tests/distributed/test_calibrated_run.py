@@ -12,6 +12,7 @@ import torch
 from sparsify.conversion.folder import load_sparse
 from tests.conftest import Command, Setup
 
+pytestmark = pytest.mark.xdist_group("calibrated")
 SETTINGS = [
     "conversion.calibration_tokens=2048",
     "conversion.target_zeros=0.8",
