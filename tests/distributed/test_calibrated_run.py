@@ -23,8 +23,8 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="module")
-def run(command: Command) -> Path:
-    folder = command.root / "calibrated"
+def run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibrated") / "run"
     line = command(Setup("mixtral", 3, 1, "bf16"), folder)
     result = subprocess.run([*line, *SETTINGS], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
