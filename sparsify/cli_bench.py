@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from sparsify.cli_common import AsJson, Overrides, console
-from sparsify.errors import RunError
+from sparsify.cli_common import AsJson, Overrides, console, numbers
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -129,7 +128,7 @@ def bench_recovery(
 
     Goes on where it was interrupted. Example: sparsify bench recovery --arms drelu,annealed_drelu training.budget_tokens=102400
     """
-    from sparsify.benchmarks.recovery import RecoveryPlan, bench_recovery, numbers
+    from sparsify.benchmarks.recovery import RecoveryPlan, bench_recovery
     from sparsify.benchmarks.recovery_table import recovery_table, write_recovery
 
     plan = RecoveryPlan(
@@ -201,9 +200,9 @@ def bench_decode(
         neurons=neurons,
         rank=rank,
         dtype=dtype,
-        sparsities=tuple(_numbers("--sparsity", sparsity, float)),
-        batches=tuple(_numbers("--batch", batch, int)),
-        threads=tuple(own if threads is None else _numbers("--threads", threads, int)),
+        sparsities=tuple(numbers("--sparsity", sparsity, float)),
+        batches=tuple(numbers("--batch", batch, int)),
+        threads=tuple(own if threads is None else numbers("--threads", threads, int)),
         repeats=repeats,
         layers=layers,
         bundle=bundle,
@@ -247,15 +246,3 @@ def bench_activation(
     console.print_json(result.model_dump_json()) if as_json else console.print(
         bench.activation_table(result)
     )
-
-
-Number = TypeVar("Number", int, float)
-
-
-def _numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise RunError(
-            f"{option} is {text!r}.", allowed="Numbers with commas between, such as 1,2,4."
-        ) from error

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
+
+from sparsify.errors import RecipeError
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -13,6 +15,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Settings as key=value, for example training.budget_tokens=1_000_000"),
 ]
+Number = TypeVar("Number", int, float)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -23,3 +26,19 @@ def say(line: str) -> None:
 
 def quiet(_line: str) -> None:
     """Prints nothing: what else stands on the terminal is JSON."""
+
+
+def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
+    """The numbers between commas that an option was given; none if it is empty.
+
+    Raises:
+        RecipeError: If one of them is none.
+    """
+    if not text.strip():
+        return []
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise RecipeError(
+            f"{option} is {text!r}.", allowed="Numbers with commas between, such as 1,2,4."
+        ) from error

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from sparsify.benchmarks.recovery_result import (
     DENSE,
@@ -26,7 +25,6 @@ from sparsify.training.run_folder import RunFolder
 from sparsify.verbs import Say
 from sparsify.verbs.arm import train_run
 
-Number = TypeVar("Number", int, float)
 FOLDER = "recovery/"
 """Of the catalogue: every recipe in it is an arm."""
 FINAL_RATE_SHARE = 0.1
@@ -50,20 +48,6 @@ class RecoveryPlan:
     rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3)
     seeds: Sequence[int] = (1, 2, 3)
     overrides: Sequence[str] = field(default_factory=list)
-
-
-def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
-    """Numbers between commas.
-
-    Raises:
-        RecipeError: If one of them is none.
-    """
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise RecipeError(
-            f"{option} is {text!r}.", allowed="Numbers with commas between them."
-        ) from error
 
 
 def arm_names() -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from sparsify.benchmarks.recovery import RecoveryPlan, arm_names, bench_recovery, numbers
+from sparsify.benchmarks.recovery import RecoveryPlan, arm_names, bench_recovery
 from sparsify.benchmarks.recovery_result import (
     Recovery,
     RecoveryArm,
@@ -19,6 +19,7 @@ from sparsify.benchmarks.recovery_result import (
 )
 from sparsify.benchmarks.recovery_table import recovery_table, write_recovery
 from sparsify.catalogue import save_recipe
+from sparsify.cli_common import numbers
 from sparsify.errors import RecipeError, RunError
 from sparsify.training.run_folder import RunFolder
 from tests.conftest import Setup
