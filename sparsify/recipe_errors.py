@@ -17,6 +17,7 @@ GROUPS = {"mixture": "data_mixtures", "eval": "eval"}
 """Hydra group → the top-level folder of its options. `GROUP=PATH.yaml` works as well."""
 RECIPE_GROUPS = ("model", "activation", "engine")
 """Groups whose options stand in folders inside recipes/."""
+NO_LIST = "Invalid value assigned: AnyNode is not a ListConfig, list or tuple"
 OWN_FILE = "own_file"
 """The option that a user's own file becomes."""
 
@@ -63,18 +64,29 @@ def _missing_option(error: MissingConfigException, where: str) -> RecipeError:
 
 def _setting_error(cause: BaseException, where: str, overrides: Sequence[str]) -> RecipeError:
     key = getattr(cause, "full_key", None) or ""
-    where = next((override for override in overrides if key and key in override), where)
+    where = next((override for override in overrides if _may_set(override, key)), where)
     said = str(cause).strip().partition("\n")[0].rstrip(".")
     if isinstance(cause, MissingMandatoryValue):
         return RecipeError(f"{where}: {key} is not set.", next_step=f"Set {key}=VALUE.")
     if said.startswith("Key '"):
         return _unknown_setting(key, list(getattr(cause, "parent_node", None) or ()), where)
+    if said == NO_LIST:
+        return RecipeError(
+            f"{where}: {key} is a single value.",
+            allowed="It must be a list, however short.",
+            next_step=f"Write {key.rpartition('.')[2]}: [VALUE].",
+        )
     return RecipeError(
         f"{where}: {said}."
         if not key or key in where or key in said
         else f"{where}: {key}: {said}.",
         next_step="`sparsify recipes show NAME` prints a recipe with all its settings and their types.",
     )
+
+
+def _may_set(override: str, key: str) -> bool:
+    """Whether an override names the setting, or is the option of its group: mixture=my_mixture.yaml."""
+    return bool(key) and (key in override or override.partition("=")[0] == key.partition(".")[0])
 
 
 def _unknown_setting(key: str, siblings: list[str], where: str) -> RecipeError:

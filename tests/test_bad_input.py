@@ -165,6 +165,7 @@ def test_a_model_that_cannot_be_converted(
     assert_nothing_left(place)
 
 
+ONE_FILE = "name: one\nsources: {a: {files: a.txt}}"
 TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     "unknown recipe": (
         lambda _: ["train", "quikstart"],
@@ -189,6 +190,10 @@ TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     "missing text": (
         lambda place: place.train(place.source(files=["none/*.jsonl"])),
         ["'code'", "no file matches 'none/*.jsonl'", "mixture.sources.code.files"],
+    ),
+    "files that are no list": (
+        lambda place: place.train(f"mixture={place.write('one.yaml', ONE_FILE)}"),
+        ["mixture=", "mixture.sources.a.files is a single value", "files: [VALUE]"],
     ),
     "empty source": (
         lambda place: place.train(place.source(files=[place.write("empty.jsonl", "")])),

@@ -88,7 +88,9 @@ def ingest_progress(say: Say) -> Callable[[str, int, int], None]:
         tenth = 10 * tokens // max(needed_tokens, 1)
         if tenth > last.get(source, 0):
             last[source] = tenth
-            say(f"Tokenising {source}: {tokens:,} of {needed_tokens:,} tokens")
+            # The last batch of documents is read whole, however long they are.
+            of_need = f" of {needed_tokens:,}" if tokens < needed_tokens else ""
+            say(f"Tokenising {source}: {tokens:,}{of_need} tokens")
 
     return progress
 
