@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.panel import Panel
@@ -20,19 +19,11 @@ from rich.text import Text
 from sparsify.conversion.calibration import Calibration
 from sparsify.mixture.inspection import MixtureStats, WindowPreview
 from sparsify.sparsity.schema import LayerRow, SparsityReport
+from sparsify.terminal import figures_table
 from sparsify.verbs.convert import Swap
 from sparsify.verbs.train import RunResult
 
 BAR_CELLS = 24
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
 
 
 def _share(value: float | None) -> str:
@@ -51,7 +42,7 @@ def recipes_table(rows: dict[str, str]) -> RenderableType:
 
 def layers_table(report: SparsityReport) -> Table:
     """Share of exact zeros of every layer, as numbers and as a bar."""
-    table = _table(
+    table = figures_table(
         f"Exact zeros by layer (measured on {report.num_tokens:,} tokens)",
         "layer",
         "gate",
@@ -81,7 +72,7 @@ def run_summary(result: RunResult) -> RenderableType:
     """What a newcomer wants to know at the end of a run, and what to type next."""
     recipe, run = result.recipe, result.run
     budget_tokens = recipe.num_steps * recipe.step_tokens
-    losses = _table(
+    losses = figures_table(
         f"{recipe.name}: {recipe.activation.ffn_activation}, {budget_tokens:,} training tokens",
         "model",
         "validation loss",
@@ -181,7 +172,7 @@ def swap_record(swap: Swap) -> dict[str, Any]:
 def swap_table(swap: Swap) -> RenderableType:
     """A conversion as tables: the stages, and of a calibrated one what each layer gained."""
     config = swap.converted.config
-    table = _table(
+    table = figures_table(
         f"{swap.converted.folder}, {config.base_ffn_activation} to {config.ffn_activation}, "
         f"on {swap.num_tokens:,} tokens: {swap.text}",
         "stage",
@@ -196,7 +187,7 @@ def swap_table(swap: Swap) -> RenderableType:
 
 
 def _calibrated_layers(calibration: Calibration) -> RenderableType:
-    table = _table(
+    table = figures_table(
         f"Relative error of the feed-forward answers on held-out calibration tokens ({calibration.num_tokens:,} in all)",
         "layer",
         "bare swap",
@@ -222,7 +213,7 @@ def _calibrated_layers(calibration: Calibration) -> RenderableType:
 
 def mixture_table(stats: MixtureStats) -> RenderableType:
     """Sizes of a mixture, one source a row."""
-    table = _table(
+    table = figures_table(
         f"{stats.mixture}: {stats.budget_tokens:,} training tokens in windows of {stats.window_tokens:,}",
         "source",
         "documents",

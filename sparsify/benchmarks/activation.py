@@ -8,9 +8,7 @@ from statistics import median
 
 import torch
 from pydantic import BaseModel
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 
 from sparsify.benchmarks.training_result import Ratio
 from sparsify.benchmarks.turns import clock, middle_half, paired_ratios
@@ -18,6 +16,7 @@ from sparsify.errors import RecipeError
 from sparsify.models import FfnActivation
 from sparsify.recipe import FUSED_FFN_ACTIVATIONS
 from sparsify.source_rules import check_choice
+from sparsify.terminal import figures_table
 from sparsify.training.fused_activation import fastest_implementation, fuse
 
 Say = Callable[[str], None]
@@ -176,15 +175,14 @@ def _speed(eager: list[float], own: list[float]) -> Ratio:
 
 def activation_table(bench: ActivationBench) -> RenderableType:
     """The ways as a table, and what the numbers rest on."""
-    table = Table(
-        title=f"{bench.activation} of {bench.tokens:,} × {bench.neurons:,} {bench.dtype}",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
+    table = figures_table(
+        f"{bench.activation} of {bench.tokens:,} × {bench.neurons:,} {bench.dtype}",
+        "",
+        "time",
+        "× eager",
+        "middle half",
+        "of a copy",
     )
-    for index, column in enumerate(["", "time", "× eager", "middle half", "of a copy"]):
-        table.add_column(column, justify="right" if index else "left")
     for way in bench.ways:
         table.add_row(
             f"{way.name}, forward",

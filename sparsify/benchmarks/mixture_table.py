@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from sparsify.benchmarks.mixture_result import Loaded, MixtureBench, Side, Tokenized
+from sparsify.terminal import figures_table
 
 MEGA = 1e6
 
@@ -25,9 +25,13 @@ def mixture_table(bench: MixtureBench) -> RenderableType:
 
 
 def _shares_table(bench: MixtureBench) -> Table:
-    table = _table(
+    table = figures_table(
         f"Shares of tokens delivered over {bench.num_windows:,} windows of {bench.window_tokens:,} tokens",
-        ["source", "asked", "sparsify", "interleave_datasets", "… by length*"],
+        "source",
+        "asked",
+        "sparsify",
+        "interleave_datasets",
+        "… by length*",
     )
     columns = (
         bench.ours.delivered,
@@ -49,9 +53,12 @@ def _shares_table(bench: MixtureBench) -> Table:
 
 def _run_table(bench: MixtureBench) -> Table:
     ours, theirs = bench.ours, bench.interleaved
-    table = _table(
+    table = figures_table(
         f"The run, stopped after window {bench.stopped_after_windows:,} and resumed",
-        ["", "sparsify", "interleave_datasets", "ratio"],
+        "",
+        "sparsify",
+        "interleave_datasets",
+        "ratio",
     )
     _add(
         table,
@@ -98,7 +105,7 @@ def _run_table(bench: MixtureBench) -> Table:
 
 
 def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
-    table = _table("sparsify in one process, M tokens/s", ["", "sparsify", "against", "ratio"])
+    table = figures_table("sparsify in one process, M tokens/s", "", "sparsify", "against", "ratio")
     table.add_row(
         f"ingest: documents → cache, {tokenized.num_tokens / MEGA:.1f}M tokens",
         f"{tokenized.tokens_per_second / MEGA:.2f}",
@@ -135,15 +142,6 @@ def _rests_on(bench: MixtureBench) -> str:
 
 def _sides(bench: MixtureBench) -> tuple[Side, Side]:
     return bench.ours, bench.interleaved
-
-
-def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table
 
 
 def _add(table: Table, label: str, values: Sequence[str], ratio: str = "") -> None:

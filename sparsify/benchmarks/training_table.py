@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from sparsify.benchmarks.training_result import Loop, Ratio, TrainBench
+from sparsify.terminal import figures_table
 
 
 def training_table(bench: TrainBench) -> RenderableType:
@@ -15,7 +15,9 @@ def training_table(bench: TrainBench) -> RenderableType:
 
 
 def _loops_table(bench: TrainBench) -> Table:
-    table = _table("A training step", ["", "tokens/s", "against", "ratio", "middle half of pairs"])
+    table = figures_table(
+        "A training step", "", "tokens/s", "against", "ratio", "middle half of pairs"
+    )
     _add(table, "bare engine: forward, backward, step", bench.bare)
     _add(table, "sparsify", bench.ours, "bare engine", bench.loop_overhead, added=True)
     _add(table, "sparsify", bench.ours, "Trainer", bench.speed_against_trainer)
@@ -44,9 +46,11 @@ def _add(
 
 def _probe_table(bench: TrainBench) -> Table:
     probe = bench.probe
-    table = _table(
+    table = figures_table(
         f"A validation of {probe.held_out_tokens:,} tokens after every {probe.every_tokens:,} tokens of training",
-        ["", "seconds", "share of training"],
+        "",
+        "seconds",
+        "share of training",
     )
     table.add_row("all of it", f"{probe.validation_seconds:.2f}", f"{probe.validation_share:.2%}")
     table.add_row("of it the probe", f"{probe.probe_seconds:.2f}", f"{probe.probe_share:.2%}")
@@ -62,12 +66,3 @@ def _rests_on(bench: TrainBench) -> str:
         "Medians; ratios are medians over pairs of blocks. All loops have the same weights, windows and DeepSpeed "
         "configuration.[/dim]"
     )
-
-
-def _table(title: str, columns: list[str]) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    return table

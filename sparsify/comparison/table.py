@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -16,6 +15,7 @@ from sparsify.comparison.evaluation_cells import evaluation_tables
 from sparsify.comparison.evaluations import EvaluationComparison
 from sparsify.comparison.schema import Comparison
 from sparsify.comparison.write import PAGE_FILE
+from sparsify.terminal import figures_table
 
 MIN_NAME_CELLS = 16
 LONG_WORD = re.compile(r"(\S{8,}?_)")
@@ -42,13 +42,7 @@ def _summary(tables: list[TextTable], notes: list[str], folder: Path) -> Rendera
 
 
 def _table(text: TextTable) -> Table:
-    table = Table(
-        title=text.title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    table = figures_table(text.title)
     # A narrow terminal folds names, and headings between their words; a number stays whole.
     for index, column in enumerate(text.header):
         heading = LONG_WORD.sub(r"\1\n", column) if index else column

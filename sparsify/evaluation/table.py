@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import fmean
 
-from rich import box
 from rich.table import Table
 
 from sparsify.evaluation.published import published_scores
 from sparsify.evaluation.results import EvaluationResults, TaskResult
 from sparsify.evaluation.scores import Measured
 from sparsify.sparsity.percent import percent
+from sparsify.terminal import figures_table
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,7 @@ def results_table(results: EvaluationResults) -> Table:
 
 def terminal_table(rows: Rows) -> Table:
     """A table as the terminal shows it, without its notes."""
-    table = Table(
-        title=rows.title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
+    table = figures_table(rows.title)
     for index, column in enumerate(rows.header):
         # A narrow terminal breaks lines; a number that it cut short would be another number.
         longest = max(len(column), *(len(row[index]) for row in rows.rows))

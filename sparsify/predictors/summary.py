@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from sparsify.predictors.predictors import Predictors
 from sparsify.sparsity.percent import count, percent
+from sparsify.terminal import figures_table
 
 MOST_ROWS = 40
 
@@ -24,16 +23,10 @@ def training_summary(predictors: Predictors, folder: Path, model: str) -> Render
         model: The model as the user named it.
     """
     facts = predictors.facts
-    table = Table(
-        title=f"Predictors of the {facts.input} input, at the score 0 on held-out text",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
     columns = ("block", "rank", "recall", "switched on", "fire")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+    table = figures_table(
+        f"Predictors of the {facts.input} input, at the score 0 on held-out text", *columns
+    )
     for name, block in list(facts.blocks.items())[:MOST_ROWS]:
         shares = (block.recall, block.on_share, block.firing_share)
         table.add_row(name, str(block.rank), *map(percent, shares))

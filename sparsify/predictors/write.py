@@ -6,10 +6,8 @@ import csv
 from functools import partial
 from pathlib import Path
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.predictors.figures import FIGURES
@@ -18,6 +16,7 @@ from sparsify.sparsity.page import page_environment
 from sparsify.sparsity.percent import percent
 from sparsify.sparsity.pictures import image, page_figure
 from sparsify.sparsity.themes import LIGHT
+from sparsify.terminal import figures_table
 
 PAGE_FILE = "index.html"
 TABLE_FILE = "judgement.csv"
@@ -61,16 +60,10 @@ def _write_table(judgement: Judgement, path: Path) -> None:
 
 def judgement_summary(judgement: Judgement, folder: Path) -> RenderableType:
     """The curve as a table, the verdict, and where the page lies."""
-    table = Table(
-        title=f"{judgement.model}: predictors judged on {judgement.num_tokens:,} tokens",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
     columns = ("", "recall", "precision", "on", "loss", "perplexity", "bytes", "blocks", "model")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+    table = figures_table(
+        f"{judgement.model}: predictors judged on {judgement.num_tokens:,} tokens", *columns
+    )
     for way in judgement.ways:
         table.add_row(*_cells(way, None, None))
     table.add_section()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from sparsify.terminal import figures_table
 from sparsify.tuning.page import PAGE_FILE
 from sparsify.tuning.record import TuneRecord
 
@@ -23,7 +23,7 @@ def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType
         folder: Where its page lies.
         given: Recipe name or path as the user gave it.
     """
-    table = _table(
+    table = figures_table(
         f"{record.recipe}: predicted after {record.trial_tokens:,} tokens, from {len(record.trials)} trials",
         *COLUMNS,
     )
@@ -59,7 +59,7 @@ def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType
 def _confirmation_table(record: TuneRecord) -> Table:
     found = record.confirmation
     assert found is not None
-    table = _table(
+    table = figures_table(
         f"Confirmation: {found.num_tokens:,} tokens, seed {found.seed}, other held-out windows",
         "domain",
         "default loss",
@@ -84,12 +84,3 @@ def _places(record: TuneRecord, folder: Path, given: str) -> list[str]:
     lines.append(f"[bold]Mixture[/bold]  {mixture}")
     lines.append(f"Next: [cyan]sparsify plan {escape(given)} mixture={mixture}[/cyan]")
     return lines
-
-
-def _table(title: str, *columns: str) -> Table:
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
-    return table
