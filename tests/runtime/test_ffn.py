@@ -185,7 +185,7 @@ def test_strides_do_not_matter(backend: str) -> None:
     given, _ = sparse_ffn(wide[:, 1, 7:40], scattered, DRELU, backend=backend)
     assert torch.equal(given, expected)
     columns, _ = sparse_ffn(x.T.contiguous().T, scattered, DRELU, backend=backend)
-    torch.testing.assert_close(columns, expected)  # torch may add up another order in another layout
+    torch.testing.assert_close(columns, expected)  # torch may sum in another order
 
 
 @backends
