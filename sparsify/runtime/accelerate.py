@@ -110,7 +110,8 @@ def accelerate(
         predictors: Folder with predictors.safetensors and predictors.json, or what was read of one. Without, decoding is
             exact.
         max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way. Unless
-            given, 8, or 4 in bf16, where torch's dense product is the faster from about six tokens on.
+            given, 8, or 4 where weights are read as stored in bf16: torch's dense product is the faster there from about six
+            tokens on.
         threads: Of the kernels; torch's own number unless given.
 
     Returns:

@@ -17,7 +17,7 @@ from sparsify.runtime.kept_blocks import KeptBlocks
 from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {torch.bfloat16: 4}
-"""Where it is not 8: with more tokens torch's dense product wins, as it multiplies in bf16 itself."""
+"""Of weights as they are stored, where it is not 8: with more tokens torch's dense product wins, as it multiplies in bf16 itself."""
 
 
 @dataclass
@@ -78,7 +78,8 @@ class BlockForward:
                 f"The model is on {x.device}, and {self.kept.format} blocks are read on a CPU alone.",
                 next_step="Move the model back, or accelerate it again without weights=.",
             )
-        most = self.options.max_tokens or WORTHWHILE_TOKENS.get(x.dtype, 8)
+        usual = 8 if self.kept is not None else WORTHWHILE_TOKENS.get(x.dtype, 8)
+        most = self.options.max_tokens or usual
         watched = (block.ffn_activation, *block.children())
         return (
             x.device.type == "cpu"
