@@ -165,6 +165,12 @@ def bench_decode(
     neurons: Annotated[int, typer.Option(help="Neurons of the block.")] = 14_336,
     rank: Annotated[int, typer.Option(help="Rank of the predictors.")] = 1024,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="How the C++ kernels read the weights: stored, int8 or int4. torch's contender stays in --dtype."
+        ),
+    ] = "stored",
     sparsity: Annotated[
         str, typer.Option(help="Shares of zeros, with commas; empty: no blocks.")
     ] = "0.5,0.7,0.8,0.9,0.95,0.97",
@@ -200,6 +206,7 @@ def bench_decode(
         neurons=neurons,
         rank=rank,
         dtype=dtype,
+        weights=weights,
         sparsities=tuple(numbers("--sparsity", sparsity, float)),
         batches=tuple(numbers("--batch", batch, int)),
         threads=tuple(own if threads is None else numbers("--threads", threads, int)),

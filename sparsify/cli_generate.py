@@ -28,6 +28,13 @@ def generate(
         float, typer.Option(help="Of sampling; 0 takes the likeliest token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 1,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="How decoding reads the feed-forward weights: stored, or rounded into blocks of int8 or int4, which are kept "
+            "beside them."
+        ),
+    ] = "stored",
     predictors: Annotated[
         Path | None,
         typer.Option(help="Folder with predictors.safetensors; exact decoding without it."),
@@ -52,6 +59,7 @@ def generate(
         num_tokens=tokens,
         temperature=temperature,
         seed=seed,
+        weights=weights,
         predictors=predictors,
         threads=threads,
         dense=dense,
@@ -77,6 +85,10 @@ def _summary(result: Generated) -> str:
         + (f", {speed:.1f} tokens/s" if speed else "")
         + f" after a prompt of {result.prompt_tokens} tokens ({result.prompt_seconds:.2f} s); {_BACKENDS[result.backend]}"
     ]
+    if result.kept_bytes:
+        lines.append(
+            f"feed-forward weights in blocks of {result.weights}: {result.kept_bytes / MEGA:,.1f} MB beside the stored ones"
+        )
     if result.touched_share is not None and result.fired_share is not None:
         lines.append(
             f"{result.fired_share:.1%} of the neurons fired; {result.touched_share:.1%} of the rows of the feed-forward "

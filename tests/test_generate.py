@@ -32,6 +32,7 @@ def run(bundle: Path, pieces: list[str] | None = None, **changed: Any):
         "num_tokens": 12,
         "temperature": 0.0,
         "seed": 1,
+        "weights": "stored",
         "predictors": None,
         "threads": None,
         "dense": False,
@@ -59,6 +60,18 @@ def test_it_writes_what_dense_decoding_writes_and_reads_less(
     assert dense.fired_share is None
 
 
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8.5), ("int4", 4.5)])
+def test_blocks_are_what_a_token_reads(bundle: Path, weights: str, bits: float) -> None:
+    result, stored = run(bundle, weights=weights), run(bundle)
+    assert result.text != ""
+    assert (result.weights, stored.weights) == (weights, "stored")
+    assert result.touched_share is not None
+    of_two_experts = 2 * 3 * 64 * 32 * bits / 8 * 2
+    assert result.ffn_bytes_per_token == pytest.approx(result.touched_share * of_two_experts)
+    assert (result.kept_bytes, stored.kept_bytes) == (2 * of_two_experts, 0)
+    assert result.dense_ffn_bytes_per_token == stored.dense_ffn_bytes_per_token
+
+
 def test_the_command_prints_json(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -74,5 +87,9 @@ def test_what_cannot_be_is_refused(bundle: Path, stock: dict[str, Path]) -> None
         run(bundle, num_tokens=0)
     with pytest.raises(RunError, match="--predictors would change nothing"):
         run(bundle, dense=True, predictors=bundle)
+    with pytest.raises(RunError, match="--weights would change nothing"):
+        run(bundle, dense=True, weights="int8")
+    with pytest.raises(ModelError, match=r"'int3'.*\n.*stored, int8, int4"):
+        run(bundle, weights="int3")
     with pytest.raises(ModelError, match="swiglu makes no zeros"):
         run(stock["mistral"])

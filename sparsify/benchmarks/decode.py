@@ -16,7 +16,7 @@ from sparsify.benchmarks.decode_model import measure_model, random_model
 from sparsify.benchmarks.decode_result import DecodeBench, FfnPoint, ModelPoint
 from sparsify.errors import RunError
 from sparsify.export.weights import Loaded, load
-from sparsify.runtime.accelerate import check_acceleratable
+from sparsify.runtime.accelerate import WEIGHT_FORMATS, block_format, check_acceleratable
 from sparsify.runtime.predictors import read_predictors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,7 +34,8 @@ class DecodeSettings:
         hidden: Width of the block.
         neurons: Its neurons.
         rank: Of the predictors.
-        dtype: A key of DTYPES.
+        dtype: A key of DTYPES: of hidden states, of predictors and of torch's contender.
+        weights: How the C++ kernels read the feed-forward weights: stored, int8 or int4.
         sparsities: Shares of neurons that do not fire.
         batches: Tokens of a step.
         threads: Numbers of threads.
@@ -50,6 +51,7 @@ class DecodeSettings:
     neurons: int
     rank: int
     dtype: str
+    weights: str
     sparsities: tuple[float, ...]
     batches: tuple[int, ...]
     threads: tuple[int, ...]
@@ -70,6 +72,8 @@ class DecodeSettings:
         numbers = (*self.batches, *self.threads, self.repeats, self.neurons)
         wrong = {
             f"--dtype {self.dtype} (allowed: {', '.join(DTYPES)})": self.dtype not in DTYPES,
+            f"--weights {self.weights} (allowed: {', '.join(WEIGHT_FORMATS)})": self.weights
+            not in WEIGHT_FORMATS,
             "--sparsity outside [0, 1)": not all(0 <= one < 1 for one in self.sparsities),
             "a number below 1": min(numbers) < 1,
             "no --batch or no --threads": not self.batches or not self.threads,
@@ -105,6 +109,7 @@ def bench_decode(settings: DecodeSettings, say: Say) -> DecodeBench:
         neurons=settings.neurons,
         rank=settings.rank,
         dtype=settings.dtype,
+        weights=settings.weights,
         threads=most,
         repeats=settings.repeats,
         cpu=_cpu(),
@@ -125,6 +130,7 @@ def _blocks(settings: DecodeSettings, say: Say) -> Iterator[FfnPoint]:
         settings.rank,
         max(settings.batches),
         DTYPES[settings.dtype],
+        block_format(settings.weights),
     )
     done: set[tuple[float, float, int, int]] = set()
     for active, gates, tokens, threads in _grid(settings, most):
@@ -167,6 +173,7 @@ def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
             settings.decode_tokens,
             settings.repeats,
             say,
+            settings.weights,
         )
     elif settings.layers:
         say("making a model of random weights")
@@ -176,7 +183,14 @@ def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
         name = f"random weights, {settings.layers} layers of Mistral-7B's shape"
         ids = torch.arange(100, 164 + settings.decode_tokens)[None]
         yield measure_model(
-            model, name, predictors, ids, settings.decode_tokens, settings.repeats, say
+            model,
+            name,
+            predictors,
+            ids,
+            settings.decode_tokens,
+            settings.repeats,
+            say,
+            settings.weights,
         )
 
 

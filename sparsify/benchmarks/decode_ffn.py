@@ -12,7 +12,9 @@ from torch.nn.functional import linear
 
 from sparsify.benchmarks.decode_result import FfnPoint, Timing
 from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, Predictor, sparse_ffn
+from sparsify.runtime.blocks import BlockFormat, BlockMatrix, quantise
 from sparsify.runtime.build import kernels
+from sparsify.runtime.weights import Matrix
 
 DRELU = KERNEL_ACTIVATIONS["drelu"]
 MIB = 1 << 20
@@ -28,39 +30,55 @@ class Block:
 
     Args:
         x: [tokens, hidden].
-        weights: With a predictor.
+        gate: [neurons, hidden].
+        up: [neurons, hidden].
+        down_t: [neurons, hidden], as the kernels read it: stored or in blocks.
         down: [hidden, neurons], as a dense model has it.
+        predictor: A perfect one.
     """
 
     x: torch.Tensor
-    weights: FfnWeights
+    gate: torch.Tensor
+    up: torch.Tensor
+    down_t: Matrix
     down: torch.Tensor
+    predictor: Predictor
 
     def fire(self, active: float, gates: float, generator: torch.Generator) -> None:
         """Sets the share of neurons that fire for each token, and of those whose gate is positive."""
-        neurons = self.weights.gate.shape[0]
-        predictor = self.weights.predictor
-        assert predictor is not None
+        neurons = self.gate.shape[0]
         for token in range(len(self.x)):
             order = torch.randperm(neurons, generator=generator)
             gate_on, both_on = torch.full((neurons,), -SIGN), torch.full((neurons,), -SIGN)
             gate_on[order[: round(gates * neurons)]] = SIGN
             both_on[order[: round(active * neurons)]] = SIGN
-            self.weights.gate[:, token] = gate_on
-            self.weights.up[:, token] = both_on
-            predictor.b[:, token] = both_on
+            self.gate[:, token] = gate_on
+            self.up[:, token] = both_on
+            self.predictor.b[:, token] = both_on
+
+    def weights(self) -> FfnWeights:
+        """As the kernels read them, with the predictor."""
+        gate, up = self.gate, self.up
+        if isinstance(self.down_t, BlockMatrix):
+            gate, up = (quantise(one, self.down_t.format) for one in (gate, up))
+        return FfnWeights(gate, up, self.down_t, predictor=self.predictor)
 
 
 def make_blocks(
-    hidden: int, neurons: int, rank: int, tokens: int, dtype: torch.dtype
+    hidden: int,
+    neurons: int,
+    rank: int,
+    tokens: int,
+    dtype: torch.dtype,
+    format: BlockFormat | None = None,
 ) -> list[Block]:
-    """As many blocks as do not fit into a processor's cache, with random weights."""
-    size = 3 * hidden * neurons * dtype.itemsize
+    """As many blocks as do not fit into a processor's cache, with random weights: of dtype, read as they are or in blocks."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        _make_block(hidden, neurons, rank, tokens, dtype, generator)
-        for _ in range(max(1, round(OUT_OF_CACHE_BYTES / size)))
-    ]
+    blocks = [_make_block(hidden, neurons, rank, tokens, dtype, format, generator)]
+    size = 3 * neurons * blocks[0].weights().row_bytes
+    while len(blocks) < round(OUT_OF_CACHE_BYTES / size):
+        blocks.append(_make_block(hidden, neurons, rank, tokens, dtype, format, generator))
+    return blocks
 
 
 def _make_block(
@@ -69,6 +87,7 @@ def _make_block(
     rank: int,
     tokens: int,
     dtype: torch.dtype,
+    format: BlockFormat | None,
     generator: torch.Generator,
 ) -> Block:
     def uniform(
@@ -83,7 +102,8 @@ def _make_block(
     a[:tokens, :tokens] = torch.eye(tokens)  # hidden unit t of the predictor knows token t
     predictor = Predictor(a, uniform(neurons, rank), threshold=0.0)
     gate, up, down_t = (uniform(neurons, hidden) for _ in range(3))
-    return Block(x, FfnWeights(gate, up, down_t, predictor=predictor), down_t.T.contiguous())
+    read = down_t if format is None else quantise(down_t, format)
+    return Block(x, gate, up, read, down_t.T.contiguous(), predictor)
 
 
 def measure_point(
@@ -94,7 +114,8 @@ def measure_point(
     data = torch.ones(OUT_OF_CACHE_BYTES // 4)
     for block in blocks:
         block.fire(active, gates, generator)
-    exact = [replace(block.weights, predictor=None) for block in blocks]
+    predicted = [block.weights() for block in blocks]
+    exact = [replace(weights, predictor=None) for weights in predicted]
 
     def sparse(index: int, weights: FfnWeights, dense: bool = False) -> int:
         x = blocks[index].x[:tokens]
@@ -106,7 +127,7 @@ def measure_point(
         "torch": lambda index: _torch_dense(blocks[index], tokens),
         "dense": lambda index: sparse(index, exact[index], dense=True),
         "exact": lambda index: sparse(index, exact[index]),
-        "predictor": lambda index: sparse(index, blocks[index].weights),
+        "predictor": lambda index: sparse(index, predicted[index]),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     reading: list[float] = []
@@ -133,10 +154,10 @@ def measure_point(
 
 
 def _torch_dense(block: Block, tokens: int) -> int:
-    weights, x = block.weights, block.x[:tokens]
-    product = linear(x, weights.gate).relu() * linear(x, weights.up).relu()
+    x = block.x[:tokens]
+    product = linear(x, block.gate).relu() * linear(x, block.up).relu()
     linear(product, block.down)
-    return 3 * weights.gate.numel() * weights.gate.element_size()
+    return 3 * block.gate.numel() * block.gate.element_size()
 
 
 def read_data(data: torch.Tensor, threads: int) -> None:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.pyplot import subplots
 from matplotlib.ticker import PercentFormatter
 
-from sparsify.benchmarks.decode_result import DecodeBench, FfnPoint
+from sparsify.benchmarks.decode_result import DecodeBench, FfnPoint, formats
 from sparsify.errors import RunError
 from sparsify.files import write_bytes
 from sparsify.sparsity.pictures import WIDTH_INCHES, image
@@ -59,7 +59,7 @@ def draw(bench: DecodeBench, theme: Theme) -> Figure:
         _line(axes, label, contender, sorted(points, key=lambda p: -p.active_share), colour)
     axes.axhline(1.0, color=theme.ink, linewidth=0.8)
     axes.set_title(
-        f"Decoding one block of {bench.hidden}×{bench.neurons} in {bench.dtype}, batch 1"
+        f"Decoding one block of {bench.hidden}×{bench.neurons} in {formats(bench.dtype, bench.weights)}, batch 1"
     )
     axes.set_xlabel("zeros among the activations")
     axes.set_ylabel("times as fast as dense C++")

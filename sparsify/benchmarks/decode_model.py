@@ -66,6 +66,7 @@ def measure_model(
     decode_tokens: int,
     repeats: int,
     say: Callable[[str], object],
+    weights: str = "stored",
 ) -> ModelPoint:
     """Feeds the same tokens to the model and to its accelerated self.
 
@@ -77,13 +78,14 @@ def measure_model(
         decode_tokens: How many of them are decoded one by one; the others are the prompt.
         repeats: Of everything.
         say: Told what happens.
+        weights: How the accelerated ones read the feed-forward weights: stored, int8 or int4.
     """
     contenders: dict[str, Any] = {"torch": dense_twin(model)}
-    accelerations = {"exact": accelerate(model)}
+    accelerations = {"exact": accelerate(model, weights=weights)}
     contenders["exact"] = model
     if predictors is not None:
         contenders["predictor"] = predicting = _sharing(model)
-        accelerations["predictor"] = accelerate(predicting, predictors=predictors)
+        accelerations["predictor"] = accelerate(predicting, weights=weights, predictors=predictors)
     decode: dict[str, list[float]] = {key: [] for key in contenders}
     prompt: dict[str, list[float]] = {key: [] for key in contenders}
     outside = dict.fromkeys(contenders, 0.0)
@@ -104,6 +106,7 @@ def measure_model(
     reads = accelerations["exact"].reads
     return ModelPoint(
         model=name,
+        weights=weights,
         dtype=str(model.dtype).removeprefix("torch."),
         layers=len(reads),
         prompt_tokens=ids.shape[1] - decode_tokens,

@@ -92,6 +92,7 @@ class ModelPoint(BaseModel):
 
     Attributes:
         model: What it is.
+        weights: How its accelerated selves read their feed-forward weights: stored, int8 or int4.
         decode_seconds: Of a token, by contender.
         prompt_seconds: Of the prompt, by contender; all of them go the dense way, with down_proj in the kernels' order for the sparse ones.
         outside_share: Share of a token's time outside the feed-forward blocks, by contender.
@@ -100,6 +101,7 @@ class ModelPoint(BaseModel):
 
     model: str
     dtype: str
+    weights: str
     layers: int
     prompt_tokens: int
     threads: int
@@ -116,12 +118,18 @@ class ModelPoint(BaseModel):
 
 
 class DecodeBench(BaseModel):
-    """Everything."""
+    """Everything.
+
+    Attributes:
+        dtype: Of the hidden states, of torch's contender and of the predictors.
+        weights: How the C++ kernels read the weights: stored (as dtype says), int8 or int4.
+    """
 
     hidden: int
     neurons: int
     rank: int
     dtype: str
+    weights: str
     threads: int
     repeats: int
     cpu: str
@@ -136,3 +144,8 @@ def closest(points: Sequence[FfnPoint], active: float) -> FfnPoint:
         (one for one in points if one.tokens == 1),
         key=lambda one: (abs(one.active_share - active), one.gate_share),
     )
+
+
+def formats(dtype: str, weights: str) -> str:
+    """What is read and computed in, in words."""
+    return dtype if weights == "stored" else f"{weights} weight blocks on {dtype}"

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from sparsify.benchmarks.decode_result import CONTENDERS, DecodeBench, FfnPoint, ModelPoint
+from sparsify.benchmarks.decode_result import CONTENDERS, DecodeBench, FfnPoint, ModelPoint, formats
 
 GIGA, MEGA = 1e9, 1e6
 SHOWN_LAYERS = 5
@@ -28,7 +28,7 @@ def decode_table(bench: DecodeBench) -> RenderableType:
 
 def _speed(bench: DecodeBench) -> Table:
     table = _table(
-        f"One block, {bench.hidden}×{bench.neurons}, {bench.dtype}: times as fast ± half of the middle half of the repeats",
+        f"One block, {bench.hidden}×{bench.neurons}, {formats(bench.dtype, bench.weights)}: times as fast ± half of the middle half of the repeats",
         [*WHERE, "dense", "exact", "exact", "predictor"],
         ["", "", "", "", "on torch", "on torch", "on dense", "on dense"],
     )
@@ -44,8 +44,10 @@ def _speed(bench: DecodeBench) -> Table:
 
 
 def _bytes(bench: DecodeBench) -> Table:
+    everything = bench.ffn[0].bytes_read
     table = _table(
-        "What they read, and what that allows: MB, times as fast as dense, and how much of this machine's reading speed is used",
+        f"What they read (torch {everything['torch'] / MEGA:.1f} MB, dense {everything['dense'] / MEGA:.1f} MB) and what that "
+        "allows: MB, times as fast as dense, and how much of this machine's reading speed is used",
         [*WHERE, "exact", "pred.", "exact", "pred.", "torch, dense, exact, pred."],
         ["", "", "", "", "MB", "MB", "allows", "allows", "% of reading speed"],
     )
@@ -73,7 +75,7 @@ def _where(point: FfnPoint) -> list[str]:
 
 def _model(model: ModelPoint) -> Table:
     table = _table(
-        f"{escape(model.model)}: {model.layers} layers, {model.dtype}, {model.threads} thread(s); "
+        f"{escape(model.model)}: {model.layers} layers, {formats(model.dtype, model.weights)}, {model.threads} thread(s); "
         f"{model.active_share:.1%} of the neurons fire",
         ["decoding", "tokens/s", "times", "bytes", "MB", "outside", "prompt"],
         ["", "", "as fast", "allow", "a token", "blocks", f"of {model.prompt_tokens}"],
@@ -118,11 +120,17 @@ def _rests_on(bench: DecodeBench) -> str:
     )
     return (
         f"[dim]{escape(bench.cpu)}; {_reading(bench)}{warning}\n"
-        f"dense: the C++ kernel that reads every row. Medians of {bench.repeats} repeats taken in turns, ratios medians of the "
-        "pairs; same weights, same process.\n"
+        f"dense: the C++ kernel that reads every row{_rounded(bench)}. Medians of {bench.repeats} repeats taken in turns, ratios "
+        "medians of the pairs; same weights, same process.\n"
         f"Predictor: rank {bench.rank}, perfect by construction, its own cost included. Gates on: share of neurons whose gate "
         "is positive, which alone decides what exact decoding saves of the up projection.[/dim]"
     )
+
+
+def _rounded(bench: DecodeBench) -> str:
+    if bench.weights == "stored":
+        return ""
+    return f", in {bench.weights} blocks as exact and predictor do; torch reads {bench.dtype}"
 
 
 def _reading(bench: DecodeBench) -> str:

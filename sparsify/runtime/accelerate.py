@@ -2,23 +2,28 @@
 
 A block's own forward is replaced by one that calls the kernels for a few tokens, and the class's forward for all else: long
 prompts, training, blocks whose activation is being watched. Nothing is copied: weights keep their names, shapes and values, and
-those of down_proj get another order in memory (a neuron's column becomes contiguous), which moving and casting keep.
+those of down_proj get another order in memory (a neuron's column becomes contiguous), which moving and casting keep. Only int8
+and int4 blocks are copies, beside weights that stay as they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS
+from sparsify.runtime.blocks import BlockFormat
 from sparsify.runtime.ffn import native_can
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
 from sparsify.runtime.predictors import Predictors, read_predictors
 from sparsify.runtime.weights import RowsRead
+
+WEIGHT_FORMATS = ("stored", *get_args(BlockFormat))
+"""How decoding may read the feed-forward weights."""
 
 
 @dataclass
@@ -71,6 +76,11 @@ class Acceleration:
         parameter = next(self._model.parameters())
         return "native" if native_can(parameter) else "torch"
 
+    @property
+    def kept_bytes(self) -> int:
+        """Memory that int8 or int4 blocks take beside the stored weights."""
+        return sum(one.kept.num_bytes for one in self.forwards if one.kept is not None)
+
     def reset(self) -> None:
         """Forgets what was read."""
         for forward in self.forwards:
@@ -85,6 +95,7 @@ class Acceleration:
 def accelerate(
     model: Any,
     *,
+    weights: str = "stored",
     predictors: Path | Predictors | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
@@ -93,10 +104,14 @@ def accelerate(
 
     Args:
         model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
+        weights: One of WEIGHT_FORMATS. `stored` reads the model's own weights; `int8` and `int4` round them into blocks of 32 for decoding, which
+            takes 8.5 or 4.5 bits a weight beside them. When the weights change, or are moved or cast, the next step makes
+            the blocks anew; only what is written through `.data` is not seen.
         predictors: Folder with predictors.safetensors and predictors.json, or what was read of one. Without, decoding is
             exact.
         max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way. Unless
-            given, 8, or 4 in bf16, where torch's dense product is the faster from about six tokens on.
+            given, 8, or 4 where weights are read as stored in bf16: torch's dense product is the faster there from about six
+            tokens on.
         threads: Of the kernels; torch's own number unless given.
 
     Returns:
@@ -104,20 +119,46 @@ def accelerate(
 
     Raises:
         ModelError: If the model has no blocks of ours, or has no zeros that could be skipped, or the predictors do
-            not belong to it.
+            not belong to it, or int8 or int4 blocks are asked for elsewhere than on a CPU.
     """
     check_acceleratable(model)
+    blocks = block_format(weights)
+    if blocks is not None:
+        _check_device(model, weights)
     found = read_predictors(predictors, model) if isinstance(predictors, Path) else predictors
     for layer, block in enumerate(model.ffn_blocks()):
         if "forward" in vars(block):
             vars(block)["forward"].remove()
         own = found.layer(layer) if found is not None else None
-        options = Options(max_tokens, threads, own)
+        options = Options(max_tokens, threads, own, blocks)
         kind = ExpertsForward if hasattr(block, "gate_up_proj") else MlpForward
         block.forward = kind(block, options)
+        block.forward.prepare()
         if found is not None and found.input == "residual":
             block.forward.watch(model.model.layers[layer].post_attention_layernorm)
     return Acceleration(model)
+
+
+def block_format(weights: str) -> BlockFormat | None:
+    """The blocks that a choice of WEIGHT_FORMATS means; None for weights as they are stored.
+
+    Raises:
+        ModelError: If it is none of them.
+    """
+    if weights not in WEIGHT_FORMATS:
+        raise ModelError(
+            f"Weights cannot be read as {weights!r}.", allowed=f"{', '.join(WEIGHT_FORMATS)}."
+        )
+    return next((one for one in get_args(BlockFormat) if one == weights), None)
+
+
+def _check_device(model: Any, weights: str) -> None:
+    device = next(model.parameters()).device
+    if device.type != "cpu":
+        raise ModelError(
+            f"The model is on {device}, and {weights} blocks are read on a CPU alone.",
+            next_step="Move the model to the CPU, or leave weights= out.",
+        )
 
 
 def check_acceleratable(model: Any) -> None:
@@ -154,4 +195,11 @@ def check_acceleratable(model: Any) -> None:
                 )
 
 
-__all__ = ["Acceleration", "BlockReads", "accelerate", "check_acceleratable"]
+__all__ = [
+    "WEIGHT_FORMATS",
+    "Acceleration",
+    "BlockReads",
+    "accelerate",
+    "block_format",
+    "check_acceleratable",
+]

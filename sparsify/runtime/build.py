@@ -72,7 +72,7 @@ def build(compiler: str, extra_flags: Sequence[str] = ()) -> Path:
         return library
     folder.mkdir(parents=True, exist_ok=True)
     print(
-        f"sparsify: compiling the decoding kernels for this processor with {compiler}; about 10 seconds, once.",
+        f"sparsify: compiling the decoding kernels for this processor with {compiler}; about 15 seconds, once.",
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # two processes may compile at once

@@ -35,7 +35,7 @@ def sparse_ffn(
 
     Args:
         x: Input of the block, [..., hidden].
-        weights: Weights of the block, on the device and of the dtype of x.
+        weights: Weights of the block on the device of x, of its dtype or in int8 or int4 blocks.
         activation: The two factors.
         predictor_input: What the predictor looks at, of the shape of x; x itself unless given.
         dense: Read every row: the control that a speed-up is measured against.

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsify.errors import ModelError
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
+from sparsify.runtime.blocks import BlockFormat
 from sparsify.runtime.ffn import sparse_ffn
-from sparsify.runtime.weights import FfnWeights, Predictor, RowsRead
+from sparsify.runtime.kept_blocks import KeptBlocks
+from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {torch.bfloat16: 4}
-"""Where it is not 8: with more tokens torch's dense product wins, as it multiplies in bf16 itself."""
+"""Of weights as they are stored, where it is not 8: with more tokens torch's dense product wins, as it multiplies in bf16 itself."""
 
 
 @dataclass
@@ -25,21 +28,24 @@ class Options:
         max_tokens: Most tokens of a call that go through the kernels; by the dtype for None.
         threads: Of the kernels; torch's own number for None.
         predictors: One for the block, or one for each of its experts; None for exact decoding.
+        blocks: Format of the blocks that the weights are rounded into; None to read them as they are stored.
     """
 
     max_tokens: int | None
     threads: int | None
     predictors: Sequence[Predictor] | None
+    blocks: BlockFormat | None = None
 
 
 class BlockForward:
     """A block's forward that reads only what counts, and counts what it reads.
 
-    It holds no weights: they are the block's, whatever becomes of them.
+    It holds no weights: they are the block's, whatever becomes of them; `kept` follows them.
     """
 
     def __init__(self, block: Any, options: Options) -> None:
         self.block, self.options = block, options
+        self.kept = KeptBlocks(options.blocks) if options.blocks is not None else None
         self._norm_input: torch.Tensor | None = None
         self._watching: Any = None
         self.reset()
@@ -67,7 +73,13 @@ class BlockForward:
     def _can(self, x: torch.Tensor) -> bool:
         """Whether this call may go through the kernels: few tokens, no gradient wanted, nobody watching the activation."""
         block = self.block
-        most = self.options.max_tokens or WORTHWHILE_TOKENS.get(x.dtype, 8)
+        if self.kept is not None and x.device.type != "cpu":
+            raise ModelError(
+                f"The model is on {x.device}, and {self.kept.format} blocks are read on a CPU alone.",
+                next_step="Move the model back, or accelerate it again without weights=.",
+            )
+        usual = 8 if self.kept is not None else WORTHWHILE_TOKENS.get(x.dtype, 8)
+        most = self.options.max_tokens or usual
         watched = (block.ffn_activation, *block.children())
         return (
             x.device.type == "cpu"
@@ -75,6 +87,29 @@ class BlockForward:
             and not (torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()))
             and not any(m._forward_hooks or m._forward_pre_hooks for m in watched)
         )
+
+    def prepare(self) -> None:
+        """Makes the blocks of all weights, so that no token has to wait for them."""
+        for index in range(self._count() if self.kept is not None else 0):
+            self._matrices(index)
+
+    def _count(self) -> int:
+        """How many sets of weights there are: one, or one for each expert."""
+        return 1
+
+    def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """gate, up and down_t of the block, or of an expert."""
+        raise NotImplementedError
+
+    def _matrices(self, index: int) -> Sequence[Matrix]:
+        """The same as they are read."""
+        if self.kept is None:
+            return self._stored(index)
+        return self.kept.of(index, tuple(self.block.parameters()), lambda: self._stored(index))
+
+    def _down_t(self, down: nn.Parameter) -> torch.Tensor:
+        """A down projection transposed; laid out anew only if its memory is what the kernels read."""
+        return neurons_first(down) if self.kept is None else down.detach().mT
 
     def _activation(self) -> KernelActivation:
         own = self.block.ffn_activation
@@ -117,17 +152,19 @@ class MlpForward(BlockForward):
         """Maps hidden states [batch, tokens, hidden] to the same shape."""
         if not self._can(x):
             return self._dense(x)
-        block = self.block
         weights = FfnWeights(
-            block.gate_proj.weight.detach(),
-            block.up_proj.weight.detach(),
-            neurons_first(block.down_proj.weight),
-            getattr(block.ffn_activation, "threshold", None),
-            self._predictor(0, x),
+            *self._matrices(0),
+            thresholds=getattr(self.block.ffn_activation, "threshold", None),
+            predictor=self._predictor(0, x),
         )
         seen = self._norm_input if weights.predictor is not None else None
         self.tokens += x.shape[:-1].numel()
         return self._read(x, weights, seen)
+
+    def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        block = self.block
+        gate, up = block.gate_proj.weight.detach(), block.up_proj.weight.detach()
+        return gate, up, self._down_t(block.down_proj.weight)
 
 
 class ExpertsForward(BlockForward):
@@ -154,16 +191,19 @@ class ExpertsForward(BlockForward):
         return output
 
     def _weights(self, expert: int, x: torch.Tensor) -> FfnWeights:
-        block = self.block
-        gate, up = block.gate_up_proj.detach()[expert].chunk(2)
-        thresholds = getattr(block.ffn_activation, "threshold", None)
+        thresholds = getattr(self.block.ffn_activation, "threshold", None)
         return FfnWeights(
-            gate,
-            up,
-            neurons_first(block.down_proj)[expert],
-            None if thresholds is None else thresholds[expert],
-            self._predictor(expert, x),
+            *self._matrices(expert),
+            thresholds=None if thresholds is None else thresholds[expert],
+            predictor=self._predictor(expert, x),
         )
+
+    def _count(self) -> int:
+        return len(self.block.gate_up_proj)
+
+    def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        gate, up = self.block.gate_up_proj.detach()[index].chunk(2)
+        return gate, up, self._down_t(self.block.down_proj)[index]
 
 
 def neurons_first(down: nn.Parameter) -> torch.Tensor:

@@ -7,8 +7,9 @@ import ctypes
 import torch
 
 from sparsify.runtime.activations import KernelActivation
+from sparsify.runtime.blocks import BlockMatrix
 from sparsify.runtime.build import kernels
-from sparsify.runtime.weights import FfnWeights, RowsRead
+from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 MAX_TOKENS = 8
 """Most tokens of one call; MAX_TOKENS in sparse_ffn.cpp."""
@@ -16,6 +17,7 @@ MAX_TOKENS = 8
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GATE_KINDS = {"relu": 0, "relu_squared": 1, "shifted_relu": 2, "silu": 3}
 _UP_KINDS = {"identity": 0, "relu": 1}
+_BLOCK_FORMATS = {"int8": 1, "int4": 2}
 
 
 class _Matrix(ctypes.Structure):
@@ -33,7 +35,7 @@ class FfnCall(ctypes.Structure):
         ("out", ctypes.c_void_p),
         *(
             (name, ctypes.c_int32)
-            for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "unused")
+            for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")
         ),
         ("gate_threshold", ctypes.c_float),
         ("predictor_threshold", ctypes.c_float),
@@ -80,6 +82,7 @@ def native_ffn(
         up_kind=_UP_KINDS[activation.up],
         dense=dense,
         threads=threads,
+        weight_format=_weight_format(weights.gate),
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
         **{name: _Matrix(part.data_ptr(), part.stride(0)) for name, part in parts.items()},
@@ -90,5 +93,10 @@ def native_ffn(
     return out, RowsRead(call.gate_rows, call.up_rows, call.down_rows)
 
 
-def _whole_rows(matrix: torch.Tensor) -> torch.Tensor:
+def _weight_format(matrix: Matrix) -> int:
+    return _BLOCK_FORMATS[matrix.format] if isinstance(matrix, BlockMatrix) else 0
+
+
+def _whole_rows(matrix: Matrix) -> torch.Tensor:
+    matrix = matrix.data if isinstance(matrix, BlockMatrix) else matrix
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -6,7 +6,8 @@ import torch
 from torch.nn.functional import linear
 
 from sparsify.runtime.activations import KernelActivation
-from sparsify.runtime.weights import FfnWeights, RowsRead
+from sparsify.runtime.blocks import BlockMatrix
+from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 GATHER_SHARE = 0.2
 """Largest share of rows that are gathered. Gathering reads them, writes them and reads them again, so above this the whole
@@ -23,20 +24,22 @@ def portable_ffn(
     predictor_x: torch.Tensor,
     dense: bool = False,
 ) -> tuple[torch.Tensor, RowsRead]:
-    """As `sparse_ffn`, for x [tokens, hidden]."""
+    """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes, and answers, in fp32 at least."""
+    if weights.in_blocks:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
     rows: Rows = ALL_ROWS
     wanted = None
     if weights.predictor is not None and not dense:
         wanted = _predicted(predictor_x, weights)
         rows = _few(wanted, rows)
         wanted = wanted[:, rows]
-    gate = activation.gate_factor(linear(x, weights.gate[rows]))
+    gate = activation.gate_factor(linear(x, _rows(weights.gate, rows, x)))
     gate = gate if wanted is None else torch.where(wanted, gate, 0.0)
     read = RowsRead(gate=gate.shape[1])
     if not dense:
         kept = _few(gate != 0, rows)
         rows, gate = _narrow(rows, kept), gate[:, kept]
-    up = activation.up_factor(linear(x, weights.up[rows]))
+    up = activation.up_factor(linear(x, _rows(weights.up, rows, x)))
     product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
     read.up = product.shape[1]
     if weights.thresholds is not None:
@@ -46,7 +49,12 @@ def portable_ffn(
         kept = _few(product != 0, rows)
         rows, product = _narrow(rows, kept), product[:, kept]
     read.down = product.shape[1]
-    return product @ weights.down_t[rows], read
+    return product @ _rows(weights.down_t, rows, x), read
+
+
+def _rows(matrix: Matrix, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+    """The listed rows, of x's dtype."""
+    return matrix.dequantised(rows, x.dtype) if isinstance(matrix, BlockMatrix) else matrix[rows]
 
 
 def _predicted(x: torch.Tensor, weights: FfnWeights) -> torch.Tensor:

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsify.runtime.blocks import BlockMatrix
+
+Matrix = torch.Tensor | BlockMatrix
+
 
 @dataclass(frozen=True)
 class Predictor:
@@ -27,23 +31,29 @@ class FfnWeights:
     """Weights of one block, or of one expert.
 
     Args:
-        gate: [neurons, hidden].
+        gate: [neurons, hidden], as stored or in blocks, all three alike.
         up: [neurons, hidden].
         down_t: [neurons, hidden]: down_proj.weight transposed, so that a neuron is one row of it.
         thresholds: A product is kept where its size is larger; float32 [neurons].
         predictor: Reads nothing of a neuron that it does not predict.
     """
 
-    gate: torch.Tensor
-    up: torch.Tensor
-    down_t: torch.Tensor
+    gate: Matrix
+    up: Matrix
+    down_t: Matrix
     thresholds: torch.Tensor | None = None
     predictor: Predictor | None = None
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether the weights are int8 or int4 blocks."""
+        return isinstance(self.gate, BlockMatrix)
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row of one projection."""
-        return self.gate.shape[1] * self.gate.element_size()
+        row = self.gate.data if isinstance(self.gate, BlockMatrix) else self.gate
+        return row.shape[1] * row.element_size()
 
     @property
     def predictor_bytes(self) -> int:
@@ -76,14 +86,26 @@ class FfnWeights:
                 raise ValueError(
                     f"{name} is {list(part.shape)}; it must be {list(expected[name])}."
                 )
-            if part.dtype != x.dtype or part.device != x.device:
+            if part.device != x.device or not self._fits(part, x.dtype):
                 raise ValueError(
-                    f"{name} is {part.dtype} on {part.device}, x is {x.dtype} on {x.device}; they must be alike."
+                    f"{name} is {_kind(part)} on {part.device}, x is {x.dtype} on {x.device}; they must be alike."
                 )
         if self.thresholds is not None and self.thresholds.shape != (neurons,):
             raise ValueError(
                 f"thresholds is {list(self.thresholds.shape)}; it must be [{neurons}]."
             )
+
+    def _fits(self, part: Matrix, dtype: torch.dtype) -> bool:
+        """Whether a part is of x's dtype, or, of the three matrices, in blocks like the others."""
+        if isinstance(part, BlockMatrix):
+            return _kind(part) == _kind(self.gate)
+        return part.dtype == dtype and not (
+            self.in_blocks and (part is self.up or part is self.down_t)
+        )
+
+
+def _kind(part: Matrix) -> str:
+    return f"{part.format} blocks" if isinstance(part, BlockMatrix) else str(part.dtype)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 from sparsify.errors import RunError
 from sparsify.export.weights import load
 from sparsify.runtime import Acceleration, accelerate
+from sparsify.runtime.accelerate import block_format
 from sparsify.runtime.bytes import ModelBytes, model_bytes
 
 Write = Callable[[str], None]
@@ -24,6 +25,8 @@ class Generated:
     """A continuation, and what decoding it took. Shares and bytes are of decoding alone, without the prompt.
 
     Attributes:
+        weights: How decoding read the feed-forward weights: stored, int8 or int4.
+        kept_bytes: Memory that int8 or int4 blocks took beside the stored weights.
         fired_share: Share of the neurons whose product was kept for a token, over all layers; None if dense.
         touched_share: Share of the rows of the three projections that were read; None if dense.
         ffn_bytes_per_token: Read of the feed-forward blocks, predictors included.
@@ -38,7 +41,9 @@ class Generated:
     new_tokens: int
     prompt_seconds: float
     tokens_per_second: float | None
+    weights: str
     backend: str
+    kept_bytes: int
     fired_share: float | None
     touched_share: float | None
     ffn_bytes_per_token: float
@@ -53,6 +58,7 @@ def generate(
     num_tokens: int,
     temperature: float,
     seed: int,
+    weights: str,
     predictors: Path | None,
     threads: int | None,
     dense: bool,
@@ -66,21 +72,23 @@ def generate(
         num_tokens: Most tokens to add.
         temperature: Of sampling; 0 takes the likeliest token.
         seed: Of sampling.
+        weights: How to read the feed-forward weights: stored, int8 or int4.
         predictors: Folder of predictors; exact without it.
         threads: Of torch and of the kernels; torch's own number unless given.
         dense: Decode without the kernels.
         write: Told each piece of the text as it comes.
 
     Raises:
-        ModelError: If the model cannot be loaded or has nothing to skip.
+        ModelError: If the model cannot be loaded or has nothing to skip, or weights is none of the three.
         RunError: If a number is out of range.
     """
-    _check(num_tokens, temperature, threads, dense, predictors)
+    _check(num_tokens, temperature, threads)
+    _check_dense(dense, weights, predictors)
     loaded = load(model_or_run)
     if threads is not None:
         torch.set_num_threads(threads)
     model: Any = loaded.model
-    acceleration = None if dense else accelerate(model, predictors=predictors)
+    acceleration = None if dense else accelerate(model, weights=weights, predictors=predictors)
     streamer = _Streamer(loaded.tokenizer, acceleration, write)
     inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
@@ -106,23 +114,30 @@ def generate(
         new_tokens=decoded + 1,
         prompt_seconds=streamer.first_seconds - start,
         tokens_per_second=decoded / seconds if decoded and seconds else None,
+        weights=weights,
         backend="dense" if acceleration is None else acceleration.backend,
+        kept_bytes=0 if acceleration is None else acceleration.kept_bytes,
         **_reads(acceleration, model_bytes(model)),
     )
 
 
-def _check(
-    num_tokens: int, temperature: float, threads: int | None, dense: bool, predictors: Path | None
-) -> None:
+def _check(num_tokens: int, temperature: float, threads: int | None) -> None:
     if num_tokens < 1 or temperature < 0 or (threads is not None and threads < 1):
         raise RunError(
             f"--tokens {num_tokens}, --temperature {temperature}, --threads {threads} cannot be.",
             allowed="1 token or more, a temperature of 0 or more, 1 thread or more.",
         )
-    if dense and predictors is not None:
+
+
+def _check_dense(dense: bool, weights: str, predictors: Path | None) -> None:
+    in_blocks = block_format(weights) is not None
+    unused = [
+        name for name, given in (("--predictors", predictors), ("--weights", in_blocks)) if given
+    ]
+    if dense and unused:
         raise RunError(
-            "--dense reads everything, so --predictors would change nothing.",
-            next_step="Leave one of them out.",
+            f"--dense reads everything as it is stored, so {' and '.join(unused)} would change nothing.",
+            next_step="Leave --dense out, or the others.",
         )
 
 

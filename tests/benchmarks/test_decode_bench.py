@@ -31,9 +31,9 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_blocks_fire_as_asked_and_bytes_are_those_of_their_rows(tokens: int) -> None:
     blocks = make_blocks(HIDDEN, NEURONS, RANK, 3, torch.bfloat16)[:2]
     point = measure_point(blocks, 0.1, 0.3, tokens, threads=1, repeats=2)
-    block, weights = blocks[0], blocks[0].weights
+    block = blocks[0]
     x = block.x[:tokens]
-    gate, up = linear(x, weights.gate) > 0, linear(x, weights.up) > 0
+    gate, up = linear(x, block.gate) > 0, linear(x, block.up) > 0
     assert torch.equal(gate.sum(1), torch.full((tokens,), 150))
     assert torch.equal((gate & up).sum(1), torch.full((tokens,), 50))
     row = HIDDEN * 2
@@ -47,6 +47,18 @@ def test_blocks_fire_as_asked_and_bytes_are_those_of_their_rows(tokens: int) -> 
     }
     assert point.ideal("exact") == pytest.approx(3 * NEURONS / (NEURONS + any_gate + any_both))
     assert all(len(timing.seconds) == 2 for timing in point.seconds.values())
+
+
+def test_blocks_of_int4_are_read_by_the_kernels_alone() -> None:
+    blocks = make_blocks(HIDDEN, NEURONS, RANK, 2, torch.bfloat16, "int4")
+    point = measure_point(blocks[:2], 0.1, 0.3, 2, threads=1, repeats=1)
+    x, block = blocks[0].x, blocks[0]
+    gate, up = (linear(x, one) > 0 for one in (block.gate, block.up))
+    row = HIDDEN // 2 + 2 * HIDDEN // 32
+    rows = NEURONS + gate.any(0).sum().item() + (gate & up).any(0).sum().item()
+    assert point.bytes_read["torch"] == 3 * NEURONS * HIDDEN * 2
+    assert point.bytes_read["dense"] == 3 * NEURONS * row
+    assert point.bytes_read["exact"] == rows * row
 
 
 def test_ratios_are_taken_within_pairs() -> None:
@@ -102,16 +114,19 @@ def test_the_command_measures_a_bundle_and_draws(
     assert len(measured["ffn"]) == 2 * 2 + 1 + 1
     assert "what bytes allow" in plot.read_text()
     whole = ("--bundle", str(bundle), "--sparsity", "", "--tokens", "6", "--repeats", "2")
+    whole += ("--weights", "int8")
     assert run(monkeypatch, *whole, "--prompt", "word1 value2") == 0
     shown = capsys.readouterr().out
     assert "Layers that hold it back most" in shown
     assert "exact" in shown
+    assert "2 layers, int8 weight blocks on float32" in shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--dtype", "fp8"), "--dtype fp8"),
+        (("--weights", "int3"), "--weights int3 (allowed: stored, int8, int4)"),
         (("--sparsity", "1.5"), "--sparsity outside"),
         (("--batch", "1,x"), "--batch is '1,x'"),
         (("--batch", "0"), "a number below 1"),

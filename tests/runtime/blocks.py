@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from sparsify.runtime import FfnWeights, KernelActivation, Predictor
+from sparsify.runtime import BlockMatrix, FfnWeights, KernelActivation, Predictor, quantise
+from sparsify.runtime.blocks import BlockFormat
 
+FORMATS: tuple[BlockFormat | None, ...] = (None, "int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+# Where the terms of a gate cancel, its rounding is larger than that of the sum that it goes into.
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
 
 
 def block(
@@ -40,6 +45,24 @@ def predictor(weights: FfnWeights, rank: int, seed: int = 1) -> Predictor:
     a = torch.randn(rank, hidden, generator=generator) / hidden**0.5
     b = torch.randn(neurons, rank, generator=generator)
     return Predictor(a.to(weights.gate.dtype), b.to(weights.gate.dtype), threshold=0.1)
+
+
+def in_format(weights: FfnWeights, format: BlockFormat | None) -> tuple[FfnWeights, FfnWeights]:
+    """The weights in blocks, and, in fp32, what these stand for; twice the weights themselves without a format."""
+    if format is None:
+        return weights, weights
+    blocks = [quantise(one, format) for one in (weights.gate, weights.up, weights.down_t)]
+    plain = [one.dequantised() for one in blocks]
+    given = replace(weights, gate=blocks[0], up=blocks[1], down_t=blocks[2])
+    return given, replace(weights, gate=plain[0], up=plain[1], down_t=plain[2])
+
+
+def spoil(matrix: torch.Tensor | BlockMatrix, rows: torch.Tensor) -> None:
+    """Makes these rows no numbers."""
+    if isinstance(matrix, BlockMatrix):
+        matrix.data[rows] = 0xFF  # a scale of 0xFFFF is a NaN
+    else:
+        matrix[rows] = torch.nan
 
 
 def products_of(x: torch.Tensor, weights: FfnWeights, activation: KernelActivation) -> torch.Tensor:

@@ -85,12 +85,13 @@ def test_a_child_process_computes_the_same(method: str) -> None:
 SANITIZED = """
 import dataclasses, itertools
 from sparsify.runtime import KERNEL_ACTIVATIONS, sparse_ffn
-from tests.runtime.blocks import DTYPES, block, predictor
+from tests.runtime.blocks import DTYPES, FORMATS, block, in_format, predictor
 for tokens, hidden, neurons in [(1, 1, 1), (1, 33, 7), (2, 64, 65), (3, 47, 130), (8, 31, 66), (1, 256, 300)]:
-    for dtype, on, rank, dense in itertools.product(DTYPES, (0.0, 0.3, 1.0), (None, 5), (False, True)):
+    for dtype, format, on, rank, dense in itertools.product(DTYPES, FORMATS, (0.0, 0.3, 1.0), (None, 5), (False, True)):
         x, weights = block(tokens, hidden, neurons, dtype, on=on)
         if rank:
             weights = dataclasses.replace(weights, predictor=predictor(weights, rank))
+        weights, _ = in_format(weights, format)
         sparse_ffn(x, weights, KERNEL_ACTIVATIONS["drelu"], backend="native", threads=3, dense=dense)
 print("done")
 """

@@ -149,24 +149,37 @@ inline void prefetch(const void* data, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
 #endif
 }
+inline void prefetch_near(const void* data) {
+#if defined(__GNUC__)
+    __builtin_prefetch(data, 0, 3);
+#endif
+}
 
 // ---- formats of weights and of hidden states ----
 
-struct F32 {
+// What a format says: VECTORS are read together, starting at a multiple of as many; a row of `hidden` elements has width(hidden)
+// of them; lanes(row, i, k, width) is vector k of those at i; ask() wants `count` elements soon; at() and from() are for one.
+template <class T>
+struct Plain {
+    static constexpr int VECTORS = 1;
+    static int64_t width(int64_t hidden) { return hidden; }
+    static void ask(const T* row, int64_t i, int64_t count, int64_t) { prefetch(row + i, count * sizeof(T)); }
+};
+struct F32 : Plain<float> {
     using Stored = float;
-    static Lanes lanes(const Stored* row, int64_t i) { return load_f32(row + i); }
+    static Lanes lanes(const Stored* row, int64_t i, int k, int64_t) { return load_f32(row + i + k * LANES); }
     static float at(const Stored* row, int64_t i) { return row[i]; }
     static Stored from(float value) { return value; }
 };
-struct Bf16 {
+struct Bf16 : Plain<uint16_t> {
     using Stored = uint16_t;
-    static Lanes lanes(const Stored* row, int64_t i) { return load_bf16(row + i); }
+    static Lanes lanes(const Stored* row, int64_t i, int k, int64_t) { return load_bf16(row + i + k * LANES); }
     static float at(const Stored* row, int64_t i) { return bf16_to_float(row[i]); }
     static Stored from(float value) { return float_to_bf16(value); }
 };
-struct F16 {
+struct F16 : Plain<uint16_t> {
     using Stored = uint16_t;
-    static Lanes lanes(const Stored* row, int64_t i) { return load_f16(row + i); }
+    static Lanes lanes(const Stored* row, int64_t i, int k, int64_t) { return load_f16(row + i + k * LANES); }
     static float at(const Stored* row, int64_t i) { return f16_to_float(row[i]); }
     static Stored from(float value) { return float_to_f16(value); }
 };

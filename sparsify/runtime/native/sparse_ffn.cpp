@@ -6,7 +6,7 @@
 // Every row's dot product is summed in one fixed order, and every output column over neurons in ascending order, so that
 // the result is the same bits for any number of threads.
 
-#include "lanes.h"
+#include "blocks.h"
 
 #include <algorithm>
 #include <cmath>
@@ -22,12 +22,13 @@
 namespace sparsify {
 
 enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
+enum WeightFormat : int32_t { STORED = 0, INT8 = 1, INT4 = 2 };  // STORED: of the dtype of x
 enum GateKind : int32_t { RELU = 0, RELU_SQUARED = 1, SHIFTED_RELU = 2, SILU = 3 };
 enum UpKind : int32_t { IDENTITY = 0, UP_RELU = 1 };
 
 struct Matrix {
     const void* data;
-    int64_t row_stride;  // in elements
+    int64_t row_stride;  // in elements, or in bytes of blocks
 };
 
 // Mirrors sparsify/runtime/native_ffn.py.
@@ -37,7 +38,7 @@ struct FfnCall {
     Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
     const float* thresholds;          // [neurons] or null: a product is kept where it is larger in size
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
-    int32_t dtype, gate_kind, up_kind, dense, threads, unused;
+    int32_t dtype, gate_kind, up_kind, dense, threads, weight_format;
     float gate_threshold, predictor_threshold;
     int64_t gate_rows, up_rows, down_rows;  // answers: how many rows were read
 };
@@ -70,24 +71,24 @@ template <class T, int R, int B>
 void dot(const typename T::Stored* const* rows, const typename T::Stored* const* next, const float* x, int64_t width,
          float (*out)[MAX_TOKENS]) {
     constexpr int SUMS = B <= 2 ? 2 : 1;  // of each dot: enough to keep the adders busy, few enough for the registers
+    constexpr int VECTORS = SUMS > T::VECTORS ? SUMS : T::VECTORS;
     Lanes total[R][B][SUMS];
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b)
             for (int k = 0; k < SUMS; ++k) total[r][b][k] = zeros();
     int64_t i = 0;
-    for (; i + SUMS * LANES <= width; i += SUMS * LANES) {
-        for (int r = 0; r < R; ++r) prefetch(next[r] + i, SUMS * LANES * sizeof(typename T::Stored));
+    for (; i + VECTORS * LANES <= width; i += VECTORS * LANES) {
+        for (int r = 0; r < R; ++r) T::ask(next[r], i, VECTORS * LANES, width);
 #pragma GCC unroll 2
-        for (int k = 0; k < SUMS; ++k) {
-            const int64_t j = i + k * LANES;
+        for (int k = 0; k < VECTORS; ++k) {
             Lanes weights[R];
 #pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) weights[r] = T::lanes(rows[r], j);
+            for (int r = 0; r < R; ++r) weights[r] = T::lanes(rows[r], i, k, width);
 #pragma GCC unroll 8
             for (int b = 0; b < B; ++b) {
-                const Lanes token = load_f32(x + b * width + j);
+                const Lanes token = load_f32(x + b * width + i + k * LANES);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; ++r) total[r][b][k] = multiply_add(weights[r], token, total[r][b][k]);
+                for (int r = 0; r < R; ++r) total[r][b][k % SUMS] = multiply_add(weights[r], token, total[r][b][k % SUMS]);
             }
         }
     }
@@ -159,7 +160,9 @@ void compact(const std::vector<int32_t>* list, int64_t neurons, std::vector<int3
 
 // sums[b][columns] += product[b][n] * down_t[n][columns], over R listed neurons, for one thread's columns.
 template <class T, int R, int B>
-void add_rows(const FfnCall& call, const int32_t* list, int64_t left, const float* product, float* sums, int64_t begin, int64_t end) {
+void add_rows(const FfnCall& call, const int32_t* list, int64_t left, const float* product, float* sums, int64_t width,
+              int64_t begin, int64_t end) {
+    constexpr int STEP = T::VECTORS * LANES;
     const typename T::Stored *rows[R], *next[R];
     float factors[R][B];
     for (int r = 0; r < R; ++r) {
@@ -168,40 +171,54 @@ void add_rows(const FfnCall& call, const int32_t* list, int64_t left, const floa
         for (int b = 0; b < B; ++b) factors[r][b] = product[static_cast<int64_t>(list[r]) * B + b];
     }
     int64_t i = begin;
-    for (; i + LANES <= end; i += LANES) {
-        Lanes weights[R];
+    for (; i + STEP <= end; i += STEP) {
+        Lanes weights[T::VECTORS][R];
         for (int r = 0; r < R; ++r) {
-            weights[r] = T::lanes(rows[r], i);
-            prefetch(next[r] + i, LANES * sizeof(typename T::Stored));
+            for (int k = 0; k < T::VECTORS; ++k) weights[k][r] = T::lanes(rows[r], i, k, width);
+            T::ask(next[r], i, STEP, width);
         }
-        for (int b = 0; b < B; ++b) {
-            float* place = sums + b * call.hidden + i;
-            Lanes total = load_f32(place);
-            for (int r = 0; r < R; ++r) total = multiply_add(weights[r], broadcast(factors[r][b]), total);
-            store(place, total);
-        }
+        for (int b = 0; b < B; ++b)
+            for (int k = 0; k < T::VECTORS; ++k) {
+                float* place = sums + b * width + i + k * LANES;
+                Lanes total = load_f32(place);
+                for (int r = 0; r < R; ++r) total = multiply_add(weights[k][r], broadcast(factors[r][b]), total);
+                store(place, total);
+            }
     }
     for (; i < end; ++i)
         for (int b = 0; b < B; ++b)
             for (int r = 0; r < R; ++r)
-                sums[b * call.hidden + i] = std::fma(T::at(rows[r], i), factors[r][b], sums[b * call.hidden + i]);
+                sums[b * width + i] = std::fma(T::at(rows[r], i), factors[r][b], sums[b * width + i]);
+}
+
+// Calls f with the format of hidden states and predictors.
+template <class F>
+void with_dtype(int32_t dtype, const F& f) {
+    if (dtype == FP32) f(F32());
+    else if (dtype == BF16) f(Bf16());
+    else f(F16());
 }
 
 template <class T, int B>
 void down(const FfnCall& call, Scratch& s, const std::vector<int32_t>& listed, int thread, int threads) {
-    // Whole vectors for each thread, so that none writes into another's cache line.
-    const int64_t vectors = (call.hidden + LANES - 1) / LANES;
-    const int64_t begin = std::min(call.hidden, vectors * thread / threads * LANES);
-    const int64_t end = std::min(call.hidden, vectors * (thread + 1) / threads * LANES);
+    // Whole vectors, or pairs of them, for each thread, so that none writes into another's cache line.
+    constexpr int STEP = T::VECTORS * LANES;
+    const int64_t width = T::width(call.hidden), steps = (width + STEP - 1) / STEP;
+    const int64_t begin = std::min(width, steps * thread / threads * STEP);
+    const int64_t end = std::min(width, steps * (thread + 1) / threads * STEP);
     if (begin == end) return;
-    for (int b = 0; b < B; ++b) std::fill(s.sums.data() + b * call.hidden + begin, s.sums.data() + b * call.hidden + end, 0.0f);
+    float *sums = s.sums.data(), *product = s.product.data();
+    for (int b = 0; b < B; ++b) std::fill(sums + b * width + begin, sums + b * width + end, 0.0f);
     const int64_t count = static_cast<int64_t>(listed.size());
     int64_t i = 0;
-    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(call, listed.data() + i, count - i, s.product.data(), s.sums.data(), begin, end);
-    for (; i < count; ++i) add_rows<T, 1, B>(call, listed.data() + i, count - i, s.product.data(), s.sums.data(), begin, end);
-    auto* out = static_cast<typename T::Stored*>(call.out);
-    for (int b = 0; b < call.tokens; ++b)
-        for (int64_t j = begin; j < end; ++j) out[b * call.hidden + j] = T::from(s.sums[b * call.hidden + j]);
+    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(call, listed.data() + i, count - i, product, sums, width, begin, end);
+    for (; i < count; ++i) add_rows<T, 1, B>(call, listed.data() + i, count - i, product, sums, width, begin, end);
+    with_dtype(call.dtype, [&](auto format) {
+        using X = decltype(format);
+        auto* out = static_cast<typename X::Stored*>(call.out);
+        for (int b = 0; b < call.tokens; ++b)
+            for (int64_t j = begin; j < std::min(end, call.hidden); ++j) out[b * call.hidden + j] = X::from(sums[b * width + j]);
+    });
 }
 
 template <int B>
@@ -230,15 +247,16 @@ template <class T, int B>
 void phases(FfnCall& call, Scratch& s, int thread, int threads) {
     static thread_local Lists lists;
     const float* x = s.x.data();
+    const int64_t width = T::width(call.hidden);
     float *gate = s.gate.data(), *product = s.product.data();
     const bool predicted = call.predictor_a.data != nullptr;
     if (predicted) {
-        predict<T, B>(call, s);
+        with_dtype(call.dtype, [&](auto format) { predict<decltype(format), B>(call, s); });
         compact(nullptr, call.neurons, lists.predicted, [&](int64_t n) { return any_token<B>(product + n * B); });
     }
     const std::vector<int32_t>* candidates = predicted ? &lists.predicted : nullptr;
     const int64_t num_candidates = predicted ? static_cast<int64_t>(lists.predicted.size()) : call.neurons;
-    all_dots<T, B>(call.gate, predicted ? lists.predicted.data() : nullptr, num_candidates, x, call.hidden,
+    all_dots<T, B>(call.gate, predicted ? lists.predicted.data() : nullptr, num_candidates, x, width,
                    [&](int64_t n, const float* dots) {
                        for (int b = 0; b < B; ++b) {
                            const bool on = b < call.tokens && (!predicted || product[n * B + b] != 0.0f);
@@ -246,7 +264,7 @@ void phases(FfnCall& call, Scratch& s, int thread, int threads) {
                        }
                    });
     compact(candidates, call.neurons, lists.up, [&](int64_t n) { return call.dense || any_token<B>(gate + n * B); });
-    all_dots<T, B>(call.up, lists.up.data(), static_cast<int64_t>(lists.up.size()), x, call.hidden,
+    all_dots<T, B>(call.up, lists.up.data(), static_cast<int64_t>(lists.up.size()), x, width,
                    [&](int64_t n, const float* dots) {
                        const float threshold = call.thresholds ? call.thresholds[n] : -1.0f;
                        for (int b = 0; b < B; ++b) {
@@ -265,23 +283,27 @@ void phases(FfnCall& call, Scratch& s, int thread, int threads) {
     down<T, B>(call, s, lists.down, thread, threads);
 }
 
-template <class T, int B>
-void widen(const FfnCall& call, const Matrix& from, std::vector<float>& to) {
-    to.resize(B * call.hidden);
-    for (int b = 0; b < B; ++b)
-        for (int64_t i = 0; i < call.hidden; ++i)
-            to[b * call.hidden + i] = b < call.tokens ? T::at(row<T>(from, b), i) : 0.0f;
+// [B, width] in fp32, with zeros for what is not there.
+template <int B>
+void widen(const FfnCall& call, const Matrix& from, int64_t width, std::vector<float>& to) {
+    to.assign(B * width, 0.0f);
+    with_dtype(call.dtype, [&](auto format) {
+        using X = decltype(format);
+        for (int b = 0; b < call.tokens; ++b)
+            for (int64_t i = 0; i < call.hidden; ++i) to[b * width + i] = X::at(row<X>(from, b), i);
+    });
 }
 
 template <class T, int B>
 void run(FfnCall& call) {
     static thread_local Scratch s;
-    s.sums.resize(B * call.hidden);
+    const int64_t width = T::width(call.hidden);
+    s.sums.resize(B * width);
     s.gate.resize(B * call.neurons);
     s.product.resize(B * call.neurons);
     s.rank_values.resize(B * call.rank);
-    widen<T, B>(call, call.x, s.x);
-    if (call.predictor_a.data) widen<T, B>(call, call.predictor_x, s.predictor_x);
+    widen<B>(call, call.x, width, s.x);
+    if (call.predictor_a.data) widen<B>(call, call.predictor_x, call.hidden, s.predictor_x);
     Scratch& shared = s;  // a thread_local name inside the region would be another thread's
 #if defined(_OPENMP)
     const int threads = forked ? 1 : std::max(1, call.threads);
@@ -311,12 +333,16 @@ int choose_batch(FfnCall& call) {
 extern "C" {
 
 int sparsify_ffn(sparsify::FfnCall* call) {
-    switch (call->dtype) {
-        case sparsify::FP32: return sparsify::choose_batch<sparsify::F32>(*call);
-        case sparsify::BF16: return sparsify::choose_batch<sparsify::Bf16>(*call);
-        case sparsify::FP16: return sparsify::choose_batch<sparsify::F16>(*call);
-        default: return 2;
+    using namespace sparsify;
+    if (call->dtype < FP32 || call->dtype > FP16) return 2;
+    switch (call->weight_format) {
+        case INT8: return choose_batch<Int8Blocks>(*call);
+        case INT4: return choose_batch<Int4Blocks>(*call);
+        case STORED: break;
+        default: return 3;
     }
+    if (call->dtype == FP32) return choose_batch<F32>(*call);
+    return call->dtype == BF16 ? choose_batch<Bf16>(*call) : choose_batch<F16>(*call);
 }
 
 int64_t sparsify_call_bytes() { return sizeof(sparsify::FfnCall); }

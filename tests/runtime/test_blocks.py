@@ -1,0 +1,193 @@
+"""Weights in int8 and int4 blocks: what rounding costs, and that they follow the weights they were made of."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsify.conversion.folder import load_sparse
+from sparsify.errors import ModelError
+from sparsify.runtime import accelerate, quantise
+from sparsify.runtime.blocks import BlockFormat
+from tests.runtime.test_accelerate import decoded_logits, generate
+
+BITS = {"int8": 8.5, "int4": 4.5}
+SHARES = {"int8": 0.51 / 127, "int4": 1.02 / 8}
+"""Largest error of a weight, as a share of its block's largest: half a step of int8; a step of int4, which has no +8."""
+kinds = pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+formats = pytest.mark.parametrize("format", list(BITS))
+
+
+@pytest.fixture(autouse=True)
+def _compiled(native: str) -> None:
+    """Models here decode by the compiled kernel."""
+
+
+@formats
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(0, 9),
+    columns=st.integers(1, 100),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    exponent=st.integers(-30, 30),
+    seed=st.integers(0, 10**6),
+)
+def test_no_weight_moves_by_more_than_a_step(format, rows, columns, dtype, exponent, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    size = 10.0**exponent if dtype != torch.float16 else 1.0
+    weight = (torch.randn(rows, columns, generator=generator).double() * size).to(dtype)
+    weight[:, ::7] = 0.0
+    made = quantise(weight, format)
+    assert made.shape == weight.shape
+    assert made.data.shape[1] == -(-columns // 32) * 32 * BITS[format] / 8
+    wrong = (made.dequantised(dtype=torch.float64) - weight.double()).abs()
+    for start in range(0, columns, 32):
+        part = slice(start, start + 32)
+        largest = weight[:, part].double().abs().amax(1, keepdim=True)
+        assert (wrong[:, part] <= SHARES[format] * largest).all()
+    torch.testing.assert_close(made.dequantised(slice(1, None, 2)), made.dequantised()[1::2])
+
+
+@formats
+def test_what_is_not_finite_shows_in_its_block_alone(format: BlockFormat) -> None:
+    weight = torch.randn(3, 70)
+    clean = quantise(weight, format).dequantised()
+    weight[0, 40], weight[1, 69], weight[2, 0] = torch.nan, torch.inf, -torch.inf
+    dirty = quantise(weight, format).dequantised()
+    assert dirty[0, 32:64].isnan().all()
+    assert dirty[1, 64:].isnan().all()
+    assert dirty[2, :32].isnan().all()
+    assert torch.equal(dirty[0, :32], clean[0, :32])
+    assert dirty.isnan().sum() == 32 + 6 + 32
+
+
+@formats
+def test_a_block_of_zeros_stays_zero(format: BlockFormat) -> None:
+    assert torch.equal(quantise(torch.zeros(2, 40), format).dequantised(), torch.zeros(2, 40))
+
+
+@pytest.fixture
+def load(stock: dict[str, Path]) -> Callable[[str], Any]:
+    return lambda kind: load_sparse(stock[kind], "drelu")
+
+
+@torch.no_grad()
+def rounded(model: Any, format: BlockFormat) -> Any:
+    """The model with weights that are what their blocks stand for."""
+    model = copy.deepcopy(model)
+
+    def of(weight: torch.Tensor) -> torch.Tensor:
+        return quantise(weight, format).dequantised(dtype=weight.dtype)
+
+    for block in model.ffn_blocks():
+        if hasattr(block, "gate_up_proj"):
+            for gate_up, down in zip(block.gate_up_proj, block.down_proj, strict=True):
+                gate_up.copy_(of(gate_up))
+                down.copy_(of(down.T).T)
+        else:
+            for part in (block.gate_proj, block.up_proj):
+                part.weight.copy_(of(part.weight))
+            block.down_proj.weight.copy_(of(block.down_proj.weight.T).T)
+    return model
+
+
+def same_logits(model: Any, reference: Any) -> None:
+    torch.testing.assert_close(
+        decoded_logits(model), decoded_logits(reference), rtol=1e-4, atol=1e-5
+    )
+
+
+@kinds
+@formats
+def test_decoding_is_that_of_the_rounded_weights(
+    kind: str, format: BlockFormat, load: Callable
+) -> None:
+    model = load(kind)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    reference = rounded(model, format)
+    acceleration = accelerate(model, weights=format)
+    generate(model, do_sample=False)
+    acceleration.reset()
+    same_logits(model, reference)
+    for reads in acceleration.reads:
+        assert reads.rows.down < reads.rows.up < reads.rows.gate == reads.offered
+        assert reads.bytes_read == reads.rows.total * model.config.hidden_size * BITS[format] / 8
+    ffn = sum(p.numel() for block in model.ffn_blocks() for p in block.parameters())
+    assert acceleration.kept_bytes == ffn * BITS[format] / 8
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@kinds
+def test_blocks_follow_weights_that_change(kind: str, load: Callable) -> None:
+    model = load(kind)
+    accelerate(model, weights="int8")
+
+    def loaded() -> None:
+        model.load_state_dict({name: 1.1 * value for name, value in model.state_dict().items()})
+
+    def assigned() -> None:
+        model.load_state_dict({n: 1.1 * v for n, v in model.state_dict().items()}, assign=True)
+
+    def stepped() -> None:
+        model(torch.arange(3, 15)[None]).logits.square().sum().backward()
+        torch.optim.SGD(model.parameters(), lr=1e-3).step()
+        model.zero_grad()
+
+    def cast_there_and_back() -> None:
+        model.bfloat16().float()
+
+    for change in (loaded, assigned, stepped, cast_there_and_back):
+        before = decoded_logits(model)
+        change()
+        fresh = copy.deepcopy(model)
+        accelerate(fresh).remove()
+        same_logits(model, rounded(fresh, "int8"))
+        assert not torch.equal(decoded_logits(model), before)
+
+
+def test_what_is_written_through_data_is_seen_by_accelerating_again(load: Callable) -> None:
+    """torch does not count it; docs/decoding.md says so."""
+    model = load("mistral")
+    accelerate(model, weights="int8")
+    before = decoded_logits(model)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(2.0)
+    assert torch.equal(decoded_logits(model), before)
+    accelerate(model, weights="int8")
+    assert not torch.equal(decoded_logits(model), before)
+
+
+@kinds
+def test_copies_make_their_own_blocks(kind: str, load: Callable) -> None:
+    model = load(kind)
+    acceleration = accelerate(model, weights="int4")
+    expected = decoded_logits(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(decoded_logits(twin), expected)
+    assert torch.equal(decoded_logits(pickle.loads(pickle.dumps(model))), expected)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.1)
+    assert not torch.equal(decoded_logits(twin), expected)
+    assert torch.equal(decoded_logits(model), expected)
+    acceleration.remove()
+    assert not torch.equal(decoded_logits(model), expected)
+
+
+def test_blocks_elsewhere_than_on_a_cpu_are_refused(load: Callable) -> None:
+    moved = load("mistral")
+    accelerate(moved, weights="int8")
+    moved.to("meta")
+    with pytest.raises(ModelError, match="int8 blocks are read on a CPU alone"):
+        moved(torch.arange(3, 5, device="meta")[None])
+    with pytest.raises(ModelError, match="int4 blocks are read on a CPU alone"):
+        accelerate(moved, weights="int4")
+    with pytest.raises(ModelError, match="'fp8'"):
+        accelerate(load("mistral"), weights="fp8")
