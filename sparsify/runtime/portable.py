@@ -32,20 +32,20 @@ def portable_ffn(
         wanted = wanted[:, rows]
     gate = activation.gate_factor(linear(x, weights.gate[rows]))
     gate = gate if wanted is None else torch.where(wanted, gate, 0.0)
-    read = RowsRead(gate=gate.shape[1])
+    gate_rows = gate.shape[1]
     if not dense:
         kept = _few(gate != 0, rows)
         rows, gate = _narrow(rows, kept), gate[:, kept]
     up = activation.up_factor(linear(x, weights.up[rows]))
     product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
-    read.up = product.shape[1]
+    up_rows = product.shape[1]
     if weights.thresholds is not None:
         small = product.abs() <= weights.thresholds.to(x.device)[rows]
         product = torch.where(small, 0.0, product)
     if not dense:
         kept = _few(product != 0, rows)
         rows, product = _narrow(rows, kept), product[:, kept]
-    read.down = product.shape[1]
+    read = RowsRead(gate_rows, up_rows, product.shape[1], offered=weights.gate.shape[0])
     return product @ weights.down_t[rows], read
 
 
