@@ -164,6 +164,9 @@ def bench_decode(
     hidden: Annotated[int, typer.Option(help="Width of the block.")] = 4096,
     neurons: Annotated[int, typer.Option(help="Neurons of the block.")] = 14_336,
     rank: Annotated[int, typer.Option(help="Rank of the predictors.")] = 1024,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; the GPU where there is one with Triton.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
     weights: Annotated[
         str,
@@ -195,16 +198,18 @@ def bench_decode(
     """
     import torch
 
-    from sparsify.benchmarks.decode import DecodeSettings
+    from sparsify.benchmarks.decode import DecodeSettings, devices
     from sparsify.benchmarks.decode import bench_decode as run
     from sparsify.benchmarks.decode_figure import check_figure, write_figure
     from sparsify.benchmarks.decode_table import decode_table
 
-    own = sorted({1, torch.get_num_threads()})
+    device = device or devices()[-1]
+    own = sorted({1, torch.get_num_threads()}) if device == "cpu" else [torch.get_num_threads()]
     settings = DecodeSettings(
         hidden=hidden,
         neurons=neurons,
         rank=rank,
+        device=device,
         dtype=dtype,
         weights=weights,
         sparsities=tuple(numbers("--sparsity", sparsity, float)),

@@ -18,6 +18,7 @@ from sparsify.errors import RunError
 from sparsify.export.weights import Loaded, load
 from sparsify.runtime.accelerate import WEIGHT_FORMATS, block_format, check_acceleratable
 from sparsify.runtime.predictors import read_predictors
+from sparsify.runtime.triton_ffn import triton_can
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 USUAL_ACTIVE = 0.1
@@ -34,6 +35,7 @@ class DecodeSettings:
         hidden: Width of the block.
         neurons: Its neurons.
         rank: Of the predictors.
+        device: `cpu` or `cuda`.
         dtype: A key of DTYPES: of hidden states, of predictors and of torch's contender.
         weights: How the C++ kernels read the feed-forward weights: stored, int8 or int4.
         sparsities: Shares of neurons that do not fire.
@@ -50,6 +52,7 @@ class DecodeSettings:
     hidden: int
     neurons: int
     rank: int
+    device: str
     dtype: str
     weights: str
     sparsities: tuple[float, ...]
@@ -71,6 +74,7 @@ class DecodeSettings:
         tokens = max(self.batches, default=1)
         numbers = (*self.batches, *self.threads, self.repeats, self.neurons)
         wrong = {
+            f"--device {self.device} (here: {', '.join(devices())})": self.device not in devices(),
             f"--dtype {self.dtype} (allowed: {', '.join(DTYPES)})": self.dtype not in DTYPES,
             f"--weights {self.weights} (allowed: {', '.join(WEIGHT_FORMATS)})": self.weights
             not in WEIGHT_FORMATS,
@@ -80,6 +84,8 @@ class DecodeSettings:
             f"--batch {tokens}, more than the width of the block or the rank": tokens
             > min(self.hidden, self.rank),
             f"--tokens {self.decode_tokens}, fewer than 4": self.decode_tokens < 4,
+            "--threads, which count for nothing on a GPU": self.device == "cuda"
+            and self.threads != (torch.get_num_threads(),),
             "--predictors without --bundle": self.predictors is not None and self.bundle is None,
         }
         if found := [text for text, so in wrong.items() if so]:
@@ -112,7 +118,8 @@ def bench_decode(settings: DecodeSettings, say: Say) -> DecodeBench:
         weights=settings.weights,
         threads=most,
         repeats=settings.repeats,
-        cpu=_cpu(),
+        device=settings.device,
+        processor=torch.cuda.get_device_name() if settings.device == "cuda" else _cpu(),
         load_before=load_before,
         ffn=ffn,
         models=models,
@@ -131,6 +138,7 @@ def _blocks(settings: DecodeSettings, say: Say) -> Iterator[FfnPoint]:
         max(settings.batches),
         DTYPES[settings.dtype],
         block_format(settings.weights),
+        settings.device,
     )
     done: set[tuple[float, float, int, int]] = set()
     for active, gates, tokens, threads in _grid(settings, most):
@@ -161,6 +169,8 @@ def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
         say(f"loading {settings.bundle}")
         loaded = load(settings.bundle)
         check_acceleratable(loaded.model)
+        model: Any = loaded.model
+        model.to(settings.device)
         predictors = (
             read_predictors(settings.predictors, loaded.model) if settings.predictors else None
         )
@@ -180,8 +190,9 @@ def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
         model, predictors = random_model(
             settings.layers, USUAL_ACTIVE, USUAL_ACTIVE, settings.rank, DTYPES[settings.dtype]
         )
+        model.to(settings.device)
         name = f"random weights, {settings.layers} layers of Mistral-7B's shape"
-        ids = torch.arange(100, 164 + settings.decode_tokens)[None]
+        ids = torch.arange(100, 164 + settings.decode_tokens, device=settings.device)[None]
         yield measure_model(
             model,
             name,
@@ -196,7 +207,9 @@ def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
 
 def _tokens(loaded: Loaded, settings: DecodeSettings) -> torch.Tensor:
     """The prompt and the model's own greedy continuation. [1, tokens]"""
-    inputs = loaded.tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False)
+    inputs = loaded.tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False).to(
+        settings.device
+    )
     count = settings.decode_tokens
     model: Any = loaded.model
     return model.generate(
@@ -206,6 +219,12 @@ def _tokens(loaded: Loaded, settings: DecodeSettings) -> torch.Tensor:
         do_sample=False,
         pad_token_id=loaded.tokenizer.eos_token_id,
     )
+
+
+def devices() -> list[str]:
+    """Where decoding can be measured here, the fastest last."""
+    gpu = torch.cuda.is_available() and triton_can(torch.zeros(1, device="cuda"))
+    return ["cpu", "cuda"] if gpu else ["cpu"]
 
 
 def _cpu() -> str:

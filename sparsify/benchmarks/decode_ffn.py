@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
 
 import torch
 from torch.nn.functional import linear
 
+from sparsify.benchmarks.clock import Clock
 from sparsify.benchmarks.decode_result import FfnPoint, Timing
-from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, Predictor, sparse_ffn
+from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, Predictor, RowsRead, sparse_ffn
 from sparsify.runtime.blocks import BlockFormat, BlockMatrix, quantise
 from sparsify.runtime.build import kernels
 from sparsify.runtime.weights import Matrix
@@ -71,13 +72,14 @@ def make_blocks(
     tokens: int,
     dtype: torch.dtype,
     format: BlockFormat | None = None,
+    device: str = "cpu",
 ) -> list[Block]:
     """As many blocks as do not fit into a processor's cache, with random weights: of dtype, read as they are or in blocks."""
     generator = torch.Generator().manual_seed(0)
-    blocks = [_make_block(hidden, neurons, rank, tokens, dtype, format, generator)]
+    blocks = [_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device)]
     size = 3 * neurons * blocks[0].weights().row_bytes
     while len(blocks) < round(OUT_OF_CACHE_BYTES / size):
-        blocks.append(_make_block(hidden, neurons, rank, tokens, dtype, format, generator))
+        blocks.append(_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device))
     return blocks
 
 
@@ -89,6 +91,7 @@ def _make_block(
     dtype: torch.dtype,
     format: BlockFormat | None,
     generator: torch.Generator,
+    device: str,
 ) -> Block:
     def uniform(
         *shape: int,
@@ -100,8 +103,9 @@ def _make_block(
     a = uniform(rank, hidden)
     a[:tokens] = 0.0
     a[:tokens, :tokens] = torch.eye(tokens)  # hidden unit t of the predictor knows token t
-    predictor = Predictor(a, uniform(neurons, rank), threshold=0.0)
-    gate, up, down_t = (uniform(neurons, hidden) for _ in range(3))
+    x, a, b = x.to(device), a.to(device), uniform(neurons, rank).to(device)
+    predictor = Predictor(a, b, threshold=0.0)
+    gate, up, down_t = (uniform(neurons, hidden).to(device) for _ in range(3))
     read = down_t if format is None else quantise(down_t, format)
     return Block(x, gate, up, read, down_t.T.contiguous(), predictor)
 
@@ -111,37 +115,41 @@ def measure_point(
 ) -> FfnPoint:
     """Times all contenders in turns, over the first `tokens` of each block's tokens."""
     generator = torch.Generator().manual_seed(1)
-    data = torch.ones(OUT_OF_CACHE_BYTES // 4)
+    device = blocks[0].x.device.type
+    clock = Clock(device)
+    data = torch.ones(OUT_OF_CACHE_BYTES // 4, device=device)
     for block in blocks:
         block.fire(active, gates, generator)
     predicted = [block.weights() for block in blocks]
     exact = [replace(weights, predictor=None) for weights in predicted]
 
-    def sparse(index: int, weights: FfnWeights, dense: bool = False) -> int:
+    def sparse(index: int, weights: FfnWeights, dense: bool = False) -> RowsRead:
         x = blocks[index].x[:tokens]
-        _, rows = sparse_ffn(x, weights, DRELU, dense=dense, threads=threads)
-        passes = -(-tokens // 8)
-        return rows.total * weights.row_bytes + passes * weights.predictor_bytes
+        return sparse_ffn(x, weights, DRELU, dense=dense, threads=threads)[1]
 
-    contenders: dict[str, Callable[[int], int]] = {
+    contenders: dict[str, Callable[[int], RowsRead]] = {
         "torch": lambda index: _torch_dense(blocks[index], tokens),
         "dense": lambda index: sparse(index, exact[index], dense=True),
         "exact": lambda index: sparse(index, exact[index]),
         "predictor": lambda index: sparse(index, predicted[index]),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    reading: list[float] = []
-    read_data(data, threads)
-    bytes_read = {name: run(0) for name, run in contenders.items()}  # warms up, too
+    weights = predicted[0]
+    bytes_read = {name: run(0).total * weights.row_bytes for name, run in contenders.items()}
+    # Whatever the kernels read, torch's own product reads the matrices as they are stored.
+    bytes_read["torch"] = 3 * blocks[0].gate.nbytes
+    bytes_read["predictor"] += -(-tokens // 8) * weights.predictor_bytes
+    rounds = {
+        name: clock.prepared(partial(_over, run, len(blocks))) for name, run in contenders.items()
+    }
+    rounds["reading"] = clock.prepared(lambda: read_data(data, threads))
+    taken: dict[str, list[float]] = {name: [] for name in rounds}
     for _ in range(repeats):
-        start = time.perf_counter()
-        read_data(data, threads)
-        reading.append(time.perf_counter() - start)
-        for name, run in contenders.items():
-            start = time.perf_counter()
-            for index in range(len(blocks)):
-                run(index)
-            seconds[name].append((time.perf_counter() - start) / len(blocks))
+        for name, run in rounds.items():
+            start = clock.mark()
+            run()
+            taken[name].append(clock.seconds(start, clock.mark()))
+    reading = taken.pop("reading")
+    seconds = {name: [one / len(blocks) for one in times] for name, times in taken.items()}
     return FfnPoint(
         active_share=active,
         gate_share=gates,
@@ -153,16 +161,22 @@ def measure_point(
     )
 
 
-def _torch_dense(block: Block, tokens: int) -> int:
+def _over(run: Callable[[int], RowsRead], count: int) -> None:
+    for index in range(count):
+        run(index)
+
+
+def _torch_dense(block: Block, tokens: int) -> RowsRead:
     x = block.x[:tokens]
     product = linear(x, block.gate).relu() * linear(x, block.up).relu()
     linear(product, block.down)
-    return 3 * block.gate.numel() * block.gate.element_size()
+    neurons = block.gate.shape[0]
+    return RowsRead(neurons, neurons, neurons, offered=neurons)
 
 
 def read_data(data: torch.Tensor, threads: int) -> None:
     """Reads memory as fast as this machine can: threads that only add up what they read."""
-    library = kernels()
+    library = None if data.is_cuda else kernels()
     if library is None:
         data.sum()
     else:

@@ -62,7 +62,7 @@ def draw(bench: DecodeBench, theme: Theme) -> Figure:
         f"Decoding one block of {bench.hidden}×{bench.neurons} in {formats(bench.dtype, bench.weights)}, batch 1"
     )
     axes.set_xlabel("zeros among the activations")
-    axes.set_ylabel("times as fast as dense C++")
+    axes.set_ylabel("times as fast as our dense kernel")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.plot([], [], color=theme.ink, linestyle=(0, (4, 3)), label="what bytes allow")
     axes.legend(frameon=False)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from sparsify.benchmarks.clock import Clock
 from sparsify.benchmarks.decode_ffn import SIGN
 from sparsify.benchmarks.decode_result import LayerRead, ModelPoint, Timing
 from sparsify.models import SparseMistralConfig, SparseMistralForCausalLM
@@ -165,35 +165,35 @@ def _decode(
     model: Any, acceleration: Acceleration | None, ids: torch.Tensor, decode_tokens: int
 ) -> tuple[float, float, float]:
     """Seconds of the prompt, of a token, and of a token's feed-forward blocks."""
-    start = time.perf_counter()
+    clock = Clock(ids.device.type)
+    start = clock.mark()
     cache = model(ids[:, :-decode_tokens], use_cache=True).past_key_values
-    prompt_seconds = time.perf_counter() - start
-    with _timed_blocks(model) as spent:
+    prompt_seconds = clock.seconds(start, clock.mark())
+    with _marked_blocks(model, clock) as marks:
         for token in ids[0, -decode_tokens:][:WARM_UP_TOKENS]:
             cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
-        spent.clear()
+        marks.clear()
         if acceleration is not None:
             acceleration.reset()
-        start = time.perf_counter()
+        start = clock.mark()
         rest = ids[0, -decode_tokens:][WARM_UP_TOKENS:]
         for token in rest:
             cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
-        seconds = time.perf_counter() - start
-    return prompt_seconds, seconds / len(rest), sum(spent) / len(rest)
+        seconds = clock.seconds(start, clock.mark())
+    inside = sum(clock.seconds(*pair) for pair in zip(marks[::2], marks[1::2], strict=True))
+    return prompt_seconds, seconds / len(rest), inside / len(rest)
 
 
 @contextmanager
-def _timed_blocks(model: Any) -> Iterator[list[float]]:
-    spent: list[float] = []
-    starts: list[float] = []
+def _marked_blocks(model: Any, clock: Clock) -> Iterator[list[Any]]:
+    """Where each block starts and ends, in turns."""
+    marks: list[Any] = []
     hooks = []
     for block in model.ffn_blocks():
-        hooks.append(block.register_forward_pre_hook(lambda *_: starts.append(time.perf_counter())))
-        hooks.append(
-            block.register_forward_hook(lambda *_: spent.append(time.perf_counter() - starts.pop()))
-        )
+        hooks.append(block.register_forward_pre_hook(lambda *_: marks.append(clock.mark())))
+        hooks.append(block.register_forward_hook(lambda *_: marks.append(clock.mark())))
     try:
-        yield spent
+        yield marks
     finally:
         for hook in hooks:
             hook.remove()

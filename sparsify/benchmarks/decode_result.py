@@ -8,7 +8,7 @@ from statistics import median
 from pydantic import BaseModel
 
 CONTENDERS = ("torch", "dense", "exact", "predictor")
-"""torch's dense block, the dense C++ kernel, the exact sparse kernel, the sparse kernel with a predictor."""
+"""torch's dense block, our dense kernel (C++, or Triton on a GPU), the exact sparse kernel, the sparse kernel with a predictor."""
 
 
 class Timing(BaseModel):
@@ -132,7 +132,8 @@ class DecodeBench(BaseModel):
     weights: str
     threads: int
     repeats: int
-    cpu: str
+    device: str
+    processor: str
     load_before: float
     ffn: list[FfnPoint]
     models: list[ModelPoint]
@@ -149,3 +150,24 @@ def closest(points: Sequence[FfnPoint], active: float) -> FfnPoint:
 def formats(dtype: str, weights: str) -> str:
     """What is read and computed in, in words."""
     return dtype if weights == "stored" else f"{weights} weight blocks on {dtype}"
+
+
+def crossover(points: Sequence[FfnPoint]) -> tuple[int | None, int | None]:
+    """The largest batch up to which exact decoding beats torch's dense product, and the next one that was measured.
+
+    Of the points whose gates decide alone at the active share of the largest batch; the first is None where torch wins even
+    at the smallest, the second where it never does.
+    """
+    largest = max(points, key=lambda one: one.tokens)
+    same = (largest.active_share, largest.gate_share, largest.threads)
+    batches = {
+        one.tokens: one.ratio("exact", "torch").median > 1
+        for one in points
+        if (one.active_share, one.gate_share, one.threads) == same
+    }
+    won = None
+    for tokens in sorted(batches):
+        if not batches[tokens]:
+            return won, tokens
+        won = tokens
+    return won, None

@@ -9,7 +9,14 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from sparsify.benchmarks.decode_result import CONTENDERS, DecodeBench, FfnPoint, ModelPoint, formats
+from sparsify.benchmarks.decode_result import (
+    CONTENDERS,
+    DecodeBench,
+    FfnPoint,
+    ModelPoint,
+    crossover,
+    formats,
+)
 
 GIGA, MEGA = 1e9, 1e6
 SHOWN_LAYERS = 5
@@ -21,6 +28,8 @@ def decode_table(bench: DecodeBench) -> RenderableType:
     parts: list[RenderableType] = [""]
     if bench.ffn:
         parts += [_speed(bench), _bytes(bench)]
+        several_batches = len({one.tokens for one in bench.ffn}) > 1
+        parts += [_crossover(bench), ""] if several_batches else []
     for model in bench.models:
         parts += [_model(model), _layers(model)]
     return Group(*parts, _rests_on(bench))
@@ -41,6 +50,14 @@ def _speed(bench: DecodeBench) -> Table:
             str(point.ratio("predictor", "dense")),
         )
     return table
+
+
+def _crossover(bench: DecodeBench) -> str:
+    won, lost = crossover(bench.ffn)
+    if won is None:
+        return f"Exact decoding is slower than torch's dense product from batch {lost} on."
+    upto = f"Exact decoding is faster than torch's dense product up to batch {won}"
+    return f"{upto}, and slower from batch {lost} on." if lost else f"{upto}, the largest measured."
 
 
 def _bytes(bench: DecodeBench) -> Table:
@@ -119,9 +136,9 @@ def _rests_on(bench: DecodeBench) -> str:
         else ""
     )
     return (
-        f"[dim]{escape(bench.cpu)}; {_reading(bench)}{warning}\n"
-        f"dense: the C++ kernel that reads every row{_rounded(bench)}. Medians of {bench.repeats} repeats taken in turns, ratios "
-        "medians of the pairs; same weights, same process.\n"
+        f"[dim]{escape(bench.processor)}; {_reading(bench)}{warning}\n"
+        f"dense: our {'Triton' if bench.device == 'cuda' else 'C++'} kernel, reading every row{_rounded(bench)}. Medians of "
+        f"{bench.repeats} repeats taken in turns, ratios medians of the pairs; same weights, same process.\n"
         f"Predictor: rank {bench.rank}, perfect by construction, its own cost included. Gates on: share of neurons whose gate "
         "is positive, which alone decides what exact decoding saves of the up projection.[/dim]"
     )

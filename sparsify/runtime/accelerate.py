@@ -17,7 +17,7 @@ from torch import nn
 from sparsify.errors import ModelError
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS
 from sparsify.runtime.blocks import BlockFormat
-from sparsify.runtime.ffn import native_can
+from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
 from sparsify.runtime.predictors import Predictors, read_predictors
 from sparsify.runtime.weights import RowsRead
@@ -32,15 +32,18 @@ class BlockReads:
 
     Args:
         tokens: Tokens that went through the block, or through its experts together.
-        rows: Rows read.
-        offered: Neurons of the blocks and experts that these tokens were sent to, each counted once per call.
         bytes_read: Bytes of weights read, predictors included.
+        rows: Rows read, and offered.
     """
 
     tokens: int = 0
-    offered: int = 0
     bytes_read: int = 0
     rows: RowsRead = field(default_factory=RowsRead)
+
+    @property
+    def offered(self) -> int:
+        """Rows of one projection that could have been read."""
+        return self.rows.offered
 
     @property
     def touched_share(self) -> float:
@@ -65,16 +68,14 @@ class Acceleration:
 
     @property
     def reads(self) -> list[BlockReads]:
-        """What was read of every layer since `reset`."""
-        return [
-            BlockReads(one.tokens, one.offered, one.bytes_read, one.rows) for one in self.forwards
-        ]
+        """What was read of every layer since `reset`. On a GPU this waits for what was started there."""
+        return [BlockReads(one.tokens, one.bytes_read, one.rows) for one in self.forwards]
 
     @property
     def backend(self) -> str:
-        """`native` where the C++ kernel is used, else `torch`."""
-        parameter = next(self._model.parameters())
-        return "native" if native_can(parameter) else "torch"
+        """`triton` where those kernels are used, `native` where the C++ kernel is, else `torch`."""
+        in_blocks = any(one.kept is not None for one in self.forwards)
+        return backend_of(next(self._model.parameters()), in_blocks=in_blocks)
 
     @property
     def kept_bytes(self) -> int:
@@ -110,9 +111,9 @@ def accelerate(
         predictors: Folder with predictors.safetensors and predictors.json, or what was read of one. Without, decoding is
             exact.
         max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way. Unless
-            given, 8, or 4 where weights are read as stored in bf16: torch's dense product is the faster there from about six
+            given, 8, or 4 where a CPU reads weights as stored in bf16: torch's dense product is the faster there from about six
             tokens on.
-        threads: Of the kernels; torch's own number unless given.
+        threads: Of the C++ kernels; torch's own number unless given.
 
     Returns:
         What counts the reads. The model itself is changed in place.

@@ -15,9 +15,10 @@ from sparsify.runtime.activations import KernelActivation
 from sparsify.runtime.build import kernels
 from sparsify.runtime.native_ffn import MAX_TOKENS, NATIVE_DTYPES, native_ffn
 from sparsify.runtime.portable import portable_ffn
+from sparsify.runtime.triton_ffn import Routing, triton_can, triton_ffn
 from sparsify.runtime.weights import FfnWeights, Predictor, RowsRead
 
-Backend = Literal["auto", "native", "torch"]
+Backend = Literal["auto", "native", "triton", "torch"]
 THREAD_BYTES = 1 << 20
 
 
@@ -39,9 +40,9 @@ def sparse_ffn(
         activation: The two factors.
         predictor_input: What the predictor looks at, of the shape of x; x itself unless given.
         dense: Read every row: the control that a speed-up is measured against.
-        backend: `native` is the C++ kernel, `torch` the same by torch's operators on any device, `auto` the first
-            where it can be used.
-        threads: Of the C++ kernel. Unless given, torch's own number, but no more than have THREAD_BYTES of gate rows to
+        backend: `native` is the C++ kernel, `triton` those for GPUs, `torch` the same by torch's operators on any device; `auto`
+            is `backend_of(x)`.
+        threads: Of the C++ kernel alone. Unless given, torch's own number, but no more than have THREAD_BYTES of gate rows to
             read each. The result does not depend on it.
 
     Returns:
@@ -49,7 +50,7 @@ def sparse_ffn(
         eight tokens.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or `native` is asked for and cannot be used.
+        ValueError: If shapes, dtypes or devices do not fit, or the backend that is asked for cannot be used.
     """
     weights.check(x)
     threads = threads or default_threads(weights)
@@ -59,24 +60,21 @@ def sparse_ffn(
         raise ValueError(
             f"predictor_input is {list(predictor_input.shape)}; it must be like x, {list(x.shape)}."
         )
-    if backend == "auto":
-        backend = "native" if native_can(x) else "torch"
-    elif backend == "native" and not native_can(x):
-        raise ValueError(
-            f"The C++ kernel cannot be used for {x.dtype} on {x.device.type}: it needs a CPU, a compiler and "
-            f"one of {', '.join(map(str, NATIVE_DTYPES))}."
-        )
+    backend = _usable(backend, x, weights)
     tokens, seen = x.reshape(-1, x.shape[-1]), predictor_input.reshape(-1, x.shape[-1])
-    out, rows = torch.empty_like(tokens, memory_format=torch.contiguous_format), RowsRead()
+    parts, rows = [], RowsRead()
     for start in range(0, len(tokens), MAX_TOKENS):
         chunk = slice(start, start + MAX_TOKENS)
         given = (tokens[chunk], weights, activation, seen[chunk], dense)
         if backend == "native":
-            out[chunk], read = native_ffn(*given, threads)
+            part, read = native_ffn(*given, threads)
+        elif backend == "triton":
+            part, read = triton_ffn(*given)
         else:
-            out[chunk], read = portable_ffn(*given)
+            part, read = portable_ffn(*given)
+        parts.append(part)
         rows += read
-    return out.view(x.shape), rows
+    return _joined(parts, tokens).view(x.shape), rows
 
 
 def default_threads(weights: FfnWeights) -> int:
@@ -85,9 +83,88 @@ def default_threads(weights: FfnWeights) -> int:
     return max(1, min(torch.get_num_threads(), enough))
 
 
+def sparse_experts(
+    x: torch.Tensor,
+    weights: FfnWeights,
+    activation: KernelActivation,
+    routing: Routing,
+    *,
+    predictor_input: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, RowsRead]:
+    """All experts of a layer by the Triton kernels, without asking the device which of them the tokens are sent to.
+
+    Args:
+        x: Input of the experts, [tokens, hidden].
+        weights: Of all experts, with experts as the first dimension.
+        activation: The two factors.
+        routing: Where each token goes.
+        predictor_input: As in `sparse_ffn`.
+
+    Returns:
+        [tokens, hidden] of x's dtype, and how many rows were read, as `sparse_ffn` counts them for each expert.
+
+    Raises:
+        ValueError: If shapes, dtypes or devices do not fit, or the Triton kernels cannot be used.
+    """
+    weights.check(x)
+    _usable("triton", x, weights)
+    seen = x if predictor_input is None else predictor_input.reshape(x.shape)
+    parts, rows = [], RowsRead()
+    for start in range(0, len(x), MAX_TOKENS):
+        chunk = slice(start, start + MAX_TOKENS)
+        own = Routing(routing.index[chunk], routing.shares[chunk])
+        part, read = triton_ffn(x[chunk], weights, activation, seen[chunk], routing=own)
+        parts.append(part)
+        rows += read
+    return _joined(parts, x), rows
+
+
+def _joined(parts: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    return (parts[0] if len(parts) == 1 else torch.cat(parts or [x])).view(x.shape)
+
+
+def backend_of(x: torch.Tensor, *, in_blocks: bool = False) -> Backend:
+    """What computes tensors of this kind on this machine: `triton` on a GPU, `native` on a CPU, `torch` where these cannot.
+
+    Args:
+        x: Input of a block.
+        in_blocks: Whether its weights are int8 or int4 blocks, which the Triton kernels do not read.
+    """
+    if triton_can(x) and not in_blocks:
+        return "triton"
+    return "native" if native_can(x) else "torch"
+
+
+def _usable(backend: Backend, x: torch.Tensor, weights: FfnWeights) -> Backend:
+    if backend == "auto":
+        return backend_of(x, in_blocks=weights.in_blocks)
+    if backend == "triton" and weights.in_blocks:
+        raise ValueError(
+            "The Triton kernels read weights as they are stored, not int8 or int4 blocks."
+        )
+    needs = {"native": "a CPU, a compiler", "triton": "a GPU, Triton"}
+    can = {"native": native_can, "triton": triton_can}
+    if backend in needs and not can[backend](x):
+        raise ValueError(
+            f"The kernels of the backend {backend!r} cannot be used for {x.dtype} on {x.device.type}: they need "
+            f"{needs[backend]} and one of {', '.join(map(str, NATIVE_DTYPES))}."
+        )
+    return backend
+
+
 def native_can(x: torch.Tensor) -> bool:
     """Whether the C++ kernel takes a tensor of this kind on this machine."""
     return x.device.type == "cpu" and x.dtype in NATIVE_DTYPES and kernels() is not None
 
 
-__all__ = ["Backend", "FfnWeights", "Predictor", "RowsRead", "native_can", "sparse_ffn"]
+__all__ = [
+    "Backend",
+    "FfnWeights",
+    "Predictor",
+    "Routing",
+    "RowsRead",
+    "backend_of",
+    "native_can",
+    "sparse_experts",
+    "sparse_ffn",
+]

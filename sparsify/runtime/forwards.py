@@ -12,11 +12,11 @@ from torch import nn
 from sparsify.errors import ModelError
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
 from sparsify.runtime.blocks import BlockFormat
-from sparsify.runtime.ffn import sparse_ffn
+from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
 from sparsify.runtime.kept_blocks import KeptBlocks
 from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
-WORTHWHILE_TOKENS = {torch.bfloat16: 4}
+WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
 """Of weights as they are stored, where it is not 8: with more tokens torch's dense product wins, as it multiplies in bf16 itself."""
 
 
@@ -48,11 +48,30 @@ class BlockForward:
         self.kept = KeptBlocks(options.blocks) if options.blocks is not None else None
         self._norm_input: torch.Tensor | None = None
         self._watching: Any = None
+        self._stack: Predictor | None = None
         self.reset()
 
     def reset(self) -> None:
         """Forgets what was read."""
-        self.tokens, self.offered, self.bytes_read, self.rows = 0, 0, 0, RowsRead()
+        self.tokens, self._read_of = 0, dict[tuple[int, float], RowsRead]()
+
+    @property
+    def rows(self) -> RowsRead:
+        """Rows read. On a GPU this waits for what was started there."""
+        total = RowsRead()
+        for rows in self._read_of.values():
+            total += rows
+        return total
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weights read, predictors included."""
+        return round(
+            sum(
+                rows.total * row_bytes + rows.offered * predictor_bytes
+                for (row_bytes, predictor_bytes), rows in self._read_of.items()
+            )
+        )
 
     def remove(self) -> None:
         """Gives the block its class's forward back."""
@@ -78,11 +97,11 @@ class BlockForward:
                 f"The model is on {x.device}, and {self.kept.format} blocks are read on a CPU alone.",
                 next_step="Move the model back, or accelerate it again without weights=.",
             )
-        usual = 8 if self.kept is not None else WORTHWHILE_TOKENS.get(x.dtype, 8)
+        usual = WORTHWHILE_TOKENS.get((x.device.type, x.dtype), 8) if self.kept is None else 8
         most = self.options.max_tokens or usual
         watched = (block.ffn_activation, *block.children())
         return (
-            x.device.type == "cpu"
+            x.device.type in ("cpu", "cuda")
             and 0 < x.numel() <= most * x.shape[-1]
             and not (torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()))
             and not any(m._forward_hooks or m._forward_pre_hooks for m in watched)
@@ -139,10 +158,14 @@ class BlockForward:
             predictor_input=predictor_input,
             threads=self.options.threads,
         )
-        self.rows += rows
-        self.offered += weights.gate.shape[0]
-        self.bytes_read += rows.total * weights.row_bytes + weights.predictor_bytes
+        self._add(rows, weights)
         return out
+
+    def _add(self, rows: RowsRead, weights: FfnWeights) -> None:
+        """Adds what was read, by what it weighs: a model may be cast between two steps."""
+        weighs = weights.row_bytes, weights.predictor_bytes / weights.gate.shape[-2]
+        self._read_of.setdefault(weighs, RowsRead())
+        self._read_of[weighs] += rows
 
 
 class MlpForward(BlockForward):
@@ -177,8 +200,11 @@ class ExpertsForward(BlockForward):
         if not self._can(hidden_states):
             return self._dense(hidden_states, top_k_index, top_k_weights)
         self.tokens += len(hidden_states)
-        output = torch.zeros_like(hidden_states)
         seen = self._norm_input
+        backend = backend_of(hidden_states, in_blocks=self.kept is not None)
+        if backend == "triton" and self._alike():
+            return self._on_device(hidden_states, seen, Routing(top_k_index, top_k_weights))
+        output = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             token, slot = torch.where(top_k_index == expert)
             weights = self._weights(expert, hidden_states)
@@ -189,6 +215,53 @@ class ExpertsForward(BlockForward):
             share = top_k_weights[token, slot, None]
             output.index_add_(0, token, (answer * share).to(output.dtype))
         return output
+
+    def _on_device(
+        self, x: torch.Tensor, seen: torch.Tensor | None, routing: Routing
+    ) -> torch.Tensor:
+        """All experts at once: which of them are wanted is known on the device alone, and asking it takes time."""
+        block = self.block
+        gate, up = block.gate_up_proj.detach().chunk(2, dim=1)
+        weights = FfnWeights(
+            gate,
+            up,
+            neurons_first(block.down_proj),
+            getattr(block.ffn_activation, "threshold", None),
+            self._stacked(x),
+        )
+        out, rows = sparse_experts(
+            x,
+            weights,
+            self._activation(),
+            routing,
+            predictor_input=seen if weights.predictor is not None else None,
+        )
+        self._add(rows, weights)
+        return out
+
+    def _alike(self) -> bool:
+        """Whether the predictors have one rank, so that they can be put into one piece."""
+        return len({one.a.shape for one in self.options.predictors or ()}) <= 1
+
+    def _stacked(self, x: torch.Tensor) -> Predictor | None:
+        """The predictors in one piece, as x is, with experts as the first dimension. The single ones become views of it."""
+        if self.options.predictors is None:
+            return None
+        if (
+            self._stack is None
+            or self._stack.a.dtype != x.dtype
+            or self._stack.a.device != x.device
+        ):
+            single = self.options.predictors
+            a, b = (
+                torch.stack([p.a.to(x) for p in single]),
+                torch.stack([p.b.to(x) for p in single]),
+            )
+            self._stack = Predictor(a, b, single[0].threshold)
+            self.options.predictors = [
+                replace(one, a=a[index], b=b[index]) for index, one in enumerate(single)
+            ]
+        return self._stack
 
     def _weights(self, expert: int, x: torch.Tensor) -> FfnWeights:
         thresholds = getattr(self.block.ffn_activation, "threshold", None)

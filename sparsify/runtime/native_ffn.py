@@ -90,7 +90,7 @@ def native_ffn(
     assert library.sparsify_call_bytes() == ctypes.sizeof(FfnCall)
     error = library.sparsify_ffn(ctypes.byref(call))
     assert error == 0, f"sparsify_ffn refused its arguments: {error}"
-    return out, RowsRead(call.gate_rows, call.up_rows, call.down_rows)
+    return out, RowsRead(call.gate_rows, call.up_rows, call.down_rows, offered=call.neurons)
 
 
 def _weight_format(matrix: Matrix) -> int:

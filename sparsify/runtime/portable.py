@@ -24,7 +24,8 @@ def portable_ffn(
     predictor_x: torch.Tensor,
     dense: bool = False,
 ) -> tuple[torch.Tensor, RowsRead]:
-    """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes, and answers, in fp32 at least."""
+    """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes in fp32 at least."""
+    dtype = x.dtype
     if weights.in_blocks:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
     rows: Rows = ALL_ROWS
@@ -35,21 +36,21 @@ def portable_ffn(
         wanted = wanted[:, rows]
     gate = activation.gate_factor(linear(x, _rows(weights.gate, rows, x)))
     gate = gate if wanted is None else torch.where(wanted, gate, 0.0)
-    read = RowsRead(gate=gate.shape[1])
+    gate_rows = gate.shape[1]
     if not dense:
         kept = _few(gate != 0, rows)
         rows, gate = _narrow(rows, kept), gate[:, kept]
     up = activation.up_factor(linear(x, _rows(weights.up, rows, x)))
     product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
-    read.up = product.shape[1]
+    up_rows = product.shape[1]
     if weights.thresholds is not None:
         small = product.abs() <= weights.thresholds.to(x.device)[rows]
         product = torch.where(small, 0.0, product)
     if not dense:
         kept = _few(product != 0, rows)
         rows, product = _narrow(rows, kept), product[:, kept]
-    read.down = product.shape[1]
-    return product @ _rows(weights.down_t, rows, x), read
+    read = RowsRead(gate_rows, up_rows, product.shape[1], offered=weights.gate.shape[0])
+    return (product @ _rows(weights.down_t, rows, x)).to(dtype), read
 
 
 def _rows(matrix: Matrix, rows: Rows, x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 
 import torch
 
@@ -28,7 +30,7 @@ class Predictor:
 
 @dataclass(frozen=True)
 class FfnWeights:
-    """Weights of one block, or of one expert.
+    """Weights of one block, or of one expert. Those of all experts of a layer have experts as the first dimension of everything.
 
     Args:
         gate: [neurons, hidden], as stored or in blocks, all three alike.
@@ -53,15 +55,16 @@ class FfnWeights:
     def row_bytes(self) -> int:
         """Bytes of one row of one projection."""
         row = self.gate.data if isinstance(self.gate, BlockMatrix) else self.gate
-        return row.shape[1] * row.element_size()
+        return row.shape[-1] * row.element_size()
 
     @property
     def predictor_bytes(self) -> int:
-        """Bytes that a prediction reads."""
+        """Bytes that a prediction reads, for one block or one expert."""
         if self.predictor is None:
             return 0
         return sum(
-            part.numel() * part.element_size() for part in (self.predictor.a, self.predictor.b)
+            part.shape[-2:].numel() * part.element_size()
+            for part in (self.predictor.a, self.predictor.b)
         )
 
     def check(self, x: torch.Tensor) -> None:
@@ -70,17 +73,20 @@ class FfnWeights:
         Raises:
             ValueError: With the name and both values.
         """
-        neurons, hidden = self.gate.shape
+        *experts, neurons, hidden = self.gate.shape
         expected = {
-            "up": (neurons, hidden),
-            "down_t": (neurons, hidden),
+            "up": (*experts, neurons, hidden),
+            "down_t": (*experts, neurons, hidden),
             "x": (*x.shape[:-1], hidden),
         }
         parts = {"gate": self.gate, "up": self.up, "down_t": self.down_t, "x": x}
         if self.predictor is not None:
-            rank = self.predictor.a.shape[0]
+            rank = self.predictor.a.shape[-2]
             parts |= {"predictor.a": self.predictor.a, "predictor.b": self.predictor.b}
-            expected |= {"predictor.a": (rank, hidden), "predictor.b": (neurons, rank)}
+            expected |= {
+                "predictor.a": (*experts, rank, hidden),
+                "predictor.b": (*experts, neurons, rank),
+            }
         for name, part in parts.items():
             if tuple(part.shape) != expected.get(name, tuple(part.shape)):
                 raise ValueError(
@@ -90,9 +96,9 @@ class FfnWeights:
                 raise ValueError(
                     f"{name} is {_kind(part)} on {part.device}, x is {x.dtype} on {x.device}; they must be alike."
                 )
-        if self.thresholds is not None and self.thresholds.shape != (neurons,):
+        if self.thresholds is not None and self.thresholds.shape != (*experts, neurons):
             raise ValueError(
-                f"thresholds is {list(self.thresholds.shape)}; it must be [{neurons}]."
+                f"thresholds is {list(self.thresholds.shape)}; it must be {[*experts, neurons]}."
             )
 
     def _fits(self, part: Matrix, dtype: torch.dtype) -> bool:
@@ -108,23 +114,70 @@ def _kind(part: Matrix) -> str:
     return f"{part.format} blocks" if isinstance(part, BlockMatrix) else str(part.dtype)
 
 
-@dataclass
 class RowsRead:
-    """How many rows were read of each projection."""
+    """How many rows were read of each projection.
 
-    gate: int = 0
-    up: int = 0
-    down: int = 0
+    A kernel on a GPU leaves its counts there. They are fetched when one of them is asked for, and not before, so that decoding
+    waits for none.
+
+    Args:
+        gate: Rows of the gate projection.
+        up: Of the up projection.
+        down: Of the down projection, transposed.
+        offered: Neurons of the blocks and experts that tokens were sent to: rows that are there in each projection. Counted, as
+            rows are, once for each eight tokens.
+        counts: More of them, on a device: offered, gate, up, down, int64 [4].
+    """
+
+    def __init__(
+        self,
+        gate: int = 0,
+        up: int = 0,
+        down: int = 0,
+        offered: int = 0,
+        counts: torch.Tensor | None = None,
+    ) -> None:
+        self._known, self._counts = (offered, gate, up, down), counts
+
+    def __iadd__(self, other: RowsRead) -> RowsRead:
+        self._known = _sums(self._known, other._known)
+        if self._counts is None or other._counts is None:
+            self._counts = other._counts if self._counts is None else self._counts
+        else:
+            self._counts = self._counts + other._counts.to(self._counts.device)
+        return self
+
+    def _fetched(self) -> tuple[int, ...]:
+        if self._counts is not None:
+            self._known = _sums(self._known, self._counts.tolist())
+            self._counts = None
+        return self._known
+
+    @property
+    def offered(self) -> int:
+        """Neurons of the blocks and experts that tokens were sent to."""
+        return self._fetched()[0]
+
+    @property
+    def gate(self) -> int:
+        """Rows of the gate projection."""
+        return self._fetched()[1]
+
+    @property
+    def up(self) -> int:
+        """Rows of the up projection."""
+        return self._fetched()[2]
+
+    @property
+    def down(self) -> int:
+        """Rows of the down projection, transposed."""
+        return self._fetched()[3]
 
     @property
     def total(self) -> int:
         """Rows of all three."""
         return self.gate + self.up + self.down
 
-    def __iadd__(self, other: RowsRead) -> RowsRead:
-        self.gate, self.up, self.down = (
-            self.gate + other.gate,
-            self.up + other.up,
-            self.down + other.down,
-        )
-        return self
+
+def _sums(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    return tuple(map(add, one, other))

@@ -14,7 +14,7 @@ from sparsify import cli
 from sparsify.benchmarks import decode_ffn
 from sparsify.benchmarks.decode_ffn import make_blocks, measure_point
 from sparsify.benchmarks.decode_model import dense_twin, measure_model
-from sparsify.benchmarks.decode_result import Ratio, Timing
+from sparsify.benchmarks.decode_result import FfnPoint, Ratio, Timing, crossover
 from sparsify.conversion.convert import convert
 from sparsify.conversion.folder import load_sparse
 from sparsify.recipe import ActivationSection, ModelSection
@@ -64,6 +64,25 @@ def test_blocks_of_int4_are_read_by_the_kernels_alone() -> None:
 def test_ratios_are_taken_within_pairs() -> None:
     slow, fast = Timing(seconds=[2.0, 20.0, 6.0]), Timing(seconds=[1.0, 10.0, 2.0])
     assert Ratio.of(slow, fast).median == 2.0
+
+
+def test_the_crossover_is_the_first_batch_that_torch_wins() -> None:
+    def point(tokens: int, exact: float, gates: float = 0.1) -> FfnPoint:
+        seconds = {"torch": Timing(seconds=[1.0]), "exact": Timing(seconds=[exact])}
+        return FfnPoint(
+            active_share=0.1,
+            gate_share=gates,
+            tokens=tokens,
+            threads=1,
+            bytes_read={},
+            read_bytes_per_second=1.0,
+            seconds=seconds,
+        )
+
+    points = [point(1, 0.2), point(1, 9.0, 0.3), point(4, 0.8), point(8, 1.1), point(16, 0.9)]
+    assert crossover(points) == (4, 8)
+    assert crossover(points[:3]) == (4, None)
+    assert crossover([point(1, 1.2)]) == (None, 1)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +146,7 @@ def test_the_command_measures_a_bundle_and_draws(
     [
         (("--dtype", "fp8"), "--dtype fp8"),
         (("--weights", "int3"), "--weights int3 (allowed: stored, int8, int4)"),
+        (("--device", "tpu"), "--device tpu (here: cpu"),
         (("--sparsity", "1.5"), "--sparsity outside"),
         (("--batch", "1,x"), "--batch is '1,x'"),
         (("--batch", "0"), "a number below 1"),

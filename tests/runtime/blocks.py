@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import replace
 
 import torch
 
-from sparsify.runtime import BlockMatrix, FfnWeights, KernelActivation, Predictor, quantise
+from sparsify.runtime import (
+    KERNEL_ACTIVATIONS,
+    BlockMatrix,
+    FfnWeights,
+    KernelActivation,
+    Predictor,
+    quantise,
+)
 from sparsify.runtime.blocks import BlockFormat
 
+DRELU = KERNEL_ACTIVATIONS["drelu"]
+ALL = KERNEL_ACTIVATIONS | {
+    "fatrelu": KernelActivation("relu", "identity", gate_threshold=0.3),
+    "shifted_relu": KernelActivation("shifted_relu", "identity", gate_threshold=-0.5),
+}
 FORMATS: tuple[BlockFormat | None, ...] = (None, "int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where the terms of a gate cancel, its rounding is larger than that of the sum that it goes into.
@@ -96,3 +109,21 @@ def _products_kept(
     if weights.predictor is not None:
         product[scores_of(x.double(), weights.predictor) <= weights.predictor.threshold] = 0.0
     return product
+
+
+def thresholds_between(
+    x: torch.Tensor, weights: FfnWeights, activation: KernelActivation
+) -> torch.Tensor:
+    """[neurons] in float32: in the middle of the widest gap between tokens' products, so that rounding decides nothing."""
+    sizes = products_of(x, weights, activation).abs()
+    edges = torch.cat([torch.zeros_like(sizes[:1]), sizes]).sort(dim=0).values
+    widest = edges.diff(dim=0).argmax(dim=0, keepdim=True)
+    return edges.gather(0, torch.cat([widest, widest + 1])).mean(dim=0).float()
+
+
+def clear_of_ties(x: torch.Tensor, chosen: Predictor) -> Predictor:
+    """The predictor with a threshold that no score is near, so that rounding decides nothing."""
+    scores = scores_of(x.double(), chosen)
+    values = torch.cat([scores.flatten().sort().values, torch.tensor([1e3, 2e3])])
+    widest = values.diff()[: max(len(values) // 2, 1)].argmax()
+    return dataclasses.replace(chosen, threshold=values[widest : widest + 2].mean().item())

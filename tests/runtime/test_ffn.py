@@ -11,26 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.models import FFN_ACTIVATIONS, FfnActivation
-from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, KernelActivation, Predictor, sparse_ffn
+from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, sparse_ffn
 from sparsify.runtime.blocks import BlockFormat
 from tests.runtime.blocks import (
+    ALL,
+    DRELU,
     DTYPES,
     FORMATS,
     TOLERANCES,
     block,
+    clear_of_ties,
     difference,
     in_format,
     predictor,
     products_of,
     scores_of,
     spoil,
+    thresholds_between,
 )
 
-DRELU = KERNEL_ACTIVATIONS["drelu"]
-ALL = KERNEL_ACTIVATIONS | {
-    "fatrelu": KernelActivation("relu", "identity", gate_threshold=0.3),
-    "shifted_relu": KernelActivation("shifted_relu", "identity", gate_threshold=-0.5),
-}
 backends = pytest.mark.parametrize("backend", ["native", "torch"])
 formats = pytest.mark.parametrize("format", FORMATS)
 
@@ -59,12 +58,12 @@ def test_every_block_equals_float64(
 ) -> None:
     x, weights = block(*shape, dtype, on=on, seed=seed)
     if rank is not None and not dense:
-        chosen = _clear_of_ties(x, predictor(weights, rank))
+        chosen = clear_of_ties(x, predictor(weights, rank))
         weights = dataclasses.replace(weights, predictor=chosen)
     read, weights = in_format(weights, format)
     if thresholded != "none":
         flat = torch.full((shape[2],), {"huge": 1e9}.get(thresholded, 0.0))
-        between = _thresholds(x, weights, name)
+        between = thresholds_between(x, weights, ALL[name])
         thresholds = between if thresholded == "between" else flat
         read = dataclasses.replace(read, thresholds=thresholds)
         weights = dataclasses.replace(weights, thresholds=thresholds)
@@ -77,22 +76,6 @@ def test_every_block_equals_float64(
         assert rows.gate == rows.up == rows.down == shape[2] * chunks
     else:
         assert rows.down <= rows.up <= rows.gate
-
-
-def _thresholds(x: torch.Tensor, weights: FfnWeights, name: str) -> torch.Tensor:
-    """[neurons] in float32: in the middle of the widest gap between tokens' products, so that rounding decides nothing."""
-    sizes = products_of(x, weights, ALL[name]).abs()
-    edges = torch.cat([torch.zeros_like(sizes[:1]), sizes]).sort(dim=0).values
-    widest = edges.diff(dim=0).argmax(dim=0, keepdim=True)
-    return edges.gather(0, torch.cat([widest, widest + 1])).mean(dim=0).float()
-
-
-def _clear_of_ties(x: torch.Tensor, chosen: Predictor) -> Predictor:
-    """The predictor with a threshold that no score is near, so that rounding decides nothing."""
-    scores = scores_of(x.double(), chosen)
-    values = torch.cat([scores.flatten().sort().values, torch.tensor([1e3, 2e3])])
-    widest = values.diff()[: max(len(values) // 2, 1)].argmax()
-    return dataclasses.replace(chosen, threshold=values[widest : widest + 2].mean().item())
 
 
 @pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
@@ -192,7 +175,7 @@ def test_strides_do_not_matter(backend: str) -> None:
 def test_a_predictor_may_look_at_something_else(backend: str) -> None:
     x, weights = block(9, 40, 100, on=0.3)
     other = block(9, 40, 100, seed=7)[0]
-    chosen = _clear_of_ties(other, predictor(weights, 8))
+    chosen = clear_of_ties(other, predictor(weights, 8))
     given, _ = sparse_ffn(
         x,
         dataclasses.replace(weights, predictor=chosen),

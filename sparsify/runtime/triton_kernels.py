@@ -1,0 +1,335 @@
+"""The Triton kernels of a block or of a layer's experts, for one to eight tokens. `triton_ffn` launches them.
+
+    predict (optional) -> gate rows -> those whose gate factor is not zero: up rows -> those whose product is kept: down rows
+
+How many programs start never depends on what is in memory, so nothing waits for the device, and a CUDA graph can hold all of it.
+Neurons are cut into chunks. Every program makes the list of its chunk's neurons that any token wants by itself, from what
+the kernel before left, takes its share of that list, and ends at once where the list is shorter. Sums have one fixed order,
+and only whole numbers are added atomically: the same input gives the same bits.
+
+Values between kernels are fp32 [experts, tokens, neurons]. A block without experts is one expert that every token is sent
+to (SLOTS is 0 then). Experts that no token is sent to are left before any of their weights is read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+OFFERED, GATE, UP, DOWN = (tl.constexpr(place) for place in range(4))
+"""Places in `counts`: neurons of the experts that tokens were sent to, and rows read of each projection."""
+
+
+@triton.jit
+def _sent(index, expert, tokens, slots, T: tl.constexpr, SLOTS: tl.constexpr):
+    """Which of T tokens, some of them only there to fill up, are sent to the expert."""
+    token = tl.arange(0, T)
+    sent = token < tokens
+    if SLOTS > 0:
+        slot = tl.arange(0, SLOTS)
+        there = sent[:, None] & (slot < slots)[None, :]
+        chosen = tl.load(index + token[:, None] * slots + slot[None, :], mask=there, other=-1)
+        sent = tl.max((chosen == expert).to(tl.int32), axis=1) > 0
+    return sent
+
+
+@triton.jit
+def _listed(values, sent, chunk, neurons, ALL: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr):
+    """The neurons of a chunk, the place of each in the list of those that any token wants (or -1), and the list's length."""
+    neuron = chunk * CHUNK + tl.arange(0, CHUNK)
+    inside = neuron < neurons
+    if ALL:
+        wanted = inside.to(tl.int32)
+    else:
+        place = tl.arange(0, T)[:, None] * neurons + neuron[None, :]
+        given = tl.load(values + place, mask=sent[:, None] & inside[None, :], other=0.0)
+        wanted = tl.max((given != 0.0).to(tl.int32), axis=0)  # a NaN is not zero
+    return neuron, tl.where(wanted > 0, tl.cumsum(wanted, axis=0) - 1, -1), tl.sum(wanted, axis=0)
+
+
+@triton.jit
+def _taken(neuron, place, count, first, ROWS: tl.constexpr):
+    """The neurons at places first, first + 1, ... of the list, and which of these places it has."""
+    wanted = first + tl.arange(0, ROWS)
+    hit = place[None, :] == wanted[:, None]
+    return tl.sum(tl.where(hit, neuron[None, :], 0), axis=1), wanted < count
+
+
+@triton.jit
+def _dots(
+    x, x_stride, sent, rows, there, width, T: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Dot products of rows, given by their addresses, with the tokens: [T, ROWS]."""
+    if T == 1:  # two dimensions: no layout to convert
+        single = tl.zeros((ROWS, WIDTH), tl.float32)
+        for start in range(0, width, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            inside = column < width
+            mask = there[:, None] & inside[None, :]
+            weights = tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
+            seen = tl.load(x + column, mask=inside, other=0.0)
+            single += weights.to(tl.float32) * seen.to(tl.float32)[None, :]
+        return tl.sum(single, axis=1)[None, :]
+    else:
+        token = tl.arange(0, T)
+        total = tl.zeros((T, ROWS, WIDTH), tl.float32)
+        for start in range(0, width, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            inside = column < width
+            mask = there[:, None] & inside[None, :]
+            weights = tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
+            place = x + token[:, None] * x_stride + column[None, :]
+            seen = tl.load(place, mask=sent[:, None] & inside[None, :], other=0.0)
+            total += seen.to(tl.float32)[:, None, :] * weights.to(tl.float32)[None, :, :]
+        return tl.sum(total, axis=2)
+
+
+@triton.jit
+def predictor_hidden(
+    x,
+    a,
+    values,
+    index,
+    tokens,
+    slots,
+    hidden,
+    rank,
+    x_stride,
+    a_stride,
+    a_expert_stride,
+    T: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """values [experts, tokens, rank] = relu(x @ a.T)."""
+    expert = tl.program_id(1).to(tl.int64)
+    sent = _sent(index, expert, tokens, slots, T, SLOTS)
+    if tl.max(sent.to(tl.int32), axis=0) > 0:
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        there = row < rank
+        rows = a + expert * a_expert_stride + row.to(tl.int64) * a_stride
+        dots = _dots(x, x_stride, sent, rows, there, hidden, T, ROWS, WIDTH)
+        place = (expert * tokens + tl.arange(0, T))[:, None] * rank + row[None, :]
+        mask = sent[:, None] & there[None, :]
+        tl.store(values + place, tl.where(dots <= 0.0, 0.0, dots), mask=mask)
+
+
+@triton.jit
+def predictor_scores(
+    values,
+    b,
+    wanted,
+    index,
+    tokens,
+    slots,
+    rank,
+    neurons,
+    b_stride,
+    b_expert_stride,
+    threshold,
+    T: tl.constexpr,
+    SLOTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """wanted [experts, tokens, neurons] = 1 where values @ b.T is larger than the threshold, or no number; else 0."""
+    expert = tl.program_id(1).to(tl.int64)
+    sent = _sent(index, expert, tokens, slots, T, SLOTS)
+    if tl.max(sent.to(tl.int32), axis=0) > 0:
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        there = row < neurons
+        rows = b + expert * b_expert_stride + row.to(tl.int64) * b_stride
+        own = values + expert * tokens * rank
+        scores = _dots(own, rank, sent, rows, there, rank, T, ROWS, WIDTH)
+        place = (expert * tokens + tl.arange(0, T))[:, None] * neurons + row[None, :]
+        mask = sent[:, None] & there[None, :]
+        tl.store(wanted + place, tl.where(scores <= threshold, 0.0, 1.0), mask=mask)
+
+
+@triton.jit
+def gate_rows(
+    x,
+    gate,
+    wanted,
+    factors,
+    counts,
+    index,
+    tokens,
+    slots,
+    hidden,
+    neurons,
+    x_stride,
+    gate_stride,
+    gate_expert_stride,
+    threshold,
+    KIND: tl.constexpr,
+    PREDICTED: tl.constexpr,
+    T: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """factors [experts, tokens, neurons], zeros before: the gate factor where the neuron is wanted."""
+    expert = tl.program_id(1).to(tl.int64)
+    chunk, first = tl.program_id(0) // (CHUNK // ROWS), tl.program_id(0) % (CHUNK // ROWS) * ROWS
+    sent = _sent(index, expert, tokens, slots, T, SLOTS)
+    if tl.max(sent.to(tl.int32), axis=0) > 0:
+        own = expert * tokens * neurons
+        neuron, place, count = _listed(wanted + own, sent, chunk, neurons, not PREDICTED, T, CHUNK)
+        if first == 0:
+            tl.atomic_add(counts + GATE, count.to(tl.int64))
+            if chunk == 0:
+                tl.atomic_add(counts + OFFERED, tl.zeros((), tl.int64) + neurons)
+        if first < count:
+            row, there = _taken(neuron, place, count, first, ROWS)
+            rows = gate + expert * gate_expert_stride + row.to(tl.int64) * gate_stride
+            g = _dots(x, x_stride, sent, rows, there, hidden, T, ROWS, WIDTH)
+            factor = g
+            if KIND == "silu":
+                factor = g / (1.0 + tl.exp(-g))
+            elif KIND == "relu_squared":
+                factor = tl.where(g <= threshold, 0.0, g * g)
+            elif KIND == "shifted_relu":
+                factor = tl.where(g <= threshold, 0.0, g - threshold)
+            else:
+                factor = tl.where(g <= threshold, 0.0, g)
+            places = own + tl.arange(0, T)[:, None] * neurons + row[None, :]
+            mask = sent[:, None] & there[None, :]
+            if PREDICTED:  # for this token, too
+                mask = mask & (tl.load(wanted + places, mask=mask, other=0.0) != 0.0)
+            tl.store(factors + places, factor, mask=mask)
+
+
+@triton.jit
+def up_rows(
+    x,
+    up,
+    factors,
+    thresholds,
+    product,
+    counts,
+    index,
+    tokens,
+    slots,
+    hidden,
+    neurons,
+    x_stride,
+    up_stride,
+    up_expert_stride,
+    DENSE: tl.constexpr,
+    RELU: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
+    T: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """product [experts, tokens, neurons], zeros before: the gate factor times the up factor where that is kept."""
+    expert = tl.program_id(1).to(tl.int64)
+    chunk, first = tl.program_id(0) // (CHUNK // ROWS), tl.program_id(0) % (CHUNK // ROWS) * ROWS
+    sent = _sent(index, expert, tokens, slots, T, SLOTS)
+    if tl.max(sent.to(tl.int32), axis=0) > 0:
+        own = expert * tokens * neurons
+        neuron, place, count = _listed(factors + own, sent, chunk, neurons, DENSE, T, CHUNK)
+        if first == 0:
+            tl.atomic_add(counts + UP, count.to(tl.int64))
+        if first < count:
+            row, there = _taken(neuron, place, count, first, ROWS)
+            rows = up + expert * up_expert_stride + row.to(tl.int64) * up_stride
+            u = _dots(x, x_stride, sent, rows, there, hidden, T, ROWS, WIDTH)
+            if RELU:
+                u = tl.where(u <= 0.0, 0.0, u)
+            places = own + tl.arange(0, T)[:, None] * neurons + row[None, :]
+            mask = sent[:, None] & there[None, :]
+            factor = tl.load(factors + places, mask=mask, other=0.0)
+            value = factor * u
+            if not DENSE:  # a zero stays one whatever the up row holds
+                value = tl.where(factor == 0.0, 0.0, value)
+            if THRESHOLDS:
+                small = tl.load(thresholds + expert * neurons + row, mask=there, other=0.0)
+                value = tl.where(tl.abs(value) <= small[None, :], 0.0, value)
+            tl.store(product + places, value, mask=mask)
+
+
+@triton.jit
+def down_rows(
+    product,
+    down_t,
+    partial,
+    counts,
+    index,
+    tokens,
+    slots,
+    hidden,
+    neurons,
+    down_stride,
+    down_expert_stride,
+    DENSE: tl.constexpr,
+    T: tl.constexpr,
+    SLOTS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """partial [experts, chunks, tokens, hidden] = product @ down_t over the kept neurons of each chunk."""
+    chunk, expert = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    sent = _sent(index, expert, tokens, slots, T, SLOTS)
+    if tl.max(sent.to(tl.int32), axis=0) > 0:
+        own = expert * tokens * neurons
+        neuron, place, count = _listed(product + own, sent, chunk, neurons, DENSE, T, CHUNK)
+        if tl.program_id(1) == 0:
+            tl.atomic_add(counts + DOWN, count.to(tl.int64))
+        token = tl.arange(0, T)
+        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        inside = column < hidden
+        total = tl.zeros((T, ROWS, WIDTH), tl.float32)
+        for first in range(0, count, ROWS):
+            row, there = _taken(neuron, place, count, first, ROWS)  # pyright: ignore[reportGeneralTypeIssues]
+            rows = down_t + expert * down_expert_stride + row.to(tl.int64) * down_stride
+            mask = there[:, None] & inside[None, :]
+            weights = tl.load(rows[:, None] + column[None, :], mask=mask, other=0.0)
+            places = own + token[:, None] * neurons + row[None, :]
+            values = tl.load(product + places, mask=sent[:, None] & there[None, :], other=0.0)
+            total += values[:, :, None] * weights.to(tl.float32)[None, :, :]
+        to = (expert * tl.num_programs(0) + chunk) * tokens + token
+        places = to[:, None] * hidden + column[None, :]
+        tl.store(partial + places, tl.sum(total, axis=1), mask=sent[:, None] & inside[None, :])
+
+
+@triton.jit
+def sum_chunks(
+    partial,
+    out,
+    index,
+    shares,
+    tokens,
+    slots,
+    chunks,
+    hidden,
+    SLOTS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """out [tokens, hidden]: the sum over chunks, and over the token's experts, each times its share."""
+    token = tl.program_id(1)
+    column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    inside = column < hidden
+    total = tl.zeros((WIDTH,), tl.float32)
+    for slot in range(0, slots):
+        expert = tl.zeros((), tl.int64)
+        share = tl.zeros((), tl.float32) + 1.0
+        if SLOTS > 0:
+            expert = tl.load(index + token * slots + slot).to(tl.int64)
+            share = tl.load(shares + token * slots + slot).to(tl.float32)
+        answer = tl.zeros((WIDTH,), tl.float32)
+        for first in range(0, chunks, CHUNKS):
+            chunk = first + tl.arange(0, CHUNKS)
+            rows = ((expert * chunks + chunk) * tokens + token) * hidden
+            mask = (chunk < chunks)[:, None] & inside[None, :]
+            values = tl.load(partial + rows[:, None] + column[None, :], mask=mask, other=0.0)
+            answer += tl.sum(values, axis=0)
+        total += share * answer
+    tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=inside)
