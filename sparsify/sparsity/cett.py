@@ -16,7 +16,7 @@ from torch import nn
 
 from sparsify.models import SparseModel
 from sparsify.sparsity.magnitudes import MagnitudeHistogram, down_norms, down_weight
-from sparsify.sparsity.probe import SparsityProbe, Tokens
+from sparsify.sparsity.probe import PIECE_ROWS, SparsityProbe, Tokens
 
 CETT_TARGETS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 CETT_TOLERANCE = 0.002
@@ -60,9 +60,15 @@ class CettObserver:
     ) -> None:
         """Adds the errors of one block's tokens; experts are judged by their own outputs."""
         weight = down_weight(block, expert)
-        whole = nn.functional.linear(product, weight).float().norm(dim=-1)
-        norms = product.float().abs() * self._norms[layer][expert]
         self._rows[layer] += len(product)
+        for rows in product.split(PIECE_ROWS):
+            self._add_rows(layer, rows, weight, self._norms[layer][expert])
+
+    def _add_rows(
+        self, layer: int, product: torch.Tensor, weight: torch.Tensor, down: torch.Tensor
+    ) -> None:
+        whole = nn.functional.linear(product, weight).float().norm(dim=-1)
+        norms = product.float().abs() * down
         for index, threshold in enumerate(self._thresholds[layer]):
             dropped = norms <= threshold
             error = nn.functional.linear(product * dropped, weight).float().norm(dim=-1)

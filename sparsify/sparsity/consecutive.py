@@ -12,8 +12,11 @@ from typing import Any, Self
 import torch
 
 from sparsify.sparsity.probe import Tokens
+from sparsify.sparsity.statistics import count_rows
 
 CHUNK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+PIECE_TOKENS = 1024
+"""Tokens that are looked at together, so that memory does not grow with the batch; a multiple of the longest chunk."""
 REUSE_TOKENS = (1, 2, 3, 4, 5)
 """How many tokens back a firing counts as reuse."""
 SAMPLED_NEURONS = 512
@@ -136,39 +139,60 @@ class ConsecutiveObserver:
     def add(
         self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
     ) -> None:
-        """Counts one block; the experts of a layer add up."""
+        """Counts one block, some tokens at a time; the experts of a layer add up."""
         batch, length = self._chunk_counts[0].shape
-        fired = product.new_zeros(batch * length, product.shape[1], dtype=torch.bool)
-        fired[tokens] = product != 0
-        sampled = fired[tokens][:, self._sample.to(fired.device)].float()
-        pairs = (sampled.T @ sampled).cpu().long()
-        self.statistics.together[layer, expert] += pairs
         self.statistics.routed[layer, expert] += len(tokens)
-        fired = fired.view(batch, length, -1)
-        self._add_reuse(layer, fired)
-        self._add_chunks(layer, fired)
+        windows = max(1, PIECE_TOKENS // max(length, 1))
+        back = REUSE_TOKENS[-1]
+        for first in range(0, batch, windows):
+            some = slice(first, min(first + windows, batch))
+            for start in range(0, length, PIECE_TOKENS):
+                # Pieces of a window overlap by the tokens that the next one looks back to.
+                before = min(start, back)
+                piece = slice(start, min(start + PIECE_TOKENS, length))
+                low = some.start * length + piece.start - before
+                high = (some.stop - 1) * length + piece.stop
+                low_row, high_row = torch.searchsorted(
+                    tokens, torch.tensor([low, high], device=tokens.device)
+                ).tolist()
+                inside = tokens[low_row:high_row] - low
+                fired = product.new_zeros(high - low, product.shape[1], dtype=torch.bool)
+                fired[inside] = product[low_row:high_row].bool()
+                self._add_pairs(layer, expert, fired[inside[inside >= before]])
+                fired = fired.view(some.stop - some.start, -1, product.shape[1])
+                self._add_reuse(layer, fired, some, piece)
+                self._add_chunks(layer, fired[:, before:], some, piece)
 
-    def _add_chunks(self, layer: int, fired: torch.Tensor) -> None:
+    def _add_pairs(self, layer: int, expert: int, fired: torch.Tensor) -> None:
+        sampled = fired[:, self._sample.to(fired.device)].float()
+        self.statistics.together[layer, expert] += (sampled.T @ sampled).cpu().long()
+
+    def _add_chunks(self, layer: int, fired: torch.Tensor, windows: slice, tokens: slice) -> None:
         union = fired
-        for index, counts in enumerate(self._chunk_counts):
+        for index, (size, counts) in enumerate(zip(CHUNK_TOKENS, self._chunk_counts, strict=True)):
             if index:
                 even = union.shape[1] // 2 * 2
                 union = union[:, 0:even:2] | union[:, 1:even:2]
-            total = (union.sum(-1) * counts.to(union.device)).sum()
-            self.statistics.chunk_fired[layer, index] += total.cpu()
+            counted = counts[windows, tokens.start // size : tokens.stop // size]
+            self.statistics.chunk_fired[layer, index] += _firings(union, counted)
 
-    def _add_reuse(self, layer: int, fired: torch.Tensor) -> None:
+    def _add_reuse(self, layer: int, fired: torch.Tensor, windows: slice, tokens: slice) -> None:
         back, length = REUSE_TOKENS[-1], fired.shape[1]
         if length <= back:
             return
-        counts = self._reuse_counts.to(fired.device)
+        counted = self._reuse_counts[windows, max(tokens.start, back) - back : tokens.stop - back]
         now = fired[:, back:]
-        self.statistics.fired[layer] += (now.sum(-1) * counts).sum().cpu()
+        self.statistics.fired[layer] += _firings(now, counted)
         before = torch.zeros_like(now)
         for index, distance in enumerate(REUSE_TOKENS):
             before |= fired[:, back - distance : length - distance]
-            total = ((now & before).sum(-1) * counts).sum()
-            self.statistics.reused[layer, index] += total.cpu()
+            self.statistics.reused[layer, index] += _firings(now & before, counted)
+
+
+def _firings(fired: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Firings [windows, tokens, neurons] on the tokens that count [windows, tokens], on the CPU. []"""
+    by_token = count_rows(fired.flatten(0, 1)).view(fired.shape[:2])
+    return (by_token * counted.to(fired.device)).sum().cpu()
 
 
 def sampled_neurons(num_neurons: int, num_experts: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from sparsify.models import SparseModel
 from sparsify.sparsity.cett import CETT_TARGETS, Batch, CettSearch
 from sparsify.sparsity.magnitudes import MagnitudeHistogram, MagnitudeObserver, down_norms
-from sparsify.sparsity.probe import Editor, SparsityProbe
+from sparsify.sparsity.probe import PIECE_ROWS, Editor, SparsityProbe
 from sparsify.sparsity.schema import CettLayer, CettPoint, Curves, PplPoint, SharePoint
 
 PPL_PERCENTS = (1, 5, 10)
@@ -165,29 +165,40 @@ def _bracket(
 def cett_editor(norms: Sequence[torch.Tensor], thresholds: Sequence[float]) -> Editor:
     """Leaves out the neurons whose output norm does not exceed their layer's threshold."""
 
-    def edit(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        keep = product.float().abs() * norms[layer][expert] > thresholds[layer]
-        return product * keep
+    def kept(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
+        return product.float().abs() * norms[layer][expert] > thresholds[layer]
 
-    return edit
+    return _keep_only(kept)
 
 
 def top_k_editor(share: float) -> Editor:
     """Leaves out that share of every token's neurons, those of the smallest |h|."""
 
-    def edit(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        kept = max(1, round((1 - share) * product.shape[-1]))
-        top = product.abs().topk(kept, dim=-1).indices
-        return torch.zeros_like(product).scatter(-1, top, product.gather(-1, top))
+    def kept(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
+        number = max(1, round((1 - share) * product.shape[-1]))
+        top = product.abs().topk(number, dim=-1).indices
+        return torch.zeros_like(product, dtype=torch.bool).scatter_(-1, top, True)
 
-    return edit
+    return _keep_only(kept)
 
 
 def magnitude_editor(activations: MagnitudeHistogram, share: float) -> Editor:
     """Leaves out every |h| up to a threshold of its layer, which that share of its values does not exceed."""
     thresholds = [activations.threshold(layer, share) for layer in range(len(activations.counts))]
 
+    def kept(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
+        return product.float().abs() > thresholds[layer]
+
+    return _keep_only(kept)
+
+
+def _keep_only(kept: Editor) -> Editor:
+    """Sets to zero what a rule does not keep, in place and some rows at a time: memory does not grow with the batch."""
+
+    @torch.no_grad()
     def edit(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        return product * (product.float().abs() > thresholds[layer])
+        for rows in product.split(PIECE_ROWS):
+            rows.mul_(kept(layer, expert, rows))
+        return product
 
     return edit

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from sparsify.models import SparseModel
-from sparsify.sparsity.probe import Tokens
+from sparsify.sparsity.probe import PIECE_ROWS, Tokens
 
 BINS_PER_OCTAVE = 64
 LOWEST_OCTAVE, HIGHEST_OCTAVE = -48, 32
@@ -62,9 +62,10 @@ class MagnitudeObserver:
         self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
     ) -> None:
         """Counts one block."""
-        magnitudes = product.float().abs()
-        self.activations.add(layer, magnitudes)
-        self.outputs.add(layer, magnitudes * self._norms[layer][expert])
+        for rows in product.split(PIECE_ROWS):
+            magnitudes = rows.float().abs()
+            self.activations.add(layer, magnitudes)
+            self.outputs.add(layer, magnitudes * self._norms[layer][expert])
 
 
 def down_weight(block: Any, expert: int) -> torch.Tensor:

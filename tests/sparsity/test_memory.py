@@ -1,0 +1,77 @@
+"""What the probe and the report's measures add to a model's own memory does not grow with the text or the batch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+MIB = 2**20
+BOUND_MIB = 300
+
+# A layer of a 7B model with tiny hidden states, so that activations are all that weighs. The peak is the kernel's own record,
+# in a process of its own, as torch keeps no account of a CPU's memory.
+PROGRAM = """
+import json, sys
+from importlib import import_module
+from pathlib import Path
+import torch
+from sparsify.models import SparseMistralConfig, SparseMistralForCausalLM
+from sparsify.sparsity.curves import top_k_editor
+from sparsify.sparsity.magnitudes import MagnitudeObserver
+from sparsify.sparsity.probe import SparsityProbe
+
+what, batch, tokens, passes = sys.argv[1], *map(int, sys.argv[2:])
+measuring = import_module("sparsify.sparsity.measure")
+torch.manual_seed(0)
+config = SparseMistralConfig(vocab_size=64, hidden_size=8, intermediate_size=14336, num_hidden_layers=4,
+    num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=tokens, ffn_activation="drelu")
+model = SparseMistralForCausalLM(config).eval()
+ids = torch.randint(0, 64, (batch, tokens))
+one = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(tokens).expand(batch, tokens)}
+mask = torch.arange(tokens).expand(batch, tokens) % 7 > 0
+with torch.no_grad():
+    if what == "report":
+        measuring.measure(model, [one] * passes, name="m", text="t")
+    elif what == "off":
+        for _ in range(passes):
+            measuring.summed_loss(model, one)
+    else:
+        with SparsityProbe(model) as probe:
+            for _ in range(passes):
+                probe.count(mask)
+                measuring.summed_loss(model, one)
+    if what == "curves":
+        with SparsityProbe(model, MagnitudeObserver(model), editor=top_k_editor(0.5)):
+            for _ in range(passes):
+                measuring.summed_loss(model, one)
+print(json.dumps([int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()
+    if line.startswith("VmHWM")][0]))
+"""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+]
+
+
+def peak_mib(what: str, *, batch: int, tokens: int = 1024, passes: int = 1) -> float:
+    arguments = [what, str(batch), str(tokens), str(passes)]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout) / MIB
+
+
+@pytest.mark.parametrize("what", ["probe", "report", "curves"])
+def test_added_memory_is_fixed(what: str) -> None:
+    """8,192 tokens at once: every copy of their activations would be 470 MB."""
+    model_alone = peak_mib("off", batch=4, tokens=2048)
+    assert peak_mib(what, batch=4, tokens=2048) - model_alone < BOUND_MIB
+
+
+def test_a_longer_text_needs_no_more() -> None:
+    once, thrice = (peak_mib("report", batch=1, passes=passes) for passes in (1, 3))
+    assert thrice - once < 50
