@@ -217,7 +217,7 @@ def _probe(session: Session, step_seconds: float, repeats: int) -> Probe:
 def _probed_forward(session: Session) -> None:
     with SparsityProbe(session.engine.module) as probe:
         _forward(session)
-    probe.statistics()
+    probe.statistics().reduce().zero_share("product")
 
 
 @torch.no_grad()
