@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -24,13 +28,14 @@ from sparsify.recipe import ActivationSection, ModelSection, Recipe
 from sparsify.training.evaluations import has_line
 from sparsify.training.run_folder import RunFolder
 from sparsify.verbs.evaluate import evaluate_model
-from tests.conftest import Setup
+from tests.conftest import Command, Setup
 from tests.evaluation.suite_program import SMALL_CHUNKS
 from tests.ranks import prepare_run, records, run_ranks
 
 pytestmark = pytest.mark.xdist_group("suite")
 
 PROGRAM = Path(__file__).with_name("suite_program.py")
+SETUP = Setup("mistral", 1, 2, "fp32")
 SUITE = """name: own
 tasks:
   arc_easy: {shots: 1}
@@ -248,3 +253,58 @@ def test_what_is_missing_is_said_before_anything_costs(
     own = tmp_path / "own.yaml"
     own.write_text("name: own\ntasks: {hellaswagg: {}}\n")
     assert "hellaswag" in refused(suite=str(own))
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_ends_the_command_with_its_message(
+    command: Command, tmp_path: Path
+) -> None:
+    """Only the first rank meets it, after the last step was saved; what is left then is the suite."""
+    suite, run = tmp_path / "own.yaml", tmp_path / "run"
+    suite.write_text("name: own\ntasks: {python_functions: {limit: 8, metric: nonsense}}\n")
+    asked = [*command(SETUP, run), f"eval.suite={suite}", "eval.suite_every_tokens=4096"]
+    failed = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=300)
+    assert failed.returncode == 2, failed.stderr
+    assert "Task python_functions has no metric 'nonsense'" in failed.stderr
+    assert not [record for record in records(run) if record["kind"] == "suite"]
+
+    suite.write_text("name: own\ntasks: {python_functions: {limit: 8}}\n")
+    subprocess.run(asked, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    check_rows(RunFolder(run), [8])
+    trained = [record["step"] for record in records(run) if record["kind"] == "train"]
+    assert trained == list(range(1, 9))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_ctrl_c_in_the_middle_ends_all_ranks_and_the_same_command_goes_on(
+    stage: int, command: Command, tmp_path: Path
+) -> None:
+    suite, run = tmp_path / "own.yaml", tmp_path / "run"
+    suite.write_text("name: own\ntasks: {python_functions: {limit: 1000}}\n")
+    asked = command(SETUP._replace(stage=stage), run)
+    asked += [f"eval.suite={suite}", "eval.suite_every_tokens=2048"]
+    launched = subprocess.Popen(asked, stdout=subprocess.DEVNULL, start_new_session=True)
+    journal = run / "evaluations/own,step-00000004/journal/python_functions.loglikelihood.jsonl"
+    deadline = time.monotonic() + 300
+    while not journal.is_file() or journal.stat().st_size < 1000:
+        assert launched.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(launched.pid, signal.SIGINT)
+    assert launched.wait(60) == 130
+    answered = len(journal.read_text().splitlines())
+    assert answered > 1
+    assert not [record for record in records(run) if record["kind"] == "suite"]
+
+    subprocess.run(asked, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    check_rows(RunFolder(run), [4, 8])
+    checkpoint = str(run / "checkpoints" / "step-00000004")
+    apart, _ = evaluate_model(
+        checkpoint,
+        asked_of(RunFolder(run), to=tmp_path / "apart"),
+        "",
+        print,
+        lambda _: lambda _done, _all: None,
+    )
+    check_same(read_results(run / "evaluations" / "own,step-00000004"), apart)
