@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.errors import RunError
 from sparsify.evaluation.asked import Asked
 from sparsify.evaluation.evaluate import Settings, evaluate
 from sparsify.evaluation.in_training import suite_of
@@ -83,6 +85,7 @@ class TrainingSuite:
 
         Raises:
             EvaluationError: If the suite, a task or its data is missing.
+            RunError: If memory runs out.
             StorageError: If the disk refuses.
         """
         meeting = Meeting(stop_requested)
@@ -209,6 +212,9 @@ def as_loaded(engine: Any) -> Iterator[SparseModel]:
     """The live model as `sparsify evaluate` would load it: the plain activation by the model's own code, no gradients.
 
     Afterwards model and random numbers are as they were.
+
+    Raises:
+        RunError: If memory runs out.
     """
     model: SparseModel = engine.module
     attention = str(model.config._attn_implementation)
@@ -218,7 +224,14 @@ def as_loaded(engine: Any) -> Iterator[SparseModel]:
         if attention != "sdpa":
             stack.callback(model.set_attn_implementation, attention)
             model.set_attn_implementation("sdpa")
-        yield model
+        try:
+            yield model
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"Rank {dist.get_rank()} ran out of memory while it answered the suite: {str(error).splitlines()[0]}",
+                next_step="Set a lower eval.suite_batch_size, or eval.suite=null; the same command goes on from the "
+                "checkpoint.",
+            ) from error
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # its shapes are not those of the training
 
