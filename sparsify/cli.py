@@ -119,9 +119,10 @@ def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None
     Example: sparsify recipes validate my_recipe.yaml
     """
     from sparsify import catalogue
+    from sparsify.evaluation.in_training import suite_of
 
     for name in paths or catalogue.recipe_names():
-        catalogue.compose_recipe(name)
+        suite_of(catalogue.compose_recipe(name).eval)
         say(f"{name}: valid")
 
 

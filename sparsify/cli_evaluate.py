@@ -81,9 +81,10 @@ def evaluate(
 
     Example: sparsify evaluate runs/quickstart --suite quick
     """
+    from sparsify.evaluation.asked import Asked
     from sparsify.evaluation.table import results_table
-    from sparsify.verbs.evaluate import Asked, evaluate_model
-    from sparsify.verbs.follow import LINES_FILE
+    from sparsify.training.evaluations import LINES_FILE
+    from sparsify.verbs.evaluate import evaluate_model
     from sparsify.verbs.follow import follow as follow_run
 
     some = tuple(tasks.split(",")) if tasks else ()

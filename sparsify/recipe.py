@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from sparsify.recipe_conversion import ActivationSection, ConversionSection
+from sparsify.recipe_evaluation import EvalSection
 from sparsify.recipe_sparsity import DistillationSection, SparsitySection, SwapSection
 
 AUTO_STAGE = -1
@@ -219,26 +220,6 @@ class CheckpointSection:
     """The newest checkpoints. With 1 there is none to go back to when the newest is damaged."""
     keep_every_tokens: int | None = None
     """Keep also the checkpoint at each multiple of so many tokens, for good: a multiple of `every_tokens`."""
-
-
-@dataclass
-class EvalSection:
-    """What to measure during and after training. The files stand in `eval/`."""
-
-    name: str = MISSING
-    every_tokens: int = MISSING
-    """Cadence of validation loss and of the sparsity probe."""
-    evaluation_files: list[str] = field(default_factory=list)
-    """Paths or globs of evaluation sets, formats as in `SourceSection.files`: what `mixture.decontaminate_against` means
-    by this suite's name."""
-    validation_windows_per_source: int = 16
-    report_tokens: int = 32_768
-    """Held-out tokens that the sparsity report rests on."""
-    report_curve_tokens: int = 0
-    """Of these, tokens for CETT, CETT-PPL and top-k curves, which need about 35 passes over them; 0 leaves the curves out."""
-    sample_prompts: list[str] = field(default_factory=list)
-    """Pretraining-style prompts that the exported checkpoint continues in a fresh process."""
-    sample_tokens: int = 48
 
 
 @dataclass

@@ -27,6 +27,7 @@ from sparsify.recipe_conversion import (
 from sparsify.source_rules import check_choice
 from sparsify.sparsity_rules import check_sparsification
 from sparsify.speed_rules import check_speed
+from sparsify.suite_rules import check_suite
 
 
 def validate(recipe: Recipe) -> Recipe:
@@ -48,6 +49,7 @@ def validate(recipe: Recipe) -> Recipe:
     check_mixture(recipe.mixture)
     check_sparsification(recipe)
     check_speed(recipe)
+    check_suite(recipe)
     if recipe.control.ffn_activation == recipe.activation.ffn_activation:
         recipe.control.ffn_activation = None
     return recipe

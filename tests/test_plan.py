@@ -177,6 +177,13 @@ def test_what_is_offloaded_is_in_host_memory_instead() -> None:
     assert make_plan(composed("turbosparse_mixtral_8x7b", "engine=zero3")).host.total == 0
 
 
+def test_a_suite_under_zero_3_takes_the_weights_once_more() -> None:
+    suite = "eval.suite=quick"
+    plan = make_plan(composed("turbosparse_mixtral_8x7b", "engine=zero3", suite))
+    assert plan.host.total == plan.host.suite_weights_bytes == 2 * plan.parameters.total
+    assert make_plan(composed("turbosparse_mixtral_8x7b", "engine=zero2", suite)).host.total == 0
+
+
 def test_the_turbosparse_recipes_fit_eight_gpus_and_only_as_they_are() -> None:
     assert make_plan(composed("turbosparse_mistral_7b")).device.total < 0.8 * GPU_BYTES
     assert make_plan(composed("turbosparse_mixtral_8x7b")).device.total < 0.8 * GPU_BYTES

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsify.comparison.schema import Point
 from sparsify.errors import RunError, nearest
 from sparsify.mixture.lock import MixtureLock, read_lock
-from sparsify.recipe import EXECUTION_SETTINGS, Recipe
+from sparsify.recipe import Recipe
 from sparsify.training.history import curve_records, read_lines
+from sparsify.training.identity import identity_of, rounded_share
 from sparsify.training.run_folder import RunFolder
-
-SHARE_DECIMALS = 9
-"""Shares that agree this far are the same, whichever way a mixture states them."""
 
 
 class Windows(NamedTuple):
@@ -71,7 +69,9 @@ class Arm:
 
     def shares(self) -> dict[str, float]:
         """Planned share of tokens of every source."""
-        return {name: _rounded(source.token_share) for name, source in self.lock.sources.items()}
+        return {
+            name: rounded_share(source.token_share) for name, source in self.lock.sources.items()
+        }
 
     def is_control_of(self, other: Arm) -> bool:
         """Whether it is `other` with the activation left dense: model, tokens, order, optimiser and windows are the same."""
@@ -81,23 +81,6 @@ class Arm:
             and identity_of(self.recipe, self.lock) == identity_of(other.recipe, other.lock)
             and self.windows() == other.windows()
         )
-
-
-def identity_of(recipe: Recipe, lock: MixtureLock) -> tuple[Any, ...]:
-    """What a run and its control have in common: model, optimiser, budget, and the tokens in their order."""
-    training = asdict(recipe.training)
-    for key in EXECUTION_SETTINGS:
-        del training[key]
-    tokens = {
-        name: (source.fingerprint, source.planned_tokens, _rounded(source.token_share))
-        for name, source in lock.sources.items()
-    }
-    data = (lock.tokenizer_fingerprint, lock.seed, recipe.mixture.instruction_loss, tokens)
-    return asdict(recipe.model), asdict(recipe.optimizer), training, data
-
-
-def _rounded(share: float) -> float:
-    return round(share, SHARE_DECIMALS)
 
 
 def read_arm(path: Path) -> Arm:

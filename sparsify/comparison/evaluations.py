@@ -23,8 +23,7 @@ from sparsify.evaluation.results import (
     read_results,
 )
 from sparsify.evaluation.scores import Difference, Measured, difference
-
-EVALUATIONS = "evaluations"
+from sparsify.training.evaluations import EVALUATIONS
 
 Against = Literal["itself without predictors", "its dense control", "another model", "nothing"]
 Verdict = Literal["better", "worse", "within noise"]

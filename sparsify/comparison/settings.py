@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.catalogue import NEUTRAL_OVERRIDES
-from sparsify.comparison.arms import SHARE_DECIMALS, Arm
+from sparsify.comparison.arms import Arm
 from sparsify.comparison.schema import Setting
+from sparsify.training.identity import rounded_share
 
 UNINTERESTING = (
     "name",
@@ -67,7 +68,7 @@ def _instruction_share(arm: Arm, given: Setting) -> Setting:
         for name, source in arm.lock.sources.items()
         if sources[name].group == "instruction"
     )
-    return round(stated, SHARE_DECIMALS)
+    return rounded_share(stated)
 
 
 def swept_setting(settings: Sequence[Mapping[str, Setting]]) -> str | None:

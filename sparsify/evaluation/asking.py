@@ -11,7 +11,7 @@ from lm_eval.api.model import LM
 
 from sparsify.evaluation.counting import Counts, together
 from sparsify.evaluation.journal import Chunk, Journal
-from sparsify.evaluation.workers import Workers
+from sparsify.evaluation.workers import Answering
 
 CHUNK_REQUESTS = {"loglikelihood": 64, "loglikelihood_rolling": 2, "generate_until": 16}
 """Requests that are answered before the journal is written: what a killed evaluation loses at most of each process."""
@@ -32,7 +32,7 @@ class Asking(LM):
     """
 
     def __init__(
-        self, workers: Workers, journal: Path, identity: str, on_progress: Progress
+        self, workers: Answering, journal: Path, identity: str, on_progress: Progress
     ) -> None:
         super().__init__()
         self._workers, self._journal = workers, journal

@@ -28,7 +28,7 @@ from sparsify.evaluation.results import (
 from sparsify.evaluation.scores import Score, kind_of, mean_of, measured, scores_of
 from sparsify.evaluation.suite import Suite
 from sparsify.evaluation.tasks import FEWSHOT_SEED, TaskSource, build_tasks
-from sparsify.evaluation.workers import Workers
+from sparsify.evaluation.workers import Answering, Workers
 from sparsify.files import write_json, write_text
 from sparsify.mixture.evaluation_items import strings
 
@@ -63,6 +63,7 @@ def evaluate(
     settings: Settings,
     *,
     on_progress: Callable[[str], Progress] = lambda _: lambda _done, _all: None,
+    answering: Answering | None = None,
 ) -> EvaluationResults:
     """Measures every task of a suite and writes results.json and the items' scores.
 
@@ -75,6 +76,7 @@ def evaluate(
             same suite and settings, is taken over.
         settings: How to measure.
         on_progress: Given a task's name, what is told of its requests: done, all.
+        answering: Who answers, all with this model; None for `settings.processes` of their own.
 
     Raises:
         EvaluationError: If a task cannot be prepared, or a process is killed.
@@ -87,7 +89,7 @@ def evaluate(
     done: list[TaskResult] = []
     try:
         predictors = subject.predictors[1] if subject.predictors else None
-        with Workers(
+        with answering or Workers(
             model, subject.tokenizer, settings.batch_size, predictors, settings.processes
         ) as workers:
             for source in sources:
@@ -124,7 +126,7 @@ def evaluate(
 
 
 def _held_out(
-    workers: Workers, subject: Subject, held_out: HeldOut, keep: _Kept
+    workers: Answering, subject: Subject, held_out: HeldOut, keep: _Kept
 ) -> list[TaskResult]:
     return [
         keep.or_measure(
@@ -185,7 +187,7 @@ def _facts(source: TaskSource, settings: Settings) -> str:
 
 
 def _measure(
-    workers: Workers,
+    workers: Answering,
     subject: Subject,
     source: TaskSource,
     keep: _Kept,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -13,8 +14,10 @@ from sparsify.evaluation.counting import Counts, together
 from sparsify.evaluation.model import Subject, counted_fields
 from sparsify.evaluation.results import TaskResult
 from sparsify.evaluation.scores import Score, measured
-from sparsify.evaluation.workers import Workers
 from sparsify.mixture.windows import Window
+
+if TYPE_CHECKING:
+    from sparsify.evaluation.workers import Answering
 
 METRIC = "token_perplexity"
 PREFIX = "held-out/"
@@ -47,7 +50,7 @@ def fingerprint(windows: Sequence[Window]) -> str:
 
 
 def measure_source(
-    workers: Workers, subject: Subject, mixture: str, source: str, windows: Sequence[Window]
+    workers: Answering, subject: Subject, mixture: str, source: str, windows: Sequence[Window]
 ) -> tuple[TaskResult, dict[str, dict[str, Score]]]:
     """The row of one source, and its items: a window each.
 

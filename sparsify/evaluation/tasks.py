@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,18 +141,36 @@ def build_tasks(source: TaskSource) -> dict[str, Any]:
     return tasks
 
 
+def check_hub_names(sources: Sequence[TaskSource]) -> None:
+    """Refuses tasks of the Hub that lm-evaluation-harness does not know, without asking the network.
+
+    Raises:
+        EvaluationError: Naming the nearest.
+    """
+    from lm_eval.tasks import TaskManager
+
+    hub = [source.name for source in sources if source.config is None]
+    manager = TaskManager() if hub else None
+    for name in hub:
+        _known(manager, HUB_TASKS.get(name, name))
+
+
 def _hub_tasks(source: TaskSource) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
-    name = HUB_TASKS.get(source.name, source.name)
     manager = TaskManager()
+    name = _known(manager, HUB_TASKS.get(source.name, source.name))
+    return dict(manager.load([name])["tasks"])
+
+
+def _known(manager: Any, name: str) -> str:
     if name not in manager.task_index:
         raise EvaluationError(
             f"There is no task {name!r}.",
             allowed=f"{nearest(name, manager.all_tasks)}A standard task of lm-evaluation-harness, or one of "
             f"{', '.join(task_names())}.",
         )
-    return dict(manager.load([name])["tasks"])
+    return name
 
 
 def _local_tasks(config: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection, wait
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 import torch.multiprocessing  # teaches pickle to share tensors instead of copying them
@@ -32,6 +32,21 @@ from sparsify.predictors import Predictors
 
 Method = Literal["chunk", "window", "sample"]
 SHARED_MEMORY = Path("/dev/shm")
+
+
+class Answering(Protocol):
+    """Who answers, while its context lasts."""
+
+    device: str
+    """Type of what answers."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: object, error: object, trace: object, /) -> None: ...
+
+    def map(self, method: Method, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
+        """What a method of Measurer returns for the arguments of each item, in their order."""
+        ...
 
 
 class Workers:

@@ -45,12 +45,14 @@ class _Bytes(BaseModel):
 
 
 class HostMemory(_Bytes):
-    """What ZeRO-Offload (arXiv 2101.06840) keeps in host memory."""
+    """What ZeRO-Offload (arXiv 2101.06840) keeps in host memory, and what a suite under ZeRO-3 may take there."""
 
     weights_bytes: int = 0
     gradients_bytes: int = 0
     master_weights_bytes: int = 0
     adam_moments_bytes: int = 0
+    suite_weights_bytes: int = 0
+    """The copy that answers `eval.suite` under ZeRO-3; on the first GPU instead, where that has room for it."""
 
 
 class DeviceMemory(HostMemory):
@@ -138,6 +140,7 @@ class _Sizes:
         self.engine, self.stage = recipe.engine, recipe.engine.zero_stage
         self.processes = recipe.launch.total_processes
         self.value_bytes, self.on_cpu = value_bytes(recipe), on_cpu
+        self.asks_saved = recipe.eval.suite is not None and self.stage == 3
         self.accumulates = recipe.accumulation_steps > 1
         self.all = parameters.total
         self.own = -(-parameters.total // self.processes)
@@ -231,13 +234,15 @@ class _Sizes:
         return {"optimizer_step_bytes": FP32_BYTES * (copies * updated + flat)}
 
     def host(self, node_processes: int) -> HostMemory:
-        """What is offloaded, for one node's processes."""
+        """What is offloaded, for one node's processes, and the copy that a suite loads."""
         parts: dict[str, int] = {}
         if self.engine.offload_optimizer_to_cpu:
             for name, size in (("gradients", 1), ("master_weights", 1), ("adam_moments", 2)):
                 parts[f"{name}_bytes"] = size * FP32_BYTES * self.own * node_processes
         if self.engine.offload_parameters_to_cpu:
             parts["weights_bytes"] = self.value_bytes * self.own * node_processes
+        if self.asks_saved:
+            parts["suite_weights_bytes"] = self.value_bytes * self.all
         return HostMemory(**parts)
 
 

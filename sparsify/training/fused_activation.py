@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -218,6 +219,21 @@ def fuse(activation: FfnActivation, implementation: str) -> FusedFfnActivation:
     fused.kernel = checked_kernel(implementation, activation.name)
     fused.zeros, fused.num_values = None, 0
     return fused
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Has the model's own code compute every activation meanwhile, as in a model that was loaded."""
+    fused: list[FfnActivation] = [
+        one for one in _activations(model) if type(one) is FusedFfnActivation
+    ]
+    for activation in fused:
+        activation.__class__ = FfnActivation
+    try:
+        yield
+    finally:
+        for activation in fused:
+            activation.__class__ = FusedFfnActivation
 
 
 def check_fusible(recipe: Recipe) -> None:

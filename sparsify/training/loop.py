@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from sparsify.training.annealing import anneal, plain
 from sparsify.training.checkpoints import Keep, TrainingState
 from sparsify.training.compiled import evaluating
 from sparsify.training.engine import set_learning_rate
+from sparsify.training.evaluations import suite_is_due
 from sparsify.training.fused_activation import fuse_activation
 from sparsify.training.objective import Objective, pressure_line
 from sparsify.training.penalty import next_control, penalty_weight
@@ -44,6 +45,9 @@ from sparsify.training.teacher import Teacher
 from sparsify.training.telemetry import Telemetry
 from sparsify.training.validation import validate
 
+if TYPE_CHECKING:
+    from sparsify.training.suite import TrainingSuite
+
 REFERENCE_TOKENS = 32
 DATA_POLL_SECONDS = 0.1
 
@@ -65,6 +69,8 @@ class Session:
     tokenizer: PreTrainedTokenizerFast
     teacher: Teacher | None = None
     """The dense source, where the recipe distils from it."""
+    suite: TrainingSuite | None = None
+    """What is asked at checkpoints, where the recipe names a suite."""
     saved: TrainingState | None = None
     """The state that the newest checkpoint holds, or None before the first."""
 
@@ -78,7 +84,8 @@ def train(session: Session) -> bool:
     recipe = session.recipe
     if session.state.step == 0:
         _validate_start(session)
-    stopping = False
+    asked = _ask_suite(session)  # where an interruption cut it short
+    stopping = not asked
     while session.state.step < recipe.num_steps and not stopping:
         stopping = _train_step(session)
         last = session.state.step == recipe.num_steps
@@ -88,7 +95,9 @@ def train(session: Session) -> bool:
             _save(session)
             if not stopping:
                 _sample(session)
-    return session.state.step == recipe.num_steps
+                asked = _ask_suite(session)
+                stopping = not asked
+    return session.state.step == recipe.num_steps and asked
 
 
 def _due(recipe: Recipe, state: TrainingState, every_tokens: int) -> bool:
@@ -337,6 +346,15 @@ def _sample(session: Session) -> None:
     if settings.sample_prompts:
         texts = continue_prompts(session.engine, session.tokenizer, settings)
         session.telemetry.samples(state.step, state.seen_tokens, settings.sample_prompts, texts)
+
+
+def _ask_suite(session: Session) -> bool:
+    """Returns False when a rank was asked to stop before the suite was done; the checkpoint is saved all the same."""
+    if session.suite is None or not suite_is_due(session.recipe, session.state):
+        return True
+    return session.suite.measure(
+        session.engine, session.state, session.telemetry, session.stop_requested
+    )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.recipe import EvalSection
+from sparsify.recipe_evaluation import EvalSection
 from sparsify.training.compiled import evaluating
 
 

@@ -12,10 +12,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from sparsify.evaluation.results import EvaluationResults
 from sparsify.files import write_text
 from sparsify.recipe import Recipe
 from sparsify.sparsity.alarms import LayerAlarms
 from sparsify.training.checkpoints import Saved, TrainingState
+from sparsify.training.evaluations import task_figures
 from sparsify.training.history import read_lines
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.stability import BadStep
@@ -106,7 +108,7 @@ class Telemetry:
             return
         record = {"kind": "bad_step", "step": bad.step, "tokens": seen_tokens}
         self._append(self._run.metrics, record | asdict(bad) | {"policy": policy})
-        self._say(f"{bad.sentence()}; on_bad_step={policy}")
+        self.say(f"{bad.sentence()}; on_bad_step={policy}")
 
     def rolled_back(
         self, step: int, seen_tokens: int, to_step: int, windows: tuple[int, int]
@@ -116,7 +118,7 @@ class Telemetry:
             return
         record = {"kind": "rollback", "step": step, "tokens": seen_tokens, "to_step": to_step}
         self._append(self._run.metrics, record | {"windows": windows})
-        self._say(
+        self.say(
             f"rolled back to the weights of step {to_step:,}; windows {windows[0]}–{windows[1]} are left out"
         )
 
@@ -135,7 +137,7 @@ class Telemetry:
         steps = self._recipe.stability.starving_expert_steps
         record = {"kind": "starving_expert", "step": step, "tokens": seen_tokens, "steps": steps}
         self._append(self._run.metrics, record | {"layer": layer, "expert": expert, "load": load})
-        self._say(
+        self.say(
             f"expert {expert} of layer {layer} starves at step {step:,}: {load:.2%} of its layer's tokens, too few for "
             f"{steps} steps in a row; a higher training.router_aux_loss_coefficient spreads them more evenly"
         )
@@ -172,12 +174,12 @@ class Telemetry:
         parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())
         what = label.replace("_", " ")
         what += "" if annealed_share is None else f" ({annealed_share:.0%} of the way)"
-        self._say(f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}")
+        self.say(f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}")
         if self._tracker is not None:
             layers = [record["layers"] for record in read_lines(self._run.sparsity)]
             self._tracker.heat_map(step, layers)
         for alarm in alarms:
-            self._say(f"[bold red]Alarm[/bold red] {alarm}")
+            self.say(f"[bold red]Alarm[/bold red] {alarm}")
 
     def _check_layers(self, layers: list[float], label: str) -> list[str]:
         # A mixture with the dense activation has no zeros, and is about to have them again.
@@ -197,6 +199,31 @@ class Telemetry:
         if self._tracker is not None:
             self._tracker.samples(step, pairs)
 
+    def suite(
+        self,
+        step: int,
+        seen_tokens: int,
+        results: EvaluationResults,
+        folder: str,
+        seconds: float,
+    ) -> None:
+        """Records what a suite found.
+
+        Args:
+            step: Finished steps.
+            seen_tokens: Training tokens seen.
+            results: The scores.
+            folder: Where all of them stand, from the run folder on.
+            seconds: How long training stood still for it.
+        """
+        if self._silent:
+            return
+        record = {"kind": "suite", "step": step, "tokens": seen_tokens, "suite": results.suite}
+        record |= {"tasks": task_figures(results), "folder": folder, "seconds": round(seconds, 3)}
+        self._append(self._run.metrics, record)
+        parts = "  ".join(f"{task.name} {task.score.value:.3f}" for task in results.tasks)
+        self.say(f"suite {results.suite}: {parts}  ({seconds:.1f} s)")
+
     def base(self, stage: Mapping[str, Any], shares: Mapping[str, float]) -> None:
         """Records the validation losses of the dense base that a calibration measured, before step 1.
 
@@ -212,7 +239,7 @@ class Telemetry:
         record = {"kind": "validation", "step": 0, "tokens": 0, "label": "base", "loss": loss}
         record |= {"sources": losses, "zeros": stage["zeros"], "source_zeros": {}}
         self._append(self._run.metrics, record)
-        self._say(f"validation base: loss {loss:.3f}, as calibration measured it")
+        self.say(f"validation base: loss {loss:.3f}, as calibration measured it")
 
     def saved(self, state: TrainingState, saved: Saved, seconds: float) -> None:
         """Records that a checkpoint is on disk, its size, and how long training stood still for it."""
@@ -221,7 +248,7 @@ class Telemetry:
         where = {"kind": "checkpoint", "step": state.step, "tokens": state.seen_tokens}
         cost = {"bytes": saved.size_bytes, "seconds": round(seconds, 3)}
         self._append(self._run.metrics, where | cost)
-        self._say(f"saved {saved.path} ({saved.size_bytes / 1e6:.0f} MB, {seconds:.1f} s)")
+        self.say(f"saved {saved.path} ({saved.size_bytes / 1e6:.0f} MB, {seconds:.1f} s)")
 
     def close(self) -> None:
         """Ends the progress bar and the tracker."""
@@ -230,7 +257,8 @@ class Telemetry:
         if self._tracker is not None:
             self._tracker.close()
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """Prints a line for people."""
         if not self._silent:
             (self._progress.console if self._progress else self._console).print(
                 line, soft_wrap=True

@@ -6,6 +6,7 @@ import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -14,7 +15,7 @@ from sparsify.errors import UserError
 from sparsify.mixture.lock import check_lock, read_lock
 from sparsify.mixture.plan import Anchor, SourceSchedule
 from sparsify.mixture.windows import WindowReader, held_out_windows
-from sparsify.recipe import token_shares
+from sparsify.recipe import Recipe, token_shares
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import TrainingState, latest_checkpoint, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources, shares_of
@@ -33,6 +34,9 @@ from sparsify.training.processes import (
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.teacher import load_teacher
 from sparsify.training.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from sparsify.training.suite import TrainingSuite
 
 
 def main(run_dir: str) -> int:
@@ -108,8 +112,17 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
         ),
         load_tokenizer(run.initial),
         load_teacher(recipe, run, engine.device),
+        _suite(recipe, run),
         saved=None if newest is None else state,
     )
+
+
+def _suite(recipe: Recipe, run: RunFolder) -> TrainingSuite | None:
+    if recipe.eval.suite is None:
+        return None
+    from sparsify.training.suite import TrainingSuite  # needs lm-evaluation-harness
+
+    return TrainingSuite(recipe, run)
 
 
 def _agreed(newest: Path | None) -> Path | None:

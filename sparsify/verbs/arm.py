@@ -21,6 +21,7 @@ from sparsify.conversion.calibrated import convert_calibrated, read_record
 from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.source import read_checkpoint
 from sparsify.errors import RecipeError, RunError
+from sparsify.evaluation.in_training import suite_of
 from sparsify.files import storage_errors, write_json
 from sparsify.mixture.calibration import Watched, mixture_calibration
 from sparsify.mixture.encoding import Tokenizer
@@ -34,6 +35,7 @@ from sparsify.sparsity_rules import check_anneal, check_teacher
 from sparsify.training.checkpoints import latest_checkpoint, newest_whole, read_state
 from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.engine import check_machine
+from sparsify.training.evaluations import suite_is_due, suite_is_logged
 from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.launcher import launch
 from sparsify.training.nodes import Nodes
@@ -104,6 +106,7 @@ def _only_one(run: RunFolder) -> Iterator[None]:
 
 def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) -> bool:
     check_machine(recipe)
+    suite_of(recipe.eval)
     _open_run(recipe, run)
     if not run.initial.is_dir():
         converted = _convert(recipe, run.initial, say)
@@ -113,7 +116,10 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) 
     newest = newest_whole(run.checkpoints, say)
     saved = read_state(newest) if newest else None
     step = saved.step if saved else 0
-    if step == recipe.num_steps:
+    unasked = (
+        saved is not None and suite_is_due(recipe, saved) and not suite_is_logged(recipe, run, step)
+    )
+    if step == recipe.num_steps and not unasked:
         say(f"Trained already: {run.path}")
         return False
     now = Shape(recipe.launch.total_processes, recipe.engine.zero_stage)

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from sparsify.catalogue import load_mixture, load_recipe
-from sparsify.comparison.arms import identity_of
 from sparsify.conversion.source import locate
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.heldout import PREFIX, HeldOut
-from sparsify.evaluation.overlap import overlaps
+from sparsify.evaluation.asked import Asked
+from sparsify.evaluation.heldout import HeldOut
+from sparsify.evaluation.in_training import check_installed
 from sparsify.evaluation.results import EvaluationResults, Provenance
 from sparsify.evaluation.suite import Suite, load_suite, only
 from sparsify.export.weights import Loaded, load
-from sparsify.mixture.heldout import source_windows
-from sparsify.mixture.lock import read_lock
 from sparsify.predictors import Predictors, read_predictors
-from sparsify.recipe import Recipe, token_shares
-from sparsify.training.checkpoints import STATE, read_state
+from sparsify.recipe import Recipe
+from sparsify.training.checkpoints import STATE
+from sparsify.training.evaluations import (
+    EVALUATIONS,
+    evaluation_folder,
+    held_out_text,
+    items_in_instructions,
+    provenance_of,
+)
 from sparsify.verbs import Say
 
 if TYPE_CHECKING:
@@ -33,35 +35,6 @@ if TYPE_CHECKING:
 
 MAX_WINDOW_TOKENS = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the user asks for.
-
-    Attributes:
-        suite: Name or path of a suite.
-        tasks: Some of its tasks; empty for all and its held-out text.
-        data_dir: Folder of local copies; None for the Hub's.
-        limit: Items of each task; None for all.
-        batch_size: Requests of one forward pass.
-        dtype: Of weights and computation; None for that of the weights.
-        on: Mixture whose held-out text is measured; None for the run's own, else the quickstart's.
-        to: Folder to write; None for the usual one.
-        predictors: Folder of predictors that mask the model; None to compute every neuron.
-        processes: How many answer.
-    """
-
-    suite: str
-    tasks: tuple[str, ...] = ()
-    data_dir: Path | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    dtype: str | None = None
-    on: str | None = None
-    to: Path | None = None
-    predictors: Path | None = None
-    processes: int = 1
 
 
 def evaluate_model(
@@ -124,7 +97,9 @@ def evaluate_model(
     results = evaluate(subject, suite, sources, held_out, folder, settings, on_progress=on_progress)
     results.command = command
     if subject.provenance is not None:
-        _add_overlaps(results, folder, _recipe_of(loaded), say)
+        found = items_in_instructions(results, folder, _recipe_of(loaded), say)
+        for task in results.tasks:
+            task.overlaps = found.get(task.name, [])
     write_results(results, folder)
     return results, folder
 
@@ -140,71 +115,26 @@ def _how(asked: Asked, predictors: Predictors | None) -> str:
     return words
 
 
-def check_installed() -> None:
-    """Refuses to go on without lm-evaluation-harness.
-
-    Raises:
-        EvaluationError: With the command that installs it.
-    """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise EvaluationError(
-            "Evaluation needs lm-evaluation-harness, which is not installed.",
-            next_step="pip install 'sparsify-lm[eval]', or in a checkout: pip install -e '.[eval]'",
-        )
-
-
 def default_folder(loaded: Loaded, asked: Asked) -> Path:
     """RUN/evaluations/SUITE,STEP for a checkpoint, else evaluations/MODEL/SUITE; with what else sets it apart."""
-    name = ",".join([Path(asked.suite).stem, *asked.tasks])
-    if asked.limit is not None:
-        name += f",limit={asked.limit}"
-    if asked.dtype is not None:
-        name += f",{asked.dtype}"
-    if asked.predictors is not None:
-        name += ",predictors"
     if loaded.trained is not None:
-        return loaded.trained.run.path / "evaluations" / f"{name},{loaded.trained.checkpoint.name}"
+        return evaluation_folder(loaded.trained.run, loaded.trained.checkpoint.name, asked)
     model = re.sub("[^-.0-9A-Za-z_]+", "-", loaded.name).strip("-.")
-    return Path("evaluations") / model / name
+    return Path(EVALUATIONS) / model / asked.name
 
 
 def provenance(loaded: Loaded) -> Provenance | None:
     """What is known of the training of a run's checkpoint or of an exported bundle; None for any other model."""
     if loaded.trained is not None:
         run = loaded.trained.run
-        return _provenance(
+        return provenance_of(
             str(run.path), run.load_recipe(), run.mixture_lock, loaded.trained.checkpoint
         )
     training = locate(loaded.name) / "training"
     recipe = training / "recipe.yaml"
     if not recipe.is_file() or not (training / STATE).is_file():
         return None
-    return _provenance(loaded.name, load_recipe(recipe), training / "mixture.lock.json", training)
-
-
-def _provenance(run: str, recipe: Recipe, lock_file: Path, checkpoint: Path) -> Provenance:
-    identity = repr(identity_of(recipe, read_lock(lock_file)))
-    shares = token_shares(recipe.mixture)
-    return Provenance(
-        run=run,
-        identity=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
-        tokens=read_state(checkpoint).seen_tokens,
-        instruction_sources=[
-            name for name in shares if recipe.mixture.sources[name].group == "instruction"
-        ],
-    )
-
-
-def _add_overlaps(results: EvaluationResults, folder: Path, recipe: Recipe, say: Say) -> None:
-    """Looks for the tasks' items in the run's instruction data."""
-    sources = results.provenance.instruction_sources if results.provenance else []
-    tasks = [task.name for task in results.tasks if not task.name.startswith(PREFIX)]
-    if not sources or not tasks:
-        return
-    say(f"Looking for the items in instruction data: {', '.join(sources)}")
-    found = overlaps(folder, tasks, recipe.mixture, sources)
-    for task in results.tasks:
-        task.overlaps = found.get(task.name, [])
+    return provenance_of(loaded.name, load_recipe(recipe), training / "mixture.lock.json", training)
 
 
 def _recipe_of(loaded: Loaded) -> Recipe:
@@ -214,19 +144,14 @@ def _recipe_of(loaded: Loaded) -> Recipe:
 
 
 def _held_out(loaded: Loaded, suite: Suite, on: str | None) -> HeldOut | None:
-    if not suite.held_out_windows_per_source:
-        return None
     recipe = loaded.trained.run.load_recipe() if loaded.trained else None
     window_tokens = min(MAX_WINDOW_TOKENS, loaded.model.config.max_position_embeddings)
     if recipe is not None:
         window_tokens = recipe.training.window_tokens
+    wanted = suite.held_out_windows_per_source
     own = recipe.mixture if recipe is not None and on is None else None
-    mixture = own or load_mixture(on or "quickstart")
-    windows = source_windows(
-        mixture,
-        loaded.tokenizer,
-        windows_per_source=suite.held_out_windows_per_source,
-        window_tokens=window_tokens,
-        cache_dir=Path(recipe.cache_dir if recipe else Recipe().cache_dir).expanduser(),
-    )
-    return HeldOut(mixture.name, windows)
+    mixture = own if own is not None or not wanted else load_mixture(on or "quickstart")
+    if mixture is None:
+        return None
+    cache_dir = (recipe or Recipe()).cache_dir
+    return held_out_text(mixture, loaded.tokenizer, wanted, window_tokens, cache_dir)

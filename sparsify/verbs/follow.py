@@ -6,26 +6,23 @@ to hold still while another generates, which is where in-loop evaluation hangs.
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsify.errors import EvaluationError, ModelError, RunError
+from sparsify.evaluation.asked import Asked
 from sparsify.evaluation.results import EvaluationResults
-from sparsify.files import storage_errors
 from sparsify.training.checkpoints import STATE, read_state
-from sparsify.training.history import read_lines
+from sparsify.training.evaluations import has_line, write_line
 from sparsify.training.run_folder import RunFolder
 from sparsify.verbs import Say
-from sparsify.verbs.evaluate import Asked, evaluate_model
+from sparsify.verbs.evaluate import evaluate_model
 
 if TYPE_CHECKING:
     from sparsify.evaluation.asking import Progress
 
-LINES_FILE = "evaluations.jsonl"
 POLL_SECONDS = 10.0
 
 
@@ -67,12 +64,12 @@ def follow(
     found: list[EvaluationResults] = []
     waiting = False
     while True:
-        waited_for = [path for path in _checkpoints(run) if not _has_line(run, path, asked)]
+        waited_for = [path for path in _checkpoints(run) if not has_line(run, path, asked)]
         for checkpoint in waited_for:
             results = _measure(run, checkpoint, asked, command, say, on_progress)
             found += [results] if results is not None else []
         last = _checkpoints(run)[-1:]
-        if last and read_state(last[0]).step >= num_steps and _has_line(run, last[0], asked):
+        if last and read_state(last[0]).step >= num_steps and has_line(run, last[0], asked):
             return found
         if not waiting:
             say(f"Waiting for checkpoints of {run.path}; Ctrl-C ends that and changes nothing.")
@@ -93,45 +90,11 @@ def _measure(
     on_progress: Callable[[str], Progress],
 ) -> EvaluationResults | None:
     try:
-        seen_tokens = read_state(checkpoint).seen_tokens
         results, folder = evaluate_model(str(checkpoint), asked, command, say, on_progress)
     except (OSError, ModelError, RunError):
         if checkpoint.is_dir():
             raise
         say(f"{checkpoint.name} was removed by the training before it was measured.")
         return None
-    line = {
-        "checkpoint": checkpoint.name,
-        "tokens": seen_tokens,
-        "key": _key(asked),
-        "folder": str(folder.relative_to(run.path)),
-        "tasks": {
-            task.name: {
-                "metric": task.metric,
-                "value": task.score.value,
-                "low": task.score.low,
-                "high": task.score.high,
-                "zeros": task.product_zeros,
-                "active_parameters": task.active_parameters.perfect_predictor,
-            }
-            for task in results.tasks
-        },
-    }
-    path = run.path / LINES_FILE
-    with storage_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_line(run, checkpoint, asked, folder, results)
     return results
-
-
-def _key(asked: Asked) -> str:
-    """What sets one way of measuring apart from another."""
-    return repr((asked.suite, asked.tasks, str(asked.data_dir), asked.limit, asked.dtype, asked.on))
-
-
-def _has_line(run: RunFolder, checkpoint: Path, asked: Asked) -> bool:
-    return any(
-        line["checkpoint"] == checkpoint.name and line["key"] == _key(asked)
-        for line in read_lines(run.path / LINES_FILE)
-    )

@@ -10,6 +10,7 @@ from sparsify.catalogue import compose_recipe
 from sparsify.conversion.source import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError, UserError
+from sparsify.evaluation.in_training import suite_of
 from sparsify.mixture.encoding import Tokenizer
 from sparsify.mixture.ingest import mixture_ingests
 from sparsify.plan import Hardware, Plan, make_plan, named_hardware, resolve_engine, this_machine
@@ -55,6 +56,7 @@ def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Pla
     if recipe.launch.hostfile is not None:
         place = _alone(sum(read_hostfile(recipe.launch.hostfile).values()))
         recipe = compose_recipe(name_or_path, [*overrides, *place])
+    suite_of(recipe.eval)
     hardware = hardware or hardware_of(recipe, given)
     recipe, choice = resolve_engine(recipe, hardware=hardware)
     return make_plan(

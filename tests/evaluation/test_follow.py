@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from sparsify.errors import EvaluationError
+from sparsify.evaluation.asked import Asked
 from sparsify.evaluation.results import read_results
 from sparsify.verbs import follow as following
-from sparsify.verbs.evaluate import Asked, evaluate_model
+from sparsify.verbs.evaluate import evaluate_model
 from sparsify.verbs.follow import follow
 from tests.conftest import Setup
 

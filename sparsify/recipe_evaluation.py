@@ -1,0 +1,38 @@
+"""The section of a recipe that says what is measured while a run trains, and after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+@dataclass
+class EvalSection:
+    """What to measure during and after training. The files stand in `eval/`."""
+
+    name: str = MISSING
+    every_tokens: int = MISSING
+    """Cadence of validation loss and of the sparsity probe."""
+    evaluation_files: list[str] = field(default_factory=list)
+    """Paths or globs of evaluation sets, formats as in `SourceSection.files`: what `mixture.decontaminate_against` means
+    by this suite's name."""
+    validation_windows_per_source: int = 16
+    report_tokens: int = 32_768
+    """Held-out tokens that the sparsity report rests on."""
+    report_curve_tokens: int = 0
+    """Of these, tokens for CETT, CETT-PPL and top-k curves, which need about 35 passes over them; 0 leaves the curves out."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Pretraining-style prompts that the exported checkpoint continues in a fresh process."""
+    sample_tokens: int = 48
+    suite: str | None = None
+    """Tasks of lm-evaluation-harness that are asked while the run trains: a suite in `eval/suites`, or the path of a .yaml."""
+    suite_every_tokens: int | None = None
+    """A multiple of `checkpoint.every_tokens`: the suite is asked of what was just saved. Null asks at every checkpoint. The end
+    of the budget is always asked."""
+    suite_limit: int | None = None
+    """Only the first so many items of each task; null asks all."""
+    suite_data_dir: str | None = None
+    """Folder of local copies of the evaluation sets; null takes what SPARSIFY_EVAL_DATA names, or else the Hub's data."""
+    suite_batch_size: int = 8
+    """Requests of one forward pass."""

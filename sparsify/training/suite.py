@@ -1,0 +1,272 @@
+"""The suite that a run is asked while it trains, each time of what it has just saved.
+
+Under ZeRO 0 to 2 every rank holds the whole model: the ranks answer together, with the live weights. Under ZeRO 3 none does: the
+first rank has a process of its own read the checkpoint, and all wait for it. Nothing of the training is changed either way.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.errors import RunError
+from sparsify.evaluation.asked import Asked
+from sparsify.evaluation.evaluate import Settings, evaluate
+from sparsify.evaluation.in_training import suite_of
+from sparsify.evaluation.measurer import Measurer
+from sparsify.evaluation.model import Subject
+from sparsify.evaluation.ranks import Meeting, Ranks, Stopped, answer_with
+from sparsify.evaluation.results import EvaluationResults, SourceOverlap, read_results
+from sparsify.evaluation.write import write_results
+from sparsify.files import storage_errors
+from sparsify.models import SparseModel
+from sparsify.recipe import Recipe
+from sparsify.training.annealing import plain
+from sparsify.training.checkpoints import TrainingState, checkpoint_name
+from sparsify.training.compiled import evaluating
+from sparsify.training.evaluations import (
+    evaluation_folder,
+    held_out_text,
+    items_in_instructions,
+    provenance_of,
+    suite_is_logged,
+    write_line,
+)
+from sparsify.training.fused_activation import unfused
+from sparsify.training.processes import USER_ERROR, log_tail, raise_user_error
+from sparsify.training.run_folder import RunFolder
+from sparsify.training.telemetry import Telemetry
+
+WORKER = "sparsify.verbs.suite_worker"
+POLL_SECONDS = 0.1
+ROOM = 1.3
+"""Memory of a GPU that a second copy of the weights may be put on, as a multiple of its size."""
+
+
+class TrainingSuite:
+    """A run's suite; every rank holds one.
+
+    Args:
+        recipe: The run's recipe, which names a suite.
+        run: Its folder.
+    """
+
+    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+        self._recipe, self._run = recipe, run
+        self._overlaps: dict[str, list[SourceOverlap]] | None = None
+
+    def measure(
+        self,
+        engine: Any,
+        state: TrainingState,
+        telemetry: Telemetry,
+        stop_requested: Callable[[], bool],
+    ) -> bool:
+        """Asks the suite of the checkpoint of this state, which the engine still holds, unless it was asked already.
+
+        Every rank calls it.
+
+        Returns:
+            Whether that is done; False when a rank was asked to stop: what was answered until then is kept.
+
+        Raises:
+            EvaluationError: If the suite, a task or its data is missing.
+            RunError: If memory runs out.
+            StorageError: If the disk refuses.
+        """
+        meeting = Meeting(stop_requested)
+        saved = engine.zero_optimization_partition_weights()
+        if meeting.rank:
+            return meeting.follow() if saved else self._help(meeting, engine)
+        if suite_is_logged(self._recipe, self._run, state.step):
+            meeting.end(finished=True)
+            return True
+        started = time.monotonic()
+        checkpoint = self._run.checkpoints / checkpoint_name(state.step)
+        asked = Asked.by_recipe(self._recipe.eval)
+        folder = evaluation_folder(self._run, checkpoint.name, asked)
+        try:
+            results = (
+                self._ask_saved(meeting, engine, checkpoint, folder, telemetry.say)
+                if saved
+                else self._ask_live(meeting, engine, checkpoint, asked, folder, telemetry.say)
+            )
+        except Stopped:
+            meeting.end(finished=False)
+            return False
+        write_line(self._run, checkpoint, asked, folder, results)
+        where = str(folder.relative_to(self._run.path))
+        seconds = time.monotonic() - started
+        telemetry.suite(state.step, state.seen_tokens, results, where, seconds)
+        meeting.end(finished=True)
+        return True
+
+    def _help(self, meeting: Meeting, engine: Any) -> bool:
+        with as_loaded(engine) as model, self._measurer(model, self._tokenizer()) as measurer:
+            return meeting.follow(answer_with(measurer))
+
+    def _ask_live(
+        self,
+        meeting: Meeting,
+        engine: Any,
+        checkpoint: Path,
+        asked: Asked,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> EvaluationResults:
+        recipe, found = self._recipe, suite_of(self._recipe.eval)
+        assert found is not None
+        suite, sources = found
+        tokenizer = self._tokenizer()
+        held_out = held_out_text(
+            recipe.mixture,
+            tokenizer,
+            suite.held_out_windows_per_source,
+            recipe.training.window_tokens,
+            recipe.cache_dir,
+        )
+        name, lock = str(checkpoint), self._run.mixture_lock
+        provenance = provenance_of(str(self._run.path), recipe, lock, checkpoint)
+        settings = Settings(asked.limit, asked.batch_size, meeting.world)
+        with as_loaded(engine) as model:
+            subject = Subject(model, tokenizer, name, provenance)
+            ranks = Ranks(meeting, self._measurer(model, tokenizer), model.device.type)
+            results = evaluate(subject, suite, sources, held_out, folder, settings, answering=ranks)
+        results.command = command_of(checkpoint, asked)
+        if self._overlaps is None:
+            self._overlaps = items_in_instructions(results, folder, recipe, say)
+        for task in results.tasks:
+            task.overlaps = self._overlaps.get(task.name, [])
+        write_results(results, folder)
+        return results
+
+    def _ask_saved(
+        self,
+        meeting: Meeting,
+        engine: Any,
+        checkpoint: Path,
+        folder: Path,
+        say: Callable[[str], None],
+    ) -> EvaluationResults:
+        log = self._run.logs / "suite.log"
+        with storage_errors(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = log.open("w")
+        with file:
+            worker = subprocess.Popen(
+                [sys.executable, "-m", WORKER, str(checkpoint)],
+                env=_worker_environment(engine, say),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            while worker.poll() is None:
+                meeting.check()
+                time.sleep(POLL_SECONDS)
+        finally:
+            worker.kill()  # its journal is on the disk
+            worker.wait()
+        if worker.returncode == USER_ERROR:
+            raise_user_error(log)
+        if worker.returncode:
+            raise RuntimeError(
+                f"the suite's process ended with exit code {worker.returncode} (whole log: {log}):\n{log_tail(log)}"
+            )
+        return read_results(folder)
+
+    def _tokenizer(self) -> PreTrainedTokenizerFast:
+        # One of its own: lm-evaluation-harness gives it a padding token.
+        return load_tokenizer(self._run.initial)
+
+    def _measurer(self, model: SparseModel, tokenizer: PreTrainedTokenizerFast) -> Measurer:
+        return Measurer(model, tokenizer, self._recipe.eval.suite_batch_size)
+
+
+def command_of(checkpoint: Path, asked: Asked) -> str:
+    """The command that asks the same of the checkpoint."""
+    words = ["sparsify", "evaluate", str(checkpoint), "--suite", asked.suite]
+    if asked.data_dir is not None:
+        words += ["--data-dir", str(asked.data_dir)]
+    if asked.limit is not None:
+        words += ["--limit", str(asked.limit)]
+    return shlex.join([*words, "--batch-size", str(asked.batch_size)])
+
+
+@contextmanager
+def as_loaded(engine: Any) -> Iterator[SparseModel]:
+    """The live model as `sparsify evaluate` would load it: the plain activation by the model's own code, no gradients.
+
+    Afterwards model and random numbers are as they were.
+
+    Raises:
+        RunError: If memory runs out.
+    """
+    model: SparseModel = engine.module
+    attention = str(model.config._attn_implementation)
+    with ExitStack() as stack:
+        for context in (_random_numbers(), evaluating(engine), plain(model), unfused(model)):
+            stack.enter_context(context)
+        if attention != "sdpa":
+            stack.callback(model.set_attn_implementation, attention)
+            model.set_attn_implementation("sdpa")
+        try:
+            yield model
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"Rank {dist.get_rank()} ran out of memory while it answered the suite: {str(error).splitlines()[0]}",
+                next_step="Set a lower eval.suite_batch_size, or eval.suite=null; the same command goes on from the "
+                "checkpoint.",
+            ) from error
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # its shapes are not those of the training
+
+
+@contextmanager
+def _random_numbers() -> Iterator[None]:
+    """Leaves all generators as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _worker_environment(engine: Any, say: Callable[[str], None]) -> dict[str, str]:
+    """For a process that is no rank: on this rank's GPU where that has room for all weights, else on the CPU."""
+    place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in place}
+    threads = int(os.environ.get("OMP_NUM_THREADS", "1")) * int(os.environ.get("LOCAL_SIZE", "1"))
+    environment["OMP_NUM_THREADS"] = str(threads)  # those of the ranks that wait
+    if not torch.cuda.is_available():
+        return environment
+    size = sum(
+        getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters()
+    )
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    on_gpu = free > ROOM * size
+    environment["CUDA_VISIBLE_DEVICES"] = (gpus[0] or "0") if on_gpu else ""
+    if not on_gpu:
+        say(
+            f"The suite is asked on the CPU: the weights are {size / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free."
+        )
+    return environment

@@ -1,0 +1,69 @@
+"""One of two ranks that trains with a suite, or without: RUN_DIR… in turn; prints a hash of weights and optimiser of each.
+
+A folder with `cut` in its name is stopped by rank 1 while the suite is asked, and gone on with by a new session.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+
+from sparsify.evaluation import asking
+from sparsify.training.engine import init_distributed
+from sparsify.training.loop import Session, train
+from sparsify.training.run_folder import RunFolder
+from sparsify.training.worker import build_session
+from tests.training.bad_step_program import everything
+
+SMALL_CHUNKS = {"loglikelihood": 8, "loglikelihood_rolling": 1, "generate_until": 1}
+
+
+def digest(session: Session) -> str:
+    """Of all that the rank trains, and of its random numbers."""
+    found = xxhash.xxh3_128()
+    for tensor in [*everything(session.engine), torch.get_rng_state()]:
+        found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    found.update(repr((random.random(), np.random.rand())).encode())
+    assert session.engine.module.training
+    return found.hexdigest()
+
+
+def main(run: RunFolder) -> list[str]:
+    random.seed(1)
+    np.random.seed(1)
+    torch.manual_seed(1)
+    session = build_session(run, lambda: False)
+    if "cut" in run.path.name:
+        session.stop_requested = lambda: dist.get_rank() == 1 and len(answered(run)) > 2
+        assert not train(session)
+        assert answered(run)
+        session = build_session(run, lambda: False)
+        assert session.state.step == 4
+    assert train(session)
+    both = [""] * dist.get_world_size()
+    dist.all_gather_object(both, digest(session))
+    return both
+
+
+def answered(run: RunFolder) -> list[str]:
+    """Lines of the journals of a suite that is not done."""
+    journals = run.path.glob("evaluations/*/journal/*.jsonl")
+    return [line for path in journals for line in path.read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    asking.CHUNK_REQUESTS.update(SMALL_CHUNKS)
+    init_distributed()
+    for name in sys.argv[1:]:
+        hashes = main(RunFolder(Path(name)))
+        if dist.get_rank() == 0:
+            print("FOUND " + str(hashes).replace("'", '"'), flush=True)
+    dist.barrier()
+    os._exit(0)
