@@ -233,26 +233,28 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], message: st
         compose_recipe("quickstart", overrides)
 
 
-def test_what_is_missing_is_said_before_anything_costs(
+def refused(suite: str, data_dir: Path | None = None) -> str:
+    evaluation = compose_recipe("quickstart").eval
+    evaluation.suite, evaluation.suite_data_dir = suite, data_dir and str(data_dir)
+    with pytest.raises(EvaluationError) as error:
+        suite_of(evaluation)
+    return str(error.value)
+
+
+def test_what_is_missing_is_said_before_anything_costs(tmp_path: Path) -> None:
+    assert "Did you mean 'quick'?" in refused("quik")
+    assert "piqa_test.jsonl.gz" in refused("commonsense", tmp_path)
+    assert "no folder" in refused("commonsense", tmp_path / "no")
+
+
+@pytest.mark.slow
+def test_a_task_that_the_harness_does_not_know_is_refused_without_a_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("SPARSIFY_EVAL_DATA", raising=False)
-
-    def refused(**settings: Any) -> str:
-        evaluation = compose_recipe("quickstart").eval
-        for key, value in settings.items():
-            setattr(evaluation, key, value)
-        with pytest.raises(EvaluationError) as error:
-            suite_of(evaluation)
-        return str(error.value)
-
-    assert "Did you mean 'quick'?" in refused(suite="quik")
-    missing = refused(suite="commonsense", suite_data_dir=str(tmp_path))
-    assert "piqa_test.jsonl.gz" in missing
-    assert "no folder" in refused(suite="commonsense", suite_data_dir=str(tmp_path / "no"))
     own = tmp_path / "own.yaml"
     own.write_text("name: own\ntasks: {hellaswagg: {}}\n")
-    assert "hellaswag" in refused(suite=str(own))
+    assert "Did you mean 'hellaswag'?" in refused(str(own))
 
 
 @pytest.mark.slow
