@@ -63,8 +63,8 @@ def sparse_ffn(
         backend = "native" if native_can(x) else "torch"
     elif backend == "native" and not native_can(x):
         raise ValueError(
-            f"The C++ kernel cannot be used for {x.dtype} on {x.device.type}: it needs a CPU, a compiler and "
-            f"one of {', '.join(map(str, NATIVE_DTYPES))}."
+            f"The C++ kernel cannot be used for {x.dtype} on {x.device.type}: it needs a CPU, a C++ compiler "
+            f"or a wheel that brings the kernels, and one of {', '.join(map(str, NATIVE_DTYPES))}."
         )
     tokens, seen = x.reshape(-1, x.shape[-1]), predictor_input.reshape(-1, x.shape[-1])
     out, rows = torch.empty_like(tokens, memory_format=torch.contiguous_format), RowsRead()
