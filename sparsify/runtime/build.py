@@ -1,8 +1,8 @@
-"""Compiles the C++ kernels when they are first wanted, for the processor at hand, and keeps the library.
+"""Loads the C++ kernels: compiled when they are first wanted, for the processor at hand, and kept; else the wheel's.
 
-No headers of torch or Python are needed: the library takes addresses. It stands in ~/.cache/sparsify/kernels, or in
-SPARSIFY_KERNEL_CACHE, under a name made of the sources, the compiler and the processor: nodes that share a home folder
-never load each other's.
+No headers of torch or Python are needed: the library takes addresses. What is compiled stands in ~/.cache/sparsify/kernels,
+or in SPARSIFY_KERNEL_CACHE, under a name made of the sources, the compiler and the processor: nodes that share a home folder
+never load each other's. A wheel that was built where there was a compiler brings libraries for kinds of processors.
 """
 
 from __future__ import annotations
@@ -12,40 +12,51 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
-SOURCES = Path(__file__).parent / "native"
-COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-w")
-CHOICES = (("-march=native", "-fopenmp"), ("-mcpu=native", "-fopenmp"), ("-fopenmp",), ())
-"""What is added, best first: not every compiler knows the processor's name or brings OpenMP."""
+from sparsify.runtime.compiler import (
+    FLAGS,
+    SOURCES,
+    THIS_PROCESSOR,
+    compile_kernels,
+    find_compiler,
+    library_name,
+    runnable_variants,
+)
 
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Only in wheels; hatch_build.py fills it."""
+
+INSTEAD = "{reason} The kernels that came with the wheel are used instead."
 WITHOUT = (
     "{reason} Sparse decoding goes on with torch's operators: the same values, but hardly faster than the dense model. "
-    "Install a C++ compiler (g++ or clang++, or name one in CXX) for the kernels."
+    "For the kernels, install a C++ compiler (g++ or clang++, or name one in CXX), or a wheel of sparsify that was built "
+    "where there is one."
 )
+
+
+class _Unavailable(Exception):
+    """Says why there are no kernels from one source."""
 
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """The compiled kernels; None where there is no compiler, which is said once by a warning."""
-    compiler = find_compiler()
-    if compiler is None:
-        warnings.warn(WITHOUT.format(reason="There is no C++ compiler here."), stacklevel=2)
-        return None
+    """The kernels; None where they can neither be compiled nor came with the wheel, which is said once by a warning."""
     try:
-        library = ctypes.CDLL(str(build(compiler)))
-    except (OSError, subprocess.CalledProcessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        reason = f"The kernels cannot be compiled with {compiler}: {said.strip()[-500:]}."
-        warnings.warn(WITHOUT.format(reason=reason), stacklevel=2)
-        return None
+        library = _compiled()
+    except _Unavailable as not_compiled:
+        try:
+            library = _prebuilt()
+        except _Unavailable as not_shipped:
+            reason = f"{not_compiled} {not_shipped}"
+            warnings.warn(WITHOUT.format(reason=reason), stacklevel=2)
+            return None
+        if find_compiler():
+            warnings.warn(INSTEAD.format(reason=not_compiled), stacklevel=2)
     library.sparsify_start()
     library.sparsify_call_bytes.restype = ctypes.c_int64
     library.sparsify_read.restype = ctypes.c_double
@@ -53,13 +64,34 @@ def kernels() -> ctypes.CDLL | None:
     return library
 
 
-def find_compiler() -> str | None:
-    """Path of the C++ compiler: what CXX names, else the first that is installed."""
-    asked = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [asked] if asked else COMPILERS)), None)
+def _compiled() -> ctypes.CDLL:
+    compiler = find_compiler()
+    if compiler is None:
+        raise _Unavailable("There is no C++ compiler here.")
+    try:
+        return ctypes.CDLL(str(build(compiler)))
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        raise _Unavailable(
+            f"The kernels cannot be compiled with {compiler}: {said.strip()[-500:]}."
+        ) from None
 
 
-def build(compiler: str, extra_flags: Sequence[str] = ()) -> Path:
+def _prebuilt() -> ctypes.CDLL:
+    names = map(library_name, runnable_variants(platform.machine(), processor_flags()))
+    library = next(filter(Path.is_file, (PREBUILT / name for name in names)), None)
+    if library is None:
+        raise _Unavailable("This installation brings no kernels for this processor.")
+    try:
+        # Its OpenMP is torch's, which is loaded by now: a machine without a compiler often has no other.
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        raise _Unavailable(
+            f"The kernels that came with the wheel cannot be loaded: {error}."
+        ) from None
+
+
+def build(compiler: str) -> Path:
     """Returns the library, compiling it unless it stands in the cache.
 
     Raises:
@@ -67,7 +99,7 @@ def build(compiler: str, extra_flags: Sequence[str] = ()) -> Path:
         OSError: If the cache cannot be written.
     """
     folder = cache_folder()
-    library = folder / f"sparse_ffn-{_fingerprint(compiler, extra_flags)}.so"
+    library = folder / f"sparse_ffn-{_fingerprint(compiler)}.so"
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +109,7 @@ def build(compiler: str, extra_flags: Sequence[str] = ()) -> Path:
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # two processes may compile at once
         made = Path(scratch) / library.name
-        _compile(compiler, made, extra_flags)
+        compile_kernels(compiler, made)
         made.replace(library)
     return library
 
@@ -87,31 +119,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SPARSIFY_KERNEL_CACHE", "~/.cache/sparsify/kernels")).expanduser()
 
 
-def _compile(compiler: str, to: Path, extra_flags: Sequence[str]) -> None:
-    for last, choice in enumerate(CHOICES, start=1 - len(CHOICES)):
-        command = [compiler, *FLAGS, *choice, *extra_flags]
-        command += [str(SOURCES / "sparse_ffn.cpp"), "-o", str(to)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode == 0:
-            return
-        if last == 0:
-            result.check_returncode()
-
-
-def _fingerprint(compiler: str, extra_flags: Sequence[str]) -> str:
+def _fingerprint(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    digest.update(repr((version.stdout, FLAGS, CHOICES, tuple(extra_flags), _processor())).encode())
+    digest.update(repr((version.stdout, FLAGS, THIS_PROCESSOR, _processor())).encode())
     return digest.hexdigest()[:16]
 
 
 def _processor() -> str:
     """The name and the abilities of the processor, as far as the system tells."""
+    told = {line for line in _cpuinfo() if line.startswith(("flags", "Features", "CPU part"))}
+    return platform.machine() + ("".join(sorted(told)) or platform.processor())
+
+
+def processor_flags() -> frozenset[str]:
+    """What all cores can do, in Linux's words; empty where the system does not tell."""
+    cores = [set(line.partition(":")[2].split()) for line in _cpuinfo() if line.startswith("flags")]
+    return frozenset(set.intersection(*cores) if cores else ())
+
+
+def _cpuinfo() -> list[str]:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() + platform.machine()
-    told = {line for line in lines if line.startswith(("flags", "Features", "CPU part"))}
-    return platform.machine() + "".join(sorted(told))
+        return []

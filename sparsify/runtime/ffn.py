@@ -142,7 +142,10 @@ def _usable(backend: Backend, x: torch.Tensor, weights: FfnWeights) -> Backend:
         raise ValueError(
             "The Triton kernels read weights as they are stored, not int8 or int4 blocks."
         )
-    needs = {"native": "a CPU, a compiler", "triton": "a GPU, Triton"}
+    needs = {
+        "native": "a CPU, a C++ compiler or a wheel that brings them,",
+        "triton": "a GPU, Triton",
+    }
     can = {"native": native_can, "triton": triton_can}
     if backend in needs and not can[backend](x):
         raise ValueError(

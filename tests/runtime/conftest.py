@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sparsify.runtime.build import find_compiler, kernels
+from sparsify.runtime.build import kernels
+from sparsify.runtime.compiler import find_compiler
 
 
 @pytest.fixture(scope="session")
