@@ -75,6 +75,12 @@ def export_write(
     private: Annotated[
         bool, typer.Option("--private", help="hf: make a new repository private.")
     ] = False,
+    unchecked: Annotated[
+        bool,
+        typer.Option(
+            "--unchecked", help="hf: leave out the check, which takes memory for the whole model."
+        ),
+    ] = False,
     ffn_type: Annotated[
         str | None, typer.Option(help="PowerInfer: f16 (as it is) or q4_0, of the FFN weights.")
     ] = None,
@@ -101,7 +107,7 @@ def export_write(
     options = PowerInferOptions(predictors, ffn_type, context_tokens, vram_gb, on, tokens)
     hub = {"--push-to-hub": push_to_hub, "--private": private or None}
     bundle_options = {"--dtype": dtype, "--shard-gb": shard_gb, "--license": license} | hub
-    bundle_options |= {"--evaluation": evaluation}
+    bundle_options |= {"--evaluation": evaluation, "--unchecked": unchecked}
     check_options(format, options, [name for name, value in bundle_options.items() if value])
     if format != "hf":
         written = to_powerinfer(model_or_run, to, format, options, say)
@@ -109,9 +115,15 @@ def export_write(
         for note in written.notes:
             say(f"Note: {note}")
         return
-    bundle = to_bundle(model_or_run, to, predictors, dtype, shard_gb, license, evaluation or [])
+    bundle = to_bundle(
+        *(model_or_run, to, predictors, dtype, shard_gb, license, evaluation or []),
+        checked=not unchecked,
+    )
     say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
-    say(f"Checked: {bundle.acceptance.sentence()}.")
+    if bundle.acceptance is None:
+        say(f"Not checked. Where memory holds the whole model: sparsify export verify {to}")
+    else:
+        say(f"Checked: {bundle.acceptance.sentence()}.")
     if bundle.has_predictors:
         say("Predictors are in predictors/.")
     if push_to_hub is not None:

@@ -44,6 +44,7 @@ class BundleSettings:
         predictors: Their folder; those in the run's own folder if None and if they fit the checkpoint.
         license: Identifier of the base model's licence for the card; what the base says if None.
         evaluations: Folders of `sparsify evaluate`, of this checkpoint, for the card.
+        checked: Whether a fresh process loads it, which takes memory for the whole model.
     """
 
     dtype: str | None = None
@@ -51,16 +52,17 @@ class BundleSettings:
     predictors: Path | None = None
     license: str | None = None
     evaluations: Sequence[Path] = ()
+    checked: bool = True
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was accepted."""
+    """A bundle that was accepted; or only written, without an acceptance."""
 
     folder: Path
     num_files: int
     size_bytes: int
-    acceptance: Acceptance
+    acceptance: Acceptance | None
     has_predictors: bool
 
 
@@ -101,14 +103,16 @@ def export(
         if predictors is not None:
             write_predictors(predictors, partial / PREDICTORS_FOLDER)
         _write_history(trained, partial)
-        acceptance = accept(
-            partial,
-            recipe.activation.ffn_activation,
-            [precision, dtype],
-            trained.checkpoint / REFERENCE,
-            prompts,
-            sample_tokens,
-        )
+        acceptance = None
+        if settings.checked:
+            acceptance = accept(
+                partial,
+                recipe.activation.ffn_activation,
+                [precision, dtype],
+                trained.checkpoint / REFERENCE,
+                prompts,
+                sample_tokens,
+            )
         _record(trained, acceptance, dtype, partial)
         facts = predictors.facts if predictors else None
         card = model_card(trained, dtype, acceptance, facts, settings.license, shown)
@@ -198,17 +202,15 @@ def _write_history(trained: Trained, folder: Path) -> None:
         shutil.copytree(run.report, folder / "sparsity")
 
 
-def _record(trained: Trained, acceptance: Acceptance, dtype: str, folder: Path) -> None:
+def _record(trained: Trained, acceptance: Acceptance | None, dtype: str, folder: Path) -> None:
     recipe = trained.run.load_recipe()
-    assert acceptance.logits_difference is not None
-    assert acceptance.zeros is not None
     recorded = Recorded(
         checkpoint=trained.checkpoint.name,
         ffn_activation=recipe.activation.ffn_activation,
         precision=recipe.training.precision,
         dtype=dtype,
-        logits_difference=acceptance.logits_difference,
-        zeros=acceptance.zeros,
-        reference_tokens=acceptance.reference_tokens,
+        logits_difference=acceptance.logits_difference if acceptance else None,
+        zeros=acceptance.zeros if acceptance else None,
+        reference_tokens=acceptance.reference_tokens if acceptance else 0,
     )
     write_json(folder / "training" / RECORDED_FILE, recorded.model_dump())

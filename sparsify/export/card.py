@@ -28,7 +28,7 @@ _LICENSE = re.compile(r"^license:\s*([\w.-]+)\s*$", re.M)
 def model_card(
     trained: Trained,
     dtype: str,
-    acceptance: Acceptance,
+    acceptance: Acceptance | None,
     predictors: PredictorFacts | None,
     license: str | None,
     evaluations: CardEvaluations | None = None,
@@ -38,7 +38,7 @@ def model_card(
     Args:
         trained: The checkpoint.
         dtype: Of the bundle's weights.
-        acceptance: What the fresh process found.
+        acceptance: What the fresh process found; None if none loaded the bundle.
         predictors: Facts of the predictors in the bundle.
         license: Identifier of the base model's licence; what the base says if None.
         evaluations: Of this checkpoint; None for none.

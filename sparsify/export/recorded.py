@@ -14,7 +14,7 @@ RECORDED_FILE = "recorded.json"
 
 
 class Recorded(BaseModel):
-    """Measured by a fresh process that loaded the bundle when it was written.
+    """Measured by a fresh process that loaded the bundle when it was written; without figures if none did.
 
     Attributes:
         checkpoint: Name of the checkpoint in its run.
@@ -30,8 +30,8 @@ class Recorded(BaseModel):
     ffn_activation: str
     precision: str
     dtype: str
-    logits_difference: float
-    zeros: float
+    logits_difference: float | None
+    zeros: float | None
     reference_tokens: int
 
 

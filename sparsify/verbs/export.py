@@ -77,12 +77,15 @@ def to_bundle(
     shard_gb: float | None,
     license: str | None,
     evaluations: Sequence[Path],
+    *,
+    checked: bool,
 ) -> Bundle:
     """Writes the Hugging Face bundle of a run, with the defaults where nothing is given."""
     given = {"dtype": dtype, "predictors": predictors, "license": license, "shard_gb": shard_gb}
     settings = BundleSettings(
         **{name: value for name, value in given.items() if value is not None},
         evaluations=evaluations,
+        checked=checked,
     )
     return export(Path(run).expanduser(), to, settings=settings)
 

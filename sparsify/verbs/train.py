@@ -110,6 +110,7 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, say: Say, *, anew: bool)
     if anew or not run.export.is_dir() or not samples_path.is_file():
         shutil.rmtree(run.export, ignore_errors=True)  # ours, of an earlier checkpoint of this run
         bundle = export(run.path, run.export, recipe.eval.sample_prompts, recipe.eval.sample_tokens)
+        assert bundle.acceptance is not None
         write_json(
             samples_path,
             {"checked": bundle.acceptance.sentence(), "samples": bundle.acceptance.samples},

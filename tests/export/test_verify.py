@@ -11,8 +11,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from sparsify.catalogue import compose_recipe
+from sparsify.cli import app
 from sparsify.errors import ExportError, ModelError
 from sparsify.evaluation.results import RESULTS_FILE, read_results
 from sparsify.export.bundle import BundleSettings, export
@@ -123,6 +125,26 @@ def test_a_whole_bundle_holds_whatever_its_dtype_and_shards(bundle: Path) -> Non
     assert "license: apache-2.0" in card
     assert "`predictors/` holds predictors" in card
     assert "| together |" in card
+
+
+def test_what_was_not_loaded_at_export_says_so_and_can_be_checked_later(
+    run: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "large"
+    result = CliRunner().invoke(app, ["export", "write", str(run), "--to", str(to), "--unchecked"])
+    assert result.exit_code == 0, result.output
+    assert (
+        "Not checked. Where memory holds the whole model: sparsify export verify" in result.output
+    )
+    card = (to / "README.md").read_text()
+    assert "not loaded when it was exported" in " ".join(card.split())
+    assert "Checked at export" not in card
+    assert {check.name: check.holds for check in verify(to)}["logits"]
+    weights = load_file(to / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, to / "model.safetensors", {"format": "pt"})
+    write_sums(to)  # whoever edits can do that, too
+    assert "logits" in broken(verify(to))
 
 
 def test_the_card_shows_evaluations_as_the_hub_reads_them(
