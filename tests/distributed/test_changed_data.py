@@ -15,6 +15,7 @@ import yaml
 from tests.conftest import Setup
 
 
+@pytest.mark.slow
 def test_changed_text_is_refused_by_name_and_accepted_on_record(
     mixture_file: Path, recipe_file: Path, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def check_same(run: Path, straight: Path, done: list[str]) -> None:
     assert not left, (left, done)
 
 
+@pytest.mark.slow
 def test_killed_while_saving_and_right_after_it(command: Command, finished: Finished) -> None:
     setup = Setup("mistral", 2, 2, "bf16")
     straight, _ = finished(setup)
