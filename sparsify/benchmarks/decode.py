@@ -165,44 +165,30 @@ def _grid(settings: DecodeSettings, most: int) -> Iterator[tuple[float, float, i
 
 
 def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
+    model: Any
     if settings.bundle is not None:
-        say(f"loading {settings.bundle}")
-        loaded = load(settings.bundle)
-        check_acceleratable(loaded.model)
-        model: Any = loaded.model
+        name = settings.bundle
+        say(f"loading {name}")
+        loaded = load(name)
+        model = loaded.model
+        check_acceleratable(model)
         model.to(settings.device)
-        predictors = (
-            read_predictors(settings.predictors, loaded.model) if settings.predictors else None
-        )
+        predictors = read_predictors(settings.predictors, model) if settings.predictors else None
         ids = _tokens(loaded, settings)
-        yield measure_model(
-            loaded.model,
-            settings.bundle,
-            predictors,
-            ids,
-            settings.decode_tokens,
-            settings.repeats,
-            say,
-            settings.weights,
-        )
     elif settings.layers:
+        name = f"random weights, {settings.layers} layers of Mistral-7B's shape"
         say("making a model of random weights")
         model, predictors = random_model(
             settings.layers, USUAL_ACTIVE, USUAL_ACTIVE, settings.rank, DTYPES[settings.dtype]
         )
         model.to(settings.device)
-        name = f"random weights, {settings.layers} layers of Mistral-7B's shape"
         ids = torch.arange(100, 164 + settings.decode_tokens, device=settings.device)[None]
-        yield measure_model(
-            model,
-            name,
-            predictors,
-            ids,
-            settings.decode_tokens,
-            settings.repeats,
-            say,
-            settings.weights,
-        )
+    else:
+        return
+    yield measure_model(
+        *(model, name, predictors, ids, settings.decode_tokens, settings.repeats, say),
+        weights=settings.weights,
+    )
 
 
 def _tokens(loaded: Loaded, settings: DecodeSettings) -> torch.Tensor:

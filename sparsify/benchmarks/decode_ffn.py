@@ -77,7 +77,7 @@ def make_blocks(
     """As many blocks as do not fit into a processor's cache, with random weights: of dtype, read as they are or in blocks."""
     generator = torch.Generator().manual_seed(0)
     blocks = [_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device)]
-    size = 3 * neurons * blocks[0].weights().row_bytes
+    size = 3 * blocks[0].down_t.nbytes
     while len(blocks) < round(OUT_OF_CACHE_BYTES / size):
         blocks.append(_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device))
     return blocks
@@ -127,17 +127,17 @@ def measure_point(
         x = blocks[index].x[:tokens]
         return sparse_ffn(x, weights, DRELU, dense=dense, threads=threads)[1]
 
-    contenders: dict[str, Callable[[int], RowsRead]] = {
-        "torch": lambda index: _torch_dense(blocks[index], tokens),
+    own: dict[str, Callable[[int], RowsRead]] = {
         "dense": lambda index: sparse(index, exact[index], dense=True),
         "exact": lambda index: sparse(index, exact[index]),
         "predictor": lambda index: sparse(index, predicted[index]),
     }
     weights = predicted[0]
-    bytes_read = {name: run(0).total * weights.row_bytes for name, run in contenders.items()}
     # Whatever the kernels read, torch's own product reads the matrices as they are stored.
-    bytes_read["torch"] = 3 * blocks[0].gate.nbytes
+    bytes_read = {"torch": 3 * blocks[0].gate.nbytes}
+    bytes_read |= {name: run(0).total * weights.row_bytes for name, run in own.items()}
     bytes_read["predictor"] += -(-tokens // 8) * weights.predictor_bytes
+    contenders = {"torch": lambda index: _torch_dense(blocks[index], tokens)} | own
     rounds = {
         name: clock.prepared(partial(_over, run, len(blocks))) for name, run in contenders.items()
     }
@@ -161,17 +161,15 @@ def measure_point(
     )
 
 
-def _over(run: Callable[[int], RowsRead], count: int) -> None:
+def _over(run: Callable[[int], object], count: int) -> None:
     for index in range(count):
         run(index)
 
 
-def _torch_dense(block: Block, tokens: int) -> RowsRead:
+def _torch_dense(block: Block, tokens: int) -> torch.Tensor:
     x = block.x[:tokens]
     product = linear(x, block.gate).relu() * linear(x, block.up).relu()
-    linear(product, block.down)
-    neurons = block.gate.shape[0]
-    return RowsRead(neurons, neurons, neurons, offered=neurons)
+    return linear(product, block.down)
 
 
 def read_data(data: torch.Tensor, threads: int) -> None:

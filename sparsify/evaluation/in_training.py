@@ -27,6 +27,25 @@ def check_installed() -> None:
         )
 
 
+def data_folder(given: Path, setting: str) -> Path:
+    """The folder of local copies.
+
+    Args:
+        given: As it was named.
+        setting: By what, beside SPARSIFY_EVAL_DATA.
+
+    Raises:
+        EvaluationError: If there is none.
+    """
+    folder = given.expanduser()
+    if not folder.is_dir():
+        raise EvaluationError(
+            f"There is no folder {given} with evaluation data.",
+            next_step=f"Correct {setting} or {DATA_VARIABLE}, or leave both out to read the Hub's data.",
+        )
+    return folder
+
+
 def data_dir_of(settings: EvalSection) -> Path | None:
     """Folder of local copies: that of the recipe, or else of SPARSIFY_EVAL_DATA; None for the Hub's data.
 
@@ -34,15 +53,7 @@ def data_dir_of(settings: EvalSection) -> Path | None:
         EvaluationError: If there is no such folder.
     """
     given = settings.suite_data_dir or os.environ.get(DATA_VARIABLE)
-    if given is None:
-        return None
-    folder = Path(given).expanduser()
-    if not folder.is_dir():
-        raise EvaluationError(
-            f"There is no folder {given} with evaluation data.",
-            next_step=f"Correct eval.suite_data_dir or {DATA_VARIABLE}, or leave both out to read the Hub's data.",
-        )
-    return folder
+    return None if given is None else data_folder(Path(given), "eval.suite_data_dir")
 
 
 def suite_of(settings: EvalSection) -> tuple[Suite, list[TaskSource]] | None:

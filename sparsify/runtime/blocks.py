@@ -40,6 +40,11 @@ class BlockMatrix:
         return self.data.shape[0], self.columns
 
     @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        return self.data.nbytes
+
+    @property
     def device(self) -> torch.device:
         """Where it is."""
         return self.data.device

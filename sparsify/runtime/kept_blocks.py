@@ -47,7 +47,7 @@ class KeptBlocks:
     @property
     def num_bytes(self) -> int:
         """Memory that the blocks take."""
-        return sum(one.data.numel() for _, made in self._made.values() for one in made)
+        return sum(one.nbytes for _, made in self._made.values() for one in made)
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or another process, makes its own: it has other weights."""

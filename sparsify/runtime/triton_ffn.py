@@ -185,14 +185,21 @@ def _predict(
 ) -> torch.Tensor:
     """1 where a neuron is wanted for a token, else 0; of the shape of `like`, and undefined for tokens not sent to an expert."""
     a, b = _experts(predictor.a, 3), _experts(predictor.b, 3)
-    (experts, rank, hidden), neurons = a.shape, b.shape[1]
+    experts, rank, _ = a.shape
     values = like.new_empty(experts, like.shape[1], rank)
     wanted = torch.empty_like(like)
-    start: Any = kernels.predictor_hidden[-(-rank // block["ROWS"]), experts]
-    start(x, a, values, *sent, hidden, rank, x.stride(0), a.stride(1), a.stride(0), **block)
-    start = kernels.predictor_scores[-(-neurons // block["ROWS"]), experts]
-    strides = b.stride(1), b.stride(0)
-    start(values, b, wanted, *sent, rank, neurons, *strides, predictor.threshold, **block)
+    layers = (
+        (x, (x.stride(0), 0), a, values, 0.0),
+        (values, (rank, values.stride(0)), b, wanted, predictor.threshold),
+    )
+    for given, strides, weight, out, threshold in layers:
+        _, rows, width = weight.shape
+        start: Any = kernels.predictor_layer[-(-rows // block["ROWS"]), experts]
+        start(
+            *(given, weight, out, *sent, width, rows),
+            *(*strides, weight.stride(1), weight.stride(0), threshold),
+            **{"WANTED": out is wanted} | block,
+        )
     return wanted
 
 

@@ -85,66 +85,41 @@ def _dots(
 
 
 @triton.jit
-def predictor_hidden(
+def predictor_layer(
     x,
-    a,
-    values,
+    weight,
+    out,
     index,
     tokens,
     slots,
-    hidden,
-    rank,
+    width,
+    rows_of_weight,
     x_stride,
-    a_stride,
-    a_expert_stride,
-    T: tl.constexpr,
-    SLOTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """values [experts, tokens, rank] = relu(x @ a.T)."""
-    expert = tl.program_id(1).to(tl.int64)
-    sent = _sent(index, expert, tokens, slots, T, SLOTS)
-    if tl.max(sent.to(tl.int32), axis=0) > 0:
-        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        there = row < rank
-        rows = a + expert * a_expert_stride + row.to(tl.int64) * a_stride
-        dots = _dots(x, x_stride, sent, rows, there, hidden, T, ROWS, WIDTH)
-        place = (expert * tokens + tl.arange(0, T))[:, None] * rank + row[None, :]
-        mask = sent[:, None] & there[None, :]
-        tl.store(values + place, tl.where(dots <= 0.0, 0.0, dots), mask=mask)
-
-
-@triton.jit
-def predictor_scores(
-    values,
-    b,
-    wanted,
-    index,
-    tokens,
-    slots,
-    rank,
-    neurons,
-    b_stride,
-    b_expert_stride,
+    x_expert_stride,
+    weight_stride,
+    weight_expert_stride,
     threshold,
+    WANTED: tl.constexpr,
     T: tl.constexpr,
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """wanted [experts, tokens, neurons] = 1 where values @ b.T is larger than the threshold, or no number; else 0."""
+    """out [experts, tokens, rows of weight] = x @ weight.T, and 0 where that is not larger than the threshold; WANTED: 1 elsewhere."""
     expert = tl.program_id(1).to(tl.int64)
     sent = _sent(index, expert, tokens, slots, T, SLOTS)
     if tl.max(sent.to(tl.int32), axis=0) > 0:
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-        there = row < neurons
-        rows = b + expert * b_expert_stride + row.to(tl.int64) * b_stride
-        own = values + expert * tokens * rank
-        scores = _dots(own, rank, sent, rows, there, rank, T, ROWS, WIDTH)
-        place = (expert * tokens + tl.arange(0, T))[:, None] * neurons + row[None, :]
+        there = row < rows_of_weight
+        rows = weight + expert * weight_expert_stride + row.to(tl.int64) * weight_stride
+        own = x + expert * x_expert_stride
+        scores = _dots(own, x_stride, sent, rows, there, width, T, ROWS, WIDTH)
+        place = (expert * tokens + tl.arange(0, T))[:, None] * rows_of_weight + row[None, :]
         mask = sent[:, None] & there[None, :]
-        tl.store(wanted + place, tl.where(scores <= threshold, 0.0, 1.0), mask=mask)
+        kept = scores
+        if WANTED:
+            kept = tl.full((T, ROWS), 1.0, tl.float32)
+        tl.store(out + place, tl.where(scores <= threshold, 0.0, kept), mask=mask)
 
 
 @triton.jit

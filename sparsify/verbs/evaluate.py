@@ -14,7 +14,7 @@ from sparsify.conversion.source import locate
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.asked import Asked
 from sparsify.evaluation.heldout import HeldOut
-from sparsify.evaluation.in_training import check_installed
+from sparsify.evaluation.in_training import check_installed, data_folder
 from sparsify.evaluation.results import EvaluationResults, Provenance
 from sparsify.evaluation.suite import Suite, load_suite, only
 from sparsify.export.weights import Loaded, load
@@ -71,12 +71,7 @@ def evaluate_model(
             f"--on {asked.on}: suite {suite.name} measures no held-out text.",
             next_step="Leave --on out, or set held_out_windows_per_source in a suite of your own.",
         )
-    if asked.data_dir is not None and not asked.data_dir.expanduser().is_dir():
-        raise EvaluationError(
-            f"There is no folder {asked.data_dir} with evaluation data.",
-            next_step="Correct --data-dir or SPARSIFY_EVAL_DATA, or leave both out to read the Hub's data.",
-        )
-    data_dir = asked.data_dir.expanduser() if asked.data_dir else None
+    data_dir = None if asked.data_dir is None else data_folder(asked.data_dir, "--data-dir")
     sources = task_sources(suite, data_dir)
     predictors = (
         None if asked.predictors is None else read_predictors(asked.predictors.expanduser())

@@ -1,7 +1,7 @@
 """`sparsify evaluate RUN --follow`: every checkpoint of a run, while it trains.
 
-A process of its own reads saved checkpoints. So it is the same for every ZeRO stage, and training never waits for it: no rank has
-to hold still while another generates, which is where in-loop evaluation hangs.
+A process of its own reads saved checkpoints. So it is the same for every ZeRO stage, and training never waits for it, as it does for
+`eval.suite`.
 """
 
 from __future__ import annotations

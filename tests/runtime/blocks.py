@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from sparsify.runtime import (
 from sparsify.runtime.blocks import BlockFormat
 
 DRELU = KERNEL_ACTIVATIONS["drelu"]
+IDS = torch.arange(3, 15)[None]
 ALL = KERNEL_ACTIVATIONS | {
     "fatrelu": KernelActivation("relu", "identity", gate_threshold=0.3),
     "shifted_relu": KernelActivation("shifted_relu", "identity", gate_threshold=-0.5),
@@ -127,3 +129,14 @@ def clear_of_ties(x: torch.Tensor, chosen: Predictor) -> Predictor:
     values = torch.cat([scores.flatten().sort().values, torch.tensor([1e3, 2e3])])
     widest = values.diff()[: max(len(values) // 2, 1)].argmax()
     return dataclasses.replace(chosen, threshold=values[widest : widest + 2].mean().item())
+
+
+@torch.no_grad()
+def decoded_logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
+    """Logits of every token, each fed alone with the cache of those before it."""
+    cache, rows = None, []
+    for token in ids.T:
+        out = model(token[:, None], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        rows.append(out.logits[:, -1])
+    return torch.stack(rows, 1)

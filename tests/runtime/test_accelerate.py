@@ -21,10 +21,10 @@ from sparsify.errors import ModelError
 from sparsify.models import FfnActivation
 from sparsify.runtime import accelerate
 from tests.conftest import stock_model
+from tests.runtime.blocks import IDS, decoded_logits
 
 KINDS = ("mistral", "mixtral")
 kinds = pytest.mark.parametrize("kind", KINDS)
-IDS = torch.arange(3, 15)[None]
 
 
 @pytest.fixture(autouse=True)
@@ -46,17 +46,6 @@ def folders(stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture
 def load(folders: dict[str, Path]) -> Callable[[str], Any]:
     return lambda kind: load_sparse(folders[kind])
-
-
-@torch.no_grad()
-def decoded_logits(model: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
-    """Logits of every token, each fed alone with the cache of those before it."""
-    cache, rows = None, []
-    for token in ids.T:
-        out = model(token[:, None], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(out.logits[:, -1])
-    return torch.stack(rows, 1)
 
 
 def generate(model: Any, **options: Any) -> torch.Tensor:

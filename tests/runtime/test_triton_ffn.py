@@ -80,7 +80,7 @@ class HopperCompiler:
         source = ASTSource(kernel, signature, constants, hints)
         target = GPUTarget("cuda", 90, 32)
         made = triton.compile(source, target=target, options={"num_warps": num_warps})
-        self.cubins[kernel.__name__] = made.asm["cubin"]
+        self.cubins[f"{len(self.cubins)}-{kernel.__name__}"] = made.asm["cubin"]
         assert "ld.global.v4" in made.asm["ptx"] or "sum" in kernel.__name__
 
 

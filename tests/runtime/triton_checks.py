@@ -28,6 +28,7 @@ from tests.runtime.blocks import (
     TOLERANCES,
     block,
     clear_of_ties,
+    decoded_logits,
     difference,
     predictor,
     scores_of,
@@ -221,23 +222,13 @@ def test_experts_equal_the_sum_of_single_ones(
     assert rows.gate == read.gate or with_predictor
 
 
-@torch.no_grad()
-def decoded(model, ids: torch.Tensor) -> torch.Tensor:
-    cache, rows = None, []
-    for token in ids.T:
-        out = model(token[:, None], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        rows.append(out.logits[:, -1])
-    return torch.stack(rows, 1)
-
-
 @pytest.mark.parametrize(("kind", "with_predictors"), [("mistral", False), ("mixtral", True)])
 def test_models_say_what_they_said(
     kind: str, with_predictors: bool, stock: dict[str, Path]
 ) -> None:
     model = load_sparse(stock[kind], "drelu", torch.float32).to(DEVICE)
     ids = torch.arange(3, 6, device=DEVICE)[None].repeat(2, 1)
-    expected, config = decoded(model, ids), model.config
+    expected, config = decoded_logits(model, ids), model.config
     predictors = None
     if with_predictors:  # they want all
         middle = [f".experts.{e}" for e in range(4)] if kind == "mixtral" else [""]
@@ -248,7 +239,7 @@ def test_models_say_what_they_said(
         predictors = Predictors("normed", -1e9, tensors, 4 if kind == "mixtral" else None)
     acceleration = accelerate(model, predictors=predictors)
     assert acceleration.backend == "triton"
-    torch.testing.assert_close(decoded(model, ids), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded_logits(model, ids), expected, rtol=1e-4, atol=1e-5)
     row = config.hidden_size * 4
     predictor_bytes = 8 * (config.hidden_size + config.intermediate_size) * 4
     for reads in acceleration.reads:
@@ -258,5 +249,9 @@ def test_models_say_what_they_said(
         assert passes in (range(6, 13) if kind == "mixtral" else (3,))
         predicted = passes * predictor_bytes if with_predictors else 0
         assert reads.bytes_read == reads.rows.total * row + predicted
-    torch.testing.assert_close(decoded(copy.deepcopy(model), ids), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(decoded(model.bfloat16(), ids).float(), expected, rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        decoded_logits(copy.deepcopy(model), ids), expected, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(
+        decoded_logits(model.bfloat16(), ids).float(), expected, rtol=0.1, atol=0.1
+    )
