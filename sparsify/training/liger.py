@@ -124,7 +124,7 @@ def use_liger(model: SparseModel, recipe: Recipe) -> None:
     """
     if not recipe.training.liger_kernels:
         return
-    check_kernels("cuda" if torch.cuda.is_available() else "cpu")
+    check_kernels("cuda" if torch.cuda.is_available() else "cpu", model.dtype)
     replaced: Counter[str] = Counter()
     for module in model.modules():
         fused = FUSED.get(type(module))
@@ -169,6 +169,12 @@ def check_liger(recipe: Recipe) -> None:
             "training.liger_kernels is set, and there is no GPU here.",
             allowed="Liger's kernels run on a GPU; with TRITON_INTERPRET=1 on a CPU, far too slowly for more than a test.",
             next_step="Set training.liger_kernels=false.",
+        )
+    if not torch.cuda.is_available() and recipe.training.precision != "fp32":
+        raise RecipeError(
+            f"training.liger_kernels is set with training.precision={recipe.training.precision} in Triton's interpreter.",
+            allowed="fp32: the interpreter takes bf16 numbers for integers.",
+            next_step="Set training.precision=fp32.",
         )
     found = installed_version()
     if found is None or _numbers(found) < _numbers(OLDEST_VERSION):
