@@ -43,6 +43,7 @@ def figures(run: Path) -> list[tuple[float, ...]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # nine minutes where eight others share two cores
 @pytest.mark.skipif(installed_version() is None, reason="no liger-kernel")
 def test_liger_runs_have_the_losses_of_plain_ones_and_go_on_to_the_same_bits(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
