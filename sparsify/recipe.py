@@ -27,6 +27,7 @@ EXECUTION_SETTINGS = (
     "micro_batch_windows",
     "gradient_checkpointing",
     "fused_activation",
+    "liger_kernels",
     "compile",
     "count_zeros",
 )
@@ -167,6 +168,9 @@ class TrainingSection:
     fused_activation: str = "auto"
     """The activation in one pass forward and one back: `triton` (a GPU), `inductor` (a compiler builds it: a minute or less at
     the start), or `off` for the model's own code. `auto` is triton where it is, else off. Same values in each."""
+    liger_kernels: bool = False
+    """Liger's kernels for the norms, the rotary embedding and the loss of training steps, without whole logits; needs a GPU and
+    liger-kernel. Never chosen for you: they round differently."""
     compile: bool = False
     """torch.compile on every decoder layer while it trains; ZeRO stage 0 to 2."""
     count_zeros: bool = False

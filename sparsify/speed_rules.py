@@ -15,6 +15,7 @@ def check_speed(recipe: Recipe) -> None:
     """
     _check_fused(recipe)
     _check_compile(recipe)
+    _check_liger(recipe)
 
 
 def _check_fused(recipe: Recipe) -> None:
@@ -80,4 +81,26 @@ def _check_compile(recipe: Recipe) -> None:
             raise RecipeError(
                 f"training.compile is set with {key}, which looks into the layers at every step; a compiled layer is closed.",
                 next_step=f"Set training.compile=false, or leave out {key}.",
+            )
+
+
+def _check_liger(recipe: Recipe) -> None:
+    if not recipe.training.liger_kernels:
+        return
+    for key, without, why in (
+        (
+            "training.compile",
+            recipe.training.compile,
+            "the compiler fuses norms and rotary embedding itself",
+        ),
+        (
+            "distillation.logits_weight",
+            recipe.distillation.logits_weight > 0,
+            "distillation compares whole logits, which Liger's loss never makes",
+        ),
+    ):
+        if without:
+            raise RecipeError(
+                f"training.liger_kernels is set with {key}: {why}.",
+                next_step=f"Set training.liger_kernels=false, or leave out {key}.",
             )

@@ -11,6 +11,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 
@@ -30,7 +31,7 @@ from sparsify.recipe import Recipe, token_shares
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.training.compiled import evaluating
 from sparsify.training.data import ingests_of, lock_of, open_sources, shares_of
-from sparsify.training.engine import init_distributed
+from sparsify.training.engine import check_machine, init_distributed
 from sparsify.training.feeder import Feeder, is_done
 from sparsify.training.loop import Session
 from sparsify.training.run_folder import RunFolder
@@ -72,6 +73,9 @@ def bench_train(
         }
         settings = [f"{key}={value}" for key, value in fixed.items()]
         recipe = compose_recipe(name_or_path, [*overrides, *settings])
+        check_machine(recipe)
+        others = deepcopy(recipe)
+        others.training.liger_kernels = False  # what Liger gives stands in the ratios
         if not torch.cuda.is_available():
             # A waiting thread of OpenMP spins, which would count as work.
             torch.set_num_threads(recipe.launch.threads_per_process or 1)
@@ -81,7 +85,7 @@ def bench_train(
             windows = _prepare(recipe, run)
             _join_alone()
             try:
-                return _measure(Loops(recipe, run, windows), block_steps, blocks, say)
+                return _measure(Loops(others, run, windows), block_steps, blocks, say)
             finally:
                 gc.collect()
                 dist.destroy_process_group()

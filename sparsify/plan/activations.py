@@ -31,8 +31,8 @@ class Pass:
         at_loss_bytes: Activations of all layers while the gradient of the logits is made.
         at_top_bytes: Activations while the last layer's backward pass runs: all layers', and its gradients.
         at_bottom_bytes: Activations while the first layer's backward pass runs: only its own, and its gradients.
-        loss_logits_bytes: Logits, log-probabilities and their gradients.
-        kept_logits_bytes: The logits, which stay to the end of the backward pass.
+        loss_logits_bytes: Logits, log-probabilities and their gradients; with Liger a piece of them, and what it makes of it.
+        kept_logits_bytes: The logits, which stay to the end of the backward pass; none with Liger.
     """
 
     at_loss_bytes: int
@@ -61,22 +61,52 @@ def forward_and_backward(
         training.window_tokens,
         thresholds=recipe.conversion.target_zeros is not None,
         one_pass=training.fused_activation in ("triton", "inductor"),
+        liger=training.liger_kernels,
     )
     layer += value * extra_neuron_values(recipe) * a.intermediate_size * a.num_experts_per_tok
     if recipe.distillation.ffn_weight:  # how far the block's answer is from the teacher's
         layer += FP32_BYTES * a.hidden_size
     kept = value * a.hidden_size if checkpointing else layer
-    top = a.num_hidden_layers * kept + a.hidden_size * (FP32_BYTES + 2 * value)  # and the last norm
+    top = a.num_hidden_layers * kept + norm_bytes(a, value, liger=training.liger_kernels)
     working = layer_gradient_bytes(a, value) + (layer if checkpointing else 0)
     # log-softmax, its gradient and that of the chosen log-probabilities are fp32 in either precision.
-    loss_logits = value + 3 * FP32_BYTES
+    loss_logits = tokens * a.vocab_size * (value + 3 * FP32_BYTES)
+    kept_logits = tokens * a.vocab_size * value
+    if training.liger_kernels:
+        loss_logits, kept_logits = liger_loss_bytes(a, value, tokens), 0
     return Pass(
         at_loss_bytes=tokens * top,
         at_top_bytes=tokens * (top + working),
         at_bottom_bytes=tokens * (layer + layer_gradient_bytes(a, value)),
-        loss_logits_bytes=tokens * a.vocab_size * loss_logits,
-        kept_logits_bytes=tokens * a.vocab_size * value,
+        loss_logits_bytes=loss_logits,
+        kept_logits_bytes=kept_logits,
     )
+
+
+def liger_loss_bytes(architecture: Architecture, value_bytes: int, num_tokens: int) -> int:
+    """Bytes that Liger's loss takes: the logits of a piece, which their gradient overwrites, and both gradients of the projection.
+
+    A piece has as many tokens as make its logits about as large as all hidden states, rounded up to a power of two. The
+    weight's gradient is summed over pieces in fp32: bf16 products are added as they are made, and the sum is rounded at the end; an
+    fp32 product stands beside it first.
+    """
+    a = architecture
+    pieces = -(-a.vocab_size // a.hidden_size)
+    piece_tokens = min(1 << (-(-num_tokens // pieces) - 1).bit_length(), num_tokens)
+    hidden_gradient = num_tokens * a.hidden_size * value_bytes
+    weight = a.vocab_size * a.hidden_size
+    piece, copy = piece_tokens * a.vocab_size * value_bytes, weight * value_bytes
+    beside = piece + copy if value_bytes == FP32_BYTES else max(piece, copy)
+    return hidden_gradient + FP32_BYTES * weight + beside
+
+
+def norm_bytes(architecture: Architecture, value_bytes: int, *, liger: bool) -> int:
+    """Bytes that a norm and what reads it keep, for each token: its input in fp32, the normalised value and the output.
+
+    Liger's keeps the input as it is and one number, and normalises again.
+    """
+    kept = value_bytes if liger else FP32_BYTES + value_bytes
+    return architecture.hidden_size * (kept + value_bytes) + (FP32_BYTES if liger else 0)
 
 
 def layer_activation_bytes(
@@ -87,6 +117,7 @@ def layer_activation_bytes(
     *,
     thresholds: bool = False,
     one_pass: bool = False,
+    liger: bool = False,
 ) -> int:
     """Bytes that one layer keeps for its backward pass, for each token.
 
@@ -103,9 +134,10 @@ def layer_activation_bytes(
             and keys and values are repeated for every query head. None for one document a window.
         thresholds: Whether neurons have thresholds.
         one_pass: Whether a kernel computes the activation: then it keeps gate, up and their product, whichever it is.
+        liger: Whether Liger computes the norms.
     """
     a = architecture
-    norms = 2 * a.hidden_size * (FP32_BYTES + 2 * value_bytes)
+    norms = 2 * norm_bytes(a, value_bytes, liger=liger)
     keys_size = a.key_value_size if window_tokens is None else a.query_size
     attention = 2 * value_bytes * (a.query_size + keys_size) + FP32_BYTES * a.num_attention_heads
     attention += value_bytes * (window_tokens or 0)

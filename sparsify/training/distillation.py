@@ -88,7 +88,7 @@ class Distiller:
             logits: The model's. [windows, tokens, vocabulary]
         """
         self._in_forward = False
-        total = torch.zeros((), device=logits.device)
+        total = torch.zeros((), device=self._totals.device)
         self._totals[2] += self._counted.sum()
         if self._answers.logits is not None:
             by_token = divergence(logits.flatten(0, 1), self._answers.logits.flatten(0, 1))

@@ -14,6 +14,7 @@ from sparsify.models import SparseModel
 from sparsify.recipe import Recipe
 from sparsify.training.compiled import check_compilable, compile_layers
 from sparsify.training.fused_activation import check_fusible, fuse_activation
+from sparsify.training.liger import check_liger, use_liger
 
 MOE_BLOCK = "MixtralSparseMoeBlock"
 
@@ -50,6 +51,7 @@ def check_machine(recipe: Recipe) -> None:
         )
     check_fusible(recipe)
     check_compilable(recipe)
+    check_liger(recipe)
 
 
 def init_distributed() -> None:
@@ -104,6 +106,7 @@ def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseMo
     model = load_sparse(folder, recipe.activation.ffn_activation, dtype)
     del keep_alive
     fuse_activation(model, recipe)
+    use_liger(model, recipe)
     model.set_attn_implementation(recipe.engine.attention)
     if recipe.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})

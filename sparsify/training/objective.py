@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from typing import Any, Self
 
@@ -13,6 +13,7 @@ from sparsify.mixture.windows import Batch
 from sparsify.recipe import Recipe
 from sparsify.training.distillation import Distiller
 from sparsify.training.fused_activation import ZeroMeter, zero_meter
+from sparsify.training.liger import LossHead
 from sparsify.training.pressure import PressureMeter, PressureRecord
 from sparsify.training.router import RouterMeter, aux_loss_coefficient, router_meter
 from sparsify.training.teacher import Teacher
@@ -74,15 +75,9 @@ class Objective:
         tensors = {key: value.to(engine.device) for key, value in batch.tensors.items()}
         if self._distiller is not None:
             self._distiller.ask(tensors)
-        output = engine(
-            input_ids=tensors["input_ids"],
-            position_ids=tensors["position_ids"],
-            use_cache=False,
-            **options,
-        )
-        by_window = window_losses(output.logits, tensors["labels"])
+        output, total, by_window = _forward(engine, tensors, **options)
         each_label = dist.get_world_size() / max(num_labels, 1)
-        loss = by_window.sum() * each_label
+        loss = total * each_label
         if self._distiller is not None:
             loss = loss + self._distiller.loss(output.logits) * each_label
         if self.routers is not None:
@@ -101,6 +96,25 @@ class Objective:
     def distillation(self) -> dict[str, float] | None:
         """How far the model was from its teacher in this step, over all ranks; every rank calls it."""
         return None if self._distiller is None else self._distiller.reduce()
+
+
+def _forward(
+    engine: Any, tensors: dict[str, torch.Tensor], **options: Any
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """The model's output; the cross-entropy summed over the labels, which has a gradient; and each window's. [] and [windows]"""
+    head = engine.module.lm_head
+    fused = isinstance(head, LossHead)
+    with head.judged_by(tensors["labels"]) if fused else nullcontext():
+        output = engine(
+            input_ids=tensors["input_ids"],
+            position_ids=tensors["position_ids"],
+            use_cache=False,
+            **options,
+        )
+    if fused:
+        return output, *output.logits
+    by_window = window_losses(output.logits, tensors["labels"])
+    return output, by_window.sum(), by_window
 
 
 def pressure_line(record: PressureRecord, weight: float) -> dict[str, float]:

@@ -38,6 +38,8 @@ from sparsify.training.engine import check_machine
 from sparsify.training.evaluations import suite_is_due, suite_is_logged
 from sparsify.training.feeder import Feeder, can_begin, is_done
 from sparsify.training.launcher import launch
+from sparsify.training.liger import liger_sentence
+from sparsify.training.liger_kernels import PACKAGE as LIGER
 from sparsify.training.nodes import Nodes
 from sparsify.training.resize import Shape, check_convertible, needs_conversion, resized
 from sparsify.training.router import check_router
@@ -111,6 +113,8 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) 
     if not run.initial.is_dir():
         converted = _convert(recipe, run.initial, say)
         say(f"Model: {_describe(converted)}")
+    if recipe.training.liger_kernels:
+        say(liger_sentence())
     _check_context(recipe, run)
     _keep_teacher(recipe, run)
     newest = newest_whole(run.checkpoints, say)
@@ -159,7 +163,7 @@ def _open_run(recipe: Recipe, run: RunFolder) -> None:
             if folder.is_dir():
                 shutil.rmtree(folder)
     save_recipe(recipe, run.recipe)
-    write_json(run.environment, environment())
+    write_json(run.environment, environment(recipe))
 
 
 def check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
@@ -180,14 +184,15 @@ def check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
             )
 
 
-def environment() -> dict[str, Any]:
+def environment(recipe: Recipe) -> dict[str, Any]:
     """The software and the machine, for the record."""
+    packages = [*PACKAGES, *([LIGER] if recipe.training.liger_kernels else [])]
     return {
         "command": " ".join(["sparsify", *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: version(name) for name in packages},
     }
 
 
