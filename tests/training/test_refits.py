@@ -82,8 +82,8 @@ def _check_fits(found: dict[str, Any], cases: list[str]) -> None:
     for case in cases:
         assert found[case][0] == found[case][1], case
         answer = found[case][0]
-        # Under bf16 the live model feeds the blocks, and the weights are not rounded for the disk.
-        assert answer["from_reference"] < (0.03 if case.endswith("bf16") else 2e-3), case
+        # Under bf16 the live model routes and feeds the blocks, and nothing is rounded for the disk.
+        assert answer["from_reference"] < (0.06 if case.endswith("bf16") else 2e-3), case
         assert answer["live_is_master"], case
         assert answer["stays"], case
         assert answer["error_after"] < 0.9 * answer["error_before"], case
