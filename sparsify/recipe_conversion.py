@@ -41,6 +41,7 @@ class ConversionSection:
     """What a refitted block should answer, one of REFIT_TARGETS: `own`, what it answered before; `residual`, also what the
     layers before it lost; `mix`, half of that."""
     ridge: float = 0.01
-    """How strongly a refit holds on to the old weights, as a share of the mean of its Gram matrix's diagonal."""
+    """How strongly a refit, one of `swap.refit_milestones` too, holds on to the old weights: as a share of the mean of its
+    Gram matrix's diagonal."""
     target_zeros: float | None = None
     """Share of exact zeros that thresholds give every layer on the calibration tokens; null sets none."""

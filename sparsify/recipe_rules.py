@@ -186,6 +186,9 @@ def _check_conversion(recipe: Recipe) -> None:
     conversion, least = recipe.conversion, 8 * recipe.training.window_tokens
     if conversion.calibration_tokens == 0:
         settings, defaults = asdict(conversion), asdict(ConversionSection())
+        if recipe.swap.refit_milestones:
+            check_conversion(conversion)
+            del settings["ridge"]
         for key in (key for key in settings if settings[key] != defaults[key]):
             raise RecipeError(
                 f"conversion.{key}={settings[key]} would be ignored: nothing is calibrated.",

@@ -14,6 +14,11 @@ class SwapSection:
     anneal_token_share: float = 0.0
     """Share of the budget over which the dense activation fades into the sparse one, in a straight line: below 1, so that
     the run ends with the sparse one itself. 0 swaps before the first step."""
+    refit_milestones: int = 0
+    """Fade in so many equal steps instead, from the first token on, and refit every down projection at each, so that blocks
+    answer with the new mixture as they did with the one before. 0 fades in a straight line, without refits."""
+    refit_tokens: int = 0
+    """Training tokens that each of these refits rests on: those that come next."""
 
 
 @dataclass

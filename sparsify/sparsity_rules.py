@@ -43,6 +43,37 @@ def _check_swap(recipe: Recipe) -> None:
             f"{recipe.activation.ffn_activation} before the first step.",
             next_step="Set swap.anneal_token_share=0, or conversion.calibration_tokens=0.",
         )
+    _check_refits(recipe)
+
+
+def _check_refits(recipe: Recipe) -> None:
+    swap, training = recipe.swap, recipe.training
+    milestones, tokens = swap.refit_milestones, swap.refit_tokens
+    if not milestones:
+        if tokens:
+            raise RecipeError(
+                f"swap.refit_tokens={tokens} would be ignored: swap.refit_milestones is 0.",
+                next_step="Set swap.refit_milestones, or leave it out.",
+            )
+        return
+    anneal_steps = int(swap.anneal_token_share * recipe.num_steps + 1e-9)
+    if not swap.anneal_token_share:
+        raise RecipeError(
+            f"swap.refit_milestones={milestones} would be ignored: nothing is annealed.",
+            next_step="Set swap.anneal_token_share, such as 0.5, or leave it out.",
+        )
+    if not 2 <= milestones <= anneal_steps:
+        raise RecipeError(
+            f"swap.refit_milestones is {milestones}.",
+            allowed=f"0 (no refits), or 2 to {anneal_steps}: no more than there are steps in the anneal. A single refit before "
+            "the first step is the calibrated swap: conversion.calibration_tokens, without an anneal.",
+        )
+    least, most = 8 * training.window_tokens, recipe.num_steps * recipe.step_tokens
+    if not least <= tokens <= most:
+        raise RecipeError(
+            f"swap.refit_tokens is {tokens}, with swap.refit_milestones={milestones}.",
+            allowed=f"{least} to {most}: eight windows, of which one judges what the others found, to the whole budget.",
+        )
 
 
 def check_anneal(recipe: Recipe, base_ffn_activation: str) -> None:

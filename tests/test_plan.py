@@ -266,6 +266,24 @@ def test_the_calibrated_swap_needs_memory_for_a_layer_and_disk_for_its_tokens() 
     assert "calibrated swap" in out.getvalue()
 
 
+def test_refits_need_a_gram_matrix_and_each_process_its_part_of_the_tokens() -> None:
+    milestones = ["swap.anneal_token_share=0.1", "swap.refit_milestones=8"]
+    name = "turbosparse_mixtral_8x7b"
+    assert make_plan(composed(name)).refits is None
+    small, large = (
+        make_plan(composed(name, *milestones, f"swap.refit_tokens={tokens}"))
+        for tokens in (2**20, 2**24)
+    )
+    assert small.refits
+    assert large.refits
+    assert small.refits.memory_bytes > 8 * 2 * 14336**2  # its factor beside it, in fp64
+    more = (2**24 - 2**20) // small.processes * 4096 * 2 * 3
+    assert large.refits.memory_bytes - small.refits.memory_bytes == more
+    out = io.StringIO()
+    Console(file=out, width=200).print(plan_table(small))
+    assert "8 of 1,048,576 tokens" in out.getvalue()
+
+
 def test_gradient_checkpointing_keeps_less() -> None:
     overrides = ["training.gradient_checkpointing=false"]
     without = make_plan(composed("turbosparse_mistral_7b", *overrides)).device

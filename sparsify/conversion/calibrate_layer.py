@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from sparsify.conversion.layer_reader import Expert, Routes
-from sparsify.conversion.refit import Errors, Gram
-from sparsify.conversion.signs import RECTIFIES_UP, SignEnergies, flip
+from sparsify.conversion.refit import Errors, Gram, Reduce, nothing_to_reduce
+from sparsify.conversion.signs import SignEnergies, flip
 from sparsify.conversion.thresholds import OutputNorms, with_thresholds
+from sparsify.models import FfnActivation
 from sparsify.recipe_conversion import ConversionSection
 
 HELD_OUT_EVERY = 8
@@ -88,6 +89,8 @@ class LayerCalibration:
         settings: How.
         dtype: Dtype on disk: what is fitted is rounded to it before it is judged.
         inputs: Gives all calibration tokens, again on each call.
+        turn_for: Activation whose surviving half decides about a neuron's sign, one of RECTIFIES_UP; None turns none.
+        reduce: Sums over ranks, where `inputs` gives only this one's part of the tokens. The result is the same on all.
     """
 
     def __init__(
@@ -97,16 +100,19 @@ class LayerCalibration:
         settings: ConversionSection,
         dtype: torch.dtype,
         inputs: InputsOf,
+        turn_for: FfnActivation | None,
+        reduce: Reduce = nothing_to_reduce,
     ) -> None:
         self._dense, self._swapped = dense, swapped
         self._settings, self._dtype, self._inputs = settings, dtype, inputs
+        self._turn_for, self._reduce = turn_for, reduce
 
     def run(self) -> CalibratedLayer:
         """Signs, thresholds, refit; each rests on the one before."""
         stages = {"dense": self._dense, "bare swap": self._swapped}
         flips = self._flips()
         experts = [flip(expert, each) for expert, each in zip(self._swapped, flips, strict=True)]
-        if self._swapped[0].activation.name in RECTIFIES_UP:
+        if self._turn_for is not None:
             stages["signs"] = experts
         scale = None
         if self._settings.target_zeros is not None:
@@ -124,12 +130,14 @@ class LayerCalibration:
     def _flips(self) -> torch.Tensor:
         shape = len(self._swapped), len(self._swapped[0].up)
         flips = torch.zeros(shape, dtype=torch.bool, device=self._swapped[0].up.device)
-        if self._swapped[0].activation.name not in RECTIFIES_UP:
+        if self._turn_for is None:
             return flips
         for number, expert in enumerate(self._swapped):
             energies = SignEnergies(shape[1], flips.device)
+            expert = replace(expert, activation=self._turn_for)
             for chunk, token, _ in self._rows(number, "fit"):
                 energies.add(expert, chunk.x[token])
+            self._reduce(energies.kept)
             flips[number] = energies.flips()
         return flips
 
@@ -147,10 +155,11 @@ class LayerCalibration:
             x = chunk.x[token]
             wanted = self._wanted(number, chunk, token)
             gram.add(expert.neurons(x) * weight[:, None], wanted * weight[:, None])
+        gram.reduce(self._reduce)
         few = gram.num_rows < LEAST_ROWS
         down = expert.down if few else gram.solve(expert.down, self._settings.ridge)
         candidate = replace(expert, down=down.to(self._dtype).float())
-        errors = Errors()
+        errors = Errors(("bare", "before", "refitted"), expert.up.device)
         for chunk, token, weight in self._rows(number, "judge"):
             x, weight = chunk.x[token], weight[:, None]
             h = expert.neurons(x)
@@ -161,6 +170,7 @@ class LayerCalibration:
                 before=h @ expert.down.T * weight,
                 refitted=h @ candidate.down.T * weight,
             )
+        errors.reduce(self._reduce)
         before, after = errors.relative("before"), errors.relative("refitted")
         reason = None
         if few:

@@ -35,6 +35,7 @@ from sparsify.conversion.layer_reader import (
     ffn_names,
     threshold_name,
 )
+from sparsify.conversion.signs import RECTIFIES_UP
 from sparsify.errors import MixtureError
 from sparsify.files import atomic_folder, storage_errors, write_json
 from sparsify.mixture.windows import NO_LOSS, Window, collate
@@ -187,7 +188,10 @@ class Calibrator:
             self._advance(attention, dense, old, "dense", new)
             self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
-            found = LayerCalibration(dense, swapped, self._settings, self._dtype, inputs).run()
+            turn_for = self._swapped if self._swapped.name in RECTIFIES_UP else None
+            found = LayerCalibration(
+                dense, swapped, self._settings, self._dtype, inputs, turn_for
+            ).run()
             zeros = {"dense": [0, 1]}
             for name, experts in found.stages.items():
                 if name != "dense":

@@ -6,7 +6,16 @@ least of |h Wᵀ - y|² + λ |W - W₀|², W₀ being the old one: (hᵀh + λ) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+
+Reduce = Callable[[torch.Tensor], object]
+"""Sums a tensor in place over those that each hold a part of the rows."""
+
+
+def nothing_to_reduce(sums: torch.Tensor) -> None:
+    """For one who holds all of the rows."""
 
 
 class Gram:
@@ -22,6 +31,13 @@ class Gram:
         self.num_rows += len(h)
         self.hh += h.T @ h
         self.hy += h.T @ y
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Takes in the rows of the others."""
+        rows = torch.tensor([self.num_rows], device=self.hh.device)
+        for sums in (rows, self.hh, self.hy):
+            reduce(sums)
+        self.num_rows = int(rows)
 
     def solve(self, down: torch.Tensor, ridge: float) -> torch.Tensor:
         """The refitted down projection.
@@ -44,21 +60,28 @@ class Gram:
 
 
 class Errors:
-    """Squared errors of several down projections on the same rows, relative to the size of what was wanted."""
+    """Squared errors of several down projections on the same rows, relative to the size of what was wanted.
 
-    def __init__(self) -> None:
-        self.wanted, self._errors, self.num_rows = 0.0, {}, 0
+    Args:
+        names: The candidates.
+        device: Where to sum.
+    """
+
+    def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
+        self._names = names
+        self._sums = torch.zeros(1 + len(names), dtype=torch.float64, device=device)
 
     def add(self, y: torch.Tensor, **answers: torch.Tensor) -> None:
         """Adds rows: what was wanted and what each candidate answers, [rows, hidden]."""
-        self.num_rows += len(y)
-        self.wanted += float(y.double().square().sum())
-        for name, answer in answers.items():
-            error = float((answer - y).double().square().sum())
-            self._errors[name] = self._errors.get(name, 0.0) + error
+        self._sums[0] += y.double().square().sum()
+        for place, name in enumerate(self._names, start=1):
+            self._sums[place] += (answers[name] - y).double().square().sum()
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Takes in the rows of the others."""
+        reduce(self._sums)
 
     def relative(self, name: str) -> float | None:
         """|answer - wanted| / |wanted| over all rows; None without rows."""
-        if not self.wanted or name not in self._errors:
-            return None
-        return (self._errors[name] / self.wanted) ** 0.5
+        wanted, error = float(self._sums[0]), float(self._sums[1 + self._names.index(name)])
+        return (error / wanted) ** 0.5 if wanted else None

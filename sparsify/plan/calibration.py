@@ -1,10 +1,11 @@
-"""Memory and disk that the calibrated swap of a recipe takes, before training starts."""
+"""Memory and disk that the calibrated swap of a recipe takes before training starts, and refits at milestones while it trains."""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
 from sparsify.conversion.hidden_states import CHUNK_TOKENS
+from sparsify.plan.activations import value_bytes
 from sparsify.plan.parameters import Architecture
 from sparsify.recipe import Recipe, token_shares
 
@@ -35,6 +36,55 @@ class CalibrationPlan(BaseModel):
     num_tokens: int
 
 
+STREAM_COPIES = 3
+"""Refits keep a residual stream before and after the pass that they make, and the inputs of a block."""
+
+
+class RefitPlan(BaseModel):
+    """What the refits at milestones of an anneal take.
+
+    Attributes:
+        memory_bytes: Of each process, between two steps: one layer's feed-forward weights, the Gram matrix of one expert, a chunk of
+            tokens, and the process's part of the residual stream; on the GPU where there is one.
+        num_refits: Milestones.
+        num_tokens: Tokens that each runs through every layer, over all processes.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    memory_bytes: int
+    num_refits: int
+    num_tokens: int
+
+
+def plan_refits(recipe: Recipe, architecture: Architecture) -> RefitPlan | None:
+    """The refits of a recipe; None where it has none."""
+    swap, a = recipe.swap, architecture
+    if not swap.refit_milestones:
+        return None
+    # Gate, up and down; up and down with their signs turned, and the refitted down; experts side by side, to be written.
+    weights = FP32_BYTES * 3 * (a.num_local_experts or 1) * 3 * a.hidden_size * a.intermediate_size
+    mine = -(-swap.refit_tokens // recipe.launch.total_processes)
+    stream = STREAM_COPIES * value_bytes(recipe) * mine * a.hidden_size
+    return RefitPlan(
+        memory_bytes=weights + _fitting_bytes(a, min(CHUNK_TOKENS, mine)) + stream,
+        num_refits=swap.refit_milestones,
+        num_tokens=swap.refit_tokens,
+    )
+
+
+def _fitting_bytes(a: Architecture, chunk_tokens: int) -> int:
+    """The Gram matrix of one expert with what is solved beside it, and a chunk of tokens."""
+    gram = (
+        FP64_BYTES
+        * a.intermediate_size
+        * (GRAM_COPIES * a.intermediate_size + RIGHT_HAND_SIDES * a.hidden_size)
+    )
+    return gram + FP32_BYTES * chunk_tokens * (
+        NEURON_COPIES * a.intermediate_size + 8 * a.hidden_size
+    )
+
+
 def plan_calibration(
     recipe: Recipe, architecture: Architecture, model_bytes: int
 ) -> CalibrationPlan | None:
@@ -53,18 +103,11 @@ def plan_calibration(
     attention = 2 * a.hidden_size * (a.query_size + a.key_value_size)
     # Beside the dense block stand up and down with their signs turned, and the refitted down.
     weights = FP32_BYTES * (2 * ffn + attention)
-    gram = (
-        FP64_BYTES
-        * a.intermediate_size
-        * (GRAM_COPIES * a.intermediate_size + RIGHT_HAND_SIDES * a.hidden_size)
-    )
-    chunk = max(CHUNK_TOKENS, window_tokens)
-    rows = FP32_BYTES * chunk * (NEURON_COPIES * a.intermediate_size + 8 * a.hidden_size)
     watched = recipe.eval.validation_windows_per_source * len(token_shares(recipe.mixture))
     num_tokens = recipe.conversion.calibration_tokens + watched * window_tokens
     streams = LIVING_STREAMS * FP32_BYTES * num_tokens * a.hidden_size
     return CalibrationPlan(
-        memory_bytes=weights + gram + rows,
+        memory_bytes=weights + _fitting_bytes(a, max(CHUNK_TOKENS, window_tokens)),
         disk_bytes=streams + 2 * model_bytes,
         num_tokens=num_tokens,
     )

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from sparsify.errors import RecipeError
 from sparsify.mixture.shares import Shares
 from sparsify.plan.activations import value_bytes
-from sparsify.plan.calibration import CalibrationPlan, plan_calibration
+from sparsify.plan.calibration import CalibrationPlan, RefitPlan, plan_calibration, plan_refits
 from sparsify.plan.cost import Cost, cost
 from sparsify.plan.fit import Choice, Verdict, verdict_of
 from sparsify.plan.hardware import Hardware, this_machine
@@ -76,6 +76,7 @@ class Plan(BaseModel):
         allowance_bytes: Added to `device` for the framework and fragmentation, an assumption.
         verdict: Whether it fits, and what would.
         calibration: What the calibrated swap takes before training; None without one.
+        refits: What refits at milestones of an anneal take; None without any.
         cost: Time and price, from a throughput that was given or from `hardware`.
         checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk,
             beside those that `checkpoint.keep_every_tokens` keeps for good.
@@ -104,6 +105,7 @@ class Plan(BaseModel):
     allowance_bytes: int
     verdict: Verdict
     calibration: CalibrationPlan | None
+    refits: RefitPlan | None
     cost: Cost
     checkpoint_bytes: int
     keep_checkpoints: int
@@ -183,6 +185,7 @@ def make_plan(
         allowance_bytes=hardware.allowance_bytes(needed.device.total),
         verdict=verdict,
         calibration=plan_calibration(recipe, architecture, value_bytes(recipe) * parameters.total),
+        refits=plan_refits(recipe, architecture),
         cost=cost(recipe, architecture, parameters, hardware, tokens_per_second),
         checkpoint_bytes=checkpoint_bytes(recipe, parameters.total),
         keep_checkpoints=recipe.checkpoint.keep_last,

@@ -90,6 +90,13 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
             f"before training, one layer at a time; {plan.calibration.num_tokens:,} tokens, "
             f"{_size(plan.calibration.disk_bytes)} on the disk meanwhile",
         )
+    if plan.refits is not None:
+        yield (
+            "refits",
+            _size(plan.refits.memory_bytes),
+            f"beside weights and optimiser, between steps, one layer at a time; {plan.refits.num_refits} of "
+            f"{plan.refits.num_tokens:,} tokens",
+        )
 
 
 def _outcome(plan: Plan) -> Iterator[tuple[str, str, str]]:

@@ -2,8 +2,8 @@
 
 Both factors of a feed-forward block are mixed, (1 - a) of the dense activation's and a of the sparse one's. From SwiGLU to dReLU
 that leaves the positive sides nearly as they are and lowers the slope of the negative ones, 1 at the beginning and 0 at the end.
-The share a is a pure function of the tokens seen, so that nothing needs to be saved for it. At 1 a block has the plain
-activation itself, bit by bit.
+The share a is a pure function of the tokens seen, so that nothing needs to be saved for it; with refits at milestones
+(`sparsify.training.refits`) it follows from how many of them are done. At 1 a block has the plain activation itself, bit by bit.
 """
 
 from __future__ import annotations
@@ -40,19 +40,35 @@ class AnnealedActivation(FfnActivation):
         return f"{self.base.name} to {super().extra_repr()}, {self.share:.0%} of the way"
 
 
-def annealed_share(recipe: Recipe, seen_tokens: int) -> float:
-    """How much of the sparse activation is in force after so many tokens: from 0 to 1 in a straight line, then 1."""
-    anneal_tokens = recipe.swap.anneal_token_share * recipe.num_steps * recipe.step_tokens
-    return min(1.0, seen_tokens / anneal_tokens) if anneal_tokens else 1.0
+def annealed_share(recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
+    """How much of the sparse activation is in force.
+
+    From 0 to 1 in a straight line over the tokens seen, then 1; with refits in equal steps, one for each that is done.
+
+    Args:
+        recipe: The run's recipe.
+        seen_tokens: Training tokens seen.
+        refits: `TrainingState.refits`.
+    """
+    if recipe.swap.refit_milestones:
+        return refits / recipe.swap.refit_milestones
+    tokens = anneal_tokens(recipe)
+    return min(1.0, seen_tokens / tokens) if tokens else 1.0
 
 
-def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int) -> float:
-    """Gives every block the activation that is due after so many tokens, whatever it had before.
+def anneal_tokens(recipe: Recipe) -> float:
+    """Training tokens over which the dense activation fades."""
+    return recipe.swap.anneal_token_share * recipe.num_steps * recipe.step_tokens
+
+
+def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
+    """Gives every block the activation that is in force, whatever it had before.
 
     Args:
         model: The model that trains, converted to the recipe's activation.
         recipe: The run's recipe.
         seen_tokens: Training tokens seen.
+        refits: `TrainingState.refits`.
 
     Returns:
         `annealed_share`.
@@ -60,17 +76,40 @@ def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int) -> float:
     Raises:
         RuntimeError: If a block that must have the plain activation applies something else.
     """
-    share = annealed_share(recipe, seen_tokens)
-    if share < 1:
+    share = annealed_share(recipe, seen_tokens, refits)
+    if recipe.swap.anneal_token_share:
         for block in model.ffn_blocks():
-            _mix(block.ffn_activation, model.config, share)
-    elif recipe.swap.anneal_token_share:
-        for block in model.ffn_blocks():
-            _become(block.ffn_activation, FfnActivation)
-            for name in ("base", "share"):
-                vars(block.ffn_activation).pop(name, None)
-        check_activation(model, recipe.activation.ffn_activation)
+            set_share(block.ffn_activation, model.config, share)
+        if share == 1:
+            check_activation(model, recipe.activation.ffn_activation)
     return share
+
+
+def set_share(activation: FfnActivation, config: SparseConfig, share: float) -> None:
+    """Gives one block the mixture with so much of the sparse activation; at 1 its plain one.
+
+    Args:
+        activation: The block's, in place.
+        config: Of its model: it says what the dense activation is.
+        share: 0 to 1.
+    """
+    if share < 1:
+        _mix(activation, config, share)
+        return
+    _become(activation, FfnActivation)
+    for name in ("base", "share"):
+        vars(activation).pop(name, None)
+
+
+def activation_at(
+    activation: FfnActivation, config: SparseConfig, share: float, expert: int | None
+) -> FfnActivation:
+    """A copy of a block's activation, or of that of one of its experts, with so much of the sparse one; see `set_share`."""
+    copy = FfnActivation(activation.name, activation.gate_threshold)
+    if activation.threshold is not None:
+        copy.threshold = activation.threshold if expert is None else activation.threshold[expert]
+    set_share(copy, config, share)
+    return copy
 
 
 @contextmanager

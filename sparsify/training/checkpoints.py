@@ -64,6 +64,8 @@ class TrainingState:
     """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
     control: dict[str, float] = field(default_factory=dict)
     """Where the loop stands that ends at `sparsity.target_zeros` (`sparsify.training.target.Control`); empty without one."""
+    refits: int = 0
+    """How many of `swap.refit_milestones` the weights have gone through; the activation in force follows from it."""
 
     @property
     def shape(self) -> Shape:

@@ -5,7 +5,8 @@ The launcher has them tokenised (`feeder`); every rank opens what is there by no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from sparsify.conversion.tokenizer import load_tokenizer
@@ -16,8 +17,11 @@ from sparsify.mixture.lock import MixtureLock, make_lock
 from sparsify.mixture.shares import Shares
 from sparsify.mixture.stream import TrainingStream
 from sparsify.mixture.tokens import TokenizedSource
+from sparsify.mixture.windows import WindowReader
 from sparsify.recipe import Recipe, token_shares
 from sparsify.training.run_folder import RunFolder
+
+POLL_SECONDS = 0.1
 
 
 def shares_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> Shares:
@@ -89,6 +93,17 @@ def open_sources(ingests: Mapping[str, Ingest]) -> dict[str, TokenizedSource]:
         MixtureError: If a file is missing, or a source lies on one side of the held-out split.
     """
     return {name: ingest.open() for name, ingest in ingests.items()}
+
+
+def wait_for_windows(
+    reader: WindowReader, first: int, count: int, stop_requested: Callable[[], bool]
+) -> bool:
+    """Waits until these training windows are tokenised. Returns False when this rank was asked to stop before they were."""
+    while not reader.is_here(first, count):
+        if stop_requested():
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
 
 
 def lock_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> MixtureLock:

@@ -18,12 +18,14 @@ from sparsify.training import checkpoints
 from sparsify.training.annealing import anneal, plain
 from sparsify.training.checkpoints import Keep, TrainingState
 from sparsify.training.compiled import evaluating
+from sparsify.training.data import wait_for_windows
 from sparsify.training.engine import set_learning_rate
 from sparsify.training.evaluations import suite_is_due
 from sparsify.training.fused_activation import fuse_activation
 from sparsify.training.objective import Objective, pressure_line
 from sparsify.training.penalty import next_control, penalty_weight
 from sparsify.training.performance import Performance
+from sparsify.training.refits import refit_if_due
 from sparsify.training.router import RouterMeter, hungry_steps
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.samples import continue_prompts
@@ -49,7 +51,6 @@ if TYPE_CHECKING:
     from sparsify.training.suite import TrainingSuite
 
 REFERENCE_TOKENS = 32
-DATA_POLL_SECONDS = 0.1
 
 
 @dataclass
@@ -87,9 +88,12 @@ def train(session: Session) -> bool:
     asked = _ask_suite(session)  # where an interruption cut it short
     stopping = not asked
     while session.state.step < recipe.num_steps and not stopping:
-        stopping = _train_step(session)
+        step = session.state.step
+        stopping = not refit_if_due(session) or _train_step(session)
         last = session.state.step == recipe.num_steps
-        if last or _due(recipe, session.state, recipe.eval.every_tokens):
+        due = _due(recipe, session.state, recipe.eval.every_tokens)
+        # Stopped before a step could be trained, what would be measured has been.
+        if session.state.step > step and (last or due):
             _validate(session, "training")
         if last or stopping or _due(recipe, session.state, recipe.checkpoint.every_tokens):
             _save(session)
@@ -109,7 +113,10 @@ def _train_step(session: Session) -> bool:
     """One optimiser step over a global batch. Returns whether any rank was asked to stop."""
     recipe, engine, state = session.recipe, session.engine, session.state
     started = time.monotonic()
-    has_data = _wait_for_data(session)
+    first_window = state.step * recipe.training.batch_windows
+    has_data = wait_for_windows(
+        session.reader, first_window, recipe.training.batch_windows, session.stop_requested
+    )
     batches = _micro_batches(session) if has_data else []
     data_seconds = time.monotonic() - started
     num_labels, stopping, lacking = _agree(session, batches, has_data)
@@ -119,7 +126,6 @@ def _train_step(session: Session) -> bool:
     seen_tokens = state.seen_tokens + recipe.step_tokens
     rate = learning_rate(recipe.optimizer, seen_tokens, recipe.num_steps * recipe.step_tokens)
     set_learning_rate(engine, rate)
-    first_window = state.step * recipe.training.batch_windows
     sources = [
         name
         for name, _ in session.reader.schedule.windows_of(
@@ -128,7 +134,7 @@ def _train_step(session: Session) -> bool:
     ]
     by_source = dict(zip(session.reader.names, num_labels.tolist(), strict=True))
     rule = spike_rule(recipe.stability, state.recent_losses, by_source)
-    annealed = anneal(engine.module, recipe, state.seen_tokens)
+    annealed = anneal(engine.module, recipe, state.seen_tokens, state.refits)
     weight = penalty_weight(recipe, state.control, state.seen_tokens)
     with Objective(recipe, engine, weight, session.teacher) as objective:
         window_losses = accumulate(
@@ -152,7 +158,7 @@ def _train_step(session: Session) -> bool:
         step=state.step + 1,
         seen_tokens=seen_tokens,
         recent_losses=remember(recipe.stability, state, means),
-        control=next_control(recipe, state.control, seen_tokens, pressure, loss),
+        control=next_control(recipe, state.control, seen_tokens, pressure, loss, annealed),
     )
     session.telemetry.train(
         session.state.step,
@@ -182,16 +188,6 @@ def _watch_routers(session: Session, routers: RouterMeter | None) -> dict[str, A
         load = record.load[layer][expert]
         session.telemetry.starving(state.step, state.seen_tokens, layer, expert, load)
     return {"router": asdict(record)}
-
-
-def _wait_for_data(session: Session) -> bool:
-    """Waits until the next global batch is tokenised. Returns False when this rank was asked to stop before it was."""
-    batch_windows = session.recipe.training.batch_windows
-    while not session.reader.is_here(session.state.step * batch_windows, batch_windows):
-        if session.stop_requested():
-            return False
-        time.sleep(DATA_POLL_SECONDS)
-    return True
 
 
 def _agree(
@@ -304,7 +300,8 @@ def _validate_start(session: Session) -> None:
 def _validate(session: Session, label: str) -> None:
     annealed = None
     if label == "training":
-        share = anneal(session.engine.module, session.recipe, session.state.seen_tokens)
+        state = session.state
+        share = anneal(session.engine.module, session.recipe, state.seen_tokens, state.refits)
         label, annealed = ("training", None) if share == 1 else ("annealing", share)
     result = validate(
         session.engine,

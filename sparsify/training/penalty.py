@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from sparsify.recipe import Recipe
-from sparsify.training.annealing import annealed_share
 from sparsify.training.pressure import PressureRecord, stage_weight
 from sparsify.training.target import Control, after_step, begin, weight
 
@@ -31,6 +30,7 @@ def next_control(
     seen_tokens: int,
     record: PressureRecord | None,
     loss: float,
+    annealed_share: float,
 ) -> dict[str, float]:
     """`TrainingState.control` after a step; empty where there is no target, or while the anneal hides the zeros.
 
@@ -40,11 +40,10 @@ def next_control(
         seen_tokens: Training tokens seen, the step's among them.
         record: What the step's penalty met.
         loss: The step's mean cross-entropy, in nats.
+        annealed_share: How much of the sparse activation was in force in the step.
     """
     target = recipe.sparsity.target_zeros
-    if target is None or record is None:
-        return control
-    if annealed_share(recipe, seen_tokens - recipe.step_tokens) < 1:
+    if target is None or record is None or annealed_share < 1:
         return control
     share = seen_tokens / _budget_tokens(recipe)
     state = Control.of(control)

@@ -19,6 +19,7 @@ from sparsify.sparsity.alarms import LayerAlarms
 from sparsify.training.checkpoints import Saved, TrainingState
 from sparsify.training.evaluations import task_figures
 from sparsify.training.history import read_lines
+from sparsify.training.refits import RefitRecord
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.stability import BadStep
 from sparsify.training.tracker import Tracker
@@ -121,6 +122,29 @@ class Telemetry:
         self.say(
             f"rolled back to the weights of step {to_step:,}; windows {windows[0]}–{windows[1]} are left out"
         )
+
+    def refit(self, step: int, seen_tokens: int, refitted: RefitRecord, seconds: float) -> None:
+        """Records a milestone of the anneal.
+
+        Args:
+            step: The step that it precedes, so that what is trained again from before it is recorded once.
+            seen_tokens: Training tokens seen.
+            refitted: What came of it.
+            seconds: How long training stood still for it.
+        """
+        if self._silent:
+            return
+        record = {"kind": "refit", "step": step, "tokens": seen_tokens, **asdict(refitted)}
+        self._append(self._run.metrics, record | {"seconds": round(seconds, 3)})
+        errors = [
+            "unknown" if error is None else f"{error:.3f}"
+            for error in (refitted.error_before, refitted.error_after)
+        ]
+        line = f"refit, {refitted.annealed_share:.0%} of the way: relative error {errors[0]} before, {errors[1]} after"
+        line += f"; {refitted.num_flipped:,} signs turned" if refitted.num_flipped else ""
+        for one in refitted.kept:
+            line += f"; layer {one['layer']}, expert {one['expert']} keeps its weights: {one['because']}"
+        self.say(f"{line} ({seconds:.1f} s)")
 
     def starving(self, step: int, seen_tokens: int, layer: int, expert: int, load: float) -> None:
         """Raises the alarm for an expert that has been starving.

@@ -106,7 +106,8 @@ def anneal_note(loaded: Loaded) -> str:
     if loaded.trained is None:
         return ""
     recipe = loaded.trained.run.load_recipe()
-    share = annealed_share(recipe, read_state(loaded.trained.checkpoint).seen_tokens)
+    state = read_state(loaded.trained.checkpoint)
+    share = annealed_share(recipe, state.seen_tokens, state.refits)
     if share == 1:
         return ""
     activation = recipe.activation.ffn_activation

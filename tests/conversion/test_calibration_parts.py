@@ -100,7 +100,9 @@ def test_held_out_tokens_decide_whether_a_refit_is_kept(misled: bool) -> None:
     dense = expert("swiglu")
     swapped = replace(dense, activation=FfnActivation("drelu"))
     settings = ConversionSection(calibration_tokens=1024)
-    layer = LayerCalibration([dense], [swapped], settings, torch.float32, inputs).run()
+    layer = LayerCalibration(
+        [dense], [swapped], settings, torch.float32, inputs, swapped.activation
+    ).run()
     result, new = layer.results[0], layer.stages["refit"][0]
     assert result.num_tokens == 768
     if misled:
