@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 ASKED = "training.liger_kernels=true"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(installed_version() is None, reason="no liger-kernel")
 def test_liger_does_what_it_must() -> None:
     """On the GPU, or in Triton's interpreter."""
