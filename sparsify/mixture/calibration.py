@@ -113,7 +113,8 @@ def text_or_mixture_calibration(
         cache_dir=cache_dir,
     )
     whole = [window for window in windows if len(window.input_ids) == window_tokens]
-    num_watched = min(watched_tokens // window_tokens, int(len(whole) * WATCHED_SHARE))
+    left = len(whole) - num_tokens // window_tokens
+    num_watched = min(watched_tokens // window_tokens, max(left, int(len(whole) * WATCHED_SHARE)))
     if num_watched < 1:
         raise MixtureError(
             f"{path} holds {len(whole)} window(s) of {window_tokens} tokens.",
