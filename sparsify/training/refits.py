@@ -61,7 +61,7 @@ class RefitRecord:
             share and the old weights. Mean over layers and experts; None where nothing judged them.
         error_after: The same with the weights that it has now.
         num_flipped: Neurons whose sign was turned.
-        kept: Layers and experts whose down projection stays, and why.
+        kept: Layers whose down projection stays, and why; of fused experts, which one.
     """
 
     annealed_share: float
@@ -327,7 +327,11 @@ def _record(results: list[list[ExpertResult]], share: float) -> RefitRecord:
         _mean(after),
         sum(result.num_flipped for result in every),
         [
-            {"layer": layer, "expert": expert, "because": result.kept_because}
+            {
+                "layer": layer,
+                "expert": expert if len(experts) > 1 else None,
+                "because": result.kept_because,
+            }
             for layer, experts in enumerate(results)
             for expert, result in enumerate(experts)
             if result.kept_because is not None

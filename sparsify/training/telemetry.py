@@ -143,7 +143,8 @@ class Telemetry:
         line = f"refit, {refitted.annealed_share:.0%} of the way: relative error {errors[0]} before, {errors[1]} after"
         line += f"; {refitted.num_flipped:,} signs turned" if refitted.num_flipped else ""
         for one in refitted.kept:
-            line += f"; layer {one['layer']}, expert {one['expert']} keeps its weights: {one['because']}"
+            expert = "" if one["expert"] is None else f", expert {one['expert']}"
+            line += f"; layer {one['layer']}{expert} keeps its weights: {one['because']}"
         self.say(f"{line} ({seconds:.1f} s)")
 
     def starving(self, step: int, seen_tokens: int, layer: int, expert: int, load: float) -> None:
