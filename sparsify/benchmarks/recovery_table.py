@@ -115,7 +115,7 @@ def _draw_tokens(recovery: Recovery, theme: Theme) -> Figure:
     axes.axhline(0, color=theme.control, linewidth=1)
     axes.xaxis.set_major_formatter(EngFormatter())
     axes.set(xlabel="training tokens", ylabel="loss gap to the dense control, nats")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -129,18 +129,21 @@ def _draw_end(recovery: Recovery, label: str, share: str, theme: Theme) -> Figur
     axes.axhline(0, color=theme.control, linewidth=1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlabel=label, ylabel="loss gap to the dense control, nats")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
 def _sparse(recovery: Recovery) -> list[RecoveryArm]:
-    return [arm for arm in recovery.arms if arm.name != DENSE]
+    """From the largest gap to the smallest, so that the legend reads from top to bottom as the curves end."""
+    sparse = [arm for arm in recovery.arms if arm.name != DENSE]
+    return sorted(sparse, key=lambda arm: -arm.gap)
 
 
 def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH_INCHES, PANEL_INCHES))
+    figure = Figure(figsize=(WIDTH_INCHES, PANEL_INCHES), layout="constrained")
     return figure, figure.subplots()
 
 
 def _colour(index: int) -> tuple[float, float, float, float]:
-    return colormaps["tab10"](index % 10)
+    """Ten strong colours, then the pale ones of the same pairs."""
+    return colormaps["tab20"]((2 * index + index // 10) % 20)
