@@ -12,8 +12,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from sparsify.catalogue import save_recipe
-from sparsify.recipe import Recipe
+from sparsify.conversion.convert import convert
+from sparsify.mixture.lock import write_lock
+from sparsify.recipe import ActivationSection, ModelSection, Recipe
+from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.run_folder import RunFolder
 
 RANKS = 2
@@ -30,6 +36,24 @@ def prepare_run(whole: Path, path: Path, change: Callable[[Recipe], None]) -> Ru
     change(recipe)
     save_recipe(recipe, run.recipe)
     return run
+
+
+def replace_model(run: RunFolder, source: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Gives a prepared run another checkpoint to start from, with dReLU."""
+    shutil.rmtree(run.initial)
+    model, activation = ModelSection(source=str(source)), ActivationSection("drelu")
+    convert(model, activation, run.initial, seed=0, dtype=dtype)
+
+
+def tokenise(run: RunFolder) -> None:
+    """In a rank: has the first one tokenise what the run's recipe needs, as the launcher would."""
+    recipe = run.load_recipe()
+    if dist.get_rank() == 0:
+        ingests = ingests_of(recipe, run)
+        for ingest in ingests.values():
+            ingest.run()
+        write_lock(lock_of(recipe, open_sources(ingests)), run.mixture_lock)
+    dist.barrier()
 
 
 def run_ranks(program: Path, arguments: Sequence[str]) -> list[list[dict[str, Any]]]:

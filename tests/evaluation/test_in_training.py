@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import time
@@ -14,23 +13,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 
 from sparsify.catalogue import compose_recipe
 from sparsify.comparison.evaluations import result_folders
-from sparsify.conversion.convert import convert
 from sparsify.errors import EvaluationError, RecipeError
 from sparsify.evaluation import asking
 from sparsify.evaluation.asked import Asked
 from sparsify.evaluation.in_training import suite_of
 from sparsify.evaluation.results import EvaluationResults, read_items, read_results
-from sparsify.recipe import ActivationSection, ModelSection, Recipe
+from sparsify.recipe import Recipe
 from sparsify.training.evaluations import has_line
 from sparsify.training.run_folder import RunFolder
 from sparsify.verbs.evaluate import evaluate_model
 from tests.conftest import Command, Setup
 from tests.evaluation.suite_program import SMALL_CHUNKS
-from tests.ranks import prepare_run, records, run_ranks
+from tests.ranks import prepare_run, records, replace_model, run_ranks
 
 pytestmark = pytest.mark.xdist_group("suite")
 
@@ -82,10 +79,7 @@ def train(
             run = prepare_run(whole, root / case, change)
             kind = case.split("-")[0]
             if kind != "mistral":
-                shutil.rmtree(run.initial)
-                activation = ActivationSection("drelu")
-                source = ModelSection(source=str(stock[kind]))
-                convert(source, activation, run.initial, seed=0, dtype=torch.float32)
+                replace_model(run, stock[kind])
         found = run_ranks(PROGRAM, [str(root / case) for case in cases])
         return {
             case: Trained(RunFolder(root / case), hashes)

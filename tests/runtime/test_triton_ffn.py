@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +16,9 @@ import torch
 from sparsify.runtime import triton_ffn
 from sparsify.runtime.triton_ffn import BLOCKS, Routing, launch
 from tests.runtime.blocks import ALL, block, predictor
+from tests.triton import run_checks
 
 CHECKS = Path(__file__).with_name("triton_checks.py")
-ROOT = Path(__file__).parents[2]
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton")
 
@@ -29,15 +27,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton
 @pytest.mark.parametrize("examples", ["8", pytest.param("200", marks=pytest.mark.slow)])
 def test_kernels_do_what_they_must(examples: str) -> None:
     """On the GPU, or in Triton's interpreter."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment["TRITON_EXAMPLES"] = examples
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-6000:]
+    run_checks(CHECKS, TRITON_EXAMPLES=examples)
 
 
 class HopperCompiler:

@@ -11,22 +11,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from sparsify.mixture.lock import write_lock
-from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.engine import init_distributed
 from sparsify.training.loop import train
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.worker import build_session
+from tests.ranks import tokenise
 
 
 def main(run: RunFolder) -> None:
     recipe = run.load_recipe()
-    if dist.get_rank() == 0:
-        ingests = ingests_of(recipe, run)
-        for ingest in ingests.values():
-            ingest.run()
-        write_lock(lock_of(recipe, open_sources(ingests)), run.mixture_lock)
-    dist.barrier()
+    tokenise(run)
     session = build_session(run, lambda: False)
     if "cut" in run.path.name:
         session.stop_requested = lambda: session.state.step + 1 >= recipe.num_steps // 6

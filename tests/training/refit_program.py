@@ -18,24 +18,17 @@ from deepspeed.runtime.zero import GatheredParameters
 from safetensors.torch import load_file
 
 from sparsify.conversion.calibration import Calibrator
-from sparsify.mixture.lock import write_lock
 from sparsify.recipe import ConversionSection
-from sparsify.training.data import ingests_of, lock_of, open_sources
 from sparsify.training.engine import full_weight, init_distributed, set_learning_rate
 from sparsify.training.loop import Session, train
 from sparsify.training.refits import refit, refit_windows
 from sparsify.training.run_folder import RunFolder
 from sparsify.training.worker import build_session
+from tests.ranks import tokenise
 
 
 def main(run: RunFolder) -> Any:
-    recipe = run.load_recipe()
-    if dist.get_rank() == 0:
-        ingests = ingests_of(recipe, run)
-        for ingest in ingests.values():
-            ingest.run()
-        write_lock(lock_of(recipe, open_sources(ingests)), run.mixture_lock)
-    dist.barrier()
+    tokenise(run)
     session = build_session(run, lambda: False)
     if run.path.name.startswith("fit"):
         return compare(session)

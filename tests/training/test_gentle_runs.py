@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparsify.conversion.convert import convert
 from sparsify.export.weights import load
-from sparsify.recipe import ActivationSection, ModelSection, Recipe
+from sparsify.recipe import Recipe
 from sparsify.recipe_sparsity import DistillationSection, PenaltyStageSection
 from sparsify.verbs.report import anneal_note
 from tests.conftest import Setup
-from tests.ranks import prepare_run, records, run_ranks
+from tests.ranks import prepare_run, records, replace_model, run_ranks
 
 pytestmark = pytest.mark.xdist_group("gentle")
 
@@ -44,19 +42,13 @@ def runs(
         for case in cases:
             run = prepare_run(whole, root / case, partial(_change, case=case))
             if case.startswith("mixtral"):
-                _convert(stock["mixtral"], run.initial)
+                replace_model(run, stock["mixtral"])
         run_ranks(PROGRAM, [str(root / case) for case in cases])
         return {
             case: [*records(root / case), {"kind": "folder", "path": root / case}] for case in cases
         }
 
     return train
-
-
-def _convert(source: Path, to: Path) -> None:
-    shutil.rmtree(to)
-    activation = ActivationSection("drelu")
-    convert(ModelSection(source=str(source)), activation, to, seed=0, dtype=torch.float32)
 
 
 def _change(recipe: Recipe, case: str) -> None:

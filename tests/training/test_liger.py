@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,9 +13,9 @@ from sparsify.plan import make_plan, named_hardware, resolve_engine
 from sparsify.training import liger
 from sparsify.training.engine import check_machine
 from sparsify.training.liger_kernels import installed_version
+from tests.triton import run_checks
 
 CHECKS = Path(__file__).with_name("liger_checks.py")
-ROOT = Path(__file__).parents[2]
 ASKED = "training.liger_kernels=true"
 
 
@@ -26,14 +23,7 @@ ASKED = "training.liger_kernels=true"
 @pytest.mark.skipif(installed_version() is None, reason="no liger-kernel")
 def test_liger_does_what_it_must() -> None:
     """On the GPU, or in Triton's interpreter."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    if not torch.cuda.is_available():
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-6000:]
+    run_checks(CHECKS)
 
 
 def test_what_would_be_ignored_or_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -15,12 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.catalogue import compose_recipe
-from sparsify.conversion.convert import convert
 from sparsify.errors import RecipeError
-from sparsify.recipe import ActivationSection, ModelSection, Recipe
+from sparsify.recipe import Recipe
 from sparsify.training.refits import refit_windows, refits_due
 from tests.conftest import Setup
-from tests.ranks import prepare_run, records, run_ranks
+from tests.ranks import prepare_run, records, replace_model, run_ranks
 
 PROGRAM = Path(__file__).with_name("refit_program.py")
 FITS = ["fit-mistral-1-fp32", "fit-mixtral-3-fp32"]
@@ -51,10 +49,8 @@ def runs(
         for case in cases:
             prepared = prepare_run(whole, root / case, partial(_change, case=case))
             _, kind, _, precision = case.split("-")[:4]
-            shutil.rmtree(prepared.initial)
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-            source, drelu = ModelSection(source=str(stock[kind])), ActivationSection("drelu")
-            convert(source, drelu, prepared.initial, seed=0, dtype=dtype)
+            replace_model(prepared, stock[kind], dtype)
         found = run_ranks(PROGRAM, [str(root / case) for case in cases])
         return {
             case: records(root / case) if case.startswith("train") else answers
