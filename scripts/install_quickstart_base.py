@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from sparsify.catalogue import PACKAGE
-from sparsify.export.weights import find_trained, load_trained
+from sparsify.recipe.compose import PACKAGE
+from sparsify.runs.load import find_trained, load_trained
 
 STOCK_FIELDS = (
     "vocab_size",

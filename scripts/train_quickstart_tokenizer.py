@@ -13,7 +13,7 @@ from pathlib import Path
 import sentencepiece
 from transformers import LlamaTokenizer
 
-from sparsify.mixture.stdlib_text import stdlib_documents
+from sparsify.mixture.sources.stdlib_text import stdlib_documents
 
 VOCABULARY_TOKENS = 2048
 CHAT_SYMBOLS = ["<|user|>", "<|assistant|>", "<|end|>"]

@@ -29,8 +29,8 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from sparsify.catalogue import PACKAGE
 from sparsify.conversion.tokenizer import copy_tokenizer
+from sparsify.recipe.compose import PACKAGE
 
 TOKENIZER = PACKAGE / "assets" / "quickstart_base"
 SHAPE = {
@@ -179,7 +179,7 @@ class Command:
         self._recipe, self._mixture, self._stock, self.root = recipe, mixture, stock, root
 
     def __call__(self, setup: Setup, run: Path) -> list[str]:
-        program = "from sparsify.cli import main; main()"
+        program = "from sparsify.cli.main import main; main()"
         overrides = [
             f"mixture={self._mixture}",
             f"model.source={self._stock[setup.kind]}",

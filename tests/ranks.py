@@ -15,12 +15,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparsify.catalogue import save_recipe
 from sparsify.conversion.convert import convert
 from sparsify.mixture.lock import write_lock
-from sparsify.recipe import ActivationSection, ModelSection, Recipe
-from sparsify.training.data import ingests_of, lock_of, open_sources
-from sparsify.training.run_folder import RunFolder
+from sparsify.recipe.compose import save_recipe
+from sparsify.recipe.recipe import ActivationSection, ModelSection, Recipe
+from sparsify.runs.data import ingests_of, lock_of, open_sources
+from sparsify.runs.run_folder import RunFolder
 
 RANKS = 2
 SECONDS = 300

@@ -19,9 +19,9 @@ from omegaconf import OmegaConf
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from sparsify import cli
-from sparsify.catalogue import compose_recipe, sweep
-from sparsify.recipe import Recipe
+from sparsify.cli import main
+from sparsify.recipe.compose import compose_recipe, sweep
+from sparsify.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
@@ -89,7 +89,7 @@ def run_command(arguments: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sparsify", *arguments])
         with pytest.raises(SystemExit) as end:
-            cli.main()
+            main.main()
     assert end.value.code in (0, None), arguments
 
 
@@ -116,7 +116,7 @@ def test_marked_blocks_run(page: Path, trained: Path) -> None:
 
 def parse(arguments: list[str]) -> dict[str, Any]:
     """What a command line means to the command line interface, without running it."""
-    command: Any = get_command(cli.app)
+    command: Any = get_command(main.app)
     while isinstance(command, TyperGroup):
         _, command, arguments = command.resolve_command(typer.Context(command), arguments)
     return command.make_context(command.name, list(arguments)).params

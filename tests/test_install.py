@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparsify.catalogue import recipe_names
+from sparsify.recipe.compose import recipe_names
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import sparsify, sys
 from pathlib import Path
 assert Path(sparsify.__file__).is_relative_to(sys.argv.pop(1)), sparsify.__file__
-from sparsify.cli import main
+from sparsify.cli.main import main
 main()
 """
 

@@ -14,8 +14,8 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.asking import Asking, Progress
 from sparsify.evaluation.heldout import PREFIX, HeldOut, fingerprint, measure_source
+from sparsify.evaluation.lm_adapter import Asking, Progress
 from sparsify.evaluation.model import Subject, counted_fields, model_hash
 from sparsify.evaluation.overlap import write_texts
 from sparsify.evaluation.results import (
@@ -28,9 +28,9 @@ from sparsify.evaluation.results import (
 from sparsify.evaluation.scores import Score, kind_of, mean_of, measured, scores_of
 from sparsify.evaluation.suite import Suite
 from sparsify.evaluation.tasks import FEWSHOT_SEED, TaskSource, build_tasks
-from sparsify.evaluation.workers import Answering, Workers
+from sparsify.evaluation.worker import Answering, Workers
 from sparsify.files import write_json, write_text
-from sparsify.mixture.evaluation_items import strings
+from sparsify.mixture.cleaning.eval_items import strings
 
 PACKAGES = ("sparsify-lm", "lm-eval", "transformers", "torch", "datasets")
 JOURNAL_FOLDER = "journal"

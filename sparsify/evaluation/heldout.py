@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.counting import Counts, together
-from sparsify.evaluation.model import Subject, counted_fields
+from sparsify.evaluation.model import Counts, Subject, counted_fields, together
 from sparsify.evaluation.results import TaskResult
 from sparsify.evaluation.scores import Score, measured
-from sparsify.mixture.windows import Window
+from sparsify.mixture.sequences.reader import Window
 
 if TYPE_CHECKING:
-    from sparsify.evaluation.workers import Answering
+    from sparsify.evaluation.worker import Answering
 
 METRIC = "token_perplexity"
 PREFIX = "held-out/"

@@ -10,12 +10,12 @@ from pathlib import Path
 from sparsify.errors import UserError
 from sparsify.evaluation.results import TEXTS_FOLDER, SourceOverlap
 from sparsify.files import write_text
-from sparsify.mixture.batches import batches
-from sparsify.mixture.decontamination import Decontaminator
-from sparsify.mixture.documents import Document, is_held_out
-from sparsify.mixture.quarantine import BadRows
-from sparsify.mixture.sources import read_documents
-from sparsify.recipe import MixtureSection
+from sparsify.mixture.cleaning.decontaminate import Decontaminator
+from sparsify.mixture.sources.bad_rows import BadRows
+from sparsify.mixture.sources.documents import Document, is_held_out
+from sparsify.mixture.sources.read import read_documents
+from sparsify.mixture.tokens.pool import batches
+from sparsify.recipe.recipe import MixtureSection
 
 MAX_DOCUMENTS = 100_000
 """Of each source; a mixture may hold more instructions than anyone wants to read for a table."""

@@ -9,8 +9,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
-from sparsify.catalogue import YAML, folder
 from sparsify.errors import EvaluationError, nearest
+from sparsify.recipe.compose import YAML, folder
 
 
 class SuiteTask(BaseModel):

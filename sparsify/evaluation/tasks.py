@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparsify.catalogue import folder
 from sparsify.errors import EvaluationError, nearest
 from sparsify.evaluation.suite import Suite, SuiteTask
+from sparsify.recipe.compose import folder
 
 HUB_TASKS = {"truthfulqa": "truthfulqa_mc2", "lambada": "lambada_openai", "wikitext2": "wikitext"}
 """Names of the standard tasks, where they are not ours."""

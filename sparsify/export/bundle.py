@@ -10,23 +10,20 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from sparsify.conversion.architecture import sparse_config
-from sparsify.conversion.calibrated import RECORD
-from sparsify.conversion.folder import write_config
 from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ExportError, ModelError, RunError
-from sparsify.export.acceptance import Acceptance, accept
-from sparsify.export.card import model_card
-from sparsify.export.evaluated import card_evaluations, read_evaluations
-from sparsify.export.recorded import RECORDED_FILE, REFERENCE_FILE, Recorded
-from sparsify.export.shards import DTYPES, write_shards
-from sparsify.export.sums import write_sums
-from sparsify.export.weights import Trained, find_trained
+from sparsify.export.card import card_evaluations, model_card, read_evaluations
+from sparsify.export.check import RECORDED_FILE, REFERENCE_FILE, Acceptance, Recorded, accept
+from sparsify.export.shards import DTYPES, write_shards, write_sums
 from sparsify.files import atomic_folder, write_json
+from sparsify.methods.calibrated_checkpoint import RECORD
 from sparsify.models import SparseConfig
 from sparsify.predictors import Predictors, read_predictors, write_predictors
-from sparsify.predictors.predictors import FACTS_FILE, fingerprint_of
-from sparsify.source_rules import check_choice
+from sparsify.predictors.format import FACTS_FILE, fingerprint_of
+from sparsify.recipe.rules.source import check_choice
+from sparsify.runs.load import Trained, find_trained
 from sparsify.training.checkpoints import REFERENCE, STATE, StoredTensor, consolidated_weights
 
 PREDICTORS_FOLDER = "predictors"

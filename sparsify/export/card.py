@@ -1,25 +1,101 @@
-"""The model card, filled from what was measured."""
+"""The model card, filled from what was measured.
+
+Evaluations that a model card shows: read, and held against the weights that are exported.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
+import torch
+from omegaconf import OmegaConf
 
 from sparsify.conversion.source import locate
-from sparsify.errors import ModelError
-from sparsify.export.acceptance import Acceptance
-from sparsify.export.evaluated import CardEvaluations
-from sparsify.export.weights import Trained
+from sparsify.errors import ExportError, ModelError
+from sparsify.evaluation.model import model_hash, predictors_hash
+from sparsify.evaluation.report import markdown, model_index, own_rows
+from sparsify.evaluation.results import EvaluationResults, read_results
+from sparsify.export.check import Acceptance
 from sparsify.mixture.lock import MixtureLock, read_lock
-from sparsify.predictors import PredictorFacts
-from sparsify.recipe import Recipe
-from sparsify.sparsity.percent import count, percent
+from sparsify.predictors import PredictorFacts, Predictors
+from sparsify.recipe.recipe import Recipe
+from sparsify.reporting.numbers import count, percent
+from sparsify.runs.history import stages
+from sparsify.runs.load import Trained, load_trained
 from sparsify.sparsity.report import read_report
 from sparsify.training.checkpoints import TrainingState, read_state
-from sparsify.training.history import stages
+
+
+@dataclass(frozen=True)
+class CardEvaluations:
+    """What a card shows of evaluations: the Hub's part of its header, and tables."""
+
+    header: str
+    tables: list[str]
+
+
+def read_evaluations(
+    folders: Sequence[Path], trained: Trained, predictors: Predictors | None
+) -> list[EvaluationResults]:
+    """Reads evaluations and refuses those that are not of this checkpoint.
+
+    Args:
+        folders: That `sparsify evaluate` wrote.
+        trained: The checkpoint.
+        predictors: That the bundle holds.
+
+    Raises:
+        EvaluationError: If one cannot be read.
+        ExportError: If one is of other weights, or of predictors that the bundle does not hold.
+    """
+    found = [read_results(folder.expanduser()) for folder in folders]
+    hashes = {dtype: _hash(trained, dtype) for dtype in {results.dtype for results in found}}
+    for folder, results in zip(folders, found, strict=True):
+        if results.model_hash != hashes[results.dtype]:
+            raise ExportError(
+                f"{folder} measured {results.model}, whose weights are not those of {trained.checkpoint}.",
+                allowed="Evaluations of the checkpoint that is exported.",
+                next_step=f"sparsify evaluate {trained.checkpoint} --suite {results.suite}",
+            )
+        own = None if predictors is None else predictors_hash(predictors)
+        if results.predictors is not None and results.predictors.hash != own:
+            raise ExportError(
+                f"{folder} was masked by predictors that the bundle does not hold, or with another threshold: "
+                f"{results.predictors.folder}, {results.predictors.threshold:g}.",
+                next_step="Export with --predictors of that folder, or evaluate with the bundle's predictors.",
+            )
+    return found
+
+
+def card_evaluations(name: str, found: Sequence[EvaluationResults]) -> CardEvaluations:
+    """Evaluations as a card shows them.
+
+    Args:
+        name: The model's, as the Hub shall show it.
+        found: The evaluations.
+    """
+    tables = []
+    for results in found:
+        rows = own_rows(results)
+        title = f"Suite {results.suite}, {results.dtype}"
+        if results.predictors is not None:
+            title += f", with the predictors above {results.predictors.threshold:g}"
+        tables.append("#" + markdown(replace(rows, title=title)))
+    header = OmegaConf.to_yaml({"model-index": model_index(name, found)})
+    return CardEvaluations(header, tables)
+
+
+def _hash(trained: Trained, dtype: str) -> str:
+    """Of the checkpoint's weights in the type that an evaluation computed in."""
+    model = load_trained(trained)
+    torch.nn.Module.to(model, getattr(torch, dtype))
+    return model_hash(model)
+
 
 TEMPLATE = Path(__file__).with_name("model_card.md.j2")
 _LICENSE = re.compile(r"^license:\s*([\w.-]+)\s*$", re.M)

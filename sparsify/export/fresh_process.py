@@ -1,6 +1,6 @@
 """Loads a bundle as a stranger would: offline, with transformers and nothing of ours.
 
-Run by `sparsify.export.acceptance` as `python -I fresh_process.py REQUEST ANSWER`; imports nothing of this package.
+Run by `sparsify.export.check` as `python -I fresh_process.py REQUEST ANSWER`; imports nothing of this package.
 """
 
 import json

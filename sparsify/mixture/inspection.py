@@ -1,4 +1,7 @@
-"""Looking at a mixture before training on it: its sizes, and real windows as training would draw them."""
+"""Looking at a mixture before training on it: its sizes, and real windows as training would draw them.
+
+What of a source is not trained on, counted for people: bad rows, duplicates, overlaps with evaluation sets.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,68 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-from sparsify.mixture.encoding import Tokenizer
-from sparsify.mixture.ingest import Progress, mixture_ingests
-from sparsify.mixture.left_out import LeftOut
-from sparsify.mixture.stream import TrainingStream
-from sparsify.mixture.tokens import ShardDocuments, TokenizedSource
-from sparsify.mixture.windows import NO_LOSS, Window, read_window
-from sparsify.recipe import MixtureSection, token_shares
+from sparsify.mixture.cleaning.contamination import REPORT_FILE, contamination_report
+from sparsify.mixture.cleaning.duplicates import count_duplicates
+from sparsify.mixture.sequences.reader import NO_LOSS, Window, read_window
+from sparsify.mixture.sequences.stream import TrainingStream
+from sparsify.mixture.tokens.encoder import Tokenizer
+from sparsify.mixture.tokens.ingest import (
+    QUARANTINE_FILE,
+    Progress,
+    bad_rows_of,
+    mixture_ingests,
+)
+from sparsify.mixture.tokens.tokenized_source import (
+    ShardDocuments,
+    TokenizedSource,
+)
+from sparsify.recipe.recipe import MixtureSection, token_shares
+
+
+class LeftOut(BaseModel):
+    """Counts over the documents of a source that were read so far.
+
+    Attributes:
+        bad_rows: Rows that could not be used; None before the source was read as far as a run needed it.
+        duplicates: Documents whose content an earlier one has; None where duplicates are kept.
+        contaminated: Documents that overlap with an evaluation item; None where nothing is compared.
+        notes: A line each for what was left out, with the file that says more.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    bad_rows: int | None
+    duplicates: int | None
+    contaminated: int | None
+    notes: list[str]
+
+    @classmethod
+    def of(cls, source: TokenizedSource) -> LeftOut:
+        """Counts what the cache of a source recorded."""
+        folder, notes = source.cache.folder, []
+        num_read = source.cache.records[-1].read_documents
+        bad_rows = bad_rows_of(source)
+        if bad_rows is not None and (bad_rows.num_bad_rows or bad_rows.duplicate_files):
+            notes.append(f"{bad_rows.summary()}: {folder / QUARANTINE_FILE}")
+        duplicates = count_duplicates(folder, num_read)
+        if duplicates:
+            notes.append(
+                f"{source.name}: {duplicates:,} of {num_read:,} documents are duplicates of earlier ones"
+            )
+        report = contamination_report(folder, num_read)
+        if report is not None and report.documents_left_out:
+            notes.append(
+                f"{source.name}: {report.documents_left_out:,} of {num_read:,} documents overlap with "
+                f"evaluation items: {folder / REPORT_FILE}"
+            )
+        return cls(
+            bad_rows=bad_rows.num_bad_rows if bad_rows else None,
+            duplicates=duplicates,
+            contaminated=report.documents_left_out if report else None,
+            notes=notes,
+        )
 
 
 class SourceStats(BaseModel):

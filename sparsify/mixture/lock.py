@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from sparsify.errors import RunError
 from sparsify.files import write_text
-from sparsify.mixture.tokens import TokenizedSource
+from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 
 LOCK_FILE = "mixture.lock.json"
 

@@ -3,7 +3,7 @@
 from sparsify.plan.auto import auto_sentence, resolve_engine
 from sparsify.plan.estimate import Plan, make_plan
 from sparsify.plan.hardware import Hardware, named_hardware, this_machine
-from sparsify.plan.table import plan_table
+from sparsify.plan.report import plan_table
 
 __all__ = [
     "Hardware",

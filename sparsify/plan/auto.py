@@ -10,7 +10,7 @@ from sparsify.plan.estimate import architecture_of
 from sparsify.plan.fit import Choice, cheapest, gb
 from sparsify.plan.hardware import Hardware, this_machine
 from sparsify.plan.parameters import count_parameters
-from sparsify.recipe import AUTO_STAGE, Recipe
+from sparsify.recipe.recipe import AUTO_STAGE, Recipe
 
 
 def resolve_engine(

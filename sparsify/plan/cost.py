@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from sparsify.plan.activations import FP32_BYTES, value_bytes
+from sparsify.plan.activation_memory import FP32_BYTES, value_bytes
 from sparsify.plan.hardware import Hardware
 from sparsify.plan.parameters import Architecture, Parameters
-from sparsify.recipe import Recipe
+from sparsify.recipe.recipe import Recipe
 
 PASS_OVERHEAD_TOKENS = 512
 """Assumed: what a forward pass costs beyond its tokens (starting kernels, small matrices), as so many tokens more."""

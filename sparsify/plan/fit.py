@@ -11,7 +11,7 @@ from sparsify.plan.cost import step_seconds
 from sparsify.plan.hardware import Hardware
 from sparsify.plan.memory import memory
 from sparsify.plan.parameters import Architecture, Parameters
-from sparsify.recipe import Recipe
+from sparsify.recipe.recipe import Recipe
 
 
 class Choice(BaseModel):

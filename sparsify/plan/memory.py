@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from sparsify.plan.activations import FP32_BYTES, Pass, forward_and_backward, value_bytes
+from sparsify.plan.activation_memory import FP32_BYTES, Pass, forward_and_backward, value_bytes
+from sparsify.plan.extras import TeacherBytes, teacher_bytes
 from sparsify.plan.parameters import Architecture, Parameters
-from sparsify.plan.teacher import TeacherBytes, teacher_bytes
-from sparsify.recipe import Recipe
+from sparsify.recipe.recipe import Recipe
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters: ZeRO-3 lets go of gathered weights beyond it."""

@@ -1,6 +1,6 @@
 """Which neurons will fire: predictors that engines ask before they read a neuron's weights."""
 
-from sparsify.predictors.predictors import (
+from sparsify.predictors.format import (
     BlockPredictor,
     PredictorFacts,
     Predictors,

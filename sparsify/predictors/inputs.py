@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsify.models import SparseModel
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
-from sparsify.predictors.predictors import PredictorInput
+from sparsify.predictors.format import PredictorInput
 
 
 class BlockInputs:

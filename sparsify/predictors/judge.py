@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from sparsify.models import SparseModel
+from sparsify.predictors.format import Block, Predictors
 from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.masking import Mask, ScoreReader
-from sparsify.predictors.predictors import Block, Predictors
 from sparsify.predictors.schema import Judgement, LayerPoint, Point, Way
 from sparsify.sparsity.active_parameters import FFN_PARTS, ffn_byte_shares, parameters_by_part
 from sparsify.sparsity.measure import IGNORED_LABEL, summed_loss

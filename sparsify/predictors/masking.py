@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from sparsify.predictors.format import Block, Predictors
 from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.predictors import Block, Predictors
 from sparsify.predictors.scores import ScoreHistogram
 from sparsify.sparsity.probe import Tokens
 

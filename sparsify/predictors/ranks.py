@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sparsify.errors import RunError
-from sparsify.predictors.predictors import Block
+from sparsify.predictors.format import Block
 
 RANK_MULTIPLE = 32
 """Rows of a multiple of 32 can be quantised in blocks of 32, as every GGUF type needs it."""

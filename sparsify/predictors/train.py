@@ -12,9 +12,8 @@ import torch
 
 from sparsify.errors import ModelError
 from sparsify.models import SparseModel
-from sparsify.predictors.candidate import Candidate
-from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.predictors import (
+from sparsify.predictors.candidate import Candidate, read_state, write_state
+from sparsify.predictors.format import (
     Block,
     BlockFacts,
     BlockPredictor,
@@ -27,9 +26,9 @@ from sparsify.predictors.predictors import (
     num_experts,
     prefix,
 )
+from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.ranks import Choice, candidate_ranks, choose_ranks
 from sparsify.predictors.scores import ScoreHistogram
-from sparsify.predictors.state import read_state, write_state
 from sparsify.sparsity.probe import SparsityProbe, Tokens
 
 PILOT_SHARE = 0.3

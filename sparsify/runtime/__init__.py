@@ -2,8 +2,8 @@
 
 from sparsify.runtime.accelerate import WEIGHT_FORMATS, Acceleration, accelerate
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
-from sparsify.runtime.blocks import BlockMatrix, quantise
 from sparsify.runtime.ffn import FfnWeights, Predictor, RowsRead, sparse_ffn
+from sparsify.runtime.quantised import BlockMatrix, quantise
 
 __all__ = [
     "KERNEL_ACTIVATIONS",

@@ -4,6 +4,8 @@ A block's own forward is replaced by one that calls the kernels for a few tokens
 prompts, training, blocks whose activation is being watched. Nothing is copied: weights keep their names, shapes and values, and
 those of down_proj get another order in memory (a neuron's column becomes contiguous), which moving and casting keep. Only int8
 and int4 blocks are copies, beside weights that stay as they are.
+
+How many bytes of weights a token's decoding reads when everything is read.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS
-from sparsify.runtime.blocks import BlockFormat
 from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
 from sparsify.runtime.predictors import Predictors, read_predictors
+from sparsify.runtime.quantised import BlockFormat
 from sparsify.runtime.weights import RowsRead
 
 WEIGHT_FORMATS = ("stored", *get_args(BlockFormat))
@@ -204,3 +206,36 @@ __all__ = [
     "block_format",
     "check_acceleratable",
 ]
+
+
+@dataclass(frozen=True)
+class ModelBytes:
+    """Bytes of weights by where they are read.
+
+    Args:
+        ffn_per_token: Feed-forward blocks; of a mixture, the experts that one token is sent to.
+        other: Attention, norms, routers and the output layer. Of the input embedding a token reads one row, which is left out.
+    """
+
+    ffn_per_token: float
+    other: int
+
+    @property
+    def total(self) -> float:
+        """What a dense token reads."""
+        return self.ffn_per_token + self.other
+
+
+def model_bytes(model: Any) -> ModelBytes:
+    """Counts a Sparse Mistral's or Sparse Mixtral's weights."""
+    ffn = sum(_bytes(block) for block in model.ffn_blocks())
+    embedding = model.get_input_embeddings()
+    tied = model.get_output_embeddings().weight is embedding.weight
+    other = _bytes(model) - ffn - (0 if tied else _bytes(embedding))
+    config = model.config
+    experts = getattr(config, "num_local_experts", 1)
+    return ModelBytes(ffn * getattr(config, "num_experts_per_tok", 1) / experts, other)
+
+
+def _bytes(module: Any) -> int:
+    return sum(one.numel() * one.element_size() for one in module.parameters())

@@ -14,7 +14,7 @@ import torch
 from sparsify.runtime.activations import KernelActivation
 from sparsify.runtime.build import kernels
 from sparsify.runtime.native_ffn import MAX_TOKENS, NATIVE_DTYPES, native_ffn
-from sparsify.runtime.portable import portable_ffn
+from sparsify.runtime.torch_ffn import portable_ffn
 from sparsify.runtime.triton_ffn import Routing, triton_can, triton_ffn
 from sparsify.runtime.weights import FfnWeights, Predictor, RowsRead
 

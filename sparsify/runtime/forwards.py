@@ -11,9 +11,8 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
-from sparsify.runtime.blocks import BlockFormat
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
-from sparsify.runtime.kept_blocks import KeptBlocks
+from sparsify.runtime.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}

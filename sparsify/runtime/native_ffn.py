@@ -7,8 +7,8 @@ import ctypes
 import torch
 
 from sparsify.runtime.activations import KernelActivation
-from sparsify.runtime.blocks import BlockMatrix
 from sparsify.runtime.build import kernels
+from sparsify.runtime.quantised import BlockMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 MAX_TOKENS = 8

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
-from sparsify.runtime.portable import portable_ffn
+from sparsify.runtime.torch_ffn import portable_ffn
 from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

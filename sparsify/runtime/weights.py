@@ -8,7 +8,7 @@ from operator import add
 
 import torch
 
-from sparsify.runtime.blocks import BlockMatrix
+from sparsify.runtime.quantised import BlockMatrix
 
 Matrix = torch.Tensor | BlockMatrix
 

@@ -8,30 +8,29 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from sparsify.sparsity.block_figures import (
+from sparsify.reporting.figures import Theme
+from sparsify.reporting.numbers import percent
+from sparsify.sparsity.figures_model import (
+    draw_causes,
     draw_experts,
     draw_firing_rates,
     draw_layers,
+    draw_positions,
+    draw_sources,
+    draw_unions,
 )
-from sparsify.sparsity.curve_figures import draw_cett, draw_perplexity
-from sparsify.sparsity.percent import percent
-from sparsify.sparsity.rows import sorted_firing_rates
-from sparsify.sparsity.schema import SparsityReport
-from sparsify.sparsity.statistics import ActivationStatistics
-from sparsify.sparsity.themes import Theme
-from sparsify.sparsity.training_figures import (
+from sparsify.sparsity.figures_training import (
+    draw_cett,
     draw_layers_over_time,
+    draw_perplexity,
     draw_scaling,
     draw_stages,
     draw_trajectory,
     layer_points,
 )
-from sparsify.sparsity.usage_figures import (
-    draw_causes,
-    draw_positions,
-    draw_sources,
-    draw_unions,
-)
+from sparsify.sparsity.measure import sorted_firing_rates
+from sparsify.sparsity.schema import SparsityReport
+from sparsify.sparsity.statistics import ActivationStatistics
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,22 @@
-"""Writes a sparsity report: report.json, per_layer.csv, pictures and one page."""
+"""Writes a sparsity report: report.json, per_layer.csv, pictures and one page.
+
+Renders a sparsity report as one HTML page that needs no other file and no network.
+"""
 
 from __future__ import annotations
 
 import csv
+import math
 from functools import partial
 from pathlib import Path
 
 from sparsify.files import atomic_folder, refuse_foreign_folder
+from sparsify.reporting.figures import LIGHT, image, page_figure
+from sparsify.reporting.html import page_environment
+from sparsify.sparsity.active_parameters import published
+from sparsify.sparsity.definitions import formula
 from sparsify.sparsity.figures import FIGURES
 from sparsify.sparsity.measure import measure
-from sparsify.sparsity.page import render_page
-from sparsify.sparsity.pictures import image
 from sparsify.sparsity.schema import (
     REPORT_FILE,
     LayerRow,
@@ -21,7 +27,41 @@ from sparsify.sparsity.schema import (
     read_report,
 )
 from sparsify.sparsity.statistics import ActivationStatistics
-from sparsify.sparsity.themes import LIGHT
+
+TEMPLATE_FILE = "page.html.j2"
+PACKAGE = "sparsify.sparsity"
+
+
+def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    """The page as text: pictures inside as data, on light and on dark paper."""
+    return (
+        page_environment(PACKAGE)
+        .get_template(TEMPLATE_FILE)
+        .render(
+            report=report,
+            formula=formula(report.ffn_activation, report.ffn_thresholds),
+            perplexity=_perplexity(report.loss),
+            published=published(),
+            figures=[
+                page_figure(
+                    partial(figure.draw, report, statistics),
+                    figure.name,
+                    figure.title,
+                    figure.caption(report, statistics),
+                )
+                for figure in FIGURES
+                if figure.applies(report)
+            ],
+        )
+    )
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
 
 PAGE_FILE = "index.html"
 TABLE_FILE = "per_layer.csv"

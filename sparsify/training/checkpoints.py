@@ -27,9 +27,9 @@ from safetensors.torch import save_file
 
 from sparsify.errors import RunError
 from sparsify.files import replace_folder, storage_errors, write_json, write_text
-from sparsify.recipe import CheckpointSection
+from sparsify.recipe.recipe import CheckpointSection
+from sparsify.runs.manifest import damage, sync_folder, write_manifest
 from sparsify.training.engine import prepare_accelerator
-from sparsify.training.manifest import damage, sync_folder, write_manifest
 from sparsify.training.resize import (
     CONVERSIONS,
     Shape,
@@ -63,7 +63,7 @@ class TrainingState:
     hungry_steps: list[list[int]] = field(default_factory=list)
     """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
     control: dict[str, float] = field(default_factory=dict)
-    """Where the loop stands that ends at `sparsity.target_zeros` (`sparsify.training.target.Control`); empty without one."""
+    """Where the loop stands that ends at `sparsity.target_zeros` (`sparsify.methods.penalty.Control`); empty without one."""
     refits: int = 0
     """How many of `swap.refit_milestones` the weights have gone through; the activation in force follows from it."""
 

@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 
 from sparsify.errors import RunError
-from sparsify.mixture.windows import Batch
-from sparsify.recipe import Recipe
-from sparsify.training.annealing import anneal
+from sparsify.methods.blending import anneal
+from sparsify.methods.penalty import penalty_weight
+from sparsify.mixture.sequences.reader import Batch
+from sparsify.recipe.recipe import Recipe
 from sparsify.training.loop import Session, accumulate
 from sparsify.training.objective import Objective
-from sparsify.training.penalty import penalty_weight
 
 BEFORE_FIRST = -1
 """DeepSpeed's count of micro-batches in `stage_1_and_2` before the first of a step."""

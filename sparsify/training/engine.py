@@ -1,7 +1,11 @@
-"""The DeepSpeed engine around a sparse model."""
+"""The DeepSpeed engine around a sparse model.
+
+Learning rate as a pure function of the tokens seen, so that nothing but a counter needs to be saved for it.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,13 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sparsify.conversion.folder import check_activation, load_sparse
+from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
-from sparsify.recipe import Recipe
-from sparsify.training.compiled import check_compilable, compile_layers
-from sparsify.training.fused_activation import check_fusible, fuse_activation
-from sparsify.training.liger import check_liger, use_liger
+from sparsify.recipe.recipe import OptimizerSection, Recipe
+from sparsify.training.kernels.activation import check_fusible, fuse_activation
+from sparsify.training.kernels.compile import check_compilable, compile_layers
+from sparsify.training.kernels.liger import check_liger, use_liger
 
 MOE_BLOCK = "MixtralSparseMoeBlock"
 
@@ -201,3 +205,19 @@ def set_learning_rate(engine: Any, value: float) -> None:
     """Sets the rate of every parameter group for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
+
+
+def learning_rate(optimizer: OptimizerSection, seen_tokens: int, budget_tokens: int) -> float:
+    """Linear warm-up to the peak, then half a cosine down to the final rate, which is the floor.
+
+    Args:
+        optimizer: Peak, floor and length of the warm-up.
+        seen_tokens: Tokens seen when the step is finished.
+        budget_tokens: Tokens of the whole run.
+    """
+    if seen_tokens < optimizer.warmup_tokens:
+        return optimizer.peak_learning_rate * seen_tokens / optimizer.warmup_tokens
+    decay_tokens = max(1, budget_tokens - optimizer.warmup_tokens)
+    progress = min(1.0, (seen_tokens - optimizer.warmup_tokens) / decay_tokens)
+    height = optimizer.peak_learning_rate - optimizer.final_learning_rate
+    return optimizer.final_learning_rate + height * 0.5 * (1 + math.cos(math.pi * progress))

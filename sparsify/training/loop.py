@@ -11,25 +11,23 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.conversion.calibrated import read_record
-from sparsify.mixture.windows import NO_LOSS, Batch, Window, WindowReader
-from sparsify.recipe import Recipe
+from sparsify.methods.blending import anneal, plain
+from sparsify.methods.calibrated_checkpoint import read_record
+from sparsify.methods.distillation import Teacher
+from sparsify.methods.penalty import next_control, penalty_weight
+from sparsify.mixture.sequences.reader import NO_LOSS, Batch, Window, WindowReader
+from sparsify.recipe.recipe import Recipe
+from sparsify.runs.data import wait_for_windows
+from sparsify.runs.run_folder import RunFolder
 from sparsify.training import checkpoints
-from sparsify.training.annealing import anneal, plain
 from sparsify.training.checkpoints import Keep, TrainingState
-from sparsify.training.compiled import evaluating
-from sparsify.training.data import wait_for_windows
-from sparsify.training.engine import set_learning_rate
-from sparsify.training.evaluations import suite_is_due
-from sparsify.training.fused_activation import fuse_activation
+from sparsify.training.engine import learning_rate, set_learning_rate
+from sparsify.training.kernels.activation import fuse_activation
+from sparsify.training.kernels.compile import evaluating
 from sparsify.training.objective import Objective, pressure_line
-from sparsify.training.penalty import next_control, penalty_weight
 from sparsify.training.performance import Performance
 from sparsify.training.refits import refit_if_due
 from sparsify.training.router import RouterMeter, hungry_steps
-from sparsify.training.run_folder import RunFolder
-from sparsify.training.samples import continue_prompts
-from sparsify.training.schedule import learning_rate
 from sparsify.training.stability import (
     BadStep,
     SpikeRule,
@@ -43,9 +41,9 @@ from sparsify.training.stability import (
     stopped_at,
     with_range,
 )
-from sparsify.training.teacher import Teacher
+from sparsify.training.suite_results import suite_is_due
 from sparsify.training.telemetry import Telemetry
-from sparsify.training.validation import validate
+from sparsify.training.validation import continue_prompts, validate
 
 if TYPE_CHECKING:
     from sparsify.training.suite import TrainingSuite

@@ -9,14 +9,13 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from sparsify.mixture.windows import Batch
-from sparsify.recipe import Recipe
-from sparsify.training.distillation import Distiller
-from sparsify.training.fused_activation import ZeroMeter, zero_meter
-from sparsify.training.liger import LossHead
-from sparsify.training.pressure import PressureMeter, PressureRecord
+from sparsify.methods.distillation import Distiller, Teacher
+from sparsify.methods.penalty import PressureMeter, PressureRecord
+from sparsify.mixture.sequences.reader import Batch
+from sparsify.recipe.recipe import Recipe
+from sparsify.training.kernels.activation import ZeroMeter, zero_meter
+from sparsify.training.kernels.liger import LossHead
 from sparsify.training.router import RouterMeter, aux_loss_coefficient, router_meter
-from sparsify.training.teacher import Teacher
 from sparsify.training.validation import window_losses
 
 

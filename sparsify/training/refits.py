@@ -2,7 +2,7 @@
 
 The share of the sparse activation rises in `swap.refit_milestones` equal steps, the first before training step 1. At each, layer
 by layer in order, what the block with the new share makes of its inputs is fitted by ridge regression to what it answered with
-the old share (`sparsify.conversion.calibrate_layer`, with nothing to mend in the stream). Before the first, signs are turned where
+the old share (`sparsify.methods.calibrated_replacement`, with nothing to mend in the stream). Before the first, signs are turned where
 that saves more of a neuron: with the dense activation it changes nothing.
 
 It happens between two training steps, inside the running engine. A refit is a pure function of the weights, so a run that is killed
@@ -20,29 +20,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from sparsify.conversion.calibrate_layer import (
-    HELD_OUT_EVERY,
-    CalibratedLayer,
-    ExpertResult,
-    Inputs,
-    LayerCalibration,
-)
-from sparsify.conversion.hidden_states import CHUNK_TOKENS
-from sparsify.conversion.layer_reader import Expert, Routes
-from sparsify.conversion.signs import RECTIFIES_UP
-from sparsify.mixture.windows import NO_LOSS, WindowReader
-from sparsify.models import FfnActivation, SparseConfig
-from sparsify.recipe import ConversionSection, Recipe
-from sparsify.training.annealing import (
+from sparsify.methods.blending import (
     activation_at,
     anneal,
     anneal_tokens,
     annealed_share,
     set_share,
 )
-from sparsify.training.compiled import evaluating
-from sparsify.training.data import wait_for_windows
+from sparsify.methods.calibrated_replacement import (
+    HELD_OUT_EVERY,
+    RECTIFIES_UP,
+    CalibratedLayer,
+    ExpertResult,
+    Inputs,
+    LayerCalibration,
+)
+from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Routes
+from sparsify.mixture.sequences.reader import NO_LOSS, WindowReader
+from sparsify.models import FfnActivation, SparseConfig
+from sparsify.recipe.recipe import ConversionSection, Recipe
+from sparsify.runs.data import wait_for_windows
 from sparsify.training.engine import full_weight, set_full_weight
+from sparsify.training.kernels.compile import evaluating
 
 if TYPE_CHECKING:
     from sparsify.training.loop import Session

@@ -24,7 +24,7 @@ import torch
 
 from sparsify.errors import RunError
 from sparsify.files import storage_errors
-from sparsify.training.processes import exit_with_launcher, log_tail
+from sparsify.launch.child import exit_with_launcher, log_tail
 
 CONVERSIONS = ".universal-*"
 MOST_WORKERS = 4

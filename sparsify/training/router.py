@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sparsify.errors import RecipeError
-from sparsify.recipe import Recipe, StabilitySection
+from sparsify.recipe.recipe import Recipe, StabilitySection
 
 LOAD_DECIMALS = 5
 

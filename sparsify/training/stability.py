@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import RunError
-from sparsify.recipe import StabilitySection
+from sparsify.recipe.recipe import StabilitySection
 from sparsify.training.checkpoints import TrainingState
 
 DEVIATIONS_PER_MAD = 1.4826

@@ -24,21 +24,23 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RunError
-from sparsify.evaluation.asked import Asked
 from sparsify.evaluation.evaluate import Settings, evaluate
-from sparsify.evaluation.in_training import suite_of
-from sparsify.evaluation.measurer import Measurer
 from sparsify.evaluation.model import Subject
-from sparsify.evaluation.ranks import Meeting, Ranks, Stopped, answer_with
+from sparsify.evaluation.rank_pool import Meeting, Ranks, Stopped, answer_with
+from sparsify.evaluation.report import write_results
+from sparsify.evaluation.request import Asked, suite_of
 from sparsify.evaluation.results import EvaluationResults, SourceOverlap, read_results
-from sparsify.evaluation.write import write_results
+from sparsify.evaluation.worker import Measurer
 from sparsify.files import storage_errors
+from sparsify.launch.child import USER_ERROR, log_tail, raise_user_error
+from sparsify.methods.blending import plain
 from sparsify.models import SparseModel
-from sparsify.recipe import Recipe
-from sparsify.training.annealing import plain
+from sparsify.recipe.recipe import Recipe
+from sparsify.runs.run_folder import RunFolder
 from sparsify.training.checkpoints import TrainingState, checkpoint_name
-from sparsify.training.compiled import evaluating
-from sparsify.training.evaluations import (
+from sparsify.training.kernels.activation import unfused
+from sparsify.training.kernels.compile import evaluating
+from sparsify.training.suite_results import (
     evaluation_folder,
     held_out_text,
     items_in_instructions,
@@ -46,12 +48,9 @@ from sparsify.training.evaluations import (
     suite_is_logged,
     write_line,
 )
-from sparsify.training.fused_activation import unfused
-from sparsify.training.processes import USER_ERROR, log_tail, raise_user_error
-from sparsify.training.run_folder import RunFolder
 from sparsify.training.telemetry import Telemetry
 
-WORKER = "sparsify.verbs.suite_worker"
+WORKER = "sparsify.commands.suite_worker"
 POLL_SECONDS = 0.1
 ROOM = 1.3
 """Memory of a GPU that a second copy of the weights may be put on, as a multiple of its size."""

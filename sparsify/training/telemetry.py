@@ -14,14 +14,14 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from sparsify.evaluation.results import EvaluationResults
 from sparsify.files import write_text
-from sparsify.recipe import Recipe
+from sparsify.recipe.recipe import Recipe
+from sparsify.runs.history import read_lines
+from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.alarms import LayerAlarms
 from sparsify.training.checkpoints import Saved, TrainingState
-from sparsify.training.evaluations import task_figures
-from sparsify.training.history import read_lines
 from sparsify.training.refits import RefitRecord
-from sparsify.training.run_folder import RunFolder
 from sparsify.training.stability import BadStep
+from sparsify.training.suite_results import task_figures
 from sparsify.training.tracker import Tracker
 from sparsify.training.validation import Validation
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsify.recipe import Recipe
-from sparsify.training.run_folder import RunFolder
+from sparsify.recipe.recipe import Recipe
+from sparsify.runs.run_folder import RunFolder
 
 CELL_PIXELS = 12
 

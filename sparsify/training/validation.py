@@ -1,4 +1,7 @@
-"""Validation loss per source, with the share of zeros read in the same pass."""
+"""Validation loss per source, with the share of zeros read in the same pass.
+
+What the model writes while it trains.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
-from sparsify.mixture.windows import NO_LOSS, Window, collate
+from sparsify.mixture.sequences.reader import NO_LOSS, Window, collate
+from sparsify.recipe.evaluation import EvalSection
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.statistics import ActivationStatistics
-from sparsify.training.compiled import evaluating
+from sparsify.training.kernels.compile import evaluating
 
 
 def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -91,3 +96,33 @@ def _source_loss(
         totals[1] += (batch["labels"] != NO_LOSS).sum()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1].clamp(min=1))
+
+
+@torch.no_grad()
+def continue_prompts(
+    engine: Any, tokenizer: PreTrainedTokenizerFast, settings: EvalSection
+) -> list[str]:
+    """Greedy continuations of `eval.sample_prompts` by the live model.
+
+    Every rank calls it with the same prompts. Under ZeRO-3 each forward pass gathers weights from all ranks, so they make the
+    same number of passes even where rounding lets one of them end its text before the others.
+
+    Returns:
+        The continuation of each prompt, without the prompt.
+    """
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in settings.sample_prompts]
+    length = max(map(len, prompts))
+    padding = tokenizer.eos_token_id
+    # All prompts at once, padded on the left: a pass under ZeRO-3 costs the same for one as for all of them.
+    ids = [[padding] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    with evaluating(engine):
+        output = engine.module.generate(
+            torch.tensor(ids, device=engine.device),
+            attention_mask=torch.tensor(mask, device=engine.device),
+            do_sample=False,
+            max_new_tokens=settings.sample_tokens,
+            pad_token_id=padding,
+            synced_gpus=engine.zero_optimization_partition_weights(),
+        )
+    return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)

@@ -12,18 +12,7 @@ import torch.distributed as dist
 
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import UserError
-from sparsify.mixture.lock import check_lock, read_lock
-from sparsify.mixture.plan import Anchor, SourceSchedule
-from sparsify.mixture.windows import WindowReader, held_out_windows
-from sparsify.recipe import Recipe, token_shares
-from sparsify.training import checkpoints
-from sparsify.training.checkpoints import TrainingState, latest_checkpoint, read_state
-from sparsify.training.data import ingests_of, lock_of, open_sources, shares_of
-from sparsify.training.dry_run import dry_run
-from sparsify.training.engine import build_engine, init_distributed
-from sparsify.training.loop import Session, train
-from sparsify.training.performance import Performance
-from sparsify.training.processes import (
+from sparsify.launch.child import (
     FAILED,
     INTERRUPTED,
     StopRequest,
@@ -31,8 +20,19 @@ from sparsify.training.processes import (
     tell_failure,
     tell_user_error,
 )
-from sparsify.training.run_folder import RunFolder
-from sparsify.training.teacher import load_teacher
+from sparsify.methods.distillation import load_teacher
+from sparsify.mixture.lock import check_lock, read_lock
+from sparsify.mixture.sequences.reader import WindowReader, held_out_windows
+from sparsify.mixture.sequences.schedule import Anchor, SourceSchedule
+from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.runs.data import ingests_of, lock_of, open_sources, shares_of
+from sparsify.runs.run_folder import RunFolder
+from sparsify.training import checkpoints
+from sparsify.training.checkpoints import TrainingState, latest_checkpoint, read_state
+from sparsify.training.dry_run import dry_run
+from sparsify.training.engine import build_engine, init_distributed
+from sparsify.training.loop import Session, train
+from sparsify.training.performance import Performance
 from sparsify.training.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
 def _suite(recipe: Recipe, run: RunFolder) -> TrainingSuite | None:
     if recipe.eval.suite is None:
         return None
-    from sparsify.training.suite import TrainingSuite  # needs lm-evaluation-harness
+    from sparsify.training.suite import TrainingSuite
 
     return TrainingSuite(recipe, run)
 

@@ -10,12 +10,11 @@ from statistics import NormalDist
 
 import numpy as np
 
-from sparsify.recipe import Recipe, token_shares
-from sparsify.tuning.choice import LEVEL
-from sparsify.tuning.measurement import Measurement
+from sparsify.commands import Say
+from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.tuning.decision import LEVEL
 from sparsify.tuning.record import Confirmation
-from sparsify.tuning.trials import Proxy, check_comparable, proxy_recipe, run_proxy
-from sparsify.verbs import Say
+from sparsify.tuning.trials import Measurement, Proxy, check_comparable, proxy_recipe, run_proxy
 
 
 def confirm(

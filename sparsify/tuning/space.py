@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from sparsify.errors import RecipeError, nearest
-from sparsify.recipe import MixtureSection, token_shares
+from sparsify.recipe.recipe import MixtureSection, token_shares
 
 KNOB = "mixture.instruction_token_share"
 ALL_SOURCES = "token_shares"

@@ -1,24 +1,84 @@
-"""`sparsify mixture tune`: trials at spread-out shares, a regression, a choice, and what argues for it."""
+"""`sparsify mixture tune`: trials at spread-out shares, a regression, a choice, and what argues for it.
+
+The tuned mixture as a YAML file that a recipe can use.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from sparsify.catalogue import compose_recipe
+import yaml
+
+from sparsify.commands import Say
 from sparsify.errors import RecipeError
-from sparsify.recipe import Recipe, token_shares
-from sparsify.tuning.choice import objective_weights
-from sparsify.tuning.conclusion import conclude
+from sparsify.files import write_text
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import MixtureSection, Recipe, SourceSection, token_shares
 from sparsify.tuning.confirmation import confirm
-from sparsify.tuning.mixture_file import check_target, write_mixture
-from sparsify.tuning.page import write_page
+from sparsify.tuning.decision import conclude, objective_weights
 from sparsify.tuning.record import TuneRecord
+from sparsify.tuning.report import write_page
 from sparsify.tuning.space import Space, parse_space
 from sparsify.tuning.trials import Proxy, check_comparable, proxy_recipe, run_proxy
-from sparsify.verbs import Say
+
+FIRST_WORDS = "# Found by sparsify mixture tune"
+YAML = (".yaml", ".yml")
+
+
+def check_target(to: Path) -> None:
+    """Refuses a path that a tuned mixture must not be written to, before any trial is run.
+
+    Raises:
+        RecipeError: If it does not name a YAML file, or one stands there that this command did not write.
+    """
+    if to.suffix not in YAML:
+        raise RecipeError(
+            f"--to {to} does not end in .yaml.", allowed="The path of a mixture file to write."
+        )
+    if to.exists() and not (
+        to.is_file() and to.read_text(errors="replace").startswith(FIRST_WORDS)
+    ):
+        raise RecipeError(
+            f"--to {to} exists already, and this command did not write it.",
+            next_step="Choose the path of a new file.",
+        )
+
+
+def write_mixture(
+    mixture: MixtureSection, shares: Mapping[str, float], to: Path, how: str, name: str
+) -> None:
+    """Writes a mixture with other shares. `files:` stay as they were: relative to where commands are run.
+
+    Args:
+        mixture: The mixture that was tuned.
+        shares: The new token share of each source; they sum to 1.
+        to: The file.
+        how: How it was found, one line a fact.
+        name: The new mixture's name.
+    """
+    sources = {
+        source: {"token_share": shares[source], **_stated(section, SourceSection)}
+        for source, section in mixture.sources.items()
+    }
+    content = {**_stated(mixture, MixtureSection), "name": name, "sources": sources}
+    comment = "".join(f"# {line}\n" for line in how.splitlines())
+    body = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    write_text(to, f"{FIRST_WORDS}: {comment.removeprefix('# ')}{body}")
+
+
+def _stated(section: Any, schema: type) -> dict[str, Any]:
+    """Every setting that is not its default, apart from shares."""
+    left_out = {"token_share", "instruction_token_share", "phases", "sources"}
+    defaults = {field.name: field.default for field in fields(schema)}
+    return {
+        key: value
+        for key, value in asdict(section).items()
+        if key not in left_out and value != defaults[key]
+    }
 
 
 @dataclass(frozen=True)
@@ -58,7 +118,7 @@ def tune(request: Request, say: Say) -> tuple[TuneRecord, Path]:
 
     Raises:
         UserError: Whatever is wrong with the request, the recipe, the data or the disk.
-        sparsify.training.launcher.Interrupted: After a clean save.
+        sparsify.launch.launcher.Interrupted: After a clean save.
     """
     recipe = compose_recipe(request.recipe, request.overrides)
     space = parse_space(request.over, recipe.mixture)

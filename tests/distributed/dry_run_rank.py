@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from sparsify.catalogue import compose_recipe
-from sparsify.recipe import Recipe
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import Recipe
 from sparsify.training.dry_run import dry_run, largest_batch
 from sparsify.training.engine import build_engine, init_distributed, set_learning_rate
 from sparsify.training.loop import Session, accumulate

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import init_distributed
 from sparsify.training.loop import train
-from sparsify.training.run_folder import RunFolder
 from sparsify.training.worker import build_session
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
+from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import init_distributed
 from sparsify.training.loop import train
-from sparsify.training.run_folder import RunFolder
 from sparsify.training.worker import build_session
 
 FAR = 1e4

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.sparse_folder import load_sparse
 from tests.conftest import Command, Setup
 
 pytestmark = pytest.mark.xdist_group("calibrated")

@@ -29,7 +29,7 @@ def test_changed_text_is_refused_by_name_and_accepted_on_record(
     overrides = [f"mixture={folder / 'own.yaml'}", f"run_dir={run}", f"cache_dir={tmp_path / 'c'}"]
 
     def train(*more: str) -> subprocess.CompletedProcess[str]:
-        program = "from sparsify.cli import main; main()"
+        program = "from sparsify.cli.main import main; main()"
         command = [sys.executable, "-c", program, "train", str(recipe_file), *overrides, *more]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 

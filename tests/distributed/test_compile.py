@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.catalogue import compose_recipe
 from sparsify.errors import RecipeError
-from sparsify.training import compiled
+from sparsify.recipe.compose import compose_recipe
 from sparsify.training.engine import check_machine
-from sparsify.training.fused_activation import has_compiler
+from sparsify.training.kernels import compile
+from sparsify.training.kernels.activation import has_compiler
 from tests.conftest import Command, Setup
 from tests.distributed.test_all_the_way import (
     STOP_ATTEMPTS,
@@ -84,6 +84,6 @@ def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(
 
 
 def test_a_machine_without_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "has_compiler", lambda: False)
+    monkeypatch.setattr(compile, "has_compiler", lambda: False)
     with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
         check_machine(compose_recipe("quickstart", ["training.compile=true"]))

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparsify.catalogue import compose_recipe
 from sparsify.conversion.convert import convert
 from sparsify.errors import RunError
-from sparsify.recipe import ActivationSection
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import ActivationSection
 from sparsify.training.dry_run import out_of_memory_named
 
 TINY = [

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from sparsify.errors import UserError
-from sparsify.recipe import LaunchSection
-from sparsify.training.hosts import placed, read_hostfile
-from sparsify.training.launcher import launch
-from sparsify.training.nodes import Follower, Nodes, free_port
+from sparsify.launch.hosts import placed, read_hostfile
+from sparsify.launch.launcher import launch
+from sparsify.launch.nodes import Follower, Nodes, free_port
+from sparsify.recipe.recipe import LaunchSection
 from tests.conftest import Command, Setup
 from tests.ranks import prepare_run, records
 

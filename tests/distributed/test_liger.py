@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.recipe import Recipe
-from sparsify.training.liger_kernels import installed_version
+from sparsify.recipe.recipe import Recipe
+from sparsify.training.kernels.liger_ops import installed_version
 from tests.conftest import Command, Setup
 from tests.ranks import prepare_run, records, run_ranks
 

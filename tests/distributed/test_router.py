@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from sparsify.catalogue import compose_recipe
 from sparsify.errors import RecipeError
 from sparsify.models import SparseMistralConfig
-from sparsify.recipe import Recipe, StabilitySection
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import Recipe, StabilitySection
 from sparsify.training.router import check_router, hungry_steps
 from tests.conftest import STEPS, Setup
 from tests.ranks import prepare_run, records, run_ranks

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from sparsify.evaluation import asking
+from sparsify.evaluation import lm_adapter
+from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import init_distributed
 from sparsify.training.loop import Session, train
-from sparsify.training.run_folder import RunFolder
 from sparsify.training.worker import build_session
 from tests.training.bad_step_program import everything
 
@@ -59,7 +59,7 @@ def answered(run: RunFolder) -> list[str]:
 
 
 if __name__ == "__main__":
-    asking.CHUNK_REQUESTS.update(SMALL_CHUNKS)
+    lm_adapter.CHUNK_REQUESTS.update(SMALL_CHUNKS)
     init_distributed()
     for name in sys.argv[1:]:
         hashes = main(RunFolder(Path(name)))

@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 
-from sparsify.cli import main
-from sparsify.conversion.folder import load_sparse
+from sparsify.cli.main import main
+from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import EvaluationError
 from sparsify.evaluation import evaluate as evaluation
@@ -182,7 +182,7 @@ def test_a_cut_short_evaluation_goes_on_where_it_stopped(
     subject: Subject, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "sparsify.evaluation.asking.CHUNK_REQUESTS",
+        "sparsify.evaluation.lm_adapter.CHUNK_REQUESTS",
         {"loglikelihood": 8, "loglikelihood_rolling": 1, "generate_until": 4},
     )
     suite_file = tmp_path / "own.yaml"

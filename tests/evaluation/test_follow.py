@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from sparsify.commands import evaluate as following
+from sparsify.commands.evaluate import evaluate_model, follow
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.asked import Asked
+from sparsify.evaluation.request import Asked
 from sparsify.evaluation.results import read_results
-from sparsify.verbs import follow as following
-from sparsify.verbs.evaluate import evaluate_model
-from sparsify.verbs.follow import follow
 from tests.conftest import Setup
 
 

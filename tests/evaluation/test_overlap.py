@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparsify.catalogue import load_mixture
 from sparsify.evaluation.overlap import overlaps, write_texts
+from sparsify.recipe.compose import load_mixture
 
 QUESTION = "If a farmer has {} sheep and buys four more sheep on the market how many has he"
 ITEMS = [QUESTION.format(number) + f"? Answer {number}" for number in ("two", "nine", "thirty")]

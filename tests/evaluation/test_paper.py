@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsify.commands.paper import paper_tables
 from sparsify.errors import RecipeError
-from sparsify.verbs.paper import paper_tables
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from sparsify.cli import main
-from sparsify.comparison.evaluations import compare_evaluations
-from sparsify.conversion.folder import load_sparse, write_config
+from sparsify.cli.main import main
+from sparsify.commands.evaluate import Asked, follow
+from sparsify.compare.evaluations import compare_evaluations
+from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import copy_tokenizer, load_tokenizer
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.evaluate import Settings, evaluate
@@ -19,13 +20,11 @@ from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import EvaluationResults, read_results
 from sparsify.evaluation.suite import load_suite
 from sparsify.evaluation.tasks import task_sources
-from sparsify.mixture.windows import Window, collate
+from sparsify.mixture.sequences.reader import Window, collate
 from sparsify.models import SparseModel
 from sparsify.predictors import BlockPredictor, PredictorFacts, Predictors, write_predictors
+from sparsify.predictors.format import all_blocks, fingerprint, num_experts, prefix
 from sparsify.predictors.judge import judge_predictors
-from sparsify.predictors.predictors import all_blocks, fingerprint, num_experts, prefix
-from sparsify.verbs.evaluate import Asked
-from sparsify.verbs.follow import follow
 
 EVERYTHING_ON = -1e9
 

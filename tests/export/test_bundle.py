@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import ExportError
-from sparsify.export.acceptance import accept
 from sparsify.export.bundle import export
-from sparsify.export.weights import find_trained, load_trained
+from sparsify.export.check import accept
+from sparsify.runs.load import find_trained, load_trained
 from tests.conftest import Setup
 
 Finished = Callable[[Setup], tuple[Path, dict]]

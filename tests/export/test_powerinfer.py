@@ -15,22 +15,22 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor
 
-from sparsify import cli
-from sparsify.conversion.folder import write_config
+from sparsify.cli import main
+from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ExportError, ModelError
-from sparsify.export.powerinfer import PowerInferSettings, Written, export_powerinfer
-from sparsify.export.powerinfer_gguf import Type
-from sparsify.export.powerinfer_gpu import SPLIT_NEURONS, hot_neurons
-from sparsify.export.powerinfer_rules import check_holdable
-from sparsify.export.powerinfer_vocabulary import read_vocabulary
-from sparsify.export.sums import read_sums, sha256
-from sparsify.export.weights import Loaded, load
+from sparsify.export.powerinfer.export import PowerInferSettings, Written, export_powerinfer
+from sparsify.export.powerinfer.gguf import Type
+from sparsify.export.powerinfer.gpu_split import SPLIT_NEURONS, hot_neurons
+from sparsify.export.powerinfer.rules import check_holdable
+from sparsify.export.powerinfer.vocabulary import read_vocabulary
+from sparsify.export.shards import read_sums, sha256
 from sparsify.models import SparseMistralConfig, SparseMistralForCausalLM, SparseMixtralConfig
 from sparsify.predictors import BlockPredictor, Predictors, write_predictors
 from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.masking import Mask
 from sparsify.predictors.train import Settings, train_predictors
+from sparsify.runs.load import Loaded, load
 from sparsify.sparsity.probe import SparsityProbe
 from tests.conftest import SHAPE, TOKENIZER
 from tests.export.powerinfer_engine import F16, F32, I32_OF_POWERINFER, Q4_0, File, engine_logits
@@ -300,7 +300,7 @@ def run_cli(*arguments: str) -> int | str | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["sparsify", "export", *arguments])
         try:
-            cli.main()
+            main.main()
         except SystemExit as end:
             return end.code
     return 0

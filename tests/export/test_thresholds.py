@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from sparsify.conversion.architecture import tensor_shapes
-from sparsify.conversion.folder import load_sparse, write_config
 from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
-from sparsify.export.acceptance import accept
+from sparsify.export.check import accept
 from sparsify.models import MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig, SparseModel
 from tests.conftest import SHAPE, TOKENIZER
 

@@ -13,19 +13,18 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from sparsify.catalogue import compose_recipe
-from sparsify.cli import app
+from sparsify.cli.main import app
+from sparsify.commands.evaluate import Asked, evaluate_model
+from sparsify.commands.reproduce import reproduce, reproduction
 from sparsify.errors import ExportError, ModelError
 from sparsify.evaluation.results import RESULTS_FILE, read_results
 from sparsify.export.bundle import BundleSettings, export
-from sparsify.export.shards import INDEX_FILE
-from sparsify.export.sums import SUMS, write_sums
-from sparsify.export.verify import Check, refuse_broken, verify
-from sparsify.export.weights import find_trained, load_trained
+from sparsify.export.check import Check, refuse_broken, verify
+from sparsify.export.shards import INDEX_FILE, SUMS, write_sums
 from sparsify.predictors import read_predictors, write_predictors
 from sparsify.predictors.train import Settings, train_predictors
-from sparsify.verbs.evaluate import Asked, evaluate_model
-from sparsify.verbs.reproduce import reproduce, reproduction
+from sparsify.recipe.compose import compose_recipe
+from sparsify.runs.load import find_trained, load_trained
 from tests.conftest import Setup
 
 pytestmark = pytest.mark.xdist_group("runs")

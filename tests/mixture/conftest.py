@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.mixture.encoding import Encoded
-from sparsify.mixture.ingest import Ingest
-from sparsify.mixture.tokens import Need, TokenizedSource
-from sparsify.recipe import MixtureSection, SourceSection
+from sparsify.mixture.tokens.encoder import Encoded
+from sparsify.mixture.tokens.ingest import Ingest
+from sparsify.mixture.tokens.tokenized_source import Need, TokenizedSource
+from sparsify.recipe.recipe import MixtureSection, SourceSection
 
 WORDS = [
     "river",
@@ -138,5 +138,5 @@ def tokenized(
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of four documents and shards of about a hundred tokens."""
-    monkeypatch.setattr("sparsify.mixture.batches.BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr("sparsify.mixture.cache.SHARD_TOKENS", 100)
+    monkeypatch.setattr("sparsify.mixture.tokens.pool.BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr("sparsify.mixture.tokens.shards.SHARD_TOKENS", 100)

@@ -6,8 +6,8 @@ from fractions import Fraction
 
 from hypothesis import strategies as st
 
-from sparsify.mixture.plan import SourceSchedule
-from sparsify.mixture.shares import Shares, Stretch
+from sparsify.mixture.sequences.schedule import SourceSchedule
+from sparsify.mixture.sequences.shares import Shares, Stretch
 
 
 def weighted(parts: list[int]) -> dict[str, float]:

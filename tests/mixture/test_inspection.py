@@ -10,8 +10,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.mixture.inspection import measure_mixture, preview_windows
-from sparsify.mixture.tokens import TokenizedSource
-from sparsify.recipe import MixtureSection, SourceSection
+from sparsify.mixture.tokens.tokenized_source import TokenizedSource
+from sparsify.recipe.recipe import MixtureSection, SourceSection
 from tests.mixture.conftest import documents_of
 
 

@@ -13,7 +13,7 @@ from sparsify.mixture.lock import (
     with_delivered,
     write_lock,
 )
-from sparsify.mixture.tokens import TokenizedSource
+from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from tests.mixture.conftest import documents_of
 
 

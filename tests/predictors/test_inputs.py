@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 
 from sparsify.models import SparseModel
+from sparsify.predictors.format import BlockPredictor, folded
 from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.predictors import BlockPredictor, folded
 from sparsify.sparsity.probe import SparsityProbe
 from tests.predictors.conftest import random_batches
 

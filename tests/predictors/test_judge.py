@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from sparsify import cli
-from sparsify.conversion.folder import write_config
+from sparsify.cli import main
+from sparsify.commands.predictors import judge, train
+from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.models import SparseModel
 from sparsify.predictors import BlockPredictor, Predictors, read_predictors, write_predictors
 from sparsify.predictors.judge import judge_predictors
 from sparsify.predictors.schema import Judgement
 from sparsify.predictors.train import Settings, train_predictors
-from sparsify.verbs.predictors import judge, train
 from tests.conftest import TOKENIZER, stock_model
 from tests.predictors.conftest import random_batches
 
@@ -145,7 +145,7 @@ def test_predictors_that_know_nothing_are_caught(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dReLU model of 32 hidden units with a tokenizer, and a text."""
-    from sparsify.conversion.folder import load_sparse
+    from sparsify.conversion.sparse_folder import load_sparse
 
     root = tmp_path_factory.mktemp("model")
     stock_model("mistral").save_pretrained(root / "stock")
@@ -193,7 +193,7 @@ def test_the_command_ends_with_2_where_no_threshold_may_be_chosen(
     ]
     monkeypatch.setattr(sys, "argv", ["sparsify", *command, *options])
     with pytest.raises(SystemExit) as end:
-        cli.main()
+        main.main()
     assert end.value.code == 2
     assert "switch everything on" in capsys.readouterr().err
     assert (folder / "predictors" / "predictors.json").read_bytes() == before

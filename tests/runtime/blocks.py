@@ -16,7 +16,7 @@ from sparsify.runtime import (
     Predictor,
     quantise,
 )
-from sparsify.runtime.blocks import BlockFormat
+from sparsify.runtime.quantised import BlockFormat
 
 DRELU = KERNEL_ACTIVATIONS["drelu"]
 IDS = torch.arange(3, 15)[None]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsify.runtime.build import kernels
-from sparsify.runtime.compiler import find_compiler
+from sparsify.runtime.build import find_compiler, kernels
 
 
 @pytest.fixture(scope="session")

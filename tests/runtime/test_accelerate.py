@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from sparsify.conversion.folder import load_sparse, write_config
+from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.errors import ModelError
 from sparsify.models import FfnActivation
 from sparsify.runtime import accelerate

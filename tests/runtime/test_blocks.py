@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import ModelError
 from sparsify.runtime import accelerate, quantise
-from sparsify.runtime.blocks import BlockFormat
+from sparsify.runtime.quantised import BlockFormat
 from tests.runtime.test_accelerate import decoded_logits, generate
 
 BITS = {"int8": 8.5, "int4": 4.5}

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from sparsify.runtime import KERNEL_ACTIVATIONS, sparse_ffn
-from sparsify.runtime.build import build
-from sparsify.runtime.compiler import find_compiler
+from sparsify.runtime.build import build, find_compiler
 from tests.runtime.blocks import block
 
 DRELU = KERNEL_ACTIVATIONS["drelu"]

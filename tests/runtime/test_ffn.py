@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsify.models import FFN_ACTIVATIONS, FfnActivation
 from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, sparse_ffn
-from sparsify.runtime.blocks import BlockFormat
+from sparsify.runtime.quantised import BlockFormat
 from tests.runtime.blocks import (
     ALL,
     DRELU,

@@ -12,8 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.runtime.build import processor_flags
-from sparsify.runtime.compiler import find_compiler, library_name, runnable_variants, variants
+from sparsify.runtime.build import (
+    find_compiler,
+    library_name,
+    processor_flags,
+    runnable_variants,
+    variants,
+)
 from tests.conftest import Shared
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.runtime import FfnWeights, Predictor, RowsRead, accelerate, sparse_ffn, triton_ffn
 from sparsify.runtime.ffn import Routing, sparse_experts
 from sparsify.runtime.predictors import Predictors

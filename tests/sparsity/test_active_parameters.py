@@ -5,11 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from sparsify.models import SparseModel
-from sparsify.sparsity.active_parameters import (
-    active_parameters,
-    parameters_by_part,
-    published,
-)
+from sparsify.sparsity.active_parameters import active_parameters, parameters_by_part, published
 
 BuildModel = Callable[..., SparseModel]
 

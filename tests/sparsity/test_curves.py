@@ -11,8 +11,13 @@ from torch import nn
 
 from sparsify.models import SparseModel
 from sparsify.sparsity import SparsityProbe
-from sparsify.sparsity.cett import CETT_TARGETS, CettObserver
-from sparsify.sparsity.curves import magnitude_editor, measure_curves, top_k_editor
+from sparsify.sparsity.curves import (
+    CETT_TARGETS,
+    CettObserver,
+    magnitude_editor,
+    measure_curves,
+    top_k_editor,
+)
 from sparsify.sparsity.magnitudes import MagnitudeHistogram
 from sparsify.sparsity.measure import summed_loss
 from sparsify.sparsity.schema import Curves

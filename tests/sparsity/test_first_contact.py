@@ -11,16 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparsify.commands.report import make_report, spread
 from sparsify.errors import RunError
-from sparsify.export.weights import load
-from sparsify.mixture.windows import Window
+from sparsify.mixture.sequences.reader import Window
 from sparsify.models import SparseModel
+from sparsify.runs.load import load
 from sparsify.sparsity import ActivationStatistics, SparsityProbe
 from sparsify.sparsity.consecutive import ConsecutiveStatistics
 from sparsify.sparsity.magnitudes import MagnitudeHistogram
 from sparsify.training.telemetry import Telemetry
 from sparsify.training.validation import Validation
-from sparsify.verbs.report import make_report, spread
 
 BuildModel = Callable[..., SparseModel]
 
@@ -62,7 +62,7 @@ def test_models_of_other_tokenizers_are_not_set_side_by_side(
             loaded.tokenizer.add_tokens(["<another>"])
         return loaded
 
-    monkeypatch.setattr("sparsify.verbs.report.load", other)
+    monkeypatch.setattr("sparsify.commands.report.load", other)
     with pytest.raises(RunError, match="another tokenizer"):
         make_report(
             str(stock["mistral"]),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sparsify.errors import RunError, StorageError
 from sparsify.models import FFN_ACTIVATIONS, SparseModel
+from sparsify.reporting.numbers import percent
 from sparsify.sparsity import (
     ActivationStatistics,
     SparsityReport,
@@ -27,7 +28,6 @@ from sparsify.sparsity import (
 from sparsify.sparsity.curves import measure_curves
 from sparsify.sparsity.definitions import FORMULAS
 from sparsify.sparsity.measure import as_against, summed_loss
-from sparsify.sparsity.percent import percent
 from sparsify.sparsity.scaling import fit_trajectory
 
 BuildModel = Callable[..., SparseModel]

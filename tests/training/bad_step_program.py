@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from sparsify.errors import RunError
+from sparsify.runs.run_folder import RunFolder
 from sparsify.training.checkpoints import latest_checkpoint
 from sparsify.training.engine import init_distributed
 from sparsify.training.loop import Session, train
-from sparsify.training.run_folder import RunFolder
 from sparsify.training.worker import build_session
 
 

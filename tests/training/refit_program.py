@@ -17,12 +17,12 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import GatheredParameters
 from safetensors.torch import load_file
 
-from sparsify.conversion.calibration import Calibrator
-from sparsify.recipe import ConversionSection
+from sparsify.methods.calibrate import Calibrator
+from sparsify.recipe.recipe import ConversionSection
+from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import full_weight, init_distributed, set_learning_rate
 from sparsify.training.loop import Session, train
 from sparsify.training.refits import refit, refit_windows
-from sparsify.training.run_folder import RunFolder
 from sparsify.training.worker import build_session
 from tests.ranks import tokenise
 

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.catalogue import compose_recipe
 from sparsify.errors import RunError
-from sparsify.recipe import OptimizerSection
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import OptimizerSection
 from sparsify.training.checkpoints import latest_checkpoint
-from sparsify.training.engine import deepspeed_config, load_model
-from sparsify.training.schedule import learning_rate
+from sparsify.training.engine import deepspeed_config, learning_rate, load_model
 from sparsify.training.telemetry import drop_lines_after
 from sparsify.training.validation import window_losses
 

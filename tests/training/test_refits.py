@@ -13,9 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.catalogue import compose_recipe
 from sparsify.errors import RecipeError
-from sparsify.recipe import Recipe
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import Recipe
 from sparsify.training.refits import refit_windows, refits_due
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, replace_model, run_ranks

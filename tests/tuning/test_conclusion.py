@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from sparsify.catalogue import compose_recipe
-from sparsify.recipe import Recipe, token_shares
-from sparsify.tuning.conclusion import conclude
-from sparsify.tuning.measurement import Measurement
-from sparsify.tuning.page import render_page
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.tuning.decision import conclude
 from sparsify.tuning.record import TuneRecord
+from sparsify.tuning.report import render_page, tune_summary
 from sparsify.tuning.space import parse_space
-from sparsify.tuning.table import tune_summary
-from sparsify.tuning.trials import Proxy, proxy_recipe
+from sparsify.tuning.trials import Measurement, Proxy, proxy_recipe
 
 WEIGHTS = {"code": 0.5, "prose": 0.25, "questions": 0.25}
 Losses = Callable[[dict[str, float]], dict[str, float]]

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from sparsify.errors import RecipeError
-from sparsify.tuning.choice import LEVEL, Choice, choose, objective_weights
+from sparsify.tuning.decision import LEVEL, Choice, choose, objective_weights
 from sparsify.tuning.regression import fit, left_out_r2, student_t_limit
 from sparsify.tuning.space import Part, Space
 

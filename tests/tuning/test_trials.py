@@ -6,15 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.catalogue import compose_recipe
 from sparsify.conversion.convert import convert
-from sparsify.conversion.folder import load_sparse
+from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError, RecipeError, RunError
-from sparsify.recipe import ActivationSection, ModelSection, Recipe, token_shares
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import ActivationSection, ModelSection, Recipe, token_shares
 from sparsify.tuning.confirmation import compare
-from sparsify.tuning.measurement import Measurement, held_out_halves, measure_domains
-from sparsify.tuning.trials import Proxy, check_comparable, proxy_recipe
+from sparsify.tuning.trials import (
+    Measurement,
+    Proxy,
+    check_comparable,
+    held_out_halves,
+    measure_domains,
+    proxy_recipe,
+)
 
 SHARES = {"code": 0.7, "prose": 0.3, "questions": 0.0}
 

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparsify.catalogue import load_mixture
 from sparsify.errors import RecipeError
-from sparsify.tuning.mixture_file import FIRST_WORDS, check_target, write_mixture
+from sparsify.recipe.compose import load_mixture
 from sparsify.tuning.record import TuneRecord
-from sparsify.tuning.tune import Request, tune
+from sparsify.tuning.tune import FIRST_WORDS, Request, check_target, tune, write_mixture
 
 KNOB = "mixture.instruction_token_share=0:0.6"
 START_SECONDS = 240
@@ -79,7 +78,7 @@ def arguments(
     recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[str]:
     root = tmp_path_factory.mktemp("tune")
-    program = "from sparsify.cli import main; main()"
+    program = "from sparsify.cli.main import main; main()"
     return [
         *(sys.executable, "-c", program, "mixture", "tune", str(recipe_file)),
         *(f"mixture={mixture_file}", f"run_dir={root / 'run'}", f"cache_dir={root / 'cache'}"),

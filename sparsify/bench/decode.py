@@ -1,0 +1,221 @@
+"""`sparsify bench decode`: what sparsity is worth in decoding here, with the same weights dense and sparse in one process."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsify.bench.decode_measure import make_blocks, measure_model, measure_point, random_model
+from sparsify.bench.decode_result import DecodeBench, FfnPoint, ModelPoint
+from sparsify.errors import RunError
+from sparsify.runs.load import Loaded, load
+from sparsify.runtime.accelerate import WEIGHT_FORMATS, block_format, check_acceleratable
+from sparsify.runtime.predictors import read_predictors
+from sparsify.runtime.triton_ffn import triton_can
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+USUAL_ACTIVE = 0.1
+"""At this active share batches and threads are varied, and whole models decode."""
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """What to measure.
+
+    Args:
+        hidden: Width of the block.
+        neurons: Its neurons.
+        rank: Of the predictors.
+        device: `cpu` or `cuda`.
+        dtype: A key of DTYPES: of hidden states, of predictors and of torch's contender.
+        weights: How the C++ kernels read the feed-forward weights: stored, int8 or int4.
+        sparsities: Shares of neurons that do not fire.
+        batches: Tokens of a step.
+        threads: Numbers of threads.
+        repeats: Of everything, in turns.
+        layers: Of a model of random weights in Mistral-7B's shape; 0 for none.
+        bundle: A model of the user's to decode with; None for none.
+        predictors: Its predictors; None for exact decoding alone.
+        prompt: What its decoding starts from.
+        decode_tokens: Tokens that models decode one by one.
+    """
+
+    hidden: int
+    neurons: int
+    rank: int
+    device: str
+    dtype: str
+    weights: str
+    sparsities: tuple[float, ...]
+    batches: tuple[int, ...]
+    threads: tuple[int, ...]
+    repeats: int
+    layers: int
+    bundle: str | None
+    predictors: Path | None
+    prompt: str
+    decode_tokens: int
+
+    def check(self) -> None:
+        """Refuses what cannot be measured.
+
+        Raises:
+            RunError: With what was given.
+        """
+        tokens = max(self.batches, default=1)
+        numbers = (*self.batches, *self.threads, self.repeats, self.neurons)
+        wrong = {
+            f"--device {self.device} (here: {', '.join(devices())})": self.device not in devices(),
+            f"--dtype {self.dtype} (allowed: {', '.join(DTYPES)})": self.dtype not in DTYPES,
+            f"--weights {self.weights} (allowed: {', '.join(WEIGHT_FORMATS)})": self.weights
+            not in WEIGHT_FORMATS,
+            "--sparsity outside [0, 1)": not all(0 <= one < 1 for one in self.sparsities),
+            "a number below 1": min(numbers) < 1,
+            "no --batch or no --threads": not self.batches or not self.threads,
+            f"--batch {tokens}, more than the width of the block or the rank": tokens
+            > min(self.hidden, self.rank),
+            f"--tokens {self.decode_tokens}, fewer than 4": self.decode_tokens < 4,
+            "--threads, which count for nothing on a GPU": self.device == "cuda"
+            and self.threads != (torch.get_num_threads(),),
+            "--predictors without --bundle": self.predictors is not None and self.bundle is None,
+        }
+        if found := [text for text, so in wrong.items() if so]:
+            raise RunError(f"This cannot be measured: {'; '.join(found)}.")
+
+
+def bench_decode(settings: DecodeSettings, say: Say) -> DecodeBench:
+    """Measures blocks over sparsity, batch and threads, then whole models.
+
+    Raises:
+        ModelError: If the bundle cannot be loaded, or has nothing to skip.
+        RunError: If a setting is out of range.
+    """
+    settings.check()
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    before = torch.get_num_threads()
+    most = max(settings.threads)
+    torch.set_num_threads(most)
+    try:
+        models = list(_models(settings, say)) if settings.bundle else []
+        ffn = list(_blocks(settings, say))
+        models += [] if settings.bundle else list(_models(settings, say))
+    finally:
+        torch.set_num_threads(before)
+    return DecodeBench(
+        hidden=settings.hidden,
+        neurons=settings.neurons,
+        rank=settings.rank,
+        dtype=settings.dtype,
+        weights=settings.weights,
+        threads=most,
+        repeats=settings.repeats,
+        device=settings.device,
+        processor=torch.cuda.get_device_name() if settings.device == "cuda" else _cpu(),
+        load_before=load_before,
+        ffn=ffn,
+        models=models,
+    )
+
+
+def _blocks(settings: DecodeSettings, say: Say) -> Iterator[FfnPoint]:
+    if not settings.sparsities:
+        return
+    say("making weights")
+    most = max(settings.threads)
+    blocks = make_blocks(
+        settings.hidden,
+        settings.neurons,
+        settings.rank,
+        max(settings.batches),
+        DTYPES[settings.dtype],
+        block_format(settings.weights),
+        settings.device,
+    )
+    done: set[tuple[float, float, int, int]] = set()
+    for active, gates, tokens, threads in _grid(settings, most):
+        if (active, gates, tokens, threads) in done:
+            continue
+        done.add((active, gates, tokens, threads))
+        say(
+            f"{1 - active:.0%} zeros, gates positive {gates:.0%}, batch {tokens}, {threads} threads"
+        )
+        torch.set_num_threads(threads)
+        yield measure_point(blocks, active, gates, tokens, threads, settings.repeats)
+    torch.set_num_threads(most)
+
+
+def _grid(settings: DecodeSettings, most: int) -> Iterator[tuple[float, float, int, int]]:
+    for sparsity in settings.sparsities:
+        active = round(1 - sparsity, 6)
+        yield active, active, 1, most  # the gate decides alone
+        yield active, active**0.5, 1, most  # gate and up decide independently of each other
+    for tokens in settings.batches:
+        yield USUAL_ACTIVE, USUAL_ACTIVE, tokens, most
+    for threads in settings.threads:
+        yield USUAL_ACTIVE, USUAL_ACTIVE, 1, threads
+
+
+def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
+    model: Any
+    if settings.bundle is not None:
+        name = settings.bundle
+        say(f"loading {name}")
+        loaded = load(name)
+        model = loaded.model
+        check_acceleratable(model)
+        model.to(settings.device)
+        predictors = read_predictors(settings.predictors, model) if settings.predictors else None
+        ids = _tokens(loaded, settings)
+    elif settings.layers:
+        name = f"random weights, {settings.layers} layers of Mistral-7B's shape"
+        say("making a model of random weights")
+        model, predictors = random_model(
+            settings.layers, USUAL_ACTIVE, USUAL_ACTIVE, settings.rank, DTYPES[settings.dtype]
+        )
+        model.to(settings.device)
+        ids = torch.arange(100, 164 + settings.decode_tokens, device=settings.device)[None]
+    else:
+        return
+    yield measure_model(
+        *(model, name, predictors, ids, settings.decode_tokens, settings.repeats, say),
+        weights=settings.weights,
+    )
+
+
+def _tokens(loaded: Loaded, settings: DecodeSettings) -> torch.Tensor:
+    """The prompt and the model's own greedy continuation. [1, tokens]"""
+    inputs = loaded.tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False).to(
+        settings.device
+    )
+    count = settings.decode_tokens
+    model: Any = loaded.model
+    return model.generate(
+        **inputs,
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        pad_token_id=loaded.tokenizer.eos_token_id,
+    )
+
+
+def devices() -> list[str]:
+    """Where decoding can be measured here, the fastest last."""
+    gpu = torch.cuda.is_available() and triton_can(torch.zeros(1, device="cuda"))
+    return ["cpu", "cuda"] if gpu else ["cpu"]
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} core(s)"

@@ -1,0 +1,380 @@
+"""One feed-forward block with a sparsity that is set exactly, timed in turns: torch, dense kernel, exact, predictor.
+
+Whole models that decode the same tokens densely and sparsely, in turns: one of random weights, or a user's bundle.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from sparsify.bench.decode_result import FfnPoint, LayerRead, ModelPoint, Timing
+from sparsify.bench.timing import Clock
+from sparsify.models import SparseMistralConfig, SparseMistralForCausalLM
+from sparsify.runtime import (
+    KERNEL_ACTIVATIONS,
+    Acceleration,
+    FfnWeights,
+    Predictor,
+    RowsRead,
+    accelerate,
+    sparse_ffn,
+)
+from sparsify.runtime.accelerate import model_bytes
+from sparsify.runtime.build import kernels
+from sparsify.runtime.predictors import Predictors
+from sparsify.runtime.quantised import BlockFormat, BlockMatrix, quantise
+from sparsify.runtime.weights import Matrix
+
+DRELU = KERNEL_ACTIVATIONS["drelu"]
+MIB = 1 << 20
+OUT_OF_CACHE_BYTES = 256 * MIB
+"""Weights that one round of contenders passes over, so that none finds its own in the cache."""
+SIGN = 12.0
+"""What decides a pre-activation's sign: far above the random part."""
+
+
+@dataclass
+class Block:
+    """A block whose token t is all of column t, so that writing that column says which neurons fire for it.
+
+    Args:
+        x: [tokens, hidden].
+        gate: [neurons, hidden].
+        up: [neurons, hidden].
+        down_t: [neurons, hidden], as the kernels read it: stored or in blocks.
+        down: [hidden, neurons], as a dense model has it.
+        predictor: A perfect one.
+    """
+
+    x: torch.Tensor
+    gate: torch.Tensor
+    up: torch.Tensor
+    down_t: Matrix
+    down: torch.Tensor
+    predictor: Predictor
+
+    def fire(self, active: float, gates: float, generator: torch.Generator) -> None:
+        """Sets the share of neurons that fire for each token, and of those whose gate is positive."""
+        neurons = self.gate.shape[0]
+        for token in range(len(self.x)):
+            order = torch.randperm(neurons, generator=generator)
+            gate_on, both_on = torch.full((neurons,), -SIGN), torch.full((neurons,), -SIGN)
+            gate_on[order[: round(gates * neurons)]] = SIGN
+            both_on[order[: round(active * neurons)]] = SIGN
+            self.gate[:, token] = gate_on
+            self.up[:, token] = both_on
+            self.predictor.b[:, token] = both_on
+
+    def weights(self) -> FfnWeights:
+        """As the kernels read them, with the predictor."""
+        gate, up = self.gate, self.up
+        if isinstance(self.down_t, BlockMatrix):
+            gate, up = (quantise(one, self.down_t.format) for one in (gate, up))
+        return FfnWeights(gate, up, self.down_t, predictor=self.predictor)
+
+
+def make_blocks(
+    hidden: int,
+    neurons: int,
+    rank: int,
+    tokens: int,
+    dtype: torch.dtype,
+    format: BlockFormat | None = None,
+    device: str = "cpu",
+) -> list[Block]:
+    """As many blocks as do not fit into a processor's cache, with random weights: of dtype, read as they are or in blocks."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = [_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device)]
+    size = 3 * blocks[0].down_t.nbytes
+    while len(blocks) < round(OUT_OF_CACHE_BYTES / size):
+        blocks.append(_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device))
+    return blocks
+
+
+def _make_block(
+    hidden: int,
+    neurons: int,
+    rank: int,
+    tokens: int,
+    dtype: torch.dtype,
+    format: BlockFormat | None,
+    generator: torch.Generator,
+    device: str,
+) -> Block:
+    def uniform(
+        *shape: int,
+    ) -> torch.Tensor:  # cheap to draw; variance as of weights that keep that of x
+        return (torch.rand(*shape, generator=generator) - 0.5).to(dtype).mul_(3.4 / shape[1] ** 0.5)
+
+    x = uniform(tokens, hidden) * hidden**0.5
+    x[:, :tokens] = torch.eye(tokens)
+    a = uniform(rank, hidden)
+    a[:tokens] = 0.0
+    a[:tokens, :tokens] = torch.eye(tokens)  # hidden unit t of the predictor knows token t
+    x, a, b = x.to(device), a.to(device), uniform(neurons, rank).to(device)
+    predictor = Predictor(a, b, threshold=0.0)
+    gate, up, down_t = (uniform(neurons, hidden).to(device) for _ in range(3))
+    read = down_t if format is None else quantise(down_t, format)
+    return Block(x, gate, up, read, down_t.T.contiguous(), predictor)
+
+
+def measure_point(
+    blocks: Sequence[Block], active: float, gates: float, tokens: int, threads: int, repeats: int
+) -> FfnPoint:
+    """Times all contenders in turns, over the first `tokens` of each block's tokens."""
+    generator = torch.Generator().manual_seed(1)
+    device = blocks[0].x.device.type
+    clock = Clock(device)
+    data = torch.ones(OUT_OF_CACHE_BYTES // 4, device=device)
+    for block in blocks:
+        block.fire(active, gates, generator)
+    predicted = [block.weights() for block in blocks]
+    exact = [replace(weights, predictor=None) for weights in predicted]
+
+    def sparse(index: int, weights: FfnWeights, dense: bool = False) -> RowsRead:
+        x = blocks[index].x[:tokens]
+        return sparse_ffn(x, weights, DRELU, dense=dense, threads=threads)[1]
+
+    own: dict[str, Callable[[int], RowsRead]] = {
+        "dense": lambda index: sparse(index, exact[index], dense=True),
+        "exact": lambda index: sparse(index, exact[index]),
+        "predictor": lambda index: sparse(index, predicted[index]),
+    }
+    weights = predicted[0]
+    # Whatever the kernels read, torch's own product reads the matrices as they are stored.
+    bytes_read = {"torch": 3 * blocks[0].gate.nbytes}
+    bytes_read |= {name: run(0).total * weights.row_bytes for name, run in own.items()}
+    bytes_read["predictor"] += -(-tokens // 8) * weights.predictor_bytes
+    contenders = {"torch": lambda index: _torch_dense(blocks[index], tokens)} | own
+    rounds = {
+        name: clock.prepared(partial(_over, run, len(blocks))) for name, run in contenders.items()
+    }
+    rounds["reading"] = clock.prepared(lambda: read_data(data, threads))
+    taken: dict[str, list[float]] = {name: [] for name in rounds}
+    for _ in range(repeats):
+        for name, run in rounds.items():
+            start = clock.mark()
+            run()
+            taken[name].append(clock.seconds(start, clock.mark()))
+    reading = taken.pop("reading")
+    seconds = {name: [one / len(blocks) for one in times] for name, times in taken.items()}
+    return FfnPoint(
+        active_share=active,
+        gate_share=gates,
+        tokens=tokens,
+        threads=threads,
+        bytes_read=bytes_read,
+        read_bytes_per_second=data.numel() * 4 / median(reading),
+        seconds={name: Timing(seconds=times) for name, times in seconds.items()},
+    )
+
+
+def _over(run: Callable[[int], object], count: int) -> None:
+    for index in range(count):
+        run(index)
+
+
+def _torch_dense(block: Block, tokens: int) -> torch.Tensor:
+    x = block.x[:tokens]
+    product = linear(x, block.gate).relu() * linear(x, block.up).relu()
+    return linear(product, block.down)
+
+
+def read_data(data: torch.Tensor, threads: int) -> None:
+    """Reads memory as fast as this machine can: threads that only add up what they read."""
+    library = None if data.is_cuda else kernels()
+    if library is None:
+        data.sum()
+    else:
+        library.sparsify_read(data.data_ptr(), data.numel(), threads)
+
+
+WARM_UP_TOKENS = 2
+
+
+def random_model(
+    layers: int, active: float, gates: float, rank: int, dtype: torch.dtype
+) -> tuple[Any, Predictors]:
+    """Layers of Mistral-7B's shape with random weights, of which a set share fires for every token; and predictors.
+
+    Channel 0 of the hidden states is far larger than the others, so that column 0 of a projection decides the signs.
+    """
+    config = SparseMistralConfig(
+        num_hidden_layers=layers,
+        ffn_activation="drelu",
+        max_position_embeddings=4096,
+        sliding_window=None,
+        initializer_range=0.001,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model: Any = SparseMistralForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    model.get_input_embeddings().weight.data[:, 0] = 100.0
+    tensors = {}
+    for layer, block in enumerate(model.ffn_blocks()):
+        neurons = config.intermediate_size
+        order = torch.randperm(neurons)
+        for projection, share in ((block.gate_proj, gates), (block.up_proj, active)):
+            column = torch.full((neurons,), -SIGN)
+            column[order[: round(share * neurons)]] = SIGN
+            projection.weight.data[:, 0] = column
+        a = torch.rand(rank, config.hidden_size, dtype=dtype) * 1e-4
+        a[0, 0] = 1.0
+        b = torch.rand(neurons, rank, dtype=dtype) * 1e-4
+        b[:, 0] = block.up_proj.weight.data[:, 0]
+        tensors |= {f"layers.{layer}.A": a, f"layers.{layer}.B": b}
+    return model, Predictors("normed", 0.0, tensors, None)
+
+
+def measure_model(
+    model: Any,
+    name: str,
+    predictors: Predictors | None,
+    ids: torch.Tensor,
+    decode_tokens: int,
+    repeats: int,
+    say: Callable[[str], object],
+    weights: str = "stored",
+) -> ModelPoint:
+    """Feeds the same tokens to the model and to its accelerated self.
+
+    Args:
+        model: A sparse model. It is left accelerated.
+        name: What to call it.
+        predictors: Tried besides exact decoding if given.
+        ids: Prompt and the tokens after it, [1, tokens].
+        decode_tokens: How many of them are decoded one by one; the others are the prompt.
+        repeats: Of everything.
+        say: Told what happens.
+        weights: How the accelerated ones read the feed-forward weights: stored, int8 or int4.
+    """
+    contenders: dict[str, Any] = {"torch": dense_twin(model)}
+    accelerations = {"exact": accelerate(model, weights=weights)}
+    contenders["exact"] = model
+    if predictors is not None:
+        contenders["predictor"] = predicting = _sharing(model)
+        accelerations["predictor"] = accelerate(predicting, weights=weights, predictors=predictors)
+    decode: dict[str, list[float]] = {key: [] for key in contenders}
+    prompt: dict[str, list[float]] = {key: [] for key in contenders}
+    outside = dict.fromkeys(contenders, 0.0)
+    for repeat in range(repeats + 1):
+        for key, one in contenders.items():
+            say(f"{name}: {key}, repeat {repeat} of {repeats}")
+            acceleration = accelerations.get(key)
+            prompt_seconds, seconds, ffn = _decode(one, acceleration, ids, decode_tokens)
+            if repeat:  # the first warms up
+                prompt[key].append(prompt_seconds)
+                decode[key].append(seconds)
+                outside[key] += (1 - ffn / seconds) / repeats
+    size = model_bytes(contenders["torch"])
+    bytes_read = {"torch": size.total} | {
+        key: size.other + sum(one.bytes_read / one.tokens for one in acceleration.reads)
+        for key, acceleration in accelerations.items()
+    }
+    reads = accelerations["exact"].reads
+    return ModelPoint(
+        model=name,
+        weights=weights,
+        dtype=str(model.dtype).removeprefix("torch."),
+        layers=len(reads),
+        prompt_tokens=ids.shape[1] - decode_tokens,
+        threads=torch.get_num_threads(),
+        active_share=sum(one.rows.down for one in reads) / sum(one.offered for one in reads),
+        decode_seconds={key: Timing(seconds=times) for key, times in decode.items()},
+        prompt_seconds={key: Timing(seconds=times) for key, times in prompt.items()},
+        outside_share=outside,
+        bytes_read=bytes_read,
+        reads=[
+            LayerRead(
+                layer=layer,
+                fired_share=one.rows.down / one.offered,
+                touched_share=one.touched_share,
+            )
+            for layer, one in enumerate(reads)
+        ],
+    )
+
+
+def dense_twin(model: Any) -> Any:
+    """The model as it is, beside the accelerated one: only down_proj, whose order in memory will change, is copied."""
+    twin = _sharing(model)
+    for block in twin.ffn_blocks():
+        down = (
+            block.down_proj
+            if isinstance(block.down_proj, torch.nn.Parameter)
+            else block.down_proj.weight
+        )
+        down.data = down.data.clone()
+    return twin
+
+
+def _sharing(model: Any) -> Any:
+    """A copy whose parameters are the model's own memory."""
+    memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+    for block in model.ffn_blocks():
+        kept[block] = vars(block).pop("forward", None)
+    twin = copy.deepcopy(model, memo)
+    for block, forward in kept.items():
+        if forward is not None:
+            block.forward = forward
+    for module in (
+        twin.modules()
+    ):  # parameters of its own over the same memory, so that one can be laid out anew
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.data, requires_grad=False)
+    twin.tie_weights()
+    return twin
+
+
+@torch.no_grad()
+def _decode(
+    model: Any, acceleration: Acceleration | None, ids: torch.Tensor, decode_tokens: int
+) -> tuple[float, float, float]:
+    """Seconds of the prompt, of a token, and of a token's feed-forward blocks."""
+    clock = Clock(ids.device.type)
+    start = clock.mark()
+    cache = model(ids[:, :-decode_tokens], use_cache=True).past_key_values
+    prompt_seconds = clock.seconds(start, clock.mark())
+    with _marked_blocks(model, clock) as marks:
+        for token in ids[0, -decode_tokens:][:WARM_UP_TOKENS]:
+            cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
+        marks.clear()
+        if acceleration is not None:
+            acceleration.reset()
+        start = clock.mark()
+        rest = ids[0, -decode_tokens:][WARM_UP_TOKENS:]
+        for token in rest:
+            cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
+        seconds = clock.seconds(start, clock.mark())
+    inside = sum(clock.seconds(*pair) for pair in zip(marks[::2], marks[1::2], strict=True))
+    return prompt_seconds, seconds / len(rest), inside / len(rest)
+
+
+@contextmanager
+def _marked_blocks(model: Any, clock: Clock) -> Iterator[list[Any]]:
+    """Where each block starts and ends, in turns."""
+    marks: list[Any] = []
+    hooks = []
+    for block in model.ffn_blocks():
+        hooks.append(block.register_forward_pre_hook(lambda *_: marks.append(clock.mark())))
+        hooks.append(block.register_forward_hook(lambda *_: marks.append(clock.mark())))
+    try:
+        yield marks
+    finally:
+        for hook in hooks:
+            hook.remove()

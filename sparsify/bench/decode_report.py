@@ -1,0 +1,248 @@
+"""The result of `sparsify bench decode` as tables.
+
+Speed-up against sparsity, with the line that bytes allow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.pyplot import subplots
+from matplotlib.ticker import PercentFormatter
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from sparsify.bench.decode_result import (
+    CONTENDERS,
+    DecodeBench,
+    FfnPoint,
+    ModelPoint,
+    crossover,
+    formats,
+)
+from sparsify.errors import RunError
+from sparsify.files import write_bytes
+from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image
+
+GIGA, MEGA = 1e9, 1e6
+SHOWN_LAYERS = 5
+WHERE = ("zeros", "gates on", "batch", "threads")
+
+
+def decode_table(bench: DecodeBench) -> RenderableType:
+    """Blocks, models, and what the numbers rest on."""
+    parts: list[RenderableType] = [""]
+    if bench.ffn:
+        parts += [_speed(bench), _bytes(bench)]
+        several_batches = len({one.tokens for one in bench.ffn}) > 1
+        parts += [_crossover(bench), ""] if several_batches else []
+    for model in bench.models:
+        parts += [_model(model), _layers(model)]
+    return Group(*parts, _rests_on(bench))
+
+
+def _speed(bench: DecodeBench) -> Table:
+    table = _table(
+        f"One block, {bench.hidden}×{bench.neurons}, {formats(bench.dtype, bench.weights)}: times as fast ± half of the middle half of the repeats",
+        [*WHERE, "dense", "exact", "exact", "predictor"],
+        ["", "", "", "", "on torch", "on torch", "on dense", "on dense"],
+    )
+    for point in bench.ffn:
+        table.add_row(
+            *_where(point),
+            str(point.ratio("dense", "torch")),
+            str(point.ratio("exact", "torch")),
+            str(point.ratio("exact", "dense")),
+            str(point.ratio("predictor", "dense")),
+        )
+    return table
+
+
+def _crossover(bench: DecodeBench) -> str:
+    won, lost = crossover(bench.ffn)
+    if won is None:
+        return f"Exact decoding is slower than torch's dense product from batch {lost} on."
+    upto = f"Exact decoding is faster than torch's dense product up to batch {won}"
+    return f"{upto}, and slower from batch {lost} on." if lost else f"{upto}, the largest measured."
+
+
+def _bytes(bench: DecodeBench) -> Table:
+    everything = bench.ffn[0].bytes_read
+    table = _table(
+        f"What they read (torch {everything['torch'] / MEGA:.1f} MB, dense {everything['dense'] / MEGA:.1f} MB) and what that "
+        "allows: MB, times as fast as dense, and how much of this machine's reading speed is used",
+        [*WHERE, "exact", "pred.", "exact", "pred.", "torch, dense, exact, pred."],
+        ["", "", "", "", "MB", "MB", "allows", "allows", "% of reading speed"],
+    )
+    for point in bench.ffn:
+        read = point.bytes_read
+        shares = (f"{100 * point.read_share(one):4.0f}" for one in CONTENDERS)
+        table.add_row(
+            *_where(point),
+            *(f"{read[one] / MEGA:.1f}" for one in ("exact", "predictor")),
+            f"{point.ideal('exact'):.2f}",
+            f"{point.ideal('predictor'):.2f}",
+            "".join(shares),
+        )
+    return table
+
+
+def _where(point: FfnPoint) -> list[str]:
+    return [
+        f"{1 - point.active_share:.0%}",
+        f"{point.gate_share:.0%}",
+        str(point.tokens),
+        str(point.threads),
+    ]
+
+
+def _model(model: ModelPoint) -> Table:
+    table = _table(
+        f"{escape(model.model)}: {model.layers} layers, {formats(model.dtype, model.weights)}, {model.threads} thread(s); "
+        f"{model.active_share:.1%} of the neurons fire",
+        ["decoding", "tokens/s", "times", "bytes", "MB", "outside", "prompt"],
+        ["", "", "as fast", "allow", "a token", "blocks", f"of {model.prompt_tokens}"],
+    )
+    dense_bytes = model.bytes_read["torch"]
+    for name, timing in model.decode_seconds.items():
+        prompt = model.prompt_seconds
+        table.add_row(
+            "dense (torch)" if name == "torch" else name,
+            f"{1 / timing.median:.1f}",
+            str(model.ratio(name)),
+            f"{dense_bytes / model.bytes_read[name]:.2f}",
+            f"{model.bytes_read[name] / MEGA:,.0f}",
+            f"{model.outside_share[name]:.0%}",
+            f"{prompt['torch'].median / prompt[name].median:.2f}",
+        )
+    return table
+
+
+def _layers(model: ModelPoint) -> Table:
+    shown = sorted(model.reads, key=lambda one: one.touched_share, reverse=True)[:SHOWN_LAYERS]
+    table = _table(
+        "Layers that hold it back most: their exact blocks read the most rows",
+        ["layer", "neurons that fire", "rows read", "its block at most"],
+    )
+    for one in shown:
+        table.add_row(
+            str(one.layer),
+            f"{one.fired_share:.1%}",
+            f"{one.touched_share:.1%}",
+            f"{one.ideal:.2f}×",
+        )
+    return table
+
+
+def _rests_on(bench: DecodeBench) -> str:
+    busy = bench.load_before > 0.5
+    warning = (
+        f" The load was {bench.load_before:.1f} before the start: other work shared the machine, so read ratios alone."
+        if busy
+        else ""
+    )
+    return (
+        f"[dim]{escape(bench.processor)}; {_reading(bench)}{warning}\n"
+        f"dense: our {'Triton' if bench.device == 'cuda' else 'C++'} kernel, reading every row{_rounded(bench)}. Medians of "
+        f"{bench.repeats} repeats taken in turns, ratios medians of the pairs; same weights, same process.\n"
+        f"Predictor: rank {bench.rank}, perfect by construction, its own cost included. Gates on: share of neurons whose gate "
+        "is positive, which alone decides what exact decoding saves of the up projection.[/dim]"
+    )
+
+
+def _rounded(bench: DecodeBench) -> str:
+    if bench.weights == "stored":
+        return ""
+    return f", in {bench.weights} blocks as exact and predictor do; torch reads {bench.dtype}"
+
+
+def _reading(bench: DecodeBench) -> str:
+    speeds = [one.read_bytes_per_second / GIGA for one in bench.ffn if one.threads == bench.threads]
+    if not speeds:
+        return ""
+    return f"{min(speeds):.0f} to {max(speeds):.0f} GB/s of plain reading by {bench.threads} thread(s), in turns with the rest."
+
+
+def _table(title: str, columns: Sequence[str], below: Sequence[str] = ()) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for index, column in enumerate(columns):
+        head = f"{column}\n{below[index]}" if below else column
+        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+FORMATS = (".png", ".svg")
+
+
+def check_figure(path: Path, sparsities: Sequence[float]) -> None:
+    """Refuses a picture that cannot be drawn, before anything is measured.
+
+    Raises:
+        RunError: If its name is no picture's, or nothing is measured that it could show.
+    """
+    if path.suffix not in FORMATS:
+        raise RunError(f"{path} is no picture.", allowed=f"A name in {' or '.join(FORMATS)}.")
+    if not sparsities:
+        raise RunError("--plot draws blocks over --sparsity, which is empty.")
+
+
+def write_figure(bench: DecodeBench, path: Path) -> None:
+    """Writes the picture as PNG or SVG.
+
+    Raises:
+        StorageError: If the disk refuses.
+    """
+    kind = "svg" if path.suffix == ".svg" else "png"
+    write_bytes(path, image(partial(draw, bench), "decoding", LIGHT, kind))
+
+
+def draw(bench: DecodeBench, theme: Theme) -> Figure:
+    """One line for each way to decode, dashed where bytes would allow it to be."""
+    figure, axes = subplots(figsize=(WIDTH_INCHES, 0.5 * WIDTH_INCHES))
+    axes = cast(Axes, axes)
+    single = [one for one in bench.ffn if one.tokens == 1 and one.threads == bench.threads]
+    decides = [one for one in single if one.gate_share == one.active_share]
+    independent = [one for one in single if one.gate_share != one.active_share]
+    lines = [
+        ("predictor", "predictor", decides, theme.product),
+        ("exact, the gate decides", "exact", decides, theme.gate),
+        ("exact, gate and up independent", "exact", independent, theme.up),
+    ]
+    for label, contender, points, colour in lines:
+        _line(axes, label, contender, sorted(points, key=lambda p: -p.active_share), colour)
+    axes.axhline(1.0, color=theme.ink, linewidth=0.8)
+    axes.set_title(
+        f"Decoding one block of {bench.hidden}×{bench.neurons} in {formats(bench.dtype, bench.weights)}, batch 1"
+    )
+    axes.set_xlabel("zeros among the activations")
+    axes.set_ylabel("times as fast as our dense kernel")
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.plot([], [], color=theme.ink, linestyle=(0, (4, 3)), label="what bytes allow")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _line(axes: Axes, label: str, contender: str, points: list[FfnPoint], colour: str) -> None:
+    zeros = [1 - one.active_share for one in points]
+    ratios = [one.ratio(contender, "dense") for one in points]
+    middles = [one.median for one in ratios]
+    spread = [
+        [one.median - one.low for one in ratios],
+        [one.high - one.median for one in ratios],
+    ]
+    axes.errorbar(zeros, middles, yerr=spread, color=colour, marker="o", capsize=2, label=label)
+    axes.plot(zeros, [one.ideal(contender) for one in points], color=colour, linestyle=(0, (4, 3)))

@@ -1,0 +1,324 @@
+"""`sparsify bench mixture`: our data path and `datasets.interleave_datasets` on the same files, in one process.
+
+Both sides use the same tokenizer, window, seed and cores. Times are taken in turns, one repeat of each after the other, so that a
+busy machine slows both; the ratio of each pair is taken before the median.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import datasets
+
+from sparsify.bench import mixture_pipelines
+from sparsify.bench.corpus import Corpus, write_corpus
+from sparsify.bench.memory import measure_apart
+from sparsify.bench.mixture_pipelines import Interleaved, Ours
+from sparsify.bench.mixture_report import Delivered, Loaded, MixtureBench, Resumed, Side, Tokenized
+from sparsify.conversion.source import locate
+from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.errors import MixtureError
+from sparsify.mixture.tokens.encoder import Tokenizer, check_tokenizer
+from sparsify.mixture.tokens.pool import BATCH_DOCUMENTS
+from sparsify.recipe.compose import load_mixture
+from sparsify.recipe.recipe import TrainingSection
+
+Say = Callable[[str], None]
+
+MIN_WINDOWS = 20
+"""Below, half a run and a tenth of one are no windows to speak of."""
+LATE = 0.9
+FIRST_BATCH_STEP = 1_000_000
+FAR_TOKENS = 10**12
+
+
+def bench_mixture(
+    name_or_path: str,
+    tokenizer_source: str,
+    *,
+    budget_tokens: int,
+    window_tokens: int,
+    buffer_documents: int,
+    load_tokens: int,
+    repeats: int,
+    say: Say,
+) -> MixtureBench:
+    """Measures both sides.
+
+    Args:
+        name_or_path: Mixture to draw, by name or path; its text is written out as JSON lines in a temporary folder.
+        tokenizer_source: Model folder, Hub id or package:NAME/PATH.
+        budget_tokens: Tokens of the run that is drawn.
+        window_tokens: Tokens of a window.
+        buffer_documents: Of the other side's shuffle buffers.
+        load_tokens: Tokens of one repeat of loading from the cache.
+        repeats: Of every time.
+        say: Told what is being measured.
+
+    Raises:
+        UserError: If the mixture or the tokenizer cannot be read, a number cannot be, or there is too little text.
+    """
+    mixture = load_mixture(name_or_path)
+    tokenizer = load_tokenizer(locate(tokenizer_source), tokenizer_source)
+    check_tokenizer(tokenizer)
+    _check_numbers(
+        budget_tokens=budget_tokens,
+        window_tokens=window_tokens,
+        buffer_documents=buffer_documents,
+        load_tokens=load_tokens,
+        repeats=repeats,
+    )
+    num_windows = budget_tokens // window_tokens
+    if num_windows < MIN_WINDOWS:
+        raise MixtureError(
+            f"--budget-tokens {budget_tokens} makes {num_windows} windows of {window_tokens} tokens.",
+            allowed=f"At least {MIN_WINDOWS} windows.",
+            next_step=f"Set --budget-tokens to {MIN_WINDOWS * window_tokens} or more.",
+        )
+    with tempfile.TemporaryDirectory(prefix="sparsify-bench-") as folder, _quiet_datasets():
+        say("Writing the text out as JSON lines")
+        corpus = write_corpus(mixture, Path(folder), budget_tokens)
+        bench = _Bench(corpus, tokenizer, budget_tokens, window_tokens, buffer_documents)
+        return bench.run(load_tokens, repeats, say)
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if number < 1:
+            option = name.replace("_", "-")
+            raise MixtureError(f"--{option} is {number}.", allowed="It must be 1 or more.")
+
+
+@contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """Without the warning that a resumed shuffle buffer loses documents: the table says how many."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of the repeats, in the order in which they were taken."""
+
+    ingest: list[float]
+    draw: list[float]
+    bare: list[float]
+    interleaved: list[float]
+
+
+class _Bench:
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        budget_tokens: int,
+        window_tokens: int,
+        buffer_documents: int,
+    ) -> None:
+        self.corpus, self.tokenizer, self.folder = corpus, tokenizer, corpus.folder
+        self.num_windows = budget_tokens // window_tokens
+        self.run_tokens = self.num_windows * window_tokens
+        self.half, self.late = self.num_windows // 2, int(LATE * self.num_windows)
+        seed = TrainingSection.seed
+        self.ours = Ours(corpus, tokenizer, window_tokens, seed, budget_tokens)
+        self.theirs = Interleaved(
+            corpus, tokenizer, window_tokens, seed, buffer_documents, corpus.shares
+        )
+
+    def run(self, load_tokens: int, repeats: int, say: Say) -> MixtureBench:
+        say("From text to windows: ours, the bare tokenizer, interleave_datasets, in turns")
+        times, tokenized = self._time_text(repeats)
+        say("Loading from the cache")
+        sizes = (self.ours.window_tokens, 2 * self.ours.window_tokens)
+        loaded = [self._load(size, load_tokens, repeats) for size in sizes]
+        say("Counting what ours delivers and what a resume does to it")
+        ours_counted = mixture_pipelines.count_ours(
+            self.ours, self.cache_dir, self.num_windows, stop=self.half
+        )
+        say("Counting what interleave_datasets delivers and what a resume does to it")
+        theirs_counted, late_state = mixture_pipelines.count_interleaved(
+            self.theirs, self.num_windows, stop=self.half, late=self.late
+        )
+        by_length = mixture_pipelines.count_by_length(
+            self.theirs, self.ours.tokenize(self.cache_dir), self.num_windows
+        )
+        say("Resuming late")
+        ours_late, theirs_late, theirs_skip = self._resume_late(late_state, repeats)
+        say("Peak memory, each side in a process of its own")
+        memory = measure_apart(
+            {
+                "ours": (_ours_from_text, self.ours, self.num_windows, self.folder / "memory"),
+                "theirs": (_theirs_from_text, self.theirs, self.num_windows),
+            }
+        )
+        text_seconds = [a + b for a, b in zip(times.ingest, times.draw, strict=True)]
+        return MixtureBench(
+            mixture=self.corpus.name,
+            asked_token_shares=self.corpus.shares,
+            text_bytes=self.corpus.num_bytes,
+            tokenizer=Path(self.tokenizer.name_or_path).name,
+            vocabulary_size=len(self.tokenizer),
+            window_tokens=self.ours.window_tokens,
+            num_windows=self.num_windows,
+            stopped_after_windows=self.half,
+            late_window=self.late,
+            seed=self.ours.seed,
+            repeats=repeats,
+            buffer_documents=self.theirs.buffer_documents,
+            cpu_cores=available_cores(),
+            ours=self._side(
+                ours_counted, text_seconds, times.draw, (ours_late, None), memory["ours"]
+            ),
+            interleaved=self._side(
+                theirs_counted,
+                times.interleaved,
+                None,
+                (theirs_late, theirs_skip),
+                memory["theirs"],
+            ),
+            interleaved_by_length=by_length,
+            text_speed_ratio=_ratio(times.interleaved, text_seconds),
+            tokenized=tokenized,
+            loaded=loaded,
+        )
+
+    def _side(
+        self,
+        counted: tuple[Delivered, Resumed],
+        text: list[float],
+        cached: list[float] | None,
+        late: tuple[float, float | None],
+        memory: tuple[int, int],
+    ) -> Side:
+        return Side(
+            delivered=counted[0],
+            resumed=counted[1],
+            text_tokens_per_second=self.run_tokens / median(text),
+            cached_tokens_per_second=self.run_tokens / median(cached) if cached else None,
+            late_resume_seconds=late[0],
+            late_skip_seconds=late[1],
+            peak_memory_bytes=memory[0],
+            added_memory_bytes=memory[1],
+        )
+
+    @property
+    def cache_dir(self) -> Path:
+        """The cache that the first repeat filled."""
+        return self.folder / "cache-0"
+
+    def _time_text(self, repeats: int) -> tuple[_Times, Tokenized]:
+        times, num_tokens, bare_tokens = _Times([], [], [], []), 0, 0
+        texts: list[str] = []
+        for repeat in range(repeats):
+            with _timed(times.ingest):
+                sources = self.ours.tokenize(self.folder / f"cache-{repeat}")
+            with _timed(times.draw):
+                mixture_pipelines.draw_ours(
+                    self.ours.reader(self.folder / f"cache-{repeat}"), 0, self.num_windows
+                )
+            if not texts:
+                num_tokens = mixture_pipelines.tokens_in(sources)
+                for name, source in sources.items():
+                    read = source.cache.records[-1].read_documents
+                    texts += self.corpus.texts(name, read)
+            with _timed(times.bare):
+                bare_tokens = self._tokenize_bare(texts)
+            with _timed(times.interleaved):
+                mixture_pipelines.draw_interleaved(iter(self.theirs.dataset()), self.num_windows)
+        return times, Tokenized(
+            num_tokens=num_tokens,
+            # Both rates count the tokenizer's own tokens: ours adds begin and end of each document.
+            tokens_per_second=bare_tokens / median(times.ingest),
+            bare_tokens_per_second=bare_tokens / median(times.bare),
+            ratio=_ratio(times.bare, times.ingest),
+        )
+
+    def _tokenize_bare(self, texts: list[str]) -> int:
+        backend = self.tokenizer.backend_tokenizer
+        num_tokens = 0
+        for start in range(0, len(texts), BATCH_DOCUMENTS):
+            batch = texts[start : start + BATCH_DOCUMENTS]
+            encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
+            num_tokens += sum(map(len, encoded))
+        return num_tokens
+
+    def _load(self, window_tokens: int, load_tokens: int, repeats: int) -> Loaded:
+        count = max(load_tokens // window_tokens, 1)
+        near, far, first = [], [], []
+        reader = self.ours.reader(self.cache_dir, window_tokens)
+        mixture_pipelines.draw_ours(reader, 0, 1)
+        far_window = self.ours.far_window(FAR_TOKENS, window_tokens)
+        first_window = FIRST_BATCH_STEP * mixture_pipelines.BATCH_WINDOWS
+        anchor = self.ours.anchor(first_window)
+        for repeat in range(repeats):
+            # Each repeat elsewhere, so that it packs its own shards.
+            with _timed(near):
+                mixture_pipelines.draw_ours(reader, repeat * count, count)
+            if far_window is not None:
+                with _timed(far):
+                    mixture_pipelines.draw_ours(reader, far_window + repeat * count, count)
+            with _timed(first):
+                fresh = self.ours.reader(self.cache_dir, window_tokens, anchor)
+                fresh.batch(first_window, mixture_pipelines.BATCH_WINDOWS)
+        return Loaded(
+            window_tokens=window_tokens,
+            num_tokens=count * window_tokens,
+            tokens_per_second=count * window_tokens / median(near),
+            far_tokens_per_second=count * window_tokens / median(far) if far else None,
+            far_ratio=_ratio(near, far) if far else None,
+            first_batch_seconds=median(first),
+            first_batch_step=FIRST_BATCH_STEP,
+        )
+
+    def _resume_late(self, state: dict, repeats: int) -> tuple[float, float, float]:
+        from_number, from_state, from_skip = [], [], []
+        for _ in range(repeats):
+            with _timed(from_number):
+                self.ours.reader(self.cache_dir).batch(self.late, 1)
+            with _timed(from_state):
+                resumed = self.theirs.dataset(tracked=True)
+                resumed.load_state_dict(state)
+                next(iter(resumed))
+            with _timed(from_skip):
+                next(iter(self.theirs.dataset().skip(self.late)))
+        return median(from_number), median(from_state), median(from_skip)
+
+
+def _ours_from_text(side: Ours, num_windows: int, cache_dir: Path) -> None:
+    side.tokenize(cache_dir)
+    mixture_pipelines.draw_ours(side.reader(cache_dir), 0, num_windows)
+
+
+def _theirs_from_text(side: Interleaved, num_windows: int) -> None:
+    with _quiet_datasets():
+        mixture_pipelines.draw_interleaved(iter(side.dataset()), num_windows)
+
+
+@contextmanager
+def _timed(seconds: list[float]) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    seconds.append(time.perf_counter() - begin)
+
+
+def _ratio(slower: list[float], faster: list[float]) -> float:
+    """How many times as fast: the median over the pairs."""
+    return median(a / b for a, b in zip(slower, faster, strict=True))
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

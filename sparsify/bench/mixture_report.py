@@ -1,0 +1,263 @@
+"""What `sparsify bench mixture` measures.
+
+The result of `sparsify bench mixture` as tables that a person understands at a glance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import BaseModel
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from sparsify.reporting.tables import figures_table
+
+
+class Delivered(BaseModel):
+    """What a run delivered, counted over all its windows."""
+
+    token_shares: dict[str, float]
+    """Share of all window positions that each source got."""
+    largest_deviation_windows: float
+    """The furthest that any source was from its asked share times n, after any n windows."""
+    text_positions: float
+    """Share of window positions that carry text; the rest is padding."""
+    cut_documents: int
+    """Documents shorter than a window that lie in more than one."""
+
+
+class Resumed(BaseModel):
+    """A run stopped half way and resumed, against the same run uninterrupted."""
+
+    documents: int
+    """Documents of the uninterrupted run; one longer than a window counts once for each window that it lies in, where
+    a pipeline draws these pieces one by one."""
+    lost: int
+    """Documents of the uninterrupted run that the resumed one never trained on, or fewer times."""
+    repeated: int
+    """Documents that the resumed run trained on again although the uninterrupted one did not."""
+
+
+class Side(BaseModel):
+    """One side of the comparison. Times and rates are medians."""
+
+    delivered: Delivered
+    resumed: Resumed
+    text_tokens_per_second: float
+    """From text to ready windows."""
+    cached_tokens_per_second: float | None
+    """From tokens that an earlier run left in a cache; None where there is no cache."""
+    late_resume_seconds: float
+    """First window after a restart late in the run, from saved state."""
+    late_skip_seconds: float | None
+    """The same without saved state, by skipping; None where nothing has to be skipped."""
+    peak_memory_bytes: int
+    """Of the whole process that goes from text to windows."""
+    added_memory_bytes: int
+    """What of it the work added to the imported libraries."""
+
+
+class Tokenized(BaseModel):
+    """Ingest, documents → cache, against the bare tokenizer on the same texts, in memory already."""
+
+    num_tokens: int
+    tokens_per_second: float
+    bare_tokens_per_second: float
+    ratio: float
+    """Median of the ratios of the pairs."""
+
+
+class Loaded(BaseModel):
+    """Windows from a warm cache in one process."""
+
+    window_tokens: int
+    num_tokens: int
+    """Tokens of one repeat."""
+    tokens_per_second: float
+    """At the beginning of a plan."""
+    far_tokens_per_second: float | None
+    """More than 10^12 tokens into a plan; None where shares have so many digits that one must count up to there."""
+    far_ratio: float | None
+    """Median of the ratios of the pairs: far over near."""
+    first_batch_seconds: float
+    """Opening the cache and drawing the first batch at step `first_batch_step`."""
+    first_batch_step: int
+
+
+class MixtureBench(BaseModel):
+    """All of it, with what it rests on."""
+
+    mixture: str
+    asked_token_shares: dict[str, float]
+    text_bytes: int
+    tokenizer: str
+    vocabulary_size: int
+    window_tokens: int
+    num_windows: int
+    stopped_after_windows: int
+    late_window: int
+    seed: int
+    repeats: int
+    buffer_documents: int
+    """Of the shuffle buffer of each source of interleave_datasets."""
+    cpu_cores: int
+    ours: Side
+    interleaved: Side
+    interleaved_by_length: Delivered
+    """interleave_datasets with probabilities that allow for each source's mean document length, which must be known
+    before."""
+    text_speed_ratio: float
+    """Median of the ratios of the pairs: ours over interleave_datasets, from text to windows."""
+    tokenized: Tokenized
+    loaded: list[Loaded]
+
+
+MEGA = 1e6
+
+
+def mixture_table(bench: MixtureBench) -> RenderableType:
+    """Both sides, ingest and loading, and what the numbers rest on."""
+    return Group(
+        "",
+        _shares_table(bench),
+        _run_table(bench),
+        _speed_table(bench.tokenized, bench.loaded),
+        _rests_on(bench),
+    )
+
+
+def _shares_table(bench: MixtureBench) -> Table:
+    table = figures_table(
+        f"Shares of tokens delivered over {bench.num_windows:,} windows of {bench.window_tokens:,} tokens",
+        "source",
+        "asked",
+        "sparsify",
+        "interleave_datasets",
+        "… by length*",
+    )
+    columns = (
+        bench.ours.delivered,
+        bench.interleaved.delivered,
+        bench.interleaved_by_length,
+    )
+    for name, asked in bench.asked_token_shares.items():
+        given = (f"{column.token_shares[name]:.1%}" for column in columns)
+        table.add_row(name, f"{asked:.1%}", *given)
+    table.add_section()
+    deviations = (f"{column.largest_deviation_windows:,.1f} windows" for column in columns)
+    table.add_row("furthest from asked, at any moment", "", *deviations)
+    texts = (f"{column.text_positions:.1%}" for column in columns)
+    table.add_row("window positions that carry text", "", *texts)
+    cut = (f"{column.cut_documents:,}" for column in columns)
+    table.add_row("documents cut though shorter than a window", "", *cut)
+    return table
+
+
+def _run_table(bench: MixtureBench) -> Table:
+    ours, theirs = bench.ours, bench.interleaved
+    table = figures_table(
+        f"The run, stopped after window {bench.stopped_after_windows:,} and resumed",
+        "",
+        "sparsify",
+        "interleave_datasets",
+        "ratio",
+    )
+    _add(
+        table,
+        "documents in the uninterrupted run",
+        [f"{s.resumed.documents:,}" for s in _sides(bench)],
+    )
+    _add(table, "of these lost by the resume", [f"{s.resumed.lost:,}" for s in _sides(bench)])
+    _add(table, "repeated by the resume", [f"{s.resumed.repeated:,}" for s in _sides(bench)])
+    table.add_section()
+    _add(
+        table,
+        "text → windows, M tokens/s",
+        [f"{side.text_tokens_per_second / MEGA:.2f}" for side in _sides(bench)],
+        _as_fast(bench.text_speed_ratio),
+    )
+    cached = ours.cached_tokens_per_second or 0.0
+    _add(
+        table,
+        "the same text again (cache), M tokens/s",
+        [f"{cached / MEGA:.1f}", f"{theirs.text_tokens_per_second / MEGA:.2f} (no cache)"],
+        _as_fast(cached / theirs.text_tokens_per_second),
+    )
+    late = theirs.late_resume_seconds
+    _add(
+        table,
+        f"resume at window {bench.late_window:,}",
+        [_seconds(ours.late_resume_seconds), f"{_seconds(late)} from state"],
+        _as_fast(late / ours.late_resume_seconds),
+    )
+    skip = theirs.late_skip_seconds or 0.0
+    _add(
+        table,
+        "the same without saved state",
+        [_seconds(ours.late_resume_seconds), f"{_seconds(skip)} with skip()"],
+        _as_fast(skip / ours.late_resume_seconds),
+    )
+    _add(
+        table,
+        "peak memory (of it, above the imports)",
+        [_memory(side) for side in _sides(bench)],
+        f"{ours.added_memory_bytes / max(theirs.added_memory_bytes, 1):.2f} × above them",
+    )
+    return table
+
+
+def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
+    table = figures_table("sparsify in one process, M tokens/s", "", "sparsify", "against", "ratio")
+    table.add_row(
+        f"ingest: documents → cache, {tokenized.num_tokens / MEGA:.1f}M tokens",
+        f"{tokenized.tokens_per_second / MEGA:.2f}",
+        f"{tokenized.bare_tokens_per_second / MEGA:.2f} bare tokenizer, text in memory",
+        f"{tokenized.ratio:.2f}",
+    )
+    for one in loaded:
+        table.add_row(
+            f"load windows of {one.window_tokens:,}, 10^12 tokens into a plan",
+            "–" if one.far_tokens_per_second is None else f"{one.far_tokens_per_second / MEGA:.1f}",
+            f"{one.tokens_per_second / MEGA:.1f} at its beginning",
+            "–" if one.far_ratio is None else f"{one.far_ratio:.2f}",
+        )
+    first = loaded[0]
+    table.add_row(
+        f"open the cache, draw the first batch at step {first.first_batch_step:,}",
+        _seconds(first.first_batch_seconds),
+    )
+    return table
+
+
+def _rests_on(bench: MixtureBench) -> str:
+    loaded = bench.loaded[0]
+    return (
+        f"[dim]Mixture {bench.mixture}: {bench.text_bytes / MEGA:.1f} MB of JSON lines in a warm file cache. Tokenizer "
+        f"{bench.tokenizer}, {bench.vocabulary_size:,} entries. Seed {bench.seed}; {bench.cpu_cores} core(s).\n"
+        f"Times are medians of {bench.repeats} repeat(s) taken in turns, ratios medians of the pairs; one repeat of "
+        f"loading is {loaded.num_tokens / MEGA:.1f}M tokens.\n"
+        f"interleave_datasets: shuffle buffers of {bench.buffer_documents:,} documents, probabilities = asked shares, "
+        "state_dict() and load_state_dict().\n"
+        "* probabilities divided by each source's mean document length in tokens, which one must tokenise to know.[/dim]"
+    )
+
+
+def _sides(bench: MixtureBench) -> tuple[Side, Side]:
+    return bench.ours, bench.interleaved
+
+
+def _add(table: Table, label: str, values: Sequence[str], ratio: str = "") -> None:
+    table.add_row(label, *values, ratio)
+
+
+def _as_fast(ratio: float) -> str:
+    return f"{ratio:,.0f} × as fast" if ratio >= 100 else f"{ratio:.2g} × as fast"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds * 1e3:,.0f} ms" if seconds < 1 else f"{seconds:,.1f} s"
+
+
+def _memory(side: Side) -> str:
+    return f"{side.peak_memory_bytes / MEGA:,.0f} MB ({side.added_memory_bytes / MEGA:,.0f})"

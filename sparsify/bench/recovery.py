@@ -1,0 +1,293 @@
+"""`sparsify bench recovery`: how much of a dense model's quality each way of making it sparse wins back, on the same tokens.
+
+Every arm is a recipe in `recipes/recovery/`. Each chooses its own peak learning rate by the same search: the first seed with every
+rate, and the lowest final loss wins. The other seeds follow with that rate. All arms see the same windows in the same order,
+because the data follow from the mixture and the seed alone.
+
+What the recovery benchmark found: for each arm its runs, its gap to the dense control, and what decides its speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+from sparsify.commands import Say
+from sparsify.commands.run import train_run
+from sparsify.errors import RecipeError, RunError, nearest
+from sparsify.recipe.compose import compose_recipe, recipe_names
+from sparsify.recipe.recipe import Recipe
+from sparsify.runs.history import read_lines
+from sparsify.runs.run_folder import RunFolder
+
+DENSE = "dense"
+"""The arm that all others are held against."""
+
+
+class RecoveryPoint(BaseModel):
+    """One validation of a run.
+
+    Attributes:
+        tokens: Training tokens seen.
+        loss: Mean of the sources' losses by token share, nats per token.
+        zeros: Share of products that are exactly zero.
+        gate_zeros: Share of the gate's factors that are.
+        annealed_share: How much of the sparse activation was in force; 1 for all of it.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens: int
+    loss: float
+    zeros: float
+    gate_zeros: float
+    annealed_share: float
+
+    @computed_field
+    @property
+    def gate_first_bytes(self) -> float:
+        """Share of the feed-forward weights that an exact kernel reads for one token: all of the gate, then rows of up where
+        the gate is not zero, then columns of down where the product is not. The three are of the same size.
+        """
+        return (1 + (1 - self.gate_zeros) + (1 - self.zeros)) / 3
+
+    @computed_field
+    @property
+    def predicted_bytes(self) -> float:
+        """Share that a kernel with a perfect predictor reads, without the predictor's own weights."""
+        return 1 - self.zeros
+
+
+class RecoveryRun(BaseModel):
+    """One finished run of an arm."""
+
+    model_config = ConfigDict(frozen=True)
+
+    arm: str
+    seed: int
+    peak_learning_rate: float
+    path: str
+    points: list[RecoveryPoint]
+    """From where its training starts: right after the swap, or the dense base where the swap is annealed."""
+
+    @property
+    def last(self) -> RecoveryPoint:
+        return self.points[-1]
+
+
+class RecoveryArm(BaseModel):
+    """An arm with the learning rate that its own search chose.
+
+    Attributes:
+        name: Its recipe in `recipes/recovery/`.
+        searched: Final loss of the first seed by peak learning rate.
+        runs: One a seed, with the best of them.
+        gaps: For each seed, its final loss minus that of the dense control with the same seed.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    searched: dict[float, float]
+    runs: list[RecoveryRun]
+    gaps: list[float]
+
+    @property
+    def peak_learning_rate(self) -> float:
+        return self.runs[0].peak_learning_rate
+
+    @computed_field
+    @property
+    def gap(self) -> float:
+        """Mean of the gaps, nats per token."""
+        return fmean(self.gaps)
+
+    def mean(self, figure: str) -> float:
+        """Mean over seeds of one number of the last point."""
+        return fmean(getattr(run.last, figure) for run in self.runs)
+
+    def at_edge(self) -> bool:
+        """Whether the best rate is the lowest or highest that was tried: then a better one may lie outside."""
+        return len(self.searched) > 1 and self.peak_learning_rate in (
+            min(self.searched),
+            max(self.searched),
+        )
+
+
+class Recovery(BaseModel):
+    """The benchmark's result."""
+
+    model_config = ConfigDict(frozen=True)
+
+    budget_tokens: int
+    seeds: list[int]
+    arms: list[RecoveryArm]
+
+    @property
+    def dense(self) -> RecoveryArm:
+        return next(arm for arm in self.arms if arm.name == DENSE)
+
+
+def read_run(run: RunFolder, arm: str) -> RecoveryRun:
+    """Reads a finished run's validations.
+
+    Raises:
+        RunError: If it was not measured to its end.
+    """
+    recipe = run.load_recipe()
+    annealed = recipe.swap.anneal_token_share > 0
+    records = read_lines(run.sparsity)
+    losses = {
+        (line["tokens"], line["label"]): line["loss"]
+        for line in read_lines(run.metrics)
+        if line.get("kind") == "validation"
+    }
+    labels = {line["label"] for line in records}
+    start = "after_swap" if "after_swap" in labels and not annealed else "base"
+    points = [
+        RecoveryPoint(
+            tokens=line["tokens"],
+            loss=losses[line["tokens"], line["label"]],
+            zeros=line["zeros"],
+            gate_zeros=line["gate_zeros"],
+            annealed_share=0.0
+            if annealed and not line["tokens"]
+            else line.get("annealed_share", 1),
+        )
+        for line in records
+        if line["label"] in (start, "annealing", "training")
+    ]
+    if not points or points[-1].tokens != recipe.num_steps * recipe.step_tokens:
+        raise RunError(
+            f"{run.path} was not measured at the end of its budget.",
+            next_step="Run the same benchmark again: it goes on with this run.",
+        )
+    return RecoveryRun(
+        arm=arm,
+        seed=recipe.training.seed,
+        peak_learning_rate=recipe.optimizer.peak_learning_rate,
+        path=str(run.path),
+        points=points,
+    )
+
+
+FOLDER = "recovery/"
+"""Of the catalogue: every recipe in it is an arm."""
+FINAL_RATE_SHARE = 0.1
+"""Of the peak, as in the quickstart."""
+
+
+@dataclass(frozen=True)
+class RecoveryPlan:
+    """What the benchmark is to train.
+
+    Attributes:
+        to: Folder of the runs and of the result; a benchmark that was interrupted goes on there.
+        arms: Names of recipes in `recipes/recovery/`; all of them if empty.
+        rates: Peak learning rates that each arm may choose from.
+        seeds: Of the data's order; the first is the one that searches.
+        overrides: Of every arm, such as `model.source=…` and `mixture=…`.
+    """
+
+    to: Path
+    arms: Sequence[str] = ()
+    rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3)
+    seeds: Sequence[int] = (1, 2, 3)
+    overrides: Sequence[str] = field(default_factory=list)
+
+
+def arm_names() -> list[str]:
+    """All arms, the dense control first."""
+    names = [name.removeprefix(FOLDER) for name in recipe_names() if name.startswith(FOLDER)]
+    return sorted(names, key=lambda name: (name != DENSE, name))
+
+
+def bench_recovery(plan: RecoveryPlan, say: Say) -> Recovery:
+    """Trains what is not trained yet, and puts the arms side by side.
+
+    Args:
+        plan: What to train.
+        say: Told what happens, a line at a time.
+
+    Raises:
+        RecipeError: If there is no such arm, nothing to choose from, or a recipe that cannot work.
+        UserError: Whatever stops a run.
+    """
+    names = _chosen_arms(plan)
+    recipes = {  # all of them before the first is trained
+        (name, rate): _recipe(plan, name, rate, plan.seeds[0])
+        for name in names
+        for rate in plan.rates
+    }
+    arms: dict[str, tuple[dict[float, float], list[RecoveryRun]]] = {}
+    for name in names:
+        tried = [_run(recipes[name, rate], name, say) for rate in plan.rates]
+        best = min(tried, key=lambda run: run.last.loss)
+        others = [
+            _run(_recipe(plan, name, best.peak_learning_rate, seed), name, say)
+            for seed in plan.seeds[1:]
+        ]
+        searched = {run.peak_learning_rate: run.last.loss for run in tried}
+        arms[name] = searched, [best, *others]
+    dense = {run.seed: run.last.loss for run in arms[DENSE][1]}
+    return Recovery(
+        budget_tokens=arms[DENSE][1][0].last.tokens,
+        seeds=list(plan.seeds),
+        arms=[
+            RecoveryArm(
+                name=name,
+                searched=searched,
+                runs=runs,
+                gaps=[run.last.loss - dense[run.seed] for run in runs],
+            )
+            for name, (searched, runs) in arms.items()
+        ],
+    )
+
+
+def _chosen_arms(plan: RecoveryPlan) -> list[str]:
+    known = arm_names()
+    for name in plan.arms:
+        if name not in known:
+            raise RecipeError(
+                f"There is no arm {name!r}.",
+                allowed=f"{nearest(name, known)}Arms: {', '.join(known)}.",
+                next_step="An arm is a recipe in recipes/recovery/.",
+            )
+    for option, values in (("--rates", plan.rates), ("--seeds", plan.seeds)):
+        if not values or len(set(values)) != len(values):
+            raise RecipeError(
+                f"{option} is {', '.join(map(str, values)) or 'empty'}.",
+                allowed="One or more, each once.",
+            )
+    wanted = {*plan.arms, DENSE} if plan.arms else set(known)
+    return [name for name in known if name in wanted]
+
+
+def _recipe(plan: RecoveryPlan, name: str, rate: float, seed: int) -> Recipe:
+    own = [
+        f"optimizer.peak_learning_rate={rate}",
+        f"optimizer.final_learning_rate={rate * FINAL_RATE_SHARE}",
+        f"training.seed={seed}",
+    ]
+    for override in plan.overrides:
+        key = override.partition("=")[0]
+        if key == "run_dir" or any(one.startswith(f"{key}=") for one in own):
+            raise RecipeError(
+                f"{override}: the benchmark sets {key} itself.",
+                allowed="--rates, --seeds and --to say what it is.",
+            )
+    recipe = compose_recipe(f"{FOLDER}{name}", [*plan.overrides, *own])
+    recipe.run_dir = str(plan.to / "runs" / name / f"rate={rate:g},seed={seed}")
+    return recipe
+
+
+def _run(recipe: Recipe, name: str, say: Say) -> RecoveryRun:
+    say(f"{name}: rate {recipe.optimizer.peak_learning_rate:g}, seed {recipe.training.seed}")
+    run = RunFolder(Path(recipe.run_dir))
+    train_run(recipe, run, say)
+    return read_run(run, name)

@@ -1,0 +1,148 @@
+"""The result of `sparsify bench recovery` as a table, as pictures and as files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, PercentFormatter
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from sparsify.bench.recovery import DENSE, Recovery, RecoveryArm
+from sparsify.files import write_text
+from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image
+
+PANEL_INCHES = 4.4
+MARKERS = "osD^vP*X<>hp"
+COLUMNS = ("arm", "rate", "loss", "to dense", "zeros", "gate's own", "gate first", "predictor")
+PICTURES: dict[str, tuple[str, str]] = {
+    "zeros": ("exact zeros", "zeros"),
+    "gate_first": ("FFN bytes, exact gate-first kernel", "gate_first_bytes"),
+    "predictor": ("FFN bytes, perfect predictor", "predicted_bytes"),
+}
+"""File name to the label of the horizontal axis and the number on it; the gap against tokens is drawn besides."""
+
+
+def recovery_table(recovery: Recovery) -> RenderableType:
+    """One row an arm, from the smallest gap on, and what the numbers rest on."""
+    seeds = ", ".join(map(str, recovery.seeds))
+    table = Table(
+        title=f"After {recovery.budget_tokens:,} tokens, mean of seeds {seeds}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
+    for index, column in enumerate(COLUMNS):
+        table.add_column(column, justify="right" if index else "left", no_wrap=" " not in column)
+    for arm in sorted(recovery.arms, key=lambda arm: (arm.name != DENSE, arm.gap)):
+        table.add_row(*_row(arm))
+    return Group("", table, Text(_notes(recovery)))
+
+
+def _row(arm: RecoveryArm) -> list[str]:
+    gap, spread = f"{arm.gap:+.3f}", max(arm.gaps) - min(arm.gaps)
+    if len(arm.gaps) > 1:
+        gap += f" ± {spread / 2:.3f}"
+    shares = ("zeros", "gate_zeros", "gate_first_bytes", "predicted_bytes")
+    return [
+        arm.name,
+        f"{arm.peak_learning_rate:g}{'*' if arm.at_edge() else ''}",
+        f"{arm.mean('loss'):.3f}",
+        "–" if arm.name == DENSE else gap,
+        *(f"{arm.mean(share):.1%}" for share in shares),
+    ]
+
+
+def _notes(recovery: Recovery) -> str:
+    notes = [
+        "gate first, predictor: share of the feed-forward weights that an exact kernel reads for one token when it computes "
+        "the gate first, and with a perfect predictor that costs nothing.",
+    ]
+    if len(recovery.seeds) > 1:
+        notes.append("±: half of the range over seeds.")
+    if any(arm.at_edge() for arm in recovery.arms):
+        notes.append(
+            "*: the lowest or highest rate that was tried; a better one may lie outside (--rates)."
+        )
+    return "\n".join(notes)
+
+
+def write_recovery(recovery: Recovery, folder: Path) -> None:
+    """Writes recovery.json and the pictures.
+
+    Raises:
+        StorageError: If the disk or the folder refuses.
+    """
+    write_text(folder / "recovery.json", recovery.model_dump_json(indent=1) + "\n")
+    draws: dict[str, Callable[[Theme], Figure]] = {"tokens": partial(_draw_tokens, recovery)}
+    for name, (label, figure) in PICTURES.items():
+        draws[name] = partial(_draw_end, recovery, label, figure)
+    for name, draw in draws.items():
+        (folder / f"{name}.png").write_bytes(image(draw, name, LIGHT, "png"))
+
+
+def _draw_tokens(recovery: Recovery, theme: Theme) -> Figure:
+    """Gap to the dense control against tokens, mean of the seeds; dotted while the activation is not all sparse yet."""
+    figure, axes = _figure()
+    dense = [{point.tokens: point.loss for point in run.points} for run in recovery.dense.runs]
+    for index, arm in enumerate(_sparse(recovery)):
+        columns = zip(*(run.points for run in arm.runs), strict=True)
+        rows = [
+            (
+                points[0].tokens,
+                sum(
+                    point.loss - of_seed[point.tokens]
+                    for point, of_seed in zip(points, dense, strict=True)
+                )
+                / len(points),
+                points[0].annealed_share == 1,
+            )
+            for points in columns
+        ]
+        style = {"color": _colour(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
+        whole = [row for row in rows if row[2]]
+        axes.plot([row[0] for row in rows], [row[1] for row in rows], ":", color=_colour(index))
+        axes.plot([row[0] for row in whole], [row[1] for row in whole], label=arm.name, **style)
+    axes.axhline(0, color=theme.control, linewidth=1)
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set(xlabel="training tokens", ylabel="loss gap to the dense control, nats")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    return figure
+
+
+def _draw_end(recovery: Recovery, label: str, share: str, theme: Theme) -> Figure:
+    """Gap to the dense control at the end against one share, each seed a point."""
+    figure, axes = _figure()
+    for index, arm in enumerate(_sparse(recovery)):
+        values = [getattr(run.last, share) for run in arm.runs]
+        marker = MARKERS[index % len(MARKERS)]
+        axes.plot(values, arm.gaps, marker, color=_colour(index), label=arm.name, markersize=7)
+    axes.axhline(0, color=theme.control, linewidth=1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set(xlabel=label, ylabel="loss gap to the dense control, nats")
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    return figure
+
+
+def _sparse(recovery: Recovery) -> list[RecoveryArm]:
+    """From the largest gap to the smallest, so that the legend reads from top to bottom as the curves end."""
+    sparse = [arm for arm in recovery.arms if arm.name != DENSE]
+    return sorted(sparse, key=lambda arm: -arm.gap)
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(WIDTH_INCHES, PANEL_INCHES), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _colour(index: int) -> tuple[float, float, float, float]:
+    """Ten strong colours, then the pale ones of the same pairs."""
+    return colormaps["tab20"]((2 * index + index // 10) % 20)

@@ -1,0 +1,239 @@
+"""`sparsify bench train`: what our loop and the probe cost, and our speed beside Hugging Face's Trainer, in one process.
+
+All loops have the same weights, windows, precision and DeepSpeed configuration, and take turns block by block.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from copy import deepcopy
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from sparsify.bench.timing import Turn, clock, middle_half, paired_ratios, take_turns
+from sparsify.bench.training_loops import Loops, Window
+from sparsify.bench.training_report import Loop, Probe, Ratio, TrainBench
+from sparsify.conversion.convert import convert
+from sparsify.errors import RecipeError
+from sparsify.launch.feeder import Feeder, is_done
+from sparsify.mixture.lock import write_lock
+from sparsify.mixture.sequences.reader import WindowReader, collate
+from sparsify.mixture.sequences.schedule import SourceSchedule
+from sparsify.recipe.compose import compose_recipe, save_recipe
+from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.runs.data import ingests_of, lock_of, open_sources, shares_of
+from sparsify.runs.run_folder import RunFolder
+from sparsify.sparsity.probe import SparsityProbe
+from sparsify.training.engine import check_machine, init_distributed
+from sparsify.training.kernels.compile import evaluating
+from sparsify.training.loop import Session
+from sparsify.training.validation import validate
+
+Say = Callable[[str], None]
+
+
+def bench_train(
+    name_or_path: str, overrides: Sequence[str], *, block_steps: int, blocks: int, say: Say
+) -> TrainBench:
+    """Measures the loops.
+
+    Args:
+        name_or_path: Recipe to train with; its budget, schedule, control and number of processes are replaced.
+        overrides: Hydra overrides.
+        block_steps: Steps of one block.
+        blocks: Measured blocks of each loop.
+        say: Told what is being measured.
+
+    Raises:
+        UserError: Whatever is wrong with the recipe, its model or its data, or with the numbers.
+    """
+    for name, number in {"block-steps": block_steps, "blocks": blocks}.items():
+        if number < 1:
+            raise RecipeError(f"--{name} is {number}.", allowed="It must be 1 or more.")
+    given = compose_recipe(name_or_path, [*overrides, "launch.processes=1"])
+    # One more block to warm up, one more step that a Trainer reads ahead.
+    num_steps = (blocks + 1) * block_steps + 1
+    with tempfile.TemporaryDirectory(prefix="sparsify-bench-") as folder:
+        fixed = {
+            "launch.processes": 1,
+            "training.budget_tokens": num_steps * given.step_tokens,
+            "optimizer.warmup_tokens": 0,
+            "optimizer.final_learning_rate": given.optimizer.peak_learning_rate,
+            "control.ffn_activation": "null",
+            "tracking.wandb": "disabled",
+            "run_dir": folder,
+        }
+        settings = [f"{key}={value}" for key, value in fixed.items()]
+        recipe = compose_recipe(name_or_path, [*overrides, *settings])
+        check_machine(recipe)
+        others = deepcopy(recipe)
+        others.training.liger_kernels = False  # what Liger gives stands in the ratios
+        if not torch.cuda.is_available():
+            # A waiting thread of OpenMP spins, which would count as work.
+            torch.set_num_threads(recipe.launch.threads_per_process or 1)
+        with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+            say("Preparing weights and windows")
+            run = RunFolder(Path(folder))
+            windows = _prepare(recipe, run)
+            _join_alone()
+            try:
+                return _measure(Loops(others, run, windows), block_steps, blocks, say)
+            finally:
+                gc.collect()
+                dist.destroy_process_group()
+
+
+def _prepare(recipe: Recipe, run: RunFolder) -> list[Window]:
+    """Everything that the launcher would prepare, and the windows of all steps."""
+    save_recipe(recipe, run.recipe)
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    convert(
+        recipe.model,
+        recipe.activation,
+        run.initial,
+        seed=recipe.training.seed,
+        dtype=dtype,
+    )
+    ingests = ingests_of(recipe, run)
+    with Feeder(run, ingests, recipe.launch.ingest_processes, lambda *_: None) as feeder:
+        feeder.wait_until(is_done)
+    sources = open_sources(ingests)
+    write_lock(lock_of(recipe, sources), run.mixture_lock)
+    training = recipe.training
+    schedule = SourceSchedule(shares_of(recipe, sources))
+    reader = WindowReader(sources, schedule, training.window_tokens, training.seed)
+    tensors = reader.batch(0, recipe.num_steps * training.batch_windows).tensors
+    return [
+        {key: value[row].clone() for key, value in tensors.items()}
+        for row in range(recipe.num_steps * training.batch_windows)
+    ]
+
+
+def _join_alone() -> None:
+    """A process group of this process only."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    init_distributed()
+
+
+def _measure(loops: Loops, block_steps: int, blocks: int, say: Say) -> TrainBench:
+    recipe = loops.recipe
+    turns = take_turns(
+        {"bare engine": loops.bare, "sparsify": loops.ours, "Trainer": loops.trainer},
+        block_steps,
+        blocks,
+        say,
+    )
+    bare, ours, trainer = turns["bare engine"], turns["sparsify"], turns["Trainer"]
+    assert loops.session is not None
+    say("Validation with and without the probe")
+    probe = _probe(loops.session, median(ours.seconds), blocks)
+    overheads = [ratio - 1 for ratio in paired_ratios(ours.seconds, bare.seconds)]
+    cuda = torch.cuda.is_available()
+    return TrainBench(
+        recipe=recipe.name,
+        parameters=sum(
+            getattr(parameter, "ds_numel", parameter.numel())
+            for parameter in loops.session.engine.module.parameters()
+        ),
+        precision=recipe.training.precision,
+        zero_stage=recipe.engine.zero_stage,
+        device=torch.cuda.get_device_name() if cuda else "cpu",
+        clock="wall" if cuda else "CPU time of this process",
+        threads=torch.get_num_threads(),
+        step_tokens=recipe.step_tokens,
+        window_tokens=recipe.training.window_tokens,
+        block_steps=block_steps,
+        blocks=blocks,
+        bare=_loop(bare, recipe),
+        ours=_loop(ours, recipe),
+        trainer=_loop(trainer, recipe),
+        loop_overhead=_ratio(overheads),
+        speed_against_trainer=_ratio(paired_ratios(trainer.seconds, ours.seconds)),
+        probe=probe,
+    )
+
+
+def _loop(turn: Turn, recipe: Recipe) -> Loop:
+    return Loop(
+        tokens_per_second=recipe.step_tokens / median(turn.seconds),
+        step_seconds=turn.seconds,
+        losses=turn.losses,
+    )
+
+
+def _ratio(values: Sequence[float]) -> Ratio:
+    middle, lower, upper = middle_half(values)
+    return Ratio(median=middle, lower_quartile=lower, upper_quartile=upper)
+
+
+def _probe(session: Session, step_seconds: float, repeats: int) -> Probe:
+    """Times validation, and the same forward passes with and without the probe, in turns.
+
+    Measured directly, since a block of training that holds a validation differs from one without by less than blocks do.
+    """
+    recipe = session.recipe
+    shares, size = token_shares(recipe.mixture), recipe.training.micro_batch_windows
+    works: dict[str, Callable[[], object]] = {
+        "validation": lambda: validate(session.engine, session.held_out, shares, size),
+        "forward": lambda: _forward(session),
+        "probed": lambda: _probed_forward(session),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name in list(works) if repeat % 2 else reversed(works):
+            started = clock()
+            works[name]()
+            if repeat:  # the first pass warms up
+                seconds[name].append(clock() - started)
+    added = [a - b for a, b in zip(seconds["probed"], seconds["forward"], strict=True)]
+    every_tokens = session.run.load_recipe().eval.every_tokens
+    training_seconds = step_seconds * every_tokens / recipe.step_tokens
+    validation_seconds, probe_seconds = median(seconds["validation"]), median(added)
+    windows = sum(map(len, session.held_out.values()))
+    return Probe(
+        every_tokens=every_tokens,
+        held_out_tokens=windows * recipe.training.window_tokens,
+        validation_seconds=validation_seconds,
+        probe_seconds=probe_seconds,
+        validation_share=validation_seconds / training_seconds,
+        probe_share=probe_seconds / training_seconds,
+    )
+
+
+def _probed_forward(session: Session) -> None:
+    with SparsityProbe(session.engine.module) as probe:
+        _forward(session)
+    probe.statistics().reduce().zero_share("product")
+
+
+@torch.no_grad()
+def _forward(session: Session) -> None:
+    """The forward passes of a validation and nothing else."""
+    engine, size = session.engine, session.recipe.training.micro_batch_windows
+    with evaluating(engine):
+        for windows in session.held_out.values():
+            for start in range(0, len(windows), size):
+                batch = collate(windows[start : start + size])
+                engine(
+                    input_ids=batch["input_ids"].to(engine.device),
+                    position_ids=batch["position_ids"].to(engine.device),
+                    use_cache=False,
+                )

@@ -1,0 +1,146 @@
+"""The three loops of `sparsify bench train`: DeepSpeed's engine alone, ours, and the Trainer of Hugging Face."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+from sparsify.bench.timing import Finished, Turn
+from sparsify.mixture.sequences.reader import NO_LOSS
+from sparsify.recipe.recipe import Recipe
+from sparsify.runs.run_folder import RunFolder
+from sparsify.training.engine import build_engine, deepspeed_config, load_model
+from sparsify.training.loop import Session, train
+from sparsify.training.worker import build_session
+
+Window = dict[str, torch.Tensor]
+
+
+@dataclass
+class Loops:
+    """The loops over one prepared run.
+
+    Args:
+        recipe: Its recipe; its learning rate is constant.
+        run: Its folder, with weights, tokenised sources and lock.
+        windows: The windows of all steps, in memory: what the other two loops read.
+    """
+
+    recipe: Recipe
+    run: RunFolder
+    windows: list[Window]
+    session: Session | None = None
+
+    def bare(self, turn: Turn) -> None:
+        """Forward, backward and step of the engine on batches that lie ready, and nothing else."""
+        engine = build_engine(self.recipe, self.run.initial)
+        size = self.recipe.training.micro_batch_windows
+        micro_batches = [
+            _on(engine.device, default_data_collator(self.windows[start : start + size]))
+            for start in range(0, len(self.windows), size)
+        ]
+        accumulation = self.recipe.accumulation_steps
+        labels = torch.stack([window["labels"] for window in self.windows])
+        num_labels = (labels != NO_LOSS).view(self.recipe.num_steps, -1).sum(1).tolist()
+        for step in itertools.count():
+            turn.step()
+            batches = micro_batches[step * accumulation : (step + 1) * accumulation]
+            total = torch.zeros((), device=engine.device)
+            for batch in batches:
+                logits = engine(
+                    input_ids=batch["input_ids"],
+                    position_ids=batch["position_ids"],
+                    use_cache=False,
+                ).logits
+                loss = functional.cross_entropy(
+                    logits.float().flatten(0, 1),
+                    batch["labels"].flatten(),
+                    ignore_index=NO_LOSS,
+                    reduction="sum",
+                )
+                engine.backward(loss / num_labels[step], scale_wrt_gas=False)
+                engine.step()
+                total += loss.detach()
+            turn.losses.append(float(total) / num_labels[step])
+
+    def ours(self, turn: Turn) -> None:
+        """`training.loop.train` as it is: data, agreement of the ranks, schedule, metrics.jsonl, lines."""
+
+        def once_a_step() -> bool:
+            turn.step()
+            return False
+
+        session = build_session(self.run, once_a_step)  # pyright: ignore[reportArgumentType]
+        # Validation and checkpoints are measured apart: one of them would fall into some blocks and not into others.
+        recipe = deepcopy(session.recipe)
+        recipe.eval.every_tokens = recipe.checkpoint.every_tokens = 2**62
+        self.session = replace(session, recipe=recipe)
+        try:
+            train(self.session)
+        except Finished:
+            lines = map(json.loads, self.run.metrics.read_text().splitlines())
+            turn.losses = [line["loss"] for line in lines if line["kind"] == "train"]
+            raise
+
+    def trainer(self, turn: Turn) -> None:
+        """The Trainer with the same DeepSpeed configuration, reading the windows in the same order."""
+        recipe, training, optimizer = self.recipe, self.recipe.training, self.recipe.optimizer
+        config = deepspeed_config(recipe)
+        arguments = TrainingArguments(
+            output_dir=str(self.run.path / "trainer"),
+            deepspeed=config,
+            per_device_train_batch_size=training.micro_batch_windows,
+            gradient_accumulation_steps=recipe.accumulation_steps,
+            max_steps=recipe.num_steps,
+            max_grad_norm=optimizer.max_gradient_norm,
+            # Under DeepSpeed the Trainer builds its optimizer itself, whichever it is handed.
+            optim="adamw_torch",
+            learning_rate=optimizer.peak_learning_rate,
+            lr_scheduler_type="constant",
+            adam_beta1=optimizer.beta1,
+            adam_beta2=optimizer.beta2,
+            adam_epsilon=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            bf16=training.precision == "bf16",
+            train_sampling_strategy="sequential",
+            remove_unused_columns=False,
+            logging_steps=1,  # ours writes every step as well
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            use_cpu=not torch.cuda.is_available(),
+        )
+        model = load_model(recipe, self.run.initial, config).train()
+        model.config.use_cache = False
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            # Labels are shifted already; under this name transformers' loss does not shift them again.
+            train_dataset=[window | {"shift_labels": window["labels"]} for window in self.windows],  # pyright: ignore
+            callbacks=[_OnStep(turn.step)],
+        )
+        try:
+            trainer.train()
+        finally:
+            turn.losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+class _OnStep(TrainerCallback):
+    def __init__(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._step()
+
+
+def _on(device: torch.device, batch: Window) -> Window:
+    return {key: value.to(device) for key, value in batch.items()}

@@ -1,0 +1,259 @@
+"""`sparsify bench`: ratios against a named baseline, measured in one process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.cli.options import AsJson, Overrides, console, numbers
+
+bench_app = typer.Typer(
+    no_args_is_help=True,
+    help="Benchmarks: ratios against a named baseline, measured in the same process.",
+)
+
+
+@bench_app.command("mixture")
+def bench_mixture(
+    on: Annotated[str, typer.Option("--on", help="Mixture: a name or a YAML file.")] = "quickstart",
+    tokenizer: Annotated[
+        str, typer.Option(help="Model folder or Hub id whose tokenizer both sides use.")
+    ] = "package:sparsify/assets/quickstart_base",
+    budget_tokens: Annotated[
+        int, typer.Option(help="Tokens of the run that is drawn.")
+    ] = 2_000_000,
+    window_tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    buffer_documents: Annotated[
+        int,
+        typer.Option(
+            help="Shuffle buffer of interleave_datasets. Its default of 1000 holds all of a short run."
+        ),
+    ] = 100,
+    load_tokens: Annotated[
+        int, typer.Option(help="Tokens of one repeat of loading from the cache.")
+    ] = 8_000_000,
+    repeats: Annotated[int, typer.Option(help="Repeats of every time.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Our data path beside datasets.interleave_datasets on the same files: shares, resume, speed, memory.
+
+    Example: sparsify bench mixture --on my_mixture.yaml --budget-tokens 10000000
+    """
+    from sparsify.bench import mixture
+    from sparsify.bench.mixture_report import mixture_table
+
+    with Console(stderr=True).status("") as status:
+        result = mixture.bench_mixture(
+            on,
+            tokenizer,
+            budget_tokens=budget_tokens,
+            window_tokens=window_tokens,
+            buffer_documents=buffer_documents,
+            load_tokens=load_tokens,
+            repeats=repeats,
+            say=status.update,
+        )
+    console.print_json(result.model_dump_json()) if as_json else console.print(
+        mixture_table(result)
+    )
+
+
+@bench_app.command("memory")
+def bench_memory(
+    few: Annotated[
+        bool, typer.Option("--few", help="Only the two trials that a test has.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The memory that `plan` predicts beside the measured peak, over ZeRO stages, precisions, processes and batches.
+
+    Example: sparsify bench memory
+    """
+    from sparsify.bench import memory
+
+    with Console(stderr=True).status("") as status:
+        trials = memory.FEW if few else memory.GRID
+        results = memory.bench_memory(trials, status.update)
+    if as_json:
+        console.print_json(json.dumps([one.model_dump() for one in results]))
+    else:
+        console.print(memory.memory_table(results))
+
+
+@bench_app.command("train")
+def bench_train(
+    recipe: Annotated[str, typer.Argument(help="Recipe: a name or a YAML file.")] = "quickstart",
+    overrides: Overrides = None,
+    block_steps: Annotated[int, typer.Option(help="Training steps of one measured block.")] = 3,
+    blocks: Annotated[int, typer.Option(help="Measured blocks of each loop.")] = 9,
+    as_json: AsJson = False,
+) -> None:
+    """Our training loop beside the bare DeepSpeed engine and beside transformers.Trainer; what validation costs.
+
+    Example: sparsify bench train quickstart engine=zero2 --blocks 15
+    """
+    from sparsify.bench import training
+    from sparsify.bench.training_report import training_table
+
+    with Console(stderr=True).status("") as status:
+        result = training.bench_train(
+            recipe, overrides or [], block_steps=block_steps, blocks=blocks, say=status.update
+        )
+    console.print_json(result.model_dump_json()) if as_json else console.print(
+        training_table(result)
+    )
+
+
+@bench_app.command("recovery")
+def bench_recovery(
+    overrides: Overrides = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder of the runs and the result.")] = Path(
+        "recovery"
+    ),
+    arms: Annotated[
+        str,
+        typer.Option(help="Recipes of recipes/recovery/, such as drelu,reglu; all unless given."),
+    ] = "",
+    rates: Annotated[
+        str, typer.Option(help="Peak learning rates that every arm chooses from.")
+    ] = "3e-5,1e-4,3e-4,1e-3",
+    seeds: Annotated[str, typer.Option(help="The first one searches.")] = "1,2,3",
+    as_json: AsJson = False,
+) -> None:
+    """What each way to sparsity costs against the dense control, on the same tokens, each with a rate of its own.
+
+    Goes on where it was interrupted. Example: sparsify bench recovery --arms drelu,annealed_drelu training.budget_tokens=102400
+    """
+    from sparsify.bench.recovery import RecoveryPlan, bench_recovery
+    from sparsify.bench.recovery_report import recovery_table, write_recovery
+
+    plan = RecoveryPlan(
+        to,
+        [name.strip() for name in arms.split(",") if name.strip()],
+        numbers("--rates", rates, float),
+        numbers("--seeds", seeds, int),
+        overrides or [],
+    )
+    result = bench_recovery(plan, Console(stderr=True, highlight=False).print)
+    write_recovery(result, to)
+    if as_json:
+        console.print_json(result.model_dump_json())
+    else:
+        console.print(recovery_table(result))
+
+
+@bench_app.command("decode")
+def bench_decode(
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            help="Bundle, model or run of yours: what speed-up it has here, and which layers hold it back."
+        ),
+    ] = None,
+    predictors: Annotated[
+        Path | None, typer.Option(help="The bundle's predictors, tried besides exact decoding.")
+    ] = None,
+    prompt: Annotated[
+        str, typer.Option(help="What the bundle's decoding starts from.")
+    ] = "def read_json(path):\n",
+    tokens: Annotated[int, typer.Option(help="Tokens that a model decodes one by one.")] = 24,
+    hidden: Annotated[int, typer.Option(help="Width of the block.")] = 4096,
+    neurons: Annotated[int, typer.Option(help="Neurons of the block.")] = 14_336,
+    rank: Annotated[int, typer.Option(help="Rank of the predictors.")] = 1024,
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; the GPU where there is one with Triton.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="How the C++ kernels read the weights: stored, int8 or int4. torch's contender stays in --dtype."
+        ),
+    ] = "stored",
+    sparsity: Annotated[
+        str, typer.Option(help="Shares of zeros, with commas; empty: no blocks.")
+    ] = "0.5,0.7,0.8,0.9,0.95,0.97",
+    batch: Annotated[
+        str, typer.Option(help="Batches at 90% zeros, with commas.")
+    ] = "1,2,4,8,16,32",
+    threads: Annotated[
+        str | None, typer.Option(help="Threads, with commas; 1 and torch's own unless given.")
+    ] = None,
+    layers: Annotated[
+        int, typer.Option(help="Layers of the model of random weights; 0: none.")
+    ] = 4,
+    repeats: Annotated[int, typer.Option(help="Repeats of every time.")] = 9,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed-up against zeros into this .png or .svg file.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Decoding dense and sparse, with the same weights in one process: one block, and a whole model.
+
+    Example: sparsify bench decode --bundle my-sparse-model --sparsity ""
+    """
+    import torch
+
+    from sparsify.bench.decode import DecodeSettings, devices
+    from sparsify.bench.decode import bench_decode as run
+    from sparsify.bench.decode_report import check_figure, decode_table, write_figure
+
+    device = device or devices()[-1]
+    own = sorted({1, torch.get_num_threads()}) if device == "cpu" else [torch.get_num_threads()]
+    settings = DecodeSettings(
+        hidden=hidden,
+        neurons=neurons,
+        rank=rank,
+        device=device,
+        dtype=dtype,
+        weights=weights,
+        sparsities=tuple(numbers("--sparsity", sparsity, float)),
+        batches=tuple(numbers("--batch", batch, int)),
+        threads=tuple(own if threads is None else numbers("--threads", threads, int)),
+        repeats=repeats,
+        layers=layers,
+        bundle=bundle,
+        predictors=predictors,
+        prompt=prompt,
+        decode_tokens=tokens,
+    )
+    if plot is not None:
+        check_figure(plot, settings.sparsities)
+    with Console(stderr=True).status("") as status:
+        result = run(settings, status.update)
+    if plot is not None:
+        write_figure(result, plot)
+    console.print_json(result.model_dump_json()) if as_json else console.print(decode_table(result))
+
+
+@bench_app.command("activation")
+def bench_activation(
+    activation: Annotated[str, typer.Option(help="Activation: drelu, reglu or swiglu.")] = "drelu",
+    tokens: Annotated[int, typer.Option(help="Rows of the pre-activations.")] = 4096,
+    neurons: Annotated[int, typer.Option(help="Columns: a layer's neurons.")] = 14_336,
+    dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
+    repeats: Annotated[int, typer.Option(help="Measured rounds.")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """The fused activation beside eager torch and a plain copy: forward, and forward with backward.
+
+    Example: sparsify bench activation --dtype fp32
+    """
+    from sparsify.bench import activation as bench
+
+    with Console(stderr=True).status("") as status:
+        result = bench.bench_activation(
+            activation,
+            tokens=tokens,
+            neurons=neurons,
+            dtype=dtype,
+            repeats=repeats,
+            say=status.update,
+        )
+    console.print_json(result.model_dump_json()) if as_json else console.print(
+        bench.activation_table(result)
+    )

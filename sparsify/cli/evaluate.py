@@ -1,0 +1,156 @@
+"""`sparsify evaluate` and `sparsify paper`: a suite of tasks on one model; the paper's own comparison, made again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sparsify.cli.options import AsJson, Overrides, console, quiet, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="Model folder, Hub id, run folder, checkpoint or exported bundle"),
+    ],
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="open_llm_v1, commonsense, perplexity, quick, or the path of a YAML file."
+        ),
+    ] = "quick",
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Some tasks of the suite alone, separated by commas."),
+    ] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="SPARSIFY_EVAL_DATA",
+            help="Folder of local copies of the evaluation sets; without it they come from the Hub.",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests of one forward pass.")] = 8,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32 or bfloat16; that of the weights unless given."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", help="Mixture whose held-out text is measured; a run's own, else quickstart."
+        ),
+    ] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Folder to write; in the run's evaluations/, else evaluations/MODEL."
+        ),
+    ] = None,
+    predictors: Annotated[
+        Path | None,
+        typer.Option(
+            "--predictors",
+            help="Compute only the neurons that these predictors switch on; a folder of `sparsify predictors`.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that answer, one for each GPU if there are any.")
+    ] = 1,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", help="Measure each checkpoint of a run, while it trains."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measures a suite of tasks on a model, exact zeros and active parameters in the same pass. JSON, Markdown, model card.
+
+    An interrupted evaluation goes on where it stopped. `sparsify compare` puts results side by side.
+
+    Example: sparsify evaluate runs/quickstart --suite quick
+    """
+    from sparsify.commands.evaluate import evaluate_model
+    from sparsify.commands.evaluate import follow as follow_run
+    from sparsify.evaluation.report import results_table
+    from sparsify.evaluation.request import Asked
+    from sparsify.training.suite_results import LINES_FILE
+
+    some = tuple(tasks.split(",")) if tasks else ()
+    asked = Asked(suite, some, data_dir, limit, batch_size, dtype, on, to, predictors, processes)
+    command = " ".join(["sparsify", *sys.argv[1:]])
+    tell = quiet if as_json else say
+    with _bars() as on_progress:
+        if follow:
+            found = follow_run(model, asked, command, tell, on_progress)
+            where = f"{model}/{LINES_FILE} and {model}/evaluations/"
+        else:
+            results, folder = evaluate_model(model, asked, command, tell, on_progress)
+            found, where = (
+                [results],
+                f"{folder}: results.json, results.md, model-index.yaml, items/",
+            )
+    if as_json:
+        whole = [results.model_dump(mode="json") for results in found]
+        console.print_json(json.dumps(whole if follow else whole[0]))
+        return
+    for results in found:
+        console.print(results_table(results))
+        for note in results.notes:
+            say(note)
+    say(where)
+
+
+def paper(
+    recipe: Annotated[str, typer.Argument(help="Recipe whose run has a control")],
+    overrides: Overrides = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            help="Text or mixture for perplexity; the recipe's own held-out text unless given.",
+        ),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of it.")] = 65_536,
+    as_json: AsJson = False,
+) -> None:
+    """Trains dReLU and SwiGLU from the same start and writes the TurboSparse paper's tables of it, ours beside the paper's.
+
+    Example: sparsify paper paper/from_scratch_2m
+    """
+    from sparsify.commands.paper import paper_tables
+    from sparsify.evaluation.report import terminal_table
+
+    rows, tables, to = paper_tables(recipe, overrides or [], on, tokens, quiet if as_json else say)
+    if as_json:
+        console.print_json(tables.model_dump_json())
+        return
+    for table in rows:
+        console.print(terminal_table(table))
+        for note in table.notes:
+            say(note)
+    say(f"{to}: tables.md, tables.json")
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """A bar for each task on standard error, while there is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+
+        def begin(task: str) -> Callable[[int, int], None]:
+            bar = progress.add_task(task, total=None)
+            return lambda done, total: progress.update(bar, completed=done, total=total)
+
+        yield begin

@@ -1,0 +1,108 @@
+"""`sparsify generate`: text from a bundle by sparse decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsify.cli.options import AsJson, console, quiet
+
+if TYPE_CHECKING:
+    from sparsify.commands.generate import Generated
+
+MEGA = 1e6
+
+
+def generate(
+    bundle: Annotated[
+        str, typer.Argument(help="Bundle, model folder, Hub id, run folder or checkpoint")
+    ],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from")],
+    tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="Of sampling; 0 takes the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 1,
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="How decoding reads the feed-forward weights: stored, or rounded into blocks of int8 or int4, which are kept "
+            "beside them."
+        ),
+    ] = "stored",
+    predictors: Annotated[
+        Path | None,
+        typer.Option(help="Folder with predictors.safetensors; exact decoding without it."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads; torch's own number unless given.")
+    ] = None,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Decode without the kernels, to compare.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Continues a prompt, reading only the weights of neurons that fire; then says how fast and how much was read.
+
+    Example: sparsify generate my-sparse-model "def read_json(path):"
+    """
+    from sparsify.commands.generate import generate as run
+
+    result = run(
+        bundle,
+        prompt,
+        num_tokens=tokens,
+        temperature=temperature,
+        seed=seed,
+        weights=weights,
+        predictors=predictors,
+        threads=threads,
+        dense=dense,
+        write=quiet if as_json else _write,
+    )
+    if as_json:
+        console.print_json(json.dumps(dataclasses.asdict(result)))
+    else:
+        console.print(f"\n\n[dim]{_summary(result)}[/dim]")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _summary(result: Generated) -> str:
+    ffn, other = result.ffn_bytes_per_token / MEGA, result.other_bytes_per_token / MEGA
+    dense = result.dense_ffn_bytes_per_token / MEGA
+    speed = result.tokens_per_second
+    lines = [
+        f"{result.new_tokens} tokens"
+        + (f", {speed:.1f} tokens/s" if speed else "")
+        + f" after a prompt of {result.prompt_tokens} tokens ({result.prompt_seconds:.2f} s); {_BACKENDS[result.backend]}"
+    ]
+    if result.kept_bytes:
+        lines.append(
+            f"feed-forward weights in blocks of {result.weights}: {result.kept_bytes / MEGA:,.1f} MB beside the stored ones"
+        )
+    if result.touched_share is not None and result.fired_share is not None:
+        lines.append(
+            f"{result.fired_share:.1%} of the neurons fired; {result.touched_share:.1%} of the rows of the feed-forward "
+            "weights were read"
+        )
+    lines.append(
+        f"weights read per token: {ffn + other:,.1f} MB ({ffn:,.1f} feed-forward, {other:,.1f} other); "
+        f"dense: {dense + other:,.1f} MB"
+    )
+    return "\n".join(lines)
+
+
+_BACKENDS = {
+    "native": "C++ kernels",
+    "torch": "torch's operators, as there is no compiler",
+    "dense": "dense",
+}

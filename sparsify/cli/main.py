@@ -1,0 +1,337 @@
+"""The command line: parse, call, print. `sparsify` alone and every verb with --help teach by example."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sparsify.cli.bench import bench_app
+from sparsify.cli.evaluate import evaluate, paper
+from sparsify.cli.export import export_app
+from sparsify.cli.generate import generate
+from sparsify.cli.mixture import mixture_app
+from sparsify.cli.options import AsJson, Overrides, console, quiet, say
+from sparsify.cli.predictors import predictors_app
+from sparsify.errors import UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Turn dense SwiGLU language models into activation-sparse ones: convert, continue pretraining, measure, export."
+    "\n\n[bold]sparsify train quickstart[/bold] shows the whole way in five minutes on a laptop.",
+)
+recipes_app = typer.Typer(
+    no_args_is_help=True, help="The catalogue: list, show, copy, validate recipes."
+)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(mixture_app, name="mixture")
+app.add_typer(predictors_app, name="predictors")
+app.add_typer(export_app, name="export")
+app.add_typer(bench_app, name="bench")
+app.command()(evaluate)
+app.command()(generate)
+app.command()(paper)
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point: exit code 0 done, 2 the user's mistake, 1 a defect of ours, 130 interrupted after a clean save."""
+    # Bars of libraries would break our own; ranks inherit this.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from sparsify.launch.launcher import Interrupted
+
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(
+            "[bold red]error[/bold red]", end=" "
+        )
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    except Interrupted:
+        print(
+            "Interrupted; the state is saved. The same command goes on from there.", file=sys.stderr
+        )
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: AsJson = False) -> None:
+    """Lists the recipes with what each is for.
+
+    Example: sparsify recipes list
+    """
+    from sparsify.cli import tables
+    from sparsify.recipe import compose
+
+    rows = {
+        name: compose.recipe_summary(compose.recipe_path(name)) for name in compose.recipe_names()
+    }
+    console.print_json(json.dumps(rows)) if as_json else console.print(tables.recipes_table(rows))
+
+
+@recipes_app.command("show")
+def recipes_show(recipe: str, overrides: Overrides = None) -> None:
+    """Prints a recipe with all its settings, as it would run.
+
+    Example: sparsify recipes show quickstart activation=reglu
+    """
+    from omegaconf import OmegaConf
+
+    from sparsify.recipe import compose
+
+    print(
+        OmegaConf.to_yaml(OmegaConf.structured(compose.compose_recipe(recipe, overrides or []))),
+        end="",
+    )
+
+
+@recipes_app.command("copy")
+def recipes_copy(recipe: str, to: Path) -> None:
+    """Copies a recipe, to make it your own.
+
+    Example: sparsify recipes copy quickstart my_recipe.yaml
+    """
+    from sparsify.recipe import compose
+
+    compose.copy_recipe(recipe, to)
+    say(f"{to}: change it, then `sparsify train {to}`")
+
+
+@recipes_app.command("validate")
+def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+    """Composes and checks recipes; all shipped ones unless some are given.
+
+    Example: sparsify recipes validate my_recipe.yaml
+    """
+    from sparsify.evaluation.request import suite_of
+    from sparsify.recipe import compose
+
+    for name in paths or compose.recipe_names():
+        suite_of(compose.compose_recipe(name).eval)
+        say(f"{name}: valid")
+
+
+@app.command()
+def plan(
+    recipe: str,
+    overrides: Overrides = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(
+            help="COUNTxGPU, one process each, such as 8xh100-80gb or 64xa800-80gb; else engine.planned_gpu or this machine."
+        ),
+    ] = None,
+    tokens_per_second: Annotated[
+        float | None, typer.Option(help="Measured throughput of all processes together.")
+    ] = None,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(help="US dollars for one device and hour.")
+    ] = None,
+    host_memory_gb: Annotated[
+        float | None, typer.Option(help="Memory of one node, for what is offloaded.")
+    ] = None,
+    chart: Annotated[
+        Path | None,
+        typer.Option("--chart", help="Draw the shares over the run into this .png or .svg file."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Says what a recipe needs before it costs anything: memory by part, steps, epochs, disk, time, price, and whether it fits.
+
+    Ends with 2 where it cannot work. Memory is reckoned, time and price are assumptions that options replace.
+
+    Example: sparsify plan turbosparse_mistral_7b engine=auto --hardware 8xh100-80gb --gpu-hour-price 2.2
+    """
+    from sparsify.commands.plan import Assumptions, refuse_unfit
+    from sparsify.commands.plan import plan as plan_recipe
+    from sparsify.plan import plan_table
+
+    given = Assumptions(hardware, tokens_per_second, gpu_hour_price, host_memory_gb)
+    result = plan_recipe(recipe, overrides or [], given)
+    if chart is not None:
+        from sparsify.plan.report import write_chart
+
+        write_chart(result, chart)
+    console.print_json(result.model_dump_json()) if as_json else console.print(plan_table(result))
+    refuse_unfit(result)
+
+
+@app.command()
+def convert(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, Hub id, GGUF file or package:NAME/PATH")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
+    activation: Annotated[
+        str, typer.Option(help="swiglu, reglu, shifted_relu, relu2, fatrelu or drelu")
+    ] = "drelu",
+    gate_threshold: Annotated[
+        float | None,
+        typer.Option(help="Of shifted_relu and fatrelu; the published one unless given."),
+    ] = None,
+    calibrate_on: Annotated[
+        str | None,
+        typer.Option(help="Text or mixture to repair the swap on, before any training."),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of it; 131,072 unless given.")
+    ] = None,
+    target_zeros: Annotated[
+        float | None,
+        typer.Option(help="Share of exact zeros that thresholds give every layer, such as 0.9."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option("--on", help="Text or mixture to measure a bare swap on; else quickstart."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure the swap on.")] = 8192,
+    as_json: AsJson = False,
+) -> None:
+    """Writes a dense checkpoint as a sparse-activated one, and says what the swap did to its loss.
+
+    Example: sparsify convert mistralai/Mistral-7B-v0.1 --calibrate-on my_text.jsonl.gz --to mistral-drelu
+    """
+    from sparsify.cli import tables
+    from sparsify.commands import convert as verb
+
+    chosen, settings = verb.conversion_settings(
+        activation, gate_threshold, calibrate_on, calibration_tokens, target_zeros, on
+    )
+    if calibrate_on is None:
+        swap = verb.convert_model(model, chosen, to, on or "quickstart", tokens)
+    else:
+        swap = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens, say)
+    if as_json:
+        console.print_json(json.dumps(tables.swap_record(swap)))
+    else:
+        console.print(tables.swap_table(swap))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file")],
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool, typer.Option("-m", help="One run for each combination of key=a,b values.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Runs a recipe to its end: conversion, training, its dense control, report, export. Goes on where it stopped.
+
+    Example: sparsify train quickstart mixture.instruction_token_share=0.3
+    """
+    from sparsify.cli import tables
+    from sparsify.commands.train import train as run_recipe
+    from sparsify.recipe import compose
+
+    for choice in compose.sweep(overrides or []) if multirun else [overrides or []]:
+        result = run_recipe(recipe, choice, say)
+        if result is None:
+            continue  # node 0 shows it
+        if as_json:
+            console.print_json(json.dumps(tables.run_record(result)))
+        else:
+            console.print(tables.run_summary(result))
+
+
+@app.command()
+def report(
+    model_or_run: Annotated[
+        str, typer.Argument(help="Model folder, Hub id, run folder or checkpoint")
+    ],
+    on: Annotated[
+        str | None, typer.Option("--on", help="Text file (plain, jsonl, gz) or mixture.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 32_768,
+    curve_tokens: Annotated[
+        int,
+        typer.Option(help="Of these, tokens for CETT, perplexity and top-k curves; 0: no curves."),
+    ] = 2_048,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Another model or run to set beside it.")
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Folder of the report.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measures where a model is sparse, and how sparse it could be: zeros, CETT, unions, active parameters. HTML, PNG, CSV, JSON.
+
+    Works on any Mistral, Mixtral or Llama folder, before any conversion too.
+
+    Example: sparsify report runs/quickstart --on my_text.txt.gz
+    """
+    from sparsify.cli import tables
+    from sparsify.commands.report import make_report
+
+    tell = quiet if as_json else say
+    result, folder = make_report(
+        model_or_run, on, tokens, to, tell, curve_tokens=curve_tokens, against=against
+    )
+    if as_json:
+        console.print_json(result.model_dump_json())
+    else:
+        console.print(tables.report_summary(result, folder))
+
+
+@app.command()
+def compare(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Run folders, where one alone is compared with its control; or folders of `sparsify evaluate`."
+        ),
+    ],
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Folder to write; comparisons/NAME unless given."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Puts runs, or evaluations, side by side: loss by source or paired scores by task, gap to the dense control, zeros.
+
+    Says which numbers may be compared, what lies within noise, and which gain has no control. HTML, PNG, CSV, JSON.
+
+    Example: sparsify compare runs/quickstart runs/quickstart,activation=reglu
+    """
+    from sparsify.commands.compare import compare as compare_paths
+
+    result, summary = compare_paths(runs, to, " ".join(["sparsify", *sys.argv[1:]]))
+    console.print_json(result.model_dump_json()) if as_json else console.print(summary)
+
+
+@app.command()
+def reproduce(
+    bundle: Annotated[Path, typer.Argument(help="Folder that `sparsify export` wrote")],
+    run: Annotated[bool, typer.Option("--run", help="Run it, and compare.")] = False,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Run folder; reproductions/NAME unless given.")
+    ] = None,
+) -> None:
+    """Prints the command that makes a bundle again, from the recipe that it carries; --run runs it and compares data and loss.
+
+    Example: sparsify reproduce my-sparse-model
+    """
+    from sparsify.commands.reproduce import reproduce as run_again
+    from sparsify.commands.reproduce import reproduction
+
+    plan = reproduction(bundle.expanduser(), to)
+    for difference in plan.differences:
+        say(f"Note: {difference}.")
+    say(plan.command)
+    if run:
+        for sentence in run_again(bundle.expanduser(), plan, say):
+            say(sentence)

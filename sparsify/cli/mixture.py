@@ -1,0 +1,120 @@
+"""`sparsify mixture`: look at a mixture, count it, find better ratios."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsify.cli.options import AsJson, Overrides, console, quiet, say
+
+mixture_app = typer.Typer(
+    no_args_is_help=True,
+    help="Mixtures: look at what training would draw, count it, find better ratios.",
+)
+DEFAULT_TOKENIZER = "package:sparsify/assets/quickstart_base"
+Tokenizer = Annotated[
+    str,
+    typer.Option("--tokenizer", help="Model folder, Hub id or package:NAME/PATH it comes from."),
+]
+WindowTokens = Annotated[int, typer.Option("--window-tokens", help="Length of a window.")]
+
+
+@mixture_app.command("preview")
+def mixture_preview(
+    mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
+    windows: Annotated[int, typer.Option("--windows", help="Windows of each source.")] = 1,
+    window_tokens: WindowTokens = 256,
+    tokenizer: Tokenizer = DEFAULT_TOKENIZER,
+) -> None:
+    """Shows real training windows of every source: where documents meet, which tokens carry loss.
+
+    Example: sparsify mixture preview quickstart --windows 2
+    """
+    from sparsify.cli import tables
+    from sparsify.commands.mixture import preview
+
+    for window in preview(mixture, tokenizer, windows, window_tokens, say):
+        console.print(tables.window_preview(window))
+
+
+@mixture_app.command("stats")
+def mixture_stats(
+    mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
+    budget_tokens: Annotated[
+        int, typer.Option("--budget-tokens", help="Training tokens to look at.")
+    ] = 1_000_000,
+    window_tokens: WindowTokens = 2048,
+    tokenizer: Tokenizer = DEFAULT_TOKENIZER,
+    as_json: AsJson = False,
+) -> None:
+    """Counts a mixture: documents, tokens, tokens per document, packing efficiency, epochs at a budget.
+
+    Example: sparsify mixture stats quickstart --budget-tokens 10000000
+    """
+    from sparsify.cli import tables
+    from sparsify.commands.mixture import stats
+
+    tell = quiet if as_json else say
+    result = stats(mixture, tokenizer, budget_tokens, window_tokens, tell)
+    if as_json:
+        console.print_json(result.model_dump_json())
+    else:
+        console.print(tables.mixture_table(result))
+
+
+@mixture_app.command("tune")
+def mixture_tune(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file")],
+    over: Annotated[
+        list[str],
+        typer.Option(
+            help="What to vary: mixture.instruction_token_share=0:0.4, token_shares, or SOURCE=0.2:0.8; repeatable."
+        ),
+    ],
+    trials: Annotated[int, typer.Option(help="Proxy runs; the first is the recipe's mixture.")],
+    trial_tokens: Annotated[int, typer.Option(help="Training tokens of each proxy run.")],
+    overrides: Overrides = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(help="DOMAIN=FACTOR: it counts FACTOR times its share in the mixture."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="YAML file of the mixture.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write the mixture even if the data do not support it.")
+    ] = False,
+    confirm: Annotated[
+        bool, typer.Option("--confirm", help="Train both mixtures once more with another seed.")
+    ] = False,
+    confirm_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of those two runs; those of a trial unless given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Finds a better mixture ratio: short proxy runs, a regression with its uncertainty, and a new mixture file.
+
+    Says so when the trials do not support a choice. The same command goes on where it stopped.
+
+    Example: sparsify mixture tune quickstart --over token_shares --trials 8 --trial-tokens 40960 --confirm
+    """
+    from sparsify.tuning.report import tune_summary
+    from sparsify.tuning.tune import Request, tune
+
+    request = Request(
+        recipe,
+        overrides or [],
+        over,
+        weight or [],
+        trials,
+        trial_tokens,
+        to,
+        force,
+        confirm or confirm_tokens is not None,
+        confirm_tokens,
+    )
+    found, folder = tune(request, say)
+    if as_json:
+        console.print_json(found.model_dump_json())
+    else:
+        console.print(tune_summary(found, folder, recipe))

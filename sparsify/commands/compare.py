@@ -1,0 +1,53 @@
+"""`sparsify compare`: runs by what training left in them, or evaluations by the items that they asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel
+from rich.console import RenderableType
+
+from sparsify.compare.evaluation_report import evaluation_notes
+from sparsify.compare.evaluations import compare_evaluations, result_folders
+from sparsify.compare.runs import compare as compare_runs
+from sparsify.compare.summary import comparison_summary, evaluations_summary
+from sparsify.compare.write import (
+    check_folder,
+    default_folder,
+    evaluations_folder,
+    write_comparison,
+    write_evaluations,
+)
+
+
+def compare(
+    paths: Sequence[Path], to: Path | None, command: str
+) -> tuple[BaseModel, RenderableType]:
+    """Compares runs, or evaluations, and writes the comparison.
+
+    Args:
+        paths: Run folders; or folders that `sparsify evaluate` wrote, among which a run is its newest evaluation of the suite.
+        to: Folder to write; None for the usual one.
+        command: The command line.
+
+    Returns:
+        The comparison, and how a terminal shows it.
+
+    Raises:
+        UserError: If there is nothing to compare, or something cannot be read or written.
+    """
+    if to is not None:
+        check_folder(to)
+    folders = result_folders(paths)
+    if folders is None:
+        runs = compare_runs(paths)
+        runs.command = command
+        folder = to or default_folder(runs)
+        write_comparison(runs, folder)
+        return runs, comparison_summary(runs, folder)
+    evaluations = compare_evaluations(folders)
+    evaluations.notes, evaluations.command = evaluation_notes(evaluations), command
+    folder = to or evaluations_folder(evaluations)
+    write_evaluations(evaluations, folder)
+    return evaluations, evaluations_summary(evaluations, folder)

@@ -1,0 +1,182 @@
+"""`sparsify convert`: a dense checkpoint as a sparse-activated one, and what the swap did to its loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sparsify.commands import Say
+from sparsify.conversion.convert import Converted, convert
+from sparsify.conversion.sparse_folder import load_sparse
+from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.errors import RecipeError
+from sparsify.methods.calibrate import Calibration, Stage
+from sparsify.methods.calibrated_checkpoint import convert_calibrated
+from sparsify.mixture.sequences.held_out import (
+    Watched,
+    check_text_or_mixture,
+    text_or_mixture_calibration,
+    windows_from,
+)
+from sparsify.mixture.sequences.reader import Window, collate
+from sparsify.mixture.tokens.encoder import Tokenizer
+from sparsify.models import SparseConfig
+from sparsify.recipe.recipe import (
+    ActivationSection,
+    ConversionSection,
+    ModelSection,
+    Recipe,
+    TrainingSection,
+)
+from sparsify.recipe.rules.recipe import check_activation, check_conversion
+from sparsify.sparsity.report import measure
+
+CALIBRATION_TOKENS = 131_072
+"""Of `sparsify convert --calibrate-on`, unless given."""
+
+
+@dataclass(frozen=True)
+class Swap:
+    """What a conversion wrote, and what it did to the loss."""
+
+    converted: Converted
+    text: str
+    num_tokens: int
+    """Tokens that the stages were measured on."""
+    stages: list[Stage]
+    """`dense` and `bare swap`; of a calibrated swap all of its stages."""
+    calibration: Calibration | None
+
+
+def convert_model(
+    source: str, activation: ActivationSection, to: Path, on: str, num_tokens: int
+) -> Swap:
+    """Converts a checkpoint and measures the swap on a text.
+
+    Args:
+        source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
+        activation: The activation to give it.
+        to: Folder to write.
+        on: Text file, mixture name or mixture path.
+        num_tokens: Tokens to measure on.
+    """
+    check_activation(activation, "--activation", "--gate-threshold")
+    check_text_or_mixture(on)
+    model = ModelSection(source=source)
+    converted = convert(model, activation, to, seed=0, dtype=torch.bfloat16)  # nothing is drawn
+    config = converted.config
+    windows, text = windows_from(
+        on,
+        load_tokenizer(to),
+        num_tokens=num_tokens,
+        window_tokens=_window_tokens(config),
+        cache_dir=_cache(),
+    )
+    stages, measured_tokens = [], 0
+    for stage, name, threshold in (
+        ("dense", config.base_ffn_activation, config.base_ffn_gate_threshold),
+        ("bare swap", config.ffn_activation, config.ffn_gate_threshold),
+    ):
+        swapped = load_sparse(to, name, gate_threshold=threshold)
+        batches = (collate([window]) for window in windows)
+        report, _ = measure(swapped, batches, name=str(to), text=text)
+        stages.append(Stage(stage, {text: report.loss}, report.loss, report.product_zeros))
+        measured_tokens = report.num_tokens
+    return Swap(converted, text, measured_tokens, stages, None)
+
+
+def convert_model_calibrated(
+    source: str,
+    activation: ActivationSection,
+    settings: ConversionSection,
+    to: Path,
+    calibrate_on: str,
+    num_tokens: int,
+    say: Say,
+) -> Swap:
+    """Converts a checkpoint with the calibrated swap and measures each stage.
+
+    Args:
+        source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
+        activation: The activation to give it.
+        settings: How to calibrate.
+        to: Folder to write.
+        calibrate_on: Text file, mixture name or mixture path.
+        num_tokens: Tokens to measure on: of a text those after the calibration tokens, of a mixture held-out ones.
+        say: Told what happens, a line a layer.
+    """
+    check_activation(activation, "--activation", "--gate-threshold")
+    check_conversion(settings)
+    check_text_or_mixture(calibrate_on)
+    measured: list[Window] = []
+
+    def windows_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[Window], Watched]:
+        windows, watched = text_or_mixture_calibration(
+            calibrate_on,
+            tokenizer,
+            num_tokens=settings.calibration_tokens,
+            watched_tokens=num_tokens,
+            window_tokens=_window_tokens(config),
+            seed=TrainingSection().seed,
+            cache_dir=_cache(),
+        )
+        measured.extend(window for held_out in watched.values() for window in held_out)
+        return windows, watched
+
+    converted, calibration = convert_calibrated(
+        ModelSection(source=source),
+        activation,
+        settings,
+        to,
+        windows_for,
+        say,
+        seed=0,  # nothing is drawn
+        dtype=torch.bfloat16,
+    )
+    stages = calibration.stages if calibration else []
+    measured_tokens = sum(len(window.input_ids) for window in measured)
+    return Swap(converted, f"held out of {calibrate_on}", measured_tokens, stages, calibration)
+
+
+def conversion_settings(
+    activation: str,
+    gate_threshold: float | None,
+    calibrate_on: str | None,
+    calibration_tokens: int | None,
+    target_zeros: float | None,
+    on: str | None,
+) -> tuple[ActivationSection, ConversionSection]:
+    """The command's options as settings.
+
+    Raises:
+        RecipeError: If one of them would be ignored.
+    """
+    chosen = ActivationSection(activation, gate_threshold)
+    if calibrate_on is None:
+        for name, value in (
+            ("calibration-tokens", calibration_tokens),
+            ("target-zeros", target_zeros),
+        ):
+            if value is not None:
+                raise RecipeError(
+                    f"--{name} {value} would be ignored: nothing is calibrated.",
+                    next_step="Give --calibrate-on too, or leave it out.",
+                )
+        return chosen, ConversionSection()
+    if on is not None:
+        raise RecipeError(
+            f"--on {on} would be ignored: a calibrated swap is measured on text held out of --calibrate-on.",
+            next_step="Leave it out.",
+        )
+    num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
+    return chosen, ConversionSection(calibration_tokens=num_tokens, target_zeros=target_zeros)
+
+
+def _window_tokens(config: SparseConfig) -> int:
+    return min(512, config.max_position_embeddings)
+
+
+def _cache() -> Path:
+    return Path(Recipe().cache_dir).expanduser()

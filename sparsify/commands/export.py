@@ -1,0 +1,140 @@
+"""`sparsify export`: a run or a model as a folder that another engine loads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsify.commands import Say
+from sparsify.commands.report import held_out_windows
+from sparsify.errors import ExportError
+from sparsify.export.bundle import Bundle, BundleSettings, export
+from sparsify.export.powerinfer.export import (
+    PowerInferSettings,
+    Written,
+    check,
+    export_powerinfer,
+)
+from sparsify.export.powerinfer.rules import FFN_TYPES
+from sparsify.mixture.sequences.held_out import check_text_or_mixture
+from sparsify.mixture.sequences.reader import collate
+from sparsify.predictors import read_predictors
+from sparsify.recipe.rules.source import check_choice
+from sparsify.runs.load import load
+
+FORMATS = ("hf", "powerinfer", "powerinfer_hf")
+STATISTICS_TOKENS = 16_384
+"""Tokens on which firing neurons are counted unless the user says otherwise."""
+
+
+@dataclass(frozen=True)
+class PowerInferOptions:
+    """What only the PowerInfer formats take; None where the user gave nothing."""
+
+    predictors: Path | None = None
+    ffn_type: str | None = None
+    context_tokens: int | None = None
+    vram_gb: float | None = None
+    on: str | None = None
+    tokens: int | None = None
+
+
+def check_options(layout: str, options: PowerInferOptions, bundle_options: Sequence[str]) -> None:
+    """Refuses an unknown format, and options that it would ignore.
+
+    Args:
+        layout: What --format says.
+        options: Of the PowerInfer formats.
+        bundle_options: Names of the options that were given and only the Hugging Face bundle takes.
+
+    Raises:
+        RecipeError: If the format is unknown.
+        ExportError: If an option does not belong to it.
+    """
+    check_choice("--format", layout, FORMATS)
+    given = list(bundle_options)
+    if layout == "hf":
+        # A bundle takes predictors along.
+        names = [name for name in vars(options) if name != "predictors"]
+        given = [f"--{name.replace('_', '-')}" for name in names if vars(options)[name] is not None]
+    elif layout == "powerinfer_hf":
+        alone = [name for name in ("ffn_type", "vram_gb") if vars(options)[name] is not None]
+        given += [f"--{name.replace('_', '-')}" for name in alone]
+    if given:
+        raise ExportError(
+            f"--format {layout} does not take {', '.join(given)}.",
+            next_step="Leave it out, or choose another --format.",
+        )
+
+
+def to_bundle(
+    run: str,
+    to: Path,
+    predictors: Path | None,
+    dtype: str | None,
+    shard_gb: float | None,
+    license: str | None,
+    evaluations: Sequence[Path],
+    *,
+    checked: bool,
+) -> Bundle:
+    """Writes the Hugging Face bundle of a run, with the defaults where nothing is given."""
+    given = {"dtype": dtype, "predictors": predictors, "license": license, "shard_gb": shard_gb}
+    settings = BundleSettings(
+        **{name: value for name, value in given.items() if value is not None},
+        evaluations=evaluations,
+        checked=checked,
+    )
+    return export(Path(run).expanduser(), to, settings=settings)
+
+
+def to_powerinfer(
+    model_or_run: str, to: Path, layout: str, options: PowerInferOptions, tell: Say
+) -> Written:
+    """Writes a folder for PowerInfer.
+
+    Args:
+        model_or_run: Model folder, Hub id, bundle, run folder or checkpoint.
+        to: Folder to write; must not exist.
+        layout: `powerinfer` or `powerinfer_hf`.
+        options: Its options.
+        tell: Told what happens.
+
+    Raises:
+        ExportError: If the engine cannot hold it.
+    """
+    ffn_type = options.ffn_type or FFN_TYPES[0]
+    check_choice("--ffn-type", ffn_type, FFN_TYPES)
+    if options.on is not None:
+        check_text_or_mixture(options.on)
+    num_tokens = STATISTICS_TOKENS if options.tokens is None else options.tokens
+    if num_tokens < 1 or (options.vram_gb is not None and options.vram_gb < 0):
+        raise ExportError(
+            f"Firing neurons cannot be counted on {num_tokens} tokens for {options.vram_gb} GB.",
+            allowed="--tokens 1 or more, --vram-gb 0 or more.",
+        )
+    loaded = load(model_or_run)
+    folder = options.predictors or _predictors_folder(Path(model_or_run).expanduser())
+    predictors = read_predictors(folder)
+    settings = PowerInferSettings(
+        name=re.sub("[^-.0-9A-Za-z_]+", "-", to.name),
+        ffn_type=ffn_type,
+        context_tokens=options.context_tokens,
+        vram_bytes=None if options.vram_gb is None else int(options.vram_gb * 1e9),
+        layout=layout,
+    )
+    check(loaded, predictors, settings)
+    windows, text = held_out_windows(loaded, options.on, num_tokens)
+    tell(
+        f"Counting which neurons of {loaded.name} fire on {sum(len(w.input_ids) for w in windows):,} tokens: {text}"
+    )
+    batches = (collate([window]) for window in windows)
+    return export_powerinfer(loaded, predictors, batches, to, settings)
+
+
+def _predictors_folder(given: Path) -> Path:
+    """Where a run, one of its checkpoints or a bundle keeps its predictors."""
+    run = given.parent.parent if given.parent.name == "checkpoints" else given
+    return run / "predictors"

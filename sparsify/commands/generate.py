@@ -1,0 +1,188 @@
+"""`sparsify generate`: continues a prompt by sparse decoding, and says what that read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, TextStreamer
+
+from sparsify.errors import RunError
+from sparsify.runs.load import load
+from sparsify.runtime import Acceleration, accelerate
+from sparsify.runtime.accelerate import ModelBytes, block_format, model_bytes
+
+Write = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A continuation, and what decoding it took. Shares and bytes are of decoding alone, without the prompt.
+
+    Attributes:
+        weights: How decoding read the feed-forward weights: stored, int8 or int4.
+        kept_bytes: Memory that int8 or int4 blocks took beside the stored weights.
+        fired_share: Share of the neurons whose product was kept for a token, over all layers; None if dense.
+        touched_share: Share of the rows of the three projections that were read; None if dense.
+        ffn_bytes_per_token: Read of the feed-forward blocks, predictors included.
+        other_bytes_per_token: Of the weights outside them; the cache and the input embedding are not counted.
+        dense_ffn_bytes_per_token: What the dense blocks would read.
+    """
+
+    model: str
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    prompt_seconds: float
+    tokens_per_second: float | None
+    weights: str
+    backend: str
+    kept_bytes: int
+    fired_share: float | None
+    touched_share: float | None
+    ffn_bytes_per_token: float
+    other_bytes_per_token: float
+    dense_ffn_bytes_per_token: float
+
+
+def generate(
+    model_or_run: str,
+    prompt: str,
+    *,
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    weights: str,
+    predictors: Path | None,
+    threads: int | None,
+    dense: bool,
+    write: Write,
+) -> Generated:
+    """Continues a prompt.
+
+    Args:
+        model_or_run: Bundle, model folder, Hub id, run folder or checkpoint.
+        prompt: Text to go on from.
+        num_tokens: Most tokens to add.
+        temperature: Of sampling; 0 takes the likeliest token.
+        seed: Of sampling.
+        weights: How to read the feed-forward weights: stored, int8 or int4.
+        predictors: Folder of predictors; exact without it.
+        threads: Of torch and of the kernels; torch's own number unless given.
+        dense: Decode without the kernels.
+        write: Told each piece of the text as it comes.
+
+    Raises:
+        ModelError: If the model cannot be loaded or has nothing to skip, or weights is none of the three.
+        RunError: If a number is out of range.
+    """
+    _check(num_tokens, temperature, threads)
+    _check_dense(dense, weights, predictors)
+    loaded = load(model_or_run)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model: Any = loaded.model
+    acceleration = None if dense else accelerate(model, weights=weights, predictors=predictors)
+    streamer = _Streamer(loaded.tokenizer, acceleration, write)
+    inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].numel():
+        raise RunError("The prompt has no tokens.", next_step="Give some text to go on from.")
+    torch.manual_seed(seed)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs,
+        max_new_tokens=num_tokens,
+        do_sample=temperature > 0,
+        **({"temperature": temperature} if temperature > 0 else {}),
+        pad_token_id=loaded.tokenizer.eos_token_id,
+        streamer=streamer,
+    )
+    prompt_tokens = inputs["input_ids"].shape[1]
+    decoded = output.shape[1] - prompt_tokens - 1
+    seconds = streamer.last_seconds - streamer.first_seconds
+    return Generated(
+        model=loaded.name,
+        prompt=prompt,
+        text=streamer.text,
+        prompt_tokens=prompt_tokens,
+        new_tokens=decoded + 1,
+        prompt_seconds=streamer.first_seconds - start,
+        tokens_per_second=decoded / seconds if decoded and seconds else None,
+        weights=weights,
+        backend="dense" if acceleration is None else acceleration.backend,
+        kept_bytes=0 if acceleration is None else acceleration.kept_bytes,
+        **_reads(acceleration, model_bytes(model)),
+    )
+
+
+def _check(num_tokens: int, temperature: float, threads: int | None) -> None:
+    if num_tokens < 1 or temperature < 0 or (threads is not None and threads < 1):
+        raise RunError(
+            f"--tokens {num_tokens}, --temperature {temperature}, --threads {threads} cannot be.",
+            allowed="1 token or more, a temperature of 0 or more, 1 thread or more.",
+        )
+
+
+def _check_dense(dense: bool, weights: str, predictors: Path | None) -> None:
+    in_blocks = block_format(weights) is not None
+    unused = [
+        name for name, given in (("--predictors", predictors), ("--weights", in_blocks)) if given
+    ]
+    if dense and unused:
+        raise RunError(
+            f"--dense reads everything as it is stored, so {' and '.join(unused)} would change nothing.",
+            next_step="Leave --dense out, or the others.",
+        )
+
+
+def _reads(acceleration: Acceleration | None, size: ModelBytes) -> dict[str, Any]:
+    """The byte counts of `Generated`."""
+    given = {
+        "other_bytes_per_token": size.other,
+        "dense_ffn_bytes_per_token": size.ffn_per_token,
+    }
+    reads = [] if acceleration is None else acceleration.reads
+    tokens = reads[0].tokens if reads else 0
+    if not tokens:
+        return given | {
+            "ffn_bytes_per_token": size.ffn_per_token,
+            "fired_share": None,
+            "touched_share": None,
+        }
+    offered = sum(one.offered for one in reads)
+    return given | {
+        "ffn_bytes_per_token": sum(one.bytes_read for one in reads) / tokens,
+        "fired_share": sum(one.rows.down for one in reads) / offered,
+        "touched_share": sum(one.rows.total for one in reads) / (3 * offered),
+    }
+
+
+class _Streamer(TextStreamer):
+    """Hands text on as it comes, and takes the time of the first and the last token."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, acceleration: Acceleration | None, write: Write
+    ) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
+        self._acceleration, self._write = acceleration, write
+        self._puts = 0
+        self.text = ""
+        self.first_seconds = self.last_seconds = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._puts += 1
+        self.last_seconds = time.perf_counter()
+        if self._puts == 2:  # the first is the prompt, the second the token that it gave
+            self.first_seconds = self.last_seconds
+            if self._acceleration is not None:
+                self._acceleration.reset()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.text += text
+        self._write(text)

@@ -1,0 +1,156 @@
+"""`sparsify plan`: a recipe's needs on given hardware, before anything is paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsify.conversion.source import locate
+from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.errors import RecipeError, UserError
+from sparsify.evaluation.request import suite_of
+from sparsify.launch.hosts import read_hostfile
+from sparsify.mixture.tokens.encoder import Tokenizer
+from sparsify.mixture.tokens.ingest import mixture_ingests
+from sparsify.plan import Hardware, Plan, make_plan, named_hardware, resolve_engine, this_machine
+from sparsify.plan.estimate import is_local
+from sparsify.plan.report import nearest_sentence
+from sparsify.recipe.compose import compose_recipe
+from sparsify.recipe.recipe import Recipe, token_shares
+
+ALL_TOKENS = 2**62
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the user says instead of the hardware table.
+
+    Attributes:
+        hardware: COUNTxGPU; every device gets one process.
+        tokens_per_second: Measured throughput of all processes together.
+        gpu_hour_price: US dollars.
+        host_memory_gb: Memory of one node.
+    """
+
+    hardware: str | None = None
+    tokens_per_second: float | None = None
+    gpu_hour_price: float | None = None
+    host_memory_gb: float | None = None
+
+
+def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Plan:
+    """Plans a recipe.
+
+    Args:
+        name_or_path: Recipe name or path.
+        overrides: Hydra overrides.
+        given: What to assume.
+
+    Raises:
+        UserError: If the recipe is wrong, or `engine=auto` finds nothing that fits.
+    """
+    _check(given)
+    hardware = _named(given.hardware, given) if given.hardware else None
+    recipe = compose_recipe(name_or_path, [*overrides, *(_launch_on(hardware) if hardware else [])])
+    if recipe.launch.hostfile is not None:
+        place = _alone(sum(read_hostfile(recipe.launch.hostfile).values()))
+        recipe = compose_recipe(name_or_path, [*overrides, *place])
+    suite_of(recipe.eval)
+    hardware = hardware or hardware_of(recipe, given)
+    recipe, choice = resolve_engine(recipe, hardware=hardware)
+    return make_plan(
+        recipe,
+        hardware=hardware,
+        tokens_per_second=given.tokens_per_second,
+        source_tokens=known_tokens(recipe),
+        choice=choice,
+    )
+
+
+def hardware_of(recipe: Recipe, given: Assumptions) -> Hardware:
+    """What a recipe is planned for where the command does not say: `engine.planned_gpu`, or else this machine."""
+    if recipe.engine.planned_gpu is not None:
+        return _named(f"{recipe.launch.total_processes}x{recipe.engine.planned_gpu}", given)
+    here = this_machine(recipe.launch.processes, recipe.launch.nodes, given.gpu_hour_price)
+    if given.host_memory_gb is None:
+        return here
+    return here.model_copy(update={"host_bytes": round(given.host_memory_gb * 1e9)})
+
+
+def refuse_unfit(plan: Plan) -> None:
+    """Refuses a plan that cannot work.
+
+    Raises:
+        RecipeError: With the reason and the nearest settings that fit.
+    """
+    if plan.verdict.fits:
+        return
+    raise RecipeError(
+        f"{plan.recipe} does not fit {plan.hardware.name}: {plan.verdict.reason}.",
+        allowed=f"Nearest that fits: {nearest_sentence(plan.verdict)}.",
+        next_step="Set these, use engine=auto, or plan for other devices: --hardware 8xh100-80gb",
+    )
+
+
+def known_tokens(recipe: Recipe) -> dict[str, int]:
+    """Training tokens of the sources that the cache holds to their end. Reads no text and asks no network."""
+    tokenizer = _tokenizer_here(recipe)
+    if tokenizer is None:
+        return {}
+    known = {}
+    ingests = mixture_ingests(
+        recipe.mixture,
+        tokenizer,
+        train_tokens=dict.fromkeys(token_shares(recipe.mixture), ALL_TOKENS),
+        held_out_tokens=0,
+        window_tokens=recipe.training.window_tokens,
+        cache_dir=Path(recipe.cache_dir),
+    )
+    for name, ingest in ingests.items():
+        try:
+            source = ingest.open()
+        except UserError:
+            continue  # `train` and `mixture stats` say what is wrong with a source; a plan goes without
+        if source.cache.complete:
+            known[name] = source.num_train_tokens
+    return known
+
+
+def _tokenizer_here(recipe: Recipe) -> Tokenizer | None:
+    source = recipe.model.tokenizer or recipe.model.source
+    if source is None or not is_local(source):
+        return None
+    try:
+        return load_tokenizer(locate(source), source)
+    except UserError:
+        return None
+
+
+def _named(name: str, given: Assumptions) -> Hardware:
+    host_bytes = None if given.host_memory_gb is None else round(given.host_memory_gb * 1e9)
+    return named_hardware(name, host_bytes=host_bytes, gpu_hour_price=given.gpu_hour_price)
+
+
+def _launch_on(hardware: Hardware) -> list[str]:
+    """Overrides that give every device one process. A plan asks nothing of a network, so nodes need not meet."""
+    return _alone(hardware.devices)
+
+
+def _alone(processes: int) -> list[str]:
+    alone = (
+        "launch.nodes=1",
+        "launch.node_rank=0",
+        "launch.rendezvous=null",
+        "launch.hostfile=null",
+    )
+    return [*alone, f"launch.processes={processes}"]
+
+
+def _check(given: Assumptions) -> None:
+    for option in ("tokens_per_second", "gpu_hour_price", "host_memory_gb"):
+        value = getattr(given, option)
+        if value is not None and not value > 0:
+            raise RecipeError(
+                f"--{option.replace('_', '-')} is {value}.", allowed="It must be above 0."
+            )

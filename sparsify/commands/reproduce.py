@@ -1,0 +1,110 @@
+"""`sparsify reproduce`: the command that makes a bundle again, from what the bundle recorded."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsify.commands import Say
+from sparsify.commands.train import RunResult, train
+from sparsify.errors import ExportError
+from sparsify.mixture.lock import MixtureLock, read_lock
+from sparsify.recipe.compose import load_recipe
+
+WATCHED = ("torch", "transformers", "deepspeed", "datasets")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """How a bundle is made again.
+
+    Attributes:
+        arguments: Of `sparsify`.
+        run_dir: Where the new run will be.
+        differences: What is different here from where it was made.
+    """
+
+    arguments: list[str]
+    run_dir: Path
+    differences: list[str]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["sparsify", *self.arguments])
+
+
+def reproduction(bundle: Path, to: Path | None) -> Reproduction:
+    """Reads a bundle's recipe and says how it is run again.
+
+    Args:
+        bundle: Folder that `export` wrote.
+        to: Run folder of the new run; reproductions/NAME unless given.
+
+    Raises:
+        ExportError: If the folder is no bundle.
+    """
+    path = bundle / "training" / "recipe.yaml"
+    if not path.is_file():
+        raise ExportError(
+            f"{bundle} is no bundle: it has no training/recipe.yaml.",
+            allowed="A folder that `sparsify export RUN --to DIR` wrote.",
+        )
+    recipe = load_recipe(path)
+    run_dir = to or Path("reproductions") / recipe.name
+    arguments = ["train", str(path), f"run_dir={run_dir}"]
+    differences = _software(bundle / "training" / "environment.json")
+    source = recipe.model.source
+    if source and source.startswith(("/", ".", "~")) and not Path(source).expanduser().exists():
+        differences.append(f"model.source {source} is not here: add model.source=… to the command")
+    return Reproduction(arguments, run_dir, differences)
+
+
+def _software(path: Path) -> list[str]:
+    """Versions that were recorded and are others here."""
+    if not path.is_file():
+        return []
+    recorded = json.loads(path.read_text()).get("packages", {})
+    return [
+        f"{name} is {here} here and was {recorded[name]}"
+        for name in WATCHED
+        if name in recorded and (here := importlib.metadata.version(name)) != recorded[name]
+    ]
+
+
+def reproduce(bundle: Path, plan: Reproduction, say: Say) -> list[str]:
+    """Runs it, and says how the new run compares.
+
+    Args:
+        bundle: The bundle.
+        plan: What `reproduction` gave.
+        say: Told what happens.
+
+    Returns:
+        Sentences: whether the data are the same, and both losses.
+    """
+    result = train(str(bundle / "training" / "recipe.yaml"), plan.arguments[2:], say)
+    if result is None:
+        return []
+    old = read_lock(bundle / "training" / "mixture.lock.json")
+    return [_same_data(old, read_lock(result.run.mixture_lock)), _losses(bundle, result)]
+
+
+def _same_data(old: MixtureLock, new: MixtureLock) -> str:
+    if old == new:
+        return "The data are the same, source by source."
+    other = [name for name in old.sources if new.sources.get(name) != old.sources[name]]
+    return f"The data differ: {', '.join(other) or 'tokenizer, window or seed'}."
+
+
+def _losses(bundle: Path, result: RunResult) -> str:
+    kept = bundle / "sparsity" / "report.json"
+    if not kept.is_file():
+        return f"Loss {result.report.loss:.4f}; the bundle has no report to compare with."
+    before = json.loads(kept.read_text())
+    return (
+        f"Loss {result.report.loss:.4f} (the bundle's report: {before['loss']:.4f}), exact zeros "
+        f"{result.report.product_zeros:.2%} ({before['product_zeros']:.2%}). New run: {result.run.path}"
+    )

@@ -1,0 +1,298 @@
+"""One arm of an experiment, from its recipe to its last checkpoint: conversion, data, training."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from sparsify.commands import Say
+from sparsify.commands.mixture import ingest_progress
+from sparsify.conversion.convert import Converted, convert
+from sparsify.conversion.source import read_checkpoint
+from sparsify.errors import RecipeError, RunError
+from sparsify.evaluation.request import suite_of
+from sparsify.files import storage_errors, write_json
+from sparsify.launch.feeder import Feeder, can_begin, is_done
+from sparsify.launch.launcher import launch
+from sparsify.launch.nodes import Nodes
+from sparsify.methods.calibrated_checkpoint import convert_calibrated, read_record
+from sparsify.mixture.inspection import LeftOut
+from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
+from sparsify.mixture.sequences.held_out import Watched, mixture_calibration
+from sparsify.mixture.sequences.reader import Window
+from sparsify.mixture.tokens.encoder import Tokenizer
+from sparsify.mixture.tokens.ingest import Ingest
+from sparsify.models import SparseConfig
+from sparsify.recipe.compose import save_recipe
+from sparsify.recipe.recipe import EXECUTION_SETTINGS, ActivationSection, Recipe
+from sparsify.recipe.rules.sparsification import check_anneal, check_teacher
+from sparsify.runs.data import ingests_of, lock_of, open_sources
+from sparsify.runs.run_folder import RunFolder
+from sparsify.training.checkpoints import latest_checkpoint, newest_whole, read_state
+from sparsify.training.engine import check_machine
+from sparsify.training.kernels.liger import liger_sentence
+from sparsify.training.kernels.liger_ops import PACKAGE as LIGER
+from sparsify.training.resize import Shape, check_convertible, needs_conversion, resized
+from sparsify.training.router import check_router
+from sparsify.training.suite_results import suite_is_due, suite_is_logged
+
+IDENTITY_SECTIONS = (
+    "model",
+    "activation",
+    "conversion",
+    "swap",
+    "sparsity",
+    "distillation",
+    "mixture",
+    "training",
+    "optimizer",
+)
+"""Sections that decide what is trained: a run cannot go on with others."""
+LOCK_SECONDS = 2.0
+"""Ranks outlive a killed launcher by less than this."""
+PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify-lm")
+
+
+def train_run(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None = None) -> bool:
+    """Trains one arm. Returns whether there was anything left to train.
+
+    Args:
+        recipe: What to train.
+        run: Where.
+        say: Told what happens, a line at a time.
+        nodes: This machine and the others, where there are others.
+
+    Raises:
+        RunError: If another process is training it now, or it was begun with other settings.
+    """
+    place = recipe.launch
+    if nodes is None and (place.nodes > 1 or place.rendezvous or place.hostfile):
+        raise RecipeError(
+            f"launch.nodes is {place.nodes}, launch.rendezvous {place.rendezvous}, "
+            f"launch.hostfile {place.hostfile}.",
+            allowed="Only `sparsify train` runs on several nodes.",
+            next_step="Leave these settings out.",
+        )
+    with _only_one(run):
+        return _train_alone(recipe, run, say, nodes)
+
+
+@contextmanager
+def _only_one(run: RunFolder) -> Iterator[None]:
+    with storage_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run.path / ".lock")
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout as error:
+            raise RunError(
+                f"Another process is training {run.path}.",
+                next_step="Wait for it, stop it, or choose another folder with run_dir=….",
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) -> bool:
+    check_machine(recipe)
+    suite_of(recipe.eval)
+    _open_run(recipe, run)
+    if not run.initial.is_dir():
+        converted = _convert(recipe, run.initial, say)
+        say(f"Model: {_describe(converted)}")
+    if recipe.training.liger_kernels:
+        say(liger_sentence())
+    _check_context(recipe, run)
+    _keep_teacher(recipe, run)
+    newest = newest_whole(run.checkpoints, say)
+    saved = read_state(newest) if newest else None
+    step = saved.step if saved else 0
+    unasked = (
+        saved is not None and suite_is_due(recipe, saved) and not suite_is_logged(recipe, run, step)
+    )
+    if step == recipe.num_steps and not unasked:
+        say(f"Trained already: {run.path}")
+        return False
+    now = Shape(recipe.launch.total_processes, recipe.engine.zero_stage)
+    if newest and saved and needs_conversion(saved.shape, now):
+        check_convertible(newest, saved.shape, now)  # before anything is tokenised for it
+    ingests = ingests_of(recipe, run)
+    with Feeder(run, ingests, recipe.launch.ingest_processes, ingest_progress(say)) as feeder:
+        feeder.wait_until(can_begin)
+        _lock_data(recipe, run, ingests, say)
+        if step:
+            say(f"Going on from step {step:,} of {recipe.num_steps:,}")
+        with ExitStack() as stack:
+            if newest and saved:
+                log = run.logs / "convert.log"
+                stack.enter_context(resized(newest, saved.shape, now, log, say))
+            launch(run, nodes or Nodes(recipe.launch), feeder.check)
+        feeder.wait_until(is_done)
+    sources = open_sources(ingests)
+    for source in sources.values():
+        for note in LeftOut.of(source).notes:
+            say(note)
+    lock = lock_of(recipe, sources)
+    lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
+    last = latest_checkpoint(run.checkpoints)
+    assert last is not None
+    write_lock(with_delivered(lock, read_state(last).drawn_windows), run.mixture_lock)
+    return True
+
+
+def _open_run(recipe: Recipe, run: RunFolder) -> None:
+    """Records what is to be run, or makes sure that it is what was begun."""
+    if run.mixture_lock.is_file():
+        check_same(run.load_recipe(), recipe, run)
+    elif run.initial.is_dir():
+        # Nothing was trained from it, and the recipe may be another now.
+        for folder in (run.teacher, run.initial):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+    save_recipe(recipe, run.recipe)
+    write_json(run.environment, environment(recipe))
+
+
+def check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
+    """Refuses to go on with a run under other settings than it was begun with.
+
+    Raises:
+        RunError: Naming the first setting that differs, with both values.
+    """
+    for section in IDENTITY_SECTIONS:
+        old, new = asdict(getattr(before, section)), asdict(getattr(now, section))
+        changed = [key for key in old if old[key] != new.get(key) and key not in EXECUTION_SETTINGS]
+        if changed:
+            key = changed[0]
+            raise RunError(
+                f"{run.path} was begun with {section}.{key}={old[key]}; this command says {new.get(key)}.",
+                allowed=f"A run goes on only as it began ({', '.join(IDENTITY_SECTIONS)}).",
+                next_step="Choose another folder with run_dir=…, or remove this one.",
+            )
+
+
+def environment(recipe: Recipe) -> dict[str, Any]:
+    """The software and the machine, for the record."""
+    packages = [*PACKAGES, *([LIGER] if recipe.training.liger_kernels else [])]
+    return {
+        "command": " ".join(["sparsify", *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "packages": {name: version(name) for name in packages},
+    }
+
+
+def _convert(recipe: Recipe, to: Path, say: Say) -> Converted:
+    dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
+    # Random weights are born in fp32, so that both precisions start from the same values.
+    born = torch.float32 if recipe.model.init == "random" else dtype
+    seed = recipe.training.seed
+    if not recipe.conversion.calibration_tokens:
+        return convert(recipe.model, recipe.activation, to, seed=seed, dtype=born)
+
+    def windows_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[Window], Watched]:
+        check_context(recipe, config.max_position_embeddings)
+        return mixture_calibration(
+            recipe.mixture,
+            tokenizer,
+            num_tokens=recipe.conversion.calibration_tokens,
+            watched_windows=recipe.eval.validation_windows_per_source,
+            window_tokens=recipe.training.window_tokens,
+            seed=seed,
+            cache_dir=Path(recipe.cache_dir),
+            on_progress=ingest_progress(say),
+        )
+
+    converted, calibration = convert_calibrated(
+        recipe.model,
+        recipe.activation,
+        recipe.conversion,
+        to,
+        windows_for,
+        say,
+        seed=seed,
+        dtype=born,
+    )
+    if calibration is not None:
+        stages = ", ".join(f"{stage.name} {stage.loss:.3f}" for stage in calibration.stages)
+        say(f"Calibrated on {calibration.num_tokens:,} tokens; held-out loss: {stages}")
+    return converted
+
+
+def _keep_teacher(recipe: Recipe, run: RunFolder) -> None:
+    """Lays the dense source beside `initial`, where distillation needs it and calibration has changed the weights."""
+    needed = recipe.distillation.is_on and read_record(run.initial) is not None
+    if needed and not run.teacher.is_dir():
+        base = ActivationSection(*_base_activation(read_checkpoint(run.initial).config))
+        seed, dtype = recipe.training.seed, torch.float32
+        convert(recipe.model, base, run.teacher, seed=seed, dtype=dtype)
+
+
+def _base_activation(config: dict[str, Any]) -> tuple[str, float]:
+    """The converted checkpoint's activation before the swap, and its gate threshold."""
+    return config["base_ffn_activation"], config["base_ffn_gate_threshold"]
+
+
+def _describe(converted: Converted) -> str:
+    config = converted.config
+    shapes = read_checkpoint(converted.folder).shapes.values()
+    num_parameters = sum(torch.Size(shape).numel() for shape in shapes)
+    return (
+        f"{converted.origin} as {config.model_type} with {config.ffn_activation}, "
+        f"{num_parameters / 1e6:,.1f}M parameters, {config.num_hidden_layers} layers"
+    )
+
+
+def _check_context(recipe: Recipe, run: RunFolder) -> None:
+    config = read_checkpoint(run.initial).config
+    check_router(recipe, SimpleNamespace(**config))
+    check_anneal(recipe, config["base_ffn_activation"])
+    is_calibrated = read_record(run.initial) is not None
+    check_teacher(recipe, _base_activation(config), is_calibrated=is_calibrated)
+    check_context(recipe, config["max_position_embeddings"])
+
+
+def check_context(recipe: Recipe, context: int) -> None:
+    """Refuses windows that are longer than the model's context.
+
+    Raises:
+        RecipeError: With both lengths.
+    """
+    if recipe.training.window_tokens > context:
+        raise RecipeError(
+            f"training.window_tokens is {recipe.training.window_tokens}, longer than the model's context.",
+            allowed=f"At most {context} tokens for this model.",
+            next_step=f"Set training.window_tokens={context} or less.",
+        )
+
+
+def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest], say: Say) -> None:
+    """Fixes in the lock what this run reads, or makes sure that it is what the run began with."""
+    lock = lock_of(recipe, open_sources(ingests))
+    if run.mixture_lock.is_file():
+        before = read_lock(run.mixture_lock)
+        if not recipe.launch.accept_changed_data:
+            check_lock(before, lock)
+        lock.accepted_changes = before.accepted_changes + differences(before, lock)
+    else:
+        parts = (
+            f"{name} {source.token_share:.1%}"
+            + (f" ({source.epochs:.2f} epochs)" if source.epochs else " (still being tokenised)")
+            for name, source in lock.sources.items()
+        )
+        say("Data: " + ", ".join(parts))
+    write_lock(lock, run.mixture_lock)

@@ -1,0 +1,128 @@
+"""What must be known before two numbers of a comparison are held against each other, in words."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+from sparsify.compare.run_summary import Windows
+from sparsify.compare.schema import Comparison
+
+MARK = "†"
+"""Stands behind a number that must not be compared with the others in its column."""
+
+
+def notes(comparison: Comparison, windows: Mapping[str, Mapping[str, Windows]]) -> list[str]:
+    """Sentences under the table, the ones that explain marks first.
+
+    Args:
+        comparison: The comparison, without its notes.
+        windows: For every run, the windows that each source was measured on.
+    """
+    return [
+        *_other_windows(comparison, windows),
+        *_weights(comparison),
+        *_zeros(comparison),
+        *_unmeasured(comparison),
+        *_unfinished(comparison),
+        *_controls(comparison),
+    ]
+
+
+def _other_windows(
+    comparison: Comparison, windows: Mapping[str, Mapping[str, Windows]]
+) -> Iterator[str]:
+    """One sentence for each run and difference, with all sources that have it."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for source in comparison.sources:
+        measured = {run: of_run[source] for run, of_run in windows.items() if source in of_run}
+        if len(set(measured.values())) <= 1:
+            continue
+        usual = Counter(measured.values()).most_common(1)[0][0]
+        example = next(run for run, own in measured.items() if own == usual)
+        for run, own in measured.items():
+            if own != usual:
+                found.setdefault((run, example, _difference(own, usual)), []).append(source)
+    for (run, example, difference), sources in found.items():
+        yield (
+            f"{MARK} {run}: {_list(sources)} {'was' if len(sources) == 1 else 'were'} not measured on the "
+            f"windows of {example}: {difference}. These losses are of other text and cannot be compared."
+        )
+
+
+def _difference(own: Windows, usual: Windows) -> str:
+    parts = []
+    if own.tokenizer_fingerprint != usual.tokenizer_fingerprint:
+        parts.append("another tokenizer")
+    elif own.fingerprint != usual.fingerprint:
+        parts.append(
+            f"other text, columns or held-out split (fingerprint {own.fingerprint}, not {usual.fingerprint})"
+        )
+    if own.window_tokens != usual.window_tokens:
+        parts.append(f"windows of {own.window_tokens:,} tokens, not {usual.window_tokens:,}")
+    if own.num_windows != usual.num_windows:
+        parts.append(f"{own.num_windows:,} windows, not {usual.num_windows:,}")
+    return "; ".join(parts)
+
+
+def _weights(comparison: Comparison) -> Iterator[str]:
+    if comparison.losses_comparable:
+        return
+    yield (
+        f"{MARK} A run's validation loss is the mean of its sources' losses by its own token shares. Where shares, "
+        "sources or windows differ, so does what it is the mean of: compare the sources' losses"
+        + (
+            ", or their plain mean, in which each source counts the same."
+            if any(run.mean_loss is not None for run in comparison.runs)
+            else "."
+        )
+    )
+
+
+def _zeros(comparison: Comparison) -> Iterator[str]:
+    if any(run.zeros and not run.zeros_comparable for run in comparison.runs):
+        yield (
+            f"{MARK} Exact zeros are counted over all windows of a validation, and these runs were not measured on the "
+            "same ones: small differences between their zeros may be those of the text."
+        )
+
+
+def _unmeasured(comparison: Comparison) -> Iterator[str]:
+    for run in comparison.runs:
+        without = [name for name, source in run.sources.items() if source.loss is None]
+        unused = [name for name in without if not run.sources[name].planned_tokens]
+        if unused:
+            yield (
+                f"{run.name} trains on no {_list(unused, 'or')}, so it was not measured there and has no plain mean."
+            )
+
+
+def _unfinished(comparison: Comparison) -> Iterator[str]:
+    for run in comparison.runs:
+        if not run.finished:
+            yield (
+                f"{run.name} is not finished: {run.seen_tokens:,} of {run.budget_tokens:,} tokens "
+                f"({run.seen_tokens / run.budget_tokens:.0%}). Its losses and zeros are those at "
+                f"{run.measured_tokens:,} tokens."
+            )
+    if len({run.measured_tokens for run in comparison.runs}) > 1:
+        yield "The runs were not measured after the same number of training tokens; the curves show them where they were."
+
+
+def _controls(comparison: Comparison) -> Iterator[str]:
+    for run in comparison.runs:
+        if run.control is not None and run.control.tokens != run.measured_tokens:
+            yield (
+                f"{run.name}: its gap is that at {run.control.tokens:,} tokens, the newest at which it and its control "
+                "were both measured."
+            )
+    without = [run.name for run in comparison.runs if run.control_state == "no control"]
+    if without:
+        yield (
+            f"No control for {_list(without)}: what the zeros cost is not known, since training on other data changes the "
+            "loss of a dense model too. control.ffn_activation=swiglu trains one."
+        )
+
+
+def _list(names: list[str], word: str = "and") -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {word} {names[-1]}"

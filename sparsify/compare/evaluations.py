@@ -1,0 +1,263 @@
+"""Evaluations side by side: paired differences, and what may be concluded from them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from sparsify.compare.settings import short_names
+from sparsify.errors import EvaluationError
+from sparsify.evaluation.results import (
+    RESULTS_FILE,
+    EvaluationResults,
+    PredictorMasks,
+    Sample,
+    SourceOverlap,
+    TaskResult,
+    read_items,
+    read_results,
+)
+from sparsify.evaluation.scores import Difference, Measured, difference
+from sparsify.training.suite_results import EVALUATIONS
+
+Against = Literal["itself without predictors", "its dense control", "another model", "nothing"]
+Verdict = Literal["better", "worse", "within noise"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class TaskDifference(_Section):
+    """One task of a model against another model, on the items that both were asked."""
+
+    metric: str
+    difference: Difference
+    verdict: Verdict
+    overlaps: list[SourceOverlap]
+    """What the model's instruction data shares with the task's items."""
+
+    @property
+    def overlapping_items(self) -> int:
+        """Items that at least the worst source holds."""
+        return max((one.items_found for one in self.overlaps), default=0)
+
+
+class EvaluatedModel(_Section):
+    """One evaluation: a column of the table."""
+
+    name: str
+    """The shortest name that sets it apart from the others."""
+    path: str
+    model_hash: str
+    predictors: PredictorMasks | None
+    """That masked it; None where every neuron was computed."""
+    ffn_activation: str
+    training_tokens: int | None
+    """None if no run is known that trained it."""
+    average: Measured | None
+    tasks: dict[str, TaskResult]
+    zeros: float | None
+    """Of all tasks' tokens."""
+    active_parameters: int
+    """With its predictors, else with a perfect one; mean over all tasks' tokens."""
+    gate_first_parameters: int
+    """With an exact gate-first kernel; the same as with its predictors where it has some."""
+    against: str | None
+    """Name of the model that differences are to."""
+    against_kind: Against
+    differences: dict[str, TaskDifference]
+    samples: list[Sample]
+
+
+class EvaluationComparison(_Section):
+    """Evaluations side by side."""
+
+    schema_version: Literal[1] = 1
+    kind: Literal["evaluations"] = "evaluations"
+    suite: str
+    models: list[EvaluatedModel]
+    tasks: list[str]
+    notes: list[str]
+    command: str | None = None
+
+
+def result_folders(paths: Sequence[Path]) -> list[Path] | None:
+    """The evaluations that paths name, or None where all of them are runs.
+
+    A run among evaluations stands for its newest evaluation of the suite of the first one.
+
+    Raises:
+        EvaluationError: If a run has none.
+    """
+    own = [_result_folder(path.expanduser()) for path in paths]
+    if not any(own):
+        return None
+    suite = read_results(next(one for one in own if one is not None)).suite
+    return [one or _newest(path.expanduser(), suite) for path, one in zip(paths, own, strict=True)]
+
+
+def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
+    """Reads evaluations and puts them side by side.
+
+    A model that predictors mask is set against the same weights without them. Any other is set against its dense control where
+    that is among them (the same run but for its activation, after the same number of tokens), else against the first.
+
+    Raises:
+        EvaluationError: If there is only one, they are of different suites, or one cannot be read.
+    """
+    if len(folders) < 2:
+        raise EvaluationError(
+            f"{folders[0]} is one evaluation: there is nothing to compare it with.",
+            next_step="Give another beside it, best its dense control's: sparsify compare RESULT RESULT …",
+        )
+    results = [read_results(folder) for folder in folders]
+    suites = list(dict.fromkeys(one.suite for one in results))
+    if len(suites) > 1:
+        raise EvaluationError(
+            f"These are evaluations of different suites: {', '.join(suites)}.",
+            next_step="Compare evaluations of one suite.",
+        )
+    names = _names(folders, results)
+    models = [_model(place, names, folders, results) for place in range(len(folders))]
+    tasks = dict.fromkeys(task.name for one in results for task in one.tasks)
+    return EvaluationComparison(suite=suites[0], models=models, tasks=list(tasks), notes=[])
+
+
+def _names(folders: Sequence[Path], results: Sequence[EvaluationResults]) -> list[str]:
+    """By model where that tells them apart, else by folder."""
+    models = [Path(one.model).expanduser() for one in results]
+    return short_names(models if len(set(models)) == len(models) else folders)
+
+
+def _result_folder(path: Path) -> Path | None:
+    if path.name == RESULTS_FILE:
+        return path.parent
+    return path if (path / RESULTS_FILE).is_file() else None
+
+
+def _newest(run: Path, suite: str) -> Path:
+    found = [
+        path.parent
+        for path in run.glob(f"{EVALUATIONS}/*/{RESULTS_FILE}")
+        if read_results(path).suite == suite
+    ]
+    if not found:
+        raise EvaluationError(
+            f"{run} has no evaluation of suite {suite}.",
+            next_step=f"sparsify evaluate {run} --suite {suite}",
+        )
+    return max(found, key=lambda folder: (folder / RESULTS_FILE).stat().st_mtime)
+
+
+def _model(
+    place: int,
+    names: Sequence[str],
+    folders: Sequence[Path],
+    results: Sequence[EvaluationResults],
+) -> EvaluatedModel:
+    own = results[place]
+    against, kind = _against(place, results)
+    differences = {}
+    if against is not None:
+        differences = _differences(own, folders[place], results[against], folders[against])
+    weights = [max(task.tokens, 1) for task in own.tasks]
+
+    def over_tokens(values: list[float]) -> float:
+        return sum(map(float.__mul__, values, map(float, weights))) / sum(weights)
+
+    active = [task.active_parameters for task in own.tasks]
+    needed = [one.perfect_predictor if one.predicted is None else one.predicted for one in active]
+    at_most = [one.gate_first if one.predicted is None else one.predicted for one in active]
+    zeros = [task.product_zeros for task in own.tasks]
+    known = [share for share in zeros if share is not None]
+    return EvaluatedModel(
+        name=names[place],
+        path=str(folders[place]),
+        model_hash=own.model_hash,
+        predictors=own.predictors,
+        ffn_activation=own.ffn_activation,
+        training_tokens=own.provenance.tokens if own.provenance else None,
+        average=own.average,
+        tasks={task.name: task for task in own.tasks},
+        zeros=over_tokens(known) if len(known) == len(zeros) else None,
+        active_parameters=round(over_tokens(list(map(float, needed)))),
+        gate_first_parameters=round(over_tokens(list(map(float, at_most)))),
+        against=None if against is None else names[against],
+        against_kind=kind,
+        differences=differences,
+        samples=own.samples,
+    )
+
+
+def _against(place: int, results: Sequence[EvaluationResults]) -> tuple[int | None, Against]:
+    own = results[place].provenance
+    if results[place].predictors is not None:
+        for other, theirs in enumerate(results):
+            if theirs.predictors is None and theirs.model_hash == results[place].model_hash:
+                return other, "itself without predictors"
+    for other, theirs in enumerate(results):
+        if (
+            own is not None
+            and theirs.provenance is not None
+            and theirs.ffn_activation == "swiglu" != results[place].ffn_activation
+            and theirs.provenance.identity == own.identity
+            and theirs.provenance.tokens == own.tokens
+        ):
+            return other, "its dense control"
+    return (0, "another model") if place else (None, "nothing")
+
+
+def _differences(
+    own: EvaluationResults, folder: Path, theirs: EvaluationResults, other: Path
+) -> dict[str, TaskDifference]:
+    found = {}
+    rows = {task.name: task for task in theirs.tasks}
+    for task in own.tasks:
+        if task.name not in rows or rows[task.name].metric != task.metric:
+            continue
+        scores = [
+            {item: of[task.metric] for item, of in read_items(where, task.name).items()}
+            for where in (folder, other)
+        ]
+        paired = difference(task.score.kind, *scores)
+        if paired is not None:
+            found[task.name] = TaskDifference(
+                metric=task.metric,
+                difference=paired,
+                verdict=_verdict(paired),
+                overlaps=task.overlaps,
+            )
+    return found
+
+
+def _verdict(paired: Difference) -> Verdict:
+    if paired.within_noise:
+        return "within noise"
+    return "better" if paired.better else "worse"
+
+
+def mean_differences(model: EvaluatedModel) -> float | None:
+    """Mean difference over the tasks that are accuracies; None if there is none."""
+    values = [
+        one.difference.value for one in model.differences.values() if one.difference.kind == "mean"
+    ]
+    return fmean(values) if values else None
+
+
+def same_weights(models: Sequence[EvaluatedModel]) -> list[tuple[str, str]]:
+    """Pairs of names whose weights are the same, and their predictors if they have some."""
+    return [
+        (one.name, other.name)
+        for one, other in itertools.combinations(models, 2)
+        if one.model_hash == other.model_hash and _masks(one) == _masks(other)
+    ]
+
+
+def _masks(model: EvaluatedModel) -> str | None:
+    return None if model.predictors is None else model.predictors.hash

@@ -1,0 +1,246 @@
+"""The picture of a series of runs: final loss of each source against the one setting that differs.
+
+The pictures of a comparison in the order of the page: what each is, when it applies, how to draw it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import itemgetter
+from statistics import fmean
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
+
+from sparsify.compare.curves import draw_loss, draw_zeros, has_loss
+from sparsify.compare.schema import ComparedRun, Comparison
+from sparsify.compare.settings import short_settings
+from sparsify.reporting.figures import WIDTH_INCHES, Theme
+
+MEAN = "plain mean"
+MAX_COLUMNS = 4
+PANEL_INCHES = 2.1
+LOG_RATIO = 20
+"""A setting whose values spread over more than this has a logarithmic axis."""
+MAX_TICKS = 8
+
+Line = list[tuple[float, float]]
+"""Value of the setting and loss of every run, by value."""
+
+
+def series_of(comparison: Comparison) -> list[ComparedRun]:
+    """The finished runs of a series, in the order of its setting; dense controls among the runs are no part of it."""
+    key = comparison.swept_setting
+    if key is None:
+        return []
+    controls = {run.control.path for run in comparison.runs if run.control is not None}
+    runs = [run for run in comparison.runs if run.path not in controls and run.finished]
+    return sorted(runs, key=lambda run: _value(run, key))
+
+
+def has_series(comparison: Comparison) -> bool:
+    """Whether a source was measured comparably at two values of the setting or more."""
+    key, runs = comparison.swept_setting, series_of(comparison)
+    lines = [_line(runs, key, partial(_loss, source=name)) for name in comparison.sources if key]
+    return any(len({value for value, _ in line}) > 1 for line in lines)
+
+
+def repeats(runs: Sequence[ComparedRun], key: str) -> bool:
+    """Whether a value of the setting was run more than once."""
+    return len({_value(run, key) for run in runs}) < len(runs)
+
+
+def by_value(line: Line) -> Line:
+    """The mean loss at every value."""
+    values = sorted({value for value, _ in line})
+    return [(value, fmean(loss for one, loss in line if one == value)) for value in values]
+
+
+def plain_means(runs: Sequence[ComparedRun], key: str) -> Line:
+    """Mean of the sources' losses, each counting the same, of every run that has it."""
+    return _line(runs, key, partial(_loss, source=MEAN))
+
+
+def draw_setting(comparison: Comparison, theme: Theme) -> Figure:
+    """A panel a source and one for their plain mean; below each, dashed, the dense controls on the same scale."""
+    key = comparison.swept_setting or ""
+    runs = series_of(comparison)
+    shown = [*comparison.sources, *([MEAN] if len(comparison.sources) > 1 else [])]
+    lines = {name: _line(runs, key, partial(_loss, source=name)) for name in shown}
+    dense = {name: _line(runs, key, partial(_control_loss, source=name)) for name in shown}
+    names = [name for name, line in lines.items() if line]
+    has_control = any(dense.values())
+    columns = min(len(names), MAX_COLUMNS)
+    blocks = -(-len(names) // columns)
+    rows = 2 if has_control else 1
+    figure = Figure(figsize=(WIDTH_INCHES, 0.7 + PANEL_INCHES * rows * blocks))
+    grid = figure.subplots(rows * blocks, columns, squeeze=False, sharex=True)
+    span = _span([*lines.values(), *dense.values()])
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for index, name in enumerate(names):
+        block, column = divmod(index, columns)
+        upper = grid[block * rows, column]
+        colour = theme.ink if name == MEAN else theme.product
+        _draw(upper, lines[name], span, colour, "-")
+        upper.set_title(name)
+        lowest = upper
+        if has_control and dense[name]:
+            lowest = grid[block * rows + 1, column]
+            _draw(lowest, dense[name], span, colour, "--")
+            lowest.set_title("dense control", color=theme.muted, fontsize=9)
+        _setting_axis(lowest, [_value(run, key) for run in runs], short_settings([key])[key])
+    for axes in grid[:, 0]:
+        axes.set_ylabel("nats per token")
+    return figure
+
+
+def _value(run: ComparedRun, key: str) -> float:
+    value = run.settings[key]
+    assert isinstance(value, int | float)
+    return value
+
+
+def _line(
+    runs: Sequence[ComparedRun], key: str, loss_of: Callable[[ComparedRun], float | None]
+) -> Line:
+    losses = [(_value(run, key), loss_of(run)) for run in runs]
+    return [(value, loss) for value, loss in losses if loss is not None and math.isfinite(loss)]
+
+
+def _loss(run: ComparedRun, source: str) -> float | None:
+    if source == MEAN:
+        return run.mean_loss
+    return run.sources[source].loss if run.sources[source].comparable else None
+
+
+def _control_loss(run: ComparedRun, source: str) -> float | None:
+    """Of a control that is finished too."""
+    loss, control = _loss(run, source), run.control
+    if loss is None or control is None or control.tokens != run.measured_tokens:
+        return None
+    gap = fmean(control.source_gaps.values()) if source == MEAN else control.source_gaps[source]
+    return loss - gap
+
+
+def _span(lines: Sequence[Line]) -> float:
+    """The height of every panel in nats: equal slopes look equal."""
+    spans = [max(losses) - min(losses) for line in lines if (losses := [loss for _, loss in line])]
+    return 1.6 * max(spans) or 0.01
+
+
+def _draw(axes: Axes, line: Line, span: float, colour: str, dashes: str) -> None:
+    axes.set_visible(True)
+    losses = [loss for _, loss in line]
+    means = by_value(line)
+    axes.plot(*zip(*means, strict=True), dashes, color=colour, linewidth=1.8)
+    axes.plot(*zip(*line, strict=True), "o", color=colour, markersize=4)
+    for value, loss in means:
+        axes.annotate(
+            f"{loss:.3f}",
+            (value, loss),
+            (0, 6),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7.5,
+        )
+    middle = (min(losses) + max(losses)) / 2
+    axes.set_ylim(middle - span / 2, middle + span / 2)
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%.2f" if span > 0.1 else "%.3f"))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.margins(x=0.14)
+
+
+def _setting_axis(axes: Axes, values: Sequence[float], label: str) -> None:
+    if min(values) > 0 and max(values) / min(values) > LOG_RATIO:
+        axes.set_xscale("log")
+    if len(set(values)) <= MAX_TICKS:
+        axes.xaxis.set_major_locator(FixedLocator(sorted(set(values))))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_xlabel(label)
+    axes.tick_params(labelbottom=True)
+
+
+@dataclass(frozen=True)
+class ComparisonFigure:
+    """One picture.
+
+    Attributes:
+        name: File name without its ending.
+        title: Heading on the page, from the comparison.
+        caption: What to see in it.
+        applies: Whether the comparison has what it shows.
+        draw: The drawing function.
+    """
+
+    name: str
+    title: str
+    caption: Callable[[Comparison], str]
+    applies: Callable[[Comparison], bool]
+    draw: Callable[[Comparison, Theme], Figure]
+
+
+def figures_of(comparison: Comparison) -> list[ComparisonFigure]:
+    """The pictures that this comparison has."""
+    return [figure for figure in FIGURES if figure.applies(comparison)]
+
+
+def _setting_caption(comparison: Comparison) -> str:
+    key = comparison.swept_setting or ""
+    runs = series_of(comparison)
+    means = by_value(plain_means(runs, key))
+    caption = f"Losses of the finished runs against {key}, all on the same scale; lower is better. "
+    if len(means) > 1:
+        value, lowest = min(means, key=itemgetter(1))
+        caption += f"The plain mean is lowest, {lowest:.3f}, at {value:g}. "
+    if any(run.control is not None for run in runs):
+        caption += "Dashed: the dense control of each run. "
+    if repeats(runs, key):
+        return caption + "The lines go through the mean over training.seed; a point is a run."
+    return (
+        caption + "One run a point: what another training.seed would change is not known from it."
+    )
+
+
+def _loss_caption(comparison: Comparison) -> str:
+    what = (
+        "Mean of the sources' losses by token share."
+        if comparison.losses_comparable
+        else "One panel a source, since the runs' own means cannot be compared; a run is missing where it was not measured on "
+        "the windows of the others."
+    )
+    dashed = any(
+        run.control is not None or run.ffn_activation == "swiglu" for run in comparison.runs
+    )
+    return what + (" Dashed: dense." if dashed else " No dense control is among them.")
+
+
+FIGURES = (
+    ComparisonFigure(
+        "setting",
+        "What the setting does",
+        _setting_caption,
+        has_series,
+        draw_setting,
+    ),
+    ComparisonFigure("loss", "Validation loss", _loss_caption, has_loss, draw_loss),
+    ComparisonFigure(
+        "zeros",
+        "Exact zeros",
+        lambda comparison: (
+            "Share of exact zeros among the products of gate and up, over all layers. Dense runs are left out."
+        ),
+        lambda comparison: any(
+            point.zeros
+            for run in comparison.runs
+            if run.ffn_activation != "swiglu"
+            for point in run.points
+        ),
+        draw_zeros,
+    ),
+)

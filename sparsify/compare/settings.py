@@ -1,0 +1,137 @@
+"""In which settings runs differ, and what to call them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparsify.compare.run_summary import Arm
+from sparsify.compare.schema import Setting
+from sparsify.recipe.compose import NEUTRAL_OVERRIDES
+from sparsify.runs.identity import rounded_share
+
+UNINTERESTING = (
+    "name",
+    "run_dir",
+    "cache_dir",
+    "mixture.description",
+    "control.",
+    "checkpoint.",
+    "tracking.",
+)
+"""Settings that say nothing about results or speed; whether there is a control is a column of its own."""
+SEED = "training.seed"
+INSTRUCTION_SHARE = "mixture.instruction_token_share"
+
+
+def differing_settings(arms: Sequence[Arm]) -> list[dict[str, Setting]]:
+    """For each arm, the settings that are not the same in all of them; SECTION.KEY to value, in the recipe's order.
+
+    Sources that not all mixtures have are left to the columns of sources. `instruction_token_share=null` reads as the
+    share that the sources state, once another arm sets it.
+    """
+    flat = [_flat(asdict(arm.recipe)) for arm in arms]
+    if any(settings[INSTRUCTION_SHARE] is not None for settings in flat):
+        for arm, settings in zip(arms, flat, strict=True):
+            settings[INSTRUCTION_SHARE] = _instruction_share(arm, settings[INSTRUCTION_SHARE])
+    keys = [
+        key
+        for key in dict.fromkeys(key for settings in flat for key in settings)
+        if not key.startswith(UNINTERESTING)
+        and len({settings.get(key) for settings in flat}) > 1
+        and not (key.startswith("mixture.sources.") and any(key not in one for one in flat))
+    ]
+    return [{key: settings.get(key) for key in keys} for settings in flat]
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:
+    flat: dict[str, Setting] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            flat[f"{prefix}{key}"] = ", ".join(map(str, value))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _instruction_share(arm: Arm, given: Setting) -> Setting:
+    if given is not None:
+        return given
+    sources = arm.recipe.mixture.sources
+    stated = sum(
+        source.token_share
+        for name, source in arm.lock.sources.items()
+        if sources[name].group == "instruction"
+    )
+    return rounded_share(stated)
+
+
+def swept_setting(settings: Sequence[Mapping[str, Setting]]) -> str | None:
+    """The setting that alone differs in what is trained, if its values are numbers.
+
+    The seed may differ as well: then the runs repeat each other.
+    """
+    keys = [
+        key
+        for key in settings[0]
+        if not f"{key}=".startswith(NEUTRAL_OVERRIDES) and len({one[key] for one in settings}) > 1
+    ]
+    if len(keys) > 1:
+        keys = [key for key in keys if key != SEED]
+    if len(keys) != 1:
+        return None
+    values = [one[keys[0]] for one in settings]
+    numbers = all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    )
+    return keys[0] if numbers else None
+
+
+def short_settings(keys: Sequence[str]) -> dict[str, str]:
+    """Settings by the last word of their key, or by all of it where two end in the same."""
+    leaves = [key.rpartition(".")[2] for key in keys]
+    return {
+        key: leaf if leaves.count(leaf) == 1 else key
+        for key, leaf in zip(keys, leaves, strict=True)
+    }
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """The shortest names that set folders apart.
+
+    What folders' names share between their commas is left out as far as they stay different; if that does not do, whole
+    names stand, and then longer and longer ends of the paths.
+    """
+    whole = [path.resolve() for path in paths]
+    depth = max(len(path.parts) for path in whole)
+    ends = [["/".join(path.parts[-n:]) for path in whole] for n in range(1, depth + 1)]
+    candidates = [_without_shared(ends[0]), *ends]
+    return next(names for names in candidates if len(set(names)) == len(names))
+
+
+def _without_shared(names: Sequence[str]) -> list[str]:
+    parts = [name.split(",") for name in names]
+    common = set(parts[0]).intersection(*parts)
+    left = [[part for part in one if part not in common] or one[:1] for one in parts]
+    counts = Counter(part for one in left for part in one)
+    for shared, count in counts.most_common():
+        fewer = [[part for part in one if part != shared] for one in left]
+        if count > 1 and all(fewer) and len({tuple(one) for one in fewer}) == len(fewer):
+            left = fewer
+    return [",".join(one) for one in left]
+
+
+def common_name(paths: Sequence[Path]) -> str:
+    """What the names of all folders begin with, as far as it ends at a comma; empty if there is nothing."""
+    parts = [path.resolve().name.split(",") for path in paths]
+    common = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return ",".join(common)

@@ -1,0 +1,1 @@
+"""Export to PowerInfer's GGUF files."""

@@ -1,0 +1,144 @@
+"""Tokenising ahead of training, in processes of its own.
+
+Training begins when every source has something to give, and goes on while the rest is tokenised. The same windows come out
+in the same order as when everything lay in the cache before.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from sparsify.files import storage_errors
+from sparsify.launch.child import USER_ERROR, log_tail, raise_user_error
+from sparsify.mixture.tokens.ingest import Ingest, Progress
+from sparsify.runs.run_folder import RunFolder
+
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0
+
+
+class Feeder:
+    """Keeps the ingest processes of a run while the `with` block lasts.
+
+    Args:
+        run: The run's folder; its recipe is written and its tokenizer lies in `initial/`.
+        ingests: What it needs of each source.
+        num_processes: Most processes to tokenise with.
+        on_progress: Told now and then how far a source is.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        ingests: Mapping[str, Ingest],
+        num_processes: int,
+        on_progress: Progress,
+    ) -> None:
+        self._run, self._ingests, self._on_progress = run, ingests, on_progress
+        missing = sum(not ingest.open().covered for ingest in ingests.values())
+        self._num_processes = min(num_processes, missing)
+        self._processes: list[subprocess.Popen[str]] = []
+        self._logs: list[Path] = []
+
+    def __enter__(self) -> Self:
+        with storage_errors(self._run.logs):
+            self._run.logs.mkdir(parents=True, exist_ok=True)
+            for part in range(self._num_processes):
+                self._start(part)
+        return self
+
+    def _start(self, part: int) -> None:
+        log = self._run.logs / f"ingest-{part}.log"
+        place = (str(self._run.path), str(part), str(self._num_processes))
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sparsify.launch.ingest_worker", *place],
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "true"},
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                start_new_session=True,  # the terminal's Ctrl-C reaches it through us
+            )
+        self._processes.append(process)
+        self._logs.append(log)
+        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+
+    def _listen(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            try:
+                name, done, need = json.loads(line)
+            except ValueError:  # what a library printed, or a line that a kill cut off
+                continue
+            self._on_progress(name, done, need)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            try:
+                process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def check(self) -> None:
+        """Raises what an ingest process failed with.
+
+        Raises:
+            UserError: If a source cannot supply its tokens.
+            RuntimeError: If it failed otherwise; the message is its own.
+        """
+        for process, log in zip(self._processes, self._logs, strict=True):
+            code = process.poll()
+            if code == USER_ERROR:
+                raise_user_error(log)
+            if code:
+                raise RuntimeError(
+                    f"tokenising failed with exit code {code} (whole log: {log}):\n{log_tail(log)}"
+                )
+
+    def wait_until(self, enough: Callable[[Ingest], bool]) -> None:
+        """Waits until enough of every source is there.
+
+        Args:
+            enough: Whether a source is far enough.
+
+        Raises:
+            UserError: If a source cannot supply its tokens.
+        """
+        waiting = list(self._ingests.values())
+        while waiting := [ingest for ingest in waiting if not enough(ingest)]:
+            self.check()
+            time.sleep(POLL_SECONDS)
+        self.check()
+
+
+def can_begin(ingest: Ingest) -> bool:
+    """Whether a source has its held-out text and a first shard to train on.
+
+    One with max_epochs must be there as far as the run needs it: else nobody knows whether it will be exhausted.
+    """
+    source = ingest.open()
+    if ingest.mixture.sources[ingest.name].max_epochs is not None:
+        return source.covered
+    return source.held_out_settled and source.num_shards > 0
+
+
+def is_done(ingest: Ingest) -> bool:
+    """Whether everything that the run needs of a source is there."""
+    return ingest.open().covered

@@ -1,0 +1,167 @@
+"""Which node this is, where a DeepSpeed hostfile or torchrun says so instead of the command's own settings.
+
+A hostfile starts the other nodes by ssh, with this command. Under torchrun every agent starts this command itself.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from sparsify.errors import RunError
+from sparsify.launch.nodes import Follower, free_port
+from sparsify.recipe.recipe import TORCHRUN, LaunchSection
+
+EXPORTED = ("CUDA_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PYTHON", "UCX_", "WANDB_")
+"""Environment variables that other nodes are given: those whose name begins so."""
+PROGRAM = "from sparsify.cli.main import main; main()"
+GRACE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among the nodes.
+
+    Attributes:
+        overrides: What the recipe's `launch` is to be, in place of what the command said.
+        followers: The other nodes, where this process started them.
+    """
+
+    overrides: list[str]
+    followers: list[Follower]
+
+
+@contextmanager
+def placed(launch: LaunchSection, arguments: Sequence[str]) -> Iterator[Place]:
+    """Finds this process's place, and keeps the other nodes of a hostfile running while the block runs.
+
+    Args:
+        launch: As the command says it.
+        arguments: The command's own, after `sparsify`; the other nodes get them too.
+
+    Raises:
+        RunError: If the hostfile cannot be used, or torchrun did not start this process as it should.
+    """
+    if launch.rendezvous == TORCHRUN:
+        yield Place(_torchrun(), [])
+    elif launch.hostfile is not None:
+        with ExitStack() as stack:
+            yield _start_others(launch, arguments, stack)
+    else:
+        yield Place([], [])
+
+
+def _torchrun() -> list[str]:
+    try:
+        nodes, rank, local = (
+            int(os.environ[name]) for name in ("GROUP_WORLD_SIZE", "GROUP_RANK", "LOCAL_WORLD_SIZE")
+        )
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    except KeyError as error:
+        raise RunError(
+            f"launch.rendezvous is {TORCHRUN}, but torchrun did not start this process: {error} is not set.",
+            next_step="torchrun --nnodes=2 --nproc-per-node=1 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT --no-python "
+            "sparsify train …",
+        ) from error
+    if local != 1:
+        raise RunError(
+            f"torchrun starts {local} processes on each node.",
+            allowed="One: sparsify starts the others, launch.processes of them.",
+            next_step="Use --nproc-per-node=1.",
+        )
+    rendezvous = place if nodes > 1 else "null"
+    return [f"launch.nodes={nodes}", f"launch.node_rank={rank}", f"launch.rendezvous={rendezvous}"]
+
+
+def read_hostfile(path: str) -> dict[str, int]:
+    """Hosts and how many processes each is to run, in DeepSpeed's format: `HOST slots=N` a line.
+
+    Raises:
+        RunError: If it is not there, not in that format, or its hosts differ in their slots.
+    """
+    if not Path(path).is_file():
+        raise RunError(f"launch.hostfile={path} is not there.", next_step="Lines of: HOST slots=N")
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    try:
+        hosts: dict[str, int] = fetch_hostfile(path) or {}
+    except ValueError as error:
+        raise RunError(f"{path}: {error}.", allowed="Lines of: HOST slots=N") from error
+    if not hosts:
+        raise RunError(f"{path} names no host.", allowed="Lines of: HOST slots=N")
+    if len(set(hosts.values())) > 1:
+        said = ", ".join(f"{host} {slots}" for host, slots in hosts.items())
+        raise RunError(
+            f"The hosts of {path} differ in their slots: {said}.",
+            allowed="The same number on each: ranks share every batch evenly.",
+        )
+    return hosts
+
+
+def _start_others(launch: LaunchSection, arguments: Sequence[str], stack: ExitStack) -> Place:
+    assert launch.hostfile is not None
+    hosts = read_hostfile(launch.hostfile)
+    slots = next(iter(hosts.values()))
+    if launch.processes not in (1, slots):
+        raise RunError(
+            f"launch.processes is {launch.processes}, but {launch.hostfile} says slots={slots}.",
+            next_step="Leave out launch.processes, or correct the file.",
+        )
+    if len(hosts) > 1 and shutil.which("ssh") is None:
+        raise RunError("launch.hostfile needs ssh, which is not installed here.")
+    first, *others = hosts
+    rendezvous = f"{first}:{free_port()}" if others else "null"
+    common = [
+        "launch.hostfile=null",
+        f"launch.nodes={len(hosts)}",
+        f"launch.processes={slots}",
+        f"launch.rendezvous={rendezvous}",
+    ]
+    followers = []
+    for rank, host in enumerate(others, 1):
+        words = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115  (the stack's)
+        told = _command([*arguments, *common, f"launch.node_rank={rank}"])
+        process = subprocess.Popen(
+            ["ssh", "-o", "BatchMode=yes", host, told],
+            stdin=subprocess.DEVNULL,
+            stdout=words,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches them through node 0, once all is saved
+        )
+        stack.callback(_end, process)
+        followers.append(Follower(f"Node {rank} ({host})", process.poll, lambda w=words: _tail(w)))
+    return Place([*common, "launch.node_rank=0"], followers)
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """A line for a shell elsewhere: the same folder, the same Python, what of the environment matters."""
+    exported = [
+        f"{name}={shlex.quote(value)}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith(EXPORTED)
+    ]
+    program = shlex.join([sys.executable, "-c", PROGRAM, *arguments])
+    return f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(exported)} {program}"
+
+
+def _tail(words: IO[str]) -> str:
+    words.seek(0)
+    return words.read()[-2000:].strip()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """By now node 0 has sent the others home, or is gone, which they notice."""
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,280 @@
+"""Starts the ranks of a run on this machine and brings home how they ended.
+
+Everything is resolved before the ranks start: they are handed a run folder and nothing else. Of several machines each has a
+launcher; what fails on one of them ends the ranks of all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from sparsify.errors import RunError, StorageError, UserError
+from sparsify.files import storage_errors
+from sparsify.launch.child import INTERRUPTED, USER_ERROR, failure_time, log_tail, user_error
+from sparsify.launch.nodes import Nodes, Ticket
+from sparsify.recipe.recipe import LaunchSection
+from sparsify.runs.history import read_lines
+from sparsify.runs.run_folder import RunFolder
+
+POLL_SECONDS = 0.1
+SETTLE_SECONDS = 1.0
+"""After a rank failed, the others are given this long to say what they met before they are ended."""
+SAVE_SECONDS = 600.0
+"""Ranks that were asked to stop may take this long to save."""
+LEAST_FREE_BYTES = 64 * 1024
+GOES_ON = "The same command goes on from the last checkpoint."
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved its state."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank ended that should not have.
+
+    Attributes:
+        rank: Its number over all nodes.
+        code: Its exit code; below 0 the signal that killed it.
+        time: When, in seconds since the epoch.
+        kind: Name of the error that it ends the command with: `UserError`, `RunError`, `StorageError` or `RuntimeError`.
+        message: What to say.
+    """
+
+    rank: int
+    code: int
+    time: float
+    kind: str
+    message: str
+
+    def raise_it(self) -> None:
+        """Raises it as the error that it is."""
+        if self.kind == RuntimeError.__name__:
+            raise RuntimeError(self.message)
+        raise UserError(self.message)
+
+
+def launch(run: RunFolder, nodes: Nodes, check: Callable[[], None]) -> None:
+    """Node 0: runs all ranks to the end. Rank 0 speaks on this terminal, the others into logs/.
+
+    Args:
+        run: The run's folder.
+        nodes: This machine and the others.
+        check: Called again and again; when it raises, the ranks save their state and end, and then it is raised.
+
+    Raises:
+        UserError: What a rank, or `check`, found wrong with what the user gave, or a signal that killed a rank.
+        Interrupted: If the run was interrupted, after its state was saved.
+        RuntimeError: If a rank failed otherwise; the message is that rank's own.
+    """
+    run_ranks(run, nodes, nodes.announce(run.path), check)
+
+
+def serve(nodes: Nodes) -> None:
+    """Other nodes: runs this machine's ranks of whatever node 0 starts, until there is no more.
+
+    Raises:
+        UserError: As `launch`, also for what failed on another node.
+        Interrupted: If the run was interrupted.
+    """
+    for ticket in nodes.tickets():
+        run_ranks(RunFolder(Path(ticket.run)), nodes, ticket, lambda: None)
+
+
+def run_ranks(run: RunFolder, nodes: Nodes, ticket: Ticket, check: Callable[[], None]) -> None:
+    """Runs this machine's ranks to the end. Raises as `launch`."""
+    environments = list(_rank_environments(nodes.settings, ticket))
+    numbers = [int(environment["RANK"]) for environment in environments]
+    paths = [run.logs / f"rank-{rank}.log" for rank in numbers]
+    with storage_errors(run.logs):
+        run.logs.mkdir(parents=True, exist_ok=True)
+        logs = [path.open("w") for path in paths]
+    command = [sys.executable, "-m", "sparsify.training.worker", str(run.path)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=environment,
+            stdout=None if rank == 0 else log,
+            stderr=log if rank == 0 else subprocess.STDOUT,
+            start_new_session=True,  # the terminal's Ctrl-C reaches them through us, once
+        )
+        for rank, environment, log in zip(numbers, environments, logs, strict=True)
+    ]
+    with _forward_signals(ranks) as forwarded:
+        try:
+            codes, elsewhere = _wait(ranks, lambda: nodes.failures(ticket), check)
+        except BaseException:
+            _save_and_end(ranks)
+            raise
+    mine = [
+        _failure(run, rank, code, path)
+        for rank, code, path in zip(numbers, codes, paths, strict=True)
+        # A rank that was still starting has no handler yet and has changed nothing.
+        if code not in (None, 0, INTERRUPTED) and not (forwarded and code == -signal.SIGTERM)
+    ]
+    nodes.report(ticket, [asdict(failure) for failure in mine])
+    failures = [
+        *mine,
+        *(Failure(**failure) for failure in elsewhere or _heard(nodes, ticket, mine)),
+    ]
+    if failures:
+        min(failures, key=_precedence).raise_it()
+    # One that was at its last step ends well; that may not hide that the user asked to stop.
+    if forwarded or INTERRUPTED in codes:
+        raise Interrupted
+
+
+def _heard(nodes: Nodes, ticket: Ticket, mine: list[Failure]) -> list[dict[str, Any]]:
+    """What other nodes report at the same time: what fails here may only follow from it."""
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while mine and nodes.settings.nodes > 1 and time.monotonic() < deadline:
+        if heard := nodes.failures(ticket):
+            return heard
+        time.sleep(POLL_SECONDS)
+    return []
+
+
+def _precedence(failure: Failure) -> tuple[int, float]:
+    """What the user can mend or the system did comes before what it led to in other ranks; then what came first."""
+    order = 0 if failure.code == USER_ERROR else 1 if failure.code < 0 else 2
+    return order, failure.time
+
+
+def _rank_environments(settings: LaunchSection, ticket: Ticket) -> Iterator[dict[str, str]]:
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    threads = settings.threads_per_process or max(1, cores // settings.processes)
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    # torchrun's own variables would send the ranks to its store, and not to where they meet.
+    inherited = {key: value for key, value in os.environ.items() if "TORCHELASTIC" not in key}
+    for local_rank in range(settings.processes):
+        yield (
+            inherited
+            | accelerator
+            | {
+                "RANK": str(settings.node_rank * settings.processes + local_rank),
+                "LOCAL_RANK": str(local_rank),
+                "WORLD_SIZE": str(settings.total_processes),
+                "LOCAL_SIZE": str(settings.processes),
+                "MASTER_ADDR": ticket.address,
+                "MASTER_PORT": str(ticket.port),
+                "OMP_NUM_THREADS": str(threads),
+                "TOKENIZERS_PARALLELISM": "false",
+            }
+        )
+
+
+@contextmanager
+def _forward_signals(ranks: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
+    """Hands Ctrl-C and SIGTERM on to the ranks; yields the list of those that came."""
+    forwarded: list[int] = []
+
+    def forward(number: int, _frame: FrameType | None) -> None:
+        forwarded.append(number)
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.send_signal(signal.SIGTERM)
+
+    previous = {
+        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield forwarded
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(
+    ranks: list[subprocess.Popen[bytes]],
+    elsewhere: Callable[[], list[dict[str, Any]]],
+    check: Callable[[], None],
+) -> tuple[list[int | None], list[dict[str, Any]]]:
+    """Waits for all ranks; when one fails, here or elsewhere, the others are ended.
+
+    Returns:
+        Exit codes, None for ranks that were ended from here; and what failed elsewhere.
+    """
+    while True:
+        check()
+        codes = [rank.poll() for rank in ranks]
+        heard = elsewhere()
+        if heard or any(code not in (None, 0, INTERRUPTED) for code in codes):
+            time.sleep(SETTLE_SECONDS)
+            codes = [rank.poll() for rank in ranks]
+            for rank in ranks:  # without the one that failed they can neither go on nor save
+                if rank.poll() is None:
+                    rank.kill()
+                rank.wait()
+            return codes, heard
+        if INTERRUPTED in codes:
+            _save_and_end(ranks)
+            return [rank.returncode for rank in ranks], []
+        if all(code == 0 for code in codes):
+            return codes, []
+        time.sleep(POLL_SECONDS)
+
+
+def _save_and_end(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Asks all ranks to save and end, and waits for it."""
+    deadline = time.monotonic() + SAVE_SECONDS
+    for rank in ranks:
+        rank.terminate()
+    while any(rank.poll() is None for rank in ranks):
+        lost = any(rank.poll() not in (None, 0, INTERRUPTED) for rank in ranks)
+        if lost or time.monotonic() > deadline:
+            time.sleep(SETTLE_SECONDS)
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        time.sleep(POLL_SECONDS)
+
+
+def _failure(run: RunFolder, rank: int, code: int | None, log: Path) -> Failure:
+    assert code is not None
+    error = _error(run, rank, code, log)
+    return Failure(rank, code, failure_time(log), type(error).__name__, str(error))
+
+
+def _error(run: RunFolder, rank: int, code: int, log: Path) -> Exception:
+    if code == USER_ERROR:
+        return user_error(log)
+    where = f"after step {_last_step(run)}"
+    if code < 0:
+        name = signal.Signals(-code).name
+        return RunError(
+            f"Rank {rank} was killed by {name} {where}.",
+            next_step=f"SIGKILL often means that memory ran out: lower training.micro_batch_windows. {GOES_ON}"
+            if name == "SIGKILL"
+            else f"{GOES_ON} Its log is {log}.",
+        )
+    if shutil.disk_usage(log).free < LEAST_FREE_BYTES:
+        # Metrics and the log itself stand on that disk, so the rank could not say so.
+        return StorageError(
+            f"Rank {rank} failed {where} while the disk of {log} was full.",
+            next_step="Free space, then run the same command again: it goes on from the last checkpoint.",
+        )
+    return RuntimeError(
+        f"rank {rank} failed with exit code {code} {where} (whole log: {log}):\n{log_tail(log)}\n{GOES_ON}"
+    )
+
+
+def _last_step(run: RunFolder) -> int:
+    try:
+        return max((record.get("step", 0) for record in read_lines(run.metrics)), default=0)
+    except (OSError, UserError):
+        return 0

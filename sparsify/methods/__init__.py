@@ -1,0 +1,1 @@
+"""How a model becomes sparse: one method, one paper, one file."""

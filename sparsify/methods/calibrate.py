@@ -1,0 +1,346 @@
+"""The calibrated swap: a bare swap's checkpoint in, the same model repaired layer by layer without training out.
+
+Every layer is done in turn, on what the layers before it, already converted, feed it; the dense model runs beside it, layer by
+layer as well. In memory are one layer and one Gram matrix; on the disk, in a folder of state, the residual streams before the
+layer at hand and what was found for those before it, so that a killed calibration goes on with the layer where it stood.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional
+
+from sparsify.errors import MixtureError
+from sparsify.files import atomic_folder, storage_errors, write_json
+from sparsify.methods.calibrated_replacement import (
+    HELD_OUT_EVERY,
+    RECTIFIES_UP,
+    CalibratedLayer,
+    Inputs,
+    LayerCalibration,
+)
+from sparsify.methods.layerwise import (
+    Attention,
+    Expert,
+    LayerReader,
+    Streams,
+    chunks,
+    ffn_answer,
+    ffn_names,
+    tensor,
+    threshold_name,
+)
+from sparsify.mixture.sequences.reader import NO_LOSS, Window, collate
+from sparsify.models import FfnActivation
+from sparsify.recipe.sparsification import REFIT_TARGETS, ConversionSection
+
+Say = Callable[[str], None]
+RESULT = "refit"
+"""The last stage: what is written."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of the swap, measured on the watched windows.
+
+    Attributes:
+        name: `dense`, `bare swap`, `signs`, `thresholds` or `refit`.
+        losses: Nats per token of each source.
+        loss: Of all tokens together.
+        zeros: Share of exact zeros.
+    """
+
+    name: str
+    losses: dict[str, float]
+    loss: float
+    zeros: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a calibration found.
+
+    Attributes:
+        stages: In order.
+        layers: What each layer's record says: `layer`, `threshold_scale`, and `experts` with the fields of ExpertResult.
+        num_tokens: Calibration tokens, those that judged among them.
+    """
+
+    stages: list[Stage]
+    layers: list[dict[str, Any]]
+    num_tokens: int
+
+
+class Calibrator:
+    """Calibrates the checkpoint of a bare swap.
+
+    Args:
+        folder: The checkpoint: the dense model's weights, `ffn_activation` the new one.
+        state: Folder for what must outlive a kill; the caller removes it when the result is where it belongs.
+        windows: Calibration windows, all of one length.
+        watched: Windows to measure the stages on, of the same length, by source.
+        settings: How.
+        say: Told what happens, a line a layer.
+
+    Raises:
+        MixtureError: If there are too few windows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: Path,
+        windows: Sequence[Window],
+        watched: dict[str, list[Window]],
+        settings: ConversionSection,
+        say: Say,
+    ) -> None:
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._reader = LayerReader(folder, self._device)
+        self._state, self._settings, self._say = state, settings, say
+        self._watched = watched
+        self._num_fit = len(windows)
+        if self._num_fit < HELD_OUT_EVERY:
+            raise MixtureError(
+                f"There are {self._num_fit} window(s) of {len(next(iter(windows)).input_ids)} tokens to calibrate on.",
+                allowed=f"At least {HELD_OUT_EVERY}: one of them judges what the others found.",
+                next_step="Give more calibration tokens, or a longer text.",
+            )
+        self._batch = collate([*windows, *(w for held in watched.values() for w in held)])
+        config = self._reader.config
+        self._dense = FfnActivation(config.base_ffn_activation, config.base_ffn_gate_threshold)
+        self._swapped = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
+        self._dtype = self._reader.stored_dtype()
+
+    @torch.no_grad()
+    def run(self) -> Calibration:
+        """Calibrates every layer that is not done yet, and measures the stages.
+
+        Raises:
+            StorageError: If the state cannot be written.
+        """
+        with storage_errors(self._state):
+            self._begin()
+            num_layers = self._reader.config.num_hidden_layers
+            for layer in range(num_layers):
+                if not self._record(layer).is_file():
+                    self._calibrate(layer, num_layers)
+            records = [json.loads(self._record(n).read_text()) for n in range(num_layers)]
+            stages = self._stages(records)
+        return Calibration(stages, records, self._num_fit * self._window_tokens)
+
+    def tensors_of(self, layer: int) -> Path:
+        """File with a layer's new tensors, by their names on disk."""
+        return self._state / f"layer-{layer:04d}.safetensors"
+
+    @property
+    def _window_tokens(self) -> int:
+        return self._batch["input_ids"].shape[1]
+
+    def _record(self, layer: int) -> Path:
+        return self._state / f"layer-{layer:04d}.json"
+
+    def _streams(self, layer: int) -> Streams:
+        return Streams(self._state / f"streams-{layer:04d}")
+
+    def _identity(self) -> dict[str, Any]:
+        digest = hashlib.blake2b(digest_size=16)
+        for values in self._batch.values():
+            digest.update(values.numpy().tobytes())
+        activations = [repr(self._dense), repr(self._swapped)]
+        return {
+            "settings": asdict(self._settings),
+            "activations": activations,
+            "windows": digest.hexdigest(),
+        }
+
+    def _begin(self) -> None:
+        """Starts anew, unless the state is that of this very calibration."""
+        identity = self._state / "identity.json"
+        if identity.is_file() and json.loads(identity.read_text()) == self._identity():
+            return
+        for old in [*self._state.glob("layer-*"), *self._state.glob("streams-*")]:
+            Streams(old).remove() if old.is_dir() else old.unlink()
+        shape = (*self._batch["input_ids"].shape, self._reader.config.hidden_size)
+        with atomic_folder(self._streams(0).folder) as partial_folder:
+            stream = Streams(partial_folder).create("dense", shape)
+            for part in chunks(shape[0], shape[1]):
+                ids = self._batch["input_ids"][part].to(self._device)
+                stream[part] = self._reader.embed(ids).cpu().numpy()
+        write_json(identity, self._identity())
+
+    def _calibrate(self, layer: int, num_layers: int) -> None:
+        attention, old = self._reader.attention(layer), self._streams(layer)
+        work = Streams(self._state / "work")
+        work.remove()
+        dense = self._reader.experts(layer, self._dense)
+        swapped = [replace(expert, activation=self._swapped) for expert in dense]
+        with atomic_folder(self._streams(layer + 1).folder) as partial_folder:
+            new = Streams(partial_folder)
+            self._advance(attention, dense, old, "dense", new)
+            self._prepare(attention, dense, old, new, work)
+            inputs = partial(self._inputs, attention, work)
+            turn_for = self._swapped if self._swapped.name in RECTIFIES_UP else None
+            found = LayerCalibration(
+                dense, swapped, self._settings, self._dtype, inputs, turn_for
+            ).run()
+            zeros = {"dense": [0, 1]}
+            for name, experts in found.stages.items():
+                if name != "dense":
+                    zeros[name] = self._advance(attention, experts, old, name, new)
+        self._save(layer, found, zeros)
+        work.remove()
+        old.remove()
+        self._say(_line(layer, num_layers, found))
+
+    def _advance(
+        self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams
+    ) -> list[int]:
+        """Takes one stage's stream through the layer. Returns exact zeros and values on the watched windows."""
+        before, start = self._before(old, name)
+        after = new.create(name, before.shape)
+        counts = [0, 0]
+        for part in chunks(*before.shape[:2]):
+            residual = self._residual(attention, before, part, start)
+            x = attention.ffn_inputs(residual)
+            routes = attention.routes(x)
+            answer = ffn_answer(x, routes, experts)
+            after[part] = (residual + answer.view_as(residual)).cpu().numpy()
+            if part.stop + start > self._num_fit and name != "dense":
+                first = max(0, self._num_fit - start - part.start) * before.shape[1]
+                _count_zeros(x, routes, experts, first, counts)
+        return counts
+
+    def _before(self, old: Streams, name: str) -> tuple[np.ndarray, int]:
+        """A stage's stream before the layer, and which window it begins with: all but two hold only watched windows."""
+        start = 0 if name in ("dense", RESULT) else self._num_fit
+        if (old.folder / f"{name}.npy").is_file():
+            return old.open(name), start
+        return old.open("dense")[start:], start  # before the first layer they are all the same
+
+    def _residual(
+        self, attention: Attention, stream: np.ndarray, part: slice, start: int
+    ) -> torch.Tensor:
+        hidden = tensor(stream[part], self._device)
+        first = part.start + start
+        positions = self._batch["position_ids"][first : first + len(hidden)]
+        return attention(hidden, positions.to(self._device))
+
+    def _prepare(
+        self, attention: Attention, dense: list[Expert], old: Streams, new: Streams, work: Streams
+    ) -> None:
+        """Writes the converted model's stream before the block, and what its answers should add to the dense block's."""
+        before, after = self._before(old, RESULT)[0][: self._num_fit], new.open("dense")
+        residuals, gaps = work.create("residual", before.shape), work.create("gap", before.shape)
+        mended = REFIT_TARGETS[self._settings.refit_target]
+        for part in chunks(*before.shape[:2]):
+            part = slice(part.start, min(part.stop, self._num_fit))
+            residual = self._residual(attention, before, part, 0)
+            x = attention.ffn_inputs(residual)
+            own = ffn_answer(x, attention.routes(x), dense).view_as(residual)
+            residuals[part] = residual.cpu().numpy()
+            gap = tensor(after[part], self._device) - residual - own
+            gaps[part] = (mended * gap).cpu().numpy()
+
+    def _inputs(self, attention: Attention, work: Streams) -> Iterator[Inputs]:
+        residuals, gaps = work.open("residual"), work.open("gap")
+        for part in chunks(*residuals.shape[:2]):
+            part = slice(part.start, min(part.stop, self._num_fit))
+            x = attention.ffn_inputs(tensor(residuals[part], self._device))
+            # What packing could not fill stands at position 0 and has no label.
+            labels, positions = (self._batch[key][part] for key in ("labels", "position_ids"))
+            is_text = ((labels != NO_LOSS) | (positions > 0)).flatten().to(self._device)
+            judge = torch.arange(part.start, part.stop) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+            judge = judge.repeat_interleave(residuals.shape[1]).to(self._device)
+            gap = tensor(gaps[part], self._device).flatten(0, 1)
+            yield Inputs(x, attention.routes(x), gap, is_text & ~judge, is_text & judge)
+
+    def _save(self, layer: int, found: CalibratedLayer, zeros: dict[str, list[int]]) -> None:
+        config, tensors = self._reader.config, {}
+        for number, expert in enumerate(found.stages[RESULT]):
+            _, up, down = ffn_names(config, layer, number)
+            tensors[up], tensors[down] = expert.up, expert.down
+        if found.threshold_scale is not None:
+            thresholds = [each.activation.threshold for each in found.stages[RESULT]]
+            stacked = torch.stack([t for t in thresholds if t is not None])
+            tensors[threshold_name(config, layer)] = (
+                stacked if self._reader.num_experts > 1 else stacked[0]
+            )
+        stored = {k: v.to(self._dtype).cpu().contiguous() for k, v in tensors.items()}
+        save_file(stored, self.tensors_of(layer))
+        record = {
+            "layer": layer,
+            "threshold_scale": found.threshold_scale,
+            "zeros": zeros,
+            "experts": [asdict(result) for result in found.results],
+        }
+        write_json(self._record(layer), record)
+
+    def _stages(self, records: list[dict[str, Any]]) -> list[Stage]:
+        streams = self._streams(len(records))
+        norm, head = self._reader.head()
+        stages = []
+        for name in records[0]["zeros"]:
+            zero, values = (sum(record["zeros"][name][i] for record in records) for i in (0, 1))
+            totals = self._losses(self._before(streams, name), norm, head)
+            losses = {source: total / max(labels, 1) for source, (total, labels) in totals.items()}
+            loss_sum, labels = (sum(column) for column in zip(*totals.values(), strict=True))
+            stages.append(Stage(name, losses, loss_sum / max(labels, 1), zero / values))
+        return stages
+
+    def _losses(
+        self, stream: tuple[np.ndarray, int], norm: torch.Tensor, head: torch.Tensor
+    ) -> dict[str, tuple[float, int]]:
+        """Summed loss and number of labels of each watched source."""
+        hidden, start = stream
+        totals, first = {}, self._num_fit
+        for source, windows in self._watched.items():
+            total, count = 0.0, 0
+            for index in range(first, first + len(windows)):
+                state = tensor(hidden[index - start], self._device)
+                scale = state.pow(2).mean(-1, keepdim=True) + self._reader.config.rms_norm_eps
+                logits = (state * scale.rsqrt() * norm) @ head.T
+                labels = self._batch["labels"][index].to(self._device)
+                loss = functional.cross_entropy(
+                    logits, labels, ignore_index=NO_LOSS, reduction="sum"
+                )
+                total += float(loss)
+                count += int((labels != NO_LOSS).sum())
+            totals[source] = total, count
+            first += len(windows)
+        return totals
+
+
+def _count_zeros(
+    x: torch.Tensor, routes: Any, experts: list[Expert], first: int, counts: list[int]
+) -> None:
+    for number, expert in enumerate(experts):
+        token, _ = routes.of(number)
+        neurons = expert.neurons(x[token[token >= first]])
+        counts[0] += int((neurons == 0).sum())
+        counts[1] += neurons.numel()
+
+
+def _line(layer: int, num_layers: int, found: CalibratedLayer) -> str:
+    """A layer's result in one line: relative errors, and the experts that keep their weights."""
+    errors = [
+        [getattr(result, name) for result in found.results if getattr(result, name) is not None]
+        for name in ("error_bare", "error_before", "error_refitted")
+    ]
+    means = [f"{sum(values) / len(values):.3f}" if values else "unknown" for values in errors]
+    said = f"Layer {layer + 1} of {num_layers}: relative error {means[0]} bare, {means[1]} before the refit, {means[2]} after"
+    for number, result in enumerate(found.results):
+        if result.kept_because is not None:
+            where = f"expert {number}" if len(found.results) > 1 else "it"
+            said += f"; {where} keeps its down projection: {result.kept_because}"
+    return said

@@ -1,0 +1,202 @@
+"""From what a recipe's model section names to a checkpoint with the calibrated swap, by way of the bare one.
+
+Writes the checkpoint of a calibrated swap: the bare swap's shards with the tensors that calibration changed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsify.conversion.architecture import sparse_config
+from sparsify.conversion.convert import Converted, convert
+from sparsify.conversion.source import SourceCheckpoint, read_checkpoint, read_shapes
+from sparsify.conversion.sparse_folder import write_config
+from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.errors import ModelError
+from sparsify.files import atomic_folder, replace_folder, write_json
+from sparsify.methods.calibrate import Calibration, Calibrator, Say
+from sparsify.mixture.sequences.reader import Window
+from sparsify.mixture.tokens.encoder import Tokenizer
+from sparsify.models import SparseConfig
+from sparsify.recipe.recipe import ActivationSection, ConversionSection, ModelSection
+
+INDEX = "model.safetensors.index.json"
+
+
+def write_calibrated(
+    folder: Path,
+    tensors_of: Callable[[int], Path],
+    to: Path,
+    *,
+    thresholds: bool,
+    record: tuple[str, dict[str, Any]],
+) -> None:
+    """Writes a checkpoint folder, a shard at a time.
+
+    Args:
+        folder: The bare swap's checkpoint.
+        tensors_of: File with the new tensors of a layer, by their names on disk.
+        to: Folder to write.
+        thresholds: Whether there are thresholds among them.
+        record: Name and content of a JSON file to lay beside them.
+
+    Raises:
+        StorageError: If `to` cannot be written.
+    """
+    checkpoint = read_checkpoint(folder)
+    name = checkpoint.config["ffn_activation"]
+    config = sparse_config(checkpoint.config, name, str(folder))
+    config.ffn_thresholds = "neuron" if thresholds else "none"
+    homes = _homes(checkpoint, tensors_of, config.num_hidden_layers)
+    with atomic_folder(to) as partial:
+        for file in folder.iterdir():
+            if file.suffix != ".safetensors":
+                shutil.copyfile(file, partial / file.name)
+        dtypes = [_rewrite(shard, homes[shard], partial) for shard in checkpoint.shards]
+        if (folder / INDEX).is_file():
+            _write_index(folder / INDEX, homes, partial / INDEX)
+        write_config(config, partial, dtypes[0])
+        write_json(partial / record[0], record[1])
+
+
+def _homes(
+    checkpoint: SourceCheckpoint, tensors_of: Callable[[int], Path], num_layers: int
+) -> dict[Path, dict[str, Path]]:
+    """For each shard, the names of its new tensors and the files that they are in. Thresholds live with the first
+    tensor of their layer.
+    """
+    shard_of = {name: shard for shard in checkpoint.shards for name in read_shapes(shard)}
+    homes: dict[Path, dict[str, Path]] = {shard: {} for shard in checkpoint.shards}
+    for layer in range(num_layers):
+        file = tensors_of(layer)
+        names = sorted(read_shapes(file))
+        default = next(shard_of[name] for name in names if name in shard_of)
+        for name in names:
+            homes[shard_of.get(name, default)][name] = file
+    return homes
+
+
+def _rewrite(shard: Path, changed: dict[str, Path], folder: Path) -> torch.dtype:
+    tensors = load_file(shard)
+    dtype = next(iter(tensors.values())).dtype
+    for file in set(changed.values()):
+        new = load_file(file)
+        tensors |= {name: new[name] for name, home in changed.items() if home == file}
+    save_file(tensors, folder / shard.name, metadata={"format": "pt"})
+    return dtype
+
+
+def _write_index(old: Path, homes: dict[Path, dict[str, Path]], to: Path) -> None:
+    index = json.loads(old.read_text(encoding="utf-8"))
+    for shard, names in homes.items():
+        index["weight_map"] |= dict.fromkeys(names, shard.name)
+    write_json(to, index)
+
+
+RECORD = "calibration.json"
+"""In the folder of a calibrated checkpoint: what calibration found."""
+
+WindowsFor = Callable[
+    [Tokenizer, SparseConfig], tuple[Sequence[Window], Mapping[str, list[Window]]]
+]
+"""(tokenizer, configuration) to the windows to calibrate on, and those to watch with by source."""
+
+
+def convert_calibrated(
+    model: ModelSection,
+    activation: ActivationSection,
+    settings: ConversionSection,
+    to: Path,
+    windows_for: WindowsFor,
+    say: Say,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+) -> tuple[Converted, Calibration | None]:
+    """Writes a checkpoint with the calibrated swap. The same call goes on where a killed one stood.
+
+    Args:
+        model: Where the weights come from.
+        activation: The activation to give it.
+        settings: How to calibrate.
+        to: Folder to write; must not exist. Beside it stands a hidden folder of state until it does.
+        windows_for: Gives the windows.
+        say: Told what happens, a line a layer.
+        seed: Seed of an upcycled router.
+        dtype: Dtype of weights that are built here; copied shards keep theirs.
+
+    Returns:
+        What was written and what was found; None for the latter where the activation stays and no thresholds are wanted.
+
+    Raises:
+        ModelError: If the source is missing, damaged, or cannot be held, or `to` exists.
+        MixtureError: If there are too few windows.
+        StorageError: If the disk refuses.
+    """
+    if to.exists():
+        raise ModelError(
+            f"{to} exists already.", next_step="Choose another folder or remove this one."
+        )
+    state = to.absolute().with_name(f".{to.name}.calibration")
+    bare, asked = state / "bare", state / "asked.json"
+    wanted = {"model": asdict(model), "activation": asdict(activation), "seed": seed}
+    if not asked.is_file() or json.loads(asked.read_text()) != wanted:
+        shutil.rmtree(state, ignore_errors=True)
+        write_json(asked, wanted)
+    if bare.is_dir():
+        config = _config(bare)
+        converted = Converted(to, config, model.source or "")
+    else:
+        made = convert(model, activation, bare, seed=seed, dtype=dtype)
+        converted = Converted(to, made.config, made.origin)
+    calibration = None
+    if _has_nothing_to_do(converted.config, settings):
+        say(f"Nothing to calibrate: the model has {converted.config.ffn_activation} already")
+        replace_folder(bare, to)
+    elif converted.config.ffn_thresholds != "none":
+        shutil.rmtree(state, ignore_errors=True)
+        raise ModelError(
+            f"{converted.origin} has thresholds already, from an earlier calibration.",
+            allowed="Calibration starts from a model without thresholds.",
+            next_step="Calibrate the dense model, or train this one as it is, without a calibration.",
+        )
+    else:
+        windows, watched = windows_for(load_tokenizer(bare), converted.config)
+        calibrator = Calibrator(bare, state, windows, dict(watched), settings, say)
+        calibration = calibrator.run()
+        write_calibrated(
+            bare,
+            calibrator.tensors_of,
+            to,
+            thresholds=settings.target_zeros is not None,
+            record=(RECORD, asdict(calibration)),
+        )
+        converted = Converted(to, _config(to), converted.origin)
+    shutil.rmtree(state, ignore_errors=True)
+    return converted, calibration
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What calibration found for a checkpoint; None where there was none."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _config(folder: Path) -> SparseConfig:
+    config = read_checkpoint(folder).config
+    return sparse_config(config, config["ffn_activation"], str(folder))
+
+
+def _has_nothing_to_do(config: SparseConfig, settings: ConversionSection) -> bool:
+    base = (config.base_ffn_activation, config.base_ffn_gate_threshold)
+    return (
+        settings.target_zeros is None and (config.ffn_activation, config.ffn_gate_threshold) == base
+    )

@@ -1,0 +1,273 @@
+"""Distillation: what a step learns from the dense source beside the text, and how far from it the model still is.
+
+Two terms (Hinton et al., arXiv 1503.02531, at temperature 1; hidden states as in arXiv 1908.09355): the divergence of the next
+token's distribution, and the error of every feed-forward block's answer. Both count the positions that have a label, as the
+cross-entropy does, so that empty positions of a window and prompts count in none of the three.
+
+The dense source of a run as its teacher: frozen, whole on every rank, answering the micro-batches that the run trains on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Self, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.sparse_folder import load_sparse
+from sparsify.methods.calibrated_checkpoint import read_record
+from sparsify.mixture.sequences.reader import NO_LOSS
+from sparsify.models import SparseModel
+from sparsify.recipe.recipe import DistillationSection, Recipe
+from sparsify.runs.run_folder import RunFolder
+
+
+@dataclass
+class Answers:
+    """What the dense source makes of one micro-batch; what is not asked for is not here.
+
+    Attributes:
+        logits: [windows, tokens, vocabulary]
+        ffn_outputs: Of each layer's feed-forward block. [windows, tokens, hidden] each
+    """
+
+    logits: torch.Tensor | None = None
+    ffn_outputs: list[torch.Tensor] = field(default_factory=list)
+
+
+class Teacher:
+    """Answers without gradients.
+
+    Args:
+        model: The dense source, in the precision and on the device that it is to work in; frozen here.
+        logits: Whether its logits are asked for.
+        ffn_outputs: Whether the answers of its feed-forward blocks are.
+    """
+
+    def __init__(self, model: SparseModel, *, logits: bool, ffn_outputs: bool) -> None:
+        self._model, self._logits = model.eval().requires_grad_(False), logits
+        self._answers = Answers()
+        if ffn_outputs:
+            for block in answering_blocks(model):
+                block.register_forward_hook(self._keep)
+
+    @torch.no_grad()
+    def answer(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Answers:
+        """Its answers to a micro-batch, with the documents of a window kept apart as the run keeps them.
+
+        Args:
+            input_ids: [windows, tokens] int64
+            position_ids: Position within the document. [windows, tokens] int64
+        """
+        answers = self._answers = Answers()
+        hidden = self._model.model(
+            input_ids=input_ids, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        if self._logits:
+            answers.logits = self._model.lm_head(hidden)
+        self._answers = Answers()  # the caller's alone, who knows when they are done with
+        return answers
+
+    def _keep(self, block: nn.Module, _: object, output: torch.Tensor) -> None:
+        self._answers.ffn_outputs.append(output)
+
+
+def answering_blocks(model: SparseModel) -> list[nn.Module]:
+    """The module of every layer whose output is what the feed-forward block adds to the residual stream.
+
+    In a mixture of experts that is the block around the router and its experts: [windows, tokens, hidden], as in a dense one.
+    """
+    return [layer.mlp for layer in model.model.layers]  # pyright: ignore[reportReturnType]
+
+
+def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teacher | None:
+    """Loads the dense source with its own activation; None where the recipe distils nothing.
+
+    After a bare swap its weights are those that training starts from; a calibrated swap has changed those, and the run folder has
+    both. A rank loads all of it, under ZeRO-3 too: call it when no model is being partitioned.
+
+    Args:
+        recipe: The run's recipe.
+        run: Its folder.
+        device: Where to answer.
+    """
+    settings = recipe.distillation
+    if not settings.is_on:
+        return None
+    is_calibrated = read_record(run.initial) is not None
+    folder = run.teacher if is_calibrated else run.initial
+    config = read_checkpoint(folder).config
+    model = load_sparse(
+        folder,
+        config["base_ffn_activation"],
+        torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32,
+        gate_threshold=config["base_ffn_gate_threshold"],
+    )
+    model.set_attn_implementation(recipe.engine.attention)
+    model.to(device=device)  # pyright: ignore[reportCallIssue]
+    return Teacher(model, logits=settings.logits_weight > 0, ffn_outputs=settings.ffn_weight > 0)
+
+
+CHUNK_VALUES = 1 << 22
+"""Logits that are widened at a time: 16 MB for each copy in fp32."""
+
+
+class Distiller:
+    """Context manager around the forward and backward passes of one step.
+
+    It watches activations, never weights, so partitioned weights (ZeRO-3) do not matter to it. A block's error is taken as soon
+    as the block has answered: where activations are checkpointed, only the teacher's answer is kept for the backward pass. What is
+    computed again there is not counted again.
+
+    Args:
+        settings: The terms' weights.
+        teacher: Whom to learn from.
+        model: The model that trains.
+        device: Where to count.
+    """
+
+    def __init__(
+        self,
+        settings: DistillationSection,
+        teacher: Teacher,
+        model: SparseModel,
+        device: torch.device,
+    ) -> None:
+        self._settings, self._teacher, self._model = settings, teacher, model
+        self._answers = Answers()
+        self._counted = torch.zeros(0)
+        self._errors: list[torch.Tensor] = []
+        self._in_forward = False
+        # Summed divergence and error, and labels.
+        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        if self._settings.ffn_weight:
+            for layer, block in enumerate(answering_blocks(self._model)):
+                hook = partial(self._take_layer, layer)
+                self._handles.append(block.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._answers, self._errors = Answers(), []
+
+    def ask(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Has the teacher answer the micro-batch that the model is about to see.
+
+        Args:
+            tensors: `input_ids`, `position_ids` and `labels`, [windows, tokens] each, on the model's device.
+        """
+        self._answers, self._errors = (
+            Answers(),
+            [],
+        )  # lets go of the last ones before there are others
+        self._answers = self._teacher.answer(tensors["input_ids"], tensors["position_ids"])
+        self._counted = tensors["labels"] != NO_LOSS
+        self._in_forward = True
+
+    def loss(self, logits: torch.Tensor) -> torch.Tensor:
+        """Both terms of the forward pass that has just ended, weighted, and summed over its labels. []
+
+        Args:
+            logits: The model's. [windows, tokens, vocabulary]
+        """
+        self._in_forward = False
+        total = torch.zeros((), device=self._totals.device)
+        self._totals[2] += self._counted.sum()
+        if self._answers.logits is not None:
+            by_token = divergence(logits.flatten(0, 1), self._answers.logits.flatten(0, 1))
+            self._answers.logits = None  # autograd keeps it as long as it needs it
+            nats = (by_token * self._counted.flatten()).sum()
+            self._totals[0] += nats.detach()
+            total = total + self._settings.logits_weight * nats
+        if self._errors:
+            error = torch.stack(self._errors).mean()
+            self._errors = []
+            self._totals[1] += error.detach()
+            total = total + self._settings.ffn_weight * error
+        return total
+
+    def reduce(self) -> dict[str, float]:
+        """What a step's line says, over all ranks; every rank calls it.
+
+        `logits` in nats a label, `ffn` as a part of the teacher's answer, each before its weight and only where it has one;
+        `added` in nats, as it was added to the loss.
+        """
+        dist.all_reduce(self._totals)
+        nats, error, labels = self._totals.tolist()
+        means = {"logits": nats / max(labels, 1), "ffn": error / max(labels, 1)}
+        weights = {"logits": self._settings.logits_weight, "ffn": self._settings.ffn_weight}
+        line = {key: mean for key, mean in means.items() if weights[key]}
+        line["added"] = sum(weights[key] * mean for key, mean in line.items())
+        return line
+
+    def _take_layer(self, layer: int, block: nn.Module, _: object, output: torch.Tensor) -> None:
+        wanted = self._answers.ffn_outputs[layer]
+        error = (relative_error(output, wanted) * self._counted).sum()
+        if self._in_forward:
+            self._errors.append(error)
+
+
+def relative_error(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Squared distance of each token's vector from the one that is wanted, as a part of that one's square. [...]
+
+    Relative for each token, since a few tokens of a language model have answers many times as long as all others'.
+
+    Args:
+        output: [..., hidden]
+        wanted: [..., hidden], without a gradient.
+    """
+    wide = torch.promote_types(output.dtype, torch.float32)
+    wanted = wanted.to(wide)
+    size = wanted.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
+    return (output.to(wide) - wanted).square().sum(-1) / size
+
+
+def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence of each token's distribution from the teacher's, in nats. [tokens]
+
+    Widened piece by piece, forward and back, so that beside the two logits only their gradient is ever whole.
+
+    Args:
+        logits: [tokens, vocabulary]
+        teacher_logits: [tokens, vocabulary], without a gradient.
+    """
+    return cast(torch.Tensor, _Divergence.apply(logits, teacher_logits))
+
+
+class _Divergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, teacher_logits)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        nats = torch.empty(len(logits), dtype=wide, device=logits.device)
+        for rows in _pieces(logits):
+            own = logits[rows].to(wide).log_softmax(-1)
+            wanted = teacher_logits[rows].to(wide).log_softmax(-1)
+            nats[rows] = (wanted.exp() * (wanted - own)).sum(-1)
+        return nats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, teacher_logits = ctx.saved_tensors
+        logits_grad = torch.empty_like(logits)
+        for rows in _pieces(logits):
+            difference = logits[rows].to(grad.dtype).softmax(-1)
+            difference -= teacher_logits[rows].to(grad.dtype).softmax(-1)
+            logits_grad[rows] = (difference * grad[rows, None]).to(logits.dtype)
+        return logits_grad, None
+
+
+def _pieces(logits: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, CHUNK_VALUES // logits.shape[1])
+    return (slice(start, start + rows) for start in range(0, len(logits), rows))

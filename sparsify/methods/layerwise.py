@@ -1,0 +1,251 @@
+"""A checkpoint one layer at a time: only that layer's weights are in memory, in fp32, on the GPU where there is one.
+
+The residual stream of the calibration windows between two layers, on the disk.
+
+Only one layer's streams are kept: those of a layer take the place of those before it when the layer is done, so that a
+calibration that was killed goes on at the layer where it stood.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import nn
+
+from sparsify.conversion.architecture import (
+    DENSE_THRESHOLD,
+    EXPERTS_THRESHOLD,
+    sparse_config,
+    tensor_shapes,
+)
+from sparsify.conversion.source import read_checkpoint, read_shapes
+from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A feed-forward block, or one expert of it.
+
+    Attributes:
+        gate: [neurons, hidden].
+        up: [neurons, hidden].
+        down: [hidden, neurons].
+        activation: Its thresholds, if any, are this expert's: [neurons].
+    """
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    down: torch.Tensor
+    activation: FfnActivation
+
+    def neurons(self, x: torch.Tensor) -> torch.Tensor:
+        """Neuron activations [rows, neurons] of inputs [rows, hidden]."""
+        return self.activation(x @ self.gate.T, x @ self.up.T)
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Which experts each token goes to; a dense block is one expert of weight 1.
+
+    Attributes:
+        experts: [tokens, experts per token].
+        weights: Of the same shape.
+    """
+
+    experts: torch.Tensor
+    weights: torch.Tensor
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of one expert, and their weights. [rows] each."""
+        token, slot = torch.where(self.experts == expert)
+        return token, self.weights[token, slot]
+
+
+def ffn_names(config: SparseConfig, layer: int, expert: int) -> tuple[str, str, str]:
+    """Names on disk of one expert's gate, up and down projection."""
+    prefix = f"model.layers.{layer}."
+    if not getattr(config, "num_local_experts", None):
+        return tuple(f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))  # type: ignore[return-value]
+    name = f"{prefix}block_sparse_moe.experts.{expert}."
+    return f"{name}w1.weight", f"{name}w3.weight", f"{name}w2.weight"
+
+
+def threshold_name(config: SparseConfig, layer: int) -> str:
+    """Name on disk of a layer's thresholds."""
+    experts = getattr(config, "num_local_experts", None)
+    return f"model.layers.{layer}.{EXPERTS_THRESHOLD if experts else DENSE_THRESHOLD}"
+
+
+class Attention:
+    """A layer without its feed-forward block, and the router of that."""
+
+    def __init__(self, config: SparseConfig, device: torch.device) -> None:
+        one_layer = deepcopy(config)
+        one_layer.num_hidden_layers = 1
+        with torch.device("meta"):
+            decoder: Any = MODEL_CLASSES[config.model_type](one_layer).model
+        layer = decoder.layers[0]
+        self._router = getattr(layer.mlp, "gate", None)
+        layer.mlp, decoder.norm, decoder.embed_tokens = _Nothing(), nn.Identity(), nn.Identity()
+        layer.to_empty(device=device)
+        if self._router is not None:
+            self._router.to_empty(device=device)
+        decoder.rotary_emb = type(decoder.rotary_emb)(config=one_layer).to(device)
+        self._decoder, self._layer = decoder.float().eval(), layer
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Takes the weights of a layer, by their names inside it; those of feed-forward blocks are left alone."""
+        for name, parameter in self._layer.named_parameters():
+            parameter.data.copy_(tensors[name])
+        if self._router is not None:
+            self._router.float().weight.data.copy_(tensors["block_sparse_moe.gate.weight"])
+
+    def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream before the feed-forward block, [windows, tokens, hidden], from that before the layer."""
+        return self._decoder(
+            inputs_embeds=hidden, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+
+    def ffn_inputs(self, residual: torch.Tensor) -> torch.Tensor:
+        """What the feed-forward block sees, [windows * tokens, hidden]."""
+        return self._layer.post_attention_layernorm(residual).flatten(0, -2)
+
+    def routes(self, x: torch.Tensor) -> Routes:
+        """Experts of inputs [tokens, hidden]."""
+        if self._router is None:
+            zeros = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
+            return Routes(zeros, torch.ones_like(zeros, dtype=x.dtype))
+        _, weights, experts = self._router(x)
+        return Routes(experts, weights)
+
+
+class _Nothing(nn.Module):
+    """Stands for the feed-forward block, so that the layer answers with what comes before it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(x)
+
+
+class LayerReader:
+    """Reads a checkpoint folder layer by layer.
+
+    Args:
+        folder: Checkpoint folder.
+        device: Where to compute.
+    """
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        checkpoint = read_checkpoint(folder)
+        name = checkpoint.config.get("ffn_activation", "swiglu")
+        self.config = sparse_config(checkpoint.config, name, str(folder))
+        self.device = device
+        self._shards = {key: shard for shard in checkpoint.shards for key in read_shapes(shard)}
+        self._attention = Attention(self.config, device)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of one layer; 1 in a dense model."""
+        return getattr(self.config, "num_local_experts", None) or 1
+
+    def attention(self, layer: int) -> Attention:
+        """The layer without its feed-forward block; one object, which holds the layer that was asked for last."""
+        prefix = f"model.layers.{layer}."
+        wanted = [key for key in tensor_shapes(self.config) if key.startswith(prefix)]
+        skipped = {
+            name for e in range(self.num_experts) for name in ffn_names(self.config, layer, e)
+        }
+        kept = [key for key in wanted if key not in skipped]
+        self._attention.load({key.removeprefix(prefix): self._read(key) for key in kept})
+        return self._attention
+
+    def experts(self, layer: int, activation: FfnActivation) -> list[Expert]:
+        """The experts of a layer, with an activation."""
+        names = [ffn_names(self.config, layer, e) for e in range(self.num_experts)]
+        return [
+            Expert(self._read(gate), self._read(up), self._read(down), activation)
+            for gate, up, down in names
+        ]
+
+    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The residual stream before the first layer."""
+        return nn.functional.embedding(input_ids, self._read("model.embed_tokens.weight"))
+
+    def head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight of the last norm, [hidden], and of the language model's head, [vocabulary, hidden]."""
+        tied = self.config.tie_word_embeddings
+        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        return self._read("model.norm.weight"), self._read(name)
+
+    def stored_dtype(self) -> torch.dtype:
+        """Dtype of the weights on disk."""
+        name = ffn_names(self.config, 0, 0)[2]
+        with safe_open(self._shards[name], framework="pt") as tensors:
+            return tensors.get_tensor(name).dtype
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self._shards[name], framework="pt") as tensors:
+            return tensors.get_tensor(name).to(self.device, torch.float32)
+
+
+def ffn_answer(x: torch.Tensor, routes: Routes, experts: Sequence[Expert]) -> torch.Tensor:
+    """What a feed-forward block adds to the residual stream: [tokens, hidden] from inputs of that shape."""
+    answer = torch.zeros_like(x)
+    for number, expert in enumerate(experts):
+        token, weight = routes.of(number)
+        if len(token):
+            answer.index_add_(0, token, expert.neurons(x[token]) @ expert.down.T * weight[:, None])
+    return answer
+
+
+CHUNK_TOKENS = 8192
+"""Tokens that are computed together."""
+
+
+class Streams:
+    """The residual streams before one layer, by name, [windows, tokens, hidden] in fp32 each.
+
+    Args:
+        folder: Where the files are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def create(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """A new stream, to be filled."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}.npy"
+        stream = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        with path.open("r+b") as file:
+            # Now, when a full disk is an error; in the middle of the mapping it would be a crash.
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        return stream
+
+    def open(self, name: str) -> NDArray[np.float32]:
+        """A stream that is there, for reading."""
+        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    def remove(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def chunks(num_windows: int, window_tokens: int) -> Iterator[slice]:
+    """Slices of windows that are computed together."""
+    step = max(1, CHUNK_TOKENS // window_tokens)
+    return (slice(start, start + step) for start in range(0, num_windows, step))
+
+
+def tensor(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:
+    """A part of a stream as a tensor of its own."""
+    return torch.from_numpy(np.array(array)).to(device)

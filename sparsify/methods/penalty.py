@@ -1,0 +1,314 @@
+"""Pressure on the neurons to be exactly zero: ProSparse's progressive L1 penalty, and what it meets in each step.
+
+The penalty is the mean of |activation| over tokens and neurons, summed over layers (arXiv 2402.13516, section 3.2), with a part of
+it on the gate's factor alone where the recipe says so. In a mixture of experts the mean is over the tokens that were routed.
+
+A target for the share of zeros: the penalty's weight follows what is measured, so that the run ends at the target.
+
+What is controlled is y = -ln(1 - zeros), in which halving the neurons that fire is the same step everywhere. It shall follow a path
+from where it was found to the target, half a sine wave that ends at RAMP_SHARE of the way, and stay there. The weight is
+
+    weight = first weight * exp(GAIN * (e + INTEGRAL_RATE * integral of e)),    e = path - y,
+
+with progress through the run as time: a proportional-integral law for the logarithm of the weight. Zeros answer to the weight with
+a delay, dy/dt = a (g ln weight - y) near any point; then the loop's two poles are real, so that it cannot oscillate, for every
+g as long as a is at least INTEGRAL_RATE: a (1 + g GAIN)^2 >= 4 a g GAIN >= 4 INTEGRAL_RATE g GAIN.
+
+The weight of the activations' penalty in each step: by stages, or by the loop that ends at a target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sparsify.models import FfnActivation, SparseModel
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import PenaltyStageSection
+
+
+@dataclass(frozen=True)
+class PressureRecord:
+    """What the penalty met in one step, over all ranks and layers.
+
+    Attributes:
+        penalty: Before its weight: mean absolute activation of each layer, summed over layers.
+        zeros: Share of products that were exactly zero.
+        gate_zeros: Share of gate factors that were.
+    """
+
+    penalty: float
+    zeros: float
+    gate_zeros: float
+
+
+def stage_weight(stages: Sequence[PenaltyStageSection], budget_share: float) -> float:
+    """The penalty's weight at a point of the run.
+
+    Constant in the first stage; in every later one it rises from the weight of the stage before to its own as
+    (sin(-pi/2 + pi x) + 1) / 2 rises from 0 to 1.
+
+    Args:
+        stages: At least one.
+        budget_share: Tokens seen as a share of the budget.
+    """
+    start, before = 0.0, stages[0].weight
+    for stage in stages:
+        if budget_share < stage.until_budget_share:
+            x = (budget_share - start) / (stage.until_budget_share - start)
+            return before + (stage.weight - before) * (math.sin(math.pi * (x - 0.5)) + 1) / 2
+        start, before = stage.until_budget_share, stage.weight
+    return before
+
+
+class PressureMeter:
+    """Context manager that takes the penalty of a model's forward passes while it is on.
+
+    It watches activations, never weights, so partitioned weights (ZeRO-3) do not matter to it. What activation checkpointing
+    computes again during the backward pass is not counted again; there the hooks only repeat what they keep for it.
+
+    Args:
+        model: The model that trains.
+        gate_share: Part of the penalty on the gate's factor, 0 to 1.
+        device: Where to count.
+    """
+
+    def __init__(self, model: SparseModel, gate_share: float, device: torch.device) -> None:
+        self._model, self._gate_share = model, gate_share
+        self._in_forward = False
+        blocks = len(model.ffn_blocks())
+        self._sums: list[list[torch.Tensor]] = [[] for _ in range(blocks)]
+        self._values = [0] * blocks
+        # Penalty and passes; values, zero products and zero gate factors.
+        self._totals = torch.zeros(5, dtype=torch.float64, device=device)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        decoder = self._model.model
+        self._handles = [
+            decoder.register_forward_pre_hook(self._begin),
+            decoder.register_forward_hook(self._end, always_call=True),
+        ]
+        for index, block in enumerate(self._model.ffn_blocks()):
+            hook = partial(self._take_layer, index)
+            self._handles.append(block.ffn_activation.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def penalty(self) -> torch.Tensor:
+        """The penalty of the forward pass that has just ended, with its gradient. []"""
+        layers = [
+            torch.stack(sums).sum() / max(values, 1)
+            for sums, values in zip(self._sums, self._values, strict=True)
+            if sums
+        ]
+        penalty = torch.stack(layers).sum()
+        with torch.no_grad():
+            self._totals[0] += penalty
+            self._totals[1] += 1
+        return penalty
+
+    def reduce(self) -> PressureRecord:
+        """The step's record over all ranks; every rank calls it."""
+        dist.all_reduce(self._totals)
+        penalty, passes, values, zeros, gate_zeros = self._totals.tolist()
+        values = max(values, 1)
+        return PressureRecord(penalty / max(passes, 1), zeros / values, gate_zeros / values)
+
+    def _begin(self, decoder: nn.Module, _: object) -> None:
+        self._sums, self._values = [[] for _ in self._sums], [0] * len(self._values)
+        self._in_forward = True
+
+    def _end(self, decoder: nn.Module, _: object, output: object) -> None:
+        self._in_forward = False
+
+    def _take_layer(
+        self,
+        layer: int,
+        activation: FfnActivation,
+        pre_activations: tuple[torch.Tensor, torch.Tensor],
+        product: torch.Tensor,
+    ) -> None:
+        gate_share = self._gate_share
+        total = (1 - gate_share) * product.abs().sum(dtype=torch.float32)
+        gate_factor = None
+        if gate_share:
+            gate_factor = activation.gate_factor(pre_activations[0])
+            total = total + gate_share * gate_factor.abs().sum(dtype=torch.float32)
+        if not self._in_forward:
+            return
+        self._sums[layer].append(total)
+        self._values[layer] += product.numel()
+        with torch.no_grad():
+            if gate_factor is None:
+                gate_factor = activation.gate_factor(pre_activations[0])
+            self._totals[2] += product.numel()
+            self._totals[3] += (product == 0).sum()
+            self._totals[4] += (gate_factor == 0).sum()
+
+
+RAMP_SHARE = 0.7
+"""Of the way from where control begins to the end of the run: what is left is for the weights to settle at the target."""
+GAIN = 8.0
+INTEGRAL_RATE = 3.0
+FIRST_LOSS_SHARE = 0.003
+"""The penalty begins at this share of the loss."""
+MAX_EXPONENT = -math.log(FIRST_LOSS_SHARE)
+"""The weight stays below the one with which the first penalty would equal the loss, and above the first as far below."""
+ALMOST_ALL = 1 - 1e-6
+
+
+@dataclass(frozen=True)
+class Control:
+    """State of the loop between two steps; plain numbers, saved with the counters.
+
+    Attributes:
+        begun_at: Share of the budget at which it began.
+        first_zeros: Share of zeros that was found there.
+        first_weight: Weight that it began with.
+        zeros: Share of zeros of the newest step.
+        integral: Integral of the error over progress.
+    """
+
+    begun_at: float
+    first_zeros: float
+    first_weight: float
+    zeros: float
+    integral: float = 0.0
+
+    @classmethod
+    def of(cls, saved: dict[str, float]) -> Control | None:
+        """The state that `saved` returned; None for an empty one: control has not begun."""
+        return cls(**saved) if saved else None
+
+    def saved(self) -> dict[str, float]:
+        """As numbers that JSON can hold."""
+        return asdict(self)
+
+
+def begin(budget_share: float, zeros: float, loss: float, penalty: float) -> Control:
+    """Takes over after the first step that was measured with the plain activation.
+
+    Args:
+        budget_share: Tokens seen as a share of the budget.
+        zeros: Share of zeros of that step.
+        loss: Its loss, in nats.
+        penalty: Its penalty before any weight.
+    """
+    first_weight = FIRST_LOSS_SHARE * loss / max(penalty, 1e-12)
+    return Control(budget_share, zeros, first_weight, zeros)
+
+
+def weight(control: Control, target: float, budget_share: float) -> float:
+    """The penalty's weight for the step that begins at this share of the budget."""
+    return control.first_weight * math.exp(_exponent(control, target, budget_share))
+
+
+def after_step(
+    control: Control, target: float, zeros: float, budget_share: float, step_share: float
+) -> Control:
+    """Takes in one step.
+
+    Args:
+        control: The state before it.
+        target: Share of zeros that is wanted at the end.
+        zeros: Share of zeros of the step.
+        budget_share: Tokens seen at its end, as a share of the budget.
+        step_share: Its tokens as a share of the budget.
+    """
+    now = replace(control, zeros=zeros)
+    error = _error(now, target, budget_share)
+    exponent = _exponent(now, target, budget_share)
+    if abs(exponent) >= MAX_EXPONENT and error * exponent > 0:
+        return now  # winding the integral up further would only delay the way back
+    left = max(1 - control.begun_at, step_share)
+    return replace(now, integral=control.integral + error * step_share / left)
+
+
+def path(control: Control, target: float, budget_share: float) -> float:
+    """Share of zeros that is wanted at this share of the budget."""
+    return 1 - math.exp(-_wanted(control, target, budget_share))
+
+
+def _exponent(control: Control, target: float, budget_share: float) -> float:
+    error = _error(control, target, budget_share)
+    exponent = GAIN * (error + INTEGRAL_RATE * control.integral)
+    return max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
+
+
+def _error(control: Control, target: float, budget_share: float) -> float:
+    return _wanted(control, target, budget_share) - _sparsity(control.zeros)
+
+
+def _wanted(control: Control, target: float, budget_share: float) -> float:
+    first, last = _sparsity(control.first_zeros), _sparsity(target)
+    left = max(1 - control.begun_at, 1e-9)
+    x = min(1.0, max(0.0, (budget_share - control.begun_at) / (RAMP_SHARE * left)))
+    # From above the target there is no way to go: pressure only ever makes more zeros.
+    first = min(first, last)
+    return first + (last - first) * (math.sin(math.pi * (x - 0.5)) + 1) / 2
+
+
+def _sparsity(zeros: float) -> float:
+    """-ln(1 - zeros): grows by ln 2 when half of the neurons that fire fall silent."""
+    return -math.log1p(-min(zeros, ALMOST_ALL))
+
+
+def penalty_weight(recipe: Recipe, control: dict[str, float], seen_tokens: int) -> float | None:
+    """Weight for the step that begins after so many tokens; None where the recipe has no penalty.
+
+    Args:
+        recipe: The run's recipe.
+        control: `TrainingState.control`.
+        seen_tokens: Training tokens seen.
+    """
+    share = seen_tokens / _budget_tokens(recipe)
+    if recipe.sparsity.penalty_stages:
+        return stage_weight(recipe.sparsity.penalty_stages, share)
+    if recipe.sparsity.target_zeros is None:
+        return None
+    state = Control.of(control)
+    return 0.0 if state is None else weight(state, recipe.sparsity.target_zeros, share)
+
+
+def next_control(
+    recipe: Recipe,
+    control: dict[str, float],
+    seen_tokens: int,
+    record: PressureRecord | None,
+    loss: float,
+    annealed_share: float,
+) -> dict[str, float]:
+    """`TrainingState.control` after a step; empty where there is no target, or while the anneal hides the zeros.
+
+    Args:
+        recipe: The run's recipe.
+        control: What it was before the step.
+        seen_tokens: Training tokens seen, the step's among them.
+        record: What the step's penalty met.
+        loss: The step's mean cross-entropy, in nats.
+        annealed_share: How much of the sparse activation was in force in the step.
+    """
+    target = recipe.sparsity.target_zeros
+    if target is None or record is None or annealed_share < 1:
+        return control
+    share = seen_tokens / _budget_tokens(recipe)
+    state = Control.of(control)
+    if state is None:
+        return begin(share, record.zeros, loss, record.penalty).saved()
+    step_share = recipe.step_tokens / _budget_tokens(recipe)
+    return after_step(state, target, record.zeros, share, step_share).saved()
+
+
+def _budget_tokens(recipe: Recipe) -> int:
+    return recipe.num_steps * recipe.step_tokens

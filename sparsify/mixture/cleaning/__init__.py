@@ -1,0 +1,1 @@
+"""Exact duplicates, contamination with evaluation items, and what they removed."""

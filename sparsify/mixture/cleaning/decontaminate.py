@@ -1,0 +1,268 @@
+"""Overlap of training documents with evaluation items: 13 words in a row that both hold.
+
+The rule is that of GPT-3 (T. Brown et al., arXiv 2005.14165, Appendix C) and of lm-evaluation-harness: words in lower
+case without punctuation, 13 of them, any one shared 13-gram. An item of 8 to 12 words counts as one n-gram of all its
+words; 8 is the shortest that GPT-3 used. Two things differ. A document with an overlap is left out whole, not cut to
+pieces, since a piece of an instruction is none. And punctuation separates words instead of vanishing, so that
+"film, television", "film , television" and "film—television" are the same two words.
+
+`datatrove` has a block for this. It was not taken because it needs lighteval and nltk and an xxhash older than the one
+that `datasets` brings, knows of a hit only its task and not its item, and does not compare the words behind a hash.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsify.mixture.cleaning.eval_items import decontamination_fingerprint, read_items
+from sparsify.mixture.sources.documents import Document
+from sparsify.recipe.recipe import MixtureSection
+
+NGRAM_WORDS = 13
+SHORT_NGRAM_WORDS = 8
+"""Items with fewer words are too short to tell a copy from a coincidence."""
+EXCERPT_WORDS = 12
+PIECE_CHARACTERS = 1 << 20
+MAX_NGRAM_ITEMS = 10
+"""An n-gram that more items hold is how they are asked, not what: "this question refers to the following information"."""
+FILTER_SLOTS_PER_NGRAM = 8
+BASE = 0x9E3779B97F4A7C15
+"""An odd number whose bits look random: 2^64 / golden ratio (D. Knuth, The Art of Computer Programming, 6.4)."""
+
+_WORD = re.compile(r"[^\W_]+")
+_SPACE = re.compile(r"\s")
+
+Hashes = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What a document shares with evaluation items.
+
+    Args:
+        items: (file, item) of every item that it overlaps with, both numbered from 0, in order.
+        ngram: The first shared n-gram in the document.
+        file: Number of the evaluation file that `ngram` is from.
+        item: Number of the item in that file.
+        excerpt: The document's words around it.
+    """
+
+    items: tuple[tuple[int, int], ...]
+    ngram: str
+    file: int
+    item: int
+    excerpt: str
+
+
+@dataclass(frozen=True)
+class EvaluationFile:
+    """One evaluation file.
+
+    Args:
+        path: Where it is.
+        num_items: Its items.
+        num_short_items: Those of fewer than SHORT_NGRAM_WORDS words, which nothing is compared with.
+    """
+
+    path: Path
+    num_items: int
+    num_short_items: int
+
+
+class Decontaminator:
+    """Finds evaluation items in training documents.
+
+    Args:
+        paths: The evaluation files.
+
+    Raises:
+        MixtureError: If one cannot be read.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self.files: list[EvaluationFile] = []
+        self._items: list[tuple[int, int, str]] = []  # file, item, its words between spaces
+        long_grams, short_grams = _NgramTable(), _NgramTable()
+        for path in paths:
+            num_items = num_short = 0
+            for text in read_items(path):
+                words = _words(text)
+                if len(words) >= NGRAM_WORDS:
+                    long_grams.add(_ngram_hashes(_word_hashes(words))[1], len(self._items))
+                elif len(words) >= SHORT_NGRAM_WORDS:
+                    # Its beginning finds it; whether the rest follows is seen when the words are compared.
+                    short_grams.add(_ngram_hashes(_word_hashes(words))[0][:1], len(self._items))
+                if len(words) >= SHORT_NGRAM_WORDS:
+                    self._items.append((len(self.files), num_items, f" {' '.join(words)} "))
+                else:
+                    num_short += 1
+                num_items += 1
+            self.files.append(EvaluationFile(path, num_items, num_short))
+        self._tables = (short_grams.finish(), long_grams.finish())
+        self.num_common_ngrams = sum(table.num_common for table in self._tables)
+        """N-grams of more than MAX_NGRAM_ITEMS items, which nothing is compared with."""
+
+    @staticmethod
+    def of(mixture: MixtureSection) -> Decontaminator | None:
+        """That of a mixture; None if it is compared with nothing.
+
+        Raises:
+            MixtureError: If an evaluation file is missing or cannot be read.
+        """
+        files = tuple(
+            (str(path), size, time) for path, size, time in decontamination_fingerprint(mixture)
+        )
+        return _decontaminator(files) if files else None
+
+    def overlaps(self, documents: Sequence[Document]) -> list[Overlap | None]:
+        """For each document what it shares with evaluation items, None if nothing."""
+        if not documents:
+            return []
+        hashes = [_text_hashes(_text(document)) for document in documents]
+        ends = np.cumsum([len(one) for one in hashes])
+        # N-grams over the seam of two documents are hashed too; comparing the words refuses them.
+        suspects = [set[int]() for _ in documents]
+        for table, grams in zip(self._tables, _ngram_hashes(np.concatenate(hashes)), strict=True):
+            places = table.candidates(grams)
+            owners = np.searchsorted(ends, places, side="right")
+            for place, owner in zip(places.tolist(), owners.tolist(), strict=True):
+                suspects[owner].add(place - int(ends[owner]) + len(hashes[owner]))
+        return [
+            self._compare(_words(_text(document)), sorted(places)) if places else None
+            for document, places in zip(documents, suspects, strict=True)
+        ]
+
+    def _compare(self, words: list[str], places: Sequence[int]) -> Overlap | None:
+        """Compares the words themselves at the places whose hashes are those of evaluation items."""
+        found: dict[int, tuple[int, str]] = {}
+        hashes = _ngram_hashes(_word_hashes(words))
+        for table, grams in zip(self._tables, hashes, strict=True):
+            for place in (place for place in places if place < len(grams)):
+                for number in table.items_of(grams[place]):
+                    if number not in found:
+                        ngram = self._shared(words, place, number)
+                        if ngram is not None:
+                            found[number] = (place, ngram)
+        if not found:
+            return None
+        first = min(found, key=lambda number: (found[number][0], number))
+        place, ngram = found[first]
+        around = words[max(0, place - EXCERPT_WORDS) : place + NGRAM_WORDS + EXCERPT_WORDS]
+        file, item, _ = self._items[first]
+        items = tuple(self._items[number][:2] for number in sorted(found))
+        return Overlap(items, ngram, file, item, " ".join(around))
+
+    def _shared(self, words: list[str], place: int, number: int) -> str | None:
+        text = self._items[number][2]
+        num_words = min(text.count(" ") - 1, NGRAM_WORDS)
+        ngram = " ".join(words[place : place + num_words])
+        whole = place + num_words <= len(words) and f" {ngram} " in text
+        return ngram if whole else None
+
+
+@lru_cache(maxsize=1)  # every source of a mixture asks for the same one
+def _decontaminator(files: tuple[tuple[str, int | str, int | str], ...]) -> Decontaminator:
+    return Decontaminator(Path(path) for path, _, _ in files)
+
+
+class _NgramTable:
+    """Hashes of n-grams, each with the number of the item that holds it."""
+
+    def __init__(self) -> None:
+        self._parts: list[tuple[Hashes, int]] = []
+        self.num_common = 0
+
+    def add(self, grams: Hashes, item: int) -> None:
+        self._parts.append((np.unique(grams), item))
+
+    def finish(self) -> _NgramTable:
+        """Sorts what was added. Nothing can be added afterwards."""
+        grams = np.concatenate([np.empty(0, np.uint64), *(part for part, _ in self._parts)])
+        lengths = [len(part) for part, _ in self._parts]
+        items = np.repeat(np.array([item for _, item in self._parts], dtype=np.int32), lengths)
+        self._parts.clear()
+        order = np.argsort(grams, kind="stable")
+        grams, items = grams[order], items[order]
+        _, runs, num_items = np.unique(grams, return_inverse=True, return_counts=True)
+        self.num_common = int((num_items > MAX_NGRAM_ITEMS).sum())
+        rare = num_items[runs] <= MAX_NGRAM_ITEMS
+        self._grams, self._items = grams[rare], items[rare]
+        # Most n-grams of training text are told apart by a look at one byte.
+        slot_bits = max(10, (len(grams) * FILTER_SLOTS_PER_NGRAM).bit_length())
+        self._shift = np.uint64(64 - slot_bits)
+        self._slots = np.zeros(1 << slot_bits, dtype=np.bool_)
+        self._slots[self._grams >> self._shift] = True
+        return self
+
+    def candidates(self, grams: Hashes) -> NDArray[np.int64]:
+        """Places of those n-grams whose hash is in the table."""
+        places = np.flatnonzero(self._slots[grams >> self._shift])
+        if not len(places) or not len(self._grams):
+            return places[:0]
+        found = np.searchsorted(self._grams, grams[places])
+        return places[self._grams[np.minimum(found, len(self._grams) - 1)] == grams[places]]
+
+    def items_of(self, gram: np.uint64) -> list[int]:
+        """Numbers of the items that hold an n-gram of this hash, in order, each once."""
+        start, stop = (int(np.searchsorted(self._grams, gram, side)) for side in ("left", "right"))
+        return self._items[start:stop].tolist()
+
+
+def _text(document: Document) -> str:
+    if document.messages is not None:
+        return "\n".join(message["content"] for message in document.messages)
+    return document.text or ""
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
+
+
+def _word_hashes(words: list[str]) -> Hashes:
+    # Python's own hash differs from process to process. That decides nothing: the words are compared afterwards.
+    return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
+
+
+def _text_hashes(text: str) -> Hashes:
+    """Hash of every word. A list of the words themselves takes ten times the memory of a long text."""
+    return np.concatenate([_word_hashes(_words(piece)) for piece in _pieces(text)])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        cut = _SPACE.search(text, start + PIECE_CHARACTERS)
+        if cut is None:
+            break
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:] if start else text
+
+
+def _ngram_hashes(words: Hashes) -> tuple[Hashes, Hashes]:
+    """Hash of the SHORT_NGRAM_WORDS and of the NGRAM_WORDS words that begin at each word, from word hashes [W].
+
+    Polynomials in BASE modulo 2^64, put together from those of 1, 2 and 4 words.
+
+    Returns:
+        [W - 7] and [W - 12]; empty for fewer words.
+    """
+
+    def joined(left: Hashes, left_words: int, right: Hashes, right_words: int) -> Hashes:
+        size = max(0, len(words) - left_words - right_words + 1)
+        power = np.uint64(pow(BASE, right_words, 1 << 64))
+        return left[:size] * power + right[left_words : left_words + size]
+
+    one = words
+    two = joined(one, 1, one, 1)
+    four = joined(two, 2, two, 2)
+    eight = joined(four, 4, four, 4)
+    return eight, joined(eight, 8, joined(four, 4, one, 1), 5)

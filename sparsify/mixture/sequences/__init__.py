@@ -1,0 +1,1 @@
+"""Tokens, drawn into sequences with exact token shares."""

@@ -1,0 +1,250 @@
+"""Windows: pieces of documents laid side by side, with positions and labels that keep the documents apart.
+
+Training windows are packed (`packing`) and found by their number (`plan` and `stream`). Windows to measure on are the held-out
+documents one after another, cut every T tokens, so that none of their positions is empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sparsify.errors import MixtureError
+from sparsify.mixture.sequences.packing import Packing
+from sparsify.mixture.sequences.schedule import SourceSchedule
+from sparsify.mixture.sequences.stream import TrainingStream
+from sparsify.mixture.tokens.shards import Shard
+from sparsify.mixture.tokens.tokenized_source import (
+    ShardDocuments,
+    TokenizedSource,
+)
+
+NO_LOSS = -100
+"""Label of a position without loss, as PyTorch's cross entropy ignores it."""
+
+FIELDS = ("input_ids", "position_ids", "labels")
+
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of T tokens. Labels are already shifted: do not shift them again.
+
+    Args:
+        source: Name of the source it is from.
+        input_ids: [T] int64
+        position_ids: Position within the document; 0 at the window's start as well. [T] int64
+        labels: The token after each of `input_ids` in the same document; NO_LOSS where the document ends there
+            or that token carries no loss. [T] int64
+    """
+
+    source: str
+    input_ids: IntArray
+    position_ids: IntArray
+    labels: IntArray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Windows stacked, and the source of each.
+
+    Attributes:
+        tensors: `input_ids`, `position_ids` and `labels` as in `Window`. [B, T] int64 each
+        sources: Index of each window's source in the reader's `names`. [B] int64
+    """
+
+    tensors: dict[str, torch.Tensor]
+    sources: torch.Tensor
+
+
+class WindowReader:
+    """Gives every training window of a run by its number.
+
+    Args:
+        sources: The tokenised sources; those without a share are not read.
+        schedule: Which source gives which window.
+        window_tokens: T, tokens of one window.
+        seed: Decides the order of documents.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, TokenizedSource],
+        schedule: SourceSchedule,
+        window_tokens: int,
+        seed: int,
+    ) -> None:
+        self.window_tokens, self.schedule = window_tokens, schedule
+        self.names = list(schedule.names)
+        self._end_token = sources[self.names[0]].info.end_token
+        self.streams = {
+            name: TrainingStream(sources[name], window_tokens, seed) for name in self.names
+        }
+
+    def is_here(self, first: int, count: int) -> bool:
+        """Whether the windows first, …, first + count - 1 can be read by now."""
+        last = dict(self.schedule.windows_of(first, count))
+        return all(self.streams[name].is_here(rank) for name, rank in last.items())
+
+    def batch(self, first: int, count: int) -> Batch:
+        """The windows first, …, first + count - 1 of the run, counted over all processes."""
+        places = self.schedule.windows_of(first, count)
+        arrays = _empty_batch(count, self.window_tokens, self._end_token)
+        located = sorted(
+            (name, *self.streams[name].locate(rank), row) for row, (name, rank) in enumerate(places)
+        )
+        for (name, epoch, shard), members in groupby(located, key=lambda place: place[:3]):
+            windows, rows = zip(*(place[3:] for place in members), strict=True)
+            _fill(arrays, rows, *self.streams[name].packed(epoch, shard), windows)
+        indices = {name: index for index, name in enumerate(self.names)}
+        return Batch(
+            {field: torch.from_numpy(array) for field, array in arrays.items()},
+            torch.tensor([indices[name] for name, _ in places]),
+        )
+
+    def window(self, index: int) -> Window:
+        """The training window with this number."""
+        name, rank = self.schedule.locate(index)
+        return read_window(self.streams[name], rank)[0]
+
+
+def _fill(
+    arrays: dict[str, IntArray],
+    rows: Sequence[int],
+    documents: ShardDocuments,
+    packing: Packing,
+    windows: Sequence[int],
+) -> None:
+    """Writes windows of one shard into the rows of the arrays that are theirs. Arrays: [B, T]"""
+    window_tokens = arrays["input_ids"].shape[1]
+    slices = [packing.pieces(window) for window in windows]
+    num_pieces = np.array([piece.stop - piece.start for piece in slices])
+    chosen = np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])
+    document, start, length = (
+        values[chosen] for values in (packing.document, packing.start, packing.length)
+    )
+    begin = np.cumsum(length) - length
+    first_piece = np.cumsum(num_pieces) - num_pieces
+    place = np.array(rows) * window_tokens - begin[first_piece]
+    spread = _Spread(begin, length)
+    target = spread(np.repeat(place, num_pieces)) + spread.index
+    token = spread(documents.starts[document] + start - begin) + spread.index
+    document_end = spread((documents.starts + documents.lengths)[document])
+    arrays["input_ids"].reshape(-1)[target] = documents.shard.tokens[token]
+    arrays["position_ids"].reshape(-1)[target] = spread.index - spread(begin)
+    arrays["labels"].reshape(-1)[target] = _labels(documents.shard, token, document_end)
+
+
+def read_window(stream: TrainingStream, rank: int) -> tuple[Window, int]:
+    """One training window of one source, and how many of its positions hold tokens.
+
+    Args:
+        stream: The source's windows.
+        rank: Number of the window within the source.
+    """
+    epoch, shard, number = stream.locate(rank)
+    documents, packing = stream.packed(epoch, shard)
+    arrays = _empty_batch(1, stream.window_tokens, stream.source.info.end_token)
+    _fill(arrays, [0], documents, packing, [number])
+    window = Window(stream.source.name, **{field: array[0] for field, array in arrays.items()})
+    return window, int(packing.length[packing.pieces(number)].sum())
+
+
+class _Spread:
+    """Repeats one value for each piece over the piece's tokens."""
+
+    def __init__(self, begin: IntArray, length: IntArray) -> None:
+        self._length = length
+        self.index = np.arange(int(begin[-1] + length[-1]))
+
+    def __call__(self, values: IntArray) -> IntArray:
+        return np.repeat(values, self._length)
+
+
+def _labels(shard: Shard, token: IntArray, document_end: IntArray) -> IntArray:
+    """The token after each of `token` in the same document, where it carries loss."""
+    following = token + 1
+    inside = following < document_end
+    following = np.where(inside, following, token)
+    carries_loss = inside if shard.loss is None else inside & (shard.loss[following] != 0)
+    return np.where(carries_loss, shard.tokens[following].astype(np.int64), NO_LOSS)
+
+
+def _empty_batch(num_windows: int, window_tokens: int, end_token: int) -> dict[str, IntArray]:
+    """Windows of nothing but padding: one document without loss, which packing then writes over.
+
+    What packing leaves of it stands apart from the documents, since its positions do not go on from theirs.
+    """
+    shape = (num_windows, window_tokens)
+    return {
+        "input_ids": np.full(shape, end_token, dtype=np.int64),
+        "position_ids": np.zeros(shape, dtype=np.int64),
+        "labels": np.full(shape, NO_LOSS, dtype=np.int64),
+    }
+
+
+def collate(windows: Sequence[Window]) -> dict[str, torch.Tensor]:
+    """Stacks windows of one length into `input_ids`, `position_ids` and `labels`. [B, T] int64 each"""
+    return {
+        field: torch.from_numpy(np.stack([getattr(window, field) for window in windows]))
+        for field in FIELDS
+    }
+
+
+def held_out_windows(source: TokenizedSource, window_tokens: int, num_windows: int) -> list[Window]:
+    """Whole windows of a source's held-out documents, spread evenly over those that the run reads.
+
+    Returns:
+        `num_windows` windows, or as many whole ones as there are.
+
+    Raises:
+        MixtureError: If the held-out documents do not fill one window.
+    """
+    num_tokens = source.num_held_out_tokens
+    whole = num_tokens // window_tokens
+    if whole == 0:
+        raise MixtureError(
+            f"Source {source.name!r} holds out {num_tokens} token(s), less than one window "
+            f"of {window_tokens}.",
+            next_step="Raise mixture.validation_fraction, add documents, or lower training.window_tokens.",
+        )
+    taken = min(num_windows, whole)
+    starts = (number * whole // taken * window_tokens for number in range(taken))
+    spans = ((start, start + window_tokens) for start in starts)
+    return cut_windows(source.name, source.held_out_documents(), spans)
+
+
+def cut_windows(
+    name: str, documents: Sequence[ShardDocuments], spans: Iterable[tuple[int, int]]
+) -> list[Window]:
+    """Windows cut from documents laid one after another.
+
+    Args:
+        name: Name of the source.
+        documents: The documents, shard by shard.
+        spans: First token and end of each window in the row of documents.
+    """
+    parts: dict[str, list[IntArray]] = {field: [] for field in FIELDS}
+    for part in documents:
+        begin = np.cumsum(part.lengths) - part.lengths
+        spread = _Spread(begin, part.lengths)
+        token = spread(part.starts - begin) + spread.index
+        document_end = spread(part.starts + part.lengths)
+        parts["input_ids"].append(part.shard.tokens[token].astype(np.int64))
+        parts["position_ids"].append(spread.index - spread(begin))
+        parts["labels"].append(_labels(part.shard, token, document_end))
+    row = {field: np.concatenate(arrays) for field, arrays in parts.items()}
+    windows = []
+    for start, stop in spans:
+        fields = {field: array[start:stop] for field, array in row.items()}
+        # A document that began before the window begins anew in it.
+        offset = np.arange(stop - start)
+        fields["position_ids"] = np.minimum(fields["position_ids"], offset)
+        windows.append(Window(name, **fields))
+    return windows

@@ -1,0 +1,224 @@
+"""Shares of sources over a run: constant in a phase, or moving in a straight line, as exact demand in windows.
+
+The demand of a source after n windows is what it should have given by then: the sum of its shares over those windows. Over all
+sources it sums to n. Everything is computed in integers and fractions, so that a law that holds at the first window holds
+at the last of a trillion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from sparsify.recipe.recipe import MixtureSection, share_phases
+
+LARGEST_DENOMINATOR = 10**9
+"""Shares are taken as the closest fraction up to this denominator: 0.15 is 3/20, not the binary float beside it."""
+
+
+def exact_shares(shares: Mapping[str, float | Fraction]) -> dict[str, Fraction]:
+    """Shares as fractions that sum to 1; a fraction stays what it is in proportion to the others."""
+    exact = {
+        name: share
+        if isinstance(share, Fraction)
+        else Fraction(str(share)).limit_denominator(LARGEST_DENOMINATOR)
+        for name, share in shares.items()
+    }
+    total = sum(exact.values())
+    return {name: share / total for name, share in exact.items()}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A part of a run over which shares stay or move in a straight line.
+
+    Attributes:
+        end: Window at which it ends, counted from the run's start; the last stretch has no end.
+        first: Share of each source at its beginning, above or equal to 0.
+        last: Share of each source at its end.
+    """
+
+    end: int | None
+    first: Mapping[str, float | Fraction]
+    last: Mapping[str, float | Fraction]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """One stretch in integers: demand(start + m) * denominator = base + linear * m + quadratic * m * m, for each source."""
+
+    start: int
+    end: float
+    denominator: int
+    base: tuple[int, ...]
+    linear: tuple[int, ...]
+    quadratic: tuple[int, ...]
+
+    def scaled_demand(self, source: int, window: int) -> int:
+        m = window - self.start
+        return self.base[source] + (self.linear[source] + self.quadratic[source] * m) * m
+
+
+class Shares:
+    """The demand of every source over a run.
+
+    Args:
+        stretches: From the run's beginning to beyond its end. Shares of each are divided by their sum, should it
+            differ from 1. Sources that have no share anywhere are left out.
+    """
+
+    def __init__(self, stretches: Sequence[Stretch]) -> None:
+        self.stretches = list(stretches)
+        # By name, so that the order in which a YAML file lists its sources changes nothing.
+        named = {
+            name
+            for part in stretches
+            for name, share in [*part.first.items(), *part.last.items()]
+            if share
+        }
+        self.names = sorted(named)
+        self._pieces: list[_Piece] = []
+        demand = [Fraction(0)] * len(self.names)
+        start = 0
+        for part in stretches:
+            first, last = self._fractions(part.first), self._fractions(part.last)
+            if part.end is None or part.end > start:
+                demand = self._append(start, part.end, first, last, demand)
+                start = part.end or start
+        if stretches[-1].end is not None:
+            last = self._fractions(stretches[-1].last)
+            self._append(start, None, last, last, demand)
+
+    @classmethod
+    def constant(cls, shares: Mapping[str, float]) -> Shares:
+        """The same shares all the way."""
+        return cls([Stretch(None, shares, shares)])
+
+    @classmethod
+    def of(cls, mixture: MixtureSection, num_windows: int) -> Shares:
+        """The shares that a mixture states for a run of `num_windows`; its phases end at whole windows."""
+        return cls(
+            [
+                Stretch(round(end * num_windows), first, last)
+                for end, first, last in share_phases(mixture)
+            ]
+        )
+
+    @property
+    def period(self) -> int | None:
+        """Windows after which every demand is whole again, as long as the first stretch lasts; None if it is a ramp."""
+        piece = self._pieces[0]
+        if any(piece.quadratic):
+            return None
+        return piece.denominator // math.gcd(piece.denominator, *piece.linear)
+
+    @property
+    def first_change(self) -> float:
+        """Window at which the first stretch ends."""
+        return self._pieces[0].end
+
+    def demand(self, source: str, window: int) -> Fraction:
+        """What a source should have given among the first `window` windows; 0 for one without any share."""
+        if source not in self.names:
+            return Fraction(0)
+        index, piece = self.names.index(source), self._piece_of(window)
+        return Fraction(piece.scaled_demand(index, window), piece.denominator)
+
+    def planned(self, num_windows: int) -> dict[str, int]:
+        """Demand in whole windows that sum to `num_windows`: at most one from what the schedule gives, and known at once."""
+        demand = {name: self.demand(name, num_windows) for name in self.names}
+        planned = {name: int(windows) for name, windows in demand.items()}
+        missing = num_windows - sum(planned.values())
+        nearest = sorted(self.names, key=lambda name: planned[name] - demand[name])
+        return planned | {name: planned[name] + 1 for name in nearest[:missing]}
+
+    def reaches(self, source: int, numerator: int, denominator: int) -> float:
+        """The first window n with demand(n) >= numerator / denominator; infinity if there is none.
+
+        Args:
+            source: Index in `names`.
+            numerator: Of the demand to reach.
+            denominator: Of the same, above 0.
+        """
+        return next(self.moments(source, numerator, denominator))
+
+    def moments(self, source: int, numerator: int, denominator: int) -> Iterator[float]:
+        """`reaches` of a demand, of that demand + 1, + 2, and so on for ever."""
+        for piece in self._pieces:  # the last of them has no end, and infinity is not beyond it
+            while True:
+                # Demands are whole multiples of 1 / piece.denominator: round what is wanted up to the next of them.
+                wanted = -(-numerator * piece.denominator // denominator)
+                found = _first_reaching(piece, source, wanted)
+                if found > piece.end:
+                    break
+                yield found
+                numerator += denominator
+
+    def share(self, source: str, window: int) -> float:
+        """The share of a source round about a window."""
+        return float(self.demand(source, window + 1) - self.demand(source, window))
+
+    def _piece_of(self, window: int) -> _Piece:
+        return next(piece for piece in self._pieces if window <= piece.end)
+
+    def _fractions(self, shares: Mapping[str, float | Fraction]) -> list[Fraction]:
+        exact = exact_shares(shares)
+        return [exact.get(name, Fraction(0)) for name in self.names]
+
+    def _append(
+        self,
+        start: int,
+        end: int | None,
+        first: list[Fraction],
+        last: list[Fraction],
+        demand: list[Fraction],
+    ) -> list[Fraction]:
+        """Adds a piece; returns the demand at its end."""
+        length = 1 if end is None else end - start
+        bend = [
+            (b - a) / (2 * length) if end is not None else Fraction(0)
+            for a, b in zip(first, last, strict=True)
+        ]
+        numbers = [*first, *bend, *demand]
+        denominator = math.lcm(*(number.denominator for number in numbers))
+
+        def scaled(values: list[Fraction]) -> tuple[int, ...]:
+            return tuple(int(value * denominator) for value in values)
+
+        piece = _Piece(
+            start,
+            math.inf if end is None else end,
+            denominator,
+            scaled(demand),
+            scaled(first),
+            scaled(bend),
+        )
+        self._pieces.append(piece)
+        if end is None:
+            return demand
+        return [
+            Fraction(piece.scaled_demand(source, end), denominator)
+            for source in range(len(self.names))
+        ]
+
+
+def _first_reaching(piece: _Piece, source: int, wanted: int) -> float:
+    """The first window of a piece at which a source's scaled demand is at least `wanted`; infinity if none is."""
+    linear, quadratic = piece.linear[source], piece.quadratic[source]
+    missing = wanted - piece.base[source]
+    if missing <= 0:
+        return piece.start
+    if not quadratic:
+        return piece.start + -(-missing // linear) if linear else math.inf
+    root = linear * linear + 4 * quadratic * missing
+    if root < 0:  # the falling share ends before
+        return math.inf
+    guess = (math.isqrt(root) - linear) // (2 * quadratic)
+    m = max(guess - 2, 0)
+    while (linear + quadratic * m) * m < missing:
+        m += 1
+        if piece.start + m > piece.end:
+            return math.inf
+    return piece.start + m

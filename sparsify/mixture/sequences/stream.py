@@ -1,0 +1,122 @@
+"""The endless stream of one source's training windows, epoch after epoch, any of them found by its number.
+
+The first epoch reads the shards in the order in which they were tokenised, so that it can begin before the last one is there;
+later epochs shuffle the shards. Within a shard, documents are packed and windows shuffled anew each epoch. Every
+document is in each epoch exactly once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsify.files import storage_errors
+from sparsify.mixture.sequences.packing import Packing, count_windows, pack_documents
+from sparsify.mixture.tokens.tokenized_source import (
+    ShardDocuments,
+    TokenizedSource,
+)
+
+OPEN_PACKINGS = 2
+"""A batch may lie across the seam of one shard and the next."""
+
+IntArray = NDArray[np.int64]
+
+
+class TrainingStream:
+    """Windows of one source.
+
+    Args:
+        source: The tokenised source, which may still be growing.
+        window_tokens: Tokens of a window.
+        seed: Decides the order.
+    """
+
+    def __init__(self, source: TokenizedSource, window_tokens: int, seed: int) -> None:
+        self.source, self.window_tokens, self.seed = source, window_tokens, seed
+        self._counts = self._stored_counts()[: source.num_shards]
+        self._settled = False
+        self.packed = lru_cache(maxsize=OPEN_PACKINGS)(self._packed)
+        self._epoch = lru_cache(maxsize=OPEN_PACKINGS)(self._order_of_epoch)
+        self._count()
+
+    @property
+    def num_windows(self) -> int:
+        """Windows of one epoch; those that are here by now, until the source is settled."""
+        return int(self._counts.sum())
+
+    def is_here(self, rank: int) -> bool:
+        """Whether a window can be read now; looks for new shards when it could not before."""
+        if not self._settled and rank >= self.num_windows:
+            self.source.refresh()
+            self._count()
+        return self._settled or rank < self.num_windows
+
+    def locate(self, rank: int) -> tuple[int, int, int]:
+        """Epoch, shard and window within the shard of the stream's window with this number."""
+        # Until the source is settled nobody knows how long an epoch is, and the first is not over.
+        epoch, rest = divmod(rank, self.num_windows) if self._settled else (0, rank)
+        order, ends = self._epoch(epoch, len(self._counts))
+        place = int(np.searchsorted(ends, rest, side="right"))
+        return epoch, int(order[place]), rest - (int(ends[place - 1]) if place else 0)
+
+    def _count(self) -> None:
+        known, self._settled = len(self._counts), self.source.settled
+        new = [
+            count_windows(self.source.train_documents(number).lengths, self.window_tokens)
+            for number in range(known, self.source.num_shards)
+        ]
+        self._counts = np.array([*self._counts, *new], dtype=np.int64)
+        if new:
+            self._store_counts()
+
+    def _order_of_epoch(self, epoch: int, num_shards: int) -> tuple[IntArray, IntArray]:
+        order = np.arange(num_shards)
+        if epoch:
+            order = self._shuffle(epoch).permutation(order)
+        return order, np.cumsum(self._counts[order])
+
+    def _packed(self, epoch: int, shard: int) -> tuple[ShardDocuments, Packing]:
+        """Documents and packing of one shard in one epoch."""
+        documents = self.source.train_documents(shard)
+        shuffle = self._shuffle(epoch, shard)
+        return documents, pack_documents(documents.lengths, self.window_tokens, shuffle)
+
+    def _shuffle(self, *place: int) -> np.random.RandomState:
+        key = "/".join(map(str, (self.seed, self.source.name, *place))).encode()
+        digest = hashlib.blake2b(key, digest_size=32).digest()
+        # RandomState, whose streams NumPy guarantees to stay as they are: a newer Generator may shuffle
+        # differently, and a run resumed under it would see some documents twice and others never.
+        return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
+
+    @property
+    def _counts_path(self) -> Path:
+        return self.source.cache.folder / f"windows-{self.window_tokens}.npy"
+
+    def _stored_counts(self) -> IntArray:
+        """Windows of the first shards, as some run counted them before: late resumes count none again."""
+        try:
+            counts = np.load(self._counts_path)
+        except (OSError, ValueError, EOFError):
+            return np.empty(0, dtype=np.int64)
+        whole = sum(
+            self.source.is_whole(n) for n in range(min(len(counts), self.source.num_shards))
+        )
+        return counts[:whole]
+
+    def _store_counts(self) -> None:
+        whole = sum(self.source.is_whole(number) for number in range(len(self._counts)))
+        if whole <= len(self._stored_counts()):
+            return
+        partial = self._counts_path.with_suffix(f".partial-{np.random.SeedSequence().entropy:x}")
+        with storage_errors(self._counts_path):
+            try:
+                with partial.open("wb") as file:
+                    np.save(file, self._counts[:whole])
+                partial.replace(self._counts_path)
+            finally:
+                partial.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Text files, datasets and token files, read as documents."""

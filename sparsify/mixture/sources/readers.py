@@ -1,0 +1,365 @@
+"""Rows of a file, one after another in constant memory. A row that cannot be read is reported and left out.
+
+The rows of a JSON file, without holding the file in memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Protocol
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+from datasets.exceptions import DatasetsError
+from pydantic_core import from_json
+
+from sparsify.mixture.sources.bad_rows import Reason
+from sparsify.mixture.sources.source_files import (
+    READ_ERRORS,
+    SAVED_DATASET,
+    BrokenFileError,
+    SourceFile,
+    open_binary,
+    open_seekable,
+    open_text,
+    text_chunks,
+)
+
+MAX_VALUE_CHARACTERS = 1 << 28
+_SPACE = re.compile(r"[ \t\n\r]*")
+# An error this near to the end of what is read may be about what is not read yet: "\\ud83d\\ude00" is the longest.
+_MARGIN = 16
+
+
+def json_list(chunks: Iterable[str]) -> Iterator[Any]:
+    """Elements of the list that a JSON text is, or of the one list of objects that its object holds.
+
+    Raises:
+        BrokenFileError: If the text does not go on as JSON, or holds no such list.
+    """
+    text = _Text(iter(chunks))
+    opening = text.peek()
+    if opening == "[":
+        yield from _elements(text)
+    elif opening == "{":
+        yield from _list_inside(text)
+    elif opening:
+        raise BrokenFileError(
+            "it holds neither a list nor an object; use .jsonl for one object a line"
+        )
+    if text.peek():
+        raise BrokenFileError(
+            f"there is more after its end, at character {text.position:,}; "
+            "use .jsonl for one object a line"
+        )
+
+
+def _elements(text: _Text) -> Iterator[Any]:
+    text.take("[")
+    if text.peek() == "]":
+        text.take("]")
+        return
+    while True:
+        yield text.value()
+        if text.peek() == "]":
+            text.take("]")
+            return
+        text.take(",")
+
+
+def _list_inside(text: _Text) -> Iterator[Any]:
+    text.take("{")
+    found = None
+    while text.peek() != "}":
+        key = text.value()
+        text.take(":")
+        if text.peek() == "[":
+            elements = _elements(text)
+            first = next(elements, None)
+            if isinstance(first, dict):
+                if found is not None:
+                    raise BrokenFileError(f"it holds two lists, {found!r} and {key!r}")
+                found = key
+                yield first
+                yield from elements
+            for _ in elements:
+                pass
+        else:
+            text.value()
+        if text.peek() != "}":
+            text.take(",")
+    text.take("}")
+    if found is None:
+        raise BrokenFileError("it is an object that holds no list of objects")
+
+
+class _Text:
+    """A JSON text of which only a piece is held, and the place in it."""
+
+    def __init__(self, chunks: Iterator[str]) -> None:
+        self._chunks, self._held, self._at = chunks, "", 0
+        self._before = 0
+        self._decoder = json.JSONDecoder()
+
+    @property
+    def position(self) -> int:
+        """Characters of the file before this place."""
+        return self._before + self._at
+
+    def peek(self) -> str:
+        """The next character that is no blank; "" at the end."""
+        while True:
+            self._at = _SPACE.match(self._held, self._at).end()  # pyright: ignore[reportOptionalMemberAccess]
+            if self._at < len(self._held) or not self._more():
+                return self._held[self._at : self._at + 1]
+
+    def take(self, wanted: str) -> None:
+        found = self.peek()
+        if found != wanted:
+            said = f"{found!r}" if found else "the end of the file"
+            raise BrokenFileError(
+                f"{wanted!r} expected, {said} found, at character {self.position:,}"
+            )
+        self._at += 1
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._held, self._at)
+            except json.JSONDecodeError as error:
+                unfinished = (
+                    error.msg.startswith("Unterminated string")
+                    or error.pos >= len(self._held) - _MARGIN
+                )
+                held = len(self._held) - self._at
+                # As much again each time: a long value is parsed again only a few times.
+                if not (unfinished and held < MAX_VALUE_CHARACTERS and self._more(held)):
+                    where = self._before + error.pos
+                    raise BrokenFileError(
+                        f"not JSON: {error.msg}, at character {where:,}"
+                    ) from error
+                continue
+            except (ValueError, RecursionError) as error:
+                raise BrokenFileError(
+                    f"not JSON: {error}, at character {self.position:,}"
+                ) from error
+            # A number at the end of what is held may go on in what is not: "1" is held of "1.5", or "1e-" of "1e-5".
+            whole = not isinstance(value, int | float) or end < len(self._held) - len("e-")
+            if whole or not self._more():
+                self._at = end
+                return value
+
+    def _more(self, characters: int = 1) -> bool:
+        """Reads on by so many characters or more. Returns False at the end."""
+        pieces = [self._held[self._at :]]
+        read = 0
+        for chunk in self._chunks:
+            pieces.append(chunk)
+            read += len(chunk)
+            if read >= characters:
+                break
+        if read:
+            self._before += self._at
+            self._held, self._at = "".join(pieces), 0
+        return read > 0
+
+
+MAX_ROW_BYTES = 1 << 28
+BATCH_BYTES = 1 << 25
+MAX_BATCH_ROWS = 1024
+BOM = b"\xef\xbb\xbf"
+
+Rows = Iterator[tuple[int, Any]]
+"""Number of each row in its file (its line, where a row is a line) and its value."""
+
+
+class Report(Protocol):
+    """Takes note of a row that cannot be read."""
+
+    def __call__(self, reason: Reason, row: int, detail: str, rows: int = 1) -> None: ...
+
+
+def read_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
+    """Rows of a file, read as its format says.
+
+    Args:
+        file: Of one of ROW_FORMATS, or a saved data set.
+        columns: The columns that are needed; None if they are not known.
+        report: Told about rows that cannot be read, and about a file that breaks off.
+    """
+    number = 0
+    try:
+        for number, row in _READERS[file.format](file, columns, report):
+            yield number, row
+    except READ_ERRORS as error:
+        said = str(error).strip().partition("\n")[0] or type(error).__name__
+        report(Reason.BROKEN_FILE, number, f"breaks off after this row: {said}")
+
+
+def _jsonl_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
+    with open_binary(file) as stream:
+        for number, line in _lines(stream, report):
+            try:
+                row = from_json(line)  # three times as fast as Python's own, and stricter
+            except ValueError:
+                # Bytes that are no UTF-8 become lone surrogates: they harm the columns that hold them, no others.
+                text = line.decode("utf-8", "surrogateescape")
+                if text.isspace():
+                    continue
+                try:
+                    row = json.loads(text)
+                except (ValueError, RecursionError) as error:
+                    report(Reason.NOT_JSON, number, f"is not JSON: {error}")
+                    continue
+            yield number, row
+
+
+def _lines(stream: io.BufferedReader, report: Report) -> Iterator[tuple[int, bytes]]:
+    number = 0
+    while line := stream.readline(MAX_ROW_BYTES):
+        number += 1
+        if len(line) == MAX_ROW_BYTES and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(MAX_ROW_BYTES)
+            report(Reason.TOO_LONG, number, f"is a line of more than {MAX_ROW_BYTES:,} bytes")
+            continue
+        yield number, line.removeprefix(BOM) if number == 1 else line
+
+
+def _json_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
+    yield from enumerate(json_list(text_chunks(file)), start=1)
+
+
+def _csv_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
+    # csv's own limit of 128 KiB a field is shorter than many documents.
+    csv.field_size_limit(MAX_ROW_BYTES)
+    header: list[str] | None = None
+    with open_text(file, newline="") as stream:
+        dialect = "excel-tab" if file.format == ".tsv" else "excel"
+        reader = csv.reader(stream, dialect, strict=True)
+        while True:
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                report(Reason.NOT_CSV, reader.line_num, f"is not {file.format[1:]}: {error}")
+                continue
+            if header is None:
+                header = values
+            elif len(values) == len(header):
+                yield reader.line_num, dict(zip(header, values, strict=True))
+            elif values:
+                detail = f"has {len(values)} fields for {len(header)} columns"
+                report(Reason.NOT_CSV, reader.line_num, detail)
+
+
+def _parquet_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
+    with open_seekable(file) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
+        wanted = _projection(parquet.schema_arrow.names, columns)
+        first = 1
+        for index in range(parquet.num_row_groups):
+            group = parquet.metadata.row_group(index)
+            batches = parquet.iter_batches(_batch_rows(group), row_groups=[index], columns=wanted)
+            read = 0
+            try:
+                for batch in batches:
+                    yield from _batch(batch, first + read, report)
+                    read += batch.num_rows
+            except READ_ERRORS as error:
+                said = str(error).partition("\n")[0]
+                detail = f"begins rows of row group {index} that cannot be read: {said}"
+                report(Reason.UNREADABLE, first + read, detail, rows=group.num_rows - read)
+            first += group.num_rows
+
+
+def _batch_rows(group: Any) -> int:
+    """Rows to hold at once: few where they are long."""
+    row_bytes = max(1, group.total_byte_size / max(1, group.num_rows))
+    return min(MAX_BATCH_ROWS, max(1, math.floor(BATCH_BYTES / row_bytes)))
+
+
+def _arrow_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
+    with open_seekable(file) as stream:
+        try:
+            reader = pyarrow.ipc.open_file(stream)
+        except pyarrow.ArrowInvalid:  # `datasets` writes the stream format, others the file format
+            stream.seek(0)
+            yield from _batches(pyarrow.ipc.open_stream(stream), columns, report)
+            return
+        first = 1
+        for index in range(reader.num_record_batches):
+            try:
+                batch = reader.get_batch(index)
+            except READ_ERRORS as error:
+                report(
+                    Reason.UNREADABLE, first, f"begins batch {index} that cannot be read: {error}"
+                )
+                continue
+            yield from _batches([batch], columns, report, first)
+            first += batch.num_rows
+
+
+def _saved_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
+    try:
+        saved = datasets.Dataset.load_from_disk(str(file.path))
+    except (ValueError, LookupError, DatasetsError) as error:
+        raise BrokenFileError(f"is no data set that can be loaded: {error}") from error
+    yield from _batches(saved.with_format("arrow").iter(batch_size=64), columns, report)
+
+
+def _batches(batches: Any, columns: Collection[str] | None, report: Report, first: int = 1) -> Rows:
+    """Rows of record batches or tables, whose first row has the number `first`."""
+    for batch in batches:
+        wanted = _projection(batch.schema.names, columns)
+        for start in range(0, batch.num_rows, MAX_BATCH_ROWS):
+            piece = batch.slice(start, MAX_BATCH_ROWS)
+            yield from _batch(piece.select(wanted) if wanted else piece, first + start, report)
+        first += batch.num_rows
+
+
+def _batch(batch: Any, first: int, report: Report) -> Rows:
+    try:
+        rows = batch.to_pylist()
+    except (ValueError, pyarrow.ArrowException):
+        yield from _one_by_one(batch, first, report)
+        return
+    yield from enumerate(rows, start=first)
+
+
+def _one_by_one(batch: Any, first: int, report: Report) -> Rows:
+    for index in range(batch.num_rows):
+        try:
+            (row,) = batch.slice(index, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            report(Reason.INVALID_UTF8, first + index, f"holds a text that is not UTF-8: {error}")
+        except (ValueError, pyarrow.ArrowException) as error:
+            report(Reason.UNREADABLE, first + index, f"cannot be read: {error}")
+        else:
+            yield first + index, row
+
+
+def _projection(names: list[str], columns: Collection[str] | None) -> list[str] | None:
+    """The columns to read: only those needed, but all of them where one is missing, so that it can be told."""
+    if columns is None or not set(columns) <= set(names):
+        return None
+    return sorted(columns)
+
+
+_READERS: dict[str, Callable[[SourceFile, Collection[str] | None, Report], Rows]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _parquet_rows,
+    ".arrow": _arrow_rows,
+    SAVED_DATASET: _saved_rows,
+}

@@ -1,0 +1,99 @@
+"""Documents that were tokenised elsewhere: one row of token ids after another, each ended by the end of sequence."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.errors import MixtureError
+from sparsify.mixture.sources.documents import Document
+from sparsify.mixture.sources.source_files import SourceFile
+from sparsify.recipe.recipe import SourceSection
+
+CHUNK_TOKENS = 1 << 20
+MAX_DOCUMENT_TOKENS = 1 << 25
+
+Ids = NDArray[np.integer]
+
+
+def token_documents(
+    name: str, file: SourceFile, source: SourceSection, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Document]:
+    """Documents of one file of token ids: `.npy`, or `.bin` with the ids alone in `source.token_dtype`.
+
+    Raises:
+        MixtureError: If the file is of another type, or its ids cannot be the tokenizer's.
+    """
+    ids = _open(name, file, source)
+    end = tokenizer.eos_token_id
+    pieces: list[Ids] = []
+    held = number = 0
+    for start in range(0, len(ids), CHUNK_TOKENS):
+        chunk = np.array(ids[start : start + CHUNK_TOKENS])
+        _check_vocabulary(name, file, chunk, start, len(tokenizer))
+        first = 0
+        for stop in np.flatnonzero(chunk == end).tolist():
+            number += 1
+            pieces.append(chunk[first:stop])
+            yield from _document(pieces, file, number)
+            pieces, held, first = [], 0, stop + 1
+        pieces.append(chunk[first:])
+        held += len(chunk) - first
+        if held > MAX_DOCUMENT_TOKENS:
+            raise MixtureError(
+                f"Source {name!r}: {file.path} goes on for {held:,} tokens without the end-of-sequence token {end}.",
+                allowed=f"Documents of at most {MAX_DOCUMENT_TOKENS:,} tokens, each ended by it.",
+                next_step="Use the tokenizer that the file was made with, or check token_dtype.",
+            )
+    yield from _document(pieces, file, number + 1)
+
+
+def _open(name: str, file: SourceFile, source: SourceSection) -> NDArray[np.integer]:
+    stated = np.dtype(source.token_dtype) if source.token_dtype else None
+    if file.format == ".npy":
+        try:
+            ids = np.load(file.path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise _not_tokens(name, file, f"cannot be read: {error}") from error
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or stated not in (None, ids.dtype):
+            raise _not_tokens(name, file, f"holds an array {list(ids.shape)} of {ids.dtype}")
+        return ids
+    if stated is None:
+        raise _not_tokens(name, file, "does not say what its numbers are")
+    if file.num_bytes % stated.itemsize:
+        raise _not_tokens(name, file, f"has {file.num_bytes:,} bytes, no whole number of {stated}")
+    if not file.num_bytes:
+        return np.empty(0, dtype=stated)
+    return np.memmap(file.path, dtype=stated, mode="r")
+
+
+def _not_tokens(name: str, file: SourceFile, what: str) -> MixtureError:
+    return MixtureError(
+        f"Source {name!r}: {file.path} {what}.",
+        allowed=".npy with one row of integers, or .bin with uint16 or uint32 as token_dtype says.",
+        next_step=f"Set mixture.sources.{name}.token_dtype, or write the file again.",
+    )
+
+
+def _check_vocabulary(
+    name: str, file: SourceFile, chunk: NDArray[np.integer], start: int, vocabulary_size: int
+) -> None:
+    wrong = np.flatnonzero((chunk < 0) | (chunk >= vocabulary_size))
+    if len(wrong):
+        place = int(wrong[0])
+        raise MixtureError(
+            f"Source {name!r}: token {start + place:,} of {file.path} is {int(chunk[place]):,}.",
+            allowed=f"The tokenizer has ids 0 to {vocabulary_size - 1:,}.",
+            next_step="Use the tokenizer that the file was made with, or check token_dtype.",
+        )
+
+
+def _document(pieces: list[Ids], file: SourceFile, number: int) -> Iterator[Document]:
+    ids = np.concatenate(pieces).astype(np.uint32) if pieces else np.empty(0, dtype=np.uint32)
+    if len(ids):
+        origin = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+        yield Document(origin, token_ids=ids, file=str(file.path), row=number)

@@ -1,0 +1,268 @@
+"""From documents to token ids, and which of these tokens carry loss."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import cast
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.errors import MixtureError
+from sparsify.mixture.sources.bad_rows import BadRows, Reason
+from sparsify.mixture.sources.documents import Document
+from sparsify.mixture.tokens.chat import (
+    ChatTemplateError,
+    ChatWriter,
+    Span,
+    chat_template_text,
+)
+from sparsify.mixture.tokens.pool import tokenizer_threads
+from sparsify.recipe.recipe import MixtureSection
+
+Tokenizer = PreTrainedTokenizerFast
+
+PIECE_CHARACTERS = 1 << 20
+"""Longer documents are tokenised in pieces."""
+PIECES_AT_ONCE = 2
+"""Of long documents: a tokenizer holds a hundred bytes and more for each token of what it is given at once."""
+
+Ids = Sequence[int] | NDArray[np.unsignedinteger]
+"""Of one document."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Documents as tokens, one after another.
+
+    Attributes:
+        ids: Token ids. [T]
+        carries_loss: Which of them carry loss as targets; None where no loss mask is kept. [T]
+        lengths: Tokens of each document; 0 for one that the chat template refuses. [D] int64
+    """
+
+    ids: NDArray[np.unsignedinteger]
+    carries_loss: NDArray[np.bool_] | None
+    lengths: NDArray[np.int64]
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """Hash of everything in a tokenizer that decides about token ids of a given text."""
+    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    return _fingerprint(tokenizer, len(tokenizer), ends)
+
+
+@lru_cache(maxsize=2)  # writing out a large vocabulary takes a moment, and every source asks for it
+def _fingerprint(tokenizer: Tokenizer, vocabulary_size: int, ends: tuple[int | None, ...]) -> str:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left behind by whoever called the tokenizer last; neither is used here.
+    backend.pop("truncation", None)
+    backend.pop("padding", None)
+    parts = json.dumps([backend, vocabulary_size, ends], sort_keys=True)
+    return hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()
+
+
+class Encoder:
+    """Turns documents of one source into tokens.
+
+    Args:
+        name: The source's name, for messages.
+        tokenizer: A fast Hugging Face tokenizer with an end-of-sequence token.
+        responses_only: Only the answers of instruction documents and their end carry loss.
+        chat_template: `mixture.chat_template`.
+        bad_rows: Counts the documents that the chat template refuses.
+
+    Raises:
+        MixtureError: If the tokenizer is slow or has no end-of-sequence token, or the chat template cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer,
+        *,
+        responses_only: bool,
+        chat_template: str | None = None,
+        bad_rows: BadRows | None = None,
+    ) -> None:
+        check_tokenizer(tokenizer)
+        self.name, self.tokenizer, self.responses_only = name, tokenizer, responses_only
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._bos, self._eos = cast(tuple[int | None, int], ends)
+        self.token_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.bad_rows = bad_rows or BadRows(name, MixtureSection.max_bad_fraction)
+        self._chat = ChatWriter(tokenizer, chat_template_text(chat_template, tokenizer))
+
+    def encode(self, documents: Sequence[Document]) -> Encoded:
+        """Tokens of documents: `begin` and its end."""
+        return self.begin(documents)()
+
+    def begin(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
+        """Begins to tokenise documents in threads of their own, and returns at once.
+
+        A pretraining document is [bos] + ids + [eos], where the tokenizer has a bos. An instruction document is its
+        chat-template text in the same frame, without doubling what the template writes itself.
+
+        Returns:
+            Gives the tokens when they are there. It counts the documents that the chat template refuses, and raises
+            MixtureError if they are too many by then.
+        """
+        if not documents:
+            return lambda: self._frame([], [] if self.responses_only else None)
+        # A source is all of one kind.
+        if documents[0].messages is not None:
+            return self._begin_chats(documents)
+        if documents[0].token_ids is not None:
+            ids = [one.token_ids for one in documents if one.token_ids is not None]
+            return lambda: self._frame(ids)
+        texts = [document.text or "" for document in documents]
+        # Straight to the tokenizer's own core, and without places: the way through transformers costs a third.
+        # A pretraining text that happens to spell "</s>" must not end its document, so special tokens are only
+        # parsed where a chat template wrote them.
+        backend = self._backend(parse_special_tokens=False)
+        return tokenizer_threads().submit(self._encode_texts, backend, texts)
+
+    def _encode_texts(self, backend: tokenizers.Tokenizer, texts: list[str]) -> Encoded:
+        if max(map(len, texts), default=0) > PIECE_CHARACTERS:
+            return self._frame([self._encode_long(backend, text) for text in texts])
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return self._frame(encoding.ids for encoding in encodings)
+
+    @staticmethod
+    def _encode_long(backend: tokenizers.Tokenizer, text: str) -> Ids:
+        pieces, ids = list(_pieces(text)), array("I")
+        for start in range(0, len(pieces), PIECES_AT_ONCE):
+            some = pieces[start : start + PIECES_AT_ONCE]
+            for encoding in backend.encode_batch_fast(some, add_special_tokens=False):
+                ids.extend(array("I", encoding.ids))
+        return ids
+
+    def _begin_chats(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
+        written, refused = [], []
+        for document in documents:
+            assert document.messages is not None
+            try:
+                text = self._chat.write(document.messages, with_answers=self.responses_only)
+            except ChatTemplateError as error:
+                refused.append((document, error))
+                text = "", []
+            written.append(text)
+        backend = self._backend(parse_special_tokens=True)
+        tokenized = tokenizer_threads().submit(self._encode_chats, backend, written)
+
+        def end() -> Encoded:
+            # Only now, so that what was counted when a shard is closed is of the documents up to there.
+            for document, error in refused:
+                detail = f"the chat template fails: {error}"
+                self.bad_rows.refuse(document.file, Reason.CHAT_TEMPLATE, document.row, detail)
+            return tokenized()
+
+        return end
+
+    def _encode_chats(
+        self, backend: tokenizers.Tokenizer, written: Sequence[tuple[str, list[Span]]]
+    ) -> Encoded:
+        encode = backend.encode_batch if self.responses_only else backend.encode_batch_fast
+        given = [(text, answers) for text, answers in written if text]
+        encodings = encode([text for text, _ in given], add_special_tokens=False)
+        inside = None
+        if self.responses_only:
+            pairs = zip(encodings, given, strict=True)
+            inside = [_inside(encoding, answers) for encoding, (_, answers) in pairs]
+        encoded = self._frame((encoding.ids for encoding in encodings), inside)
+        lengths = np.zeros(len(written), dtype=np.int64)
+        lengths[[bool(text) for text, _ in written]] = encoded.lengths
+        return replace(encoded, lengths=lengths)
+
+    def _backend(self, *, parse_special_tokens: bool) -> tokenizers.Tokenizer:
+        backend = self.tokenizer.backend_tokenizer
+        encode_special_tokens = not parse_special_tokens
+        # Whoever called the tokenizer last may have left truncation or padding behind.
+        wanted = (encode_special_tokens, None, None)
+        if (backend.encode_special_tokens, backend.truncation, backend.padding) != wanted:
+            # Another source's texts may be under way, and a tokenizer at work cannot be changed.
+            tokenizer_threads().wait()
+            backend.encode_special_tokens = encode_special_tokens
+            backend.no_truncation()
+            backend.no_padding()
+        return backend
+
+    def _frame(
+        self, documents: Iterable[Ids], inside: Sequence[NDArray[np.bool_]] | None = None
+    ) -> Encoded:
+        """Puts begin and end around the ids of every document; `inside` says which ids carry loss."""
+        bos, eos = self._bos, self._eos
+        begin, end = array("I", [bos or 0]), array("I", [eos])
+        # A bos is never a target, whatever its mask says: nothing of its document precedes it.
+        no_loss, loss = np.zeros(1, dtype=np.bool_), np.ones(1, dtype=np.bool_)
+        pieces, masks, lengths = [], [], []
+        # A few long arrays: what numpy takes for a short one is paid for every document of a run.
+        for place, ids in enumerate(documents):
+            before = bos is not None and not (len(ids) and ids[0] == bos)
+            after = not (len(ids) and ids[-1] == eos)
+            if before:
+                pieces.append(begin)
+            # array takes a list in a third of the time that numpy does.
+            pieces.append(array("I", ids) if isinstance(ids, list) else np.asarray(ids, np.uint32))
+            if after:
+                pieces.append(end)
+            lengths.append(before + len(ids) + after)
+            if inside is not None:
+                masks += [no_loss] * before + [inside[place]] + [loss] * after
+        flat = np.frombuffer(b"".join(pieces), dtype=np.uint32)
+        return Encoded(
+            flat.astype(self.token_dtype, copy=False),
+            None if inside is None else np.concatenate([np.empty(0, np.bool_), *masks]),
+            np.array(lengths, dtype=np.int64),
+        )
+
+
+def check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Refuses a tokenizer that cannot mark the end of a document or tell where its tokens stand in the text."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise MixtureError(
+            f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} is not a fast one.",
+            allowed="A tokenizer that comes with, or converts to, tokenizer.json.",
+        )
+    if tokenizer.eos_token_id is None:
+        raise MixtureError(
+            f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no end-of-sequence token.",
+            allowed="Documents of one window are told apart by it.",
+            next_step="Set eos_token in its tokenizer_config.json.",
+        )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        # After a line's end, where hardly any tokenizer joins what stands on both sides.
+        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+        if stop <= start or start + PIECE_CHARACTERS >= len(text):
+            stop = start + PIECE_CHARACTERS
+        yield text[start:stop]
+        start = stop
+
+
+def _inside(encoding: tokenizers.Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens begin inside one of the character spans."""
+    inside = np.zeros(len(encoding), dtype=np.bool_)
+    tokens = range(len(encoding))
+    for first, last in spans:
+        # Tokens stand in the order of their text, and asking for a few places takes a twentieth of listing all. By
+        # its end, a token that merges the last blank of the prompt with the answer's first letter counts.
+        start = bisect_right(tokens, first, key=lambda token: _place(encoding, token)[1])
+        stop = bisect_left(tokens, last, key=lambda token: _place(encoding, token)[0])
+        inside[start:stop] = True
+    return inside
+
+
+def _place(encoding: tokenizers.Encoding, token: int) -> Span:
+    return cast(Span, encoding.token_to_chars(token))

@@ -1,0 +1,394 @@
+"""Ingest: documents → tokens in the cache, a batch at a time, as far as a run needs them.
+
+A source is only read as far as the budget reaches. What one run tokenised another reuses, and one that needs more goes on where the
+last one stopped, or was killed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from filelock import FileLock
+
+from sparsify.errors import MixtureError
+from sparsify.files import storage_errors, write_text
+from sparsify.mixture.cleaning.cleaner import Cleaner
+from sparsify.mixture.sources.bad_rows import BadRows
+from sparsify.mixture.sources.documents import Document, is_held_out
+from sparsify.mixture.sources.read import read_documents
+from sparsify.mixture.sources.source_files import SourceFile, source_files
+from sparsify.mixture.tokens.encoder import (
+    Encoded,
+    Encoder,
+    Tokenizer,
+    check_tokenizer,
+    tokenizer_fingerprint,
+)
+from sparsify.mixture.tokens.fingerprint import source_fingerprint
+from sparsify.mixture.tokens.pool import batches, parts, tokenizer_threads
+from sparsify.mixture.tokens.shards import (
+    Shard,
+    ShardWriter,
+    SourceCache,
+    SourceInfo,
+)
+from sparsify.mixture.tokens.tokenized_source import (
+    Need,
+    ShardDocuments,
+    TokenizedSource,
+)
+from sparsify.recipe.recipe import MixtureSection
+
+USUAL_TOKENS_AND_CHARACTERS = (300, 1000)
+"""So many tokens have so many characters; a guess that decides about nothing but speed."""
+QUARANTINE_FILE = "quarantine.json"
+"""Bad rows by reason with examples, as far as the source was read."""
+REFUSALS_FILE = "refusals.json"
+"""The same as of the last closed shard: where an ingest goes on, what it skips is not encoded again."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with a source's name, its training tokens so far, and the training tokens needed."""
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """What to tokenise for one source of a mixture, and where to.
+
+    Args:
+        name: The source's name in its mixture.
+        mixture: The mixture.
+        tokenizer: A fast Hugging Face tokenizer.
+        need: How far to read.
+        cache_dir: Where tokenised sources are kept.
+    """
+
+    name: str
+    mixture: MixtureSection
+    tokenizer: Tokenizer
+    need: Need
+    cache_dir: Path
+
+    def open(self, files: Sequence[SourceFile] | None = None) -> TokenizedSource:
+        """The source as far as it is in the cache.
+
+        Args:
+            files: Its files as they were found before; as they are now unless given.
+
+        Raises:
+            MixtureError: If a file of it is missing, or everything of it lies on one side of the held-out split.
+        """
+        source = self.mixture.sources[self.name]
+        fingerprint = source_fingerprint(self.name, source, self.mixture, self.tokenizer, files)
+        cache = SourceCache(self.cache_dir.expanduser() / fingerprint)
+        found = TokenizedSource(self.name, cache, self.need)
+        if found.covered:
+            _check_split(found, self.mixture.validation_fraction)
+        return found
+
+    def run(self, on_progress: Progress | None = None) -> TokenizedSource:
+        """Tokenises what is missing, in this process, and returns the whole.
+
+        Raises:
+            MixtureError: If the source or the tokenizer cannot supply the tokens.
+            StorageError: If the cache cannot be written.
+        """
+        found = self.open()
+        if found.covered:
+            return found
+        with Ingesting(self) as ingesting:
+            while ingesting.step():
+                if on_progress is not None:
+                    on_progress(self.name, ingesting.train_tokens, self.need.train_tokens)
+        return self.open()
+
+
+def bad_rows_of(source: TokenizedSource) -> BadRows | None:
+    """What was left out of a source for being unreadable; None before it was read as far as any run needed it."""
+    path = source.cache.folder / QUARANTINE_FILE
+    return BadRows.from_json(path.read_bytes()) if path.is_file() else None
+
+
+class Ingesting:
+    """One source being tokenised; holds the lock of its cache folder.
+
+    Args:
+        task: What to tokenise.
+        wait: Whether to wait for another process that is at it; else entering raises filelock.Timeout.
+    """
+
+    def __init__(self, task: Ingest, *, wait: bool = True) -> None:
+        self.task, self._wait = task, wait
+        source, mixture = task.mixture.sources[task.name], task.mixture
+        responses_only = source.group == "instruction" and mixture.instruction_loss == "responses"
+        self._bad_rows = BadRows(task.name, mixture.max_bad_fraction)
+        self._encoder = Encoder(
+            task.name,
+            task.tokenizer,
+            responses_only=responses_only,
+            chat_template=mixture.chat_template,
+            bad_rows=self._bad_rows,
+        )
+        self._info = SourceInfo(
+            token_dtype=self._encoder.token_dtype.name,
+            has_loss_mask=responses_only,
+            tokenizer=tokenizer_fingerprint(task.tokenizer),
+            end_token=int(task.tokenizer.eos_token_id),  # pyright: ignore[reportArgumentType]
+        )
+        # Until the source's own are known.
+        self._written_tokens, self._written_characters = USUAL_TOKENS_AND_CHARACTERS
+        self._writer: ShardWriter | None = None
+        self._finished = False
+
+    def __enter__(self) -> Self:
+        task = self.task
+        # As they are now: reading notices when one of them changes.
+        self._files = source_files(task.name, task.mixture.sources[task.name])
+        folder = task.open(self._files).cache.folder
+        with storage_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(folder.with_suffix(".lock"))
+            self._lock.acquire(blocking=self._wait)
+            try:
+                # While this one waited, another process may have tokenised all of it.
+                self._finished = task.open().covered
+                if not self._finished:
+                    self._begin(folder)
+            except BaseException:
+                self._lock.release()
+                raise
+        return self
+
+    def _begin(self, folder: Path) -> None:
+        task = self.task
+        writer = ShardWriter(folder, self._info)
+        try:
+            cleaner = Cleaner(task.mixture, folder, writer.read_documents)
+        except (
+            ValueError
+        ):  # what it remembered is gone, so that duplicates could not be told any more
+            writer.clear()
+            cleaner = Cleaner(task.mixture, folder, 0)
+        self._writer, self._cleaner = writer, cleaner
+        if writer.read_documents:
+            previous = (folder / REFUSALS_FILE).read_bytes()
+            self._bad_rows.carry_refusals(BadRows.from_json(previous))
+        documents = read_documents(
+            task.name,
+            task.mixture.sources[task.name],
+            self._bad_rows,
+            tokenizer=task.tokenizer,
+            files=self._files,
+            skip_documents=writer.read_documents,
+        )
+        self._read_documents = writer.read_documents
+        self._parts = parts(documents)
+        # The first step has nothing to write while it reads.
+        self._batch: deque[_Part] | None = deque()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the cache folder."""
+        if self._writer is not None:
+            self._writer.close()
+            self._cleaner.close()
+        self._lock.release()
+
+    @property
+    def train_tokens(self) -> int:
+        """Training tokens in the cache by now."""
+        return self._writer.train_tokens if self._writer else self.task.need.train_tokens
+
+    @property
+    def progress(self) -> float:
+        """Share of the training tokens needed that is there by now."""
+        return self.train_tokens / max(self.task.need.train_tokens, 1)
+
+    def step(self) -> bool:
+        """Writes one batch of documents, while the next is read. Returns whether there is more to do."""
+        writer, need = self._writer, self.task.need
+        if self._finished or writer is None:
+            return False
+        with storage_errors(writer.folder):
+            batch = self._batch
+            if batch is not None:
+                self._read_and_write(batch, writer)
+            enough = writer.train_tokens >= need.train_tokens
+            if batch is None or (enough and writer.held_out_tokens >= need.held_out_tokens):
+                self._bad_rows.check()
+                self._cleaner.finish(writer.read_documents)
+                write_text(writer.folder / QUARANTINE_FILE, self._bad_rows.to_json() + "\n")
+                writer.finish(complete=batch is None)
+                self._finished = True
+        return not self._finished
+
+    def _read_and_write(self, batch: deque[_Part], writer: ShardWriter) -> None:
+        """Reads the next batch, part by part, and writes this one meanwhile."""
+        read_documents = self._read_documents
+        read: deque[_Part] = deque()
+        unreadable: Exception | None = None
+        more = True
+        self._keep_busy(batch, read, writer)
+        while more or batch:
+            try:
+                more = more and self._read_part(read)
+            except Exception as error:  # what was read before it counts
+                more, unreadable = False, error
+            self._keep_busy(batch, read, writer)
+            if batch:
+                self._write(batch.popleft(), writer)
+        self._end_batch(read_documents, writer)
+        if unreadable is not None:
+            raise unreadable
+
+    def _read_part(self, read: deque[_Part]) -> bool:
+        """Adds a part of the next batch to what is read of it. Returns whether the batch goes on."""
+        documents, ends_batch = next(self._parts, (None, True))
+        if documents is None:
+            self._batch = None
+            return False
+        read.append(_Part(self._cleaner.clean(documents)))
+        if ends_batch:
+            self._batch, self._read_documents = read, self._cleaner.num_documents
+        return not ends_batch
+
+    def _keep_busy(self, batch: deque[_Part], read: deque[_Part], writer: ShardWriter) -> None:
+        """Begins to tokenise so many parts that the tokenizer has work until the next call."""
+        # The batch after the one that likely meets the need is read, but not tokenised for nothing.
+        wanted = batch if self._may_be_enough(batch, writer) else chain(batch, read)
+        for part in wanted:
+            if not tokenizer_threads().have_room:
+                return
+            part.begin(self._encoder)
+
+    def _may_be_enough(self, batch: Iterable[_Part], writer: ShardWriter) -> bool:
+        """Whether the need is likely met when this batch is written, by the tokens that its characters may make."""
+        tokens = (
+            sum(part.num_characters for part in batch)
+            * self._written_tokens
+            / self._written_characters
+        )
+        held_out = tokens * self.task.mixture.validation_fraction
+        need = self.task.need
+        return (
+            writer.train_tokens + tokens - held_out >= need.train_tokens
+            and writer.held_out_tokens + held_out >= need.held_out_tokens
+        )
+
+    def _write(self, part: _Part, writer: ShardWriter) -> None:
+        part.begin(self._encoder)
+        encoded = part.end()
+        there = encoded.lengths > 0  # the chat template may refuse a document
+        fraction = self.task.mixture.validation_fraction
+        held_out = [is_held_out(document.origin, fraction) for document in part.documents]
+        sides = np.array(held_out, dtype=np.bool_)
+        writer.add(encoded.ids, encoded.carries_loss, encoded.lengths[there], sides[there])
+        self._written_characters += part.num_characters
+        self._written_tokens += len(encoded.ids)
+
+    def _end_batch(self, read_documents: int, writer: ShardWriter) -> None:
+        if writer.shard_is_full:
+            self._cleaner.commit()
+            write_text(writer.folder / REFUSALS_FILE, self._bad_rows.to_json() + "\n")
+        writer.end_batch(read_documents)
+
+
+class _Part:
+    """Some documents of a batch, from when they are read until they are written."""
+
+    def __init__(self, documents: list[Document]) -> None:
+        self.documents = documents
+        self.num_characters = sum(document.num_characters for document in documents)
+        self._end: Callable[[], Encoded] | None = None
+
+    def begin(self, encoder: Encoder) -> None:
+        """Begins to tokenise, unless that was done."""
+        self._end = self._end or encoder.begin(self.documents)
+
+    def end(self) -> Encoded:
+        """The tokens, when they are there."""
+        assert self._end is not None, "not begun"
+        return self._end()
+
+
+def mixture_ingests(
+    mixture: MixtureSection,
+    tokenizer: Tokenizer,
+    *,
+    train_tokens: Mapping[str, int],
+    held_out_tokens: int,
+    window_tokens: int,
+    cache_dir: Path,
+) -> dict[str, Ingest]:
+    """What to tokenise of every source of a mixture that is drawn from.
+
+    Args:
+        mixture: The sources.
+        tokenizer: A fast Hugging Face tokenizer.
+        train_tokens: Training tokens needed of each source.
+        held_out_tokens: Held-out tokens wanted of each source, if it has as many.
+        window_tokens: Length of a window: no source gives less than one for training and one held out.
+        cache_dir: Where tokenised sources are kept.
+
+    Raises:
+        MixtureError: If the tokenizer cannot serve.
+    """
+    check_tokenizer(tokenizer)
+    least = Need(window_tokens, max(held_out_tokens, window_tokens))
+    return {
+        name: Ingest(
+            name,
+            mixture,
+            tokenizer,
+            replace(least, train_tokens=max(tokens, least.train_tokens)),
+            cache_dir,
+        )
+        for name, tokens in train_tokens.items()
+    }
+
+
+def text_documents(
+    documents: Iterator[Document], encoder: Encoder, num_tokens: int
+) -> ShardDocuments:
+    """The first documents that cover `num_tokens`, tokenised in memory without any file."""
+    encoded: list[Encoded] = []
+    for batch in batches(documents):
+        encoded.append(encoder.encode(batch))
+        if sum(len(one.ids) for one in encoded) >= num_tokens:
+            break
+    none = np.empty(0, dtype=np.int64)
+    flat = np.concatenate([none.astype(encoder.token_dtype), *(one.ids for one in encoded)])
+    lengths = np.concatenate([none, *(one.lengths for one in encoded)])
+    lengths = lengths[lengths > 0]
+    shard = Shard(flat, None, lengths, np.ones(len(lengths), dtype=np.bool_))
+    return ShardDocuments(shard, shard.starts, lengths)
+
+
+def _check_split(source: TokenizedSource, validation_fraction: float) -> TokenizedSource:
+    sides = {
+        "training": (source.num_train_tokens, "lower"),
+        "held-out": (source.num_held_out_tokens, "raise"),
+    }
+    for side, (num_tokens, change) in sides.items():
+        if num_tokens == 0:
+            num_documents = sum(record.num_documents for record in source.cache.records)
+            raise MixtureError(
+                f"Source {source.name!r}: mixture.validation_fraction={validation_fraction} leaves none of its "
+                f"{num_documents} document(s) on the {side} side.",
+                allowed="Every source needs at least one document for training and one held out.",
+                next_step=f"Add documents, or {change} mixture.validation_fraction.",
+            )
+    return source

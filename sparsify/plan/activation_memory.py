@@ -1,0 +1,173 @@
+"""Bytes of a forward and backward pass, for each token: what a layer keeps, and what the loss needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsify.plan.parameters import Architecture
+from sparsify.recipe.recipe import Recipe
+
+FP32_BYTES = 4
+MASK_BYTES = 1
+KEPT_NEURON_VALUES = {
+    "swiglu": (4, 4),
+    "reglu": (3, 4),
+    "shifted_relu": (3, 4),
+    "relu2": (4, 5),
+    "fatrelu": (3, 4),
+    "drelu": (3, 3),
+}
+"""Values of a neuron that its backward pass needs, in dense blocks and in fused experts, which hold gate and up in one
+tensor: both factors and their product; silu keeps its input as well, and the square its root."""
+MASKED = ("fatrelu",)
+"""Activations that keep which values they let through, one byte each."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Bytes of one micro-batch on one process at three moments.
+
+    Attributes:
+        at_loss_bytes: Activations of all layers while the gradient of the logits is made.
+        at_top_bytes: Activations while the last layer's backward pass runs: all layers', and its gradients.
+        at_bottom_bytes: Activations while the first layer's backward pass runs: only its own, and its gradients.
+        loss_logits_bytes: Logits, log-probabilities and their gradients; with Liger a piece of them, and what it makes of it.
+        kept_logits_bytes: The logits, which stay to the end of the backward pass; none with Liger.
+    """
+
+    at_loss_bytes: int
+    at_top_bytes: int
+    at_bottom_bytes: int
+    loss_logits_bytes: int
+    kept_logits_bytes: int
+
+    @property
+    def of_moment(self) -> tuple[int, int, int, int]:
+        """Activations at the loss, at the top and at the bottom of the backward pass, and in the optimiser's step."""
+        return self.at_loss_bytes, self.at_top_bytes, self.at_bottom_bytes, 0
+
+
+def forward_and_backward(
+    recipe: Recipe, architecture: Architecture, *, checkpointing: bool
+) -> Pass:
+    """The bytes that one micro-batch takes with or without gradient checkpointing."""
+    a, training = architecture, recipe.training
+    value = value_bytes(recipe)
+    tokens = training.micro_batch_windows * training.window_tokens
+    layer = layer_activation_bytes(
+        a,
+        recipe.activation.ffn_activation,
+        value,
+        training.window_tokens,
+        thresholds=recipe.conversion.target_zeros is not None,
+        one_pass=training.fused_activation in ("triton", "inductor"),
+        liger=training.liger_kernels,
+    )
+    layer += value * extra_neuron_values(recipe) * a.intermediate_size * a.num_experts_per_tok
+    if recipe.distillation.ffn_weight:  # how far the block's answer is from the teacher's
+        layer += FP32_BYTES * a.hidden_size
+    kept = value * a.hidden_size if checkpointing else layer
+    top = a.num_hidden_layers * kept + norm_bytes(a, value, liger=training.liger_kernels)
+    working = layer_gradient_bytes(a, value) + (layer if checkpointing else 0)
+    # log-softmax, its gradient and that of the chosen log-probabilities are fp32 in either precision.
+    loss_logits = tokens * a.vocab_size * (value + 3 * FP32_BYTES)
+    kept_logits = tokens * a.vocab_size * value
+    if training.liger_kernels:
+        loss_logits, kept_logits = liger_loss_bytes(a, value, tokens), 0
+    return Pass(
+        at_loss_bytes=tokens * top,
+        at_top_bytes=tokens * (top + working),
+        at_bottom_bytes=tokens * (layer + layer_gradient_bytes(a, value)),
+        loss_logits_bytes=loss_logits,
+        kept_logits_bytes=kept_logits,
+    )
+
+
+def liger_loss_bytes(architecture: Architecture, value_bytes: int, num_tokens: int) -> int:
+    """Bytes that Liger's loss takes: the logits of a piece, which their gradient overwrites, and both gradients of the projection.
+
+    A piece has as many tokens as make its logits about as large as all hidden states, rounded up to a power of two. The
+    weight's gradient is summed over pieces in fp32: bf16 products are added as they are made, and the sum is rounded at the end; an
+    fp32 product stands beside it first.
+    """
+    a = architecture
+    pieces = -(-a.vocab_size // a.hidden_size)
+    piece_tokens = min(1 << (-(-num_tokens // pieces) - 1).bit_length(), num_tokens)
+    hidden_gradient = num_tokens * a.hidden_size * value_bytes
+    weight = a.vocab_size * a.hidden_size
+    piece, copy = piece_tokens * a.vocab_size * value_bytes, weight * value_bytes
+    beside = piece + copy if value_bytes == FP32_BYTES else max(piece, copy)
+    return hidden_gradient + FP32_BYTES * weight + beside
+
+
+def norm_bytes(architecture: Architecture, value_bytes: int, *, liger: bool) -> int:
+    """Bytes that a norm and what reads it keep, for each token: its input in fp32, the normalised value and the output.
+
+    Liger's keeps the input as it is and one number, and normalises again.
+    """
+    kept = value_bytes if liger else FP32_BYTES + value_bytes
+    return architecture.hidden_size * (kept + value_bytes) + (FP32_BYTES if liger else 0)
+
+
+def layer_activation_bytes(
+    architecture: Architecture,
+    ffn_activation: str,
+    value_bytes: int,
+    window_tokens: int | None,
+    *,
+    thresholds: bool = False,
+    one_pass: bool = False,
+    liger: bool = False,
+) -> int:
+    """Bytes that one layer keeps for its backward pass, for each token.
+
+    The counting is Korthikanti et al.'s (arXiv 2205.05198, section 4.1) for this block: without dropout, and without
+    attention scores, which fused attention computes again. Counted are each norm's input and normalised value and
+    its output; queries, keys, values, their answer and the log-sum-exp of each head; and of the feed-forward block
+    what KEPT_NEURON_VALUES says.
+
+    Args:
+        architecture: The model.
+        ffn_activation: Its activation.
+        value_bytes: Bytes of one value.
+        window_tokens: Length of windows that hold several documents: their attention mask is kept by every layer,
+            and keys and values are repeated for every query head. None for one document a window.
+        thresholds: Whether neurons have thresholds.
+        one_pass: Whether a kernel computes the activation: then it keeps gate, up and their product, whichever it is.
+        liger: Whether Liger computes the norms.
+    """
+    a = architecture
+    norms = 2 * norm_bytes(a, value_bytes, liger=liger)
+    keys_size = a.key_value_size if window_tokens is None else a.query_size
+    attention = 2 * value_bytes * (a.query_size + keys_size) + FP32_BYTES * a.num_attention_heads
+    attention += value_bytes * (window_tokens or 0)
+    fused = bool(a.num_local_experts)
+    neuron_values = 3 if one_pass else KEPT_NEURON_VALUES[ffn_activation][fused]
+    neuron_bytes = value_bytes * neuron_values
+    neuron_bytes += MASK_BYTES * ((ffn_activation in MASKED) + thresholds)
+    ffn = neuron_bytes * a.intermediate_size
+    if fused:
+        routed_copies = 2 * value_bytes * a.hidden_size
+        ffn = a.num_experts_per_tok * (ffn + routed_copies)
+    return norms + attention + ffn
+
+
+def extra_neuron_values(recipe: Recipe) -> int:
+    """Values for each neuron that a layer keeps besides its own: both activations' factors where one fades into the other,
+    and the gate's factor once more where the penalty looks at it.
+    """
+    annealing = 3 if recipe.swap.anneal_token_share else 0
+    return annealing + (1 if recipe.sparsity.gate_penalty_share else 0)
+
+
+def layer_gradient_bytes(architecture: Architecture, value_bytes: int) -> int:
+    """Bytes of the gradients of activations that a layer's backward pass holds at once, for each token: of the product
+    and both factors, and of the residual stream before and after.
+    """
+    a = architecture
+    return value_bytes * (3 * a.intermediate_size * a.num_experts_per_tok + 2 * a.hidden_size)
+
+
+def value_bytes(recipe: Recipe) -> int:
+    """Bytes of a weight and of an activation."""
+    return 2 if recipe.training.precision == "bf16" else FP32_BYTES

@@ -1,0 +1,151 @@
+"""Memory and disk that the calibrated swap of a recipe takes before training starts, and refits at milestones while it trains.
+
+Bytes that the dense source takes on every process while a run learns from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ConfigDict
+
+from sparsify.methods.layerwise import CHUNK_TOKENS
+from sparsify.plan.activation_memory import value_bytes
+from sparsify.plan.parameters import Architecture, Parameters
+from sparsify.recipe.recipe import Recipe, token_shares
+
+FP32_BYTES, FP64_BYTES = 4, 8
+LIVING_STREAMS = 6
+"""Residual streams on the disk at once: dense and converted before the layer and after it, and the two that a layer works with."""
+GRAM_COPIES = 2
+"""The matrix and its Cholesky factor."""
+RIGHT_HAND_SIDES = 3
+"""The sums, the right-hand side and the solution."""
+NEURON_COPIES = 6
+"""Gate, up, their factors, the product and a working copy."""
+
+
+class CalibrationPlan(BaseModel):
+    """What one calibration takes.
+
+    Attributes:
+        memory_bytes: One layer's weights, the Gram matrix and a chunk of tokens; on the GPU where there is one.
+        disk_bytes: Residual streams, and the bare swap's checkpoint.
+        num_tokens: Tokens that it runs through every layer, those that are only watched among them.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    memory_bytes: int
+    disk_bytes: int
+    num_tokens: int
+
+
+STREAM_COPIES = 3
+"""Refits keep a residual stream before and after the pass that they make, and the inputs of a block."""
+
+
+class RefitPlan(BaseModel):
+    """What the refits at milestones of an anneal take.
+
+    Attributes:
+        memory_bytes: Of each process, between two steps: one layer's feed-forward weights, the Gram matrix of one expert, a chunk of
+            tokens, and the process's part of the residual stream; on the GPU where there is one.
+        num_refits: Milestones.
+        num_tokens: Tokens that each runs through every layer, over all processes.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    memory_bytes: int
+    num_refits: int
+    num_tokens: int
+
+
+def plan_refits(recipe: Recipe, architecture: Architecture) -> RefitPlan | None:
+    """The refits of a recipe; None where it has none."""
+    swap, a = recipe.swap, architecture
+    if not swap.refit_milestones:
+        return None
+    # Gate, up and down; up and down with their signs turned, and the refitted down; experts side by side, to be written.
+    weights = FP32_BYTES * 3 * (a.num_local_experts or 1) * 3 * a.hidden_size * a.intermediate_size
+    mine = -(-swap.refit_tokens // recipe.launch.total_processes)
+    stream = STREAM_COPIES * value_bytes(recipe) * mine * a.hidden_size
+    return RefitPlan(
+        memory_bytes=weights + _fitting_bytes(a, min(CHUNK_TOKENS, mine)) + stream,
+        num_refits=swap.refit_milestones,
+        num_tokens=swap.refit_tokens,
+    )
+
+
+def _fitting_bytes(a: Architecture, chunk_tokens: int) -> int:
+    """The Gram matrix of one expert with what is solved beside it, and a chunk of tokens."""
+    gram = (
+        FP64_BYTES
+        * a.intermediate_size
+        * (GRAM_COPIES * a.intermediate_size + RIGHT_HAND_SIDES * a.hidden_size)
+    )
+    return gram + FP32_BYTES * chunk_tokens * (
+        NEURON_COPIES * a.intermediate_size + 8 * a.hidden_size
+    )
+
+
+def plan_calibration(
+    recipe: Recipe, architecture: Architecture, model_bytes: int
+) -> CalibrationPlan | None:
+    """The calibration of a recipe; None where it has none.
+
+    Args:
+        recipe: The recipe.
+        architecture: The model.
+        model_bytes: Size of its checkpoint on the disk.
+    """
+    if not recipe.conversion.calibration_tokens:
+        return None
+    a, window_tokens = architecture, recipe.training.window_tokens
+    num_experts = a.num_local_experts or 1
+    ffn = num_experts * 3 * a.hidden_size * a.intermediate_size
+    attention = 2 * a.hidden_size * (a.query_size + a.key_value_size)
+    # Beside the dense block stand up and down with their signs turned, and the refitted down.
+    weights = FP32_BYTES * (2 * ffn + attention)
+    watched = recipe.eval.validation_windows_per_source * len(token_shares(recipe.mixture))
+    num_tokens = recipe.conversion.calibration_tokens + watched * window_tokens
+    streams = LIVING_STREAMS * FP32_BYTES * num_tokens * a.hidden_size
+    return CalibrationPlan(
+        memory_bytes=weights + _fitting_bytes(a, max(CHUNK_TOKENS, window_tokens)),
+        disk_bytes=streams + 2 * model_bytes,
+        num_tokens=num_tokens,
+    )
+
+
+@dataclass(frozen=True)
+class TeacherBytes:
+    """Bytes of one process.
+
+    Attributes:
+        weights: Whole under every ZeRO stage, without gradients or moments.
+        logits: Of one micro-batch, until the loss has its gradient.
+        ffn_outputs: Of one micro-batch and every layer, until the next micro-batch.
+    """
+
+    weights: int = 0
+    logits: int = 0
+    ffn_outputs: int = 0
+
+
+def teacher_bytes(
+    recipe: Recipe, architecture: Architecture, parameters: Parameters
+) -> TeacherBytes:
+    """What distillation keeps; nothing where the recipe distils nothing."""
+    settings, training = recipe.distillation, recipe.training
+    if not settings.is_on:
+        return TeacherBytes()
+    value = value_bytes(recipe)
+    each = value * training.micro_batch_windows * training.window_tokens
+    return TeacherBytes(
+        weights=value * parameters.total,
+        logits=each * architecture.vocab_size if settings.logits_weight else 0,
+        ffn_outputs=each * architecture.hidden_size * architecture.num_hidden_layers
+        if settings.ffn_weight
+        else 0,
+    )

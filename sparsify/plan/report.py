@@ -1,0 +1,309 @@
+"""A plan as a table.
+
+The mixture of a run as an area chart: each source's share of tokens from the first token to the last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from matplotlib.pyplot import subplots
+from matplotlib.ticker import PercentFormatter
+from rich.table import Table
+
+from sparsify.errors import StorageError
+from sparsify.files import write_bytes
+from sparsify.plan.estimate import Plan, SourcePlan
+from sparsify.plan.fit import Verdict, gb
+from sparsify.plan.memory import DeviceMemory, HostMemory
+from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image
+
+
+def plan_table(plan: Plan) -> Table:
+    """The plan for a terminal, one line a number."""
+    table = Table(
+        title=f"Plan of {plan.recipe}, an estimate",
+        title_justify="left",
+        box=None,
+        show_header=False,
+    )
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in _rows(plan):
+        table.add_row(*row)
+    return table
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    parts = plan.parameters.model_dump(exclude={"total"})
+    yield "", "", ""
+    yield "parameters", f"{plan.parameters.total:,}", f"{plan.active_parameters:,} for each token"
+    yield from ((f"  {part}", f"{count:,}", "") for part, count in parts.items() if count)
+    yield "", "", ""
+    yield from _memory(plan)
+    yield (
+        "checkpoint",
+        _size(plan.checkpoint_bytes),
+        f"{_size(plan.disk_bytes)} on the disk at most",
+    )
+    yield "", "", ""
+    yield "steps", f"{plan.num_steps:,}", f"of {plan.step_tokens:,} tokens"
+    yield "  warm-up", f"{plan.warmup_steps:,}", ""
+    yield "  forward passes", f"{plan.accumulation_steps:,}", "per step and process"
+    yield (
+        "learning rate",
+        f"{plan.peak_learning_rate:g}",
+        f"to {plan.final_learning_rate:g}, cosine",
+    )
+    yield "windows", f"{plan.num_windows:,}", f"of {plan.window_tokens:,} tokens"
+    yield "tokens", f"{plan.num_tokens:,}", ""
+    for name, source in plan.sources.items():
+        yield f"  {name}", f"{source.tokens:,}", _shares_of(plan, name) + _epochs(source)
+    if any(source.epochs is None for source in plan.sources.values()):
+        yield "", "", "epochs: unknown without tokenised text; `sparsify mixture stats` tokenises"
+    if len(plan.phases) > 1:
+        yield "phases", f"{len(plan.phases)}", "each source's shares above stand in this order"
+        yield from _phases(plan)
+    yield from _outcome(plan)
+
+
+def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    stage = (
+        f"{plan.precision}, ZeRO-{plan.zero_stage}, {plan.processes} process(es), "
+        f"{plan.micro_batch_windows} window(s) a forward pass"
+    )
+    if plan.gradient_checkpointing:
+        stage += ", checkpointing"
+    device = plan.device
+    yield "planned for", plan.hardware.name, f"{gb(plan.hardware.device_bytes)} for each process"
+    needed = device.total + plan.allowance_bytes
+    yield "memory per process", _size(needed), f"{stage}; fullest at: {device.moment}"
+    yield from _sizes(device)
+    yield "  allowance", _size(plan.allowance_bytes), "assumed: framework and fragmentation"
+    yield (
+        "activations then",
+        _size(plan.activations_without_checkpointing_bytes),
+        "without gradient checkpointing",
+    )
+    yield "", _size(plan.activations_with_checkpointing_bytes), "with gradient checkpointing"
+    if plan.host.total:
+        yield "host memory", _size(plan.host.total), "of one node, all its processes together"
+        yield from _sizes(plan.host)
+    if plan.calibration is not None:
+        yield (
+            "calibrated swap",
+            _size(plan.calibration.memory_bytes),
+            f"before training, one layer at a time; {plan.calibration.num_tokens:,} tokens, "
+            f"{_size(plan.calibration.disk_bytes)} on the disk meanwhile",
+        )
+    if plan.refits is not None:
+        yield (
+            "refits",
+            _size(plan.refits.memory_bytes),
+            f"beside weights and optimiser, between steps, one layer at a time; {plan.refits.num_refits} of "
+            f"{plan.refits.num_tokens:,} tokens",
+        )
+
+
+def _outcome(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    cost, hardware = plan.cost, plan.hardware
+    basis = "as given"
+    if cost.assumed:
+        peak = f"{hardware.peak_flops / 1e12:,.4g} TFLOP/s"
+        basis = f"assumed: {hardware.mfu:.0%} of {peak}, nothing overlapped"
+    yield "", "", ""
+    yield "tokens a second", f"{cost.tokens_per_second:,.0f}", basis
+    yield "hours of training", f"{cost.hours:,.1f}", f"{cost.device_hours:,.0f} device hours"
+    if cost.price:
+        price = f"at {hardware.gpu_hour_price:.2f} a device and hour; --gpu-hour-price"
+        yield "price, US dollars", f"{cost.price:,.0f}", price
+    yield "", "", ""
+    verdict = plan.verdict
+    yield "verdict", "fits" if verdict.fits else "does not fit", verdict.reason
+    if verdict.chosen:
+        yield "  engine=auto", "", "chose these settings: the shortest assumed step that fits"
+    if not verdict.fits:
+        yield "  nearest that fits", "", nearest_sentence(verdict)
+
+
+def nearest_sentence(verdict: Verdict) -> str:
+    """The settings that would fit, for a terminal."""
+    if verdict.nearest is None:
+        return "no ZeRO stage, micro-batch or offload does: take more devices or larger ones"
+    return f"{' '.join(verdict.nearest.overrides)} ({gb(verdict.nearest.device_bytes)})"
+
+
+def _shares_of(plan: Plan, name: str) -> str:
+    """A source's share of the run, and where that changes, in each phase: `4.80%: 2.00%, 2.00% → 30.00%`."""
+    mean = f"{plan.sources[name].tokens / plan.num_tokens:.2%}"
+    if len(plan.phases) == 1:
+        return mean
+    parts = [
+        f"{phase.first[name]:.2%}"
+        if phase.first[name] == phase.last[name]
+        else f"{phase.first[name]:.2%} → {phase.last[name]:.2%}"
+        for phase in plan.phases
+    ]
+    return f"{mean}: {', '.join(parts)}"
+
+
+def _epochs(source: SourcePlan) -> str:
+    seen = "" if source.epochs is None else f"; {source.epochs:.2f} epochs"
+    if source.max_epochs is None:
+        return seen
+    then = {"stop": "more is refused", "redistribute": "then the others take over"}
+    return f"{seen}; at most {source.max_epochs:g} epochs, {then[source.when_exhausted]}"
+
+
+def _phases(plan: Plan) -> Iterator[tuple[str, str, str]]:
+    for phase in plan.phases:
+        share = phase.until_tokens / plan.num_tokens
+        way = "constant shares" if phase.first == phase.last else "ramp"
+        yield f"  until {share:.0%}", f"{phase.until_tokens:,}", way
+
+
+def _sizes(part: DeviceMemory | HostMemory) -> Iterator[tuple[str, str, str]]:
+    for name, size in part.parts().items():
+        if size:
+            yield f"  {name.removesuffix('_bytes').replace('_', ' ')}", _size(size), ""
+
+
+def _size(num_bytes: int) -> str:
+    unit = min(int(math.log(max(num_bytes, 1), 1024)), 4)
+    return f"{num_bytes / 1024**unit:,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+FORMATS = (".png", ".svg")
+LABEL_SPACING = 0.043
+"""Least distance between the middles of two labels, as a share of the chart's height."""
+
+
+def check_chart_path(path: Path) -> None:
+    """Refuses a file that cannot hold the chart.
+
+    Raises:
+        StorageError: If its ending is of another format.
+    """
+    if path.suffix not in FORMATS:
+        raise StorageError(
+            f"{path} is no picture.",
+            allowed=f"A name that ends in {' or '.join(FORMATS)}.",
+            next_step=f"For example: --chart {path.with_suffix('.png').name}",
+        )
+
+
+def write_chart(plan: Plan, path: Path) -> None:
+    """Writes `draw_shares` as a PNG or SVG file.
+
+    Raises:
+        StorageError: If the path is no picture's, or the disk refuses.
+    """
+    check_chart_path(path)
+    kind = "svg" if path.suffix == ".svg" else "png"
+    write_bytes(path, image(partial(draw_shares, plan), "mixture", LIGHT, kind))
+
+
+def draw_shares(plan: Plan, theme: Theme) -> Figure:
+    """Shares of tokens over the run, the instruction sources on top of the pretraining sources."""
+    names = sorted(plan.sources, key=lambda name: plan.sources[name].group, reverse=True)
+    groups = [plan.sources[name].group for name in names]
+    figure, axes = subplots(figsize=(WIDTH_INCHES, 0.42 * WIDTH_INCHES))
+    axes = cast(Axes, axes)
+    tokens, shares = _corners(plan, names)
+    areas = axes.stackplot(
+        tokens, shares, colors=_colours(groups, theme), edgecolor=theme.surface, linewidth=0.6
+    )
+    for phase in plan.phases[:-1]:
+        axes.axvline(phase.until_tokens, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
+    axes.set_title(f"Shares of training tokens in {plan.recipe}")
+    axes.set_xlim(0, plan.num_tokens)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("training tokens")
+    axes.xaxis.set_major_formatter(_tokens)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(False)
+    colours = [area.get_facecolor()[0] for area in areas]
+    _label(axes, plan, names, [series[-1] for series in shares], colours)
+    return figure
+
+
+def _corners(plan: Plan, names: Sequence[str]) -> tuple[list[int], list[list[float]]]:
+    """Where the shares' lines bend: tokens, and for each source its share at all of them."""
+    tokens, start = [], 0
+    shares: list[list[float]] = [[] for _ in names]
+    for phase in plan.phases:
+        tokens += [start, phase.until_tokens]
+        for series, name in zip(shares, names, strict=True):
+            series += [phase.first[name], phase.last[name]]
+        start = phase.until_tokens
+    return tokens, shares
+
+
+def _colours(groups: Sequence[str], theme: Theme) -> list[tuple[float, float, float, float]]:
+    """One for each source: tones of one colour within a group."""
+    tones = {
+        "pretraining": LinearSegmentedColormap.from_list("", theme.heat_stops[1:4]),
+        "instruction": LinearSegmentedColormap.from_list("", (theme.gate, theme.up)),
+    }
+    colours = []
+    for place, group in enumerate(groups):
+        of_group = [number for number, other in enumerate(groups) if other == group]
+        way = of_group.index(place) / max(len(of_group) - 1, 1)
+        colours.append(tones[group](1 - way if group == "pretraining" else way))
+    return colours
+
+
+def _label(
+    axes: Axes, plan: Plan, names: Sequence[str], final: Sequence[float], colours: Sequence[Any]
+) -> None:
+    """Names every source at the right edge, with its share at the beginning and at the end."""
+    middles, top = [], 0.0
+    for share in final:
+        middles.append(top + share / 2)
+        top += share
+    for name, middle, height, colour in zip(names, middles, _spread(middles), colours, strict=True):
+        first, last = plan.phases[0].first[name], plan.phases[-1].last[name]
+        moves = any((one.first[name], one.last[name]) != (first, first) for one in plan.phases)
+        text = f"{_percent(first)} → {_percent(last)}" if moves else _percent(first)
+        axes.plot(
+            (1.0, 1.03),
+            (middle, height),
+            transform=axes.transAxes,
+            color=colour,
+            linewidth=1.4,
+            clip_on=False,
+        )
+        axes.text(
+            1.037, height, f"{name}  {text}", transform=axes.transAxes, va="center", fontsize=8
+        )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}" if share >= 0.01 or share == 0 else f"{share:.2%}"
+
+
+def _tokens(count: float, _place: float = 0) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:g}{unit}"
+    return f"{count:g}"
+
+
+def _spread(middles: Sequence[float]) -> list[float]:
+    """Heights near the given ones, which rise, at least LABEL_SPACING apart and around the chart's middle if they are many."""
+    heights: list[float] = []
+    for middle in middles:
+        heights.append(max(middle, heights[-1] + LABEL_SPACING) if heights else middle)
+    ceiling = max(1.0, 0.5 + LABEL_SPACING * (len(heights) - 1) / 2)
+    for place in range(len(heights) - 1, -1, -1):
+        heights[place] = min(heights[place], ceiling)
+        ceiling = heights[place] - LABEL_SPACING
+    return heights

@@ -1,0 +1,111 @@
+"""What Hydra, OmegaConf and YAML complain about, said in the words of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import yaml
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from sparsify.errors import RecipeError, nearest
+from sparsify.recipe.recipe import Recipe
+
+GROUPS = {"mixture": "data_mixtures", "eval": "eval"}
+"""Hydra group → the top-level folder of its options. `GROUP=PATH.yaml` works as well."""
+RECIPE_GROUPS = ("model", "activation", "engine")
+"""Groups whose options stand in folders inside recipes/."""
+NO_LIST = "Invalid value assigned: AnyNode is not a ListConfig, list or tuple"
+OWN_FILE = "own_file"
+"""The option that a user's own file becomes."""
+
+
+@contextmanager
+def recipe_errors(where: str, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Turns what Hydra, OmegaConf and YAML raise inside the block into a `RecipeError`.
+
+    Args:
+        where: What to call the file that is being read.
+        overrides: Overrides that may be at fault instead of it.
+    """
+    try:
+        yield
+    except OverrideParseException as error:
+        raise RecipeError(
+            f"{error.override!r} is not an override.",
+            allowed="Overrides are KEY=VALUE: activation=swiglu, training.seed=2, mixture=my_mixture.yaml.",
+            next_step="Quote values with spaces, commas or brackets: 'model.source=\"my model\"'.",
+        ) from error
+    except MissingConfigException as error:
+        raise _missing_option(error, where) from error
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"{where} is not YAML: {error}", next_step="Mend the line that the message names."
+        ) from error
+    except (HydraException, OmegaConfBaseException) as error:
+        chain = (error, error.__cause__, error.__context__)
+        cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), error)
+        raise _setting_error(cause, where, overrides) from error
+
+
+def _missing_option(error: MissingConfigException, where: str) -> RecipeError:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    options = sorted(set(error.options or []) - {OWN_FILE})
+    own = f", or {group}=PATH.yaml on the command line" if group in GROUPS else ""
+    if not options:
+        groups = f"Groups: {', '.join((*RECIPE_GROUPS, *GROUPS))}."
+        known = groups if group else "`sparsify recipes list` names those to build on."
+    else:
+        known = f"{nearest(option, options)}Allowed: {', '.join(options)}{own}."
+    return RecipeError(f"{where}: there is no {group or 'recipe'} {option!r}.", allowed=known)
+
+
+def _setting_error(cause: BaseException, where: str, overrides: Sequence[str]) -> RecipeError:
+    key = getattr(cause, "full_key", None) or ""
+    where = next((override for override in overrides if _may_set(override, key)), where)
+    said = str(cause).strip().partition("\n")[0].rstrip(".")
+    if isinstance(cause, MissingMandatoryValue):
+        return RecipeError(f"{where}: {key} is not set.", next_step=f"Set {key}=VALUE.")
+    if said.startswith("Key '"):
+        return _unknown_setting(key, list(getattr(cause, "parent_node", None) or ()), where)
+    if said == NO_LIST:
+        return RecipeError(
+            f"{where}: {key} is a single value.",
+            allowed="It must be a list, however short.",
+            next_step=f"Write {key.rpartition('.')[2]}: [VALUE].",
+        )
+    return RecipeError(
+        f"{where}: {said}."
+        if not key or key in where or key in said
+        else f"{where}: {key}: {said}.",
+        next_step="`sparsify recipes show NAME` prints a recipe with all its settings and their types.",
+    )
+
+
+def _may_set(override: str, key: str) -> bool:
+    """Whether an override names the setting, or is the option of its group: mixture=my_mixture.yaml."""
+    return bool(key) and (key in override or override.partition("=")[0] == key.partition(".")[0])
+
+
+def _unknown_setting(key: str, siblings: list[str], where: str) -> RecipeError:
+    parent, _, leaf = key.rpartition(".")
+    siblings = [name for name in siblings if name != "hydra"]
+    elsewhere = [name for name in _settings() if name.rpartition(".")[2] == leaf]
+    advice = {
+        "model.architecture": f"To add it, write +{key}=VALUE.",
+        "mixture.sources": "Sources are added in a mixture file: mixture=PATH.yaml.",
+    }
+    return RecipeError(
+        f"{where}: there is no setting {key!r}.",
+        allowed=f"{nearest(key, elsewhere) or nearest(leaf, siblings)}"
+        f"Settings{parent and f' of {parent}'}: {', '.join(siblings) or 'none yet'}.",
+        next_step=advice.get(parent, ""),
+    )
+
+
+def _settings() -> list[str]:
+    sections = OmegaConf.structured(Recipe).items_ex(resolve=False)
+    nested = [(name, content) for name, content in sections if OmegaConf.is_dict(content)]
+    return [f"{name}.{key}" for name, content in nested for key in content]

@@ -1,0 +1,1 @@
+"""Checks that combine several sections of a recipe."""

@@ -1,0 +1,130 @@
+"""Which settings of a mixture can work together, and what to say where they cannot."""
+
+from __future__ import annotations
+
+import math
+
+from sparsify.errors import RecipeError, nearest
+from sparsify.recipe.recipe import MixtureSection, PhaseSection
+from sparsify.recipe.rules.source import check_choice, check_dirt_and_chat, check_source
+
+SHARE_TOLERANCE = 1e-6
+
+
+def check_mixture(mixture: MixtureSection) -> None:
+    """Refuses a mixture whose sources or shares cannot be drawn.
+
+    Raises:
+        RecipeError: Naming the source and the setting.
+    """
+    if not mixture.sources:
+        raise RecipeError(
+            f"Mixture {mixture.name!r} has no sources.",
+            next_step="Add at least one entry under mixture.sources.",
+        )
+    for name, source in mixture.sources.items():
+        check_source(f"mixture.sources.{name}", source)
+    check_dirt_and_chat(mixture)
+    check_choice("mixture.instruction_loss", mixture.instruction_loss, ("responses", "all"))
+    if not 0 < mixture.validation_fraction < 1:
+        raise RecipeError(
+            f"mixture.validation_fraction is {mixture.validation_fraction}.",
+            allowed="Allowed: above 0 and below 1.",
+        )
+    if mixture.instruction_token_share is None or not _groups_sum_to_one(mixture):
+        _check_sum(
+            f"The token shares of mixture {mixture.name!r}",
+            {name: source.token_share for name, source in mixture.sources.items()},
+            "mixture.instruction_token_share moves all of them at once.",
+        )
+    if mixture.phases:
+        _check_phases(mixture)
+    else:
+        _check_knob(mixture, "mixture.instruction_token_share", mixture.instruction_token_share)
+
+
+def _groups_sum_to_one(mixture: MixtureSection) -> bool:
+    groups: dict[str, list[float]] = {}
+    for source in mixture.sources.values():
+        groups.setdefault(source.group, []).append(source.token_share)
+    return all(_is_one(math.fsum(shares)) for shares in groups.values())
+
+
+def _is_one(total: float) -> bool:
+    return abs(total - 1.0) <= SHARE_TOLERANCE
+
+
+def _check_sum(what: str, shares: dict[str, float], hint: str) -> None:
+    total = math.fsum(shares.values())
+    if not _is_one(total):
+        listed = ", ".join(f"{name} {share:g}" for name, share in shares.items())
+        raise RecipeError(
+            f"{what} sum to {total:.6g}: {listed}.",
+            allowed="They must sum to 1.",
+            next_step=f"Change one of them by {1.0 - total:+.6g}; {hint}",
+        )
+
+
+def _check_phases(mixture: MixtureSection) -> None:
+    if mixture.instruction_token_share is not None:
+        raise RecipeError(
+            f"mixture.instruction_token_share is {mixture.instruction_token_share}, but mixture {mixture.name!r} has phases, "
+            "which would ignore it.",
+            next_step="Set mixture.phases.0.instruction_token_share (and those after it), or mixture.phases=[].",
+        )
+    before = 0.0
+    for number, phase in enumerate(mixture.phases):
+        key = f"mixture.phases.{number}"
+        last = number == len(mixture.phases) - 1
+        if not before < phase.until_budget_share <= 1 or (last and phase.until_budget_share != 1):
+            raise RecipeError(
+                f"{key}.until_budget_share is {phase.until_budget_share:g}.",
+                allowed="Phases end one after another, above 0, and the last one at 1: "
+                f"this one {'at 1' if last else f'above {before:g} and below 1'}.",
+            )
+        before = phase.until_budget_share
+        _check_phase(mixture, key, phase, first=number == 0)
+    if all(phase.token_shares for phase in mixture.phases):
+        raise RecipeError(
+            f"Every phase of mixture {mixture.name!r} states token_shares, so the token_share of its sources would be ignored.",
+            next_step="Give the sources the shares of one phase, and leave token_shares out there.",
+        )
+
+
+def _check_phase(mixture: MixtureSection, key: str, phase: PhaseSection, *, first: bool) -> None:
+    if phase.ramp and first:
+        raise RecipeError(
+            f"{key}.ramp is true, but there is no phase before it to begin from.",
+            next_step="Begin with a phase of constant shares; it may be short.",
+        )
+    if phase.token_shares and phase.instruction_token_share is not None:
+        raise RecipeError(
+            f"{key} states token_shares and instruction_token_share, of which one would be ignored.",
+            next_step="Leave one of them out.",
+        )
+    for name, share in phase.token_shares.items():
+        if name not in mixture.sources:
+            raise RecipeError(
+                f"{key}.token_shares names {name!r}, which is no source of mixture {mixture.name!r}.",
+                allowed=f"{nearest(name, mixture.sources)}Sources: {', '.join(mixture.sources)}.",
+            )
+        if not 0 <= share <= 1:
+            raise RecipeError(f"{key}.token_shares.{name} is {share}.", allowed="Allowed: 0 to 1.")
+    if phase.token_shares:
+        _check_sum(f"{key}.token_shares", dict(phase.token_shares), "or leave them all out.")
+    _check_knob(mixture, f"{key}.instruction_token_share", phase.instruction_token_share)
+
+
+def _check_knob(mixture: MixtureSection, key: str, wanted: float | None) -> None:
+    if wanted is None:
+        return
+    if not 0 <= wanted <= 1:
+        raise RecipeError(f"{key} is {wanted}.", allowed="Allowed: 0 to 1.")
+    for group, share in (("instruction", wanted), ("pretraining", 1 - wanted)):
+        if share > 0 and not any(
+            source.group == group and source.token_share > 0 for source in mixture.sources.values()
+        ):
+            raise RecipeError(
+                f"{key} is {wanted}, but mixture {mixture.name!r} has no {group} source.",
+                next_step=f"Add a source with group: {group}, or leave the knob unset.",
+            )

@@ -1,0 +1,105 @@
+"""The sections of a recipe that say what becomes of the dense model before training: `activation` and `conversion`.
+
+The sections of a recipe that say how a run gets sparse while it trains.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+FFN_ACTIVATIONS = ("swiglu", "reglu", "shifted_relu", "relu2", "fatrelu", "drelu")
+GATE_THRESHOLDS = {"shifted_relu": 1.0, "fatrelu": 0.01}
+"""Activations that have a gate threshold, and the published one: ReLU Strikes Back (2310.04564), ProSparse (2402.13516)."""
+REFIT_TARGETS = {"own": 0.0, "mix": 0.5, "residual": 1.0}
+"""Which part of what is amiss in the residual stream a refit is asked to mend, beside answering as the block once did."""
+
+
+@dataclass
+class ActivationSection:
+    """The feed-forward activation to train with: one of FFN_ACTIVATIONS."""
+
+    ffn_activation: str = MISSING
+    gate_threshold: float | None = None
+    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published one
+    (GATE_THRESHOLDS). No other activation has one."""
+
+    @property
+    def model_gate_threshold(self) -> float:
+        """`ffn_gate_threshold` of the model's configuration."""
+        if self.gate_threshold is not None:
+            return self.gate_threshold
+        return GATE_THRESHOLDS.get(self.ffn_activation, 0.0)
+
+
+@dataclass
+class ConversionSection:
+    """What the swap of the activation does to the weights before any training (`docs/calibration.md`)."""
+
+    calibration_tokens: int = 0
+    """Training tokens of the mixture that the calibrated swap rests on: signs, thresholds and a refit of the down
+    projections, layer by layer. 0 swaps the activation and nothing else."""
+    refit_target: str = "mix"
+    """What a refitted block should answer, one of REFIT_TARGETS: `own`, what it answered before; `residual`, also what the
+    layers before it lost; `mix`, half of that."""
+    ridge: float = 0.01
+    """How strongly a refit, one of `swap.refit_milestones` too, holds on to the old weights: as a share of the mean of its
+    Gram matrix's diagonal."""
+    target_zeros: float | None = None
+    """Share of exact zeros that thresholds give every layer on the calibration tokens; null sets none."""
+
+
+@dataclass
+class SwapSection:
+    """How the dense activation gives way to `activation.ffn_activation`."""
+
+    anneal_token_share: float = 0.0
+    """Share of the budget over which the dense activation fades into the sparse one, in a straight line: below 1, so that
+    the run ends with the sparse one itself. 0 swaps before the first step."""
+    refit_milestones: int = 0
+    """Fade in so many equal steps instead, from the first token on, and refit every down projection at each, so that blocks
+    answer with the new mixture as they did with the one before. 0 fades in a straight line, without refits."""
+    refit_tokens: int = 0
+    """Training tokens that each of these refits rests on: those that come next."""
+
+
+@dataclass
+class PenaltyStageSection:
+    """Weight of the activations' penalty up to a point of the run."""
+
+    until_budget_share: float = MISSING
+    """Where the stage ends, as a share of the training budget; 1 for the last stage."""
+    weight: float = MISSING
+    """Weight at its end, reached from that of the stage before by half a sine wave; the first stage has it throughout."""
+
+
+@dataclass
+class SparsitySection:
+    """Pressure on the neurons to be exactly zero: an L1 penalty on their activations beside the loss."""
+
+    penalty_stages: list[PenaltyStageSection] = field(default_factory=list)
+    """ProSparse's progressive penalty (arXiv 2402.13516, section 3.2). Empty for none."""
+    gate_penalty_share: float = 0.0
+    """Part of the penalty that lies on the gate's factor alone, 0 to 1; the rest lies on the product. An exact kernel that
+    computes the gate first gains only from the gate's own zeros."""
+    target_zeros: float | None = None
+    """Share of exact zeros that the run shall end with: the penalty's weight is then set by what is measured, step by step,
+    instead of by stages."""
+
+
+@dataclass
+class DistillationSection:
+    """What a run learns from its dense source beside the text: each term is added to the loss, times its weight."""
+
+    logits_weight: float = 0.0
+    """Weight of the Kullback-Leibler divergence of the model's next-token distribution from the source's, in nats a label.
+    0 leaves it out."""
+    ffn_weight: float = 0.0
+    """Weight of the feed-forward blocks' error: the squared distance of a block's answer from the source's as a part of that
+    answer's own square, mean over labelled tokens and layers. 1 is what a block that answers nothing has. 0 leaves it out."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the run has a teacher."""
+        return self.logits_weight > 0 or self.ffn_weight > 0

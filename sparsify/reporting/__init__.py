@@ -1,0 +1,1 @@
+"""Shared presentation: tables, figures, page templates, numbers."""

@@ -1,0 +1,141 @@
+"""Drawing a picture as a file or as part of a page, on light and on dark paper.
+
+Colours and type of the pictures, on light and on dark paper.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import matplotlib
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Theme:
+    """One palette. Series differ in lightness as well as in hue, so that every colour blindness keeps them apart."""
+
+    name: str
+    surface: str
+    ink: str
+    muted: str
+    line: str
+    product: str
+    product_fill: str
+    """A tint of `product` on which ink can be read."""
+    gate: str
+    up: str
+    control: str
+    heat_stops: tuple[str, ...]
+    """Sequential colours from few to many, monotone in lightness."""
+
+    @property
+    def heat(self) -> LinearSegmentedColormap:
+        return LinearSegmentedColormap.from_list(f"{self.name}_heat", self.heat_stops)
+
+    def rc(self) -> dict[str, Any]:
+        """matplotlib settings."""
+        return {
+            "figure.facecolor": self.surface,
+            "figure.constrained_layout.use": True,
+            "figure.constrained_layout.h_pad": 0.08,
+            "figure.constrained_layout.hspace": 0.06,
+            "savefig.facecolor": self.surface,
+            "axes.facecolor": self.surface,
+            "axes.edgecolor": self.line,
+            "axes.labelcolor": self.muted,
+            "axes.titlecolor": self.ink,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "axes.titlepad": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.spines.left": False,
+            "axes.axisbelow": True,
+            "axes.grid": True,
+            "axes.grid.axis": "y",
+            "grid.color": self.line,
+            "grid.linewidth": 0.7,
+            "text.color": self.ink,
+            "xtick.color": self.line,
+            "ytick.color": self.line,
+            "xtick.labelcolor": self.muted,
+            "ytick.labelcolor": self.muted,
+            "ytick.major.size": 0,
+            "legend.frameon": False,
+            "legend.labelcolor": self.ink,
+            "font.family": "sans-serif",
+            "font.sans-serif": ["DejaVu Sans"],
+            "font.size": 9,
+            "svg.fonttype": "none",
+        }
+
+
+LIGHT = Theme(
+    name="light",
+    surface="#ffffff",
+    ink="#1d1c1a",
+    muted="#67635b",
+    line="#e3dfd6",
+    product="#1b6b84",
+    product_fill="#c3dde2",
+    gate="#d48806",
+    up="#b03a75",
+    control="#8b867c",
+    heat_stops=("#f3efe4", "#a9cfcb", "#4495a6", "#1b6b84", "#0e3344"),
+)
+DARK = Theme(
+    name="dark",
+    surface="#1a1c1f",
+    ink="#ebe8e1",
+    muted="#a5a198",
+    line="#35393e",
+    product="#4fa9c6",
+    product_fill="#24505f",
+    gate="#f2b84f",
+    up="#ec8fbe",
+    control="#99948b",
+    heat_stops=("#22262b", "#204c5c", "#2f7f99", "#4fa9c6", "#d9f1ee"),
+)
+
+
+WIDTH_INCHES = 9.4
+PNG_DOTS_PER_INCH = 160
+# The page's own type, so that letters in pictures and in text are the same on every machine.
+PAGE_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+Draw = Callable[[Theme], Figure]
+
+
+def image(draw: Draw, name: str, theme: Theme, kind: Literal["png", "svg"]) -> bytes:
+    """Draws a picture; the same `draw` and `name` give the same bytes.
+
+    Args:
+        draw: Draws it in a theme.
+        name: Sets it apart from the other pictures of its page.
+        theme: The paper.
+        kind: The format.
+    """
+    # Ids inside an SVG are hashes; with a salt of its own no two pictures on one page share any.
+    settings: dict[Any, Any] = theme.rc() | {"svg.hashsalt": f"{name}-{theme.name}"}
+    metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(settings):
+        draw(theme).savefig(buffer, format=kind, dpi=PNG_DOTS_PER_INCH, metadata=metadata)
+    drawn = buffer.getvalue()
+    return drawn.replace(b"'DejaVu Sans'", PAGE_FONTS.encode()) if kind == "svg" else drawn
+
+
+def page_figure(draw: Draw, name: str, title: str, caption: str) -> dict[str, str]:
+    """What base.html.j2 needs of a picture: its words, and both drawings as data."""
+    drawings = {
+        theme.name: base64.b64encode(image(draw, name, theme, "svg")).decode()
+        for theme in (LIGHT, DARK)
+    }
+    links = {theme: f"data:image/svg+xml;base64,{data}" for theme, data in drawings.items()}
+    return {"title": title, "caption": caption, **links}

@@ -1,0 +1,124 @@
+"""What a run reads: the tokenised sources of its mixture, the order of their windows, and the lock that fixes them.
+
+The launcher has them tokenised (`feeder`); every rank opens what is there by now.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.errors import MixtureError
+from sparsify.mixture.lock import MixtureLock, make_lock
+from sparsify.mixture.sequences.epoch_caps import (
+    capped_shares,
+    first_exceeded,
+    fitting_steps,
+    most_windows,
+)
+from sparsify.mixture.sequences.reader import WindowReader
+from sparsify.mixture.sequences.shares import Shares
+from sparsify.mixture.sequences.stream import TrainingStream
+from sparsify.mixture.tokens.ingest import Ingest, mixture_ingests
+from sparsify.mixture.tokens.tokenized_source import TokenizedSource
+from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.runs.run_folder import RunFolder
+
+POLL_SECONDS = 0.1
+
+
+def shares_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> Shares:
+    """The demand of each source over a run, with the share of exhausted sources given to the others.
+
+    Raises:
+        MixtureError: If a source would be seen more often than its max_epochs, with the budget that fits.
+    """
+    training, mixture = recipe.training, recipe.mixture
+    num_windows = recipe.num_steps * training.batch_windows
+    capacities = _capacities(recipe, sources)
+    shares = capped_shares(mixture, num_windows, capacities)
+    exceeded = first_exceeded(mixture, num_windows, capacities)
+    if exceeded is None:
+        return shares
+    epoch_tokens = sources[exceeded].num_train_tokens
+    asked_tokens = float(shares.demand(exceeded, num_windows)) * training.window_tokens
+    steps = fitting_steps(mixture, recipe.num_steps, training.batch_windows, capacities)
+    shorter = f"Set training.budget_tokens={steps * recipe.step_tokens}, " if steps else ""
+    key = f"mixture.sources.{exceeded}"
+    others = (
+        f" or set {key}.when_exhausted=redistribute."
+        if mixture.sources[exceeded].when_exhausted == "stop"
+        else f" or raise {key}.max_epochs: no other source is left to take its share."
+    )
+    raise MixtureError(
+        f"Source {exceeded!r} would be seen {asked_tokens / epoch_tokens:.2f} times, more than its max_epochs="
+        f"{mixture.sources[exceeded].max_epochs:g}: it has {epoch_tokens:,} training tokens.",
+        allowed=f"A budget of {steps * recipe.step_tokens:,} tokens fits."
+        if steps
+        else "Not even one step fits.",
+        next_step=f"{shorter}lower its share, add text to it,{others}",
+    )
+
+
+def _capacities(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> dict[str, int]:
+    """Most windows that sources with max_epochs may give. One that has more text than the run asks for is not bound by it."""
+    training = recipe.training
+    return {
+        name: int(max_epochs * TrainingStream(source, training.window_tokens, 0).num_windows)
+        for name, source in sources.items()
+        if (max_epochs := recipe.mixture.sources[name].max_epochs) is not None
+        and source.cache.complete
+    }
+
+
+def ingests_of(recipe: Recipe, run: RunFolder) -> dict[str, Ingest]:
+    """What a run needs of each source.
+
+    Raises:
+        MixtureError: If the tokenizer cannot serve.
+    """
+    training = recipe.training
+    windows = most_windows(recipe.mixture, recipe.num_steps * training.batch_windows)
+    return mixture_ingests(
+        recipe.mixture,
+        load_tokenizer(run.initial),
+        train_tokens={name: count * training.window_tokens for name, count in windows.items()},
+        held_out_tokens=recipe.eval.validation_windows_per_source * training.window_tokens,
+        window_tokens=training.window_tokens,
+        cache_dir=Path(recipe.cache_dir),
+    )
+
+
+def open_sources(ingests: Mapping[str, Ingest]) -> dict[str, TokenizedSource]:
+    """The sources as far as they are tokenised.
+
+    Raises:
+        MixtureError: If a file is missing, or a source lies on one side of the held-out split.
+    """
+    return {name: ingest.open() for name, ingest in ingests.items()}
+
+
+def wait_for_windows(
+    reader: WindowReader, first: int, count: int, stop_requested: Callable[[], bool]
+) -> bool:
+    """Waits until these training windows are tokenised. Returns False when this rank was asked to stop before they were."""
+    while not reader.is_here(first, count):
+        if stop_requested():
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def lock_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> MixtureLock:
+    """The lock that these sources give this run."""
+    shares = shares_of(recipe, sources)
+    planned = shares.planned(recipe.num_steps * recipe.training.batch_windows)
+    return make_lock(
+        sources,
+        token_shares(recipe.mixture),
+        planned_windows={name: planned.get(name, 0) for name in sources},
+        window_tokens=recipe.training.window_tokens,
+        seed=recipe.training.seed,
+    )

@@ -1,0 +1,119 @@
+"""What a run's JSON lines say about its way: stages, curves, zeros by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsify.errors import RunError
+from sparsify.runs.run_folder import RunFolder
+from sparsify.sparsity.schema import Stage, Trajectory, TrajectoryPoint
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a JSON-lines file; none when it is not there yet.
+
+    Half a line at the end is left out: it is being written at this moment, or a killed run left it.
+
+    Raises:
+        RunError: If another line is not a JSON object.
+    """
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    records = [_record(line) for line in lines]
+    if records[-1] is None:
+        del records[-1]
+    if None in records:
+        number = records.index(None)
+        raise RunError(
+            f"Line {number + 1} of {path} is not a JSON object: {lines[number][:80]!r}.",
+            next_step="Restore the file from a copy of the run folder, or remove that line.",
+        )
+    return [record for record in records if record is not None]
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def validation_records(run: RunFolder) -> list[dict[str, Any]]:
+    """The validation lines of metrics.jsonl, in order."""
+    return [record for record in read_lines(run.metrics) if record.get("kind") == "validation"]
+
+
+def curve_records(run: RunFolder) -> list[dict[str, Any]]:
+    """The validation lines of the model that is trained: from where its training starts, without the base before a swap.
+
+    An annealed run starts as its dense base: what the bare swap would have made of it, no step ever met.
+    """
+    records = validation_records(run)
+    labels = {record["label"] for record in records}
+    start = "after_swap" if "after_swap" in labels and not is_annealed(run) else "base"
+    return [record for record in records if record["label"] in ("annealing", "training", start)]
+
+
+def is_annealed(run: RunFolder) -> bool:
+    """Whether the run's activation fades in while it trains."""
+    return run.recipe.is_file() and run.load_recipe().swap.anneal_token_share > 0
+
+
+def stages(run: RunFolder) -> list[Stage]:
+    """Dense base, right after the swap, after training, and the control, as far as they were measured.
+
+    Losses are validation losses: means over sources by token share, nats per token.
+    """
+    newest = {record["label"]: record for record in validation_records(run)}
+    if "training" in newest:
+        newest.pop("annealing", None)  # on its way then, past now
+    rows = [
+        Stage(name=name, loss=newest[label]["loss"], zeros=newest[label]["zeros"])
+        for label, name in _stage_names(run).items()
+        if label in newest
+    ]
+    control = [
+        record for record in validation_records(run.control) if record["label"] == "training"
+    ]
+    if control:
+        activation = run.control.load_recipe().activation.ffn_activation
+        name = "dense control" if activation == "swiglu" else f"{activation} control"
+        rows.append(
+            Stage(name=f"{name}, same tokens", loss=control[-1]["loss"], zeros=control[-1]["zeros"])
+        )
+    return rows
+
+
+def trajectory(run: RunFolder) -> Trajectory:
+    """Validation loss and zeros against tokens, for the run and its control."""
+    return Trajectory(sparse=_points(run), control=_points(run.control))
+
+
+def _stage_names(run: RunFolder) -> dict[str, str]:
+    if not run.initial.is_dir():
+        return {}
+    config = json.loads((run.initial / "config.json").read_text(encoding="utf-8"))
+    base = config["base_ffn_activation"]
+    return {
+        "base": "dense base" if base == "swiglu" else f"{base} base",
+        "after_swap": "what the bare swap would be" if is_annealed(run) else "right after the swap",
+        "annealing": "while annealing",
+        "training": "after training",
+    }
+
+
+def _points(run: RunFolder) -> list[TrajectoryPoint]:
+    layers = {(line["tokens"], line["label"]): line["layers"] for line in read_lines(run.sparsity)}
+    return [
+        TrajectoryPoint(
+            tokens=record["tokens"],
+            loss=record["loss"],
+            zeros=record["zeros"],
+            layers=layers.get((record["tokens"], record["label"])),
+        )
+        for record in curve_records(run)
+    ]

@@ -1,0 +1,76 @@
+"""The same block by torch's operators: for devices and machines where no kernel of ours runs, and to check those that do."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import linear
+
+from sparsify.runtime.activations import KernelActivation
+from sparsify.runtime.quantised import BlockMatrix
+from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
+
+GATHER_SHARE = 0.2
+"""Largest share of rows that are gathered. Gathering reads them, writes them and reads them again, so above this the whole
+matrix is multiplied."""
+
+Rows = torch.Tensor | slice
+ALL_ROWS = slice(None)
+
+
+def portable_ffn(
+    x: torch.Tensor,
+    weights: FfnWeights,
+    activation: KernelActivation,
+    predictor_x: torch.Tensor,
+    dense: bool = False,
+) -> tuple[torch.Tensor, RowsRead]:
+    """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes in fp32 at least."""
+    dtype = x.dtype
+    if weights.in_blocks:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+    rows: Rows = ALL_ROWS
+    wanted = None
+    if weights.predictor is not None and not dense:
+        wanted = _predicted(predictor_x, weights)
+        rows = _few(wanted, rows)
+        wanted = wanted[:, rows]
+    gate = activation.gate_factor(linear(x, _rows(weights.gate, rows, x)))
+    gate = gate if wanted is None else torch.where(wanted, gate, 0.0)
+    gate_rows = gate.shape[1]
+    if not dense:
+        kept = _few(gate != 0, rows)
+        rows, gate = _narrow(rows, kept), gate[:, kept]
+    up = activation.up_factor(linear(x, _rows(weights.up, rows, x)))
+    product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
+    up_rows = product.shape[1]
+    if weights.thresholds is not None:
+        small = product.abs() <= weights.thresholds.to(x.device)[rows]
+        product = torch.where(small, 0.0, product)
+    if not dense:
+        kept = _few(product != 0, rows)
+        rows, product = _narrow(rows, kept), product[:, kept]
+    read = RowsRead(gate_rows, up_rows, product.shape[1], offered=weights.gate.shape[0])
+    return (product @ _rows(weights.down_t, rows, x)).to(dtype), read
+
+
+def _rows(matrix: Matrix, rows: Rows, x: torch.Tensor) -> torch.Tensor:
+    """The listed rows, of x's dtype."""
+    return matrix.dequantised(rows, x.dtype) if isinstance(matrix, BlockMatrix) else matrix[rows]
+
+
+def _predicted(x: torch.Tensor, weights: FfnWeights) -> torch.Tensor:
+    """Which neurons are wanted for which token. [tokens, neurons]"""
+    assert weights.predictor is not None
+    scores = linear(linear(x, weights.predictor.a).relu(), weights.predictor.b)
+    return ~(scores <= weights.predictor.threshold)
+
+
+def _few(wanted: torch.Tensor, rows: Rows) -> Rows:
+    """The columns that any token wants, or all where gathering their rows would cost more than it saves."""
+    kept = wanted.any(dim=0).nonzero().flatten()
+    gathered = isinstance(rows, torch.Tensor)  # these rows are copied in any case
+    return kept if gathered or len(kept) <= GATHER_SHARE * wanted.shape[1] else ALL_ROWS
+
+
+def _narrow(rows: Rows, kept: Rows) -> Rows:
+    return kept if isinstance(rows, slice) else rows[kept]

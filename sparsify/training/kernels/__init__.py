@@ -1,0 +1,1 @@
+"""Fused and compiled kernels of training steps."""

@@ -1,0 +1,369 @@
+"""The feed-forward activation in one pass forward and one backward, for training.
+
+Eager torch makes a pass over memory for every operation: three forward and four backward for drelu. Here only the
+pre-activations are kept, and one pass each computes the product and both gradients. The values of reglu and drelu are
+those of eager torch, bit for bit; swiglu in bf16 is rounded once instead of twice.
+
+The model's own module is re-classed in place, so hooks, guards and everything that looks for a `FfnActivation` find it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from sparsify.errors import RecipeError, RunError
+from sparsify.models import FfnActivation
+from sparsify.recipe.recipe import FUSED_FFN_ACTIVATIONS, Recipe
+
+Backward = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to compute one activation.
+
+    Attributes:
+        forward: (gate, up, zeros) to the product, all [..., neurons]; `zeros`, int64 [] or None, is increased by the number of
+            exact zeros in it.
+        backward: (gradient of the product, gate, up) to the gradients of gate and up.
+    """
+
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Backward]
+
+
+def _drelu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.relu(gate) * torch.relu(up)
+
+
+def _drelu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
+    # Zero at exactly zero, and NaN kept, as torch's relu does.
+    gate_grad = torch.where(gate <= 0, 0.0, grad * torch.relu(up))
+    return gate_grad, torch.where(up <= 0, 0.0, grad * torch.relu(gate))
+
+
+def _reglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return torch.relu(gate) * up
+
+
+def _reglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
+    return torch.where(gate <= 0, 0.0, grad * up), grad * torch.relu(gate)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    wide = torch.promote_types(gate.dtype, torch.float32)
+    return (nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+
+
+def _swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
+    dtype, wide = gate.dtype, torch.promote_types(gate.dtype, torch.float32)
+    grad, gate, up = grad.to(wide), gate.to(wide), up.to(wide)
+    sigmoid = torch.sigmoid(gate)
+    gate_grad = grad * up * (sigmoid * (1 + gate * (1 - sigmoid)))
+    return gate_grad.to(dtype), (grad * gate * sigmoid).to(dtype)
+
+
+FORMULAS = {
+    "swiglu": (_swiglu, _swiglu_backward),
+    "reglu": (_reglu, _reglu_backward),
+    "drelu": (_drelu, _drelu_backward),
+}
+
+
+def plain_kernel(name: str) -> Kernel:
+    """The formulas by torch's own operators, which fuse nothing."""
+    product_of, backward = FORMULAS[name]
+
+    def forward(gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+        product = product_of(gate, up)
+        if zeros is not None:
+            zeros += (product == 0).sum()
+        return product
+
+    return Kernel(forward, backward)
+
+
+@cache
+def inductor_kernel(name: str) -> Kernel:
+    """The formulas, each compiled to one loop."""
+    product_of, backward_of = FORMULAS[name]
+
+    def counted(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        product = product_of(gate, up)
+        return product, (product == 0).sum()
+
+    # Dynamic: the rows that an expert gets differ at every call.
+    product_of, backward_of, counted = (
+        cast(Any, torch.compile(function, dynamic=True))
+        for function in (product_of, backward_of, counted)
+    )
+
+    def forward(gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+        gate, up = _rows(gate), _rows(up)
+        if zeros is None:
+            return product_of(gate, up)
+        product, found = counted(gate, up)
+        zeros += found
+        return product
+
+    def backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
+        return backward_of(_rows(grad), _rows(gate), _rows(up))
+
+    return Kernel(forward, backward)
+
+
+def triton_kernel(name: str) -> Kernel:
+    """The same on a GPU."""
+    from sparsify.training.kernels import activation_triton
+
+    def forward(gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
+        return activation_triton.forward(name, gate, up, zeros)
+
+    def backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
+        return activation_triton.backward(name, grad, gate, up)
+
+    return Kernel(forward, backward)
+
+
+KERNELS = {"triton": triton_kernel, "inductor": inductor_kernel, "plain": plain_kernel}
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().flatten(0, -2)
+
+
+class _OnePass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        kernel: Kernel,
+        zeros: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.kernel = kernel
+        return kernel.forward(gate, up, zeros).view(gate.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        gate, up = ctx.saved_tensors
+        gate_grad, up_grad = ctx.kernel.backward(grad, gate, up)
+        return gate_grad.view(gate.shape), up_grad.view(up.shape), None, None
+
+
+class FusedFfnActivation(FfnActivation):
+    """A `FfnActivation` that a kernel computes; what it is, its name and its factors stay those of the model's own.
+
+    Attributes:
+        kernel: Computes it.
+        zeros: What the exact zeros of every product are added to, int64 []; None where they are not counted.
+    """
+
+    kernel: Kernel
+    zeros: torch.Tensor | None
+    num_values: int
+
+    def forward(
+        self,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        experts: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Returns the neuron activations, of the same shape as `gate` and `up`: [..., neurons]."""
+        if self.zeros is not None:
+            self.num_values += gate.numel()
+        return cast(torch.Tensor, _OnePass.apply(gate, up, self.kernel, self.zeros))
+
+
+def fuse_activation(model: nn.Module, recipe: Recipe) -> None:
+    """Lets a kernel compute every feed-forward activation of the model, as `training.fused_activation` says.
+
+    Called again after the activation of the model was swapped, which brings plain ones.
+
+    Raises:
+        RecipeError: If it is asked for and the activation has thresholds, which no kernel knows.
+        RunError: If the kernel cannot be built here, or computes anything else than the formula.
+    """
+    for activation in _activations(model):
+        implementation = _implementation(recipe, activation)
+        if implementation is not None:
+            fuse(activation, implementation)
+
+
+def fuse(activation: FfnActivation, implementation: str) -> FusedFfnActivation:
+    """Lets a kernel compute this activation.
+
+    Args:
+        activation: Re-classed in place; one of FUSED_FFN_ACTIVATIONS, without thresholds.
+        implementation: A key of KERNELS.
+
+    Raises:
+        RunError: If the kernel cannot be built here, or computes anything else than the formula.
+    """
+    activation.__class__ = FusedFfnActivation
+    fused = cast(FusedFfnActivation, activation)
+    fused.kernel = checked_kernel(implementation, activation.name)
+    fused.zeros, fused.num_values = None, 0
+    return fused
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Has the model's own code compute every activation meanwhile, as in a model that was loaded."""
+    fused: list[FfnActivation] = [
+        one for one in _activations(model) if type(one) is FusedFfnActivation
+    ]
+    for activation in fused:
+        activation.__class__ = FfnActivation
+    try:
+        yield
+    finally:
+        for activation in fused:
+            activation.__class__ = FusedFfnActivation
+
+
+def check_fusible(recipe: Recipe) -> None:
+    """Refuses a kernel that is asked for by name and has nothing to run on here.
+
+    Raises:
+        RecipeError: Naming what is missing.
+    """
+    setting = recipe.training.fused_activation
+    missing = {
+        "triton": None if _triton_is_here() else "there is no GPU with Triton here",
+        "inductor": None if has_compiler() else "there is no C++ compiler here",
+    }
+    if missing.get(setting):
+        raise RecipeError(
+            f"training.fused_activation is {setting}, and {missing[setting]}.",
+            next_step="Set training.fused_activation=auto, which takes what is here.",
+        )
+
+
+def _implementation(recipe: Recipe, activation: FfnActivation) -> str | None:
+    """A key of KERNELS, or None for the model's own code."""
+    setting = recipe.training.fused_activation
+    knows = activation.name in FUSED_FFN_ACTIVATIONS
+    if setting == "off" or (setting == "auto" and (not knows or recipe.swap.anneal_token_share)):
+        return None
+    if activation.threshold is not None:
+        if setting == "auto" and not recipe.training.count_zeros:
+            return None
+        asked = "count_zeros=true" if setting == "auto" else f"fused_activation={setting}"
+        raise RecipeError(
+            f"training.{asked} needs a kernel, and this model's neurons have thresholds, which none knows.",
+            next_step="Leave it out: the model's own code computes them.",
+        )
+    if setting != "auto":
+        return setting
+    if recipe.training.compile:
+        return None  # the compiler fuses the model's own code
+    if _triton_is_here():
+        return "triton"
+    return "plain" if recipe.training.count_zeros else None
+
+
+def fastest_implementation() -> str:
+    """A key of KERNELS: what is fastest of those that can run here."""
+    if _triton_is_here():
+        return "triton"
+    return "inductor" if has_compiler() else "plain"
+
+
+def _triton_is_here() -> bool:
+    return torch.cuda.is_available() and find_spec("triton") is not None
+
+
+def has_compiler() -> bool:
+    """Whether torch's compiler can build loops here: for a CPU it needs a C++ compiler."""
+    return torch.cuda.is_available() or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+@cache
+def checked_kernel(implementation: str, name: str) -> Kernel:
+    """The kernel, after it gave the formula's values and gradients on every pairing of signs, exact zeros among them.
+
+    Raises:
+        RunError: If it did not, or could not be built.
+    """
+    kernel = KERNELS[implementation](name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    values = torch.linspace(-2, 2, 33, device=device)
+    gate, up = torch.meshgrid(values, values, indexing="ij")
+    zeros = torch.zeros((), dtype=torch.int64, device=device)
+    try:
+        product, grads = kernel.forward(gate, up, zeros), kernel.backward(gate, gate, up)
+    except Exception as error:
+        raise _broken(implementation, f"cannot be built here: {error}") from error
+    formula, gradients = FORMULAS[name]
+    expected = (formula(gate, up), *gradients(gate, gate, up))
+    for got, wanted in zip((product, *grads), expected, strict=True):
+        if not torch.allclose(got.view_as(wanted), wanted, rtol=1e-5, atol=1e-6):
+            raise _broken(implementation, f"computes something else than {name} here")
+    if int(zeros) != int((expected[0] == 0).sum()):
+        raise _broken(implementation, "miscounts zeros here")
+    return kernel
+
+
+def _broken(implementation: str, what: str) -> RunError:
+    return RunError(
+        f"The {implementation} kernel of the activation {what}.",
+        next_step="Set training.fused_activation=off: the values are the same, only slower.",
+    )
+
+
+def _activations(model: nn.Module) -> list[FfnActivation]:
+    return [module for module in model.modules() if isinstance(module, FfnActivation)]
+
+
+class ZeroMeter:
+    """Exact zeros of the activations of one step, counted in the pass that makes them.
+
+    What gradient checkpointing computes again counts again, zeros and values alike, so the share is the same.
+
+    Args:
+        model: A model whose activations are fused.
+        device: Where it is.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self._zeros = torch.zeros((), dtype=torch.int64, device=device)
+        self._activations = [
+            activation
+            for activation in _activations(model)
+            if isinstance(activation, FusedFfnActivation)
+        ]
+        for activation in self._activations:
+            activation.zeros, activation.num_values = self._zeros, 0
+
+    def share(self) -> float:
+        """Share of exact zeros over all layers and ranks; every rank calls it, once."""
+        num_values = 0
+        for activation in self._activations:
+            num_values += activation.num_values
+            activation.zeros = None
+        totals = torch.stack([self._zeros, self._zeros.new_tensor(num_values)])
+        dist.all_reduce(totals)
+        zeros, values = totals.tolist()
+        return zeros / max(values, 1)
+
+
+def zero_meter(recipe: Recipe, engine: Any) -> ZeroMeter | None:
+    """A meter of the next step where `training.count_zeros` asks for one."""
+    if not recipe.training.count_zeros:
+        return None
+    return ZeroMeter(engine.module, engine.device)

@@ -1,0 +1,198 @@
+"""Liger's kernels in the steps of a model that trains: norms, rotary embedding, and the last projection with its loss.
+
+Liger's own patches replace whole families of models in a process, and their feed-forward blocks compute SwiGLU whatever the model's
+activation is. None of them is applied here. Modules of one model are re-classed in place; its blocks and their activations
+are left alone, and so is every other model.
+
+In evaluation mode all modules run the model's own code: what is validated, sampled or saved does not depend on Liger.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRMSNorm
+from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRMSNorm
+
+from sparsify.conversion.sparse_folder import check_activation
+from sparsify.errors import RecipeError
+from sparsify.models import SparseModel
+from sparsify.recipe.recipe import Recipe
+from sparsify.runtime.triton_ffn import interpreting
+from sparsify.training.kernels.liger_ops import (
+    PACKAGE,
+    check_kernels,
+    installed_version,
+    linear_cross_entropy,
+    rms_norm,
+    rotate,
+)
+
+OLDEST_VERSION = "0.8.5"
+"""What this was written against."""
+ROTARY = "apply_rotary_pos_emb"
+"""What transformers' attention calls for its rotary embedding: a function of its module."""
+
+
+class FusedNorm(nn.Module):
+    """A norm that Liger computes in training."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalises [..., hidden]."""
+        if not self.training:
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class FusedMistralNorm(FusedNorm, MistralRMSNorm):
+    """Mistral's."""
+
+
+class FusedMixtralNorm(FusedNorm, MixtralRMSNorm):
+    """Mixtral's."""
+
+
+class FusedMistralAttention(MistralAttention):
+    """Mistral's attention, with Liger's rotary embedding in training."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in MistralAttention."""
+        forward = _with_rotary(MistralAttention) if self.training else MistralAttention.forward
+        return forward(self, *args, **kwargs)
+
+
+class FusedMixtralAttention(MixtralAttention):
+    """Mixtral's attention, with Liger's rotary embedding in training."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As in MixtralAttention."""
+        forward = _with_rotary(MixtralAttention) if self.training else MixtralAttention.forward
+        return forward(self, *args, **kwargs)
+
+
+class LossHead(nn.Linear):
+    """A last projection that answers with a loss while it is given labels, and then never makes all logits.
+
+    It is a module so that the loss is computed where its weight is: ZeRO-3 gathers it for this module's forward pass.
+
+    Attributes:
+        labels: What forward passes are judged by, int64 [windows, tokens]; None for logits.
+    """
+
+    labels: torch.Tensor | None
+
+    def forward(self, input: torch.Tensor) -> Any:
+        """Logits of hidden states [windows, tokens, hidden]; with labels their `linear_cross_entropy`."""
+        if self.labels is None:
+            return super().forward(input)
+        return linear_cross_entropy(input, self.weight, self.labels)
+
+    @contextmanager
+    def judged_by(self, labels: torch.Tensor) -> Iterator[None]:
+        """Has forward passes answer with the loss of these labels meanwhile."""
+        self.labels = labels
+        try:
+            yield
+        finally:
+            self.labels = None
+
+
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    MistralRMSNorm: FusedMistralNorm,
+    MixtralRMSNorm: FusedMixtralNorm,
+    MistralAttention: FusedMistralAttention,
+    MixtralAttention: FusedMixtralAttention,
+}
+
+
+def use_liger(model: SparseModel, recipe: Recipe) -> None:
+    """Lets Liger's kernels compute the model's training steps where `training.liger_kernels` asks for it.
+
+    Raises:
+        RunError: If a kernel cannot be built here, or computes anything else than torch does.
+        RuntimeError: If the model has other modules than those known here, or does not apply the recipe's activation.
+    """
+    if not recipe.training.liger_kernels:
+        return
+    check_kernels("cuda" if torch.cuda.is_available() else "cpu", model.dtype)
+    replaced: Counter[str] = Counter()
+    for module in model.modules():
+        fused = FUSED.get(type(module))
+        if fused is not None:
+            module.__class__ = fused
+            replaced[fused.__name__] += 1
+    layers = len(model.model.layers)
+    if (
+        sorted(replaced.values()) != [layers, 2 * layers + 1]
+        or type(model.lm_head) is not nn.Linear
+    ):
+        raise RuntimeError(f"{type(model).__name__} has modules that are not known: {replaced}")
+    model.lm_head.__class__ = LossHead
+    cast(Any, model.lm_head).labels = None
+    check_activation(model, recipe.activation.ffn_activation)
+
+
+@cache
+def _with_rotary(attention: type[nn.Module]) -> Callable[..., Any]:
+    """The forward pass of one of transformers' classes, with `rotate` where it calls its module's rotary embedding.
+
+    It is the same code with other globals, so that the module and every other model stay as they are.
+    """
+    plain = attention.forward
+    if not isinstance(plain, FunctionType) or ROTARY not in plain.__code__.co_names:
+        raise RuntimeError(f"{attention.__name__} does not call {ROTARY}")
+    own = FunctionType(plain.__code__, plain.__globals__ | {ROTARY: rotate}, plain.__name__)
+    own.__defaults__, own.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__
+    return own
+
+
+def check_liger(recipe: Recipe) -> None:
+    """Refuses `training.liger_kernels` on a machine that cannot run them.
+
+    Raises:
+        RecipeError: Naming what is missing.
+    """
+    if not recipe.training.liger_kernels:
+        return
+    if not torch.cuda.is_available() and not interpreting():
+        raise RecipeError(
+            "training.liger_kernels is set, and there is no GPU here.",
+            allowed="Liger's kernels run on a GPU; with TRITON_INTERPRET=1 on a CPU, far too slowly for more than a test.",
+            next_step="Set training.liger_kernels=false.",
+        )
+    if not torch.cuda.is_available() and recipe.training.precision != "fp32":
+        raise RecipeError(
+            f"training.liger_kernels is set with training.precision={recipe.training.precision} in Triton's interpreter.",
+            allowed="fp32: the interpreter takes bf16 numbers for integers.",
+            next_step="Set training.precision=fp32.",
+        )
+    found = installed_version()
+    if found is None or _numbers(found) < _numbers(OLDEST_VERSION):
+        raise RecipeError(
+            "training.liger_kernels is set, and "
+            + (f"{PACKAGE} is not installed." if found is None else f"{PACKAGE} is {found}."),
+            allowed=f"{PACKAGE} {OLDEST_VERSION} or newer.",
+            next_step=f"`pip install -U {PACKAGE}`, or set training.liger_kernels=false.",
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")[:3] if part.isdigit()]
+
+
+def liger_sentence() -> str:
+    """Which kernels are in use, in one line."""
+    return (
+        f"Liger {installed_version()} computes norms, rotary embedding and loss in training steps; "
+        "validations run the model's own code."
+    )

@@ -1,0 +1,204 @@
+"""Liger's kernels (arXiv 2410.10989) as functions, each held against torch's operators before it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
+from typing import Any, cast
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from sparsify.errors import RunError
+from sparsify.mixture.sequences.reader import NO_LOSS
+from sparsify.runtime.triton_ffn import interpreting
+
+PACKAGE = "liger-kernel"
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+def installed_version() -> str | None:
+    """Liger's version; None where it is not installed."""
+    try:
+        return metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Root mean square norm as Llama has it: fp32 up to the product with the weight. [..., hidden]
+
+    Args:
+        hidden: [..., hidden].
+        weight: [hidden].
+        epsilon: Added to the mean square.
+    """
+    # Not in place: what arrives as the output's gradient belongs to autograd.
+    function = _liger().LigerRMSNormFunction
+    return function.apply(hidden, weight, _scalar(epsilon), _scalar(0.0), "llama", False)
+
+
+def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
+    """Rotary embedding of queries and keys, in their own memory. [windows, heads, tokens, head size] each
+
+    Args:
+        query: [windows, heads, tokens, head size].
+        key: [windows, key heads, tokens, head size].
+        cos: [windows or 1, tokens, head size].
+        sin: As `cos`.
+    """
+    return _liger().LigerRopeFunction.apply(query, key, cos, sin)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+) -> Tensors:
+    """Cross-entropy of a projection's logits, of which a piece is made at a time.
+
+    Args:
+        hidden: [windows, tokens, hidden].
+        weight: [vocabulary, hidden].
+        labels: int64 [windows, tokens]; NO_LOSS where there is none.
+
+    Returns:
+        The sum in nats, [], which has a gradient; and each window's part of it, [windows], which has none.
+    """
+    return cast(Tensors, _LinearCrossEntropy.apply(hidden, weight, labels))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes both gradients of the sum together with its value, while a piece of the logits is there.
+
+    Liger's own function for losses by token makes the logits once more in its backward pass, and rounds the factor that
+    arrives there to their dtype.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
+    ) -> Tensors:
+        from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
+            fused_linear_cross_entropy_forward,
+        )
+
+        by_token, _, _, _, hidden_grad, weight_grad, _ = fused_linear_cross_entropy_forward(
+            hidden.flatten(0, 1),
+            weight,
+            labels.flatten(),
+            ignore_index=NO_LOSS,
+            reduction="none",
+            accum_dtype=torch.float32,
+            compute_gradients=True,
+            weight_requires_grad=True,
+        )
+        ctx.save_for_backward(hidden_grad.view_as(hidden), weight_grad)
+        by_window = by_token.view_as(labels).sum(1)
+        ctx.mark_non_differentiable(by_window)
+        return by_window.sum(), by_window
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor, _: object) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # As a number: a tensor would be rounded to the gradients' dtype first.
+        factor = float(grad)
+        return *(saved.mul_(factor) for saved in ctx.saved_tensors), None
+
+
+TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""How far a kernel's values may be from torch's, as a part of the largest; in bf16 both are rounded."""
+
+
+@cache
+def check_kernels(device: str, dtype: torch.dtype) -> None:
+    """Holds every kernel, forward and back, against torch's operators.
+
+    Args:
+        device: Where they are to work.
+        dtype: What on: a key of TOLERANCES.
+
+    Raises:
+        RunError: If one cannot be built here, or computes anything else.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype).requires_grad_()
+
+    labels = torch.tensor([[2, 6, NO_LOSS], [0, NO_LOSS, 1]], device=device)
+    cos, sin = (random(1, 3, 2).detach().repeat(1, 1, 2) for _ in range(2))
+    cases: dict[str, tuple[Callable[..., Tensors], Callable[..., Tensors], Tensors]] = {
+        "norm": (
+            lambda x, w: (rms_norm(x, w, 1e-5),),
+            lambda x, w: (functional.rms_norm(x, (8,), w, 1e-5),),
+            (random(2, 3, 8), random(8)),
+        ),
+        "rotary embedding": (
+            lambda q, k: rotate(q.clone(), k.clone(), cos, sin),
+            lambda q, k: tuple(x * cos[:, None] + _turned(x) * sin[:, None] for x in (q, k)),
+            (random(2, 4, 3, 4), random(2, 2, 3, 4)),
+        ),
+        "loss": (
+            lambda x, w: linear_cross_entropy(x, w, labels)[:1],
+            lambda x, w: (_cross_entropy(x @ w.T, labels),),
+            (random(2, 3, 8), random(7, 8)),
+        ),
+    }
+    for name, (ours, plain, inputs) in cases.items():
+        try:
+            got = _with_gradients(ours, inputs)
+        except Exception as error:
+            raise _broken(name, f"cannot be built here: {error}") from error
+        for found, wanted in zip(got, _with_gradients(plain, inputs), strict=True):
+            # Not "greater": NaN is something else too.
+            if not (found - wanted).abs().max() <= TOLERANCES[dtype] * wanted.abs().max():
+                raise _broken(name, "computes something else here than torch")
+
+
+def _with_gradients(function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
+    """What a function gives, and the gradients of a sum over it in which no two values weigh the same."""
+    outputs = function(*inputs)
+    weights = (torch.arange(1.0, x.numel() + 1, device=x.device).view_as(x) for x in outputs)
+    total = sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
+    return *outputs, *torch.autograd.grad(cast(torch.Tensor, total), inputs)
+
+
+def _broken(name: str, what: str) -> RunError:
+    return RunError(
+        f"Liger's kernel of the {name} {what}.",
+        next_step="Set training.liger_kernels=false, which trains with torch's own operators.",
+    )
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((-right, left), dim=-1)
+
+
+@cache
+def _liger() -> Any:
+    from liger_kernel import ops  # pyright: ignore[reportMissingImports]
+
+    if interpreting():
+        from liger_kernel.ops import rms_norm as norm  # pyright: ignore[reportMissingImports]
+        from triton import language
+
+        # The one that it takes from CUDA's library answers None there.
+        norm.rsqrt = lambda x: language.math.rsqrt(x)
+    return ops
+
+
+class _Scalar(float):
+    def to(self, _: object) -> _Scalar:
+        return self
+
+
+def _scalar(value: float) -> float:
+    """A number for a kernel. Triton makes a scalar of it, which has `to`; its interpreter leaves it a number, which has not."""
+    return _Scalar(value) if interpreting() else value

@@ -1,0 +1,259 @@
+"""The pictures that argue for a mixture, or against choosing one.
+
+Writes what a tuning found: tune.json, two PNG pictures, and one HTML page that needs no other file.
+
+What a tuning found, for a terminal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from sparsify.files import storage_errors, write_text
+from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image, page_figure
+from sparsify.reporting.html import page_environment
+from sparsify.reporting.tables import figures_table
+from sparsify.tuning.record import RECORD_FILE, WEIGHTED, Curve, TuneRecord
+
+MOST_COLUMNS = 6
+MOST_ROWS = 8
+COLUMNS_OF_ONE_CURVE = 3
+
+Draw = Callable[[TuneRecord, Theme], Figure]
+
+
+def loss_against_share(record: TuneRecord, theme: Theme) -> Figure:
+    """Predicted loss of every domain against every varied share, with its band and the trials."""
+    names = shown_domains(record)
+    curves = record.curves[:MOST_COLUMNS]
+    if len(curves) == 1:
+        figure, panels = _wrapped(len(names))
+    else:
+        figure = Figure(figsize=(WIDTH_INCHES, 0.5 + 1.45 * len(names)))
+        grid = figure.subplots(len(names), len(curves), sharex="col", sharey="row", squeeze=False)
+        panels = list(grid.flat)
+    pairs = [(name, curve) for name in names for curve in curves]
+    for axes, (name, curve) in zip(panels, pairs, strict=True):
+        _panel(axes, record, curve, name, theme)
+        axes.set_ylim(_loss_range(curves, name))
+        first_column, last_row = curve is curves[0], name == names[-1] or len(curves) == 1
+        if first_column:
+            axes.set_title(_title(name), fontsize=9)
+        if last_row:
+            axes.set_xlabel(f"share of {curve.part}")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8.5)
+    return figure
+
+
+def shown_domains(record: TuneRecord) -> list[str]:
+    """The weighted loss and the domains of most weight, as many as a picture can hold."""
+    by_weight = sorted(record.domains, key=lambda name: -record.domains[name].weight)
+    kept = by_weight[: MOST_ROWS - 1]
+    return [WEIGHTED, *(name for name in record.domains if name in kept)]
+
+
+def _wrapped(num_panels: int) -> tuple[Figure, list[Axes]]:
+    columns = min(COLUMNS_OF_ONE_CURVE, num_panels)
+    rows = -(-num_panels // columns)
+    figure = Figure(figsize=(WIDTH_INCHES, 0.5 + 2.3 * rows))
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels[num_panels:]:
+        axes.remove()
+    return figure, panels[:num_panels]
+
+
+def _title(name: str) -> str:
+    return "weighted loss, nats per token" if name == WEIGHTED else name
+
+
+def _panel(axes: Axes, record: TuneRecord, curve: Curve, name: str, theme: Theme) -> None:
+    part = record.parts.index(curve.part)
+    shares, losses = np.array(curve.shares), np.array(curve.losses[name])
+    half, at = np.array(curve.half_widths[name]), [one.part_shares[part] for one in record.trials]
+    colour = theme.product if name == WEIGHTED else theme.control
+    fill = theme.product_fill if name == WEIGHTED else theme.line
+    axes.fill_between(shares, losses - half, losses + half, color=fill, lw=0, label="90% band")
+    axes.plot(shares, losses, color=colour, linewidth=1.8, label="regression")
+    observed = curve.trial_losses[name]
+    axes.plot(at[1:], observed[1:], "o", color=theme.ink, markersize=3.6, label="trial")
+    axes.plot(
+        at[:1],
+        observed[:1],
+        "s",
+        color=theme.gate,
+        markersize=5.5,
+        label="default mixture",
+    )
+    tuned = record.tuned_part_shares[part]
+    label = "tuned mixture" if record.reason is None else "predicted best, not supported"
+    axes.axvline(tuned, color=theme.up, linewidth=1.2, linestyle=(0, (4, 2)), label=label)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+
+
+def _loss_range(curves: Sequence[Curve], name: str) -> tuple[float, float]:
+    """Range of all lines and trials of a row: a band may reach far beyond what was seen."""
+    values = [value for one in curves for value in one.losses[name] + one.trial_losses[name]]
+    margin = 0.2 * ((max(values) - min(values)) or 1e-3)
+    return min(values) - margin, max(values) + margin
+
+
+def observed_against_predicted(record: TuneRecord, theme: Theme) -> Figure:
+    """Every trial's loss against what the regression predicts for it from all other trials."""
+    names = shown_domains(record)
+    figure, panels = _wrapped(len(names))
+    for axes, name in zip(panels, names, strict=True):
+        if name == WEIGHTED:
+            pairs = [(one.left_out_weighted_loss, one.weighted_loss) for one in record.trials]
+            quality = record.weighted.left_out_r2
+        else:
+            pairs = [(one.left_out_losses[name], one.losses[name]) for one in record.trials]
+            quality = record.domains[name].left_out_r2
+        predicted, observed = zip(*pairs, strict=True)
+        low, high = min(predicted + observed), max(predicted + observed)
+        margin = 0.08 * ((high - low) or 1e-3)
+        ends = (low - margin, high + margin)
+        axes.plot(ends, ends, color=theme.line, linewidth=1.2, zorder=0)
+        axes.plot(predicted[1:], observed[1:], "o", color=theme.ink, markersize=4)
+        axes.plot(predicted[:1], observed[:1], "s", color=theme.gate, markersize=6)
+        axes.set(xlim=ends, ylim=ends, xlabel="predicted, left out", ylabel="observed")
+        axes.set_title(f"{_title(name).partition(',')[0]}: R² {quality:.2f}", fontsize=9)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+        axes.grid(axis="x")
+    return figure
+
+
+PAGE_FILE = "index.html"
+PACKAGE, TEMPLATE_FILE = "sparsify.tuning", "tune.html.j2"
+PICTURES: dict[Draw, str] = {
+    loss_against_share: "Loss against share",
+    observed_against_predicted: "Can the regression be trusted?",
+}
+
+
+def write_page(record: TuneRecord, folder: Path) -> None:
+    """Writes the record, its pictures and its page.
+
+    Raises:
+        StorageError: If the disk or the folder refuses.
+    """
+    write_text(folder / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
+    for draw in PICTURES:
+        path = folder / f"{draw.__name__}.png"
+        with storage_errors(path):
+            path.write_bytes(image(partial(draw, record), draw.__name__, LIGHT, "png"))
+    write_text(folder / PAGE_FILE, render_page(record))
+
+
+def render_page(record: TuneRecord) -> str:
+    """The page as text: pictures inside as data, on light and on dark paper."""
+    captions: dict[Draw, str] = {
+        loss_against_share: _share_caption(record),
+        observed_against_predicted: "Each trial's loss against what the regression says of it when it has not seen "
+        "it. Points on the line are predicted; an R² of 0 or less says that the mean of the other trials does as well.",
+    }
+    figures = [
+        page_figure(partial(draw, record), draw.__name__, title, captions[draw])
+        for draw, title in PICTURES.items()
+    ]
+    template = page_environment(PACKAGE).get_template(TEMPLATE_FILE)
+    return template.render(record=record, figures=figures)
+
+
+def _share_caption(record: TuneRecord) -> str:
+    moved = (
+        "The other parts keep the default's proportions while one moves; each trial is drawn where the regression "
+        "puts it on that path, plus what it leaves unexplained."
+        if len(record.parts) > 2
+        else "The dots are what the trials measured."
+    )
+    hidden = len(record.domains) + 1 - len(shown_domains(record))
+    more = f" {hidden} domains of least weight are in {RECORD_FILE} only." if hidden else ""
+    return f"Held-out loss after {record.trial_tokens:,} training tokens. {moved}{more}"
+
+
+COLUMNS = ("domain", "weight", "token share", "loss", "error", "R²")
+
+
+def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType:
+    """Shares and predicted losses of both mixtures, the verdict, and what to type next.
+
+    Args:
+        record: What was found.
+        folder: Where its page lies.
+        given: Recipe name or path as the user gave it.
+    """
+    table = figures_table(
+        f"{record.recipe}: predicted after {record.trial_tokens:,} tokens, from {len(record.trials)} trials",
+        *COLUMNS,
+    )
+    for name, domain in record.domains.items():
+        table.add_row(
+            escape(name),
+            f"{domain.weight:.1%}",
+            f"{domain.default_share:.1%} → {domain.tuned_share:.1%}",
+            f"{domain.default_loss:.4f} → {domain.tuned_loss:.4f}",
+            f"{domain.left_out_error:.4f}",
+            f"{domain.left_out_r2:.2f}",
+        )
+    table.add_section()
+    losses = f"{record.default_loss:.4f} → {record.tuned_loss:.4f}"
+    zeros = f"{record.default_zeros:.2%} → {record.tuned_zeros:.2%}"
+    for name, values, quality, error in (
+        ("weighted loss", losses, record.weighted, f"{record.weighted.left_out_error:.4f}"),
+        ("exact zeros", zeros, record.zeros, f"{record.zeros.left_out_error:.2%}"),
+    ):
+        table.add_row(name, "", "", values, error, f"{quality.left_out_r2:.2f}")
+    parts: list[RenderableType] = [
+        "",
+        table,
+        "Default → predicted best. Error and R² are leave-one-out. The weighted loss is what is made small: a domain weighs "
+        "its share in the recipe's mixture, times its --weight.",
+    ]
+    if record.confirmation is not None:
+        parts += ["", _confirmation_table(record)]
+    parts += ["", f"[bold]{escape(record.verdict)}[/bold]", *_places(record, folder, given)]
+    return Group(*parts)
+
+
+def _confirmation_table(record: TuneRecord) -> Table:
+    found = record.confirmation
+    assert found is not None
+    table = figures_table(
+        f"Confirmation: {found.num_tokens:,} tokens, seed {found.seed}, other held-out windows",
+        "domain",
+        "default loss",
+        "tuned loss",
+        "difference",
+    )
+    for name, loss in found.default_losses.items():
+        tuned = found.tuned_losses[name]
+        table.add_row(escape(name), f"{loss:.4f}", f"{tuned:.4f}", f"{tuned - loss:+.4f}")
+    table.add_section()
+    row = (found.default_loss, found.tuned_loss)
+    table.add_row("weighted loss", *(f"{loss:.4f}" for loss in row), f"{found.difference:+.4f}")
+    return table
+
+
+def _places(record: TuneRecord, folder: Path, given: str) -> list[str]:
+    lines = [f"[bold]Page[/bold]     {escape(str(folder / PAGE_FILE))}"]
+    if record.mixture_file is None:
+        lines.append("No mixture was written; --force writes the predicted one all the same.")
+        return lines
+    mixture = escape(record.mixture_file)
+    lines.append(f"[bold]Mixture[/bold]  {mixture}")
+    lines.append(f"Next: [cyan]sparsify plan {escape(given)} mixture={mixture}[/cyan]")
+    return lines

@@ -1,0 +1,36 @@
+"""`bench activation` measures the ways over the same tensors, and its ratios follow from its times."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsify.bench import activation
+from sparsify.bench.activation import activation_table, bench_activation
+from sparsify.cli import main
+from sparsify.errors import RecipeError
+
+SIZE = {"tokens": 64, "neurons": 512, "dtype": "fp32"}
+
+
+def test_ratios_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation, "fastest_implementation", lambda: "plain")
+    bench = bench_activation("drelu", **SIZE, repeats=1, say=lambda _: None)
+    eager, fused = bench.ways
+    assert (eager.name, fused.name) == ("eager", "plain")
+    assert fused.both_speed is not None
+    assert fused.both_speed.median == pytest.approx(eager.both_seconds / fused.both_seconds)
+    moved_bytes = 3 * 64 * 512 * 4 / eager.forward_seconds
+    assert eager.forward_bandwidth_share == pytest.approx(moved_bytes / bench.copy_bytes_per_second)
+    assert fused.both_bandwidth_share / fused.forward_bandwidth_share == pytest.approx(
+        8 / 3 * fused.forward_seconds / fused.both_seconds
+    )
+    with main.console.capture() as shown:
+        main.console.print(activation_table(bench))
+    assert "plain, with backward" in shown.get()
+
+
+def test_what_it_cannot_measure_is_refused() -> None:
+    with pytest.raises(RecipeError, match="--activation"):
+        bench_activation("gelu", **SIZE, repeats=1, say=lambda _: None)
+    with pytest.raises(RecipeError, match="--repeats"):
+        bench_activation("drelu", **SIZE, repeats=0, say=lambda _: None)

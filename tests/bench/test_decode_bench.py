@@ -1,0 +1,163 @@
+"""The benchmark's blocks fire as asked, its byte counts are those of the rows, and its commands print what was measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+from sparsify.bench import decode_measure
+from sparsify.bench.decode_measure import dense_twin, make_blocks, measure_model, measure_point
+from sparsify.bench.decode_result import FfnPoint, Ratio, Timing, crossover
+from sparsify.cli import main
+from sparsify.conversion.convert import convert
+from sparsify.conversion.sparse_folder import load_sparse
+from sparsify.recipe.recipe import ActivationSection, ModelSection
+
+HIDDEN, NEURONS, RANK = 64, 500, 16
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_measure, "OUT_OF_CACHE_BYTES", 1 << 20)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_blocks_fire_as_asked_and_bytes_are_those_of_their_rows(tokens: int) -> None:
+    blocks = make_blocks(HIDDEN, NEURONS, RANK, 3, torch.bfloat16)[:2]
+    point = measure_point(blocks, 0.1, 0.3, tokens, threads=1, repeats=2)
+    block = blocks[0]
+    x = block.x[:tokens]
+    gate, up = linear(x, block.gate) > 0, linear(x, block.up) > 0
+    assert torch.equal(gate.sum(1), torch.full((tokens,), 150))
+    assert torch.equal((gate & up).sum(1), torch.full((tokens,), 50))
+    row = HIDDEN * 2
+    any_gate, any_both = gate.any(0).sum().item(), (gate & up).any(0).sum().item()
+    predictor = RANK * (HIDDEN + NEURONS) * 2
+    assert point.bytes_read == {
+        "torch": 3 * NEURONS * row,
+        "dense": 3 * NEURONS * row,
+        "exact": (NEURONS + any_gate + any_both) * row,
+        "predictor": 3 * any_both * row + predictor,
+    }
+    assert point.ideal("exact") == pytest.approx(3 * NEURONS / (NEURONS + any_gate + any_both))
+    assert all(len(timing.seconds) == 2 for timing in point.seconds.values())
+
+
+def test_blocks_of_int4_are_read_by_the_kernels_alone() -> None:
+    blocks = make_blocks(HIDDEN, NEURONS, RANK, 2, torch.bfloat16, "int4")
+    point = measure_point(blocks[:2], 0.1, 0.3, 2, threads=1, repeats=1)
+    x, block = blocks[0].x, blocks[0]
+    gate, up = (linear(x, one) > 0 for one in (block.gate, block.up))
+    row = HIDDEN // 2 + 2 * HIDDEN // 32
+    rows = NEURONS + gate.any(0).sum().item() + (gate & up).any(0).sum().item()
+    assert point.bytes_read["torch"] == 3 * NEURONS * HIDDEN * 2
+    assert point.bytes_read["dense"] == 3 * NEURONS * row
+    assert point.bytes_read["exact"] == rows * row
+
+
+def test_ratios_are_taken_within_pairs() -> None:
+    slow, fast = Timing(seconds=[2.0, 20.0, 6.0]), Timing(seconds=[1.0, 10.0, 2.0])
+    assert Ratio.of(slow, fast).median == 2.0
+
+
+def test_the_crossover_is_the_first_batch_that_torch_wins() -> None:
+    def point(tokens: int, exact: float, gates: float = 0.1) -> FfnPoint:
+        seconds = {"torch": Timing(seconds=[1.0]), "exact": Timing(seconds=[exact])}
+        return FfnPoint(
+            active_share=0.1,
+            gate_share=gates,
+            tokens=tokens,
+            threads=1,
+            bytes_read={},
+            read_bytes_per_second=1.0,
+            seconds=seconds,
+        )
+
+    points = [point(1, 0.2), point(1, 9.0, 0.3), point(4, 0.8), point(8, 1.1), point(16, 0.9)]
+    assert crossover(points) == (4, 8)
+    assert crossover(points[:3]) == (4, None)
+    assert crossover([point(1, 1.2)]) == (None, 1)
+
+
+@pytest.fixture(scope="module")
+def bundle(stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to = tmp_path_factory.mktemp("bench") / "mistral-drelu"
+    source, activation = ModelSection(source=str(stock["mistral"])), ActivationSection("drelu")
+    convert(source, activation, to, seed=0, dtype=torch.float32)
+    return to
+
+
+def test_the_dense_twin_is_the_same_model_and_shares_its_memory(bundle: Path) -> None:
+    model = load_sparse(bundle)
+    twin = dense_twin(model)
+    ids = torch.arange(3, 30)[None]
+    point = measure_model(model, "one", None, ids, 8, 1, lambda _: None)
+    assert torch.equal(twin(ids).logits, load_sparse(bundle)(ids).logits)
+    shared = [
+        name
+        for (name, one), other in zip(twin.named_parameters(), model.parameters(), strict=True)
+        if one.data_ptr() != other.data_ptr()
+    ]
+    assert all("down_proj" in name for name in shared)
+    assert not any("forward" in vars(block) for block in twin.ffn_blocks())
+    assert point.bytes_read["exact"] < point.bytes_read["torch"]
+    assert 0 < point.outside_share["exact"] < 1
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["sparsify", "bench", "decode", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    return int(end.value.code or 0)
+
+
+SMALL = ("--hidden", "64", "--neurons", "96", "--rank", "16", "--batch", "1,9", "--repeats", "2")
+
+
+def test_the_command_measures_a_bundle_and_draws(
+    bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    plot = tmp_path / "plot.svg"
+    blocks = (*SMALL, "--sparsity", "0.5,0.9", "--threads", "1,2", "--plot", str(plot))
+    assert run(monkeypatch, *blocks, "--layers", "0", "--json") == 0
+    measured = json.loads(capsys.readouterr().out)
+    assert len(measured["ffn"]) == 2 * 2 + 1 + 1
+    assert "what bytes allow" in plot.read_text()
+    whole = ("--bundle", str(bundle), "--sparsity", "", "--tokens", "6", "--repeats", "2")
+    whole += ("--weights", "int8")
+    assert run(monkeypatch, *whole, "--prompt", "word1 value2") == 0
+    shown = capsys.readouterr().out
+    assert "Layers that hold it back most" in shown
+    assert "exact" in shown
+    assert "2 layers, int8 weight blocks on float32" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--dtype", "fp8"), "--dtype fp8"),
+        (("--weights", "int3"), "--weights int3 (allowed: stored, int8, int4)"),
+        (("--device", "tpu"), "--device tpu (here: cpu"),
+        (("--sparsity", "1.5"), "--sparsity outside"),
+        (("--batch", "1,x"), "--batch is '1,x'"),
+        (("--batch", "0"), "a number below 1"),
+        (("--plot", "picture.pdf"), "picture.pdf is no picture"),
+        (("--predictors", "somewhere"), "--predictors without --bundle"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    arguments: tuple[str, ...],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, *arguments) == 2
+    assert words in capsys.readouterr().err

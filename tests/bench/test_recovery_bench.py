@@ -1,0 +1,161 @@
+"""`sparsify bench recovery`: what it reads from runs, how arms choose and compare, and one real small benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from sparsify.bench.recovery import (
+    Recovery,
+    RecoveryArm,
+    RecoveryPlan,
+    RecoveryPoint,
+    RecoveryRun,
+    arm_names,
+    bench_recovery,
+    read_run,
+)
+from sparsify.bench.recovery_report import recovery_table, write_recovery
+from sparsify.cli.options import numbers
+from sparsify.errors import RecipeError, RunError
+from sparsify.recipe.compose import save_recipe
+from sparsify.runs.run_folder import RunFolder
+from tests.conftest import Setup
+
+
+def point(tokens: int, loss: float, zeros: float, gate_zeros: float) -> RecoveryPoint:
+    return RecoveryPoint(
+        tokens=tokens, loss=loss, zeros=zeros, gate_zeros=gate_zeros, annealed_share=1
+    )
+
+
+def arm(name: str, losses: list[float], dense: list[float], zeros: float) -> RecoveryArm:
+    runs = [
+        RecoveryRun(
+            arm=name,
+            seed=seed,
+            peak_learning_rate=1e-3,
+            path="",
+            points=[point(0, loss + 1, zeros, zeros / 2), point(100, loss, zeros, zeros / 2)],
+        )
+        for seed, loss in enumerate(losses, start=1)
+    ]
+    gaps = [loss - other for loss, other in zip(losses, dense, strict=True)]
+    return RecoveryArm(name=name, searched={3e-4: 9.0, 1e-3: losses[0]}, runs=runs, gaps=gaps)
+
+
+def recovery() -> Recovery:
+    dense = [3.0, 3.2]
+    arms = [arm("dense", dense, dense, 0.0), arm("drelu", [3.5, 3.6], dense, 0.9)]
+    return Recovery(budget_tokens=100, seeds=[1, 2], arms=arms)
+
+
+def test_bytes_are_those_of_an_exact_kernel() -> None:
+    # Of 30 rows of gate, up and down with 6 gates above zero and 3 products: 30 + 6 + 3 of 90.
+    measured = point(0, 3.0, zeros=0.9, gate_zeros=0.8)
+    assert measured.gate_first_bytes == pytest.approx(39 / 90)
+    assert measured.predicted_bytes == pytest.approx(0.1)
+    assert point(0, 3.0, zeros=0.0, gate_zeros=0.0).gate_first_bytes == 1
+
+
+@pytest.mark.slow
+def test_a_real_run_is_read_to_its_end(
+    finished: Callable[[Setup], tuple[Path, dict]], tmp_path: Path
+) -> None:
+    folder, _ = finished(Setup("mistral", 1, 1, "fp32"))
+    run = RunFolder(folder)
+    read = read_run(run, "drelu")
+    recipe = run.load_recipe()
+    assert [one.tokens for one in read.points] == [0, 2048, recipe.training.budget_tokens]
+    assert 0.3 < read.last.gate_zeros < read.last.zeros < 0.95
+    recipe.training.budget_tokens += 10 * recipe.step_tokens
+    for name in ("metrics.jsonl", "sparsity.jsonl"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    with pytest.raises(RunError, match="not measured at the end"):
+        read_run(RunFolder(tmp_path), "drelu")
+
+
+def test_the_table_holds_each_seed_against_its_own_control(tmp_path: Path) -> None:
+    result = recovery()
+    assert result.arms[1].gap == pytest.approx((0.5 + 0.4) / 2)
+    console = Console(width=140)
+    with console.capture() as captured:
+        console.print(recovery_table(result))
+    row = next(line for line in captured.get().splitlines() if line.strip().startswith("drelu"))
+    for cell in ("0.001*", "3.550", "+0.450 ± 0.050", "90.0%", "45.0%", "55.0%", "10.0%"):
+        assert cell in row
+    write_recovery(result, tmp_path)
+    assert Recovery.model_validate_json(
+        json.dumps(_without_computed(json.loads((tmp_path / "recovery.json").read_text())))
+    )
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"tokens.png", "zeros.png", "gate_first.png", "predictor.png"}
+
+
+def _without_computed(value: object) -> object:
+    if isinstance(value, dict):
+        computed = ("gap", "gate_first_bytes", "predicted_bytes")
+        return {key: _without_computed(item) for key, item in value.items() if key not in computed}
+    return [_without_computed(item) for item in value] if isinstance(value, list) else value
+
+
+def test_every_recipe_in_its_folder_is_an_arm_and_the_control_comes_first() -> None:
+    names = arm_names()
+    assert names[0] == "dense"
+    assert {"drelu", "reglu", "annealed_drelu", "prosparse_reglu", "target_drelu"} <= set(names)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (RecoveryPlan(Path("r"), arms=["dralu"]), "Did you mean 'drelu'?"),
+        (RecoveryPlan(Path("r"), rates=[]), "--rates is empty"),
+        (RecoveryPlan(Path("r"), seeds=[1, 1]), "each once"),
+        (RecoveryPlan(Path("r"), overrides=["training.seed=3"]), "sets training.seed itself"),
+        (RecoveryPlan(Path("r"), overrides=["run_dir=x"]), "sets run_dir itself"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
+    plan: RecoveryPlan, message: str
+) -> None:
+    with pytest.raises(RecipeError) as error:
+        bench_recovery(plan, lambda line: pytest.fail(line))
+    assert message in str(error.value)
+    with pytest.raises(RecipeError, match="Numbers with commas"):
+        numbers("--rates", "1e-3;1e-4", float)
+
+
+@pytest.mark.slow
+def test_a_small_benchmark_from_beginning_to_end(
+    stock: dict[str, Path], mixture_file: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        f"model.source={stock['mistral']}",
+        f"mixture={mixture_file}",
+        f"cache_dir={tmp_path / 'cache'}",
+        "training.window_tokens=64",
+        "training.budget_tokens=4096",
+        "optimizer.warmup_tokens=512",
+        "eval.every_tokens=2048",
+        "eval.validation_windows_per_source=2",
+        "launch.processes=1",
+    ]
+    plan = RecoveryPlan(tmp_path / "r", ["annealed_drelu"], [1e-3, 3e-3], [1, 2], overrides)
+    said: list[str] = []
+    result = bench_recovery(plan, said.append)
+    assert [one.name for one in result.arms] == ["dense", "annealed_drelu"]
+    for one in result.arms:
+        assert one.searched.keys() == {1e-3, 3e-3}
+        assert one.peak_learning_rate == min(one.searched, key=lambda rate: one.searched[rate])
+        assert [run.seed for run in one.runs] == [1, 2]
+    points = result.arms[1].runs[0].points
+    assert [one.annealed_share for one in points] == [0.0, 1.0, 1.0]
+    assert points[0].loss == pytest.approx(result.arms[0].runs[0].points[0].loss, abs=1e-5)
+    again = bench_recovery(plan, said.append)
+    assert again == result
+    assert sum("Trained already" in line for line in said) == 6

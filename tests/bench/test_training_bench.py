@@ -1,0 +1,81 @@
+"""`bench train` compares loops that do the same work, and its numbers follow from each other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from sparsify.bench.timing import Turn, take_turns
+from sparsify.bench.training_report import TrainBench, training_table
+from sparsify.cli import main
+
+BLOCKS, BLOCK_STEPS = 2, 2
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def bench(recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPathFactory):
+    arguments = [str(recipe_file), f"mixture={mixture_file}"]
+    arguments += [f"cache_dir={tmp_path_factory.mktemp('cache')}"]
+    arguments += ["--blocks", str(BLOCKS), "--block-steps", str(BLOCK_STEPS), "--json"]
+    program = "from sparsify.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "bench", "train", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return TrainBench.model_validate_json(done.stdout)
+
+
+def test_all_loops_train_the_same_model_on_the_same_windows(bench: TrainBench) -> None:
+    assert len(bench.ours.losses) >= BLOCKS * BLOCK_STEPS
+    for other in (bench.bare, bench.trainer):
+        assert len(other.losses) >= BLOCKS * BLOCK_STEPS
+        for ours, theirs in zip(bench.ours.losses, other.losses, strict=False):
+            assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+def test_ratios_follow_from_the_blocks(bench: TrainBench) -> None:
+    pairs = list(zip(bench.ours.step_seconds, bench.bare.step_seconds, strict=True))
+    assert len(pairs) == BLOCKS
+    assert bench.loop_overhead.median == pytest.approx(median(a / b for a, b in pairs) - 1)
+    speed = bench.step_tokens / median(bench.ours.step_seconds)
+    assert bench.ours.tokens_per_second == pytest.approx(speed)
+    probe = bench.probe
+    assert (probe.every_tokens, probe.held_out_tokens) == (1536, 3 * 3 * 64)
+    between = probe.every_tokens / bench.ours.tokens_per_second
+    assert probe.validation_share == pytest.approx(probe.validation_seconds / between)
+    with main.console.capture() as shown:
+        main.console.print(training_table(bench))
+    assert "Trainer" in shown.get()
+
+
+def test_loops_never_run_at_the_same_time_and_each_gets_its_blocks() -> None:
+    trace: list[str] = []
+
+    def loop(turn: Turn) -> None:
+        while True:
+            turn.step()
+            trace.append(turn.name)
+
+    turns = take_turns({"one": loop, "two": loop}, block_steps=3, blocks=4, say=lambda _: None)
+    assert [len(turn.seconds) for turn in turns.values()] == [4, 4]
+    assert [trace.count(name) for name in turns] == [15, 15]
+    blocks = [trace[start : start + 3] for start in range(0, len(trace), 3)]
+    assert all(len(set(block)) == 1 for block in blocks)
+
+
+def test_an_error_of_a_loop_comes_out() -> None:
+    def broken(turn: Turn) -> None:
+        turn.step()
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        take_turns({"broken": broken}, block_steps=1, blocks=1, say=lambda _: None)

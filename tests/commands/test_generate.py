@@ -1,0 +1,95 @@
+"""`sparsify generate` streams what transformers would write, and counts what it read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsify.cli import main
+from sparsify.commands.generate import generate
+from sparsify.conversion.convert import convert
+from sparsify.errors import ModelError, RunError
+from sparsify.recipe.recipe import ActivationSection, ModelSection
+
+PROMPT = "word1 value2"
+
+
+@pytest.fixture(scope="module")
+def bundle(stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    to = tmp_path_factory.mktemp("generate") / "mixtral-drelu"
+    section = ModelSection(source=str(stock["mixtral"]))
+    convert(section, ActivationSection("drelu"), to, seed=0, dtype=torch.float32)
+    return to
+
+
+def run(bundle: Path, pieces: list[str] | None = None, **changed: Any):
+    given: dict[str, Any] = {
+        "num_tokens": 12,
+        "temperature": 0.0,
+        "seed": 1,
+        "weights": "stored",
+        "predictors": None,
+        "threads": None,
+        "dense": False,
+        "write": (pieces if pieces is not None else []).append,
+    }
+    return generate(str(bundle), PROMPT, **given | changed)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_it_writes_what_dense_decoding_writes_and_reads_less(
+    bundle: Path, temperature: float
+) -> None:
+    pieces: list[str] = []
+    sparse = run(bundle, pieces, temperature=temperature)
+    dense = run(bundle, temperature=temperature, dense=True)
+    assert "".join(pieces) == sparse.text == dense.text != ""
+    assert len(pieces) > 1
+    assert sparse.fired_share is not None
+    assert sparse.touched_share is not None
+    assert 0.1 < sparse.fired_share < 0.4 < sparse.touched_share < 0.8
+    # Two of four experts, three projections of 64 neurons by 32, in fp32, two layers.
+    assert dense.ffn_bytes_per_token == sparse.dense_ffn_bytes_per_token == 2 * 3 * 64 * 32 * 4 * 2
+    ratio = sparse.ffn_bytes_per_token / dense.ffn_bytes_per_token
+    assert ratio == pytest.approx(sparse.touched_share)
+    assert dense.fired_share is None
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8.5), ("int4", 4.5)])
+def test_blocks_are_what_a_token_reads(bundle: Path, weights: str, bits: float) -> None:
+    result, stored = run(bundle, weights=weights), run(bundle)
+    assert result.text != ""
+    assert (result.weights, stored.weights) == (weights, "stored")
+    assert result.touched_share is not None
+    of_two_experts = 2 * 3 * 64 * 32 * bits / 8 * 2
+    assert result.ffn_bytes_per_token == pytest.approx(result.touched_share * of_two_experts)
+    assert (result.kept_bytes, stored.kept_bytes) == (2 * of_two_experts, 0)
+    assert result.dense_ffn_bytes_per_token == stored.dense_ffn_bytes_per_token
+
+
+def test_the_command_prints_json(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparsify", "generate", str(bundle), PROMPT, "--json"])
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code in (0, None)
+    assert json.loads(capsys.readouterr().out)["prompt"] == PROMPT
+
+
+def test_what_cannot_be_is_refused(bundle: Path, stock: dict[str, Path]) -> None:
+    with pytest.raises(RunError, match="--tokens 0"):
+        run(bundle, num_tokens=0)
+    with pytest.raises(RunError, match="--predictors would change nothing"):
+        run(bundle, dense=True, predictors=bundle)
+    with pytest.raises(RunError, match="--weights would change nothing"):
+        run(bundle, dense=True, weights="int8")
+    with pytest.raises(ModelError, match=r"'int3'.*\n.*stored, int8, int4"):
+        run(bundle, weights="int3")
+    with pytest.raises(ModelError, match="swiglu makes no zeros"):
+        run(stock["mistral"])

@@ -1,0 +1,262 @@
+"""Which numbers stand beside each other, and which of them may be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsify.compare import Comparison, runs
+from sparsify.compare.settings import short_names
+from sparsify.compare.tables import tables
+from sparsify.errors import RunError
+from tests.compare.conftest import Runs
+
+TWO = {"code": 2.0, "prose": 3.0, "questions": 2.5}
+OTHER = {"code": 2.5, "prose": 3.5, "questions": 3.0}
+
+
+def rows(comparison: Comparison, title: str) -> list[dict[str, str]]:
+    """A table of the comparison, each row by its headings."""
+    table = next(one for one in tables(comparison) if one.title.startswith(title))
+    return [dict(zip(table.header, row, strict=True)) for row in table.rows]
+
+
+def test_one_run_stands_beside_its_control(runs: Runs) -> None:
+    run = runs(
+        "quickstart",
+        losses={0: OTHER, 10240: OTHER, 20480: TWO},
+        zeros=0.875,
+        tokens_per_second=1234.5,
+    )
+    control = {"code": 1.9, "prose": 2.75, "questions": 2.5}
+    runs("quickstart/control", "activation=swiglu", losses={0: control, 20480: control})
+
+    comparison = runs([run])
+
+    sparse, dense = comparison.runs
+    # 0.6 code + 0.2 prose + 0.2 questions
+    assert sparse.loss == pytest.approx(2.3)
+    assert sparse.control is not None
+    assert sparse.control.gap == pytest.approx(0.6 * 0.1 + 0.2 * 0.25)
+    assert sparse.control.source_gaps == pytest.approx({"code": 0.1, "prose": 0.25, "questions": 0})
+    assert (sparse.control.tokens, dense.control, dense.control_state) == (20480, None, "is dense")
+    assert [point.tokens for point in sparse.points] == [0, 10240, 20480]
+    assert sparse.points[0].loss == pytest.approx(2.8)  # after the swap, not the base before it
+    assert comparison.losses_comparable
+    assert comparison.notes == []
+    assert comparison.swept_setting is None
+    assert rows(comparison, "Runs") == [
+        {
+            "run": "quickstart",
+            "ffn_activation": "drelu",
+            "training tokens": "20,480",
+            "validation loss": "2.300",
+            "to dense control": "+0.110",
+            "exact zeros": "87.5%",
+            "tokens/s": "1,234",
+        },
+        {
+            "run": "control",
+            "ffn_activation": "swiglu",
+            "training tokens": "20,480",
+            "validation loss": "2.190",
+            "to dense control": "is dense",
+            "exact zeros": "0%",
+            "tokens/s": "1,000",
+        },
+    ]
+    assert rows(comparison, "Validation loss of each source")[0] == {
+        "run": "quickstart",
+        "code": "2.000 (60.0%)",
+        "prose": "3.000 (20.0%)",
+        "questions": "2.500 (20.0%)",
+    }
+
+
+def test_a_series_of_shares_is_compared_source_by_source(sweep: list[Path]) -> None:
+    comparison = runs(sweep)
+
+    assert comparison.swept_setting == "mixture.instruction_token_share"
+    assert comparison.settings == ["mixture.instruction_token_share"]
+    table = rows(comparison, "Runs")
+    assert [row["run"] for row in table] == ["share=0", "share=stated", "share=0.5"]
+    # A share that is not set reads as what the sources state, beside runs that set it.
+    assert [row["instruction_token_share"] for row in table] == ["0", "0.2", "0.5"]
+    # 2.0 * 0.75 + 3.0 * 0.25; each run weighs by other shares, so none may be compared with another
+    assert [row["validation loss"] for row in table] == ["2.250†", "2.400†", "2.312†"]
+    assert [row["to dense control"] for row in table] == ["+0.500"] * 3
+    assert [row["plain mean"] for row in table] == ["–", "2.600", "2.567"]
+    assert [row["exact zeros"] for row in table] == ["80.0%†", "80.0%", "80.0%"]
+    sources = rows(comparison, "Validation loss of each source")
+    assert [row["code"] for row in sources] == ["2.000 (75.0%)", "2.100 (60.0%)", "2.400 (37.5%)"]
+    assert [row["questions"] for row in sources] == ["– (0%)", "2.500 (20.0%)", "2.000 (50.0%)"]
+    weights, zeros, unmeasured = comparison.notes
+    assert "mean of its sources' losses by its own token shares" in weights
+    assert "plain mean, in which each source counts the same" in weights
+    assert "not measured on the same ones" in zeros
+    assert unmeasured.startswith("share=0 trains on no questions, so it was not measured there")
+
+
+def test_a_dense_run_of_the_same_tokens_is_the_control(runs: Runs) -> None:
+    alone = ("control.ffn_activation=null",)
+    sparse = runs("quickstart", *alone, losses={20480: OTHER})
+    reglu = runs("quickstart,activation=reglu", "activation=reglu", *alone, losses={20480: OTHER})
+    # The numbers of windows in a pass and of processes change no token.
+    faster = ("training.micro_batch_windows=2", "launch.processes=1")
+    dense = runs("quickstart,activation=swiglu", "activation=swiglu", *faster, losses={20480: TWO})
+    seed = "training.seed=2"
+    other = runs("quickstart,seed=2,activation=drelu", seed, *alone, losses={20480: OTHER})
+
+    comparison = runs([sparse, reglu, dense, other])
+
+    gaps = [row["to dense control"] for row in rows(comparison, "Runs")]
+    assert gaps == ["+0.500", "+0.500", "is dense", "no control"]
+    assert comparison.runs[0].control is not None
+    assert comparison.runs[0].control.name == "activation=swiglu"
+    (note,) = comparison.notes
+    assert note.startswith(
+        "No control for seed=2,activation=drelu: what the zeros cost is not known"
+    )
+
+
+@pytest.mark.parametrize(
+    ("other", "cause"),
+    [
+        (
+            {"fingerprints": {"code": "new text"}},
+            ["other: code was", "fingerprint new text, not text of code"],
+        ),
+        (
+            {"overrides": ["eval.validation_windows_per_source=4"]},
+            ["other: code, prose and questions were", "4 windows, not 16"],
+        ),
+        (
+            {"overrides": ["training.window_tokens=128", "training.batch_windows=16"]},
+            ["other: code, prose", "windows of 128 tokens, not 256"],
+        ),
+    ],
+)
+def test_losses_of_other_windows_are_marked(runs: Runs, other: dict, cause: list[str]) -> None:
+    other = dict(other)
+    overrides = other.pop("overrides", [])
+    paths = [runs(name, f"training.seed={i}", losses={20480: TWO}) for i, name in enumerate("ab")]
+    paths.append(runs("other", *overrides, losses={20480: TWO}, **other))
+
+    comparison = runs(paths)
+
+    assert [run.sources["code"].comparable for run in comparison.runs] == [True, True, False]
+    changed_all = "prose" in cause[0]
+    assert comparison.runs[2].sources["prose"].comparable != changed_all
+    assert [run.loss_comparable for run in comparison.runs] == [True, True, False]
+    assert comparison.runs[2].mean_loss is None
+    assert rows(comparison, "Validation loss of each source")[2]["code"] == "2.000† (60.0%)"
+    assert rows(comparison, "Runs")[2]["validation loss"] == "2.300†"
+    note = comparison.notes[0]
+    assert all(words in note for words in [*cause, "windows of a", "cannot be compared"])
+
+
+def test_as_many_windows_as_there_are_is_the_same_for_any_larger_number(runs: Runs) -> None:
+    """The held-out text has room for 32 windows: asking for 40 or 50 measures on the same 32."""
+    asked = [f"eval.validation_windows_per_source={number}" for number in (40, 50)]
+    paths = [runs(f"run{i}", one, losses={20480: TWO}) for i, one in enumerate(asked)]
+    assert runs(paths).losses_comparable
+
+
+def test_an_unfinished_run_says_how_far_it_is(runs: Runs) -> None:
+    finished = runs("quickstart", losses={0: OTHER, 10240: OTHER, 20480: TWO})
+    running = runs(
+        "quickstart,seed=2",
+        "training.seed=2",
+        losses={0: OTHER, 10240: OTHER},
+        trained_tokens=12288,
+    )
+    control = {"code": 2.0, "prose": 3.5, "questions": 3.0}
+    seed = ("training.seed=2", "activation=swiglu")
+    runs("quickstart,seed=2/control", *seed, losses={0: control, 2048: TWO})
+
+    comparison = runs([finished, running])
+
+    assert [run.finished for run in comparison.runs] == [True, False]
+    assert rows(comparison, "Runs")[1]["training tokens"] == "60% of 20,480"
+    assert comparison.runs[1].control is not None
+    assert comparison.runs[1].control.tokens == 0
+    assert comparison.runs[1].control.gap == pytest.approx(0.6 * 0.5)
+    text = "\n".join(comparison.notes)
+    assert "seed=2 is not finished: 12,288 of 20,480 tokens (60%)" in text
+    assert "those at 10,240 tokens" in text
+    assert "not measured after the same number of training tokens" in text
+    assert "seed=2: its gap is that at 0 tokens" in text
+    assert "No control for quickstart" in text
+
+
+def test_a_control_that_was_not_measured_yet_is_no_missing_control(runs: Runs) -> None:
+    path = runs("quickstart", losses={20480: TWO})
+    runs("quickstart/control", "activation=swiglu", losses={})
+    other = runs("quickstart,seed=2", "training.seed=2", losses={20480: TWO})
+    comparison = runs([path, other])
+    gaps = [row["to dense control"] for row in rows(comparison, "Runs")]
+    assert gaps == ["not measured yet", "no control"]
+
+
+def test_many_differing_settings_get_a_table_of_their_own(runs: Runs) -> None:
+    changed = (
+        "training.seed=2",
+        "optimizer.peak_learning_rate=1e-3",
+        "optimizer.weight_decay=0",
+        "optimizer.beta2=0.99",
+        "training.gradient_checkpointing=true",
+    )
+    paths = [runs("a", losses={20480: TWO}), runs("b", *changed, losses={20480: TWO})]
+    comparison = runs(paths)
+    assert "seed" not in rows(comparison, "Runs")[0]
+    settings = {row["setting"]: (row["a"], row["b"]) for row in rows(comparison, "Settings")}
+    assert settings == {
+        "training.gradient_checkpointing": ("false", "true"),
+        "training.seed": ("1", "2"),
+        "optimizer.peak_learning_rate": ("0.0003", "0.001"),
+        "optimizer.beta2": ("0.95", "0.99"),
+        "optimizer.weight_decay": ("0.1", "0"),
+    }
+
+
+def test_half_a_line_at_the_end_is_a_run_that_is_being_written(runs: Runs) -> None:
+    paths = [runs(name, losses={10240: OTHER, 20480: TWO}) for name in "ab"]
+    metrics = paths[1] / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-20])
+    assert [run.measured_tokens for run in runs(paths).runs] == [20480, 10240]
+
+    metrics.write_text("{half\n" + metrics.read_text())
+    with pytest.raises(RunError, match=r"Line 1 of .*metrics.jsonl is not a JSON object: '\{half'"):
+        runs(paths)
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["runs/q", "runs/q,seed=2"], ["q", "seed=2"]),
+        (["q,tokens=9,share=0", "q,tokens=9,share=0.1"], ["share=0", "share=0.1"]),
+        (["q", "q,tokens=9,share=0", "q,tokens=9,share=0.1"], ["q", "share=0", "share=0.1"]),
+        (["a/runs/q", "b/runs/q"], ["a/runs/q", "b/runs/q"]),
+        (["runs/q", "runs/q/control"], ["q", "control"]),
+        (["runs/q/control", "runs/p/control"], ["q/control", "p/control"]),
+        (["q,share=0,x=1", "q,share=0", "q,share=1"], ["share=0,x=1", "share=0", "share=1"]),
+    ],
+)
+def test_names_are_as_short_as_they_can_be(folders: list[str], names: list[str]) -> None:
+    assert short_names([Path(folder) for folder in folders]) == names
+
+
+PARTS = st.lists(st.sampled_from(["q", "seed=1", "seed=2", "share=0", "x"]), min_size=1, max_size=4)
+
+
+@given(st.sets(PARTS.map(",".join), min_size=2, max_size=6))
+def test_names_always_set_runs_apart(folders: set[str]) -> None:
+    names = short_names([Path("runs") / folder for folder in sorted(folders)])
+    assert len(set(names)) == len(folders)
+    assert all(
+        set(name.split(",")) <= set(folder.split(","))
+        for name, folder in zip(names, sorted(folders), strict=True)
+    )

@@ -1,0 +1,83 @@
+"""A calibration of each kind of model, run once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsify.methods.calibrate import Calibration
+from sparsify.methods.calibrated_checkpoint import convert_calibrated
+from sparsify.mixture.sequences.held_out import Watched, mixture_calibration
+from sparsify.mixture.sequences.reader import Window
+from sparsify.mixture.tokens.encoder import Tokenizer
+from sparsify.models import SparseConfig
+from sparsify.recipe.compose import load_mixture
+from sparsify.recipe.recipe import ActivationSection, ConversionSection, ModelSection
+
+WINDOW_TOKENS = 64
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A finished calibration, and the windows that watched it."""
+
+    folder: Path
+    calibration: Calibration
+    watched: Watched
+
+
+class Calibrate:
+    """Converts a stock checkpoint, by its kind, or any other, by its path, with the calibrated swap."""
+
+    def __init__(self, mixture: Path, stock: dict[str, Path], cache: Path) -> None:
+        self._mixture, self._stock, self._cache = load_mixture(str(mixture)), stock, cache
+
+    def __call__(
+        self,
+        kind: str,
+        activation: str,
+        to: Path,
+        say: Say = lambda line: None,
+        *,
+        tokens: int = 3072,
+        target_zeros: float | None = None,
+    ) -> Calibrated:
+        watched: Watched = {}
+
+        def windows_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[Window], Watched]:
+            windows, held_out = mixture_calibration(
+                self._mixture,
+                tokenizer,
+                num_tokens=tokens,
+                watched_windows=2,
+                window_tokens=WINDOW_TOKENS,
+                seed=1,
+                cache_dir=self._cache,
+            )
+            watched.update(held_out)
+            return windows, held_out
+
+        _, calibration = convert_calibrated(
+            ModelSection(source=str(self._stock.get(kind, kind))),
+            ActivationSection(activation),
+            ConversionSection(calibration_tokens=tokens, target_zeros=target_zeros),
+            to,
+            windows_for,
+            say,
+            seed=1,
+            dtype=torch.float32,
+        )
+        assert calibration is not None
+        return Calibrated(to, calibration, watched)
+
+
+@pytest.fixture(scope="session")
+def calibrate(
+    mixture_file: Path, stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Calibrate:
+    return Calibrate(mixture_file, stock, tmp_path_factory.mktemp("calibration-cache"))

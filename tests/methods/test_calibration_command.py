@@ -1,0 +1,37 @@
+"""`sparsify convert --calibrate-on`: what cannot be is refused with help, before anything is written."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsify.cli.main import main
+
+REFUSED = {
+    "--target-zeros 0.9": ["--target-zeros 0.9 would be ignored", "--calibrate-on"],
+    "--calibrate-on quickstart --on quickstart": ["--on quickstart would be ignored"],
+    "--calibrate-on quickstart --target-zeros 90": ["target_zeros is 90", "such as 0.9"],
+    "--calibrate-on quikstart": ["Did you mean 'quickstart'?"],
+    "--activation drelu --gate-threshold 1": ["--gate-threshold=1 would be ignored", "fatrelu"],
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_a_calibration_that_cannot_be_made(
+    options: str,
+    stock: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    to = tmp_path / "out"
+    command = ["sparsify", "convert", str(stock["mistral"]), "--to", str(to), *options.split()]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    message = capfd.readouterr().err
+    assert ended.value.code == 2
+    assert [words for words in REFUSED[options] if words not in message] == []
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,97 @@
+"""The loop that ends at a target: on plants of every gain and delay, and with its state saved at any step."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from sparsify.methods.penalty import MAX_EXPONENT, Control, after_step, begin, path, weight
+
+STEPS = 400
+
+
+def run(
+    target: float, gain: float, rate: float, first: float, start: float = 0.0, stop: int = STEPS
+) -> list[float]:
+    """Zeros of every step on a plant that answers with a delay: dy/dt = rate (gain ln(weight / first weight) + y0 - y).
+
+    Args:
+        target: Share of zeros to end at.
+        gain: What y rises by in the end when the weight is e times as large.
+        rate: How often a run the delay fits into it.
+        first: Share of zeros without a penalty.
+        start: Share of the budget at which control begins.
+        stop: Step after which the state goes through JSON's types once.
+    """
+    y = rest = -math.log1p(-first)
+    control = begin(start, first, loss=3.0, penalty=0.5)
+    zeros, step_share = [], (1 - start) / STEPS
+    for step in range(STEPS):
+        share = start + step * step_share
+        pushed = math.log(weight(control, target, share) / control.first_weight)
+        y += rate / STEPS * (gain * pushed + rest - y)
+        zeros.append(1 - math.exp(-max(y, 0.0)))
+        control = after_step(control, target, zeros[-1], share + step_share, step_share)
+        if step == stop:
+            control = Control.of(dict(control.saved()))
+            assert control is not None
+    return zeros
+
+
+@given(
+    st.floats(0.15, 1.0),
+    st.floats(3.0, 30.0),
+    st.floats(0.3, 0.85),
+    st.floats(0.0, 0.5),
+)
+def test_it_ends_at_the_target_without_swinging(
+    gain: float, rate: float, first: float, start: float
+) -> None:
+    away = math.log((1 - first) / (1 - 0.9))
+    assume(away < 0.8 * gain * MAX_EXPONENT)  # else the weight's limit is in the way
+    zeros = run(0.9, gain, rate, first, start)
+    assert zeros[-1] == pytest.approx(0.9, abs=0.012)
+    # Swinging would be a rise after a fall, or the other way round, again and again.
+    turns = [
+        step
+        for step in range(2, STEPS)
+        if (zeros[step] - zeros[step - 1]) * (zeros[step - 1] - zeros[step - 2]) < -1e-12
+    ]
+    assert len(turns) <= 3
+    assert max(zeros) < 0.9 + 0.02
+
+
+def test_it_follows_its_path() -> None:
+    control = begin(0.2, 0.5, loss=3.0, penalty=0.5)
+    assert path(control, 0.9, 0.2) == pytest.approx(0.5)
+    assert path(control, 0.9, 0.2 + 0.7 * 0.8) == pytest.approx(0.9)
+    assert path(control, 0.9, 1.0) == pytest.approx(0.9)
+    shares = [path(control, 0.9, 0.2 + 0.01 * i) for i in range(80)]
+    assert shares == sorted(shares)
+    zeros = run(0.9, 0.5, 10.0, 0.5)
+    wanted = [path(begin(0, 0.5, 3, 0.5), 0.9, step / STEPS) for step in range(STEPS)]
+    assert max(abs(a - b) for a, b in zip(zeros, wanted, strict=True)) < 0.06
+
+
+def test_zeros_beyond_the_target_take_the_pressure_off() -> None:
+    control = begin(0.0, 0.95, loss=3.0, penalty=0.5)
+    assert weight(control, 0.9, 0.1) < 0.01 * control.first_weight
+    assert run(0.9, 0.3, 10.0, 0.95)[-1] < 0.95
+
+
+def test_what_cannot_be_reached_does_not_run_away() -> None:
+    control = begin(0.0, 0.5, loss=3.0, penalty=0.5)
+    for step in range(STEPS):
+        control = after_step(control, 0.99, 0.5, (step + 1) / STEPS, 1 / STEPS)
+    # The penalty never outweighs the loss, and the integral is not wound up behind the limit.
+    assert weight(control, 0.99, 1.0) * 0.5 <= 3.0 * 1.001
+    let_go = after_step(control, 0.99, 0.995, 1.0, 1 / STEPS)
+    assert weight(let_go, 0.99, 1.0) < 0.1 * weight(control, 0.99, 1.0)
+
+
+def test_an_interruption_changes_nothing() -> None:
+    assert run(0.9, 0.4, 8.0, 0.6) == run(0.9, 0.4, 8.0, 0.6, stop=137)
+    assert Control.of({}) is None

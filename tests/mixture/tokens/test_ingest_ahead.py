@@ -1,0 +1,104 @@
+"""Ingest reads and tokenises ahead of what it writes; nothing of that may be seen in what it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from sparsify.errors import MixtureError
+from sparsify.mixture.sources.bad_rows import Reason
+from sparsify.mixture.sources.documents import Document
+from sparsify.mixture.tokens.encoder import Encoded, Encoder
+from sparsify.mixture.tokens.ingest import Ingesting, bad_rows_of
+from sparsify.mixture.tokens.tokenized_source import TokenizedSource
+from sparsify.recipe.recipe import MixtureSection
+from tests.mixture.conftest import documents_of, ingest_of, story
+
+BOS, EOS = 0, 1  # the fixture's tokenizer numbers its special tokens first
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("part_documents", [1, 3])
+def test_sources_in_turns_in_parts_of_any_size_give_the_same_tokens(
+    mixture: MixtureSection,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenized: dict[str, TokenizedSource],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    part_documents: int,
+) -> None:
+    """Texts and chats want the tokenizer set in two ways, and both have parts under way when the other begins."""
+    monkeypatch.setattr("sparsify.mixture.tokens.pool.PART_DOCUMENTS", part_documents)
+    texts = [{"text": f"{story(n, 9)} </s> <s>"} for n in range(60)]
+    path = Path((mixture.sources["stories"].files or [])[0])
+    path.write_text("".join(json.dumps(text) + "\n" for text in texts))
+    tasks = [ingest_of(mixture, name, tokenizer, tmp_path / "c") for name in mixture.sources]
+    with Ingesting(tasks[0]) as stories, Ingesting(tasks[1]) as chats:
+        while any([stories.step(), chats.step()]):
+            pass
+    assert documents_of(tasks[1].open()) == documents_of(tokenized["chats"])
+    for ids, _, _ in documents_of(tasks[0].open()):
+        assert {BOS, EOS}.isdisjoint(ids[1:-1])
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_refused_chats_are_counted_once_however_often_an_ingest_pauses(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    mixture.max_bad_fraction = 0.5
+    mixture.chat_template = (
+        "{% for m in messages %}{% if '1 about' in m.content %}{{ raise_exception('a one') }}"
+        "{% endif %}{{ m.content }}{% endfor %}"
+    )
+    straight = ingest_of(mixture, "chats", tokenizer, tmp_path / "straight").run()
+    for need in (100, 300, 500):
+        ingest_of(mixture, "chats", tokenizer, tmp_path / "paused", need, 1).run()
+    paused = ingest_of(mixture, "chats", tokenizer, tmp_path / "paused").run()
+    assert documents_of(paused) == documents_of(straight)
+    counted = bad_rows_of(straight)
+    assert counted == bad_rows_of(paused)
+    assert counted is not None
+    assert counted.bad_rows == {Reason.CHAT_TEMPLATE: 4}
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_what_is_not_needed_is_not_tokenised(
+    mixture: MixtureSection,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However far reading is ahead."""
+    begun: list[str] = []
+    begin = Encoder.begin
+
+    def noted(self: Encoder, documents: list[Document]) -> Callable[[], Encoded]:
+        begun.extend(document.origin for document in documents)
+        return begin(self, documents)
+
+    monkeypatch.setattr(Encoder, "begin", noted)
+    stories = ingest_of(mixture, "stories", tokenizer, tmp_path / "c", 300, 1).run()
+    assert len(begun) == len(documents_of(stories)) < 60
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_documents_before_an_unreadable_place_are_kept(
+    mixture: MixtureSection,
+    tokenizer: PreTrainedTokenizerFast,
+    tokenized: dict[str, TokenizedSource],
+    tmp_path: Path,
+) -> None:
+    mixture.max_bad_fraction = 0
+    path = Path((mixture.sources["stories"].files or [])[0])
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:40], *["{"] * 1000]))
+    task = ingest_of(mixture, "stories", tokenizer, tmp_path / "c")
+    with pytest.raises(MixtureError, match="are bad"):
+        task.run()
+    kept = documents_of(task.open())
+    assert len(kept) >= 36
+    assert kept == documents_of(tokenized["stories"])[: len(kept)]
