@@ -153,10 +153,10 @@ defaults:
   - _self_
 name: tiny
 model: {{source: {source}}}
-training: {{budget_tokens: 3072, window_tokens: 64, batch_windows: 8, micro_batch_windows: 2, precision: fp32}}
+training: {{budget_tokens: 3072, sequence_length: 64, global_batch_size: 8, micro_batch_size: 2, precision: fp32}}
 optimizer: {{peak_learning_rate: 3.0e-3, final_learning_rate: 3.0e-4, warmup_tokens: 512}}
 checkpoint: {{every_tokens: 1024}}
-eval: {{every_tokens: 1536, validation_windows_per_source: 3, report_tokens: 512, sample_tokens: 4, sample_prompts: [code]}}
+eval: {{every_tokens: 1536, validation_sequences_per_source: 3, report_tokens: 512, sample_tokens: 4, sample_prompts: [code]}}
 """
 
 

@@ -48,10 +48,10 @@ class Trial:
     zero_stage: int
     precision: str
     processes: int
-    micro_batch_windows: int = 2
+    micro_batch_size: int = 2
     gradient_checkpointing: bool = False
     reduce_bucket_elements: int = 2_000_000
-    window_tokens: int = 128
+    sequence_length: int = 128
     distills: bool = False
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Trial:
         recomputes += ", distilling" if self.distills else ""
         return (
             f"{self.kind}, ZeRO-{self.zero_stage}, {self.precision}, {self.processes} process(es), "
-            f"{self.micro_batch_windows} x {self.window_tokens}, bucket {self.reduce_bucket_elements:.0e}{recomputes}"
+            f"{self.micro_batch_size} x {self.sequence_length}, bucket {self.reduce_bucket_elements:.0e}{recomputes}"
         )
 
     def overrides(self) -> list[str]:
@@ -76,16 +76,16 @@ class Trial:
             f"engine.reduce_bucket_elements={self.reduce_bucket_elements}",
             f"launch.processes={self.processes}",
             f"training.precision={self.precision}",
-            f"training.window_tokens={self.window_tokens}",
-            f"training.batch_windows={2 * self.processes * self.micro_batch_windows}",
-            f"training.micro_batch_windows={self.micro_batch_windows}",
+            f"training.sequence_length={self.sequence_length}",
+            f"training.global_batch_size={2 * self.processes * self.micro_batch_size}",
+            f"training.micro_batch_size={self.micro_batch_size}",
             f"training.gradient_checkpointing={str(self.gradient_checkpointing).lower()}",
         ]
 
 
 FEW = (
     Trial("mistral", 1, "bf16", 1),
-    Trial("mixtral", 2, "fp32", 1, micro_batch_windows=8),
+    Trial("mixtral", 2, "fp32", 1, micro_batch_size=8),
 )
 """What a test has time for."""
 GRID = (
@@ -97,24 +97,22 @@ GRID = (
         for processes in (1, 2)
     ),
     *(Trial("mixtral", stage, "bf16", 2) for stage in (1, 2, 3)),
-    Trial("mixtral", 2, "fp32", 1, micro_batch_windows=8),
+    Trial("mixtral", 2, "fp32", 1, micro_batch_size=8),
     *(
-        Trial(
-            "mistral", stage, "fp32", 1, micro_batch_windows=16, gradient_checkpointing=recomputes
-        )
+        Trial("mistral", stage, "fp32", 1, micro_batch_size=16, gradient_checkpointing=recomputes)
         for stage in (1, 3)
         for recomputes in (False, True)
     ),
-    Trial("mistral", 2, "bf16", 1, micro_batch_windows=16, gradient_checkpointing=True),
+    Trial("mistral", 2, "bf16", 1, micro_batch_size=16, gradient_checkpointing=True),
     Trial("mistral", 1, "fp32", 1, reduce_bucket_elements=50_000_000),
-    Trial("mistral", 1, "bf16", 1, micro_batch_windows=4, window_tokens=512),
+    Trial("mistral", 1, "bf16", 1, micro_batch_size=4, sequence_length=512),
     *(
         Trial(
             kind,
             stage,
             precision,
             1,
-            micro_batch_windows=8,
+            micro_batch_size=8,
             gradient_checkpointing=stage == 2,
             distills=True,
         )

@@ -72,9 +72,9 @@ def _steps(built: Built, recipe: Recipe) -> None:
     session = cast(Session, SimpleNamespace(engine=engine, recipe=recipe))
     training = recipe.training
     generator = torch.Generator().manual_seed(dist.get_rank())
-    shape = (training.micro_batch_windows, training.window_tokens)
-    # Two documents a window: packed windows need an attention mask, and that takes memory.
-    positions = torch.arange(training.window_tokens) % -(-training.window_tokens // 2)
+    shape = (training.micro_batch_size, training.sequence_length)
+    # Two documents a sequence: packed sequences need an attention mask, and that takes memory.
+    positions = torch.arange(training.sequence_length) % -(-training.sequence_length // 2)
     for _ in range(STEPS):
         batches = []
         for _ in range(recipe.accumulation_steps):
@@ -82,7 +82,7 @@ def _steps(built: Built, recipe: Recipe) -> None:
             tensors = {"input_ids": tokens, "labels": tokens}
             tensors["position_ids"] = positions.expand(shape)
             batches.append(Batch(tensors, torch.zeros(shape[0], dtype=torch.int64)))
-        sources = ["made up"] * training.batch_windows
+        sources = ["made up"] * training.global_batch_size
         with Objective(recipe, engine, None, teacher) as objective:
             accumulate(session, batches, sources, recipe.step_tokens, None, objective)
             finish_step(engine)

@@ -1,6 +1,6 @@
 """`sparsify bench mixture`: our data path and `datasets.interleave_datasets` on the same files, in one process.
 
-Both sides use the same tokenizer, window, seed and cores. Times are taken in turns, one repeat of each after the other, so that a
+Both sides use the same tokenizer, sequence, seed and cores. Times are taken in turns, one repeat of each after the other, so that a
 busy machine slows both; the ratio of each pair is taken before the median.
 """
 
@@ -32,8 +32,8 @@ from sparsify.recipe.recipe import TrainingSection
 
 Say = Callable[[str], None]
 
-MIN_WINDOWS = 20
-"""Below, half a run and a tenth of one are no windows to speak of."""
+MIN_SEQUENCES = 20
+"""Below, half a run and a tenth of one are no sequences to speak of."""
 LATE = 0.9
 FIRST_BATCH_STEP = 1_000_000
 FAR_TOKENS = 10**12
@@ -44,7 +44,7 @@ def bench_mixture(
     tokenizer_source: str,
     *,
     budget_tokens: int,
-    window_tokens: int,
+    sequence_length: int,
     buffer_documents: int,
     load_tokens: int,
     repeats: int,
@@ -56,7 +56,7 @@ def bench_mixture(
         name_or_path: Mixture to draw, by name or path; its text is written out as JSON lines in a temporary folder.
         tokenizer_source: Model folder, Hub id or package:NAME/PATH.
         budget_tokens: Tokens of the run that is drawn.
-        window_tokens: Tokens of a window.
+        sequence_length: Tokens of a sequence.
         buffer_documents: Of the other side's shuffle buffers.
         load_tokens: Tokens of one repeat of loading from the cache.
         repeats: Of every time.
@@ -70,22 +70,22 @@ def bench_mixture(
     check_tokenizer(tokenizer)
     _check_numbers(
         budget_tokens=budget_tokens,
-        window_tokens=window_tokens,
+        sequence_length=sequence_length,
         buffer_documents=buffer_documents,
         load_tokens=load_tokens,
         repeats=repeats,
     )
-    num_windows = budget_tokens // window_tokens
-    if num_windows < MIN_WINDOWS:
+    num_sequences = budget_tokens // sequence_length
+    if num_sequences < MIN_SEQUENCES:
         raise MixtureError(
-            f"--budget-tokens {budget_tokens} makes {num_windows} windows of {window_tokens} tokens.",
-            allowed=f"At least {MIN_WINDOWS} windows.",
-            next_step=f"Set --budget-tokens to {MIN_WINDOWS * window_tokens} or more.",
+            f"--budget-tokens {budget_tokens} makes {num_sequences} sequences of {sequence_length} tokens.",
+            allowed=f"At least {MIN_SEQUENCES} sequences.",
+            next_step=f"Set --budget-tokens to {MIN_SEQUENCES * sequence_length} or more.",
         )
     with tempfile.TemporaryDirectory(prefix="sparsify-bench-") as folder, _quiet_datasets():
         say("Writing the text out as JSON lines")
         corpus = write_corpus(mixture, Path(folder), budget_tokens)
-        bench = _Bench(corpus, tokenizer, budget_tokens, window_tokens, buffer_documents)
+        bench = _Bench(corpus, tokenizer, budget_tokens, sequence_length, buffer_documents)
         return bench.run(load_tokens, repeats, say)
 
 
@@ -123,43 +123,43 @@ class _Bench:
         corpus: Corpus,
         tokenizer: Tokenizer,
         budget_tokens: int,
-        window_tokens: int,
+        sequence_length: int,
         buffer_documents: int,
     ) -> None:
         self.corpus, self.tokenizer, self.folder = corpus, tokenizer, corpus.folder
-        self.num_windows = budget_tokens // window_tokens
-        self.run_tokens = self.num_windows * window_tokens
-        self.half, self.late = self.num_windows // 2, int(LATE * self.num_windows)
+        self.num_sequences = budget_tokens // sequence_length
+        self.run_tokens = self.num_sequences * sequence_length
+        self.half, self.late = self.num_sequences // 2, int(LATE * self.num_sequences)
         seed = TrainingSection.seed
-        self.ours = Ours(corpus, tokenizer, window_tokens, seed, budget_tokens)
+        self.ours = Ours(corpus, tokenizer, sequence_length, seed, budget_tokens)
         self.theirs = Interleaved(
-            corpus, tokenizer, window_tokens, seed, buffer_documents, corpus.shares
+            corpus, tokenizer, sequence_length, seed, buffer_documents, corpus.shares
         )
 
     def run(self, load_tokens: int, repeats: int, say: Say) -> MixtureBench:
-        say("From text to windows: ours, the bare tokenizer, interleave_datasets, in turns")
+        say("From text to sequences: ours, the bare tokenizer, interleave_datasets, in turns")
         times, tokenized = self._time_text(repeats)
         say("Loading from the cache")
-        sizes = (self.ours.window_tokens, 2 * self.ours.window_tokens)
+        sizes = (self.ours.sequence_length, 2 * self.ours.sequence_length)
         loaded = [self._load(size, load_tokens, repeats) for size in sizes]
         say("Counting what ours delivers and what a resume does to it")
         ours_counted = mixture_pipelines.count_ours(
-            self.ours, self.cache_dir, self.num_windows, stop=self.half
+            self.ours, self.cache_dir, self.num_sequences, stop=self.half
         )
         say("Counting what interleave_datasets delivers and what a resume does to it")
         theirs_counted, late_state = mixture_pipelines.count_interleaved(
-            self.theirs, self.num_windows, stop=self.half, late=self.late
+            self.theirs, self.num_sequences, stop=self.half, late=self.late
         )
         by_length = mixture_pipelines.count_by_length(
-            self.theirs, self.ours.tokenize(self.cache_dir), self.num_windows
+            self.theirs, self.ours.tokenize(self.cache_dir), self.num_sequences
         )
         say("Resuming late")
         ours_late, theirs_late, theirs_skip = self._resume_late(late_state, repeats)
         say("Peak memory, each side in a process of its own")
         memory = measure_apart(
             {
-                "ours": (_ours_from_text, self.ours, self.num_windows, self.folder / "memory"),
-                "theirs": (_theirs_from_text, self.theirs, self.num_windows),
+                "ours": (_ours_from_text, self.ours, self.num_sequences, self.folder / "memory"),
+                "theirs": (_theirs_from_text, self.theirs, self.num_sequences),
             }
         )
         text_seconds = [a + b for a, b in zip(times.ingest, times.draw, strict=True)]
@@ -169,10 +169,10 @@ class _Bench:
             text_bytes=self.corpus.num_bytes,
             tokenizer=Path(self.tokenizer.name_or_path).name,
             vocabulary_size=len(self.tokenizer),
-            window_tokens=self.ours.window_tokens,
-            num_windows=self.num_windows,
-            stopped_after_windows=self.half,
-            late_window=self.late,
+            sequence_length=self.ours.sequence_length,
+            num_sequences=self.num_sequences,
+            stopped_after_sequences=self.half,
+            late_sequence=self.late,
             seed=self.ours.seed,
             repeats=repeats,
             buffer_documents=self.theirs.buffer_documents,
@@ -225,7 +225,7 @@ class _Bench:
                 sources = self.ours.tokenize(self.folder / f"cache-{repeat}")
             with _timed(times.draw):
                 mixture_pipelines.draw_ours(
-                    self.ours.reader(self.folder / f"cache-{repeat}"), 0, self.num_windows
+                    self.ours.reader(self.folder / f"cache-{repeat}"), 0, self.num_sequences
                 )
             if not texts:
                 num_tokens = mixture_pipelines.tokens_in(sources)
@@ -235,7 +235,7 @@ class _Bench:
             with _timed(times.bare):
                 bare_tokens = self._tokenize_bare(texts)
             with _timed(times.interleaved):
-                mixture_pipelines.draw_interleaved(iter(self.theirs.dataset()), self.num_windows)
+                mixture_pipelines.draw_interleaved(iter(self.theirs.dataset()), self.num_sequences)
         return times, Tokenized(
             num_tokens=num_tokens,
             # Both rates count the tokenizer's own tokens: ours adds begin and end of each document.
@@ -253,29 +253,29 @@ class _Bench:
             num_tokens += sum(map(len, encoded))
         return num_tokens
 
-    def _load(self, window_tokens: int, load_tokens: int, repeats: int) -> Loaded:
-        count = max(load_tokens // window_tokens, 1)
+    def _load(self, sequence_length: int, load_tokens: int, repeats: int) -> Loaded:
+        count = max(load_tokens // sequence_length, 1)
         near, far, first = [], [], []
-        reader = self.ours.reader(self.cache_dir, window_tokens)
+        reader = self.ours.reader(self.cache_dir, sequence_length)
         mixture_pipelines.draw_ours(reader, 0, 1)
-        far_window = self.ours.far_window(FAR_TOKENS, window_tokens)
-        first_window = FIRST_BATCH_STEP * mixture_pipelines.BATCH_WINDOWS
-        anchor = self.ours.anchor(first_window)
+        far_sequence = self.ours.far_sequence(FAR_TOKENS, sequence_length)
+        first_sequence = FIRST_BATCH_STEP * mixture_pipelines.GLOBAL_BATCH_SIZE
+        anchor = self.ours.anchor(first_sequence)
         for repeat in range(repeats):
             # Each repeat elsewhere, so that it packs its own shards.
             with _timed(near):
                 mixture_pipelines.draw_ours(reader, repeat * count, count)
-            if far_window is not None:
+            if far_sequence is not None:
                 with _timed(far):
-                    mixture_pipelines.draw_ours(reader, far_window + repeat * count, count)
+                    mixture_pipelines.draw_ours(reader, far_sequence + repeat * count, count)
             with _timed(first):
-                fresh = self.ours.reader(self.cache_dir, window_tokens, anchor)
-                fresh.batch(first_window, mixture_pipelines.BATCH_WINDOWS)
+                fresh = self.ours.reader(self.cache_dir, sequence_length, anchor)
+                fresh.batch(first_sequence, mixture_pipelines.GLOBAL_BATCH_SIZE)
         return Loaded(
-            window_tokens=window_tokens,
-            num_tokens=count * window_tokens,
-            tokens_per_second=count * window_tokens / median(near),
-            far_tokens_per_second=count * window_tokens / median(far) if far else None,
+            sequence_length=sequence_length,
+            num_tokens=count * sequence_length,
+            tokens_per_second=count * sequence_length / median(near),
+            far_tokens_per_second=count * sequence_length / median(far) if far else None,
             far_ratio=_ratio(near, far) if far else None,
             first_batch_seconds=median(first),
             first_batch_step=FIRST_BATCH_STEP,
@@ -295,14 +295,14 @@ class _Bench:
         return median(from_number), median(from_state), median(from_skip)
 
 
-def _ours_from_text(side: Ours, num_windows: int, cache_dir: Path) -> None:
+def _ours_from_text(side: Ours, num_sequences: int, cache_dir: Path) -> None:
     side.tokenize(cache_dir)
-    mixture_pipelines.draw_ours(side.reader(cache_dir), 0, num_windows)
+    mixture_pipelines.draw_ours(side.reader(cache_dir), 0, num_sequences)
 
 
-def _theirs_from_text(side: Interleaved, num_windows: int) -> None:
+def _theirs_from_text(side: Interleaved, num_sequences: int) -> None:
     with _quiet_datasets():
-        mixture_pipelines.draw_interleaved(iter(side.dataset()), num_windows)
+        mixture_pipelines.draw_interleaved(iter(side.dataset()), num_sequences)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Our side: the mixture of the corpus, from text to windows, through the same parts that training uses.
+"""Our side: the mixture of the corpus, from text to sequences, through the same parts that training uses.
 
 The other side: `datasets.interleave_datasets` as its documentation and the examples of transformers use it.
 
 One streamed JSON dataset a source, a shuffle buffer, `interleave_datasets` with probabilities, then a batched map that tokenises,
-joins the texts and cuts them into windows.
+joins the texts and cuts them into sequences.
 
 Counting what a run delivered, and what a resume did to it. The same for both sides.
 """
@@ -26,18 +26,18 @@ from numpy.typing import NDArray
 from sparsify.bench.corpus import Corpus
 from sparsify.bench.mixture_report import Delivered, Resumed
 from sparsify.errors import MixtureError
-from sparsify.mixture.sequences.reader import WindowReader
+from sparsify.mixture.sequences.reader import SequenceReader
 from sparsify.mixture.sequences.schedule import Anchor, SourceSchedule
 from sparsify.mixture.sequences.shares import Shares
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import Ingest, mixture_ingests
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 
-BATCH_WINDOWS = 8
-MAX_PERIOD_WINDOWS = 10**10
+GLOBAL_BATCH_SIZE = 8
+MAX_PERIOD_SEQUENCES = 10**10
 
 Piece = tuple[str, int, int, int]
-"""Source, shard, document within the shard, and first token: a document longer than a window has several pieces."""
+"""Source, shard, document within the shard, and first token: a document longer than a sequence has several pieces."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Ours:
     Args:
         corpus: The files.
         tokenizer: A fast tokenizer.
-        window_tokens: Tokens of a window.
+        sequence_length: Tokens of a sequence.
         seed: Decides the order.
         budget_tokens: How far each source is read.
     """
 
     corpus: Corpus
     tokenizer: Tokenizer
-    window_tokens: int
+    sequence_length: int
     seed: int
     budget_tokens: int
 
@@ -63,20 +63,20 @@ class Ours:
         """The demand of every source."""
         return Shares.constant(self.corpus.shares)
 
-    def anchor(self, window: int) -> Anchor:
-        """What a checkpoint at this window saves of the schedule, so that a resumed run need not count up to it."""
-        return SourceSchedule(self.shares).anchor(window)
+    def anchor(self, sequence: int) -> Anchor:
+        """What a checkpoint at this sequence saves of the schedule, so that a resumed run need not count up to it."""
+        return SourceSchedule(self.shares).anchor(sequence)
 
-    def far_window(self, num_tokens: int, window_tokens: int) -> int | None:
-        """A window at least `num_tokens` into a run that needs no counting up to it.
+    def far_sequence(self, num_tokens: int, sequence_length: int) -> int | None:
+        """A sequence at least `num_tokens` into a run that needs no counting up to it.
 
         Returns:
-            The window at which all shares are met exactly; None where shares have so many digits that none is near.
+            The sequence at which all shares are met exactly; None where shares have so many digits that none is near.
         """
         period = self.shares.period
-        if period is None or period > MAX_PERIOD_WINDOWS:
+        if period is None or period > MAX_PERIOD_SEQUENCES:
             return None
-        return -(-num_tokens // (window_tokens * period)) * period
+        return -(-num_tokens // (sequence_length * period)) * period
 
     def ingests(self, cache_dir: Path) -> dict[str, Ingest]:
         """What is to be tokenised."""
@@ -84,11 +84,11 @@ class Ours:
             self.corpus.mixture,
             self.tokenizer,
             train_tokens={
-                name: math.ceil(self.budget_tokens * share) + self.window_tokens
+                name: math.ceil(self.budget_tokens * share) + self.sequence_length
                 for name, share in self.corpus.shares.items()
             },
-            held_out_tokens=self.window_tokens,
-            window_tokens=self.window_tokens,
+            held_out_tokens=self.sequence_length,
+            sequence_length=self.sequence_length,
             cache_dir=cache_dir,
         )
 
@@ -97,32 +97,32 @@ class Ours:
         return {name: ingest.run() for name, ingest in self.ingests(cache_dir).items()}
 
     def reader(
-        self, cache_dir: Path, window_tokens: int | None = None, anchor: Anchor | None = None
-    ) -> WindowReader:
+        self, cache_dir: Path, sequence_length: int | None = None, anchor: Anchor | None = None
+    ) -> SequenceReader:
         """Opens a warm cache, as a process that begins or resumes does."""
         sources = {name: ingest.open() for name, ingest in self.ingests(cache_dir).items()}
-        size = window_tokens or self.window_tokens
-        return WindowReader(sources, SourceSchedule(self.shares, anchor), size, self.seed)
+        size = sequence_length or self.sequence_length
+        return SequenceReader(sources, SourceSchedule(self.shares, anchor), size, self.seed)
 
 
-def draw_ours(reader: WindowReader, first: int, count: int) -> None:
-    """Draws windows in batches, as training would."""
-    for start in range(first, first + count, BATCH_WINDOWS):
-        reader.batch(start, min(BATCH_WINDOWS, first + count - start))
+def draw_ours(reader: SequenceReader, first: int, count: int) -> None:
+    """Draws sequences in batches, as training would."""
+    for start in range(first, first + count, GLOBAL_BATCH_SIZE):
+        reader.batch(start, min(GLOBAL_BATCH_SIZE, first + count - start))
 
 
-def pieces_of(reader: WindowReader, index: int) -> list[tuple[Piece, int, bool]]:
-    """Every piece in a window, with its tokens and whether it is part of a document shorter than a window."""
+def pieces_of(reader: SequenceReader, index: int) -> list[tuple[Piece, int, bool]]:
+    """Every piece in a sequence, with its tokens and whether it is part of a document shorter than a sequence."""
     name, rank = reader.schedule.locate(index)
     stream = reader.streams[name]
-    epoch, shard, window = stream.locate(rank)
+    epoch, shard, sequence = stream.locate(rank)
     documents, packing = stream.packed(epoch, shard)
-    piece = packing.pieces(window)
+    piece = packing.pieces(sequence)
     columns = (packing.document[piece], packing.start[piece], packing.length[piece])
     found = []
     for document, start, length in np.stack(columns, axis=1).tolist():
         whole = int(documents.lengths[document])
-        is_cut = length < whole <= reader.window_tokens
+        is_cut = length < whole <= reader.sequence_length
         found.append(((name, shard, document, start), length, is_cut))
     return found
 
@@ -134,7 +134,7 @@ def tokens_in(sources: dict[str, TokenizedSource]) -> int:
 
 
 MAP_DOCUMENTS = 100
-"""A tenth of the default: at that, a thousand documents are tokenised before the first window."""
+"""A tenth of the default: at that, a thousand documents are tokenised before the first sequence."""
 
 FIELDS = ("input_ids", "labels")
 
@@ -148,7 +148,7 @@ class Interleaved:
     Args:
         corpus: The files.
         tokenizer: The same as ours.
-        window_tokens: Tokens of a window.
+        sequence_length: Tokens of a sequence.
         seed: Of the shuffle buffers and of the draws.
         buffer_documents: Of each source's shuffle buffer.
         probabilities: How often each source is drawn; the asked token shares, as most write it.
@@ -156,7 +156,7 @@ class Interleaved:
 
     corpus: Corpus
     tokenizer: Tokenizer
-    window_tokens: int
+    sequence_length: int
     seed: int
     buffer_documents: int
     probabilities: Mapping[str, float]
@@ -179,16 +179,16 @@ class Interleaved:
             stopping_strategy="all_exhausted",
         )
         return mixed.map(
-            self._windows,
+            self._sequences,
             batched=True,
             batch_size=MAP_DOCUMENTS,
             fn_kwargs={"tracked": tracked},
             remove_columns=["text", "document"],
         )
 
-    def _windows(self, rows: Row, tracked: bool) -> Row:
-        """Tokenises texts, joins them, and drops what does not fill a window: `group_texts` of run_clm.py."""
-        end, size = self.tokenizer.eos_token, self.window_tokens
+    def _sequences(self, rows: Row, tracked: bool) -> Row:
+        """Tokenises texts, joins them, and drops what does not fill a sequence: `group_texts` of run_clm.py."""
+        end, size = self.tokenizer.eos_token, self.sequence_length
         encoded = self.tokenizer([text + end for text in rows["text"]])["input_ids"]
         joined = {"input_ids": list(chain(*encoded))}
         if tracked:
@@ -202,36 +202,36 @@ class Interleaved:
         return cut | {"labels": [ids.copy() for ids in cut["input_ids"]]}
 
 
-def take(rows: Iterator[Row], num_windows: int) -> list[NDArray[np.int64]]:
-    """Documents of the tokens of the next windows. [T] each
+def take(rows: Iterator[Row], num_sequences: int) -> list[NDArray[np.int64]]:
+    """Documents of the tokens of the next sequences. [T] each
 
     Raises:
         MixtureError: If the stream ends before.
     """
-    taken = [np.array(row["documents"]) for row in islice(rows, num_windows)]
-    _check_enough(len(taken), num_windows)
+    taken = [np.array(row["documents"]) for row in islice(rows, num_sequences)]
+    _check_enough(len(taken), num_sequences)
     return taken
 
 
-def draw_interleaved(rows: Iterator[Row], num_windows: int) -> None:
-    """Draws windows as tensors, as training would.
+def draw_interleaved(rows: Iterator[Row], num_sequences: int) -> None:
+    """Draws sequences as tensors, as training would.
 
     Raises:
         MixtureError: If the stream ends before.
     """
     drawn = 0
-    for row in islice(rows, num_windows):
+    for row in islice(rows, num_sequences):
         # By hand, as transformers' collator does: with_format("torch") takes several times as long for lists.
         for field in FIELDS:
             torch.tensor(row[field])
         drawn += 1
-    _check_enough(drawn, num_windows)
+    _check_enough(drawn, num_sequences)
 
 
 def _check_enough(drawn: int, wanted: int) -> None:
     if drawn < wanted:
         raise MixtureError(
-            f"interleave_datasets ended after {drawn} of {wanted} windows: it has exhausted every source once.",
+            f"interleave_datasets ended after {drawn} of {wanted} sequences: it has exhausted every source once.",
             next_step="Lower --budget-tokens, or give a mixture with more text.",
         )
 
@@ -242,37 +242,37 @@ State = dict[str, Any]
 
 
 def count_ours(
-    side: Ours, cache_dir: Path, num_windows: int, *, stop: int
+    side: Ours, cache_dir: Path, num_sequences: int, *, stop: int
 ) -> tuple[Delivered, Resumed]:
-    """Our run uninterrupted, and stopped after `stop` windows and resumed."""
+    """Our run uninterrupted, and stopped after `stop` sequences and resumed."""
     reader = side.reader(cache_dir)
-    delivered = _deliver_ours(reader, side.corpus.shares, num_windows)
-    whole = _pieces(reader, 0, num_windows)
+    delivered = _deliver_ours(reader, side.corpus.shares, num_sequences)
+    whole = _pieces(reader, 0, num_sequences)
     before = _pieces(side.reader(cache_dir), 0, stop)
-    after = _pieces(side.reader(cache_dir), stop, num_windows)
+    after = _pieces(side.reader(cache_dir), stop, num_sequences)
     return delivered, _count_resumed(whole, before + after)
 
 
 def count_interleaved(
-    side: Interleaved, num_windows: int, *, stop: int, late: int
+    side: Interleaved, num_sequences: int, *, stop: int, late: int
 ) -> tuple[tuple[Delivered, Resumed], State]:
-    """The same for interleave_datasets; also gives its state after `late` windows."""
+    """The same for interleave_datasets; also gives its state after `late` sequences."""
     dataset = side.dataset(tracked=True)
     rows = iter(dataset)
     before = take(rows, stop)
     stopped = dataset.state_dict()
     middle = take(rows, late - stop)
     late_state = dataset.state_dict()
-    windows = before + middle + take(rows, num_windows - late)
+    sequences = before + middle + take(rows, num_sequences - late)
     dataset = side.dataset(tracked=True)
     dataset.load_state_dict(stopped)
-    resumed = before + take(iter(dataset), num_windows - stop)
-    delivered = _deliver_interleaved(windows, side.corpus)
-    return (delivered, _count_resumed(_documents(windows), _documents(resumed))), late_state
+    resumed = before + take(iter(dataset), num_sequences - stop)
+    delivered = _deliver_interleaved(sequences, side.corpus)
+    return (delivered, _count_resumed(_documents(sequences), _documents(resumed))), late_state
 
 
 def count_by_length(
-    side: Interleaved, sources: Mapping[str, TokenizedSource], num_windows: int
+    side: Interleaved, sources: Mapping[str, TokenizedSource], num_sequences: int
 ) -> Delivered:
     """With the probabilities that give the asked shares of tokens on average."""
     weights = {}
@@ -281,8 +281,8 @@ def count_by_length(
         weights[name] = side.corpus.shares[name] * num_documents / tokens_in({name: source})
     total = sum(weights.values())
     weighed = replace(side, probabilities={name: one / total for name, one in weights.items()})
-    windows = take(iter(weighed.dataset(tracked=True)), num_windows)
-    return _deliver_interleaved(windows, side.corpus)
+    sequences = take(iter(weighed.dataset(tracked=True)), num_sequences)
+    return _deliver_interleaved(sequences, side.corpus)
 
 
 def _count_resumed(whole: Counter[Hashable], resumed: Counter[Hashable]) -> Resumed:
@@ -292,47 +292,49 @@ def _count_resumed(whole: Counter[Hashable], resumed: Counter[Hashable]) -> Resu
     return Resumed(documents=whole.total(), lost=(whole - resumed).total(), repeated=repeated)
 
 
-def _pieces(reader: WindowReader, first: int, stop: int) -> Counter[Hashable]:
-    """How often each piece is in our windows first, …, stop - 1."""
+def _pieces(reader: SequenceReader, first: int, stop: int) -> Counter[Hashable]:
+    """How often each piece is in our sequences first, …, stop - 1."""
     return Counter(
         piece for index in range(first, stop) for piece, _, _ in pieces_of(reader, index)
     )
 
 
-def _deliver_ours(reader: WindowReader, shares: Mapping[str, float], num_windows: int) -> Delivered:
-    """What our first windows hold."""
-    given = np.zeros((num_windows, len(shares)))
+def _deliver_ours(
+    reader: SequenceReader, shares: Mapping[str, float], num_sequences: int
+) -> Delivered:
+    """What our first sequences hold."""
+    given = np.zeros((num_sequences, len(shares)))
     names = list(shares)
     text_tokens = num_cut = 0
-    for index in range(num_windows):
+    for index in range(num_sequences):
         given[index, names.index(reader.schedule.locate(index)[0])] = 1.0
         for _, length, is_cut in pieces_of(reader, index):
             text_tokens += length
             num_cut += is_cut
-    positions = num_windows * reader.window_tokens
+    positions = num_sequences * reader.sequence_length
     return _delivered(given, shares, text_tokens / positions, num_cut)
 
 
-def _deliver_interleaved(windows: Sequence[IntArray], corpus: Corpus) -> Delivered:
-    """What windows of interleave_datasets hold, by the document of each of their tokens.
+def _deliver_interleaved(sequences: Sequence[IntArray], corpus: Corpus) -> Delivered:
+    """What sequences of interleave_datasets hold, by the document of each of their tokens.
 
-    Documents that end at a window's end because `group_texts` dropped their rest are not counted as cut.
+    Documents that end at a sequence's end because `group_texts` dropped their rest are not counted as cut.
     """
     # The corpus numbers documents source by source.
     firsts = list(corpus.first_document.values())
-    given = np.zeros((len(windows), len(firsts)))
-    for index, documents in enumerate(windows):
+    given = np.zeros((len(sequences), len(firsts)))
+    for index, documents in enumerate(sequences):
         source = np.searchsorted(firsts, documents, side="right") - 1
         given[index] = np.bincount(source, minlength=len(firsts)) / len(documents)
-    starts, lengths = _runs(np.concatenate(windows))
-    size = len(windows[0])
+    starts, lengths = _runs(np.concatenate(sequences))
+    size = len(sequences[0])
     is_cut = (starts // size != (starts + lengths - 1) // size) & (lengths <= size)
     return _delivered(given, corpus.shares, 1.0, int(is_cut.sum()))
 
 
-def _documents(windows: Sequence[IntArray]) -> Counter[Hashable]:
+def _documents(sequences: Sequence[IntArray]) -> Counter[Hashable]:
     """How often each document was drawn by interleave_datasets."""
-    tokens = np.concatenate(windows)
+    tokens = np.concatenate(sequences)
     return Counter(tokens[_runs(tokens)[0]].tolist())
 
 
@@ -345,12 +347,12 @@ def _runs(values: IntArray) -> tuple[IntArray, IntArray]:
 def _delivered(
     given: NDArray[np.float64], shares: Mapping[str, float], text_positions: float, num_cut: int
 ) -> Delivered:
-    """Delivered from the part of each window that each source got. [N, S]"""
-    num_windows = np.arange(1, len(given) + 1)[:, None]
-    deviation = np.abs(np.cumsum(given, axis=0) - num_windows * np.array(list(shares.values())))
+    """Delivered from the part of each sequence that each source got. [N, S]"""
+    num_sequences = np.arange(1, len(given) + 1)[:, None]
+    deviation = np.abs(np.cumsum(given, axis=0) - num_sequences * np.array(list(shares.values())))
     return Delivered(
         token_shares=dict(zip(shares, given.mean(axis=0).tolist(), strict=True)),
-        largest_deviation_windows=float(deviation.max()),
+        largest_deviation_sequences=float(deviation.max()),
         text_positions=text_positions,
         cut_documents=num_cut,
     )

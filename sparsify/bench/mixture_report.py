@@ -15,23 +15,23 @@ from sparsify.reporting.tables import figures_table
 
 
 class Delivered(BaseModel):
-    """What a run delivered, counted over all its windows."""
+    """What a run delivered, counted over all its sequences."""
 
     token_shares: dict[str, float]
-    """Share of all window positions that each source got."""
-    largest_deviation_windows: float
-    """The furthest that any source was from its asked share times n, after any n windows."""
+    """Share of all sequence positions that each source got."""
+    largest_deviation_sequences: float
+    """The furthest that any source was from its asked share times n, after any n sequences."""
     text_positions: float
-    """Share of window positions that carry text; the rest is padding."""
+    """Share of sequence positions that carry text; the rest is padding."""
     cut_documents: int
-    """Documents shorter than a window that lie in more than one."""
+    """Documents shorter than a sequence that lie in more than one."""
 
 
 class Resumed(BaseModel):
     """A run stopped half way and resumed, against the same run uninterrupted."""
 
     documents: int
-    """Documents of the uninterrupted run; one longer than a window counts once for each window that it lies in, where
+    """Documents of the uninterrupted run; one longer than a sequence counts once for each sequence that it lies in, where
     a pipeline draws these pieces one by one."""
     lost: int
     """Documents of the uninterrupted run that the resumed one never trained on, or fewer times."""
@@ -45,15 +45,15 @@ class Side(BaseModel):
     delivered: Delivered
     resumed: Resumed
     text_tokens_per_second: float
-    """From text to ready windows."""
+    """From text to ready sequences."""
     cached_tokens_per_second: float | None
     """From tokens that an earlier run left in a cache; None where there is no cache."""
     late_resume_seconds: float
-    """First window after a restart late in the run, from saved state."""
+    """First sequence after a restart late in the run, from saved state."""
     late_skip_seconds: float | None
     """The same without saved state, by skipping; None where nothing has to be skipped."""
     peak_memory_bytes: int
-    """Of the whole process that goes from text to windows."""
+    """Of the whole process that goes from text to sequences."""
     added_memory_bytes: int
     """What of it the work added to the imported libraries."""
 
@@ -69,9 +69,9 @@ class Tokenized(BaseModel):
 
 
 class Loaded(BaseModel):
-    """Windows from a warm cache in one process."""
+    """Sequences from a warm cache in one process."""
 
-    window_tokens: int
+    sequence_length: int
     num_tokens: int
     """Tokens of one repeat."""
     tokens_per_second: float
@@ -93,10 +93,10 @@ class MixtureBench(BaseModel):
     text_bytes: int
     tokenizer: str
     vocabulary_size: int
-    window_tokens: int
-    num_windows: int
-    stopped_after_windows: int
-    late_window: int
+    sequence_length: int
+    num_sequences: int
+    stopped_after_sequences: int
+    late_sequence: int
     seed: int
     repeats: int
     buffer_documents: int
@@ -108,7 +108,7 @@ class MixtureBench(BaseModel):
     """interleave_datasets with probabilities that allow for each source's mean document length, which must be known
     before."""
     text_speed_ratio: float
-    """Median of the ratios of the pairs: ours over interleave_datasets, from text to windows."""
+    """Median of the ratios of the pairs: ours over interleave_datasets, from text to sequences."""
     tokenized: Tokenized
     loaded: list[Loaded]
 
@@ -129,7 +129,7 @@ def mixture_table(bench: MixtureBench) -> RenderableType:
 
 def _shares_table(bench: MixtureBench) -> Table:
     table = figures_table(
-        f"Shares of tokens delivered over {bench.num_windows:,} windows of {bench.window_tokens:,} tokens",
+        f"Shares of tokens delivered over {bench.num_sequences:,} sequences of {bench.sequence_length:,} tokens",
         "source",
         "asked",
         "sparsify",
@@ -145,19 +145,19 @@ def _shares_table(bench: MixtureBench) -> Table:
         given = (f"{column.token_shares[name]:.1%}" for column in columns)
         table.add_row(name, f"{asked:.1%}", *given)
     table.add_section()
-    deviations = (f"{column.largest_deviation_windows:,.1f} windows" for column in columns)
+    deviations = (f"{column.largest_deviation_sequences:,.1f} sequences" for column in columns)
     table.add_row("furthest from asked, at any moment", "", *deviations)
     texts = (f"{column.text_positions:.1%}" for column in columns)
-    table.add_row("window positions that carry text", "", *texts)
+    table.add_row("sequence positions that carry text", "", *texts)
     cut = (f"{column.cut_documents:,}" for column in columns)
-    table.add_row("documents cut though shorter than a window", "", *cut)
+    table.add_row("documents cut though shorter than a sequence", "", *cut)
     return table
 
 
 def _run_table(bench: MixtureBench) -> Table:
     ours, theirs = bench.ours, bench.interleaved
     table = figures_table(
-        f"The run, stopped after window {bench.stopped_after_windows:,} and resumed",
+        f"The run, stopped after sequence {bench.stopped_after_sequences:,} and resumed",
         "",
         "sparsify",
         "interleave_datasets",
@@ -173,7 +173,7 @@ def _run_table(bench: MixtureBench) -> Table:
     table.add_section()
     _add(
         table,
-        "text → windows, M tokens/s",
+        "text → sequences, M tokens/s",
         [f"{side.text_tokens_per_second / MEGA:.2f}" for side in _sides(bench)],
         _as_fast(bench.text_speed_ratio),
     )
@@ -187,7 +187,7 @@ def _run_table(bench: MixtureBench) -> Table:
     late = theirs.late_resume_seconds
     _add(
         table,
-        f"resume at window {bench.late_window:,}",
+        f"resume at sequence {bench.late_sequence:,}",
         [_seconds(ours.late_resume_seconds), f"{_seconds(late)} from state"],
         _as_fast(late / ours.late_resume_seconds),
     )
@@ -217,7 +217,7 @@ def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
     )
     for one in loaded:
         table.add_row(
-            f"load windows of {one.window_tokens:,}, 10^12 tokens into a plan",
+            f"load sequences of {one.sequence_length:,}, 10^12 tokens into a plan",
             "–" if one.far_tokens_per_second is None else f"{one.far_tokens_per_second / MEGA:.1f}",
             f"{one.tokens_per_second / MEGA:.1f} at its beginning",
             "–" if one.far_ratio is None else f"{one.far_ratio:.2f}",

@@ -1,10 +1,10 @@
 """`sparsify bench recovery`: how much of a dense model's quality each way of making it sparse wins back, on the same tokens.
 
-Every arm is a recipe in `recipes/recovery/`. Each chooses its own peak learning rate by the same search: the first seed with every
-rate, and the lowest final loss wins. The other seeds follow with that rate. All arms see the same windows in the same order,
+Every variant is a recipe in `recipes/recovery/`. Each chooses its own peak learning rate by the same search: the first seed with every
+rate, and the lowest final loss wins. The other seeds follow with that rate. All variants see the same sequences in the same order,
 because the data follow from the mixture and the seed alone.
 
-What the recovery benchmark found: for each arm its runs, its gap to the dense control, and what decides its speed.
+What the recovery benchmark found: for each variant its runs, its gap to the dense baseline, and what decides its speed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
 
 DENSE = "dense"
-"""The arm that all others are held against."""
+"""The variant that all others are held against."""
 
 
 class RecoveryPoint(BaseModel):
@@ -36,7 +36,7 @@ class RecoveryPoint(BaseModel):
         loss: Mean of the sources' losses by token share, nats per token.
         zeros: Share of products that are exactly zero.
         gate_zeros: Share of the gate's factors that are.
-        annealed_share: How much of the sparse activation was in force; 1 for all of it.
+        blended_share: How much of the sparse activation was in force; 1 for all of it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,7 +45,7 @@ class RecoveryPoint(BaseModel):
     loss: float
     zeros: float
     gate_zeros: float
-    annealed_share: float
+    blended_share: float
 
     @computed_field
     @property
@@ -63,16 +63,16 @@ class RecoveryPoint(BaseModel):
 
 
 class RecoveryRun(BaseModel):
-    """One finished run of an arm."""
+    """One finished run of a variant."""
 
     model_config = ConfigDict(frozen=True)
 
-    arm: str
+    variant: str
     seed: int
     peak_learning_rate: float
     path: str
     points: list[RecoveryPoint]
-    """From where its training starts: right after the swap, or the dense base where the swap is annealed."""
+    """From where its training starts: right after the activation replacement, or the dense base where the activation replacement is blended."""
 
     @property
     def last(self) -> RecoveryPoint:
@@ -80,13 +80,13 @@ class RecoveryRun(BaseModel):
 
 
 class RecoveryArm(BaseModel):
-    """An arm with the learning rate that its own search chose.
+    """A variant with the learning rate that its own search chose.
 
     Attributes:
         name: Its recipe in `recipes/recovery/`.
         searched: Final loss of the first seed by peak learning rate.
         runs: One a seed, with the best of them.
-        gaps: For each seed, its final loss minus that of the dense control with the same seed.
+        gaps: For each seed, its final loss minus that of the dense baseline with the same seed.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -125,21 +125,21 @@ class Recovery(BaseModel):
 
     budget_tokens: int
     seeds: list[int]
-    arms: list[RecoveryArm]
+    variants: list[RecoveryArm]
 
     @property
     def dense(self) -> RecoveryArm:
-        return next(arm for arm in self.arms if arm.name == DENSE)
+        return next(variant for variant in self.variants if variant.name == DENSE)
 
 
-def read_run(run: RunFolder, arm: str) -> RecoveryRun:
+def read_run(run: RunFolder, variant: str) -> RecoveryRun:
     """Reads a finished run's validations.
 
     Raises:
         RunError: If it was not measured to its end.
     """
     recipe = run.load_recipe()
-    annealed = recipe.swap.anneal_token_share > 0
+    blended = recipe.blending.budget_share > 0
     records = read_lines(run.sparsity)
     losses = {
         (line["tokens"], line["label"]): line["loss"]
@@ -147,19 +147,17 @@ def read_run(run: RunFolder, arm: str) -> RecoveryRun:
         if line.get("kind") == "validation"
     }
     labels = {line["label"] for line in records}
-    start = "after_swap" if "after_swap" in labels and not annealed else "base"
+    start = "after_replacement" if "after_replacement" in labels and not blended else "base"
     points = [
         RecoveryPoint(
             tokens=line["tokens"],
             loss=losses[line["tokens"], line["label"]],
             zeros=line["zeros"],
             gate_zeros=line["gate_zeros"],
-            annealed_share=0.0
-            if annealed and not line["tokens"]
-            else line.get("annealed_share", 1),
+            blended_share=0.0 if blended and not line["tokens"] else line.get("blended_share", 1),
         )
         for line in records
-        if line["label"] in (start, "annealing", "training")
+        if line["label"] in (start, "blending", "training")
     ]
     if not points or points[-1].tokens != recipe.num_steps * recipe.step_tokens:
         raise RunError(
@@ -167,7 +165,7 @@ def read_run(run: RunFolder, arm: str) -> RecoveryRun:
             next_step="Run the same benchmark again: it goes on with this run.",
         )
     return RecoveryRun(
-        arm=arm,
+        variant=variant,
         seed=recipe.training.seed,
         peak_learning_rate=recipe.optimizer.peak_learning_rate,
         path=str(run.path),
@@ -176,7 +174,7 @@ def read_run(run: RunFolder, arm: str) -> RecoveryRun:
 
 
 FOLDER = "recovery/"
-"""Of the catalogue: every recipe in it is an arm."""
+"""Of the catalogue: every recipe in it is a variant."""
 FINAL_RATE_SHARE = 0.1
 """Of the peak, as in the quickstart."""
 
@@ -187,43 +185,43 @@ class RecoveryPlan:
 
     Attributes:
         to: Folder of the runs and of the result; a benchmark that was interrupted goes on there.
-        arms: Names of recipes in `recipes/recovery/`; all of them if empty.
-        rates: Peak learning rates that each arm may choose from.
+        variants: Names of recipes in `recipes/recovery/`; all of them if empty.
+        rates: Peak learning rates that each variant may choose from.
         seeds: Of the data's order; the first is the one that searches.
-        overrides: Of every arm, such as `model.source=…` and `mixture=…`.
+        overrides: Of every variant, such as `model.source=…` and `mixture=…`.
     """
 
     to: Path
-    arms: Sequence[str] = ()
+    variants: Sequence[str] = ()
     rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3)
     seeds: Sequence[int] = (1, 2, 3)
     overrides: Sequence[str] = field(default_factory=list)
 
 
 def arm_names() -> list[str]:
-    """All arms, the dense control first."""
+    """All variants, the dense baseline first."""
     names = [name.removeprefix(FOLDER) for name in recipe_names() if name.startswith(FOLDER)]
     return sorted(names, key=lambda name: (name != DENSE, name))
 
 
 def bench_recovery(plan: RecoveryPlan, say: Say) -> Recovery:
-    """Trains what is not trained yet, and puts the arms side by side.
+    """Trains what is not trained yet, and puts the variants side by side.
 
     Args:
         plan: What to train.
         say: Told what happens, a line at a time.
 
     Raises:
-        RecipeError: If there is no such arm, nothing to choose from, or a recipe that cannot work.
+        RecipeError: If there is no such variant, nothing to choose from, or a recipe that cannot work.
         UserError: Whatever stops a run.
     """
-    names = _chosen_arms(plan)
+    names = _chosen_variants(plan)
     recipes = {  # all of them before the first is trained
         (name, rate): _recipe(plan, name, rate, plan.seeds[0])
         for name in names
         for rate in plan.rates
     }
-    arms: dict[str, tuple[dict[float, float], list[RecoveryRun]]] = {}
+    variants: dict[str, tuple[dict[float, float], list[RecoveryRun]]] = {}
     for name in names:
         tried = [_run(recipes[name, rate], name, say) for rate in plan.rates]
         best = min(tried, key=lambda run: run.last.loss)
@@ -232,31 +230,31 @@ def bench_recovery(plan: RecoveryPlan, say: Say) -> Recovery:
             for seed in plan.seeds[1:]
         ]
         searched = {run.peak_learning_rate: run.last.loss for run in tried}
-        arms[name] = searched, [best, *others]
-    dense = {run.seed: run.last.loss for run in arms[DENSE][1]}
+        variants[name] = searched, [best, *others]
+    dense = {run.seed: run.last.loss for run in variants[DENSE][1]}
     return Recovery(
-        budget_tokens=arms[DENSE][1][0].last.tokens,
+        budget_tokens=variants[DENSE][1][0].last.tokens,
         seeds=list(plan.seeds),
-        arms=[
+        variants=[
             RecoveryArm(
                 name=name,
                 searched=searched,
                 runs=runs,
                 gaps=[run.last.loss - dense[run.seed] for run in runs],
             )
-            for name, (searched, runs) in arms.items()
+            for name, (searched, runs) in variants.items()
         ],
     )
 
 
-def _chosen_arms(plan: RecoveryPlan) -> list[str]:
+def _chosen_variants(plan: RecoveryPlan) -> list[str]:
     known = arm_names()
-    for name in plan.arms:
+    for name in plan.variants:
         if name not in known:
             raise RecipeError(
-                f"There is no arm {name!r}.",
-                allowed=f"{nearest(name, known)}Arms: {', '.join(known)}.",
-                next_step="An arm is a recipe in recipes/recovery/.",
+                f"There is no variant {name!r}.",
+                allowed=f"{nearest(name, known)}Variants: {', '.join(known)}.",
+                next_step="A variant is a recipe in recipes/recovery/.",
             )
     for option, values in (("--rates", plan.rates), ("--seeds", plan.seeds)):
         if not values or len(set(values)) != len(values):
@@ -264,7 +262,7 @@ def _chosen_arms(plan: RecoveryPlan) -> list[str]:
                 f"{option} is {', '.join(map(str, values)) or 'empty'}.",
                 allowed="One or more, each once.",
             )
-    wanted = {*plan.arms, DENSE} if plan.arms else set(known)
+    wanted = {*plan.variants, DENSE} if plan.variants else set(known)
     return [name for name in known if name in wanted]
 
 

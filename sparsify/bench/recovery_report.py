@@ -21,7 +21,7 @@ from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image
 
 PANEL_INCHES = 4.4
 MARKERS = "osD^vP*X<>hp"
-COLUMNS = ("arm", "rate", "loss", "to dense", "zeros", "gate's own", "gate first", "predictor")
+COLUMNS = ("variant", "rate", "loss", "to dense", "zeros", "gate's own", "gate first", "predictor")
 PICTURES: dict[str, tuple[str, str]] = {
     "zeros": ("exact zeros", "zeros"),
     "gate_first": ("FFN bytes, exact gate-first kernel", "gate_first_bytes"),
@@ -31,7 +31,7 @@ PICTURES: dict[str, tuple[str, str]] = {
 
 
 def recovery_table(recovery: Recovery) -> RenderableType:
-    """One row an arm, from the smallest gap on, and what the numbers rest on."""
+    """One row a variant, from the smallest gap on, and what the numbers rest on."""
     seeds = ", ".join(map(str, recovery.seeds))
     table = Table(
         title=f"After {recovery.budget_tokens:,} tokens, mean of seeds {seeds}",
@@ -42,22 +42,24 @@ def recovery_table(recovery: Recovery) -> RenderableType:
     )
     for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="right" if index else "left", no_wrap=" " not in column)
-    for arm in sorted(recovery.arms, key=lambda arm: (arm.name != DENSE, arm.gap)):
-        table.add_row(*_row(arm))
+    for variant in sorted(
+        recovery.variants, key=lambda variant: (variant.name != DENSE, variant.gap)
+    ):
+        table.add_row(*_row(variant))
     return Group("", table, Text(_notes(recovery)))
 
 
-def _row(arm: RecoveryArm) -> list[str]:
-    gap, spread = f"{arm.gap:+.3f}", max(arm.gaps) - min(arm.gaps)
-    if len(arm.gaps) > 1:
+def _row(variant: RecoveryArm) -> list[str]:
+    gap, spread = f"{variant.gap:+.3f}", max(variant.gaps) - min(variant.gaps)
+    if len(variant.gaps) > 1:
         gap += f" ± {spread / 2:.3f}"
     shares = ("zeros", "gate_zeros", "gate_first_bytes", "predicted_bytes")
     return [
-        arm.name,
-        f"{arm.peak_learning_rate:g}{'*' if arm.at_edge() else ''}",
-        f"{arm.mean('loss'):.3f}",
-        "–" if arm.name == DENSE else gap,
-        *(f"{arm.mean(share):.1%}" for share in shares),
+        variant.name,
+        f"{variant.peak_learning_rate:g}{'*' if variant.at_edge() else ''}",
+        f"{variant.mean('loss'):.3f}",
+        "–" if variant.name == DENSE else gap,
+        *(f"{variant.mean(share):.1%}" for share in shares),
     ]
 
 
@@ -68,7 +70,7 @@ def _notes(recovery: Recovery) -> str:
     ]
     if len(recovery.seeds) > 1:
         notes.append("±: half of the range over seeds.")
-    if any(arm.at_edge() for arm in recovery.arms):
+    if any(variant.at_edge() for variant in recovery.variants):
         notes.append(
             "*: the lowest or highest rate that was tried; a better one may lie outside (--rates)."
         )
@@ -90,11 +92,11 @@ def write_recovery(recovery: Recovery, folder: Path) -> None:
 
 
 def _draw_tokens(recovery: Recovery, theme: Theme) -> Figure:
-    """Gap to the dense control against tokens, mean of the seeds; dotted while the activation is not all sparse yet."""
+    """Gap to the dense baseline against tokens, mean of the seeds; dotted while the activation is not all sparse yet."""
     figure, axes = _figure()
     dense = [{point.tokens: point.loss for point in run.points} for run in recovery.dense.runs]
-    for index, arm in enumerate(_sparse(recovery)):
-        columns = zip(*(run.points for run in arm.runs), strict=True)
+    for index, variant in enumerate(_sparse(recovery)):
+        columns = zip(*(run.points for run in variant.runs), strict=True)
         rows = [
             (
                 points[0].tokens,
@@ -103,39 +105,41 @@ def _draw_tokens(recovery: Recovery, theme: Theme) -> Figure:
                     for point, of_seed in zip(points, dense, strict=True)
                 )
                 / len(points),
-                points[0].annealed_share == 1,
+                points[0].blended_share == 1,
             )
             for points in columns
         ]
         style = {"color": _colour(index), "marker": MARKERS[index % len(MARKERS)], "markersize": 5}
         whole = [row for row in rows if row[2]]
         axes.plot([row[0] for row in rows], [row[1] for row in rows], ":", color=_colour(index))
-        axes.plot([row[0] for row in whole], [row[1] for row in whole], label=arm.name, **style)
-    axes.axhline(0, color=theme.control, linewidth=1)
+        axes.plot([row[0] for row in whole], [row[1] for row in whole], label=variant.name, **style)
+    axes.axhline(0, color=theme.baseline, linewidth=1)
     axes.xaxis.set_major_formatter(EngFormatter())
-    axes.set(xlabel="training tokens", ylabel="loss gap to the dense control, nats")
+    axes.set(xlabel="training tokens", ylabel="loss gap to the dense baseline, nats")
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
 def _draw_end(recovery: Recovery, label: str, share: str, theme: Theme) -> Figure:
-    """Gap to the dense control at the end against one share, each seed a point."""
+    """Gap to the dense baseline at the end against one share, each seed a point."""
     figure, axes = _figure()
-    for index, arm in enumerate(_sparse(recovery)):
-        values = [getattr(run.last, share) for run in arm.runs]
+    for index, variant in enumerate(_sparse(recovery)):
+        values = [getattr(run.last, share) for run in variant.runs]
         marker = MARKERS[index % len(MARKERS)]
-        axes.plot(values, arm.gaps, marker, color=_colour(index), label=arm.name, markersize=7)
-    axes.axhline(0, color=theme.control, linewidth=1)
+        axes.plot(
+            values, variant.gaps, marker, color=_colour(index), label=variant.name, markersize=7
+        )
+    axes.axhline(0, color=theme.baseline, linewidth=1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set(xlabel=label, ylabel="loss gap to the dense control, nats")
+    axes.set(xlabel=label, ylabel="loss gap to the dense baseline, nats")
     figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
 def _sparse(recovery: Recovery) -> list[RecoveryArm]:
     """From the largest gap to the smallest, so that the legend reads from top to bottom as the curves end."""
-    sparse = [arm for arm in recovery.arms if arm.name != DENSE]
-    return sorted(sparse, key=lambda arm: -arm.gap)
+    sparse = [variant for variant in recovery.variants if variant.name != DENSE]
+    return sorted(sparse, key=lambda variant: -variant.gap)
 
 
 def _figure() -> tuple[Figure, Axes]:

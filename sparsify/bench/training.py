@@ -1,6 +1,6 @@
 """`sparsify bench train`: what our loop and the probe cost, and our speed beside Hugging Face's Trainer, in one process.
 
-All loops have the same weights, windows, precision and DeepSpeed configuration, and take turns block by block.
+All loops have the same weights, sequences, precision and DeepSpeed configuration, and take turns block by block.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 
 from sparsify.bench.timing import Turn, clock, middle_half, paired_ratios, take_turns
-from sparsify.bench.training_loops import Loops, Window
+from sparsify.bench.training_loops import Loops, PackedSequence
 from sparsify.bench.training_report import Loop, Probe, Ratio, TrainBench
 from sparsify.conversion.convert import convert
 from sparsify.errors import RecipeError
 from sparsify.launch.feeder import Feeder, is_done
 from sparsify.mixture.lock import write_lock
-from sparsify.mixture.sequences.reader import WindowReader, collate
+from sparsify.mixture.sequences.reader import SequenceReader, collate
 from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.recipe.compose import compose_recipe, save_recipe
 from sparsify.recipe.recipe import Recipe, token_shares
@@ -46,7 +46,7 @@ def bench_train(
     """Measures the loops.
 
     Args:
-        name_or_path: Recipe to train with; its budget, schedule, control and number of processes are replaced.
+        name_or_path: Recipe to train with; its budget, schedule, baseline and number of processes are replaced.
         overrides: Hydra overrides.
         block_steps: Steps of one block.
         blocks: Measured blocks of each loop.
@@ -67,7 +67,7 @@ def bench_train(
             "training.budget_tokens": num_steps * given.step_tokens,
             "optimizer.warmup_tokens": 0,
             "optimizer.final_learning_rate": given.optimizer.peak_learning_rate,
-            "control.ffn_activation": "null",
+            "baseline.ffn_activation": "null",
             "tracking.wandb": "disabled",
             "run_dir": folder,
         }
@@ -80,19 +80,19 @@ def bench_train(
             # A waiting thread of OpenMP spins, which would count as work.
             torch.set_num_threads(recipe.launch.threads_per_process or 1)
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-            say("Preparing weights and windows")
+            say("Preparing weights and sequences")
             run = RunFolder(Path(folder))
-            windows = _prepare(recipe, run)
+            sequences = _prepare(recipe, run)
             _join_alone()
             try:
-                return _measure(Loops(others, run, windows), block_steps, blocks, say)
+                return _measure(Loops(others, run, sequences), block_steps, blocks, say)
             finally:
                 gc.collect()
                 dist.destroy_process_group()
 
 
-def _prepare(recipe: Recipe, run: RunFolder) -> list[Window]:
-    """Everything that the launcher would prepare, and the windows of all steps."""
+def _prepare(recipe: Recipe, run: RunFolder) -> list[PackedSequence]:
+    """Everything that the launcher would prepare, and the sequences of all steps."""
     save_recipe(recipe, run.recipe)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     convert(
@@ -109,11 +109,11 @@ def _prepare(recipe: Recipe, run: RunFolder) -> list[Window]:
     write_lock(lock_of(recipe, sources), run.mixture_lock)
     training = recipe.training
     schedule = SourceSchedule(shares_of(recipe, sources))
-    reader = WindowReader(sources, schedule, training.window_tokens, training.seed)
-    tensors = reader.batch(0, recipe.num_steps * training.batch_windows).tensors
+    reader = SequenceReader(sources, schedule, training.sequence_length, training.seed)
+    tensors = reader.batch(0, recipe.num_steps * training.global_batch_size).tensors
     return [
         {key: value[row].clone() for key, value in tensors.items()}
-        for row in range(recipe.num_steps * training.batch_windows)
+        for row in range(recipe.num_steps * training.global_batch_size)
     ]
 
 
@@ -159,7 +159,7 @@ def _measure(loops: Loops, block_steps: int, blocks: int, say: Say) -> TrainBenc
         clock="wall" if cuda else "CPU time of this process",
         threads=torch.get_num_threads(),
         step_tokens=recipe.step_tokens,
-        window_tokens=recipe.training.window_tokens,
+        sequence_length=recipe.training.sequence_length,
         block_steps=block_steps,
         blocks=blocks,
         bare=_loop(bare, recipe),
@@ -190,7 +190,7 @@ def _probe(session: Session, step_seconds: float, repeats: int) -> Probe:
     Measured directly, since a block of training that holds a validation differs from one without by less than blocks do.
     """
     recipe = session.recipe
-    shares, size = token_shares(recipe.mixture), recipe.training.micro_batch_windows
+    shares, size = token_shares(recipe.mixture), recipe.training.micro_batch_size
     works: dict[str, Callable[[], object]] = {
         "validation": lambda: validate(session.engine, session.held_out, shares, size),
         "forward": lambda: _forward(session),
@@ -207,10 +207,10 @@ def _probe(session: Session, step_seconds: float, repeats: int) -> Probe:
     every_tokens = session.run.load_recipe().eval.every_tokens
     training_seconds = step_seconds * every_tokens / recipe.step_tokens
     validation_seconds, probe_seconds = median(seconds["validation"]), median(added)
-    windows = sum(map(len, session.held_out.values()))
+    sequences = sum(map(len, session.held_out.values()))
     return Probe(
         every_tokens=every_tokens,
-        held_out_tokens=windows * recipe.training.window_tokens,
+        held_out_tokens=sequences * recipe.training.sequence_length,
         validation_seconds=validation_seconds,
         probe_seconds=probe_seconds,
         validation_share=validation_seconds / training_seconds,
@@ -227,11 +227,11 @@ def _probed_forward(session: Session) -> None:
 @torch.no_grad()
 def _forward(session: Session) -> None:
     """The forward passes of a validation and nothing else."""
-    engine, size = session.engine, session.recipe.training.micro_batch_windows
+    engine, size = session.engine, session.recipe.training.micro_batch_size
     with evaluating(engine):
-        for windows in session.held_out.values():
-            for start in range(0, len(windows), size):
-                batch = collate(windows[start : start + size])
+        for sequences in session.held_out.values():
+            for start in range(0, len(sequences), size):
+                batch = collate(sequences[start : start + size])
                 engine(
                     input_ids=batch["input_ids"].to(engine.device),
                     position_ids=batch["position_ids"].to(engine.device),

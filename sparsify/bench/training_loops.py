@@ -21,7 +21,7 @@ from sparsify.training.engine import build_engine, deepspeed_config, load_model
 from sparsify.training.loop import Session, train
 from sparsify.training.worker import build_session
 
-Window = dict[str, torch.Tensor]
+PackedSequence = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -31,24 +31,24 @@ class Loops:
     Args:
         recipe: Its recipe; its learning rate is constant.
         run: Its folder, with weights, tokenised sources and lock.
-        windows: The windows of all steps, in memory: what the other two loops read.
+        sequences: The sequences of all steps, in memory: what the other two loops read.
     """
 
     recipe: Recipe
     run: RunFolder
-    windows: list[Window]
+    sequences: list[PackedSequence]
     session: Session | None = None
 
     def bare(self, turn: Turn) -> None:
         """Forward, backward and step of the engine on batches that lie ready, and nothing else."""
         engine = build_engine(self.recipe, self.run.initial)
-        size = self.recipe.training.micro_batch_windows
+        size = self.recipe.training.micro_batch_size
         micro_batches = [
-            _on(engine.device, default_data_collator(self.windows[start : start + size]))
-            for start in range(0, len(self.windows), size)
+            _on(engine.device, default_data_collator(self.sequences[start : start + size]))
+            for start in range(0, len(self.sequences), size)
         ]
         accumulation = self.recipe.accumulation_steps
-        labels = torch.stack([window["labels"] for window in self.windows])
+        labels = torch.stack([sequence["labels"] for sequence in self.sequences])
         num_labels = (labels != NO_LOSS).view(self.recipe.num_steps, -1).sum(1).tolist()
         for step in itertools.count():
             turn.step()
@@ -91,13 +91,13 @@ class Loops:
             raise
 
     def trainer(self, turn: Turn) -> None:
-        """The Trainer with the same DeepSpeed configuration, reading the windows in the same order."""
+        """The Trainer with the same DeepSpeed configuration, reading the sequences in the same order."""
         recipe, training, optimizer = self.recipe, self.recipe.training, self.recipe.optimizer
         config = deepspeed_config(recipe)
         arguments = TrainingArguments(
             output_dir=str(self.run.path / "trainer"),
             deepspeed=config,
-            per_device_train_batch_size=training.micro_batch_windows,
+            per_device_train_batch_size=training.micro_batch_size,
             gradient_accumulation_steps=recipe.accumulation_steps,
             max_steps=recipe.num_steps,
             max_grad_norm=optimizer.max_gradient_norm,
@@ -125,7 +125,9 @@ class Loops:
             model=model,
             args=arguments,
             # Labels are shifted already; under this name transformers' loss does not shift them again.
-            train_dataset=[window | {"shift_labels": window["labels"]} for window in self.windows],  # pyright: ignore
+            train_dataset=[
+                sequence | {"shift_labels": sequence["labels"]} for sequence in self.sequences
+            ],  # pyright: ignore
             callbacks=[_OnStep(turn.step)],
         )
         try:
@@ -142,5 +144,5 @@ class _OnStep(TrainerCallback):
         self._step()
 
 
-def _on(device: torch.device, batch: Window) -> Window:
+def _on(device: torch.device, batch: PackedSequence) -> PackedSequence:
     return {key: value.to(device) for key, value in batch.items()}

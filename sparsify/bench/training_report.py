@@ -28,7 +28,7 @@ class Loop(BaseModel):
     step_seconds: list[float]
     """Of one step, in each block."""
     losses: list[float]
-    """Of the first steps; all loops start from the same weights and see the same windows."""
+    """Of the first steps; all loops start from the same weights and see the same sequences."""
 
 
 class Probe(BaseModel):
@@ -56,7 +56,7 @@ class TrainBench(BaseModel):
     clock: str
     threads: int
     step_tokens: int
-    window_tokens: int
+    sequence_length: int
     block_steps: int
     blocks: int
     bare: Loop
@@ -120,9 +120,9 @@ def _probe_table(bench: TrainBench) -> Table:
 def _rests_on(bench: TrainBench) -> str:
     return (
         f"[dim]Recipe {bench.recipe}: {bench.parameters / 1e6:,.1f}M parameters, {bench.precision}, ZeRO stage "
-        f"{bench.zero_stage}, one process; {bench.step_tokens:,} tokens a step in windows of {bench.window_tokens:,}.\n"
+        f"{bench.zero_stage}, one process; {bench.step_tokens:,} tokens a step in sequences of {bench.sequence_length:,}.\n"
         f"{bench.device}, {bench.threads} CPU thread(s). Clock: {bench.clock}. {bench.blocks} block(s) of "
         f"{bench.block_steps} step(s) of each loop, taken in turns after one to warm up.\n"
-        "Medians; ratios are medians over pairs of blocks. All loops have the same weights, windows and DeepSpeed "
+        "Medians; ratios are medians over pairs of blocks. All loops have the same weights, sequences and DeepSpeed "
         "configuration.[/dim]"
     )

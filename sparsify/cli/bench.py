@@ -26,7 +26,7 @@ def bench_mixture(
     budget_tokens: Annotated[
         int, typer.Option(help="Tokens of the run that is drawn.")
     ] = 2_000_000,
-    window_tokens: Annotated[int, typer.Option(help="Tokens of a window.")] = 2048,
+    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     buffer_documents: Annotated[
         int,
         typer.Option(
@@ -51,7 +51,7 @@ def bench_mixture(
             on,
             tokenizer,
             budget_tokens=budget_tokens,
-            window_tokens=window_tokens,
+            sequence_length=sequence_length,
             buffer_documents=buffer_documents,
             load_tokens=load_tokens,
             repeats=repeats,
@@ -114,26 +114,26 @@ def bench_recovery(
     to: Annotated[Path, typer.Option("--to", help="Folder of the runs and the result.")] = Path(
         "recovery"
     ),
-    arms: Annotated[
+    variants: Annotated[
         str,
         typer.Option(help="Recipes of recipes/recovery/, such as drelu,reglu; all unless given."),
     ] = "",
     rates: Annotated[
-        str, typer.Option(help="Peak learning rates that every arm chooses from.")
+        str, typer.Option(help="Peak learning rates that every variant chooses from.")
     ] = "3e-5,1e-4,3e-4,1e-3",
     seeds: Annotated[str, typer.Option(help="The first one searches.")] = "1,2,3",
     as_json: AsJson = False,
 ) -> None:
-    """What each way to sparsity costs against the dense control, on the same tokens, each with a rate of its own.
+    """What each way to sparsity costs against the dense baseline, on the same tokens, each with a rate of its own.
 
-    Goes on where it was interrupted. Example: sparsify bench recovery --arms drelu,annealed_drelu training.budget_tokens=102400
+    Goes on where it was interrupted. Example: sparsify bench recovery --variants drelu,blended_drelu training.budget_tokens=102400
     """
     from sparsify.bench.recovery import RecoveryPlan, bench_recovery
     from sparsify.bench.recovery_report import recovery_table, write_recovery
 
     plan = RecoveryPlan(
         to,
-        [name.strip() for name in arms.split(",") if name.strip()],
+        [name.strip() for name in variants.split(",") if name.strip()],
         numbers("--rates", rates, float),
         numbers("--seeds", seeds, int),
         overrides or [],

@@ -113,7 +113,7 @@ def evaluate(
 
 
 def paper(
-    recipe: Annotated[str, typer.Argument(help="Recipe whose run has a control")],
+    recipe: Annotated[str, typer.Argument(help="Recipe whose run has a baseline")],
     overrides: Overrides = None,
     on: Annotated[
         str | None,

@@ -186,7 +186,9 @@ def convert(
     ] = None,
     calibrate_on: Annotated[
         str | None,
-        typer.Option(help="Text or mixture to repair the swap on, before any training."),
+        typer.Option(
+            help="Text or mixture to repair the activation replacement on, before any training."
+        ),
     ] = None,
     calibration_tokens: Annotated[
         int | None, typer.Option(help="Tokens of it; 131,072 unless given.")
@@ -197,12 +199,16 @@ def convert(
     ] = None,
     on: Annotated[
         str | None,
-        typer.Option("--on", help="Text or mixture to measure a bare swap on; else quickstart."),
+        typer.Option(
+            "--on", help="Text or mixture to measure a bare replacement on; else quickstart."
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to measure the swap on.")] = 8192,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to measure the activation replacement on.")
+    ] = 8192,
     as_json: AsJson = False,
 ) -> None:
-    """Writes a dense checkpoint as a sparse-activated one, and says what the swap did to its loss.
+    """Writes a dense checkpoint as a sparse-activated one, and says what the activation replacement did to its loss.
 
     Example: sparsify convert mistralai/Mistral-7B-v0.1 --calibrate-on my_text.jsonl.gz --to mistral-drelu
     """
@@ -217,9 +223,9 @@ def convert(
     else:
         swap = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens, say)
     if as_json:
-        console.print_json(json.dumps(tables.swap_record(swap)))
+        console.print_json(json.dumps(tables.replacement_record(swap)))
     else:
-        console.print(tables.swap_table(swap))
+        console.print(tables.replacement_table(swap))
 
 
 @app.command()
@@ -231,7 +237,7 @@ def train(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Runs a recipe to its end: conversion, training, its dense control, report, export. Goes on where it stopped.
+    """Runs a recipe to its end: conversion, training, its dense baseline, report, export. Goes on where it stopped.
 
     Example: sparsify train quickstart mixture.instruction_token_share=0.3
     """
@@ -292,7 +298,7 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Run folders, where one alone is compared with its control; or folders of `sparsify evaluate`."
+            help="Run folders, where one alone is compared with its baseline; or folders of `sparsify evaluate`."
         ),
     ],
     to: Annotated[
@@ -301,9 +307,9 @@ def compare(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Puts runs, or evaluations, side by side: loss by source or paired scores by task, gap to the dense control, zeros.
+    """Puts runs, or evaluations, side by side: loss by source or paired scores by task, gap to the dense baseline, zeros.
 
-    Says which numbers may be compared, what lies within noise, and which gain has no control. HTML, PNG, CSV, JSON.
+    Says which numbers may be compared, what lies within noise, and which gain has no baseline. HTML, PNG, CSV, JSON.
 
     Example: sparsify compare runs/quickstart runs/quickstart,activation=reglu
     """

@@ -18,25 +18,25 @@ Tokenizer = Annotated[
     str,
     typer.Option("--tokenizer", help="Model folder, Hub id or package:NAME/PATH it comes from."),
 ]
-WindowTokens = Annotated[int, typer.Option("--window-tokens", help="Length of a window.")]
+SequenceTokens = Annotated[int, typer.Option("--sequence-tokens", help="Length of a sequence.")]
 
 
 @mixture_app.command("preview")
 def mixture_preview(
     mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
-    windows: Annotated[int, typer.Option("--windows", help="Windows of each source.")] = 1,
-    window_tokens: WindowTokens = 256,
+    sequences: Annotated[int, typer.Option("--sequences", help="Sequences of each source.")] = 1,
+    sequence_length: SequenceTokens = 256,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
 ) -> None:
-    """Shows real training windows of every source: where documents meet, which tokens carry loss.
+    """Shows real training sequences of every source: where documents meet, which tokens carry loss.
 
-    Example: sparsify mixture preview quickstart --windows 2
+    Example: sparsify mixture preview quickstart --sequences 2
     """
     from sparsify.cli import tables
     from sparsify.commands.mixture import preview
 
-    for window in preview(mixture, tokenizer, windows, window_tokens, say):
-        console.print(tables.window_preview(window))
+    for sequence in preview(mixture, tokenizer, sequences, sequence_length, say):
+        console.print(tables.sequence_preview(sequence))
 
 
 @mixture_app.command("stats")
@@ -45,7 +45,7 @@ def mixture_stats(
     budget_tokens: Annotated[
         int, typer.Option("--budget-tokens", help="Training tokens to look at.")
     ] = 1_000_000,
-    window_tokens: WindowTokens = 2048,
+    sequence_length: SequenceTokens = 2048,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
     as_json: AsJson = False,
 ) -> None:
@@ -57,7 +57,7 @@ def mixture_stats(
     from sparsify.commands.mixture import stats
 
     tell = quiet if as_json else say
-    result = stats(mixture, tokenizer, budget_tokens, window_tokens, tell)
+    result = stats(mixture, tokenizer, budget_tokens, sequence_length, tell)
     if as_json:
         console.print_json(result.model_dump_json())
     else:

@@ -28,7 +28,7 @@ def predictors_train(
     ] = None,
     on: On = None,
     tokens: Annotated[
-        int, typer.Option(help="Held-out tokens; one window in eight is kept for judging.")
+        int, typer.Option(help="Held-out tokens; one sequence in eight is kept for judging.")
     ] = 131_072,
     passes: Annotated[int, typer.Option(help="How often they are read.")] = 4,
     recall: Annotated[
@@ -47,7 +47,7 @@ def predictors_train(
         str, typer.Option(help="residual, as PowerInfer feeds it, or normed.")
     ] = "residual",
     learning_rate: Annotated[float, typer.Option(help="At the start.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Decides the start and the order of windows.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides the start and the order of sequences.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Trains a predictor for every layer, or every expert, on held-out text. Goes on where it was interrupted.

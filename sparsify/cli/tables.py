@@ -19,7 +19,7 @@ from rich.text import Text
 from sparsify.commands.convert import Swap
 from sparsify.commands.train import RunResult
 from sparsify.methods.calibrate import Calibration
-from sparsify.mixture.inspection import MixtureStats, WindowPreview
+from sparsify.mixture.inspection import MixtureStats, SequencePreview
 from sparsify.reporting.tables import figures_table
 from sparsify.sparsity.schema import LayerRow, SparsityReport
 
@@ -155,7 +155,7 @@ def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
     )
 
 
-def swap_record(swap: Swap) -> dict[str, Any]:
+def replacement_record(swap: Swap) -> dict[str, Any]:
     """A conversion as JSON."""
     return {
         "folder": str(swap.converted.folder),
@@ -169,7 +169,7 @@ def swap_record(swap: Swap) -> dict[str, Any]:
     }
 
 
-def swap_table(swap: Swap) -> RenderableType:
+def replacement_table(swap: Swap) -> RenderableType:
     """A conversion as tables: the stages, and of a calibrated one what each layer gained."""
     config = swap.converted.config
     table = figures_table(
@@ -190,7 +190,7 @@ def _calibrated_layers(calibration: Calibration) -> RenderableType:
     table = figures_table(
         f"Relative error of the feed-forward answers on held-out calibration tokens ({calibration.num_tokens:,} in all)",
         "layer",
-        "bare swap",
+        "bare replacement",
         "before the refit",
         "after it",
         "signs turned",
@@ -214,7 +214,7 @@ def _calibrated_layers(calibration: Calibration) -> RenderableType:
 def mixture_table(stats: MixtureStats) -> RenderableType:
     """Sizes of a mixture, one source a row."""
     table = figures_table(
-        f"{stats.mixture}: {stats.budget_tokens:,} training tokens in windows of {stats.window_tokens:,}",
+        f"{stats.mixture}: {stats.budget_tokens:,} training tokens in sequences of {stats.sequence_length:,}",
         "source",
         "documents",
         "tokens",
@@ -236,25 +236,25 @@ def mixture_table(stats: MixtureStats) -> RenderableType:
         )
     notes = (
         "tokens each: half of the documents have at most the first number, 95% at most the second\n"
-        "full: share of window positions that carry tokens after packing\n"
+        "full: share of sequence positions that carry tokens after packing\n"
         "+ the source goes on: it was read as far as the budget needs it"
     )
     left_out = [Text(note) for source in stats.sources.values() for note in source.left_out.notes]
     return Group("", table, Text(notes, style="dim"), *left_out)
 
 
-def window_preview(window: WindowPreview) -> RenderableType:
-    """One window with its documents between rules; tokens without loss are dim."""
+def sequence_preview(sequence: SequencePreview) -> RenderableType:
+    """One sequence with its documents between rules; tokens without loss are dim."""
     parts: list[RenderableType] = []
-    for number, document in enumerate(window.documents, start=1):
-        of = f"document {number} of {len(window.documents)} in this window"
+    for number, document in enumerate(sequence.documents, start=1):
+        of = f"document {number} of {len(sequence.documents)} in this sequence"
         text = Text()
         for span in document:
             text.append(span.text, style="default" if span.carries_loss else "dim italic")
         parts += [Rule(Text(of, style="dim"), align="left", style="dim"), text]
     return Panel(
         Group(*parts),
-        title=f"{window.source}: {window.num_tokens:,} tokens, {window.num_empty:,} left empty",
+        title=f"{sequence.source}: {sequence.num_tokens:,} tokens, {sequence.num_empty:,} left empty",
         subtitle="dim italic: no loss",
         title_align="left",
         subtitle_align="right",

@@ -1,4 +1,4 @@
-"""`sparsify convert`: a dense checkpoint as a sparse-activated one, and what the swap did to its loss."""
+"""`sparsify convert`: a dense checkpoint as a sparse-activated one, and what the activation replacement did to its loss."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.mixture.sequences.held_out import (
     Watched,
     check_text_or_mixture,
+    sequences_from,
     text_or_mixture_calibration,
-    windows_from,
 )
-from sparsify.mixture.sequences.reader import Window, collate
+from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
 from sparsify.recipe.recipe import (
@@ -46,14 +46,14 @@ class Swap:
     num_tokens: int
     """Tokens that the stages were measured on."""
     stages: list[Stage]
-    """`dense` and `bare swap`; of a calibrated swap all of its stages."""
+    """`dense` and `bare replacement`; of a calibrated replacement all of its stages."""
     calibration: Calibration | None
 
 
 def convert_model(
     source: str, activation: ActivationSection, to: Path, on: str, num_tokens: int
 ) -> Swap:
-    """Converts a checkpoint and measures the swap on a text.
+    """Converts a checkpoint and measures the activation replacement on a text.
 
     Args:
         source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
@@ -67,20 +67,20 @@ def convert_model(
     model = ModelSection(source=source)
     converted = convert(model, activation, to, seed=0, dtype=torch.bfloat16)  # nothing is drawn
     config = converted.config
-    windows, text = windows_from(
+    sequences, text = sequences_from(
         on,
         load_tokenizer(to),
         num_tokens=num_tokens,
-        window_tokens=_window_tokens(config),
+        sequence_length=_sequence_length(config),
         cache_dir=_cache(),
     )
     stages, measured_tokens = [], 0
     for stage, name, threshold in (
         ("dense", config.base_ffn_activation, config.base_ffn_gate_threshold),
-        ("bare swap", config.ffn_activation, config.ffn_gate_threshold),
+        ("bare replacement", config.ffn_activation, config.ffn_gate_threshold),
     ):
         swapped = load_sparse(to, name, gate_threshold=threshold)
-        batches = (collate([window]) for window in windows)
+        batches = (collate([sequence]) for sequence in sequences)
         report, _ = measure(swapped, batches, name=str(to), text=text)
         stages.append(Stage(stage, {text: report.loss}, report.loss, report.product_zeros))
         measured_tokens = report.num_tokens
@@ -96,7 +96,7 @@ def convert_model_calibrated(
     num_tokens: int,
     say: Say,
 ) -> Swap:
-    """Converts a checkpoint with the calibrated swap and measures each stage.
+    """Converts a checkpoint with the calibrated replacement and measures each stage.
 
     Args:
         source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
@@ -110,33 +110,35 @@ def convert_model_calibrated(
     check_activation(activation, "--activation", "--gate-threshold")
     check_conversion(settings)
     check_text_or_mixture(calibrate_on)
-    measured: list[Window] = []
+    measured: list[PackedSequence] = []
 
-    def windows_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[Window], Watched]:
-        windows, watched = text_or_mixture_calibration(
+    def sequences_for(
+        tokenizer: Tokenizer, config: SparseConfig
+    ) -> tuple[list[PackedSequence], Watched]:
+        sequences, watched = text_or_mixture_calibration(
             calibrate_on,
             tokenizer,
             num_tokens=settings.calibration_tokens,
             watched_tokens=num_tokens,
-            window_tokens=_window_tokens(config),
+            sequence_length=_sequence_length(config),
             seed=TrainingSection().seed,
             cache_dir=_cache(),
         )
-        measured.extend(window for held_out in watched.values() for window in held_out)
-        return windows, watched
+        measured.extend(sequence for held_out in watched.values() for sequence in held_out)
+        return sequences, watched
 
     converted, calibration = convert_calibrated(
         ModelSection(source=source),
         activation,
         settings,
         to,
-        windows_for,
+        sequences_for,
         say,
         seed=0,  # nothing is drawn
         dtype=torch.bfloat16,
     )
     stages = calibration.stages if calibration else []
-    measured_tokens = sum(len(window.input_ids) for window in measured)
+    measured_tokens = sum(len(sequence.input_ids) for sequence in measured)
     return Swap(converted, f"held out of {calibrate_on}", measured_tokens, stages, calibration)
 
 
@@ -167,14 +169,14 @@ def conversion_settings(
         return chosen, ConversionSection()
     if on is not None:
         raise RecipeError(
-            f"--on {on} would be ignored: a calibrated swap is measured on text held out of --calibrate-on.",
+            f"--on {on} would be ignored: a calibrated replacement is measured on text held out of --calibrate-on.",
             next_step="Leave it out.",
         )
     num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
     return chosen, ConversionSection(calibration_tokens=num_tokens, target_zeros=target_zeros)
 
 
-def _window_tokens(config: SparseConfig) -> int:
+def _sequence_length(config: SparseConfig) -> int:
     return min(512, config.max_position_embeddings)
 
 

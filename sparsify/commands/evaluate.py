@@ -28,7 +28,7 @@ from sparsify.recipe.compose import load_mixture, load_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.load import Loaded, load
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.checkpoints import STATE, read_state
+from sparsify.runs.state import STATE, read_state
 from sparsify.training.suite_results import (
     EVALUATIONS,
     evaluation_folder,
@@ -42,7 +42,7 @@ from sparsify.training.suite_results import (
 if TYPE_CHECKING:
     from sparsify.evaluation.lm_adapter import Progress
 
-MAX_WINDOW_TOKENS = 512
+MAX_SEQUENCE_LENGTH = 512
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -75,10 +75,10 @@ def evaluate_model(
     from sparsify.evaluation.report import write_results
     from sparsify.evaluation.tasks import task_sources
 
-    if asked.on is not None and not suite.held_out_windows_per_source:
+    if asked.on is not None and not suite.held_out_sequences_per_source:
         raise EvaluationError(
             f"--on {asked.on}: suite {suite.name} measures no held-out text.",
-            next_step="Leave --on out, or set held_out_windows_per_source in a suite of your own.",
+            next_step="Leave --on out, or set held_out_sequences_per_source in a suite of your own.",
         )
     data_dir = None if asked.data_dir is None else data_folder(asked.data_dir, "--data-dir")
     sources = task_sources(suite, data_dir)
@@ -149,16 +149,16 @@ def _recipe_of(loaded: Loaded) -> Recipe:
 
 def _held_out(loaded: Loaded, suite: Suite, on: str | None) -> HeldOut | None:
     recipe = loaded.trained.run.load_recipe() if loaded.trained else None
-    window_tokens = min(MAX_WINDOW_TOKENS, loaded.model.config.max_position_embeddings)
+    sequence_length = min(MAX_SEQUENCE_LENGTH, loaded.model.config.max_position_embeddings)
     if recipe is not None:
-        window_tokens = recipe.training.window_tokens
-    wanted = suite.held_out_windows_per_source
+        sequence_length = recipe.training.sequence_length
+    wanted = suite.held_out_sequences_per_source
     own = recipe.mixture if recipe is not None and on is None else None
     mixture = own if own is not None or not wanted else load_mixture(on or "quickstart")
     if mixture is None:
         return None
     cache_dir = (recipe or Recipe()).cache_dir
-    return held_out_text(mixture, loaded.tokenizer, wanted, window_tokens, cache_dir)
+    return held_out_text(mixture, loaded.tokenizer, wanted, sequence_length, cache_dir)
 
 
 POLL_SECONDS = 10.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify.commands import Say
-from sparsify.commands.report import held_out_windows
+from sparsify.commands.report import held_out_sequences
 from sparsify.errors import ExportError
 from sparsify.export.bundle import Bundle, BundleSettings, export
 from sparsify.export.powerinfer.export import (
@@ -126,11 +126,11 @@ def to_powerinfer(
         layout=layout,
     )
     check(loaded, predictors, settings)
-    windows, text = held_out_windows(loaded, options.on, num_tokens)
+    sequences, text = held_out_sequences(loaded, options.on, num_tokens)
     tell(
-        f"Counting which neurons of {loaded.name} fire on {sum(len(w.input_ids) for w in windows):,} tokens: {text}"
+        f"Counting which neurons of {loaded.name} fire on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}"
     )
-    batches = (collate([window]) for window in windows)
+    batches = (collate([sequence]) for sequence in sequences)
     return export_powerinfer(loaded, predictors, batches, to, settings)
 
 

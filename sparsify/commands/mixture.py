@@ -10,29 +10,29 @@ from sparsify.conversion.source import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.mixture.inspection import (
     MixtureStats,
-    WindowPreview,
+    SequencePreview,
     measure_mixture,
     open_mixture,
-    preview_windows,
+    preview_sequences,
 )
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.recipe import MixtureSection, Recipe, TrainingSection
 
-LEAST_WINDOWS = 64
-"""Windows are only packed as in training among enough of their like."""
+LEAST_SEQUENCES = 64
+"""Sequences are only packed as in training among enough of their like."""
 
 
 def preview(
-    name_or_path: str, tokenizer_from: str, num_windows: int, window_tokens: int, say: Say
-) -> Iterator[WindowPreview]:
-    """The first training windows of every source of a mixture, for the default seed.
+    name_or_path: str, tokenizer_from: str, num_sequences: int, sequence_length: int, say: Say
+) -> Iterator[SequencePreview]:
+    """The first training sequences of every source of a mixture, for the default seed.
 
     Args:
         name_or_path: Mixture name or path of a YAML file.
         tokenizer_from: Folder, Hub id or package:NAME/PATH that has the tokenizer.
-        num_windows: Windows of each source.
-        window_tokens: Length of a window.
+        num_sequences: Sequences of each source.
+        sequence_length: Length of a sequence.
         say: Told what happens.
     """
     mixture, tokenizer = _named(name_or_path, tokenizer_from)
@@ -41,24 +41,24 @@ def preview(
         mixture,
         tokenizer,
         train_tokens=dict.fromkeys(
-            mixture.sources, max(num_windows, LEAST_WINDOWS) * window_tokens
+            mixture.sources, max(num_sequences, LEAST_SEQUENCES) * sequence_length
         ),
-        window_tokens=window_tokens,
+        sequence_length=sequence_length,
         cache_dir=Path(Recipe().cache_dir),
         on_progress=ingest_progress(say),
     )
     for source in sources.values():
-        yield from preview_windows(
+        yield from preview_sequences(
             source,
             tokenizer,
-            window_tokens=window_tokens,
-            num_windows=num_windows,
+            sequence_length=sequence_length,
+            num_sequences=num_sequences,
             seed=TrainingSection().seed,
         )
 
 
 def stats(
-    name_or_path: str, tokenizer_from: str, budget_tokens: int, window_tokens: int, say: Say
+    name_or_path: str, tokenizer_from: str, budget_tokens: int, sequence_length: int, say: Say
 ) -> MixtureStats:
     """Sizes of a mixture as far as a budget reads it.
 
@@ -66,7 +66,7 @@ def stats(
         name_or_path: Mixture name or path of a YAML file.
         tokenizer_from: Folder, Hub id or package:NAME/PATH that has the tokenizer.
         budget_tokens: Training tokens over all sources.
-        window_tokens: Length of a window.
+        sequence_length: Length of a sequence.
         say: Told what happens.
     """
     mixture, tokenizer = _named(name_or_path, tokenizer_from)
@@ -74,7 +74,7 @@ def stats(
         mixture,
         tokenizer,
         budget_tokens=budget_tokens,
-        window_tokens=window_tokens,
+        sequence_length=sequence_length,
         cache_dir=Path(Recipe().cache_dir),
         on_progress=ingest_progress(say),
     )

@@ -1,4 +1,4 @@
-"""`sparsify paper`: trains dReLU and its SwiGLU control from the same start, and writes the paper's two tables of it."""
+"""`sparsify paper`: trains dReLU and its SwiGLU baseline from the same start, and writes the paper's two tables of it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from sparsify.errors import RecipeError
 from sparsify.evaluation.report import Rows, count_text, markdown
 from sparsify.evaluation.scores import Difference, Measured, Score, difference, measured
 from sparsify.files import write_text
-from sparsify.mixture.sequences.held_out import check_text_or_mixture, mixture_windows, windows_from
-from sparsify.mixture.sequences.reader import NO_LOSS, Window, collate
+from sparsify.mixture.sequences.held_out import (
+    check_text_or_mixture,
+    mixture_sequences,
+    sequences_from,
+)
+from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.recipe.compose import compose_recipe, folder
 from sparsify.recipe.recipe import Recipe
 from sparsify.reporting.numbers import percent
@@ -45,7 +49,7 @@ class TopKPoint(_Section):
     perplexity: Measured
 
 
-class Arm(_Section):
+class Variant(_Section):
     """One of the two models."""
 
     ffn_activation: str
@@ -56,58 +60,58 @@ class Arm(_Section):
 
 
 class PaperTables(_Section):
-    """Both arms on the same text."""
+    """Both variants on the same text."""
 
     recipe: str
     training_tokens: int
     text: str
     text_tokens: int
-    arms: list[Arm]
+    variants: list[Variant]
     difference: Difference
-    """Of the first arm to the second with nothing left out, window by window, nats per token."""
+    """Of the first variant to the second with nothing left out, sequence by sequence, nats per token."""
 
 
 def paper_tables(
     recipe: str, overrides: Sequence[str], on: str | None, num_tokens: int, say: Say
 ) -> tuple[list[Rows], PaperTables, Path]:
-    """Trains what is not trained yet, measures both arms, and writes the tables into the run's folder `paper/`.
+    """Trains what is not trained yet, measures both variants, and writes the tables into the run's folder `paper/`.
 
     Args:
-        recipe: A recipe whose run has a control.
+        recipe: A recipe whose run has a baseline.
         overrides: Hydra overrides.
-        on: Text or mixture to measure perplexity on; the held-out windows of the recipe's mixture unless given.
+        on: Text or mixture to measure perplexity on; the held-out sequences of the recipe's mixture unless given.
         num_tokens: Tokens of it.
         say: Told what happens.
 
     Raises:
-        RecipeError: If the recipe trains no control.
+        RecipeError: If the recipe trains no baseline.
         MixtureError: If the text cannot be read.
     """
     composed = compose_recipe(recipe, overrides)
-    if composed.control.ffn_activation is None:
+    if composed.baseline.ffn_activation is None:
         raise RecipeError(
-            f"{recipe} trains no control: there is nothing to compare.",
-            allowed="A recipe with control.ffn_activation=swiglu and another activation of its own.",
+            f"{recipe} trains no baseline: there is nothing to compare.",
+            allowed="A recipe with baseline.ffn_activation=swiglu and another activation of its own.",
             next_step="sparsify paper paper/from_scratch_2m",
         )
     if on is not None:
         check_text_or_mixture(on)
     train(recipe, overrides, say)
     run = RunFolder(Path(composed.run_dir))
-    windows, text = _windows(composed, run, on, num_tokens)
-    arms, scores = [], []
-    for folder_of_arm in (run, run.control):
-        arm, of_windows = _measure(folder_of_arm, windows, say)
-        arms.append(arm)
-        scores.append(of_windows)
+    sequences, text = _sequences(composed, run, on, num_tokens)
+    variants, scores = [], []
+    for folder_of_variant in (run, run.baseline):
+        variant, of_sequences = _measure(folder_of_variant, sequences, say)
+        variants.append(variant)
+        scores.append(of_sequences)
     paired = difference("perplexity", *scores)
     assert paired is not None
     tables = PaperTables(
         recipe=composed.name,
         training_tokens=composed.num_steps * composed.step_tokens,
         text=text,
-        text_tokens=sum(len(window.input_ids) for window in windows),
-        arms=arms,
+        text_tokens=sum(len(sequence.input_ids) for sequence in sequences),
+        variants=variants,
         difference=paired,
     )
     rows = [_comparison_rows(tables), _curve_rows(tables)]
@@ -117,44 +121,55 @@ def paper_tables(
     return rows, tables, to
 
 
-def _windows(
+def _sequences(
     recipe: Recipe, run: RunFolder, on: str | None, num_tokens: int
-) -> tuple[list[Window], str]:
+) -> tuple[list[PackedSequence], str]:
     tokenizer = load(str(run.path)).tokenizer
-    cache_dir, window_tokens = Path(recipe.cache_dir).expanduser(), recipe.training.window_tokens
+    cache_dir, sequence_length = (
+        Path(recipe.cache_dir).expanduser(),
+        recipe.training.sequence_length,
+    )
     if on is not None:
-        return windows_from(
-            on, tokenizer, num_tokens=num_tokens, window_tokens=window_tokens, cache_dir=cache_dir
+        return sequences_from(
+            on,
+            tokenizer,
+            num_tokens=num_tokens,
+            sequence_length=sequence_length,
+            cache_dir=cache_dir,
         )
-    windows = mixture_windows(
+    sequences = mixture_sequences(
         recipe.mixture,
         tokenizer,
         num_tokens=num_tokens,
-        window_tokens=window_tokens,
+        sequence_length=sequence_length,
         cache_dir=cache_dir,
     )
-    return windows, f"held-out windows of mixture {recipe.mixture.name}"
+    return sequences, f"held-out sequences of mixture {recipe.mixture.name}"
 
 
 @torch.no_grad()
-def _measure(run: RunFolder, windows: Sequence[Window], say: Say) -> tuple[Arm, dict[str, Score]]:
+def _measure(
+    run: RunFolder, sequences: Sequence[PackedSequence], say: Say
+) -> tuple[Variant, dict[str, Score]]:
     loaded = load(str(run.path))
     model = loaded.model
     if torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")
-    say(f"Measuring {run.path}: {len(SHARES)} passes over {len(windows)} windows")
+    say(f"Measuring {run.path}: {len(SHARES)} passes over {len(sequences)} sequences")
     curve, first, zeros = [], None, 0.0
     for share in SHARES:
         editor = top_k_editor(share) if share else None
         with SparsityProbe(model, editor=editor) as probe:
-            scores = _scores(lambda batch: float(summed_loss(model, batch)), windows, model.device)
+            scores = _scores(
+                lambda batch: float(summed_loss(model, batch)), sequences, model.device
+            )
         curve.append(
             TopKPoint(left_out=share, perplexity=measured("perplexity", list(scores.values())))
         )
         if first is None:
             first, zeros = scores, probe.statistics().zero_share("product")
     assert first is not None
-    return Arm(
+    return Variant(
         ffn_activation=model.config.ffn_activation,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         train_loss=_train_loss(run),
@@ -165,14 +180,14 @@ def _measure(run: RunFolder, windows: Sequence[Window], say: Say) -> tuple[Arm, 
 
 def _scores(
     loss: Callable[[dict[str, torch.Tensor]], float],
-    windows: Sequence[Window],
+    sequences: Sequence[PackedSequence],
     device: torch.device,
 ) -> dict[str, Score]:
     scores = {}
-    for number, window in enumerate(windows):
-        labels = int((window.labels != NO_LOSS).sum())
+    for number, sequence in enumerate(sequences):
+        labels = int((sequence.labels != NO_LOSS).sum())
         if labels:
-            batch = {key: value.to(device) for key, value in collate([window]).items()}
+            batch = {key: value.to(device) for key, value in collate([sequence]).items()}
             scores[str(number)] = Score(loss(batch), float(labels))
     return scores
 
@@ -191,18 +206,18 @@ def _published() -> dict:
 
 def _comparison_rows(tables: PaperTables) -> Rows:
     paper = _published()
-    sparse, dense = tables.arms
+    sparse, dense = tables.variants
     header = ["", "parameters", "training tokens", "training loss", "perplexity", "exact zeros"]
     rows = [
         [
-            f"{arm.ffn_activation}, ours",
-            count_text(arm.parameters),
+            f"{variant.ffn_activation}, ours",
+            count_text(variant.parameters),
             f"{tables.training_tokens:,}",
-            f"{arm.train_loss:.3f}",
-            _perplexity(arm.curve[0].perplexity),
-            percent(arm.zeros),
+            f"{variant.train_loss:.3f}",
+            _perplexity(variant.curve[0].perplexity),
+            percent(variant.zeros),
         ]
-        for arm in tables.arms
+        for variant in tables.variants
     ]
     rows += [
         [
@@ -219,10 +234,10 @@ def _comparison_rows(tables: PaperTables) -> Rows:
     said = "lies within noise" if paired.within_noise else "is beyond the noise of the text"
     notes = [
         f"Perplexity on {tables.text_tokens:,} tokens: {tables.text}. {sparse.ffn_activation} minus {dense.ffn_activation}, paired "
-        f"over windows: {paired.value:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}] nats per token, which {said}. One training "
-        "seed an arm: what another seed would change is not known from it.",
+        f"over sequences: {paired.value:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}] nats per token, which {said}. One training "
+        "seed a variant: what another seed would change is not known from it.",
         f"Published: {paper['source']}, WikiText-2, not measured here. {paper['caveat']} Rows of different models, text and "
-        "tokens a parameter: compare the two arms of one, not one with the other.",
+        "tokens a parameter: compare the two variants of one, not one with the other.",
     ]
     return Rows("Appendix A: dReLU and SwiGLU from random weights", header, rows, notes)
 
@@ -231,12 +246,12 @@ def _curve_rows(tables: PaperTables) -> Rows:
     paper = _published()["top_k"]
     header = ["left out", *(percent(share) for share in SHARES)]
     rows = []
-    for arm in tables.arms:
-        values = [point.perplexity.value for point in arm.curve]
-        rows.append([f"{arm.ffn_activation}, ours", *(f"{value:.2f}" for value in values)])
+    for variant in tables.variants:
+        values = [point.perplexity.value for point in variant.curve]
+        rows.append([f"{variant.ffn_activation}, ours", *(f"{value:.2f}" for value in values)])
         rows.append(
             [
-                f"{arm.ffn_activation}, ours, rise",
+                f"{variant.ffn_activation}, ours, rise",
                 *(f"{value / values[0] - 1:+.1%}" for value in values),
             ]
         )

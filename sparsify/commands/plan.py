@@ -104,7 +104,7 @@ def known_tokens(recipe: Recipe) -> dict[str, int]:
         tokenizer,
         train_tokens=dict.fromkeys(token_shares(recipe.mixture), ALL_TOKENS),
         held_out_tokens=0,
-        window_tokens=recipe.training.window_tokens,
+        sequence_length=recipe.training.sequence_length,
         cache_dir=Path(recipe.cache_dir),
     )
     for name, ingest in ingests.items():

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from sparsify.commands import Say
-from sparsify.commands.report import held_out_windows
+from sparsify.commands.report import held_out_sequences
 from sparsify.errors import RunError
 from sparsify.files import refuse_foreign_folder
 from sparsify.mixture.sequences.held_out import check_text_or_mixture
-from sparsify.mixture.sequences.reader import Window, collate
+from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.predictors.format import (
     FACTS_FILE,
     INPUTS,
@@ -29,7 +29,7 @@ from sparsify.recipe.rules.source import check_choice
 from sparsify.runs.load import Loaded, load
 
 SPLIT = 8
-"""Of every eight windows of a source, one is kept for the choice of ranks and one for judging; six are trained on."""
+"""Of every eight sequences of a source, one is kept for the choice of ranks and one for judging; six are trained on."""
 VALIDATED, JUDGED = 3, 7
 
 
@@ -60,9 +60,9 @@ def train(
     loaded = load(model_or_run)
     folder = to or _default_folder(loaded)
     refuse_foreign_folder(folder, FACTS_FILE, "folder of predictors")
-    windows, text = held_out_windows(loaded, on, num_tokens)
-    trained = _part(windows, lambda place: place not in (VALIDATED, JUDGED))
-    validation = _part(windows, lambda place: place == VALIDATED)
+    sequences, text = held_out_sequences(loaded, on, num_tokens)
+    trained = _part(sequences, lambda place: place not in (VALIDATED, JUDGED))
+    validation = _part(sequences, lambda place: place == VALIDATED)
     tell(f"Training predictors of {loaded.name} on {_count(trained):,} tokens: {text}")
 
     def on_step(step: int, num_steps: int, recall: float) -> None:
@@ -71,8 +71,8 @@ def train(
     state = folder.with_name(f".{folder.name}.training.safetensors")
     predictors = train_predictors(
         loaded.model,
-        [collate([window]) for window in trained],
-        [collate([window]) for window in validation],
+        [collate([sequence]) for sequence in trained],
+        [collate([sequence]) for sequence in validation],
         settings,
         text=text,
         state_path=state,
@@ -99,7 +99,7 @@ def judge(
     Args:
         model_or_run: The model that they were trained for.
         predictors_folder: Where they are; where `train` puts them unless given.
-        on: Text as in `train`. Of each source only the windows that training leaves out are used.
+        on: Text as in `train`. Of each source only the sequences that training leaves out are used.
         num_tokens: Tokens to judge on, about.
         max_loss_rise: The limit, nats per token.
         thresholds: To try; chosen by recall unless given.
@@ -120,13 +120,15 @@ def judge(
     folder = predictors_folder or _default_folder(loaded)
     predictors = read_predictors(folder)
     predictors.check_model(loaded.model, str(folder))
-    windows, text = held_out_windows(loaded, on, num_tokens * SPLIT, predictors.facts.window_tokens)
-    judged = _part(windows, lambda place: place == JUDGED)
+    sequences, text = held_out_sequences(
+        loaded, on, num_tokens * SPLIT, predictors.facts.sequence_length
+    )
+    judged = _part(sequences, lambda place: place == JUDGED)
     tell(f"Judging {folder} on {_count(judged):,} tokens that it was not trained on: {text}")
     judgement = judge_predictors(
         loaded.model,
         predictors,
-        [collate([window]) for window in judged],
+        [collate([sequence]) for sequence in judged],
         name=loaded.name,
         folder=str(folder),
         text=text,
@@ -189,22 +191,24 @@ def _check(settings: Settings, num_tokens: int, on: str | None) -> None:
             raise RunError(f"{option} is {value}.", allowed=f"{option} {words}.")
 
 
-def _part(windows: Sequence[Window], wanted: Callable[[int], bool]) -> list[Window]:
-    """Windows of one part of the split. Places are counted within each source, so that more text moves no window."""
+def _part(
+    sequences: Sequence[PackedSequence], wanted: Callable[[int], bool]
+) -> list[PackedSequence]:
+    """Sequences of one part of the split. Places are counted within each source, so that more text moves no sequence."""
     seen: Counter[str] = Counter()
     chosen = []
-    for window in windows:
-        if wanted(seen[window.source] % SPLIT):
-            chosen.append(window)
-        seen[window.source] += 1
+    for sequence in sequences:
+        if wanted(seen[sequence.source] % SPLIT):
+            chosen.append(sequence)
+        seen[sequence.source] += 1
     if not chosen:
         raise RunError(
-            f"{len(windows)} windows of {len(windows[0].input_ids)} tokens are too few: of every {SPLIT} of a source, one is kept "
+            f"{len(sequences)} sequences of {len(sequences[0].input_ids)} tokens are too few: of every {SPLIT} of a source, one is kept "
             "for the choice of ranks and one for judging.",
             next_step="Raise --tokens, or give a longer text with --on.",
         )
     return chosen
 
 
-def _count(windows: Sequence[Window]) -> int:
-    return sum(len(window.input_ids) for window in windows)
+def _count(sequences: Sequence[PackedSequence]) -> int:
+    return sum(len(sequence.input_ids) for sequence in sequences)

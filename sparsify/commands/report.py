@@ -9,18 +9,22 @@ from typing import Any
 
 from sparsify.commands import Say
 from sparsify.errors import RunError
-from sparsify.methods.blending import annealed_share
-from sparsify.mixture.sequences.held_out import check_text_or_mixture, mixture_windows, windows_from
-from sparsify.mixture.sequences.reader import Window, collate
+from sparsify.methods.blending import blended_share
+from sparsify.mixture.sequences.held_out import (
+    check_text_or_mixture,
+    mixture_sequences,
+    sequences_from,
+)
+from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.history import stages, trajectory
 from sparsify.runs.load import Loaded, load
+from sparsify.runs.state import read_state
 from sparsify.sparsity.curves import measure_curves
 from sparsify.sparsity.measure import as_against, summed_loss
 from sparsify.sparsity.report import SparsityReport, measure, write_report
 from sparsify.sparsity.scaling import fit_trajectory
 from sparsify.sparsity.statistics import ActivationStatistics
-from sparsify.training.checkpoints import read_state
 
 
 def make_report(
@@ -42,7 +46,7 @@ def make_report(
         to: Folder of the report; RUN/report or reports/NAME unless given.
         say: Told what happens.
         curve_tokens: Of the tokens, how many to measure curves on; 0 for no curves.
-        against: Another model, run or checkpoint, to measure on the same windows.
+        against: Another model, run or checkpoint, to measure on the same sequences.
 
     Returns:
         The report and the folder that holds it.
@@ -60,13 +64,13 @@ def make_report(
             f"{against} has another tokenizer than {model_or_run}: their losses are not per the same tokens.",
             next_step="Compare models of one tokenizer, or make two reports.",
         )
-    windows, text = held_out_windows(loaded, on, num_tokens)
-    text += anneal_note(loaded)
-    say(f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in windows):,} tokens: {text}")
-    report, statistics = _measure(loaded, windows, text, curve_tokens, say)
+    sequences, text = held_out_sequences(loaded, on, num_tokens)
+    text += blend_note(loaded)
+    say(f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}")
+    report, statistics = _measure(loaded, sequences, text, curve_tokens, say)
     if other is not None:
         say(f"Measuring {other.name} on the same tokens")
-        theirs, _ = _measure(other, windows, text, curve_tokens, say)
+        theirs, _ = _measure(other, sequences, text, curve_tokens, say)
         report.against = as_against(theirs)
     report.command = " ".join(["sparsify", *sys.argv[1:]])
     if loaded.trained is not None:
@@ -81,33 +85,33 @@ def make_report(
 
 
 def _measure(
-    loaded: Loaded, windows: list[Window], text: str, curve_tokens: int, say: Say
+    loaded: Loaded, sequences: list[PackedSequence], text: str, curve_tokens: int, say: Say
 ) -> tuple[SparsityReport, ActivationStatistics]:
     report, statistics = measure(
         loaded.model,
-        (collate([window]) for window in windows),
+        (collate([sequence]) for sequence in sequences),
         name=loaded.name,
         text=text,
-        sources=[window.source for window in windows],
+        sources=[sequence.source for sequence in sequences],
     )
     if curve_tokens:
-        chosen = spread(windows, curve_tokens)
-        curve_windows = sum(len(window.input_ids) for window in chosen)
+        chosen = spread(sequences, curve_tokens)
+        curve_sequences = sum(len(sequence.input_ids) for sequence in chosen)
         say(
-            f"Curves on {curve_windows:,} of them, about 35 passes; --curve-tokens 0 leaves them out"
+            f"Curves on {curve_sequences:,} of them, about 35 passes; --curve-tokens 0 leaves them out"
         )
-        batches = (collate([window]) for window in chosen)
+        batches = (collate([sequence]) for sequence in chosen)
         report.curves = measure_curves(loaded.model, batches, summed_loss)
     return report, statistics
 
 
-def anneal_note(loaded: Loaded) -> str:
+def blend_note(loaded: Loaded) -> str:
     """What to say of a checkpoint whose activation was still fading in when it was saved."""
     if loaded.trained is None:
         return ""
     recipe = loaded.trained.run.load_recipe()
     state = read_state(loaded.trained.checkpoint)
-    share = annealed_share(recipe, state.seen_tokens, state.refits)
+    share = blended_share(recipe, state.seen_tokens, state.refits)
     if share == 1:
         return ""
     activation = recipe.activation.ffn_activation
@@ -122,36 +126,36 @@ def _check_tokens(num_tokens: int, curve_tokens: int) -> None:
         )
 
 
-def spread(windows: list[Window], num_tokens: int) -> list[Window]:
-    """Windows of about that many tokens, evenly from all of them, so that every part of the text is in it."""
-    total = sum(len(window.input_ids) for window in windows)
-    wanted = min(len(windows), max(1, round(len(windows) * num_tokens / max(total, 1))))
-    chosen = [windows[index * len(windows) // wanted] for index in range(wanted)]
-    return chosen if any((window.labels >= 0).any() for window in chosen) else windows
+def spread(sequences: list[PackedSequence], num_tokens: int) -> list[PackedSequence]:
+    """Sequences of about that many tokens, evenly from all of them, so that every part of the text is in it."""
+    total = sum(len(sequence.input_ids) for sequence in sequences)
+    wanted = min(len(sequences), max(1, round(len(sequences) * num_tokens / max(total, 1))))
+    chosen = [sequences[index * len(sequences) // wanted] for index in range(wanted)]
+    return chosen if any((sequence.labels >= 0).any() for sequence in chosen) else sequences
 
 
-def held_out_windows(
-    loaded: Loaded, on: str | None, num_tokens: int, window_tokens: int | None = None
-) -> tuple[list[Window], str]:
-    """Windows to measure a model or a run on, and a phrase that says what they are.
+def held_out_sequences(
+    loaded: Loaded, on: str | None, num_tokens: int, sequence_length: int | None = None
+) -> tuple[list[PackedSequence], str]:
+    """Sequences to measure a model or a run on, and a phrase that says what they are.
 
     Args:
         loaded: The model, and its run if it has one.
         on: Text file, mixture name or mixture path; a run's own mixture, else the quickstart's, unless given.
         num_tokens: Tokens wanted; fewer come if there are fewer.
-        window_tokens: Length of a window; the run's, or 512, unless given.
+        sequence_length: Length of a sequence; the run's, or 512, unless given.
     """
     recipe = loaded.trained.run.load_recipe() if loaded.trained else None
-    if window_tokens is None:
-        window_tokens = min(512, loaded.model.config.max_position_embeddings)
+    if sequence_length is None:
+        sequence_length = min(512, loaded.model.config.max_position_embeddings)
         if recipe is not None:
-            window_tokens = recipe.training.window_tokens
+            sequence_length = recipe.training.sequence_length
     settings: dict[str, Any] = {
         "num_tokens": num_tokens,
-        "window_tokens": window_tokens,
+        "sequence_length": sequence_length,
         "cache_dir": Path(recipe.cache_dir if recipe else Recipe().cache_dir).expanduser(),
     }
     if on is None and recipe is not None:
-        windows = mixture_windows(recipe.mixture, loaded.tokenizer, **settings)
-        return windows, f"held-out windows of mixture {recipe.mixture.name}"
-    return windows_from(on or "quickstart", loaded.tokenizer, **settings)
+        sequences = mixture_sequences(recipe.mixture, loaded.tokenizer, **settings)
+        return sequences, f"held-out sequences of mixture {recipe.mixture.name}"
+    return sequences_from(on or "quickstart", loaded.tokenizer, **settings)

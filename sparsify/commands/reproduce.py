@@ -96,7 +96,7 @@ def _same_data(old: MixtureLock, new: MixtureLock) -> str:
     if old == new:
         return "The data are the same, source by source."
     other = [name for name in old.sources if new.sources.get(name) != old.sources[name]]
-    return f"The data differ: {', '.join(other) or 'tokenizer, window or seed'}."
+    return f"The data differ: {', '.join(other) or 'tokenizer, sequence or seed'}."
 
 
 def _losses(bundle: Path, result: RunResult) -> str:

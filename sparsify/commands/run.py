@@ -1,4 +1,4 @@
-"""One arm of an experiment, from its recipe to its last checkpoint: conversion, data, training."""
+"""One variant of an experiment, from its recipe to its last checkpoint: conversion, data, training."""
 
 from __future__ import annotations
 
@@ -30,20 +30,21 @@ from sparsify.methods.calibrated_checkpoint import convert_calibrated, read_reco
 from sparsify.mixture.inspection import LeftOut
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.mixture.sequences.held_out import Watched, mixture_calibration
-from sparsify.mixture.sequences.reader import Window
+from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import Ingest
 from sparsify.models import SparseConfig
 from sparsify.recipe.compose import save_recipe
 from sparsify.recipe.recipe import EXECUTION_SETTINGS, ActivationSection, Recipe
-from sparsify.recipe.rules.sparsification import check_anneal, check_teacher
+from sparsify.recipe.rules.sparsification import check_blend, check_teacher
 from sparsify.runs.data import ingests_of, lock_of, open_sources
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.checkpoints import latest_checkpoint, newest_whole, read_state
+from sparsify.runs.state import Shape, latest_checkpoint, read_state
+from sparsify.training.checkpoints import newest_whole
 from sparsify.training.engine import check_machine
 from sparsify.training.kernels.liger import liger_sentence
 from sparsify.training.kernels.liger_ops import PACKAGE as LIGER
-from sparsify.training.resize import Shape, check_convertible, needs_conversion, resized
+from sparsify.training.resize import check_convertible, needs_conversion, resized
 from sparsify.training.router import check_router
 from sparsify.training.suite_results import suite_is_due, suite_is_logged
 
@@ -65,7 +66,7 @@ PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify
 
 
 def train_run(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None = None) -> bool:
-    """Trains one arm. Returns whether there was anything left to train.
+    """Trains one variant. Returns whether there was anything left to train.
 
     Args:
         recipe: What to train.
@@ -149,7 +150,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) 
     lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
     last = latest_checkpoint(run.checkpoints)
     assert last is not None
-    write_lock(with_delivered(lock, read_state(last).drawn_windows), run.mixture_lock)
+    write_lock(with_delivered(lock, read_state(last).drawn_sequences), run.mixture_lock)
     return True
 
 
@@ -204,14 +205,16 @@ def _convert(recipe: Recipe, to: Path, say: Say) -> Converted:
     if not recipe.conversion.calibration_tokens:
         return convert(recipe.model, recipe.activation, to, seed=seed, dtype=born)
 
-    def windows_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[Window], Watched]:
+    def sequences_for(
+        tokenizer: Tokenizer, config: SparseConfig
+    ) -> tuple[list[PackedSequence], Watched]:
         check_context(recipe, config.max_position_embeddings)
         return mixture_calibration(
             recipe.mixture,
             tokenizer,
             num_tokens=recipe.conversion.calibration_tokens,
-            watched_windows=recipe.eval.validation_windows_per_source,
-            window_tokens=recipe.training.window_tokens,
+            watched_sequences=recipe.eval.validation_sequences_per_source,
+            sequence_length=recipe.training.sequence_length,
             seed=seed,
             cache_dir=Path(recipe.cache_dir),
             on_progress=ingest_progress(say),
@@ -222,7 +225,7 @@ def _convert(recipe: Recipe, to: Path, say: Say) -> Converted:
         recipe.activation,
         recipe.conversion,
         to,
-        windows_for,
+        sequences_for,
         say,
         seed=seed,
         dtype=born,
@@ -243,7 +246,7 @@ def _keep_teacher(recipe: Recipe, run: RunFolder) -> None:
 
 
 def _base_activation(config: dict[str, Any]) -> tuple[str, float]:
-    """The converted checkpoint's activation before the swap, and its gate threshold."""
+    """The converted checkpoint's activation before the activation replacement, and its gate threshold."""
     return config["base_ffn_activation"], config["base_ffn_gate_threshold"]
 
 
@@ -260,23 +263,23 @@ def _describe(converted: Converted) -> str:
 def _check_context(recipe: Recipe, run: RunFolder) -> None:
     config = read_checkpoint(run.initial).config
     check_router(recipe, SimpleNamespace(**config))
-    check_anneal(recipe, config["base_ffn_activation"])
+    check_blend(recipe, config["base_ffn_activation"])
     is_calibrated = read_record(run.initial) is not None
     check_teacher(recipe, _base_activation(config), is_calibrated=is_calibrated)
     check_context(recipe, config["max_position_embeddings"])
 
 
 def check_context(recipe: Recipe, context: int) -> None:
-    """Refuses windows that are longer than the model's context.
+    """Refuses sequences that are longer than the model's context.
 
     Raises:
         RecipeError: With both lengths.
     """
-    if recipe.training.window_tokens > context:
+    if recipe.training.sequence_length > context:
         raise RecipeError(
-            f"training.window_tokens is {recipe.training.window_tokens}, longer than the model's context.",
+            f"training.sequence_length is {recipe.training.sequence_length}, longer than the model's context.",
             allowed=f"At most {context} tokens for this model.",
-            next_step=f"Set training.window_tokens={context} or less.",
+            next_step=f"Set training.sequence_length={context} or less.",
         )
 
 

@@ -1,4 +1,4 @@
-"""`sparsify train`: a recipe to its end. The run, its control, report and export; stages talk through the run folder.
+"""`sparsify train`: a recipe to its end. The run, its baseline, report and export; stages talk through the run folder.
 
 `engine=auto` of a run: resolved once, on the launcher, before recipe.yaml is written.
 """
@@ -27,17 +27,17 @@ from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import (
     AUTO_STAGE,
     ActivationSection,
+    BlendingSection,
     ConversionSection,
     DistillationSection,
     Recipe,
     SparsitySection,
-    SwapSection,
 )
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.report import SparsityReport, read_report
 
 ENGINE_SETTINGS = ("zero_stage", "offload_optimizer_to_cpu", "offload_parameters_to_cpu")
-TRAINING_SETTINGS = ("micro_batch_windows", "gradient_checkpointing")
+TRAINING_SETTINGS = ("micro_batch_size", "gradient_checkpointing")
 
 
 def resolve_for_this_machine(recipe: Recipe, say: Say) -> Recipe:
@@ -59,8 +59,8 @@ def resolve_for_this_machine(recipe: Recipe, say: Say) -> Recipe:
             for key in keys:
                 setattr(getattr(recipe, section), key, getattr(getattr(begun, section), key))
         # Other processes go on with the same global batches, in whole micro-batches.
-        windows = recipe.training.batch_windows // recipe.launch.total_processes
-        recipe.training.micro_batch_windows = math.gcd(begun.training.micro_batch_windows, windows)
+        sequences = recipe.training.global_batch_size // recipe.launch.total_processes
+        recipe.training.micro_batch_size = math.gcd(begun.training.micro_batch_size, sequences)
         say(f"engine=auto: ZeRO-{recipe.engine.zero_stage}, as this run began")
         return recipe
     resolved, choice = resolve_engine(recipe, hardware=hardware)
@@ -91,7 +91,7 @@ class RunResult:
 
 
 def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | None:
-    """Runs a recipe from wherever it stands to its end: the run, its control, report and export.
+    """Runs a recipe from wherever it stands to its end: the run, its baseline, report and export.
 
     Args:
         name_or_path: Recipe name or path.
@@ -118,22 +118,22 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | 
         recipe = resolve_for_this_machine(recipe, say)
         run = RunFolder(Path(recipe.run_dir))
         trained = train_run(recipe, run, say, nodes)
-        if recipe.control.ffn_activation is not None:
-            say(f"Control: {recipe.control.ffn_activation} on the same tokens")
-            trained |= train_run(_control_recipe(recipe, run), run.control, say, nodes)
+        if recipe.baseline.ffn_activation is not None:
+            say(f"Baseline: {recipe.baseline.ffn_activation} on the same tokens")
+            trained |= train_run(_baseline_recipe(recipe, run), run.baseline, say, nodes)
     return _finish(name_or_path, recipe, run, say, anew=trained)
 
 
-def _control_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
-    control = deepcopy(recipe)
-    assert recipe.control.ffn_activation is not None
-    control.activation = ActivationSection(recipe.control.ffn_activation)
-    control.conversion = ConversionSection()
-    control.control.ffn_activation = None
-    control.swap, control.sparsity = SwapSection(), SparsitySection()
-    control.distillation = DistillationSection()
-    control.name, control.run_dir = f"{recipe.name}-control", str(run.control.path)
-    return control
+def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
+    baseline = deepcopy(recipe)
+    assert recipe.baseline.ffn_activation is not None
+    baseline.activation = ActivationSection(recipe.baseline.ffn_activation)
+    baseline.conversion = ConversionSection()
+    baseline.baseline.ffn_activation = None
+    baseline.blending, baseline.sparsity = BlendingSection(), SparsitySection()
+    baseline.distillation = DistillationSection()
+    baseline.name, baseline.run_dir = f"{recipe.name}-baseline", str(run.baseline.path)
+    return baseline
 
 
 def _finish(given: str, recipe: Recipe, run: RunFolder, say: Say, *, anew: bool) -> RunResult:

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from sparsify.compare.run_summary import Windows
+from sparsify.compare.run_summary import Sequences
 from sparsify.compare.schema import Comparison
 
 MARK = "†"
 """Stands behind a number that must not be compared with the others in its column."""
 
 
-def notes(comparison: Comparison, windows: Mapping[str, Mapping[str, Windows]]) -> list[str]:
+def notes(comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences]]) -> list[str]:
     """Sentences under the table, the ones that explain marks first.
 
     Args:
         comparison: The comparison, without its notes.
-        windows: For every run, the windows that each source was measured on.
+        sequences: For every run, the sequences that each source was measured on.
     """
     return [
-        *_other_windows(comparison, windows),
+        *_other_sequences(comparison, sequences),
         *_weights(comparison),
         *_zeros(comparison),
         *_unmeasured(comparison),
@@ -29,13 +29,13 @@ def notes(comparison: Comparison, windows: Mapping[str, Mapping[str, Windows]]) 
     ]
 
 
-def _other_windows(
-    comparison: Comparison, windows: Mapping[str, Mapping[str, Windows]]
+def _other_sequences(
+    comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences]]
 ) -> Iterator[str]:
     """One sentence for each run and difference, with all sources that have it."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for source in comparison.sources:
-        measured = {run: of_run[source] for run, of_run in windows.items() if source in of_run}
+        measured = {run: of_run[source] for run, of_run in sequences.items() if source in of_run}
         if len(set(measured.values())) <= 1:
             continue
         usual = Counter(measured.values()).most_common(1)[0][0]
@@ -46,11 +46,11 @@ def _other_windows(
     for (run, example, difference), sources in found.items():
         yield (
             f"{MARK} {run}: {_list(sources)} {'was' if len(sources) == 1 else 'were'} not measured on the "
-            f"windows of {example}: {difference}. These losses are of other text and cannot be compared."
+            f"sequences of {example}: {difference}. These losses are of other text and cannot be compared."
         )
 
 
-def _difference(own: Windows, usual: Windows) -> str:
+def _difference(own: Sequences, usual: Sequences) -> str:
     parts = []
     if own.tokenizer_fingerprint != usual.tokenizer_fingerprint:
         parts.append("another tokenizer")
@@ -58,10 +58,10 @@ def _difference(own: Windows, usual: Windows) -> str:
         parts.append(
             f"other text, columns or held-out split (fingerprint {own.fingerprint}, not {usual.fingerprint})"
         )
-    if own.window_tokens != usual.window_tokens:
-        parts.append(f"windows of {own.window_tokens:,} tokens, not {usual.window_tokens:,}")
-    if own.num_windows != usual.num_windows:
-        parts.append(f"{own.num_windows:,} windows, not {usual.num_windows:,}")
+    if own.sequence_length != usual.sequence_length:
+        parts.append(f"sequences of {own.sequence_length:,} tokens, not {usual.sequence_length:,}")
+    if own.num_sequences != usual.num_sequences:
+        parts.append(f"{own.num_sequences:,} sequences, not {usual.num_sequences:,}")
     return "; ".join(parts)
 
 
@@ -70,7 +70,7 @@ def _weights(comparison: Comparison) -> Iterator[str]:
         return
     yield (
         f"{MARK} A run's validation loss is the mean of its sources' losses by its own token shares. Where shares, "
-        "sources or windows differ, so does what it is the mean of: compare the sources' losses"
+        "sources or sequences differ, so does what it is the mean of: compare the sources' losses"
         + (
             ", or their plain mean, in which each source counts the same."
             if any(run.mean_loss is not None for run in comparison.runs)
@@ -82,7 +82,7 @@ def _weights(comparison: Comparison) -> Iterator[str]:
 def _zeros(comparison: Comparison) -> Iterator[str]:
     if any(run.zeros and not run.zeros_comparable for run in comparison.runs):
         yield (
-            f"{MARK} Exact zeros are counted over all windows of a validation, and these runs were not measured on the "
+            f"{MARK} Exact zeros are counted over all sequences of a validation, and these runs were not measured on the "
             "same ones: small differences between their zeros may be those of the text."
         )
 
@@ -111,16 +111,16 @@ def _unfinished(comparison: Comparison) -> Iterator[str]:
 
 def _controls(comparison: Comparison) -> Iterator[str]:
     for run in comparison.runs:
-        if run.control is not None and run.control.tokens != run.measured_tokens:
+        if run.baseline is not None and run.baseline.tokens != run.measured_tokens:
             yield (
-                f"{run.name}: its gap is that at {run.control.tokens:,} tokens, the newest at which it and its control "
+                f"{run.name}: its gap is that at {run.baseline.tokens:,} tokens, the newest at which it and its baseline "
                 "were both measured."
             )
-    without = [run.name for run in comparison.runs if run.control_state == "no control"]
+    without = [run.name for run in comparison.runs if run.baseline_state == "no baseline"]
     if without:
         yield (
-            f"No control for {_list(without)}: what the zeros cost is not known, since training on other data changes the "
-            "loss of a dense model too. control.ffn_activation=swiglu trains one."
+            f"No baseline for {_list(without)}: what the zeros cost is not known, since training on other data changes the "
+            "loss of a dense model too. baseline.ffn_activation=swiglu trains one."
         )
 
 

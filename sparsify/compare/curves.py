@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 from sparsify.compare.schema import ComparedRun, Comparison, Point
 from sparsify.reporting.figures import WIDTH_INCHES, Theme
 
-OWN_CONTROL = "dense control of the same colour"
+OWN_CONTROL = "dense baseline of the same colour"
 MARKERS = "osD^vP*X"
 PANEL_INCHES = 2.7
 LEGEND_ROW_INCHES = 0.22
@@ -25,11 +25,11 @@ LEGEND_CHARACTERS = 110
 
 @dataclass(frozen=True)
 class Curve:
-    """One line: a run, or the control in a run's folder."""
+    """One line: a run, or the baseline in a run's folder."""
 
     name: str
     run: ComparedRun
-    """Itself, or the run that it is the control of."""
+    """Itself, or the run that it is the baseline of."""
     points: list[Point]
     dense: bool
     colour: str
@@ -89,18 +89,18 @@ def series_colours(theme: Theme, count: int) -> list[str]:
 
 
 def _curves(comparison: Comparison, theme: Theme) -> Iterator[Curve]:
-    controls = {run.control.path for run in comparison.runs if run.control is not None}
-    coloured = [run for run in comparison.runs if run.path not in controls]
+    baselines = {run.baseline.path for run in comparison.runs if run.baseline is not None}
+    coloured = [run for run in comparison.runs if run.path not in baselines]
     colours = dict(
         zip((run.path for run in coloured), series_colours(theme, len(coloured)), strict=True)
     )
     paths = {run.path for run in comparison.runs}
     for index, run in enumerate(comparison.runs):
-        colour = colours.get(run.path, theme.control)
+        colour = colours.get(run.path, theme.baseline)
         marker = MARKERS[index % len(MARKERS)]
         yield Curve(run.name, run, run.points, run.ffn_activation == "swiglu", colour, marker)
-        if run.control is not None and run.control.path not in paths:
-            yield Curve(OWN_CONTROL, run, run.control.points, True, colour, marker)
+        if run.baseline is not None and run.baseline.path not in paths:
+            yield Curve(OWN_CONTROL, run, run.baseline.points, True, colour, marker)
 
 
 def _plot(axes: Axes, curve: Curve, values: Sequence[tuple[int, float]]) -> None:
@@ -147,7 +147,7 @@ def _panels(count: int, curves: Sequence[Curve]) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(curves: Sequence[Curve]) -> dict[str, Line2D]:
-    """An entry a run; the controls in runs' own folders have their run's colour, and one entry together."""
+    """An entry a run; the baselines in runs' own folders have their run's colour, and one entry together."""
     entries = {
         curve.name: Line2D(
             [],

@@ -63,7 +63,7 @@ def _of_model(model: EvaluatedModel) -> Iterator[str]:
     if gains and model.against_kind == "another model":
         told = ", ".join(f"{task} {difference_text(model.differences[task])}" for task in gains)
         yield (
-            f"{model.name} is better than {model.against} on {told}. {model.against} is no control of it on the same tokens: "
+            f"{model.name} is better than {model.against} on {told}. {model.against} is no baseline of it on the same tokens: "
             "the training data may have done this, not the activation."
         )
     for task in gains:
@@ -121,8 +121,8 @@ def _pairing(comparison: EvaluationComparison) -> Iterator[str]:
 
 KINDS = {
     "itself without predictors": "the same without predictors",
-    "its dense control": "dense control",
-    "another model": "no control",
+    "its dense baseline": "dense baseline",
+    "another model": "no baseline",
 }
 SIGNS = {"better": "▲", "worse": "▼", "within noise": "≈"}
 
@@ -237,7 +237,7 @@ def draw_quality(comparison: EvaluationComparison, theme: Theme) -> Figure:
         if score is None:
             continue
         dense = model.ffn_activation == "swiglu"
-        colour = theme.control if dense else theme.product
+        colour = theme.baseline if dense else theme.product
         value = scale * score.value
         low, high = (
             scale * bound if bound is not None else value for bound in (score.low, score.high)

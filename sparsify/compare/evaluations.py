@@ -25,7 +25,7 @@ from sparsify.evaluation.results import (
 from sparsify.evaluation.scores import Difference, Measured, difference
 from sparsify.training.suite_results import EVALUATIONS
 
-Against = Literal["itself without predictors", "its dense control", "another model", "nothing"]
+Against = Literal["itself without predictors", "its dense baseline", "another model", "nothing"]
 Verdict = Literal["better", "worse", "within noise"]
 
 
@@ -105,7 +105,7 @@ def result_folders(paths: Sequence[Path]) -> list[Path] | None:
 def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
     """Reads evaluations and puts them side by side.
 
-    A model that predictors mask is set against the same weights without them. Any other is set against its dense control where
+    A model that predictors mask is set against the same weights without them. Any other is set against its dense baseline where
     that is among them (the same run but for its activation, after the same number of tokens), else against the first.
 
     Raises:
@@ -114,7 +114,7 @@ def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
     if len(folders) < 2:
         raise EvaluationError(
             f"{folders[0]} is one evaluation: there is nothing to compare it with.",
-            next_step="Give another beside it, best its dense control's: sparsify compare RESULT RESULT …",
+            next_step="Give another beside it, best its dense baseline's: sparsify compare RESULT RESULT …",
         )
     results = [read_results(folder) for folder in folders]
     suites = list(dict.fromkeys(one.suite for one in results))
@@ -209,7 +209,7 @@ def _against(place: int, results: Sequence[EvaluationResults]) -> tuple[int | No
             and theirs.provenance.identity == own.identity
             and theirs.provenance.tokens == own.tokens
         ):
-            return other, "its dense control"
+            return other, "its dense baseline"
     return (0, "another model") if place else (None, "nothing")
 
 

@@ -33,12 +33,12 @@ Line = list[tuple[float, float]]
 
 
 def series_of(comparison: Comparison) -> list[ComparedRun]:
-    """The finished runs of a series, in the order of its setting; dense controls among the runs are no part of it."""
+    """The finished runs of a series, in the order of its setting; dense baselines among the runs are no part of it."""
     key = comparison.swept_setting
     if key is None:
         return []
-    controls = {run.control.path for run in comparison.runs if run.control is not None}
-    runs = [run for run in comparison.runs if run.path not in controls and run.finished]
+    baselines = {run.baseline.path for run in comparison.runs if run.baseline is not None}
+    runs = [run for run in comparison.runs if run.path not in baselines and run.finished]
     return sorted(runs, key=lambda run: _value(run, key))
 
 
@@ -66,17 +66,17 @@ def plain_means(runs: Sequence[ComparedRun], key: str) -> Line:
 
 
 def draw_setting(comparison: Comparison, theme: Theme) -> Figure:
-    """A panel a source and one for their plain mean; below each, dashed, the dense controls on the same scale."""
+    """A panel a source and one for their plain mean; below each, dashed, the dense baselines on the same scale."""
     key = comparison.swept_setting or ""
     runs = series_of(comparison)
     shown = [*comparison.sources, *([MEAN] if len(comparison.sources) > 1 else [])]
     lines = {name: _line(runs, key, partial(_loss, source=name)) for name in shown}
     dense = {name: _line(runs, key, partial(_control_loss, source=name)) for name in shown}
     names = [name for name, line in lines.items() if line]
-    has_control = any(dense.values())
+    has_baseline = any(dense.values())
     columns = min(len(names), MAX_COLUMNS)
     blocks = -(-len(names) // columns)
-    rows = 2 if has_control else 1
+    rows = 2 if has_baseline else 1
     figure = Figure(figsize=(WIDTH_INCHES, 0.7 + PANEL_INCHES * rows * blocks))
     grid = figure.subplots(rows * blocks, columns, squeeze=False, sharex=True)
     span = _span([*lines.values(), *dense.values()])
@@ -89,10 +89,10 @@ def draw_setting(comparison: Comparison, theme: Theme) -> Figure:
         _draw(upper, lines[name], span, colour, "-")
         upper.set_title(name)
         lowest = upper
-        if has_control and dense[name]:
+        if has_baseline and dense[name]:
             lowest = grid[block * rows + 1, column]
             _draw(lowest, dense[name], span, colour, "--")
-            lowest.set_title("dense control", color=theme.muted, fontsize=9)
+            lowest.set_title("dense baseline", color=theme.muted, fontsize=9)
         _setting_axis(lowest, [_value(run, key) for run in runs], short_settings([key])[key])
     for axes in grid[:, 0]:
         axes.set_ylabel("nats per token")
@@ -119,11 +119,11 @@ def _loss(run: ComparedRun, source: str) -> float | None:
 
 
 def _control_loss(run: ComparedRun, source: str) -> float | None:
-    """Of a control that is finished too."""
-    loss, control = _loss(run, source), run.control
-    if loss is None or control is None or control.tokens != run.measured_tokens:
+    """Of a baseline that is finished too."""
+    loss, baseline = _loss(run, source), run.baseline
+    if loss is None or baseline is None or baseline.tokens != run.measured_tokens:
         return None
-    gap = fmean(control.source_gaps.values()) if source == MEAN else control.source_gaps[source]
+    gap = fmean(baseline.source_gaps.values()) if source == MEAN else baseline.source_gaps[source]
     return loss - gap
 
 
@@ -198,8 +198,8 @@ def _setting_caption(comparison: Comparison) -> str:
     if len(means) > 1:
         value, lowest = min(means, key=itemgetter(1))
         caption += f"The plain mean is lowest, {lowest:.3f}, at {value:g}. "
-    if any(run.control is not None for run in runs):
-        caption += "Dashed: the dense control of each run. "
+    if any(run.baseline is not None for run in runs):
+        caption += "Dashed: the dense baseline of each run. "
     if repeats(runs, key):
         return caption + "The lines go through the mean over training.seed; a point is a run."
     return (
@@ -212,12 +212,12 @@ def _loss_caption(comparison: Comparison) -> str:
         "Mean of the sources' losses by token share."
         if comparison.losses_comparable
         else "One panel a source, since the runs' own means cannot be compared; a run is missing where it was not measured on "
-        "the windows of the others."
+        "the sequences of the others."
     )
     dashed = any(
-        run.control is not None or run.ffn_activation == "swiglu" for run in comparison.runs
+        run.baseline is not None or run.ffn_activation == "swiglu" for run in comparison.runs
     )
-    return what + (" Dashed: dense." if dashed else " No dense control is among them.")
+    return what + (" Dashed: dense." if dashed else " No dense baseline is among them.")
 
 
 FIGURES = (

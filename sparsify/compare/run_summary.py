@@ -1,4 +1,4 @@
-"""What a run folder says about one arm of a comparison, and on which windows its losses rest."""
+"""What a run folder says about one variant of a comparison, and on which sequences its losses rest."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sparsify.runs.identity import identity_of, rounded_share
 from sparsify.runs.run_folder import RunFolder
 
 
-class Windows(NamedTuple):
-    """Everything that the held-out windows of a source follow from: where it is equal, losses are of the same text.
+class Sequences(NamedTuple):
+    """Everything that the held-out sequences of a source follow from: where it is equal, losses are of the same text.
 
     How much of the source a run trains on does not matter: its first held-out documents are measured.
     """
@@ -24,13 +24,13 @@ class Windows(NamedTuple):
     tokenizer_fingerprint: str
     fingerprint: str
     """Of the source: its text, columns, loss mask and held-out split."""
-    window_tokens: int
-    num_windows: int
+    sequence_length: int
+    num_sequences: int
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One run folder: a run or a control."""
+class Variant:
+    """One run folder: a run or a baseline."""
 
     run: RunFolder
     recipe: Recipe
@@ -47,21 +47,21 @@ class Arm:
 
     @property
     def is_dense(self) -> bool:
-        """Whether it may be a dense control."""
+        """Whether it may be a dense baseline."""
         return self.recipe.activation.ffn_activation == "swiglu"
 
-    def windows(self) -> dict[str, Windows]:
-        """The windows of every source that was measured."""
-        lock, wanted = self.lock, self.recipe.eval.validation_windows_per_source
+    def sequences(self) -> dict[str, Sequences]:
+        """The sequences of every source that was measured."""
+        lock, wanted = self.lock, self.recipe.eval.validation_sequences_per_source
         return {
-            name: Windows(
+            name: Sequences(
                 lock.tokenizer_fingerprint,
                 source.fingerprint,
-                lock.window_tokens,
+                lock.sequence_length,
                 # Not known yet while the source is being tokenised: then it has as many as are wanted.
                 wanted
                 if source.held_out_tokens is None
-                else min(wanted, source.held_out_tokens // lock.window_tokens),
+                else min(wanted, source.held_out_tokens // lock.sequence_length),
             )
             for name, source in lock.sources.items()
             if name in self.points[-1].sources
@@ -73,17 +73,17 @@ class Arm:
             name: rounded_share(source.token_share) for name, source in self.lock.sources.items()
         }
 
-    def is_control_of(self, other: Arm) -> bool:
-        """Whether it is `other` with the activation left dense: model, tokens, order, optimiser and windows are the same."""
+    def is_control_of(self, other: Variant) -> bool:
+        """Whether it is `other` with the activation left dense: model, tokens, order, optimiser and sequences are the same."""
         return (
             self.is_dense
             and not other.is_dense
             and identity_of(self.recipe, self.lock) == identity_of(other.recipe, other.lock)
-            and self.windows() == other.windows()
+            and self.sequences() == other.sequences()
         )
 
 
-def read_arm(path: Path) -> Arm:
+def read_variant(path: Path) -> Variant:
     """Reads a run folder.
 
     Raises:
@@ -107,7 +107,7 @@ def read_arm(path: Path) -> Arm:
         )
     trained = [record for record in read_lines(run.metrics) if record.get("kind") == "train"]
     newest = trained[-1] if trained else {}
-    return Arm(
+    return Variant(
         run=run,
         recipe=recipe,
         lock=read_lock(run.mixture_lock),

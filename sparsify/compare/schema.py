@@ -11,7 +11,7 @@ from sparsify.errors import RunError
 
 COMPARISON_FILE = "comparison.json"
 
-ControlState = Literal["compared", "is dense", "no control", "not measured yet"]
+BaselineState = Literal["compared", "is dense", "no baseline", "not measured yet"]
 Setting = str | int | float | bool | None
 
 
@@ -42,20 +42,20 @@ class SourceOfRun(_Section):
     loss: float | None
     """Newest validation loss, nats per token; None if it was not measured."""
     comparable: bool
-    """Whether the other runs measured this source on the same windows."""
+    """Whether the other runs measured this source on the same sequences."""
 
 
-class Control(_Section):
-    """The dense control of a run: same model, data, budget and optimiser, activation swiglu."""
+class Baseline(_Section):
+    """The dense baseline of a run: same model, data, budget and optimiser, activation swiglu."""
 
     name: str
     path: str
     tokens: int
     """The newest number of training tokens at which both were measured."""
     loss: float
-    """The control's loss there."""
+    """The baseline's loss there."""
     gap: float
-    """The run's loss there minus the control's, nats per token."""
+    """The run's loss there minus the baseline's, nats per token."""
     source_gaps: dict[str, float]
     """The same for each source."""
     points: list[Point]
@@ -76,20 +76,20 @@ class ComparedRun(_Section):
     loss: float
     """The newest validation loss; its tokens are those of the last point."""
     loss_comparable: bool
-    """Whether the other runs' losses are means over the same windows with the same shares."""
+    """Whether the other runs' losses are means over the same sequences with the same shares."""
     mean_loss: float | None
     """Mean of the sources' losses, each counting the same; None unless all sources of the comparison were measured, on
-    the windows of the others."""
+    the sequences of the others."""
     zeros: float | None
     zeros_comparable: bool
-    """Whether the other runs' zeros were counted on the same windows."""
+    """Whether the other runs' zeros were counted on the same sequences."""
     tokens_per_second: float | None
     """Mean speed since the run was last launched, validation and saving included."""
     sources: dict[str, SourceOfRun]
-    control: Control | None
-    control_state: ControlState
+    baseline: Baseline | None
+    baseline_state: BaselineState
     points: list[Point]
-    """Validation passes from where training starts, after a swap."""
+    """Validation passes from where training starts, after an activation replacement."""
 
     @property
     def measured_tokens(self) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparsify.compare.run_summary import Arm
+from sparsify.compare.run_summary import Variant
 from sparsify.compare.schema import Setting
 from sparsify.recipe.compose import NEUTRAL_OVERRIDES
 from sparsify.runs.identity import rounded_share
@@ -18,25 +18,25 @@ UNINTERESTING = (
     "run_dir",
     "cache_dir",
     "mixture.description",
-    "control.",
+    "baseline.",
     "checkpoint.",
     "tracking.",
 )
-"""Settings that say nothing about results or speed; whether there is a control is a column of its own."""
+"""Settings that say nothing about results or speed; whether there is a baseline is a column of its own."""
 SEED = "training.seed"
 INSTRUCTION_SHARE = "mixture.instruction_token_share"
 
 
-def differing_settings(arms: Sequence[Arm]) -> list[dict[str, Setting]]:
-    """For each arm, the settings that are not the same in all of them; SECTION.KEY to value, in the recipe's order.
+def differing_settings(variants: Sequence[Variant]) -> list[dict[str, Setting]]:
+    """For each variant, the settings that are not the same in all of them; SECTION.KEY to value, in the recipe's order.
 
     Sources that not all mixtures have are left to the columns of sources. `instruction_token_share=null` reads as the
-    share that the sources state, once another arm sets it.
+    share that the sources state, once another variant sets it.
     """
-    flat = [_flat(asdict(arm.recipe)) for arm in arms]
+    flat = [_flat(asdict(variant.recipe)) for variant in variants]
     if any(settings[INSTRUCTION_SHARE] is not None for settings in flat):
-        for arm, settings in zip(arms, flat, strict=True):
-            settings[INSTRUCTION_SHARE] = _instruction_share(arm, settings[INSTRUCTION_SHARE])
+        for variant, settings in zip(variants, flat, strict=True):
+            settings[INSTRUCTION_SHARE] = _instruction_share(variant, settings[INSTRUCTION_SHARE])
     keys = [
         key
         for key in dict.fromkeys(key for settings in flat for key in settings)
@@ -59,13 +59,13 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:
     return flat
 
 
-def _instruction_share(arm: Arm, given: Setting) -> Setting:
+def _instruction_share(variant: Variant, given: Setting) -> Setting:
     if given is not None:
         return given
-    sources = arm.recipe.mixture.sources
+    sources = variant.recipe.mixture.sources
     stated = sum(
         source.token_share
-        for name, source in arm.lock.sources.items()
+        for name, source in variant.lock.sources.items()
         if sources[name].group == "instruction"
     )
     return rounded_share(stated)

@@ -67,7 +67,7 @@ def _runs_table(comparison: Comparison) -> TextTable:
         *(short_settings(keys)[key] for key in keys),
         "training tokens",
         "validation loss",
-        "to dense control",
+        "to dense baseline",
         *(["plain mean"] if with_mean else []),
         "exact zeros",
         "tokens/s",
@@ -117,7 +117,7 @@ def _tokens(run: ComparedRun) -> str:
 
 
 def _gap(run: ComparedRun) -> str:
-    return run.control_state if run.control is None else f"{run.control.gap:+.3f}"
+    return run.baseline_state if run.baseline is None else f"{run.baseline.gap:+.3f}"
 
 
 def _source(source: SourceOfRun) -> str:

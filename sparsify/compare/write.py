@@ -111,8 +111,8 @@ def _row(run: ComparedRun) -> dict[str, object]:
         "loss": run.loss,
         "loss_comparable": run.loss_comparable,
         "mean_loss": run.mean_loss,
-        "control": run.control.path if run.control else run.control_state,
-        "gap_to_control": run.control.gap if run.control else None,
+        "baseline": run.baseline.path if run.baseline else run.baseline_state,
+        "gap_to_baseline": run.baseline.gap if run.baseline else None,
         "zeros": run.zeros,
         "tokens_per_second": run.tokens_per_second,
     }

@@ -1,6 +1,6 @@
 """Dense checkpoint → sparse-activated checkpoint, on disk.
 
-A swap changes no weight: the shards are copied as they are and config.json names the activation. So it needs no
+An activation replacement changes no weight: the shards are copied as they are and config.json names the activation. So it needs no
 memory to speak of, whatever the model's size. Upcycling, GGUF and random weights are built in memory.
 
 Dense Mistral → Mixtral, without changing its function.

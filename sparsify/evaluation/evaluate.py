@@ -71,7 +71,7 @@ def evaluate(
         subject: The model, with predictors if they mask it. It is left in the mode that it was in.
         suite: The suite that `sources` are of.
         sources: Its tasks.
-        held_out: Held-out windows, by source; None for none.
+        held_out: Held-out sequences, by source; None for none.
         folder: Where results, items and journal go. What an earlier launch measured there of the same model, with the
             same suite and settings, is taken over.
         settings: How to measure.
@@ -131,10 +131,10 @@ def _held_out(
     return [
         keep.or_measure(
             PREFIX + source,
-            fingerprint(windows),
-            partial(measure_source, workers, subject, held_out.mixture, source, windows),
+            fingerprint(sequences),
+            partial(measure_source, workers, subject, held_out.mixture, source, sequences),
         )
-        for source, windows in held_out.by_source().items()
+        for source, sequences in held_out.by_source().items()
     ]
 
 

@@ -13,7 +13,7 @@ from sparsify.errors import EvaluationError
 from sparsify.evaluation.model import Counts, Subject, counted_fields, together
 from sparsify.evaluation.results import TaskResult
 from sparsify.evaluation.scores import Score, measured
-from sparsify.mixture.sequences.reader import Window
+from sparsify.mixture.sequences.reader import PackedSequence
 
 if TYPE_CHECKING:
     from sparsify.evaluation.worker import Answering
@@ -24,63 +24,67 @@ PREFIX = "held-out/"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out windows of a mixture, source by source.
+    """Held-out sequences of a mixture, source by source.
 
     Attributes:
         mixture: Its name.
-        windows: The windows.
+        sequences: The sequences.
     """
 
     mixture: str
-    windows: Sequence[Window]
+    sequences: Sequence[PackedSequence]
 
-    def by_source(self) -> dict[str, list[Window]]:
-        """The windows of each source."""
-        groups = groupby(self.windows, key=lambda window: window.source)
-        return {source: list(windows) for source, windows in groups}
+    def by_source(self) -> dict[str, list[PackedSequence]]:
+        """The sequences of each source."""
+        groups = groupby(self.sequences, key=lambda sequence: sequence.source)
+        return {source: list(sequences) for source, sequences in groups}
 
 
-def fingerprint(windows: Sequence[Window]) -> str:
-    """Of the tokens of some windows."""
+def fingerprint(sequences: Sequence[PackedSequence]) -> str:
+    """Of the tokens of some sequences."""
     digest = xxhash.xxh3_64()
-    for window in windows:
-        digest.update(window.input_ids.tobytes())
+    for sequence in sequences:
+        digest.update(sequence.input_ids.tobytes())
     return digest.hexdigest()
 
 
 def measure_source(
-    workers: Answering, subject: Subject, mixture: str, source: str, windows: Sequence[Window]
+    workers: Answering,
+    subject: Subject,
+    mixture: str,
+    source: str,
+    sequences: Sequence[PackedSequence],
 ) -> tuple[TaskResult, dict[str, dict[str, Score]]]:
-    """The row of one source, and its items: a window each.
+    """The row of one source, and its items: a sequence each.
 
     Args:
-        workers: Who reads the windows.
+        workers: Who reads the sequences.
         subject: The model that they have.
         mixture: Name of the mixture.
         source: Name of the source.
-        windows: Its windows.
+        sequences: Its sequences.
 
     Raises:
-        EvaluationError: If no window has a token to predict.
+        EvaluationError: If no sequence has a token to predict.
     """
     scored: list[tuple[Score, Counts]] = list(
-        workers.map("window", [(window,) for window in windows])
+        workers.map("sequence", [(sequence,) for sequence in sequences])
     )
     items = {
-        f"{source}:{number}:{fingerprint([window])}": {METRIC: score}
-        for number, (window, (score, _)) in enumerate(zip(windows, scored, strict=True))
+        f"{source}:{number}:{fingerprint([sequence])}": {METRIC: score}
+        for number, (sequence, (score, _)) in enumerate(zip(sequences, scored, strict=True))
         if score.weight
     }
     if not items:
         raise EvaluationError(
-            f"The held-out windows of source {source} have no token to predict.",
-            next_step="Raise held_out_windows_per_source in the suite.",
+            f"The held-out sequences of source {source} have no token to predict.",
+            next_step="Raise held_out_sequences_per_source in the suite.",
         )
     result = measured("perplexity", [scores[METRIC] for scores in items.values()])
     return TaskResult(
         name=PREFIX + source,
         shots=0,
-        data=f"held-out windows of mixture {mixture}",
+        data=f"held-out sequences of mixture {mixture}",
         version="1",
         metric=METRIC,
         score=result,

@@ -22,11 +22,11 @@ class _Section(BaseModel):
 
 
 class Provenance(_Section):
-    """The run that trained a model: what a control must share with it."""
+    """The run that trained a model: what a baseline must share with it."""
 
     run: str
     identity: str
-    """Hash of everything that a run and its control have in common: model, tokens and their order, optimiser, budget."""
+    """Hash of everything that a run and its baseline have in common: model, tokens and their order, optimiser, budget."""
     tokens: int
     """Training tokens that these weights have seen."""
     instruction_sources: list[str]

@@ -36,8 +36,8 @@ class Suite(BaseModel):
     name: str
     description: str = ""
     tasks: dict[str, SuiteTask] = {}
-    held_out_windows_per_source: int = Field(0, ge=0)
-    """Held-out windows of each source of the mixture that perplexity is measured on; 0 for none."""
+    held_out_sequences_per_source: int = Field(0, ge=0)
+    """Held-out sequences of each source of the mixture that perplexity is measured on; 0 for none."""
     prompts: list[str] = []
     """What the model is to go on from, so that a person sees what numbers hide."""
     prompt_tokens: int = Field(48, gt=0)
@@ -68,13 +68,13 @@ def load_suite(name_or_path: str) -> Suite:
     except (OSError, YAMLError, OmegaConfBaseException, ValidationError) as error:
         raise EvaluationError(
             f"{path} is no suite: {_reason(error)}.",
-            allowed="name, description, tasks (each with shots, metric, limit, task), held_out_windows_per_source, prompts, prompt_tokens.",
+            allowed="name, description, tasks (each with shots, metric, limit, task), held_out_sequences_per_source, prompts, prompt_tokens.",
             next_step=f"Begin with a copy of {folder('eval') / 'suites' / 'commonsense.yaml'}.",
         ) from error
-    if not suite.tasks and not suite.held_out_windows_per_source:
+    if not suite.tasks and not suite.held_out_sequences_per_source:
         raise EvaluationError(
             f"{path} measures nothing.",
-            allowed="At least one task, or held_out_windows_per_source above 0.",
+            allowed="At least one task, or held_out_sequences_per_source above 0.",
         )
     for task in suite.tasks.values():
         if task.task is not None:
@@ -95,7 +95,7 @@ def only(suite: Suite, names: list[str]) -> Suite:
                 allowed=f"{nearest(name, suite.tasks)}Its tasks: {', '.join(suite.tasks) or 'none'}.",
             )
     chosen = {name: suite.tasks[name] for name in names}
-    return suite.model_copy(update={"tasks": chosen, "held_out_windows_per_source": 0})
+    return suite.model_copy(update={"tasks": chosen, "held_out_sequences_per_source": 0})
 
 
 def _reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ from sparsify.evaluation.harness import Chunk, MeasuredModel
 from sparsify.evaluation.model import Counter, Counts
 from sparsify.evaluation.results import Sample
 from sparsify.evaluation.scores import Score
-from sparsify.mixture.sequences.reader import Window, collate
+from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.models import SparseModel
 from sparsify.predictors import Predictors
 from sparsify.sparsity.measure import IGNORED_LABEL, summed_loss
@@ -75,9 +75,9 @@ class Measurer:
         return self._harness.chunk(kind, arguments)
 
     @torch.no_grad()
-    def window(self, window: Window) -> tuple[Score, Counts]:
-        """Negative log-likelihood of a window of text, and its number of labels."""
-        batch = {key: value.to(self._model.device) for key, value in collate([window]).items()}
+    def sequence(self, sequence: PackedSequence) -> tuple[Score, Counts]:
+        """Negative log-likelihood of a sequence of text, and its number of labels."""
+        batch = {key: value.to(self._model.device) for key, value in collate([sequence]).items()}
         self._counter.begin()
         loss = float(summed_loss(self._model, batch))
         labels = float((batch["labels"] != IGNORED_LABEL).sum())
@@ -101,7 +101,7 @@ class Measurer:
         )
 
 
-Method = Literal["chunk", "window", "sample"]
+Method = Literal["chunk", "sequence", "sample"]
 SHARED_MEMORY = Path("/dev/shm")
 
 

@@ -24,7 +24,7 @@ from sparsify.predictors import Predictors, read_predictors, write_predictors
 from sparsify.predictors.format import FACTS_FILE, fingerprint_of
 from sparsify.recipe.rules.source import check_choice
 from sparsify.runs.load import Trained, find_trained
-from sparsify.training.checkpoints import REFERENCE, STATE, StoredTensor, consolidated_weights
+from sparsify.runs.state import REFERENCE, STATE, StoredTensor, consolidated_weights
 
 PREDICTORS_FOLDER = "predictors"
 GENERATION_FILE = "generation_config.json"

@@ -27,8 +27,8 @@ from sparsify.recipe.recipe import Recipe
 from sparsify.reporting.numbers import count, percent
 from sparsify.runs.history import stages
 from sparsify.runs.load import Trained, load_trained
+from sparsify.runs.state import TrainingState, read_state
 from sparsify.sparsity.report import read_report
-from sparsify.training.checkpoints import TrainingState, read_state
 
 
 @dataclass(frozen=True)
@@ -142,14 +142,16 @@ def model_card(
         report=report,
         stages=stages(run),
         evaluations=evaluations,
-        has_control=run.control.metrics.is_file(),
+        has_baseline=run.baseline.metrics.is_file(),
         sources=_sources(recipe, lock, state),
     )
 
 
 def _sources(recipe: Recipe, lock: MixtureLock, state: TrainingState) -> list[dict[str, object]]:
     """Every source with its planned share and what it delivered up to this checkpoint."""
-    drawn = {name: state.drawn_windows.get(name, 0) * lock.window_tokens for name in lock.sources}
+    drawn = {
+        name: state.drawn_sequences.get(name, 0) * lock.sequence_length for name in lock.sources
+    }
     total = max(sum(drawn.values()), 1)
     return [
         {

@@ -19,7 +19,7 @@ from sparsify.conversion.architecture import tensor_shapes
 from sparsify.errors import RunError
 from sparsify.files import write_json
 from sparsify.models import SparseConfig
-from sparsify.training.checkpoints import StoredTensor
+from sparsify.runs.state import StoredTensor
 
 INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

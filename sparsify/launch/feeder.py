@@ -1,6 +1,6 @@
 """Tokenising ahead of training, in processes of its own.
 
-Training begins when every source has something to give, and goes on while the rest is tokenised. The same windows come out
+Training begins when every source has something to give, and goes on while the rest is tokenised. The same sequences come out
 in the same order as when everything lay in the cache before.
 """
 

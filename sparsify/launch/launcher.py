@@ -258,7 +258,7 @@ def _error(run: RunFolder, rank: int, code: int, log: Path) -> Exception:
         name = signal.Signals(-code).name
         return RunError(
             f"Rank {rank} was killed by {name} {where}.",
-            next_step=f"SIGKILL often means that memory ran out: lower training.micro_batch_windows. {GOES_ON}"
+            next_step=f"SIGKILL often means that memory ran out: lower training.micro_batch_size. {GOES_ON}"
             if name == "SIGKILL"
             else f"{GOES_ON} Its log is {log}.",
         )

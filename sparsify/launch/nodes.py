@@ -36,7 +36,7 @@ class Ticket:
         run: Absolute path of the run folder; empty when there is nothing more to do.
         address: Where the ranks' own process group meets.
         port: Its port.
-        launch: Number of the launch; a run and its control are two.
+        launch: Number of the launch; a run and its baseline are two.
         nodes: Nodes that node 0 counts on.
         processes: Ranks that it counts on at each.
     """

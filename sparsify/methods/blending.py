@@ -1,4 +1,4 @@
-"""The annealed swap: the dense activation fades into the sparse one while the model trains.
+"""The blended swap: the dense activation fades into the sparse one while the model trains.
 
 Both factors of a feed-forward block are mixed, (1 - a) of the dense activation's and a of the sparse one's. From SwiGLU to dReLU
 that leaves the positive sides nearly as they are and lowers the slope of the negative ones, 1 at the beginning and 0 at the end.
@@ -19,7 +19,7 @@ from sparsify.models import FfnActivation, SparseConfig, SparseModel
 from sparsify.recipe.recipe import Recipe
 
 
-class AnnealedActivation(FfnActivation):
+class BlendedActivation(FfnActivation):
     """A block's activation on its way from `base` to `name`; only ever made of a finished FfnActivation.
 
     Its name says what it becomes. `check_activation` refuses it: what it applies is not that yet.
@@ -40,7 +40,7 @@ class AnnealedActivation(FfnActivation):
         return f"{self.base.name} to {super().extra_repr()}, {self.share:.0%} of the way"
 
 
-def annealed_share(recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
+def blended_share(recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
     """How much of the sparse activation is in force.
 
     From 0 to 1 in a straight line over the tokens seen, then 1; with refits in equal steps, one for each that is done.
@@ -50,18 +50,18 @@ def annealed_share(recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
         seen_tokens: Training tokens seen.
         refits: `TrainingState.refits`.
     """
-    if recipe.swap.refit_milestones:
-        return refits / recipe.swap.refit_milestones
-    tokens = anneal_tokens(recipe)
+    if recipe.blending.refit_milestones:
+        return refits / recipe.blending.refit_milestones
+    tokens = blend_tokens(recipe)
     return min(1.0, seen_tokens / tokens) if tokens else 1.0
 
 
-def anneal_tokens(recipe: Recipe) -> float:
+def blend_tokens(recipe: Recipe) -> float:
     """Training tokens over which the dense activation fades."""
-    return recipe.swap.anneal_token_share * recipe.num_steps * recipe.step_tokens
+    return recipe.blending.budget_share * recipe.num_steps * recipe.step_tokens
 
 
-def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
+def blend(model: SparseModel, recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
     """Gives every block the activation that is in force, whatever it had before.
 
     Args:
@@ -71,13 +71,13 @@ def anneal(model: SparseModel, recipe: Recipe, seen_tokens: int, refits: int = 0
         refits: `TrainingState.refits`.
 
     Returns:
-        `annealed_share`.
+        `blended_share`.
 
     Raises:
         RuntimeError: If a block that must have the plain activation applies something else.
     """
-    share = annealed_share(recipe, seen_tokens, refits)
-    if recipe.swap.anneal_token_share:
+    share = blended_share(recipe, seen_tokens, refits)
+    if recipe.blending.budget_share:
         for block in model.ffn_blocks():
             set_share(block.ffn_activation, model.config, share)
         if share == 1:
@@ -116,14 +116,14 @@ def activation_at(
 def plain(model: SparseModel) -> Iterator[None]:
     """Has every block apply its plain activation meanwhile: what a checkpoint saved now is loaded with."""
     activations: list[FfnActivation] = [block.ffn_activation for block in model.ffn_blocks()]
-    mixed = [one for one in activations if type(one) is AnnealedActivation]
+    mixed = [one for one in activations if type(one) is BlendedActivation]
     for activation in mixed:
         _become(activation, FfnActivation)
     try:
         yield
     finally:
         for activation in mixed:
-            _become(activation, AnnealedActivation)
+            _become(activation, BlendedActivation)
 
 
 def _become(activation: nn.Module, kind: type[FfnActivation]) -> None:
@@ -132,8 +132,8 @@ def _become(activation: nn.Module, kind: type[FfnActivation]) -> None:
 
 
 def _mix(activation: FfnActivation, config: SparseConfig, share: float) -> None:
-    _become(activation, AnnealedActivation)
-    assert isinstance(activation, AnnealedActivation)
+    _become(activation, BlendedActivation)
+    assert isinstance(activation, BlendedActivation)
     activation.share = share
     if "base" not in vars(activation):
         # Beside the module's own attributes, not among its children, which are part of the model.

@@ -1,4 +1,4 @@
-"""The calibrated swap: a bare swap's checkpoint in, the same model repaired layer by layer without training out.
+"""The calibrated replacement: a bare replacement's checkpoint in, the same model repaired layer by layer without training out.
 
 Every layer is done in turn, on what the layers before it, already converted, feed it; the dense model runs beside it, layer by
 layer as well. In memory are one layer and one Gram matrix; on the disk, in a folder of state, the residual streams before the
@@ -40,7 +40,7 @@ from sparsify.methods.layerwise import (
     tensor,
     threshold_name,
 )
-from sparsify.mixture.sequences.reader import NO_LOSS, Window, collate
+from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.models import FfnActivation
 from sparsify.recipe.sparsification import REFIT_TARGETS, ConversionSection
 
@@ -51,10 +51,10 @@ RESULT = "refit"
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of the swap, measured on the watched windows.
+    """One stage of the activation replacement, measured on the watched sequences.
 
     Attributes:
-        name: `dense`, `bare swap`, `signs`, `thresholds` or `refit`.
+        name: `dense`, `bare replacement`, `signs`, `thresholds` or `refit`.
         losses: Nats per token of each source.
         loss: Of all tokens together.
         zeros: Share of exact zeros.
@@ -82,26 +82,26 @@ class Calibration:
 
 
 class Calibrator:
-    """Calibrates the checkpoint of a bare swap.
+    """Calibrates the checkpoint of a bare replacement.
 
     Args:
         folder: The checkpoint: the dense model's weights, `ffn_activation` the new one.
         state: Folder for what must outlive a kill; the caller removes it when the result is where it belongs.
-        windows: Calibration windows, all of one length.
-        watched: Windows to measure the stages on, of the same length, by source.
+        sequences: Calibration sequences, all of one length.
+        watched: Sequences to measure the stages on, of the same length, by source.
         settings: How.
         say: Told what happens, a line a layer.
 
     Raises:
-        MixtureError: If there are too few windows.
+        MixtureError: If there are too few sequences.
     """
 
     def __init__(
         self,
         folder: Path,
         state: Path,
-        windows: Sequence[Window],
-        watched: dict[str, list[Window]],
+        sequences: Sequence[PackedSequence],
+        watched: dict[str, list[PackedSequence]],
         settings: ConversionSection,
         say: Say,
     ) -> None:
@@ -109,14 +109,14 @@ class Calibrator:
         self._reader = LayerReader(folder, self._device)
         self._state, self._settings, self._say = state, settings, say
         self._watched = watched
-        self._num_fit = len(windows)
+        self._num_fit = len(sequences)
         if self._num_fit < HELD_OUT_EVERY:
             raise MixtureError(
-                f"There are {self._num_fit} window(s) of {len(next(iter(windows)).input_ids)} tokens to calibrate on.",
+                f"There are {self._num_fit} sequence(s) of {len(next(iter(sequences)).input_ids)} tokens to calibrate on.",
                 allowed=f"At least {HELD_OUT_EVERY}: one of them judges what the others found.",
                 next_step="Give more calibration tokens, or a longer text.",
             )
-        self._batch = collate([*windows, *(w for held in watched.values() for w in held)])
+        self._batch = collate([*sequences, *(w for held in watched.values() for w in held)])
         config = self._reader.config
         self._dense = FfnActivation(config.base_ffn_activation, config.base_ffn_gate_threshold)
         self._swapped = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
@@ -137,14 +137,14 @@ class Calibrator:
                     self._calibrate(layer, num_layers)
             records = [json.loads(self._record(n).read_text()) for n in range(num_layers)]
             stages = self._stages(records)
-        return Calibration(stages, records, self._num_fit * self._window_tokens)
+        return Calibration(stages, records, self._num_fit * self._sequence_length)
 
     def tensors_of(self, layer: int) -> Path:
         """File with a layer's new tensors, by their names on disk."""
         return self._state / f"layer-{layer:04d}.safetensors"
 
     @property
-    def _window_tokens(self) -> int:
+    def _sequence_length(self) -> int:
         return self._batch["input_ids"].shape[1]
 
     def _record(self, layer: int) -> Path:
@@ -161,7 +161,7 @@ class Calibrator:
         return {
             "settings": asdict(self._settings),
             "activations": activations,
-            "windows": digest.hexdigest(),
+            "sequences": digest.hexdigest(),
         }
 
     def _begin(self) -> None:
@@ -206,7 +206,7 @@ class Calibrator:
     def _advance(
         self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams
     ) -> list[int]:
-        """Takes one stage's stream through the layer. Returns exact zeros and values on the watched windows."""
+        """Takes one stage's stream through the layer. Returns exact zeros and values on the watched sequences."""
         before, start = self._before(old, name)
         after = new.create(name, before.shape)
         counts = [0, 0]
@@ -222,7 +222,7 @@ class Calibrator:
         return counts
 
     def _before(self, old: Streams, name: str) -> tuple[np.ndarray, int]:
-        """A stage's stream before the layer, and which window it begins with: all but two hold only watched windows."""
+        """A stage's stream before the layer, and which sequence it begins with: all but two hold only watched sequences."""
         start = 0 if name in ("dense", RESULT) else self._num_fit
         if (old.folder / f"{name}.npy").is_file():
             return old.open(name), start
@@ -304,9 +304,9 @@ class Calibrator:
         """Summed loss and number of labels of each watched source."""
         hidden, start = stream
         totals, first = {}, self._num_fit
-        for source, windows in self._watched.items():
+        for source, sequences in self._watched.items():
             total, count = 0.0, 0
-            for index in range(first, first + len(windows)):
+            for index in range(first, first + len(sequences)):
                 state = tensor(hidden[index - start], self._device)
                 scale = state.pow(2).mean(-1, keepdim=True) + self._reader.config.rms_norm_eps
                 logits = (state * scale.rsqrt() * norm) @ head.T
@@ -317,7 +317,7 @@ class Calibrator:
                 total += float(loss)
                 count += int((labels != NO_LOSS).sum())
             totals[source] = total, count
-            first += len(windows)
+            first += len(sequences)
         return totals
 
 

@@ -1,6 +1,6 @@
-"""From what a recipe's model section names to a checkpoint with the calibrated swap, by way of the bare one.
+"""From what a recipe's model section names to a checkpoint with the calibrated replacement, by way of the bare one.
 
-Writes the checkpoint of a calibrated swap: the bare swap's shards with the tensors that calibration changed.
+Writes the checkpoint of a calibrated replacement: the bare replacement's shards with the tensors that calibration changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, replace_folder, write_json
 from sparsify.methods.calibrate import Calibration, Calibrator, Say
-from sparsify.mixture.sequences.reader import Window
+from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
 from sparsify.recipe.recipe import ActivationSection, ConversionSection, ModelSection
@@ -42,7 +42,7 @@ def write_calibrated(
     """Writes a checkpoint folder, a shard at a time.
 
     Args:
-        folder: The bare swap's checkpoint.
+        folder: The bare replacement's checkpoint.
         tensors_of: File with the new tensors of a layer, by their names on disk.
         to: Folder to write.
         thresholds: Whether there are thresholds among them.
@@ -104,10 +104,10 @@ def _write_index(old: Path, homes: dict[Path, dict[str, Path]], to: Path) -> Non
 RECORD = "calibration.json"
 """In the folder of a calibrated checkpoint: what calibration found."""
 
-WindowsFor = Callable[
-    [Tokenizer, SparseConfig], tuple[Sequence[Window], Mapping[str, list[Window]]]
+SequencesFor = Callable[
+    [Tokenizer, SparseConfig], tuple[Sequence[PackedSequence], Mapping[str, list[PackedSequence]]]
 ]
-"""(tokenizer, configuration) to the windows to calibrate on, and those to watch with by source."""
+"""(tokenizer, configuration) to the sequences to calibrate on, and those to watch with by source."""
 
 
 def convert_calibrated(
@@ -115,20 +115,20 @@ def convert_calibrated(
     activation: ActivationSection,
     settings: ConversionSection,
     to: Path,
-    windows_for: WindowsFor,
+    sequences_for: SequencesFor,
     say: Say,
     *,
     seed: int,
     dtype: torch.dtype,
 ) -> tuple[Converted, Calibration | None]:
-    """Writes a checkpoint with the calibrated swap. The same call goes on where a killed one stood.
+    """Writes a checkpoint with the calibrated replacement. The same call goes on where a killed one stood.
 
     Args:
         model: Where the weights come from.
         activation: The activation to give it.
         settings: How to calibrate.
         to: Folder to write; must not exist. Beside it stands a hidden folder of state until it does.
-        windows_for: Gives the windows.
+        sequences_for: Gives the sequences.
         say: Told what happens, a line a layer.
         seed: Seed of an upcycled router.
         dtype: Dtype of weights that are built here; copied shards keep theirs.
@@ -138,7 +138,7 @@ def convert_calibrated(
 
     Raises:
         ModelError: If the source is missing, damaged, or cannot be held, or `to` exists.
-        MixtureError: If there are too few windows.
+        MixtureError: If there are too few sequences.
         StorageError: If the disk refuses.
     """
     if to.exists():
@@ -169,8 +169,8 @@ def convert_calibrated(
             next_step="Calibrate the dense model, or train this one as it is, without a calibration.",
         )
     else:
-        windows, watched = windows_for(load_tokenizer(bare), converted.config)
-        calibrator = Calibrator(bare, state, windows, dict(watched), settings, say)
+        sequences, watched = sequences_for(load_tokenizer(bare), converted.config)
+        calibrator = Calibrator(bare, state, sequences, dict(watched), settings, say)
         calibration = calibrator.run()
         write_calibrated(
             bare,

@@ -1,4 +1,4 @@
-"""The calibrated swap of one layer: signs, thresholds, refit, and whether each refit is to be kept.
+"""The calibrated replacement of one layer: signs, thresholds, refit, and whether each refit is to be kept.
 
 Which half of its inputs a neuron keeps under dReLU.
 
@@ -52,14 +52,14 @@ def flip(expert: Expert, flips: torch.Tensor) -> Expert:
 
 
 HELD_OUT_EVERY = 8
-"""Every eighth calibration window judges the refits and takes no part in them."""
+"""Every eighth calibration sequence judges the refits and takes no part in them."""
 LEAST_ROWS = 256
 """An expert that got fewer calibration tokens than this keeps its weights."""
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a layer's feed-forward block sees and what it should answer, a chunk of windows at a time.
+    """What a layer's feed-forward block sees and what it should answer, a chunk of sequences at a time.
 
     Attributes:
         x: Its inputs, [tokens, hidden].
@@ -86,7 +86,7 @@ class ExpertResult:
     Attributes:
         num_tokens: Calibration tokens that were routed to it and that the refit rests on.
         num_flipped: Neurons whose sign was turned.
-        error_bare: With the bare swap.
+        error_bare: With the bare replacement.
         error_before: With signs and thresholds, and the old down projection.
         error_refitted: With the refitted one.
         kept_because: Why the old down projection stays; None where the refitted one takes its place.
@@ -105,7 +105,7 @@ class CalibratedLayer:
     """A layer's experts at each stage, and what was found.
 
     Attributes:
-        stages: Experts by stage: `dense`, `bare swap`, then what was done to them, the last being the result.
+        stages: Experts by stage: `dense`, `bare replacement`, then what was done to them, the last being the result.
         flips: Which neurons' signs were turned, bool [experts, neurons].
         threshold_scale: T; None without thresholds.
         results: One for each expert.
@@ -146,7 +146,7 @@ class LayerCalibration:
 
     def run(self) -> CalibratedLayer:
         """Signs, thresholds, refit; each rests on the one before."""
-        stages = {"dense": self._dense, "bare swap": self._swapped}
+        stages = {"dense": self._dense, "bare replacement": self._swapped}
         flips = self._flips()
         experts = [flip(expert, each) for expert, each in zip(self._swapped, flips, strict=True)]
         if self._turn_for is not None:

@@ -2,7 +2,7 @@
 
 Two terms (Hinton et al., arXiv 1503.02531, at temperature 1; hidden states as in arXiv 1908.09355): the divergence of the next
 token's distribution, and the error of every feed-forward block's answer. Both count the positions that have a label, as the
-cross-entropy does, so that empty positions of a window and prompts count in none of the three.
+cross-entropy does, so that empty positions of a sequence and prompts count in none of the three.
 
 The dense source of a run as its teacher: frozen, whole on every rank, answering the micro-batches that the run trains on.
 """
@@ -33,8 +33,8 @@ class Answers:
     """What the dense source makes of one micro-batch; what is not asked for is not here.
 
     Attributes:
-        logits: [windows, tokens, vocabulary]
-        ffn_outputs: Of each layer's feed-forward block. [windows, tokens, hidden] each
+        logits: [sequences, tokens, vocabulary]
+        ffn_outputs: Of each layer's feed-forward block. [sequences, tokens, hidden] each
     """
 
     logits: torch.Tensor | None = None
@@ -59,11 +59,11 @@ class Teacher:
 
     @torch.no_grad()
     def answer(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Answers:
-        """Its answers to a micro-batch, with the documents of a window kept apart as the run keeps them.
+        """Its answers to a micro-batch, with the documents of a sequence kept apart as the run keeps them.
 
         Args:
-            input_ids: [windows, tokens] int64
-            position_ids: Position within the document. [windows, tokens] int64
+            input_ids: [sequences, tokens] int64
+            position_ids: Position within the document. [sequences, tokens] int64
         """
         answers = self._answers = Answers()
         hidden = self._model.model(
@@ -81,7 +81,7 @@ class Teacher:
 def answering_blocks(model: SparseModel) -> list[nn.Module]:
     """The module of every layer whose output is what the feed-forward block adds to the residual stream.
 
-    In a mixture of experts that is the block around the router and its experts: [windows, tokens, hidden], as in a dense one.
+    In a mixture of experts that is the block around the router and its experts: [sequences, tokens, hidden], as in a dense one.
     """
     return [layer.mlp for layer in model.model.layers]  # pyright: ignore[reportReturnType]
 
@@ -89,7 +89,7 @@ def answering_blocks(model: SparseModel) -> list[nn.Module]:
 def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teacher | None:
     """Loads the dense source with its own activation; None where the recipe distils nothing.
 
-    After a bare swap its weights are those that training starts from; a calibrated swap has changed those, and the run folder has
+    After a bare replacement its weights are those that training starts from; a calibrated replacement has changed those, and the run folder has
     both. A rank loads all of it, under ZeRO-3 too: call it when no model is being partitioned.
 
     Args:
@@ -164,7 +164,7 @@ class Distiller:
         """Has the teacher answer the micro-batch that the model is about to see.
 
         Args:
-            tensors: `input_ids`, `position_ids` and `labels`, [windows, tokens] each, on the model's device.
+            tensors: `input_ids`, `position_ids` and `labels`, [sequences, tokens] each, on the model's device.
         """
         self._answers, self._errors = (
             Answers(),
@@ -178,7 +178,7 @@ class Distiller:
         """Both terms of the forward pass that has just ended, weighted, and summed over its labels. []
 
         Args:
-            logits: The model's. [windows, tokens, vocabulary]
+            logits: The model's. [sequences, tokens, vocabulary]
         """
         self._in_forward = False
         total = torch.zeros((), device=self._totals.device)

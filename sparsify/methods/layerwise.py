@@ -1,6 +1,6 @@
 """A checkpoint one layer at a time: only that layer's weights are in memory, in fp32, on the GPU where there is one.
 
-The residual stream of the calibration windows between two layers, on the disk.
+The residual stream of the calibration sequences between two layers, on the disk.
 
 Only one layer's streams are kept: those of a layer take the place of those before it when the layer is done, so that a
 calibration that was killed goes on at the layer where it stood.
@@ -111,13 +111,13 @@ class Attention:
             self._router.float().weight.data.copy_(tensors["block_sparse_moe.gate.weight"])
 
     def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """The residual stream before the feed-forward block, [windows, tokens, hidden], from that before the layer."""
+        """The residual stream before the feed-forward block, [sequences, tokens, hidden], from that before the layer."""
         return self._decoder(
             inputs_embeds=hidden, position_ids=position_ids, use_cache=False
         ).last_hidden_state
 
     def ffn_inputs(self, residual: torch.Tensor) -> torch.Tensor:
-        """What the feed-forward block sees, [windows * tokens, hidden]."""
+        """What the feed-forward block sees, [sequences * tokens, hidden]."""
         return self._layer.post_attention_layernorm(residual).flatten(0, -2)
 
     def routes(self, x: torch.Tensor) -> Routes:
@@ -212,7 +212,7 @@ CHUNK_TOKENS = 8192
 
 
 class Streams:
-    """The residual streams before one layer, by name, [windows, tokens, hidden] in fp32 each.
+    """The residual streams before one layer, by name, [sequences, tokens, hidden] in fp32 each.
 
     Args:
         folder: Where the files are.
@@ -240,10 +240,10 @@ class Streams:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def chunks(num_windows: int, window_tokens: int) -> Iterator[slice]:
-    """Slices of windows that are computed together."""
-    step = max(1, CHUNK_TOKENS // window_tokens)
-    return (slice(start, start + step) for start in range(0, num_windows, step))
+def chunks(num_sequences: int, sequence_length: int) -> Iterator[slice]:
+    """Slices of sequences that are computed together."""
+    step = max(1, CHUNK_TOKENS // sequence_length)
+    return (slice(start, start + step) for start in range(0, num_sequences, step))
 
 
 def tensor(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:

@@ -287,9 +287,9 @@ def next_control(
     seen_tokens: int,
     record: PressureRecord | None,
     loss: float,
-    annealed_share: float,
+    blended_share: float,
 ) -> dict[str, float]:
-    """`TrainingState.control` after a step; empty where there is no target, or while the anneal hides the zeros.
+    """`TrainingState.control` after a step; empty where there is no target, or while the blending hides the zeros.
 
     Args:
         recipe: The run's recipe.
@@ -297,10 +297,10 @@ def next_control(
         seen_tokens: Training tokens seen, the step's among them.
         record: What the step's penalty met.
         loss: The step's mean cross-entropy, in nats.
-        annealed_share: How much of the sparse activation was in force in the step.
+        blended_share: How much of the sparse activation was in force in the step.
     """
     target = recipe.sparsity.target_zeros
-    if target is None or record is None or annealed_share < 1:
+    if target is None or record is None or blended_share < 1:
         return control
     share = seen_tokens / _budget_tokens(recipe)
     state = Control.of(control)

@@ -1,4 +1,4 @@
-"""Looking at a mixture before training on it: its sizes, and real windows as training would draw them.
+"""Looking at a mixture before training on it: its sizes, and real sequences as training would draw them.
 
 What of a source is not trained on, counted for people: bad rows, duplicates, overlaps with evaluation sets.
 """
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sparsify.mixture.cleaning.contamination import REPORT_FILE, contamination_report
 from sparsify.mixture.cleaning.duplicates import count_duplicates
-from sparsify.mixture.sequences.reader import NO_LOSS, Window, read_window
+from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, read_sequence
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import (
@@ -90,10 +90,10 @@ class SourceStats(BaseModel):
     tokens_per_document_p5: int
     tokens_per_document_p50: int
     tokens_per_document_p95: int
-    windows: int
-    """Windows of one epoch."""
+    sequences: int
+    """Sequences of one epoch."""
     packing_efficiency: float
-    """Share of window positions that carry tokens."""
+    """Share of sequence positions that carry tokens."""
     loss_share: float
     """Share of tokens that carry loss."""
     epochs: float
@@ -107,7 +107,7 @@ class MixtureStats(BaseModel):
 
     mixture: str
     budget_tokens: int
-    window_tokens: int
+    sequence_length: int
     sources: dict[str, SourceStats]
 
 
@@ -116,7 +116,7 @@ def open_mixture(
     tokenizer: Tokenizer,
     *,
     train_tokens: Mapping[str, int],
-    window_tokens: int,
+    sequence_length: int,
     cache_dir: Path,
     on_progress: Progress | None = None,
 ) -> dict[str, TokenizedSource]:
@@ -130,8 +130,8 @@ def open_mixture(
         mixture,
         tokenizer,
         train_tokens=train_tokens,
-        held_out_tokens=window_tokens,
-        window_tokens=window_tokens,
+        held_out_tokens=sequence_length,
+        sequence_length=sequence_length,
         cache_dir=cache_dir,
     )
     return {name: ingest.run(on_progress) for name, ingest in ingests.items()}
@@ -142,7 +142,7 @@ def measure_mixture(
     tokenizer: Tokenizer,
     *,
     budget_tokens: int,
-    window_tokens: int,
+    sequence_length: int,
     cache_dir: Path,
     on_progress: Progress | None = None,
 ) -> MixtureStats:
@@ -157,28 +157,28 @@ def measure_mixture(
         mixture,
         tokenizer,
         train_tokens={name: math.ceil(tokens) for name, tokens in planned.items()},
-        window_tokens=window_tokens,
+        sequence_length=sequence_length,
         cache_dir=cache_dir,
         on_progress=on_progress,
     )
     return MixtureStats(
         mixture=mixture.name,
         budget_tokens=budget_tokens,
-        window_tokens=window_tokens,
+        sequence_length=sequence_length,
         sources={
-            name: _source_stats(source, mixture.sources[name].group, planned[name], window_tokens)
+            name: _source_stats(source, mixture.sources[name].group, planned[name], sequence_length)
             for name, source in sources.items()
         },
     )
 
 
 def _source_stats(
-    source: TokenizedSource, group: str, planned_tokens: float, window_tokens: int
+    source: TokenizedSource, group: str, planned_tokens: float, sequence_length: int
 ) -> SourceStats:
     shards = [source.train_documents(number) for number in range(source.num_shards)]
     lengths = np.concatenate([documents.lengths for documents in shards])
     num_tokens = int(lengths.sum())
-    windows = TrainingStream(source, window_tokens, seed=0).num_windows
+    sequences = TrainingStream(source, sequence_length, seed=0).num_sequences
     p5, p50, p95 = np.percentile(lengths, [5, 50, 95], method="inverted_cdf").tolist()
     return SourceStats(
         group=group,
@@ -190,10 +190,10 @@ def _source_stats(
         tokens_per_document_p5=p5,
         tokens_per_document_p50=p50,
         tokens_per_document_p95=p95,
-        windows=windows,
-        packing_efficiency=num_tokens / (windows * window_tokens),
+        sequences=sequences,
+        packing_efficiency=num_tokens / (sequences * sequence_length),
         loss_share=sum(map(_tokens_with_loss, shards)) / num_tokens,
-        epochs=planned_tokens / (windows * window_tokens),
+        epochs=planned_tokens / (sequences * sequence_length),
         left_out=LeftOut.of(source),
     )
 
@@ -208,7 +208,7 @@ def _tokens_with_loss(documents: ShardDocuments) -> int:
 
 @dataclass(frozen=True)
 class Span:
-    """A stretch of one document in a window.
+    """A stretch of one document in a sequence.
 
     Attributes:
         text: Its tokens, decoded.
@@ -220,8 +220,8 @@ class Span:
 
 
 @dataclass(frozen=True)
-class WindowPreview:
-    """One training window as a person reads it.
+class SequencePreview:
+    """One training sequence as a person reads it.
 
     Attributes:
         source: Name of the source.
@@ -236,32 +236,32 @@ class WindowPreview:
     num_empty: int
 
 
-def preview_windows(
+def preview_sequences(
     source: TokenizedSource,
     tokenizer: Tokenizer,
     *,
-    window_tokens: int,
-    num_windows: int,
+    sequence_length: int,
+    num_sequences: int,
     seed: int,
-) -> Iterator[WindowPreview]:
-    """The first training windows of a source."""
-    stream = TrainingStream(source, window_tokens, seed)
-    for rank in range(min(num_windows, stream.num_windows)):
-        window, num_tokens = read_window(stream, rank)
-        starts = np.flatnonzero(window.position_ids[:num_tokens] == 0)
+) -> Iterator[SequencePreview]:
+    """The first training sequences of a source."""
+    stream = TrainingStream(source, sequence_length, seed)
+    for rank in range(min(num_sequences, stream.num_sequences)):
+        sequence, num_tokens = read_sequence(stream, rank)
+        starts = np.flatnonzero(sequence.position_ids[:num_tokens] == 0)
         bounds = [*starts.tolist(), num_tokens]
-        documents = [_spans(window, tokenizer, start, stop) for start, stop in pairwise(bounds)]
-        yield WindowPreview(source.name, documents, num_tokens, window_tokens - num_tokens)
+        documents = [_spans(sequence, tokenizer, start, stop) for start, stop in pairwise(bounds)]
+        yield SequencePreview(source.name, documents, num_tokens, sequence_length - num_tokens)
 
 
-def _spans(window: Window, tokenizer: Tokenizer, start: int, stop: int) -> list[Span]:
+def _spans(sequence: PackedSequence, tokenizer: Tokenizer, start: int, stop: int) -> list[Span]:
     """A document's tokens, grouped by whether they are targets; the first of a document never is."""
     is_target = np.zeros(stop - start, dtype=np.bool_)
-    is_target[1:] = window.labels[start : stop - 1] != NO_LOSS
+    is_target[1:] = sequence.labels[start : stop - 1] != NO_LOSS
     edges = [0, *(np.flatnonzero(np.diff(is_target)) + 1).tolist(), stop - start]
     return [
         Span(
-            str(tokenizer.decode(window.input_ids[start + first : start + last])),
+            str(tokenizer.decode(sequence.input_ids[start + first : start + last])),
             bool(is_target[first]),
         )
         for first, last in pairwise(edges)

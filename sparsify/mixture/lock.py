@@ -30,7 +30,7 @@ class SourceLock(BaseModel):
     epochs: float | None = None
     """How often the run sees each training document."""
     delivered_tokens: int | None = None
-    """Tokens of the windows that training has drawn; None before it ended."""
+    """Tokens of the sequences that training has drawn; None before it ended."""
     delivered_share: float | None = None
 
 
@@ -38,7 +38,7 @@ class MixtureLock(BaseModel):
     """Everything that decides which token comes when."""
 
     tokenizer_fingerprint: str
-    window_tokens: int
+    sequence_length: int
     seed: int
     sources: dict[str, SourceLock]
     accepted_changes: list[str] = Field(default_factory=list)
@@ -49,17 +49,19 @@ def make_lock(
     sources: Mapping[str, TokenizedSource],
     shares: Mapping[str, float],
     *,
-    planned_windows: Mapping[str, int],
-    window_tokens: int,
+    planned_sequences: Mapping[str, int],
+    sequence_length: int,
     seed: int,
 ) -> MixtureLock:
-    """The lock of a run that draws `planned_windows` of each source."""
+    """The lock of a run that draws `planned_sequences` of each source."""
     return MixtureLock(
         tokenizer_fingerprint=next(iter(sources.values())).info.tokenizer,
-        window_tokens=window_tokens,
+        sequence_length=sequence_length,
         seed=seed,
         sources={
-            name: _source_lock(source, shares.get(name, 0.0), planned_windows[name] * window_tokens)
+            name: _source_lock(
+                source, shares.get(name, 0.0), planned_sequences[name] * sequence_length
+            )
             for name, source in sources.items()
         },
     )
@@ -80,14 +82,14 @@ def _source_lock(source: TokenizedSource, share: float, planned_tokens: int) -> 
     return lock.model_copy(update=counts)
 
 
-def with_delivered(lock: MixtureLock, windows: Mapping[str, int]) -> MixtureLock:
-    """The lock of a run that has drawn these windows of each source."""
-    total = sum(windows.values()) * lock.window_tokens
+def with_delivered(lock: MixtureLock, sequences: Mapping[str, int]) -> MixtureLock:
+    """The lock of a run that has drawn these sequences of each source."""
+    total = sum(sequences.values()) * lock.sequence_length
     sources = {
         name: source.model_copy(
             update={
-                "delivered_tokens": windows.get(name, 0) * lock.window_tokens,
-                "delivered_share": windows.get(name, 0) * lock.window_tokens / max(total, 1),
+                "delivered_tokens": sequences.get(name, 0) * lock.sequence_length,
+                "delivered_share": sequences.get(name, 0) * lock.sequence_length / max(total, 1),
             }
         )
         for name, source in lock.sources.items()
@@ -131,7 +133,7 @@ def check_lock(previous: MixtureLock, current: MixtureLock) -> None:
             "The mixture is not the one that this run began with:\n"
             + "\n".join(f"  {change}" for change in changes),
             allowed="A run is resumed on exactly the same tokens.",
-            next_step="Undo the change (files, shares, tokenizer, window length, budget, seed), start a new run under "
+            next_step="Undo the change (files, shares, tokenizer, sequence length, budget, seed), start a new run under "
             "another name, or go on all the same with launch.accept_changed_data=true, which the lock records.",
         )
 
@@ -142,7 +144,7 @@ def differences(previous: MixtureLock, current: MixtureLock) -> list[str]:
 
 
 def _differences(previous: MixtureLock, current: MixtureLock) -> Iterator[str]:
-    for field in ("tokenizer_fingerprint", "window_tokens", "seed"):
+    for field in ("tokenizer_fingerprint", "sequence_length", "seed"):
         yield from _changed(field, getattr(previous, field), getattr(current, field))
     for name in sorted(previous.sources.keys() | current.sources.keys()):
         old, new = previous.sources.get(name), current.sources.get(name)

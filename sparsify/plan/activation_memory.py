@@ -53,12 +53,12 @@ def forward_and_backward(
     """The bytes that one micro-batch takes with or without gradient checkpointing."""
     a, training = architecture, recipe.training
     value = value_bytes(recipe)
-    tokens = training.micro_batch_windows * training.window_tokens
+    tokens = training.micro_batch_size * training.sequence_length
     layer = layer_activation_bytes(
         a,
         recipe.activation.ffn_activation,
         value,
-        training.window_tokens,
+        training.sequence_length,
         thresholds=recipe.conversion.target_zeros is not None,
         one_pass=training.fused_activation in ("triton", "inductor"),
         liger=training.liger_kernels,
@@ -113,7 +113,7 @@ def layer_activation_bytes(
     architecture: Architecture,
     ffn_activation: str,
     value_bytes: int,
-    window_tokens: int | None,
+    sequence_length: int | None,
     *,
     thresholds: bool = False,
     one_pass: bool = False,
@@ -130,17 +130,17 @@ def layer_activation_bytes(
         architecture: The model.
         ffn_activation: Its activation.
         value_bytes: Bytes of one value.
-        window_tokens: Length of windows that hold several documents: their attention mask is kept by every layer,
-            and keys and values are repeated for every query head. None for one document a window.
+        sequence_length: Length of sequences that hold several documents: their attention mask is kept by every layer,
+            and keys and values are repeated for every query head. None for one document a sequence.
         thresholds: Whether neurons have thresholds.
         one_pass: Whether a kernel computes the activation: then it keeps gate, up and their product, whichever it is.
         liger: Whether Liger computes the norms.
     """
     a = architecture
     norms = 2 * norm_bytes(a, value_bytes, liger=liger)
-    keys_size = a.key_value_size if window_tokens is None else a.query_size
+    keys_size = a.key_value_size if sequence_length is None else a.query_size
     attention = 2 * value_bytes * (a.query_size + keys_size) + FP32_BYTES * a.num_attention_heads
-    attention += value_bytes * (window_tokens or 0)
+    attention += value_bytes * (sequence_length or 0)
     fused = bool(a.num_local_experts)
     neuron_values = 3 if one_pass else KEPT_NEURON_VALUES[ffn_activation][fused]
     neuron_bytes = value_bytes * neuron_values
@@ -156,8 +156,8 @@ def extra_neuron_values(recipe: Recipe) -> int:
     """Values for each neuron that a layer keeps besides its own: both activations' factors where one fades into the other,
     and the gate's factor once more where the penalty looks at it.
     """
-    annealing = 3 if recipe.swap.anneal_token_share else 0
-    return annealing + (1 if recipe.sparsity.gate_penalty_share else 0)
+    blending = 3 if recipe.blending.budget_share else 0
+    return blending + (1 if recipe.sparsity.gate_penalty_share else 0)
 
 
 def layer_gradient_bytes(architecture: Architecture, value_bytes: int) -> int:

@@ -39,7 +39,7 @@ def resolve_engine(
         raise RecipeError(
             f"engine=auto finds nothing that fits {hardware.name}: {gb(hardware.device_bytes)} for each of "
             f"{recipe.launch.total_processes} process(es), {gb(hardware.host_bytes)} of host memory for each node.",
-            allowed="More or larger devices, shorter windows, or a smaller model.",
+            allowed="More or larger devices, shorter sequences, or a smaller model.",
             next_step=f"`sparsify plan {recipe.name} engine=zero3 --hardware COUNTxGPU` shows what is missing.",
         )
     return with_choice(recipe, choice), choice
@@ -51,7 +51,7 @@ def with_choice(recipe: Recipe, choice: Choice) -> Recipe:
     resolved.engine.zero_stage = choice.zero_stage
     resolved.engine.offload_optimizer_to_cpu = choice.offload_optimizer_to_cpu
     resolved.engine.offload_parameters_to_cpu = choice.offload_parameters_to_cpu
-    resolved.training.micro_batch_windows = choice.micro_batch_windows
+    resolved.training.micro_batch_size = choice.micro_batch_size
     resolved.training.gradient_checkpointing = choice.gradient_checkpointing
     engine = resolved.engine
     engine.auto_micro_batch = engine.auto_checkpointing = engine.auto_offload = True
@@ -67,7 +67,7 @@ def auto_sentence(choice: Choice, hardware: Hardware) -> str:
         offload = ", optimiser and weights in host memory"
     recomputing = "with" if choice.gradient_checkpointing else "without"
     return (
-        f"engine=auto: ZeRO-{choice.zero_stage}{offload}, {choice.micro_batch_windows} window(s) a forward pass, "
+        f"engine=auto: ZeRO-{choice.zero_stage}{offload}, {choice.micro_batch_size} sequence(s) a forward pass, "
         f"{recomputing} gradient checkpointing. Of what fits it has the shortest assumed step; it needs "
         f"{gb(choice.device_bytes)} of {gb(hardware.device_bytes)} on {hardware.name}."
     )

@@ -19,7 +19,7 @@ class Cost(BaseModel):
     Attributes:
         tokens_per_second: Of all processes together.
         assumed: Whether that rests on `hardware`'s assumptions and not on a given number.
-        hours: Training only: no conversion, validation, control run or report.
+        hours: Training only: no conversion, validation, baseline run or report.
         device_hours: `hours` on all devices.
         price: US dollars.
     """
@@ -57,7 +57,7 @@ def cost(
 
 
 def training_flops_per_token(
-    architecture: Architecture, parameters: Parameters, window_tokens: int
+    architecture: Architecture, parameters: Parameters, sequence_length: int
 ) -> int:
     """Floating-point operations of forward and backward for one token: 6 N + 12 L H Q T.
 
@@ -68,7 +68,7 @@ def training_flops_per_token(
     """
     looked_up = 0 if architecture.tie_word_embeddings else parameters.embeddings
     multiplied = parameters.active(architecture) - looked_up
-    attention = architecture.num_hidden_layers * architecture.query_size * window_tokens
+    attention = architecture.num_hidden_layers * architecture.query_size * sequence_length
     return 6 * multiplied + 12 * attention
 
 
@@ -82,9 +82,9 @@ def step_seconds(
     """
     training, engine = recipe.training, recipe.engine
     processes, passes = recipe.launch.total_processes, recipe.accumulation_steps
-    micro_batch_tokens = training.micro_batch_windows * training.window_tokens
+    micro_batch_tokens = training.micro_batch_size * training.sequence_length
     flops = passes * (micro_batch_tokens + PASS_OVERHEAD_TOKENS)
-    flops *= training_flops_per_token(architecture, parameters, training.window_tokens)
+    flops *= training_flops_per_token(architecture, parameters, training.sequence_length)
     forwards = int(training.gradient_checkpointing) + int(recipe.distillation.is_on)
     computing = flops * (1 + forwards / 3)
     seconds = computing / (hardware.peak_flops * hardware.mfu)

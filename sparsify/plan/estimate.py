@@ -75,8 +75,8 @@ class Plan(BaseModel):
         activations_without_checkpointing_bytes: And without it.
         allowance_bytes: Added to `device` for the framework and fragmentation, an assumption.
         verdict: Whether it fits, and what would.
-        calibration: What the calibrated swap takes before training; None without one.
-        refits: What refits at milestones of an anneal take; None without any.
+        calibration: What the calibrated replacement takes before training; None without one.
+        refits: What refits at milestones of a blending schedule take; None without any.
         cost: Time and price, from a throughput that was given or from `hardware`.
         checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk,
             beside those that `checkpoint.keep_every_tokens` keeps for good.
@@ -95,7 +95,7 @@ class Plan(BaseModel):
     processes: int
     parameters: Parameters
     active_parameters: int
-    micro_batch_windows: int
+    micro_batch_size: int
     gradient_checkpointing: bool
     hardware: Hardware
     device: DeviceMemory
@@ -113,8 +113,8 @@ class Plan(BaseModel):
     num_steps: int
     step_tokens: int
     accumulation_steps: int
-    num_windows: int
-    window_tokens: int
+    num_sequences: int
+    sequence_length: int
     num_tokens: int
     warmup_steps: int
     peak_learning_rate: float
@@ -163,9 +163,9 @@ def make_plan(
         on_cpu=hardware.is_cpu,
         node_processes=hardware.node_devices,
     )
-    num_windows = recipe.num_steps * recipe.training.batch_windows
+    num_sequences = recipe.num_steps * recipe.training.global_batch_size
     sources = _sources(
-        recipe.mixture, num_windows, recipe.training.window_tokens, source_tokens or {}
+        recipe.mixture, num_sequences, recipe.training.sequence_length, source_tokens or {}
     )
     return Plan(
         recipe=recipe.name,
@@ -175,7 +175,7 @@ def make_plan(
         processes=recipe.launch.total_processes,
         parameters=parameters,
         active_parameters=parameters.active(architecture),
-        micro_batch_windows=recipe.training.micro_batch_windows,
+        micro_batch_size=recipe.training.micro_batch_size,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         hardware=hardware,
         device=needed.device,
@@ -193,21 +193,21 @@ def make_plan(
         num_steps=recipe.num_steps,
         step_tokens=recipe.step_tokens,
         accumulation_steps=recipe.accumulation_steps,
-        num_windows=num_windows,
-        window_tokens=recipe.training.window_tokens,
+        num_sequences=num_sequences,
+        sequence_length=recipe.training.sequence_length,
         num_tokens=recipe.num_steps * recipe.step_tokens,
         warmup_steps=math.ceil(recipe.optimizer.warmup_tokens / recipe.step_tokens),
         peak_learning_rate=recipe.optimizer.peak_learning_rate,
         final_learning_rate=recipe.optimizer.final_learning_rate,
         sources=sources,
-        phases=_phases(recipe, num_windows, sources),
+        phases=_phases(recipe, num_sequences, sources),
     )
 
 
-def _phases(recipe: Recipe, num_windows: int, sources: Collection[str]) -> list[PhasePlan]:
+def _phases(recipe: Recipe, num_sequences: int, sources: Collection[str]) -> list[PhasePlan]:
     return [
         PhasePlan(
-            until_tokens=round(end * num_windows) * recipe.training.window_tokens,
+            until_tokens=round(end * num_sequences) * recipe.training.sequence_length,
             first={name: first[name] for name in sources},
             last={name: last[name] for name in sources},
         )
@@ -226,14 +226,14 @@ def _kept_for_good(recipe: Recipe) -> int:
 
 
 def _sources(
-    mixture: MixtureSection, num_windows: int, window_tokens: int, known: Mapping[str, int]
+    mixture: MixtureSection, num_sequences: int, sequence_length: int, known: Mapping[str, int]
 ) -> dict[str, SourcePlan]:
-    planned = Shares.of(mixture, num_windows).planned(num_windows)
+    planned = Shares.of(mixture, num_sequences).planned(num_sequences)
     return {
         name: SourcePlan(
             group=source.group,
-            tokens=planned[name] * window_tokens,
-            epochs=planned[name] * window_tokens / known[name] if known.get(name) else None,
+            tokens=planned[name] * sequence_length,
+            epochs=planned[name] * sequence_length / known[name] if known.get(name) else None,
             max_epochs=source.max_epochs,
             when_exhausted=source.when_exhausted,
         )

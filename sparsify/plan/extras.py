@@ -1,4 +1,4 @@
-"""Memory and disk that the calibrated swap of a recipe takes before training starts, and refits at milestones while it trains.
+"""Memory and disk that the calibrated replacement of a recipe takes before training starts, and refits at milestones while it trains.
 
 Bytes that the dense source takes on every process while a run learns from it.
 """
@@ -30,7 +30,7 @@ class CalibrationPlan(BaseModel):
 
     Attributes:
         memory_bytes: One layer's weights, the Gram matrix and a chunk of tokens; on the GPU where there is one.
-        disk_bytes: Residual streams, and the bare swap's checkpoint.
+        disk_bytes: Residual streams, and the bare replacement's checkpoint.
         num_tokens: Tokens that it runs through every layer, those that are only watched among them.
     """
 
@@ -46,7 +46,7 @@ STREAM_COPIES = 3
 
 
 class RefitPlan(BaseModel):
-    """What the refits at milestones of an anneal take.
+    """What the refits at milestones of a blending schedule take.
 
     Attributes:
         memory_bytes: Of each process, between two steps: one layer's feed-forward weights, the Gram matrix of one expert, a chunk of
@@ -64,17 +64,17 @@ class RefitPlan(BaseModel):
 
 def plan_refits(recipe: Recipe, architecture: Architecture) -> RefitPlan | None:
     """The refits of a recipe; None where it has none."""
-    swap, a = recipe.swap, architecture
-    if not swap.refit_milestones:
+    blending, a = recipe.blending, architecture
+    if not blending.refit_milestones:
         return None
     # Gate, up and down; up and down with their signs turned, and the refitted down; experts side by side, to be written.
     weights = FP32_BYTES * 3 * (a.num_local_experts or 1) * 3 * a.hidden_size * a.intermediate_size
-    mine = -(-swap.refit_tokens // recipe.launch.total_processes)
+    mine = -(-blending.refit_tokens // recipe.launch.total_processes)
     stream = STREAM_COPIES * value_bytes(recipe) * mine * a.hidden_size
     return RefitPlan(
         memory_bytes=weights + _fitting_bytes(a, min(CHUNK_TOKENS, mine)) + stream,
-        num_refits=swap.refit_milestones,
-        num_tokens=swap.refit_tokens,
+        num_refits=blending.refit_milestones,
+        num_tokens=blending.refit_tokens,
     )
 
 
@@ -102,17 +102,17 @@ def plan_calibration(
     """
     if not recipe.conversion.calibration_tokens:
         return None
-    a, window_tokens = architecture, recipe.training.window_tokens
+    a, sequence_length = architecture, recipe.training.sequence_length
     num_experts = a.num_local_experts or 1
     ffn = num_experts * 3 * a.hidden_size * a.intermediate_size
     attention = 2 * a.hidden_size * (a.query_size + a.key_value_size)
     # Beside the dense block stand up and down with their signs turned, and the refitted down.
     weights = FP32_BYTES * (2 * ffn + attention)
-    watched = recipe.eval.validation_windows_per_source * len(token_shares(recipe.mixture))
-    num_tokens = recipe.conversion.calibration_tokens + watched * window_tokens
+    watched = recipe.eval.validation_sequences_per_source * len(token_shares(recipe.mixture))
+    num_tokens = recipe.conversion.calibration_tokens + watched * sequence_length
     streams = LIVING_STREAMS * FP32_BYTES * num_tokens * a.hidden_size
     return CalibrationPlan(
-        memory_bytes=weights + _fitting_bytes(a, max(CHUNK_TOKENS, window_tokens)),
+        memory_bytes=weights + _fitting_bytes(a, max(CHUNK_TOKENS, sequence_length)),
         disk_bytes=streams + 2 * model_bytes,
         num_tokens=num_tokens,
     )
@@ -141,7 +141,7 @@ def teacher_bytes(
     if not settings.is_on:
         return TeacherBytes()
     value = value_bytes(recipe)
-    each = value * training.micro_batch_windows * training.window_tokens
+    each = value * training.micro_batch_size * training.sequence_length
     return TeacherBytes(
         weights=value * parameters.total,
         logits=each * architecture.vocab_size if settings.logits_weight else 0,

@@ -29,7 +29,7 @@ class Choice(BaseModel):
     zero_stage: int
     offload_optimizer_to_cpu: bool
     offload_parameters_to_cpu: bool
-    micro_batch_windows: int
+    micro_batch_size: int
     gradient_checkpointing: bool
     device_bytes: int
     host_bytes: int
@@ -40,7 +40,7 @@ class Choice(BaseModel):
     def overrides(self) -> list[str]:
         """The settings as a command line takes them."""
         engine = ("zero_stage", "offload_optimizer_to_cpu", "offload_parameters_to_cpu")
-        training = ("micro_batch_windows", "gradient_checkpointing")
+        training = ("micro_batch_size", "gradient_checkpointing")
         return [
             f"{section}.{key}={str(getattr(self, key)).lower()}"
             for section, keys in (("engine", engine), ("training", training))
@@ -138,7 +138,7 @@ def cheapest(
                 zero_stage=candidate.engine.zero_stage,
                 offload_optimizer_to_cpu=candidate.engine.offload_optimizer_to_cpu,
                 offload_parameters_to_cpu=candidate.engine.offload_parameters_to_cpu,
-                micro_batch_windows=candidate.training.micro_batch_windows,
+                micro_batch_size=candidate.training.micro_batch_size,
                 gradient_checkpointing=candidate.training.gradient_checkpointing,
                 device_bytes=device_bytes,
                 host_bytes=host_bytes,
@@ -162,10 +162,10 @@ def _candidates(recipe: Recipe, hardware: Hardware) -> Iterator[Recipe]:
     checkpointing = (
         (False, True) if engine.auto_checkpointing else (training.gradient_checkpointing,)
     )
-    windows = training.batch_windows // recipe.launch.total_processes
-    sizes = [size for size in range(1, windows + 1) if windows % size == 0]
+    sequences = training.global_batch_size // recipe.launch.total_processes
+    sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
     if not engine.auto_micro_batch:
-        sizes = [training.micro_batch_windows]
+        sizes = [training.micro_batch_size]
     for stage, optimizer, weights in ways:
         for recomputes in checkpointing:
             for size in sizes:
@@ -174,7 +174,7 @@ def _candidates(recipe: Recipe, hardware: Hardware) -> Iterator[Recipe]:
                 candidate.engine.offload_optimizer_to_cpu = optimizer
                 candidate.engine.offload_parameters_to_cpu = weights
                 candidate.training.gradient_checkpointing = recomputes
-                candidate.training.micro_batch_windows = size
+                candidate.training.micro_batch_size = size
                 yield candidate
 
 

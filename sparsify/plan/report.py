@@ -63,7 +63,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
         f"{plan.peak_learning_rate:g}",
         f"to {plan.final_learning_rate:g}, cosine",
     )
-    yield "windows", f"{plan.num_windows:,}", f"of {plan.window_tokens:,} tokens"
+    yield "sequences", f"{plan.num_sequences:,}", f"of {plan.sequence_length:,} tokens"
     yield "tokens", f"{plan.num_tokens:,}", ""
     for name, source in plan.sources.items():
         yield f"  {name}", f"{source.tokens:,}", _shares_of(plan, name) + _epochs(source)
@@ -78,7 +78,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
 def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
     stage = (
         f"{plan.precision}, ZeRO-{plan.zero_stage}, {plan.processes} process(es), "
-        f"{plan.micro_batch_windows} window(s) a forward pass"
+        f"{plan.micro_batch_size} sequence(s) a forward pass"
     )
     if plan.gradient_checkpointing:
         stage += ", checkpointing"
@@ -99,7 +99,7 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield from _sizes(plan.host)
     if plan.calibration is not None:
         yield (
-            "calibrated swap",
+            "calibrated replacement",
             _size(plan.calibration.memory_bytes),
             f"before training, one layer at a time; {plan.calibration.num_tokens:,} tokens, "
             f"{_size(plan.calibration.disk_bytes)} on the disk meanwhile",

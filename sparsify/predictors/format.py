@@ -90,7 +90,7 @@ class PredictorFacts(BaseModel):
     neurons: int
     fingerprint: str
     text: str
-    window_tokens: int
+    sequence_length: int
     trained_tokens: int
     passes: int
     wanted_recall: float

@@ -75,7 +75,7 @@ def draw_cost(judgement: Judgement, theme: Theme) -> Figure:
 
 
 def _ways(axes: Axes, judgement: Judgement, theme: Theme) -> None:
-    marks = zip(judgement.ways, "sD^", (theme.control, theme.gate, theme.ink), strict=True)
+    marks = zip(judgement.ways, "sD^", (theme.baseline, theme.gate, theme.ink), strict=True)
     for way, mark, colour in marks:
         axes.plot([way.ffn_bytes], [0.0], mark, color=colour, label=way.name, markersize=7)
 
@@ -92,7 +92,7 @@ def draw_recall(judgement: Judgement, theme: Theme) -> Figure:
         (
             "recall if always the same were on",
             [point.static_recall for point in judgement.points],
-            theme.control,
+            theme.baseline,
             ":",
         ),
     )

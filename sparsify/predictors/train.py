@@ -52,7 +52,7 @@ class Settings:
         ranks: Ranks to try; shares of the hidden size unless given.
         passes: How often the text is read.
         learning_rate: At the start; it falls to 0 in a straight line.
-        seed: Decides the start and the order of windows.
+        seed: Decides the start and the order of sequences.
     """
 
     input: PredictorInput = "residual"
@@ -114,8 +114,8 @@ def train_predictors(
     if not training.chosen:
         training.choose(validation)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    window_tokens = max(batch["input_ids"].shape[1] for batch in batches)
-    return training.finish(validation, text=text, tokens=tokens, window_tokens=window_tokens)
+    sequence_length = max(batch["input_ids"].shape[1] for batch in batches)
+    return training.finish(validation, text=text, tokens=tokens, sequence_length=sequence_length)
 
 
 def _order(seed: int, number: int, length: int) -> list[int]:
@@ -179,7 +179,7 @@ class _Training:
         self.chosen = True
 
     def finish(
-        self, validation: Sequence[Batch], *, text: str, tokens: int, window_tokens: int
+        self, validation: Sequence[Batch], *, text: str, tokens: int, sequence_length: int
     ) -> Predictors:
         """The predictors, for the input that the engine feeds, with their numbers on the validation text."""
         histograms = self._histograms(validation)
@@ -213,7 +213,7 @@ class _Training:
                 neurons=config.intermediate_size,
                 fingerprint=fingerprint(self.model),
                 text=text,
-                window_tokens=window_tokens,
+                sequence_length=sequence_length,
                 trained_tokens=tokens,
                 passes=settings.passes,
                 wanted_recall=settings.wanted_recall,

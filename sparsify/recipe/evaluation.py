@@ -17,7 +17,7 @@ class EvalSection:
     evaluation_files: list[str] = field(default_factory=list)
     """Paths or globs of evaluation sets, formats as in `SourceSection.files`: what `mixture.decontaminate_against` means
     by this suite's name."""
-    validation_windows_per_source: int = 16
+    validation_sequences_per_source: int = 16
     report_tokens: int = 32_768
     """Held-out tokens that the sparsity report rests on."""
     report_curve_tokens: int = 0

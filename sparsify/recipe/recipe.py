@@ -15,10 +15,10 @@ from omegaconf import MISSING
 from sparsify.recipe.evaluation import EvalSection
 from sparsify.recipe.sparsification import (
     ActivationSection,
+    BlendingSection,
     ConversionSection,
     DistillationSection,
     SparsitySection,
-    SwapSection,
 )
 
 AUTO_STAGE = -1
@@ -26,10 +26,10 @@ FUSED_FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
 """Those that `training.fused_activation` has kernels for."""
 FUSED_ACTIVATION = ("auto", "triton", "inductor", "off")
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
-"""Not flash_attention_2: transformers tells documents apart there only when a forward pass has one window."""
+"""Not flash_attention_2: transformers tells documents apart there only when a forward pass has one sequence."""
 ON_BAD_STEP = ("skip", "rollback", "stop")
 EXECUTION_SETTINGS = (
-    "micro_batch_windows",
+    "micro_batch_size",
     "gradient_checkpointing",
     "fused_activation",
     "liger_kernels",
@@ -158,12 +158,12 @@ class TrainingSection:
 
     budget_tokens: int = MISSING
     """Tokens to train on, rounded down to whole steps."""
-    window_tokens: int = MISSING
-    """Length of one packed training window; at most the model's context."""
-    batch_windows: int = MISSING
-    """Windows per optimiser step, over all processes."""
-    micro_batch_windows: int = MISSING
-    """Windows per forward pass and process."""
+    sequence_length: int = MISSING
+    """Length of one packed training sequence; at most the model's context."""
+    global_batch_size: int = MISSING
+    """Sequences per optimiser step, over all processes."""
+    micro_batch_size: int = MISSING
+    """Sequences per forward pass and process."""
     precision: str = "bf16"
     """`bf16` (with fp32 master weights; needs ZeRO stage 1 or above) or `fp32`."""
     gradient_checkpointing: bool = False
@@ -201,12 +201,12 @@ class OptimizerSection:
 class StabilitySection:
     """What to do about a bad step: one whose loss or gradient is NaN or infinite, or whose loss is a spike.
 
-    A bad step never changes weights or Adam's moments. Its windows count as seen; metrics.jsonl names them.
+    A bad step never changes weights or Adam's moments. Its sequences count as seen; metrics.jsonl names them.
     """
 
     on_bad_step: str = "skip"
     """`skip` goes on with the next batch; `rollback` also takes back every step since the last checkpoint and leaves their
-    windows out; `stop` saves the state from before the step and ends the run with a report."""
+    sequences out; `stop` saves the state from before the step and ends the run with a report."""
     spike_deviations: float | None = 8.0
     """A loss is a spike when it lies this many robust standard deviations above what the recent losses of its sources let
     expect; null judges NaN and infinity only."""
@@ -214,9 +214,9 @@ class StabilitySection:
     """Steps that a loss is judged by. A source is judged from a quarter of them on."""
     max_bad_steps: int = 8
     """More bad steps than this among the recent ones stop the run with a report."""
-    starving_expert_load: float = 0.1
+    underused_expert_load: float = 0.1
     """A Mixtral's expert starves when it gets less than this part of an even share of its layer's tokens …"""
-    starving_expert_steps: int = 100
+    underused_expert_steps: int = 100
     """… for so many steps in a row: then an alarm names it, once."""
 
 
@@ -238,7 +238,7 @@ class EngineSection:
     zero_stage: int = MISSING
     """0 to 3; AUTO_STAGE (`engine=auto`) leaves stage, offload, micro-batch and checkpointing to the plan."""
     auto_micro_batch: bool = True
-    """`engine=auto` may replace training.micro_batch_windows; the batch stays."""
+    """`engine=auto` may replace training.micro_batch_size; the batch stays."""
     auto_checkpointing: bool = True
     """`engine=auto` may replace training.gradient_checkpointing."""
     auto_offload: bool = True
@@ -252,7 +252,7 @@ class EngineSection:
     """ZeRO stage 3 only."""
     reduce_bucket_elements: int = 50_000_000
     attention: str = "sdpa"
-    """One of ATTENTION_IMPLEMENTATIONS. Both keep the documents of a window apart; flex_attention skips what lies between
+    """One of ATTENTION_IMPLEMENTATIONS. Both keep the documents of a sequence apart; flex_attention skips what lies between
     them instead of masking it, and trains on a GPU only."""
 
 
@@ -297,12 +297,12 @@ class TrackingSection:
 
 
 @dataclass
-class ControlSection:
+class BaselineSection:
     """A second run on the same tokens that differs in its activation only."""
 
     ffn_activation: str | None = None
-    """`swiglu` trains the dense control after the sparse run; null trains none. A run that has this activation itself
-    (`activation=swiglu`) is the control: `validate` sets null."""
+    """`swiglu` trains the dense baseline after the sparse run; null trains none. A run that has this activation itself
+    (`activation=swiglu`) is the baseline: `validate` sets null."""
 
 
 @dataclass
@@ -317,7 +317,7 @@ class Recipe:
     model: ModelSection = field(default_factory=ModelSection)
     activation: ActivationSection = field(default_factory=ActivationSection)
     conversion: ConversionSection = field(default_factory=ConversionSection)
-    swap: SwapSection = field(default_factory=SwapSection)
+    blending: BlendingSection = field(default_factory=BlendingSection)
     sparsity: SparsitySection = field(default_factory=SparsitySection)
     distillation: DistillationSection = field(default_factory=DistillationSection)
     mixture: MixtureSection = field(default_factory=MixtureSection)
@@ -329,11 +329,11 @@ class Recipe:
     engine: EngineSection = field(default_factory=EngineSection)
     launch: LaunchSection = field(default_factory=LaunchSection)
     tracking: TrackingSection = field(default_factory=TrackingSection)
-    control: ControlSection = field(default_factory=ControlSection)
+    baseline: BaselineSection = field(default_factory=BaselineSection)
 
     @property
     def step_tokens(self) -> int:
-        return self.training.batch_windows * self.training.window_tokens
+        return self.training.global_batch_size * self.training.sequence_length
 
     @property
     def num_steps(self) -> int:
@@ -341,8 +341,8 @@ class Recipe:
 
     @property
     def accumulation_steps(self) -> int:
-        return self.training.batch_windows // (
-            self.training.micro_batch_windows * self.launch.total_processes
+        return self.training.global_batch_size // (
+            self.training.micro_batch_size * self.launch.total_processes
         )
 
 

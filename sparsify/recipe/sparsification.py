@@ -35,26 +35,26 @@ class ActivationSection:
 
 @dataclass
 class ConversionSection:
-    """What the swap of the activation does to the weights before any training (`docs/calibration.md`)."""
+    """What the replacement of the activation does to the weights before any training (`docs/calibration.md`)."""
 
     calibration_tokens: int = 0
-    """Training tokens of the mixture that the calibrated swap rests on: signs, thresholds and a refit of the down
+    """Training tokens of the mixture that the calibrated replacement rests on: signs, thresholds and a refit of the down
     projections, layer by layer. 0 swaps the activation and nothing else."""
     refit_target: str = "mix"
     """What a refitted block should answer, one of REFIT_TARGETS: `own`, what it answered before; `residual`, also what the
     layers before it lost; `mix`, half of that."""
     ridge: float = 0.01
-    """How strongly a refit, one of `swap.refit_milestones` too, holds on to the old weights: as a share of the mean of its
+    """How strongly a refit, one of `blending.refit_milestones` too, holds on to the old weights: as a share of the mean of its
     Gram matrix's diagonal."""
     target_zeros: float | None = None
     """Share of exact zeros that thresholds give every layer on the calibration tokens; null sets none."""
 
 
 @dataclass
-class SwapSection:
+class BlendingSection:
     """How the dense activation gives way to `activation.ffn_activation`."""
 
-    anneal_token_share: float = 0.0
+    budget_share: float = 0.0
     """Share of the budget over which the dense activation fades into the sparse one, in a straight line: below 1, so that
     the run ends with the sparse one itself. 0 swaps before the first step."""
     refit_milestones: int = 0

@@ -30,7 +30,7 @@ class Theme:
     """A tint of `product` on which ink can be read."""
     gate: str
     up: str
-    control: str
+    baseline: str
     heat_stops: tuple[str, ...]
     """Sequential colours from few to many, monotone in lightness."""
 
@@ -86,7 +86,7 @@ LIGHT = Theme(
     product_fill="#c3dde2",
     gate="#d48806",
     up="#b03a75",
-    control="#8b867c",
+    baseline="#8b867c",
     heat_stops=("#f3efe4", "#a9cfcb", "#4495a6", "#1b6b84", "#0e3344"),
 )
 DARK = Theme(
@@ -99,7 +99,7 @@ DARK = Theme(
     product_fill="#24505f",
     gate="#f2b84f",
     up="#ec8fbe",
-    control="#99948b",
+    baseline="#99948b",
     heat_stops=("#22262b", "#204c5c", "#2f7f99", "#4fa9c6", "#d9f1ee"),
 )
 

@@ -1,4 +1,4 @@
-"""What a run reads: the tokenised sources of its mixture, the order of their windows, and the lock that fixes them.
+"""What a run reads: the tokenised sources of its mixture, the order of their sequences, and the lock that fixes them.
 
 The launcher has them tokenised (`feeder`); every rank opens what is there by now.
 """
@@ -16,9 +16,9 @@ from sparsify.mixture.sequences.epoch_caps import (
     capped_shares,
     first_exceeded,
     fitting_steps,
-    most_windows,
+    most_sequences,
 )
-from sparsify.mixture.sequences.reader import WindowReader
+from sparsify.mixture.sequences.reader import SequenceReader
 from sparsify.mixture.sequences.shares import Shares
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.ingest import Ingest, mixture_ingests
@@ -36,15 +36,15 @@ def shares_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> Shares:
         MixtureError: If a source would be seen more often than its max_epochs, with the budget that fits.
     """
     training, mixture = recipe.training, recipe.mixture
-    num_windows = recipe.num_steps * training.batch_windows
+    num_sequences = recipe.num_steps * training.global_batch_size
     capacities = _capacities(recipe, sources)
-    shares = capped_shares(mixture, num_windows, capacities)
-    exceeded = first_exceeded(mixture, num_windows, capacities)
+    shares = capped_shares(mixture, num_sequences, capacities)
+    exceeded = first_exceeded(mixture, num_sequences, capacities)
     if exceeded is None:
         return shares
     epoch_tokens = sources[exceeded].num_train_tokens
-    asked_tokens = float(shares.demand(exceeded, num_windows)) * training.window_tokens
-    steps = fitting_steps(mixture, recipe.num_steps, training.batch_windows, capacities)
+    asked_tokens = float(shares.demand(exceeded, num_sequences)) * training.sequence_length
+    steps = fitting_steps(mixture, recipe.num_steps, training.global_batch_size, capacities)
     shorter = f"Set training.budget_tokens={steps * recipe.step_tokens}, " if steps else ""
     key = f"mixture.sources.{exceeded}"
     others = (
@@ -63,10 +63,10 @@ def shares_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> Shares:
 
 
 def _capacities(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> dict[str, int]:
-    """Most windows that sources with max_epochs may give. One that has more text than the run asks for is not bound by it."""
+    """Most sequences that sources with max_epochs may give. One that has more text than the run asks for is not bound by it."""
     training = recipe.training
     return {
-        name: int(max_epochs * TrainingStream(source, training.window_tokens, 0).num_windows)
+        name: int(max_epochs * TrainingStream(source, training.sequence_length, 0).num_sequences)
         for name, source in sources.items()
         if (max_epochs := recipe.mixture.sources[name].max_epochs) is not None
         and source.cache.complete
@@ -80,13 +80,13 @@ def ingests_of(recipe: Recipe, run: RunFolder) -> dict[str, Ingest]:
         MixtureError: If the tokenizer cannot serve.
     """
     training = recipe.training
-    windows = most_windows(recipe.mixture, recipe.num_steps * training.batch_windows)
+    sequences = most_sequences(recipe.mixture, recipe.num_steps * training.global_batch_size)
     return mixture_ingests(
         recipe.mixture,
         load_tokenizer(run.initial),
-        train_tokens={name: count * training.window_tokens for name, count in windows.items()},
-        held_out_tokens=recipe.eval.validation_windows_per_source * training.window_tokens,
-        window_tokens=training.window_tokens,
+        train_tokens={name: count * training.sequence_length for name, count in sequences.items()},
+        held_out_tokens=recipe.eval.validation_sequences_per_source * training.sequence_length,
+        sequence_length=training.sequence_length,
         cache_dir=Path(recipe.cache_dir),
     )
 
@@ -100,10 +100,10 @@ def open_sources(ingests: Mapping[str, Ingest]) -> dict[str, TokenizedSource]:
     return {name: ingest.open() for name, ingest in ingests.items()}
 
 
-def wait_for_windows(
-    reader: WindowReader, first: int, count: int, stop_requested: Callable[[], bool]
+def wait_for_sequences(
+    reader: SequenceReader, first: int, count: int, stop_requested: Callable[[], bool]
 ) -> bool:
-    """Waits until these training windows are tokenised. Returns False when this rank was asked to stop before they were."""
+    """Waits until these training sequences are tokenised. Returns False when this rank was asked to stop before they were."""
     while not reader.is_here(first, count):
         if stop_requested():
             return False
@@ -114,11 +114,11 @@ def wait_for_windows(
 def lock_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> MixtureLock:
     """The lock that these sources give this run."""
     shares = shares_of(recipe, sources)
-    planned = shares.planned(recipe.num_steps * recipe.training.batch_windows)
+    planned = shares.planned(recipe.num_steps * recipe.training.global_batch_size)
     return make_lock(
         sources,
         token_shares(recipe.mixture),
-        planned_windows={name: planned.get(name, 0) for name in sources},
-        window_tokens=recipe.training.window_tokens,
+        planned_sequences={name: planned.get(name, 0) for name in sources},
+        sequence_length=recipe.training.sequence_length,
         seed=recipe.training.seed,
     )

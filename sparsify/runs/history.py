@@ -6,9 +6,43 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from sparsify.errors import RunError
 from sparsify.runs.run_folder import RunFolder
-from sparsify.sparsity.schema import Stage, Trajectory, TrajectoryPoint
+
+
+class _Section(BaseModel):
+    # A diverged model has a loss of NaN or infinity; JSON has neither, and null would mean "not measured".
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class Stage(_Section):
+    """One model on the way, measured on the same text."""
+
+    name: str
+    loss: float
+    """Nats per token."""
+    zeros: float | None = None
+
+
+class TrajectoryPoint(_Section):
+    """One measurement during training; what was not measured at that moment is None."""
+
+    tokens: int
+    """Training tokens seen."""
+    loss: float | None = None
+    """Validation loss, nats per token."""
+    zeros: float | None = None
+    layers: list[float] | None = None
+    """Share of zero products of every layer."""
+
+
+class Trajectory(_Section):
+    """Training of the sparse model and, where there is one, of its dense baseline on the same tokens."""
+
+    sparse: list[TrajectoryPoint]
+    baseline: list[TrajectoryPoint] = Field(default_factory=list)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -48,49 +82,51 @@ def validation_records(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def curve_records(run: RunFolder) -> list[dict[str, Any]]:
-    """The validation lines of the model that is trained: from where its training starts, without the base before a swap.
+    """The validation lines of the model that is trained: from where its training starts, without the base before an activation replacement.
 
-    An annealed run starts as its dense base: what the bare swap would have made of it, no step ever met.
+    A blended run starts as its dense base: what the bare replacement would have made of it, no step ever met.
     """
     records = validation_records(run)
     labels = {record["label"] for record in records}
-    start = "after_swap" if "after_swap" in labels and not is_annealed(run) else "base"
-    return [record for record in records if record["label"] in ("annealing", "training", start)]
+    start = "after_replacement" if "after_replacement" in labels and not is_blended(run) else "base"
+    return [record for record in records if record["label"] in ("blending", "training", start)]
 
 
-def is_annealed(run: RunFolder) -> bool:
+def is_blended(run: RunFolder) -> bool:
     """Whether the run's activation fades in while it trains."""
-    return run.recipe.is_file() and run.load_recipe().swap.anneal_token_share > 0
+    return run.recipe.is_file() and run.load_recipe().blending.budget_share > 0
 
 
 def stages(run: RunFolder) -> list[Stage]:
-    """Dense base, right after the swap, after training, and the control, as far as they were measured.
+    """Dense base, right after the activation replacement, after training, and the baseline, as far as they were measured.
 
     Losses are validation losses: means over sources by token share, nats per token.
     """
     newest = {record["label"]: record for record in validation_records(run)}
     if "training" in newest:
-        newest.pop("annealing", None)  # on its way then, past now
+        newest.pop("blending", None)  # on its way then, past now
     rows = [
         Stage(name=name, loss=newest[label]["loss"], zeros=newest[label]["zeros"])
         for label, name in _stage_names(run).items()
         if label in newest
     ]
-    control = [
-        record for record in validation_records(run.control) if record["label"] == "training"
+    baseline = [
+        record for record in validation_records(run.baseline) if record["label"] == "training"
     ]
-    if control:
-        activation = run.control.load_recipe().activation.ffn_activation
-        name = "dense control" if activation == "swiglu" else f"{activation} control"
+    if baseline:
+        activation = run.baseline.load_recipe().activation.ffn_activation
+        name = "dense baseline" if activation == "swiglu" else f"{activation} baseline"
         rows.append(
-            Stage(name=f"{name}, same tokens", loss=control[-1]["loss"], zeros=control[-1]["zeros"])
+            Stage(
+                name=f"{name}, same tokens", loss=baseline[-1]["loss"], zeros=baseline[-1]["zeros"]
+            )
         )
     return rows
 
 
 def trajectory(run: RunFolder) -> Trajectory:
-    """Validation loss and zeros against tokens, for the run and its control."""
-    return Trajectory(sparse=_points(run), control=_points(run.control))
+    """Validation loss and zeros against tokens, for the run and its baseline."""
+    return Trajectory(sparse=_points(run), baseline=_points(run.baseline))
 
 
 def _stage_names(run: RunFolder) -> dict[str, str]:
@@ -100,8 +136,10 @@ def _stage_names(run: RunFolder) -> dict[str, str]:
     base = config["base_ffn_activation"]
     return {
         "base": "dense base" if base == "swiglu" else f"{base} base",
-        "after_swap": "what the bare swap would be" if is_annealed(run) else "right after the swap",
-        "annealing": "while annealing",
+        "after_replacement": "what the bare replacement would be"
+        if is_blended(run)
+        else "right after the activation replacement",
+        "blending": "while blending",
         "training": "after training",
     }
 

@@ -1,4 +1,4 @@
-"""What a run and its control have in common."""
+"""What a run and its baseline have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHARE_DECIMALS = 9
 
 
 def identity_of(recipe: Recipe, lock: MixtureLock) -> tuple[Any, ...]:
-    """What a run and its control have in common: model, optimiser, budget, and the tokens in their order."""
+    """What a run and its baseline have in common: model, optimiser, budget, and the tokens in their order."""
     training = asdict(recipe.training)
     for key in EXECUTION_SETTINGS:
         del training[key]

@@ -14,7 +14,7 @@ from sparsify.conversion.tokenizer import check_tokenizer, load_tokenizer
 from sparsify.errors import RunError
 from sparsify.models import SparseModel
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.checkpoints import STATE, consolidated_weights, latest_checkpoint
+from sparsify.runs.state import STATE, consolidated_weights, latest_checkpoint
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,9 @@ class RunFolder:
         return self.path / "logs"
 
     @property
-    def control(self) -> RunFolder:
-        """The control's own run folder."""
-        return RunFolder(self.path / "control")
+    def baseline(self) -> RunFolder:
+        """The baseline's own run folder."""
+        return RunFolder(self.path / "baseline")
 
     def load_recipe(self) -> Recipe:
         """The recipe as it was resolved when the run was launched.

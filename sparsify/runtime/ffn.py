@@ -39,7 +39,7 @@ def sparse_ffn(
         weights: Weights of the block on the device of x, of its dtype or in int8 or int4 blocks.
         activation: The two factors.
         predictor_input: What the predictor looks at, of the shape of x; x itself unless given.
-        dense: Read every row: the control that a speed-up is measured against.
+        dense: Read every row: the baseline that a speed-up is measured against.
         backend: `native` is the C++ kernel, `triton` those for GPUs, `torch` the same by torch's operators on any device; `auto`
             is `backend_of(x)`.
         threads: Of the C++ kernel alone. Unless given, torch's own number, but no more than have THREAD_BYTES of gate rows to

@@ -1,16 +1,7 @@
 """How sparse a model is, where, and how reliably."""
 
 from sparsify.sparsity.probe import SparsityProbe
-from sparsify.sparsity.report import (
-    LayerRow,
-    SparsityReport,
-    Stage,
-    Trajectory,
-    TrajectoryPoint,
-    measure,
-    read_report,
-    write_report,
-)
+from sparsify.sparsity.report import LayerRow, SparsityReport, measure, read_report, write_report
 from sparsify.sparsity.statistics import ActivationStatistics
 
 __all__ = [
@@ -18,9 +9,6 @@ __all__ = [
     "LayerRow",
     "SparsityProbe",
     "SparsityReport",
-    "Stage",
-    "Trajectory",
-    "TrajectoryPoint",
     "measure",
     "read_report",
     "write_report",

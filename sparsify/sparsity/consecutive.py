@@ -1,6 +1,6 @@
 """What consecutive tokens share: unions over chunks, reuse from token to token, neurons that fire together.
 
-Exact integer counts, like ActivationStatistics: they do not depend on how windows are batched, and they merge by addition.
+Exact integer counts, like ActivationStatistics: they do not depend on how sequences are batched, and they merge by addition.
 Only tokens of one document that stand next to each other are consecutive.
 """
 
@@ -28,7 +28,7 @@ class ConsecutiveStatistics:
     """Counts over consecutive tokens. All tensors are int64 on the CPU.
 
     Attributes:
-        chunks: Whole chunks of each length of CHUNK_TOKENS, cut from the window's start, [lengths].
+        chunks: Whole chunks of each length of CHUNK_TOKENS, cut from the sequence's start, [lengths].
         chunk_fired: Neurons that fired on any token of a chunk, summed over chunks, [layers, lengths].
         fired: Neurons that fired on a token that has five tokens before it, summed over tokens, [layers].
         reused: Those of them that fired on at least one of the 1 to 5 tokens before, [layers, 5].
@@ -142,12 +142,12 @@ class ConsecutiveObserver:
         """Counts one block, some tokens at a time; the experts of a layer add up."""
         batch, length = self._chunk_counts[0].shape
         self.statistics.routed[layer, expert] += len(tokens)
-        windows = max(1, PIECE_TOKENS // max(length, 1))
+        sequences = max(1, PIECE_TOKENS // max(length, 1))
         back = REUSE_TOKENS[-1]
-        for first in range(0, batch, windows):
-            some = slice(first, min(first + windows, batch))
+        for first in range(0, batch, sequences):
+            some = slice(first, min(first + sequences, batch))
             for start in range(0, length, PIECE_TOKENS):
-                # Pieces of a window overlap by the tokens that the next one looks back to.
+                # Pieces of a sequence overlap by the tokens that the next one looks back to.
                 before = min(start, back)
                 piece = slice(start, min(start + PIECE_TOKENS, length))
                 low = some.start * length + piece.start - before
@@ -167,20 +167,20 @@ class ConsecutiveObserver:
         sampled = fired[:, self._sample.to(fired.device)].float()
         self.statistics.together[layer, expert] += (sampled.T @ sampled).cpu().long()
 
-    def _add_chunks(self, layer: int, fired: torch.Tensor, windows: slice, tokens: slice) -> None:
+    def _add_chunks(self, layer: int, fired: torch.Tensor, sequences: slice, tokens: slice) -> None:
         union = fired
         for index, (size, counts) in enumerate(zip(CHUNK_TOKENS, self._chunk_counts, strict=True)):
             if index:
                 even = union.shape[1] // 2 * 2
                 union = union[:, 0:even:2] | union[:, 1:even:2]
-            counted = counts[windows, tokens.start // size : tokens.stop // size]
+            counted = counts[sequences, tokens.start // size : tokens.stop // size]
             self.statistics.chunk_fired[layer, index] += _firings(union, counted)
 
-    def _add_reuse(self, layer: int, fired: torch.Tensor, windows: slice, tokens: slice) -> None:
+    def _add_reuse(self, layer: int, fired: torch.Tensor, sequences: slice, tokens: slice) -> None:
         back, length = REUSE_TOKENS[-1], fired.shape[1]
         if length <= back:
             return
-        counted = self._reuse_counts[windows, max(tokens.start, back) - back : tokens.stop - back]
+        counted = self._reuse_counts[sequences, max(tokens.start, back) - back : tokens.stop - back]
         now = fired[:, back:]
         self.statistics.fired[layer] += _firings(now, counted)
         before = torch.zeros_like(now)
@@ -190,7 +190,7 @@ class ConsecutiveObserver:
 
 
 def _firings(fired: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Firings [windows, tokens, neurons] on the tokens that count [windows, tokens], on the CPU. []"""
+    """Firings [sequences, tokens, neurons] on the tokens that count [sequences, tokens], on the CPU. []"""
     by_token = count_rows(fired.flatten(0, 1)).view(fired.shape[:2])
     return (by_token * counted.to(fired.device)).sum().cpu()
 

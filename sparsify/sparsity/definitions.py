@@ -45,9 +45,9 @@ def definitions(
         "Always-on neuron": "Fired on every token that reached it; the same bound holds for its silent share.",
         "Zeros by cause": "A product is zero because its gate factor is, its up factor is, or both are. A product of two "
         "non-zero factors is counted apart: one that is too small for the dtype, or does not exceed its neuron's threshold.",
-        "Position": "Distance from the first token of the document, or of the window where a document was cut.",
+        "Position": "Distance from the first token of the document, or of the sequence where a document was cut.",
         "Union, consecutive": "Share of a layer's neurons (of all its experts) that fire on at least one token of a chunk of "
-        "consecutive tokens of one document; chunks are cut from the window's start, mean over chunks and layers.",
+        "consecutive tokens of one document; chunks are cut from the sequence's start, mean over chunks and layers.",
         "Union, unrelated": "The same for tokens drawn from anywhere in the text: the exact mean over every choice of that "
         "many different tokens, C(N − f, n) / C(N, n) being the chance that a neuron that fired on f of N tokens is missing.",
         "Reuse": "Of the neurons that fire on a token, the share that fired on at least one of the 1 to 5 tokens before it, "
@@ -68,7 +68,7 @@ def definitions(
         "Active parameters": "What one token needs. Perfect predictor: gate, up and down of the neurons that fire, and no "
         "others. Gate first: the whole gate of the computed experts, up where the gate is not zero, down where the product is "
         "not. A tied head counts once, as the embedding.",
-        "Tokens": f"{num_tokens:,}: every position of the measured windows, with or without a label.",
+        "Tokens": f"{num_tokens:,}: every position of the measured sequences, with or without a label.",
         "Loss": "Cross-entropy of the next token, computed in float32, in nats per token; "
         "perplexity is its exponential.",
     }

@@ -108,7 +108,7 @@ def _positions_caption(report: SparsityReport, statistics: ActivationStatistics)
     first = report.positions[0]
     return (
         f"A document's first token ({first.num_tokens:,} of them) has {percent(first.product_zeros)} zeros, all tokens together "
-        f"{percent(report.product_zeros)}. A document that goes on in another window starts there anew."
+        f"{percent(report.product_zeros)}. A document that goes on in another sequence starts there anew."
     )
 
 
@@ -164,16 +164,16 @@ def _scaling_caption(report: SparsityReport, statistics: ActivationStatistics) -
 
 
 def _stages_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
-    return "Validation loss on the same held-out windows of the run's mixture, sources weighted by token share. Lower is better."
+    return "Validation loss on the same held-out sequences of the run's mixture, sources weighted by token share. Lower is better."
 
 
 def _trajectory_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
-    control = report.trajectory is not None and report.trajectory.control
+    baseline = report.trajectory is not None and report.trajectory.baseline
     return (
-        "The control saw the same tokens in the same order and differs in its activation only: the gap between the lines "
+        "The baseline saw the same tokens in the same order and differs in its activation only: the gap between the lines "
         "is what the zeros cost."
-        if control
-        else "No dense control was trained, so what the data alone would have changed is not known."
+        if baseline
+        else "No dense baseline was trained, so what the data alone would have changed is not known."
     )
 
 

@@ -150,7 +150,7 @@ def draw_causes(report: SparsityReport, statistics: ActivationStatistics, theme:
         ("both_zeros", "both factors zero", theme.product),
         ("gate_only_zeros", "gate only", theme.gate),
         ("up_only_zeros", "up only", theme.up),
-        ("underflow_zeros", "neither (underflow, threshold)", theme.control),
+        ("underflow_zeros", "neither (underflow, threshold)", theme.baseline),
     ):
         values = shares(rows, name)
         if np.nansum(values) > 0:

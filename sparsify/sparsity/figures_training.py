@@ -15,8 +15,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentF
 
 from sparsify.reporting.figures import WIDTH_INCHES, Theme
 from sparsify.reporting.numbers import percent
+from sparsify.runs.history import Trajectory, TrajectoryPoint
 from sparsify.sparsity.figures_model import heat_range
-from sparsify.sparsity.schema import Curves, SharePoint, SparsityReport, Trajectory, TrajectoryPoint
+from sparsify.sparsity.schema import Curves, SharePoint, SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
 
 Measure = Literal["loss", "zeros"]
@@ -33,7 +34,7 @@ def draw_stages(report: SparsityReport, statistics: ActivationStatistics, theme:
     finite = losses[np.isfinite(losses)]
     margin = 0.12 * (np.ptp(finite) or 1.0) if len(finite) else 1.0
     for row, stage in zip(rows, stages, strict=True):
-        colour = theme.control if not stage.zeros else theme.product
+        colour = theme.baseline if not stage.zeros else theme.product
         axes.plot(stage.loss, row, "o", color=colour, markersize=9)
         axes.annotate(
             f"{stage.loss:.3f}", (stage.loss, row), (0, 9), textcoords="offset points", ha="center"
@@ -58,15 +59,17 @@ def draw_stages(report: SparsityReport, statistics: ActivationStatistics, theme:
 def draw_trajectory(
     report: SparsityReport, statistics: ActivationStatistics, theme: Theme
 ) -> Figure:
-    """Validation loss and zeros over training, of the sparse run and its dense control."""
+    """Validation loss and zeros over training, of the sparse run and its dense baseline."""
     trajectory = _trajectory(report)
     figure = Figure(figsize=(WIDTH_INCHES, 5.0))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     panels: dict[Measure, Axes] = {"loss": upper, "zeros": lower}
     for measure, axes in panels.items():
-        control, sparse = (_known(run, measure) for run in (trajectory.control, trajectory.sparse))
-        above = not control or not sparse or sparse[-1][1] >= control[-1][1]
-        _curve(axes, control, measure, theme.control, "dense control", "--", above=not above)
+        baseline, sparse = (
+            _known(run, measure) for run in (trajectory.baseline, trajectory.sparse)
+        )
+        above = not baseline or not sparse or sparse[-1][1] >= baseline[-1][1]
+        _curve(axes, baseline, measure, theme.baseline, "dense baseline", "--", above=not above)
         _curve(axes, sparse, measure, theme.product, "sparse", "-", above=above)
         axes.grid(axis="x")
     upper.set_title("validation loss, nats per token")
@@ -209,7 +212,7 @@ def draw_cett(report: SparsityReport, statistics: ActivationStatistics, theme: T
     other = report.against.curves if report.against else None
     if report.against and other:
         against = ([p.target for p in other.cett], [p.sparsity for p in other.cett])
-        axes.plot(*against, "s--", color=theme.control, label=report.against.model, markersize=5)
+        axes.plot(*against, "s--", color=theme.baseline, label=report.against.model, markersize=5)
     axes.set(xlabel="CETT: error of the block's output", ylabel="neurons left out", ylim=(None, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis="x")

@@ -170,7 +170,7 @@ def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveSta
 
 
 IGNORED_LABEL = -100
-# Logits are turned into fp32 this many positions at a time: a whole window of a large vocabulary would double memory.
+# Logits are turned into fp32 this many positions at a time: a whole sequence of a large vocabulary would double memory.
 LOSS_CHUNK_TOKENS = 1024
 
 

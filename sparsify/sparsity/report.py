@@ -17,15 +17,7 @@ from sparsify.sparsity.active_parameters import published
 from sparsify.sparsity.definitions import formula
 from sparsify.sparsity.figures import FIGURES
 from sparsify.sparsity.measure import measure
-from sparsify.sparsity.schema import (
-    REPORT_FILE,
-    LayerRow,
-    SparsityReport,
-    Stage,
-    Trajectory,
-    TrajectoryPoint,
-    read_report,
-)
+from sparsify.sparsity.schema import REPORT_FILE, LayerRow, SparsityReport, read_report
 from sparsify.sparsity.statistics import ActivationStatistics
 
 TEMPLATE_FILE = "page.html.j2"
@@ -69,9 +61,6 @@ TABLE_FILE = "per_layer.csv"
 __all__ = [
     "LayerRow",
     "SparsityReport",
-    "Stage",
-    "Trajectory",
-    "TrajectoryPoint",
     "measure",
     "read_report",
     "write_report",

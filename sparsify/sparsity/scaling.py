@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import t as student_t
 
-from sparsify.sparsity.schema import ScalingFit, ScalingPoint, Trajectory
+from sparsify.runs.history import Trajectory
+from sparsify.sparsity.schema import ScalingFit, ScalingPoint
 
 Family = Literal["relu", "silu"]
 Array = NDArray[np.float64]

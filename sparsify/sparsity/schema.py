@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparsify.errors import RunError
+from sparsify.runs.history import Stage, Trajectory
 
 REPORT_FILE = "report.json"
 
@@ -62,7 +63,7 @@ class SourceRow(_Section):
 
 
 class PositionRow(_Section):
-    """Tokens at some positions of their documents (of the window, where a document goes on from the window before)."""
+    """Tokens at some positions of their documents (of the sequence, where a document goes on from the sequence before)."""
 
     first: int
     last: int | None
@@ -196,7 +197,7 @@ class Curves(_Section):
 
 
 class Against(_Section):
-    """Another model on the same windows."""
+    """Another model on the same sequences."""
 
     model: str
     ffn_activation: str
@@ -236,34 +237,6 @@ class ScalingFit(_Section):
     predicted: list[ScalingPoint]
     """At 1, 2, 5 and 10 times the tokens seen."""
     band: list[ScalingPoint]
-
-
-class Stage(_Section):
-    """One model on the way, measured on the same text."""
-
-    name: str
-    loss: float
-    """Nats per token."""
-    zeros: float | None = None
-
-
-class TrajectoryPoint(_Section):
-    """One measurement during training; what was not measured at that moment is None."""
-
-    tokens: int
-    """Training tokens seen."""
-    loss: float | None = None
-    """Validation loss, nats per token."""
-    zeros: float | None = None
-    layers: list[float] | None = None
-    """Share of zero products of every layer."""
-
-
-class Trajectory(_Section):
-    """Training of the sparse model and, where there is one, of its dense control on the same tokens."""
-
-    sparse: list[TrajectoryPoint]
-    control: list[TrajectoryPoint] = Field(default_factory=list)
 
 
 class SparsityReport(_Section):

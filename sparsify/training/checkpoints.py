@@ -11,15 +11,12 @@ checkpoints/
 
 from __future__ import annotations
 
-import io
-import json
-import pickle
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,47 +26,28 @@ from sparsify.errors import RunError
 from sparsify.files import replace_folder, storage_errors, write_json, write_text
 from sparsify.recipe.recipe import CheckpointSection
 from sparsify.runs.manifest import damage, sync_folder, write_manifest
-from sparsify.training.engine import prepare_accelerator
+from sparsify.runs.state import (
+    LATEST,
+    REFERENCE,
+    STATE,
+    Shape,
+    TrainingState,
+    checkpoint_name,
+    crosses,
+    damaged_checkpoint,
+    read_state,
+    unreadable_shards,
+)
 from sparsify.training.resize import (
     CONVERSIONS,
-    Shape,
     check_convertible,
     conversion_folder,
     needs_conversion,
     universal_loading,
 )
 
-LATEST = "latest"
-STATE = "state.json"
-REFERENCE = "reference.safetensors"
 HIDDEN = (".partial-*", ".step-*", CONVERSIONS)
 """What no longer serves after a save: remains of a run that was killed meanwhile, and what a resized run began from."""
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Everything that goes on from one step to the next besides the engine's own tensors."""
-
-    step: int
-    seen_tokens: int
-    processes: int
-    zero_stage: int
-    drawn_windows: dict[str, int]
-    """Windows of each source so far: what was delivered, and where the schedule goes on without counting anew."""
-    recent_losses: list[dict[str, float] | None] = field(default_factory=list)
-    """Loss of each source at the newest steps, None where a step was bad: what the next step is judged by."""
-    left_out_windows: list[list[int]] = field(default_factory=list)
-    """First and last window of each range that did not go into the weights, because its steps were bad or taken back."""
-    hungry_steps: list[list[int]] = field(default_factory=list)
-    """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
-    control: dict[str, float] = field(default_factory=dict)
-    """Where the loop stands that ends at `sparsity.target_zeros` (`sparsify.methods.penalty.Control`); empty without one."""
-    refits: int = 0
-    """How many of `swap.refit_milestones` the weights have gone through; the activation in force follows from it."""
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(self.processes, self.zero_stage)
 
 
 @dataclass(frozen=True)
@@ -107,34 +85,6 @@ class Saved:
 
     path: Path
     size_bytes: int
-
-
-def crosses(every_tokens: int, seen_tokens: int, step_tokens: int) -> bool:
-    """Whether the step that ended at `seen_tokens` crossed a multiple of `every_tokens`."""
-    return seen_tokens // every_tokens > (seen_tokens - step_tokens) // every_tokens
-
-
-def checkpoint_name(step: int) -> str:
-    """Folder name of the checkpoint after this many steps."""
-    return f"step-{step:08d}"
-
-
-def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None when there is none yet. Only its being there is looked at.
-
-    Raises:
-        RunError: If `latest` names a checkpoint that is not there.
-    """
-    pointer = checkpoints / LATEST
-    if not pointer.is_file():
-        return None
-    path = checkpoints / pointer.read_text().strip()
-    if not (path / STATE).is_file():
-        raise RunError(
-            f"{pointer} names {path.name}, which is not there or not whole.",
-            next_step=f"Write the name of another folder in {checkpoints} into {pointer.name}.",
-        )
-    return path
 
 
 def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
@@ -180,37 +130,6 @@ def _unreadable_state(checkpoint: Path) -> str | None:
     except RunError as error:
         return error.given
     return None
-
-
-def read_state(checkpoint: Path) -> TrainingState:
-    """Reads a checkpoint's counters.
-
-    Raises:
-        RunError: If they are missing or damaged.
-    """
-    try:
-        return TrainingState(**json.loads((checkpoint / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(checkpoint, f"{STATE}: {error}") from error
-
-
-def _damaged(checkpoint: Path, reason: str) -> RunError:
-    return RunError(
-        f"{checkpoint} is not whole: {reason}.",
-        next_step=f"Write the name of another checkpoint into {checkpoint.parent / LATEST}.",
-    )
-
-
-@contextmanager
-def _unreadable_shards(checkpoint: Path) -> Iterator[None]:
-    """Says which checkpoint it is when torch meets a shard that is missing or was cut off."""
-    try:
-        yield
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        said = str(error)
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in said:
-            raise
-        raise _damaged(checkpoint, said.partition("\n")[0]) from error
 
 
 def save(
@@ -303,53 +222,9 @@ def load(engine: Any, checkpoint: Path) -> TrainingState:
 
 
 def _load_shards(engine: Any, folder: Path) -> None:
-    with _unreadable_shards(folder):
+    with unreadable_shards(folder):
         loaded, _ = engine.load_checkpoint(
             str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
         )
     if loaded is None:
-        raise _damaged(folder, "DeepSpeed found nothing to load in it")
-
-
-class StoredTensor(Protocol):
-    """A tensor that is still on the disk."""
-
-    @property
-    def shape(self) -> torch.Size:
-        """Its shape."""
-        ...
-
-    def contiguous(self) -> torch.Tensor:
-        """Reads it."""
-        ...
-
-
-def consolidated_weights(checkpoint: Path) -> dict[str, StoredTensor]:
-    """Finds the trained weights in a run's own shards, without an engine. A tensor is read when it is asked for.
-
-    Returns:
-        Tensors by the model's parameter names: the live weights for ZeRO 0 to 2; for ZeRO 3 the fp32 master weights,
-        which the live ones are rounded from.
-
-    Raises:
-        RunError: If a shard is missing or damaged.
-    """
-    prepare_accelerator()  # unpickling imports DeepSpeed, which else announces the accelerator it found
-    whole_model = read_state(checkpoint).zero_stage < 3
-    shard = checkpoint / "mp_rank_00_model_states.pt"
-    reason = damage(checkpoint, {shard.name} if whole_model else None)
-    if reason is not None:
-        raise _damaged(checkpoint, reason)
-    if whole_model:
-        # DeepSpeed's own shard of the user's own run: the one pickle that is trusted here.
-        with _unreadable_shards(checkpoint):
-            return torch.load(shard, map_location="cpu", mmap=True, weights_only=False)["module"]
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    unheard = io.StringIO()
-    with _unreadable_shards(checkpoint), redirect_stdout(unheard), redirect_stderr(unheard):
-        weights = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
-        )
-    assert weights is not None
-    return weights
+        raise damaged_checkpoint(folder, "DeepSpeed found nothing to load in it")

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from sparsify.errors import RunError
-from sparsify.methods.blending import anneal
+from sparsify.methods.blending import blend
 from sparsify.methods.penalty import penalty_weight
 from sparsify.mixture.sequences.reader import Batch
 from sparsify.recipe.recipe import Recipe
@@ -35,14 +35,14 @@ def dry_run(session: Session) -> None:
         return
     engine, recipe = session.engine, session.recipe
     batch = largest_batch(recipe, engine.module.config.vocab_size, len(session.reader.names))
-    num_windows = recipe.training.micro_batch_windows * dist.get_world_size()
-    sources = [session.reader.names[0]] * num_windows
-    num_labels = recipe.training.window_tokens * num_windows
+    num_sequences = recipe.training.micro_batch_size * dist.get_world_size()
+    sources = [session.reader.names[0]] * num_sequences
+    num_labels = recipe.training.sequence_length * num_sequences
     with out_of_memory_named(recipe):
         # As the last micro-batch of a step, which reduces the gradients as well.
         engine.set_gradient_accumulation_boundary(True)
         weight = penalty_weight(recipe, session.state.control, 0)
-        anneal(engine.module, recipe, 0)
+        blend(engine.module, recipe, 0)
         with Objective(recipe, engine, weight, session.teacher) as objective:
             accumulate(session, [batch], sources, num_labels, None, objective)
     forget_gradients(engine)
@@ -50,12 +50,12 @@ def dry_run(session: Session) -> None:
 
 
 def largest_batch(recipe: Recipe, vocab_size: int, num_sources: int) -> Batch:
-    """Full windows of made-up tokens, two documents each, so that they need an attention mask."""
+    """Full sequences of made-up tokens, two documents each, so that they need an attention mask."""
     training = recipe.training
-    shape = (training.micro_batch_windows, training.window_tokens)
+    shape = (training.micro_batch_size, training.sequence_length)
     generator = torch.Generator().manual_seed(training.seed + dist.get_rank())
     tokens = torch.randint(vocab_size, shape, generator=generator)
-    positions = torch.arange(training.window_tokens) % -(-training.window_tokens // 2)
+    positions = torch.arange(training.sequence_length) % -(-training.sequence_length // 2)
     tensors = {"input_ids": tokens, "labels": tokens, "position_ids": positions.repeat(shape[0], 1)}
     return Batch(tensors, torch.arange(shape[0]) % num_sources)
 
@@ -94,19 +94,19 @@ def out_of_memory_named(recipe: Recipe) -> Iterator[None]:
             raise
         training, stage = recipe.training, recipe.engine.zero_stage
         remedies = []
-        if training.micro_batch_windows > 1:
+        if training.micro_batch_size > 1:
             fewer = max(
                 size
-                for size in range(1, training.micro_batch_windows)
-                if training.micro_batch_windows % size == 0
+                for size in range(1, training.micro_batch_size)
+                if training.micro_batch_size % size == 0
             )
-            remedies.append(f"training.micro_batch_windows={fewer}")
+            remedies.append(f"training.micro_batch_size={fewer}")
         if not training.gradient_checkpointing:
             remedies.append("training.gradient_checkpointing=true")
         remedies.append("engine=zero3_offload" if stage == 3 else f"engine=zero{stage + 1}")
         raise RunError(
-            f"Rank {dist.get_rank()} ran out of memory in the dry run before step 1, with {training.micro_batch_windows} "
-            f"window(s) of {training.window_tokens} tokens and ZeRO-{stage}: {str(error).splitlines()[0]}",
+            f"Rank {dist.get_rank()} ran out of memory in the dry run before step 1, with {training.micro_batch_size} "
+            f"sequence(s) of {training.sequence_length} tokens and ZeRO-{stage}: {str(error).splitlines()[0]}",
             allowed=f"In this order, each takes less: {', '.join(remedies)}.",
             next_step="`sparsify plan` shows how much; engine=auto chooses.",
         ) from error

@@ -17,29 +17,12 @@ from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
 from sparsify.recipe.recipe import OptimizerSection, Recipe
+from sparsify.runs.state import prepare_accelerator
 from sparsify.training.kernels.activation import check_fusible, fuse_activation
 from sparsify.training.kernels.compile import check_compilable, compile_layers
 from sparsify.training.kernels.liger import check_liger, use_liger
 
 MOE_BLOCK = "MixtralSparseMoeBlock"
-
-
-def prepare_accelerator() -> str:
-    """Chooses the accelerator before DeepSpeed looks for one, and returns the device type.
-
-    On a CPU, `init_distributed` would compile DeepSpeed's shared-memory collectives at every first use: over a
-    minute, and an error where there is no C++ compiler. gloo serves as well, so that operator is marked absent.
-    """
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.ops
-    from deepspeed.accelerator import get_accelerator
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    assert get_accelerator().device_name() == device  # pyright: ignore[reportOptionalMemberAccess]
-    if device == "cpu":
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return device
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -86,8 +69,8 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     if engine.offload_parameters_to_cpu:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     config: dict[str, Any] = {
-        "train_batch_size": training.batch_windows,
-        "train_micro_batch_size_per_gpu": training.micro_batch_windows,
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": recipe.accumulation_steps,
         "gradient_clipping": recipe.optimizer.max_gradient_norm,
         "zero_optimization": zero,

@@ -11,23 +11,24 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.methods.blending import anneal, plain
+from sparsify.methods.blending import blend, plain
 from sparsify.methods.calibrated_checkpoint import read_record
 from sparsify.methods.distillation import Teacher
 from sparsify.methods.penalty import next_control, penalty_weight
-from sparsify.mixture.sequences.reader import NO_LOSS, Batch, Window, WindowReader
+from sparsify.mixture.sequences.reader import NO_LOSS, Batch, PackedSequence, SequenceReader
 from sparsify.recipe.recipe import Recipe
-from sparsify.runs.data import wait_for_windows
+from sparsify.runs.data import wait_for_sequences
 from sparsify.runs.run_folder import RunFolder
+from sparsify.runs.state import TrainingState, crosses, latest_checkpoint
 from sparsify.training import checkpoints
-from sparsify.training.checkpoints import Keep, TrainingState
+from sparsify.training.checkpoints import Keep
 from sparsify.training.engine import learning_rate, set_learning_rate
 from sparsify.training.kernels.activation import fuse_activation
 from sparsify.training.kernels.compile import evaluating
 from sparsify.training.objective import Objective, pressure_line
 from sparsify.training.performance import Performance
 from sparsify.training.refits import refit_if_due
-from sparsify.training.router import RouterMeter, hungry_steps
+from sparsify.training.router import RouterMeter, underused_steps
 from sparsify.training.stability import (
     BadStep,
     SpikeRule,
@@ -58,8 +59,8 @@ class Session:
     recipe: Recipe
     run: RunFolder
     engine: Any
-    reader: WindowReader
-    held_out: Mapping[str, Sequence[Window]]
+    reader: SequenceReader
+    held_out: Mapping[str, Sequence[PackedSequence]]
     shares: Mapping[str, float]
     telemetry: Telemetry
     state: TrainingState
@@ -104,16 +105,16 @@ def train(session: Session) -> bool:
 
 def _due(recipe: Recipe, state: TrainingState, every_tokens: int) -> bool:
     """Whether the step that has just ended crossed a multiple of `every_tokens`."""
-    return checkpoints.crosses(every_tokens, state.seen_tokens, recipe.step_tokens)
+    return crosses(every_tokens, state.seen_tokens, recipe.step_tokens)
 
 
 def _train_step(session: Session) -> bool:
     """One optimiser step over a global batch. Returns whether any rank was asked to stop."""
     recipe, engine, state = session.recipe, session.engine, session.state
     started = time.monotonic()
-    first_window = state.step * recipe.training.batch_windows
-    has_data = wait_for_windows(
-        session.reader, first_window, recipe.training.batch_windows, session.stop_requested
+    first_sequence = state.step * recipe.training.global_batch_size
+    has_data = wait_for_sequences(
+        session.reader, first_sequence, recipe.training.global_batch_size, session.stop_requested
     )
     batches = _micro_batches(session) if has_data else []
     data_seconds = time.monotonic() - started
@@ -126,23 +127,23 @@ def _train_step(session: Session) -> bool:
     set_learning_rate(engine, rate)
     sources = [
         name
-        for name, _ in session.reader.schedule.windows_of(
-            first_window, recipe.training.batch_windows
+        for name, _ in session.reader.schedule.sequences_of(
+            first_sequence, recipe.training.global_batch_size
         )
     ]
     by_source = dict(zip(session.reader.names, num_labels.tolist(), strict=True))
     rule = spike_rule(recipe.stability, state.recent_losses, by_source)
-    annealed = anneal(engine.module, recipe, state.seen_tokens, state.refits)
+    blended = blend(engine.module, recipe, state.seen_tokens, state.refits)
     weight = penalty_weight(recipe, state.control, state.seen_tokens)
     with Objective(recipe, engine, weight, session.teacher) as objective:
-        window_losses = accumulate(
+        sequence_losses = accumulate(
             session, batches, sources, int(num_labels.sum()), rule, objective
         )
         norm, applied = finish_step(engine)
 
-    losses = window_losses.tolist()
+    losses = sequence_losses.tolist()
     if not applied:
-        bad = find_bad(state.step + 1, losses, sources, first_window, rule)
+        bad = find_bad(state.step + 1, losses, sources, first_sequence, rule)
         _leave_out(session, bad, seen_tokens)
         return stopping
     sums = dict.fromkeys(session.reader.names, 0.0)
@@ -156,7 +157,7 @@ def _train_step(session: Session) -> bool:
         step=state.step + 1,
         seen_tokens=seen_tokens,
         recent_losses=remember(recipe.stability, state, means),
-        control=next_control(recipe, state.control, seen_tokens, pressure, loss, annealed),
+        control=next_control(recipe, state.control, seen_tokens, pressure, loss, blended),
     )
     session.telemetry.train(
         session.state.step,
@@ -166,7 +167,7 @@ def _train_step(session: Session) -> bool:
         learning_rate=rate,
         gradient_norm=norm,
         **session.performance.step(recipe.step_tokens, time.monotonic() - started, data_seconds),
-        **({} if annealed == 1 else {"annealed_share": annealed}),
+        **({} if blended == 1 else {"blended_share": blended}),
         **({} if pressure is None else {"pressure": pressure_line(pressure, weight or 0.0)}),
         **({} if distilled is None else {"distillation": distilled}),
         **_watch_routers(session, objective.routers),
@@ -180,11 +181,13 @@ def _watch_routers(session: Session, routers: RouterMeter | None) -> dict[str, A
     if routers is None:
         return {}
     state, record = session.state, routers.reduce()
-    hungry, starving = hungry_steps(session.recipe.stability, state.hungry_steps, record.load)
-    session.state = replace(state, hungry_steps=hungry)
-    for layer, expert in starving:
+    underused, underused = underused_steps(
+        session.recipe.stability, state.underused_steps, record.load
+    )
+    session.state = replace(state, underused_steps=underused)
+    for layer, expert in underused:
         load = record.load[layer][expert]
-        session.telemetry.starving(state.step, state.seen_tokens, layer, expert, load)
+        session.telemetry.underused(state.step, state.seen_tokens, layer, expert, load)
     return {"router": asdict(record)}
 
 
@@ -203,10 +206,10 @@ def _agree(
 
 
 def _micro_batches(session: Session) -> list[Batch]:
-    """This rank's windows of the next global batch; the batch itself does not depend on the number of ranks."""
+    """This rank's sequences of the next global batch; the batch itself does not depend on the number of ranks."""
     training = session.recipe.training
-    first = session.state.step * training.batch_windows
-    rank, world, size = dist.get_rank(), dist.get_world_size(), training.micro_batch_windows
+    first = session.state.step * training.global_batch_size
+    rank, world, size = dist.get_rank(), dist.get_world_size(), training.micro_batch_size
     return [
         session.reader.batch(first + (index * world + rank) * size, size)
         for index in range(session.recipe.accumulation_steps)
@@ -224,15 +227,15 @@ def accumulate(
     """Forward and backward of the global batch, up to the last micro-batch's step.
 
     Returns:
-        Summed cross-entropy of each of its windows, the same on every rank. [batch windows]
+        Summed cross-entropy of each of its sequences, the same on every rank. [batch sequences]
     """
-    engine, size = session.engine, session.recipe.training.micro_batch_windows
+    engine, size = session.engine, session.recipe.training.micro_batch_size
     rank, world = dist.get_rank(), dist.get_world_size()
     losses = torch.zeros(len(sources), dtype=torch.float64, device=engine.device)
     for index, batch in enumerate(batches):
-        loss, by_window = objective.forward(batch, num_labels)
+        loss, by_sequence = objective.forward(batch, num_labels)
         place = (index * world + rank) * size
-        losses[place : place + size] = by_window.detach()
+        losses[place : place + size] = by_sequence.detach()
         last = index == len(batches) - 1
         if last:
             dist.all_reduce(losses)
@@ -255,60 +258,60 @@ def _leave_out(session: Session, bad: BadStep, seen_tokens: int) -> None:
         if state.step:
             _save(session)
         raise stopped_at(bad, f"The state from before it, step {state.step:,}, is saved.")
-    before, (first, last) = state, bad.windows
+    before, (first, last) = state, bad.sequences
     newest = None
     if settings.on_bad_step == "rollback":
-        newest = checkpoints.latest_checkpoint(session.run.checkpoints)
+        newest = latest_checkpoint(session.run.checkpoints)
     if newest is not None:
         before = checkpoints.load(session.engine, newest)
-        first = before.step * session.recipe.training.batch_windows
+        first = before.step * session.recipe.training.global_batch_size
     session.state = replace(
         before,
         step=bad.step,
         seen_tokens=seen_tokens,
         recent_losses=remember(settings, before, None),
-        left_out_windows=with_range(before.left_out_windows, first, last),
+        left_out_sequences=with_range(before.left_out_sequences, first, last),
     )
     if num_bad(session.state) > settings.max_bad_steps:
         raise not_recovering(settings, session.state, bad)
     if newest is not None:
         session.telemetry.rolled_back(bad.step, seen_tokens, before.step, (first, last))
-        _save(session)  # so that a resume finds the same windows left out
+        _save(session)  # so that a resume finds the same sequences left out
 
 
 def _validate_start(session: Session) -> None:
-    """Before any training: the base with its own activation, then what the swap alone made of it."""
+    """Before any training: the base with its own activation, then what the activation replacement alone made of it."""
     model, activation = session.engine.module, session.recipe.activation.ffn_activation
     base = model.config.base_ffn_activation
     calibration = read_record(session.run.initial)
     if calibration is not None:
-        # The weights are no longer the base's, which was measured on the same windows while it was calibrated.
+        # The weights are no longer the base's, which was measured on the same sequences while it was calibrated.
         session.telemetry.base(calibration["stages"][0], session.shares)
-        _validate(session, "after_swap")
+        _validate(session, "after_replacement")
     elif session.recipe.model.init == "pretrained" and activation != base:
         model.set_ffn_activation(base, model.config.base_ffn_gate_threshold)
         _validate(session, "base")
         model.set_ffn_activation(activation, session.recipe.activation.model_gate_threshold)
         fuse_activation(model, session.recipe)
-        _validate(session, "after_swap")
+        _validate(session, "after_replacement")
     else:
         _validate(session, "base")
 
 
 def _validate(session: Session, label: str) -> None:
-    annealed = None
+    blended = None
     if label == "training":
         state = session.state
-        share = anneal(session.engine.module, session.recipe, state.seen_tokens, state.refits)
-        label, annealed = ("training", None) if share == 1 else ("annealing", share)
+        share = blend(session.engine.module, session.recipe, state.seen_tokens, state.refits)
+        label, blended = ("training", None) if share == 1 else ("blending", share)
     result = validate(
         session.engine,
         session.held_out,
         session.shares,
-        session.recipe.training.micro_batch_windows,
+        session.recipe.training.micro_batch_size,
     )
     state = session.state
-    session.telemetry.validation(state.step, state.seen_tokens, result, label, annealed)
+    session.telemetry.validation(state.step, state.seen_tokens, result, label, blended)
 
 
 def _save(session: Session) -> None:
@@ -318,10 +321,10 @@ def _save(session: Session) -> None:
     recipe = session.recipe
     reference = _reference(session)
     # Counted only here: for shares without a short period it takes a moment, which no step should wait for.
-    drawn = session.reader.schedule.counts(session.state.step * recipe.training.batch_windows)
+    drawn = session.reader.schedule.counts(session.state.step * recipe.training.global_batch_size)
     session.state = replace(
         session.state,
-        drawn_windows=drawn,
+        drawn_sequences=drawn,
         processes=dist.get_world_size(),
         zero_stage=recipe.engine.zero_stage,
     )
@@ -354,12 +357,12 @@ def _ask_suite(session: Session) -> bool:
 
 @torch.no_grad()
 def _reference(session: Session) -> dict[str, torch.Tensor]:
-    """What the live weights answer to the first held-out window, with the activation that they will be loaded with.
+    """What the live weights answer to the first held-out sequence, with the activation that they will be loaded with.
 
     Every rank computes it, which ZeRO-3 needs.
     """
-    window = next(iter(session.held_out.values()))[0]
-    input_ids = torch.from_numpy(window.input_ids[:REFERENCE_TOKENS].copy())[None].to(
+    sequence = next(iter(session.held_out.values()))[0]
+    input_ids = torch.from_numpy(sequence.input_ids[:REFERENCE_TOKENS].copy())[None].to(
         session.engine.device
     )
     with evaluating(session.engine), plain(session.engine.module):

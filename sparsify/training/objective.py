@@ -16,7 +16,7 @@ from sparsify.recipe.recipe import Recipe
 from sparsify.training.kernels.activation import ZeroMeter, zero_meter
 from sparsify.training.kernels.liger import LossHead
 from sparsify.training.router import RouterMeter, aux_loss_coefficient, router_meter
-from sparsify.training.validation import window_losses
+from sparsify.training.validation import sequence_losses
 
 
 class Objective:
@@ -60,7 +60,7 @@ class Objective:
         self._hooks.close()
 
     def forward(self, batch: Batch, num_labels: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of one micro-batch, and the summed cross-entropy of each of its windows. [] and [windows]
+        """Loss of one micro-batch, and the summed cross-entropy of each of its sequences. [] and [sequences]
 
         Every label of the global batch weighs the same: DeepSpeed averages gradients over ranks, so the sum over this rank's
         labels is scaled by ranks / labels. What is a mean over a micro-batch's tokens is divided by the micro-batches.
@@ -74,7 +74,7 @@ class Objective:
         tensors = {key: value.to(engine.device) for key, value in batch.tensors.items()}
         if self._distiller is not None:
             self._distiller.ask(tensors)
-        output, total, by_window = _forward(engine, tensors, **options)
+        output, total, by_sequence = _forward(engine, tensors, **options)
         each_label = dist.get_world_size() / max(num_labels, 1)
         loss = total * each_label
         if self._distiller is not None:
@@ -86,7 +86,7 @@ class Objective:
         if self._pressure is not None:
             penalty = self._pressure.penalty()
             loss = loss + self._penalty_weight * penalty / recipe.accumulation_steps
-        return loss, by_window
+        return loss, by_sequence
 
     def pressure(self) -> PressureRecord | None:
         """What the penalty met in this step, over all ranks; every rank calls it."""
@@ -100,7 +100,7 @@ class Objective:
 def _forward(
     engine: Any, tensors: dict[str, torch.Tensor], **options: Any
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """The model's output; the cross-entropy summed over the labels, which has a gradient; and each window's. [] and [windows]"""
+    """The model's output; the cross-entropy summed over the labels, which has a gradient; and each sequence's. [] and [sequences]"""
     head = engine.module.lm_head
     fused = isinstance(head, LossHead)
     with head.judged_by(tensors["labels"]) if fused else nullcontext():
@@ -112,8 +112,8 @@ def _forward(
         )
     if fused:
         return output, *output.logits
-    by_window = window_losses(output.logits, tensors["labels"])
-    return output, by_window.sum(), by_window
+    by_sequence = sequence_losses(output.logits, tensors["labels"])
+    return output, by_sequence.sum(), by_sequence
 
 
 def pressure_line(record: PressureRecord, weight: float) -> dict[str, float]:

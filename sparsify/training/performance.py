@@ -24,7 +24,7 @@ class Performance:
 
     Args:
         model: The model that trains; only its configuration is read.
-        window_tokens: Tokens of a window.
+        sequence_length: Tokens of a sequence.
         num_devices: Ranks of the run.
         precision: `training.precision`.
         left_tokens: Training tokens that this launch has before it.
@@ -33,14 +33,14 @@ class Performance:
     def __init__(
         self,
         model: SparseModel,
-        window_tokens: int,
+        sequence_length: int,
         num_devices: int,
         precision: str,
         left_tokens: int,
     ) -> None:
         architecture = Architecture.of(model.config.to_dict(), None, 1)
         parameters = count_parameters(architecture)
-        self._flops_per_token = training_flops_per_token(architecture, parameters, window_tokens)
+        self._flops_per_token = training_flops_per_token(architecture, parameters, sequence_length)
         gpu = known_gpu(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
         # The table holds bf16; what fp32 reaches depends on whether TF32 is allowed.
         bf16 = precision == "bf16"

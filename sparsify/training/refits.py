@@ -1,6 +1,6 @@
-"""The annealed swap in steps: at each the down projections are refitted, so that blocks answer as they did before the step.
+"""The blended swap in steps: at each the down projections are refitted, so that blocks answer as they did before the step.
 
-The share of the sparse activation rises in `swap.refit_milestones` equal steps, the first before training step 1. At each, layer
+The share of the sparse activation rises in `blending.refit_milestones` equal steps, the first before training step 1. At each, layer
 by layer in order, what the block with the new share makes of its inputs is fitted by ridge regression to what it answered with
 the old share (`sparsify.methods.calibrated_replacement`, with nothing to mend in the stream). Before the first, signs are turned where
 that saves more of a neuron: with the dense activation it changes nothing.
@@ -22,9 +22,9 @@ import torch.distributed as dist
 
 from sparsify.methods.blending import (
     activation_at,
-    anneal,
-    anneal_tokens,
-    annealed_share,
+    blend,
+    blend_tokens,
+    blended_share,
     set_share,
 )
 from sparsify.methods.calibrated_replacement import (
@@ -36,10 +36,10 @@ from sparsify.methods.calibrated_replacement import (
     LayerCalibration,
 )
 from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Routes
-from sparsify.mixture.sequences.reader import NO_LOSS, WindowReader
+from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
 from sparsify.models import FfnActivation, SparseConfig
 from sparsify.recipe.recipe import ConversionSection, Recipe
-from sparsify.runs.data import wait_for_windows
+from sparsify.runs.data import wait_for_sequences
 from sparsify.training.engine import full_weight, set_full_weight
 from sparsify.training.kernels.compile import evaluating
 
@@ -55,7 +55,7 @@ class RefitRecord:
     """What came of one milestone.
 
     Attributes:
-        annealed_share: How much of the sparse activation is in force from here on.
+        blended_share: How much of the sparse activation is in force from here on.
         error_before: Error of a block's answer on held-out tokens, relative to what it answered before the milestone; with the new
             share and the old weights. Mean over layers and experts; None where nothing judged them.
         error_after: The same with the weights that it has now.
@@ -63,7 +63,7 @@ class RefitRecord:
         kept: Layers whose down projection stays, and why; of fused experts, which one.
     """
 
-    annealed_share: float
+    blended_share: float
     error_before: float | None
     error_after: float | None
     num_flipped: int
@@ -72,18 +72,18 @@ class RefitRecord:
 
 def refits_due(recipe: Recipe, seen_tokens: int) -> int:
     """How many refits must be done before the step that begins after so many tokens."""
-    milestones = recipe.swap.refit_milestones
+    milestones = recipe.blending.refit_milestones
     if not milestones:
         return 0
-    passed = seen_tokens * milestones / anneal_tokens(recipe)
+    passed = seen_tokens * milestones / blend_tokens(recipe)
     return min(milestones, int(passed + ROUNDING) + 1)
 
 
-def refit_windows(recipe: Recipe, step: int) -> tuple[int, int]:
-    """Number of the first window that a refit rests on, and how many they are: those to be trained on next, or the run's last."""
-    count = recipe.swap.refit_tokens // recipe.training.window_tokens
-    batch_windows = recipe.training.batch_windows
-    return min(step * batch_windows, recipe.num_steps * batch_windows - count), count
+def refit_sequences(recipe: Recipe, step: int) -> tuple[int, int]:
+    """Number of the first sequence that a refit rests on, and how many they are: those to be trained on next, or the run's last."""
+    count = recipe.blending.refit_tokens // recipe.training.sequence_length
+    global_batch_size = recipe.training.global_batch_size
+    return min(step * global_batch_size, recipe.num_steps * global_batch_size - count), count
 
 
 def refit_if_due(session: Session) -> bool:
@@ -97,8 +97,8 @@ def refit_if_due(session: Session) -> bool:
     due = refits_due(recipe, state.seen_tokens)
     if due <= state.refits:
         return True
-    first, count = refit_windows(recipe, state.step)
-    here = wait_for_windows(session.reader, first, count, session.stop_requested)
+    first, count = refit_sequences(recipe, state.step)
+    here = wait_for_sequences(session.reader, first, count, session.stop_requested)
     stopping = torch.tensor(session.stop_requested() or not here, device=session.engine.device)
     stopping = stopping.int()
     dist.all_reduce(stopping)
@@ -106,8 +106,8 @@ def refit_if_due(session: Session) -> bool:
         return False
     started = time.monotonic()
     shares = (
-        anneal(session.engine.module, recipe, state.seen_tokens, state.refits),
-        annealed_share(recipe, state.seen_tokens, due),
+        blend(session.engine.module, recipe, state.seen_tokens, state.refits),
+        blended_share(recipe, state.seen_tokens, due),
     )
     record = refit(session.engine, recipe, session.reader, (first, count), shares)
     # What losses were before says nothing about those to come.
@@ -120,8 +120,8 @@ def refit_if_due(session: Session) -> bool:
 def refit(
     engine: Any,
     recipe: Recipe,
-    reader: WindowReader,
-    windows: tuple[int, int],
+    reader: SequenceReader,
+    sequences: tuple[int, int],
     shares: tuple[float, float],
 ) -> RefitRecord:
     """Takes every block from one share of the sparse activation to another, and refits it.
@@ -129,13 +129,13 @@ def refit(
     Args:
         engine: The DeepSpeed engine.
         recipe: The run's recipe.
-        reader: Gives the windows.
-        windows: Number of the first, and how many.
+        reader: Gives the sequences.
+        sequences: Number of the first, and how many.
         shares: The share that every block has, and the one to come.
     """
     config = engine.module.config
     results: list[list[ExpertResult]] = []
-    stream = _Stream(engine, reader, windows, recipe.training.micro_batch_windows)
+    stream = _Stream(engine, reader, sequences, recipe.training.micro_batch_size)
     for block in engine.module.ffn_blocks():
         found = _refit_block(recipe, config, block, stream.next_inputs(), shares)
         _put(block, found)
@@ -145,7 +145,7 @@ def refit(
 
 
 class _Stream:
-    """This rank's share of the windows on its way through the model, a layer further at each call.
+    """This rank's share of the sequences on its way through the model, a layer further at each call.
 
     A pass begins where the one before it stood: only the layer that was refitted meanwhile and the next one run. They run inside the
     whole model, with the other layers left out, so that masks are made and weights are gathered as in training. All ranks make the
@@ -153,19 +153,19 @@ class _Stream:
 
     Args:
         engine: The DeepSpeed engine.
-        reader: Gives the windows.
-        windows: Number of the first, and how many.
-        micro_batch_windows: Windows of one pass.
+        reader: Gives the sequences.
+        sequences: Number of the first, and how many.
+        micro_batch_size: Sequences of one pass.
     """
 
     def __init__(
-        self, engine: Any, reader: WindowReader, windows: tuple[int, int], micro_batch_windows: int
+        self, engine: Any, reader: SequenceReader, sequences: tuple[int, int], micro_batch_size: int
     ) -> None:
         self._engine, self._layer = engine, -1
         self._batches: list[dict[str, torch.Tensor]] = []
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._hidden: list[torch.Tensor] = []
-        (first, count), size = windows, micro_batch_windows
+        (first, count), size = sequences, micro_batch_size
         rank, world = dist.get_rank(), dist.get_world_size()
         for index in range(-(-count // (world * size))):
             start = (index * world + rank) * size
@@ -209,7 +209,7 @@ class _Stream:
             for hook in hooks:
                 hook.remove()
         self._hidden = before
-        # A rank without windows of its own in the last pass only went along.
+        # A rank without sequences of its own in the last pass only went along.
         return [_Seen(*each, *parts) for each, parts in zip(seen, self._parts, strict=False)]
 
 
@@ -235,7 +235,7 @@ def _take(hidden: torch.Tensor, *routed: torch.Tensor) -> tuple[torch.Tensor, Ro
 def _parts(
     batch: dict[str, torch.Tensor], judges: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens fit, and which judge. Bool [tokens] each; `judges` [windows]"""
+    """Which tokens fit, and which judge. Bool [tokens] each; `judges` [sequences]"""
     # What packing could not fill stands at position 0 and has no label.
     is_text = (batch["labels"] != NO_LOSS) | (batch["position_ids"] > 0)
     return (is_text & ~judges[:, None]).flatten(), (is_text & judges[:, None]).flatten()

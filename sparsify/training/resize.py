@@ -18,26 +18,17 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from sparsify.errors import RunError
 from sparsify.files import storage_errors
 from sparsify.launch.child import exit_with_launcher, log_tail
+from sparsify.runs.state import Shape
 
 CONVERSIONS = ".universal-*"
 MOST_WORKERS = 4
-
-
-class Shape(NamedTuple):
-    """What decides how DeepSpeed cuts a run's state into files."""
-
-    processes: int
-    zero_stage: int
-
-    def __str__(self) -> str:
-        return f"{self.processes} process(es) at ZeRO stage {self.zero_stage}"
 
 
 def needs_conversion(saved: Shape, now: Shape) -> bool:
@@ -152,7 +143,7 @@ def universal_loading(engine: Any) -> Iterator[None]:
 def main(checkpoint: str, to: str) -> None:
     """Converts one checkpoint in this process and its workers."""
     exit_with_launcher(whole_group=True)
-    from sparsify.training.engine import prepare_accelerator
+    from sparsify.runs.state import prepare_accelerator
 
     prepare_accelerator()
     from deepspeed.checkpoint import ds_to_universal

@@ -115,10 +115,10 @@ def check_router(recipe: Recipe, config: Any) -> None:
         )
 
 
-def hungry_steps(
+def underused_steps(
     settings: StabilitySection, before: list[list[int]], load: list[list[float]]
 ) -> tuple[list[list[int]], list[tuple[int, int]]]:
-    """For how many steps in a row each expert has been starving, and which reach the alarm with this step.
+    """For how many steps in a row each expert has been underused, and which reach the alarm with this step.
 
     Args:
         settings: From what load on, and after how many steps.
@@ -130,7 +130,7 @@ def hungry_steps(
     """
     counts, alarms = [], []
     for layer, shares in enumerate(load):
-        least = settings.starving_expert_load / len(shares)
+        least = settings.underused_expert_load / len(shares)
         old = before[layer] if before else [0] * len(shares)
         counts.append(
             [count + 1 if share < least else 0 for count, share in zip(old, shares, strict=True)]
@@ -138,6 +138,6 @@ def hungry_steps(
         alarms += [
             (layer, expert)
             for expert, count in enumerate(counts[-1])
-            if count == settings.starving_expert_steps
+            if count == settings.underused_expert_steps
         ]
     return counts, alarms

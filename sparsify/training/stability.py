@@ -1,6 +1,6 @@
 """Bad steps: which they are, how to leave the weights as they were, and what to say.
 
-A step is bad when a window's loss or the gradient is NaN or infinite, or when its loss is a spike. Whether a loss is a spike is known
+A step is bad when a sequence's loss or the gradient is NaN or infinite, or when its loss is a spike. Whether a loss is a spike is known
 before the last backward pass, on every rank and without waiting for the device: the loss is then multiplied by NaN, and
 DeepSpeed discards the step as it discards every step whose gradient norm is not finite.
 """
@@ -17,13 +17,13 @@ import torch
 
 from sparsify.errors import RunError
 from sparsify.recipe.recipe import StabilitySection
-from sparsify.training.checkpoints import TrainingState
+from sparsify.runs.state import TrainingState
 
 DEVIATIONS_PER_MAD = 1.4826
 """Standard deviations that the median absolute deviation of a normal distribution stands for."""
 LEAST_DEVIATION = 0.01
 """Of the median: what the losses of a source vary by at least, so that a run of equal losses makes no spikes."""
-SHOWN_WINDOWS = 8
+SHOWN_SEQUENCES = 8
 SHOWN_RANGES = 8
 
 Losses = dict[str, float]
@@ -38,15 +38,15 @@ class BadStep:
         reason: `loss_not_finite`, `gradient_not_finite` or `spike`.
         loss: Mean cross-entropy of the labels that can be judged, in nats; None where there is none.
         limit: What that could at most be, in nats; None where there are too few steps to tell.
-        windows: First and last of its windows, by their global numbers.
-        suspects: Numbers of the windows whose loss is not finite, or of those with the highest loss at a spike, by source.
+        sequences: First and last of its sequences, by their global numbers.
+        suspects: Numbers of the sequences whose loss is not finite, or of those with the highest loss at a spike, by source.
     """
 
     step: int
     reason: str
     loss: float | None
     limit: float | None
-    windows: tuple[int, int]
+    sequences: tuple[int, int]
     suspects: dict[str, list[int]]
 
     def sentence(self) -> str:
@@ -59,13 +59,15 @@ class BadStep:
             else "",
         }[self.reason]
         named = "; ".join(
-            f"{source}: {', '.join(map(str, numbers[:SHOWN_WINDOWS]))}"
-            + (" …" if len(numbers) > SHOWN_WINDOWS else "")
+            f"{source}: {', '.join(map(str, numbers[:SHOWN_SEQUENCES]))}"
+            + (" …" if len(numbers) > SHOWN_SEQUENCES else "")
             for source, numbers in self.suspects.items()
         )
-        where = "sources and windows" if self.reason == "gradient_not_finite" else "in windows of"
-        first, last = self.windows
-        return f"step {self.step:,} is bad: {what} ({where} {named}; the step is windows {first}–{last})"
+        where = (
+            "sources and sequences" if self.reason == "gradient_not_finite" else "in sequences of"
+        )
+        first, last = self.sequences
+        return f"step {self.step:,} is bad: {what} ({where} {named}; the step is sequences {first}–{last})"
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class SpikeRule:
     """How high the loss of the next step may be.
 
     Attributes:
-        sources: Sources that were seen often enough to judge their windows.
-        limit: Highest mean loss of those windows' labels that is no spike, in nats.
+        sources: Sources that were seen often enough to judge their sequences.
+        limit: Highest mean loss of those sequences' labels that is no spike, in nats.
         num_labels: Those labels.
     """
 
@@ -119,19 +121,19 @@ def spike_rule(
 
 
 def judgement(
-    window_losses: torch.Tensor, sources: Sequence[str], rule: SpikeRule | None
+    sequence_losses: torch.Tensor, sources: Sequence[str], rule: SpikeRule | None
 ) -> torch.Tensor:
     """A factor for the loss that stays on the device: 1 for a good step, NaN for a bad one. []
 
     Args:
-        window_losses: Summed cross-entropy of each window of the global batch, in nats. [windows]
-        sources: Source of each window.
+        sequence_losses: Summed cross-entropy of each sequence of the global batch, in nats. [sequences]
+        sources: Source of each sequence.
         rule: What the loss may be.
     """
-    good = torch.isfinite(window_losses).all()
+    good = torch.isfinite(sequence_losses).all()
     if rule is not None:
         judged = torch.tensor([source in rule.sources for source in sources])
-        total = torch.where(judged.to(window_losses.device), window_losses, 0.0).sum()
+        total = torch.where(judged.to(sequence_losses.device), sequence_losses, 0.0).sum()
         good &= total <= rule.limit * rule.num_labels
     return torch.where(good, 1.0, math.nan)
 
@@ -163,21 +165,21 @@ def finish_step(engine: Any) -> tuple[float, bool]:
 
 def find_bad(
     step: int,
-    window_losses: Sequence[float],
+    sequence_losses: Sequence[float],
     sources: Sequence[str],
-    first_window: int,
+    first_sequence: int,
     rule: SpikeRule | None,
 ) -> BadStep:
     """Says what was wrong with a step that was not applied.
 
     Args:
         step: Its number.
-        window_losses: Summed cross-entropy of each window of the global batch, in nats.
-        sources: Source of each window.
-        first_window: Global number of the first.
+        sequence_losses: Summed cross-entropy of each sequence of the global batch, in nats.
+        sources: Source of each sequence.
+        first_sequence: Global number of the first.
         rule: What the loss might have been.
     """
-    numbered = list(zip(window_losses, sources, strict=True))
+    numbered = list(zip(sequence_losses, sources, strict=True))
     bad = [index for index, (loss, _) in enumerate(numbered) if not math.isfinite(loss)]
     reason, mean, limit = "loss_not_finite", None, None
     if not bad and rule is not None:
@@ -185,15 +187,15 @@ def find_bad(
         mean, limit = judged / rule.num_labels, rule.limit
         if judged > rule.limit * rule.num_labels:
             reason = "spike"
-            order = sorted(range(len(numbered)), key=lambda index: -window_losses[index])
+            order = sorted(range(len(numbered)), key=lambda index: -sequence_losses[index])
             bad = sorted(order[: max(1, len(order) // 8)])
     if not bad:
         reason, bad = "gradient_not_finite", list(range(len(numbered)))
     suspects: dict[str, list[int]] = {}
     for index in bad:
-        suspects.setdefault(sources[index], []).append(first_window + index)
-    windows = (first_window, first_window + len(numbered) - 1)
-    return BadStep(step, reason, mean, limit, windows, suspects)
+        suspects.setdefault(sources[index], []).append(first_sequence + index)
+    sequences = (first_sequence, first_sequence + len(numbered) - 1)
+    return BadStep(step, reason, mean, limit, sequences, suspects)
 
 
 def remember(
@@ -209,7 +211,7 @@ def num_bad(state: TrainingState) -> int:
 
 
 def with_range(ranges: list[list[int]], first: int, last: int) -> list[list[int]]:
-    """Ranges of windows with one more at their end; joined to the last where they touch."""
+    """Ranges of sequences with one more at their end; joined to the last where they touch."""
     if ranges and ranges[-1][1] + 1 >= first:
         return [*ranges[:-1], [min(first, ranges[-1][0]), last]]
     return [*ranges, [first, last]]
@@ -217,16 +219,16 @@ def with_range(ranges: list[list[int]], first: int, last: int) -> list[list[int]
 
 def not_recovering(settings: StabilitySection, state: TrainingState, bad: BadStep) -> RunError:
     """The report of a run that meets one bad step after the other; `state` is the one after the newest of them."""
-    ranges = state.left_out_windows[-SHOWN_RANGES:]
+    ranges = state.left_out_sequences[-SHOWN_RANGES:]
     left_out = ", ".join(f"{first}–{last}" for first, last in ranges)
     return RunError(
         f"The run does not recover: {bad.sentence()}. It is bad step {num_bad(state)} of the last "
-        f"{len(state.recent_losses)}. Left out were the windows {left_out}.",
+        f"{len(state.recent_losses)}. Left out were the sequences {left_out}.",
         allowed=f"At most stability.max_bad_steps={settings.max_bad_steps} among stability.recent_steps="
-        f"{settings.recent_steps}. None of them changed the weights; metrics.jsonl names the windows of each.",
+        f"{settings.recent_steps}. None of them changed the weights; metrics.jsonl names the sequences of each.",
         next_step="If the same source is named again and again, its text is to blame: clean it or take it out, and begin "
         "another run with run_dir=…. Else lower optimizer.peak_learning_rate or raise optimizer.warmup_tokens there. The same "
-        "command with stability.on_bad_step=rollback goes on from the last checkpoint and leaves windows out.",
+        "command with stability.on_bad_step=rollback goes on from the last checkpoint and leaves sequences out.",
     )
 
 
@@ -235,5 +237,5 @@ def stopped_at(bad: BadStep, saved: str) -> RunError:
     return RunError(
         f"Training stopped at {bad.sentence()}.",
         allowed=f"stability.on_bad_step=stop ends the run there. {saved}",
-        next_step="Look at those windows' text. The same command with stability.on_bad_step=skip or =rollback leaves them out.",
+        next_step="Look at those sequences' text. The same command with stability.on_bad_step=skip or =rollback leaves them out.",
     )

@@ -37,7 +37,7 @@ from sparsify.methods.blending import plain
 from sparsify.models import SparseModel
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.checkpoints import TrainingState, checkpoint_name
+from sparsify.runs.state import TrainingState, checkpoint_name
 from sparsify.training.kernels.activation import unfused
 from sparsify.training.kernels.compile import evaluating
 from sparsify.training.suite_results import (
@@ -134,8 +134,8 @@ class TrainingSuite:
         held_out = held_out_text(
             recipe.mixture,
             tokenizer,
-            suite.held_out_windows_per_source,
-            recipe.training.window_tokens,
+            suite.held_out_sequences_per_source,
+            recipe.training.sequence_length,
             recipe.cache_dir,
         )
         name, lock = str(checkpoint), self._run.mixture_lock

@@ -16,12 +16,12 @@ from sparsify.evaluation.request import Asked
 from sparsify.evaluation.results import EvaluationResults, Provenance, SourceOverlap
 from sparsify.files import storage_errors
 from sparsify.mixture.lock import read_lock
-from sparsify.mixture.sequences.held_out import source_windows
+from sparsify.mixture.sequences.held_out import source_sequences
 from sparsify.recipe.recipe import MixtureSection, Recipe, token_shares
 from sparsify.runs.history import read_lines
 from sparsify.runs.identity import identity_of
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.checkpoints import TrainingState, checkpoint_name, crosses, read_state
+from sparsify.runs.state import TrainingState, checkpoint_name, crosses, read_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,21 +52,21 @@ def provenance_of(run: str, recipe: Recipe, lock_file: Path, checkpoint: Path) -
 def held_out_text(
     mixture: MixtureSection,
     tokenizer: PreTrainedTokenizerFast,
-    windows_per_source: int,
-    window_tokens: int,
+    sequences_per_source: int,
+    sequence_length: int,
     cache_dir: str,
 ) -> HeldOut | None:
-    """The held-out windows that a suite measures; None where it measures none."""
-    if not windows_per_source:
+    """The held-out sequences that a suite measures; None where it measures none."""
+    if not sequences_per_source:
         return None
-    windows = source_windows(
+    sequences = source_sequences(
         mixture,
         tokenizer,
-        windows_per_source=windows_per_source,
-        window_tokens=window_tokens,
+        sequences_per_source=sequences_per_source,
+        sequence_length=sequence_length,
         cache_dir=Path(cache_dir).expanduser(),
     )
-    return HeldOut(mixture.name, windows)
+    return HeldOut(mixture.name, sequences)
 
 
 def items_in_instructions(

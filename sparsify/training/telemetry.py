@@ -17,8 +17,9 @@ from sparsify.files import write_text
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
+from sparsify.runs.state import TrainingState
 from sparsify.sparsity.alarms import LayerAlarms
-from sparsify.training.checkpoints import Saved, TrainingState
+from sparsify.training.checkpoints import Saved
 from sparsify.training.refits import RefitRecord
 from sparsify.training.stability import BadStep
 from sparsify.training.suite_results import task_figures
@@ -112,19 +113,19 @@ class Telemetry:
         self.say(f"{bad.sentence()}; on_bad_step={policy}")
 
     def rolled_back(
-        self, step: int, seen_tokens: int, to_step: int, windows: tuple[int, int]
+        self, step: int, seen_tokens: int, to_step: int, sequences: tuple[int, int]
     ) -> None:
-        """Records that weights and optimiser are again those of a checkpoint, and which windows were left out by that."""
+        """Records that weights and optimiser are again those of a checkpoint, and which sequences were left out by that."""
         if self._silent:
             return
         record = {"kind": "rollback", "step": step, "tokens": seen_tokens, "to_step": to_step}
-        self._append(self._run.metrics, record | {"windows": windows})
+        self._append(self._run.metrics, record | {"sequences": sequences})
         self.say(
-            f"rolled back to the weights of step {to_step:,}; windows {windows[0]}–{windows[1]} are left out"
+            f"rolled back to the weights of step {to_step:,}; sequences {sequences[0]}–{sequences[1]} are left out"
         )
 
     def refit(self, step: int, seen_tokens: int, refitted: RefitRecord, seconds: float) -> None:
-        """Records a milestone of the anneal.
+        """Records a milestone of the blending.
 
         Args:
             step: The step that it precedes, so that what is trained again from before it is recorded once.
@@ -140,15 +141,15 @@ class Telemetry:
             "unknown" if error is None else f"{error:.3f}"
             for error in (refitted.error_before, refitted.error_after)
         ]
-        line = f"refit, {refitted.annealed_share:.0%} of the way: relative error {errors[0]} before, {errors[1]} after"
+        line = f"refit, {refitted.blended_share:.0%} of the way: relative error {errors[0]} before, {errors[1]} after"
         line += f"; {refitted.num_flipped:,} signs turned" if refitted.num_flipped else ""
         for one in refitted.kept:
             expert = "" if one["expert"] is None else f", expert {one['expert']}"
             line += f"; layer {one['layer']}{expert} keeps its weights: {one['because']}"
         self.say(f"{line} ({seconds:.1f} s)")
 
-    def starving(self, step: int, seen_tokens: int, layer: int, expert: int, load: float) -> None:
-        """Raises the alarm for an expert that has been starving.
+    def underused(self, step: int, seen_tokens: int, layer: int, expert: int, load: float) -> None:
+        """Raises the alarm for an expert that has been underused.
 
         Args:
             step: Finished steps.
@@ -159,8 +160,8 @@ class Telemetry:
         """
         if self._silent:
             return
-        steps = self._recipe.stability.starving_expert_steps
-        record = {"kind": "starving_expert", "step": step, "tokens": seen_tokens, "steps": steps}
+        steps = self._recipe.stability.underused_expert_steps
+        record = {"kind": "underused_expert", "step": step, "tokens": seen_tokens, "steps": steps}
         self._append(self._run.metrics, record | {"layer": layer, "expert": expert, "load": load})
         self.say(
             f"expert {expert} of layer {layer} starves at step {step:,}: {load:.2%} of its layer's tokens, too few for "
@@ -173,7 +174,7 @@ class Telemetry:
         seen_tokens: int,
         result: Validation,
         label: str,
-        annealed_share: float | None = None,
+        blended_share: float | None = None,
     ) -> None:
         """Records one validation pass.
 
@@ -181,16 +182,16 @@ class Telemetry:
             step: Finished steps.
             seen_tokens: Training tokens seen.
             result: What the pass found.
-            label: `base`, `after_swap`, `annealing` or `training`: which activation was measured.
-            annealed_share: How much of the sparse activation was in force while annealing.
+            label: `base`, `after_replacement`, `blending` or `training`: which activation was measured.
+            blended_share: How much of the sparse activation was in force while blending.
         """
         if self._silent:
             return
         summary = result.statistics.summary()
         self._zeros = result.statistics.zero_share("product")
         where: dict[str, Any] = {"step": step, "tokens": seen_tokens, "label": label}
-        if annealed_share is not None:
-            where["annealed_share"] = annealed_share
+        if blended_share is not None:
+            where["blended_share"] = blended_share
         losses = {"loss": result.loss, "sources": result.losses, "zeros": self._zeros}
         losses["source_zeros"] = result.zeros
         self._append(self._run.metrics, {"kind": "validation", **where, **losses})
@@ -198,7 +199,7 @@ class Telemetry:
         self._append(self._run.sparsity, where | summary | {"alarms": alarms})
         parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())
         what = label.replace("_", " ")
-        what += "" if annealed_share is None else f" ({annealed_share:.0%} of the way)"
+        what += "" if blended_share is None else f" ({blended_share:.0%} of the way)"
         self.say(f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}")
         if self._tracker is not None:
             layers = [record["layers"] for record in read_lines(self._run.sparsity)]
@@ -208,7 +209,7 @@ class Telemetry:
 
     def _check_layers(self, layers: list[float], label: str) -> list[str]:
         # A mixture with the dense activation has no zeros, and is about to have them again.
-        return [] if label == "annealing" else self._alarms.check(layers)
+        return [] if label == "blending" else self._alarms.check(layers)
 
     def samples(self, step: int, seen_tokens: int, prompts: list[str], texts: list[str]) -> None:
         """Records what the model makes of the prompts at a checkpoint."""

@@ -15,15 +15,15 @@ import torch.distributed as dist
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.mixture.sequences.reader import NO_LOSS, Window, collate
+from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.recipe.evaluation import EvalSection
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.statistics import ActivationStatistics
 from sparsify.training.kernels.compile import evaluating
 
 
-def window_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats of each window, summed over the positions that have a label. [batch]
+def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each sequence, summed over the positions that have a label. [batch]
 
     Args:
         logits: [batch, tokens, vocabulary].
@@ -43,7 +43,7 @@ class Validation:
         loss: Mean of the sources' losses, weighted by their token shares. Nats per token.
         losses: Loss of each source of the mixture, those without a share among them. Nats per token.
         zeros: Share of exact zeros of each source.
-        statistics: Which neurons fired on all these windows.
+        statistics: Which neurons fired on all these sequences.
     """
 
     loss: float
@@ -55,15 +55,15 @@ class Validation:
 @torch.no_grad()
 def validate(
     engine: Any,
-    windows: Mapping[str, Sequence[Window]],
+    sequences: Mapping[str, Sequence[PackedSequence]],
     shares: Mapping[str, float],
-    micro_batch_windows: int,
+    micro_batch_size: int,
 ) -> Validation:
-    """Runs the held-out windows through the live model; every rank calls it with the same windows."""
+    """Runs the held-out sequences through the live model; every rank calls it with the same sequences."""
     losses, statistics = {}, {}
-    for source, held_out in windows.items():
+    for source, held_out in sequences.items():
         with evaluating(engine), SparsityProbe(engine.module) as probe:
-            losses[source] = _source_loss(engine, probe, held_out, micro_batch_windows)
+            losses[source] = _source_loss(engine, probe, held_out, micro_batch_size)
         statistics[source] = probe.statistics().reduce()
     weights = {source: shares.get(source, 0.0) for source in losses}
     return Validation(
@@ -75,16 +75,16 @@ def validate(
 
 
 def _source_loss(
-    engine: Any, probe: SparsityProbe, windows: Sequence[Window], micro_batch_windows: int
+    engine: Any, probe: SparsityProbe, sequences: Sequence[PackedSequence], micro_batch_size: int
 ) -> float:
-    """Ranks take turns window by window; all of them make the same number of passes, which ZeRO-3 needs."""
+    """Ranks take turns sequence by sequence; all of them make the same number of passes, which ZeRO-3 needs."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    passes = -(-len(windows) // (world * micro_batch_windows))
+    passes = -(-len(sequences) // (world * micro_batch_size))
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for index in range(passes):
-        start = (index * world + rank) * micro_batch_windows
-        mine = windows[start : start + micro_batch_windows]
-        batch = collate(mine or windows[:1])
+        start = (index * world + rank) * micro_batch_size
+        mine = sequences[start : start + micro_batch_size]
+        batch = collate(mine or sequences[:1])
         if not mine:
             batch["labels"].fill_(NO_LOSS)
         batch = {key: value.to(engine.device) for key, value in batch.items()}
@@ -92,7 +92,7 @@ def _source_loss(
         logits = engine(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
         ).logits
-        totals[0] += window_losses(logits, batch["labels"]).double().sum()
+        totals[0] += sequence_losses(logits, batch["labels"]).double().sum()
         totals[1] += (batch["labels"] != NO_LOSS).sum()
     dist.all_reduce(totals)
     return float(totals[0] / totals[1].clamp(min=1))

@@ -22,13 +22,13 @@ from sparsify.launch.child import (
 )
 from sparsify.methods.distillation import load_teacher
 from sparsify.mixture.lock import check_lock, read_lock
-from sparsify.mixture.sequences.reader import WindowReader, held_out_windows
+from sparsify.mixture.sequences.reader import SequenceReader, held_out_sequences
 from sparsify.mixture.sequences.schedule import Anchor, SourceSchedule
 from sparsify.recipe.recipe import Recipe, token_shares
 from sparsify.runs.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.runs.run_folder import RunFolder
+from sparsify.runs.state import TrainingState, latest_checkpoint, read_state
 from sparsify.training import checkpoints
-from sparsify.training.checkpoints import TrainingState, latest_checkpoint, read_state
 from sparsify.training.dry_run import dry_run
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import Session, train
@@ -73,12 +73,12 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
     anchor = None
     if newest is not None:
         saved = read_state(newest)
-        anchor = Anchor(saved.step * training.batch_windows, saved.drawn_windows)
+        anchor = Anchor(saved.step * training.global_batch_size, saved.drawn_sequences)
     schedule = SourceSchedule(shares_of(recipe, sources), anchor)
-    reader = WindowReader(sources, schedule, training.window_tokens, training.seed)
+    reader = SequenceReader(sources, schedule, training.sequence_length, training.seed)
     held_out = {
-        name: held_out_windows(
-            source, training.window_tokens, recipe.eval.validation_windows_per_source
+        name: held_out_sequences(
+            source, training.sequence_length, recipe.eval.validation_sequences_per_source
         )
         for name, source in sources.items()
     }
@@ -88,7 +88,7 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
         seen_tokens=0,
         processes=dist.get_world_size(),
         zero_stage=recipe.engine.zero_stage,
-        drawn_windows=dict.fromkeys(schedule.names, 0),
+        drawn_sequences=dict.fromkeys(schedule.names, 0),
     )
     if newest is not None:
         state = checkpoints.load(engine, newest)
@@ -105,7 +105,7 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
         stop_requested,
         Performance(
             engine.module,
-            training.window_tokens,
+            training.sequence_length,
             dist.get_world_size(),
             training.precision,
             recipe.num_steps * recipe.step_tokens - state.seen_tokens,

@@ -1,4 +1,4 @@
-"""The confirmation: default and tuned mixture once more, with another seed and other held-out windows."""
+"""The confirmation: default and tuned mixture once more, with another seed and other held-out sequences."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def confirm(
     folder: Path,
     say: Say,
 ) -> Confirmation:
-    """Trains both mixtures and compares them on held-out windows that no trial was judged on.
+    """Trains both mixtures and compares them on held-out sequences that no trial was judged on.
 
     Args:
         recipe: The recipe that was tuned.
@@ -38,14 +38,14 @@ def confirm(
     seed = recipe.training.seed + 1
     # Another choice, from more trials, is another run.
     key = hashlib.blake2b(json.dumps(tuned, sort_keys=True).encode(), digest_size=3).hexdigest()
-    arms = {"default": token_shares(recipe.mixture), f"tuned-{key}": tuned}
+    variants = {"default": token_shares(recipe.mixture), f"tuned-{key}": tuned}
     measured = []
-    for name, shares in arms.items():
+    for name, shares in variants.items():
         place = folder / f"confirm-{num_tokens}" / name
         proxy = Proxy(
             f"Confirmation, {name.partition('-')[0]} mixture",
             proxy_recipe(recipe, shares, num_tokens, place, seed),
-            recipe.eval.validation_windows_per_source,
+            recipe.eval.validation_sequences_per_source,
             "confirmation",
         )
         measured.append((proxy, run_proxy(proxy, say)))
@@ -63,11 +63,11 @@ def compare(
     num_tokens: int,
     seed: int,
 ) -> Confirmation:
-    """Compares two models window by window.
+    """Compares two models sequence by sequence.
 
     Args:
-        default: What the model of the default mixture makes of the held-out windows.
-        tuned: What that of the tuned mixture makes of the same windows.
+        default: What the model of the default mixture makes of the held-out sequences.
+        tuned: What that of the tuned mixture makes of the same sequences.
         weights: Of each domain's loss; they sum to 1.
         num_tokens: Training tokens of each, for the record.
         seed: Their seed, for the record.
@@ -77,8 +77,8 @@ def compare(
     )
     variance = 0.0
     for name, weight in weights.items():
-        gaps = np.subtract(tuned.window_losses[name], default.window_losses[name])
-        # One window says nothing about how much windows differ; it adds nothing rather than a guess.
+        gaps = np.subtract(tuned.sequence_losses[name], default.sequence_losses[name])
+        # One sequence says nothing about how much sequences differ; it adds nothing rather than a guess.
         variance += weight**2 * float(gaps.var(ddof=1)) / len(gaps) if len(gaps) > 1 else 0.0
     limit = NormalDist().inv_cdf((1 + LEVEL) / 2)
     return Confirmation(

@@ -63,7 +63,7 @@ class Curve(BaseModel):
 
 
 class Confirmation(BaseModel):
-    """Default and tuned mixture trained with another seed, judged on held-out windows that no trial was judged on."""
+    """Default and tuned mixture trained with another seed, judged on held-out sequences that no trial was judged on."""
 
     num_tokens: int
     seed: int
@@ -75,7 +75,7 @@ class Confirmation(BaseModel):
     difference: float
     """Tuned minus default."""
     half_width: float
-    """Half of the 90% interval of the difference over windows of held-out text. One seed: it holds no noise of training."""
+    """Half of the 90% interval of the difference over sequences of held-out text. One seed: it holds no noise of training."""
     default_zeros: float
     tuned_zeros: float
 

@@ -81,7 +81,7 @@ def _panel(axes: Axes, record: TuneRecord, curve: Curve, name: str, theme: Theme
     part = record.parts.index(curve.part)
     shares, losses = np.array(curve.shares), np.array(curve.losses[name])
     half, at = np.array(curve.half_widths[name]), [one.part_shares[part] for one in record.trials]
-    colour = theme.product if name == WEIGHTED else theme.control
+    colour = theme.product if name == WEIGHTED else theme.baseline
     fill = theme.product_fill if name == WEIGHTED else theme.line
     axes.fill_between(shares, losses - half, losses + half, color=fill, lw=0, label="90% band")
     axes.plot(shares, losses, color=colour, linewidth=1.8, label="regression")
@@ -233,7 +233,7 @@ def _confirmation_table(record: TuneRecord) -> Table:
     found = record.confirmation
     assert found is not None
     table = figures_table(
-        f"Confirmation: {found.num_tokens:,} tokens, seed {found.seed}, other held-out windows",
+        f"Confirmation: {found.num_tokens:,} tokens, seed {found.seed}, other held-out sequences",
         "domain",
         "default loss",
         "tuned loss",

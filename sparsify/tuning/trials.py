@@ -22,8 +22,8 @@ from sparsify.commands.run import check_same, train_run
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError, RecipeError, RunError
 from sparsify.files import write_text
-from sparsify.mixture.sequences.held_out import mixture_windows
-from sparsify.mixture.sequences.reader import NO_LOSS, Window, collate
+from sparsify.mixture.sequences.held_out import mixture_sequences
+from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.mixture.sequences.shares import Shares
 from sparsify.models import SparseModel
@@ -32,10 +32,10 @@ from sparsify.recipe.rules.recipe import validate
 from sparsify.runs.load import find_trained, load_trained
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.probe import SparsityProbe
-from sparsify.training.validation import window_losses as cross_entropies
+from sparsify.training.validation import sequence_losses as cross_entropies
 
-HeldOut = Mapping[str, Sequence[Window]]
-"""Held-out windows by domain."""
+HeldOut = Mapping[str, Sequence[PackedSequence]]
+"""Held-out sequences by domain."""
 
 
 class Measurement(BaseModel):
@@ -43,94 +43,94 @@ class Measurement(BaseModel):
 
     Attributes:
         losses: Mean loss on each domain.
-        zeros: Share of exact zeros among the neuron activations, over all domains' windows.
-        window_losses: Mean loss of each window of each domain; windows without labels are left out.
-        held_out_fingerprint: Of the windows. Only measurements that agree in it can be compared.
+        zeros: Share of exact zeros among the neuron activations, over all domains' sequences.
+        sequence_losses: Mean loss of each sequence of each domain; sequences without labels are left out.
+        held_out_fingerprint: Of the sequences. Only measurements that agree in it can be compared.
     """
 
     losses: dict[str, float]
     zeros: float
-    window_losses: dict[str, list[float]]
+    sequence_losses: dict[str, list[float]]
     held_out_fingerprint: str
 
 
 def held_out_halves(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, windows_per_domain: int
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, sequences_per_domain: int
 ) -> tuple[HeldOut, HeldOut]:
-    """Held-out windows of every source of the mixture, whatever its share: to judge trials on, and to confirm on.
+    """Held-out sequences of every source of the mixture, whatever its share: to judge trials on, and to confirm on.
 
-    Each half has `windows_per_domain` windows of each source, as far as there are that many. They do not depend on any
+    Each half has `sequences_per_domain` sequences of each source, as far as there are that many. They do not depend on any
     share, so they are the same for all trials.
 
     Raises:
-        MixtureError: If a source holds out fewer than two windows.
+        MixtureError: If a source holds out fewer than two sequences.
     """
     mixture = deepcopy(recipe.mixture)
     mixture.instruction_token_share, mixture.phases = None, []
     for source in mixture.sources.values():
         source.token_share = 1 / len(mixture.sources)
-    window_tokens = recipe.training.window_tokens
-    wanted = 2 * windows_per_domain * len(mixture.sources)
-    windows: dict[str, list[Window]] = {name: [] for name in mixture.sources}
-    for window in mixture_windows(
+    sequence_length = recipe.training.sequence_length
+    wanted = 2 * sequences_per_domain * len(mixture.sources)
+    sequences: dict[str, list[PackedSequence]] = {name: [] for name in mixture.sources}
+    for sequence in mixture_sequences(
         mixture,
         tokenizer,
-        num_tokens=wanted * window_tokens,
-        window_tokens=window_tokens,
+        num_tokens=wanted * sequence_length,
+        sequence_length=sequence_length,
         cache_dir=Path(recipe.cache_dir).expanduser(),
     ):
-        windows[window.source].append(window)
-    for name, held_out in windows.items():
+        sequences[sequence.source].append(sequence)
+    for name, held_out in sequences.items():
         if len(held_out) < 2:
             raise MixtureError(
-                f"Source {name!r} holds out less than two windows of {window_tokens} tokens.",
+                f"Source {name!r} holds out less than two sequences of {sequence_length} tokens.",
                 allowed="One to judge the trials on, another to confirm the choice on.",
-                next_step="Raise mixture.validation_fraction, add documents, or lower training.window_tokens.",
+                next_step="Raise mixture.validation_fraction, add documents, or lower training.sequence_length.",
             )
     # Neighbours in turn, so that both halves lie over all held-out documents.
     trial, confirmation = (
-        {name: held_out[half::2] for name, held_out in windows.items()} for half in (0, 1)
+        {name: held_out[half::2] for name, held_out in sequences.items()} for half in (0, 1)
     )
     return trial, confirmation
 
 
 @torch.no_grad()
-def measure_domains(model: SparseModel, held_out: HeldOut, micro_batch_windows: int) -> Measurement:
+def measure_domains(model: SparseModel, held_out: HeldOut, micro_batch_size: int) -> Measurement:
     """Loss of a model on every domain, and its zeros, in one pass.
 
     Raises:
-        MixtureError: If a domain's windows hold no label to predict.
+        MixtureError: If a domain's sequences hold no label to predict.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers decorates `to`)
     losses: dict[str, float] = {}
-    window_losses: dict[str, list[float]] = {}
+    sequence_losses: dict[str, list[float]] = {}
     with SparsityProbe(model) as probe:
-        for name, windows in held_out.items():
-            sums, counts = _window_sums(model, windows, micro_batch_windows)
+        for name, sequences in held_out.items():
+            sums, counts = _sequence_sums(model, sequences, micro_batch_size)
             if not counts.sum():
                 raise MixtureError(
-                    f"The held-out windows of source {name!r} hold no token that carries loss.",
-                    next_step="Set mixture.instruction_loss=all, or raise training.window_tokens.",
+                    f"The held-out sequences of source {name!r} hold no token that carries loss.",
+                    next_step="Set mixture.instruction_loss=all, or raise training.sequence_length.",
                 )
             losses[name] = float(sums.sum() / counts.sum())
-            window_losses[name] = (sums / counts)[counts > 0].tolist()
+            sequence_losses[name] = (sums / counts)[counts > 0].tolist()
     zeros = probe.statistics().zero_share("product")
     return Measurement(
         losses=losses,
         zeros=zeros,
-        window_losses=window_losses,
+        sequence_losses=sequence_losses,
         held_out_fingerprint=fingerprint(held_out),
     )
 
 
-def _window_sums(
-    model: SparseModel, windows: Sequence[Window], micro_batch_windows: int
+def _sequence_sums(
+    model: SparseModel, sequences: Sequence[PackedSequence], micro_batch_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss and number of labels of each window. Two tensors [n], float64."""
+    """Summed loss and number of labels of each sequence. Two tensors [n], float64."""
     sums, counts = [], []
-    for start in range(0, len(windows), micro_batch_windows):
-        batch = collate(windows[start : start + micro_batch_windows])
+    for start in range(0, len(sequences), micro_batch_size):
+        batch = collate(sequences[start : start + micro_batch_size])
         batch = {key: value.to(model.device) for key, value in batch.items()}
         logits = model(
             input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
@@ -141,12 +141,12 @@ def _window_sums(
 
 
 def fingerprint(held_out: HeldOut) -> str:
-    """Of all tokens and labels of the windows."""
+    """Of all tokens and labels of the sequences."""
     digest = hashlib.blake2b(digest_size=12)
-    for name, windows in held_out.items():
-        digest.update(f"{name}/{len(windows)}".encode())
-        for window in windows:
-            digest.update(window.input_ids.tobytes() + window.labels.tobytes())
+    for name, sequences in held_out.items():
+        digest.update(f"{name}/{len(sequences)}".encode())
+        for sequence in sequences:
+            digest.update(sequence.input_ids.tobytes() + sequence.labels.tobytes())
     return digest.hexdigest()
 
 
@@ -161,13 +161,13 @@ class Proxy:
     Args:
         title: What to call it while it runs.
         recipe: Its own recipe.
-        validation_windows: Held-out windows of each domain that it is judged on.
-        half: Which half of the held-out windows it is judged on.
+        validation_sequences: Held-out sequences of each domain that it is judged on.
+        half: Which half of the held-out sequences it is judged on.
     """
 
     title: str
     recipe: Recipe
-    validation_windows: int
+    validation_sequences: int
     half: Half = "trial"
 
     @property
@@ -176,13 +176,13 @@ class Proxy:
 
     @property
     def delivered_shares(self) -> dict[str, float]:
-        """Shares that its few windows come to; they differ from those asked for by less than a window."""
+        """Shares that its few sequences come to; they differ from those asked for by less than a sequence."""
         training = self.recipe.training
-        num_windows = self.recipe.num_steps * training.batch_windows
+        num_sequences = self.recipe.num_steps * training.global_batch_size
         sources = self.recipe.mixture.sources
         shares = Shares.constant({name: one.token_share for name, one in sources.items()})
-        counts = SourceSchedule(shares).counts(num_windows)
-        return {name: counts.get(name, 0) / num_windows for name in sources}
+        counts = SourceSchedule(shares).counts(num_sequences)
+        return {name: counts.get(name, 0) / num_sequences for name in sources}
 
 
 def proxy_recipe(
@@ -190,8 +190,8 @@ def proxy_recipe(
 ) -> Recipe:
     """The recipe at another budget and other shares.
 
-    Warm-up shrinks in proportion, and the decay ends with the budget as in every run. There is no control, and the
-    run validates itself on one window a source only: trials are judged by `measure_domains`.
+    Warm-up shrinks in proportion, and the decay ends with the budget as in every run. There is no baseline, and the
+    run validates itself on one sequence a source only: trials are judged by `measure_domains`.
 
     Raises:
         RecipeError: If the budget is less than a step.
@@ -200,7 +200,7 @@ def proxy_recipe(
         raise RecipeError(
             f"{num_tokens:,} tokens are less than one step of {recipe.step_tokens:,} tokens.",
             allowed="A trial needs several steps to differ from the model that it starts from.",
-            next_step=f"Set --trial-tokens to {10 * recipe.step_tokens} or more, or lower training.batch_windows.",
+            next_step=f"Set --trial-tokens to {10 * recipe.step_tokens} or more, or lower training.global_batch_size.",
         )
     proxy = deepcopy(recipe)
     proxy.name, proxy.run_dir = f"{recipe.name}-{folder.name}", str(folder)
@@ -210,9 +210,9 @@ def proxy_recipe(
     scale = num_tokens / recipe.training.budget_tokens
     proxy.training.budget_tokens, proxy.training.seed = num_tokens, seed
     proxy.optimizer.warmup_tokens = int(recipe.optimizer.warmup_tokens * scale)
-    proxy.eval.every_tokens, proxy.eval.validation_windows_per_source = num_tokens, 1
+    proxy.eval.every_tokens, proxy.eval.validation_sequences_per_source = num_tokens, 1
     proxy.checkpoint.keep_last = 1
-    proxy.control.ffn_activation = None
+    proxy.baseline.ffn_activation = None
     return validate(proxy)
 
 
@@ -256,12 +256,10 @@ def _measure(proxy: Proxy) -> Measurement:
     trained = find_trained(proxy.run.path)
     assert trained is not None, f"{proxy.run.path} was trained but has no recipe"
     halves = held_out_halves(
-        proxy.recipe, load_tokenizer(proxy.run.initial), proxy.validation_windows
+        proxy.recipe, load_tokenizer(proxy.run.initial), proxy.validation_sequences
     )
     held_out = halves[0] if proxy.half == "trial" else halves[1]
-    return measure_domains(
-        load_trained(trained), held_out, proxy.recipe.training.micro_batch_windows
-    )
+    return measure_domains(load_trained(trained), held_out, proxy.recipe.training.micro_batch_size)
 
 
 def check_comparable(measured: Sequence[tuple[Proxy, Measurement]]) -> None:
@@ -279,7 +277,7 @@ def check_comparable(measured: Sequence[tuple[Proxy, Measurement]]) -> None:
     if other:
         raise RunError(
             f"Judged on other held-out text than {first.run.path}: {', '.join(other)}.",
-            allowed="Files, tokenizer and the number of validation windows stay as they are from the first trial to "
+            allowed="Files, tokenizer and the number of validation sequences stay as they are from the first trial to "
             "the last.",
             next_step="Remove the folders of the older trials, or choose another place with run_dir=….",
         )

@@ -182,7 +182,7 @@ def _proxies(recipe: Recipe, space: Space, request: Request, folder: Path) -> li
                 folder / f"trial-{number:02d}",
                 recipe.training.seed,
             ),
-            recipe.eval.validation_windows_per_source,
+            recipe.eval.validation_sequences_per_source,
         )
         for number, one in enumerate(shares)
     ]

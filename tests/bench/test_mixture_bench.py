@@ -28,38 +28,38 @@ ALLOCATED_BYTES = 200_000_000
 def bench(mixture_file: Path) -> MixtureBench:
     """What the command prints as JSON on a small mixture."""
     arguments = ["bench", "mixture", "--on", str(mixture_file), "--json"]
-    sizes = {"budget": 6_000, "window": 128, "load": 20_000}
+    sizes = {"budget": 6_000, "sequence": 128, "load": 20_000}
     arguments += [word for key, size in sizes.items() for word in (f"--{key}-tokens", str(size))]
     arguments += ["--buffer-documents", "10", "--repeats", "1"]
     result = CliRunner().invoke(main.app, arguments, catch_exceptions=False)
     return MixtureBench.model_validate_json(result.stdout)
 
 
-def test_our_side_delivers_what_was_asked_within_one_window(bench: MixtureBench) -> None:
+def test_our_side_delivers_what_was_asked_within_one_sequence(bench: MixtureBench) -> None:
     assert bench.asked_token_shares == {"code": 0.5, "prose": 0.25, "questions": 0.25}
-    assert bench.ours.delivered.largest_deviation_windows < 1
+    assert bench.ours.delivered.largest_deviation_sequences < 1
     for name, asked in bench.asked_token_shares.items():
         given = bench.ours.delivered.token_shares[name]
-        assert abs(given - asked) * bench.num_windows < 1
+        assert abs(given - asked) * bench.num_sequences < 1
     assert bench.ours.delivered.cut_documents == 0
 
 
 def test_our_side_loses_and_repeats_nothing(bench: MixtureBench) -> None:
-    assert bench.ours.resumed.documents > bench.num_windows
+    assert bench.ours.resumed.documents > bench.num_sequences
     assert (bench.ours.resumed.lost, bench.ours.resumed.repeated) == (0, 0)
 
 
 def test_the_other_side_draws_by_document(bench: MixtureBench) -> None:
     """Questions are a quarter of its documents, but several times as short as the others."""
     assert bench.interleaved.delivered.token_shares["questions"] < 0.15
-    assert bench.interleaved.delivered.largest_deviation_windows > 1
+    assert bench.interleaved.delivered.largest_deviation_sequences > 1
     assert sum(bench.interleaved.delivered.token_shares.values()) == pytest.approx(1)
 
 
 def test_every_measure_is_there_and_shown(bench: MixtureBench) -> None:
     assert all(side.peak_memory_bytes > 10**8 for side in (bench.ours, bench.interleaved))
-    assert [one.window_tokens for one in bench.loaded] == [128, 256]
-    assert bench.tokenized.num_tokens >= bench.num_windows * bench.window_tokens
+    assert [one.sequence_length for one in bench.loaded] == [128, 256]
+    assert bench.tokenized.num_tokens >= bench.num_sequences * bench.sequence_length
     with main.console.capture() as shown:
         main.console.print(mixture_table(bench))
     for name in bench.asked_token_shares:
@@ -81,9 +81,9 @@ def test_documents_of_a_lost_shuffle_buffer_are_counted(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TOKENIZER)
     side = Interleaved(corpus, tokenizer, 64, 1, 20, corpus.shares)
     length = len(tokenizer(rows[0])["input_ids"])
-    num_windows = 1200 * length // 64
+    num_sequences = 1200 * length // 64
     (delivered, resumed), _ = count_interleaved(
-        side, num_windows, stop=num_windows // 2, late=num_windows // 2
+        side, num_sequences, stop=num_sequences // 2, late=num_sequences // 2
     )
     assert resumed.lost > 0
     assert delivered.token_shares["one"] == pytest.approx(0.5, abs=0.1)
@@ -101,7 +101,7 @@ def test_memory_is_that_of_the_work_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--budget-tokens", "1000"], "At least 20 windows"),
+        (["--budget-tokens", "1000"], "At least 20 sequences"),
         (["--repeats", "0"], "--repeats is 0"),
         (["--on", "quickstrat"], "Did you mean 'quickstart'"),
         (["--tokenizer", "no/such/folder"], "no/such/folder"),

@@ -1,4 +1,4 @@
-"""`sparsify bench recovery`: what it reads from runs, how arms choose and compare, and one real small benchmark."""
+"""`sparsify bench recovery`: what it reads from runs, how variants choose and compare, and one real small benchmark."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from tests.conftest import Setup
 
 def point(tokens: int, loss: float, zeros: float, gate_zeros: float) -> RecoveryPoint:
     return RecoveryPoint(
-        tokens=tokens, loss=loss, zeros=zeros, gate_zeros=gate_zeros, annealed_share=1
+        tokens=tokens, loss=loss, zeros=zeros, gate_zeros=gate_zeros, blended_share=1
     )
 
 
-def arm(name: str, losses: list[float], dense: list[float], zeros: float) -> RecoveryArm:
+def variant(name: str, losses: list[float], dense: list[float], zeros: float) -> RecoveryArm:
     runs = [
         RecoveryRun(
-            arm=name,
+            variant=name,
             seed=seed,
             peak_learning_rate=1e-3,
             path="",
@@ -50,8 +50,8 @@ def arm(name: str, losses: list[float], dense: list[float], zeros: float) -> Rec
 
 def recovery() -> Recovery:
     dense = [3.0, 3.2]
-    arms = [arm("dense", dense, dense, 0.0), arm("drelu", [3.5, 3.6], dense, 0.9)]
-    return Recovery(budget_tokens=100, seeds=[1, 2], arms=arms)
+    variants = [variant("dense", dense, dense, 0.0), variant("drelu", [3.5, 3.6], dense, 0.9)]
+    return Recovery(budget_tokens=100, seeds=[1, 2], variants=variants)
 
 
 def test_bytes_are_those_of_an_exact_kernel() -> None:
@@ -80,9 +80,9 @@ def test_a_real_run_is_read_to_its_end(
         read_run(RunFolder(tmp_path), "drelu")
 
 
-def test_the_table_holds_each_seed_against_its_own_control(tmp_path: Path) -> None:
+def test_the_table_holds_each_seed_against_its_own_baseline(tmp_path: Path) -> None:
     result = recovery()
-    assert result.arms[1].gap == pytest.approx((0.5 + 0.4) / 2)
+    assert result.variants[1].gap == pytest.approx((0.5 + 0.4) / 2)
     console = Console(width=140)
     with console.capture() as captured:
         console.print(recovery_table(result))
@@ -107,13 +107,13 @@ def _without_computed(value: object) -> object:
 def test_every_recipe_in_its_folder_is_an_arm_and_the_control_comes_first() -> None:
     names = arm_names()
     assert names[0] == "dense"
-    assert {"drelu", "reglu", "annealed_drelu", "prosparse_reglu", "target_drelu"} <= set(names)
+    assert {"drelu", "reglu", "blended_drelu", "prosparse_reglu", "target_drelu"} <= set(names)
 
 
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (RecoveryPlan(Path("r"), arms=["dralu"]), "Did you mean 'drelu'?"),
+        (RecoveryPlan(Path("r"), variants=["dralu"]), "Did you mean 'drelu'?"),
         (RecoveryPlan(Path("r"), rates=[]), "--rates is empty"),
         (RecoveryPlan(Path("r"), seeds=[1, 1]), "each once"),
         (RecoveryPlan(Path("r"), overrides=["training.seed=3"]), "sets training.seed itself"),
@@ -138,24 +138,24 @@ def test_a_small_benchmark_from_beginning_to_end(
         f"model.source={stock['mistral']}",
         f"mixture={mixture_file}",
         f"cache_dir={tmp_path / 'cache'}",
-        "training.window_tokens=64",
+        "training.sequence_length=64",
         "training.budget_tokens=4096",
         "optimizer.warmup_tokens=512",
         "eval.every_tokens=2048",
-        "eval.validation_windows_per_source=2",
+        "eval.validation_sequences_per_source=2",
         "launch.processes=1",
     ]
-    plan = RecoveryPlan(tmp_path / "r", ["annealed_drelu"], [1e-3, 3e-3], [1, 2], overrides)
+    plan = RecoveryPlan(tmp_path / "r", ["blended_drelu"], [1e-3, 3e-3], [1, 2], overrides)
     said: list[str] = []
     result = bench_recovery(plan, said.append)
-    assert [one.name for one in result.arms] == ["dense", "annealed_drelu"]
-    for one in result.arms:
+    assert [one.name for one in result.variants] == ["dense", "blended_drelu"]
+    for one in result.variants:
         assert one.searched.keys() == {1e-3, 3e-3}
         assert one.peak_learning_rate == min(one.searched, key=lambda rate: one.searched[rate])
         assert [run.seed for run in one.runs] == [1, 2]
-    points = result.arms[1].runs[0].points
-    assert [one.annealed_share for one in points] == [0.0, 1.0, 1.0]
-    assert points[0].loss == pytest.approx(result.arms[0].runs[0].points[0].loss, abs=1e-5)
+    points = result.variants[1].runs[0].points
+    assert [one.blended_share for one in points] == [0.0, 1.0, 1.0]
+    assert points[0].loss == pytest.approx(result.variants[0].runs[0].points[0].loss, abs=1e-5)
     again = bench_recovery(plan, said.append)
     assert again == result
     assert sum("Trained already" in line for line in said) == 6

@@ -34,7 +34,7 @@ def bench(recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPa
     return TrainBench.model_validate_json(done.stdout)
 
 
-def test_all_loops_train_the_same_model_on_the_same_windows(bench: TrainBench) -> None:
+def test_all_loops_train_the_same_model_on_the_same_sequences(bench: TrainBench) -> None:
     assert len(bench.ours.losses) >= BLOCKS * BLOCK_STEPS
     for other in (bench.bare, bench.trainer):
         assert len(other.losses) >= BLOCKS * BLOCK_STEPS

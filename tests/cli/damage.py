@@ -18,7 +18,7 @@ from sparsify.recipe.compose import compose_recipe, save_recipe
 from tests.conftest import SHAPE, TOKENIZER
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-STATE = '{"step": 2, "seen_tokens": 1024, "processes": 1, "zero_stage": 1, "drawn_windows": {}}'
+STATE = '{"step": 2, "seen_tokens": 1024, "processes": 1, "zero_stage": 1, "drawn_sequences": {}}'
 
 
 class Place:

@@ -208,8 +208,8 @@ TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
         ["cut.jsonl:1 is not JSON", "complete"],
     ),
     "context": (
-        lambda place: place.train("training.window_tokens=256", "training.budget_tokens=8192"),
-        ["training.window_tokens is 256", "At most 128 tokens", "training.window_tokens=128"],
+        lambda place: place.train("training.sequence_length=256", "training.budget_tokens=8192"),
+        ["training.sequence_length is 256", "At most 128 tokens", "training.sequence_length=128"],
     ),
     "flash attention": (
         lambda place: place.train("engine.attention=flash_attention_2"),

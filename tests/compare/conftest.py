@@ -40,9 +40,9 @@ class Runs:
         """One run folder.
 
         Args:
-            name: Its folder; `NAME/control` for a control.
+            name: Its folder; `NAME/baseline` for a baseline.
             overrides: What sets it apart from the quickstart.
-            losses: Loss of each source, by training tokens; those at 0 are the model's right after the swap.
+            losses: Loss of each source, by training tokens; those at 0 are the model's right after the activation replacement.
             zeros: At every measurement but the base's.
             fingerprints: Of sources whose text is not the usual one.
             tokens_per_second: Speed.
@@ -54,14 +54,14 @@ class Runs:
         save_recipe(recipe, run.recipe)
         shares = token_shares(recipe.mixture)
         counts = SourceSchedule(Shares.constant(shares)).counts(
-            recipe.num_steps * recipe.training.batch_windows
+            recipe.num_steps * recipe.training.global_batch_size
         )
         write_lock(_lock(recipe, shares, counts, fingerprints or {}), run.mixture_lock)
         dense = recipe.activation.ffn_activation == "swiglu"
         base = _validation(0, "base", dict.fromkeys(shares, 1.0), shares, 0.0)
         records = [] if dense else [base]
         for tokens, of_sources in losses.items():
-            label = "training" if tokens else "base" if dense else "after_swap"
+            label = "training" if tokens else "base" if dense else "after_replacement"
             if tokens:
                 records.append(_step(tokens, tokens_per_second))
             share = 0.0 if dense else zeros
@@ -78,7 +78,7 @@ def _lock(
     counts: Mapping[str, int],
     fingerprints: Mapping[str, str],
 ) -> MixtureLock:
-    window_tokens = recipe.training.window_tokens
+    sequence_length = recipe.training.sequence_length
     sources = {
         source: SourceLock(
             fingerprint=fingerprints.get(source, f"text of {source}"),
@@ -86,14 +86,14 @@ def _lock(
             train_tokens=100_000,
             held_out_tokens=8192,
             token_share=share,
-            planned_tokens=counts[source] * window_tokens,
-            epochs=counts[source] * window_tokens / 100_000,
+            planned_tokens=counts[source] * sequence_length,
+            epochs=counts[source] * sequence_length / 100_000,
         )
         for source, share in shares.items()
     }
     return MixtureLock(
         tokenizer_fingerprint="tokenizer",
-        window_tokens=window_tokens,
+        sequence_length=sequence_length,
         seed=recipe.training.seed,
         sources=sources,
     )
@@ -131,7 +131,7 @@ def runs(tmp_path: Path) -> Runs:
 
 @pytest.fixture
 def sweep(runs: Runs) -> list[Path]:
-    """Three instruction shares, each with its control: 0, the 0.2 that the mixture states, and 0.5."""
+    """Three instruction shares, each with its baseline: 0, the 0.2 that the mixture states, and 0.5."""
     final = {
         "share=0": (2.0, 3.0, None),
         "share=stated": (2.1, 3.2, 2.5),
@@ -146,10 +146,10 @@ def sweep(runs: Runs) -> list[Path]:
             if loss is not None
         }
         losses = {0: {source: loss + 1 for source, loss in last.items()}, 20480: last}
-        control = {tokens: _minus(of_sources, 0.5) for tokens, of_sources in losses.items()}
+        baseline = {tokens: _minus(of_sources, 0.5) for tokens, of_sources in losses.items()}
         share = f"mixture.instruction_token_share={given[name]}"
         path = runs(f"quickstart,{name}", share, losses=losses)
-        runs(f"quickstart,{name}/control", share, "activation=swiglu", losses=control)
+        runs(f"quickstart,{name}/baseline", share, "activation=swiglu", losses=baseline)
         paths.append(path)
     return paths
 

@@ -24,27 +24,35 @@ def rows(comparison: Comparison, title: str) -> list[dict[str, str]]:
     return [dict(zip(table.header, row, strict=True)) for row in table.rows]
 
 
-def test_one_run_stands_beside_its_control(runs: Runs) -> None:
+def test_one_run_stands_beside_its_baseline(runs: Runs) -> None:
     run = runs(
         "quickstart",
         losses={0: OTHER, 10240: OTHER, 20480: TWO},
         zeros=0.875,
         tokens_per_second=1234.5,
     )
-    control = {"code": 1.9, "prose": 2.75, "questions": 2.5}
-    runs("quickstart/control", "activation=swiglu", losses={0: control, 20480: control})
+    baseline = {"code": 1.9, "prose": 2.75, "questions": 2.5}
+    runs("quickstart/baseline", "activation=swiglu", losses={0: baseline, 20480: baseline})
 
     comparison = runs([run])
 
     sparse, dense = comparison.runs
     # 0.6 code + 0.2 prose + 0.2 questions
     assert sparse.loss == pytest.approx(2.3)
-    assert sparse.control is not None
-    assert sparse.control.gap == pytest.approx(0.6 * 0.1 + 0.2 * 0.25)
-    assert sparse.control.source_gaps == pytest.approx({"code": 0.1, "prose": 0.25, "questions": 0})
-    assert (sparse.control.tokens, dense.control, dense.control_state) == (20480, None, "is dense")
+    assert sparse.baseline is not None
+    assert sparse.baseline.gap == pytest.approx(0.6 * 0.1 + 0.2 * 0.25)
+    assert sparse.baseline.source_gaps == pytest.approx(
+        {"code": 0.1, "prose": 0.25, "questions": 0}
+    )
+    assert (sparse.baseline.tokens, dense.baseline, dense.baseline_state) == (
+        20480,
+        None,
+        "is dense",
+    )
     assert [point.tokens for point in sparse.points] == [0, 10240, 20480]
-    assert sparse.points[0].loss == pytest.approx(2.8)  # after the swap, not the base before it
+    assert sparse.points[0].loss == pytest.approx(
+        2.8
+    )  # after the activation replacement, not the base before it
     assert comparison.losses_comparable
     assert comparison.notes == []
     assert comparison.swept_setting is None
@@ -54,16 +62,16 @@ def test_one_run_stands_beside_its_control(runs: Runs) -> None:
             "ffn_activation": "drelu",
             "training tokens": "20,480",
             "validation loss": "2.300",
-            "to dense control": "+0.110",
+            "to dense baseline": "+0.110",
             "exact zeros": "87.5%",
             "tokens/s": "1,234",
         },
         {
-            "run": "control",
+            "run": "baseline",
             "ffn_activation": "swiglu",
             "training tokens": "20,480",
             "validation loss": "2.190",
-            "to dense control": "is dense",
+            "to dense baseline": "is dense",
             "exact zeros": "0%",
             "tokens/s": "1,000",
         },
@@ -87,7 +95,7 @@ def test_a_series_of_shares_is_compared_source_by_source(sweep: list[Path]) -> N
     assert [row["instruction_token_share"] for row in table] == ["0", "0.2", "0.5"]
     # 2.0 * 0.75 + 3.0 * 0.25; each run weighs by other shares, so none may be compared with another
     assert [row["validation loss"] for row in table] == ["2.250†", "2.400†", "2.312†"]
-    assert [row["to dense control"] for row in table] == ["+0.500"] * 3
+    assert [row["to dense baseline"] for row in table] == ["+0.500"] * 3
     assert [row["plain mean"] for row in table] == ["–", "2.600", "2.567"]
     assert [row["exact zeros"] for row in table] == ["80.0%†", "80.0%", "80.0%"]
     sources = rows(comparison, "Validation loss of each source")
@@ -100,25 +108,25 @@ def test_a_series_of_shares_is_compared_source_by_source(sweep: list[Path]) -> N
     assert unmeasured.startswith("share=0 trains on no questions, so it was not measured there")
 
 
-def test_a_dense_run_of_the_same_tokens_is_the_control(runs: Runs) -> None:
-    alone = ("control.ffn_activation=null",)
+def test_a_dense_run_of_the_same_tokens_is_the_baseline(runs: Runs) -> None:
+    alone = ("baseline.ffn_activation=null",)
     sparse = runs("quickstart", *alone, losses={20480: OTHER})
     reglu = runs("quickstart,activation=reglu", "activation=reglu", *alone, losses={20480: OTHER})
-    # The numbers of windows in a pass and of processes change no token.
-    faster = ("training.micro_batch_windows=2", "launch.processes=1")
+    # The numbers of sequences in a pass and of processes change no token.
+    faster = ("training.micro_batch_size=2", "launch.processes=1")
     dense = runs("quickstart,activation=swiglu", "activation=swiglu", *faster, losses={20480: TWO})
     seed = "training.seed=2"
     other = runs("quickstart,seed=2,activation=drelu", seed, *alone, losses={20480: OTHER})
 
     comparison = runs([sparse, reglu, dense, other])
 
-    gaps = [row["to dense control"] for row in rows(comparison, "Runs")]
-    assert gaps == ["+0.500", "+0.500", "is dense", "no control"]
-    assert comparison.runs[0].control is not None
-    assert comparison.runs[0].control.name == "activation=swiglu"
+    gaps = [row["to dense baseline"] for row in rows(comparison, "Runs")]
+    assert gaps == ["+0.500", "+0.500", "is dense", "no baseline"]
+    assert comparison.runs[0].baseline is not None
+    assert comparison.runs[0].baseline.name == "activation=swiglu"
     (note,) = comparison.notes
     assert note.startswith(
-        "No control for seed=2,activation=drelu: what the zeros cost is not known"
+        "No baseline for seed=2,activation=drelu: what the zeros cost is not known"
     )
 
 
@@ -130,16 +138,16 @@ def test_a_dense_run_of_the_same_tokens_is_the_control(runs: Runs) -> None:
             ["other: code was", "fingerprint new text, not text of code"],
         ),
         (
-            {"overrides": ["eval.validation_windows_per_source=4"]},
-            ["other: code, prose and questions were", "4 windows, not 16"],
+            {"overrides": ["eval.validation_sequences_per_source=4"]},
+            ["other: code, prose and questions were", "4 sequences, not 16"],
         ),
         (
-            {"overrides": ["training.window_tokens=128", "training.batch_windows=16"]},
-            ["other: code, prose", "windows of 128 tokens, not 256"],
+            {"overrides": ["training.sequence_length=128", "training.global_batch_size=16"]},
+            ["other: code, prose", "sequences of 128 tokens, not 256"],
         ),
     ],
 )
-def test_losses_of_other_windows_are_marked(runs: Runs, other: dict, cause: list[str]) -> None:
+def test_losses_of_other_sequences_are_marked(runs: Runs, other: dict, cause: list[str]) -> None:
     other = dict(other)
     overrides = other.pop("overrides", [])
     paths = [runs(name, f"training.seed={i}", losses={20480: TWO}) for i, name in enumerate("ab")]
@@ -155,12 +163,12 @@ def test_losses_of_other_windows_are_marked(runs: Runs, other: dict, cause: list
     assert rows(comparison, "Validation loss of each source")[2]["code"] == "2.000† (60.0%)"
     assert rows(comparison, "Runs")[2]["validation loss"] == "2.300†"
     note = comparison.notes[0]
-    assert all(words in note for words in [*cause, "windows of a", "cannot be compared"])
+    assert all(words in note for words in [*cause, "sequences of a", "cannot be compared"])
 
 
-def test_as_many_windows_as_there_are_is_the_same_for_any_larger_number(runs: Runs) -> None:
-    """The held-out text has room for 32 windows: asking for 40 or 50 measures on the same 32."""
-    asked = [f"eval.validation_windows_per_source={number}" for number in (40, 50)]
+def test_as_many_sequences_as_there_are_is_the_same_for_any_larger_number(runs: Runs) -> None:
+    """The held-out text has room for 32 sequences: asking for 40 or 50 measures on the same 32."""
+    asked = [f"eval.validation_sequences_per_source={number}" for number in (40, 50)]
     paths = [runs(f"run{i}", one, losses={20480: TWO}) for i, one in enumerate(asked)]
     assert runs(paths).losses_comparable
 
@@ -173,32 +181,32 @@ def test_an_unfinished_run_says_how_far_it_is(runs: Runs) -> None:
         losses={0: OTHER, 10240: OTHER},
         trained_tokens=12288,
     )
-    control = {"code": 2.0, "prose": 3.5, "questions": 3.0}
+    baseline = {"code": 2.0, "prose": 3.5, "questions": 3.0}
     seed = ("training.seed=2", "activation=swiglu")
-    runs("quickstart,seed=2/control", *seed, losses={0: control, 2048: TWO})
+    runs("quickstart,seed=2/baseline", *seed, losses={0: baseline, 2048: TWO})
 
     comparison = runs([finished, running])
 
     assert [run.finished for run in comparison.runs] == [True, False]
     assert rows(comparison, "Runs")[1]["training tokens"] == "60% of 20,480"
-    assert comparison.runs[1].control is not None
-    assert comparison.runs[1].control.tokens == 0
-    assert comparison.runs[1].control.gap == pytest.approx(0.6 * 0.5)
+    assert comparison.runs[1].baseline is not None
+    assert comparison.runs[1].baseline.tokens == 0
+    assert comparison.runs[1].baseline.gap == pytest.approx(0.6 * 0.5)
     text = "\n".join(comparison.notes)
     assert "seed=2 is not finished: 12,288 of 20,480 tokens (60%)" in text
     assert "those at 10,240 tokens" in text
     assert "not measured after the same number of training tokens" in text
     assert "seed=2: its gap is that at 0 tokens" in text
-    assert "No control for quickstart" in text
+    assert "No baseline for quickstart" in text
 
 
-def test_a_control_that_was_not_measured_yet_is_no_missing_control(runs: Runs) -> None:
+def test_a_control_that_was_not_measured_yet_is_no_missing_baseline(runs: Runs) -> None:
     path = runs("quickstart", losses={20480: TWO})
-    runs("quickstart/control", "activation=swiglu", losses={})
+    runs("quickstart/baseline", "activation=swiglu", losses={})
     other = runs("quickstart,seed=2", "training.seed=2", losses={20480: TWO})
     comparison = runs([path, other])
-    gaps = [row["to dense control"] for row in rows(comparison, "Runs")]
-    assert gaps == ["not measured yet", "no control"]
+    gaps = [row["to dense baseline"] for row in rows(comparison, "Runs")]
+    assert gaps == ["not measured yet", "no baseline"]
 
 
 def test_many_differing_settings_get_a_table_of_their_own(runs: Runs) -> None:
@@ -240,8 +248,8 @@ def test_half_a_line_at_the_end_is_a_run_that_is_being_written(runs: Runs) -> No
         (["q,tokens=9,share=0", "q,tokens=9,share=0.1"], ["share=0", "share=0.1"]),
         (["q", "q,tokens=9,share=0", "q,tokens=9,share=0.1"], ["q", "share=0", "share=0.1"]),
         (["a/runs/q", "b/runs/q"], ["a/runs/q", "b/runs/q"]),
-        (["runs/q", "runs/q/control"], ["q", "control"]),
-        (["runs/q/control", "runs/p/control"], ["q/control", "p/control"]),
+        (["runs/q", "runs/q/baseline"], ["q", "baseline"]),
+        (["runs/q/baseline", "runs/p/baseline"], ["q/baseline", "p/baseline"]),
         (["q,share=0,x=1", "q,share=0", "q,share=1"], ["share=0,x=1", "share=0", "share=1"]),
     ],
 )

@@ -119,7 +119,7 @@ def test_a_gain_without_a_control_on_the_same_tokens_is_called_that(
     assert (model.against, model.against_kind) == ("base", "another model")
     assert model.differences["gsm8k"].verdict == "better"
     assert model.differences["gsm8k"].difference.value == pytest.approx(0.25)
-    assert "no control of it on the same tokens" in notes
+    assert "no baseline of it on the same tokens" in notes
     assert "sparse against base: within noise on piqa." in notes
 
 
@@ -127,11 +127,11 @@ def test_a_control_is_found_wherever_it_stands(evaluations: Evaluations) -> None
     base = evaluations("base", {"gsm8k": HALF}, "swiglu")
     sparse = evaluations("sparse", {"gsm8k": MORE}, identity="run 1")
     other = evaluations("other", {"gsm8k": MORE}, "swiglu", identity="run 2")
-    control = evaluations("control", {"gsm8k": MORE[::-1]}, "swiglu", identity="run 1")
-    result, notes = compared(base, sparse, other, control)
+    baseline = evaluations("baseline", {"gsm8k": MORE[::-1]}, "swiglu", identity="run 1")
+    result, notes = compared(base, sparse, other, baseline)
     against = {model.name: (model.against, model.against_kind) for model in result.models}
-    assert against["sparse"] == ("control", "its dense control")
-    assert against["control"] == ("base", "another model")
+    assert against["sparse"] == ("baseline", "its dense baseline")
+    assert against["baseline"] == ("base", "another model")
     assert against["base"] == (None, "nothing")
     assert "sparse is better" not in notes
 
@@ -142,10 +142,10 @@ def test_a_gain_on_items_that_the_instructions_hold_is_called_that(
     overlap = SourceOverlap(
         source="chat", documents_read=900, documents_overlapping=7, items=200, items_found=31
     )
-    control = evaluations("control", {"gsm8k": HALF}, "swiglu", identity="run 1")
+    baseline = evaluations("baseline", {"gsm8k": HALF}, "swiglu", identity="run 1")
     sparse = evaluations("sparse", {"gsm8k": MORE}, identity="run 1", overlaps=[overlap])
-    result, notes = compared(control, sparse)
-    assert result.models[1].against_kind == "its dense control"
+    result, notes = compared(baseline, sparse)
+    assert result.models[1].against_kind == "its dense baseline"
     assert "31 of 200 items share 13 words in a row" in notes
     assert "The gain on gsm8k may be memory." in notes
 
@@ -171,7 +171,7 @@ def test_a_run_stands_for_its_newest_evaluation(
     assert "▲" in said
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Quality against active parameters" in page
-    assert "no control of it on the same tokens" in page
+    assert "no baseline of it on the same tokens" in page
     assert "upon a base" in page
     assert "upon a run" in page
     kept = json.loads((tmp_path / "out" / "comparison.json").read_text())

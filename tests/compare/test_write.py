@@ -43,10 +43,10 @@ def test_the_command_writes_a_whole_folder(sweep: list[Path], sparsify: Command)
     assert first["mixture.instruction_token_share"] == "0.0"
     assert float(second["loss"]) == pytest.approx(2.4)
     assert second["loss_comparable"] == "False"
-    assert float(second["gap_to_control"]) == pytest.approx(0.5)
+    assert float(second["gap_to_baseline"]) == pytest.approx(0.5)
     assert (second["loss:questions"], first["loss:questions"]) == ("2.5", "")
     assert float(second["token_share:questions"]) == pytest.approx(0.2)
-    assert second["control"] == str(sweep[1] / "control")
+    assert second["baseline"] == str(sweep[1] / "baseline")
 
     command = f"sparsify compare {' '.join(map(str, sweep))}"
     expected = runs(sweep)
@@ -188,8 +188,8 @@ def test_what_is_refused(runs: Runs, sparsify: Command, tmp_path: Path) -> None:
     message = refused(path, empty)
     assert "seed=3 has no validation loss yet" in message
     message = refused(path)
-    assert "is one run, and it has no control to be compared with" in message
-    assert "control.ffn_activation=swiglu" in message
+    assert "is one run, and it has no baseline to be compared with" in message
+    assert "baseline.ffn_activation=swiglu" in message
     assert "is given twice" in refused(path, other, path.parent / "x" / ".." / "quickstart")
     message = refused(path, other, "--to", "notes")
     assert "notes exists and is not a comparison" in message

@@ -44,7 +44,7 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
         SimpleNamespace(
             recipe=recipe,
             engine=engine,
-            state=SimpleNamespace(step=0, control={}),
+            state=SimpleNamespace(step=0, baseline={}),
             teacher=None,
             reader=SimpleNamespace(names=["one", "two"]),
         ),
@@ -58,7 +58,7 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
         for _ in range(recipe.accumulation_steps):
             recipe.training.seed += 1  # other tokens for every micro-batch
             batches.append(largest_batch(recipe, engine.module.config.vocab_size, 2))
-        sources = ["one"] * recipe.training.batch_windows
+        sources = ["one"] * recipe.training.global_batch_size
         with Objective(recipe, engine, None, None) as objective:
             losses = accumulate(session, batches, sources, recipe.step_tokens, None, objective)
         seen += [step, losses.tolist(), *map(str, finish_step(engine))]

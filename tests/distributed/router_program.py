@@ -37,7 +37,7 @@ def main(folder: str, case: str, implementation: str) -> dict[str, Any]:
     session = build_session(RunFolder(Path(folder)), lambda: False)
     model = session.engine.module
     model.config._experts_implementation = implementation
-    first = {"disjoint": 2 * dist.get_rank(), "starving": 0}[case]
+    first = {"disjoint": 2 * dist.get_rank(), "underused": 0}[case]
     seen: set[int] = set()
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(send_to(first))

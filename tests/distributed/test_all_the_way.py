@@ -46,7 +46,7 @@ def test_two_processes_go_all_the_way(
     steps = losses(run)
     assert [step for step, _, _ in steps] == list(range(1, STEPS + 1))
     names = [stage["name"] for stage in printed["stages"]]
-    assert names == ["dense base", "right after the swap", "after training"]
+    assert names == ["dense base", "right after the activation replacement", "after training"]
     base, swapped, trained = (stage["loss"] for stage in printed["stages"])
     assert trained < min(swapped, base)
     assert 0.6 < printed["zeros"] < 0.9

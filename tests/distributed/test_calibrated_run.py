@@ -1,4 +1,4 @@
-"""A run that begins with the calibrated swap: thresholds inside fused experts, under ZeRO-3 in bf16, to the export."""
+"""A run that begins with the calibrated replacement: thresholds inside fused experts, under ZeRO-3 in bf16, to the export."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def test_the_base_and_the_calibrated_start_are_both_on_record(run: Path) -> None
     records = [line for line in map(json.loads, lines) if line["kind"] == "validation"]
     stages = {stage["name"]: stage for stage in read(run / "initial" / "calibration.json")}
     base, after = records[0], records[1]
-    assert (base["label"], after["label"]) == ("base", "after_swap")
+    assert (base["label"], after["label"]) == ("base", "after_replacement")
     assert base["sources"] == stages["dense"]["losses"]
-    # The live model, in bf16, on the windows that the calibration watched in fp32.
+    # The live model, in bf16, on the sequences that the calibration watched in fp32.
     assert after["sources"] == pytest.approx(stages["refit"]["losses"], rel=5e-3)
     assert records[-1]["zeros"] == pytest.approx(0.8, abs=0.07)
 

@@ -72,7 +72,7 @@ def test_a_stopped_compiled_run_goes_on_to_the_same_bits(
         (["engine=auto"], "engine=auto"),
         (["training.fused_activation=inductor"], "fused_activation"),
         (["training.count_zeros=true"], "count_zeros"),
-        (["swap.anneal_token_share=0.1"], "looks into the layers"),
+        (["blending.budget_share=0.1"], "looks into the layers"),
         (["sparsity.target_zeros=0.9"], "looks into the layers"),
     ],
 )

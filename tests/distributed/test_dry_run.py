@@ -21,7 +21,7 @@ from sparsify.training.dry_run import out_of_memory_named
 TINY = [
     "model.architecture.hidden_size=32", "model.architecture.intermediate_size=64",
     "model.architecture.num_hidden_layers=2", "model.architecture.num_attention_heads=4",
-    "training.window_tokens=32", "training.batch_windows=8", "training.micro_batch_windows=2",
+    "training.sequence_length=32", "training.global_batch_size=8", "training.micro_batch_size=2",
 ]  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def test_exhausted_memory_names_what_takes_less(monkeypatch: pytest.MonkeyPatch)
         torch.empty(2**55)  # what PyTorch's own allocator says
     message = str(caught.value)
     assert message.startswith("Rank 1 ran out of memory in the dry run before step 1")
-    for remedy in ("micro_batch_windows=2", "gradient_checkpointing=true", "engine=zero3"):
+    for remedy in ("micro_batch_size=2", "gradient_checkpointing=true", "engine=zero3"):
         assert remedy in message
     with pytest.raises(RuntimeError, match="shape"), out_of_memory_named(recipe):
         torch.matmul(torch.zeros(2), torch.zeros(3, 3))  # any other error stays what it is

@@ -17,9 +17,9 @@ PROGRAM = Path(__file__).with_name("liger_program.py")
 STEPS, STEP_TOKENS = 2, 4 * 8
 SETTINGS = {
     # The interpreter takes some 50 ms for each token of a step.
-    "training.window_tokens": 8,
-    "training.batch_windows": 4,
-    "training.micro_batch_windows": 1,
+    "training.sequence_length": 8,
+    "training.global_batch_size": 4,
+    "training.micro_batch_size": 1,
     "training.budget_tokens": STEPS * STEP_TOKENS,
     "training.gradient_checkpointing": True,
     "training.liger_kernels": True,

@@ -1,4 +1,4 @@
-"""Mixtral under ZeRO-3: ranks whose tokens go to disjoint experts do not hang; load is counted; starving experts are named."""
+"""Mixtral under ZeRO-3: ranks whose tokens go to disjoint experts do not hang; load is counted; underused experts are named."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from sparsify.errors import RecipeError
 from sparsify.models import SparseMistralConfig
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe, StabilitySection
-from sparsify.training.router import check_router, hungry_steps
+from sparsify.training.router import check_router, underused_steps
 from tests.conftest import STEPS, Setup
 from tests.ranks import prepare_run, records, run_ranks
 
 pytestmark = pytest.mark.xdist_group("router")
 
 PROGRAM = Path(__file__).with_name("router_program.py")
-CASES = [("disjoint", "grouped_mm"), ("disjoint", "eager"), ("starving", "grouped_mm")]
+CASES = [("disjoint", "grouped_mm"), ("disjoint", "eager"), ("underused", "grouped_mm")]
 EVEN = 1 / 4
 
 
 def change(recipe: Recipe) -> None:
     recipe.training.router_aux_loss_coefficient = 0.5
     recipe.eval.every_tokens = recipe.checkpoint.every_tokens = STEPS * recipe.step_tokens
-    recipe.stability.starving_expert_steps = 3
+    recipe.stability.underused_expert_steps = 3
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,12 @@ def test_ranks_with_disjoint_experts_train_together(case: tuple[str, str], found
         assert all(0 < entropy < 0.7 for entropy in router["entropy"])  # two experts: at most log 2
         assert router["aux_loss"] > 3  # each rank leaves half of its experts alone; 2 would be even
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert not [line for line in lines if line["kind"] == "starving_expert"]
+    assert not [line for line in lines if line["kind"] == "underused_expert"]
 
 
 def test_an_expert_that_starves_is_named_once(found: Any) -> None:
-    _, lines = found["starving", "grouped_mm"]
-    alarms = [line for line in lines if line["kind"] == "starving_expert"]
+    _, lines = found["underused", "grouped_mm"]
+    alarms = [line for line in lines if line["kind"] == "underused_expert"]
     assert [(a["step"], a["layer"], a["expert"], a["load"]) for a in alarms] == [
         (3, layer, expert, 0.0) for layer in (0, 1) for expert in (2, 3)
     ]
@@ -80,9 +80,9 @@ def test_every_mixtral_run_tells_where_its_tokens_went(
 
 
 def test_an_expert_may_starve_again_after_it_was_fed() -> None:
-    settings, counts, told = StabilitySection(starving_expert_steps=2), [], []
+    settings, counts, told = StabilitySection(underused_expert_steps=2), [], []
     for step, share in enumerate([0.01, 0.01, 0.01, 0.3, 0.01, 0.01]):
-        counts, alarms = hungry_steps(settings, counts, [[share, 1 - share]])
+        counts, alarms = underused_steps(settings, counts, [[share, 1 - share]])
         told += [(step, *alarm) for alarm in alarms]
     assert told == [(1, 0, 0), (5, 0, 0)]
 

@@ -30,7 +30,7 @@ def test_every_checkpoint_of_a_run_is_measured_once(
     shutil.copytree(trained, run)
     suite = tmp_path / "own.yaml"
     suite.write_text(
-        "name: own\ntasks: {python_functions: {limit: 4}}\nheld_out_windows_per_source: 1\n"
+        "name: own\ntasks: {python_functions: {limit: 4}}\nheld_out_sequences_per_source: 1\n"
     )
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert len(saved) > 1
@@ -49,7 +49,7 @@ def test_every_checkpoint_of_a_run_is_measured_once(
     assert "held-out/code" in lines[0]["tasks"]
     assert follow(str(run), Asked(str(suite)), "", print, nothing) == []
 
-    # What a control must share, and what the run's instructions hold, stands in each.
+    # What a baseline must share, and what the run's instructions hold, stands in each.
     results = read_results(run / lines[-1]["folder"])
     assert results.provenance is not None
     assert results.provenance.instruction_sources == ["questions"]

@@ -20,7 +20,7 @@ from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import EvaluationResults, read_results
 from sparsify.evaluation.suite import load_suite
 from sparsify.evaluation.tasks import task_sources
-from sparsify.mixture.sequences.reader import Window, collate
+from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.models import SparseModel
 from sparsify.predictors import BlockPredictor, PredictorFacts, Predictors, write_predictors
 from sparsify.predictors.format import all_blocks, fingerprint, num_experts, prefix
@@ -50,7 +50,7 @@ def random_predictors(model: SparseModel, threshold: float) -> Predictors:
         neurons=config.intermediate_size,
         fingerprint=fingerprint(model),
         text="none",
-        window_tokens=32,
+        sequence_length=32,
         trained_tokens=0,
         passes=1,
         wanted_recall=0.9,
@@ -94,21 +94,21 @@ def measured(
     return evaluate(masked, suite, sources, held_out, folder, Settings(batch_size=batch_size))
 
 
-def windows(count: int) -> list[Window]:
+def sequences(count: int) -> list[PackedSequence]:
     rng = np.random.default_rng(0)
     rows = (rng.integers(3, 2000, 33) for _ in range(count))
-    return [Window("prose", row[:-1], np.arange(32), row[1:]) for row in rows]
+    return [PackedSequence("prose", row[:-1], np.arange(32), row[1:]) for row in rows]
 
 
 def test_the_masked_loss_is_the_one_that_judging_finds(
     subject: Subject, data_dir: Path, tmp_path: Path
 ) -> None:
     predictors = random_predictors(subject.model, 0.5)
-    held_out = windows(3)
+    held_out = sequences(3)
     judgement = judge_predictors(
         subject.model,
         predictors,
-        [collate([window]) for window in held_out],
+        [collate([sequence]) for sequence in held_out],
         name="small",
         folder="predictors",
         text="",

@@ -37,7 +37,7 @@ tasks:
   arc_easy: {shots: 1}
   gsm8k: {shots: 1, metric: exact_match, limit: 3}
   wikitext2: {metric: token_perplexity}
-held_out_windows_per_source: 2
+held_out_sequences_per_source: 2
 prompts: [Once, There]
 prompt_tokens: 6
 """

@@ -21,7 +21,7 @@ from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import EvaluationResults, read_items
 from sparsify.evaluation.suite import load_suite
 from sparsify.evaluation.tasks import task_sources
-from tests.evaluation.test_predictors import random_predictors, windows
+from tests.evaluation.test_predictors import random_predictors, sequences
 
 SUITE = """name: own
 tasks:
@@ -51,7 +51,7 @@ def measure(stock: dict[str, Path], data_dir: Path, tmp_path: Path, monkeypatch)
             Subject(model, tokenizer, "small", predictors=masks if masked else None),
             suite,
             task_sources(suite, data_dir),
-            HeldOut("own", windows(3)),
+            HeldOut("own", sequences(3)),
             tmp_path / name,
             Settings(processes=processes),
             **more,

@@ -103,7 +103,7 @@ def test_the_card_tells_the_measured_numbers(trained: Path) -> None:
     assert f"{100 * report['product_zeros']:.1f}% of its feed-forward activations" in card
     for stage in report["stages"]:
         assert f"| {stage['name']} | {stage['loss']:.3f} |" in card
-    assert "No dense control was trained" in card
+    assert "No dense baseline was trained" in card
     assert "| questions | instruction | 0.2500 | 0.2500 | 1,024 |" in card
 
 

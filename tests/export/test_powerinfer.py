@@ -280,8 +280,8 @@ def test_more_that_is_refused() -> None:
     cut.ffn_thresholds = "neuron"
     with pytest.raises(ExportError, match="ffn_thresholds=neuron"):
         check_holdable(cut, "f16", None)
-    window = SparseMistralConfig(**CONFIG | {"sliding_window": 64})
-    check_holdable(window, "f16", 64)
+    sequence = SparseMistralConfig(**CONFIG | {"sliding_window": 64})
+    check_holdable(sequence, "f16", 64)
 
 
 def test_predictors_that_do_not_fit_are_refused(

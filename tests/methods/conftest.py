@@ -12,19 +12,19 @@ import torch
 from sparsify.methods.calibrate import Calibration
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.mixture.sequences.held_out import Watched, mixture_calibration
-from sparsify.mixture.sequences.reader import Window
+from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
 from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.recipe import ActivationSection, ConversionSection, ModelSection
 
-WINDOW_TOKENS = 64
+SEQUENCE_TOKENS = 64
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A finished calibration, and the windows that watched it."""
+    """A finished calibration, and the sequences that watched it."""
 
     folder: Path
     calibration: Calibration
@@ -32,7 +32,7 @@ class Calibrated:
 
 
 class Calibrate:
-    """Converts a stock checkpoint, by its kind, or any other, by its path, with the calibrated swap."""
+    """Converts a stock checkpoint, by its kind, or any other, by its path, with the calibrated replacement."""
 
     def __init__(self, mixture: Path, stock: dict[str, Path], cache: Path) -> None:
         self._mixture, self._stock, self._cache = load_mixture(str(mixture)), stock, cache
@@ -49,25 +49,27 @@ class Calibrate:
     ) -> Calibrated:
         watched: Watched = {}
 
-        def windows_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[Window], Watched]:
-            windows, held_out = mixture_calibration(
+        def sequences_for(
+            tokenizer: Tokenizer, config: SparseConfig
+        ) -> tuple[list[PackedSequence], Watched]:
+            sequences, held_out = mixture_calibration(
                 self._mixture,
                 tokenizer,
                 num_tokens=tokens,
-                watched_windows=2,
-                window_tokens=WINDOW_TOKENS,
+                watched_sequences=2,
+                sequence_length=SEQUENCE_TOKENS,
                 seed=1,
                 cache_dir=self._cache,
             )
             watched.update(held_out)
-            return windows, held_out
+            return sequences, held_out
 
         _, calibration = convert_calibrated(
             ModelSection(source=str(self._stock.get(kind, kind))),
             ActivationSection(activation),
             ConversionSection(calibration_tokens=tokens, target_zeros=target_zeros),
             to,
-            windows_for,
+            sequences_for,
             say,
             seed=1,
             dtype=torch.float32,

@@ -1,4 +1,4 @@
-"""One of two ranks that trains with the anneal, the penalty or the target: RUN_DIR… in turn, each to its end.
+"""One of two ranks that trains with the blending, the penalty or the target: RUN_DIR… in turn, each to its end.
 
 A folder with `cut` in its name is stopped on the way, saved, and gone on with by a new session.
 """

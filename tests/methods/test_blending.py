@@ -1,4 +1,4 @@
-"""The annealed swap: dense at the first token, the plain activation at the last, and saved as what it will be."""
+"""The blended swap: dense at the first token, the plain activation at the last, and saved as what it will be."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
-from sparsify.methods.blending import anneal, annealed_share, plain
+from sparsify.methods.blending import blend, blended_share, plain
 from sparsify.models import FfnActivation, SparseModel
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
@@ -22,7 +22,7 @@ KINDS = ["mistral", "mixtral"]
 
 
 def recipe_of(share: float) -> Recipe:
-    return compose_recipe("quickstart", [f"swap.anneal_token_share={share}"])
+    return compose_recipe("quickstart", [f"blending.budget_share={share}"])
 
 
 def logits(model: SparseModel) -> torch.Tensor:
@@ -38,12 +38,12 @@ def test_it_begins_dense_and_ends_plain_to_the_bit(
     recipe = recipe_of(0.5)
     recipe.activation.ffn_activation = name
     dense, sparse, model = (load_sparse(stock[kind], way) for way in ("swiglu", name, name))
-    assert anneal(model, recipe, 0) == 0
+    assert blend(model, recipe, 0) == 0
     assert torch.equal(logits(model), logits(dense))
-    anneal(model, recipe, recipe.training.budget_tokens // 4)
+    blend(model, recipe, recipe.training.budget_tokens // 4)
     assert not torch.equal(logits(model), logits(dense))
     assert not torch.equal(logits(model), logits(sparse))
-    assert anneal(model, recipe, recipe.training.budget_tokens // 2) == 1
+    assert blend(model, recipe, recipe.training.budget_tokens // 2) == 1
     assert torch.equal(logits(model), logits(sparse))
     assert {type(block.ffn_activation) for block in model.ffn_blocks()} == {FfnActivation}
     for block, fresh in zip(model.ffn_blocks(), sparse.ffn_blocks(), strict=True):
@@ -52,7 +52,7 @@ def test_it_begins_dense_and_ends_plain_to_the_bit(
 
 def test_the_guard_refuses_what_is_still_on_its_way(stock: dict[str, Path]) -> None:
     model = load_sparse(stock["mistral"], "drelu")
-    anneal(model, recipe_of(0.5), 2048)
+    blend(model, recipe_of(0.5), 2048)
     with pytest.raises(RuntimeError, match="does not apply drelu"):
         check_activation(model, "drelu")
     with plain(model):
@@ -62,18 +62,18 @@ def test_the_guard_refuses_what_is_still_on_its_way(stock: dict[str, Path]) -> N
         check_activation(model, "drelu")
 
 
-def test_what_was_annealed_before_an_interruption_does_not_matter(stock: dict[str, Path]) -> None:
+def test_what_was_blended_before_an_interruption_does_not_matter(stock: dict[str, Path]) -> None:
     recipe = recipe_of(0.5)
     whole, resumed = (load_sparse(stock["mistral"], "drelu") for _ in range(2))
     for seen in (0, 10_240, 40_960):
-        anneal(whole, recipe, seen)
-    anneal(resumed, recipe, 40_960)
+        blend(whole, recipe, seen)
+    blend(resumed, recipe, 40_960)
     assert torch.equal(logits(whole), logits(resumed))
 
 
 def test_the_probe_sees_the_zeros_that_there_are(stock: dict[str, Path]) -> None:
     model = load_sparse(stock["mistral"], "drelu")
-    anneal(model, recipe_of(0.5), 20_480)
+    blend(model, recipe_of(0.5), 20_480)
     with SparsityProbe(model) as probe:
         logits(model)
     assert probe.statistics().zero_share("product") == 0
@@ -87,9 +87,9 @@ def test_the_share_only_ever_rises_and_is_whole_before_the_end(
     share: float, seen: int, later: int
 ) -> None:
     recipe = Recipe()
-    recipe.training.budget_tokens, recipe.training.batch_windows = 204_800, 8
-    recipe.training.window_tokens, recipe.swap.anneal_token_share = 256, share
-    now, then = annealed_share(recipe, seen), annealed_share(recipe, seen + later)
+    recipe.training.budget_tokens, recipe.training.global_batch_size = 204_800, 8
+    recipe.training.sequence_length, recipe.blending.budget_share = 256, share
+    now, then = blended_share(recipe, seen), blended_share(recipe, seen + later)
     assert 0 <= now <= then <= 1
-    assert annealed_share(recipe, 0) == 0
-    assert annealed_share(recipe, 204_800) == 1
+    assert blended_share(recipe, 0) == 0
+    assert blended_share(recipe, 204_800) == 1

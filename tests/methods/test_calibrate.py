@@ -1,4 +1,4 @@
-"""The calibrated swap of whole checkpoints: what it reports is what a user gets, and a kill costs one layer at most."""
+"""The calibrated replacement of whole checkpoints: what it reports is what a user gets, and a kill costs one layer at most."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from sparsify.methods.calibrated_checkpoint import read_record
 from sparsify.mixture.sequences.reader import NO_LOSS, collate
 from sparsify.models import SparseModel
 from sparsify.sparsity.probe import SparsityProbe
-from sparsify.training.validation import window_losses
+from sparsify.training.validation import sequence_losses
 from tests.conftest import stock_model
 from tests.methods.conftest import Calibrate, Calibrated
 
 
 def measured(model: SparseModel, found: Calibrated) -> tuple[float, float]:
-    """Loss and zeros of a whole model on the windows that watched the calibration."""
+    """Loss and zeros of a whole model on the sequences that watched the calibration."""
     total, labels = 0.0, 0
     with torch.no_grad(), SparsityProbe(model) as probe:
-        for windows in found.watched.values():
-            batch = collate(windows)
+        for sequences in found.watched.values():
+            batch = collate(sequences)
             inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
             logits = model(**inputs, use_cache=False).logits
-            total += float(window_losses(logits, batch["labels"]).sum())
+            total += float(sequence_losses(logits, batch["labels"]).sum())
             labels += int((batch["labels"] != NO_LOSS).sum())
     return total / labels, probe.statistics().zero_share("product")
 
@@ -48,7 +48,7 @@ def test_every_stage_is_what_the_whole_model_would_measure(
 ) -> None:
     found = calibrate(kind, activation, tmp_path / "out", target_zeros=target_zeros)
     stages = {stage.name: stage for stage in found.calibration.stages}
-    wanted = ["dense", "bare swap", "signs", "thresholds", "refit"]
+    wanted = ["dense", "bare replacement", "signs", "thresholds", "refit"]
     if activation != "drelu":
         wanted.remove("signs")
     if target_zeros is None:
@@ -56,7 +56,7 @@ def test_every_stage_is_what_the_whole_model_would_measure(
     assert list(stages) == wanted
     models = {
         "dense": load_sparse(stock[kind]),
-        "bare swap": load_sparse(stock[kind], activation),
+        "bare replacement": load_sparse(stock[kind], activation),
         "refit": load_sparse(found.folder),
     }
     for name, model in models.items():
@@ -145,6 +145,6 @@ def test_thresholds_of_a_sharded_checkpoint_are_in_its_index(
         calibrate(str(found.folder), "reglu", tmp_path / "again", tokens=1024)
 
 
-def test_too_few_windows_are_refused(calibrate: Calibrate, tmp_path: Path) -> None:
+def test_too_few_sequences_are_refused(calibrate: Calibrate, tmp_path: Path) -> None:
     with pytest.raises(MixtureError, match="At least 8"):
         calibrate("mistral", "drelu", tmp_path / "out", tokens=256)

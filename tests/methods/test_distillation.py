@@ -18,7 +18,7 @@ from sparsify.commands.train import _control_recipe
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods import distillation
-from sparsify.methods.blending import anneal
+from sparsify.methods.blending import blend
 from sparsify.methods.distillation import Distiller, Teacher, divergence
 from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.models import SparseModel
@@ -37,7 +37,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Four windows of two documents each, with more labels in some than in others."""
+    """Four sequences of two documents each, with more labels in some than in others."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(2048, (4, 24), generator=generator)
     labels = ids.roll(-1, 1)
@@ -103,16 +103,16 @@ def outputs_of(
 
 
 @pytest.mark.parametrize("experts", [None, "eager", "grouped_mm"])
-@pytest.mark.parametrize("annealed", [False, True])
+@pytest.mark.parametrize("blended", [False, True])
 def test_it_is_what_the_formula_says(
-    experts: str | None, annealed: bool, stock: dict[str, Path]
+    experts: str | None, blended: bool, stock: dict[str, Path]
 ) -> None:
     folder = stock["mixtral" if experts else "mistral"]
     student, dense, tensors = student_of(folder), load_sparse(folder, "swiglu"), batch()
     if experts:
         student.config._experts_implementation = experts
-    if annealed:
-        anneal(student, compose_recipe("quickstart", ["swap.anneal_token_share=0.5"]), 51_200)
+    if blended:
+        blend(student, compose_recipe("quickstart", ["blending.budget_share=0.5"]), 51_200)
     total, record, gradients = distilled(student, teacher_of(folder))
 
     student.zero_grad()
@@ -120,16 +120,16 @@ def test_it_is_what_the_formula_says(
     with torch.no_grad():
         wanted_logits, wanted = outputs_of(dense, tensors)
     nats = errors = torch.zeros(())
-    for window, token in (tensors["labels"] != NO_LOSS).nonzero().tolist():
+    for sequence, token in (tensors["labels"] != NO_LOSS).nonzero().tolist():
         nats = nats + functional.kl_div(
-            logits[window, token].log_softmax(0),
-            wanted_logits[window, token].log_softmax(0),
+            logits[sequence, token].log_softmax(0),
+            wanted_logits[sequence, token].log_softmax(0),
             reduction="sum",
             log_target=True,
         )
         for own, other in zip(outputs, wanted, strict=True):
-            missing = (own[window, token] - other[window, token]).norm() ** 2
-            errors = errors + missing / other[window, token].norm() ** 2 / len(outputs)
+            missing = (own[sequence, token] - other[sequence, token]).norm() ** 2
+            errors = errors + missing / other[sequence, token].norm() ** 2 / len(outputs)
     expected = 0.7 * nats + 0.3 * errors
     expected.backward()
     nats, errors, expected = nats.detach(), errors.detach(), expected.detach()
@@ -237,9 +237,9 @@ def test_a_model_is_not_distilled_from_itself(
 
 def test_the_dense_control_has_no_teacher(tmp_path: Path) -> None:
     recipe = compose_recipe("quickstart", BOTH)
-    control = _control_recipe(recipe, RunFolder(tmp_path))
+    baseline = _control_recipe(recipe, RunFolder(tmp_path))
     assert recipe.distillation.is_on
-    assert not control.distillation.is_on
+    assert not baseline.distillation.is_on
 
 
 @pytest.mark.parametrize("stage", [1, 3])
@@ -247,7 +247,7 @@ def test_the_plan_states_what_the_teacher_takes(stage: int) -> None:
     name, engine = "turbosparse_mistral_7b", f"engine=zero{stage}"
     recipe = compose_recipe(name, [engine, *BOTH])
     plan, alone = make_plan(recipe), make_plan(compose_recipe(name, [engine]))
-    tokens = plan.micro_batch_windows * plan.window_tokens
+    tokens = plan.micro_batch_size * plan.sequence_length
     assert plan.device.teacher_weights_bytes == 2 * plan.parameters.total  # whole in each process
     outputs = 2 * tokens * 32 * 4096
     logits = 2 * tokens * 32_000 if plan.device.moment == "loss" else 0

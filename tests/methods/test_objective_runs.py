@@ -1,4 +1,4 @@
-"""Annealed swap, penalty, target and distillation in real runs of two ranks: the same under every ZeRO stage, and after an interruption."""
+"""Blended swap, penalty, target and distillation in real runs of two ranks: the same under every ZeRO stage, and after an interruption."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparsify.commands.report import anneal_note
+from sparsify.commands.report import blend_note
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import DistillationSection, PenaltyStageSection
 from sparsify.runs.load import load
@@ -53,7 +53,7 @@ def runs(
 
 def _change(recipe: Recipe, case: str) -> None:
     recipe.checkpoint.every_tokens = 1_000_000
-    recipe.swap.anneal_token_share = 0.2 if "target" in case else 0.4
+    recipe.blending.budget_share = 0.2 if "target" in case else 0.4
     recipe.distillation = DistillationSection(logits_weight=0.1, ffn_weight=0.1)
     if "target" in case:
         recipe.training.budget_tokens = 60 * recipe.step_tokens
@@ -69,7 +69,7 @@ def _change(recipe: Recipe, case: str) -> None:
     ]
     recipe.sparsity.gate_penalty_share = 0.5
     if case == WHOLE:
-        recipe.training.micro_batch_windows *= recipe.accumulation_steps
+        recipe.training.micro_batch_size *= recipe.accumulation_steps
         recipe.training.gradient_checkpointing = True
 
 
@@ -105,7 +105,7 @@ def test_micro_batches_and_checkpointing_change_nothing(measured: dict[str, Any]
     _check_equal(measured["mistral-1"], measured[WHOLE])
 
 
-def test_the_first_step_of_an_anneal_is_its_teacher_and_the_next_are_not(
+def test_the_first_step_of_an_blend_is_its_teacher_and_the_next_are_not(
     measured: dict[str, Any],
 ) -> None:
     for case in STAGES:
@@ -117,14 +117,14 @@ def test_the_first_step_of_an_anneal_is_its_teacher_and_the_next_are_not(
         assert distilled[2]["added"] == pytest.approx(added)
 
 
-def test_the_log_says_how_far_the_anneal_is_and_what_was_measured(measured: dict[str, Any]) -> None:
+def test_the_log_says_how_far_the_blend_is_and_what_was_measured(measured: dict[str, Any]) -> None:
     train, validation = (lines(measured["mistral-3"], kind) for kind in ("train", "validation"))
-    assert [line.get("annealed_share") for line in train[:3]] == [0.0, 0.5, None]
-    labels = [(line["label"], line.get("annealed_share")) for line in validation]
+    assert [line.get("blended_share") for line in train[:3]] == [0.0, 0.5, None]
+    labels = [(line["label"], line.get("blended_share")) for line in validation]
     assert labels[:4] == [
         ("base", None),
-        ("after_swap", None),
-        ("annealing", 0.5),
+        ("after_replacement", None),
+        ("blending", 0.5),
         ("training", None),
     ]
     assert validation[2]["zeros"] == 0
@@ -162,4 +162,4 @@ def test_a_checkpoint_saved_on_the_way_is_what_it_will_be_loaded_as(
     with torch.no_grad():
         logits = loaded.model(reference["input_ids"], use_cache=False).logits
     torch.testing.assert_close(logits, reference["logits"])
-    assert "saved 83% of the way to drelu, measured with drelu itself" in anneal_note(loaded)
+    assert "saved 83% of the way to drelu, measured with drelu itself" in blend_note(loaded)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
-from sparsify.methods.blending import anneal
+from sparsify.methods.blending import blend
 from sparsify.methods.penalty import PressureMeter, PressureRecord, stage_weight
 from sparsify.models import SparseModel
 from sparsify.plan.activation_memory import extra_neuron_values
@@ -130,11 +130,11 @@ STAGES = (
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["swap.anneal_token_share=1"], "swap.anneal_token_share is 1"),
-        (["swap.anneal_token_share=-0.1"], "0 (swap at once) or above"),
-        (["swap.anneal_token_share=0.2", "model=quickstart_random"], "nothing is swapped"),
+        (["blending.budget_share=1"], "blending.budget_share is 1"),
+        (["blending.budget_share=-0.1"], "0 (swap at once) or above"),
+        (["blending.budget_share=0.2", "model=quickstart_random"], "nothing is swapped"),
         (
-            ["swap.anneal_token_share=0.2", "conversion.calibration_tokens=16384"],
+            ["blending.budget_share=0.2", "conversion.calibration_tokens=16384"],
             "fitted the weights to drelu",
         ),
         (["sparsity.target_zeros=0.9", "activation=swiglu"], "which is never exactly zero"),
@@ -156,24 +156,24 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], message: st
 
 def test_thresholds_let_a_dense_activation_be_pressed() -> None:
     conversion = ["conversion.calibration_tokens=16384", "conversion.target_zeros=0.5"]
-    pressed = ["sparsity.target_zeros=0.9", "activation=swiglu", "control.ffn_activation=null"]
+    pressed = ["sparsity.target_zeros=0.9", "activation=swiglu", "baseline.ffn_activation=null"]
     assert compose_recipe("quickstart", conversion + pressed).sparsity.target_zeros == 0.9
 
 
 @pytest.mark.parametrize("name", ["drelu", "reglu"])
-@pytest.mark.parametrize("setting", ["swap.anneal_token_share", "sparsity.gate_penalty_share"])
+@pytest.mark.parametrize("setting", ["blending.budget_share", "sparsity.gate_penalty_share"])
 def test_the_plan_knows_what_it_keeps_for_the_backward_pass(
     name: str, setting: str, stock: dict[str, Path]
 ) -> None:
-    anneals = setting.startswith("swap")
-    overrides = [f"activation={name}", f"{setting}=0.5", *([] if anneals else [STAGES])]
+    blends = setting.startswith("swap")
+    overrides = [f"activation={name}", f"{setting}=0.5", *([] if blends else [STAGES])]
     recipe = compose_recipe("quickstart", overrides)
     model = load_sparse(stock["mistral"], name).train()
     with PressureMeter(model, 0.0, IDS.device):
         before = kept_bytes(model)
-    if anneals:
-        anneal(model, recipe, 10_240)
-    with PressureMeter(model, 0.0 if anneals else 0.5, IDS.device):
+    if blends:
+        blend(model, recipe, 10_240)
+    with PressureMeter(model, 0.0 if blends else 0.5, IDS.device):
         after = kept_bytes(model)
     config = model.config
     values = IDS.numel() * config.num_hidden_layers * config.intermediate_size

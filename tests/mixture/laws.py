@@ -29,13 +29,13 @@ def curves(draw: st.DrawFn) -> Shares:
     return Shares(stretches)
 
 
-def assert_law(schedule: SourceSchedule, num_windows: int) -> None:
-    """Windows come in order, none twice, and never a whole one off their demand."""
+def assert_law(schedule: SourceSchedule, num_sequences: int) -> None:
+    """Sequences come in order, none twice, and never a whole one off their demand."""
     shares, names = schedule.shares, schedule.names
     bound = 1 - Fraction(1, max(2 * len(names) - 2, 1))
-    given_windows = dict.fromkeys(names, 0)
-    for count, (name, rank) in enumerate(schedule.windows_of(0, num_windows), start=1):
-        assert rank == given_windows[name]
-        given_windows[name] += 1
-        for source, windows in given_windows.items():
-            assert abs(windows - shares.demand(source, count)) <= bound
+    given_sequences = dict.fromkeys(names, 0)
+    for count, (name, rank) in enumerate(schedule.sequences_of(0, num_sequences), start=1):
+        assert rank == given_sequences[name]
+        given_sequences[name] += 1
+        for source, sequences in given_sequences.items():
+            assert abs(sequences - shares.demand(source, count)) <= bound

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.mixture.inspection import measure_mixture, preview_windows
+from sparsify.mixture.inspection import measure_mixture, preview_sequences
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.recipe import MixtureSection, SourceSection
 from tests.mixture.conftest import documents_of
@@ -19,15 +19,15 @@ def test_stats_count_what_a_budget_reads(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     stats = measure_mixture(
-        mixture, tokenizer, budget_tokens=10_000, window_tokens=32, cache_dir=tmp_path
+        mixture, tokenizer, budget_tokens=10_000, sequence_length=32, cache_dir=tmp_path
     )
     for name, share in (("stories", 0.7), ("chats", 0.3)):
         source = stats.sources[name]
         assert source.planned_tokens == round(share * 10_000)
         assert source.complete
         assert 0.9 < source.packing_efficiency <= 1
-        assert source.tokens == pytest.approx(source.packing_efficiency * source.windows * 32)
-        assert source.epochs == pytest.approx(share * 10_000 / (source.windows * 32))
+        assert source.tokens == pytest.approx(source.packing_efficiency * source.sequences * 32)
+        assert source.epochs == pytest.approx(share * 10_000 / (source.sequences * 32))
     assert stats.sources["stories"].loss_share == 1
     assert 0.3 < stats.sources["chats"].loss_share < 0.9
 
@@ -39,7 +39,7 @@ def test_stats_of_a_source_agree_with_its_documents(
     tmp_path: Path,
 ) -> None:
     stats = measure_mixture(
-        mixture, tokenizer, budget_tokens=10**5, window_tokens=32, cache_dir=tmp_path
+        mixture, tokenizer, budget_tokens=10**5, sequence_length=32, cache_dir=tmp_path
     ).sources["chats"]
     training = [(ids, mask) for ids, mask, side in documents_of(tokenized["chats"]) if not side]
     lengths = [len(ids) for ids, _ in training]
@@ -52,16 +52,20 @@ def test_stats_of_a_source_agree_with_its_documents(
 def test_a_preview_shows_documents_apart_and_what_carries_loss(
     tokenizer: PreTrainedTokenizerFast, tokenized: dict[str, TokenizedSource]
 ) -> None:
-    windows = list(
-        preview_windows(tokenized["chats"], tokenizer, window_tokens=300, num_windows=99, seed=1)
+    sequences = list(
+        preview_sequences(
+            tokenized["chats"], tokenizer, sequence_length=300, num_sequences=99, seed=1
+        )
     )
     chats = documents_of(tokenized["chats"])
     texts = [str(tokenizer.decode(ids)) for ids, _, held_out in chats if not held_out]
-    shown = ["".join(span.text for span in doc) for window in windows for doc in window.documents]
+    shown = [
+        "".join(span.text for span in doc) for sequence in sequences for doc in sequence.documents
+    ]
     assert sorted(shown) == sorted(texts)
-    for window in windows:
-        assert window.num_tokens + window.num_empty == 300
-        for prompt, answer in window.documents:
+    for sequence in sequences:
+        assert sequence.num_tokens + sequence.num_empty == 300
+        for prompt, answer in sequence.documents:
             assert not prompt.carries_loss
             assert prompt.text.startswith("<s><|im_start|>user\nquestion")
             assert answer.carries_loss
@@ -82,7 +86,7 @@ def test_stats_say_what_is_left_out(tokenizer: PreTrainedTokenizerFast, tmp_path
     )
     left_out = (
         measure_mixture(
-            mixture, tokenizer, budget_tokens=100, window_tokens=32, cache_dir=tmp_path / "cache"
+            mixture, tokenizer, budget_tokens=100, sequence_length=32, cache_dir=tmp_path / "cache"
         )
         .sources["town"]
         .left_out

@@ -20,8 +20,8 @@ from tests.mixture.conftest import documents_of
 @pytest.fixture
 def lock(tokenized: dict[str, TokenizedSource]) -> MixtureLock:
     shares = {"stories": 0.7, "chats": 0.3}
-    windows = {"stories": 70, "chats": 30}
-    return make_lock(tokenized, shares, planned_windows=windows, window_tokens=16, seed=1)
+    sequences = {"stories": 70, "chats": 30}
+    return make_lock(tokenized, shares, planned_sequences=sequences, sequence_length=16, seed=1)
 
 
 def test_a_lock_counts_what_the_run_will_see(
@@ -72,7 +72,7 @@ def test_every_difference_is_named_with_its_old_and_new_value(lock: MixtureLock)
     )
     assert "source more: added" in message
     assert "source chats: removed" in message
-    assert "window_tokens" not in message.partition("\n  ")[2].partition("A run is")[0]
+    assert "sequence_length" not in message.partition("\n  ")[2].partition("A run is")[0]
 
 
 def test_a_damaged_lock_is_named(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_other_expert_backends_are_refused(backend: str) -> None:
 )
 @pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 @torch.no_grad()  # flex_attention has no gradient on a CPU
-def test_no_logit_depends_on_another_document_of_the_window(
+def test_no_logit_depends_on_another_document_of_the_sequence(
     model: torch.nn.Module, attention: str
 ) -> None:
     torch.manual_seed(0)

@@ -62,7 +62,7 @@ def test_auto_chooses(
     assert result.verdict.fits
     assert result.verdict.chosen
     assert (result.zero_stage, bool(result.host.total)) == (stage, offload)
-    per_step = result.micro_batch_windows * result.processes * result.accumulation_steps
+    per_step = result.micro_batch_size * result.processes * result.accumulation_steps
     assert per_step == 2048
 
 
@@ -94,7 +94,7 @@ def test_what_auto_chooses_fits_and_is_the_fastest_of_its_neighbours(gpu: str, c
 def test_auto_leaves_what_it_may_not_change() -> None:
     held = ["engine.auto_micro_batch=false", "engine.auto_checkpointing=false"]
     result = plan(MISTRAL, ["engine=auto", *held], Assumptions("8xh100-80gb"))
-    assert (result.micro_batch_windows, result.gradient_checkpointing) == (4, True)
+    assert (result.micro_batch_size, result.gradient_checkpointing) == (4, True)
     with pytest.raises(RecipeError, match="nothing that fits"):
         plan(MISTRAL, ["engine=auto", "engine.auto_offload=false"], Assumptions("1xh100-80gb"))
 
@@ -118,7 +118,7 @@ def test_a_run_gets_concrete_numbers_and_hears_why(tmp_path: Path) -> None:
     said: list[str] = []
     resolved = resolve_for_this_machine(recipe, said.append)
     assert resolved.engine.zero_stage in (0, 1, 2, 3)
-    assert resolved.training.batch_windows == recipe.training.batch_windows
+    assert resolved.training.global_batch_size == recipe.training.global_batch_size
     assert said[0].startswith(f"engine=auto: ZeRO-{resolved.engine.zero_stage}, ")
     assert "shortest assumed step" in said[0]
 
@@ -167,7 +167,7 @@ def test_epochs_stand_where_the_cache_knows_the_source(tmp_path: Path, mixture_f
         recipe.mixture,
         tokenizer,
         train_tokens=dict.fromkeys(recipe.mixture.sources, ALL_TOKENS),
-        window_tokens=recipe.training.window_tokens,
+        sequence_length=recipe.training.sequence_length,
         cache_dir=tmp_path,
         on_progress=lambda *_: None,
     )

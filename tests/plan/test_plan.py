@@ -243,9 +243,9 @@ def test_activation_bytes_are_what_autograd_keeps(
         measured[layers] = kept_for_backward(model, num_tokens, documents)
     per_token = (measured[3] - measured[1]) / 2 / num_tokens
     architecture = Architecture.of(config.to_dict(), None, 2)
-    window = num_tokens if documents > 1 else None
+    sequence = num_tokens if documents > 1 else None
     estimate = layer_activation_bytes(
-        architecture, activation, dtype.itemsize, window, thresholds=thresholds == "neuron"
+        architecture, activation, dtype.itemsize, sequence, thresholds=thresholds == "neuron"
     )
     assert estimate == pytest.approx(per_token, rel=0.03)
 
@@ -263,15 +263,15 @@ def test_the_calibrated_swap_needs_memory_for_a_layer_and_disk_for_its_tokens() 
     assert more_disk == pytest.approx(6 * 0.9 * 16.4e9, rel=0.01)
     out = io.StringIO()
     Console(file=out, width=160).print(plan_table(large))
-    assert "calibrated swap" in out.getvalue()
+    assert "calibrated replacement" in out.getvalue()
 
 
 def test_refits_need_a_gram_matrix_and_each_process_its_part_of_the_tokens() -> None:
-    milestones = ["swap.anneal_token_share=0.1", "swap.refit_milestones=8"]
+    milestones = ["blending.budget_share=0.1", "blending.refit_milestones=8"]
     name = "turbosparse_mixtral_8x7b"
     assert make_plan(composed(name)).refits is None
     small, large = (
-        make_plan(composed(name, *milestones, f"swap.refit_tokens={tokens}"))
+        make_plan(composed(name, *milestones, f"blending.refit_tokens={tokens}"))
         for tokens in (2**20, 2**24)
     )
     assert small.refits
@@ -296,7 +296,7 @@ def test_steps_and_tokens_of_turbosparse() -> None:
     assert plan.num_steps == 17_881
     assert plan.warmup_steps == 1000
     assert plan.accumulation_steps * plan.processes * 4 == 2048
-    assert plan.num_windows * 4096 == plan.num_tokens
+    assert plan.num_sequences * 4096 == plan.num_tokens
     assert plan.sources["wanjuan_cc"].tokens == pytest.approx(0.7355 * 150e9, rel=1e-3)
 
 
@@ -322,7 +322,7 @@ def ramped(tmp_path: Path) -> Recipe:
 def test_phases_and_limits_are_in_the_plan(ramped: Recipe) -> None:
     plan = make_plan(ramped)
     assert plan.sources["chat"].tokens == pytest.approx(
-        (0.8 * 0.02 + 0.2 * (0.02 + 0.3) / 2) * plan.num_tokens, abs=plan.window_tokens
+        (0.8 * 0.02 + 0.2 * (0.02 + 0.3) / 2) * plan.num_tokens, abs=plan.sequence_length
     )
     assert [phase.until_tokens for phase in plan.phases] == [16_384_000, 20_480_000]
     out = io.StringIO()
@@ -353,12 +353,12 @@ def test_the_chart_shows_every_source_at_its_share(ramped: Recipe, tmp_path: Pat
 
 
 @given(
-    budget_tokens=st.integers(100_000, 10**12), share=st.floats(0, 1), window=st.integers(1, 512)
+    budget_tokens=st.integers(100_000, 10**12), share=st.floats(0, 1), sequence=st.integers(1, 512)
 )
 @settings(max_examples=25, deadline=None)
-def test_every_token_has_a_source(budget_tokens: int, share: float, window: int) -> None:
+def test_every_token_has_a_source(budget_tokens: int, share: float, sequence: int) -> None:
     recipe = deepcopy(composed("smollm2_135m"))
-    recipe.training.budget_tokens, recipe.training.window_tokens = budget_tokens, window
+    recipe.training.budget_tokens, recipe.training.sequence_length = budget_tokens, sequence
     recipe.mixture.instruction_token_share = share
     plan = make_plan(recipe)
     tokens = [source.tokens for source in plan.sources.values()]

@@ -30,7 +30,7 @@ from sparsify.recipe.sparsification import FFN_ACTIVATIONS
 
 RECIPES = recipe_names()
 RECOVERY = [name for name in RECIPES if name.startswith("recovery/")]
-# The arms of the recovery benchmark are each other's controls.
+# The variants of the recovery benchmark are each other's baselines.
 SPARSE_RECIPES = [name for name in RECIPES if name != "quickstart_base" and name not in RECOVERY]
 TURBOSPARSE = ["turbosparse_mistral_7b", "turbosparse_mixtral_8x7b"]
 
@@ -69,7 +69,7 @@ def test_recipe_composes_under_its_own_name_with_a_command_and_a_purpose(name: s
 def test_every_sparse_recipe_has_its_controls(name: str, activation: str) -> None:
     recipe = compose_recipe(name, [f"activation={activation}"])
     assert recipe.activation.ffn_activation == activation
-    assert recipe.control.ffn_activation != activation
+    assert recipe.baseline.ffn_activation != activation
 
 
 def test_a_gate_threshold_is_the_published_one_unless_given() -> None:
@@ -81,8 +81,8 @@ def test_a_gate_threshold_is_the_published_one_unless_given() -> None:
 
 
 def test_a_run_that_is_its_own_control_trains_none() -> None:
-    assert composed("quickstart").control.ffn_activation == "swiglu"
-    assert compose_recipe("quickstart", ["activation=swiglu"]).control.ffn_activation is None
+    assert composed("quickstart").baseline.ffn_activation == "swiglu"
+    assert compose_recipe("quickstart", ["activation=swiglu"]).baseline.ffn_activation is None
 
 
 @pytest.mark.parametrize("option", options("engine"))
@@ -114,8 +114,8 @@ def test_every_evaluation_composes(path: Path) -> None:
 @pytest.mark.parametrize("name", TURBOSPARSE)
 def test_turbosparse_has_the_papers_hyperparameters(name: str) -> None:
     recipe = composed(name)
-    assert recipe.training.window_tokens == 4096
-    assert recipe.training.batch_windows == 2048
+    assert recipe.training.sequence_length == 4096
+    assert recipe.training.global_batch_size == 2048
     assert recipe.training.budget_tokens == 150_000_000_000
     assert recipe.num_steps == pytest.approx(17_900, rel=2e-3)
     assert recipe.optimizer.warmup_tokens == 1000 * recipe.step_tokens
@@ -138,7 +138,7 @@ def test_the_300m_comparison_has_the_papers_hyperparameters() -> None:
         24,
         32000,
     )
-    assert composed("paper/from_scratch_2m").control.ffn_activation == "swiglu"
+    assert composed("paper/from_scratch_2m").baseline.ffn_activation == "swiglu"
 
 
 def test_turbosparse_mixture_has_the_shares_of_table_4() -> None:
@@ -304,14 +304,14 @@ BAD_OVERRIDES = {
     "mixture.instruction_token_share=1.5": ["mixture.instruction_token_share is 1.5", "0 to 1"],
     "engine=zero0 training.precision=bf16": ["engine.zero_stage is 0", "bf16", "engine=zero1"],
     "engine.offload_parameters_to_cpu=true": ["engine=zero3_offload"],
-    "training.batch_windows=17": ["training.batch_windows is 17", "multiple of"],
+    "training.global_batch_size=17": ["training.global_batch_size is 17", "multiple of"],
     "training.precision=fp16": ["'fp16'", "bf16, fp32"],
     "activation.ffn_activation=gelu": ["'gelu'", "swiglu, reglu,"],
     "conversion.target_zeros=0.9": [
         "conversion.target_zeros=0.9 would be ignored",
         "calibration_t",
     ],
-    "conversion.calibration_tokens=300": ["at least eight windows: 2048"],
+    "conversion.calibration_tokens=300": ["at least eight sequences: 2048"],
     "conversion.calibration_tokens=9999 conversion.target_zeros=90": ["is 90.0", "such as 0.9"],
     "conversion.calibration_tokens=9999 conversion.refit_target=mx": ["Did you mean 'mix'?"],
     "activation.gate_threshold=0.1": ["activation.gate_threshold=0.1 would be ignored", "fatrelu"],

@@ -13,7 +13,7 @@ import torch
 
 from sparsify.commands.report import make_report, spread
 from sparsify.errors import RunError
-from sparsify.mixture.sequences.reader import Window
+from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.models import SparseModel
 from sparsify.runs.load import load
 from sparsify.sparsity import ActivationStatistics, SparsityProbe
@@ -86,10 +86,10 @@ def test_impossible_numbers_of_tokens_are_refused(
 
 def test_curves_see_every_part_of_the_text() -> None:
     numbers = torch.arange(8).numpy()
-    windows = [Window(f"source {i // 8}", numbers, numbers, numbers) for i in range(32)]
-    chosen = spread(windows, 64)
+    sequences = [PackedSequence(f"source {i // 8}", numbers, numbers, numbers) for i in range(32)]
+    chosen = spread(sequences, 64)
     assert len(chosen) == 8
-    assert {window.source for window in chosen} == {f"source {i}" for i in range(4)}
+    assert {sequence.source for sequence in chosen} == {f"source {i}" for i in range(4)}
 
 
 def test_a_7b_model_and_a_mixtral_are_counted_in_a_few_hundred_megabytes() -> None:

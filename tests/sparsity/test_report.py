@@ -15,12 +15,10 @@ from hypothesis import strategies as st
 from sparsify.errors import RunError, StorageError
 from sparsify.models import FFN_ACTIVATIONS, SparseModel
 from sparsify.reporting.numbers import percent
+from sparsify.runs.history import Stage, Trajectory, TrajectoryPoint
 from sparsify.sparsity import (
     ActivationStatistics,
     SparsityReport,
-    Stage,
-    Trajectory,
-    TrajectoryPoint,
     measure,
     read_report,
     write_report,
@@ -62,7 +60,9 @@ def _with_training(report: SparsityReport) -> SparsityReport:
         for step in range(9)
     ]
     stages = [Stage(name="dense base", loss=2.0), Stage(name="after training", loss=2.1, zeros=0.8)]
-    trajectory = Trajectory(sparse=points, control=[TrajectoryPoint(tokens=0, loss=2.5, zeros=0.0)])
+    trajectory = Trajectory(
+        sparse=points, baseline=[TrajectoryPoint(tokens=0, loss=2.5, zeros=0.0)]
+    )
     scaling = fit_trajectory(trajectory, "drelu")
     return report.model_copy(
         update={"stages": stages, "trajectory": trajectory, "scaling": scaling}

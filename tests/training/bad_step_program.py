@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from sparsify.errors import RunError
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.checkpoints import latest_checkpoint
+from sparsify.runs.state import latest_checkpoint
 from sparsify.training.engine import init_distributed
 from sparsify.training.loop import Session, train
 from sparsify.training.worker import build_session
@@ -92,7 +92,7 @@ def main(folder: Path) -> dict[str, Any]:
             train(session)
         except RunError as error:
             found["error"] = str(error)
-        found["state"] = session.state.left_out_windows
+        found["state"] = session.state.left_out_sequences
         if "rollback" in folder.name:
             found["resumed"] = resumed_ends_the_same(session)
         found["latest"] = getattr(latest_checkpoint(session.run.checkpoints), "name", None)
@@ -104,7 +104,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["same"] = same(before, everything(session.engine))
     run_to(session, 7)
     found["trains_on"] = not same(before, everything(session.engine))
-    found["state"] = session.state.left_out_windows
+    found["state"] = session.state.left_out_sequences
     return found
 
 

@@ -1,6 +1,6 @@
 """One of two ranks that refits a live engine, or trains through milestones: RUN_DIR… in turn.
 
-A folder named `fit…` is compared with the calibrated swap of the same windows, which knows neither engine nor ranks. One with `cut` in
+A folder named `fit…` is compared with the calibrated replacement of the same sequences, which knows neither engine nor ranks. One with `cut` in
 its name is stopped where a milestone lies before the next step, saved, and gone on with by a new session.
 """
 
@@ -22,7 +22,7 @@ from sparsify.recipe.recipe import ConversionSection
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import full_weight, init_distributed, set_learning_rate
 from sparsify.training.loop import Session, train
-from sparsify.training.refits import refit, refit_windows
+from sparsify.training.refits import refit, refit_sequences
 from sparsify.training.worker import build_session
 from tests.ranks import tokenise
 
@@ -42,17 +42,17 @@ def main(run: RunFolder) -> Any:
 
 
 def compare(session: Session) -> dict[str, Any]:
-    """How far the refitted weights are from those of the calibrated swap, and what became of them in the engine."""
+    """How far the refitted weights are from those of the calibrated replacement, and what became of them in the engine."""
     recipe, engine = session.recipe, session.engine
-    windows = refit_windows(recipe, 0)
-    record = refit(engine, recipe, session.reader, windows, (0.0, 1.0))
-    expected = reference(session, windows)
+    sequences = refit_sequences(recipe, 0)
+    record = refit(engine, recipe, session.reader, sequences, (0.0, 1.0))
+    expected = reference(session, sequences)
     found = masters(engine.module)
     # In bf16 a neuron of which both halves hold about the same may be turned the other way round.
     signless = torch.abs if recipe.training.precision == "bf16" else torch.clone
     live = live_weights(engine.module)
     set_learning_rate(engine, 0.0)
-    batch = session.reader.batch(dist.get_rank(), recipe.training.micro_batch_windows).tensors
+    batch = session.reader.batch(dist.get_rank(), recipe.training.micro_batch_size).tensors
     loss = engine(batch["input_ids"], position_ids=batch["position_ids"]).logits.float().mean()
     engine.set_gradient_accumulation_boundary(True)
     engine.backward(loss)
@@ -71,9 +71,9 @@ def compare(session: Session) -> dict[str, Any]:
     }
 
 
-def reference(session: Session, windows: tuple[int, int]) -> dict[str, torch.Tensor]:
-    first, count = windows
-    chosen = [session.reader.window(first + index) for index in range(count)]
+def reference(session: Session, sequences: tuple[int, int]) -> dict[str, torch.Tensor]:
+    first, count = sequences
+    chosen = [session.reader.sequence(first + index) for index in range(count)]
     settings = ConversionSection(calibration_tokens=1, refit_target="own")
     state = session.run.path / f"reference-{dist.get_rank()}"
     calibrator = Calibrator(

@@ -85,9 +85,9 @@ def _check_skipped(ranks: list[dict[str, Any]]) -> None:
         "gradient_not_finite",
         "spike",
     ]
-    # Rank 1 holds windows 2, 3, 6 and 7 of each batch of eight.
+    # Rank 1 holds sequences 2, 3, 6 and 7 of each batch of eight.
     assert sorted(chain(*lines[0]["suspects"].values())) == [26, 27, 30, 31]
-    assert lines[1]["windows"] == [32, 39]
+    assert lines[1]["sequences"] == [32, 39]
     assert set(chain(*lines[2]["suspects"].values())) <= {42, 43, 46, 47}
     trained = [record["step"] for record in ranks[0]["metrics"] if record["kind"] == "train"]
     assert trained == [1, 2, 3, 7]
@@ -115,7 +115,7 @@ def _check_rolled_back(ranks: list[dict[str, Any]]) -> None:
         "step": 5,
         "tokens": 5 * 512,
         "to_step": 3,
-        "windows": [24, 39],
+        "sequences": [24, 39],
     }
 
 
@@ -125,7 +125,7 @@ def test_a_run_that_does_not_recover_stops_with_a_report(
     for rank in found["never-1-fp32"]:
         assert "The run does not recover: step 7 is bad" in rank["error"]
         assert "bad step 5 of the last 7" in rank["error"]
-        assert "windows 16–55" in rank["error"]
+        assert "sequences 16–55" in rank["error"]
         assert "on_bad_step=rollback" in rank["error"]
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sparsify.errors import RunError
 from sparsify.runs.manifest import MANIFEST, damage
-from sparsify.training.checkpoints import Keep, TrainingState, crosses, newest_whole, save
+from sparsify.runs.state import TrainingState, crosses
+from sparsify.training.checkpoints import Keep, newest_whole, save
 
 SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from sparsify.errors import RunError
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import OptimizerSection
-from sparsify.training.checkpoints import latest_checkpoint
+from sparsify.runs.state import latest_checkpoint
 from sparsify.training.engine import deepspeed_config, learning_rate, load_model
 from sparsify.training.telemetry import drop_lines_after
-from sparsify.training.validation import window_losses
+from sparsify.training.validation import sequence_losses
 
 SETTINGS = OptimizerSection(peak_learning_rate=1e-3, final_learning_rate=1e-4, warmup_tokens=100)
 
@@ -56,11 +56,11 @@ def test_latest_that_names_nothing_is_said_with_what_to_do(tmp_path: Path) -> No
         latest_checkpoint(tmp_path)
 
 
-def test_window_losses_count_labelled_positions_only() -> None:
+def test_sequence_losses_count_labelled_positions_only() -> None:
     logits, labels = torch.randn(2, 3, 7), torch.tensor([[1, -100, 2], [-100, -100, 6]])
     logp = logits.log_softmax(-1)
     expected = -torch.stack([logp[0, 0, 1] + logp[0, 2, 2], logp[1, 2, 6]])
-    torch.testing.assert_close(window_losses(logits, labels), expected)
+    torch.testing.assert_close(sequence_losses(logits, labels), expected)
 
 
 def test_the_paper_s_recipe_becomes_the_engine_s_configuration() -> None:
@@ -80,7 +80,7 @@ def test_gradient_checkpointing_changes_no_gradient(
     for switch in ("true", "false"):
         recipe = compose_recipe(str(recipe_file), [f"training.gradient_checkpointing={switch}"])
         model = load_model(recipe, stock["mistral"], {}).train()
-        window_losses(model(ids, use_cache=False).logits, ids).sum().backward()
+        sequence_losses(model(ids, use_cache=False).logits, ids).sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         assert torch.equal(one, other)

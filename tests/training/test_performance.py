@@ -16,18 +16,20 @@ from sparsify.training.telemetry import progress_line
 from sparsify.training.tracker import heat_map
 from tests.conftest import stock_model
 
-WINDOW_TOKENS = 64
+SEQUENCE_TOKENS = 64
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mistral_tied"])
 def test_counted_operations_are_those_that_the_model_does(kind: str) -> None:
     model = stock_model(kind).train()
     model.set_attn_implementation("eager")  # the counter does not know the fused one of the CPU
-    tokens = torch.randint(2048, (2, WINDOW_TOKENS))
+    tokens = torch.randint(2048, (2, SEQUENCE_TOKENS))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens).logits.float().logsumexp(-1).sum().backward()
     architecture = Architecture.of(model.config.to_dict(), None, 1)
-    counted = training_flops_per_token(architecture, count_parameters(architecture), WINDOW_TOKENS)
+    counted = training_flops_per_token(
+        architecture, count_parameters(architecture), SEQUENCE_TOKENS
+    )
     # Norms, which are counted as they multiply too, are what the counter leaves out.
     assert counted * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.005)
 
@@ -37,7 +39,7 @@ def test_a_mixture_counts_only_the_experts_that_a_token_meets() -> None:
     fields = stock_model("mixtral").config.to_dict()
     one, two = (Architecture.of(fields | {"num_experts_per_tok": n}, None, 1) for n in (1, 2))
     flops = [
-        training_flops_per_token(a, count_parameters(a), WINDOW_TOKENS) for a in (dense, one, two)
+        training_flops_per_token(a, count_parameters(a), SEQUENCE_TOKENS) for a in (dense, one, two)
     ]
     expert = 6 * dense.num_hidden_layers * 3 * dense.hidden_size * dense.intermediate_size
     router = 6 * dense.num_hidden_layers * 4 * dense.hidden_size
@@ -60,7 +62,7 @@ def test_devices_are_known_by_what_their_driver_calls_them(device: str, gpu: str
 
 def test_a_line_gives_recent_speed_and_fits_beside_the_bar() -> None:
     performance = Performance(
-        stock_model("mistral"), WINDOW_TOKENS, num_devices=2, precision="bf16", left_tokens=3000
+        stock_model("mistral"), SEQUENCE_TOKENS, num_devices=2, precision="bf16", left_tokens=3000
     )
     performance.step(1000, seconds=2.0, data_seconds=1.0)
     values = performance.step(1000, seconds=2.0, data_seconds=0.0)

@@ -1,4 +1,4 @@
-"""Refits at milestones of the anneal: what they are, that every ZeRO stage has them, and that an interruption changes no bit."""
+"""Refits at milestones of the blending: what they are, that every ZeRO stage has them, and that an interruption changes no bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sparsify.errors import RecipeError
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
-from sparsify.training.refits import refit_windows, refits_due
+from sparsify.training.refits import refit_sequences, refits_due
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, replace_model, run_ranks
 
@@ -31,7 +31,7 @@ TRAINED = ["train-mistral-2-bf16", "train-mistral-2-bf16-cut"]
 OTHERS_TRAINED = [
     "train-mixtral-3-bf16", "train-mixtral-3-bf16-cut", "train-mistral-1-fp32", "train-mistral-1-fp32-cut",
 ]  # fmt: skip
-REFITS = ["swap.anneal_token_share=0.5", "swap.refit_milestones=4", "swap.refit_tokens=8192"]
+REFITS = ["blending.budget_share=0.5", "blending.refit_milestones=4", "blending.refit_tokens=8192"]
 Runs = Callable[[list[str]], dict[str, Any]]
 
 
@@ -66,9 +66,9 @@ def _change(recipe: Recipe, case: str) -> None:
     recipe.engine.offload_optimizer_to_cpu = "offload" in case
     recipe.training.budget_tokens = 6 * recipe.step_tokens
     recipe.checkpoint.every_tokens = recipe.eval.every_tokens = 2 * recipe.step_tokens
-    recipe.swap.anneal_token_share, recipe.swap.refit_milestones = 0.5, 3
+    recipe.blending.budget_share, recipe.blending.refit_milestones = 0.5, 3
     # No multiple of two ranks' micro-batches, and for an expert of four still enough.
-    recipe.swap.refit_tokens = 25 * recipe.training.window_tokens
+    recipe.blending.refit_tokens = 25 * recipe.training.sequence_length
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def _check_trained(found: dict[str, Any], whole: str, cut: str) -> None:
     }
     for key in ("step", "loss", "gradient_norm"):
         assert [line[key] for line in lines[whole]] == [line[key] for line in lines[cut]]
-    shares = [line.get("annealed_share") for line in lines[whole]]
+    shares = [line.get("blended_share") for line in lines[whole]]
     assert shares == [pytest.approx(1 / 3), pytest.approx(2 / 3), None, None, None, None]
     for case in (whole, cut):
         refits = [line for line in found[case] if line["kind"] == "refit"]
@@ -125,12 +125,12 @@ def _check_trained(found: dict[str, Any], whole: str, cut: str) -> None:
 def test_an_interruption_at_a_milestone_changes_no_bit(found: dict[str, Any]) -> None:
     _check_trained(found, *TRAINED)
     labels = [
-        (line["tokens"], line["label"], line.get("annealed_share"))
+        (line["tokens"], line["label"], line.get("blended_share"))
         for line in found[TRAINED[0]]
         if line["kind"] == "validation"
     ]
     # A milestone belongs to the step after it: what is measured before that has the weights and the share from before.
-    assert labels[2:4] == [(1024, "annealing", pytest.approx(2 / 3)), (2048, "training", None)]
+    assert labels[2:4] == [(1024, "blending", pytest.approx(2 / 3)), (2048, "training", None)]
 
 
 @pytest.mark.slow
@@ -143,32 +143,35 @@ def test_an_interruption_changes_no_bit_in_experts_and_other_stages(runs: Runs) 
 @given(st.floats(0.05, 0.99), st.integers(2, 200))
 def test_every_milestone_comes_before_a_step_of_its_own(share: float, milestones: int) -> None:
     recipe = Recipe()
-    recipe.training.budget_tokens, recipe.training.batch_windows = 200 * 2048, 8
-    recipe.training.window_tokens, recipe.swap.anneal_token_share = 256, share
-    recipe.swap.refit_milestones = min(milestones, max(2, int(share * recipe.num_steps)))
+    recipe.training.budget_tokens, recipe.training.global_batch_size = 200 * 2048, 8
+    recipe.training.sequence_length, recipe.blending.budget_share = 256, share
+    recipe.blending.refit_milestones = min(milestones, max(2, int(share * recipe.num_steps)))
     due = [refits_due(recipe, step * recipe.step_tokens) for step in range(recipe.num_steps)]
     assert due[0] == 1
-    assert due[-1] == recipe.swap.refit_milestones
+    assert due[-1] == recipe.blending.refit_milestones
     assert all(0 <= later - now <= 1 for now, later in pairwise(due))
 
 
 def test_a_refit_rests_on_what_comes_next_and_stays_inside_the_run() -> None:
     recipe = compose_recipe("quickstart", REFITS)
-    windows, last = 8192 // recipe.training.window_tokens, recipe.num_steps
-    assert refit_windows(recipe, 5) == (5 * recipe.training.batch_windows, windows)
-    first, count = refit_windows(recipe, last - 1)
-    assert first + count == last * recipe.training.batch_windows
+    sequences, last = 8192 // recipe.training.sequence_length, recipe.num_steps
+    assert refit_sequences(recipe, 5) == (5 * recipe.training.global_batch_size, sequences)
+    first, count = refit_sequences(recipe, last - 1)
+    assert first + count == last * recipe.training.global_batch_size
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["swap.refit_tokens=8192"], "swap.refit_tokens=8192 would be ignored"),
-        (["swap.refit_milestones=4", "swap.refit_tokens=8192"], "nothing is annealed"),
-        ([*REFITS, "swap.refit_milestones=1"], "conversion.calibration_tokens, without an anneal"),
-        ([*REFITS, "swap.refit_milestones=51"], "2 to 50"),
-        ([*REFITS, "swap.refit_tokens=0"], "2048 to 204800"),
-        ([*REFITS, "swap.refit_tokens=1000000"], "2048 to 204800"),
+        (["blending.refit_tokens=8192"], "blending.refit_tokens=8192 would be ignored"),
+        (["blending.refit_milestones=4", "blending.refit_tokens=8192"], "nothing is blended"),
+        (
+            [*REFITS, "blending.refit_milestones=1"],
+            "conversion.calibration_tokens, without a blending schedule",
+        ),
+        ([*REFITS, "blending.refit_milestones=51"], "2 to 50"),
+        ([*REFITS, "blending.refit_tokens=0"], "2048 to 204800"),
+        ([*REFITS, "blending.refit_tokens=1000000"], "2048 to 204800"),
         ([*REFITS, "conversion.ridge=0"], "conversion.ridge is 0"),
         ([*REFITS, "conversion.refit_target=own"], "refit_target=own would be ignored"),
         (["conversion.ridge=0.1"], "conversion.ridge=0.1 would be ignored"),

@@ -35,12 +35,12 @@ def record_of(recipe: Recipe, over: list[str], losses: Losses) -> TuneRecord:
         folder = Path(f"runs/tiny-tune/trial-{number:02d}")
         proxy = Proxy("", proxy_recipe(recipe, one, 10_240, folder, 1), 3)
         found = losses(proxy.delivered_shares)
-        windows = {name: [loss] for name, loss in found.items()}
+        sequences = {name: [loss] for name, loss in found.items()}
         measured.append(
             (
                 proxy,
                 Measurement(
-                    losses=found, zeros=0.8, window_losses=windows, held_out_fingerprint="x"
+                    losses=found, zeros=0.8, sequence_losses=sequences, held_out_fingerprint="x"
                 ),
             )
         )

@@ -27,7 +27,7 @@ SHARES = {"code": 0.7, "prose": 0.3, "questions": 0.0}
 
 @pytest.fixture
 def recipe(recipe_file: Path, mixture_file: Path, tmp_path: Path) -> Recipe:
-    overrides = [f"mixture={mixture_file}", "control.ffn_activation=swiglu"]
+    overrides = [f"mixture={mixture_file}", "baseline.ffn_activation=swiglu"]
     return compose_recipe(str(recipe_file), [*overrides, f"cache_dir={tmp_path / 'cache'}"])
 
 
@@ -36,7 +36,7 @@ def test_a_proxy_is_the_recipe_in_small(recipe: Recipe) -> None:
     assert proxy.run_dir == "runs/tiny-tune/trial-03"
     assert (proxy.num_steps, proxy.training.seed) == (3, 7)
     assert proxy.optimizer.warmup_tokens == 256  # a sixth of the budget, as in the recipe
-    assert proxy.control.ffn_activation is None
+    assert proxy.baseline.ffn_activation is None
     assert token_shares(proxy.mixture) == {"code": 0.7, "prose": 0.3}
     assert recipe.training.budget_tokens == 3072, "the recipe itself is left alone"
 
@@ -47,7 +47,7 @@ def test_the_knob_does_not_move_a_trials_shares(recipe: Recipe) -> None:
     assert token_shares(proxy.mixture) == {"code": 0.7, "prose": 0.3}
 
 
-def test_delivered_shares_are_those_of_whole_windows(recipe: Recipe) -> None:
+def test_delivered_shares_are_those_of_whole_sequences(recipe: Recipe) -> None:
     proxy = Proxy("one", proxy_recipe(recipe, SHARES, 1024, Path("runs/x"), 1), 3)
     delivered = proxy.delivered_shares
     assert delivered == {"code": 11 / 16, "prose": 5 / 16, "questions": 0.0}
@@ -59,8 +59,8 @@ def test_less_than_a_step_is_refused(recipe: Recipe) -> None:
     assert "--trial-tokens" in str(error.value)
 
 
-def test_held_out_windows_do_not_depend_on_shares(recipe: Recipe, stock: dict[str, Path]) -> None:
-    """Every domain is there, also one without a share, and the two halves have no window in common."""
+def test_held_out_sequences_do_not_depend_on_shares(recipe: Recipe, stock: dict[str, Path]) -> None:
+    """Every domain is there, also one without a share, and the two halves have no sequence in common."""
     tokenizer = load_tokenizer(stock["mistral"])
     first = held_out_halves(recipe, tokenizer, 3)
     for name, share in SHARES.items():
@@ -68,16 +68,17 @@ def test_held_out_windows_do_not_depend_on_shares(recipe: Recipe, stock: dict[st
     again = held_out_halves(recipe, tokenizer, 3)
     for halves in zip(first, again, strict=True):
         texts = [
-            [w.input_ids.tolist() for windows in half.values() for w in windows] for half in halves
+            [w.input_ids.tolist() for sequences in half.values() for w in sequences]
+            for half in halves
         ]
         assert texts[0] == texts[1]
     for name in SHARES:
         one, other = ([w.input_ids.tolist() for w in half[name]] for half in first)
         assert len(one) == len(other) == 3
-        assert not any(window in other for window in one)
+        assert not any(sequence in other for sequence in one)
 
 
-def test_a_domain_with_one_held_out_window_is_refused(
+def test_a_domain_with_one_held_out_sequence_is_refused(
     recipe: Recipe, stock: dict[str, Path], tmp_path: Path
 ) -> None:
     (tmp_path / "short.jsonl").write_text(
@@ -104,14 +105,14 @@ def test_losses_of_domains_are_means_over_their_labels(
     assert one.losses.keys() == SHARES.keys()
     assert all(7 < loss < 9 for loss in one.losses.values())
     assert 0.6 < one.zeros < 0.9
-    assert min(one.window_losses["code"]) < one.losses["code"] < max(one.window_losses["code"])
+    assert min(one.sequence_losses["code"]) < one.losses["code"] < max(one.sequence_losses["code"])
 
 
 def measurement(shift: float, fingerprint: str = "x") -> Measurement:
-    windows = {"code": [2.0 + shift, 3.0 + shift], "web": [4.0, 5.0]}
-    losses = {name: sum(values) / 2 for name, values in windows.items()}
+    sequences = {"code": [2.0 + shift, 3.0 + shift], "web": [4.0, 5.0]}
+    losses = {name: sum(values) / 2 for name, values in sequences.items()}
     return Measurement(
-        losses=losses, zeros=0.5, window_losses=windows, held_out_fingerprint=fingerprint
+        losses=losses, zeros=0.5, sequence_losses=sequences, held_out_fingerprint=fingerprint
     )
 
 
@@ -123,8 +124,8 @@ def test_trials_on_other_text_are_not_compared(recipe: Recipe) -> None:
         check_comparable([(proxies[0], measurement(0)), (proxies[1], measurement(0, "y"))])
 
 
-def test_a_confirmation_compares_window_by_window() -> None:
-    """Windows differ much from each other; what counts is that all of them moved alike."""
+def test_a_confirmation_compares_sequence_by_sequence() -> None:
+    """Sequences differ much from each other; what counts is that all of them moved alike."""
     weights = {"code": 0.5, "web": 0.5}
     better = compare(measurement(0), measurement(-0.2), weights, num_tokens=1, seed=2)
     assert better.difference == pytest.approx(-0.1)

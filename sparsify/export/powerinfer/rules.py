@@ -106,11 +106,11 @@ def _shapes(config: SparseConfig, ffn_type: str) -> list[str]:
 def _positions(config: SparseConfig, context_tokens: int | None) -> list[str]:
     reasons = []
     context = context_tokens or config.max_position_embeddings
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < context:
+    sequence = getattr(config, "sliding_window", None)
+    if sequence is not None and sequence < context:
         reasons.append(
-            f"it attends to the last {window:,} of {context:,} tokens, and the engine to all; up to {window:,} tokens both are "
-            f"the same: --context-tokens {window}"
+            f"it attends to the last {sequence:,} of {context:,} tokens, and the engine to all; up to {sequence:,} tokens both are "
+            f"the same: --context-tokens {sequence}"
         )
     if context > config.max_position_embeddings:
         reasons.append(

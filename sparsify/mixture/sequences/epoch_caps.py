@@ -1,6 +1,6 @@
 """Epoch caps: what becomes of a run in which a source may not be seen as often as its share asks.
 
-A cap is a capacity: the most windows that a source may give. An exhausted source either hands its share to the others, or the
+A cap is a capacity: the most sequences that a source may give. An exhausted source either hands its share to the others, or the
 run is refused, with the budget that fits.
 """
 
@@ -15,7 +15,7 @@ from sparsify.recipe.recipe import MixtureSection
 
 
 def capped_shares(
-    mixture: MixtureSection, num_windows: int, capacities: Mapping[str, int]
+    mixture: MixtureSection, num_sequences: int, capacities: Mapping[str, int]
 ) -> Shares:
     """The shares of a run, with what sources of `when_exhausted: redistribute` cannot give handed to the others."""
     handing_on = {
@@ -23,21 +23,21 @@ def capped_shares(
         for name, capacity in capacities.items()
         if mixture.sources[name].when_exhausted == "redistribute"
     }
-    return redistributed(Shares.of(mixture, num_windows), handing_on)
+    return redistributed(Shares.of(mixture, num_sequences), handing_on)
 
 
 def first_exceeded(
-    mixture: MixtureSection, num_windows: int, capacities: Mapping[str, int]
+    mixture: MixtureSection, num_sequences: int, capacities: Mapping[str, int]
 ) -> str | None:
     """The source that a run would ask for more than its capacity first; None if the run fits."""
-    shares = capped_shares(mixture, num_windows, capacities)
-    fits = {name: last_window_within(shares, name, size) for name, size in capacities.items()}
+    shares = capped_shares(mixture, num_sequences, capacities)
+    fits = {name: last_sequence_within(shares, name, size) for name, size in capacities.items()}
     name = min(fits, key=lambda one: (fits[one], one), default=None)
-    return None if name is None or fits[name] >= num_windows else name
+    return None if name is None or fits[name] >= num_sequences else name
 
 
 def fitting_steps(
-    mixture: MixtureSection, num_steps: int, batch_windows: int, capacities: Mapping[str, int]
+    mixture: MixtureSection, num_steps: int, global_batch_size: int, capacities: Mapping[str, int]
 ) -> int:
     """The most steps, up to `num_steps`, of a run that exceeds no capacity; 0 if none fits.
 
@@ -46,19 +46,19 @@ def fitting_steps(
     fitting, too_many = 0, num_steps + 1
     while too_many - fitting > 1:
         steps = (fitting + too_many) // 2
-        if first_exceeded(mixture, steps * batch_windows, capacities) is None:
+        if first_exceeded(mixture, steps * global_batch_size, capacities) is None:
             fitting = steps
         else:
             too_many = steps
     return fitting
 
 
-def most_windows(mixture: MixtureSection, num_windows: int) -> dict[str, int]:
-    """Most windows that a run can ask of each source, whatever is exhausted on the way; at least one.
+def most_sequences(mixture: MixtureSection, num_sequences: int) -> dict[str, int]:
+    """Most sequences that a run can ask of each source, whatever is exhausted on the way; at least one.
 
     A source without a share counts too: what the others do to it is measured on its held-out text.
     """
-    stated = Shares.of(mixture, num_windows)
+    stated = Shares.of(mixture, num_sequences)
     handing_on = {
         name: 0
         for name, source in mixture.sources.items()
@@ -67,17 +67,17 @@ def most_windows(mixture: MixtureSection, num_windows: int) -> dict[str, int]:
     most = {}
     for name in mixture.sources:
         others = {other: size for other, size in handing_on.items() if other != name}
-        demand = redistributed(stated, others).demand(name, num_windows)
-        most[name] = math.ceil(demand) + 1  # the schedule is never a whole window ahead
+        demand = redistributed(stated, others).demand(name, num_sequences)
+        most[name] = math.ceil(demand) + 1  # the schedule is never a whole sequence ahead
     return most
 
 
-def last_window_within(shares: Shares, name: str, capacity: int) -> float:
-    """How many windows a run may have before a source could be asked for more than `capacity` of them."""
+def last_sequence_within(shares: Shares, name: str, capacity: int) -> float:
+    """How many sequences a run may have before a source could be asked for more than `capacity` of them."""
     if name not in shares.names:
         return math.inf
     slack = max(2 * len(shares.names) - 2, 1)
-    # Window number `capacity`, counted from 0, is not given before the demand is that and 1 / slack.
+    # PackedSequence number `capacity`, counted from 0, is not given before the demand is that and 1 / slack.
     released = shares.reaches(shares.names.index(name), slack * capacity + 1, slack)
     return released - 1
 
@@ -86,16 +86,16 @@ def redistributed(shares: Shares, capacities: Mapping[str, int]) -> Shares:
     """The shares of a run in which sources stop giving when they are exhausted, and the others give more.
 
     From where a source is exhausted, its share goes to the others in proportion to theirs; in a ramp at both its ends, with a
-    straight line between them. Where there are no others it keeps its share, and `last_window_within` says how
+    straight line between them. Where there are no others it keeps its share, and `last_sequence_within` says how
     long that can last.
 
     Args:
         shares: The shares before.
-        capacities: Most windows that a source may give.
+        capacities: Most sequences that a source may give.
     """
     waiting = set(capacities) & set(shares.names)
     while waiting:
-        ends = {name: last_window_within(shares, name, capacities[name]) for name in waiting}
+        ends = {name: last_sequence_within(shares, name, capacities[name]) for name in waiting}
         name = min(ends, key=lambda one: (ends[one], one))
         if ends[name] == math.inf:
             break
@@ -105,20 +105,20 @@ def redistributed(shares: Shares, capacities: Mapping[str, int]) -> Shares:
     return shares
 
 
-def _without(stretches: Sequence[Stretch], name: str, window: int) -> list[Stretch]:
-    """The stretches, with a source's share given to the others from a window on."""
+def _without(stretches: Sequence[Stretch], name: str, sequence: int) -> list[Stretch]:
+    """The stretches, with a source's share given to the others from a sequence on."""
     end = stretches[-1].end
     endless = [] if end is None else [Stretch(None, stretches[-1].last, stretches[-1].last)]
     changed: list[Stretch] = []
     start = 0
     for part in [*stretches, *endless]:
-        if part.end is not None and part.end <= window:
+        if part.end is not None and part.end <= sequence:
             changed.append(part)
         else:
             first, last = exact_shares(part.first), exact_shares(part.last)
-            if start < window:
-                middle = _on_the_way(first, last, window - start, part.end and part.end - start)
-                changed.append(Stretch(window, first, middle))
+            if start < sequence:
+                middle = _on_the_way(first, last, sequence - start, part.end and part.end - start)
+                changed.append(Stretch(sequence, first, middle))
                 first = middle
             changed.append(Stretch(part.end, *_handed_on(first, last, name)))
         start = part.end or start
@@ -126,13 +126,13 @@ def _without(stretches: Sequence[Stretch], name: str, window: int) -> list[Stret
 
 
 def _on_the_way(
-    first: dict[str, Fraction], last: dict[str, Fraction], window: int, length: int | None
+    first: dict[str, Fraction], last: dict[str, Fraction], sequence: int, length: int | None
 ) -> dict[str, Fraction]:
-    """Shares at a window of a stretch that is `length` windows long."""
+    """Shares at a sequence of a stretch that is `length` sequences long."""
     if length is None:
         return first
     names = first.keys() | last.keys()
-    way = Fraction(window, length)
+    way = Fraction(sequence, length)
     return {
         name: (1 - way) * first.get(name, Fraction(0)) + way * last.get(name, Fraction(0))
         for name in names

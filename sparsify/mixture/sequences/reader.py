@@ -1,6 +1,6 @@
-"""Windows: pieces of documents laid side by side, with positions and labels that keep the documents apart.
+"""Sequences: pieces of documents laid side by side, with positions and labels that keep the documents apart.
 
-Training windows are packed (`packing`) and found by their number (`plan` and `stream`). Windows to measure on are the held-out
+Training sequences are packed (`packing`) and found by their number (`plan` and `stream`). Sequences to measure on are the held-out
 documents one after another, cut every T tokens, so that none of their positions is empty.
 """
 
@@ -33,13 +33,13 @@ IntArray = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Window:
-    """One window of T tokens. Labels are already shifted: do not shift them again.
+class PackedSequence:
+    """One sequence of T tokens. Labels are already shifted: do not shift them again.
 
     Args:
         source: Name of the source it is from.
         input_ids: [T] int64
-        position_ids: Position within the document; 0 at the window's start as well. [T] int64
+        position_ids: Position within the document; 0 at the sequence's start as well. [T] int64
         labels: The token after each of `input_ids` in the same document; NO_LOSS where the document ends there
             or that token carries no loss. [T] int64
     """
@@ -52,24 +52,24 @@ class Window:
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows stacked, and the source of each.
+    """Sequences stacked, and the source of each.
 
     Attributes:
-        tensors: `input_ids`, `position_ids` and `labels` as in `Window`. [B, T] int64 each
-        sources: Index of each window's source in the reader's `names`. [B] int64
+        tensors: `input_ids`, `position_ids` and `labels` as in `Sequence`. [B, T] int64 each
+        sources: Index of each sequence's source in the reader's `names`. [B] int64
     """
 
     tensors: dict[str, torch.Tensor]
     sources: torch.Tensor
 
 
-class WindowReader:
-    """Gives every training window of a run by its number.
+class SequenceReader:
+    """Gives every training sequence of a run by its number.
 
     Args:
         sources: The tokenised sources; those without a share are not read.
-        schedule: Which source gives which window.
-        window_tokens: T, tokens of one window.
+        schedule: Which source gives which sequence.
+        sequence_length: T, tokens of one sequence.
         seed: Decides the order of documents.
     """
 
@@ -77,41 +77,41 @@ class WindowReader:
         self,
         sources: Mapping[str, TokenizedSource],
         schedule: SourceSchedule,
-        window_tokens: int,
+        sequence_length: int,
         seed: int,
     ) -> None:
-        self.window_tokens, self.schedule = window_tokens, schedule
+        self.sequence_length, self.schedule = sequence_length, schedule
         self.names = list(schedule.names)
         self._end_token = sources[self.names[0]].info.end_token
         self.streams = {
-            name: TrainingStream(sources[name], window_tokens, seed) for name in self.names
+            name: TrainingStream(sources[name], sequence_length, seed) for name in self.names
         }
 
     def is_here(self, first: int, count: int) -> bool:
-        """Whether the windows first, …, first + count - 1 can be read by now."""
-        last = dict(self.schedule.windows_of(first, count))
+        """Whether the sequences first, …, first + count - 1 can be read by now."""
+        last = dict(self.schedule.sequences_of(first, count))
         return all(self.streams[name].is_here(rank) for name, rank in last.items())
 
     def batch(self, first: int, count: int) -> Batch:
-        """The windows first, …, first + count - 1 of the run, counted over all processes."""
-        places = self.schedule.windows_of(first, count)
-        arrays = _empty_batch(count, self.window_tokens, self._end_token)
+        """The sequences first, …, first + count - 1 of the run, counted over all processes."""
+        places = self.schedule.sequences_of(first, count)
+        arrays = _empty_batch(count, self.sequence_length, self._end_token)
         located = sorted(
             (name, *self.streams[name].locate(rank), row) for row, (name, rank) in enumerate(places)
         )
         for (name, epoch, shard), members in groupby(located, key=lambda place: place[:3]):
-            windows, rows = zip(*(place[3:] for place in members), strict=True)
-            _fill(arrays, rows, *self.streams[name].packed(epoch, shard), windows)
+            sequences, rows = zip(*(place[3:] for place in members), strict=True)
+            _fill(arrays, rows, *self.streams[name].packed(epoch, shard), sequences)
         indices = {name: index for index, name in enumerate(self.names)}
         return Batch(
             {field: torch.from_numpy(array) for field, array in arrays.items()},
             torch.tensor([indices[name] for name, _ in places]),
         )
 
-    def window(self, index: int) -> Window:
-        """The training window with this number."""
+    def sequence(self, index: int) -> PackedSequence:
+        """The training sequence with this number."""
         name, rank = self.schedule.locate(index)
-        return read_window(self.streams[name], rank)[0]
+        return read_sequence(self.streams[name], rank)[0]
 
 
 def _fill(
@@ -119,11 +119,11 @@ def _fill(
     rows: Sequence[int],
     documents: ShardDocuments,
     packing: Packing,
-    windows: Sequence[int],
+    sequences: Sequence[int],
 ) -> None:
-    """Writes windows of one shard into the rows of the arrays that are theirs. Arrays: [B, T]"""
-    window_tokens = arrays["input_ids"].shape[1]
-    slices = [packing.pieces(window) for window in windows]
+    """Writes sequences of one shard into the rows of the arrays that are theirs. Arrays: [B, T]"""
+    sequence_length = arrays["input_ids"].shape[1]
+    slices = [packing.pieces(sequence) for sequence in sequences]
     num_pieces = np.array([piece.stop - piece.start for piece in slices])
     chosen = np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])
     document, start, length = (
@@ -131,7 +131,7 @@ def _fill(
     )
     begin = np.cumsum(length) - length
     first_piece = np.cumsum(num_pieces) - num_pieces
-    place = np.array(rows) * window_tokens - begin[first_piece]
+    place = np.array(rows) * sequence_length - begin[first_piece]
     spread = _Spread(begin, length)
     target = spread(np.repeat(place, num_pieces)) + spread.index
     token = spread(documents.starts[document] + start - begin) + spread.index
@@ -141,19 +141,21 @@ def _fill(
     arrays["labels"].reshape(-1)[target] = _labels(documents.shard, token, document_end)
 
 
-def read_window(stream: TrainingStream, rank: int) -> tuple[Window, int]:
-    """One training window of one source, and how many of its positions hold tokens.
+def read_sequence(stream: TrainingStream, rank: int) -> tuple[PackedSequence, int]:
+    """One training sequence of one source, and how many of its positions hold tokens.
 
     Args:
-        stream: The source's windows.
-        rank: Number of the window within the source.
+        stream: The source's sequences.
+        rank: Number of the sequence within the source.
     """
     epoch, shard, number = stream.locate(rank)
     documents, packing = stream.packed(epoch, shard)
-    arrays = _empty_batch(1, stream.window_tokens, stream.source.info.end_token)
+    arrays = _empty_batch(1, stream.sequence_length, stream.source.info.end_token)
     _fill(arrays, [0], documents, packing, [number])
-    window = Window(stream.source.name, **{field: array[0] for field, array in arrays.items()})
-    return window, int(packing.length[packing.pieces(number)].sum())
+    sequence = PackedSequence(
+        stream.source.name, **{field: array[0] for field, array in arrays.items()}
+    )
+    return sequence, int(packing.length[packing.pieces(number)].sum())
 
 
 class _Spread:
@@ -176,12 +178,12 @@ def _labels(shard: Shard, token: IntArray, document_end: IntArray) -> IntArray:
     return np.where(carries_loss, shard.tokens[following].astype(np.int64), NO_LOSS)
 
 
-def _empty_batch(num_windows: int, window_tokens: int, end_token: int) -> dict[str, IntArray]:
-    """Windows of nothing but padding: one document without loss, which packing then writes over.
+def _empty_batch(num_sequences: int, sequence_length: int, end_token: int) -> dict[str, IntArray]:
+    """Sequences of nothing but padding: one document without loss, which packing then writes over.
 
     What packing leaves of it stands apart from the documents, since its positions do not go on from theirs.
     """
-    shape = (num_windows, window_tokens)
+    shape = (num_sequences, sequence_length)
     return {
         "input_ids": np.full(shape, end_token, dtype=np.int64),
         "position_ids": np.zeros(shape, dtype=np.int64),
@@ -189,46 +191,48 @@ def _empty_batch(num_windows: int, window_tokens: int, end_token: int) -> dict[s
     }
 
 
-def collate(windows: Sequence[Window]) -> dict[str, torch.Tensor]:
-    """Stacks windows of one length into `input_ids`, `position_ids` and `labels`. [B, T] int64 each"""
+def collate(sequences: Sequence[PackedSequence]) -> dict[str, torch.Tensor]:
+    """Stacks sequences of one length into `input_ids`, `position_ids` and `labels`. [B, T] int64 each"""
     return {
-        field: torch.from_numpy(np.stack([getattr(window, field) for window in windows]))
+        field: torch.from_numpy(np.stack([getattr(sequence, field) for sequence in sequences]))
         for field in FIELDS
     }
 
 
-def held_out_windows(source: TokenizedSource, window_tokens: int, num_windows: int) -> list[Window]:
-    """Whole windows of a source's held-out documents, spread evenly over those that the run reads.
+def held_out_sequences(
+    source: TokenizedSource, sequence_length: int, num_sequences: int
+) -> list[PackedSequence]:
+    """Whole sequences of a source's held-out documents, spread evenly over those that the run reads.
 
     Returns:
-        `num_windows` windows, or as many whole ones as there are.
+        `num_sequences` sequences, or as many whole ones as there are.
 
     Raises:
-        MixtureError: If the held-out documents do not fill one window.
+        MixtureError: If the held-out documents do not fill one sequence.
     """
     num_tokens = source.num_held_out_tokens
-    whole = num_tokens // window_tokens
+    whole = num_tokens // sequence_length
     if whole == 0:
         raise MixtureError(
-            f"Source {source.name!r} holds out {num_tokens} token(s), less than one window "
-            f"of {window_tokens}.",
-            next_step="Raise mixture.validation_fraction, add documents, or lower training.window_tokens.",
+            f"Source {source.name!r} holds out {num_tokens} token(s), less than one sequence "
+            f"of {sequence_length}.",
+            next_step="Raise mixture.validation_fraction, add documents, or lower training.sequence_length.",
         )
-    taken = min(num_windows, whole)
-    starts = (number * whole // taken * window_tokens for number in range(taken))
-    spans = ((start, start + window_tokens) for start in starts)
-    return cut_windows(source.name, source.held_out_documents(), spans)
+    taken = min(num_sequences, whole)
+    starts = (number * whole // taken * sequence_length for number in range(taken))
+    spans = ((start, start + sequence_length) for start in starts)
+    return cut_sequences(source.name, source.held_out_documents(), spans)
 
 
-def cut_windows(
+def cut_sequences(
     name: str, documents: Sequence[ShardDocuments], spans: Iterable[tuple[int, int]]
-) -> list[Window]:
-    """Windows cut from documents laid one after another.
+) -> list[PackedSequence]:
+    """Sequences cut from documents laid one after another.
 
     Args:
         name: Name of the source.
         documents: The documents, shard by shard.
-        spans: First token and end of each window in the row of documents.
+        spans: First token and end of each sequence in the row of documents.
     """
     parts: dict[str, list[IntArray]] = {field: [] for field in FIELDS}
     for part in documents:
@@ -240,11 +244,11 @@ def cut_windows(
         parts["position_ids"].append(spread.index - spread(begin))
         parts["labels"].append(_labels(part.shard, token, document_end))
     row = {field: np.concatenate(arrays) for field, arrays in parts.items()}
-    windows = []
+    sequences = []
     for start, stop in spans:
         fields = {field: array[start:stop] for field, array in row.items()}
-        # A document that began before the window begins anew in it.
+        # A document that began before the sequence begins anew in it.
         offset = np.arange(stop - start)
         fields["position_ids"] = np.minimum(fields["position_ids"], offset)
-        windows.append(Window(name, **fields))
-    return windows
+        sequences.append(PackedSequence(name, **fields))
+    return sequences

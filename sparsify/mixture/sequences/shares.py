@@ -1,7 +1,7 @@
-"""Shares of sources over a run: constant in a phase, or moving in a straight line, as exact demand in windows.
+"""Shares of sources over a run: constant in a phase, or moving in a straight line, as exact demand in sequences.
 
-The demand of a source after n windows is what it should have given by then: the sum of its shares over those windows. Over all
-sources it sums to n. Everything is computed in integers and fractions, so that a law that holds at the first window holds
+The demand of a source after n sequences is what it should have given by then: the sum of its shares over those sequences. Over all
+sources it sums to n. Everything is computed in integers and fractions, so that a law that holds at the first sequence holds
 at the last of a trillion.
 """
 
@@ -35,7 +35,7 @@ class Stretch:
     """A part of a run over which shares stay or move in a straight line.
 
     Attributes:
-        end: Window at which it ends, counted from the run's start; the last stretch has no end.
+        end: PackedSequence at which it ends, counted from the run's start; the last stretch has no end.
         first: Share of each source at its beginning, above or equal to 0.
         last: Share of each source at its end.
     """
@@ -56,8 +56,8 @@ class _Piece:
     linear: tuple[int, ...]
     quadratic: tuple[int, ...]
 
-    def scaled_demand(self, source: int, window: int) -> int:
-        m = window - self.start
+    def scaled_demand(self, source: int, sequence: int) -> int:
+        m = sequence - self.start
         return self.base[source] + (self.linear[source] + self.quadratic[source] * m) * m
 
 
@@ -97,18 +97,18 @@ class Shares:
         return cls([Stretch(None, shares, shares)])
 
     @classmethod
-    def of(cls, mixture: MixtureSection, num_windows: int) -> Shares:
-        """The shares that a mixture states for a run of `num_windows`; its phases end at whole windows."""
+    def of(cls, mixture: MixtureSection, num_sequences: int) -> Shares:
+        """The shares that a mixture states for a run of `num_sequences`; its phases end at whole sequences."""
         return cls(
             [
-                Stretch(round(end * num_windows), first, last)
+                Stretch(round(end * num_sequences), first, last)
                 for end, first, last in share_phases(mixture)
             ]
         )
 
     @property
     def period(self) -> int | None:
-        """Windows after which every demand is whole again, as long as the first stretch lasts; None if it is a ramp."""
+        """Sequences after which every demand is whole again, as long as the first stretch lasts; None if it is a ramp."""
         piece = self._pieces[0]
         if any(piece.quadratic):
             return None
@@ -116,26 +116,26 @@ class Shares:
 
     @property
     def first_change(self) -> float:
-        """Window at which the first stretch ends."""
+        """PackedSequence at which the first stretch ends."""
         return self._pieces[0].end
 
-    def demand(self, source: str, window: int) -> Fraction:
-        """What a source should have given among the first `window` windows; 0 for one without any share."""
+    def demand(self, source: str, sequence: int) -> Fraction:
+        """What a source should have given among the first `sequence` sequences; 0 for one without any share."""
         if source not in self.names:
             return Fraction(0)
-        index, piece = self.names.index(source), self._piece_of(window)
-        return Fraction(piece.scaled_demand(index, window), piece.denominator)
+        index, piece = self.names.index(source), self._piece_of(sequence)
+        return Fraction(piece.scaled_demand(index, sequence), piece.denominator)
 
-    def planned(self, num_windows: int) -> dict[str, int]:
-        """Demand in whole windows that sum to `num_windows`: at most one from what the schedule gives, and known at once."""
-        demand = {name: self.demand(name, num_windows) for name in self.names}
-        planned = {name: int(windows) for name, windows in demand.items()}
-        missing = num_windows - sum(planned.values())
+    def planned(self, num_sequences: int) -> dict[str, int]:
+        """Demand in whole sequences that sum to `num_sequences`: at most one from what the schedule gives, and known at once."""
+        demand = {name: self.demand(name, num_sequences) for name in self.names}
+        planned = {name: int(sequences) for name, sequences in demand.items()}
+        missing = num_sequences - sum(planned.values())
         nearest = sorted(self.names, key=lambda name: planned[name] - demand[name])
         return planned | {name: planned[name] + 1 for name in nearest[:missing]}
 
     def reaches(self, source: int, numerator: int, denominator: int) -> float:
-        """The first window n with demand(n) >= numerator / denominator; infinity if there is none.
+        """The first sequence n with demand(n) >= numerator / denominator; infinity if there is none.
 
         Args:
             source: Index in `names`.
@@ -156,12 +156,12 @@ class Shares:
                 yield found
                 numerator += denominator
 
-    def share(self, source: str, window: int) -> float:
-        """The share of a source round about a window."""
-        return float(self.demand(source, window + 1) - self.demand(source, window))
+    def share(self, source: str, sequence: int) -> float:
+        """The share of a source round about a sequence."""
+        return float(self.demand(source, sequence + 1) - self.demand(source, sequence))
 
-    def _piece_of(self, window: int) -> _Piece:
-        return next(piece for piece in self._pieces if window <= piece.end)
+    def _piece_of(self, sequence: int) -> _Piece:
+        return next(piece for piece in self._pieces if sequence <= piece.end)
 
     def _fractions(self, shares: Mapping[str, float | Fraction]) -> list[Fraction]:
         exact = exact_shares(shares)
@@ -205,7 +205,7 @@ class Shares:
 
 
 def _first_reaching(piece: _Piece, source: int, wanted: int) -> float:
-    """The first window of a piece at which a source's scaled demand is at least `wanted`; infinity if none is."""
+    """The first sequence of a piece at which a source's scaled demand is at least `wanted`; infinity if none is."""
     linear, quadratic = piece.linear[source], piece.quadratic[source]
     missing = wanted - piece.base[source]
     if missing <= 0:

@@ -1,7 +1,7 @@
-"""The endless stream of one source's training windows, epoch after epoch, any of them found by its number.
+"""The endless stream of one source's training sequences, epoch after epoch, any of them found by its number.
 
 The first epoch reads the shards in the order in which they were tokenised, so that it can begin before the last one is there;
-later epochs shuffle the shards. Within a shard, documents are packed and windows shuffled anew each epoch. Every
+later epochs shuffle the shards. Within a shard, documents are packed and sequences shuffled anew each epoch. Every
 document is in each epoch exactly once.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.files import storage_errors
-from sparsify.mixture.sequences.packing import Packing, count_windows, pack_documents
+from sparsify.mixture.sequences.packing import Packing, count_sequences, pack_documents
 from sparsify.mixture.tokens.tokenized_source import (
     ShardDocuments,
     TokenizedSource,
@@ -28,16 +28,16 @@ IntArray = NDArray[np.int64]
 
 
 class TrainingStream:
-    """Windows of one source.
+    """Sequences of one source.
 
     Args:
         source: The tokenised source, which may still be growing.
-        window_tokens: Tokens of a window.
+        sequence_length: Tokens of a sequence.
         seed: Decides the order.
     """
 
-    def __init__(self, source: TokenizedSource, window_tokens: int, seed: int) -> None:
-        self.source, self.window_tokens, self.seed = source, window_tokens, seed
+    def __init__(self, source: TokenizedSource, sequence_length: int, seed: int) -> None:
+        self.source, self.sequence_length, self.seed = source, sequence_length, seed
         self._counts = self._stored_counts()[: source.num_shards]
         self._settled = False
         self.packed = lru_cache(maxsize=OPEN_PACKINGS)(self._packed)
@@ -45,21 +45,21 @@ class TrainingStream:
         self._count()
 
     @property
-    def num_windows(self) -> int:
-        """Windows of one epoch; those that are here by now, until the source is settled."""
+    def num_sequences(self) -> int:
+        """Sequences of one epoch; those that are here by now, until the source is settled."""
         return int(self._counts.sum())
 
     def is_here(self, rank: int) -> bool:
-        """Whether a window can be read now; looks for new shards when it could not before."""
-        if not self._settled and rank >= self.num_windows:
+        """Whether a sequence can be read now; looks for new shards when it could not before."""
+        if not self._settled and rank >= self.num_sequences:
             self.source.refresh()
             self._count()
-        return self._settled or rank < self.num_windows
+        return self._settled or rank < self.num_sequences
 
     def locate(self, rank: int) -> tuple[int, int, int]:
-        """Epoch, shard and window within the shard of the stream's window with this number."""
+        """Epoch, shard and sequence within the shard of the stream's sequence with this number."""
         # Until the source is settled nobody knows how long an epoch is, and the first is not over.
-        epoch, rest = divmod(rank, self.num_windows) if self._settled else (0, rank)
+        epoch, rest = divmod(rank, self.num_sequences) if self._settled else (0, rank)
         order, ends = self._epoch(epoch, len(self._counts))
         place = int(np.searchsorted(ends, rest, side="right"))
         return epoch, int(order[place]), rest - (int(ends[place - 1]) if place else 0)
@@ -67,7 +67,7 @@ class TrainingStream:
     def _count(self) -> None:
         known, self._settled = len(self._counts), self.source.settled
         new = [
-            count_windows(self.source.train_documents(number).lengths, self.window_tokens)
+            count_sequences(self.source.train_documents(number).lengths, self.sequence_length)
             for number in range(known, self.source.num_shards)
         ]
         self._counts = np.array([*self._counts, *new], dtype=np.int64)
@@ -84,7 +84,7 @@ class TrainingStream:
         """Documents and packing of one shard in one epoch."""
         documents = self.source.train_documents(shard)
         shuffle = self._shuffle(epoch, shard)
-        return documents, pack_documents(documents.lengths, self.window_tokens, shuffle)
+        return documents, pack_documents(documents.lengths, self.sequence_length, shuffle)
 
     def _shuffle(self, *place: int) -> np.random.RandomState:
         key = "/".join(map(str, (self.seed, self.source.name, *place))).encode()
@@ -95,10 +95,10 @@ class TrainingStream:
 
     @property
     def _counts_path(self) -> Path:
-        return self.source.cache.folder / f"windows-{self.window_tokens}.npy"
+        return self.source.cache.folder / f"sequences-{self.sequence_length}.npy"
 
     def _stored_counts(self) -> IntArray:
-        """Windows of the first shards, as some run counted them before: late resumes count none again."""
+        """Sequences of the first shards, as some run counted them before: late resumes count none again."""
         try:
             counts = np.load(self._counts_path)
         except (OSError, ValueError, EOFError):

@@ -235,7 +235,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
     if tokenizer.eos_token_id is None:
         raise MixtureError(
             f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no end-of-sequence token.",
-            allowed="Documents of one window are told apart by it.",
+            allowed="Documents of one sequence are told apart by it.",
             next_step="Set eos_token in its tokenizer_config.json.",
         )
 

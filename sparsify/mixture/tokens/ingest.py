@@ -330,7 +330,7 @@ def mixture_ingests(
     *,
     train_tokens: Mapping[str, int],
     held_out_tokens: int,
-    window_tokens: int,
+    sequence_length: int,
     cache_dir: Path,
 ) -> dict[str, Ingest]:
     """What to tokenise of every source of a mixture that is drawn from.
@@ -340,14 +340,14 @@ def mixture_ingests(
         tokenizer: A fast Hugging Face tokenizer.
         train_tokens: Training tokens needed of each source.
         held_out_tokens: Held-out tokens wanted of each source, if it has as many.
-        window_tokens: Length of a window: no source gives less than one for training and one held out.
+        sequence_length: Length of a sequence: no source gives less than one for training and one held out.
         cache_dir: Where tokenised sources are kept.
 
     Raises:
         MixtureError: If the tokenizer cannot serve.
     """
     check_tokenizer(tokenizer)
-    least = Need(window_tokens, max(held_out_tokens, window_tokens))
+    least = Need(sequence_length, max(held_out_tokens, sequence_length))
     return {
         name: Ingest(
             name,

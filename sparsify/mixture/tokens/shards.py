@@ -43,7 +43,7 @@ class SourceInfo(BaseModel):
     tokenizer: str
     """Fingerprint of the tokenizer."""
     end_token: int
-    """Id of the end-of-sequence token, with which packing fills what is left of a window."""
+    """Id of the end-of-sequence token, with which packing fills what is left of a sequence."""
 
 
 class ShardRecord(BaseModel):

@@ -33,7 +33,7 @@ def validate(recipe: Recipe) -> Recipe:
     """Refuses settings that cannot work together.
 
     Returns:
-        The same recipe; without a control where it would repeat the run itself.
+        The same recipe; without a baseline where it would repeat the run itself.
 
     Raises:
         RecipeError: Naming the setting, its value, what is allowed and what to change.
@@ -49,15 +49,15 @@ def validate(recipe: Recipe) -> Recipe:
     check_sparsification(recipe)
     check_speed(recipe)
     check_suite(recipe)
-    if recipe.control.ffn_activation == recipe.activation.ffn_activation:
-        recipe.control.ffn_activation = None
+    if recipe.baseline.ffn_activation == recipe.activation.ffn_activation:
+        recipe.baseline.ffn_activation = None
     return recipe
 
 
 def _check_choices(recipe: Recipe) -> None:
     check_activation(recipe.activation)
-    if recipe.control.ffn_activation is not None:
-        check_choice("control.ffn_activation", recipe.control.ffn_activation, FFN_ACTIVATIONS)
+    if recipe.baseline.ffn_activation is not None:
+        check_choice("baseline.ffn_activation", recipe.baseline.ffn_activation, FFN_ACTIVATIONS)
     check_choice("model.init", recipe.model.init, ("pretrained", "random"))
     check_choice("stability.on_bad_step", recipe.stability.on_bad_step, ON_BAD_STEP)
     check_choice("training.precision", recipe.training.precision, ("bf16", "fp32"))
@@ -95,15 +95,15 @@ def _check_numbers(recipe: Recipe) -> None:
     training, optimizer = recipe.training, recipe.optimizer
     positive = {
         "training.budget_tokens": training.budget_tokens,
-        "training.window_tokens": training.window_tokens,
-        "training.batch_windows": training.batch_windows,
-        "training.micro_batch_windows": training.micro_batch_windows,
+        "training.sequence_length": training.sequence_length,
+        "training.global_batch_size": training.global_batch_size,
+        "training.micro_batch_size": training.micro_batch_size,
         "optimizer.peak_learning_rate": optimizer.peak_learning_rate,
         "optimizer.max_gradient_norm": optimizer.max_gradient_norm,
         "checkpoint.every_tokens": recipe.checkpoint.every_tokens,
         "checkpoint.keep_last": recipe.checkpoint.keep_last,
         "eval.every_tokens": recipe.eval.every_tokens,
-        "eval.validation_windows_per_source": recipe.eval.validation_windows_per_source,
+        "eval.validation_sequences_per_source": recipe.eval.validation_sequences_per_source,
         "eval.report_tokens": recipe.eval.report_tokens,
         "launch.processes": recipe.launch.processes,
         "launch.nodes": recipe.launch.nodes,
@@ -182,10 +182,10 @@ def _check_model(model: ModelSection) -> None:
 
 
 def _check_conversion(recipe: Recipe) -> None:
-    conversion, least = recipe.conversion, 8 * recipe.training.window_tokens
+    conversion, least = recipe.conversion, 8 * recipe.training.sequence_length
     if conversion.calibration_tokens == 0:
         settings, defaults = asdict(conversion), asdict(ConversionSection())
-        if recipe.swap.refit_milestones:
+        if recipe.blending.refit_milestones:
             check_conversion(conversion)
             del settings["ridge"]
         for key in (key for key in settings if settings[key] != defaults[key]):
@@ -198,7 +198,7 @@ def _check_conversion(recipe: Recipe) -> None:
     if conversion.calibration_tokens < least:
         raise RecipeError(
             f"conversion.calibration_tokens is {conversion.calibration_tokens}.",
-            allowed=f"0, or at least eight windows: {least} tokens.",
+            allowed=f"0, or at least eight sequences: {least} tokens.",
         )
     if recipe.model.init == "random":
         raise RecipeError(
@@ -209,7 +209,7 @@ def _check_conversion(recipe: Recipe) -> None:
 
 
 def check_conversion(conversion: ConversionSection) -> None:
-    """Refuses settings of the calibrated swap that cannot be met.
+    """Refuses settings of the calibrated replacement that cannot be met.
 
     Raises:
         RecipeError: Naming the setting.
@@ -227,22 +227,22 @@ def check_conversion(conversion: ConversionSection) -> None:
 def _check_batch(recipe: Recipe) -> None:
     training, engine = recipe.training, recipe.engine
     replaced = engine.zero_stage == AUTO_STAGE and engine.auto_micro_batch
-    micro_batch_windows = 1 if replaced else training.micro_batch_windows
+    micro_batch_size = 1 if replaced else training.micro_batch_size
     processes = recipe.launch.total_processes
-    per_forward = processes * micro_batch_windows
-    if training.batch_windows % per_forward:
+    per_forward = processes * micro_batch_size
+    if training.global_batch_size % per_forward:
         raise RecipeError(
-            f"training.batch_windows is {training.batch_windows}, which {processes} process(es) of "
-            f"{micro_batch_windows} window(s) cannot share evenly.",
-            allowed="It must be a multiple of launch.nodes x launch.processes x training.micro_batch_windows "
+            f"training.global_batch_size is {training.global_batch_size}, which {processes} process(es) of "
+            f"{micro_batch_size} sequence(s) cannot share evenly.",
+            allowed="It must be a multiple of launch.nodes x launch.processes x training.micro_batch_size "
             f"({per_forward}).",
-            next_step=f"Set training.batch_windows={max(1, training.batch_windows // per_forward) * per_forward}, "
-            "or a smaller training.micro_batch_windows.",
+            next_step=f"Set training.global_batch_size={max(1, training.global_batch_size // per_forward) * per_forward}, "
+            "or a smaller training.micro_batch_size.",
         )
     if recipe.num_steps < 1:
         raise RecipeError(
             f"training.budget_tokens is {training.budget_tokens}, less than one step.",
-            allowed=f"One step is batch_windows x window_tokens = {recipe.step_tokens} tokens.",
+            allowed=f"One step is global_batch_size x sequence_length = {recipe.step_tokens} tokens.",
         )
 
 

@@ -26,67 +26,67 @@ def check_sparsification(recipe: Recipe) -> None:
 
 
 def _check_swap(recipe: Recipe) -> None:
-    share = recipe.swap.anneal_token_share
+    share = recipe.blending.budget_share
     if not 0 <= share < 1:
         raise RecipeError(
-            f"swap.anneal_token_share is {share}.",
+            f"blending.budget_share is {share}.",
             allowed="0 (swap at once) or above, and below 1: the run must end with the activation itself.",
         )
     if share and recipe.model.init == "random":
         raise RecipeError(
-            f"swap.anneal_token_share={share} would be ignored: model.init is random, so nothing is swapped.",
-            next_step="Set swap.anneal_token_share=0, or train from a checkpoint.",
+            f"blending.budget_share={share} would be ignored: model.init is random, so nothing is swapped.",
+            next_step="Set blending.budget_share=0, or train from a checkpoint.",
         )
     if share and recipe.conversion.calibration_tokens:
         raise RecipeError(
-            f"swap.anneal_token_share={share} is set with a calibration, which has fitted the weights to "
+            f"blending.budget_share={share} is set with a calibration, which has fitted the weights to "
             f"{recipe.activation.ffn_activation} before the first step.",
-            next_step="Set swap.anneal_token_share=0, or conversion.calibration_tokens=0.",
+            next_step="Set blending.budget_share=0, or conversion.calibration_tokens=0.",
         )
     _check_refits(recipe)
 
 
 def _check_refits(recipe: Recipe) -> None:
-    swap, training = recipe.swap, recipe.training
-    milestones, tokens = swap.refit_milestones, swap.refit_tokens
+    blending, training = recipe.blending, recipe.training
+    milestones, tokens = blending.refit_milestones, blending.refit_tokens
     if not milestones:
         if tokens:
             raise RecipeError(
-                f"swap.refit_tokens={tokens} would be ignored: swap.refit_milestones is 0.",
-                next_step="Set swap.refit_milestones, or leave it out.",
+                f"blending.refit_tokens={tokens} would be ignored: blending.refit_milestones is 0.",
+                next_step="Set blending.refit_milestones, or leave it out.",
             )
         return
-    anneal_steps = int(swap.anneal_token_share * recipe.num_steps + 1e-9)
-    if not swap.anneal_token_share:
+    blend_steps = int(blending.budget_share * recipe.num_steps + 1e-9)
+    if not blending.budget_share:
         raise RecipeError(
-            f"swap.refit_milestones={milestones} would be ignored: nothing is annealed.",
-            next_step="Set swap.anneal_token_share, such as 0.5, or leave it out.",
+            f"blending.refit_milestones={milestones} would be ignored: nothing is blended.",
+            next_step="Set blending.budget_share, such as 0.5, or leave it out.",
         )
-    if not 2 <= milestones <= anneal_steps:
+    if not 2 <= milestones <= blend_steps:
         raise RecipeError(
-            f"swap.refit_milestones is {milestones}.",
-            allowed=f"0 (no refits), or 2 to {anneal_steps}: no more than there are steps in the anneal. A single refit before "
-            "the first step is the calibrated swap: conversion.calibration_tokens, without an anneal.",
+            f"blending.refit_milestones is {milestones}.",
+            allowed=f"0 (no refits), or 2 to {blend_steps}: no more than there are steps in the blending. A single refit before "
+            "the first step is the calibrated replacement: conversion.calibration_tokens, without a blending schedule.",
         )
-    least, most = 8 * training.window_tokens, recipe.num_steps * recipe.step_tokens
+    least, most = 8 * training.sequence_length, recipe.num_steps * recipe.step_tokens
     if not least <= tokens <= most:
         raise RecipeError(
-            f"swap.refit_tokens is {tokens}, with swap.refit_milestones={milestones}.",
-            allowed=f"{least} to {most}: eight windows, of which one judges what the others found, to the whole budget.",
+            f"blending.refit_tokens is {tokens}, with blending.refit_milestones={milestones}.",
+            allowed=f"{least} to {most}: eight sequences, of which one judges what the others found, to the whole budget.",
         )
 
 
-def check_anneal(recipe: Recipe, base_ffn_activation: str) -> None:
-    """Refuses an anneal from an activation to itself, once the checkpoint is known.
+def check_blend(recipe: Recipe, base_ffn_activation: str) -> None:
+    """Refuses a blending schedule from an activation to itself, once the checkpoint is known.
 
     Raises:
         RecipeError: Naming the setting.
     """
-    share, activation = recipe.swap.anneal_token_share, recipe.activation.ffn_activation
+    share, activation = recipe.blending.budget_share, recipe.activation.ffn_activation
     if share and activation == base_ffn_activation:
         raise RecipeError(
-            f"swap.anneal_token_share={share} would be ignored: the checkpoint has {activation} already.",
-            next_step="Set swap.anneal_token_share=0, or choose another activation.",
+            f"blending.budget_share={share} would be ignored: the checkpoint has {activation} already.",
+            next_step="Set blending.budget_share=0, or choose another activation.",
         )
 
 

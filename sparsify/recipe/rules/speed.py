@@ -45,7 +45,7 @@ def _check_fused(recipe: Recipe) -> None:
         return
     asked = "count_zeros" if training.count_zeros else "fused_activation"
     for key, without_kernel in {
-        "swap.anneal_token_share": recipe.swap.anneal_token_share > 0,
+        "blending.budget_share": recipe.blending.budget_share > 0,
         "conversion.target_zeros": recipe.conversion.target_zeros is not None,
     }.items():
         if without_kernel:
@@ -53,7 +53,7 @@ def _check_fused(recipe: Recipe) -> None:
                 f"training.{asked} is set with {key}, and there is no kernel for what that makes of an activation.",
                 next_step=f"Leave out training.{asked}, or {key}.",
             )
-    for key in ("activation", "control"):
+    for key in ("activation", "baseline"):
         name = getattr(recipe, key).ffn_activation
         if name is not None and name not in FUSED_FFN_ACTIVATIONS:
             raise RecipeError(
@@ -84,7 +84,7 @@ def _check_compile(recipe: Recipe) -> None:
                 next_step=f"Leave out training.{key}, or set training.compile=false.",
             )
     for key, changing in {
-        "swap.anneal_token_share": recipe.swap.anneal_token_share > 0,
+        "blending.budget_share": recipe.blending.budget_share > 0,
         "sparsity.penalty_stages": bool(recipe.sparsity.penalty_stages),
         "sparsity.target_zeros": recipe.sparsity.target_zeros is not None,
         "distillation.ffn_weight": recipe.distillation.ffn_weight > 0,

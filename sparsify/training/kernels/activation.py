@@ -258,7 +258,7 @@ def _implementation(recipe: Recipe, activation: FfnActivation) -> str | None:
     """A key of KERNELS, or None for the model's own code."""
     setting = recipe.training.fused_activation
     knows = activation.name in FUSED_FFN_ACTIVATIONS
-    if setting == "off" or (setting == "auto" and (not knows or recipe.swap.anneal_token_share)):
+    if setting == "off" or (setting == "auto" and (not knows or recipe.blending.budget_share)):
         return None
     if activation.threshold is not None:
         if setting == "auto" and not recipe.training.count_zeros:

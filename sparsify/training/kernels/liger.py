@@ -86,13 +86,13 @@ class LossHead(nn.Linear):
     It is a module so that the loss is computed where its weight is: ZeRO-3 gathers it for this module's forward pass.
 
     Attributes:
-        labels: What forward passes are judged by, int64 [windows, tokens]; None for logits.
+        labels: What forward passes are judged by, int64 [sequences, tokens]; None for logits.
     """
 
     labels: torch.Tensor | None
 
     def forward(self, input: torch.Tensor) -> Any:
-        """Logits of hidden states [windows, tokens, hidden]; with labels their `linear_cross_entropy`."""
+        """Logits of hidden states [sequences, tokens, hidden]; with labels their `linear_cross_entropy`."""
         if self.labels is None:
             return super().forward(input)
         return linear_cross_entropy(input, self.weight, self.labels)

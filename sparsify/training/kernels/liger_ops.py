@@ -42,12 +42,12 @@ def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
 
 
 def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
-    """Rotary embedding of queries and keys, in their own memory. [windows, heads, tokens, head size] each
+    """Rotary embedding of queries and keys, in their own memory. [sequences, heads, tokens, head size] each
 
     Args:
-        query: [windows, heads, tokens, head size].
-        key: [windows, key heads, tokens, head size].
-        cos: [windows or 1, tokens, head size].
+        query: [sequences, heads, tokens, head size].
+        key: [sequences, key heads, tokens, head size].
+        cos: [sequences or 1, tokens, head size].
         sin: As `cos`.
     """
     return _liger().LigerRopeFunction.apply(query, key, cos, sin)
@@ -59,12 +59,12 @@ def linear_cross_entropy(
     """Cross-entropy of a projection's logits, of which a piece is made at a time.
 
     Args:
-        hidden: [windows, tokens, hidden].
+        hidden: [sequences, tokens, hidden].
         weight: [vocabulary, hidden].
-        labels: int64 [windows, tokens]; NO_LOSS where there is none.
+        labels: int64 [sequences, tokens]; NO_LOSS where there is none.
 
     Returns:
-        The sum in nats, [], which has a gradient; and each window's part of it, [windows], which has none.
+        The sum in nats, [], which has a gradient; and each sequence's part of it, [sequences], which has none.
     """
     return cast(Tensors, _LinearCrossEntropy.apply(hidden, weight, labels))
 
@@ -95,9 +95,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight_requires_grad=True,
         )
         ctx.save_for_backward(hidden_grad.view_as(hidden), weight_grad)
-        by_window = by_token.view_as(labels).sum(1)
-        ctx.mark_non_differentiable(by_window)
-        return by_window.sum(), by_window
+        by_sequence = by_token.view_as(labels).sum(1)
+        ctx.mark_non_differentiable(by_sequence)
+        return by_sequence.sum(), by_sequence
 
     @staticmethod
     @once_differentiable

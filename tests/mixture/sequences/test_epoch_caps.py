@@ -14,8 +14,8 @@ from sparsify.mixture.sequences.epoch_caps import (
     capped_shares,
     first_exceeded,
     fitting_steps,
-    last_window_within,
-    most_windows,
+    last_sequence_within,
+    most_sequences,
     redistributed,
 )
 from sparsify.mixture.sequences.schedule import SourceSchedule
@@ -40,7 +40,7 @@ def test_an_exhausted_source_gives_no_more_than_it_has_and_the_law_holds(
     changed = redistributed(shares, capacities)
     schedule = SourceSchedule(changed)
     assert_law(schedule, 400)
-    fits = min((last_window_within(changed, *cap) for cap in capacities.items()), default=400)
+    fits = min((last_sequence_within(changed, *cap) for cap in capacities.items()), default=400)
     counts = schedule.counts(int(min(fits, 400)))
     assert all(counts.get(name, 0) <= size for name, size in capacities.items())
     if fits < 400:  # only where nobody is left who could give
@@ -53,7 +53,7 @@ def test_an_exhausted_source_gives_no_more_than_it_has_and_the_law_holds(
 @given(curves(), st.integers(0, 60))
 def test_a_source_can_be_asked_for_everything_it_has(shares: Shares, capacity: int) -> None:
     name = shares.names[0]
-    fits = last_window_within(shares, name, capacity)
+    fits = last_sequence_within(shares, name, capacity)
     if fits < 2000:
         assert shares.demand(name, int(fits)) < capacity + Fraction(1, 2)
         assert shares.demand(name, int(fits) + 1) > capacity
@@ -63,7 +63,7 @@ def test_a_source_can_be_asked_for_everything_it_has(shares: Shares, capacity: i
 def test_a_share_is_given_to_the_others_in_proportion() -> None:
     shares = Shares.constant({"small": 0.5, "web": 0.4, "code": 0.1})
     changed = redistributed(shares, {"small": 10})
-    assert [changed.share("small", window) for window in (19, 21)] == [0.5, 0]
+    assert [changed.share("small", sequence) for sequence in (19, 21)] == [0.5, 0]
     assert changed.share("web", 25) == pytest.approx(0.8)
     assert SourceSchedule(changed).counts(1000)["small"] == 10
 
@@ -71,7 +71,7 @@ def test_a_share_is_given_to_the_others_in_proportion() -> None:
 def test_in_a_ramp_shares_go_on_in_a_straight_line_to_the_others_last_proportions() -> None:
     first, last = {"small": 0.5, "web": 0.5, "chat": 0.0}, {"small": 0.2, "web": 0.4, "chat": 0.4}
     changed = redistributed(Shares([Stretch(1000, first, last)]), {"small": 60})
-    turn = int(last_window_within(Shares([Stretch(1000, first, last)]), "small", 60))
+    turn = int(last_sequence_within(Shares([Stretch(1000, first, last)]), "small", 60))
     assert changed.share("small", turn + 1) == 0
     assert changed.share("web", 999) == pytest.approx(0.5, abs=1e-3)
     assert changed.share("chat", (turn + 1000) // 2) == pytest.approx(
@@ -82,9 +82,13 @@ def test_in_a_ramp_shares_go_on_in_a_straight_line_to_the_others_last_proportion
 def test_one_exhausted_source_after_another_until_none_is_left() -> None:
     shares = Shares.constant({"a": 0.5, "b": 0.3, "c": 0.2})
     changed = redistributed(shares, {"a": 10, "b": 20})
-    assert [changed.share("c", window) for window in (5, 30, 400)] == pytest.approx([0.2, 0.4, 1.0])
+    assert [changed.share("c", sequence) for sequence in (5, 30, 400)] == pytest.approx(
+        [0.2, 0.4, 1.0]
+    )
     ends = redistributed(shares, {"a": 10, "b": 20, "c": 30})
-    assert min(last_window_within(ends, *cap) for cap in {"a": 10, "b": 20, "c": 30}.items()) == 60
+    assert (
+        min(last_sequence_within(ends, *cap) for cap in {"a": 10, "b": 20, "c": 30}.items()) == 60
+    )
 
 
 def mixture_of(when_exhausted: str, phases: list[PhaseSection]) -> MixtureSection:
@@ -104,13 +108,13 @@ EARLY = [PhaseSection(0.5, token_shares={"small": 0.5, "web": 0.5}), PhaseSectio
 def test_the_budget_that_a_refusal_names_fits_and_one_step_more_does_not(
     phases: list[PhaseSection], capacity: int
 ) -> None:
-    mixture, batch_windows = mixture_of("stop", phases), 8
-    steps = fitting_steps(mixture, 100_000, batch_windows, {"small": capacity})
-    fitting = Shares.of(mixture, steps * batch_windows)
-    assert SourceSchedule(fitting).counts(steps * batch_windows)["small"] <= capacity
-    assert first_exceeded(mixture, steps * batch_windows, {"small": capacity}) is None
-    assert first_exceeded(mixture, (steps + 1) * batch_windows, {"small": capacity}) == "small"
-    assert fitting_steps(mixture, steps - 1, batch_windows, {"small": capacity}) == steps - 1
+    mixture, global_batch_size = mixture_of("stop", phases), 8
+    steps = fitting_steps(mixture, 100_000, global_batch_size, {"small": capacity})
+    fitting = Shares.of(mixture, steps * global_batch_size)
+    assert SourceSchedule(fitting).counts(steps * global_batch_size)["small"] <= capacity
+    assert first_exceeded(mixture, steps * global_batch_size, {"small": capacity}) is None
+    assert first_exceeded(mixture, (steps + 1) * global_batch_size, {"small": capacity}) == "small"
+    assert fitting_steps(mixture, steps - 1, global_batch_size, {"small": capacity}) == steps - 1
 
 
 def test_the_others_may_be_exhausted_by_what_is_handed_to_them() -> None:
@@ -134,21 +138,21 @@ def test_no_source_is_asked_for_more_than_is_read_ahead(
         )
         for (name, share), size in zip(weighted(parts).items(), sizes, strict=False)
     }
-    mixture, num_windows = MixtureSection("mine", sources=sources), 200
+    mixture, num_sequences = MixtureSection("mine", sources=sources), 200
     capacities = {
         name: size for name, size in zip(sources, sizes, strict=False) if size is not None
     }
-    counts = SourceSchedule(capped_shares(mixture, num_windows, capacities)).counts(num_windows)
-    most = most_windows(mixture, num_windows)
+    counts = SourceSchedule(capped_shares(mixture, num_sequences, capacities)).counts(num_sequences)
+    most = most_sequences(mixture, num_sequences)
     assert all(count <= most[name] for name, count in counts.items())
 
 
 @pytest.fixture
 def recipe(mixture: MixtureSection) -> Recipe:
     recipe = compose_recipe(
-        "quickstart", ["training.batch_windows=4", "training.micro_batch_windows=2"]
+        "quickstart", ["training.global_batch_size=4", "training.micro_batch_size=2"]
     )
-    recipe.mixture, recipe.training.window_tokens = mixture, 64
+    recipe.mixture, recipe.training.sequence_length = mixture, 64
     recipe.training.budget_tokens = 400 * 4 * 64
     return recipe
 
@@ -173,10 +177,10 @@ def test_an_exhausted_source_leaves_the_run_to_the_others_until_they_are_exhaust
 ) -> None:
     chats, stories = recipe.mixture.sources["chats"], recipe.mixture.sources["stories"]
     chats.max_epochs, chats.when_exhausted = 2, "redistribute"
-    num_windows = recipe.num_steps * recipe.training.batch_windows
-    counts = SourceSchedule(shares_of(recipe, tokenized)).counts(num_windows)
-    assert counts["chats"] == 2 * TrainingStream(tokenized["chats"], 64, 0).num_windows
-    assert counts["stories"] == num_windows - counts["chats"]
+    num_sequences = recipe.num_steps * recipe.training.global_batch_size
+    counts = SourceSchedule(shares_of(recipe, tokenized)).counts(num_sequences)
+    assert counts["chats"] == 2 * TrainingStream(tokenized["chats"], 64, 0).num_sequences
+    assert counts["stories"] == num_sequences - counts["chats"]
     stories.max_epochs, stories.when_exhausted = 2, "redistribute"
     with pytest.raises(MixtureError, match="no other source is left to take its share"):
         shares_of(recipe, tokenized)

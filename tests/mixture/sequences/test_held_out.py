@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError
-from sparsify.mixture.sequences.held_out import windows_from
+from sparsify.mixture.sequences.held_out import sequences_from
 from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.recipe.recipe import MixtureSection
 
@@ -26,15 +26,15 @@ def test_a_text_gives_all_its_documents_in_order(
     content = (lines if kind == "jsonl" else "<|endoftext|>".join(TEXTS)).encode()
     path.write_bytes(gzip.compress(content) if kind.endswith("gz") else content)
 
-    windows, description = windows_from(
-        str(path), tokenizer, num_tokens=10**6, window_tokens=20, cache_dir=tmp_path
+    sequences, description = sequences_from(
+        str(path), tokenizer, num_tokens=10**6, sequence_length=20, cache_dir=tmp_path
     )
 
     assert description == path.name
-    assert {len(window.input_ids) for window in windows[:-1]} == {20}
-    assert 0 < len(windows[-1].input_ids) <= 20
-    ids = np.concatenate([window.input_ids for window in windows])
-    labels = np.concatenate([window.labels for window in windows])
+    assert {len(sequence.input_ids) for sequence in sequences[:-1]} == {20}
+    assert 0 < len(sequences[-1].input_ids) <= 20
+    ids = np.concatenate([sequence.input_ids for sequence in sequences])
+    labels = np.concatenate([sequence.labels for sequence in sequences])
     assert tokenizer.decode(ids) == "".join(f"<s>{text}</s>" for text in TEXTS)
     ends = ids == tokenizer.eos_token_id
     assert (labels[ends] == NO_LOSS).all()
@@ -46,23 +46,23 @@ def test_a_text_is_cut_at_the_tokens_wanted(
 ) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXTS[0] * 20)
-    windows, _ = windows_from(
-        str(path), tokenizer, num_tokens=50, window_tokens=20, cache_dir=tmp_path
+    sequences, _ = sequences_from(
+        str(path), tokenizer, num_tokens=50, sequence_length=20, cache_dir=tmp_path
     )
-    assert [len(window.input_ids) for window in windows] == [20, 20, 10]
-    assert windows[-1].labels[-1] != NO_LOSS, "the document goes on after the cut"
+    assert [len(sequence.input_ids) for sequence in sequences] == [20, 20, 10]
+    assert sequences[-1].labels[-1] != NO_LOSS, "the document goes on after the cut"
 
 
-def test_a_mixture_gives_held_out_windows_in_proportion(
+def test_a_mixture_gives_held_out_sequences_in_proportion(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, mixture: MixtureSection
 ) -> None:
     path = tmp_path / "tiny.yaml"
     OmegaConf.save(OmegaConf.structured(mixture), path)
-    windows, description = windows_from(
-        str(path), tokenizer, num_tokens=160, window_tokens=16, cache_dir=tmp_path / "cache"
+    sequences, description = sequences_from(
+        str(path), tokenizer, num_tokens=160, sequence_length=16, cache_dir=tmp_path / "cache"
     )
-    assert description == "held-out windows of mixture tiny"
-    names = [window.source for window in windows]
+    assert description == "held-out sequences of mixture tiny"
+    names = [sequence.source for sequence in sequences]
     assert (names.count("stories"), names.count("chats")) == (7, 3)
 
 
@@ -70,7 +70,9 @@ def test_neither_a_file_nor_a_mixture_says_both(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(MixtureError, match="neither a file nor a mixture") as caught:
-        windows_from("nowhere.txt", tokenizer, num_tokens=1, window_tokens=1, cache_dir=tmp_path)
+        sequences_from(
+            "nowhere.txt", tokenizer, num_tokens=1, sequence_length=1, cache_dir=tmp_path
+        )
     assert "'nowhere.txt'" in str(caught.value)
     assert "Mixtures: " in str(caught.value)
 
@@ -79,4 +81,4 @@ def test_an_empty_file_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizer
     path = tmp_path / "empty.txt"
     path.touch()
     with pytest.raises(MixtureError, match="holds no text"):
-        windows_from(str(path), tokenizer, num_tokens=1, window_tokens=1, cache_dir=tmp_path)
+        sequences_from(str(path), tokenizer, num_tokens=1, sequence_length=1, cache_dir=tmp_path)

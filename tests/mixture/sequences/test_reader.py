@@ -1,4 +1,4 @@
-"""Windows hold every document once an epoch, apart from its neighbours, wherever and whenever they are read."""
+"""Sequences hold every document once an epoch, apart from its neighbours, wherever and whenever they are read."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.errors import MixtureError
 from sparsify.mixture.sequences.reader import (
     NO_LOSS,
-    Window,
-    WindowReader,
+    PackedSequence,
+    SequenceReader,
     collate,
-    held_out_windows,
+    held_out_sequences,
 )
 from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.mixture.sequences.shares import Shares
@@ -37,9 +37,9 @@ few = settings(
 
 
 def reader_of(
-    tokenized: dict[str, TokenizedSource], window_tokens: int, seed: int = 1
-) -> WindowReader:
-    return WindowReader(tokenized, SourceSchedule(Shares.constant(SHARES)), window_tokens, seed)
+    tokenized: dict[str, TokenizedSource], sequence_length: int, seed: int = 1
+) -> SequenceReader:
+    return SequenceReader(tokenized, SourceSchedule(Shares.constant(SHARES)), sequence_length, seed)
 
 
 def training_documents(source: TokenizedSource) -> list[list[Pair]]:
@@ -52,25 +52,25 @@ def training_documents(source: TokenizedSource) -> list[list[Pair]]:
     return found
 
 
-def epoch_windows(reader: WindowReader, name: str, epoch: int) -> list[Window]:
-    """All windows of one epoch of one source."""
-    per_epoch = reader.streams[name].num_windows
+def epoch_sequences(reader: SequenceReader, name: str, epoch: int) -> list[PackedSequence]:
+    """All sequences of one epoch of one source."""
+    per_epoch = reader.streams[name].num_sequences
     wanted, found, index = range(epoch * per_epoch, (epoch + 1) * per_epoch), [], 0
     while len(found) < per_epoch:
         source, rank = reader.schedule.locate(index)
         if source == name and rank in wanted:
-            found.append(reader.window(index))
+            found.append(reader.sequence(index))
         index += 1
     return found
 
 
-def pieces_of(window: Window, end_token: int) -> list[list[Pair]]:
-    """The documents' pieces in a window, without what is left empty at its end."""
-    starts = np.flatnonzero(window.position_ids == 0).tolist()
+def pieces_of(sequence: PackedSequence, end_token: int) -> list[list[Pair]]:
+    """The documents' pieces in a sequence, without what is left empty at its end."""
+    starts = np.flatnonzero(sequence.position_ids == 0).tolist()
     pieces = []
-    for start, stop in zip(starts, [*starts[1:], len(window.input_ids)], strict=True):
-        assert window.position_ids[start:stop].tolist() == list(range(stop - start))
-        ids, labels = window.input_ids[start:stop], window.labels[start:stop]
+    for start, stop in zip(starts, [*starts[1:], len(sequence.input_ids)], strict=True):
+        assert sequence.position_ids[start:stop].tolist() == list(range(stop - start))
+        ids, labels = sequence.input_ids[start:stop], sequence.labels[start:stop]
         pieces.append(list(zip(ids.tolist(), labels.tolist(), strict=True)))
     while pieces and pieces[-1] == [(end_token, NO_LOSS)]:
         pieces.pop()
@@ -78,20 +78,20 @@ def pieces_of(window: Window, end_token: int) -> list[list[Pair]]:
 
 
 @pytest.mark.parametrize("name", ["stories", "chats"])
-@pytest.mark.parametrize("window_tokens", [17, 64, 1000])
+@pytest.mark.parametrize("sequence_length", [17, 64, 1000])
 def test_every_training_document_is_there_exactly_once_an_epoch(
-    tokenized: dict[str, TokenizedSource], name: str, window_tokens: int
+    tokenized: dict[str, TokenizedSource], name: str, sequence_length: int
 ) -> None:
-    source, reader = tokenized[name], reader_of(tokenized, window_tokens)
+    source, reader = tokenized[name], reader_of(tokenized, sequence_length)
     expected = Counter(
-        tuple(document[first : first + window_tokens])
+        tuple(document[first : first + sequence_length])
         for document in training_documents(source)
-        for first in range(0, len(document), window_tokens)
+        for first in range(0, len(document), sequence_length)
     )
     orders = []
     for epoch in range(2):
-        windows = epoch_windows(reader, name, epoch)
-        pieces = [p for window in windows for p in pieces_of(window, source.info.end_token)]
+        sequences = epoch_sequences(reader, name, epoch)
+        pieces = [p for sequence in sequences for p in pieces_of(sequence, source.info.end_token)]
         found = Counter(map(tuple, pieces))
         # A rest that is nothing but the end token looks like what is left empty.
         assert found - expected == Counter()
@@ -101,18 +101,18 @@ def test_every_training_document_is_there_exactly_once_an_epoch(
 
 
 @few
-@given(index=st.integers(0, 5_000), window_tokens=st.integers(2, 200), seed=st.integers(0, 9))
-def test_a_window_is_the_same_whoever_reads_it_after_what(
-    tokenized: dict[str, TokenizedSource], index: int, window_tokens: int, seed: int
+@given(index=st.integers(0, 5_000), sequence_length=st.integers(2, 200), seed=st.integers(0, 9))
+def test_a_sequence_is_the_same_whoever_reads_it_after_what(
+    tokenized: dict[str, TokenizedSource], index: int, sequence_length: int, seed: int
 ) -> None:
-    window = reader_of(tokenized, window_tokens, seed).window(index)
-    again = reader_of(tokenized, window_tokens, seed)
-    again.window(index + 13)
+    sequence = reader_of(tokenized, sequence_length, seed).sequence(index)
+    again = reader_of(tokenized, sequence_length, seed)
+    again.sequence(index + 13)
     batch = again.batch(max(0, index - 5), 11)
     row = index - max(0, index - 5)
-    assert again.names[int(batch.sources[row])] == window.source
+    assert again.names[int(batch.sources[row])] == sequence.source
     for field, tensor in batch.tensors.items():
-        assert tensor[row].tolist() == getattr(window, field).tolist()
+        assert tensor[row].tolist() == getattr(sequence, field).tolist()
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 4), (4, 1), (8, 1)])
@@ -128,7 +128,7 @@ def test_the_global_batch_does_not_depend_on_who_shares_it(
     assert torch.equal(torch.cat([part.tensors["input_ids"] for part in parts]), whole)
 
 
-def test_a_source_that_grows_gives_the_windows_of_one_that_is_whole(
+def test_a_source_that_grows_gives_the_sequences_of_one_that_is_whole(
     mixture: MixtureSection,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -156,22 +156,22 @@ def test_a_source_that_grows_gives_the_windows_of_one_that_is_whole(
                 if not stories.step() | chats.step():
                     assert reader.is_here(index, 1), "all is there, but the reader waits"
             for field in ("input_ids", "position_ids", "labels"):
-                one, other = reader.window(index), expected.window(index)
+                one, other = reader.sequence(index), expected.sequence(index)
                 assert getattr(one, field).tolist() == getattr(other, field).tolist()
     assert waits > 5
     last = reader.schedule.locate(199)
     assert reader.streams[last[0]].locate(last[1])[0] > 0, "later epochs were compared as well"
 
 
-def test_counted_windows_are_remembered(
+def test_counted_sequences_are_remembered(
     tokenized: dict[str, TokenizedSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tokenized["stories"]
     monkeypatch.setattr(type(source.cache), "num_closed", len(source.cache.records))
-    before = reader_of(tokenized, 32).streams["stories"].num_windows
-    monkeypatch.setattr("sparsify.mixture.sequences.stream.count_windows", lambda *_: 10**6)
-    assert reader_of(tokenized, 32).streams["stories"].num_windows == before
-    assert reader_of(tokenized, 33).streams["stories"].num_windows >= 10**6
+    before = reader_of(tokenized, 32).streams["stories"].num_sequences
+    monkeypatch.setattr("sparsify.mixture.sequences.stream.count_sequences", lambda *_: 10**6)
+    assert reader_of(tokenized, 32).streams["stories"].num_sequences == before
+    assert reader_of(tokenized, 33).streams["stories"].num_sequences >= 10**6
 
 
 def test_held_out_documents_never_reach_training(
@@ -179,9 +179,9 @@ def test_held_out_documents_never_reach_training(
 ) -> None:
     reader = reader_of(tokenized, 32)
     for name, source in tokenized.items():
-        training = [window.input_ids for window in epoch_windows(reader, name, 0)]
+        training = [sequence.input_ids for sequence in epoch_sequences(reader, name, 0)]
         trained_text = tokenizer.decode(np.concatenate(training))
-        whole = [window.input_ids for window in held_out_windows(source, 32, 10**6)]
+        whole = [sequence.input_ids for sequence in held_out_sequences(source, 32, 10**6)]
         held_out_text = tokenizer.decode(np.concatenate(whole))
         markers = [f"marker{number}x" for number in range(60)]
         held_out = [marker for marker in markers if marker in held_out_text]
@@ -189,11 +189,11 @@ def test_held_out_documents_never_reach_training(
         assert not [marker for marker in held_out if marker in trained_text]
 
 
-def test_held_out_windows_are_whole_and_spread_over_all_held_out_documents(
+def test_held_out_sequences_are_whole_and_spread_over_all_held_out_documents(
     tokenized: dict[str, TokenizedSource],
 ) -> None:
     source = tokenized["stories"]
-    every = held_out_windows(source, 16, 10**6)
+    every = held_out_sequences(source, 16, 10**6)
     held_out = [ids for ids, _, side in documents_of(source) if side]
     row = [token for ids in held_out for token in ids]
     assert [w.input_ids.tolist() for w in every] == [
@@ -201,42 +201,44 @@ def test_held_out_windows_are_whole_and_spread_over_all_held_out_documents(
     ]
     chosen = [
         next(i for i, w in enumerate(every) if np.array_equal(w.input_ids, s.input_ids))
-        for s in held_out_windows(source, 16, 3)
+        for s in held_out_sequences(source, 16, 3)
     ]
     assert chosen == [i * len(every) // 3 for i in range(3)]
 
 
-def test_held_out_windows_keep_documents_apart(tokenized: dict[str, TokenizedSource]) -> None:
+def test_held_out_sequences_keep_documents_apart(tokenized: dict[str, TokenizedSource]) -> None:
     source = tokenized["chats"]
     documents = [(ids, mask) for ids, mask, side in documents_of(source) if side]
     row: list[tuple[int, int, int]] = []
     for ids, mask in documents:
         labels = [i if m else NO_LOSS for i, m in zip(ids[1:], mask[1:], strict=True)]
         row += zip(range(len(ids)), ids, [*labels, NO_LOSS], strict=True)
-    for number, window in enumerate(held_out_windows(source, 10, 10**6)):
+    for number, sequence in enumerate(held_out_sequences(source, 10, 10**6)):
         positions, ids, labels = zip(*row[number * 10 : number * 10 + 10], strict=True)
-        assert window.input_ids.tolist() == list(ids)
-        assert window.labels.tolist() == list(labels)
-        assert window.position_ids.tolist() == [min(p, i) for i, p in enumerate(positions)]
+        assert sequence.input_ids.tolist() == list(ids)
+        assert sequence.labels.tolist() == list(labels)
+        assert sequence.position_ids.tolist() == [min(p, i) for i, p in enumerate(positions)]
 
 
 def test_too_little_held_out_text_is_refused_with_the_source_named(
     tokenized: dict[str, TokenizedSource],
 ) -> None:
-    with pytest.raises(MixtureError, match=r"'chats' holds out .* less than one window of 100000"):
-        held_out_windows(tokenized["chats"], 100_000, 4)
+    with pytest.raises(
+        MixtureError, match=r"'chats' holds out .* less than one sequence of 100000"
+    ):
+        held_out_sequences(tokenized["chats"], 100_000, 4)
 
 
 def test_collate_gives_long_tensors(tokenized: dict[str, TokenizedSource]) -> None:
     reader = reader_of(tokenized, 8)
-    windows = [reader.window(i) for i in range(3)]
-    batch = collate(windows)
+    sequences = [reader.sequence(i) for i in range(3)]
+    batch = collate(sequences)
     assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == dict.fromkeys(
         ("input_ids", "position_ids", "labels"), ((3, 8), torch.int64)
     )
-    assert batch["labels"][2].tolist() == windows[2].labels.tolist()
+    assert batch["labels"][2].tolist() == sequences[2].labels.tolist()
 
 
 def test_another_seed_gives_another_order(tokenized: dict[str, TokenizedSource]) -> None:
     one, other = (reader_of(tokenized, 64, seed) for seed in (1, 2))
-    assert not np.array_equal(one.window(0).input_ids, other.window(0).input_ids)
+    assert not np.array_equal(one.sequence(0).input_ids, other.sequence(0).input_ids)

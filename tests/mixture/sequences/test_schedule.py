@@ -1,4 +1,4 @@
-"""Every prefix of a run has each source's share to the window, whatever the schedule."""
+"""Every prefix of a run has each source's share to the sequence, whatever the schedule."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_changing_shares_are_exact_at_every_prefix(shares: Shares) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(curves(), st.integers(0, 500))
-def test_demands_follow_the_shares_and_sum_to_the_windows(shares: Shares, window: int) -> None:
-    assert sum(shares.demand(name, window) for name in shares.names) == window
+def test_demands_follow_the_shares_and_sum_to_the_sequences(shares: Shares, sequence: int) -> None:
+    assert sum(shares.demand(name, sequence) for name in shares.names) == sequence
     for index, name in enumerate(shares.names):
-        demand = shares.demand(name, window)
-        assert 0 <= shares.demand(name, window + 1) - demand <= 1
+        demand = shares.demand(name, sequence)
+        assert 0 <= shares.demand(name, sequence + 1) - demand <= 1
         first = shares.reaches(index, demand.numerator, demand.denominator)
         assert shares.demand(name, int(first)) >= demand
         if first > 0:
@@ -67,11 +67,13 @@ def test_the_schedule_does_not_depend_on_where_one_begins(
     assert {index: anchored.locate(index) for index in indices} == expected
 
 
-def test_counts_agree_with_the_windows_given() -> None:
+def test_counts_agree_with_the_sequences_given() -> None:
     schedule = SourceSchedule(Shares.constant({"web": 0.62, "code": 0.25, "chat": 0.13}))
-    for num_windows in (0, 1, 99, 100, 101, 777):
-        names = [name for name, _ in schedule.windows_of(0, num_windows)]
-        assert schedule.counts(num_windows) == {name: names.count(name) for name in schedule.names}
+    for num_sequences in (0, 1, 99, 100, 101, 777):
+        names = [name for name, _ in schedule.sequences_of(0, num_sequences)]
+        assert schedule.counts(num_sequences) == {
+            name: names.count(name) for name in schedule.names
+        }
 
 
 def test_decimal_shares_are_met_exactly_after_one_period_and_far_into_a_run() -> None:
@@ -90,36 +92,36 @@ def test_shares_that_floats_cannot_hold_lose_nothing() -> None:
 
 def test_an_anchor_answers_far_into_a_run_of_awkward_shares_at_once() -> None:
     shares = Shares([Stretch(10**9, {"a": 0.123456789, "b": 0.876543211}, {"a": 0.9, "b": 0.1})])
-    window = 700_000_000
-    given = {name: round(shares.demand(name, window)) for name in shares.names}
-    given["b"] = window - given["a"]
-    schedule = SourceSchedule(shares, Anchor(window, given))
-    assert {name for name, _ in schedule.windows_of(window, 50)} == {"a", "b"}
+    sequence = 700_000_000
+    given = {name: round(shares.demand(name, sequence)) for name in shares.names}
+    given["b"] = sequence - given["a"]
+    schedule = SourceSchedule(shares, Anchor(sequence, given))
+    assert {name for name, _ in schedule.sequences_of(sequence, 50)} == {"a", "b"}
 
 
 def test_an_anchor_of_other_shares_changes_nothing() -> None:
     shares = Shares.constant({"a": 0.3, "b": 0.7})
-    expected = SourceSchedule(shares).windows_of(0, 60)
+    expected = SourceSchedule(shares).sequences_of(0, 60)
     for counts in ({"a": 25, "b": 15}, {"a": 12, "b": 27}, {"a": 12, "c": 28}):
-        assert SourceSchedule(shares, Anchor(40, counts)).windows_of(0, 60) == expected
+        assert SourceSchedule(shares, Anchor(40, counts)).sequences_of(0, 60) == expected
 
 
 @settings(max_examples=20, deadline=None)
 @given(curves(), st.integers(0, 9_000), st.integers(0, 9_000))
-def test_many_windows_at_once_are_those_asked_for_one_by_one(
+def test_many_sequences_at_once_are_those_asked_for_one_by_one(
     shares: Shares, start: int, count: int
 ) -> None:
     schedule = SourceSchedule(shares)
-    windows = schedule.windows_of(start, count)
-    assert len(windows) == count
-    assert windows[:: count // 7 + 1] == [
-        schedule.locate(window) for window in range(start, start + count, count // 7 + 1)
+    sequences = schedule.sequences_of(start, count)
+    assert len(sequences) == count
+    assert sequences[:: count // 7 + 1] == [
+        schedule.locate(sequence) for sequence in range(start, start + count, count // 7 + 1)
     ]
 
 
 @settings(max_examples=40, deadline=None)
 @given(curves(), st.integers(0, 600))
-def test_planned_windows_are_at_most_one_from_those_given(shares: Shares, window: int) -> None:
-    planned, counts = shares.planned(window), SourceSchedule(shares).counts(window)
-    assert sum(planned.values()) == window
+def test_planned_sequences_are_at_most_one_from_those_given(shares: Shares, sequence: int) -> None:
+    planned, counts = shares.planned(sequence), SourceSchedule(shares).counts(sequence)
+    assert sum(planned.values()) == sequence
     assert all(abs(planned[name] - counts[name]) <= 1 for name in shares.names)

@@ -110,7 +110,7 @@ def test_a_second_run_reuses_the_cache(
             tokenizer,
             train_tokens={"stories": 560, "chats": 240},
             held_out_tokens=8,
-            window_tokens=8,
+            sequence_length=8,
             cache_dir=tmp_path / "cache",
         )
         sources = [i.run(lambda name, done, needed: calls.append(name)) for i in ingests.values()]
@@ -347,7 +347,7 @@ def test_a_tokenizer_without_eos_is_refused(
             endless,
             train_tokens={"stories": 10},
             held_out_tokens=1,
-            window_tokens=4,
+            sequence_length=4,
             cache_dir=tmp_path,
         )
 

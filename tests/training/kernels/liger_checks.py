@@ -29,7 +29,7 @@ from sparsify.plan.parameters import Architecture
 from sparsify.recipe.compose import compose_recipe
 from sparsify.training.kernels import liger_ops
 from sparsify.training.kernels.liger import use_liger
-from sparsify.training.validation import window_losses
+from sparsify.training.validation import sequence_losses
 from tests.plan.test_plan import TINY, kept_for_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +42,7 @@ on_cpu_only = pytest.mark.skipif(DEVICE == "cuda", reason="counts what a CPU all
 
 
 def batch() -> dict[str, torch.Tensor]:
-    """Two windows of two documents each; some positions have no label."""
+    """Two sequences of two documents each; some positions have no label."""
     ids = torch.randint(0, 2048, (2, 4), generator=torch.Generator().manual_seed(0))
     labels = ids.roll(-1, 1)
     labels[0, 1:3] = labels[1, -1] = NO_LOSS
@@ -70,16 +70,16 @@ def test_losses_and_gradients_are_those_of_the_models_own_code(
             use_liger(model, RECIPE)
             with model.lm_head.judged_by(given["labels"]):
                 output = answer()
-            total, by_window = output.logits
+            total, by_sequence = output.logits
         else:
             output = answer()
-            by_window = window_losses(output.logits, given["labels"])
-            total = by_window.sum()
+            by_sequence = sequence_losses(output.logits, given["labels"])
+            total = by_sequence.sum()
         (total * 0.3 + sum(output[key] for key in ("aux_loss",) if key in output)).backward()
         grads = {name: parameter.grad for name, parameter in model.named_parameters()}
         with torch.no_grad():
             logits = answer(model.eval()).logits
-        results.append((grads, by_window.detach(), logits))
+        results.append((grads, by_sequence.detach(), logits))
     (plain, losses, logits), (liger, liger_losses, liger_logits) = results
     torch.testing.assert_close(liger_losses, losses, rtol=1e-6, atol=0)
     for name, grad in plain.items():

@@ -124,9 +124,9 @@ def test_settings_that_would_be_ignored_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match="nothing counts them"):
         recipe_with(fused_activation="off", count_zeros=True)
-    with pytest.raises(RecipeError, match=r"swap.anneal_token_share, and there is no kernel"):
+    with pytest.raises(RecipeError, match=r"blending.budget_share, and there is no kernel"):
         compose_recipe(
-            "quickstart", ["training.fused_activation=inductor", "swap.anneal_token_share=0.1"]
+            "quickstart", ["training.fused_activation=inductor", "blending.budget_share=0.1"]
         )
     with pytest.raises(RecipeError, match="inductor"):
         recipe_with(fused_activation="inducto")

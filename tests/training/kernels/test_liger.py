@@ -56,7 +56,7 @@ def test_plan_has_no_whole_logits_and_auto_makes_use_of_the_room() -> None:
     for asked in ([], [ASKED]):
         recipe = compose_recipe("turbosparse_mistral_7b", ["engine=auto", *asked])
         resolved, _ = resolve_engine(recipe, hardware=hardware)
-        micro_batches.append(resolved.training.micro_batch_windows)
+        micro_batches.append(resolved.training.micro_batch_size)
         devices.append(make_plan(resolved, hardware=hardware).device)
     assert micro_batches[1] > micro_batches[0]
     assert devices[0].moment == "loss"

@@ -28,16 +28,16 @@ def test_a_text_gives_what_was_asked_where_it_is_long_enough(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join(story(number, 60) for number in range(40)))
-    windows, watched = text_or_mixture_calibration(
+    sequences, watched = text_or_mixture_calibration(
         str(text),
         tokenizer,
         num_tokens=num_tokens,
         watched_tokens=watched_tokens,
-        window_tokens=32,
+        sequence_length=32,
         seed=0,
         cache_dir=tmp_path / "cache",
     )
     held_out = watched["text.txt"]
     if expected is None:
-        expected = len(windows), min(20, (len(windows) + len(held_out)) // 4)
-    assert (len(windows), len(held_out)) == expected
+        expected = len(sequences), min(20, (len(sequences) + len(held_out)) // 4)
+    assert (len(sequences), len(held_out)) == expected

@@ -1,0 +1,180 @@
+"""What a checkpoint of a run holds: its counters, and its weights read without an engine."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from sparsify.errors import RunError
+from sparsify.runs.manifest import damage
+
+LATEST = "latest"
+STATE = "state.json"
+REFERENCE = "reference.safetensors"
+
+
+class Shape(NamedTuple):
+    """What decides how DeepSpeed cuts a run's state into files."""
+
+    processes: int
+    zero_stage: int
+
+    def __str__(self) -> str:
+        return f"{self.processes} process(es) at ZeRO stage {self.zero_stage}"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Everything that goes on from one step to the next besides the engine's own tensors."""
+
+    step: int
+    seen_tokens: int
+    processes: int
+    zero_stage: int
+    drawn_sequences: dict[str, int]
+    """Sequences of each source so far: what was delivered, and where the schedule goes on without counting anew."""
+    recent_losses: list[dict[str, float] | None] = field(default_factory=list)
+    """Loss of each source at the newest steps, None where a step was bad: what the next step is judged by."""
+    left_out_sequences: list[list[int]] = field(default_factory=list)
+    """First and last sequence of each range that did not go into the weights, because its steps were bad or taken back."""
+    underused_steps: list[list[int]] = field(default_factory=list)
+    """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
+    control: dict[str, float] = field(default_factory=dict)
+    """Where the loop stands that ends at `sparsity.target_zeros` (`sparsify.methods.penalty.Control`); empty without one."""
+    refits: int = 0
+    """How many of `blending.refit_milestones` the weights have gone through; the activation in force follows from it."""
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.processes, self.zero_stage)
+
+
+def crosses(every_tokens: int, seen_tokens: int, step_tokens: int) -> bool:
+    """Whether the step that ended at `seen_tokens` crossed a multiple of `every_tokens`."""
+    return seen_tokens // every_tokens > (seen_tokens - step_tokens) // every_tokens
+
+
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint after this many steps."""
+    return f"step-{step:08d}"
+
+
+def latest_checkpoint(checkpoints: Path) -> Path | None:
+    """The checkpoint that `latest` names, or None when there is none yet. Only its being there is looked at.
+
+    Raises:
+        RunError: If `latest` names a checkpoint that is not there.
+    """
+    pointer = checkpoints / LATEST
+    if not pointer.is_file():
+        return None
+    path = checkpoints / pointer.read_text().strip()
+    if not (path / STATE).is_file():
+        raise RunError(
+            f"{pointer} names {path.name}, which is not there or not whole.",
+            next_step=f"Write the name of another folder in {checkpoints} into {pointer.name}.",
+        )
+    return path
+
+
+def read_state(checkpoint: Path) -> TrainingState:
+    """Reads a checkpoint's counters.
+
+    Raises:
+        RunError: If they are missing or damaged.
+    """
+    try:
+        return TrainingState(**json.loads((checkpoint / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged_checkpoint(checkpoint, f"{STATE}: {error}") from error
+
+
+def damaged_checkpoint(checkpoint: Path, reason: str) -> RunError:
+    """The error for a checkpoint that cannot be used, with the way out of it."""
+    return RunError(
+        f"{checkpoint} is not whole: {reason}.",
+        next_step=f"Write the name of another checkpoint into {checkpoint.parent / LATEST}.",
+    )
+
+
+@contextmanager
+def unreadable_shards(checkpoint: Path) -> Iterator[None]:
+    """Says which checkpoint it is when torch meets a shard that is missing or was cut off."""
+    try:
+        yield
+    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
+        said = str(error)
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in said:
+            raise
+        raise damaged_checkpoint(checkpoint, said.partition("\n")[0]) from error
+
+
+class StoredTensor(Protocol):
+    """A tensor that is still on the disk."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape."""
+        ...
+
+    def contiguous(self) -> torch.Tensor:
+        """Reads it."""
+        ...
+
+
+def consolidated_weights(checkpoint: Path) -> dict[str, StoredTensor]:
+    """Finds the trained weights in a run's own shards, without an engine. A tensor is read when it is asked for.
+
+    Returns:
+        Tensors by the model's parameter names: the live weights for ZeRO 0 to 2; for ZeRO 3 the fp32 master weights,
+        which the live ones are rounded from.
+
+    Raises:
+        RunError: If a shard is missing or damaged.
+    """
+    prepare_accelerator()  # unpickling imports DeepSpeed, which else announces the accelerator it found
+    whole_model = read_state(checkpoint).zero_stage < 3
+    shard = checkpoint / "mp_rank_00_model_states.pt"
+    reason = damage(checkpoint, {shard.name} if whole_model else None)
+    if reason is not None:
+        raise damaged_checkpoint(checkpoint, reason)
+    if whole_model:
+        # DeepSpeed's own shard of the user's own run: the one pickle that is trusted here.
+        with unreadable_shards(checkpoint):
+            return torch.load(shard, map_location="cpu", mmap=True, weights_only=False)["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    unheard = io.StringIO()
+    with unreadable_shards(checkpoint), redirect_stdout(unheard), redirect_stderr(unheard):
+        weights = get_fp32_state_dict_from_zero_checkpoint(
+            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
+        )
+    assert weights is not None
+    return weights
+
+
+def prepare_accelerator() -> str:
+    """Chooses the accelerator before DeepSpeed looks for one, and returns the device type.
+
+    On a CPU, `init_distributed` would compile DeepSpeed's shared-memory collectives at every first use: over a
+    minute, and an error where there is no C++ compiler. gloo serves as well, so that operator is marked absent.
+    """
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert get_accelerator().device_name() == device  # pyright: ignore[reportOptionalMemberAccess]
+    if device == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return device
