@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -60,28 +59,6 @@ def bench_mixture(
     console.print_json(result.model_dump_json()) if as_json else console.print(
         mixture_table(result)
     )
-
-
-@bench_app.command("memory")
-def bench_memory(
-    few: Annotated[
-        bool, typer.Option("--few", help="Only the two trials that a test has.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """The memory that `plan` predicts beside the measured peak, over ZeRO stages, precisions, processes and batches.
-
-    Example: sparsify bench memory
-    """
-    from sparsify.bench import memory
-
-    with Console(stderr=True).status("") as status:
-        trials = memory.FEW if few else memory.GRID
-        results = memory.bench_memory(trials, status.update)
-    if as_json:
-        console.print_json(json.dumps([one.model_dump() for one in results]))
-    else:
-        console.print(memory.memory_table(results))
 
 
 @bench_app.command("train")

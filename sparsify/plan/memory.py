@@ -1,7 +1,7 @@
 """Bytes that training takes, by part, for a ZeRO stage and a number of processes.
 
 What DeepSpeed allocates, and when, is read from its engine and its optimisers (`bf16_optimizer`, `stage_1_and_2`,
-`stage3`); `sparsify bench memory` holds it against measured peaks.
+`stage3`); `scripts/validate_memory_plan.py` compares it with measured peaks.
 """
 
 from __future__ import annotations

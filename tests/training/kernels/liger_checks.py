@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers.models.mistral import modeling_mistral
 from transformers.models.mixtral import modeling_mixtral
 
-from sparsify.bench.memory_trial import _allocations
+from scripts.validate_memory_plan import allocations
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RunError
 from sparsify.mixture.sequences.reader import NO_LOSS
@@ -155,7 +155,7 @@ def test_plan_knows_what_the_loss_takes(vocabulary: int, hidden: int) -> None:
     assert profiler.profiler is not None
     events: Any = profiler.profiler.kineto_results
     live, peak = {}, 0
-    for _, address, change in sorted(_allocations(events.experimental_event_tree())):
+    for _, address, change in sorted(allocations(events.experimental_event_tree())):
         live.pop(address, 0)
         if change > 0:
             live[address] = change
