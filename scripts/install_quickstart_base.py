@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from sparsify.recipe.compose import PACKAGE
+from sparsify.recipe.catalogue import PACKAGE
 from sparsify.runs.load import find_trained, load_trained
 
 STOCK_FIELDS = (

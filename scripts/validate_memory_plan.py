@@ -41,7 +41,8 @@ from sparsify.plan.estimate import architecture_of
 from sparsify.plan.memory import memory
 from sparsify.plan.parameters import count_parameters
 from sparsify.recipe.compose import compose_recipe, save_recipe
-from sparsify.recipe.recipe import DistillationSection, Recipe
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import DistillationSection
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import Session, accumulate

@@ -57,3 +57,17 @@ def nearest(word: str, names: Iterable[str]) -> str:
     """Returns "Did you mean 'x'? " for the closest of `names`, or "" when none is close."""
     close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}? " if close else ""
+
+
+def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:
+    """Refuses a value that is none of those allowed.
+
+    Raises:
+        RecipeError: With the nearest allowed value.
+    """
+    if value not in allowed:
+        raise RecipeError(
+            f"{key} is {value!r}.",
+            allowed=f"{nearest(str(value), allowed)}Allowed: {', '.join(allowed)}.",
+            next_step=f"Set {key}={allowed[0]}, for example.",
+        )

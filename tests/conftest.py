@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from sparsify.conversion.tokenizer import copy_tokenizer
-from sparsify.recipe.compose import PACKAGE
+from sparsify.recipe.catalogue import PACKAGE
 
 TOKENIZER = PACKAGE / "assets" / "quickstart_base"
 SHAPE = {

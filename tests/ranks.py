@@ -18,7 +18,9 @@ import torch.distributed as dist
 from sparsify.conversion.convert import convert
 from sparsify.mixture.lock import write_lock
 from sparsify.recipe.compose import save_recipe
-from sparsify.recipe.recipe import ActivationSection, ModelSection, Recipe
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import ActivationSection
 from sparsify.runs.data import ingests_of, lock_of, open_sources
 from sparsify.runs.run_folder import RunFolder
 

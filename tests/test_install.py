@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sparsify.recipe.compose import recipe_names
+from sparsify.recipe.catalogue import recipe_names
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """

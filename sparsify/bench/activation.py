@@ -12,10 +12,9 @@ from rich.console import Group, RenderableType
 
 from sparsify.bench.timing import clock, middle_half, paired_ratios
 from sparsify.bench.training_report import Ratio
-from sparsify.errors import RecipeError
+from sparsify.errors import RecipeError, check_choice
 from sparsify.models import FfnActivation
-from sparsify.recipe.recipe import FUSED_FFN_ACTIVATIONS
-from sparsify.recipe.rules.source import check_choice
+from sparsify.recipe.engine import FUSED_FFN_ACTIVATIONS
 from sparsify.reporting.tables import figures_table
 from sparsify.training.kernels.activation import fastest_implementation, fuse
 

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.documents import Document
 from sparsify.mixture.sources.read import read_documents
-from sparsify.recipe.recipe import MixtureSection, SourceSection, token_shares
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.source import SourceSection
 
 CHARACTERS_PER_TOKEN = 4
 """Of English under a usual vocabulary; decides only how much text is written out."""

@@ -28,7 +28,7 @@ from sparsify.errors import MixtureError
 from sparsify.mixture.tokens.encoder import Tokenizer, check_tokenizer
 from sparsify.mixture.tokens.pool import BATCH_DOCUMENTS
 from sparsify.recipe.compose import load_mixture
-from sparsify.recipe.recipe import TrainingSection
+from sparsify.recipe.training import TrainingSection
 
 Say = Callable[[str], None]
 

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, computed_field
 from sparsify.commands import Say
 from sparsify.commands.run import train_run
 from sparsify.errors import RecipeError, RunError, nearest
-from sparsify.recipe.compose import compose_recipe, recipe_names
+from sparsify.recipe.catalogue import recipe_names
+from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder

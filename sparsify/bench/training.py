@@ -27,8 +27,9 @@ from sparsify.launch.feeder import Feeder, is_done
 from sparsify.mixture.lock import write_lock
 from sparsify.mixture.sequences.reader import SequenceReader, collate
 from sparsify.mixture.sequences.schedule import SourceSchedule
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.compose import compose_recipe, save_recipe
-from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.recipe.recipe import Recipe
 from sparsify.runs.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.probe import SparsityProbe

@@ -76,11 +76,9 @@ def recipes_list(as_json: AsJson = False) -> None:
     Example: sparsify recipes list
     """
     from sparsify.cli import tables
-    from sparsify.recipe import compose
+    from sparsify.recipe.catalogue import recipe_names, recipe_path, recipe_summary
 
-    rows = {
-        name: compose.recipe_summary(compose.recipe_path(name)) for name in compose.recipe_names()
-    }
+    rows = {name: recipe_summary(recipe_path(name)) for name in recipe_names()}
     console.print_json(json.dumps(rows)) if as_json else console.print(tables.recipes_table(rows))
 
 
@@ -92,12 +90,9 @@ def recipes_show(recipe: str, overrides: Overrides = None) -> None:
     """
     from omegaconf import OmegaConf
 
-    from sparsify.recipe import compose
+    from sparsify.recipe.compose import compose_recipe
 
-    print(
-        OmegaConf.to_yaml(OmegaConf.structured(compose.compose_recipe(recipe, overrides or []))),
-        end="",
-    )
+    print(OmegaConf.to_yaml(OmegaConf.structured(compose_recipe(recipe, overrides or []))), end="")
 
 
 @recipes_app.command("copy")
@@ -106,9 +101,9 @@ def recipes_copy(recipe: str, to: Path) -> None:
 
     Example: sparsify recipes copy quickstart my_recipe.yaml
     """
-    from sparsify.recipe import compose
+    from sparsify.recipe.catalogue import copy_recipe
 
-    compose.copy_recipe(recipe, to)
+    copy_recipe(recipe, to)
     say(f"{to}: change it, then `sparsify train {to}`")
 
 
@@ -119,10 +114,11 @@ def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None
     Example: sparsify recipes validate my_recipe.yaml
     """
     from sparsify.evaluation.request import suite_of
-    from sparsify.recipe import compose
+    from sparsify.recipe.catalogue import recipe_names
+    from sparsify.recipe.compose import compose_recipe
 
-    for name in paths or compose.recipe_names():
-        suite_of(compose.compose_recipe(name).eval)
+    for name in paths or recipe_names():
+        suite_of(compose_recipe(name).eval)
         say(f"{name}: valid")
 
 
@@ -243,9 +239,9 @@ def train(
     """
     from sparsify.cli import tables
     from sparsify.commands.train import train as run_recipe
-    from sparsify.recipe import compose
+    from sparsify.recipe.compose import sweep
 
-    for choice in compose.sweep(overrides or []) if multirun else [overrides or []]:
+    for choice in sweep(overrides or []) if multirun else [overrides or []]:
         result = run_recipe(recipe, choice, say)
         if result is None:
             continue  # node 0 shows it

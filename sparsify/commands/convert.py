@@ -23,14 +23,15 @@ from sparsify.mixture.sequences.held_out import (
 from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
-from sparsify.recipe.recipe import (
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import (
     ActivationSection,
     ConversionSection,
-    ModelSection,
-    Recipe,
-    TrainingSection,
+    check_activation,
+    check_conversion,
 )
-from sparsify.recipe.rules.recipe import check_activation, check_conversion
+from sparsify.recipe.training import TrainingSection
 from sparsify.sparsity.report import measure
 
 CALIBRATION_TOKENS = 131_072

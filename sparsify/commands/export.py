@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparsify.commands import Say
 from sparsify.commands.report import held_out_sequences
-from sparsify.errors import ExportError
+from sparsify.errors import ExportError, check_choice
 from sparsify.export.bundle import Bundle, BundleSettings, export
 from sparsify.export.powerinfer.export import (
     PowerInferSettings,
@@ -21,7 +21,6 @@ from sparsify.export.powerinfer.rules import FFN_TYPES
 from sparsify.mixture.sequences.held_out import check_text_or_mixture
 from sparsify.mixture.sequences.reader import collate
 from sparsify.predictors import read_predictors
-from sparsify.recipe.rules.source import check_choice
 from sparsify.runs.load import load
 
 FORMATS = ("hf", "powerinfer", "powerinfer_hf")

@@ -17,7 +17,9 @@ from sparsify.mixture.inspection import (
 )
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.recipe.compose import load_mixture
-from sparsify.recipe.recipe import MixtureSection, Recipe, TrainingSection
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.training import TrainingSection
 
 LEAST_SEQUENCES = 64
 """Sequences are only packed as in training among enough of their like."""

@@ -22,7 +22,8 @@ from sparsify.mixture.sequences.held_out import (
     sequences_from,
 )
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
-from sparsify.recipe.compose import compose_recipe, folder
+from sparsify.recipe.catalogue import folder
+from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.reporting.numbers import percent
 from sparsify.runs.history import read_lines

@@ -11,13 +11,14 @@ from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError, UserError
 from sparsify.evaluation.request import suite_of
 from sparsify.launch.hosts import read_hostfile
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import mixture_ingests
 from sparsify.plan import Hardware, Plan, make_plan, named_hardware, resolve_engine, this_machine
 from sparsify.plan.estimate import is_local
 from sparsify.plan.report import nearest_sentence
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.recipe.recipe import Recipe
 
 ALL_TOKENS = 2**62
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsify.commands import Say
 from sparsify.commands.report import held_out_sequences
-from sparsify.errors import RunError
+from sparsify.errors import RunError, check_choice
 from sparsify.files import refuse_foreign_folder
 from sparsify.mixture.sequences.held_out import check_text_or_mixture
 from sparsify.mixture.sequences.reader import PackedSequence, collate
@@ -25,7 +25,6 @@ from sparsify.predictors.judge import judge_predictors
 from sparsify.predictors.report import write_judgement
 from sparsify.predictors.schema import Judgement
 from sparsify.predictors.train import Settings, train_predictors
-from sparsify.recipe.rules.source import check_choice
 from sparsify.runs.load import Loaded, load
 
 SPLIT = 8

@@ -35,8 +35,9 @@ from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import Ingest
 from sparsify.models import SparseConfig
 from sparsify.recipe.compose import save_recipe
-from sparsify.recipe.recipe import EXECUTION_SETTINGS, ActivationSection, Recipe
-from sparsify.recipe.rules.sparsification import check_blend, check_teacher
+from sparsify.recipe.recipe import Recipe, check_blend, check_teacher
+from sparsify.recipe.sparsification import ActivationSection
+from sparsify.recipe.training import EXECUTION_SETTINGS
 from sparsify.runs.data import ingests_of, lock_of, open_sources
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import Shape, latest_checkpoint, read_state
@@ -52,7 +53,7 @@ IDENTITY_SECTIONS = (
     "model",
     "activation",
     "conversion",
-    "swap",
+    "blending",
     "sparsity",
     "distillation",
     "mixture",

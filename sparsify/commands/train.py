@@ -24,13 +24,13 @@ from sparsify.launch.launcher import serve
 from sparsify.launch.nodes import joined
 from sparsify.plan import auto_sentence, resolve_engine, this_machine
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import (
-    AUTO_STAGE,
+from sparsify.recipe.engine import AUTO_STAGE
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import (
     ActivationSection,
     BlendingSection,
     ConversionSection,
     DistillationSection,
-    Recipe,
     SparsitySection,
 )
 from sparsify.runs.run_folder import RunFolder

@@ -34,7 +34,8 @@ from sparsify.models import (
     SparseMixtralForCausalLM,
     SparseModel,
 )
-from sparsify.recipe.recipe import ActivationSection, ModelSection
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.sparsification import ActivationSection
 
 DENSE_ONLY_FIELDS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version")
 

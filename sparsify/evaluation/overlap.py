@@ -15,7 +15,7 @@ from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.documents import Document, is_held_out
 from sparsify.mixture.sources.read import read_documents
 from sparsify.mixture.tokens.pool import batches
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 
 MAX_DOCUMENTS = 100_000
 """Of each source; a mixture may hold more instructions than anyone wants to read for a table."""

@@ -23,7 +23,7 @@ from rich.table import Table
 from sparsify.evaluation.results import RESULTS_FILE, EvaluationResults, TaskResult
 from sparsify.evaluation.scores import Measured
 from sparsify.files import write_text
-from sparsify.recipe.compose import folder
+from sparsify.recipe.catalogue import folder
 from sparsify.reporting.numbers import percent
 from sparsify.reporting.tables import figures_table
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from yaml import YAMLError
 
 from sparsify.errors import EvaluationError, nearest
-from sparsify.recipe.compose import YAML, folder
+from sparsify.recipe.catalogue import YAML, folder
 
 
 class SuiteTask(BaseModel):

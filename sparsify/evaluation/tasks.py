@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsify.errors import EvaluationError, nearest
 from sparsify.evaluation.suite import Suite, SuiteTask
-from sparsify.recipe.compose import folder
+from sparsify.recipe.catalogue import folder
 
 HUB_TASKS = {"truthfulqa": "truthfulqa_mc2", "lambada": "lambada_openai", "wikitext2": "wikitext"}
 """Names of the standard tasks, where they are not ours."""

@@ -13,7 +13,7 @@ from sparsify.conversion.architecture import sparse_config
 from sparsify.conversion.source import read_checkpoint
 from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
-from sparsify.errors import ExportError, ModelError, RunError
+from sparsify.errors import ExportError, ModelError, RunError, check_choice
 from sparsify.export.card import card_evaluations, model_card, read_evaluations
 from sparsify.export.check import RECORDED_FILE, REFERENCE_FILE, Acceptance, Recorded, accept
 from sparsify.export.shards import DTYPES, write_shards, write_sums
@@ -22,7 +22,6 @@ from sparsify.methods.calibrated_checkpoint import RECORD
 from sparsify.models import SparseConfig
 from sparsify.predictors import Predictors, read_predictors, write_predictors
 from sparsify.predictors.format import FACTS_FILE, fingerprint_of
-from sparsify.recipe.rules.source import check_choice
 from sparsify.runs.load import Trained, find_trained
 from sparsify.runs.state import REFERENCE, STATE, StoredTensor, consolidated_weights
 

@@ -19,7 +19,7 @@ from typing import IO
 
 from sparsify.errors import RunError
 from sparsify.launch.nodes import Follower, free_port
-from sparsify.recipe.recipe import TORCHRUN, LaunchSection
+from sparsify.recipe.engine import TORCHRUN, LaunchSection
 
 EXPORTED = ("CUDA_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PYTHON", "UCX_", "WANDB_")
 """Environment variables that other nodes are given: those whose name begins so."""

@@ -25,7 +25,7 @@ from sparsify.errors import RunError, StorageError, UserError
 from sparsify.files import storage_errors
 from sparsify.launch.child import INTERRUPTED, USER_ERROR, failure_time, log_tail, user_error
 from sparsify.launch.nodes import Nodes, Ticket
-from sparsify.recipe.recipe import LaunchSection
+from sparsify.recipe.engine import LaunchSection
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
 

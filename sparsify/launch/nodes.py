@@ -20,7 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sparsify.errors import RunError
-from sparsify.recipe.recipe import LaunchSection
+from sparsify.recipe.engine import LaunchSection
 
 MEET_SECONDS = 1800.0
 """How long nodes wait for each other at the beginning: a scheduler may start them minutes apart."""

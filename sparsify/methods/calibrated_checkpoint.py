@@ -26,7 +26,8 @@ from sparsify.methods.calibrate import Calibration, Calibrator, Say
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
-from sparsify.recipe.recipe import ActivationSection, ConversionSection, ModelSection
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.sparsification import ActivationSection, ConversionSection
 
 INDEX = "model.safetensors.index.json"
 

@@ -24,7 +24,8 @@ from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.methods.calibrated_checkpoint import read_record
 from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.models import SparseModel
-from sparsify.recipe.recipe import DistillationSection, Recipe
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import DistillationSection
 from sparsify.runs.run_folder import RunFolder
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from sparsify.mixture.cleaning.contamination import REPORT_FILE, contamination_report
 from sparsify.mixture.cleaning.duplicates import count_duplicates
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, read_sequence
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import (
@@ -29,7 +30,7 @@ from sparsify.mixture.tokens.tokenized_source import (
     ShardDocuments,
     TokenizedSource,
 )
-from sparsify.recipe.recipe import MixtureSection, token_shares
+from sparsify.recipe.mixture import MixtureSection
 
 
 class LeftOut(BaseModel):

@@ -10,7 +10,8 @@ from sparsify.plan.estimate import architecture_of
 from sparsify.plan.fit import Choice, cheapest, gb
 from sparsify.plan.hardware import Hardware, this_machine
 from sparsify.plan.parameters import count_parameters
-from sparsify.recipe.recipe import AUTO_STAGE, Recipe
+from sparsify.recipe.engine import AUTO_STAGE
+from sparsify.recipe.recipe import Recipe
 
 
 def resolve_engine(

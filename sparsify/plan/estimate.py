@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from sparsify.errors import RecipeError
-from sparsify.mixture.sequences.shares import Shares
+from sparsify.mixture.sequences.shares import Shares, share_phases
 from sparsify.plan.activation_memory import value_bytes
 from sparsify.plan.cost import Cost, cost
 from sparsify.plan.extras import CalibrationPlan, RefitPlan, plan_calibration, plan_refits
@@ -23,7 +23,9 @@ from sparsify.plan.fit import Choice, Verdict, verdict_of
 from sparsify.plan.hardware import Hardware, this_machine
 from sparsify.plan.memory import DeviceMemory, HostMemory, checkpoint_bytes, memory
 from sparsify.plan.parameters import Architecture, Parameters, count_parameters
-from sparsify.recipe.recipe import MixtureSection, ModelSection, Recipe, share_phases
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.recipe import Recipe
 
 
 class SourcePlan(BaseModel):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ConfigDict
 
 from sparsify.methods.layerwise import CHUNK_TOKENS
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.plan.activation_memory import value_bytes
 from sparsify.plan.parameters import Architecture, Parameters
-from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.recipe.recipe import Recipe
 
 FP32_BYTES, FP64_BYTES = 4, 8
 LIVING_STREAMS = 6

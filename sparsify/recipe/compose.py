@@ -1,7 +1,4 @@
-"""The catalogue of recipes, mixtures and evaluations: where they are, and composing one into a `Recipe`.
-
-Works the same from a checkout and after `pip install .`, and from any working directory.
-"""
+"""Hydra composes a recipe from its file, the groups that it names, and overrides."""
 
 from __future__ import annotations
 
@@ -21,14 +18,13 @@ from omegaconf import OmegaConf
 
 from sparsify.errors import RecipeError, nearest
 from sparsify.files import write_text
-from sparsify.recipe.hydra_errors import GROUPS, OWN_FILE, RECIPE_GROUPS, recipe_errors
-from sparsify.recipe.recipe import EXECUTION_SETTINGS, MixtureSection, Recipe
-from sparsify.recipe.rules.mixture import check_mixture
-from sparsify.recipe.rules.recipe import validate
+from sparsify.recipe.catalogue import GROUPS, YAML, folder, mixture_names, recipe_path
+from sparsify.recipe.hydra_errors import OWN_FILE, recipe_errors
+from sparsify.recipe.mixture import MixtureSection, check_mixture
+from sparsify.recipe.recipe import Recipe, validate
+from sparsify.recipe.training import EXECUTION_SETTINGS
 
-YAML = (".yaml", ".yml")
 Section = TypeVar("Section")
-PACKAGE = Path(__file__).parents[1]
 NEUTRAL_OVERRIDES = (
     "run_dir=",
     "cache_dir=",
@@ -43,67 +39,6 @@ NEUTRAL_OVERRIDES = (
 )
 """Overrides that do not change what is trained."""
 MAX_NAME_CHARACTERS = 120
-
-
-def folder(name: str) -> Path:
-    """Path of `recipes`, `data_mixtures` or `eval`: inside the installed package, else at the top of the checkout."""
-    installed = PACKAGE / "_catalogue" / name
-    return installed if installed.is_dir() else PACKAGE.parent / name
-
-
-def recipe_names() -> list[str]:
-    """Names of the shipped recipes, sorted; a recipe in a sub-folder is named FOLDER/NAME."""
-    root = folder("recipes")
-    paths = (path.relative_to(root) for path in root.rglob("*.yaml"))
-    return sorted(
-        path.with_suffix("").as_posix() for path in paths if path.parts[0] not in RECIPE_GROUPS
-    )
-
-
-def recipe_path(name_or_path: str) -> Path:
-    """Path of a recipe given by its name in the catalogue or by a path.
-
-    Raises:
-        RecipeError: If there is no such recipe.
-    """
-    own = Path(name_or_path).expanduser()
-    if own.suffix == ".yaml" and own.is_file():
-        return own.resolve()
-    names = recipe_names()
-    name = name_or_path.removesuffix(".yaml")
-    if name in names:
-        return (folder("recipes") / f"{name}.yaml").resolve()
-    raise RecipeError(
-        f"There is no recipe {name_or_path!r}.",
-        allowed=f"{nearest(name, names)}Recipes: {', '.join(names)}; or the path of a .yaml file.",
-        next_step="`sparsify recipes list` describes them; `sparsify recipes copy NAME TO` makes one your own.",
-    )
-
-
-def recipe_summary(path: Path) -> str:
-    """What a recipe is for: its first comment line that is not its command."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comments = [line.lstrip("# ").rstrip() for line in lines if line.startswith("#")]
-    return next((line for line in comments if line and not line.startswith("sparsify ")), "")
-
-
-def copy_recipe(name_or_path: str, to: Path) -> None:
-    """Copies a recipe under a name of its own, so that its runs do not mix with the original's.
-
-    Raises:
-        RecipeError: If there is no such recipe, or `to` cannot be a new recipe.
-        StorageError: If the disk or the folder refuses.
-    """
-    source = recipe_path(name_or_path)
-    if to.suffix != ".yaml" or to.exists():
-        raise RecipeError(
-            f"{to} {'exists already' if to.exists() else 'does not end in .yaml'}.",
-            allowed="The path of a new .yaml file.",
-            next_step=f"For example: sparsify recipes copy {name_or_path} my_{source.stem}.yaml",
-        )
-    text = source.read_text(encoding="utf-8")
-    text = re.sub(r"\A# sparsify train .*", f"# sparsify train {to}", text)
-    write_text(to, re.sub(r"(?m)^name: .*", f"name: {to.stem}", text))
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -158,11 +93,6 @@ def compose_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     if telling and not any(override.startswith("run_dir=") for override in overrides):
         recipe.run_dir = f"{recipe.run_dir},{telling}"
     return recipe
-
-
-def mixture_names() -> list[str]:
-    """Names of the shipped mixtures, sorted."""
-    return sorted(path.stem for path in folder("data_mixtures").glob("*.yaml"))
 
 
 def load_mixture(name_or_path: str) -> MixtureSection:

@@ -1,10 +1,13 @@
-"""The section of a recipe that says what is measured while a run trains, and after it."""
+"""What is measured while a run trains, and after it: `eval`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 
 from omegaconf import MISSING
+
+from sparsify.errors import RecipeError
 
 
 @dataclass
@@ -36,3 +39,32 @@ class EvalSection:
     """Folder of local copies of the evaluation sets; null takes what SPARSIFY_EVAL_DATA names, or else the Hub's data."""
     suite_batch_size: int = 8
     """Requests of one forward pass."""
+
+
+def check_suite(settings: EvalSection, checkpoint_every: int) -> None:
+    """Refuses settings of a suite that is not asked, and times at which nothing is saved.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    every = checkpoint_every
+    if settings.suite is None:
+        for field in fields(EvalSection):
+            value = getattr(settings, field.name)
+            if field.name.startswith("suite_") and value != field.default:
+                raise RecipeError(
+                    f"eval.{field.name}={value} would be ignored: no suite is asked.",
+                    next_step="Set eval.suite too, or leave it out.",
+                )
+        return
+    for key in ("suite_every_tokens", "suite_limit", "suite_batch_size"):
+        value = getattr(settings, key)
+        if value is not None and value < 1:
+            raise RecipeError(f"eval.{key} is {value}.", allowed="It must be above 0.")
+    suite_every = settings.suite_every_tokens
+    if suite_every is not None and suite_every % every:
+        raise RecipeError(
+            f"eval.suite_every_tokens is {suite_every}, where no checkpoint is saved.",
+            allowed=f"A multiple of checkpoint.every_tokens ({every}): a suite is asked of what was just saved.",
+            next_step=f"Set eval.suite_every_tokens={math.ceil(suite_every / every) * every}.",
+        )

@@ -11,12 +11,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sparsify.errors import RecipeError, nearest
+from sparsify.recipe.catalogue import GROUPS, RECIPE_GROUPS
 from sparsify.recipe.recipe import Recipe
 
-GROUPS = {"mixture": "data_mixtures", "eval": "eval"}
-"""Hydra group → the top-level folder of its options. `GROUP=PATH.yaml` works as well."""
-RECIPE_GROUPS = ("model", "activation", "engine")
-"""Groups whose options stand in folders inside recipes/."""
 NO_LIST = "Invalid value assigned: AnyNode is not a ListConfig, list or tuple"
 OWN_FILE = "own_file"
 """The option that a user's own file becomes."""

@@ -1,308 +1,49 @@
-"""The typed schema of a recipe. Every setting and every default of the product stands here, once.
+"""A recipe: all sections, what follows from them, and which of their settings can work together.
 
-A recipe is one YAML file in `recipes/` (or a user's own) that Hydra composes onto `Recipe`; mixtures come
-from `data_mixtures/`, measurement plans from `eval/`. Unknown keys and wrong types are refused while
-composing (`sparsify.recipe.compose`), combinations that cannot work by `validate` below.
+A recipe is one YAML file in `recipes/` (or a user's own) that Hydra composes onto `Recipe` (`sparsify.recipe.compose`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import asdict, dataclass, field
 
 from omegaconf import MISSING
 
-from sparsify.recipe.evaluation import EvalSection
+from sparsify.errors import RecipeError, check_choice
+from sparsify.recipe.engine import (
+    ATTENTION_IMPLEMENTATIONS,
+    AUTO_STAGE,
+    FUSED_FFN_ACTIVATIONS,
+    EngineSection,
+    LaunchSection,
+    TrackingSection,
+    check_auto,
+    check_nodes,
+)
+from sparsify.recipe.evaluation import EvalSection, check_suite
+from sparsify.recipe.mixture import MixtureSection, check_mixture
+from sparsify.recipe.model import ModelSection, check_model
 from sparsify.recipe.sparsification import (
+    FFN_ACTIVATIONS,
+    WITHOUT_ZEROS,
     ActivationSection,
     BlendingSection,
     ConversionSection,
     DistillationSection,
     SparsitySection,
+    check_activation,
+    check_conversion,
 )
-
-AUTO_STAGE = -1
-FUSED_FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
-"""Those that `training.fused_activation` has kernels for."""
-FUSED_ACTIVATION = ("auto", "triton", "inductor", "off")
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
-"""Not flash_attention_2: transformers tells documents apart there only when a forward pass has one sequence."""
-ON_BAD_STEP = ("skip", "rollback", "stop")
-EXECUTION_SETTINGS = (
-    "micro_batch_size",
-    "gradient_checkpointing",
-    "fused_activation",
-    "liger_kernels",
-    "compile",
-    "count_zeros",
+from sparsify.recipe.training import (
+    FUSED_ACTIVATION,
+    ON_BAD_STEP,
+    BaselineSection,
+    CheckpointSection,
+    OptimizerSection,
+    StabilitySection,
+    TrainingSection,
 )
-"""Settings of `training` that change how a step is computed, but not which one: a run may go on with others."""
-
-
-@dataclass
-class ModelSection:
-    """Where the weights come from."""
-
-    source: str | None = None
-    """A checkpoint folder, a Hub id, a GGUF file, or `package:NAME/PATH` inside an installed Python package."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hub id."""
-    init: str = "pretrained"
-    """`pretrained` reads `source`; `random` builds `architecture` from `training.seed`."""
-    architecture: dict[str, Any] = field(default_factory=dict)
-    """transformers config fields with `model_type` mistral or mixtral. For `random` it is the model; for `pretrained`
-    it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is here."""
-    tokenizer: str | None = None
-    """Where the tokenizer comes from; `source` unless given."""
-    upcycle_experts: int | None = None
-    """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
-    upcycle_experts_per_token: int = 2
-
-
-@dataclass
-class SourceSection:
-    """One source of a mixture: where its text is, what it is, how much of the run it gets."""
-
-    token_share: float = MISSING
-    """Share of all training tokens, over the whole mixture; the shares of a mixture sum to 1. Where the mixture sets
-    `instruction_token_share`, it may be the share within the group instead; then the shares of each group sum to 1."""
-    group: str = "pretraining"
-    """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
-    max_epochs: float | None = None
-    """How often a run may see each document; null repeats the source as often as the budget asks."""
-    when_exhausted: str = "stop"
-    """What a source does that has reached `max_epochs`: `stop` refuses a run that would exceed it and says which budget fits;
-    `redistribute` gives its share to the other sources from there on, in proportion."""
-    files: list[str] | None = None
-    """Local paths or globs: .jsonl .ndjson .json .csv .tsv .parquet .arrow .txt .text .md, each plain or .gz .zst .xz, and
-    folders that `datasets.save_to_disk` wrote."""
-    document_separator: str = "<|endoftext|>"
-    """What stands between the documents of plain text: "\\n\\n", for example, makes each paragraph one."""
-    token_files: list[str] | None = None
-    """Paths or globs of text that the run's tokenizer has tokenised already: .npy or .bin, documents one after another,
-    each ended by the end-of-sequence token. Pretraining only."""
-    token_dtype: str | None = None
-    """`uint16` or `uint32`: what the numbers of .bin files are."""
-    hub: str | None = None
-    """A Hugging Face dataset id, streamed."""
-    hub_config: str | None = None
-    hub_split: str = "train"
-    hub_revision: str | None = None
-    stdlib: str | None = None
-    """Text that every Python installation carries: `code`, `prose` or `questions`."""
-    text_column: str = "text"
-    """Column with the document; pretraining sources only."""
-    text_template: str | None = None
-    """Jinja text over a row's columns instead of `text_column`: `"# {{ title }}\\n{{ body }}"`."""
-    prompt_column: str = "prompt"
-    response_column: str = "response"
-    """Columns of a prompt and its answer; instruction sources only."""
-    prompt_template: str | None = None
-    response_template: str | None = None
-    """Jinja text over a row's columns, each instead of the column of its name."""
-    input_column: str | None = None
-    """Column that is appended to the prompt after a blank line where it is not empty."""
-    system_column: str | None = None
-    """Column that becomes the system message where it is not empty."""
-    messages_column: str | None = None
-    """Column with a whole conversation, instead of all of the above: a list of {role, content}, or of {from, value}."""
-
-
-@dataclass
-class PhaseSection:
-    """Shares from where the phase before ended up to a point of the run."""
-
-    until_budget_share: float = MISSING
-    """Where the phase ends, as a share of the training budget; 1 for the last phase."""
-    instruction_token_share: float | None = None
-    """Share of tokens from the instruction group, as in the mixture; shares inside both groups keep their proportions."""
-    token_shares: dict[str, float] = field(default_factory=dict)
-    """Share of each source instead of the sources' own; what is left out has none. They sum to 1."""
-    ramp: bool = False
-    """Move in a straight line from the shares at the end of the phase before to these, instead of all at once."""
-
-
-@dataclass
-class MixtureSection:
-    """What to train on. Holds no run parameter, so that one mixture serves every budget."""
-
-    name: str = MISSING
-    description: str = ""
-    sources: dict[str, SourceSection] = field(default_factory=dict)
-    instruction_token_share: float | None = None
-    """Share of training tokens from the instruction group; shares inside both groups keep their proportions.
-    Null keeps the shares as the sources state them."""
-    phases: list[PhaseSection] = field(default_factory=list)
-    """How shares change over the run; without any they stay as stated."""
-    instruction_loss: str = "responses"
-    """Which tokens of an instruction carry loss: `responses` or `all`."""
-    chat_template: str | None = None
-    """What instructions are written with: null for the tokenizer's own chat template or else ChatML, `chatml`, a Jinja
-    text, or the path of a .jinja file."""
-    max_bad_fraction: float = 0.01
-    """Share of a source's rows that may be unreadable, null, of the wrong type or otherwise bad; above it the run stops.
-    They are left out, counted and listed in any case."""
-    validation_fraction: float = 0.05
-    """Share of each source's documents that is held out from training, chosen by a hash of their content or origin."""
-    remove_duplicates: bool = True
-    """Leave out a document whose text, or all of whose messages, an earlier document of the same source has. On, because
-    what stands twice in a source would be seen twice an epoch, whatever the plan says about epochs."""
-    decontaminate_against: list[str] = field(default_factory=list)
-    """Evaluation sets: a document that shares 13 words in a row with one of their items is left out. Names of suites in
-    `eval/` that list `evaluation_files`, paths of such a .yaml, or paths and globs of the files themselves."""
-
-
-@dataclass
-class TrainingSection:
-    """How much to train, in which pieces."""
-
-    budget_tokens: int = MISSING
-    """Tokens to train on, rounded down to whole steps."""
-    sequence_length: int = MISSING
-    """Length of one packed training sequence; at most the model's context."""
-    global_batch_size: int = MISSING
-    """Sequences per optimiser step, over all processes."""
-    micro_batch_size: int = MISSING
-    """Sequences per forward pass and process."""
-    precision: str = "bf16"
-    """`bf16` (with fp32 master weights; needs ZeRO stage 1 or above) or `fp32`."""
-    gradient_checkpointing: bool = False
-    router_aux_loss_coefficient: float | None = None
-    """Weight of a Mixtral's load-balancing loss; null takes the checkpoint's own."""
-    seed: int = 1
-    fused_activation: str = "auto"
-    """The activation in one pass forward and one back: `triton` (a GPU), `inductor` (a compiler builds it: a minute or less at
-    the start), or `off` for the model's own code. `auto` is triton where it is, else off. Same values in each."""
-    liger_kernels: bool = False
-    """Liger's kernels for the norms, the rotary embedding and the loss of training steps, without whole logits; needs a GPU and
-    liger-kernel. Never chosen for you: they round differently."""
-    compile: bool = False
-    """torch.compile on every decoder layer while it trains; ZeRO stage 0 to 2."""
-    count_zeros: bool = False
-    """Write the share of exact zeros of every step into metrics.jsonl, counted in the pass that makes them."""
-
-
-@dataclass
-class OptimizerSection:
-    """AdamW with linear warm-up and cosine decay, as functions of the tokens seen."""
-
-    peak_learning_rate: float = MISSING
-    final_learning_rate: float = MISSING
-    warmup_tokens: int = MISSING
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1
-    """Applied to matrices only, not to norms."""
-    max_gradient_norm: float = 1.0
-
-
-@dataclass
-class StabilitySection:
-    """What to do about a bad step: one whose loss or gradient is NaN or infinite, or whose loss is a spike.
-
-    A bad step never changes weights or Adam's moments. Its sequences count as seen; metrics.jsonl names them.
-    """
-
-    on_bad_step: str = "skip"
-    """`skip` goes on with the next batch; `rollback` also takes back every step since the last checkpoint and leaves their
-    sequences out; `stop` saves the state from before the step and ends the run with a report."""
-    spike_deviations: float | None = 8.0
-    """A loss is a spike when it lies this many robust standard deviations above what the recent losses of its sources let
-    expect; null judges NaN and infinity only."""
-    recent_steps: int = 64
-    """Steps that a loss is judged by. A source is judged from a quarter of them on."""
-    max_bad_steps: int = 8
-    """More bad steps than this among the recent ones stop the run with a report."""
-    underused_expert_load: float = 0.1
-    """A Mixtral's expert starves when it gets less than this part of an even share of its layer's tokens …"""
-    underused_expert_steps: int = 100
-    """… for so many steps in a row: then an alarm names it, once."""
-
-
-@dataclass
-class CheckpointSection:
-    """When to save, and how much of it to keep."""
-
-    every_tokens: int = MISSING
-    keep_last: int = 2
-    """The newest checkpoints. With 1 there is none to go back to when the newest is damaged."""
-    keep_every_tokens: int | None = None
-    """Keep also the checkpoint at each multiple of so many tokens, for good: a multiple of `every_tokens`."""
-
-
-@dataclass
-class EngineSection:
-    """DeepSpeed ZeRO."""
-
-    zero_stage: int = MISSING
-    """0 to 3; AUTO_STAGE (`engine=auto`) leaves stage, offload, micro-batch and checkpointing to the plan."""
-    auto_micro_batch: bool = True
-    """`engine=auto` may replace training.micro_batch_size; the batch stays."""
-    auto_checkpointing: bool = True
-    """`engine=auto` may replace training.gradient_checkpointing."""
-    auto_offload: bool = True
-    """`engine=auto` may move optimiser and weights to host memory. On GPUs only; needs a C++ compiler."""
-    planned_gpu: str | None = None
-    """The GPU that `plan` reckons with, launch.processes of them, unless --hardware says otherwise: `h100-80gb`, for example.
-    Null is this machine. Training always takes what is there."""
-    offload_optimizer_to_cpu: bool = False
-    """ZeRO stage 1 or above; needs a C++ compiler for DeepSpeed's CPU Adam."""
-    offload_parameters_to_cpu: bool = False
-    """ZeRO stage 3 only."""
-    reduce_bucket_elements: int = 50_000_000
-    attention: str = "sdpa"
-    """One of ATTENTION_IMPLEMENTATIONS. Both keep the documents of a sequence apart; flex_attention skips what lies between
-    them instead of masking it, and trains on a GPU only."""
-
-
-TORCHRUN = "torchrun"
-
-
-@dataclass
-class LaunchSection:
-    """On what to run; none of it changes what is trained."""
-
-    processes: int = 1
-    """Training processes on each machine, one GPU each where there are GPUs."""
-    nodes: int = 1
-    """Machines. Each is given the same command but for `node_rank`, and sees the same `run_dir` and `cache_dir`."""
-    node_rank: int = 0
-    """Which of them this is, from 0. Node 0 resolves the recipe, converts and tokenises; the others follow it."""
-    rendezvous: str | None = None
-    """HOST:PORT of node 0, where several nodes meet; or `torchrun`, under which `nodes` and `node_rank` are torchrun's."""
-    hostfile: str | None = None
-    """A DeepSpeed hostfile, lines of `HOST slots=N`. The command runs on the first host and starts the others by ssh; nodes and
-    processes are the file's."""
-    threads_per_process: int | None = None
-    """CPU threads of each process; the machine's cores shared evenly unless given."""
-    ingest_processes: int = 1
-    """Processes that tokenise ahead of training, as long as there is something left to tokenise."""
-    accept_changed_data: bool = False
-    """Go on with a run although its text or its tokenizer changed since it began; the lock records it."""
-
-    @property
-    def total_processes(self) -> int:
-        """Ranks over all machines."""
-        return self.nodes * self.processes
-
-
-@dataclass
-class TrackingSection:
-    """Who else is told."""
-
-    wandb: str = "disabled"
-    """`disabled`, `offline` or `online`. metrics.jsonl and sparsity.jsonl are written in any case."""
-    wandb_project: str = "sparsify"
-
-
-@dataclass
-class BaselineSection:
-    """A second run on the same tokens that differs in its activation only."""
-
-    ffn_activation: str | None = None
-    """`swiglu` trains the dense baseline after the sparse run; null trains none. A run that has this activation itself
-    (`activation=swiglu`) is the baseline: `validate` sets null."""
 
 
 @dataclass
@@ -346,45 +87,457 @@ class Recipe:
         )
 
 
-def token_shares(mixture: MixtureSection) -> dict[str, float]:
-    """Share of every source in the tokens of a whole run; sources without any are left out."""
-    means = dict.fromkeys(mixture.sources, 0.0)
-    start = 0.0
-    for end, first, last in share_phases(mixture):
-        for name in means:
-            means[name] += (end - start) * (first[name] + last[name]) / 2
-        start = end
-    return {name: share for name, share in means.items() if share > 0}
+def validate(recipe: Recipe) -> Recipe:
+    """Refuses settings that cannot work together.
+
+    Returns:
+        The same recipe; without a baseline where it would repeat the run itself.
+
+    Raises:
+        RecipeError: Naming the setting, its value, what is allowed and what to change.
+    """
+    _check_choices(recipe)
+    _check_numbers(recipe)
+    check_model(recipe.model)
+    _check_conversion(recipe)
+    _check_batch(recipe)
+    _check_engine(recipe)
+    check_nodes(recipe.launch)
+    check_mixture(recipe.mixture)
+    check_sparsification(recipe)
+    check_speed(recipe)
+    check_suite(recipe.eval, recipe.checkpoint.every_tokens)
+    if recipe.baseline.ffn_activation == recipe.activation.ffn_activation:
+        recipe.baseline.ffn_activation = None
+    return recipe
 
 
-def share_phases(mixture: MixtureSection) -> list[tuple[float, dict[str, float], dict[str, float]]]:
-    """For each phase: where it ends as a share of the budget, and the shares of all sources at its beginning and end."""
-    if not mixture.phases:
-        shares = _with_instructions(mixture, mixture.instruction_token_share)
-        return [(1.0, shares, shares)]
-    phases, before = [], dict.fromkeys(mixture.sources, 0.0)
-    for phase in mixture.phases:
-        if phase.token_shares:
-            after = {name: phase.token_shares.get(name, 0.0) for name in mixture.sources}
-        else:
-            after = _with_instructions(mixture, phase.instruction_token_share)
-        phases.append((phase.until_budget_share, before if phase.ramp else after, after))
-        before = after
-    return phases
+def _check_choices(recipe: Recipe) -> None:
+    check_activation(recipe.activation)
+    if recipe.baseline.ffn_activation is not None:
+        check_choice("baseline.ffn_activation", recipe.baseline.ffn_activation, FFN_ACTIVATIONS)
+    check_choice("model.init", recipe.model.init, ("pretrained", "random"))
+    check_choice("stability.on_bad_step", recipe.stability.on_bad_step, ON_BAD_STEP)
+    check_choice("training.precision", recipe.training.precision, ("bf16", "fp32"))
+    check_choice("tracking.wandb", recipe.tracking.wandb, ("disabled", "offline", "online"))
 
 
-def _with_instructions(mixture: MixtureSection, share: float | None) -> dict[str, float]:
-    """The sources' own shares, moved so that the instruction group has `share`; as stated when that is None."""
-    stated = {name: source.token_share for name, source in mixture.sources.items()}
-    if share is None:
-        return stated
-    target = {"instruction": share, "pretraining": 1.0 - share}
-    totals = dict.fromkeys(target, 0.0)
-    for source in mixture.sources.values():
-        totals[source.group] += source.token_share
-    return {
-        name: source.token_share / totals[source.group] * target[source.group]
-        if totals[source.group]
-        else 0.0
-        for name, source in mixture.sources.items()
+def _check_numbers(recipe: Recipe) -> None:
+    training, optimizer = recipe.training, recipe.optimizer
+    positive = {
+        "training.budget_tokens": training.budget_tokens,
+        "training.sequence_length": training.sequence_length,
+        "training.global_batch_size": training.global_batch_size,
+        "training.micro_batch_size": training.micro_batch_size,
+        "optimizer.peak_learning_rate": optimizer.peak_learning_rate,
+        "optimizer.max_gradient_norm": optimizer.max_gradient_norm,
+        "checkpoint.every_tokens": recipe.checkpoint.every_tokens,
+        "checkpoint.keep_last": recipe.checkpoint.keep_last,
+        "eval.every_tokens": recipe.eval.every_tokens,
+        "eval.validation_sequences_per_source": recipe.eval.validation_sequences_per_source,
+        "eval.report_tokens": recipe.eval.report_tokens,
+        "launch.processes": recipe.launch.processes,
+        "launch.nodes": recipe.launch.nodes,
+        "launch.ingest_processes": recipe.launch.ingest_processes,
     }
+    if not 0 <= recipe.eval.report_curve_tokens <= recipe.eval.report_tokens:
+        raise RecipeError(
+            f"eval.report_curve_tokens is {recipe.eval.report_curve_tokens}.",
+            allowed=f"Allowed: 0 (no curves) to eval.report_tokens ({recipe.eval.report_tokens}).",
+        )
+    positive |= {
+        f"stability.{key}": value
+        for key, value in asdict(recipe.stability).items()
+        if key != "on_bad_step" and value is not None
+    }
+    if recipe.launch.threads_per_process is not None:
+        positive["launch.threads_per_process"] = recipe.launch.threads_per_process
+    if recipe.checkpoint.keep_every_tokens is not None:
+        positive["checkpoint.keep_every_tokens"] = recipe.checkpoint.keep_every_tokens
+    for key, value in positive.items():
+        if not value > 0 or not math.isfinite(value):
+            raise RecipeError(f"{key} is {value}.", allowed="It must be above 0.")
+    if not recipe.stability.max_bad_steps < recipe.stability.recent_steps:
+        raise RecipeError(
+            f"stability.max_bad_steps is {recipe.stability.max_bad_steps}, which would never be reached.",
+            allowed=f"It must be below stability.recent_steps ({recipe.stability.recent_steps}).",
+        )
+    coefficient = training.router_aux_loss_coefficient
+    if coefficient is not None and not 0 <= coefficient < math.inf:
+        raise RecipeError(
+            f"training.router_aux_loss_coefficient is {coefficient}.",
+            allowed="0 or above; null takes the checkpoint's own.",
+        )
+    every, keep_every = recipe.checkpoint.every_tokens, recipe.checkpoint.keep_every_tokens
+    if keep_every is not None and keep_every % every:
+        raise RecipeError(
+            f"checkpoint.keep_every_tokens is {keep_every}, where no checkpoint is saved.",
+            allowed=f"A multiple of checkpoint.every_tokens ({every}).",
+            next_step=f"Set checkpoint.keep_every_tokens={math.ceil(keep_every / every) * every}.",
+        )
+    if not 0 <= optimizer.final_learning_rate <= optimizer.peak_learning_rate:
+        raise RecipeError(
+            f"optimizer.final_learning_rate is {optimizer.final_learning_rate}.",
+            allowed=f"Allowed: 0 to optimizer.peak_learning_rate ({optimizer.peak_learning_rate}).",
+        )
+    if not 0 <= optimizer.warmup_tokens < training.budget_tokens:
+        raise RecipeError(
+            f"optimizer.warmup_tokens is {optimizer.warmup_tokens}.",
+            allowed=f"It must be below training.budget_tokens ({training.budget_tokens}).",
+        )
+
+
+def _check_conversion(recipe: Recipe) -> None:
+    conversion, least = recipe.conversion, 8 * recipe.training.sequence_length
+    if conversion.calibration_tokens == 0:
+        settings, defaults = asdict(conversion), asdict(ConversionSection())
+        if recipe.blending.refit_milestones:
+            check_conversion(conversion)
+            del settings["ridge"]
+        for key in (key for key in settings if settings[key] != defaults[key]):
+            raise RecipeError(
+                f"conversion.{key}={settings[key]} would be ignored: nothing is calibrated.",
+                next_step="Set conversion.calibration_tokens too, or leave it out.",
+            )
+        return
+    check_conversion(conversion)
+    if conversion.calibration_tokens < least:
+        raise RecipeError(
+            f"conversion.calibration_tokens is {conversion.calibration_tokens}.",
+            allowed=f"0, or at least eight sequences: {least} tokens.",
+        )
+    if recipe.model.init == "random":
+        raise RecipeError(
+            "conversion.calibration_tokens is set with model.init=random.",
+            allowed="Only a trained model has answers to be kept.",
+            next_step="Leave it out, or give model.source.",
+        )
+
+
+def _check_batch(recipe: Recipe) -> None:
+    training, engine = recipe.training, recipe.engine
+    replaced = engine.zero_stage == AUTO_STAGE and engine.auto_micro_batch
+    micro_batch_size = 1 if replaced else training.micro_batch_size
+    processes = recipe.launch.total_processes
+    per_forward = processes * micro_batch_size
+    if training.global_batch_size % per_forward:
+        raise RecipeError(
+            f"training.global_batch_size is {training.global_batch_size}, which {processes} process(es) of "
+            f"{micro_batch_size} sequence(s) cannot share evenly.",
+            allowed="It must be a multiple of launch.nodes x launch.processes x training.micro_batch_size "
+            f"({per_forward}).",
+            next_step=f"Set training.global_batch_size={max(1, training.global_batch_size // per_forward) * per_forward}, "
+            "or a smaller training.micro_batch_size.",
+        )
+    if recipe.num_steps < 1:
+        raise RecipeError(
+            f"training.budget_tokens is {training.budget_tokens}, less than one step.",
+            allowed=f"One step is global_batch_size x sequence_length = {recipe.step_tokens} tokens.",
+        )
+
+
+def _check_engine(recipe: Recipe) -> None:
+    engine = recipe.engine
+    check_auto(engine)
+    if engine.zero_stage not in (AUTO_STAGE, 0, 1, 2, 3):
+        raise RecipeError(
+            f"engine.zero_stage is {engine.zero_stage}.", allowed="Allowed: 0 to 3, or engine=auto."
+        )
+    check_choice("engine.attention", engine.attention, ATTENTION_IMPLEMENTATIONS)
+    if engine.zero_stage == 0 and recipe.training.precision == "bf16":
+        raise RecipeError(
+            "engine.zero_stage is 0 with training.precision=bf16.",
+            allowed="DeepSpeed keeps fp32 master weights with a correct Adam from stage 1 on.",
+            next_step="Use engine=zero1, or training.precision=fp32.",
+        )
+    if engine.offload_optimizer_to_cpu and engine.zero_stage == 0:
+        raise RecipeError(
+            "engine.offload_optimizer_to_cpu needs engine.zero_stage 1 or above.",
+            next_step="Use engine=zero1, zero2 or zero3_offload.",
+        )
+    if engine.offload_parameters_to_cpu and engine.zero_stage != 3:
+        raise RecipeError(
+            f"engine.offload_parameters_to_cpu is set with zero_stage {engine.zero_stage}.",
+            allowed="Only stage 3 partitions parameters.",
+            next_step="Use engine=zero3_offload.",
+        )
+
+
+def check_sparsification(recipe: Recipe) -> None:
+    """Refuses what cannot make a model sparser.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    _check_swap(recipe)
+    _check_stages(recipe)
+    _check_penalty(recipe)
+    _check_target(recipe)
+    _check_distillation(recipe)
+
+
+def _check_swap(recipe: Recipe) -> None:
+    share = recipe.blending.budget_share
+    if not 0 <= share < 1:
+        raise RecipeError(
+            f"blending.budget_share is {share}.",
+            allowed="0 (swap at once) or above, and below 1: the run must end with the activation itself.",
+        )
+    if share and recipe.model.init == "random":
+        raise RecipeError(
+            f"blending.budget_share={share} would be ignored: model.init is random, so nothing is swapped.",
+            next_step="Set blending.budget_share=0, or train from a checkpoint.",
+        )
+    if share and recipe.conversion.calibration_tokens:
+        raise RecipeError(
+            f"blending.budget_share={share} is set with a calibration, which has fitted the weights to "
+            f"{recipe.activation.ffn_activation} before the first step.",
+            next_step="Set blending.budget_share=0, or conversion.calibration_tokens=0.",
+        )
+    _check_refits(recipe)
+
+
+def _check_refits(recipe: Recipe) -> None:
+    blending, training = recipe.blending, recipe.training
+    milestones, tokens = blending.refit_milestones, blending.refit_tokens
+    if not milestones:
+        if tokens:
+            raise RecipeError(
+                f"blending.refit_tokens={tokens} would be ignored: blending.refit_milestones is 0.",
+                next_step="Set blending.refit_milestones, or leave it out.",
+            )
+        return
+    blend_steps = int(blending.budget_share * recipe.num_steps + 1e-9)
+    if not blending.budget_share:
+        raise RecipeError(
+            f"blending.refit_milestones={milestones} would be ignored: nothing is blended.",
+            next_step="Set blending.budget_share, such as 0.5, or leave it out.",
+        )
+    if not 2 <= milestones <= blend_steps:
+        raise RecipeError(
+            f"blending.refit_milestones is {milestones}.",
+            allowed=f"0 (no refits), or 2 to {blend_steps}: no more than there are steps in the blending. A single refit before "
+            "the first step is the calibrated replacement: conversion.calibration_tokens, without a blending schedule.",
+        )
+    least, most = 8 * training.sequence_length, recipe.num_steps * recipe.step_tokens
+    if not least <= tokens <= most:
+        raise RecipeError(
+            f"blending.refit_tokens is {tokens}, with blending.refit_milestones={milestones}.",
+            allowed=f"{least} to {most}: eight sequences, of which one judges what the others found, to the whole budget.",
+        )
+
+
+def check_blend(recipe: Recipe, base_ffn_activation: str) -> None:
+    """Refuses a blending schedule from an activation to itself, once the checkpoint is known.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    share, activation = recipe.blending.budget_share, recipe.activation.ffn_activation
+    if share and activation == base_ffn_activation:
+        raise RecipeError(
+            f"blending.budget_share={share} would be ignored: the checkpoint has {activation} already.",
+            next_step="Set blending.budget_share=0, or choose another activation.",
+        )
+
+
+def _check_stages(recipe: Recipe) -> None:
+    stages, before = recipe.sparsity.penalty_stages, 0.0
+    for number, stage in enumerate(stages):
+        key, last = f"sparsity.penalty_stages.{number}", number == len(stages) - 1
+        end = stage.until_budget_share
+        if not before < end <= 1 or (last and end != 1):
+            raise RecipeError(
+                f"{key}.until_budget_share is {end:g}.",
+                allowed="Stages end one after another, above 0, and the last one at 1: "
+                f"this one {'at 1' if last else f'above {before:g} and below 1'}.",
+            )
+        if not 0 <= stage.weight < math.inf:
+            raise RecipeError(f"{key}.weight is {stage.weight}.", allowed="0 or above.")
+        before = end
+    if stages and not any(stage.weight for stage in stages):
+        raise RecipeError(
+            "sparsity.penalty_stages have weight 0 throughout.",
+            allowed="At least one weight above 0, or no stages at all.",
+        )
+
+
+def _check_penalty(recipe: Recipe) -> None:
+    sparsity, activation = recipe.sparsity, recipe.activation.ffn_activation
+    pressed = bool(sparsity.penalty_stages) or sparsity.target_zeros is not None
+    thresholds = recipe.conversion.target_zeros is not None
+    if pressed and activation in WITHOUT_ZEROS and not thresholds:
+        key = "sparsity.penalty_stages" if sparsity.penalty_stages else "sparsity.target_zeros"
+        raise RecipeError(
+            f"{key} is set with {activation}, which is never exactly zero.",
+            next_step="Choose another activation, such as activation=drelu, set conversion.target_zeros, or leave it out.",
+        )
+    share = sparsity.gate_penalty_share
+    if not 0 <= share <= 1:
+        raise RecipeError(f"sparsity.gate_penalty_share is {share}.", allowed="Allowed: 0 to 1.")
+    if share and not pressed:
+        raise RecipeError(
+            f"sparsity.gate_penalty_share={share} would be ignored: there is no penalty.",
+            next_step="Set sparsity.penalty_stages or sparsity.target_zeros, or leave it out.",
+        )
+
+
+def _check_target(recipe: Recipe) -> None:
+    target = recipe.sparsity.target_zeros
+    if target is None:
+        return
+    if not 0 < target < 1:
+        raise RecipeError(
+            f"sparsity.target_zeros is {target}.", allowed="Above 0 and below 1, such as 0.9."
+        )
+    if recipe.sparsity.penalty_stages:
+        raise RecipeError(
+            "sparsity.target_zeros and sparsity.penalty_stages both say what the penalty's weight is.",
+            next_step="Leave one of them out.",
+        )
+
+
+def _check_distillation(recipe: Recipe) -> None:
+    settings, model = recipe.distillation, recipe.model
+    for key, weight in asdict(settings).items():
+        if not 0 <= weight < math.inf:
+            raise RecipeError(
+                f"distillation.{key} is {weight}.", allowed="0 (leave it out) or above."
+            )
+    if not settings.is_on:
+        return
+    without_teacher = {
+        "model.init=random": model.init == "random",
+        f"model.upcycle_experts={model.upcycle_experts}": model.upcycle_experts is not None,
+    }
+    for setting, has_none in without_teacher.items():
+        if has_none:
+            raise RecipeError(
+                f"{_distillation_key(recipe)} is set with {setting}: there is no dense model of this shape to learn from.",
+                next_step="Leave it out, or train from a checkpoint as it is.",
+            )
+
+
+def check_teacher(recipe: Recipe, base: tuple[str, float], *, is_calibrated: bool) -> None:
+    """Refuses distillation from the very model that is trained, once the checkpoint is known.
+
+    Args:
+        recipe: What to train.
+        base: Activation of the checkpoint that was converted, and its gate threshold.
+        is_calibrated: Whether the conversion changed weights or set thresholds.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    activation = recipe.activation
+    same = base == (activation.ffn_activation, activation.model_gate_threshold)
+    if recipe.distillation.is_on and same and not is_calibrated:
+        raise RecipeError(
+            f"{_distillation_key(recipe)} is set, and the checkpoint has {activation.ffn_activation} already: "
+            "a model has nothing to learn from itself.",
+            next_step="Set it to 0, or choose another activation.",
+        )
+
+
+def _distillation_key(recipe: Recipe) -> str:
+    key = "logits_weight" if recipe.distillation.logits_weight else "ffn_weight"
+    return f"distillation.{key}={getattr(recipe.distillation, key):g}"
+
+
+def check_speed(recipe: Recipe) -> None:
+    """Refuses kernels and compiling where nothing could use them.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    _check_fused(recipe)
+    _check_compile(recipe)
+    _check_liger(recipe)
+
+
+def _check_fused(recipe: Recipe) -> None:
+    """Refuses kernels that an activation does not have, and zeros that nothing would count."""
+    training = recipe.training
+    check_choice("training.fused_activation", training.fused_activation, FUSED_ACTIVATION)
+    if training.fused_activation == "off":
+        if training.count_zeros:
+            raise RecipeError(
+                "training.count_zeros is set with training.fused_activation=off, where nothing counts them.",
+                next_step="Set training.fused_activation=auto.",
+            )
+        return
+    if training.fused_activation == "auto" and not training.count_zeros:
+        return
+    asked = "count_zeros" if training.count_zeros else "fused_activation"
+    for key, without_kernel in {
+        "blending.budget_share": recipe.blending.budget_share > 0,
+        "conversion.target_zeros": recipe.conversion.target_zeros is not None,
+    }.items():
+        if without_kernel:
+            raise RecipeError(
+                f"training.{asked} is set with {key}, and there is no kernel for what that makes of an activation.",
+                next_step=f"Leave out training.{asked}, or {key}.",
+            )
+    for key in ("activation", "baseline"):
+        name = getattr(recipe, key).ffn_activation
+        if name is not None and name not in FUSED_FFN_ACTIVATIONS:
+            raise RecipeError(
+                f"training.{asked} is set, and there is no kernel for {key}.ffn_activation={name}.",
+                allowed=f"Activations with one: {', '.join(FUSED_FFN_ACTIVATIONS)}.",
+                next_step="Leave it out.",
+            )
+
+
+def _check_compile(recipe: Recipe) -> None:
+    training, stage = recipe.training, recipe.engine.zero_stage
+    if not training.compile:
+        return
+    if stage in (AUTO_STAGE, 3):
+        raise RecipeError(
+            "training.compile is set with "
+            + ("engine=auto." if stage == AUTO_STAGE else "ZeRO-3."),
+            allowed="ZeRO stage 0 to 2: stage 3 gathers weights between any two operations, which leaves nothing to fuse.",
+            next_step="Use engine=zero2, or training.compile=false.",
+        )
+    for key, ignored in {
+        "fused_activation": training.fused_activation in ("triton", "inductor"),
+        "count_zeros": training.count_zeros,
+    }.items():
+        if ignored:
+            raise RecipeError(
+                f"training.{key} is set with training.compile, which fuses the model's own activation.",
+                next_step=f"Leave out training.{key}, or set training.compile=false.",
+            )
+    for key, changing in {
+        "blending.budget_share": recipe.blending.budget_share > 0,
+        "sparsity.penalty_stages": bool(recipe.sparsity.penalty_stages),
+        "sparsity.target_zeros": recipe.sparsity.target_zeros is not None,
+        "distillation.ffn_weight": recipe.distillation.ffn_weight > 0,
+    }.items():
+        if changing:
+            raise RecipeError(
+                f"training.compile is set with {key}, which looks into the layers at every step; a compiled layer is closed.",
+                next_step=f"Set training.compile=false, or leave out {key}.",
+            )
+
+
+def _check_liger(recipe: Recipe) -> None:
+    if not recipe.training.liger_kernels:
+        return
+    for key, without, why in (
+        (
+            "training.compile",
+            recipe.training.compile,
+            "the compiler fuses norms and rotary embedding itself",
+        ),
+        (
+            "distillation.logits_weight",
+            recipe.distillation.logits_weight > 0,
+            "distillation compares whole logits, which Liger's loss never makes",
+        ),
+    ):
+        if without:
+            raise RecipeError(
+                f"training.liger_kernels is set with {key}: {why}.",
+                next_step=f"Set training.liger_kernels=false, or leave out {key}.",
+            )

@@ -1,17 +1,19 @@
-"""The sections of a recipe that say what becomes of the dense model before training: `activation` and `conversion`.
-
-The sections of a recipe that say how a run gets sparse while it trains.
-"""
+"""How a model becomes sparse: `activation`, `conversion`, `blending`, `sparsity` and `distillation`."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from sparsify.errors import RecipeError, check_choice
+
 FFN_ACTIVATIONS = ("swiglu", "reglu", "shifted_relu", "relu2", "fatrelu", "drelu")
 GATE_THRESHOLDS = {"shifted_relu": 1.0, "fatrelu": 0.01}
 """Activations that have a gate threshold, and the published one: ReLU Strikes Back (2310.04564), ProSparse (2402.13516)."""
+WITHOUT_ZEROS = ("swiglu",)
+"""Activations that are almost never exactly zero, however small a penalty makes them."""
 REFIT_TARGETS = {"own": 0.0, "mix": 0.5, "residual": 1.0}
 """Which part of what is amiss in the residual stream a refit is asked to mend, beside answering as the block once did."""
 
@@ -33,6 +35,33 @@ class ActivationSection:
         return GATE_THRESHOLDS.get(self.ffn_activation, 0.0)
 
 
+def check_activation(
+    activation: ActivationSection,
+    name_key: str = "activation.ffn_activation",
+    threshold_key: str = "activation.gate_threshold",
+) -> None:
+    """Refuses an activation that there is not, and a gate threshold that it would ignore.
+
+    Args:
+        activation: What was set.
+        name_key: What the user knows its name by.
+        threshold_key: What the user knows its threshold by.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    name, threshold = activation.ffn_activation, activation.gate_threshold
+    check_choice(name_key, name, FFN_ACTIVATIONS)
+    if threshold is not None and name not in GATE_THRESHOLDS:
+        raise RecipeError(
+            f"{threshold_key}={threshold:g} would be ignored: {name} has none.",
+            allowed=f"Activations with a gate threshold: {', '.join(GATE_THRESHOLDS)}.",
+            next_step="Leave it out, or choose one of them.",
+        )
+    if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
+        raise RecipeError(f"{threshold_key} is {threshold}.", allowed="0 or above.")
+
+
 @dataclass
 class ConversionSection:
     """What the replacement of the activation does to the weights before any training (`docs/calibration.md`)."""
@@ -48,6 +77,22 @@ class ConversionSection:
     Gram matrix's diagonal."""
     target_zeros: float | None = None
     """Share of exact zeros that thresholds give every layer on the calibration tokens; null sets none."""
+
+
+def check_conversion(conversion: ConversionSection) -> None:
+    """Refuses settings of the calibrated replacement that cannot be met.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    check_choice("conversion.refit_target", conversion.refit_target, tuple(REFIT_TARGETS))
+    if not 0 < conversion.ridge < math.inf:
+        raise RecipeError(f"conversion.ridge is {conversion.ridge}.", allowed="Above 0.")
+    if conversion.target_zeros is not None and not 0 < conversion.target_zeros < 1:
+        raise RecipeError(
+            f"conversion.target_zeros is {conversion.target_zeros}.",
+            allowed="A share between 0 and 1, such as 0.9; null sets no thresholds.",
+        )
 
 
 @dataclass

@@ -19,11 +19,11 @@ from sparsify.mixture.sequences.epoch_caps import (
     most_sequences,
 )
 from sparsify.mixture.sequences.reader import SequenceReader
-from sparsify.mixture.sequences.shares import Shares
+from sparsify.mixture.sequences.shares import Shares, token_shares
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.ingest import Ingest, mixture_ingests
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
-from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
 
 POLL_SECONDS = 0.1

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from sparsify.mixture.lock import MixtureLock
-from sparsify.recipe.recipe import EXECUTION_SETTINGS, Recipe
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.training import EXECUTION_SETTINGS
 
 SHARE_DECIMALS = 9
 """Shares that agree this far are the same, whichever way a mixture states them."""

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from sparsify.errors import RunError
 from sparsify.files import replace_folder, storage_errors, write_json, write_text
-from sparsify.recipe.recipe import CheckpointSection
+from sparsify.recipe.training import CheckpointSection
 from sparsify.runs.manifest import damage, sync_folder, write_manifest
 from sparsify.runs.state import (
     LATEST,

@@ -16,7 +16,8 @@ import torch.distributed as dist
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
-from sparsify.recipe.recipe import OptimizerSection, Recipe
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.training import OptimizerSection
 from sparsify.runs.state import prepare_accelerator
 from sparsify.training.kernels.activation import check_fusible, fuse_activation
 from sparsify.training.kernels.compile import check_compilable, compile_layers

@@ -38,7 +38,8 @@ from sparsify.methods.calibrated_replacement import (
 from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Routes
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
 from sparsify.models import FfnActivation, SparseConfig
-from sparsify.recipe.recipe import ConversionSection, Recipe
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.data import wait_for_sequences
 from sparsify.training.engine import full_weight, set_full_weight
 from sparsify.training.kernels.compile import evaluating

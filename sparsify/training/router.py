@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 
 from sparsify.errors import RecipeError
-from sparsify.recipe.recipe import Recipe, StabilitySection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.training import StabilitySection
 
 LOAD_DECIMALS = 5
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import RunError
-from sparsify.recipe.recipe import StabilitySection
+from sparsify.recipe.training import StabilitySection
 from sparsify.runs.state import TrainingState
 
 DEVIATIONS_PER_MAD = 1.4826

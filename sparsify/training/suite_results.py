@@ -17,7 +17,9 @@ from sparsify.evaluation.results import EvaluationResults, Provenance, SourceOve
 from sparsify.files import storage_errors
 from sparsify.mixture.lock import read_lock
 from sparsify.mixture.sequences.held_out import source_sequences
-from sparsify.recipe.recipe import MixtureSection, Recipe, token_shares
+from sparsify.mixture.sequences.shares import token_shares
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.recipe import Recipe
 from sparsify.runs.history import read_lines
 from sparsify.runs.identity import identity_of
 from sparsify.runs.run_folder import RunFolder

@@ -24,7 +24,8 @@ from sparsify.methods.distillation import load_teacher
 from sparsify.mixture.lock import check_lock, read_lock
 from sparsify.mixture.sequences.reader import SequenceReader, held_out_sequences
 from sparsify.mixture.sequences.schedule import Anchor, SourceSchedule
-from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.mixture.sequences.shares import token_shares
+from sparsify.recipe.recipe import Recipe
 from sparsify.runs.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import TrainingState, latest_checkpoint, read_state

@@ -11,7 +11,8 @@ from statistics import NormalDist
 import numpy as np
 
 from sparsify.commands import Say
-from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.mixture.sequences.shares import token_shares
+from sparsify.recipe.recipe import Recipe
 from sparsify.tuning.decision import LEVEL
 from sparsify.tuning.record import Confirmation
 from sparsify.tuning.trials import Measurement, Proxy, check_comparable, proxy_recipe, run_proxy

@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from sparsify.errors import RecipeError, nearest
-from sparsify.recipe.recipe import MixtureSection, token_shares
+from sparsify.mixture.sequences.shares import token_shares
+from sparsify.recipe.mixture import MixtureSection
 
 KNOB = "mixture.instruction_token_share"
 ALL_SOURCES = "token_shares"

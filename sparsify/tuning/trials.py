@@ -27,8 +27,7 @@ from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.mixture.sequences.shares import Shares
 from sparsify.models import SparseModel
-from sparsify.recipe.recipe import Recipe
-from sparsify.recipe.rules.recipe import validate
+from sparsify.recipe.recipe import Recipe, validate
 from sparsify.runs.load import find_trained, load_trained
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.probe import SparsityProbe

@@ -16,8 +16,11 @@ import yaml
 from sparsify.commands import Say
 from sparsify.errors import RecipeError
 from sparsify.files import write_text
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import MixtureSection, Recipe, SourceSection, token_shares
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.source import SourceSection
 from sparsify.tuning.confirmation import confirm
 from sparsify.tuning.decision import conclude, objective_weights
 from sparsify.tuning.record import TuneRecord

@@ -16,7 +16,8 @@ from sparsify.bench.decode_result import FfnPoint, Ratio, Timing, crossover
 from sparsify.cli import main
 from sparsify.conversion.convert import convert
 from sparsify.conversion.sparse_folder import load_sparse
-from sparsify.recipe.recipe import ActivationSection, ModelSection
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.sparsification import ActivationSection
 
 HIDDEN, NEURONS, RANK = 64, 500, 16
 

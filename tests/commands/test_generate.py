@@ -14,7 +14,8 @@ from sparsify.cli import main
 from sparsify.commands.generate import generate
 from sparsify.conversion.convert import convert
 from sparsify.errors import ModelError, RunError
-from sparsify.recipe.recipe import ActivationSection, ModelSection
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.sparsification import ActivationSection
 
 PROMPT = "word1 value2"
 

@@ -11,9 +11,9 @@ import pytest
 
 from sparsify.mixture.lock import MixtureLock, SourceLock, write_lock
 from sparsify.mixture.sequences.schedule import SourceSchedule
-from sparsify.mixture.sequences.shares import Shares
+from sparsify.mixture.sequences.shares import Shares, token_shares
 from sparsify.recipe.compose import compose_recipe, save_recipe
-from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
 
 BUDGET = ("training.budget_tokens=20480", "optimizer.warmup_tokens=2048")

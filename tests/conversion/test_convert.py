@@ -16,7 +16,8 @@ from sparsify.conversion.convert import convert
 from sparsify.conversion.source import read_checkpoint
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.models import SparseMixtralForCausalLM
-from sparsify.recipe.recipe import ActivationSection, ModelSection
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.sparsification import ActivationSection
 from tests.conftest import STOCK, TOKENIZER, stock_model
 
 IDS = torch.tensor([[1, 5, 9, 200, 77, 1031, 3, 2]])

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sparsify.conversion.convert import convert
 from sparsify.errors import RunError
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import ActivationSection
+from sparsify.recipe.sparsification import ActivationSection
 from sparsify.training.dry_run import out_of_memory_named
 
 TINY = [

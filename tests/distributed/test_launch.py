@@ -16,7 +16,7 @@ from sparsify.errors import UserError
 from sparsify.launch.hosts import placed, read_hostfile
 from sparsify.launch.launcher import launch
 from sparsify.launch.nodes import Follower, Nodes, free_port
-from sparsify.recipe.recipe import LaunchSection
+from sparsify.recipe.engine import LaunchSection
 from tests.conftest import Command, Setup
 from tests.ranks import prepare_run, records
 

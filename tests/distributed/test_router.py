@@ -11,7 +11,8 @@ import pytest
 from sparsify.errors import RecipeError
 from sparsify.models import SparseMistralConfig
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import Recipe, StabilitySection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.training import StabilitySection
 from sparsify.training.router import check_router, underused_steps
 from tests.conftest import STEPS, Setup
 from tests.ranks import prepare_run, records, run_ranks

@@ -16,7 +16,8 @@ from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
 from sparsify.recipe.compose import load_mixture
-from sparsify.recipe.recipe import ActivationSection, ConversionSection, ModelSection
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.sparsification import ActivationSection, ConversionSection
 
 SEQUENCE_TOKENS = 64
 Say = Callable[[str], None]

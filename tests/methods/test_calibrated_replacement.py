@@ -13,7 +13,7 @@ from sparsify.methods.layerwise import Expert, Routes
 from sparsify.methods.reconstruction import Gram
 from sparsify.methods.thresholds import OutputNorms, with_thresholds
 from sparsify.models import FFN_ACTIVATIONS, FfnActivation
-from sparsify.recipe.recipe import ConversionSection
+from sparsify.recipe.sparsification import ConversionSection
 
 NEURONS, HIDDEN, ROWS = 24, 16, 400
 

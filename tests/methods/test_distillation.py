@@ -24,7 +24,7 @@ from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.models import SparseModel
 from sparsify.plan import make_plan, plan_table
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import DistillationSection
+from sparsify.recipe.sparsification import DistillationSection
 from sparsify.runs.run_folder import RunFolder
 
 WEIGHTS = DistillationSection(logits_weight=0.7, ffn_weight=0.3)

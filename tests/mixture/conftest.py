@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.mixture.tokens.encoder import Encoded
 from sparsify.mixture.tokens.ingest import Ingest
 from sparsify.mixture.tokens.tokenized_source import Need, TokenizedSource
-from sparsify.recipe.recipe import MixtureSection, SourceSection
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.source import SourceSection
 
 WORDS = [
     "river",

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsify.mixture.inspection import measure_mixture, preview_sequences
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
-from sparsify.recipe.recipe import MixtureSection, SourceSection
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.source import SourceSection
 from tests.mixture.conftest import documents_of
 
 

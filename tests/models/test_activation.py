@@ -15,7 +15,7 @@ from sparsify.models import (
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
 )
-from sparsify.recipe.recipe import ATTENTION_IMPLEMENTATIONS
+from sparsify.recipe.engine import ATTENTION_IMPLEMENTATIONS
 from tests.conftest import SHAPE
 from tests.models.formulas import FORMULAS, T
 

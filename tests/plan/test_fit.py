@@ -17,7 +17,7 @@ from sparsify.commands.train import resolve_for_this_machine
 from sparsify.errors import RecipeError
 from sparsify.plan import make_plan, named_hardware, resolve_engine
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import AUTO_STAGE
+from sparsify.recipe.engine import AUTO_STAGE
 
 MISTRAL, MIXTRAL = "turbosparse_mistral_7b", "turbosparse_mixtral_8x7b"
 

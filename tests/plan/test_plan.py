@@ -34,7 +34,8 @@ from sparsify.plan import make_plan, plan_table
 from sparsify.plan.activation_memory import layer_activation_bytes
 from sparsify.plan.parameters import Architecture
 from sparsify.plan.report import draw_shares, write_chart
-from sparsify.recipe.compose import compose_recipe, recipe_names
+from sparsify.recipe.catalogue import recipe_names
+from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.reporting.figures import LIGHT
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from sparsify.errors import RecipeError
-from sparsify.mixture.sequences.shares import Shares
+from sparsify.mixture.sequences.shares import Shares, share_phases, token_shares
 from sparsify.recipe.compose import compose_recipe, load_mixture
-from sparsify.recipe.recipe import share_phases, token_shares
 
 PHASES = "name: x\nsources:\n  web: {files: [w.txt], token_share: 0.8}\n  chat: {files: [c.jsonl], group: instruction, token_share: 0.2}\n"
 

@@ -12,20 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.errors import RecipeError
-from sparsify.recipe.compose import (
-    compose_recipe,
+from sparsify.mixture.sequences.shares import share_phases, token_shares
+from sparsify.recipe.catalogue import (
     copy_recipe,
     folder,
-    load_mixture,
-    load_recipe,
     mixture_names,
     recipe_names,
     recipe_path,
     recipe_summary,
-    save_recipe,
-    sweep,
 )
-from sparsify.recipe.recipe import AUTO_STAGE, Recipe, share_phases, token_shares
+from sparsify.recipe.compose import compose_recipe, load_mixture, load_recipe, save_recipe, sweep
+from sparsify.recipe.engine import AUTO_STAGE
+from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import FFN_ACTIVATIONS
 
 RECIPES = recipe_names()

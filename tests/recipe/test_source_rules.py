@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from sparsify.errors import RecipeError
-from sparsify.recipe.recipe import MixtureSection, SourceSection
-from sparsify.recipe.rules.source import check_dirt_and_chat, check_source
+from sparsify.recipe.mixture import MixtureSection, check_dirt_and_chat
+from sparsify.recipe.source import SourceSection, check_source
 
 TEXT = {"files": ["a.jsonl"]}
 CHAT = {"files": ["a.jsonl"], "group": "instruction"}

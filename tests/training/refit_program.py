@@ -18,7 +18,7 @@ from deepspeed.runtime.zero import GatheredParameters
 from safetensors.torch import load_file
 
 from sparsify.methods.calibrate import Calibrator
-from sparsify.recipe.recipe import ConversionSection
+from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import full_weight, init_distributed, set_learning_rate
 from sparsify.training.loop import Session, train

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.recipe.recipe import Recipe, StabilitySection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.training import StabilitySection
 from sparsify.training.stability import find_bad, judgement, spike_rule, with_range
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, run_ranks

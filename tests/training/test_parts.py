@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sparsify.errors import RunError
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import OptimizerSection
+from sparsify.recipe.training import OptimizerSection
 from sparsify.runs.state import latest_checkpoint
 from sparsify.training.engine import deepspeed_config, learning_rate, load_model
 from sparsify.training.telemetry import drop_lines_after

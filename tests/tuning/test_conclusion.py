@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import Recipe, token_shares
+from sparsify.recipe.recipe import Recipe
 from sparsify.tuning.decision import conclude
 from sparsify.tuning.record import TuneRecord
 from sparsify.tuning.report import render_page, tune_summary

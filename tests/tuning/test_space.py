@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.errors import RecipeError
-from sparsify.recipe.recipe import MixtureSection, PhaseSection, SourceSection
+from sparsify.recipe.mixture import MixtureSection, PhaseSection
+from sparsify.recipe.source import SourceSection
 from sparsify.tuning.space import OTHERS, Part, Space, parse_space
 
 KNOB = "mixture.instruction_token_share"

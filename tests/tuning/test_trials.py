@@ -10,8 +10,11 @@ from sparsify.conversion.convert import convert
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError, RecipeError, RunError
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import ActivationSection, ModelSection, Recipe, token_shares
+from sparsify.recipe.model import ModelSection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import ActivationSection
 from sparsify.tuning.confirmation import compare
 from sparsify.tuning.trials import (
     Measurement,

@@ -16,7 +16,7 @@ from sparsify.mixture.cleaning.contamination import (
 from sparsify.mixture.cleaning.decontaminate import Decontaminator
 from sparsify.mixture.cleaning.duplicates import SeenDocuments
 from sparsify.mixture.sources.documents import Document
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 
 
 class Cleaner:

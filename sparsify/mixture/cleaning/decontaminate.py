@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from sparsify.mixture.cleaning.eval_items import decontamination_fingerprint, read_items
 from sparsify.mixture.sources.documents import Document
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 
 NGRAM_WORDS = 13
 SHORT_NGRAM_WORDS = 8

@@ -16,8 +16,9 @@ from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.read import file_documents
 from sparsify.mixture.sources.readers import read_rows
 from sparsify.mixture.sources.source_files import FORMATS, ROW_FORMATS, TEXT_FORMATS, look_at
-from sparsify.recipe.compose import YAML, folder
-from sparsify.recipe.recipe import MixtureSection, SourceSection
+from sparsify.recipe.catalogue import YAML, folder
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.source import SourceSection
 
 
 def evaluation_paths(mixture: MixtureSection) -> list[Path]:

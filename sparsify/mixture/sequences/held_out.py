@@ -14,6 +14,7 @@ from sparsify.mixture.sequences.reader import (
     held_out_sequences,
     read_sequence,
 )
+from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.read import file_documents
@@ -24,8 +25,10 @@ from sparsify.mixture.tokens.ingest import (
     mixture_ingests,
     text_documents,
 )
-from sparsify.recipe.compose import YAML, load_mixture, mixture_names
-from sparsify.recipe.recipe import MixtureSection, SourceSection, token_shares
+from sparsify.recipe.catalogue import YAML, mixture_names
+from sparsify.recipe.compose import load_mixture
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.source import SourceSection
 
 
 def sequences_from(

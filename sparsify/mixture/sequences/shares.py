@@ -12,10 +12,54 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from sparsify.recipe.recipe import MixtureSection, share_phases
+from sparsify.recipe.mixture import MixtureSection
 
 LARGEST_DENOMINATOR = 10**9
 """Shares are taken as the closest fraction up to this denominator: 0.15 is 3/20, not the binary float beside it."""
+
+
+def token_shares(mixture: MixtureSection) -> dict[str, float]:
+    """Share of every source in the tokens of a whole run; sources without any are left out."""
+    means = dict.fromkeys(mixture.sources, 0.0)
+    start = 0.0
+    for end, first, last in share_phases(mixture):
+        for name in means:
+            means[name] += (end - start) * (first[name] + last[name]) / 2
+        start = end
+    return {name: share for name, share in means.items() if share > 0}
+
+
+def share_phases(mixture: MixtureSection) -> list[tuple[float, dict[str, float], dict[str, float]]]:
+    """For each phase: where it ends as a share of the budget, and the shares of all sources at its beginning and end."""
+    if not mixture.phases:
+        shares = _with_instructions(mixture, mixture.instruction_token_share)
+        return [(1.0, shares, shares)]
+    phases, before = [], dict.fromkeys(mixture.sources, 0.0)
+    for phase in mixture.phases:
+        if phase.token_shares:
+            after = {name: phase.token_shares.get(name, 0.0) for name in mixture.sources}
+        else:
+            after = _with_instructions(mixture, phase.instruction_token_share)
+        phases.append((phase.until_budget_share, before if phase.ramp else after, after))
+        before = after
+    return phases
+
+
+def _with_instructions(mixture: MixtureSection, share: float | None) -> dict[str, float]:
+    """The sources' own shares, moved so that the instruction group has `share`; as stated when that is None."""
+    stated = {name: source.token_share for name, source in mixture.sources.items()}
+    if share is None:
+        return stated
+    target = {"instruction": share, "pretraining": 1.0 - share}
+    totals = dict.fromkeys(target, 0.0)
+    for source in mixture.sources.values():
+        totals[source.group] += source.token_share
+    return {
+        name: source.token_share / totals[source.group] * target[source.group]
+        if totals[source.group]
+        else 0.0
+        for name, source in mixture.sources.items()
+    }
 
 
 def exact_shares(shares: Mapping[str, float | Fraction]) -> dict[str, Fraction]:

@@ -32,7 +32,7 @@ from sparsify.mixture.sources.source_files import (
 )
 from sparsify.mixture.sources.stdlib_text import stdlib_documents
 from sparsify.mixture.sources.token_files import token_documents
-from sparsify.recipe.recipe import SourceSection
+from sparsify.recipe.source import SourceSection
 
 MAX_TEXT_CHARACTERS = 1 << 26
 """Plain text that goes on for longer without a separator becomes several documents."""

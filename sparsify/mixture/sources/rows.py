@@ -11,7 +11,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sparsify.mixture.sources.bad_rows import Reason
 from sparsify.mixture.sources.documents import Message
-from sparsify.recipe.recipe import SourceSection
+from sparsify.recipe.source import SourceSection
 
 Row = Mapping[str, Any]
 Content = str | tuple[Message, ...]

@@ -21,7 +21,7 @@ import pyarrow
 
 from sparsify.errors import MixtureError
 from sparsify.mixture.sources.bad_rows import BadRows, DuplicateFile
-from sparsify.recipe.recipe import SourceSection
+from sparsify.recipe.source import SourceSection
 
 TEXT_FORMATS = (".txt", ".text", ".md")
 ROW_FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")

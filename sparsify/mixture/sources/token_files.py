@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.errors import MixtureError
 from sparsify.mixture.sources.documents import Document
 from sparsify.mixture.sources.source_files import SourceFile
-from sparsify.recipe.recipe import SourceSection
+from sparsify.recipe.source import SourceSection
 
 CHUNK_TOKENS = 1 << 20
 MAX_DOCUMENT_TOKENS = 1 << 25

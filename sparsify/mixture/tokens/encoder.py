@@ -26,7 +26,7 @@ from sparsify.mixture.tokens.chat import (
     chat_template_text,
 )
 from sparsify.mixture.tokens.pool import tokenizer_threads
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 
 Tokenizer = PreTrainedTokenizerFast
 

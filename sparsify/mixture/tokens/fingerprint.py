@@ -13,7 +13,8 @@ from sparsify.mixture.sources.source_files import SourceFile, source_files
 from sparsify.mixture.sources.stdlib_text import module_paths
 from sparsify.mixture.tokens.chat import chat_template_text
 from sparsify.mixture.tokens.encoder import Tokenizer, tokenizer_fingerprint
-from sparsify.recipe.recipe import MixtureSection, SourceSection
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.source import SourceSection
 
 FORMAT_VERSION = 3
 """Raised when the same source would be read or laid out differently than before."""

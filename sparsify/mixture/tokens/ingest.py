@@ -44,7 +44,7 @@ from sparsify.mixture.tokens.tokenized_source import (
     ShardDocuments,
     TokenizedSource,
 )
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 
 USUAL_TOKENS_AND_CHARACTERS = (300, 1000)
 """So many tokens have so many characters; a guess that decides about nothing but speed."""

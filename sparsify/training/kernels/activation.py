@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from sparsify.errors import RecipeError, RunError
 from sparsify.models import FfnActivation
-from sparsify.recipe.recipe import FUSED_FFN_ACTIVATIONS, Recipe
+from sparsify.recipe.engine import FUSED_FFN_ACTIVATIONS
+from sparsify.recipe.recipe import Recipe
 
 Backward = tuple[torch.Tensor, torch.Tensor]
 

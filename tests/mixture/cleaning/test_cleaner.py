@@ -14,7 +14,7 @@ from sparsify.mixture.cleaning.contamination import (
     contamination_report,
 )
 from sparsify.mixture.sources.documents import Document
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 
 ITEMS = [" ".join(f"item{item}word{word}" for word in range(15)) for item in range(4)]
 

@@ -18,7 +18,7 @@ from sparsify.mixture.cleaning.eval_items import (
     evaluation_paths,
 )
 from sparsify.mixture.sources.documents import Document, conversation
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 
 ITEM = "A caravan of eleven camels left the old city before dawn, carrying salt and copper to the coast."
 """18 words."""

@@ -23,7 +23,9 @@ from sparsify.mixture.sequences.shares import Shares, Stretch
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import MixtureSection, PhaseSection, Recipe, SourceSection
+from sparsify.recipe.mixture import MixtureSection, PhaseSection
+from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.source import SourceSection
 from sparsify.runs.data import shares_of
 from tests.mixture.laws import assert_law, curves, weighted
 

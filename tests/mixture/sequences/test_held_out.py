@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.errors import MixtureError
 from sparsify.mixture.sequences.held_out import sequences_from
 from sparsify.mixture.sequences.reader import NO_LOSS
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 
 TEXTS = [f"story {n} about a river and a stone" for n in range(9)]
 

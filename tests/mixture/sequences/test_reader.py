@@ -24,7 +24,7 @@ from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.mixture.sequences.shares import Shares
 from sparsify.mixture.tokens.ingest import Ingesting
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 from tests.mixture.conftest import documents_of, ingest_of
 
 SHARES = {"stories": 0.7, "chats": 0.3}

@@ -22,7 +22,7 @@ from sparsify.mixture.sources.read import read_documents
 from sparsify.mixture.sources.readers import read_rows
 from sparsify.mixture.sources.source_files import look_at
 from sparsify.mixture.tokens.encoder import Encoder
-from sparsify.recipe.recipe import SourceSection
+from sparsify.recipe.source import SourceSection
 
 GOOD = [{"text": f"good {n}"} for n in range(300)]
 

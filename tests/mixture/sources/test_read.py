@@ -23,7 +23,7 @@ from sparsify.mixture.sources.read import read_documents
 from sparsify.mixture.sources.source_files import source_files
 from sparsify.mixture.sources.stdlib_text import module_paths, module_questions
 from sparsify.mixture.tokens.encoder import Encoder
-from sparsify.recipe.recipe import SourceSection
+from sparsify.recipe.source import SourceSection
 from tests.mixture.conftest import ids_of
 
 TEXTS = ["first, with a comma", 'second "quoted"\nwith two lines', "third ünïcödé"]

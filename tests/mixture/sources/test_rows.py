@@ -20,7 +20,8 @@ from sparsify.mixture.sources.source_files import BrokenFileError
 from sparsify.mixture.tokens.chat import CHATML, chat_template_text
 from sparsify.mixture.tokens.encoder import Encoder
 from sparsify.mixture.tokens.fingerprint import source_fingerprint
-from sparsify.recipe.recipe import MixtureSection, SourceSection
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.source import SourceSection
 
 
 def reader(group: str = "instruction", **fields: str) -> FieldReader:

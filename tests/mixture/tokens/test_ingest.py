@@ -18,7 +18,8 @@ from sparsify.mixture.sources.documents import Document
 from sparsify.mixture.tokens.encoder import Encoder
 from sparsify.mixture.tokens.ingest import Ingest, Ingesting, mixture_ingests
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
-from sparsify.recipe.recipe import MixtureSection, SourceSection
+from sparsify.recipe.mixture import MixtureSection
+from sparsify.recipe.source import SourceSection
 from tests.mixture.conftest import documents_of, ids_of, ingest_of, story
 
 BOS, EOS = 0, 1  # the fixture's tokenizer numbers its special tokens first

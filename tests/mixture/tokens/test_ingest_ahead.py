@@ -15,7 +15,7 @@ from sparsify.mixture.sources.documents import Document
 from sparsify.mixture.tokens.encoder import Encoded, Encoder
 from sparsify.mixture.tokens.ingest import Ingesting, bad_rows_of
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
-from sparsify.recipe.recipe import MixtureSection
+from sparsify.recipe.mixture import MixtureSection
 from tests.mixture.conftest import documents_of, ingest_of, story
 
 BOS, EOS = 0, 1  # the fixture's tokenizer numbers its special tokens first

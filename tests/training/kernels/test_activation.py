@@ -16,7 +16,8 @@ from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError, RunError
 from sparsify.models import FFN_ACTIVATIONS, FfnActivation
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.recipe import FUSED_FFN_ACTIVATIONS, Recipe
+from sparsify.recipe.engine import FUSED_FFN_ACTIVATIONS
+from sparsify.recipe.recipe import Recipe
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.training.engine import check_machine
 from sparsify.training.kernels import activation

@@ -1,14 +1,14 @@
-"""Which settings of a source can work together, and what to say where they cannot."""
+"""One source of a mixture: its fields and which of them can work together."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import jinja2
+from omegaconf import MISSING
 
-from sparsify.errors import RecipeError, nearest
-from sparsify.recipe.recipe import MixtureSection, SourceSection
+from sparsify.errors import RecipeError, check_choice
 
 ORIGINS = ("files", "hub", "stdlib", "token_files")
 ONLY_WITH = {
@@ -33,18 +33,53 @@ TEMPLATES = ("text", "prompt", "response")
 """Fields that are either a column or a template."""
 
 
-def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:
-    """Refuses a value that is none of those allowed.
+@dataclass
+class SourceSection:
+    """One source of a mixture: where its text is, what it is, how much of the run it gets."""
 
-    Raises:
-        RecipeError: With the nearest allowed value.
-    """
-    if value not in allowed:
-        raise RecipeError(
-            f"{key} is {value!r}.",
-            allowed=f"{nearest(str(value), allowed)}Allowed: {', '.join(allowed)}.",
-            next_step=f"Set {key}={allowed[0]}, for example.",
-        )
+    token_share: float = MISSING
+    """Share of all training tokens, over the whole mixture; the shares of a mixture sum to 1. Where the mixture sets
+    `instruction_token_share`, it may be the share within the group instead; then the shares of each group sum to 1."""
+    group: str = "pretraining"
+    """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
+    max_epochs: float | None = None
+    """How often a run may see each document; null repeats the source as often as the budget asks."""
+    when_exhausted: str = "stop"
+    """What a source does that has reached `max_epochs`: `stop` refuses a run that would exceed it and says which budget fits;
+    `redistribute` gives its share to the other sources from there on, in proportion."""
+    files: list[str] | None = None
+    """Local paths or globs: .jsonl .ndjson .json .csv .tsv .parquet .arrow .txt .text .md, each plain or .gz .zst .xz, and
+    folders that `datasets.save_to_disk` wrote."""
+    document_separator: str = "<|endoftext|>"
+    """What stands between the documents of plain text: "\\n\\n", for example, makes each paragraph one."""
+    token_files: list[str] | None = None
+    """Paths or globs of text that the run's tokenizer has tokenised already: .npy or .bin, documents one after another,
+    each ended by the end-of-sequence token. Pretraining only."""
+    token_dtype: str | None = None
+    """`uint16` or `uint32`: what the numbers of .bin files are."""
+    hub: str | None = None
+    """A Hugging Face dataset id, streamed."""
+    hub_config: str | None = None
+    hub_split: str = "train"
+    hub_revision: str | None = None
+    stdlib: str | None = None
+    """Text that every Python installation carries: `code`, `prose` or `questions`."""
+    text_column: str = "text"
+    """Column with the document; pretraining sources only."""
+    text_template: str | None = None
+    """Jinja text over a row's columns instead of `text_column`: `"# {{ title }}\\n{{ body }}"`."""
+    prompt_column: str = "prompt"
+    response_column: str = "response"
+    """Columns of a prompt and its answer; instruction sources only."""
+    prompt_template: str | None = None
+    response_template: str | None = None
+    """Jinja text over a row's columns, each instead of the column of its name."""
+    input_column: str | None = None
+    """Column that is appended to the prompt after a blank line where it is not empty."""
+    system_column: str | None = None
+    """Column that becomes the system message where it is not empty."""
+    messages_column: str | None = None
+    """Column with a whole conversation, instead of all of the above: a list of {role, content}, or of {from, value}."""
 
 
 def check_source(key: str, source: SourceSection) -> None:
@@ -93,31 +128,6 @@ def _check_cap(key: str, source: SourceSection) -> None:
     if source.max_epochs is not None and not source.max_epochs >= 1:
         raise RecipeError(
             f"{key}.max_epochs is {source.max_epochs}.", allowed="At least 1; null sets no limit."
-        )
-
-
-def check_dirt_and_chat(mixture: MixtureSection) -> None:
-    """Refuses limits and a chat template that a mixture cannot use.
-
-    Raises:
-        RecipeError: Naming the setting.
-    """
-    if not 0 <= mixture.max_bad_fraction <= 1:
-        raise RecipeError(
-            f"mixture.max_bad_fraction is {mixture.max_bad_fraction}.", allowed="Allowed: 0 to 1."
-        )
-    template = mixture.chat_template
-    if template is None:
-        return
-    if template != "chatml" and not template.endswith(".jinja") and "{" not in template:
-        raise RecipeError(
-            f"mixture.chat_template is {template!r}.",
-            allowed="Allowed: null, chatml, a Jinja text, or the path of a .jinja file.",
-        )
-    if not any(source.group == "instruction" for source in mixture.sources.values()):
-        raise RecipeError(
-            f"mixture.chat_template is set, but mixture {mixture.name!r} has no instruction source that would use it.",
-            next_step="Set mixture.chat_template=null, or group: instruction of a source.",
         )
 
 

@@ -1,14 +1,60 @@
-"""Which settings of a mixture can work together, and what to say where they cannot."""
+"""What to train on: `mixture` and its phases."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
-from sparsify.errors import RecipeError, nearest
-from sparsify.recipe.recipe import MixtureSection, PhaseSection
-from sparsify.recipe.rules.source import check_choice, check_dirt_and_chat, check_source
+from omegaconf import MISSING
+
+from sparsify.errors import RecipeError, check_choice, nearest
+from sparsify.recipe.source import SourceSection, check_source
 
 SHARE_TOLERANCE = 1e-6
+
+
+@dataclass
+class PhaseSection:
+    """Shares from where the phase before ended up to a point of the run."""
+
+    until_budget_share: float = MISSING
+    """Where the phase ends, as a share of the training budget; 1 for the last phase."""
+    instruction_token_share: float | None = None
+    """Share of tokens from the instruction group, as in the mixture; shares inside both groups keep their proportions."""
+    token_shares: dict[str, float] = field(default_factory=dict)
+    """Share of each source instead of the sources' own; what is left out has none. They sum to 1."""
+    ramp: bool = False
+    """Move in a straight line from the shares at the end of the phase before to these, instead of all at once."""
+
+
+@dataclass
+class MixtureSection:
+    """What to train on. Holds no run parameter, so that one mixture serves every budget."""
+
+    name: str = MISSING
+    description: str = ""
+    sources: dict[str, SourceSection] = field(default_factory=dict)
+    instruction_token_share: float | None = None
+    """Share of training tokens from the instruction group; shares inside both groups keep their proportions.
+    Null keeps the shares as the sources state them."""
+    phases: list[PhaseSection] = field(default_factory=list)
+    """How shares change over the run; without any they stay as stated."""
+    instruction_loss: str = "responses"
+    """Which tokens of an instruction carry loss: `responses` or `all`."""
+    chat_template: str | None = None
+    """What instructions are written with: null for the tokenizer's own chat template or else ChatML, `chatml`, a Jinja
+    text, or the path of a .jinja file."""
+    max_bad_fraction: float = 0.01
+    """Share of a source's rows that may be unreadable, null, of the wrong type or otherwise bad; above it the run stops.
+    They are left out, counted and listed in any case."""
+    validation_fraction: float = 0.05
+    """Share of each source's documents that is held out from training, chosen by a hash of their content or origin."""
+    remove_duplicates: bool = True
+    """Leave out a document whose text, or all of whose messages, an earlier document of the same source has. On, because
+    what stands twice in a source would be seen twice an epoch, whatever the plan says about epochs."""
+    decontaminate_against: list[str] = field(default_factory=list)
+    """Evaluation sets: a document that shares 13 words in a row with one of their items is left out. Names of suites in
+    `eval/` that list `evaluation_files`, paths of such a .yaml, or paths and globs of the files themselves."""
 
 
 def check_mixture(mixture: MixtureSection) -> None:
@@ -41,6 +87,31 @@ def check_mixture(mixture: MixtureSection) -> None:
         _check_phases(mixture)
     else:
         _check_knob(mixture, "mixture.instruction_token_share", mixture.instruction_token_share)
+
+
+def check_dirt_and_chat(mixture: MixtureSection) -> None:
+    """Refuses limits and a chat template that a mixture cannot use.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    if not 0 <= mixture.max_bad_fraction <= 1:
+        raise RecipeError(
+            f"mixture.max_bad_fraction is {mixture.max_bad_fraction}.", allowed="Allowed: 0 to 1."
+        )
+    template = mixture.chat_template
+    if template is None:
+        return
+    if template != "chatml" and not template.endswith(".jinja") and "{" not in template:
+        raise RecipeError(
+            f"mixture.chat_template is {template!r}.",
+            allowed="Allowed: null, chatml, a Jinja text, or the path of a .jinja file.",
+        )
+    if not any(source.group == "instruction" for source in mixture.sources.values()):
+        raise RecipeError(
+            f"mixture.chat_template is set, but mixture {mixture.name!r} has no instruction source that would use it.",
+            next_step="Set mixture.chat_template=null, or group: instruction of a source.",
+        )
 
 
 def _groups_sum_to_one(mixture: MixtureSection) -> bool:

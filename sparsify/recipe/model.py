@@ -1,0 +1,58 @@
+"""Where the weights come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparsify.errors import RecipeError
+
+
+@dataclass
+class ModelSection:
+    """Where the weights come from."""
+
+    source: str | None = None
+    """A checkpoint folder, a Hub id, a GGUF file, or `package:NAME/PATH` inside an installed Python package."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id."""
+    init: str = "pretrained"
+    """`pretrained` reads `source`; `random` builds `architecture` from `training.seed`."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """transformers config fields with `model_type` mistral or mixtral. For `random` it is the model; for `pretrained`
+    it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is here."""
+    tokenizer: str | None = None
+    """Where the tokenizer comes from; `source` unless given."""
+    upcycle_experts: int | None = None
+    """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
+    upcycle_experts_per_token: int = 2
+
+
+def check_model(model: ModelSection) -> None:
+    """Refuses weights that come from nowhere, or from two places.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    if model.init == "pretrained" and model.source is None:
+        raise RecipeError(
+            "model.init is pretrained, but model.source is not set.",
+            allowed="A checkpoint folder, a Hub id, a GGUF file or package:NAME/PATH.",
+            next_step="Set model.source, or model.init=random with model.architecture.",
+        )
+    if model.init == "random" and model.source is not None:
+        raise RecipeError(
+            f"model.init is random, so model.source={model.source} would be ignored.",
+            next_step="Set model.source=null, or model.init=pretrained.",
+        )
+    if model.init == "random" and not (model.architecture and model.tokenizer):
+        raise RecipeError(
+            "model.init is random, but model.architecture or model.tokenizer is not set.",
+            allowed="A random model needs both: its config fields and a tokenizer.",
+        )
+    experts = model.upcycle_experts
+    if experts is not None and not 1 <= model.upcycle_experts_per_token <= experts:
+        raise RecipeError(
+            f"model.upcycle_experts_per_token is {model.upcycle_experts_per_token}.",
+            allowed=f"Allowed: 1 to model.upcycle_experts ({experts}).",
+        )

@@ -1,1 +1,0 @@
-"""Checks that combine several sections of a recipe."""
