@@ -25,7 +25,7 @@ class KernelsHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         if version == "editable":
             return
-        compiler = self._load_compiler_module()
+        compiler = self._load_build_module()
         path = compiler.find_compiler()
         if path is None:
             self.app.display_info("No C++ compiler: a wheel without decoding kernels.")
@@ -57,10 +57,10 @@ class KernelsHook(BuildHookInterface):
         if scratch := getattr(self, "_scratch", None):
             scratch.cleanup()
 
-    def _load_compiler_module(self) -> ModuleType:
+    def _load_build_module(self) -> ModuleType:
         """By its path: importing the package would need torch."""
-        path = Path(self.root) / "sparsify" / "runtime" / "compiler.py"
-        spec = importlib.util.spec_from_file_location("sparsify_compiler", path)
+        path = Path(self.root) / "sparsify" / "runtime" / "build.py"
+        spec = importlib.util.spec_from_file_location("sparsify_build", path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

@@ -110,7 +110,7 @@ def wikitext_score(row: dict[str, Any], results: list[float]) -> dict[str, tuple
 
 def python_functions(**_: Any) -> DatasetDict:
     """Functions of the standard library, each with the first line of its documentation and of three others'."""
-    from sparsify.mixture.stdlib_text import module_paths, module_questions
+    from sparsify.mixture.sources.stdlib_text import module_paths, module_questions
 
     summaries: dict[str, str] = {}
     for module, path in module_paths()[:MODULES]:

@@ -18,14 +18,14 @@ Tokenizer = Annotated[
     str,
     typer.Option("--tokenizer", help="Model folder, Hub id or package:NAME/PATH it comes from."),
 ]
-SequenceTokens = Annotated[int, typer.Option("--sequence-tokens", help="Length of a sequence.")]
+SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Length of a sequence.")]
 
 
 @mixture_app.command("preview")
 def mixture_preview(
     mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
     sequences: Annotated[int, typer.Option("--sequences", help="Sequences of each source.")] = 1,
-    sequence_length: SequenceTokens = 256,
+    sequence_length: SequenceLength = 256,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
 ) -> None:
     """Shows real training sequences of every source: where documents meet, which tokens carry loss.
@@ -45,7 +45,7 @@ def mixture_stats(
     budget_tokens: Annotated[
         int, typer.Option("--budget-tokens", help="Training tokens to look at.")
     ] = 1_000_000,
-    sequence_length: SequenceTokens = 2048,
+    sequence_length: SequenceLength = 2048,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
     as_json: AsJson = False,
 ) -> None:

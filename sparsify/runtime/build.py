@@ -6,7 +6,7 @@ never load each other's. A wheel that was built where there was a compiler bring
 
 The commands that turn the C++ sources into a library: at first use (build.py) and for a wheel (hatch_build.py).
 
-The wheel's build loads this file alone, so it imports nothing but the standard library.
+hatch_build.py loads this file alone, so it imports nothing but the standard library.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsify.compare import Comparison, runs
+from sparsify.compare import Comparison, compare
 from sparsify.compare.settings import short_names
 from sparsify.compare.tables import tables
 from sparsify.errors import RunError
@@ -34,7 +34,7 @@ def test_one_run_stands_beside_its_baseline(runs: Runs) -> None:
     baseline = {"code": 1.9, "prose": 2.75, "questions": 2.5}
     runs("quickstart/baseline", "activation=swiglu", losses={0: baseline, 20480: baseline})
 
-    comparison = runs([run])
+    comparison = compare([run])
 
     sparse, dense = comparison.runs
     # 0.6 code + 0.2 prose + 0.2 questions
@@ -85,7 +85,7 @@ def test_one_run_stands_beside_its_baseline(runs: Runs) -> None:
 
 
 def test_a_series_of_shares_is_compared_source_by_source(sweep: list[Path]) -> None:
-    comparison = runs(sweep)
+    comparison = compare(sweep)
 
     assert comparison.swept_setting == "mixture.instruction_token_share"
     assert comparison.settings == ["mixture.instruction_token_share"]
@@ -118,7 +118,7 @@ def test_a_dense_run_of_the_same_tokens_is_the_baseline(runs: Runs) -> None:
     seed = "training.seed=2"
     other = runs("quickstart,seed=2,activation=drelu", seed, *alone, losses={20480: OTHER})
 
-    comparison = runs([sparse, reglu, dense, other])
+    comparison = compare([sparse, reglu, dense, other])
 
     gaps = [row["to dense baseline"] for row in rows(comparison, "Runs")]
     assert gaps == ["+0.500", "+0.500", "is dense", "no baseline"]
@@ -153,7 +153,7 @@ def test_losses_of_other_sequences_are_marked(runs: Runs, other: dict, cause: li
     paths = [runs(name, f"training.seed={i}", losses={20480: TWO}) for i, name in enumerate("ab")]
     paths.append(runs("other", *overrides, losses={20480: TWO}, **other))
 
-    comparison = runs(paths)
+    comparison = compare(paths)
 
     assert [run.sources["code"].comparable for run in comparison.runs] == [True, True, False]
     changed_all = "prose" in cause[0]
@@ -170,7 +170,7 @@ def test_as_many_sequences_as_there_are_is_the_same_for_any_larger_number(runs: 
     """The held-out text has room for 32 sequences: asking for 40 or 50 measures on the same 32."""
     asked = [f"eval.validation_sequences_per_source={number}" for number in (40, 50)]
     paths = [runs(f"run{i}", one, losses={20480: TWO}) for i, one in enumerate(asked)]
-    assert runs(paths).losses_comparable
+    assert compare(paths).losses_comparable
 
 
 def test_an_unfinished_run_says_how_far_it_is(runs: Runs) -> None:
@@ -185,7 +185,7 @@ def test_an_unfinished_run_says_how_far_it_is(runs: Runs) -> None:
     seed = ("training.seed=2", "activation=swiglu")
     runs("quickstart,seed=2/baseline", *seed, losses={0: baseline, 2048: TWO})
 
-    comparison = runs([finished, running])
+    comparison = compare([finished, running])
 
     assert [run.finished for run in comparison.runs] == [True, False]
     assert rows(comparison, "Runs")[1]["training tokens"] == "60% of 20,480"
@@ -204,7 +204,7 @@ def test_a_control_that_was_not_measured_yet_is_no_missing_baseline(runs: Runs) 
     path = runs("quickstart", losses={20480: TWO})
     runs("quickstart/baseline", "activation=swiglu", losses={})
     other = runs("quickstart,seed=2", "training.seed=2", losses={20480: TWO})
-    comparison = runs([path, other])
+    comparison = compare([path, other])
     gaps = [row["to dense baseline"] for row in rows(comparison, "Runs")]
     assert gaps == ["not measured yet", "no baseline"]
 
@@ -218,7 +218,7 @@ def test_many_differing_settings_get_a_table_of_their_own(runs: Runs) -> None:
         "training.gradient_checkpointing=true",
     )
     paths = [runs("a", losses={20480: TWO}), runs("b", *changed, losses={20480: TWO})]
-    comparison = runs(paths)
+    comparison = compare(paths)
     assert "seed" not in rows(comparison, "Runs")[0]
     settings = {row["setting"]: (row["a"], row["b"]) for row in rows(comparison, "Settings")}
     assert settings == {
@@ -234,11 +234,11 @@ def test_half_a_line_at_the_end_is_a_run_that_is_being_written(runs: Runs) -> No
     paths = [runs(name, losses={10240: OTHER, 20480: TWO}) for name in "ab"]
     metrics = paths[1] / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-20])
-    assert [run.measured_tokens for run in runs(paths).runs] == [20480, 10240]
+    assert [run.measured_tokens for run in compare(paths).runs] == [20480, 10240]
 
     metrics.write_text("{half\n" + metrics.read_text())
     with pytest.raises(RunError, match=r"Line 1 of .*metrics.jsonl is not a JSON object: '\{half'"):
-        runs(paths)
+        compare(paths)
 
 
 @pytest.mark.parametrize(

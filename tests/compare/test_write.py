@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.compare import read_comparison, runs, write_comparison
+from sparsify.compare import compare, read_comparison, write_comparison
 from sparsify.compare.figures import draw_setting, figures_of
 from sparsify.errors import RunError, StorageError
 from sparsify.reporting.figures import DARK, LIGHT
@@ -49,7 +49,7 @@ def test_the_command_writes_a_whole_folder(sweep: list[Path], sparsify: Command)
     assert second["baseline"] == str(sweep[1] / "baseline")
 
     command = f"sparsify compare {' '.join(map(str, sweep))}"
-    expected = runs(sweep)
+    expected = compare(sweep)
     expected.command = command
     assert read_comparison(to) == expected
     page = (to / "index.html").read_text()
@@ -75,7 +75,7 @@ def test_json_is_the_file_and_a_page_is_replaced(runs: Runs, sparsify: Command) 
 
 
 def test_the_picture_of_a_series_shows_its_numbers(sweep: list[Path]) -> None:
-    figure = draw_setting(runs([sweep[2], sweep[0], sweep[1]]), LIGHT)
+    figure = draw_setting(compare([sweep[2], sweep[0], sweep[1]]), LIGHT)
 
     drawn: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     panels = [axes for axes in figure.axes if axes.get_visible()]
@@ -110,7 +110,7 @@ def test_unfinished_runs_are_no_points_of_a_series(runs: Runs) -> None:
         )
         for rate in rates
     ]
-    comparison = runs(paths)
+    comparison = compare(paths)
     assert comparison.swept_setting == "optimizer.peak_learning_rate"
     line, _ = draw_setting(comparison, LIGHT).axes[0].get_lines()
     assert list(line.get_xdata()) == [1e-4, 1e-3]
@@ -127,7 +127,7 @@ def test_seeds_repeat_the_points_of_a_series(runs: Runs) -> None:
         )
         for (rate, seed), loss in code.items()
     ]
-    comparison = runs(paths)
+    comparison = compare(paths)
     assert comparison.swept_setting == "optimizer.peak_learning_rate"
     line, points = draw_setting(comparison, LIGHT).axes[0].get_lines()
     assert list(line.get_ydata()) == pytest.approx([2.1, 1.55])
@@ -142,7 +142,7 @@ def test_a_diverged_run_is_shown_as_one(runs: Runs, tmp_path: Path) -> None:
     nan = dict.fromkeys(TWO, math.nan)
     losses = {0: {0: TWO, 20480: TWO}, 1: {0: TWO, 20480: nan}}
     paths = [runs(f"seed={i}", f"training.seed={i}", losses=losses[i]) for i in losses]
-    comparison = runs(paths)
+    comparison = compare(paths)
     write_comparison(comparison, tmp_path / "out")
     again = read_comparison(tmp_path / "out")
     assert math.isnan(again.runs[1].loss)
@@ -159,7 +159,7 @@ def test_runs_without_anything_in_common_still_have_a_table(runs: Runs, tmp_path
         runs("a <b>", "training.seed=2", losses={20480: TWO}),
         runs("b", losses={20480: TWO}, fingerprints=fingerprints),
     ]
-    comparison = runs(paths)
+    comparison = compare(paths)
     assert not any(run.loss_comparable for run in comparison.runs)
     write_comparison(comparison, tmp_path / "out")
     files = {path.name for path in (tmp_path / "out").iterdir()}
@@ -200,7 +200,7 @@ def test_what_is_refused(runs: Runs, sparsify: Command, tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_never_replaced(runs: Runs, tmp_path: Path) -> None:
     paths = [runs(f"seed={i}", f"training.seed={i}", losses={20480: TWO}) for i in (1, 2)]
     with pytest.raises(StorageError, match="is not a comparison"):
-        write_comparison(runs(paths), paths[0])
+        write_comparison(compare(paths), paths[0])
     assert (paths[0] / "recipe.yaml").is_file()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "comparison.json").write_text('{"schema_version": 7}')
