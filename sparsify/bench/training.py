@@ -24,6 +24,7 @@ from sparsify.bench.training_report import Loop, Probe, Ratio, TrainBench
 from sparsify.conversion.convert import convert
 from sparsify.errors import RecipeError
 from sparsify.launch.feeder import Feeder, is_done
+from sparsify.methods.live_model import evaluating
 from sparsify.mixture.lock import write_lock
 from sparsify.mixture.sequences.reader import SequenceReader, collate
 from sparsify.mixture.sequences.schedule import SourceSchedule
@@ -34,8 +35,7 @@ from sparsify.runs.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.training.engine import check_machine, init_distributed
-from sparsify.training.kernels.compile import evaluating
-from sparsify.training.loop import Session
+from sparsify.training.session import Session
 from sparsify.training.validation import validate
 
 Say = Callable[[str], None]

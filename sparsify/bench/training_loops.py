@@ -18,7 +18,8 @@ from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import build_engine, deepspeed_config, load_model
-from sparsify.training.loop import Session, train
+from sparsify.training.loop import train
+from sparsify.training.session import Session
 from sparsify.training.worker import build_session
 
 PackedSequence = dict[str, torch.Tensor]
@@ -78,7 +79,7 @@ class Loops:
             turn.step()
             return False
 
-        session = build_session(self.run, once_a_step)  # pyright: ignore[reportArgumentType]
+        session = build_session(self.run, once_a_step)
         # Validation and checkpoints are measured apart: one of them would fall into some blocks and not into others.
         recipe = deepcopy(session.recipe)
         recipe.eval.every_tokens = recipe.checkpoint.every_tokens = 2**62

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 
 from sparsify.errors import RunError
 from sparsify.files import replace_folder, storage_errors, write_json, write_text
+from sparsify.methods.live_model import Engine
 from sparsify.recipe.training import CheckpointSection
 from sparsify.runs.manifest import damage, sync_folder, write_manifest
 from sparsify.runs.state import (
@@ -133,7 +133,7 @@ def _unreadable_state(checkpoint: Path) -> str | None:
 
 
 def save(
-    engine: Any,
+    engine: Engine,
     state: TrainingState,
     checkpoints: Path,
     keep: Keep,
@@ -195,7 +195,7 @@ def _prune(checkpoints: Path, keep: Keep, newest: str) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def load(engine: Any, checkpoint: Path) -> TrainingState:
+def load(engine: Engine, checkpoint: Path) -> TrainingState:
     """Loads weights and optimiser state into an engine; every rank calls it.
 
     Where the checkpoint was written by another number of processes or ZeRO stage, its conversion is loaded, which the
@@ -221,7 +221,7 @@ def load(engine: Any, checkpoint: Path) -> TrainingState:
     return state
 
 
-def _load_shards(engine: Any, folder: Path) -> None:
+def _load_shards(engine: Engine, folder: Path) -> None:
     with unreadable_shards(folder):
         loaded, _ = engine.load_checkpoint(
             str(folder.parent), tag=folder.name, load_lr_scheduler_states=False

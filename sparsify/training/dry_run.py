@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sparsify.errors import RunError
 from sparsify.methods.blending import blend
+from sparsify.methods.live_model import Engine
 from sparsify.methods.penalty import penalty_weight
 from sparsify.mixture.sequences.reader import Batch
 from sparsify.recipe.recipe import Recipe
-from sparsify.training.loop import Session, accumulate
+from sparsify.training.loop import accumulate
 from sparsify.training.objective import Objective
+from sparsify.training.session import Session
 
 BEFORE_FIRST = -1
 """DeepSpeed's count of micro-batches in `stage_1_and_2` before the first of a step."""
@@ -60,7 +61,7 @@ def largest_batch(recipe: Recipe, vocab_size: int, num_sources: int) -> Batch:
     return Batch(tensors, torch.arange(shape[0]) % num_sources)
 
 
-def forget_gradients(engine: Any) -> None:
+def forget_gradients(engine: Engine) -> None:
     """Leaves no gradient of the pass, in whatever form the ZeRO stage keeps it."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:

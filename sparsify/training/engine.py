@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError
+from sparsify.methods.live_model import Engine
 from sparsify.models import SparseModel
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import OptimizerSection
@@ -103,7 +103,7 @@ def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseMo
     return model
 
 
-def build_engine(recipe: Recipe, folder: Path) -> Any:
+def build_engine(recipe: Recipe, folder: Path) -> Engine:
     """Builds the DeepSpeed engine with AdamW around the model in `folder`; every rank calls it."""
     import deepspeed
 
@@ -150,42 +150,7 @@ def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimize
     )
 
 
-def full_weight(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """The whole of a parameter in fp32, its master copy where the engine keeps one; every rank calls it. Not to be written to."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    whole = safe_get_full_fp32_param(parameter)
-    return parameter.detach().float() if whole is None else whole
-
-
-@torch.no_grad()
-def set_full_weight(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Gives a live parameter the value that rank 0 has for it, and its master copy too; every rank calls it between two steps.
-
-    Args:
-        parameter: Of the engine's model, under any ZeRO stage.
-        value: The whole of it, in fp32, on the engine's device.
-    """
-    from deepspeed.runtime.zero import GatheredParameters
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
-
-    value = value.contiguous()
-    dist.broadcast(value, 0)
-    if not hasattr(parameter, "ds_tensor"):  # ZeRO 0 to 2
-        parameter.copy_(value)
-        safe_set_full_fp32_param(parameter, value)
-        return
-    with GatheredParameters(parameter, modifier_rank=0):
-        parameter.copy_(value)
-    # The last rank's part is filled up to the size of the others', which DeepSpeed's own function for whole values overlooks.
-    part = parameter.ds_tensor.numel()  # pyright: ignore[reportAttributeAccessIssue]
-    mine = torch.zeros(part, device=value.device)
-    held = value.flatten()[dist.get_rank() * part :][:part]
-    mine[: len(held)] = held
-    safe_set_local_fp32_param(parameter, mine)
-
-
-def set_learning_rate(engine: Any, value: float) -> None:
+def set_learning_rate(engine: Engine, value: float) -> None:
     """Sets the rate of every parameter group for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value

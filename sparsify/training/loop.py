@@ -3,32 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedTokenizerFast
 
 from sparsify.methods.blending import blend, plain
 from sparsify.methods.calibrated_checkpoint import read_record
-from sparsify.methods.distillation import Teacher
+from sparsify.methods.live_model import evaluating
 from sparsify.methods.penalty import next_control, penalty_weight
-from sparsify.mixture.sequences.reader import NO_LOSS, Batch, PackedSequence, SequenceReader
+from sparsify.mixture.sequences.reader import NO_LOSS, Batch
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.data import wait_for_sequences
-from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import TrainingState, crosses, latest_checkpoint
 from sparsify.training import checkpoints
 from sparsify.training.checkpoints import Keep
 from sparsify.training.engine import learning_rate, set_learning_rate
 from sparsify.training.kernels.activation import fuse_activation
-from sparsify.training.kernels.compile import evaluating
 from sparsify.training.objective import Objective, pressure_line
-from sparsify.training.performance import Performance
 from sparsify.training.refits import refit_if_due
 from sparsify.training.router import RouterMeter, underused_steps
+from sparsify.training.session import Session
 from sparsify.training.stability import (
     BadStep,
     SpikeRule,
@@ -43,36 +40,9 @@ from sparsify.training.stability import (
     with_range,
 )
 from sparsify.training.suite_results import suite_is_due
-from sparsify.training.telemetry import Telemetry
 from sparsify.training.validation import continue_prompts, validate
 
-if TYPE_CHECKING:
-    from sparsify.training.suite import TrainingSuite
-
 REFERENCE_TOKENS = 32
-
-
-@dataclass
-class Session:
-    """One rank's share of a run: the engine, its data and its counters."""
-
-    recipe: Recipe
-    run: RunFolder
-    engine: Any
-    reader: SequenceReader
-    held_out: Mapping[str, Sequence[PackedSequence]]
-    shares: Mapping[str, float]
-    telemetry: Telemetry
-    state: TrainingState
-    stop_requested: Callable[[], bool]
-    performance: Performance
-    tokenizer: PreTrainedTokenizerFast
-    teacher: Teacher | None = None
-    """The dense source, where the recipe distils from it."""
-    suite: TrainingSuite | None = None
-    """What is asked at checkpoints, where the recipe names a suite."""
-    saved: TrainingState | None = None
-    """The state that the newest checkpoint holds, or None before the first."""
 
 
 def train(session: Session) -> bool:
@@ -181,13 +151,23 @@ def _watch_routers(session: Session, routers: RouterMeter | None) -> dict[str, A
     if routers is None:
         return {}
     state, record = session.state, routers.reduce()
-    underused, underused = underused_steps(
-        session.recipe.stability, state.underused_steps, record.load
-    )
-    session.state = replace(state, underused_steps=underused)
-    for layer, expert in underused:
+    counts, alarms = underused_steps(session.recipe.stability, state.underused_steps, record.load)
+    session.state = replace(state, underused_steps=counts)
+    steps = session.recipe.stability.underused_expert_steps
+    for layer, expert in alarms:
         load = record.load[layer][expert]
-        session.telemetry.underused(state.step, state.seen_tokens, layer, expert, load)
+        session.telemetry.record(
+            "underused_expert",
+            state.step,
+            state.seen_tokens,
+            f"expert {expert} of layer {layer} is under-utilised at step {state.step:,}: {load:.2%} of its "
+            f"layer's tokens, too few for {steps} steps in a row; a higher "
+            "training.router_aux_loss_coefficient spreads them more evenly",
+            steps=steps,
+            layer=layer,
+            expert=expert,
+            load=load,
+        )
     return {"router": asdict(record)}
 
 
@@ -253,7 +233,14 @@ def _leave_out(session: Session, bad: BadStep, seen_tokens: int) -> None:
         RunError: If that is to stop, or if there were too many bad steps of late.
     """
     settings, state = session.recipe.stability, session.state
-    session.telemetry.bad_step(bad, seen_tokens, settings.on_bad_step)
+    session.telemetry.record(
+        "bad_step",
+        bad.step,
+        seen_tokens,
+        f"{bad.sentence()}; on_bad_step={settings.on_bad_step}",
+        **{key: value for key, value in asdict(bad).items() if key != "step"},
+        policy=settings.on_bad_step,
+    )
     if settings.on_bad_step == "stop":
         if state.step:
             _save(session)
@@ -275,7 +262,14 @@ def _leave_out(session: Session, bad: BadStep, seen_tokens: int) -> None:
     if num_bad(session.state) > settings.max_bad_steps:
         raise not_recovering(settings, session.state, bad)
     if newest is not None:
-        session.telemetry.rolled_back(bad.step, seen_tokens, before.step, (first, last))
+        session.telemetry.record(
+            "rollback",
+            bad.step,
+            seen_tokens,
+            f"rolled back to the weights of step {before.step:,}; sequences {first}–{last} are skipped",
+            to_step=before.step,
+            sequences=(first, last),
+        )
         _save(session)  # so that a resume finds the same sequences left out
 
 
@@ -286,7 +280,7 @@ def _validate_start(session: Session) -> None:
     calibration = read_record(session.run.initial)
     if calibration is not None:
         # The weights are no longer the base's, which was measured on the same sequences while it was calibrated.
-        session.telemetry.base(calibration["stages"][0], session.shares)
+        _record_base(session, calibration["stages"][0])
         _validate(session, "after_replacement")
     elif session.recipe.model.init == "pretrained" and activation != base:
         model.set_ffn_activation(base, model.config.base_ffn_gate_threshold)
@@ -298,12 +292,31 @@ def _validate_start(session: Session) -> None:
         _validate(session, "base")
 
 
+def _record_base(session: Session, stage: Mapping[str, Any]) -> None:
+    """Records the validation losses of the dense base that a calibration measured: `losses` by source, and `zeros`."""
+    losses: dict[str, float] = stage["losses"]
+    weights = {source: session.shares.get(source, 0.0) for source in losses}
+    loss = sum(weights[name] * value for name, value in losses.items()) / sum(weights.values())
+    session.telemetry.record(
+        "validation",
+        0,
+        0,
+        f"validation base: loss {loss:.3f}, measured during calibration",
+        label="base",
+        loss=loss,
+        sources=losses,
+        zeros=stage["zeros"],
+        source_zeros={},
+    )
+
+
 def _validate(session: Session, label: str) -> None:
-    blended = None
+    fields = {}
     if label == "training":
         state = session.state
         share = blend(session.engine.module, session.recipe, state.seen_tokens, state.refits)
-        label, blended = ("training", None) if share == 1 else ("blending", share)
+        if share < 1:
+            label, fields = "blending", {"blended_share": share}
     result = validate(
         session.engine,
         session.held_out,
@@ -311,7 +324,7 @@ def _validate(session: Session, label: str) -> None:
         session.recipe.training.micro_batch_size,
     )
     state = session.state
-    session.telemetry.validation(state.step, state.seen_tokens, result, label, blended)
+    session.telemetry.validation(state.step, state.seen_tokens, result, label, **fields)
 
 
 def _save(session: Session) -> None:
@@ -336,7 +349,15 @@ def _save(session: Session) -> None:
         reference,
     )
     session.saved = session.state
-    session.telemetry.saved(session.state, saved, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    session.telemetry.record(
+        "checkpoint",
+        session.state.step,
+        session.state.seen_tokens,
+        f"saved {saved.path} ({saved.size_bytes / 1e6:.0f} MB, {seconds:.1f} s)",
+        bytes=saved.size_bytes,
+        seconds=round(seconds, 3),
+    )
 
 
 def _sample(session: Session) -> None:

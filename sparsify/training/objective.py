@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sparsify.methods.distillation import Distiller, Teacher
+from sparsify.methods.live_model import Engine
 from sparsify.methods.penalty import PressureMeter, PressureRecord
 from sparsify.mixture.sequences.reader import Batch
 from sparsify.recipe.recipe import Recipe
@@ -32,7 +33,7 @@ class Objective:
     def __init__(
         self,
         recipe: Recipe,
-        engine: Any,
+        engine: Engine,
         penalty_weight: float | None,
         teacher: Teacher | None,
     ) -> None:
@@ -98,7 +99,7 @@ class Objective:
 
 
 def _forward(
-    engine: Any, tensors: dict[str, torch.Tensor], **options: Any
+    engine: Engine, tensors: dict[str, torch.Tensor], **options: Any
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
     """The model's output; the cross-entropy summed over the labels, which has a gradient; and each sequence's. [] and [sequences]"""
     head = engine.module.lm_head

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,16 +36,13 @@ from sparsify.methods.calibrated_replacement import (
     LayerCalibration,
 )
 from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Routes
+from sparsify.methods.live_model import Engine, evaluating, full_weight, set_full_weight
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
 from sparsify.models import FfnActivation, SparseConfig
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.data import wait_for_sequences
-from sparsify.training.engine import full_weight, set_full_weight
-from sparsify.training.kernels.compile import evaluating
-
-if TYPE_CHECKING:
-    from sparsify.training.loop import Session
+from sparsify.training.session import Session
 
 ROUNDING = 1e-9
 """Of a milestone: so that one that lies at a step's beginning by arithmetic is met there."""
@@ -69,6 +66,19 @@ class RefitRecord:
     error_after: float | None
     num_flipped: int
     kept: list[dict[str, Any]]
+
+    def sentence(self) -> str:
+        """The same for the log."""
+        before, after = (
+            "unknown" if error is None else f"{error:.3f}"
+            for error in (self.error_before, self.error_after)
+        )
+        line = f"refit at blended share {self.blended_share:.2f}: relative error {before} before, {after} after"
+        line += f"; {self.num_flipped:,} signs flipped" if self.num_flipped else ""
+        for one in self.kept:
+            expert = "" if one["expert"] is None else f", expert {one['expert']}"
+            line += f"; layer {one['layer']}{expert} keeps its weights: {one['because']}"
+        return line
 
 
 def refits_due(recipe: Recipe, seen_tokens: int) -> int:
@@ -113,13 +123,22 @@ def refit_if_due(session: Session) -> bool:
     record = refit(session.engine, recipe, session.reader, (first, count), shares)
     # What losses were before says nothing about those to come.
     session.state = replace(state, refits=due, recent_losses=[])
-    session.telemetry.refit(state.step + 1, state.seen_tokens, record, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    session.telemetry.record(
+        "refit",
+        state.step
+        + 1,  # the step that it precedes, so that what is trained again from before it is recorded once
+        state.seen_tokens,
+        f"{record.sentence()} ({seconds:.1f} s)",
+        **asdict(record),
+        seconds=round(seconds, 3),
+    )
     return True
 
 
 @torch.no_grad()
 def refit(
-    engine: Any,
+    engine: Engine,
     recipe: Recipe,
     reader: SequenceReader,
     sequences: tuple[int, int],
@@ -160,7 +179,11 @@ class _Stream:
     """
 
     def __init__(
-        self, engine: Any, reader: SequenceReader, sequences: tuple[int, int], micro_batch_size: int
+        self,
+        engine: Engine,
+        reader: SequenceReader,
+        sequences: tuple[int, int],
+        micro_batch_size: int,
     ) -> None:
         self._engine, self._layer = engine, -1
         self._batches: list[dict[str, torch.Tensor]] = []

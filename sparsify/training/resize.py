@@ -18,13 +18,14 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from sparsify.errors import RunError
 from sparsify.files import storage_errors
 from sparsify.launch.child import exit_with_launcher, log_tail
+from sparsify.methods.live_model import Engine
 from sparsify.runs.state import Shape
 
 CONVERSIONS = ".universal-*"
@@ -114,7 +115,7 @@ def _convert(checkpoint: Path, to: Path, log: Path) -> None:
 
 
 @contextmanager
-def universal_loading(engine: Any) -> Iterator[None]:
+def universal_loading(engine: Engine) -> Iterator[None]:
     """Lets an engine load a converted checkpoint while the block runs.
 
     The setting is not in the engine's configuration, because an ordinary checkpoint may have to be loaded later.
@@ -128,11 +129,12 @@ def universal_loading(engine: Any) -> Iterator[None]:
         {key: value for key, value in group.items() if key != "params"}
         for group in optimizer.param_groups
     ]
-    engine._config.load_universal_checkpoint = True
+    config = cast(Any, engine)._config
+    config.load_universal_checkpoint = True
     try:
         yield
     finally:
-        engine._config.load_universal_checkpoint = False
+        config.load_universal_checkpoint = False
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     for state in optimizer.state.values():

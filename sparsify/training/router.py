@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from sparsify.errors import RecipeError
+from sparsify.methods.live_model import Engine
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import StabilitySection
 
@@ -84,7 +85,7 @@ class RouterMeter:
         )
 
 
-def router_meter(engine: Any) -> RouterMeter | None:
+def router_meter(engine: Engine) -> RouterMeter | None:
     """A meter for the engine's model; None where it has no router."""
     if not is_routed(engine.module.config):
         return None

@@ -11,11 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
 
 from sparsify.errors import RunError
+from sparsify.methods.live_model import Engine
 from sparsify.recipe.training import StabilitySection
 from sparsify.runs.state import TrainingState
 
@@ -138,7 +138,7 @@ def judgement(
     return torch.where(good, 1.0, math.nan)
 
 
-def finish_step(engine: Any) -> tuple[float, bool]:
+def finish_step(engine: Engine) -> tuple[float, bool]:
     """The engine's step at the end of a global batch; without effect when the gradient is not finite.
 
     Returns:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,18 +33,19 @@ from sparsify.evaluation.worker import Measurer
 from sparsify.files import storage_errors
 from sparsify.launch.child import USER_ERROR, log_tail, raise_user_error
 from sparsify.methods.blending import plain
+from sparsify.methods.live_model import Engine, evaluating
 from sparsify.models import SparseModel
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import TrainingState, checkpoint_name
 from sparsify.training.kernels.activation import unfused
-from sparsify.training.kernels.compile import evaluating
 from sparsify.training.suite_results import (
     evaluation_folder,
     held_out_text,
     items_in_instructions,
     provenance_of,
     suite_is_logged,
+    task_figures,
     write_line,
 )
 from sparsify.training.telemetry import Telemetry
@@ -70,7 +70,7 @@ class TrainingSuite:
 
     def measure(
         self,
-        engine: Any,
+        engine: Engine,
         state: TrainingState,
         telemetry: Telemetry,
         stop_requested: Callable[[], bool],
@@ -110,18 +110,28 @@ class TrainingSuite:
         write_line(self._run, checkpoint, asked, folder, results)
         where = str(folder.relative_to(self._run.path))
         seconds = time.monotonic() - started
-        telemetry.suite(state.step, state.seen_tokens, results, where, seconds)
+        parts = "  ".join(f"{task.name} {task.score.value:.3f}" for task in results.tasks)
+        telemetry.record(
+            "suite",
+            state.step,
+            state.seen_tokens,
+            f"suite {results.suite}: {parts}  ({seconds:.1f} s)",
+            suite=results.suite,
+            tasks=task_figures(results),
+            folder=where,
+            seconds=round(seconds, 3),
+        )
         meeting.end(finished=True)
         return True
 
-    def _help(self, meeting: Meeting, engine: Any) -> bool:
+    def _help(self, meeting: Meeting, engine: Engine) -> bool:
         with as_loaded(engine) as model, self._measurer(model, self._tokenizer()) as measurer:
             return meeting.follow(answer_with(measurer))
 
     def _ask_live(
         self,
         meeting: Meeting,
-        engine: Any,
+        engine: Engine,
         checkpoint: Path,
         asked: Asked,
         folder: Path,
@@ -156,7 +166,7 @@ class TrainingSuite:
     def _ask_saved(
         self,
         meeting: Meeting,
-        engine: Any,
+        engine: Engine,
         checkpoint: Path,
         folder: Path,
         say: Callable[[str], None],
@@ -207,7 +217,7 @@ def command_of(checkpoint: Path, asked: Asked) -> str:
 
 
 @contextmanager
-def as_loaded(engine: Any) -> Iterator[SparseModel]:
+def as_loaded(engine: Engine) -> Iterator[SparseModel]:
     """The live model as `sparsify evaluate` would load it: the plain activation by the model's own code, no gradients.
 
     Afterwards model and random numbers are as they were.
@@ -248,7 +258,7 @@ def _random_numbers() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _worker_environment(engine: Any, say: Callable[[str], None]) -> dict[str, str]:
+def _worker_environment(engine: Engine, say: Callable[[str], None]) -> dict[str, str]:
     """For a process that is no rank: on this rank's GPU where that has room for all weights, else on the CPU."""
     place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in place}

@@ -1,48 +1,96 @@
-"""What a run says: metrics.jsonl and sparsity.jsonl always, a line for people, wandb when asked."""
+"""The records of a run: metrics.jsonl, sparsity.jsonl and samples.jsonl, a progress line, and wandb where it is set."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from sparsify.evaluation.results import EvaluationResults
 from sparsify.files import write_text
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
-from sparsify.runs.state import TrainingState
 from sparsify.sparsity.alarms import LayerAlarms
-from sparsify.training.checkpoints import Saved
-from sparsify.training.refits import RefitRecord
-from sparsify.training.stability import BadStep
-from sparsify.training.suite_results import task_figures
 from sparsify.training.tracker import Tracker
 from sparsify.training.validation import Validation
 
 LINE_EVERY_SECONDS = 5.0
 BAR_COLUMNS = 10
 COMPACT_ABOVE = 100_000
+FINAL_LABELS = ("base", "after_replacement", "training")
+"""Validations of a model as it is saved."""
 
 
 class Telemetry:
-    """Speaks for rank 0; the other ranks hold one that is silent.
+    """Records nothing: what every rank but the first holds."""
+
+    def record(self, kind: str, step: int, tokens: int, message: str = "", **fields: Any) -> None:
+        """Adds a line to metrics.jsonl.
+
+        Args:
+            kind: What the line says.
+            step: Finished steps, or the step that it precedes.
+            tokens: Training tokens seen.
+            message: The same as a sentence for the log; "" for none.
+            fields: What else the line holds.
+        """
+
+    def train(
+        self,
+        step: int,
+        tokens: int,
+        loss_sums: dict[str, float],
+        num_labels: dict[str, int],
+        **values: Any,
+    ) -> None:
+        """Records one finished training step.
+
+        Args:
+            step: Finished steps.
+            tokens: Training tokens seen.
+            loss_sums: Cross-entropy of each source in this step, summed over its labels, in nats.
+            num_labels: Labels of each source in this step.
+            values: What else the line holds; what `Performance.step` measured is among it.
+        """
+
+    def validation(
+        self, step: int, tokens: int, result: Validation, label: str, **fields: Any
+    ) -> None:
+        """Records one validation pass.
+
+        Args:
+            step: Finished steps.
+            tokens: Training tokens seen.
+            result: What the pass found.
+            label: Which model was measured: one of FINAL_LABELS, or what an objective calls the model on its way there.
+            fields: What else the lines hold.
+        """
+
+    def samples(self, step: int, tokens: int, prompts: list[str], texts: list[str]) -> None:
+        """Records the continuations of the prompts at a checkpoint."""
+
+    def say(self, line: str) -> None:
+        """Prints a line for people."""
+
+    def close(self) -> None:
+        """Ends the progress bar and the tracker."""
+
+
+class RunTelemetry(Telemetry):
+    """Writes the files of a run; the first rank holds it.
 
     Args:
         recipe: The run's recipe.
         run: Its folder.
-        first_step: Step that training goes on from; lines that a killed run wrote beyond it are removed.
-        silent: Whether to write nothing at all.
+        first_step: Step that training resumes from; lines that a killed run wrote beyond it are removed.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder, first_step: int, *, silent: bool) -> None:
-        self._recipe, self._run, self._silent = recipe, run, silent
+    def __init__(self, recipe: Recipe, run: RunFolder, first_step: int) -> None:
+        self._recipe, self._run = recipe, run
         self._budget_tokens = recipe.num_steps * recipe.step_tokens
         self._last_line = time.monotonic()
         self._zeros: float | None = None
@@ -50,8 +98,6 @@ class Telemetry:
         self._console = Console(highlight=False)
         self._progress: Progress | None = None
         self._tracker: Tracker | None = None
-        if silent:
-            return
         for path in (run.metrics, run.sparsity, run.samples):
             drop_lines_after(path, first_step)
         for record in read_lines(run.sparsity):
@@ -64,32 +110,27 @@ class Telemetry:
             self._progress.start()
             self._task = self._progress.add_task("", total=recipe.num_steps, completed=first_step)
 
+    def record(self, kind: str, step: int, tokens: int, message: str = "", **fields: Any) -> None:
+        line = {"kind": kind, "step": step, "tokens": tokens}
+        self._append(self._run.metrics, line | fields)
+        if message:
+            self.say(message)
+
     def train(
         self,
         step: int,
-        seen_tokens: int,
+        tokens: int,
         loss_sums: dict[str, float],
         num_labels: dict[str, int],
         **values: Any,
     ) -> None:
-        """Records one finished training step.
-
-        Args:
-            step: Finished steps.
-            seen_tokens: Training tokens seen.
-            loss_sums: Cross-entropy of each source in this step, summed over its labels, in nats.
-            num_labels: Labels of each source in this step.
-            values: What else the line holds; what `Performance.step` measured is among it.
-        """
-        if self._silent:
-            return
         loss = sum(loss_sums.values()) / max(sum(num_labels.values()), 1)
         values["sources"] = {
             source: loss_sums[source] / count for source, count in num_labels.items() if count
         }
         values["source_labels"] = num_labels
         now = time.monotonic()
-        record = {"kind": "train", "step": step, "tokens": seen_tokens, "loss": loss, **values}
+        record = {"kind": "train", "step": step, "tokens": tokens, "loss": loss, **values}
         self._append(self._run.metrics, record)
         line = progress_line(record, self._budget_tokens, record.get("zeros", self._zeros))
         if self._progress is not None:
@@ -98,100 +139,12 @@ class Telemetry:
             self._last_line = now
             self._console.print(line, soft_wrap=True)
 
-    def bad_step(self, bad: BadStep, seen_tokens: int, policy: str) -> None:
-        """Records a step that did not go into the weights.
-
-        Args:
-            bad: What was wrong with it.
-            seen_tokens: Training tokens seen, its own among them.
-            policy: What the run does about it.
-        """
-        if self._silent:
-            return
-        record = {"kind": "bad_step", "step": bad.step, "tokens": seen_tokens}
-        self._append(self._run.metrics, record | asdict(bad) | {"policy": policy})
-        self.say(f"{bad.sentence()}; on_bad_step={policy}")
-
-    def rolled_back(
-        self, step: int, seen_tokens: int, to_step: int, sequences: tuple[int, int]
-    ) -> None:
-        """Records that weights and optimiser are again those of a checkpoint, and which sequences were left out by that."""
-        if self._silent:
-            return
-        record = {"kind": "rollback", "step": step, "tokens": seen_tokens, "to_step": to_step}
-        self._append(self._run.metrics, record | {"sequences": sequences})
-        self.say(
-            f"rolled back to the weights of step {to_step:,}; sequences {sequences[0]}–{sequences[1]} are left out"
-        )
-
-    def refit(self, step: int, seen_tokens: int, refitted: RefitRecord, seconds: float) -> None:
-        """Records a milestone of the blending.
-
-        Args:
-            step: The step that it precedes, so that what is trained again from before it is recorded once.
-            seen_tokens: Training tokens seen.
-            refitted: What came of it.
-            seconds: How long training stood still for it.
-        """
-        if self._silent:
-            return
-        record = {"kind": "refit", "step": step, "tokens": seen_tokens, **asdict(refitted)}
-        self._append(self._run.metrics, record | {"seconds": round(seconds, 3)})
-        errors = [
-            "unknown" if error is None else f"{error:.3f}"
-            for error in (refitted.error_before, refitted.error_after)
-        ]
-        line = f"refit, {refitted.blended_share:.0%} of the way: relative error {errors[0]} before, {errors[1]} after"
-        line += f"; {refitted.num_flipped:,} signs turned" if refitted.num_flipped else ""
-        for one in refitted.kept:
-            expert = "" if one["expert"] is None else f", expert {one['expert']}"
-            line += f"; layer {one['layer']}{expert} keeps its weights: {one['because']}"
-        self.say(f"{line} ({seconds:.1f} s)")
-
-    def underused(self, step: int, seen_tokens: int, layer: int, expert: int, load: float) -> None:
-        """Raises the alarm for an expert that has been underused.
-
-        Args:
-            step: Finished steps.
-            seen_tokens: Training tokens seen.
-            layer: Its layer, from 0.
-            expert: Its number in the layer, from 0.
-            load: Share of the layer's routed tokens that it got in this step.
-        """
-        if self._silent:
-            return
-        steps = self._recipe.stability.underused_expert_steps
-        record = {"kind": "underused_expert", "step": step, "tokens": seen_tokens, "steps": steps}
-        self._append(self._run.metrics, record | {"layer": layer, "expert": expert, "load": load})
-        self.say(
-            f"expert {expert} of layer {layer} starves at step {step:,}: {load:.2%} of its layer's tokens, too few for "
-            f"{steps} steps in a row; a higher training.router_aux_loss_coefficient spreads them more evenly"
-        )
-
     def validation(
-        self,
-        step: int,
-        seen_tokens: int,
-        result: Validation,
-        label: str,
-        blended_share: float | None = None,
+        self, step: int, tokens: int, result: Validation, label: str, **fields: Any
     ) -> None:
-        """Records one validation pass.
-
-        Args:
-            step: Finished steps.
-            seen_tokens: Training tokens seen.
-            result: What the pass found.
-            label: `base`, `after_replacement`, `blending` or `training`: which activation was measured.
-            blended_share: How much of the sparse activation was in force while blending.
-        """
-        if self._silent:
-            return
         summary = result.statistics.summary()
         self._zeros = result.statistics.zero_share("product")
-        where: dict[str, Any] = {"step": step, "tokens": seen_tokens, "label": label}
-        if blended_share is not None:
-            where["blended_share"] = blended_share
+        where: dict[str, Any] = {"step": step, "tokens": tokens, "label": label, **fields}
         losses = {"loss": result.loss, "sources": result.losses, "zeros": self._zeros}
         losses["source_zeros"] = result.zeros
         self._append(self._run.metrics, {"kind": "validation", **where, **losses})
@@ -199,7 +152,8 @@ class Telemetry:
         self._append(self._run.sparsity, where | summary | {"alarms": alarms})
         parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())
         what = label.replace("_", " ")
-        what += "" if blended_share is None else f" ({blended_share:.0%} of the way)"
+        for name, value in fields.items():
+            what += f", {name.replace('_', ' ')} {value:.2f}"
         self.say(f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}")
         if self._tracker is not None:
             layers = [record["layers"] for record in read_lines(self._run.sparsity)]
@@ -207,88 +161,29 @@ class Telemetry:
         for alarm in alarms:
             self.say(f"[bold red]Alarm[/bold red] {alarm}")
 
-    def _check_layers(self, layers: list[float], label: str) -> list[str]:
-        # A mixture with the dense activation has no zeros, and is about to have them again.
-        return [] if label == "blending" else self._alarms.check(layers)
-
-    def samples(self, step: int, seen_tokens: int, prompts: list[str], texts: list[str]) -> None:
-        """Records what the model makes of the prompts at a checkpoint."""
-        if self._silent:
-            return
+    def samples(self, step: int, tokens: int, prompts: list[str], texts: list[str]) -> None:
         pairs = [
             {"prompt": prompt, "continuation": text}
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        record = {"step": step, "tokens": seen_tokens, "samples": pairs}
+        record = {"step": step, "tokens": tokens, "samples": pairs}
         with self._run.samples.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._tracker is not None:
             self._tracker.samples(step, pairs)
 
-    def suite(
-        self,
-        step: int,
-        seen_tokens: int,
-        results: EvaluationResults,
-        folder: str,
-        seconds: float,
-    ) -> None:
-        """Records what a suite found.
-
-        Args:
-            step: Finished steps.
-            seen_tokens: Training tokens seen.
-            results: The scores.
-            folder: Where all of them stand, from the run folder on.
-            seconds: How long training stood still for it.
-        """
-        if self._silent:
-            return
-        record = {"kind": "suite", "step": step, "tokens": seen_tokens, "suite": results.suite}
-        record |= {"tasks": task_figures(results), "folder": folder, "seconds": round(seconds, 3)}
-        self._append(self._run.metrics, record)
-        parts = "  ".join(f"{task.name} {task.score.value:.3f}" for task in results.tasks)
-        self.say(f"suite {results.suite}: {parts}  ({seconds:.1f} s)")
-
-    def base(self, stage: Mapping[str, Any], shares: Mapping[str, float]) -> None:
-        """Records the validation losses of the dense base that a calibration measured, before step 1.
-
-        Args:
-            stage: Its `losses` by source and share of `zeros`.
-            shares: Token share of each source.
-        """
-        if self._silent:
-            return
-        losses: dict[str, float] = stage["losses"]
-        weights = {source: shares.get(source, 0.0) for source in losses}
-        loss = sum(weights[name] * value for name, value in losses.items()) / sum(weights.values())
-        record = {"kind": "validation", "step": 0, "tokens": 0, "label": "base", "loss": loss}
-        record |= {"sources": losses, "zeros": stage["zeros"], "source_zeros": {}}
-        self._append(self._run.metrics, record)
-        self.say(f"validation base: loss {loss:.3f}, as calibration measured it")
-
-    def saved(self, state: TrainingState, saved: Saved, seconds: float) -> None:
-        """Records that a checkpoint is on disk, its size, and how long training stood still for it."""
-        if self._silent:
-            return
-        where = {"kind": "checkpoint", "step": state.step, "tokens": state.seen_tokens}
-        cost = {"bytes": saved.size_bytes, "seconds": round(seconds, 3)}
-        self._append(self._run.metrics, where | cost)
-        self.say(f"saved {saved.path} ({saved.size_bytes / 1e6:.0f} MB, {seconds:.1f} s)")
+    def say(self, line: str) -> None:
+        (self._progress.console if self._progress else self._console).print(line, soft_wrap=True)
 
     def close(self) -> None:
-        """Ends the progress bar and the tracker."""
         if self._progress is not None:
             self._progress.stop()
         if self._tracker is not None:
             self._tracker.close()
 
-    def say(self, line: str) -> None:
-        """Prints a line for people."""
-        if not self._silent:
-            (self._progress.console if self._progress else self._console).print(
-                line, soft_wrap=True
-            )
+    def _check_layers(self, layers: list[float], label: str) -> list[str]:
+        # A model on its way may have no zeros yet, and is about to have them.
+        return self._alarms.check(layers) if label in FINAL_LABELS else []
 
     def _append(self, path: Path, record: dict[str, Any]) -> None:
         with path.open("a", encoding="utf-8") as file:

@@ -8,18 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.methods.live_model import Engine, evaluating
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.recipe.evaluation import EvalSection
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.statistics import ActivationStatistics
-from sparsify.training.kernels.compile import evaluating
 
 
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -54,7 +53,7 @@ class Validation:
 
 @torch.no_grad()
 def validate(
-    engine: Any,
+    engine: Engine,
     sequences: Mapping[str, Sequence[PackedSequence]],
     shares: Mapping[str, float],
     micro_batch_size: int,
@@ -75,7 +74,7 @@ def validate(
 
 
 def _source_loss(
-    engine: Any, probe: SparsityProbe, sequences: Sequence[PackedSequence], micro_batch_size: int
+    engine: Engine, probe: SparsityProbe, sequences: Sequence[PackedSequence], micro_batch_size: int
 ) -> float:
     """Ranks take turns sequence by sequence; all of them make the same number of passes, which ZeRO-3 needs."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -100,7 +99,7 @@ def _source_loss(
 
 @torch.no_grad()
 def continue_prompts(
-    engine: Any, tokenizer: PreTrainedTokenizerFast, settings: EvalSection
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, settings: EvalSection
 ) -> list[str]:
     """Greedy continuations of `eval.sample_prompts` by the live model.
 
@@ -117,7 +116,7 @@ def continue_prompts(
     ids = [[padding] * (length - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     with evaluating(engine):
-        output = engine.module.generate(
+        output = engine.module.generate(  # pyright: ignore[reportAttributeAccessIssue]
             torch.tensor(ids, device=engine.device),
             attention_mask=torch.tensor(mask, device=engine.device),
             do_sample=False,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
@@ -32,12 +32,10 @@ from sparsify.runs.state import TrainingState, latest_checkpoint, read_state
 from sparsify.training import checkpoints
 from sparsify.training.dry_run import dry_run
 from sparsify.training.engine import build_engine, init_distributed
-from sparsify.training.loop import Session, train
+from sparsify.training.loop import train
 from sparsify.training.performance import Performance
-from sparsify.training.telemetry import Telemetry
-
-if TYPE_CHECKING:
-    from sparsify.training.suite import TrainingSuite
+from sparsify.training.session import Session, Suite
+from sparsify.training.telemetry import RunTelemetry, Telemetry
 
 
 def main(run_dir: str) -> int:
@@ -64,7 +62,7 @@ def main(run_dir: str) -> int:
     return 0 if finished else INTERRUPTED
 
 
-def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
+def build_session(run: RunFolder, stop_requested: Callable[[], bool]) -> Session:
     """Opens the data that the launcher prepared, builds the engine, and goes on from the newest checkpoint."""
     recipe = run.load_recipe()
     training = recipe.training
@@ -93,35 +91,37 @@ def build_session(run: RunFolder, stop_requested: StopRequest) -> Session:
     )
     if newest is not None:
         state = checkpoints.load(engine, newest)
-    telemetry = Telemetry(recipe, run, state.step, silent=dist.get_rank() != 0)
+    is_first = dist.get_rank() == 0
     return Session(
-        recipe,
-        run,
-        engine,
-        reader,
-        held_out,
-        token_shares(recipe.mixture),
-        telemetry,
-        state,
-        stop_requested,
-        Performance(
+        recipe=recipe,
+        run=run,
+        engine=engine,
+        reader=reader,
+        held_out=held_out,
+        shares=token_shares(recipe.mixture),
+        telemetry=RunTelemetry(recipe, run, state.step) if is_first else Telemetry(),
+        state=state,
+        stop_requested=stop_requested,
+        performance=Performance(
             engine.module,
             training.sequence_length,
             dist.get_world_size(),
             training.precision,
             recipe.num_steps * recipe.step_tokens - state.seen_tokens,
         ),
-        load_tokenizer(run.initial),
-        load_teacher(recipe, run, engine.device),
-        _suite(recipe, run),
+        tokenizer=load_tokenizer(run.initial),
+        teacher=load_teacher(recipe, run, engine.device),
+        suite=_suite(recipe, run),
         saved=None if newest is None else state,
     )
 
 
-def _suite(recipe: Recipe, run: RunFolder) -> TrainingSuite | None:
+def _suite(recipe: Recipe, run: RunFolder) -> Suite | None:
     if recipe.eval.suite is None:
         return None
-    from sparsify.training.suite import TrainingSuite
+    from sparsify.training.suite import (
+        TrainingSuite,  # lm-evaluation-harness takes seconds to import
+    )
 
     return TrainingSuite(recipe, run)
 

@@ -16,8 +16,9 @@ from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.training.dry_run import dry_run, largest_batch
 from sparsify.training.engine import build_engine, init_distributed, set_learning_rate
-from sparsify.training.loop import Session, accumulate
+from sparsify.training.loop import accumulate
 from sparsify.training.objective import Objective
+from sparsify.training.session import Session
 from sparsify.training.stability import finish_step
 
 SETUPS = [(0, "fp32"), *((stage, name) for stage in (1, 2, 3) for name in ("fp32", "bf16"))]

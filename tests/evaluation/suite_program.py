@@ -18,7 +18,8 @@ import xxhash
 from sparsify.evaluation import lm_adapter
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import init_distributed
-from sparsify.training.loop import Session, train
+from sparsify.training.loop import train
+from sparsify.training.session import Session
 from sparsify.training.worker import build_session
 from tests.training.bad_step_program import everything
 

@@ -19,7 +19,7 @@ from sparsify.runs.load import load
 from sparsify.sparsity import ActivationStatistics, SparsityProbe
 from sparsify.sparsity.consecutive import ConsecutiveStatistics
 from sparsify.sparsity.magnitudes import MagnitudeHistogram
-from sparsify.training.telemetry import Telemetry
+from sparsify.training.telemetry import RunTelemetry
 from sparsify.training.validation import Validation
 
 BuildModel = Callable[..., SparseModel]
@@ -124,7 +124,7 @@ def test_a_layer_that_dies_is_named_once_also_after_a_restart(
             model(input_ids)
     result = Validation(2.0, {"code": 2.0}, {"code": 0.9}, probe.statistics())
     for first_step in (0, 1):  # the second time the run goes on from its first step
-        telemetry = Telemetry(recipe, run, first_step, silent=False)
+        telemetry = RunTelemetry(recipe, run, first_step)
         telemetry.validation(1 + first_step, 8, result, "training")
         telemetry.close()
     said = capsys.readouterr().out

@@ -19,7 +19,8 @@ from sparsify.errors import RunError
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import latest_checkpoint
 from sparsify.training.engine import init_distributed
-from sparsify.training.loop import Session, train
+from sparsify.training.loop import train
+from sparsify.training.session import Session
 from sparsify.training.worker import build_session
 
 

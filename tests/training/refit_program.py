@@ -18,11 +18,13 @@ from deepspeed.runtime.zero import GatheredParameters
 from safetensors.torch import load_file
 
 from sparsify.methods.calibrate import Calibrator
+from sparsify.methods.live_model import full_weight
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.engine import full_weight, init_distributed, set_learning_rate
-from sparsify.training.loop import Session, train
+from sparsify.training.engine import init_distributed, set_learning_rate
+from sparsify.training.loop import train
 from sparsify.training.refits import refit, refit_sequences
+from sparsify.training.session import Session
 from sparsify.training.worker import build_session
 from tests.ranks import tokenise
 

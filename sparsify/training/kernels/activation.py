@@ -24,6 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from sparsify.errors import RecipeError, RunError
+from sparsify.methods.live_model import Engine
 from sparsify.models import FfnActivation
 from sparsify.recipe.engine import FUSED_FFN_ACTIVATIONS
 from sparsify.recipe.recipe import Recipe
@@ -363,7 +364,7 @@ class ZeroMeter:
         return zeros / max(values, 1)
 
 
-def zero_meter(recipe: Recipe, engine: Any) -> ZeroMeter | None:
+def zero_meter(recipe: Recipe, engine: Engine) -> ZeroMeter | None:
     """A meter of the next step where `training.count_zeros` asks for one."""
     if not recipe.training.count_zeros:
         return None

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
-import torch
-
 from sparsify.errors import RecipeError
 from sparsify.models import SparseModel
 from sparsify.recipe.recipe import Recipe
@@ -33,21 +27,3 @@ def compile_layers(model: SparseModel, recipe: Recipe) -> None:
     if recipe.training.compile:
         for layer in model.model.layers:
             layer.compile()
-
-
-@contextmanager
-def evaluating(engine: Any) -> Iterator[None]:
-    """Evaluation mode, in which compiled layers run as they are written.
-
-    A compiled layer would not call the hooks of a probe that came after it was compiled, and every other length of text would
-    be compiled anew.
-    """
-    engine.eval()
-    try:
-        if engine.module.model.layers[0]._compiled_call_impl is None:
-            yield
-        else:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-    finally:
-        engine.train()
