@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -117,7 +117,7 @@ def build_engine(recipe: Recipe, folder: Path) -> Engine:
     )
     check_activation(model, recipe.activation.ffn_activation)
     engine.train()  # from_pretrained leaves it in evaluation mode, where gradient checkpointing does nothing
-    return engine
+    return cast(Engine, engine)
 
 
 def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimizer:
