@@ -45,8 +45,9 @@ from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import DistillationSection
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import build_engine, init_distributed
-from sparsify.training.loop import Session, accumulate
+from sparsify.training.loop import accumulate
 from sparsify.training.objective import Objective
+from sparsify.training.session import Session
 from sparsify.training.stability import finish_step
 
 SHAPE = {
