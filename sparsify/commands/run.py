@@ -54,7 +54,7 @@ IDENTITY_SECTIONS = (
     "activation",
     "conversion",
     "blending",
-    "sparsity",
+    "penalty",
     "distillation",
     "mixture",
     "training",

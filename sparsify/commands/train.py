@@ -31,7 +31,7 @@ from sparsify.recipe.sparsification import (
     BlendingSection,
     ConversionSection,
     DistillationSection,
-    SparsitySection,
+    PenaltySection,
 )
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.report import SparsityReport, read_report
@@ -130,7 +130,7 @@ def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
     baseline.activation = ActivationSection(recipe.baseline.ffn_activation)
     baseline.conversion = ConversionSection()
     baseline.baseline.ffn_activation = None
-    baseline.blending, baseline.sparsity = BlendingSection(), SparsitySection()
+    baseline.blending, baseline.penalty = BlendingSection(), PenaltySection()
     baseline.distillation = DistillationSection()
     baseline.name, baseline.run_dir = f"{recipe.name}-baseline", str(run.baseline.path)
     return baseline

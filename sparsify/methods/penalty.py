@@ -273,12 +273,12 @@ def penalty_weight(recipe: Recipe, control: dict[str, float], seen_tokens: int) 
         seen_tokens: Training tokens seen.
     """
     share = seen_tokens / _budget_tokens(recipe)
-    if recipe.sparsity.penalty_stages:
-        return stage_weight(recipe.sparsity.penalty_stages, share)
-    if recipe.sparsity.target_zeros is None:
+    if recipe.penalty.stages:
+        return stage_weight(recipe.penalty.stages, share)
+    if recipe.penalty.target_zeros is None:
         return None
     state = Control.of(control)
-    return 0.0 if state is None else weight(state, recipe.sparsity.target_zeros, share)
+    return 0.0 if state is None else weight(state, recipe.penalty.target_zeros, share)
 
 
 def next_control(
@@ -299,7 +299,7 @@ def next_control(
         loss: The step's mean cross-entropy, in nats.
         blended_share: How much of the sparse activation was in force in the step.
     """
-    target = recipe.sparsity.target_zeros
+    target = recipe.penalty.target_zeros
     if target is None or record is None or blended_share < 1:
         return control
     share = seen_tokens / _budget_tokens(recipe)

@@ -157,7 +157,7 @@ def extra_neuron_values(recipe: Recipe) -> int:
     and the gate's factor once more where the penalty looks at it.
     """
     blending = 3 if recipe.blending.budget_share else 0
-    return blending + (1 if recipe.sparsity.gate_penalty_share else 0)
+    return blending + (1 if recipe.penalty.gate_share else 0)
 
 
 def layer_gradient_bytes(architecture: Architecture, value_bytes: int) -> int:

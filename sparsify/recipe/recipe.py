@@ -31,7 +31,7 @@ from sparsify.recipe.sparsification import (
     BlendingSection,
     ConversionSection,
     DistillationSection,
-    SparsitySection,
+    PenaltySection,
     check_activation,
     check_conversion,
 )
@@ -59,7 +59,7 @@ class Recipe:
     activation: ActivationSection = field(default_factory=ActivationSection)
     conversion: ConversionSection = field(default_factory=ConversionSection)
     blending: BlendingSection = field(default_factory=BlendingSection)
-    sparsity: SparsitySection = field(default_factory=SparsitySection)
+    penalty: PenaltySection = field(default_factory=PenaltySection)
     distillation: DistillationSection = field(default_factory=DistillationSection)
     mixture: MixtureSection = field(default_factory=MixtureSection)
     training: TrainingSection = field(default_factory=TrainingSection)
@@ -342,9 +342,9 @@ def check_blend(recipe: Recipe, base_ffn_activation: str) -> None:
 
 
 def _check_stages(recipe: Recipe) -> None:
-    stages, before = recipe.sparsity.penalty_stages, 0.0
+    stages, before = recipe.penalty.stages, 0.0
     for number, stage in enumerate(stages):
-        key, last = f"sparsity.penalty_stages.{number}", number == len(stages) - 1
+        key, last = f"penalty.stages.{number}", number == len(stages) - 1
         end = stage.until_budget_share
         if not before < end <= 1 or (last and end != 1):
             raise RecipeError(
@@ -357,42 +357,42 @@ def _check_stages(recipe: Recipe) -> None:
         before = end
     if stages and not any(stage.weight for stage in stages):
         raise RecipeError(
-            "sparsity.penalty_stages have weight 0 throughout.",
+            "penalty.stages have weight 0 throughout.",
             allowed="At least one weight above 0, or no stages at all.",
         )
 
 
 def _check_penalty(recipe: Recipe) -> None:
-    sparsity, activation = recipe.sparsity, recipe.activation.ffn_activation
-    pressed = bool(sparsity.penalty_stages) or sparsity.target_zeros is not None
+    penalty, activation = recipe.penalty, recipe.activation.ffn_activation
+    pressed = bool(penalty.stages) or penalty.target_zeros is not None
     thresholds = recipe.conversion.target_zeros is not None
     if pressed and activation in WITHOUT_ZEROS and not thresholds:
-        key = "sparsity.penalty_stages" if sparsity.penalty_stages else "sparsity.target_zeros"
+        key = "penalty.stages" if penalty.stages else "penalty.target_zeros"
         raise RecipeError(
             f"{key} is set with {activation}, which is never exactly zero.",
             next_step="Choose another activation, such as activation=drelu, set conversion.target_zeros, or leave it out.",
         )
-    share = sparsity.gate_penalty_share
+    share = penalty.gate_share
     if not 0 <= share <= 1:
-        raise RecipeError(f"sparsity.gate_penalty_share is {share}.", allowed="Allowed: 0 to 1.")
+        raise RecipeError(f"penalty.gate_share is {share}.", allowed="Allowed: 0 to 1.")
     if share and not pressed:
         raise RecipeError(
-            f"sparsity.gate_penalty_share={share} would be ignored: there is no penalty.",
-            next_step="Set sparsity.penalty_stages or sparsity.target_zeros, or leave it out.",
+            f"penalty.gate_share={share} would be ignored: there is no penalty.",
+            next_step="Set penalty.stages or penalty.target_zeros, or leave it out.",
         )
 
 
 def _check_target(recipe: Recipe) -> None:
-    target = recipe.sparsity.target_zeros
+    target = recipe.penalty.target_zeros
     if target is None:
         return
     if not 0 < target < 1:
         raise RecipeError(
-            f"sparsity.target_zeros is {target}.", allowed="Above 0 and below 1, such as 0.9."
+            f"penalty.target_zeros is {target}.", allowed="Above 0 and below 1, such as 0.9."
         )
-    if recipe.sparsity.penalty_stages:
+    if recipe.penalty.stages:
         raise RecipeError(
-            "sparsity.target_zeros and sparsity.penalty_stages both say what the penalty's weight is.",
+            "penalty.target_zeros and penalty.stages both say what the penalty's weight is.",
             next_step="Leave one of them out.",
         )
 
@@ -510,8 +510,8 @@ def _check_compile(recipe: Recipe) -> None:
             )
     for key, changing in {
         "blending.budget_share": recipe.blending.budget_share > 0,
-        "sparsity.penalty_stages": bool(recipe.sparsity.penalty_stages),
-        "sparsity.target_zeros": recipe.sparsity.target_zeros is not None,
+        "penalty.stages": bool(recipe.penalty.stages),
+        "penalty.target_zeros": recipe.penalty.target_zeros is not None,
         "distillation.ffn_weight": recipe.distillation.ffn_weight > 0,
     }.items():
         if changing:

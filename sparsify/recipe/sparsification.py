@@ -1,4 +1,4 @@
-"""How a model becomes sparse: `activation`, `conversion`, `blending`, `sparsity` and `distillation`."""
+"""How a model becomes sparse: `activation`, `conversion`, `blending`, `penalty` and `distillation`."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ class PenaltyStageSection:
 
 
 @dataclass
-class SparsitySection:
-    """Pressure on the neurons to be exactly zero: an L1 penalty on their activations beside the loss."""
+class PenaltySection:
+    """An L1 penalty on the activations, added to the loss, that drives neurons to exact zeros while the run trains."""
 
-    penalty_stages: list[PenaltyStageSection] = field(default_factory=list)
+    stages: list[PenaltyStageSection] = field(default_factory=list)
     """ProSparse's progressive penalty (arXiv 2402.13516, section 3.2). Empty for none."""
-    gate_penalty_share: float = 0.0
+    gate_share: float = 0.0
     """Part of the penalty that lies on the gate's factor alone, 0 to 1; the rest lies on the product. An exact kernel that
     computes the gate first gains only from the gate's own zeros."""
     target_zeros: float | None = None

@@ -49,7 +49,7 @@ class TrainingState:
     underused_steps: list[list[int]] = field(default_factory=list)
     """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
     control: dict[str, float] = field(default_factory=dict)
-    """Where the loop stands that ends at `sparsity.target_zeros` (`sparsify.methods.penalty.Control`); empty without one."""
+    """Where the loop stands that ends at `penalty.target_zeros` (`sparsify.methods.penalty.Control`); empty without one."""
     refits: int = 0
     """How many of `blending.refit_milestones` the weights have gone through; the activation in force follows from it."""
 

@@ -43,7 +43,7 @@ class Objective:
         self.zeros: ZeroMeter | None = zero_meter(recipe, engine)
         self._pressure: PressureMeter | None = None
         if penalty_weight is not None:
-            gate_share = recipe.sparsity.gate_penalty_share
+            gate_share = recipe.penalty.gate_share
             self._pressure = PressureMeter(engine.module, gate_share, engine.device)
         self._distiller: Distiller | None = None
         if teacher is not None:

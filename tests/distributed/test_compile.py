@@ -73,7 +73,7 @@ def test_a_stopped_compiled_run_goes_on_to_the_same_bits(
         (["training.fused_activation=inductor"], "fused_activation"),
         (["training.count_zeros=true"], "count_zeros"),
         (["blending.budget_share=0.1"], "looks into the layers"),
-        (["sparsity.target_zeros=0.9"], "looks into the layers"),
+        (["penalty.target_zeros=0.9"], "looks into the layers"),
     ],
 )
 def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(

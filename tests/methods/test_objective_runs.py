@@ -58,16 +58,16 @@ def _change(recipe: Recipe, case: str) -> None:
     if "target" in case:
         recipe.training.budget_tokens = 60 * recipe.step_tokens
         recipe.eval.every_tokens = recipe.training.budget_tokens
-        recipe.sparsity.target_zeros = TARGET
+        recipe.penalty.target_zeros = TARGET
         return
     recipe.training.budget_tokens = 5 * recipe.step_tokens
     recipe.engine.zero_stage = int(case[-1])
     recipe.eval.every_tokens = recipe.step_tokens
-    recipe.sparsity.penalty_stages = [
+    recipe.penalty.stages = [
         PenaltyStageSection(0.4, 1.0),
         PenaltyStageSection(1.0, 30.0),
     ]
-    recipe.sparsity.gate_penalty_share = 0.5
+    recipe.penalty.gate_share = 0.5
     if case == WHOLE:
         recipe.training.micro_batch_size *= recipe.accumulation_steps
         recipe.training.gradient_checkpointing = True

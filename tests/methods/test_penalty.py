@@ -122,9 +122,7 @@ def test_a_model_outside_of_a_step_is_not_watched(stock: dict[str, Path]) -> Non
     assert not model.model._forward_pre_hooks
 
 
-STAGES = (
-    "sparsity.penalty_stages=[{until_budget_share:0.5,weight:0},{until_budget_share:1,weight:0.1}]"
-)
+STAGES = "penalty.stages=[{until_budget_share:0.5,weight:0},{until_budget_share:1,weight:0.1}]"
 
 
 @pytest.mark.parametrize(
@@ -137,15 +135,15 @@ STAGES = (
             ["blending.budget_share=0.2", "conversion.calibration_tokens=16384"],
             "fitted the weights to drelu",
         ),
-        (["sparsity.target_zeros=0.9", "activation=swiglu"], "which is never exactly zero"),
+        (["penalty.target_zeros=0.9", "activation=swiglu"], "which is never exactly zero"),
         ([STAGES, "activation=swiglu"], "which is never exactly zero"),
-        ([STAGES, "sparsity.target_zeros=0.9"], "both say what the penalty's weight is"),
-        (["sparsity.target_zeros=1.2"], "Above 0 and below 1"),
-        (["sparsity.gate_penalty_share=0.5"], "would be ignored: there is no penalty"),
-        (["sparsity.gate_penalty_share=2", STAGES], "Allowed: 0 to 1"),
-        (["sparsity.penalty_stages=[{until_budget_share:0.5,weight:1}]"], "this one at 1"),
-        (["sparsity.penalty_stages=[{until_budget_share:1,weight:0}]"], "weight 0 throughout"),
-        (["sparsity.penalty_stages=[{until_budget_share:1,weight:-1}]"], "0 or above"),
+        ([STAGES, "penalty.target_zeros=0.9"], "both say what the penalty's weight is"),
+        (["penalty.target_zeros=1.2"], "Above 0 and below 1"),
+        (["penalty.gate_share=0.5"], "would be ignored: there is no penalty"),
+        (["penalty.gate_share=2", STAGES], "Allowed: 0 to 1"),
+        (["penalty.stages=[{until_budget_share:0.5,weight:1}]"], "this one at 1"),
+        (["penalty.stages=[{until_budget_share:1,weight:0}]"], "weight 0 throughout"),
+        (["penalty.stages=[{until_budget_share:1,weight:-1}]"], "0 or above"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
@@ -156,12 +154,12 @@ def test_settings_that_cannot_work_are_refused(overrides: list[str], message: st
 
 def test_thresholds_let_a_dense_activation_be_pressed() -> None:
     conversion = ["conversion.calibration_tokens=16384", "conversion.target_zeros=0.5"]
-    pressed = ["sparsity.target_zeros=0.9", "activation=swiglu", "baseline.ffn_activation=null"]
-    assert compose_recipe("quickstart", conversion + pressed).sparsity.target_zeros == 0.9
+    pressed = ["penalty.target_zeros=0.9", "activation=swiglu", "baseline.ffn_activation=null"]
+    assert compose_recipe("quickstart", conversion + pressed).penalty.target_zeros == 0.9
 
 
 @pytest.mark.parametrize("name", ["drelu", "reglu"])
-@pytest.mark.parametrize("setting", ["blending.budget_share", "sparsity.gate_penalty_share"])
+@pytest.mark.parametrize("setting", ["blending.budget_share", "penalty.gate_share"])
 def test_the_plan_knows_what_it_keeps_for_the_backward_pass(
     name: str, setting: str, stock: dict[str, Path]
 ) -> None:
