@@ -167,7 +167,7 @@ class Measured(BaseModel):
         return self.predicted_bytes / self.measured_bytes - 1
 
 
-def validate(trials: Sequence[Trial], say: Callable[[str], None]) -> list[Measured]:
+def validate(trials: Sequence[Trial], on_progress: Callable[[str], object]) -> list[Measured]:
     """Measures each trial.
 
     Raises:
@@ -175,7 +175,7 @@ def validate(trials: Sequence[Trial], say: Callable[[str], None]) -> list[Measur
     """
     results = []
     for number, trial in enumerate(trials, start=1):
-        say(f"{number} of {len(trials)}: {trial}")
+        on_progress(f"{number} of {len(trials)}: {trial}")
         with TemporaryDirectory() as folder:
             results.append(_measure(trial, RunFolder(Path(folder))))
     return results

@@ -18,7 +18,6 @@ from sparsify.recipe.engine import FUSED_FFN_ACTIVATIONS
 from sparsify.reporting.tables import figures_table
 from sparsify.training.kernels.activation import fastest_implementation, fuse
 
-Say = Callable[[str], None]
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 FORWARD_PASSES, BOTH_PASSES, COPY_PASSES = 3, 8, 2
 """Tensors that must be read or written at least: gate, up and product; with these the gradient, gate and up again, and
@@ -58,7 +57,13 @@ class ActivationBench(BaseModel):
 
 
 def bench_activation(
-    activation: str, *, tokens: int, neurons: int, dtype: str, repeats: int, say: Say
+    activation: str,
+    *,
+    tokens: int,
+    neurons: int,
+    dtype: str,
+    repeats: int,
+    on_progress: Callable[[str], object],
 ) -> ActivationBench:
     """Measures one activation.
 
@@ -68,7 +73,7 @@ def bench_activation(
         neurons: Columns.
         dtype: `bf16` or `fp32`.
         repeats: Measured rounds, after one to warm up.
-        say: Told what is being measured.
+        on_progress: Told what is being measured.
 
     Raises:
         UserError: If an argument is none of those allowed, or the kernel does not work here.
@@ -85,7 +90,7 @@ def bench_activation(
     torch.manual_seed(0)
     values = torch.randn(3, tokens, neurons, device="cuda" if cuda else "cpu").to(kind)
     grad, gate, up = values.unbind(0)
-    say("Building the kernel")
+    on_progress("Building the kernel")
     ways = _ways(activation)
     works: dict[str, Callable[[], object]] = {"copy": gate.clone}
     for name, way in ways.items():
@@ -93,7 +98,7 @@ def bench_activation(
         own = gate.clone().requires_grad_(), up.clone().requires_grad_()
         works[f"{name} forward"] = _forward(way, *own)
         works[f"{name} both"] = _both(way, *own, grad)
-    seconds = _take_turns(works, repeats, GPU_CALLS if cuda else 1, say)
+    seconds = _take_turns(works, repeats, GPU_CALLS if cuda else 1, on_progress)
     copy = COPY_PASSES / median(seconds["copy"])
     return ActivationBench(
         activation=activation,
@@ -135,13 +140,16 @@ def _both(
 
 
 def _take_turns(
-    works: dict[str, Callable[[], object]], repeats: int, calls: int, say: Say
+    works: dict[str, Callable[[], object]],
+    repeats: int,
+    calls: int,
+    on_progress: Callable[[str], object],
 ) -> dict[str, list[float]]:
     """Seconds of one call of each work in every round, each round in another order."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     for repeat in range(repeats + 1):
-        say("Warming up" if repeat == 0 else f"Round {repeat} of {repeats}")
+        on_progress("Warming up" if repeat == 0 else f"Round {repeat} of {repeats}")
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
             started = clock()

@@ -23,8 +23,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 USUAL_ACTIVE = 0.1
 """At this active share batches and threads are varied, and whole models decode."""
 
-Say = Callable[[str], object]
-
 
 @dataclass(frozen=True)
 class DecodeSettings:
@@ -91,7 +89,7 @@ class DecodeSettings:
             raise RunError(f"This cannot be measured: {'; '.join(found)}.")
 
 
-def bench_decode(settings: DecodeSettings, say: Say) -> DecodeBench:
+def bench_decode(settings: DecodeSettings, on_progress: Callable[[str], object]) -> DecodeBench:
     """Measures blocks over sparsity, batch and threads, then whole models.
 
     Raises:
@@ -104,9 +102,9 @@ def bench_decode(settings: DecodeSettings, say: Say) -> DecodeBench:
     most = max(settings.threads)
     torch.set_num_threads(most)
     try:
-        models = list(_models(settings, say)) if settings.bundle else []
-        ffn = list(_blocks(settings, say))
-        models += [] if settings.bundle else list(_models(settings, say))
+        models = list(_models(settings, on_progress)) if settings.bundle else []
+        ffn = list(_blocks(settings, on_progress))
+        models += [] if settings.bundle else list(_models(settings, on_progress))
     finally:
         torch.set_num_threads(before)
     return DecodeBench(
@@ -125,10 +123,10 @@ def bench_decode(settings: DecodeSettings, say: Say) -> DecodeBench:
     )
 
 
-def _blocks(settings: DecodeSettings, say: Say) -> Iterator[FfnPoint]:
+def _blocks(settings: DecodeSettings, on_progress: Callable[[str], object]) -> Iterator[FfnPoint]:
     if not settings.sparsities:
         return
-    say("making weights")
+    on_progress("making weights")
     most = max(settings.threads)
     blocks = make_blocks(
         settings.hidden,
@@ -144,7 +142,7 @@ def _blocks(settings: DecodeSettings, say: Say) -> Iterator[FfnPoint]:
         if (active, gates, tokens, threads) in done:
             continue
         done.add((active, gates, tokens, threads))
-        say(
+        on_progress(
             f"{1 - active:.0%} zeros, gates positive {gates:.0%}, batch {tokens}, {threads} threads"
         )
         torch.set_num_threads(threads)
@@ -163,11 +161,11 @@ def _grid(settings: DecodeSettings, most: int) -> Iterator[tuple[float, float, i
         yield USUAL_ACTIVE, USUAL_ACTIVE, 1, threads
 
 
-def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
+def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> Iterator[ModelPoint]:
     model: Any
     if settings.bundle is not None:
         name = settings.bundle
-        say(f"loading {name}")
+        on_progress(f"loading {name}")
         loaded = load(name)
         model = loaded.model
         check_acceleratable(model)
@@ -176,7 +174,7 @@ def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
         ids = _tokens(loaded, settings)
     elif settings.layers:
         name = f"random weights, {settings.layers} layers of Mistral-7B's shape"
-        say("making a model of random weights")
+        on_progress("making a model of random weights")
         model, predictors = random_model(
             settings.layers, USUAL_ACTIVE, USUAL_ACTIVE, settings.rank, DTYPES[settings.dtype]
         )
@@ -185,7 +183,7 @@ def _models(settings: DecodeSettings, say: Say) -> Iterator[ModelPoint]:
     else:
         return
     yield measure_model(
-        *(model, name, predictors, ids, settings.decode_tokens, settings.repeats, say),
+        *(model, name, predictors, ids, settings.decode_tokens, settings.repeats, on_progress),
         weights=settings.weights,
     )
 

@@ -246,7 +246,7 @@ def measure_model(
     ids: torch.Tensor,
     decode_tokens: int,
     repeats: int,
-    say: Callable[[str], object],
+    on_progress: Callable[[str], object],
     weights: str = "stored",
 ) -> ModelPoint:
     """Feeds the same tokens to the model and to its accelerated self.
@@ -258,7 +258,7 @@ def measure_model(
         ids: Prompt and the tokens after it, [1, tokens].
         decode_tokens: How many of them are decoded one by one; the others are the prompt.
         repeats: Of everything.
-        say: Told what happens.
+        on_progress: Told what happens.
         weights: How the accelerated ones read the feed-forward weights: stored, int8 or int4.
     """
     contenders: dict[str, Any] = {"torch": dense_twin(model)}
@@ -272,7 +272,7 @@ def measure_model(
     outside = dict.fromkeys(contenders, 0.0)
     for repeat in range(repeats + 1):
         for key, one in contenders.items():
-            say(f"{name}: {key}, repeat {repeat} of {repeats}")
+            on_progress(f"{name}: {key}, repeat {repeat} of {repeats}")
             acceleration = accelerations.get(key)
             prompt_seconds, seconds, ffn = _decode(one, acceleration, ids, decode_tokens)
             if repeat:  # the first warms up

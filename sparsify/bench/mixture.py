@@ -30,8 +30,6 @@ from sparsify.mixture.tokens.pool import BATCH_DOCUMENTS
 from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.training import TrainingSection
 
-Say = Callable[[str], None]
-
 MIN_SEQUENCES = 20
 """Below, half a run and a tenth of one are no sequences to speak of."""
 LATE = 0.9
@@ -48,7 +46,7 @@ def bench_mixture(
     buffer_documents: int,
     load_tokens: int,
     repeats: int,
-    say: Say,
+    on_progress: Callable[[str], object],
 ) -> MixtureBench:
     """Measures both sides.
 
@@ -60,7 +58,7 @@ def bench_mixture(
         buffer_documents: Of the other side's shuffle buffers.
         load_tokens: Tokens of one repeat of loading from the cache.
         repeats: Of every time.
-        say: Told what is being measured.
+        on_progress: Told what is being measured.
 
     Raises:
         UserError: If the mixture or the tokenizer cannot be read, a number cannot be, or there is too little text.
@@ -83,10 +81,10 @@ def bench_mixture(
             next_step=f"Set --budget-tokens to {MIN_SEQUENCES * sequence_length} or more.",
         )
     with tempfile.TemporaryDirectory(prefix="sparsify-bench-") as folder, _quiet_datasets():
-        say("Writing the text out as JSON lines")
+        on_progress("Writing the text out as JSON lines")
         corpus = write_corpus(mixture, Path(folder), budget_tokens)
         bench = _Bench(corpus, tokenizer, budget_tokens, sequence_length, buffer_documents)
-        return bench.run(load_tokens, repeats, say)
+        return bench.run(load_tokens, repeats, on_progress)
 
 
 def _check_numbers(**numbers: int) -> None:
@@ -136,26 +134,30 @@ class _Bench:
             corpus, tokenizer, sequence_length, seed, buffer_documents, corpus.shares
         )
 
-    def run(self, load_tokens: int, repeats: int, say: Say) -> MixtureBench:
-        say("From text to sequences: ours, the bare tokenizer, interleave_datasets, in turns")
+    def run(
+        self, load_tokens: int, repeats: int, on_progress: Callable[[str], object]
+    ) -> MixtureBench:
+        on_progress(
+            "From text to sequences: ours, the bare tokenizer, interleave_datasets, in turns"
+        )
         times, tokenized = self._time_text(repeats)
-        say("Loading from the cache")
+        on_progress("Loading from the cache")
         sizes = (self.ours.sequence_length, 2 * self.ours.sequence_length)
         loaded = [self._load(size, load_tokens, repeats) for size in sizes]
-        say("Counting what ours delivers and what a resume does to it")
+        on_progress("Counting what ours delivers and what a resume does to it")
         ours_counted = mixture_pipelines.count_ours(
             self.ours, self.cache_dir, self.num_sequences, stop=self.half
         )
-        say("Counting what interleave_datasets delivers and what a resume does to it")
+        on_progress("Counting what interleave_datasets delivers and what a resume does to it")
         theirs_counted, late_state = mixture_pipelines.count_interleaved(
             self.theirs, self.num_sequences, stop=self.half, late=self.late
         )
         by_length = mixture_pipelines.count_by_length(
             self.theirs, self.ours.tokenize(self.cache_dir), self.num_sequences
         )
-        say("Resuming late")
+        on_progress("Resuming late")
         ours_late, theirs_late, theirs_skip = self._resume_late(late_state, repeats)
-        say("Peak memory, each side in a process of its own")
+        on_progress("Peak memory, each side in a process of its own")
         memory = measure_apart(
             {
                 "ours": (_ours_from_text, self.ours, self.num_sequences, self.folder / "memory"),

@@ -9,6 +9,7 @@ What the recovery benchmark found: for each variant its runs, its gap to the den
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,6 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from sparsify.commands import Say
 from sparsify.commands.run import train_run
 from sparsify.errors import RecipeError, RunError, nearest
 from sparsify.recipe.catalogue import recipe_names
@@ -24,6 +24,8 @@ from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 DENSE = "dense"
 """The variant that all others are held against."""
@@ -205,12 +207,11 @@ def arm_names() -> list[str]:
     return sorted(names, key=lambda name: (name != DENSE, name))
 
 
-def bench_recovery(plan: RecoveryPlan, say: Say) -> Recovery:
+def bench_recovery(plan: RecoveryPlan) -> Recovery:
     """Trains what is not trained yet, and puts the variants side by side.
 
     Args:
         plan: What to train.
-        say: Told what happens, a line at a time.
 
     Raises:
         RecipeError: If there is no such variant, nothing to choose from, or a recipe that cannot work.
@@ -224,10 +225,10 @@ def bench_recovery(plan: RecoveryPlan, say: Say) -> Recovery:
     }
     variants: dict[str, tuple[dict[float, float], list[RecoveryRun]]] = {}
     for name in names:
-        tried = [_run(recipes[name, rate], name, say) for rate in plan.rates]
+        tried = [_run(recipes[name, rate], name) for rate in plan.rates]
         best = min(tried, key=lambda run: run.last.loss)
         others = [
-            _run(_recipe(plan, name, best.peak_learning_rate, seed), name, say)
+            _run(_recipe(plan, name, best.peak_learning_rate, seed), name)
             for seed in plan.seeds[1:]
         ]
         searched = {run.peak_learning_rate: run.last.loss for run in tried}
@@ -285,8 +286,10 @@ def _recipe(plan: RecoveryPlan, name: str, rate: float, seed: int) -> Recipe:
     return recipe
 
 
-def _run(recipe: Recipe, name: str, say: Say) -> RecoveryRun:
-    say(f"{name}: rate {recipe.optimizer.peak_learning_rate:g}, seed {recipe.training.seed}")
+def _run(recipe: Recipe, name: str) -> RecoveryRun:
+    logger.info(
+        f"{name}: rate {recipe.optimizer.peak_learning_rate:g}, seed {recipe.training.seed}"
+    )
     run = RunFolder(Path(recipe.run_dir))
-    train_run(recipe, run, say)
+    train_run(recipe, run)
     return read_run(run, name)

@@ -142,7 +142,10 @@ class Turn:
 
 
 def take_turns(
-    loops: Mapping[str, TrainingLoop], block_steps: int, blocks: int, say: Callable[[str], None]
+    loops: Mapping[str, TrainingLoop],
+    block_steps: int,
+    blocks: int,
+    on_progress: Callable[[str], object],
 ) -> dict[str, Turn]:
     """Runs the loops block by block, each time in another order.
 
@@ -150,18 +153,20 @@ def take_turns(
         loops: Functions that train until `Turn.step` raises.
         block_steps: Steps of a block.
         blocks: Measured blocks of each loop.
-        say: Told what is going on.
+        on_progress: Told what is going on.
 
     Returns:
         Their turns, with the seconds of a step in each block.
     """
     turns = {name: Turn(name, block_steps, blocks) for name in loops}
     for name, loop in loops.items():
-        say(f"Setting up: {name}")
+        on_progress(f"Setting up: {name}")
         turns[name].start(loop)
     names = list(loops)
     for block in range(blocks + 1):
-        say("Warming up" if block == 0 else f"Block {block} of {blocks}, {block_steps} steps each")
+        on_progress(
+            "Warming up" if block == 0 else f"Block {block} of {blocks}, {block_steps} steps each"
+        )
         shift = block % len(names)
         for name in names[shift:] + names[:shift]:
             turns[name].go()

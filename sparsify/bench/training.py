@@ -38,11 +38,14 @@ from sparsify.training.engine import check_machine, init_distributed
 from sparsify.training.session import Session
 from sparsify.training.validation import validate
 
-Say = Callable[[str], None]
-
 
 def bench_train(
-    name_or_path: str, overrides: Sequence[str], *, block_steps: int, blocks: int, say: Say
+    name_or_path: str,
+    overrides: Sequence[str],
+    *,
+    block_steps: int,
+    blocks: int,
+    on_progress: Callable[[str], object],
 ) -> TrainBench:
     """Measures the loops.
 
@@ -51,7 +54,7 @@ def bench_train(
         overrides: Hydra overrides.
         block_steps: Steps of one block.
         blocks: Measured blocks of each loop.
-        say: Told what is being measured.
+        on_progress: Told what is being measured.
 
     Raises:
         UserError: Whatever is wrong with the recipe, its model or its data, or with the numbers.
@@ -81,12 +84,12 @@ def bench_train(
             # A waiting thread of OpenMP spins, which would count as work.
             torch.set_num_threads(recipe.launch.threads_per_process or 1)
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-            say("Preparing weights and sequences")
+            on_progress("Preparing weights and sequences")
             run = RunFolder(Path(folder))
             sequences = _prepare(recipe, run)
             _join_alone()
             try:
-                return _measure(Loops(others, run, sequences), block_steps, blocks, say)
+                return _measure(Loops(others, run, sequences), block_steps, blocks, on_progress)
             finally:
                 gc.collect()
                 dist.destroy_process_group()
@@ -134,17 +137,19 @@ def _join_alone() -> None:
     init_distributed()
 
 
-def _measure(loops: Loops, block_steps: int, blocks: int, say: Say) -> TrainBench:
+def _measure(
+    loops: Loops, block_steps: int, blocks: int, on_progress: Callable[[str], object]
+) -> TrainBench:
     recipe = loops.recipe
     turns = take_turns(
         {"bare engine": loops.bare, "sparsify": loops.ours, "Trainer": loops.trainer},
         block_steps,
         blocks,
-        say,
+        on_progress,
     )
     bare, ours, trainer = turns["bare engine"], turns["sparsify"], turns["Trainer"]
     assert loops.session is not None
-    say("Validation with and without the probe")
+    on_progress("Validation with and without the probe")
     probe = _probe(loops.session, median(ours.seconds), blocks)
     overheads = [ratio - 1 for ratio in paired_ratios(ours.seconds, bare.seconds)]
     cuda = torch.cuda.is_available()

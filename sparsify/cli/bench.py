@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from sparsify.cli.options import AsJson, Overrides, console, numbers
+from sparsify.reporting.log_lines import error_console, print_log_lines
 
 bench_app = typer.Typer(
     no_args_is_help=True,
@@ -54,7 +55,7 @@ def bench_mixture(
             buffer_documents=buffer_documents,
             load_tokens=load_tokens,
             repeats=repeats,
-            say=status.update,
+            on_progress=status.update,
         )
     console.print_json(result.model_dump_json()) if as_json else console.print(
         mixture_table(result)
@@ -78,7 +79,11 @@ def bench_train(
 
     with Console(stderr=True).status("") as status:
         result = training.bench_train(
-            recipe, overrides or [], block_steps=block_steps, blocks=blocks, say=status.update
+            recipe,
+            overrides or [],
+            block_steps=block_steps,
+            blocks=blocks,
+            on_progress=status.update,
         )
     console.print_json(result.model_dump_json()) if as_json else console.print(
         training_table(result)
@@ -115,7 +120,8 @@ def bench_recovery(
         numbers("--seeds", seeds, int),
         overrides or [],
     )
-    result = bench_recovery(plan, Console(stderr=True, highlight=False).print)
+    print_log_lines(to=error_console)
+    result = bench_recovery(plan)
     write_recovery(result, to)
     if as_json:
         console.print_json(result.model_dump_json())
@@ -229,7 +235,7 @@ def bench_activation(
             neurons=neurons,
             dtype=dtype,
             repeats=repeats,
-            say=status.update,
+            on_progress=status.update,
         )
     console.print_json(result.model_dump_json()) if as_json else console.print(
         bench.activation_table(result)

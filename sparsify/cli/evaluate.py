@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsify.cli.options import AsJson, Overrides, console, quiet, say
+from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,13 +90,13 @@ def evaluate(
     some = tuple(tasks.split(",")) if tasks else ()
     asked = Asked(suite, some, data_dir, limit, batch_size, dtype, on, to, predictors, processes)
     command = " ".join(["sparsify", *sys.argv[1:]])
-    tell = quiet if as_json else say
+    log_progress(quiet=as_json)
     with _bars() as on_progress:
         if follow:
-            found = follow_run(model, asked, command, tell, on_progress)
+            found = follow_run(model, asked, command, on_progress)
             where = f"{model}/{LINES_FILE} and {model}/evaluations/"
         else:
-            results, folder = evaluate_model(model, asked, command, tell, on_progress)
+            results, folder = evaluate_model(model, asked, command, on_progress)
             found, where = (
                 [results],
                 f"{folder}: results.json, results.md, model-index.yaml, items/",
@@ -108,8 +108,8 @@ def evaluate(
     for results in found:
         console.print(results_table(results))
         for note in results.notes:
-            say(note)
-    say(where)
+            print_line(note)
+    print_line(where)
 
 
 def paper(
@@ -132,15 +132,16 @@ def paper(
     from sparsify.commands.paper import paper_tables
     from sparsify.evaluation.report import terminal_table
 
-    rows, tables, to = paper_tables(recipe, overrides or [], on, tokens, quiet if as_json else say)
+    log_progress(quiet=as_json)
+    rows, tables, to = paper_tables(recipe, overrides or [], on, tokens)
     if as_json:
         console.print_json(tables.model_dump_json())
         return
     for table in rows:
         console.print(terminal_table(table))
         for note in table.notes:
-            say(note)
-    say(f"{to}: tables.md, tables.json")
+            print_line(note)
+    print_line(f"{to}: tables.md, tables.json")
 
 
 @contextmanager

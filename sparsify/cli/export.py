@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from sparsify.cli.options import AsJson, console, say
+from sparsify.cli.options import AsJson, console, print_line
 
 WRITE = "write"
 
@@ -110,26 +110,26 @@ def export_write(
     bundle_options |= {"--evaluation": evaluation, "--unchecked": unchecked}
     check_options(format, options, [name for name, value in bundle_options.items() if value])
     if format != "hf":
-        written = to_powerinfer(model_or_run, to, format, options, say)
-        say(f"{to / written.model_file}: {written.size_bytes / 1e6:.1f} MB in all")
+        written = to_powerinfer(model_or_run, to, format, options)
+        print_line(f"{to / written.model_file}: {written.size_bytes / 1e6:.1f} MB in all")
         for note in written.notes:
-            say(f"Note: {note}")
+            print_line(f"Note: {note}")
         return
     bundle = to_bundle(
         *(model_or_run, to, predictors, dtype, shard_gb, license, evaluation or []),
         checked=not unchecked,
     )
-    say(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
+    print_line(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
     if bundle.acceptance is None:
-        say(f"Not checked. Where memory holds the whole model: sparsify export verify {to}")
+        print_line(f"Not checked. Where memory holds the whole model: sparsify export verify {to}")
     else:
-        say(f"Checked: {bundle.acceptance.sentence()}.")
+        print_line(f"Checked: {bundle.acceptance.sentence()}.")
     if bundle.has_predictors:
-        say("Predictors are in predictors/.")
+        print_line("Predictors are in predictors/.")
     if push_to_hub is not None:
         from sparsify.export.hub import push_to_hub as publish
 
-        say(f"Published: {publish(bundle.folder, push_to_hub, private=private)}")
+        print_line(f"Published: {publish(bundle.folder, push_to_hub, private=private)}")
 
 
 @export_app.command("verify")
@@ -151,5 +151,5 @@ def export_verify(
         console.print_json(json.dumps([vars(check) for check in checks]))
     else:
         for check in checks:
-            say(f"{'holds ' if check.holds else 'BROKEN'}  {check.name}: {check.found}")
+            print_line(f"{'holds ' if check.holds else 'BROKEN'}  {check.name}: {check.found}")
     refuse_broken(bundle, checks)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsify.cli.options import AsJson, console, quiet
+from sparsify.cli.options import AsJson, console
 
 if TYPE_CHECKING:
     from sparsify.commands.generate import Generated
@@ -63,7 +63,7 @@ def generate(
         predictors=predictors,
         threads=threads,
         dense=dense,
-        write=quiet if as_json else _write,
+        write=(lambda _: None) if as_json else _write,
     )
     if as_json:
         console.print_json(json.dumps(dataclasses.asdict(result)))

@@ -16,7 +16,7 @@ from sparsify.cli.evaluate import evaluate, paper
 from sparsify.cli.export import export_app
 from sparsify.cli.generate import generate
 from sparsify.cli.mixture import mixture_app
-from sparsify.cli.options import AsJson, Overrides, console, quiet, say
+from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_line
 from sparsify.cli.predictors import predictors_app
 from sparsify.errors import UserError
 
@@ -49,6 +49,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    log_progress()
     from sparsify.launch.launcher import Interrupted
 
     try:
@@ -104,7 +105,7 @@ def recipes_copy(recipe: str, to: Path) -> None:
     from sparsify.recipe.catalogue import copy_recipe
 
     copy_recipe(recipe, to)
-    say(f"{to}: change it, then `sparsify train {to}`")
+    print_line(f"{to}: change it, then `sparsify train {to}`")
 
 
 @recipes_app.command("validate")
@@ -119,7 +120,7 @@ def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None
 
     for name in paths or recipe_names():
         suite_of(compose_recipe(name).eval)
-        say(f"{name}: valid")
+        print_line(f"{name}: valid")
 
 
 @app.command()
@@ -217,7 +218,7 @@ def convert(
     if calibrate_on is None:
         swap = verb.convert_model(model, chosen, to, on or "quickstart", tokens)
     else:
-        swap = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens, say)
+        swap = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens)
     if as_json:
         console.print_json(json.dumps(tables.replacement_record(swap)))
     else:
@@ -242,7 +243,7 @@ def train(
     from sparsify.recipe.compose import sweep
 
     for choice in sweep(overrides or []) if multirun else [overrides or []]:
-        result = run_recipe(recipe, choice, say)
+        result = run_recipe(recipe, choice)
         if result is None:
             continue  # node 0 shows it
         if as_json:
@@ -279,9 +280,9 @@ def report(
     from sparsify.cli import tables
     from sparsify.commands.report import make_report
 
-    tell = quiet if as_json else say
+    log_progress(quiet=as_json)
     result, folder = make_report(
-        model_or_run, on, tokens, to, tell, curve_tokens=curve_tokens, against=against
+        model_or_run, on, tokens, to, curve_tokens=curve_tokens, against=against
     )
     if as_json:
         console.print_json(result.model_dump_json())
@@ -332,8 +333,8 @@ def reproduce(
 
     plan = reproduction(bundle.expanduser(), to)
     for difference in plan.differences:
-        say(f"Note: {difference}.")
-    say(plan.command)
+        print_line(f"Note: {difference}.")
+    print_line(plan.command)
     if run:
-        for sentence in run_again(bundle.expanduser(), plan, say):
-            say(sentence)
+        for sentence in run_again(bundle.expanduser(), plan):
+            print_line(sentence)

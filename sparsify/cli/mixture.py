@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AsJson, Overrides, console, quiet, say
+from sparsify.cli.options import AsJson, Overrides, console, log_progress
 
 mixture_app = typer.Typer(
     no_args_is_help=True,
@@ -35,7 +35,7 @@ def mixture_preview(
     from sparsify.cli import tables
     from sparsify.commands.mixture import preview
 
-    for sequence in preview(mixture, tokenizer, sequences, sequence_length, say):
+    for sequence in preview(mixture, tokenizer, sequences, sequence_length):
         console.print(tables.sequence_preview(sequence))
 
 
@@ -56,8 +56,8 @@ def mixture_stats(
     from sparsify.cli import tables
     from sparsify.commands.mixture import stats
 
-    tell = quiet if as_json else say
-    result = stats(mixture, tokenizer, budget_tokens, sequence_length, tell)
+    log_progress(quiet=as_json)
+    result = stats(mixture, tokenizer, budget_tokens, sequence_length)
     if as_json:
         console.print_json(result.model_dump_json())
     else:
@@ -113,7 +113,7 @@ def mixture_tune(
         confirm or confirm_tokens is not None,
         confirm_tokens,
     )
-    found, folder = tune(request, say)
+    found, folder = tune(request)
     if as_json:
         console.print_json(found.model_dump_json())
     else:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
 from sparsify.errors import RecipeError
+from sparsify.reporting.log_lines import error_console, print_log_lines
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -19,13 +21,17 @@ Number = TypeVar("Number", int, float)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
-def say(line: str) -> None:
-    """Prints a line as it is."""
+def print_line(line: str) -> None:
+    """Prints a line of a command's result as it is."""
     console.print(line, markup=False)
 
 
-def quiet(_line: str) -> None:
-    """Prints nothing: what else stands on the terminal is JSON."""
+def log_progress(*, quiet: bool = False) -> None:
+    """Prints what the command does as lines; with `quiet` only warnings, on standard error: standard output holds JSON."""
+    if quiet:
+        print_log_lines(logging.WARNING, to=error_console)
+    else:
+        print_log_lines()
 
 
 def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sparsify.cli.options import AsJson, console, quiet, say
+from sparsify.cli.options import AsJson, console, log_progress
 
 predictors_app = typer.Typer(
     no_args_is_help=True,
@@ -63,9 +63,9 @@ def predictors_train(
     settings = Settings(
         cast(Any, input), recall, budget_share, tuple(rank or ()), passes, learning_rate, seed
     )
+    log_progress(quiet=as_json)
     with Console(stderr=True).status("") as status:
-        tell = quiet if as_json else say
-        result, folder = train(model_or_run, on, tokens, to, settings, tell, status.update)
+        result, folder = train(model_or_run, on, tokens, to, settings, status.update)
     if as_json:
         console.print_json(result.facts.model_dump_json())
     else:
@@ -99,8 +99,8 @@ def predictors_judge(
     from sparsify.commands.predictors import judge, refuse_useless
     from sparsify.predictors.report import judgement_summary
 
+    log_progress(quiet=as_json)
     with Console(stderr=True).status("") as status:
-        tell = quiet if as_json else say
         result, folder = judge(
             model_or_run,
             predictors,
@@ -108,7 +108,6 @@ def predictors_judge(
             tokens,
             max_loss_rise,
             threshold or [],
-            tell,
             status.update,
         )
     if as_json:

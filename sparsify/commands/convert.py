@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from sparsify.commands import Say
 from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
@@ -95,7 +94,6 @@ def convert_model_calibrated(
     to: Path,
     calibrate_on: str,
     num_tokens: int,
-    say: Say,
 ) -> Swap:
     """Converts a checkpoint with the calibrated replacement and measures each stage.
 
@@ -106,7 +104,6 @@ def convert_model_calibrated(
         to: Folder to write.
         calibrate_on: Text file, mixture name or mixture path.
         num_tokens: Tokens to measure on: of a text those after the calibration tokens, of a mixture held-out ones.
-        say: Told what happens, a line a layer.
     """
     check_activation(activation, "--activation", "--gate-threshold")
     check_conversion(settings)
@@ -134,7 +131,6 @@ def convert_model_calibrated(
         settings,
         to,
         sequences_for,
-        say,
         seed=0,  # nothing is drawn
         dtype=torch.bfloat16,
     )

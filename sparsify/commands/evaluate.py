@@ -8,6 +8,7 @@ A process of its own reads saved checkpoints. So it is the same for every ZeRO s
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsify.commands import Say
 from sparsify.conversion.source import locate
 from sparsify.errors import EvaluationError, ModelError, RunError
 from sparsify.evaluation.heldout import HeldOut
@@ -39,6 +39,8 @@ from sparsify.training.suite_results import (
     write_line,
 )
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from sparsify.evaluation.lm_adapter import Progress
 
@@ -50,7 +52,6 @@ def evaluate_model(
     model: str,
     asked: Asked,
     command: str,
-    say: Say,
     on_progress: Callable[[str], Progress],
 ) -> tuple[EvaluationResults, Path]:
     """Measures a suite on a model and writes what came out.
@@ -95,13 +96,13 @@ def evaluate_model(
     held_out = _held_out(loaded, suite, asked.on)
     folder = asked.to or default_folder(loaded, asked)
     named = None if predictors is None else (str(asked.predictors), predictors)
-    say(f"Measuring {loaded.name}: suite {suite.name}{_how(asked, predictors)}")
+    logger.info(f"Measuring {loaded.name}: suite {suite.name}{_how(asked, predictors)}")
     subject = Subject(loaded.model, loaded.tokenizer, loaded.name, provenance(loaded), named)
     settings = Settings(asked.limit, asked.batch_size, asked.processes)
     results = evaluate(subject, suite, sources, held_out, folder, settings, on_progress=on_progress)
     results.command = command
     if subject.provenance is not None:
-        found = items_in_instructions(results, folder, _recipe_of(loaded), say)
+        found = items_in_instructions(results, folder, _recipe_of(loaded))
         for task in results.tasks:
             task.overlaps = found.get(task.name, [])
     write_results(results, folder)
@@ -168,7 +169,6 @@ def follow(
     run_folder: str,
     asked: Asked,
     command: str,
-    say: Say,
     on_progress: Callable[[str], Progress],
     poll_seconds: float = POLL_SECONDS,
 ) -> list[EvaluationResults]:
@@ -204,13 +204,15 @@ def follow(
     while True:
         waited_for = [path for path in _checkpoints(run) if not has_line(run, path, asked)]
         for checkpoint in waited_for:
-            results = _measure(run, checkpoint, asked, command, say, on_progress)
+            results = _measure(run, checkpoint, asked, command, on_progress)
             found += [results] if results is not None else []
         last = _checkpoints(run)[-1:]
         if last and read_state(last[0]).step >= num_steps and has_line(run, last[0], asked):
             return found
         if not waiting:
-            say(f"Waiting for checkpoints of {run.path}; Ctrl-C ends that and changes nothing.")
+            logger.info(
+                f"Waiting for checkpoints of {run.path}; Ctrl-C ends that and changes nothing."
+            )
             waiting = True
         time.sleep(poll_seconds)
 
@@ -224,15 +226,14 @@ def _measure(
     checkpoint: Path,
     asked: Asked,
     command: str,
-    say: Say,
     on_progress: Callable[[str], Progress],
 ) -> EvaluationResults | None:
     try:
-        results, folder = evaluate_model(str(checkpoint), asked, command, say, on_progress)
+        results, folder = evaluate_model(str(checkpoint), asked, command, on_progress)
     except (OSError, ModelError, RunError):
         if checkpoint.is_dir():
             raise
-        say(f"{checkpoint.name} was removed by the training before it was measured.")
+        logger.info(f"{checkpoint.name} was removed by the training before it was measured.")
         return None
     write_line(run, checkpoint, asked, folder, results)
     return results

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify.commands import Say
 from sparsify.commands.report import held_out_sequences
 from sparsify.errors import ExportError, check_choice
 from sparsify.export.bundle import Bundle, BundleSettings, export
@@ -22,6 +22,8 @@ from sparsify.mixture.sequences.held_out import check_text_or_mixture
 from sparsify.mixture.sequences.reader import collate
 from sparsify.predictors import read_predictors
 from sparsify.runs.load import load
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("hf", "powerinfer", "powerinfer_hf")
 STATISTICS_TOKENS = 16_384
@@ -89,9 +91,7 @@ def to_bundle(
     return export(Path(run).expanduser(), to, settings=settings)
 
 
-def to_powerinfer(
-    model_or_run: str, to: Path, layout: str, options: PowerInferOptions, tell: Say
-) -> Written:
+def to_powerinfer(model_or_run: str, to: Path, layout: str, options: PowerInferOptions) -> Written:
     """Writes a folder for PowerInfer.
 
     Args:
@@ -99,7 +99,6 @@ def to_powerinfer(
         to: Folder to write; must not exist.
         layout: `powerinfer` or `powerinfer_hf`.
         options: Its options.
-        tell: Told what happens.
 
     Raises:
         ExportError: If the engine cannot hold it.
@@ -126,7 +125,7 @@ def to_powerinfer(
     )
     check(loaded, predictors, settings)
     sequences, text = held_out_sequences(loaded, options.on, num_tokens)
-    tell(
+    logger.info(
         f"Counting which neurons of {loaded.name} fire on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}"
     )
     batches = (collate([sequence]) for sequence in sequences)

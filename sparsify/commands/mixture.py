@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sparsify.commands import Say
 from sparsify.conversion.source import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.mixture.inspection import (
@@ -21,12 +21,14 @@ from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import TrainingSection
 
+logger = logging.getLogger(__name__)
+
 LEAST_SEQUENCES = 64
 """Sequences are only packed as in training among enough of their like."""
 
 
 def preview(
-    name_or_path: str, tokenizer_from: str, num_sequences: int, sequence_length: int, say: Say
+    name_or_path: str, tokenizer_from: str, num_sequences: int, sequence_length: int
 ) -> Iterator[SequencePreview]:
     """The first training sequences of every source of a mixture, for the default seed.
 
@@ -35,7 +37,6 @@ def preview(
         tokenizer_from: Folder, Hub id or package:NAME/PATH that has the tokenizer.
         num_sequences: Sequences of each source.
         sequence_length: Length of a sequence.
-        say: Told what happens.
     """
     mixture, tokenizer = _named(name_or_path, tokenizer_from)
     # Each source as if it were all of the budget: a rare one is to be seen as well.
@@ -47,7 +48,7 @@ def preview(
         ),
         sequence_length=sequence_length,
         cache_dir=Path(Recipe().cache_dir),
-        on_progress=ingest_progress(say),
+        on_progress=ingest_progress(),
     )
     for source in sources.values():
         yield from preview_sequences(
@@ -60,7 +61,7 @@ def preview(
 
 
 def stats(
-    name_or_path: str, tokenizer_from: str, budget_tokens: int, sequence_length: int, say: Say
+    name_or_path: str, tokenizer_from: str, budget_tokens: int, sequence_length: int
 ) -> MixtureStats:
     """Sizes of a mixture as far as a budget reads it.
 
@@ -69,7 +70,6 @@ def stats(
         tokenizer_from: Folder, Hub id or package:NAME/PATH that has the tokenizer.
         budget_tokens: Training tokens over all sources.
         sequence_length: Length of a sequence.
-        say: Told what happens.
     """
     mixture, tokenizer = _named(name_or_path, tokenizer_from)
     return measure_mixture(
@@ -78,12 +78,12 @@ def stats(
         budget_tokens=budget_tokens,
         sequence_length=sequence_length,
         cache_dir=Path(Recipe().cache_dir),
-        on_progress=ingest_progress(say),
+        on_progress=ingest_progress(),
     )
 
 
-def ingest_progress(say: Say) -> Callable[[str, int, int], None]:
-    """Says how far each source is, a tenth at a time."""
+def ingest_progress() -> Callable[[str, int, int], None]:
+    """Returns a function that logs how far each source is, a tenth at a time."""
     last: dict[str, int] = {}
 
     def progress(source: str, tokens: int, needed_tokens: int) -> None:
@@ -92,7 +92,7 @@ def ingest_progress(say: Say) -> Callable[[str, int, int], None]:
             last[source] = tenth
             # The last batch of documents is read whole, however long they are.
             of_need = f" of {needed_tokens:,}" if tokens < needed_tokens else ""
-            say(f"Tokenising {source}: {tokens:,}{of_need} tokens")
+            logger.info(f"Tokenising {source}: {tokens:,}{of_need} tokens")
 
     return progress
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -10,7 +11,6 @@ import torch
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict
 
-from sparsify.commands import Say
 from sparsify.commands.train import train
 from sparsify.errors import RecipeError
 from sparsify.evaluation.report import Rows, count_text, markdown
@@ -32,6 +32,8 @@ from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.curves import SHARES, top_k_editor
 from sparsify.sparsity.measure import summed_loss
 from sparsify.sparsity.probe import SparsityProbe
+
+logger = logging.getLogger(__name__)
 
 TABLES_FILE, DATA_FILE = "tables.md", "tables.json"
 TRAIN_LOSS_SHARE = 0.1
@@ -73,7 +75,7 @@ class PaperTables(_Section):
 
 
 def paper_tables(
-    recipe: str, overrides: Sequence[str], on: str | None, num_tokens: int, say: Say
+    recipe: str, overrides: Sequence[str], on: str | None, num_tokens: int
 ) -> tuple[list[Rows], PaperTables, Path]:
     """Trains what is not trained yet, measures both variants, and writes the tables into the run's folder `paper/`.
 
@@ -82,7 +84,6 @@ def paper_tables(
         overrides: Hydra overrides.
         on: Text or mixture to measure perplexity on; the held-out sequences of the recipe's mixture unless given.
         num_tokens: Tokens of it.
-        say: Told what happens.
 
     Raises:
         RecipeError: If the recipe trains no baseline.
@@ -97,12 +98,12 @@ def paper_tables(
         )
     if on is not None:
         check_text_or_mixture(on)
-    train(recipe, overrides, say)
+    train(recipe, overrides)
     run = RunFolder(Path(composed.run_dir))
     sequences, text = _sequences(composed, run, on, num_tokens)
     variants, scores = [], []
     for folder_of_variant in (run, run.baseline):
-        variant, of_sequences = _measure(folder_of_variant, sequences, say)
+        variant, of_sequences = _measure(folder_of_variant, sequences)
         variants.append(variant)
         scores.append(of_sequences)
     paired = difference("perplexity", *scores)
@@ -150,13 +151,13 @@ def _sequences(
 
 @torch.no_grad()
 def _measure(
-    run: RunFolder, sequences: Sequence[PackedSequence], say: Say
+    run: RunFolder, sequences: Sequence[PackedSequence]
 ) -> tuple[Variant, dict[str, Score]]:
     loaded = load(str(run.path))
     model = loaded.model
     if torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")
-    say(f"Measuring {run.path}: {len(SHARES)} passes over {len(sequences)} sequences")
+    logger.info(f"Measuring {run.path}: {len(SHARES)} passes over {len(sequences)} sequences")
     curve, first, zeros = [], None, 0.0
     for share in SHARES:
         editor = top_k_editor(share) if share else None

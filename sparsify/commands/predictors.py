@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsify.commands import Say
 from sparsify.commands.report import held_out_sequences
 from sparsify.errors import RunError, check_choice
 from sparsify.files import refuse_foreign_folder
@@ -27,6 +27,8 @@ from sparsify.predictors.schema import Judgement
 from sparsify.predictors.train import Settings, train_predictors
 from sparsify.runs.load import Loaded, load
 
+logger = logging.getLogger(__name__)
+
 SPLIT = 8
 """Of every eight sequences of a source, one is kept for the choice of ranks and one for judging; six are trained on."""
 VALIDATED, JUDGED = 3, 7
@@ -38,8 +40,7 @@ def train(
     num_tokens: int,
     to: Path | None,
     settings: Settings,
-    tell: Say,
-    progress: Say,
+    on_progress: Callable[[str], None],
 ) -> tuple[Predictors, Path]:
     """Trains the predictors of a model or a run and writes them.
 
@@ -49,8 +50,7 @@ def train(
         num_tokens: Held-out tokens to use, those that are kept for judging among them.
         to: Folder to write; RUN/predictors or predictors/NAME unless given.
         settings: How to train.
-        tell: Told what happens.
-        progress: Told how far it is, often.
+        on_progress: Told how far it is, often.
 
     Raises:
         RunError: If a setting is out of range, or the text is too short.
@@ -62,10 +62,10 @@ def train(
     sequences, text = held_out_sequences(loaded, on, num_tokens)
     trained = _part(sequences, lambda place: place not in (VALIDATED, JUDGED))
     validation = _part(sequences, lambda place: place == VALIDATED)
-    tell(f"Training predictors of {loaded.name} on {_count(trained):,} tokens: {text}")
+    logger.info(f"Training predictors of {loaded.name} on {_count(trained):,} tokens: {text}")
 
     def on_step(step: int, num_steps: int, recall: float) -> None:
-        progress(f"step {step:,} of {num_steps:,}, recall {recall:.1%}")
+        on_progress(f"step {step:,} of {num_steps:,}, recall {recall:.1%}")
 
     state = folder.with_name(f".{folder.name}.training.safetensors")
     predictors = train_predictors(
@@ -90,8 +90,7 @@ def judge(
     num_tokens: int,
     max_loss_rise: float,
     thresholds: Sequence[float],
-    tell: Say,
-    progress: Say,
+    on_progress: Callable[[str], None],
 ) -> tuple[Judgement, Path]:
     """Judges predictors, writes the judgement into their folder, and gives them the threshold that was chosen.
 
@@ -102,8 +101,7 @@ def judge(
         num_tokens: Tokens to judge on, about.
         max_loss_rise: The limit, nats per token.
         thresholds: To try; chosen by recall unless given.
-        tell: Told what happens.
-        progress: Told how far it is, often.
+        on_progress: Told how far it is, often.
 
     Raises:
         RunError: If a number is out of range, or the text is too short.
@@ -123,7 +121,7 @@ def judge(
         loaded, on, num_tokens * SPLIT, predictors.facts.sequence_length
     )
     judged = _part(sequences, lambda place: place == JUDGED)
-    tell(f"Judging {folder} on {_count(judged):,} tokens that it was not trained on: {text}")
+    logger.info(f"Judging {folder} on {_count(judged):,} tokens that it was not trained on: {text}")
     judgement = judge_predictors(
         loaded.model,
         predictors,
@@ -133,7 +131,7 @@ def judge(
         text=text,
         max_loss_rise=max_loss_rise,
         thresholds=thresholds,
-        on_progress=lambda done, of: progress(f"pass {done} of {of}"),
+        on_progress=lambda done, of: on_progress(f"pass {done} of {of}"),
     )
     judgement.command = " ".join(["sparsify", *sys.argv[1:]])
     page = _judgement_folder(folder)

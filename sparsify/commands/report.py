@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from sparsify.commands import Say
 from sparsify.errors import RunError
 from sparsify.methods.blending import blended_share
 from sparsify.mixture.sequences.held_out import (
@@ -26,13 +26,14 @@ from sparsify.sparsity.report import SparsityReport, measure, write_report
 from sparsify.sparsity.scaling import fit_trajectory
 from sparsify.sparsity.statistics import ActivationStatistics
 
+logger = logging.getLogger(__name__)
+
 
 def make_report(
     model_or_run: str,
     on: str | None,
     num_tokens: int,
     to: Path | None,
-    say: Say,
     *,
     curve_tokens: int = 0,
     against: str | None = None,
@@ -44,7 +45,6 @@ def make_report(
         on: Text file, mixture name or mixture path; a run's own mixture, else the quickstart's, unless given.
         num_tokens: Tokens to measure on.
         to: Folder of the report; RUN/report or reports/NAME unless given.
-        say: Told what happens.
         curve_tokens: Of the tokens, how many to measure curves on; 0 for no curves.
         against: Another model, run or checkpoint, to measure on the same sequences.
 
@@ -66,11 +66,13 @@ def make_report(
         )
     sequences, text = held_out_sequences(loaded, on, num_tokens)
     text += blend_note(loaded)
-    say(f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}")
-    report, statistics = _measure(loaded, sequences, text, curve_tokens, say)
+    logger.info(
+        f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}"
+    )
+    report, statistics = _measure(loaded, sequences, text, curve_tokens)
     if other is not None:
-        say(f"Measuring {other.name} on the same tokens")
-        theirs, _ = _measure(other, sequences, text, curve_tokens, say)
+        logger.info(f"Measuring {other.name} on the same tokens")
+        theirs, _ = _measure(other, sequences, text, curve_tokens)
         report.against = as_against(theirs)
     report.command = " ".join(["sparsify", *sys.argv[1:]])
     if loaded.trained is not None:
@@ -85,7 +87,7 @@ def make_report(
 
 
 def _measure(
-    loaded: Loaded, sequences: list[PackedSequence], text: str, curve_tokens: int, say: Say
+    loaded: Loaded, sequences: list[PackedSequence], text: str, curve_tokens: int
 ) -> tuple[SparsityReport, ActivationStatistics]:
     report, statistics = measure(
         loaded.model,
@@ -97,7 +99,7 @@ def _measure(
     if curve_tokens:
         chosen = spread(sequences, curve_tokens)
         curve_sequences = sum(len(sequence.input_ids) for sequence in chosen)
-        say(
+        logger.info(
             f"Curves on {curve_sequences:,} of them, about 35 passes; --curve-tokens 0 leaves them out"
         )
         batches = (collate([sequence]) for sequence in chosen)

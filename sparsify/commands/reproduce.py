@@ -8,7 +8,6 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify.commands import Say
 from sparsify.commands.train import RunResult, train
 from sparsify.errors import ExportError
 from sparsify.mixture.lock import MixtureLock, read_lock
@@ -74,18 +73,17 @@ def _software(path: Path) -> list[str]:
     ]
 
 
-def reproduce(bundle: Path, plan: Reproduction, say: Say) -> list[str]:
+def reproduce(bundle: Path, plan: Reproduction) -> list[str]:
     """Runs it, and says how the new run compares.
 
     Args:
         bundle: The bundle.
         plan: What `reproduction` gave.
-        say: Told what happens.
 
     Returns:
         Sentences: whether the data are the same, and both losses.
     """
-    result = train(str(bundle / "training" / "recipe.yaml"), plan.arguments[2:], say)
+    result = train(str(bundle / "training" / "recipe.yaml"), plan.arguments[2:])
     if result is None:
         return []
     old = read_lock(bundle / "training" / "mixture.lock.json")

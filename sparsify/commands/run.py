@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import shutil
 import sys
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from sparsify.commands import Say
 from sparsify.commands.mixture import ingest_progress
 from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.source import read_checkpoint
@@ -49,6 +49,8 @@ from sparsify.training.resize import check_convertible, needs_conversion, resize
 from sparsify.training.router import check_router
 from sparsify.training.suite_results import suite_is_due, suite_is_logged
 
+logger = logging.getLogger(__name__)
+
 IDENTITY_SECTIONS = (
     "model",
     "activation",
@@ -66,13 +68,12 @@ LOCK_SECONDS = 2.0
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify-lm")
 
 
-def train_run(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None = None) -> bool:
+def train_run(recipe: Recipe, run: RunFolder, nodes: Nodes | None = None) -> bool:
     """Trains one variant. Returns whether there was anything left to train.
 
     Args:
         recipe: What to train.
         run: Where.
-        say: Told what happens, a line at a time.
         nodes: This machine and the others, where there are others.
 
     Raises:
@@ -87,7 +88,7 @@ def train_run(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None = No
             next_step="Leave these settings out.",
         )
     with _only_one(run):
-        return _train_alone(recipe, run, say, nodes)
+        return _train_alone(recipe, run, nodes)
 
 
 @contextmanager
@@ -108,45 +109,45 @@ def _only_one(run: RunFolder) -> Iterator[None]:
         lock.release()
 
 
-def _train_alone(recipe: Recipe, run: RunFolder, say: Say, nodes: Nodes | None) -> bool:
+def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None) -> bool:
     check_machine(recipe)
     suite_of(recipe.eval)
     _open_run(recipe, run)
     if not run.initial.is_dir():
-        converted = _convert(recipe, run.initial, say)
-        say(f"Model: {_describe(converted)}")
+        converted = _convert(recipe, run.initial)
+        logger.info(f"Model: {_describe(converted)}")
     if recipe.training.liger_kernels:
-        say(liger_sentence())
+        logger.info(liger_sentence())
     _check_context(recipe, run)
     _keep_teacher(recipe, run)
-    newest = newest_whole(run.checkpoints, say)
+    newest = newest_whole(run.checkpoints)
     saved = read_state(newest) if newest else None
     step = saved.step if saved else 0
     unasked = (
         saved is not None and suite_is_due(recipe, saved) and not suite_is_logged(recipe, run, step)
     )
     if step == recipe.num_steps and not unasked:
-        say(f"Trained already: {run.path}")
+        logger.info(f"Trained already: {run.path}")
         return False
     now = Shape(recipe.launch.total_processes, recipe.engine.zero_stage)
     if newest and saved and needs_conversion(saved.shape, now):
         check_convertible(newest, saved.shape, now)  # before anything is tokenised for it
     ingests = ingests_of(recipe, run)
-    with Feeder(run, ingests, recipe.launch.ingest_processes, ingest_progress(say)) as feeder:
+    with Feeder(run, ingests, recipe.launch.ingest_processes, ingest_progress()) as feeder:
         feeder.wait_until(can_begin)
-        _lock_data(recipe, run, ingests, say)
+        _lock_data(recipe, run, ingests)
         if step:
-            say(f"Going on from step {step:,} of {recipe.num_steps:,}")
+            logger.info(f"Going on from step {step:,} of {recipe.num_steps:,}")
         with ExitStack() as stack:
             if newest and saved:
                 log = run.logs / "convert.log"
-                stack.enter_context(resized(newest, saved.shape, now, log, say))
+                stack.enter_context(resized(newest, saved.shape, now, log))
             launch(run, nodes or Nodes(recipe.launch), feeder.check)
         feeder.wait_until(is_done)
     sources = open_sources(ingests)
     for source in sources.values():
         for note in LeftOut.of(source).notes:
-            say(note)
+            logger.info(note)
     lock = lock_of(recipe, sources)
     lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
     last = latest_checkpoint(run.checkpoints)
@@ -198,7 +199,7 @@ def environment(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _convert(recipe: Recipe, to: Path, say: Say) -> Converted:
+def _convert(recipe: Recipe, to: Path) -> Converted:
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     # Random weights are born in fp32, so that both precisions start from the same values.
     born = torch.float32 if recipe.model.init == "random" else dtype
@@ -218,7 +219,7 @@ def _convert(recipe: Recipe, to: Path, say: Say) -> Converted:
             sequence_length=recipe.training.sequence_length,
             seed=seed,
             cache_dir=Path(recipe.cache_dir),
-            on_progress=ingest_progress(say),
+            on_progress=ingest_progress(),
         )
 
     converted, calibration = convert_calibrated(
@@ -227,13 +228,12 @@ def _convert(recipe: Recipe, to: Path, say: Say) -> Converted:
         recipe.conversion,
         to,
         sequences_for,
-        say,
         seed=seed,
         dtype=born,
     )
     if calibration is not None:
         stages = ", ".join(f"{stage.name} {stage.loss:.3f}" for stage in calibration.stages)
-        say(f"Calibrated on {calibration.num_tokens:,} tokens; held-out loss: {stages}")
+        logger.info(f"Calibrated on {calibration.num_tokens:,} tokens; held-out loss: {stages}")
     return converted
 
 
@@ -284,7 +284,7 @@ def check_context(recipe: Recipe, context: int) -> None:
         )
 
 
-def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest], say: Say) -> None:
+def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest]) -> None:
     """Fixes in the lock what this run reads, or makes sure that it is what the run began with."""
     lock = lock_of(recipe, open_sources(ingests))
     if run.mixture_lock.is_file():
@@ -298,5 +298,5 @@ def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest], sa
             + (f" ({source.epochs:.2f} epochs)" if source.epochs else " (still being tokenised)")
             for name, source in lock.sources.items()
         )
-        say("Data: " + ", ".join(parts))
+        logger.info("Data: " + ", ".join(parts))
     write_lock(lock, run.mixture_lock)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,6 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify.commands import Say
 from sparsify.commands.report import make_report
 from sparsify.commands.run import train_run
 from sparsify.export.bundle import export
@@ -36,16 +36,17 @@ from sparsify.recipe.sparsification import (
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.report import SparsityReport, read_report
 
+logger = logging.getLogger(__name__)
+
 ENGINE_SETTINGS = ("zero_stage", "offload_optimizer_to_cpu", "offload_parameters_to_cpu")
 TRAINING_SETTINGS = ("micro_batch_size", "gradient_checkpointing")
 
 
-def resolve_for_this_machine(recipe: Recipe, say: Say) -> Recipe:
+def resolve_for_this_machine(recipe: Recipe) -> Recipe:
     """Gives a recipe with `engine=auto` concrete numbers: those that its run began with, or else the cheapest that fit.
 
     Args:
         recipe: A composed recipe; one with a concrete stage is returned as it is.
-        say: Told what was chosen and why.
 
     Raises:
         RecipeError: If nothing fits this machine.
@@ -61,11 +62,11 @@ def resolve_for_this_machine(recipe: Recipe, say: Say) -> Recipe:
         # Other processes go on with the same global batches, in whole micro-batches.
         sequences = recipe.training.global_batch_size // recipe.launch.total_processes
         recipe.training.micro_batch_size = math.gcd(begun.training.micro_batch_size, sequences)
-        say(f"engine=auto: ZeRO-{recipe.engine.zero_stage}, as this run began")
+        logger.info(f"engine=auto: ZeRO-{recipe.engine.zero_stage}, as this run began")
         return recipe
     resolved, choice = resolve_engine(recipe, hardware=hardware)
     assert choice is not None
-    say(auto_sentence(choice, hardware))
+    logger.info(auto_sentence(choice, hardware))
     return resolved
 
 
@@ -90,13 +91,12 @@ class RunResult:
     """What the export's acceptance found, in words."""
 
 
-def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | None:
+def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
     """Runs a recipe from wherever it stands to its end: the run, its baseline, report and export.
 
     Args:
         name_or_path: Recipe name or path.
         overrides: Hydra overrides.
-        say: Told what happens, a line at a time.
 
     Returns:
         None on any node but the first, which has the result.
@@ -112,16 +112,16 @@ def train(name_or_path: str, overrides: Sequence[str], say: Say) -> RunResult | 
             recipe = compose_recipe(name_or_path, [*overrides, *place.overrides])
         nodes = stack.enter_context(joined(recipe.launch, place.followers))
         if recipe.launch.node_rank > 0:
-            say(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
+            logger.info(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
             serve(nodes)
             return None
-        recipe = resolve_for_this_machine(recipe, say)
+        recipe = resolve_for_this_machine(recipe)
         run = RunFolder(Path(recipe.run_dir))
-        trained = train_run(recipe, run, say, nodes)
+        trained = train_run(recipe, run, nodes)
         if recipe.baseline.ffn_activation is not None:
-            say(f"Baseline: {recipe.baseline.ffn_activation} on the same tokens")
-            trained |= train_run(_baseline_recipe(recipe, run), run.baseline, say, nodes)
-    return _finish(name_or_path, recipe, run, say, anew=trained)
+            logger.info(f"Baseline: {recipe.baseline.ffn_activation} on the same tokens")
+            trained |= train_run(_baseline_recipe(recipe, run), run.baseline, nodes)
+    return _finish(name_or_path, recipe, run, anew=trained)
 
 
 def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
@@ -136,7 +136,7 @@ def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
     return baseline
 
 
-def _finish(given: str, recipe: Recipe, run: RunFolder, say: Say, *, anew: bool) -> RunResult:
+def _finish(given: str, recipe: Recipe, run: RunFolder, *, anew: bool) -> RunResult:
     """Report and export of a trained run; reused when nothing was trained since."""
     samples_path = run.path / "samples.json"
     if anew or not run.report.is_dir():
@@ -145,7 +145,6 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, say: Say, *, anew: bool)
             None,
             recipe.eval.report_tokens,
             run.report,
-            say,
             curve_tokens=recipe.eval.report_curve_tokens,
         )
     else:

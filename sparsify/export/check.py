@@ -193,7 +193,7 @@ class Check:
     found: str
 
 
-def verify(bundle: Path, say: Callable[[str], None] = lambda _: None) -> list[Check]:
+def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) -> list[Check]:
     """Checks a bundle from its bytes to its logits; later checks run even where earlier ones fail, as far as they can.
 
     Hashes find damage and edits. Whoever edits a file and writes its hash anew is found by the logits, which are held against
@@ -201,7 +201,7 @@ def verify(bundle: Path, say: Callable[[str], None] = lambda _: None) -> list[Ch
 
     Args:
         bundle: Folder that `export` wrote.
-        say: Told what begins.
+        on_progress: Told what begins.
 
     Raises:
         ExportError: If the folder is no bundle at all.
@@ -211,7 +211,7 @@ def verify(bundle: Path, say: Callable[[str], None] = lambda _: None) -> list[Ch
             f"{bundle} is no bundle: it has no {'training folder' if (bundle / 'config.json').is_file() else 'config.json'}.",
             allowed="A folder that `sparsify export RUN --to DIR` wrote.",
         )
-    say("Hashing")
+    on_progress("Hashing")
     checks = [_hashes(bundle)]
     tensors = _tensors(bundle)
     checks.append(tensors)
@@ -221,7 +221,7 @@ def verify(bundle: Path, say: Callable[[str], None] = lambda _: None) -> list[Ch
         return [*checks, Check("logits", False, str(error))]
     if not tensors.holds:
         return [*checks, Check("logits", False, "not computed: the tensors do not fit")]
-    say("Loading it in a fresh process")
+    on_progress("Loading it in a fresh process")
     checks += _loaded(bundle, recorded)
     if (bundle / "predictors").is_dir():
         checks.append(_predictors(bundle))

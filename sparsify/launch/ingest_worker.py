@@ -17,6 +17,7 @@ from filelock import Timeout
 from sparsify.errors import UserError
 from sparsify.launch.child import INTERRUPTED, StopRequest, exit_with_launcher, tell_user_error
 from sparsify.mixture.tokens.ingest import Ingest, Ingesting
+from sparsify.reporting.log_lines import error_console, print_log_lines
 from sparsify.runs.data import ingests_of
 from sparsify.runs.run_folder import RunFolder
 
@@ -27,6 +28,7 @@ RETRY_SECONDS = 0.2
 def main(run_dir: str, part: int, parts: int) -> int:
     """Tokenises to the end of the run's need; returns the exit code."""
     exit_with_launcher()
+    print_log_lines(to=error_console)  # standard output is for the launcher
     stop_requested = StopRequest()
     run = RunFolder(Path(run_dir))
     try:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,8 @@ from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.models import FfnActivation
 from sparsify.recipe.sparsification import REFIT_TARGETS, ConversionSection
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 RESULT = "refit"
 """The last stage: what is written."""
 
@@ -90,7 +92,6 @@ class Calibrator:
         sequences: Calibration sequences, all of one length.
         watched: Sequences to measure the stages on, of the same length, by source.
         settings: How.
-        say: Told what happens, a line a layer.
 
     Raises:
         MixtureError: If there are too few sequences.
@@ -103,11 +104,10 @@ class Calibrator:
         sequences: Sequence[PackedSequence],
         watched: dict[str, list[PackedSequence]],
         settings: ConversionSection,
-        say: Say,
     ) -> None:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._reader = LayerReader(folder, self._device)
-        self._state, self._settings, self._say = state, settings, say
+        self._state, self._settings = state, settings
         self._watched = watched
         self._num_fit = len(sequences)
         if self._num_fit < HELD_OUT_EVERY:
@@ -201,7 +201,7 @@ class Calibrator:
         self._save(layer, found, zeros)
         work.remove()
         old.remove()
-        self._say(_line(layer, num_layers, found))
+        logger.info(_line(layer, num_layers, found))
 
     def _advance(
         self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams

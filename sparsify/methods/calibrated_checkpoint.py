@@ -6,6 +6,7 @@ Writes the checkpoint of a calibrated replacement: the bare replacement's shards
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -22,12 +23,14 @@ from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, replace_folder, write_json
-from sparsify.methods.calibrate import Calibration, Calibrator, Say
+from sparsify.methods.calibrate import Calibration, Calibrator
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
+
+logger = logging.getLogger(__name__)
 
 INDEX = "model.safetensors.index.json"
 
@@ -117,7 +120,6 @@ def convert_calibrated(
     settings: ConversionSection,
     to: Path,
     sequences_for: SequencesFor,
-    say: Say,
     *,
     seed: int,
     dtype: torch.dtype,
@@ -130,7 +132,6 @@ def convert_calibrated(
         settings: How to calibrate.
         to: Folder to write; must not exist. Beside it stands a hidden folder of state until it does.
         sequences_for: Gives the sequences.
-        say: Told what happens, a line a layer.
         seed: Seed of an upcycled router.
         dtype: Dtype of weights that are built here; copied shards keep theirs.
 
@@ -160,7 +161,9 @@ def convert_calibrated(
         converted = Converted(to, made.config, made.origin)
     calibration = None
     if _has_nothing_to_do(converted.config, settings):
-        say(f"Nothing to calibrate: the model has {converted.config.ffn_activation} already")
+        logger.info(
+            f"Nothing to calibrate: the model has {converted.config.ffn_activation} already"
+        )
         replace_folder(bare, to)
     elif converted.config.ffn_thresholds != "none":
         shutil.rmtree(state, ignore_errors=True)
@@ -171,7 +174,7 @@ def convert_calibrated(
         )
     else:
         sequences, watched = sequences_for(load_tokenizer(bare), converted.config)
-        calibrator = Calibrator(bare, state, sequences, dict(watched), settings, say)
+        calibrator = Calibrator(bare, state, sequences, dict(watched), settings)
         calibration = calibrator.run()
         write_calibrated(
             bare,

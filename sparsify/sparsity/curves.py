@@ -233,24 +233,25 @@ class _Measurement:
         model: SparseModel,
         batches: Sequence[Batch],
         summed_loss: SummedLoss,
-        say: Callable[[str], None],
+        on_progress: Callable[[str], None],
     ) -> None:
-        self._model, self._batches, self._summed_loss, self._say = model, batches, summed_loss, say
+        self._model, self._batches, self._summed_loss = model, batches, summed_loss
+        self._on_progress = on_progress
         self._num_labels = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
         self._norms = down_norms(model)
 
     def curves(self) -> Curves:
-        self._say("magnitudes")
+        self._on_progress("magnitudes")
         magnitudes = MagnitudeObserver(self._model)
         loss, zeros = self._loss(None, magnitudes)
-        self._say("CETT")
+        self._on_progress("CETT")
         search = CettSearch(self._model, self._batches, magnitudes.outputs)
         search.search(CETT_TARGETS)
         cett = [self._cett_point(search, target, loss, zeros) for target in CETT_TARGETS]
-        self._say("CETT-PPL")
+        self._on_progress("CETT-PPL")
         tried = [(point.target, point.loss, point.edited_sparsity) for point in cett]
         ppl = [self._ppl_point(search, percent, loss, tried) for percent in PPL_PERCENTS]
-        self._say("top-k and thresholds")
+        self._on_progress("top-k and thresholds")
         unchanged = SharePoint(share=0.0, sparsity=zeros, loss=loss)
         top_k = [self._share_point(share, top_k_editor(share)) for share in SHARES[1:]]
         fixed = [

@@ -11,8 +11,9 @@ checkpoints/
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,8 @@ from sparsify.training.resize import (
     needs_conversion,
     universal_loading,
 )
+
+logger = logging.getLogger(__name__)
 
 HIDDEN = (".partial-*", ".step-*", CONVERSIONS)
 """What no longer serves after a save: remains of a run that was killed meanwhile, and what a resized run began from."""
@@ -87,7 +90,7 @@ class Saved:
     size_bytes: int
 
 
-def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
+def newest_whole(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is as it was written, or None when nothing was saved yet.
 
     Reads the whole of it. Where a damaged one is passed over, `latest` is set back, so that all ranks go on from the
@@ -95,7 +98,6 @@ def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
 
     Args:
         checkpoints: Folder of the run's checkpoints.
-        say: Told about each checkpoint that is passed over.
 
     Raises:
         RunError: If none is whole.
@@ -111,7 +113,9 @@ def newest_whole(checkpoints: Path, say: Callable[[str], None]) -> Path | None:
         reason = damage(path) or _unreadable_state(path)
         if reason is None:
             for other, what in passed_over:
-                say(f"Checkpoint {other} is damaged: {what}. Going on from {name}, the one before.")
+                logger.warning(
+                    f"Checkpoint {other} is damaged: {what}. Going on from {name}, the one before."
+                )
             if passed_over:
                 write_text(pointer, name + "\n")
             return path

@@ -8,6 +8,7 @@ ranks start, the ranks load those, and the next save, which is an ordinary one, 
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +28,8 @@ from sparsify.files import storage_errors
 from sparsify.launch.child import exit_with_launcher, log_tail
 from sparsify.methods.live_model import Engine
 from sparsify.runs.state import Shape
+
+logger = logging.getLogger(__name__)
 
 CONVERSIONS = ".universal-*"
 MOST_WORKERS = 4
@@ -63,9 +66,7 @@ def conversion_folder(checkpoint: Path) -> Path:
 
 
 @contextmanager
-def resized(
-    checkpoint: Path, saved: Shape, now: Shape, log: Path, say: Callable[[str], None]
-) -> Iterator[None]:
+def resized(checkpoint: Path, saved: Shape, now: Shape, log: Path) -> Iterator[None]:
     """Keeps a checkpoint's conversion at hand while the block runs, where `now` needs one.
 
     Args:
@@ -73,7 +74,6 @@ def resized(
         saved: The shape that wrote it.
         now: The shape that is to go on from it.
         log: What DeepSpeed prints meanwhile.
-        say: Told what happens.
 
     Raises:
         RunError: If it cannot be converted.
@@ -86,12 +86,14 @@ def resized(
         return
     check_convertible(checkpoint, saved, now)
     to = conversion_folder(checkpoint)
-    say(f"{checkpoint.name} was saved by {saved}, this run has {now}: converting it")
+    logger.info(f"{checkpoint.name} was saved by {saved}, this run has {now}: converting it")
     started = time.monotonic()
     try:
         with storage_errors(to):
             _convert(checkpoint, to, log)
-        say(f"Converted in {time.monotonic() - started:.0f} s; the global batches stay the same")
+        logger.info(
+            f"Converted in {time.monotonic() - started:.0f} s; the global batches stay the same"
+        )
         yield
     finally:
         shutil.rmtree(to, ignore_errors=True)

@@ -6,6 +6,7 @@ first rank has a process of its own read the checkpoint, and all wait for it. No
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shlex
@@ -49,6 +50,8 @@ from sparsify.training.suite_results import (
     write_line,
 )
 from sparsify.training.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 WORKER = "sparsify.commands.suite_worker"
 POLL_SECONDS = 0.1
@@ -100,9 +103,9 @@ class TrainingSuite:
         folder = evaluation_folder(self._run, checkpoint.name, asked)
         try:
             results = (
-                self._ask_saved(meeting, engine, checkpoint, folder, telemetry.say)
+                self._ask_saved(meeting, engine, checkpoint, folder)
                 if saved
-                else self._ask_live(meeting, engine, checkpoint, asked, folder, telemetry.say)
+                else self._ask_live(meeting, engine, checkpoint, asked, folder)
             )
         except Stopped:
             meeting.end(finished=False)
@@ -135,7 +138,6 @@ class TrainingSuite:
         checkpoint: Path,
         asked: Asked,
         folder: Path,
-        say: Callable[[str], None],
     ) -> EvaluationResults:
         recipe, found = self._recipe, suite_of(self._recipe.eval)
         assert found is not None
@@ -157,7 +159,7 @@ class TrainingSuite:
             results = evaluate(subject, suite, sources, held_out, folder, settings, answering=ranks)
         results.command = command_of(checkpoint, asked)
         if self._overlaps is None:
-            self._overlaps = items_in_instructions(results, folder, recipe, say)
+            self._overlaps = items_in_instructions(results, folder, recipe)
         for task in results.tasks:
             task.overlaps = self._overlaps.get(task.name, [])
         write_results(results, folder)
@@ -169,7 +171,6 @@ class TrainingSuite:
         engine: Engine,
         checkpoint: Path,
         folder: Path,
-        say: Callable[[str], None],
     ) -> EvaluationResults:
         log = self._run.logs / "suite.log"
         with storage_errors(log):
@@ -178,7 +179,7 @@ class TrainingSuite:
         with file:
             worker = subprocess.Popen(
                 [sys.executable, "-m", WORKER, str(checkpoint)],
-                env=_worker_environment(engine, say),
+                env=_worker_environment(engine),
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -258,7 +259,7 @@ def _random_numbers() -> Iterator[None]:
         np.random.set_state(numpy)
 
 
-def _worker_environment(engine: Engine, say: Callable[[str], None]) -> dict[str, str]:
+def _worker_environment(engine: Engine) -> dict[str, str]:
     """For a process that is no rank: on this rank's GPU where that has room for all weights, else on the CPU."""
     place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in place}
@@ -275,7 +276,7 @@ def _worker_environment(engine: Engine, say: Callable[[str], None]) -> dict[str,
     on_gpu = free > ROOM * size
     environment["CUDA_VISIBLE_DEVICES"] = (gpus[0] or "0") if on_gpu else ""
     if not on_gpu:
-        say(
+        logger.info(
             f"The suite is asked on the CPU: the weights are {size / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free."
         )
     return environment

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -25,8 +26,7 @@ from sparsify.runs.identity import identity_of
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import TrainingState, checkpoint_name, crosses, read_state
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+logger = logging.getLogger(__name__)
 
 EVALUATIONS = "evaluations"
 LINES_FILE = "evaluations.jsonl"
@@ -72,14 +72,14 @@ def held_out_text(
 
 
 def items_in_instructions(
-    results: EvaluationResults, folder: Path, recipe: Recipe, say: Callable[[str], None]
+    results: EvaluationResults, folder: Path, recipe: Recipe
 ) -> dict[str, list[SourceOverlap]]:
     """For each task, which of its items stand in the run's instruction data."""
     sources = results.provenance.instruction_sources if results.provenance else []
     tasks = [task.name for task in results.tasks if not task.name.startswith(PREFIX)]
     if not sources or not tasks:
         return {}
-    say(f"Looking for the items in instruction data: {', '.join(sources)}")
+    logger.info(f"Looking for the items in instruction data: {', '.join(sources)}")
     return overlaps(folder, tasks, recipe.mixture, sources)
 
 

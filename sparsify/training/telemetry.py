@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from sparsify.files import write_text
 from sparsify.recipe.recipe import Recipe
+from sparsify.reporting.log_lines import console
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.alarms import LayerAlarms
 from sparsify.training.tracker import Tracker
 from sparsify.training.validation import Validation
+
+logger = logging.getLogger(__name__)
 
 LINE_EVERY_SECONDS = 5.0
 BAR_COLUMNS = 10
@@ -73,9 +76,6 @@ class Telemetry:
     def samples(self, step: int, tokens: int, prompts: list[str], texts: list[str]) -> None:
         """Records the continuations of the prompts at a checkpoint."""
 
-    def say(self, line: str) -> None:
-        """Prints a line for people."""
-
     def close(self) -> None:
         """Ends the progress bar and the tracker."""
 
@@ -95,7 +95,6 @@ class RunTelemetry(Telemetry):
         self._last_line = time.monotonic()
         self._zeros: float | None = None
         self._alarms = LayerAlarms()
-        self._console = Console(highlight=False)
         self._progress: Progress | None = None
         self._tracker: Tracker | None = None
         for path in (run.metrics, run.sparsity, run.samples):
@@ -104,9 +103,9 @@ class RunTelemetry(Telemetry):
             self._check_layers(record["layers"], record["label"])  # said before the interruption
         if recipe.tracking.wandb != "disabled":
             self._tracker = Tracker(recipe, run)
-        if self._console.is_terminal:
+        if console.is_terminal:
             columns = (TextColumn("{task.description}"), BarColumn(bar_width=BAR_COLUMNS))
-            self._progress = Progress(*columns, console=self._console)
+            self._progress = Progress(*columns, console=console)
             self._progress.start()
             self._task = self._progress.add_task("", total=recipe.num_steps, completed=first_step)
 
@@ -114,7 +113,7 @@ class RunTelemetry(Telemetry):
         line = {"kind": kind, "step": step, "tokens": tokens}
         self._append(self._run.metrics, line | fields)
         if message:
-            self.say(message)
+            logger.info(message)
 
     def train(
         self,
@@ -137,7 +136,7 @@ class RunTelemetry(Telemetry):
             self._progress.update(self._task, completed=step, description=line)
         elif now - self._last_line >= LINE_EVERY_SECONDS or step == self._recipe.num_steps:
             self._last_line = now
-            self._console.print(line, soft_wrap=True)
+            logger.info(line)
 
     def validation(
         self, step: int, tokens: int, result: Validation, label: str, **fields: Any
@@ -154,12 +153,14 @@ class RunTelemetry(Telemetry):
         what = label.replace("_", " ")
         for name, value in fields.items():
             what += f", {name.replace('_', ' ')} {value:.2f}"
-        self.say(f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}")
+        logger.info(
+            f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}"
+        )
         if self._tracker is not None:
             layers = [record["layers"] for record in read_lines(self._run.sparsity)]
             self._tracker.heat_map(step, layers)
         for alarm in alarms:
-            self.say(f"[bold red]Alarm[/bold red] {alarm}")
+            logger.warning(f"Alarm {alarm}")
 
     def samples(self, step: int, tokens: int, prompts: list[str], texts: list[str]) -> None:
         pairs = [
@@ -171,9 +172,6 @@ class RunTelemetry(Telemetry):
             file.write(json.dumps(record) + "\n")
         if self._tracker is not None:
             self._tracker.samples(step, pairs)
-
-    def say(self, line: str) -> None:
-        (self._progress.console if self._progress else self._console).print(line, soft_wrap=True)
 
     def close(self) -> None:
         if self._progress is not None:

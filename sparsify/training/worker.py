@@ -26,6 +26,7 @@ from sparsify.mixture.sequences.reader import SequenceReader, held_out_sequences
 from sparsify.mixture.sequences.schedule import Anchor, SourceSchedule
 from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.recipe import Recipe
+from sparsify.reporting.log_lines import print_log_lines
 from sparsify.runs.data import ingests_of, lock_of, open_sources, shares_of
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import TrainingState, latest_checkpoint, read_state
@@ -41,6 +42,7 @@ from sparsify.training.telemetry import RunTelemetry, Telemetry
 def main(run_dir: str) -> int:
     """Trains one rank to the end of the budget; returns its exit code."""
     exit_with_launcher()
+    print_log_lines()
     stop_requested = StopRequest()
     run = RunFolder(Path(run_dir))
     try:

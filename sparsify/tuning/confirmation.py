@@ -10,7 +10,6 @@ from statistics import NormalDist
 
 import numpy as np
 
-from sparsify.commands import Say
 from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.recipe import Recipe
 from sparsify.tuning.decision import LEVEL
@@ -24,7 +23,6 @@ def confirm(
     weights: Mapping[str, float],
     num_tokens: int,
     folder: Path,
-    say: Say,
 ) -> Confirmation:
     """Trains both mixtures and compares them on held-out sequences that no trial was judged on.
 
@@ -34,7 +32,6 @@ def confirm(
         weights: Of each domain's loss; they sum to 1.
         num_tokens: Training tokens of each run.
         folder: Of the tuning.
-        say: Told what happens, a line at a time.
     """
     seed = recipe.training.seed + 1
     # Another choice, from more trials, is another run.
@@ -49,7 +46,7 @@ def confirm(
             recipe.eval.validation_sequences_per_source,
             "confirmation",
         )
-        measured.append((proxy, run_proxy(proxy, say)))
+        measured.append((proxy, run_proxy(proxy)))
     check_comparable(measured)
     (proxy, default), (_, better) = measured
     budget_tokens = proxy.recipe.num_steps * proxy.recipe.step_tokens

@@ -6,6 +6,7 @@ What a trial's model makes of held-out text of every domain, also of those that 
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -17,7 +18,6 @@ import torch
 from pydantic import BaseModel, ValidationError
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.commands import Say
 from sparsify.commands.run import check_same, train_run
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError, RecipeError, RunError
@@ -32,6 +32,8 @@ from sparsify.runs.load import find_trained, load_trained
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.training.validation import sequence_losses as cross_entropies
+
+logger = logging.getLogger(__name__)
 
 HeldOut = Mapping[str, Sequence[PackedSequence]]
 """Held-out sequences by domain."""
@@ -215,7 +217,7 @@ def proxy_recipe(
     return validate(proxy)
 
 
-def run_proxy(proxy: Proxy, say: Say) -> Measurement:
+def run_proxy(proxy: Proxy) -> Measurement:
     """Trains and measures one proxy run, or reads what it measured before.
 
     Its weights are removed once it is measured: they are large, and a proxy run is nothing to go on from. Its
@@ -228,12 +230,12 @@ def run_proxy(proxy: Proxy, say: Say) -> Measurement:
     run, result = proxy.run, proxy.run.path / RESULT_FILE
     if result.is_file():
         check_same(run.load_recipe(), proxy.recipe, run)
-        say(f"{proxy.title}: measured already")
+        logger.info(f"{proxy.title}: measured already")
         measurement = _read(result)
     else:
         shares = (f"{name} {share:.1%}" for name, share in proxy.delivered_shares.items())
-        say(f"{proxy.title}: {', '.join(shares)}")
-        train_run(proxy.recipe, run, say)
+        logger.info(f"{proxy.title}: {', '.join(shares)}")
+        train_run(proxy.recipe, run)
         measurement = _measure(proxy)
         write_text(result, measurement.model_dump_json(indent=2) + "\n")
     for folder in (run.initial, run.checkpoints):

@@ -5,6 +5,7 @@ The tuned mixture as a YAML file that a recipe can use.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from sparsify.commands import Say
 from sparsify.errors import RecipeError
 from sparsify.files import write_text
 from sparsify.mixture.sequences.shares import token_shares
@@ -27,6 +27,8 @@ from sparsify.tuning.record import TuneRecord
 from sparsify.tuning.report import write_page
 from sparsify.tuning.space import Space, parse_space
 from sparsify.tuning.trials import Proxy, check_comparable, proxy_recipe, run_proxy
+
+logger = logging.getLogger(__name__)
 
 FIRST_WORDS = "# Found by sparsify mixture tune"
 YAML = (".yaml", ".yml")
@@ -113,7 +115,7 @@ class Request:
     confirm_tokens: int | None = None
 
 
-def tune(request: Request, say: Say) -> tuple[TuneRecord, Path]:
+def tune(request: Request) -> tuple[TuneRecord, Path]:
     """Tunes a recipe's mixture. The same command goes on where it stopped.
 
     Returns:
@@ -137,12 +139,12 @@ def tune(request: Request, say: Say) -> tuple[TuneRecord, Path]:
 
     proxies = _proxies(recipe, space, request, folder)
     trial_tokens = proxies[0].recipe.num_steps * recipe.step_tokens
-    say(f"{len(proxies)} trials of {trial_tokens:,} tokens in {folder}")
+    logger.info(f"{len(proxies)} trials of {trial_tokens:,} tokens in {folder}")
     measured = []
     for proxy in proxies:
-        measured.append((proxy, run_proxy(proxy, say)))
+        measured.append((proxy, run_proxy(proxy)))
         loss = sum(weights[name] * value for name, value in measured[-1][1].losses.items())
-        say(f"{proxy.title}: weighted loss {loss:.4f}, zeros {measured[-1][1].zeros:.1%}")
+        logger.info(f"{proxy.title}: weighted loss {loss:.4f}, zeros {measured[-1][1].zeros:.1%}")
     check_comparable(measured)
 
     record = conclude(space, weights, measured)
@@ -150,7 +152,7 @@ def tune(request: Request, say: Say) -> tuple[TuneRecord, Path]:
     record.command = " ".join(["sparsify", *sys.argv[1:]])
     tuned = {name: domain.tuned_share for name, domain in record.domains.items()}
     if request.confirm:
-        record.confirmation = confirm(recipe, tuned, weights, confirm_tokens, folder, say)
+        record.confirmation = confirm(recipe, tuned, weights, confirm_tokens, folder)
     if record.recommended or request.force:
         name, how = f"{recipe.mixture.name}_tuned", f"{record.command}\n{record.verdict}"
         write_mixture(recipe.mixture, tuned, to, how, name)

@@ -14,7 +14,7 @@ SIZE = {"tokens": 64, "neurons": 512, "dtype": "fp32"}
 
 def test_ratios_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation, "fastest_implementation", lambda: "plain")
-    bench = bench_activation("drelu", **SIZE, repeats=1, say=lambda _: None)
+    bench = bench_activation("drelu", **SIZE, repeats=1, on_progress=lambda _: None)
     eager, fused = bench.ways
     assert (eager.name, fused.name) == ("eager", "plain")
     assert fused.both_speed is not None
@@ -31,6 +31,6 @@ def test_ratios_follow_from_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_it_cannot_measure_is_refused() -> None:
     with pytest.raises(RecipeError, match="--activation"):
-        bench_activation("gelu", **SIZE, repeats=1, say=lambda _: None)
+        bench_activation("gelu", **SIZE, repeats=1, on_progress=lambda _: None)
     with pytest.raises(RecipeError, match="--repeats"):
-        bench_activation("drelu", **SIZE, repeats=0, say=lambda _: None)
+        bench_activation("drelu", **SIZE, repeats=0, on_progress=lambda _: None)

@@ -65,7 +65,9 @@ def test_loops_never_run_at_the_same_time_and_each_gets_its_blocks() -> None:
             turn.step()
             trace.append(turn.name)
 
-    turns = take_turns({"one": loop, "two": loop}, block_steps=3, blocks=4, say=lambda _: None)
+    turns = take_turns(
+        {"one": loop, "two": loop}, block_steps=3, blocks=4, on_progress=lambda _: None
+    )
     assert [len(turn.seconds) for turn in turns.values()] == [4, 4]
     assert [trace.count(name) for name in turns] == [15, 15]
     blocks = [trace[start : start + 3] for start in range(0, len(trace), 3)]
@@ -78,4 +80,4 @@ def test_an_error_of_a_loop_comes_out() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        take_turns({"broken": broken}, block_steps=1, blocks=1, say=lambda _: None)
+        take_turns({"broken": broken}, block_steps=1, blocks=1, on_progress=lambda _: None)

@@ -39,7 +39,7 @@ def test_every_checkpoint_of_a_run_is_measured_once(
     last.rename(tmp_path / last.name)
     monkeypatch.setattr(following.time, "sleep", lambda _: (tmp_path / last.name).rename(last))
 
-    found = follow(str(run), Asked(str(suite)), "", print, nothing)
+    found = follow(str(run), Asked(str(suite)), "", nothing)
 
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [line["checkpoint"] for line in lines] == saved
@@ -47,7 +47,7 @@ def test_every_checkpoint_of_a_run_is_measured_once(
     assert len({results.model_hash for results in found}) == len(saved)
     assert all((run / line["folder"] / "results.json").is_file() for line in lines)
     assert "held-out/code" in lines[0]["tasks"]
-    assert follow(str(run), Asked(str(suite)), "", print, nothing) == []
+    assert follow(str(run), Asked(str(suite)), "", nothing) == []
 
     # What a baseline must share, and what the run's instructions hold, stands in each.
     results = read_results(run / lines[-1]["folder"])
@@ -59,7 +59,7 @@ def test_every_checkpoint_of_a_run_is_measured_once(
 
     # An exported bundle is the same model, and knows the same of its training.
     bundle, _ = evaluate_model(
-        str(run / "export"), Asked(str(suite), to=tmp_path / "out"), "", print, nothing
+        str(run / "export"), Asked(str(suite), to=tmp_path / "out"), "", nothing
     )
     assert bundle.model_hash == results.model_hash
     assert bundle.provenance is not None
@@ -69,4 +69,4 @@ def test_every_checkpoint_of_a_run_is_measured_once(
 
 def test_only_a_run_can_be_followed(stock: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no run folder"):
-        follow(str(stock["mistral"]), Asked("quick"), "", print, nothing)
+        follow(str(stock["mistral"]), Asked("quick"), "", nothing)

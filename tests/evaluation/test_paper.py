@@ -22,7 +22,7 @@ def test_both_arms_stand_beside_the_papers(
         f"run_dir={run}",
         f"cache_dir={tmp_path / 'cache'}",
     ]
-    rows, tables, to = paper_tables(str(recipe_file), overrides, None, 1024, print)
+    rows, tables, to = paper_tables(str(recipe_file), overrides, None, 1024)
     sparse, dense = tables.variants
     assert (sparse.ffn_activation, dense.ffn_activation) == ("drelu", "swiglu")
     assert dense.zeros < 0.01 < 0.5 < sparse.zeros
@@ -39,4 +39,4 @@ def test_both_arms_stand_beside_the_papers(
 
 def test_a_recipe_without_a_control_is_refused(recipe_file: Path) -> None:
     with pytest.raises(RecipeError, match="trains no baseline"):
-        paper_tables(str(recipe_file), [], None, 1024, print)
+        paper_tables(str(recipe_file), [], None, 1024)

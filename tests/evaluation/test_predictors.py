@@ -224,6 +224,5 @@ def test_following_a_run_takes_no_predictors(recipe_file: Path, tmp_path: Path) 
             str(tmp_path),
             Asked("quick", predictors=tmp_path / "predictors"),
             "",
-            print,
             lambda _: lambda _done, _all: None,
         )

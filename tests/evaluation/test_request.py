@@ -150,7 +150,7 @@ def test_live_weights_score_what_the_checkpoint_scores(
 def _check_against_checkpoint(run: RunFolder, step: str, to: Path) -> None:
     checkpoint = str(run.checkpoints / step)
     apart, folder = evaluate_model(
-        checkpoint, asked_of(run, to=to), "", print, lambda _: lambda _done, _all: None
+        checkpoint, asked_of(run, to=to), "", lambda _: lambda _done, _all: None
     )
     (own,) = run.path.glob(f"evaluations/own,{step}")
     check_same(read_results(own), apart)
@@ -299,7 +299,6 @@ def test_ctrl_c_in_the_middle_ends_all_ranks_and_the_same_command_goes_on(
         checkpoint,
         asked_of(RunFolder(run), to=tmp_path / "apart"),
         "",
-        print,
         lambda _: lambda _done, _all: None,
     )
     check_same(read_results(run / "evaluations" / "own,step-00000004"), apart)

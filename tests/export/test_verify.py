@@ -70,7 +70,7 @@ def evaluations(
         "masked": Asked(str(suite), dtype="float32", to=root / "masked", predictors=predictors),
     }
     for asked in ways.values():
-        evaluate_model(str(run), asked, "", print, lambda _: lambda _done, _all: None)
+        evaluate_model(str(run), asked, "", lambda _: lambda _done, _all: None)
     return [root / name for name in ways]
 
 
@@ -265,9 +265,8 @@ def test_other_software_is_told(copy: Path) -> None:
 
 @pytest.mark.slow
 def test_a_bundle_is_made_again_with_the_same_data_and_loss(bundle: Path, tmp_path: Path) -> None:
-    told: list[str] = []
     plan = reproduction(bundle, tmp_path / "again")
-    same, losses = reproduce(bundle, plan, told.append)
+    same, losses = reproduce(bundle, plan)
     assert same == "The data are the same, source by source."
     report = json.loads((bundle / "sparsity" / "report.json").read_text())
     assert losses.startswith(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,6 @@ from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
 
 SEQUENCE_TOKENS = 64
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,6 @@ class Calibrate:
         kind: str,
         activation: str,
         to: Path,
-        say: Say = lambda line: None,
         *,
         tokens: int = 3072,
         target_zeros: float | None = None,
@@ -71,7 +68,6 @@ class Calibrate:
             ConversionSection(calibration_tokens=tokens, target_zeros=target_zeros),
             to,
             sequences_for,
-            say,
             seed=1,
             dtype=torch.float32,
         )

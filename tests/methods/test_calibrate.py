@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -76,10 +79,10 @@ def test_every_stage_is_what_the_whole_model_would_measure(
 
 
 def test_experts_with_few_tokens_are_named_and_keep_their_weights(
-    calibrate: Calibrate, tmp_path: Path
+    calibrate: Calibrate, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said: list[str] = []
-    found = calibrate("mixtral", "reglu", tmp_path / "out", said.append, tokens=640)
+    caplog.set_level(logging.INFO, "sparsify")
+    found = calibrate("mixtral", "reglu", tmp_path / "out", tokens=640)
     reasons = [
         expert["kept_because"] or ""
         for layer in found.calibration.layers
@@ -87,7 +90,7 @@ def test_experts_with_few_tokens_are_named_and_keep_their_weights(
     ]
     few = [number for number, reason in enumerate(reasons) if "calibration tokens came" in reason]
     assert few
-    assert f"expert {few[0] % 4} keeps its down projection: only" in "\n".join(said)
+    assert f"expert {few[0] % 4} keeps its down projection: only" in caplog.text
     before = stock_model("mixtral").state_dict()
     after = load_sparse(found.folder).state_dict()
     for number, reason in enumerate(reasons):
@@ -96,38 +99,53 @@ def test_experts_with_few_tokens_are_named_and_keep_their_weights(
         assert torch.equal(before[name][expert], after[name][expert]) == bool(reason)
 
 
-def test_a_killed_calibration_goes_on_where_it_stood(calibrate: Calibrate, tmp_path: Path) -> None:
+@contextmanager
+def killed_after(line: str) -> Iterator[None]:
+    """Interrupts the block as soon as it has logged a line that begins so."""
+
+    class Interrupt(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith(line):
+                raise KeyboardInterrupt
+
+    logger, handler = logging.getLogger("sparsify"), Interrupt()
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_a_killed_calibration_goes_on_where_it_stood(
+    calibrate: Calibrate, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "sparsify")
     whole = calibrate("mistral", "drelu", tmp_path / "whole", target_zeros=0.8)
 
-    def killed(line: str) -> None:
-        if line.startswith("Layer 1"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("mistral", "drelu", tmp_path / "out", killed, target_zeros=0.8)
+    with killed_after("Layer 1"):
+        calibrate("mistral", "drelu", tmp_path / "out", target_zeros=0.8)
     assert not (tmp_path / "out").exists()
     state = tmp_path / ".out.calibration"
     # What a kill in the middle of the next layer leaves behind is no obstacle.
     shutil.copytree(state / "streams-0001", state / "work")
-    said: list[str] = []
-    again = calibrate("mistral", "drelu", tmp_path / "out", said.append, target_zeros=0.8)
-    assert [line.partition(":")[0] for line in said] == ["Layer 2 of 2"]
+    caplog.clear()
+    again = calibrate("mistral", "drelu", tmp_path / "out", target_zeros=0.8)
+    assert [line.partition(":")[0] for line in caplog.messages] == ["Layer 2 of 2"]
     assert again.calibration == whole.calibration
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_another_calibration_does_not_go_on_with_the_state_of_a_killed_one(
-    calibrate: Calibrate, tmp_path: Path
+    calibrate: Calibrate, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def killed(line: str) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrate("mistral", "drelu", tmp_path / "out", killed)
-    said: list[str] = []
-    calibrate("mistral", "drelu", tmp_path / "out", said.append, target_zeros=0.8)
-    assert said[0].startswith("Layer 1")
+    caplog.set_level(logging.INFO, "sparsify")
+    with killed_after("Layer 1"):
+        calibrate("mistral", "drelu", tmp_path / "out")
+    caplog.clear()
+    calibrate("mistral", "drelu", tmp_path / "out", target_zeros=0.8)
+    assert caplog.messages[0].startswith("Layer 1")
 
 
 def test_thresholds_of_a_sharded_checkpoint_are_in_its_index(

@@ -232,7 +232,7 @@ def test_a_model_is_not_distilled_from_itself(
     overrides = ["activation=swiglu", f"mixture={mixture_file}", *BOTH]
     recipe = compose_recipe(str(recipe_file), overrides)
     with pytest.raises(RecipeError, match="has nothing to learn from itself"):
-        train_run(recipe, RunFolder(tmp_path / "run"), lambda line: None)
+        train_run(recipe, RunFolder(tmp_path / "run"))
 
 
 def test_the_dense_control_has_no_teacher(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -112,15 +113,17 @@ def test_settings_that_would_be_ignored_are_refused(overrides: list[str], messag
         compose_recipe("quickstart", overrides)
 
 
-def test_a_run_gets_concrete_numbers_and_hears_why(tmp_path: Path) -> None:
+def test_a_run_gets_concrete_numbers_and_hears_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     recipe = compose_recipe("quickstart", ["engine=auto", f"run_dir={tmp_path}"])
     assert recipe.engine.zero_stage == AUTO_STAGE
-    said: list[str] = []
-    resolved = resolve_for_this_machine(recipe, said.append)
+    caplog.set_level(logging.INFO, "sparsify")
+    resolved = resolve_for_this_machine(recipe)
     assert resolved.engine.zero_stage in (0, 1, 2, 3)
     assert resolved.training.global_batch_size == recipe.training.global_batch_size
-    assert said[0].startswith(f"engine=auto: ZeRO-{resolved.engine.zero_stage}, ")
-    assert "shortest assumed step" in said[0]
+    assert caplog.messages[0].startswith(f"engine=auto: ZeRO-{resolved.engine.zero_stage}, ")
+    assert "shortest assumed step" in caplog.messages[0]
 
 
 def test_given_numbers_replace_assumptions() -> None:

@@ -162,9 +162,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_verbs_write_predictors_with_the_chosen_threshold(folder: Path) -> None:
     model, text, to = str(folder / "model"), str(folder / "text.txt"), folder / "predictors"
     settings = Settings(wanted_recall=0.9, budget_share=0.3, ranks=(8,), passes=3)
-    train(model, text, 4096, to, settings, lambda _: None, lambda _: None)
+    train(model, text, 4096, to, settings, lambda _: None)
     assert sorted(path.name for path in folder.glob(".*")) == []
-    judgement, page = judge(model, to, text, 512, 0.5, [], lambda _: None, lambda _: None)
+    judgement, page = judge(model, to, text, 512, 0.5, [], lambda _: None)
     assert judgement.chosen is not None
     assert read_predictors(to).facts.threshold == judgement.chosen
     assert {path.name for path in page.iterdir()} == {

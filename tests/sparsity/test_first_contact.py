@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -36,9 +37,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_says_how_sparse_a_stock_model_could_be(
     stock: dict[str, Path], text: str, tmp_path: Path, kind: str
 ) -> None:
-    report, folder = make_report(
-        str(stock[kind]), text, 256, tmp_path / "report", lambda _: None, curve_tokens=128
-    )
+    report, folder = make_report(str(stock[kind]), text, 256, tmp_path / "report", curve_tokens=128)
     assert report.ffn_activation == "swiglu"
     assert report.product_zeros < 0.01
     assert report.num_tokens == 256
@@ -69,7 +68,6 @@ def test_models_of_other_tokenizers_are_not_set_side_by_side(
             text,
             256,
             tmp_path / "report",
-            lambda _: None,
             against=str(stock["llama"]),
         )
 
@@ -79,9 +77,7 @@ def test_impossible_numbers_of_tokens_are_refused(
     stock: dict[str, Path], text: str, tokens: int, curve_tokens: int
 ) -> None:
     with pytest.raises(RunError, match="cannot be made"):
-        make_report(
-            str(stock["mistral"]), text, tokens, None, lambda _: None, curve_tokens=curve_tokens
-        )
+        make_report(str(stock["mistral"]), text, tokens, None, curve_tokens=curve_tokens)
 
 
 def test_curves_see_every_part_of_the_text() -> None:
@@ -109,7 +105,10 @@ def _tensors(statistics: ActivationStatistics | ConsecutiveStatistics) -> list[t
 
 
 def test_a_layer_that_dies_is_named_once_also_after_a_restart(
-    build_model: BuildModel, input_ids: torch.Tensor, tmp_path: Path, capsys: pytest.CaptureFixture
+    build_model: BuildModel,
+    input_ids: torch.Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     run = SimpleNamespace(
         metrics=tmp_path / "m.jsonl",
@@ -127,7 +126,7 @@ def test_a_layer_that_dies_is_named_once_also_after_a_restart(
         telemetry = RunTelemetry(recipe, run, first_step)
         telemetry.validation(1 + first_step, 8, result, "training")
         telemetry.close()
-    said = capsys.readouterr().out
-    assert said.count("Alarm layer 1 dies") == 1
+    alarms = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert [alarm.getMessage().startswith("Alarm layer 1 dies") for alarm in alarms] == [True]
     lines = [json.loads(line) for line in run.sparsity.read_text().splitlines()]
     assert [len(line["alarms"]) for line in lines] == [1, 0]

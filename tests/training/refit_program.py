@@ -78,9 +78,7 @@ def reference(session: Session, sequences: tuple[int, int]) -> dict[str, torch.T
     chosen = [session.reader.sequence(first + index) for index in range(count)]
     settings = ConversionSection(calibration_tokens=1, refit_target="own")
     state = session.run.path / f"reference-{dist.get_rank()}"
-    calibrator = Calibrator(
-        session.run.initial, state, chosen, {"some": chosen[:1]}, settings, lambda _: None
-    )
+    calibrator = Calibrator(session.run.initial, state, chosen, {"some": chosen[:1]}, settings)
     calibrator.run()
     tensors: dict[str, torch.Tensor] = {}
     for layer in range(2):

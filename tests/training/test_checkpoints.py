@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -74,30 +75,31 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("what", DAMAGES)
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
-    what: str, saved: Path
+    what: str, saved: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     harm, reason = DAMAGES[what]
     harm(saved / "step-00000006" / SHARD)
-    said: list[str] = []
-    assert newest_whole(saved, said.append) == saved / "step-00000004"
+    assert newest_whole(saved) == saved / "step-00000004"
     assert (saved / "latest").read_text() == "step-00000004\n"
-    assert len(said) == 1
+    (warning,) = caplog.messages
     expected = f"Checkpoint step-00000006 is damaged: {reason}.*Going on from step-00000004"
-    assert re.search(expected, said[0])
+    assert re.search(expected, warning)
 
 
-def test_whole_checkpoints_are_used_without_a_word(saved: Path) -> None:
-    said: list[str] = []
-    assert newest_whole(saved, said.append) == saved / "step-00000006"
-    assert said == []
-    assert newest_whole(saved / "none", said.append) is None
+def test_whole_checkpoints_are_used_without_a_word(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "sparsify")
+    assert newest_whole(saved) == saved / "step-00000006"
+    assert newest_whole(saved / "none") is None
+    assert caplog.messages == []
 
 
 def test_no_whole_checkpoint_at_all_is_an_error_that_names_each(saved: Path) -> None:
     for step in (2, 4, 6):
         cut_off(saved / f"step-{step:08d}" / SHARD)
     with pytest.raises(RunError) as error:
-        newest_whole(saved, print)
+        newest_whole(saved)
     message = str(error.value)
     assert all(f"step-{step:08d}: {SHARD} has" in message for step in (2, 4, 6))
     assert f"remove {saved} to train from the beginning" in message
@@ -122,7 +124,7 @@ def test_a_state_that_is_no_state_is_damage(saved: Path) -> None:
     assert damage(folder) is not None
     del entry["files"]["state.json"]
     (folder / MANIFEST).write_text(json.dumps(entry))
-    assert newest_whole(saved, lambda _: None) == saved / "step-00000004"
+    assert newest_whole(saved) == saved / "step-00000004"
 
 
 def test_leftovers_of_a_killed_run_go_with_the_next_save(tmp_path: Path) -> None:
@@ -136,7 +138,7 @@ def test_saving_the_same_step_again_replaces_it(saved: Path) -> None:
     cut_off(saved / "step-00000006" / SHARD)
     save_steps(saved, [6], Keep(2, None, 10))
     assert names(saved) == ["latest", "step-00000004", "step-00000006"]
-    assert newest_whole(saved, pytest.fail) == saved / "step-00000006"
+    assert newest_whole(saved) == saved / "step-00000006"
 
 
 def test_milestones_stay_beside_the_newest(tmp_path: Path) -> None:

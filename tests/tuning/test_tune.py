@@ -68,7 +68,7 @@ def test_mistakes_are_refused_before_any_trial(
     overrides = [f"mixture={mixture_file}", f"run_dir={tmp_path / 'run'}"]
     asked = {"over": [KNOB], "weights": [], "num_trials": 4, "trial_tokens": 1024} | change
     with pytest.raises(RecipeError) as error:
-        tune(Request(str(recipe_file), overrides, **asked), print)
+        tune(Request(str(recipe_file), overrides, **asked))
     assert said in str(error.value)
     assert not list(tmp_path.iterdir())
 
