@@ -14,7 +14,7 @@ from sparsify.bench.timing import clock, middle_half, paired_ratios
 from sparsify.bench.training_report import Ratio
 from sparsify.errors import RecipeError, check_choice
 from sparsify.models import FfnActivation
-from sparsify.recipe.engine import FUSED_FFN_ACTIVATIONS
+from sparsify.models.activations import activation_names
 from sparsify.reporting.tables import figures_table
 from sparsify.training.kernels.activation import fastest_implementation, fuse
 
@@ -68,7 +68,7 @@ def bench_activation(
     """Measures one activation.
 
     Args:
-        activation: One of FUSED_FFN_ACTIVATIONS.
+        activation: Name of one that has a training kernel.
         tokens: Rows of the pre-activations.
         neurons: Columns.
         dtype: `bf16` or `fp32`.
@@ -78,7 +78,8 @@ def bench_activation(
     Raises:
         UserError: If an argument is none of those allowed, or the kernel does not work here.
     """
-    check_choice("--activation", activation, FUSED_FFN_ACTIVATIONS)
+    with_kernel = activation_names(lambda row: row.has_training_kernel)
+    check_choice("--activation", activation, with_kernel)
     check_choice("--dtype", dtype, ("bf16", "fp32"))
     for name, number in {"tokens": tokens, "neurons": neurons, "repeats": repeats}.items():
         if number < 1:

@@ -18,9 +18,8 @@ from torch.nn.functional import linear
 
 from sparsify.bench.decode_result import FfnPoint, LayerRead, ModelPoint, Timing
 from sparsify.bench.timing import Clock
-from sparsify.models import SparseMistralConfig, SparseMistralForCausalLM
+from sparsify.models import ACTIVATIONS, SparseMistralConfig, SparseMistralForCausalLM
 from sparsify.runtime import (
-    KERNEL_ACTIVATIONS,
     Acceleration,
     FfnWeights,
     Predictor,
@@ -34,7 +33,7 @@ from sparsify.runtime.predictors import Predictors
 from sparsify.runtime.quantised import BlockFormat, BlockMatrix, quantise
 from sparsify.runtime.weights import Matrix
 
-DRELU = KERNEL_ACTIVATIONS["drelu"]
+DRELU = ACTIVATIONS["drelu"]
 MIB = 1 << 20
 OUT_OF_CACHE_BYTES = 256 * MIB
 """Weights that one round of contenders passes over, so that none finds its own in the cache."""

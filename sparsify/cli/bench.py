@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from sparsify.cli.options import AsJson, Overrides, console, numbers
+from sparsify.models.activations import activation_names, alternatives
 from sparsify.reporting.log_lines import error_console, print_log_lines
 
 bench_app = typer.Typer(
@@ -215,7 +216,12 @@ def bench_decode(
 
 @bench_app.command("activation")
 def bench_activation(
-    activation: Annotated[str, typer.Option(help="Activation: drelu, reglu or swiglu.")] = "drelu",
+    activation: Annotated[
+        str,
+        typer.Option(
+            help=f"Activation to measure: {alternatives(activation_names(lambda row: row.has_training_kernel))}."
+        ),
+    ] = "drelu",
     tokens: Annotated[int, typer.Option(help="Rows of the pre-activations.")] = 4096,
     neurons: Annotated[int, typer.Option(help="Columns: a layer's neurons.")] = 14_336,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",

@@ -19,6 +19,7 @@ from sparsify.cli.mixture import mixture_app
 from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_line
 from sparsify.cli.predictors import predictors_app
 from sparsify.errors import UserError
+from sparsify.models.activations import activation_names, alternatives
 
 app = typer.Typer(
     add_completion=False,
@@ -175,11 +176,14 @@ def convert(
     ],
     to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
     activation: Annotated[
-        str, typer.Option(help="swiglu, reglu, shifted_relu, relu2, fatrelu or drelu")
+        str, typer.Option(help=f"Activation to convert to: {alternatives(activation_names())}.")
     ] = "drelu",
     gate_threshold: Annotated[
         float | None,
-        typer.Option(help="Of shifted_relu and fatrelu; the published one unless given."),
+        typer.Option(
+            help="Gate threshold of an activation that has one: "
+            f"{alternatives(activation_names(lambda row: row.has_gate_threshold))}; the published one unless given."
+        ),
     ] = None,
     calibrate_on: Annotated[
         str | None,

@@ -98,7 +98,7 @@ def _curves(comparison: Comparison, theme: Theme) -> Iterator[Curve]:
     for index, run in enumerate(comparison.runs):
         colour = colours.get(run.path, theme.baseline)
         marker = MARKERS[index % len(MARKERS)]
-        yield Curve(run.name, run, run.points, run.ffn_activation == "swiglu", colour, marker)
+        yield Curve(run.name, run, run.points, run.is_dense, colour, marker)
         if run.baseline is not None and run.baseline.path not in paths:
             yield Curve(OWN_CONTROL, run, run.baseline.points, True, colour, marker)
 

@@ -236,8 +236,7 @@ def draw_quality(comparison: EvaluationComparison, theme: Theme) -> Figure:
         score = _quality(comparison, model)
         if score is None:
             continue
-        dense = model.ffn_activation == "swiglu"
-        colour = theme.baseline if dense else theme.product
+        colour = theme.baseline if model.is_dense else theme.product
         value = scale * score.value
         low, high = (
             scale * bound if bound is not None else value for bound in (score.low, score.high)
@@ -254,7 +253,7 @@ def draw_quality(comparison: EvaluationComparison, theme: Theme) -> Figure:
             yerr=[[value - low], [high - value]],
             fmt="o",
             color=colour,
-            markerfacecolor=theme.surface if dense else colour,
+            markerfacecolor=theme.surface if model.is_dense else colour,
             markersize=7,
             capsize=3,
         )

@@ -58,6 +58,8 @@ class EvaluatedModel(_Section):
     predictors: PredictorMasks | None
     """That masked it; None where every neuron was computed."""
     ffn_activation: str
+    is_dense: bool
+    """Whether neither its activation nor thresholds make exact zeros."""
     training_tokens: int | None
     """None if no run is known that trained it."""
     average: Measured | None
@@ -182,6 +184,7 @@ def _model(
         model_hash=own.model_hash,
         predictors=own.predictors,
         ffn_activation=own.ffn_activation,
+        is_dense=own.is_dense,
         training_tokens=own.provenance.tokens if own.provenance else None,
         average=own.average,
         tasks={task.name: task for task in own.tasks},
@@ -205,7 +208,8 @@ def _against(place: int, results: Sequence[EvaluationResults]) -> tuple[int | No
         if (
             own is not None
             and theirs.provenance is not None
-            and theirs.ffn_activation == "swiglu" != results[place].ffn_activation
+            and theirs.is_dense
+            and not results[place].is_dense
             and theirs.provenance.identity == own.identity
             and theirs.provenance.tokens == own.tokens
         ):

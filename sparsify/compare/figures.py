@@ -214,9 +214,7 @@ def _loss_caption(comparison: Comparison) -> str:
         else "One panel a source, since the runs' own means cannot be compared; a run is missing where it was not measured on "
         "the sequences of the others."
     )
-    dashed = any(
-        run.baseline is not None or run.ffn_activation == "swiglu" for run in comparison.runs
-    )
+    dashed = any(run.baseline is not None or run.is_dense for run in comparison.runs)
     return what + (" Dashed: dense." if dashed else " No dense baseline is among them.")
 
 
@@ -236,10 +234,7 @@ FIGURES = (
             "Share of exact zeros among the products of gate and up, over all layers. Dense runs are left out."
         ),
         lambda comparison: any(
-            point.zeros
-            for run in comparison.runs
-            if run.ffn_activation != "swiglu"
-            for point in run.points
+            point.zeros for run in comparison.runs if not run.is_dense for point in run.points
         ),
         draw_zeros,
     ),

@@ -48,7 +48,7 @@ class Variant:
     @property
     def is_dense(self) -> bool:
         """Whether it may be a dense baseline."""
-        return self.recipe.activation.ffn_activation == "swiglu"
+        return self.recipe.is_dense
 
     def sequences(self) -> dict[str, Sequences]:
         """The sequences of every source that was measured."""

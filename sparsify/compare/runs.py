@@ -54,7 +54,7 @@ def find_baseline(
 
 def _own_baseline(variant: Variant) -> tuple[Variant | None, BaselineState]:
     folder = variant.run.baseline
-    if not folder.recipe.is_file() or folder.load_recipe().activation.ffn_activation != "swiglu":
+    if not folder.recipe.is_file() or not folder.load_recipe().is_dense:
         return None, "no baseline"
     if not curve_records(folder):
         return None, "not measured yet"
@@ -166,6 +166,7 @@ def _compared_run(
         path=str(variant.run.path),
         settings=settings,
         ffn_activation=variant.recipe.activation.ffn_activation,
+        is_dense=variant.is_dense,
         budget_tokens=variant.budget_tokens,
         seen_tokens=variant.seen_tokens,
         loss=newest.loss,

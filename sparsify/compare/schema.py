@@ -46,7 +46,7 @@ class SourceOfRun(_Section):
 
 
 class Baseline(_Section):
-    """The dense baseline of a run: same model, data, budget and optimiser, activation swiglu."""
+    """The dense baseline of a run: same model, data, budget and optimiser, and no zeros."""
 
     name: str
     path: str
@@ -70,6 +70,8 @@ class ComparedRun(_Section):
     settings: dict[str, Setting]
     """The settings in which the compared runs differ."""
     ffn_activation: str
+    is_dense: bool
+    """Whether neither its activation nor thresholds make exact zeros."""
     budget_tokens: int
     seen_tokens: int
     """Tokens trained on so far."""

@@ -34,6 +34,7 @@ from sparsify.models import (
     SparseMixtralForCausalLM,
     SparseModel,
 )
+from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection
 
@@ -161,7 +162,7 @@ def _held_as(
     """The configuration to hold a checkpoint with, after everything that it alone can tell against the recipe."""
     name, gate_threshold = activation.ffn_activation, activation.model_gate_threshold
     held = sparse_config(config, name, where, gate_threshold)
-    held.base_ffn_activation = config.get("ffn_activation", "swiglu")
+    held.base_ffn_activation = config.get("ffn_activation", STOCK_ACTIVATION)
     held.base_ffn_gate_threshold = config.get("ffn_gate_threshold", 0.0)
     _check_architecture(model, config)
     if model.upcycle_experts is not None:

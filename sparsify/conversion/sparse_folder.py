@@ -13,6 +13,7 @@ from sparsify.conversion.source import read_checkpoint
 from sparsify.errors import ModelError
 from sparsify.files import write_json
 from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel
+from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.modeling_sparse_mistral import SparseMistralMLP
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 
@@ -31,7 +32,7 @@ def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None
         "dtype": str(dtype).removeprefix("torch."),
     }
     write_json(folder / "config.json", fields)
-    for name in (config_file, model_file, "ffn_activation"):
+    for name in (config_file, model_file, "ffn_activation", "activations"):
         shutil.copyfile(Path(models.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
 
 
@@ -46,7 +47,7 @@ def load_sparse(
 
     Args:
         folder: Checkpoint folder.
-        ffn_activation: Activation to load it with; the folder's own unless given (swiglu for a stock checkpoint).
+        ffn_activation: Activation to load it with; the folder's own unless given (STOCK_ACTIVATION for a stock checkpoint).
         dtype: Dtype of the weights; the stored one unless given.
         gate_threshold: Of that activation; the folder's own unless given.
 
@@ -54,7 +55,7 @@ def load_sparse(
         ModelError: If the folder is no whole checkpoint, cannot be held, or any key is missing or unexpected.
     """
     checkpoint = read_checkpoint(folder)
-    kept = checkpoint.config.get("ffn_activation", "swiglu")
+    kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
     config = sparse_config(checkpoint.config, ffn_activation or kept, str(folder), gate_threshold)
     model, info = MODEL_CLASSES[config.model_type].from_pretrained(
         folder, config=config, dtype=dtype or "auto", output_loading_info=True

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.scores import Measured, Score
 from sparsify.files import write_text
+from sparsify.models.activations import is_dense
 
 RESULTS_FILE = "results.json"
 ITEMS_FOLDER, TEXTS_FOLDER = "items", "texts"
@@ -115,6 +116,7 @@ class EvaluationResults(_Section):
     """xxh3-128 over names, types, shapes and bytes of all weights, and the activation."""
     model_type: str
     ffn_activation: str
+    ffn_thresholds: str = "none"
     predictors: PredictorMasks | None = None
     """None where every neuron was computed."""
     dtype: str
@@ -133,6 +135,11 @@ class EvaluationResults(_Section):
     samples: list[Sample] = []
     notes: list[str]
     command: str | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether neither its activation nor thresholds make exact zeros."""
+        return is_dense(self.ffn_activation, self.ffn_thresholds)
 
 
 def write_items(folder: Path, task: str, items: Mapping[str, Mapping[str, Score]]) -> None:

@@ -24,6 +24,7 @@ from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import ExportError, UserError
 from sparsify.export import fresh_process
 from sparsify.export.shards import SUMS, read_sums, sha256
+from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.predictors import read_predictors
 from sparsify.sparsity.report import read_report
 
@@ -276,7 +277,7 @@ def _names(names: list[str]) -> str:
 def _tensors(bundle: Path) -> Check:
     try:
         checkpoint = read_checkpoint(bundle)
-        kept = checkpoint.config.get("ffn_activation", "swiglu")
+        kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
         check_tensors(
             checkpoint, tensor_shapes(sparse_config(checkpoint.config, kept, str(bundle)))
         )

@@ -25,7 +25,6 @@ from sparsify.errors import MixtureError
 from sparsify.files import atomic_folder, storage_errors, write_json
 from sparsify.methods.calibrated_replacement import (
     HELD_OUT_EVERY,
-    RECTIFIES_UP,
     CalibratedLayer,
     Inputs,
     LayerCalibration,
@@ -42,7 +41,7 @@ from sparsify.methods.layerwise import (
     threshold_name,
 )
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
-from sparsify.models import FfnActivation
+from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import REFIT_TARGETS, ConversionSection
 
 logger = logging.getLogger(__name__)
@@ -190,7 +189,7 @@ class Calibrator:
             self._advance(attention, dense, old, "dense", new)
             self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
-            turn_for = self._swapped if self._swapped.name in RECTIFIES_UP else None
+            turn_for = self._swapped if ACTIVATIONS[self._swapped.name].up == "relu" else None
             found = LayerCalibration(
                 dense, swapped, self._settings, self._dtype, inputs, turn_for
             ).run()

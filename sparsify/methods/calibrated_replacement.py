@@ -20,8 +20,6 @@ from sparsify.methods.thresholds import OutputNorms, with_thresholds
 from sparsify.models import FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
 
-RECTIFIES_UP = ("drelu",)
-
 
 class SignEnergies:
     """Per neuron, the energy that survives with its present sign and with the other, over rows of inputs."""
@@ -126,7 +124,7 @@ class LayerCalibration:
         settings: How.
         dtype: Dtype on disk: what is fitted is rounded to it before it is judged.
         inputs: Gives all calibration tokens, again on each call.
-        turn_for: Activation whose surviving half decides about a neuron's sign, one of RECTIFIES_UP; None turns none.
+        turn_for: Activation whose surviving half decides about a neuron's sign, one that rectifies up; None turns none.
         reduce: Sums over ranks, where `inputs` gives only this one's part of the tokens. The result is the same on all.
     """
 

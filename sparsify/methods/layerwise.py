@@ -30,6 +30,7 @@ from sparsify.conversion.architecture import (
 )
 from sparsify.conversion.source import read_checkpoint, read_shapes
 from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig
+from sparsify.models.activations import STOCK_ACTIVATION
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class LayerReader:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         checkpoint = read_checkpoint(folder)
-        name = checkpoint.config.get("ffn_activation", "swiglu")
+        name = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
         self.config = sparse_config(checkpoint.config, name, str(folder))
         self.device = device
         self._shards = {key: shard for shard in checkpoint.shards for key in read_shapes(shard)}

@@ -1,31 +1,34 @@
 """Sparse Mistral and Sparse Mixtral.
 
-The files in this folder are the ones that train and the ones that an export ships: they import transformers,
-torch and each other, and nothing else of this package.
+The files in this folder are the ones that train and the ones that an export ships: they import transformers, torch and each
+other, and nothing else of this package. The table of activations needs neither torch nor transformers, so the classes are
+imported when one of them is first used: recipes and help texts read the table alone.
 """
 
-from sparsify.models.configuration_sparse_mistral import SparseMistralConfig
-from sparsify.models.configuration_sparse_mixtral import SparseMixtralConfig
-from sparsify.models.ffn_activation import FFN_ACTIVATIONS, FFN_THRESHOLDS, FfnActivation
-from sparsify.models.modeling_sparse_mistral import SparseMistralForCausalLM
-from sparsify.models.modeling_sparse_mixtral import SparseMixtralForCausalLM
+from typing import TYPE_CHECKING, Any
 
-SparseConfig = SparseMistralConfig | SparseMixtralConfig
-SparseModel = SparseMistralForCausalLM | SparseMixtralForCausalLM
+from sparsify.models.activations import ACTIVATIONS, Activation
 
-CONFIG_CLASSES = {
-    config.model_type: config for config in (SparseMistralConfig, SparseMixtralConfig)
-}
-MODEL_CLASSES = {
-    SparseMistralConfig.model_type: SparseMistralForCausalLM,
-    SparseMixtralConfig.model_type: SparseMixtralForCausalLM,
-}
+if TYPE_CHECKING:
+    from sparsify.models.classes import (
+        CONFIG_CLASSES,
+        FFN_THRESHOLDS,
+        MODEL_CLASSES,
+        FfnActivation,
+        SparseConfig,
+        SparseMistralConfig,
+        SparseMistralForCausalLM,
+        SparseMixtralConfig,
+        SparseMixtralForCausalLM,
+        SparseModel,
+    )
 
 __all__ = [
+    "ACTIVATIONS",
     "CONFIG_CLASSES",
-    "FFN_ACTIVATIONS",
     "FFN_THRESHOLDS",
     "MODEL_CLASSES",
+    "Activation",
     "FfnActivation",
     "SparseConfig",
     "SparseMistralConfig",
@@ -34,3 +37,11 @@ __all__ = [
     "SparseMixtralForCausalLM",
     "SparseModel",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from sparsify.models import classes
+
+    return getattr(classes, name)

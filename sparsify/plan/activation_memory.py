@@ -4,23 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsify.models.activations import ACTIVATIONS
 from sparsify.plan.parameters import Architecture
 from sparsify.recipe.recipe import Recipe
 
 FP32_BYTES = 4
 MASK_BYTES = 1
-KEPT_NEURON_VALUES = {
-    "swiglu": (4, 4),
-    "reglu": (3, 4),
-    "shifted_relu": (3, 4),
-    "relu2": (4, 5),
-    "fatrelu": (3, 4),
-    "drelu": (3, 3),
-}
-"""Values of a neuron that its backward pass needs, in dense blocks and in fused experts, which hold gate and up in one
-tensor: both factors and their product; silu keeps its input as well, and the square its root."""
-MASKED = ("fatrelu",)
-"""Activations that keep which values they let through, one byte each."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +113,7 @@ def layer_activation_bytes(
     The counting is Korthikanti et al.'s (arXiv 2205.05198, section 4.1) for this block: without dropout, and without
     attention scores, which fused attention computes again. Counted are each norm's input and normalised value and
     its output; queries, keys, values, their answer and the log-sum-exp of each head; and of the feed-forward block
-    what KEPT_NEURON_VALUES says.
+    what `Activation.saved_values` says.
 
     Args:
         architecture: The model.
@@ -142,9 +131,10 @@ def layer_activation_bytes(
     attention = 2 * value_bytes * (a.query_size + keys_size) + FP32_BYTES * a.num_attention_heads
     attention += value_bytes * (sequence_length or 0)
     fused = bool(a.num_local_experts)
-    neuron_values = 3 if one_pass else KEPT_NEURON_VALUES[ffn_activation][fused]
+    activation = ACTIVATIONS[ffn_activation]
+    neuron_values = 3 if one_pass else activation.saved_values[fused]
     neuron_bytes = value_bytes * neuron_values
-    neuron_bytes += MASK_BYTES * ((ffn_activation in MASKED) + thresholds)
+    neuron_bytes += MASK_BYTES * (activation.saves_mask + thresholds)
     ffn = neuron_bytes * a.intermediate_size
     if fused:
         routed_copies = 2 * value_bytes * a.hidden_size

@@ -9,8 +9,6 @@ from omegaconf import MISSING
 from sparsify.errors import RecipeError
 
 AUTO_STAGE = -1
-FUSED_FFN_ACTIVATIONS = ("swiglu", "reglu", "drelu")
-"""Those that `training.fused_activation` has kernels for."""
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
 """Not flash_attention_2: transformers tells documents apart there only when a forward pass has one sequence."""
 TORCHRUN = "torchrun"

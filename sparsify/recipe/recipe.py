@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from omegaconf import MISSING
 
 from sparsify.errors import RecipeError, check_choice
+from sparsify.models.activations import ACTIVATIONS, activation_names, is_dense
 from sparsify.recipe.engine import (
     ATTENTION_IMPLEMENTATIONS,
     AUTO_STAGE,
-    FUSED_FFN_ACTIVATIONS,
     EngineSection,
     LaunchSection,
     TrackingSection,
@@ -25,8 +25,6 @@ from sparsify.recipe.evaluation import EvalSection, check_suite
 from sparsify.recipe.mixture import MixtureSection, check_mixture
 from sparsify.recipe.model import ModelSection, check_model
 from sparsify.recipe.sparsification import (
-    FFN_ACTIVATIONS,
-    WITHOUT_ZEROS,
     ActivationSection,
     BlendingSection,
     ConversionSection,
@@ -73,6 +71,12 @@ class Recipe:
     baseline: BaselineSection = field(default_factory=BaselineSection)
 
     @property
+    def is_dense(self) -> bool:
+        """Whether the model that is trained makes no exact zeros."""
+        thresholds = "none" if self.conversion.target_zeros is None else "neuron"
+        return is_dense(self.activation.ffn_activation, thresholds)
+
+    @property
     def step_tokens(self) -> int:
         return self.training.global_batch_size * self.training.sequence_length
 
@@ -115,7 +119,7 @@ def validate(recipe: Recipe) -> Recipe:
 def _check_choices(recipe: Recipe) -> None:
     check_activation(recipe.activation)
     if recipe.baseline.ffn_activation is not None:
-        check_choice("baseline.ffn_activation", recipe.baseline.ffn_activation, FFN_ACTIVATIONS)
+        check_choice("baseline.ffn_activation", recipe.baseline.ffn_activation, tuple(ACTIVATIONS))
     check_choice("model.init", recipe.model.init, ("pretrained", "random"))
     check_choice("stability.on_bad_step", recipe.stability.on_bad_step, ON_BAD_STEP)
     check_choice("training.precision", recipe.training.precision, ("bf16", "fp32"))
@@ -365,8 +369,7 @@ def _check_stages(recipe: Recipe) -> None:
 def _check_penalty(recipe: Recipe) -> None:
     penalty, activation = recipe.penalty, recipe.activation.ffn_activation
     pressed = bool(penalty.stages) or penalty.target_zeros is not None
-    thresholds = recipe.conversion.target_zeros is not None
-    if pressed and activation in WITHOUT_ZEROS and not thresholds:
+    if pressed and recipe.is_dense:
         key = "penalty.stages" if penalty.stages else "penalty.target_zeros"
         raise RecipeError(
             f"{key} is set with {activation}, which is never exactly zero.",
@@ -480,10 +483,11 @@ def _check_fused(recipe: Recipe) -> None:
             )
     for key in ("activation", "baseline"):
         name = getattr(recipe, key).ffn_activation
-        if name is not None and name not in FUSED_FFN_ACTIVATIONS:
+        if name is not None and not ACTIVATIONS[name].has_training_kernel:
+            with_one = activation_names(lambda row: row.has_training_kernel)
             raise RecipeError(
                 f"training.{asked} is set, and there is no kernel for {key}.ffn_activation={name}.",
-                allowed=f"Activations with one: {', '.join(FUSED_FFN_ACTIVATIONS)}.",
+                allowed=f"Activations with one: {', '.join(with_one)}.",
                 next_step="Leave it out.",
             )
 

@@ -8,31 +8,27 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from sparsify.errors import RecipeError, check_choice
+from sparsify.models.activations import ACTIVATIONS, activation_names
 
-FFN_ACTIVATIONS = ("swiglu", "reglu", "shifted_relu", "relu2", "fatrelu", "drelu")
-GATE_THRESHOLDS = {"shifted_relu": 1.0, "fatrelu": 0.01}
-"""Activations that have a gate threshold, and the published one: ReLU Strikes Back (2310.04564), ProSparse (2402.13516)."""
-WITHOUT_ZEROS = ("swiglu",)
-"""Activations that are almost never exactly zero, however small a penalty makes them."""
 REFIT_TARGETS = {"own": 0.0, "mix": 0.5, "residual": 1.0}
 """Which part of what is amiss in the residual stream a refit is asked to mend, beside answering as the block once did."""
 
 
 @dataclass
 class ActivationSection:
-    """The feed-forward activation to train with: one of FFN_ACTIVATIONS."""
+    """The feed-forward activation to train with: a name of `models.ACTIVATIONS`."""
 
     ffn_activation: str = MISSING
     gate_threshold: float | None = None
-    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published one
-    (GATE_THRESHOLDS). No other activation has one."""
+    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published one.
+    No other activation has one."""
 
     @property
     def model_gate_threshold(self) -> float:
         """`ffn_gate_threshold` of the model's configuration."""
         if self.gate_threshold is not None:
             return self.gate_threshold
-        return GATE_THRESHOLDS.get(self.ffn_activation, 0.0)
+        return ACTIVATIONS[self.ffn_activation].gate_threshold
 
 
 def check_activation(
@@ -51,11 +47,12 @@ def check_activation(
         RecipeError: Naming the setting.
     """
     name, threshold = activation.ffn_activation, activation.gate_threshold
-    check_choice(name_key, name, FFN_ACTIVATIONS)
-    if threshold is not None and name not in GATE_THRESHOLDS:
+    check_choice(name_key, name, tuple(ACTIVATIONS))
+    if threshold is not None and not ACTIVATIONS[name].has_gate_threshold:
+        with_one = activation_names(lambda row: row.has_gate_threshold)
         raise RecipeError(
             f"{threshold_key}={threshold:g} would be ignored: {name} has none.",
-            allowed=f"Activations with a gate threshold: {', '.join(GATE_THRESHOLDS)}.",
+            allowed=f"Activations with a gate threshold: {', '.join(with_one)}.",
             next_step="Leave it out, or choose one of them.",
         )
     if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):

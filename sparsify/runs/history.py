@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from sparsify.errors import RunError
+from sparsify.models.activations import is_dense
 from sparsify.runs.run_folder import RunFolder
 
 
@@ -114,8 +115,8 @@ def stages(run: RunFolder) -> list[Stage]:
         record for record in validation_records(run.baseline) if record["label"] == "training"
     ]
     if baseline:
-        activation = run.baseline.load_recipe().activation.ffn_activation
-        name = "dense baseline" if activation == "swiglu" else f"{activation} baseline"
+        recipe = run.baseline.load_recipe()
+        name = f"{'dense' if recipe.is_dense else recipe.activation.ffn_activation} baseline"
         rows.append(
             Stage(
                 name=f"{name}, same tokens", loss=baseline[-1]["loss"], zeros=baseline[-1]["zeros"]
@@ -135,7 +136,7 @@ def _stage_names(run: RunFolder) -> dict[str, str]:
     config = json.loads((run.initial / "config.json").read_text(encoding="utf-8"))
     base = config["base_ffn_activation"]
     return {
-        "base": "dense base" if base == "swiglu" else f"{base} base",
+        "base": f"{'dense' if is_dense(base) else base} base",
         "after_replacement": "what the bare replacement would be"
         if is_blended(run)
         else "right after the activation replacement",

@@ -1,17 +1,14 @@
 """Sparse decoding: feed-forward blocks that read only the rows of neurons that fire, and models that use them."""
 
 from sparsify.runtime.accelerate import WEIGHT_FORMATS, Acceleration, accelerate
-from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
 from sparsify.runtime.ffn import FfnWeights, Predictor, RowsRead, sparse_ffn
 from sparsify.runtime.quantised import BlockMatrix, quantise
 
 __all__ = [
-    "KERNEL_ACTIVATIONS",
     "WEIGHT_FORMATS",
     "Acceleration",
     "BlockMatrix",
     "FfnWeights",
-    "KernelActivation",
     "Predictor",
     "RowsRead",
     "accelerate",

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from torch import nn
 
 from sparsify.errors import ModelError
-from sparsify.runtime.activations import KERNEL_ACTIVATIONS
+from sparsify.models.activations import ACTIVATIONS, activation_names
 from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
 from sparsify.runtime.predictors import Predictors, read_predictors
@@ -178,15 +178,17 @@ def check_acceleratable(model: Any) -> None:
         )
     for layer, block in enumerate(model.ffn_blocks()):
         activation = block.ffn_activation
-        if activation.name not in KERNEL_ACTIVATIONS:
+        if activation.name not in ACTIVATIONS:
             raise ModelError(
                 f"Layer {layer} has the activation {activation.name!r}, which no kernel knows.",
-                allowed=f"Activations: {', '.join(KERNEL_ACTIVATIONS)}.",
+                allowed=f"Activations: {', '.join(ACTIVATIONS)}.",
             )
-        if activation.name == "swiglu" and getattr(activation, "threshold", None) is None:
+        row = ACTIVATIONS[activation.name]
+        if not row.makes_zeros and getattr(activation, "threshold", None) is None:
+            sparse = activation_names(lambda row: row.makes_zeros)
             raise ModelError(
-                "The model is dense: swiglu makes no zeros, so there is nothing to skip.",
-                allowed=f"{', '.join(name for name in KERNEL_ACTIVATIONS if name != 'swiglu')}, or fitted thresholds.",
+                f"The model is dense: {row.name} makes no zeros, so there is nothing to skip.",
+                allowed=f"{', '.join(sparse)}, or fitted thresholds.",
                 next_step="Convert it and train it first: sparsify train RECIPE",
             )
         for name, part in block.named_children():

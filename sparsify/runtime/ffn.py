@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from sparsify.runtime.activations import KernelActivation
+from sparsify.models.activations import Activation
 from sparsify.runtime.build import kernels
 from sparsify.runtime.native_ffn import MAX_TOKENS, NATIVE_DTYPES, native_ffn
 from sparsify.runtime.torch_ffn import portable_ffn
@@ -25,7 +25,7 @@ THREAD_BYTES = 1 << 20
 def sparse_ffn(
     x: torch.Tensor,
     weights: FfnWeights,
-    activation: KernelActivation,
+    activation: Activation,
     *,
     predictor_input: torch.Tensor | None = None,
     dense: bool = False,
@@ -86,7 +86,7 @@ def default_threads(weights: FfnWeights) -> int:
 def sparse_experts(
     x: torch.Tensor,
     weights: FfnWeights,
-    activation: KernelActivation,
+    activation: Activation,
     routing: Routing,
     *,
     predictor_input: torch.Tensor | None = None,

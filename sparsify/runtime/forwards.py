@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import ModelError
-from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
+from sparsify.models.activations import ACTIVATIONS, Activation
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
 from sparsify.runtime.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
@@ -129,10 +129,9 @@ class BlockForward:
         """A down projection transposed; laid out anew only if its memory is what the kernels read."""
         return neurons_first(down) if self.kept is None else down.detach().mT
 
-    def _activation(self) -> KernelActivation:
+    def _activation(self) -> Activation:
         own = self.block.ffn_activation
-        threshold = getattr(own, "gate_threshold", 0.0)
-        return replace(KERNEL_ACTIVATIONS[own.name], gate_threshold=threshold)
+        return ACTIVATIONS[own.name].with_threshold(getattr(own, "gate_threshold", 0.0))
 
     def _predictor(self, index: int, x: torch.Tensor) -> Predictor | None:
         """The predictor, as x is: it follows a model that was moved or cast."""

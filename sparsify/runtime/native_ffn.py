@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from sparsify.runtime.activations import KernelActivation
+from sparsify.models.activations import Activation, GateKind, UpKind
 from sparsify.runtime.build import kernels
 from sparsify.runtime.quantised import BlockMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
@@ -15,8 +15,14 @@ MAX_TOKENS = 8
 """Most tokens of one call; MAX_TOKENS in sparse_ffn.cpp."""
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_GATE_KINDS = {"relu": 0, "relu_squared": 1, "shifted_relu": 2, "silu": 3}
-_UP_KINDS = {"identity": 0, "relu": 1}
+_GATE_KINDS: dict[GateKind, int] = {
+    "relu": 0,
+    "fatrelu": 0,  # relu with a gate threshold
+    "relu_squared": 1,
+    "shifted_relu": 2,
+    "silu": 3,
+}
+_UP_KINDS: dict[UpKind, int] = {"identity": 0, "relu": 1}
 _BLOCK_FORMATS = {"int8": 1, "int4": 2}
 
 
@@ -46,7 +52,7 @@ class FfnCall(ctypes.Structure):
 def native_ffn(
     x: torch.Tensor,
     weights: FfnWeights,
-    activation: KernelActivation,
+    activation: Activation,
     predictor_x: torch.Tensor,
     dense: bool,
     threads: int,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import linear
 
-from sparsify.runtime.activations import KernelActivation
+from sparsify.models.activations import Activation
+from sparsify.models.ffn_activation import GATE_FACTORS, UP_FACTORS
 from sparsify.runtime.quantised import BlockMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
@@ -20,7 +21,7 @@ ALL_ROWS = slice(None)
 def portable_ffn(
     x: torch.Tensor,
     weights: FfnWeights,
-    activation: KernelActivation,
+    activation: Activation,
     predictor_x: torch.Tensor,
     dense: bool = False,
 ) -> tuple[torch.Tensor, RowsRead]:
@@ -34,13 +35,15 @@ def portable_ffn(
         wanted = _predicted(predictor_x, weights)
         rows = _few(wanted, rows)
         wanted = wanted[:, rows]
-    gate = activation.gate_factor(linear(x, _rows(weights.gate, rows, x)))
+    gate = GATE_FACTORS[activation.gate](
+        linear(x, _rows(weights.gate, rows, x)), activation.gate_threshold
+    )
     gate = gate if wanted is None else torch.where(wanted, gate, 0.0)
     gate_rows = gate.shape[1]
     if not dense:
         kept = _few(gate != 0, rows)
         rows, gate = _narrow(rows, kept), gate[:, kept]
-    up = activation.up_factor(linear(x, _rows(weights.up, rows, x)))
+    up = UP_FACTORS[activation.up](linear(x, _rows(weights.up, rows, x)))
     product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
     up_rows = product.shape[1]
     if weights.thresholds is not None:

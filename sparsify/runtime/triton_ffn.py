@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from sparsify.runtime.activations import KERNEL_ACTIVATIONS, KernelActivation
+from sparsify.models.activations import ACTIVATIONS, Activation
 from sparsify.runtime.torch_ffn import portable_ffn
 from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
@@ -84,7 +84,7 @@ def _check(kernels: ModuleType, device: torch.device) -> None:
         return torch.randn(*shape, generator=generator).to(device)
 
     x, weights = normal(2, 24), FfnWeights(normal(40, 24), normal(40, 24), normal(40, 24))
-    drelu = KERNEL_ACTIVATIONS["drelu"]
+    drelu = ACTIVATIONS["drelu"]
     given, _ = launch(kernels, x, weights, drelu, x, dense=False, routing=None)
     expected, _ = portable_ffn(x, weights, drelu, x)
     if not torch.allclose(given, expected, rtol=1e-3, atol=1e-2):
@@ -94,7 +94,7 @@ def _check(kernels: ModuleType, device: torch.device) -> None:
 def triton_ffn(
     x: torch.Tensor,
     weights: FfnWeights,
-    activation: KernelActivation,
+    activation: Activation,
     predictor_x: torch.Tensor,
     dense: bool = False,
     routing: Routing | None = None,
@@ -113,7 +113,7 @@ def launch(
     kernels: ModuleType,
     x: torch.Tensor,
     weights: FfnWeights,
-    activation: KernelActivation,
+    activation: Activation,
     predictor_x: torch.Tensor,
     dense: bool,
     routing: Routing | None,

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-FORMULAS = {
-    "swiglu": "silu(gate) × up",
-    "reglu": "max(0, gate) × up",
-    "shifted_relu": "max(0, gate − t) × up",
-    "relu2": "max(0, gate)² × up",
-    "fatrelu": "gate × up where gate > t, else 0",
-    "drelu": "max(0, gate) × max(0, up)",
-}
-"""`ffn_activation` to its two factors, in the notation of the page."""
+from sparsify.models.activations import ACTIVATIONS
 
 
 def formula(ffn_activation: str, ffn_thresholds: str) -> str:
     """What a neuron's activation is, in the notation of the page."""
     above = ", where that exceeds its neuron's threshold in size, else 0"
-    return FORMULAS[ffn_activation] + (above if ffn_thresholds == "neuron" else "")
+    return ACTIVATIONS[ffn_activation].formula + (above if ffn_thresholds == "neuron" else "")
 
 
 def definitions(

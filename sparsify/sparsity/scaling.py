@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
 from scipy.stats import t as student_t
 
+from sparsify.models.activations import ACTIVATIONS
 from sparsify.runs.history import Trajectory
 from sparsify.sparsity.schema import ScalingFit, ScalingPoint
 
@@ -37,7 +38,7 @@ MAX_BAND_WIDTH = 1.0
 
 def family_of(ffn_activation: str) -> Family:
     """Which of the two laws an activation follows."""
-    return "silu" if ffn_activation == "swiglu" else "relu"
+    return "relu" if ACTIVATIONS[ffn_activation].makes_zeros else "silu"
 
 
 def relu_law(tokens: Array, log_c: float, log_alpha: float, b: float, floor: float) -> Array:

@@ -29,7 +29,6 @@ from sparsify.methods.blending import (
 )
 from sparsify.methods.calibrated_replacement import (
     HELD_OUT_EVERY,
-    RECTIFIES_UP,
     CalibratedLayer,
     ExpertResult,
     Inputs,
@@ -38,7 +37,7 @@ from sparsify.methods.calibrated_replacement import (
 from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Routes
 from sparsify.methods.live_model import Engine, evaluating, full_weight, set_full_weight
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
-from sparsify.models import FfnActivation, SparseConfig
+from sparsify.models import ACTIVATIONS, FfnActivation, SparseConfig
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.data import wait_for_sequences
@@ -281,7 +280,7 @@ def _refit_block(
     """Refits one block from the old share to the new one; its live weights stay as they are."""
     old, new = shares
     turn_for = None
-    if old == 0 and config.ffn_activation in RECTIFIES_UP:
+    if old == 0 and ACTIVATIONS[config.ffn_activation].up == "relu":
         turn_for = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
     dense = _experts(block, config, old)
     swapped = [

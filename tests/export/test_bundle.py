@@ -81,6 +81,7 @@ def test_the_bundle_is_complete_and_its_sums_hold(trained: Path) -> None:
         "model.safetensors",
         "config.json",
         "generation_config.json",
+        "activations.py",
         "ffn_activation.py",
         "tokenizer.json",
         "tokenizer.model",

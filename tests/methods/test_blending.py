@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.methods.blending import blend, blended_share, plain
-from sparsify.models import FfnActivation, SparseModel
+from sparsify.models import ACTIVATIONS, FfnActivation, SparseModel
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
-from sparsify.recipe.sparsification import FFN_ACTIVATIONS
 from sparsify.sparsity.probe import SparsityProbe
 
 IDS = torch.arange(60).view(2, 30)
@@ -31,7 +30,7 @@ def logits(model: SparseModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", [name for name in FFN_ACTIVATIONS if name != "swiglu"])
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "swiglu"])
 def test_it_begins_dense_and_ends_plain_to_the_bit(
     kind: str, name: str, stock: dict[str, Path]
 ) -> None:

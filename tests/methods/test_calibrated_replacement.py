@@ -12,7 +12,7 @@ from sparsify.methods.calibrated_replacement import Inputs, LayerCalibration, Si
 from sparsify.methods.layerwise import Expert, Routes
 from sparsify.methods.reconstruction import Gram
 from sparsify.methods.thresholds import OutputNorms, with_thresholds
-from sparsify.models import FFN_ACTIVATIONS, FfnActivation
+from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
 
 NEURONS, HIDDEN, ROWS = 24, 16, 400
@@ -28,7 +28,7 @@ def answer(each: Expert, x: torch.Tensor) -> torch.Tensor:
     return each.neurons(x) @ each.down.T
 
 
-@pytest.mark.parametrize("name", [name for name in FFN_ACTIVATIONS if name != "drelu"])
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "drelu"])
 def test_turning_signs_changes_nothing_where_up_is_not_rectified(name: str) -> None:
     x, flips = torch.randn(ROWS, HIDDEN), torch.rand(NEURONS) > 0.5
     before = expert(name)
@@ -45,7 +45,7 @@ def test_a_sign_is_turned_where_the_other_half_holds_more_energy() -> None:
     assert (aligned >= drelu.neurons(x).square().sum(0)).all()
 
 
-@pytest.mark.parametrize("name", FFN_ACTIVATIONS)
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_thresholds_give_the_wanted_zeros_and_zero_the_smallest_outputs(name: str) -> None:
     x, plain, norms = torch.randn(ROWS, HIDDEN), expert(name), OutputNorms(torch.device("cpu"))
     for part in x.split(150):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.models import (
-    FFN_ACTIVATIONS,
+    ACTIVATIONS,
     FfnActivation,
     SparseMistralConfig,
     SparseMistralForCausalLM,
@@ -25,7 +25,7 @@ numbers = st.floats(-8, 8, allow_nan=False)
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=20))
 def test_every_activation_equals_its_formula_in_float64(pairs: list[tuple[float, float]]) -> None:
     gate, up = torch.tensor(pairs, dtype=torch.float64).unbind(-1)
-    for name in FFN_ACTIVATIONS:
+    for name in ACTIVATIONS:
         torch.testing.assert_close(FfnActivation(name, T)(gate, up), FORMULAS[name](gate, up))
 
 
@@ -34,7 +34,7 @@ def test_thresholds_zero_what_does_not_exceed_them_and_keep_the_rest(
     rows: list[tuple[float, float, float]],
 ) -> None:
     gate, up, threshold = torch.tensor(rows, dtype=torch.float64).unbind(-1)
-    for name in FFN_ACTIVATIONS:
+    for name in ACTIVATIONS:
         activation = FfnActivation(name, T, (len(rows),)).double()
         activation.threshold = threshold
         expected = FORMULAS[name](gate, up)
@@ -51,7 +51,7 @@ def test_published_relu2_is_drelu_with_gate_and_up_the_same() -> None:
 def test_gradients_equal_finite_differences(thresholded: bool) -> None:
     torch.manual_seed(0)
     gate, up = torch.randn(2, 50, dtype=torch.float64).requires_grad_().unbind(0)
-    for name in FFN_ACTIVATIONS:
+    for name in ACTIVATIONS:
         activation = FfnActivation(name, T, (50,) if thresholded else None).double()
         if thresholded:
             activation.threshold = torch.rand(50, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_unknown_activation_is_refused() -> None:
         FfnActivation("relu")
 
 
-@pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_mistral_block_computes_the_formula(name: str) -> None:
     torch.manual_seed(0)
     config = SparseMistralConfig(**SHAPE, ffn_activation=name, ffn_gate_threshold=T)
@@ -87,7 +87,7 @@ def test_mistral_block_computes_the_formula(name: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("thresholds", ["none", "neuron"])
-@pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_mixtral_experts_compute_the_formula_in_every_allowed_backend(
     name: str, thresholds: str, backend: str
 ) -> None:

@@ -24,7 +24,7 @@ from transformers import (
 
 from sparsify.errors import RecipeError, StorageError
 from sparsify.models import (
-    FFN_ACTIVATIONS,
+    ACTIVATIONS,
     MODEL_CLASSES,
     SparseMistralConfig,
     SparseMistralForCausalLM,
@@ -221,7 +221,7 @@ def kept_for_backward(model: torch.nn.Module, num_tokens: int, documents: int) -
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("activation", FFN_ACTIVATIONS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize(("documents", "thresholds"), [(1, "neuron"), (2, "none")])

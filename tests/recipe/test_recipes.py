@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sparsify.errors import RecipeError
 from sparsify.mixture.sequences.shares import share_phases, token_shares
+from sparsify.models import ACTIVATIONS
 from sparsify.recipe.catalogue import (
     copy_recipe,
     folder,
@@ -24,7 +25,6 @@ from sparsify.recipe.catalogue import (
 from sparsify.recipe.compose import compose_recipe, load_mixture, load_recipe, save_recipe, sweep
 from sparsify.recipe.engine import AUTO_STAGE
 from sparsify.recipe.recipe import Recipe
-from sparsify.recipe.sparsification import FFN_ACTIVATIONS
 
 RECIPES = recipe_names()
 RECOVERY = [name for name in RECIPES if name.startswith("recovery/")]
@@ -63,7 +63,7 @@ def test_recipe_composes_under_its_own_name_with_a_command_and_a_purpose(name: s
 
 
 @pytest.mark.parametrize("name", SPARSE_RECIPES)
-@pytest.mark.parametrize("activation", [name for name in FFN_ACTIVATIONS if name != "drelu"])
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name != "drelu"])
 def test_every_sparse_recipe_has_its_controls(name: str, activation: str) -> None:
     recipe = compose_recipe(name, [f"activation={activation}"])
     assert recipe.activation.ffn_activation == activation

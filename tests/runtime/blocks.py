@@ -8,21 +8,20 @@ from typing import Any
 
 import torch
 
+from sparsify.models import ACTIVATIONS, Activation, FfnActivation
 from sparsify.runtime import (
-    KERNEL_ACTIVATIONS,
     BlockMatrix,
     FfnWeights,
-    KernelActivation,
     Predictor,
     quantise,
 )
 from sparsify.runtime.quantised import BlockFormat
 
-DRELU = KERNEL_ACTIVATIONS["drelu"]
+DRELU = ACTIVATIONS["drelu"]
 IDS = torch.arange(3, 15)[None]
-ALL = KERNEL_ACTIVATIONS | {
-    "fatrelu": KernelActivation("relu", "identity", gate_threshold=0.3),
-    "shifted_relu": KernelActivation("shifted_relu", "identity", gate_threshold=-0.5),
+ALL = ACTIVATIONS | {
+    "fatrelu": ACTIVATIONS["fatrelu"].with_threshold(0.3),
+    "shifted_relu": ACTIVATIONS["shifted_relu"].with_threshold(-0.5),
 }
 FORMATS: tuple[BlockFormat | None, ...] = (None, "int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -80,11 +79,11 @@ def spoil(matrix: torch.Tensor | BlockMatrix, rows: torch.Tensor) -> None:
         matrix[rows] = torch.nan
 
 
-def products_of(x: torch.Tensor, weights: FfnWeights, activation: KernelActivation) -> torch.Tensor:
+def products_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> torch.Tensor:
     """Activations of every neuron in float64, before thresholds and predictor. [tokens, neurons]"""
     x = x.double()
     gate, up = x @ weights.gate.double().T, x @ weights.up.double().T
-    return activation.gate_factor(gate) * activation.up_factor(up)
+    return FfnActivation(activation.name, activation.gate_threshold)(gate, up)
 
 
 def scores_of(x: torch.Tensor, chosen: Predictor) -> torch.Tensor:
@@ -93,7 +92,7 @@ def scores_of(x: torch.Tensor, chosen: Predictor) -> torch.Tensor:
 
 
 def difference(
-    given: torch.Tensor, x: torch.Tensor, weights: FfnWeights, activation: KernelActivation
+    given: torch.Tensor, x: torch.Tensor, weights: FfnWeights, activation: Activation
 ) -> float:
     """Largest difference from float64, as a share of the largest sum of the sizes of what is added up."""
     product = _products_kept(x, weights, activation)
@@ -102,9 +101,7 @@ def difference(
     return (wrong.max() / sizes.max().clamp_min(1e-30)).item() if wrong.numel() else 0.0
 
 
-def _products_kept(
-    x: torch.Tensor, weights: FfnWeights, activation: KernelActivation
-) -> torch.Tensor:
+def _products_kept(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> torch.Tensor:
     product = products_of(x, weights, activation)
     if weights.thresholds is not None:
         product[product.abs() <= weights.thresholds] = 0.0
@@ -114,7 +111,7 @@ def _products_kept(
 
 
 def thresholds_between(
-    x: torch.Tensor, weights: FfnWeights, activation: KernelActivation
+    x: torch.Tensor, weights: FfnWeights, activation: Activation
 ) -> torch.Tensor:
     """[neurons] in float32: in the middle of the widest gap between tokens' products, so that rounding decides nothing."""
     sizes = products_of(x, weights, activation).abs()

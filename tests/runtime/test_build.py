@@ -11,22 +11,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsify.runtime import KERNEL_ACTIVATIONS, sparse_ffn
+from sparsify.models import ACTIVATIONS
+from sparsify.runtime import sparse_ffn
 from sparsify.runtime.build import build, find_compiler
 from tests.runtime.blocks import block
 
-DRELU = KERNEL_ACTIVATIONS["drelu"]
+DRELU = ACTIVATIONS["drelu"]
 WITHOUT_COMPILER = """
 import warnings, torch
-from sparsify.runtime import KERNEL_ACTIVATIONS
+from sparsify.models import ACTIVATIONS
 from sparsify.runtime.ffn import native_can, sparse_ffn
 from tests.runtime.blocks import block, difference
 x, weights = block(3, 40, 90, on=0.03)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     for _ in range(2):
-        out, rows = sparse_ffn(x, weights, KERNEL_ACTIVATIONS["drelu"])
-assert difference(out, x, weights, KERNEL_ACTIVATIONS["drelu"]) < 1e-5
+        out, rows = sparse_ffn(x, weights, ACTIVATIONS["drelu"])
+assert difference(out, x, weights, ACTIVATIONS["drelu"]) < 1e-5
 assert 0 < rows.down < rows.gate == 90
 assert len(said) == 1, said
 print(said[0].message)
@@ -84,7 +85,8 @@ def test_a_child_process_computes_the_same(method: str) -> None:
 
 SANITIZED = """
 import dataclasses, itertools
-from sparsify.runtime import KERNEL_ACTIVATIONS, sparse_ffn
+from sparsify.models import ACTIVATIONS
+from sparsify.runtime import sparse_ffn
 from tests.runtime.blocks import DTYPES, FORMATS, block, in_format, predictor
 for tokens, hidden, neurons in [(1, 1, 1), (1, 33, 7), (2, 64, 65), (3, 47, 130), (8, 31, 66), (1, 256, 300)]:
     for dtype, format, on, rank, dense in itertools.product(DTYPES, FORMATS, (0.0, 0.3, 1.0), (None, 5), (False, True)):
@@ -92,7 +94,7 @@ for tokens, hidden, neurons in [(1, 1, 1), (1, 33, 7), (2, 64, 65), (3, 47, 130)
         if rank:
             weights = dataclasses.replace(weights, predictor=predictor(weights, rank))
         weights, _ = in_format(weights, format)
-        sparse_ffn(x, weights, KERNEL_ACTIVATIONS["drelu"], backend="native", threads=3, dense=dense)
+        sparse_ffn(x, weights, ACTIVATIONS["drelu"], backend="native", threads=3, dense=dense)
 print("done")
 """
 

@@ -10,8 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.models import FFN_ACTIVATIONS, FfnActivation
-from sparsify.runtime import KERNEL_ACTIVATIONS, FfnWeights, sparse_ffn
+from sparsify.runtime import FfnWeights, sparse_ffn
 from sparsify.runtime.quantised import BlockFormat
 from tests.runtime.blocks import (
     ALL,
@@ -76,14 +75,6 @@ def test_every_block_equals_float64(
         assert rows.gate == rows.up == rows.down == shape[2] * chunks
     else:
         assert rows.down <= rows.up <= rows.gate
-
-
-@pytest.mark.parametrize("name", list(FFN_ACTIVATIONS))
-def test_kernels_and_models_agree_on_every_activation(name: str) -> None:
-    gate, up = torch.randn(2, 500, dtype=torch.float64)
-    kernel = KERNEL_ACTIVATIONS[name]
-    given = kernel.gate_factor(gate) * kernel.up_factor(up)
-    torch.testing.assert_close(given, FfnActivation(name)(gate, up))
 
 
 @backends

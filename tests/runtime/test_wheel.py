@@ -36,15 +36,16 @@ WITHOUT_AVX2 = HASWELL.replace(" avx2", "") + " avx512f avx512dq avx512cd avx512
 COMPUTE = """
 import sys, warnings
 from pathlib import Path
-from sparsify.runtime import KERNEL_ACTIVATIONS, build, sparse_ffn
+from sparsify.models import ACTIVATIONS
+from sparsify.runtime import build, sparse_ffn
 from tests.runtime.blocks import block, difference
 assert Path(build.__file__).is_relative_to(sys.argv[1]), build.__file__
 backend, library = sys.argv[2:]
 x, weights = block(3, 40, 90, on=0.03)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    out, rows = sparse_ffn(x, weights, KERNEL_ACTIVATIONS["drelu"], backend=backend, threads=2)
-assert difference(out, x, weights, KERNEL_ACTIVATIONS["drelu"]) < 1e-5
+    out, rows = sparse_ffn(x, weights, ACTIVATIONS["drelu"], backend=backend, threads=2)
+assert difference(out, x, weights, ACTIVATIONS["drelu"]) < 1e-5
 assert 0 < rows.down < rows.gate == 90
 if library:
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}

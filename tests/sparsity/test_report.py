@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.errors import RunError, StorageError
-from sparsify.models import FFN_ACTIVATIONS, SparseModel
+from sparsify.models import SparseModel
 from sparsify.reporting.numbers import percent
 from sparsify.runs.history import Stage, Trajectory, TrajectoryPoint
 from sparsify.sparsity import (
@@ -24,7 +24,6 @@ from sparsify.sparsity import (
     write_report,
 )
 from sparsify.sparsity.curves import measure_curves
-from sparsify.sparsity.definitions import FORMULAS
 from sparsify.sparsity.measure import as_against, summed_loss
 from sparsify.sparsity.scaling import fit_trajectory
 
@@ -178,7 +177,3 @@ def test_rounding_never_claims_all_or_nothing(share: float) -> None:
     assert (text == "0%") == (share == 0)
     assert (text == "100%") == (share == 1)
     assert text not in ("0.0%", "100.0%")
-
-
-def test_every_activation_has_its_formula_on_the_page() -> None:
-    assert FORMULAS.keys() == FFN_ACTIVATIONS.keys()

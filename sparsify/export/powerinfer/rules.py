@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsify.errors import ExportError
-from sparsify.models import SparseConfig, SparseMistralConfig
+from sparsify.models import ACTIVATIONS, SparseConfig, SparseMistralConfig
 
 FFN_TYPES = ("f16", "q4_0")
 """Types of ffn_down_t that the engine's kernel reads; it takes any other for F16 and prints nonsense."""
@@ -65,13 +65,12 @@ def _architecture(config: SparseConfig) -> list[str]:
 
 def _activation(config: SparseConfig) -> list[str]:
     reasons = []
-    name = config.ffn_activation
-    if name == "reglu":
+    activation = ACTIVATIONS[config.ffn_activation]
+    if (activation.gate, activation.up) != ("relu", "relu"):
         reasons.append(
-            "its activation is reglu, relu(gate) * up: the bamboo architecture would run it as dReLU, another function"
+            f"its activation is {activation.name}, {activation.formula}: the bamboo architecture computes dReLU only, "
+            "and would run it as dReLU, another function"
         )
-    elif name != "drelu":
-        reasons.append(f"its activation is {name}: the bamboo architecture computes dReLU only")
     thresholds = getattr(config, "ffn_thresholds", "none")
     if thresholds != "none":
         reasons.append(

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from sparsify.errors import RecipeError, RunError
 from sparsify.methods.live_model import Engine
-from sparsify.models import FfnActivation
-from sparsify.recipe.engine import FUSED_FFN_ACTIVATIONS
+from sparsify.models import ACTIVATIONS, Activation, FfnActivation
+from sparsify.models.ffn_activation import UP_FACTORS
 from sparsify.recipe.recipe import Recipe
 
 Backward = tuple[torch.Tensor, torch.Tensor]
@@ -46,47 +46,49 @@ class Kernel:
     backward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Backward]
 
 
-def _drelu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.relu(gate) * torch.relu(up)
-
-
-def _drelu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
-    # Zero at exactly zero, and NaN kept, as torch's relu does.
-    gate_grad = torch.where(gate <= 0, 0.0, grad * torch.relu(up))
-    return gate_grad, torch.where(up <= 0, 0.0, grad * torch.relu(gate))
-
-
-def _reglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    return torch.relu(gate) * up
-
-
-def _reglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
-    return torch.where(gate <= 0, 0.0, grad * up), grad * torch.relu(gate)
-
-
-def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _product(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    up_factor = UP_FACTORS[activation.up]
+    if activation.gate == "relu":
+        return torch.relu(gate) * up_factor(up)
     wide = torch.promote_types(gate.dtype, torch.float32)
-    return (nn.functional.silu(gate.to(wide)) * up.to(wide)).to(gate.dtype)
+    return (nn.functional.silu(gate.to(wide)) * up_factor(up.to(wide))).to(gate.dtype)
 
 
-def _swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
-    dtype, wide = gate.dtype, torch.promote_types(gate.dtype, torch.float32)
-    grad, gate, up = grad.to(wide), gate.to(wide), up.to(wide)
-    sigmoid = torch.sigmoid(gate)
-    gate_grad = grad * up * (sigmoid * (1 + gate * (1 - sigmoid)))
-    return gate_grad.to(dtype), (grad * gate * sigmoid).to(dtype)
+def _gradients(
+    activation: Activation, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> Backward:
+    dtype, up_factor = gate.dtype, UP_FACTORS[activation.up]
+    if activation.gate == "relu":
+        # Zero at exactly zero, and NaN kept, as torch's relu does.
+        gate_grad = torch.where(gate <= 0, 0.0, grad * up_factor(up))
+        up_grad = grad * torch.relu(gate)
+    else:
+        wide = torch.promote_types(dtype, torch.float32)
+        grad, gate, up = grad.to(wide), gate.to(wide), up.to(wide)
+        sigmoid = torch.sigmoid(gate)
+        gate_grad = grad * up_factor(up) * (sigmoid * (1 + gate * (1 - sigmoid)))
+        up_grad = grad * gate * sigmoid
+    if activation.up == "relu":
+        up_grad = torch.where(up <= 0, 0.0, up_grad)
+    return gate_grad.to(dtype), up_grad.to(dtype)
 
 
-FORMULAS = {
-    "swiglu": (_swiglu, _swiglu_backward),
-    "reglu": (_reglu, _reglu_backward),
-    "drelu": (_drelu, _drelu_backward),
-}
+def formulas(
+    name: str,
+) -> tuple[Callable[..., torch.Tensor], Callable[..., Backward]]:
+    """(gate, up) to the product, and (gradient of the product, gate, up) to the gradients of gate and up, by torch.
+
+    Args:
+        name: Of an activation that has a training kernel.
+    """
+    activation = ACTIVATIONS[name]
+    assert activation.has_training_kernel, name
+    return partial(_product, activation), partial(_gradients, activation)
 
 
 def plain_kernel(name: str) -> Kernel:
     """The formulas by torch's own operators, which fuse nothing."""
-    product_of, backward = FORMULAS[name]
+    product_of, backward = formulas(name)
 
     def forward(gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
         product = product_of(gate, up)
@@ -100,7 +102,7 @@ def plain_kernel(name: str) -> Kernel:
 @cache
 def inductor_kernel(name: str) -> Kernel:
     """The formulas, each compiled to one loop."""
-    product_of, backward_of = FORMULAS[name]
+    product_of, backward_of = formulas(name)
 
     def counted(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         product = product_of(gate, up)
@@ -210,7 +212,7 @@ def fuse(activation: FfnActivation, implementation: str) -> FusedFfnActivation:
     """Lets a kernel compute this activation.
 
     Args:
-        activation: Re-classed in place; one of FUSED_FFN_ACTIVATIONS, without thresholds.
+        activation: Re-classed in place; its kinds have a training kernel, and it has no thresholds.
         implementation: A key of KERNELS.
 
     Raises:
@@ -259,7 +261,7 @@ def check_fusible(recipe: Recipe) -> None:
 def _implementation(recipe: Recipe, activation: FfnActivation) -> str | None:
     """A key of KERNELS, or None for the model's own code."""
     setting = recipe.training.fused_activation
-    knows = activation.name in FUSED_FFN_ACTIVATIONS
+    knows = ACTIVATIONS[activation.name].has_training_kernel
     if setting == "off" or (setting == "auto" and (not knows or recipe.blending.budget_share)):
         return None
     if activation.threshold is not None:
@@ -311,7 +313,7 @@ def checked_kernel(implementation: str, name: str) -> Kernel:
         product, grads = kernel.forward(gate, up, zeros), kernel.backward(gate, gate, up)
     except Exception as error:
         raise _broken(implementation, f"cannot be built here: {error}") from error
-    formula, gradients = FORMULAS[name]
+    formula, gradients = formulas(name)
     expected = (formula(gate, up), *gradients(gate, gate, up))
     for got, wanted in zip((product, *grads), expected, strict=True):
         if not torch.allclose(got.view_as(wanted), wanted, rtol=1e-5, atol=1e-6):

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsify.models.activations import ACTIVATIONS
+
 BLOCK_NEURONS = 2048
 NUM_WARPS = 8
-IS_SILU_IS_UP_RELU = {"swiglu": (True, False), "reglu": (False, False), "drelu": (False, True)}
 
 
 @triton.jit
@@ -93,7 +94,7 @@ def forward(
     """Neuron activations, [..., neurons].
 
     Args:
-        name: A key of IS_SILU_IS_UP_RELU.
+        name: Of an activation that has a training kernel.
         gate: Gate pre-activations of any float dtype but float64, [..., neurons].
         up: Up pre-activations, of the same shape and dtype.
         zeros: A count that the exact zeros of the result are added to, int64 []; None leaves them uncounted.
@@ -105,7 +106,7 @@ def forward(
     found = None
     if zeros is not None:
         found = torch.empty(grid, dtype=torch.int32, device=gate.device)
-    silu, up_relu = IS_SILU_IS_UP_RELU[name]
+    activation = ACTIVATIONS[name]
     if product.numel():
         launch: Any = _forward[grid]
         launch(
@@ -116,8 +117,8 @@ def forward(
             gate_rows.stride(0),
             up_rows.stride(0),
             neurons,
-            SILU=silu,
-            UP_RELU=up_relu,
+            SILU=activation.gate == "silu",
+            UP_RELU=activation.up == "relu",
             COUNT=found is not None,
             BLOCK=BLOCK_NEURONS,
             num_warps=NUM_WARPS,
@@ -135,7 +136,7 @@ def backward(
     up_grad = torch.empty_like(gate_grad)
     rows = [_rows(tensor) for tensor in (grad, gate, up)]
     num_rows, neurons = rows[0].shape
-    silu, up_relu = IS_SILU_IS_UP_RELU[name]
+    activation = ACTIVATIONS[name]
     if gate_grad.numel():
         launch: Any = _backward[num_rows, -(-neurons // BLOCK_NEURONS)]
         launch(
@@ -144,8 +145,8 @@ def backward(
             up_grad,
             *(tensor.stride(0) for tensor in rows),
             neurons,
-            SILU=silu,
-            UP_RELU=up_relu,
+            SILU=activation.gate == "silu",
+            UP_RELU=activation.up == "relu",
             BLOCK=BLOCK_NEURONS,
             num_warps=NUM_WARPS,
         )

@@ -93,9 +93,10 @@ def _check_nan(forward: Forward, backward: Backward, neurons: int) -> None:
 
 
 def check_triton() -> None:
+    from sparsify.models.activations import activation_names
     from sparsify.training.kernels import activation_triton
 
-    for name in activation_triton.IS_SILU_IS_UP_RELU:
+    for name in activation_names(lambda row: row.has_training_kernel):
         forward = partial(activation_triton.forward, name)
         backward = partial(activation_triton.backward, name)
         for neurons in (50, activation_triton.BLOCK_NEURONS + 3):

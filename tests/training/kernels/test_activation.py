@@ -14,9 +14,9 @@ import torch
 
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError, RunError
-from sparsify.models import FFN_ACTIVATIONS, FfnActivation
+from sparsify.models import FfnActivation
+from sparsify.models.activations import activation_names
 from sparsify.recipe.compose import compose_recipe
-from sparsify.recipe.engine import FUSED_FFN_ACTIVATIONS
 from sparsify.recipe.recipe import Recipe
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.training.engine import check_machine
@@ -30,6 +30,7 @@ from sparsify.training.kernels.activation import (
 from tests.training.kernels.activation_checks import TOLERANCES, check_kernel
 
 CHECKS = Path(__file__).with_name("activation_checks.py")
+WITH_KERNEL = activation_names(lambda row: row.has_training_kernel)
 NO_COMPILER = not activation.has_compiler()
 
 
@@ -43,7 +44,7 @@ def recipe_with(**training: object) -> Recipe:
     return compose_recipe("quickstart", [f"training.{k}={v}" for k, v in training.items()])
 
 
-@pytest.mark.parametrize("name", FUSED_FFN_ACTIVATIONS)
+@pytest.mark.parametrize("name", WITH_KERNEL)
 def test_plain_kernel_has_the_formulas_values_gradients_and_zeros(name: str) -> None:
     kernel = KERNELS["plain"](name)
     check_kernel(name, kernel.forward, kernel.backward, 50, tuple(TOLERANCES))
@@ -51,7 +52,7 @@ def test_plain_kernel_has_the_formulas_values_gradients_and_zeros(name: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_COMPILER, reason="no C++ compiler")
-@pytest.mark.parametrize("name", FUSED_FFN_ACTIVATIONS)
+@pytest.mark.parametrize("name", WITH_KERNEL)
 def test_compiled_kernel_does_too(name: str) -> None:
     kernel = KERNELS["inductor"](name)
 
@@ -65,11 +66,6 @@ def test_compiled_kernel_does_too(name: str) -> None:
 def test_triton_kernels_do_too_in_its_interpreter() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, str(CHECKS)], check=True, env=environment)
-
-
-def test_every_activation_of_the_models_has_a_kernel_or_is_left_alone() -> None:
-    assert set(FUSED_FFN_ACTIVATIONS) <= set(FFN_ACTIVATIONS)
-    assert set(FUSED_FFN_ACTIVATIONS) == set(activation.FORMULAS)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
