@@ -167,7 +167,7 @@ class _Bench:
         text_seconds = [a + b for a, b in zip(times.ingest, times.draw, strict=True)]
         return MixtureBench(
             mixture=self.corpus.name,
-            asked_token_shares=self.corpus.shares,
+            requested_token_shares=self.corpus.shares,
             text_bytes=self.corpus.num_bytes,
             tokenizer=Path(self.tokenizer.name_or_path).name,
             vocabulary_size=len(self.tokenizer),

@@ -89,7 +89,7 @@ class MixtureBench(BaseModel):
     """All of it, with what it rests on."""
 
     mixture: str
-    asked_token_shares: dict[str, float]
+    requested_token_shares: dict[str, float]
     text_bytes: int
     tokenizer: str
     vocabulary_size: int
@@ -141,7 +141,7 @@ def _shares_table(bench: MixtureBench) -> Table:
         bench.interleaved.delivered,
         bench.interleaved_by_length,
     )
-    for name, asked in bench.asked_token_shares.items():
+    for name, asked in bench.requested_token_shares.items():
         given = (f"{column.token_shares[name]:.1%}" for column in columns)
         table.add_row(name, f"{asked:.1%}", *given)
     table.add_section()

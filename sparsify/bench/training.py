@@ -23,7 +23,7 @@ from sparsify.bench.training_loops import Loops, PackedSequence
 from sparsify.bench.training_report import Loop, Probe, Ratio, TrainBench
 from sparsify.conversion.convert import convert
 from sparsify.errors import RecipeError
-from sparsify.launch.feeder import Feeder, is_done
+from sparsify.launch.feeder import Feeder, is_ready
 from sparsify.methods.live_model import evaluating
 from sparsify.mixture.lock import write_lock
 from sparsify.mixture.sequences.reader import SequenceReader, collate
@@ -108,7 +108,7 @@ def _prepare(recipe: Recipe, run: RunFolder) -> list[PackedSequence]:
     )
     ingests = ingests_of(recipe, run)
     with Feeder(run, ingests, recipe.launch.ingest_processes, lambda *_: None) as feeder:
-        feeder.wait_until(is_done)
+        feeder.wait_until(is_ready)
     sources = open_sources(ingests)
     write_lock(lock_of(recipe, sources), run.mixture_lock)
     training = recipe.training

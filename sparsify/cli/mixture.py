@@ -99,9 +99,9 @@ def mixture_tune(
     Example: sparsify mixture tune quickstart --over token_shares --trials 8 --trial-tokens 40960 --confirm
     """
     from sparsify.tuning.report import tune_summary
-    from sparsify.tuning.tune import Request, tune
+    from sparsify.tuning.tune import TuneRequest, tune
 
-    request = Request(
+    request = TuneRequest(
         recipe,
         overrides or [],
         over,

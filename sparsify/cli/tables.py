@@ -239,8 +239,8 @@ def mixture_table(stats: MixtureStats) -> RenderableType:
         "full: share of sequence positions that carry tokens after packing\n"
         "+ the source goes on: it was read as far as the budget needs it"
     )
-    left_out = [Text(note) for source in stats.sources.values() for note in source.left_out.notes]
-    return Group("", table, Text(notes, style="dim"), *left_out)
+    dropped = [Text(note) for source in stats.sources.values() for note in source.dropped.notes]
+    return Group("", table, Text(notes, style="dim"), *dropped)
 
 
 def sequence_preview(sequence: SequencePreview) -> RenderableType:

@@ -14,7 +14,7 @@ from sparsify.errors import RecipeError
 from sparsify.methods.calibrate import Calibration, Stage
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.mixture.sequences.held_out import (
-    Watched,
+    ValidationSequences,
     check_text_or_mixture,
     sequences_from,
     text_or_mixture_calibration,
@@ -112,12 +112,12 @@ def convert_model_calibrated(
 
     def sequences_for(
         tokenizer: Tokenizer, config: SparseConfig
-    ) -> tuple[list[PackedSequence], Watched]:
+    ) -> tuple[list[PackedSequence], ValidationSequences]:
         sequences, watched = text_or_mixture_calibration(
             calibrate_on,
             tokenizer,
             num_tokens=settings.calibration_tokens,
-            watched_tokens=num_tokens,
+            validation_tokens=num_tokens,
             sequence_length=_sequence_length(config),
             seed=TrainingSection().seed,
             cache_dir=_cache(),

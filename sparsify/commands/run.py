@@ -23,13 +23,13 @@ from sparsify.conversion.source import read_checkpoint
 from sparsify.errors import RecipeError, RunError
 from sparsify.evaluation.request import suite_of
 from sparsify.files import storage_errors, write_json
-from sparsify.launch.feeder import Feeder, can_begin, is_done
+from sparsify.launch.feeder import Feeder, can_start, is_ready
 from sparsify.launch.launcher import launch
 from sparsify.launch.nodes import Nodes
 from sparsify.methods.calibrated_checkpoint import convert_calibrated, read_record
-from sparsify.mixture.inspection import LeftOut
+from sparsify.mixture.inspection import DroppedCounts
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
-from sparsify.mixture.sequences.held_out import Watched, mixture_calibration
+from sparsify.mixture.sequences.held_out import ValidationSequences, mixture_calibration
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import Ingest
@@ -134,7 +134,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None) -> bool:
         check_convertible(newest, saved.shape, now)  # before anything is tokenised for it
     ingests = ingests_of(recipe, run)
     with Feeder(run, ingests, recipe.launch.ingest_processes, ingest_progress()) as feeder:
-        feeder.wait_until(can_begin)
+        feeder.wait_until(can_start)
         _lock_data(recipe, run, ingests)
         if step:
             logger.info(f"Going on from step {step:,} of {recipe.num_steps:,}")
@@ -143,10 +143,10 @@ def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None) -> bool:
                 log = run.logs / "convert.log"
                 stack.enter_context(resized(newest, saved.shape, now, log))
             launch(run, nodes or Nodes(recipe.launch), feeder.check)
-        feeder.wait_until(is_done)
+        feeder.wait_until(is_ready)
     sources = open_sources(ingests)
     for source in sources.values():
-        for note in LeftOut.of(source).notes:
+        for note in DroppedCounts.of(source).notes:
             logger.info(note)
     lock = lock_of(recipe, sources)
     lock.accepted_changes = read_lock(run.mixture_lock).accepted_changes
@@ -209,13 +209,13 @@ def _convert(recipe: Recipe, to: Path) -> Converted:
 
     def sequences_for(
         tokenizer: Tokenizer, config: SparseConfig
-    ) -> tuple[list[PackedSequence], Watched]:
+    ) -> tuple[list[PackedSequence], ValidationSequences]:
         check_context(recipe, config.max_position_embeddings)
         return mixture_calibration(
             recipe.mixture,
             tokenizer,
             num_tokens=recipe.conversion.calibration_tokens,
-            watched_sequences=recipe.eval.validation_sequences_per_source,
+            validation_sequences=recipe.eval.validation_sequences_per_source,
             sequence_length=recipe.training.sequence_length,
             seed=seed,
             cache_dir=Path(recipe.cache_dir),

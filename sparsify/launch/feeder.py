@@ -44,7 +44,7 @@ class Feeder:
         on_progress: Progress,
     ) -> None:
         self._run, self._ingests, self._on_progress = run, ingests, on_progress
-        missing = sum(not ingest.open().covered for ingest in ingests.values())
+        missing = sum(not ingest.open().ready for ingest in ingests.values())
         self._num_processes = min(num_processes, missing)
         self._processes: list[subprocess.Popen[str]] = []
         self._logs: list[Path] = []
@@ -128,17 +128,17 @@ class Feeder:
         self.check()
 
 
-def can_begin(ingest: Ingest) -> bool:
+def can_start(ingest: Ingest) -> bool:
     """Whether a source has its held-out text and a first shard to train on.
 
     One with max_epochs must be there as far as the run needs it: else nobody knows whether it will be exhausted.
     """
     source = ingest.open()
     if ingest.mixture.sources[ingest.name].max_epochs is not None:
-        return source.covered
-    return source.held_out_settled and source.num_shards > 0
+        return source.ready
+    return source.held_out_ready and source.num_shards > 0
 
 
-def is_done(ingest: Ingest) -> bool:
+def is_ready(ingest: Ingest) -> bool:
     """Whether everything that the run needs of a source is there."""
-    return ingest.open().covered
+    return ingest.open().ready

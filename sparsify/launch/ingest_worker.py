@@ -16,7 +16,7 @@ from filelock import Timeout
 
 from sparsify.errors import UserError
 from sparsify.launch.child import INTERRUPTED, StopRequest, exit_with_launcher, tell_user_error
-from sparsify.mixture.tokens.ingest import Ingest, Ingesting
+from sparsify.mixture.tokens.ingest import Ingest, IngestSession
 from sparsify.reporting.log_lines import error_console, print_log_lines
 from sparsify.runs.data import ingests_of
 from sparsify.runs.run_folder import RunFolder
@@ -42,7 +42,7 @@ def tokenize(ingests: list[Ingest], stop_requested: StopRequest) -> bool:
     """Tokenises all of them in turns. Returns False when it was asked to stop before the end."""
     waiting, told = list(ingests), 0.0
     with ExitStack() as stack:
-        active: list[Ingesting] = []
+        active: list[IngestSession] = []
         while waiting or active:
             if stop_requested():
                 return False
@@ -60,18 +60,18 @@ def tokenize(ingests: list[Ingest], stop_requested: StopRequest) -> bool:
     return True
 
 
-def _begin(ingest: Ingest, active: list[Ingesting], stack: ExitStack) -> bool:
+def _begin(ingest: Ingest, active: list[IngestSession], stack: ExitStack) -> bool:
     """Whether an ingest no longer waits: because it is done, or because it has begun."""
-    if ingest.open().covered:
+    if ingest.open().ready:
         return True
     try:
-        active.append(stack.enter_context(Ingesting(ingest, wait=False)))
+        active.append(stack.enter_context(IngestSession(ingest, wait=False)))
     except Timeout:
         return False
     return True
 
 
-def _tell(ingesting: Ingesting) -> None:
+def _tell(ingesting: IngestSession) -> None:
     need = ingesting.task.need.train_tokens
     print(json.dumps([ingesting.task.name, ingesting.train_tokens, need]), flush=True)
 

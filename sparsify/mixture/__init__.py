@@ -1,5 +1,5 @@
 """Text → documents → tokens → sequences, with exact token shares at every moment of a run.
 
-Read in this order: `plan` (which source gives the next sequence), `sequences` (which tokens it holds), `tokens`
-(how a source becomes memory-mapped tokens), `sources` (where documents come from).
+The folders follow the data: `sources` (where documents come from), `cleaning` (which of them are trained on), `tokens`
+(how a source becomes memory-mapped tokens), `sequences` (which source gives the next sequence, and what it holds).
 """

@@ -1,6 +1,6 @@
-"""Looking at a mixture before training on it: its sizes, and real sequences as training would draw them.
+"""Inspects a mixture before training: its sizes, and real sequences as training would draw them.
 
-What of a source is not trained on, counted for people: bad rows, duplicates, overlaps with evaluation sets.
+Also counts what is dropped from a source: bad rows, duplicates, overlaps with evaluation sets.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import (
-    QUARANTINE_FILE,
+    BAD_ROWS_FILE,
     Progress,
     bad_rows_of,
     mixture_ingests,
@@ -33,14 +33,14 @@ from sparsify.mixture.tokens.tokenized_source import (
 from sparsify.recipe.mixture import MixtureSection
 
 
-class LeftOut(BaseModel):
-    """Counts over the documents of a source that were read so far.
+class DroppedCounts(BaseModel):
+    """Rows and documents that were dropped from the part of a source read so far.
 
     Attributes:
-        bad_rows: Rows that could not be used; None before the source was read as far as a run needed it.
-        duplicates: Documents whose content an earlier one has; None where duplicates are kept.
-        contaminated: Documents that overlap with an evaluation item; None where nothing is compared.
-        notes: A line each for what was left out, with the file that says more.
+        bad_rows: Rows that could not be used; None until the source was read as far as a run needed it.
+        duplicates: Documents with the same content as an earlier one; None if duplicates are kept.
+        contaminated: Documents that overlap with an evaluation item; None without evaluation sets.
+        notes: One line for each kind, with the file that has the details.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -51,43 +51,43 @@ class LeftOut(BaseModel):
     notes: list[str]
 
     @classmethod
-    def of(cls, source: TokenizedSource) -> LeftOut:
-        """Counts what the cache of a source recorded."""
+    def of(cls, source: TokenizedSource) -> DroppedCounts:
+        """Reads the counts from the source's cache folder."""
         folder, notes = source.cache.folder, []
         num_read = source.cache.records[-1].read_documents
         bad_rows = bad_rows_of(source)
         if bad_rows is not None and (bad_rows.num_bad_rows or bad_rows.duplicate_files):
-            notes.append(f"{bad_rows.summary()}: {folder / QUARANTINE_FILE}")
+            notes.append(f"{bad_rows.summary()}: {folder / BAD_ROWS_FILE}")
         duplicates = count_duplicates(folder, num_read)
         if duplicates:
             notes.append(
                 f"{source.name}: {duplicates:,} of {num_read:,} documents are duplicates of earlier ones"
             )
         report = contamination_report(folder, num_read)
-        if report is not None and report.documents_left_out:
+        if report is not None and report.documents_dropped:
             notes.append(
-                f"{source.name}: {report.documents_left_out:,} of {num_read:,} documents overlap with "
+                f"{source.name}: {report.documents_dropped:,} of {num_read:,} documents overlap with "
                 f"evaluation items: {folder / REPORT_FILE}"
             )
         return cls(
             bad_rows=bad_rows.num_bad_rows if bad_rows else None,
             duplicates=duplicates,
-            contaminated=report.documents_left_out if report else None,
+            contaminated=report.documents_dropped if report else None,
             notes=notes,
         )
 
 
 class SourceStats(BaseModel):
-    """Sizes of one source, as far as a budget reads it. Counts are of training documents unless they say otherwise."""
+    """Sizes of one source, as far as a budget reads it. Counts cover training documents unless stated otherwise."""
 
     group: str
     planned_tokens: int
-    """What the budget draws of it."""
+    """Tokens that the budget draws from the source."""
     documents: int
     tokens: int
     held_out_tokens: int
     complete: bool
-    """Whether this is all of the source."""
+    """Whether the counts cover the whole source."""
     tokens_per_document_p5: int
     tokens_per_document_p50: int
     tokens_per_document_p95: int
@@ -98,9 +98,8 @@ class SourceStats(BaseModel):
     loss_share: float
     """Share of tokens that carry loss."""
     epochs: float
-    """How often the budget sees each document."""
-    left_out: LeftOut
-    """What of the source is not trained on."""
+    """Number of times the budget sees each document."""
+    dropped: DroppedCounts
 
 
 class MixtureStats(BaseModel):
@@ -121,7 +120,7 @@ def open_mixture(
     cache_dir: Path,
     on_progress: Progress | None = None,
 ) -> dict[str, TokenizedSource]:
-    """Tokenises, in this process, so many training tokens of every source.
+    """Tokenises `train_tokens` training tokens of each source, in this process.
 
     Raises:
         MixtureError: If a source cannot supply its tokens.
@@ -147,7 +146,7 @@ def measure_mixture(
     cache_dir: Path,
     on_progress: Progress | None = None,
 ) -> MixtureStats:
-    """Counts a mixture as far as a budget reads it, tokenising what is missing.
+    """Measures a mixture as far as a budget reads it. Tokenises what the cache lacks.
 
     Raises:
         MixtureError: If a source cannot supply its tokens.
@@ -195,7 +194,7 @@ def _source_stats(
         packing_efficiency=num_tokens / (sequences * sequence_length),
         loss_share=sum(map(_tokens_with_loss, shards)) / num_tokens,
         epochs=planned_tokens / (sequences * sequence_length),
-        left_out=LeftOut.of(source),
+        dropped=DroppedCounts.of(source),
     )
 
 
@@ -208,12 +207,12 @@ def _tokens_with_loss(documents: ShardDocuments) -> int:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A stretch of one document in a sequence.
+class PreviewSpan:
+    """Consecutive tokens of one document in a sequence.
 
     Attributes:
-        text: Its tokens, decoded.
-        carries_loss: Whether its tokens are targets of the loss.
+        text: The decoded tokens.
+        carries_loss: Whether the tokens are targets of the loss.
     """
 
     text: str
@@ -222,17 +221,17 @@ class Span:
 
 @dataclass(frozen=True)
 class SequencePreview:
-    """One training sequence as a person reads it.
+    """One training sequence as text.
 
     Attributes:
         source: Name of the source.
-        documents: Its documents, or pieces of them, each as spans with and without loss.
+        documents: The documents, or pieces of documents, each as spans with and without loss.
         num_tokens: Positions that hold tokens.
         num_empty: Positions that packing left empty.
     """
 
     source: str
-    documents: list[list[Span]]
+    documents: list[list[PreviewSpan]]
     num_tokens: int
     num_empty: int
 
@@ -255,13 +254,15 @@ def preview_sequences(
         yield SequencePreview(source.name, documents, num_tokens, sequence_length - num_tokens)
 
 
-def _spans(sequence: PackedSequence, tokenizer: Tokenizer, start: int, stop: int) -> list[Span]:
-    """A document's tokens, grouped by whether they are targets; the first of a document never is."""
+def _spans(
+    sequence: PackedSequence, tokenizer: Tokenizer, start: int, stop: int
+) -> list[PreviewSpan]:
+    # The first token of a document is never a target.
     is_target = np.zeros(stop - start, dtype=np.bool_)
     is_target[1:] = sequence.labels[start : stop - 1] != NO_LOSS
     edges = [0, *(np.flatnonzero(np.diff(is_target)) + 1).tolist(), stop - start]
     return [
-        Span(
+        PreviewSpan(
             str(tokenizer.decode(sequence.input_ids[start + first : start + last])),
             bool(is_target[first]),
         )

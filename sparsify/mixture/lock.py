@@ -1,4 +1,4 @@
-"""The mixture's lock: what exactly a run trains on, written beside it and checked before it is resumed."""
+"""The mixture lock: records exactly which data a run trains on; checked before the run is resumed."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ LOCK_FILE = "mixture.lock.json"
 
 
 class SourceLock(BaseModel):
-    """One source of a run. Counts are those of the documents that the run's budget reaches.
+    """One source of a run. Counts cover the documents that the run's budget reaches.
 
-    They are None as long as the source is still being tokenised.
+    Counts are None while the source is still being tokenised.
     """
 
     fingerprint: str
     token_share: float
-    """Its share of the run's tokens, as the plan says."""
+    """Planned share of the run's tokens."""
     planned_tokens: int
     documents: int | None = None
     train_tokens: int | None = None
     held_out_tokens: int | None = None
     epochs: float | None = None
-    """How often the run sees each training document."""
+    """Number of times the run sees each training document."""
     delivered_tokens: int | None = None
-    """Tokens of the sequences that training has drawn; None before it ended."""
+    """Tokens of the sequences that training has drawn; None until training has ended."""
     delivered_share: float | None = None
 
 
 class MixtureLock(BaseModel):
-    """Everything that decides which token comes when."""
+    """Everything that determines which token comes at which position of the run."""
 
     tokenizer_fingerprint: str
     sequence_length: int
     seed: int
     sources: dict[str, SourceLock]
     accepted_changes: list[str] = Field(default_factory=list)
-    """What differed when the run went on with other data at its user's word (launch.accept_changed_data)."""
+    """Differences that the user accepted when resuming on other data (launch.accept_changed_data)."""
 
 
 def make_lock(
@@ -71,7 +71,7 @@ def _source_lock(source: TokenizedSource, share: float, planned_tokens: int) -> 
     lock = SourceLock(
         fingerprint=source.fingerprint, token_share=share, planned_tokens=planned_tokens
     )
-    if not source.covered:
+    if not source.ready:
         return lock
     counts = {
         "documents": source.num_documents,
@@ -110,7 +110,7 @@ def read_lock(path: Path) -> MixtureLock:
     """Reads a lock that `write_lock` wrote.
 
     Raises:
-        RunError: If there is none, or it is damaged.
+        RunError: If the file is missing or damaged.
     """
     try:
         return MixtureLock.model_validate_json(path.read_text())
@@ -122,24 +122,24 @@ def read_lock(path: Path) -> MixtureLock:
 
 
 def check_lock(previous: MixtureLock, current: MixtureLock) -> None:
-    """Refuses to resume a run on other data than it began with.
+    """Raises unless a resumed run trains on the data that it started with.
 
     Raises:
-        RunError: Naming every source and field that differs, with its old and its new value.
+        RunError: Lists every source and field that differs, with its old and its new value.
     """
     changes = differences(previous, current)
     if changes:
         raise RunError(
-            "The mixture is not the one that this run began with:\n"
+            "The mixture differs from the one that this run started with:\n"
             + "\n".join(f"  {change}" for change in changes),
             allowed="A run is resumed on exactly the same tokens.",
             next_step="Undo the change (files, shares, tokenizer, sequence length, budget, seed), start a new run under "
-            "another name, or go on all the same with launch.accept_changed_data=true, which the lock records.",
+            "another name, or continue anyway with launch.accept_changed_data=true, which the lock records.",
         )
 
 
 def differences(previous: MixtureLock, current: MixtureLock) -> list[str]:
-    """What decides about tokens and is not the same in both locks; counts only where both know them."""
+    """Fields that determine the tokens and differ between the locks. Counts are compared if both locks have them."""
     return list(_differences(previous, current))
 
 

@@ -104,7 +104,7 @@ def wait_for_sequences(
     reader: SequenceReader, first: int, count: int, stop_requested: Callable[[], bool]
 ) -> bool:
     """Waits until these training sequences are tokenised. Returns False when this rank was asked to stop before they were."""
-    while not reader.is_here(first, count):
+    while not reader.is_available(first, count):
         if stop_requested():
             return False
         time.sleep(POLL_SECONDS)

@@ -1,1 +1,1 @@
-"""Better mixture ratios from short proxy runs: what to vary, trials, a small regression, the choice."""
+"""Finds better mixture ratios from short proxy runs: search space, trials, regression, decision."""

@@ -1,4 +1,4 @@
-"""The confirmation: default and tuned mixture once more, with another seed and other held-out sequences."""
+"""Confirmation: trains default and tuned mixture again, with another seed, and evaluates on other held-out sequences."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def confirm(
     num_tokens: int,
     folder: Path,
 ) -> Confirmation:
-    """Trains both mixtures and compares them on held-out sequences that no trial was judged on.
+    """Trains both mixtures and compares them on held-out sequences that no trial was evaluated on.
 
     Args:
         recipe: The recipe that was tuned.
-        tuned: Token share of each source.
-        weights: Of each domain's loss; they sum to 1.
+        tuned: Token share of each source in the tuned mixture.
+        weights: Weight of each domain's loss; they sum to 1.
         num_tokens: Training tokens of each run.
-        folder: Of the tuning.
+        folder: Folder of the tuning.
     """
     seed = recipe.training.seed + 1
-    # Another choice, from more trials, is another run.
+    # The shares are part of the folder's name, because more trials may lead to another choice.
     key = hashlib.blake2b(json.dumps(tuned, sort_keys=True).encode(), digest_size=3).hexdigest()
     variants = {"default": token_shares(recipe.mixture), f"tuned-{key}": tuned}
     measured = []
@@ -64,11 +64,11 @@ def compare(
     """Compares two models sequence by sequence.
 
     Args:
-        default: What the model of the default mixture makes of the held-out sequences.
-        tuned: What that of the tuned mixture makes of the same sequences.
-        weights: Of each domain's loss; they sum to 1.
-        num_tokens: Training tokens of each, for the record.
-        seed: Their seed, for the record.
+        default: Losses of the default mixture's model on the held-out sequences.
+        tuned: Losses of the tuned mixture's model on the same sequences.
+        weights: Weight of each domain's loss; they sum to 1.
+        num_tokens: Training tokens of each run, for the record.
+        seed: Seed of both runs, for the record.
     """
     before, after = (
         sum(weights[name] * loss for name, loss in one.losses.items()) for one in (default, tuned)
@@ -76,7 +76,7 @@ def compare(
     variance = 0.0
     for name, weight in weights.items():
         gaps = np.subtract(tuned.sequence_losses[name], default.sequence_losses[name])
-        # One sequence says nothing about how much sequences differ; it adds nothing rather than a guess.
+        # The variance of a single sequence is unknown; it is counted as 0.
         variance += weight**2 * float(gaps.var(ddof=1)) / len(gaps) if len(gaps) > 1 else 0.0
     limit = NormalDist().inv_cdf((1 + LEVEL) / 2)
     return Confirmation(

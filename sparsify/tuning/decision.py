@@ -1,7 +1,4 @@
-"""The choice: which mixture the regression calls better, by how much, and whether the data support it.
-
-From measured trials to what was found: regression, choice, and how far both can be trusted.
-"""
+"""Decides which mixture the regression predicts to be better, by how much, and whether the data support it."""
 
 from __future__ import annotations
 
@@ -12,48 +9,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.errors import RecipeError, nearest
-from sparsify.tuning.record import WEIGHTED, Curve, Domain, Quality, Trial, TuneRecord
-from sparsify.tuning.regression import Fit, fit, left_out_r2
+from sparsify.tuning.record import WEIGHTED, Domain, Quality, ShareCurve, TrialRecord, TuneRecord
+from sparsify.tuning.regression import Fit, fit, loo_r2
 from sparsify.tuning.space import Space
 from sparsify.tuning.trials import Measurement, Proxy
 
 FloatArray = NDArray[np.float64]
 
 LEVEL = 0.9
-"""Of every interval that is reported."""
+"""Credible level of all reported intervals."""
 NUM_CANDIDATES = 4096
 REFINEMENTS = 12
 CANDIDATES_SEED = 0
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A mixture against the default, in nats per token of the weighted loss. Negative is better.
+class MixtureChoice:
+    """A mixture compared with the default, in nats per token of the weighted loss. Negative is better.
 
     Args:
         point: Shares of the parts. [P]
         difference: Expected loss minus that of the default.
-        half_width: Half of its interval at LEVEL, paired with the default.
-        left_out_error: Root mean square of the leave-one-out errors of the weighted loss.
+        half_width: Half width of the difference's interval at LEVEL.
+        loo_error: Root mean square of the leave-one-out errors of the weighted loss.
     """
 
     point: FloatArray
     difference: float
     half_width: float
-    left_out_error: float
+    loo_error: float
 
     @property
     def reason(self) -> str | None:
-        """Why the data do not support this choice; None where they do."""
+        """Why the data do not support this choice; None if they do."""
         if self.difference + self.half_width >= 0:
             return (
                 f"the {LEVEL:.0%} interval of its difference to the default, "
-                f"{self.difference - self.half_width:+.4f} to {self.difference + self.half_width:+.4f}, holds 0"
+                f"{self.difference - self.half_width:+.4f} to {self.difference + self.half_width:+.4f}, contains 0"
             )
-        if self.left_out_error >= -self.difference:
+        if self.loo_error >= -self.difference:
             return (
-                f"the regression misses a trial that it has not seen by {self.left_out_error:.4f}, "
-                f"no less than the improvement of {-self.difference:.4f}"
+                f"the leave-one-out error of the regression, {self.loo_error:.4f}, "
+                f"is not smaller than the improvement of {-self.difference:.4f}"
             )
         return None
 
@@ -61,36 +58,36 @@ class Choice:
 def objective_weights(
     domains: Sequence[str], default_shares: Mapping[str, float], given: Sequence[str]
 ) -> dict[str, float]:
-    """Weight of each domain's loss in what is made small; they sum to 1.
+    """Weight of each domain's loss in the objective, which is minimised. The weights sum to 1.
 
     Args:
         domains: All sources of the mixture.
-        default_shares: The recipe's own token shares: what a domain weighs unless something is given.
-        given: `DOMAIN=FACTOR`: how many times its share this domain weighs.
+        default_shares: Token shares of the recipe's mixture: the default weights.
+        given: `DOMAIN=FACTOR`: multiplies the weight of a domain.
 
     Raises:
-        RecipeError: If a domain is unknown, a factor is no number, or nothing weighs anything.
+        RecipeError: If a domain is unknown, a factor is not a number, or all weights are 0.
     """
     factors: dict[str, float] = {}
     for item in given:
         name, _, text = item.partition("=")
         if name not in domains:
             raise RecipeError(
-                f"--weight names {name!r}, which is no source of the mixture.",
+                f"--weight names {name!r}, which is not a source of the mixture.",
                 allowed=f"{nearest(name, domains)}Sources: {', '.join(domains)}.",
             )
         factors[name] = _factor(item, text)
         if not default_shares.get(name):
             raise RecipeError(
                 f"--weight {item}: {name} has share 0 in the recipe's mixture, so there is nothing to multiply.",
-                allowed="A domain weighs FACTOR times its share in the recipe's mixture.",
+                allowed="The weight of a domain is FACTOR times its share in the recipe's mixture.",
                 next_step=f"Give {name} a small token_share in the mixture first.",
             )
     weights = {name: default_shares.get(name, 0.0) * factors.get(name, 1.0) for name in domains}
     total = sum(weights.values())
     if not total:
         raise RecipeError(
-            f"--weight {' '.join(given)} leaves no domain any weight.",
+            f"--weight {' '.join(given)} gives all domains weight 0.",
             next_step="Give at least one domain a factor above 0.",
         )
     return {name: weight / total for name, weight in weights.items()}
@@ -103,26 +100,26 @@ def _factor(item: str, text: str) -> float:
         factor = -1.0
     if not (0 <= factor < np.inf):
         raise RecipeError(
-            f"--weight {item!r} has no factor.",
-            allowed="DOMAIN=FACTOR with a factor of 0 or more: --weight code=2 counts code twice.",
+            f"--weight {item!r} has no valid factor.",
+            allowed="DOMAIN=FACTOR with a factor of 0 or more; e.g. --weight code=2 doubles the weight of code.",
         )
     return factor
 
 
-def choose(space: Space, fitted: Fit, outputs: FloatArray, weights: FloatArray) -> Choice:
-    """The mixture whose improvement over the default is the most certain.
+def choose(space: Space, fitted: Fit, outputs: FloatArray, weights: FloatArray) -> MixtureChoice:
+    """The mixture with the most certain improvement over the default.
 
-    That is the smallest upper end of the paired interval, so that a mixture far from all trials, of which little is
-    known, is not preferred for a guess. Where no interval is on the good side of 0, it is the one with the smallest
-    expected loss, which `Choice.reason` then says is not supported.
+    It minimises the upper end of the paired interval, so that a mixture far from all trials is not preferred because of
+    an uncertain prediction. If no interval is entirely below 0, it minimises the expected loss, and
+    `MixtureChoice.reason` says that the choice is not supported.
 
     Args:
-        space: What may be chosen.
+        space: The mixtures to choose from.
         fitted: The regression.
-        outputs: What it was fitted to. [n, D]
-        weights: Of each output in the weighted loss. [D]
+        outputs: Measured outputs of the n trials. [n, D]
+        weights: Weight of each output in the weighted loss. [D]
     """
-    error = float(np.sqrt((((fitted.left_out - outputs) @ weights) ** 2).mean()))
+    error = float(np.sqrt((((fitted.loo - outputs) @ weights) ** 2).mean()))
 
     def difference(points: FloatArray) -> FloatArray:
         return (fitted.predict(points) - fitted.predict(space.default[None])) @ weights
@@ -137,12 +134,12 @@ def choose(space: Space, fitted: Fit, outputs: FloatArray, weights: FloatArray) 
     for objective in (upper, difference):
         point = candidates[int(np.argmin(objective(candidates)))]
         for refinement in range(REFINEMENTS):
-            # The space is convex: a step from the best point towards any other stays inside.
+            # The space is convex, so a step from the best point towards any other point stays inside.
             near = point + (candidates - point) * 0.6**refinement
             near = np.vstack([point, near])
             point = near[int(np.argmin(objective(near)))]
-        point = space.point_of(space.source_shares(point))  # as it will be written
-        chosen = Choice(
+        point = space.point_of(space.source_shares(point))  # rounded as in the mixture file
+        chosen = MixtureChoice(
             point, float(difference(point[None])[0]), float(half_width(point[None])[0]), error
         )
         if chosen.difference + chosen.half_width < 0:
@@ -157,11 +154,11 @@ NEAR_BOUND = 2e-3
 def conclude(
     space: Space, weights: Mapping[str, float], measured: Sequence[tuple[Proxy, Measurement]]
 ) -> TuneRecord:
-    """Fits the trials and chooses a mixture.
+    """Fits the regression to the trials and chooses a mixture.
 
     Args:
-        space: What was varied.
-        weights: Of each domain's loss; they sum to 1.
+        space: The search space.
+        weights: Weight of each domain's loss; they sum to 1.
         measured: The trials; the first is the default mixture.
     """
     delivered = [proxy.delivered_shares for proxy, _ in measured]
@@ -182,8 +179,8 @@ def conclude(
             tuned_share=tuned.get(name, 0.0),
             default_loss=float(before[index]),
             tuned_loss=float(after[index]),
-            left_out_error=quality[index].left_out_error,
-            left_out_r2=quality[index].left_out_r2,
+            loo_error=quality[index].loo_error,
+            loo_r2=quality[index].loo_r2,
         )
         for index, (name, weight) in enumerate(weights.items())
     }
@@ -209,7 +206,7 @@ def conclude(
 
 
 def _at_bounds(space: Space, point: FloatArray) -> list[str]:
-    """Bounds that keep the choice from going on; no share goes below 0 or above 1."""
+    """Bounds of --over on which the choice lies; 0 and 1 are not reported."""
     found = []
     pairs = list(zip(space.parts, point, strict=True))
     for part, share in pairs[:1] if len(pairs) == 2 else pairs:
@@ -226,29 +223,29 @@ def _trials(
     outputs: FloatArray,
     fitted: Fit,
     objective: FloatArray,
-) -> list[Trial]:
-    rows = zip(measured, delivered, points, outputs, fitted.left_out, strict=True)
+) -> list[TrialRecord]:
+    rows = zip(measured, delivered, points, outputs, fitted.loo, strict=True)
     return [
-        Trial(
+        TrialRecord(
             folder=str(proxy.run.path),
             shares=shares,
             part_shares=point.tolist(),
             losses=one.losses,
-            left_out_losses=dict(zip(one.losses, left_out.tolist(), strict=False)),
+            loo_losses=dict(zip(one.losses, loo.tolist(), strict=False)),
             weighted_loss=float(output @ objective),
-            left_out_weighted_loss=float(left_out @ objective),
+            loo_weighted_loss=float(loo @ objective),
             zeros=one.zeros,
-            left_out_zeros=float(left_out[-1]),
+            loo_zeros=float(loo[-1]),
         )
-        for (proxy, one), shares, point, output, left_out in rows
+        for (proxy, one), shares, point, output, loo in rows
     ]
 
 
 def _quality(fitted: Fit, outputs: FloatArray, weights: FloatArray) -> Quality:
-    observed, left_out = outputs @ weights, fitted.left_out @ weights
+    observed, loo = outputs @ weights, fitted.loo @ weights
     return Quality(
-        left_out_error=float(np.sqrt(((observed - left_out) ** 2).mean())),
-        left_out_r2=float(left_out_r2(left_out[:, None], observed[:, None])[0]),
+        loo_error=float(np.sqrt(((observed - loo) ** 2).mean())),
+        loo_r2=float(loo_r2(loo[:, None], observed[:, None])[0]),
     )
 
 
@@ -260,8 +257,8 @@ def _curves(
     fitted: Fit,
     objective: FloatArray,
     tuned: FloatArray,
-) -> list[Curve]:
-    """One curve for each part that varies, as far as trials reach; of two parts the second would mirror the first."""
+) -> list[ShareCurve]:
+    """One curve for each varied part, over the range of the trials. With two parts, one curve is enough."""
     columns = dict(zip(domains, np.eye(len(objective)), strict=False)) | {WEIGHTED: objective}
     parts = [index for index, part in enumerate(space.parts) if part.high > part.low]
     curves = []
@@ -272,7 +269,7 @@ def _curves(
         onto = fitted.predict(_path(space.default, index, points[:, index]))
         brought = onto + outputs - fitted.predict(points)
         curves.append(
-            Curve(
+            ShareCurve(
                 part=space.parts[index].name,
                 shares=grid.tolist(),
                 losses={name: (fitted.predict(path) @ w).tolist() for name, w in columns.items()},
@@ -286,7 +283,7 @@ def _curves(
 
 
 def _path(default: FloatArray, index: int, shares: FloatArray) -> FloatArray:
-    """Points at which one part has these shares and the others keep the default's proportions. [m] → [m, P]"""
+    """Points at which one part has the given shares and the others keep the default's proportions. [m] → [m, P]"""
     others = np.delete(default, index)
     total = others.sum()
     proportions = others / total if total else np.full(len(others), 1 / len(others))

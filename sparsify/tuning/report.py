@@ -1,9 +1,4 @@
-"""The pictures that argue for a mixture, or against choosing one.
-
-Writes what a tuning found: tune.json, two PNG pictures, and one HTML page that needs no other file.
-
-What a tuning found, for a terminal.
-"""
+"""Reports a tuning: figures, tune.json, a self-contained HTML page, and tables for the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +18,7 @@ from sparsify.files import storage_errors, write_text
 from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image, page_figure
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.tables import figures_table
-from sparsify.tuning.record import RECORD_FILE, WEIGHTED, Curve, TuneRecord
+from sparsify.tuning.record import RECORD_FILE, WEIGHTED, ShareCurve, TuneRecord
 
 MOST_COLUMNS = 6
 MOST_ROWS = 8
@@ -33,7 +28,7 @@ Draw = Callable[[TuneRecord, Theme], Figure]
 
 
 def loss_against_share(record: TuneRecord, theme: Theme) -> Figure:
-    """Predicted loss of every domain against every varied share, with its band and the trials."""
+    """Predicted loss of every domain against every varied share, with interval and trials."""
     names = shown_domains(record)
     curves = record.curves[:MOST_COLUMNS]
     if len(curves) == 1:
@@ -57,7 +52,7 @@ def loss_against_share(record: TuneRecord, theme: Theme) -> Figure:
 
 
 def shown_domains(record: TuneRecord) -> list[str]:
-    """The weighted loss and the domains of most weight, as many as a picture can hold."""
+    """The weighted loss and the domains with the largest weights, up to MOST_ROWS."""
     by_weight = sorted(record.domains, key=lambda name: -record.domains[name].weight)
     kept = by_weight[: MOST_ROWS - 1]
     return [WEIGHTED, *(name for name in record.domains if name in kept)]
@@ -77,7 +72,7 @@ def _title(name: str) -> str:
     return "weighted loss, nats per token" if name == WEIGHTED else name
 
 
-def _panel(axes: Axes, record: TuneRecord, curve: Curve, name: str, theme: Theme) -> None:
+def _panel(axes: Axes, record: TuneRecord, curve: ShareCurve, name: str, theme: Theme) -> None:
     part = record.parts.index(curve.part)
     shares, losses = np.array(curve.shares), np.array(curve.losses[name])
     half, at = np.array(curve.half_widths[name]), [one.part_shares[part] for one in record.trials]
@@ -103,24 +98,24 @@ def _panel(axes: Axes, record: TuneRecord, curve: Curve, name: str, theme: Theme
     axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
 
 
-def _loss_range(curves: Sequence[Curve], name: str) -> tuple[float, float]:
-    """Range of all lines and trials of a row: a band may reach far beyond what was seen."""
+def _loss_range(curves: Sequence[ShareCurve], name: str) -> tuple[float, float]:
+    """Range of all lines and trials of a row. Bands are ignored: they may extend far beyond the data."""
     values = [value for one in curves for value in one.losses[name] + one.trial_losses[name]]
     margin = 0.2 * ((max(values) - min(values)) or 1e-3)
     return min(values) - margin, max(values) + margin
 
 
 def observed_against_predicted(record: TuneRecord, theme: Theme) -> Figure:
-    """Every trial's loss against what the regression predicts for it from all other trials."""
+    """Every trial's loss against its leave-one-out prediction."""
     names = shown_domains(record)
     figure, panels = _wrapped(len(names))
     for axes, name in zip(panels, names, strict=True):
         if name == WEIGHTED:
-            pairs = [(one.left_out_weighted_loss, one.weighted_loss) for one in record.trials]
-            quality = record.weighted.left_out_r2
+            pairs = [(one.loo_weighted_loss, one.weighted_loss) for one in record.trials]
+            quality = record.weighted.loo_r2
         else:
-            pairs = [(one.left_out_losses[name], one.losses[name]) for one in record.trials]
-            quality = record.domains[name].left_out_r2
+            pairs = [(one.loo_losses[name], one.losses[name]) for one in record.trials]
+            quality = record.domains[name].loo_r2
         predicted, observed = zip(*pairs, strict=True)
         low, high = min(predicted + observed), max(predicted + observed)
         margin = 0.08 * ((high - low) or 1e-3)
@@ -128,7 +123,7 @@ def observed_against_predicted(record: TuneRecord, theme: Theme) -> Figure:
         axes.plot(ends, ends, color=theme.line, linewidth=1.2, zorder=0)
         axes.plot(predicted[1:], observed[1:], "o", color=theme.ink, markersize=4)
         axes.plot(predicted[:1], observed[:1], "s", color=theme.gate, markersize=6)
-        axes.set(xlim=ends, ylim=ends, xlabel="predicted, left out", ylabel="observed")
+        axes.set(xlim=ends, ylim=ends, xlabel="predicted, leave-one-out", ylabel="observed")
         axes.set_title(f"{_title(name).partition(',')[0]}: R² {quality:.2f}", fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -138,20 +133,20 @@ def observed_against_predicted(record: TuneRecord, theme: Theme) -> Figure:
 
 PAGE_FILE = "index.html"
 PACKAGE, TEMPLATE_FILE = "sparsify.tuning", "tune.html.j2"
-PICTURES: dict[Draw, str] = {
+FIGURES: dict[Draw, str] = {
     loss_against_share: "Loss against share",
     observed_against_predicted: "Can the regression be trusted?",
 }
 
 
 def write_page(record: TuneRecord, folder: Path) -> None:
-    """Writes the record, its pictures and its page.
+    """Writes the record, its figures and its page.
 
     Raises:
-        StorageError: If the disk or the folder refuses.
+        StorageError: If a file cannot be written.
     """
     write_text(folder / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
-    for draw in PICTURES:
+    for draw in FIGURES:
         path = folder / f"{draw.__name__}.png"
         with storage_errors(path):
             path.write_bytes(image(partial(draw, record), draw.__name__, LIGHT, "png"))
@@ -159,15 +154,16 @@ def write_page(record: TuneRecord, folder: Path) -> None:
 
 
 def render_page(record: TuneRecord) -> str:
-    """The page as text: pictures inside as data, on light and on dark paper."""
+    """The page as HTML text with embedded figures, in a light and a dark theme."""
     captions: dict[Draw, str] = {
         loss_against_share: _share_caption(record),
-        observed_against_predicted: "Each trial's loss against what the regression says of it when it has not seen "
-        "it. Points on the line are predicted; an R² of 0 or less says that the mean of the other trials does as well.",
+        observed_against_predicted: "Each trial's loss against the prediction of the regression fitted to all other "
+        "trials. Points on the line are predicted exactly; at an R² of 0 or below, the mean of the other trials "
+        "predicts as well.",
     }
     figures = [
         page_figure(partial(draw, record), draw.__name__, title, captions[draw])
-        for draw, title in PICTURES.items()
+        for draw, title in FIGURES.items()
     ]
     template = page_environment(PACKAGE).get_template(TEMPLATE_FILE)
     return template.render(record=record, figures=figures)
@@ -175,13 +171,15 @@ def render_page(record: TuneRecord) -> str:
 
 def _share_caption(record: TuneRecord) -> str:
     moved = (
-        "The other parts keep the default's proportions while one moves; each trial is drawn where the regression "
-        "puts it on that path, plus what it leaves unexplained."
+        "One share varies while the others keep the default's proportions. Each trial is moved to that path by the "
+        "regression and drawn with its residual."
         if len(record.parts) > 2
-        else "The dots are what the trials measured."
+        else "The dots are the measured trials."
     )
     hidden = len(record.domains) + 1 - len(shown_domains(record))
-    more = f" {hidden} domains of least weight are in {RECORD_FILE} only." if hidden else ""
+    more = (
+        f" {hidden} domains with the smallest weights are in {RECORD_FILE} only." if hidden else ""
+    )
     return f"Held-out loss after {record.trial_tokens:,} training tokens. {moved}{more}"
 
 
@@ -189,11 +187,11 @@ COLUMNS = ("domain", "weight", "token share", "loss", "error", "R²")
 
 
 def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType:
-    """Shares and predicted losses of both mixtures, the verdict, and what to type next.
+    """Tables for the terminal: shares and predicted losses of both mixtures, the verdict, the next command.
 
     Args:
-        record: What was found.
-        folder: Where its page lies.
+        record: Result of the tuning.
+        folder: Folder of its page.
         given: Recipe name or path as the user gave it.
     """
     table = figures_table(
@@ -206,22 +204,22 @@ def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType
             f"{domain.weight:.1%}",
             f"{domain.default_share:.1%} → {domain.tuned_share:.1%}",
             f"{domain.default_loss:.4f} → {domain.tuned_loss:.4f}",
-            f"{domain.left_out_error:.4f}",
-            f"{domain.left_out_r2:.2f}",
+            f"{domain.loo_error:.4f}",
+            f"{domain.loo_r2:.2f}",
         )
     table.add_section()
     losses = f"{record.default_loss:.4f} → {record.tuned_loss:.4f}"
     zeros = f"{record.default_zeros:.2%} → {record.tuned_zeros:.2%}"
     for name, values, quality, error in (
-        ("weighted loss", losses, record.weighted, f"{record.weighted.left_out_error:.4f}"),
-        ("exact zeros", zeros, record.zeros, f"{record.zeros.left_out_error:.2%}"),
+        ("weighted loss", losses, record.weighted, f"{record.weighted.loo_error:.4f}"),
+        ("exact zeros", zeros, record.zeros, f"{record.zeros.loo_error:.2%}"),
     ):
-        table.add_row(name, "", "", values, error, f"{quality.left_out_r2:.2f}")
+        table.add_row(name, "", "", values, error, f"{quality.loo_r2:.2f}")
     parts: list[RenderableType] = [
         "",
         table,
-        "Default → predicted best. Error and R² are leave-one-out. The weighted loss is what is made small: a domain weighs "
-        "its share in the recipe's mixture, times its --weight.",
+        "Default → predicted best. Error and R² are leave-one-out. The weighted loss is minimised: the weight of a "
+        "domain is its share in the recipe's mixture, times its --weight.",
     ]
     if record.confirmation is not None:
         parts += ["", _confirmation_table(record)]
@@ -251,7 +249,7 @@ def _confirmation_table(record: TuneRecord) -> Table:
 def _places(record: TuneRecord, folder: Path, given: str) -> list[str]:
     lines = [f"[bold]Page[/bold]     {escape(str(folder / PAGE_FILE))}"]
     if record.mixture_file is None:
-        lines.append("No mixture was written; --force writes the predicted one all the same.")
+        lines.append("No mixture was written; --force writes the predicted one anyway.")
         return lines
     mixture = escape(record.mixture_file)
     lines.append(f"[bold]Mixture[/bold]  {mixture}")

@@ -1,11 +1,11 @@
-"""What `--over` varies: parts of a mixture, the bounds of their shares, and points spread over them.
+"""The search space of `--over`: parts of a mixture, bounds of their shares, and points spread over them.
 
     mixture.instruction_token_share=LOW:HIGH   the instruction group against the pretraining group
     token_shares                               every source
-    SOURCE=LOW:HIGH                            this source; beside `token_shares` it narrows its bounds, alone the
-                                               sources that are not named share what it leaves, in their proportions
+    SOURCE=LOW:HIGH                            this source; with `token_shares`, it narrows this source's bounds;
+                                               alone, the other sources share the rest in their proportions
 
-All three are one thing: parts whose shares sum to 1, each part a group of sources in fixed proportions.
+All three have the same form: parts whose shares sum to 1, each part a group of sources in fixed proportions.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sparsify.errors import RecipeError, nearest
 from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.mixture import MixtureSection
 
-KNOB = "mixture.instruction_token_share"
+INSTRUCTION_SHARE = "mixture.instruction_token_share"
 ALL_SOURCES = "token_shares"
 OTHERS = "all others"
 SHARE_DECIMALS = 4
 SMALLEST_RANGE = 1e-9
 RESIDUAL_DEGREES = 2
-"""Trials beyond one for each coefficient of a plane: with fewer, nothing is left to see noise by."""
-GRAMMAR = f"Allowed: {KNOB}=LOW:HIGH, {ALL_SOURCES}, or SOURCE=LOW:HIGH, with 0 <= LOW < HIGH <= 1."
+"""Trials in addition to one per coefficient of a linear model, to estimate the noise."""
+GRAMMAR = f"Allowed: {INSTRUCTION_SHARE}=LOW:HIGH, {ALL_SOURCES}, or SOURCE=LOW:HIGH, with 0 <= LOW < HIGH <= 1."
 
 FloatArray = NDArray[np.float64]
 
@@ -39,9 +39,9 @@ class Part:
     """Sources that are varied together.
 
     Args:
-        name: A source, a group, or OTHERS.
-        low: Smallest share of all tokens.
-        high: Largest share of all tokens.
+        name: Name of a source or a group, or OTHERS.
+        low: Lower bound of the share of all tokens.
+        high: Upper bound of the share of all tokens.
         members: Share of each source within the part; they sum to 1.
     """
 
@@ -56,8 +56,8 @@ class Space:
     """A bounded simplex: one share for each part, summing to 1.
 
     Args:
-        parts: The parts, with bounds that can all be reached.
-        default: The recipe's own shares of the parts; they may lie outside the bounds. [P]
+        parts: The parts, with bounds that can all be attained.
+        default: The recipe's own shares of the parts; they may be outside the bounds. [P]
     """
 
     parts: tuple[Part, ...]
@@ -65,16 +65,16 @@ class Space:
 
     @property
     def num_free(self) -> int:
-        """Numbers that can be chosen: one less than the parts that vary, for the shares sum to 1."""
+        """Degrees of freedom: the number of varying parts minus 1, because shares sum to 1."""
         return sum(part.high - part.low > SMALLEST_RANGE for part in self.parts) - 1
 
     @property
-    def least_trials(self) -> int:
-        """Trials that a plane over the shares needs, with some left to judge its noise."""
+    def min_trials(self) -> int:
+        """Trials that a linear model of the shares needs, including those to estimate its noise."""
         return 1 + self.num_free + RESIDUAL_DEGREES
 
     def source_shares(self, point: FloatArray) -> dict[str, float]:
-        """Token share of each source at a point, to SHARE_DECIMALS decimals, summing to 1."""
+        """Token share of each source at a point [P], rounded to SHARE_DECIMALS decimals, summing to 1."""
         exact = {
             name: share * inside
             for part, share in zip(self.parts, point, strict=True)
@@ -83,15 +83,15 @@ class Space:
         return _rounded(exact)
 
     def point_of(self, shares: Mapping[str, float]) -> FloatArray:
-        """Share of each part under these shares of the sources. [P]"""
+        """Share of each part, given the shares of the sources. [P]"""
         return np.array(
             [sum(shares.get(name, 0.0) for name in part.members) for part in self.parts]
         )
 
     def spread(self, num_points: int, seed: int) -> FloatArray:
-        """Points that fill the space evenly: a scrambled Sobol sequence, laid on the bounded simplex.
+        """Points that fill the space evenly: a scrambled Sobol sequence, mapped to the bounded simplex.
 
-        The first n points do not depend on how many are asked for, so that trials can be added later.
+        The first n points do not depend on `num_points`, so that trials can be added later.
 
         Returns:
             [num_points, P]
@@ -100,14 +100,14 @@ class Space:
         return self._on_simplex(engine.draw(num_points, dtype=torch.float64).numpy())
 
     def _on_simplex(self, cube: FloatArray) -> FloatArray:
-        """Stick breaking: uniform where no upper bound binds, and inside the bounds everywhere.
+        """Stick breaking: uniform where no upper bound is active, and within the bounds everywhere.
 
         Args:
             cube: Uniform numbers. [n, P - 1]
         """
         low = np.array([part.low for part in self.parts])
         room = np.array([part.high for part in self.parts]) - low
-        rest = np.full(len(cube), 1.0 - low.sum())  # what is still to be given out above the lows
+        rest = np.full(len(cube), 1.0 - low.sum())  # still to be distributed above the lower bounds
         shares = np.empty((len(cube), len(self.parts)))
         for index in range(len(self.parts) - 1):
             later = len(self.parts) - 1 - index
@@ -125,31 +125,32 @@ class Space:
 
 
 def parse_space(over: Sequence[str], mixture: MixtureSection) -> Space:
-    """Reads what `--over` was given.
+    """Parses the values of `--over`.
 
     Args:
-        over: Each a `NAME` or `NAME=LOW:HIGH`.
+        over: `NAME` or `NAME=LOW:HIGH` each.
         mixture: The recipe's mixture.
 
     Raises:
-        RecipeError: If something is misspelt, contradicts itself, or leaves nothing to vary.
+        RecipeError: If a value is invalid, values contradict each other, or nothing remains to vary.
     """
     if mixture.phases:
         raise RecipeError(
-            f"Mixture {mixture.name!r} has phases; tuning varies shares that stay the same over a run.",
-            next_step="mixture.phases=[] tunes the sources' own shares.",
+            f"Mixture {mixture.name!r} has phases; tuning varies shares that are constant over a run.",
+            next_step="Set mixture.phases=[] to tune the sources' own shares.",
         )
     ranges: dict[str, tuple[float, float] | None] = {}
     for item in over:
         name, bounds = _read(item)
         if name in ranges:
-            raise RecipeError(f"--over names {name} twice.", next_step="Give it once.")
+            raise RecipeError(f"--over names {name} twice.", next_step="Name it once.")
         ranges[name] = bounds
-    parts = _knob(ranges, mixture) if KNOB in ranges else _sources(ranges, mixture)
+    read_parts = _groups if INSTRUCTION_SHARE in ranges else _sources
+    parts = read_parts(ranges, mixture)
     space = Space(tuple(_reachable(parts)), np.zeros(len(parts)))
     if space.num_free < 1:
         raise RecipeError(
-            f"--over {' '.join(over)} leaves nothing to vary: "
+            f"--over {' '.join(over)} leaves no share to vary: "
             + ", ".join(f"{part.name} is {part.low:g}" for part in space.parts)
             + ".",
             next_step="Widen the bounds, or vary more sources.",
@@ -173,22 +174,24 @@ def _read(item: str) -> tuple[str, tuple[float, float] | None]:
             else f"{name}=0:0.4"
         )
         raise RecipeError(
-            f"--over {item!r} is not a range to vary.",
+            f"--over {item!r} is not a valid range.",
             allowed=GRAMMAR,
             next_step=f"For example: {example}",
         )
     return name, (low, high)
 
 
-def _knob(ranges: Mapping[str, tuple[float, float] | None], mixture: MixtureSection) -> list[Part]:
+def _groups(
+    ranges: Mapping[str, tuple[float, float] | None], mixture: MixtureSection
+) -> list[Part]:
     if len(ranges) > 1:
-        others = ", ".join(name for name in ranges if name != KNOB)
+        others = ", ".join(name for name in ranges if name != INSTRUCTION_SHARE)
         raise RecipeError(
-            f"--over varies {KNOB} and {others} at once.",
-            allowed="Sources keep their proportions inside both groups while the knob moves.",
-            next_step=f"Vary either {KNOB}, or the shares of sources.",
+            f"--over varies {INSTRUCTION_SHARE} and {others} at once.",
+            allowed=f"Sources keep their proportions within both groups while {INSTRUCTION_SHARE} varies.",
+            next_step=f"Vary either {INSTRUCTION_SHARE}, or the shares of sources.",
         )
-    bounds = ranges[KNOB]
+    bounds = ranges[INSTRUCTION_SHARE]
     assert bounds is not None
     low, high = bounds
     groups = {"instruction": (low, high), "pretraining": (1 - high, 1 - low)}
@@ -201,7 +204,7 @@ def _knob(ranges: Mapping[str, tuple[float, float] | None], mixture: MixtureSect
         }
         if not sum(stated.values()):
             raise RecipeError(
-                f"--over varies {KNOB}, but mixture {mixture.name!r} has no {group} source with a share.",
+                f"--over varies {INSTRUCTION_SHARE}, but mixture {mixture.name!r} has no {group} source with a share.",
                 next_step=f"Add a source with group: {group}, or use --over {ALL_SOURCES}.",
             )
         parts.append(Part(group, least, most, _proportions(stated)))
@@ -213,9 +216,9 @@ def _sources(
 ) -> list[Part]:
     for name in ranges:
         if name != ALL_SOURCES and name not in mixture.sources:
-            known = [KNOB, ALL_SOURCES, *mixture.sources]
+            known = [INSTRUCTION_SHARE, ALL_SOURCES, *mixture.sources]
             raise RecipeError(
-                f"--over names {name!r}, which is no source of mixture {mixture.name!r}.",
+                f"--over names {name!r}, which is not a source of mixture {mixture.name!r}.",
                 allowed=f"{nearest(name, known)}Sources: {', '.join(mixture.sources)}. {GRAMMAR}",
             )
     varied = list(mixture.sources) if ALL_SOURCES in ranges else list(ranges)
@@ -232,12 +235,12 @@ def _proportions(stated: Mapping[str, float]) -> dict[str, float]:
 
 
 def _reachable(parts: Sequence[Part]) -> list[Part]:
-    """The same parts, each with the bounds that the bounds of the others let it reach."""
+    """The parts with tightened bounds: those that each part can attain, given the bounds of the others."""
     lows, highs = sum(part.low for part in parts), sum(part.high for part in parts)
     if lows > 1 + SMALLEST_RANGE or highs < 1 - SMALLEST_RANGE:
         side, total = ("lower", lows) if lows > 1 else ("upper", highs)
         raise RecipeError(
-            f"The bounds of --over leave no mixture: the {side} bounds sum to {total:g} ("
+            f"No mixture satisfies the bounds of --over: the {side} bounds sum to {total:g} ("
             + ", ".join(f"{part.name} {part.low:g}:{part.high:g}" for part in parts)
             + ").",
             allowed="Shares sum to 1: lower bounds to at most 1, upper bounds to at least 1.",
@@ -254,7 +257,7 @@ def _reachable(parts: Sequence[Part]) -> list[Part]:
 
 
 def _rounded(exact: Mapping[str, float]) -> dict[str, float]:
-    """Largest remainders: the closest shares with SHARE_DECIMALS decimals that sum to 1."""
+    """Rounds by largest remainders: the closest shares with SHARE_DECIMALS decimals that sum to 1."""
     units = 10**SHARE_DECIMALS
     scaled = {name: share * units for name, share in exact.items()}
     whole = {name: int(share) for name, share in scaled.items()}

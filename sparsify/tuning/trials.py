@@ -1,6 +1,6 @@
-"""Proxy runs: the recipe at a smaller budget and other shares, each in a folder of its own, none run twice.
+"""Proxy runs: the recipe with a smaller budget and other shares, each in its own folder, none run twice.
 
-What a trial's model makes of held-out text of every domain, also of those that it was not trained on.
+A trial's model is evaluated on held-out text of every domain, including those that it was not trained on.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Measurement(BaseModel):
     Attributes:
         losses: Mean loss on each domain.
         zeros: Share of exact zeros among the neuron activations, over all domains' sequences.
-        sequence_losses: Mean loss of each sequence of each domain; sequences without labels are left out.
-        held_out_fingerprint: Of the sequences. Only measurements that agree in it can be compared.
+        sequence_losses: Mean loss of each sequence of each domain, without sequences that have no labels.
+        held_out_fingerprint: Hash of the sequences. Only measurements with equal hashes can be compared.
     """
 
     losses: dict[str, float]
@@ -58,10 +58,10 @@ class Measurement(BaseModel):
 def held_out_halves(
     recipe: Recipe, tokenizer: PreTrainedTokenizerFast, sequences_per_domain: int
 ) -> tuple[HeldOut, HeldOut]:
-    """Held-out sequences of every source of the mixture, whatever its share: to judge trials on, and to confirm on.
+    """Held-out sequences of every source of the mixture, whatever its share: one half for trials, one for confirmation.
 
-    Each half has `sequences_per_domain` sequences of each source, as far as there are that many. They do not depend on any
-    share, so they are the same for all trials.
+    Each half has up to `sequences_per_domain` sequences of each source. They do not depend on the shares, so they are
+    the same for all trials.
 
     Raises:
         MixtureError: If a source holds out fewer than two sequences.
@@ -84,11 +84,11 @@ def held_out_halves(
     for name, held_out in sequences.items():
         if len(held_out) < 2:
             raise MixtureError(
-                f"Source {name!r} holds out less than two sequences of {sequence_length} tokens.",
-                allowed="One to judge the trials on, another to confirm the choice on.",
+                f"Source {name!r} holds out fewer than two sequences of {sequence_length} tokens.",
+                allowed="At least one to evaluate the trials on, and another one for the confirmation.",
                 next_step="Raise mixture.validation_fraction, add documents, or lower training.sequence_length.",
             )
-    # Neighbours in turn, so that both halves lie over all held-out documents.
+    # Alternate, so that both halves cover all held-out documents.
     trial, confirmation = (
         {name: held_out[half::2] for name, held_out in sequences.items()} for half in (0, 1)
     )
@@ -97,10 +97,10 @@ def held_out_halves(
 
 @torch.no_grad()
 def measure_domains(model: SparseModel, held_out: HeldOut, micro_batch_size: int) -> Measurement:
-    """Loss of a model on every domain, and its zeros, in one pass.
+    """Loss of a model on every domain, and its share of exact zeros, in one pass.
 
     Raises:
-        MixtureError: If a domain's sequences hold no label to predict.
+        MixtureError: If a domain's sequences have no labels.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers decorates `to`)
@@ -111,7 +111,7 @@ def measure_domains(model: SparseModel, held_out: HeldOut, micro_batch_size: int
             sums, counts = _sequence_sums(model, sequences, micro_batch_size)
             if not counts.sum():
                 raise MixtureError(
-                    f"The held-out sequences of source {name!r} hold no token that carries loss.",
+                    f"The held-out sequences of source {name!r} have no token that carries loss.",
                     next_step="Set mixture.instruction_loss=all, or raise training.sequence_length.",
                 )
             losses[name] = float(sums.sum() / counts.sum())
@@ -142,7 +142,7 @@ def _sequence_sums(
 
 
 def fingerprint(held_out: HeldOut) -> str:
-    """Of all tokens and labels of the sequences."""
+    """Hash of all tokens and labels of the sequences."""
     digest = hashlib.blake2b(digest_size=12)
     for name, sequences in held_out.items():
         digest.update(f"{name}/{len(sequences)}".encode())
@@ -160,10 +160,10 @@ class Proxy:
     """One proxy run.
 
     Args:
-        title: What to call it while it runs.
-        recipe: Its own recipe.
-        validation_sequences: Held-out sequences of each domain that it is judged on.
-        half: Which half of the held-out sequences it is judged on.
+        title: Name of the run in messages.
+        recipe: The proxy run's recipe.
+        validation_sequences: Number of held-out sequences of each domain to evaluate on.
+        half: Which half of the held-out sequences to evaluate on.
     """
 
     title: str
@@ -177,7 +177,7 @@ class Proxy:
 
     @property
     def delivered_shares(self) -> dict[str, float]:
-        """Shares that its few sequences come to; they differ from those asked for by less than a sequence."""
+        """Shares of the delivered sequences; they differ from the requested ones by less than a sequence."""
         training = self.recipe.training
         num_sequences = self.recipe.num_steps * training.global_batch_size
         sources = self.recipe.mixture.sources
@@ -189,10 +189,10 @@ class Proxy:
 def proxy_recipe(
     recipe: Recipe, shares: Mapping[str, float], num_tokens: int, folder: Path, seed: int
 ) -> Recipe:
-    """The recipe at another budget and other shares.
+    """The recipe with another budget and other shares.
 
     Warm-up shrinks in proportion, and the decay ends with the budget as in every run. There is no baseline, and the
-    run validates itself on one sequence a source only: trials are judged by `measure_domains`.
+    run validates on only one sequence per source, because `measure_domains` evaluates trials.
 
     Raises:
         RecipeError: If the budget is less than a step.
@@ -200,7 +200,7 @@ def proxy_recipe(
     if num_tokens < recipe.step_tokens:
         raise RecipeError(
             f"{num_tokens:,} tokens are less than one step of {recipe.step_tokens:,} tokens.",
-            allowed="A trial needs several steps to differ from the model that it starts from.",
+            allowed="A trial needs several steps to change the initial model measurably.",
             next_step=f"Set --trial-tokens to {10 * recipe.step_tokens} or more, or lower training.global_batch_size.",
         )
     proxy = deepcopy(recipe)
@@ -218,10 +218,10 @@ def proxy_recipe(
 
 
 def run_proxy(proxy: Proxy) -> Measurement:
-    """Trains and measures one proxy run, or reads what it measured before.
+    """Trains and evaluates one proxy run, or reads its earlier measurement.
 
-    Its weights are removed once it is measured: they are large, and a proxy run is nothing to go on from. Its
-    recipe, lock, metrics and measurement stay.
+    Deletes the weights after the evaluation: they are large and not needed any more. Keeps recipe, lock, metrics and
+    measurement.
 
     Raises:
         RunError: If the folder holds a run with other settings.
@@ -230,7 +230,7 @@ def run_proxy(proxy: Proxy) -> Measurement:
     run, result = proxy.run, proxy.run.path / RESULT_FILE
     if result.is_file():
         check_same(run.load_recipe(), proxy.recipe, run)
-        logger.info(f"{proxy.title}: measured already")
+        logger.info(f"{proxy.title}: already measured")
         measurement = _read(result)
     else:
         shares = (f"{name} {share:.1%}" for name, share in proxy.delivered_shares.items())
@@ -249,7 +249,7 @@ def _read(result: Path) -> Measurement:
     except (OSError, ValidationError, UnicodeDecodeError) as error:
         raise RunError(
             f"{result} cannot be read: {str(error).splitlines()[0]}.",
-            next_step=f"Remove {result.parent}; the same command runs that trial again.",
+            next_step=f"Remove {result.parent} and run the same command again: it repeats that trial.",
         ) from error
 
 
@@ -264,10 +264,10 @@ def _measure(proxy: Proxy) -> Measurement:
 
 
 def check_comparable(measured: Sequence[tuple[Proxy, Measurement]]) -> None:
-    """Refuses to compare proxy runs that were judged on different text.
+    """Raises if proxy runs were evaluated on different text.
 
     Raises:
-        RunError: Naming those that differ from the first.
+        RunError: Lists the runs that differ from the first.
     """
     first, reference = measured[0]
     other = [
@@ -277,8 +277,7 @@ def check_comparable(measured: Sequence[tuple[Proxy, Measurement]]) -> None:
     ]
     if other:
         raise RunError(
-            f"Judged on other held-out text than {first.run.path}: {', '.join(other)}.",
-            allowed="Files, tokenizer and the number of validation sequences stay as they are from the first trial to "
-            "the last.",
+            f"These trials were evaluated on other held-out text than {first.run.path}: {', '.join(other)}.",
+            allowed="Files, tokenizer and the number of validation sequences must be the same for all trials.",
             next_step="Remove the folders of the older trials, or choose another place with run_dir=….",
         )

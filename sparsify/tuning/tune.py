@@ -1,7 +1,4 @@
-"""`sparsify mixture tune`: trials at spread-out shares, a regression, a choice, and what argues for it.
-
-The tuned mixture as a YAML file that a recipe can use.
-"""
+"""`sparsify mixture tune`: runs trials, fits the regression, decides, and writes the tuned mixture as YAML."""
 
 from __future__ import annotations
 
@@ -35,10 +32,10 @@ YAML = (".yaml", ".yml")
 
 
 def check_target(to: Path) -> None:
-    """Refuses a path that a tuned mixture must not be written to, before any trial is run.
+    """Raises early if the tuned mixture must not be written to a path.
 
     Raises:
-        RecipeError: If it does not name a YAML file, or one stands there that this command did not write.
+        RecipeError: If the path is not a YAML file, or exists and was not written by this command.
     """
     if to.suffix not in YAML:
         raise RecipeError(
@@ -48,7 +45,7 @@ def check_target(to: Path) -> None:
         to.is_file() and to.read_text(errors="replace").startswith(FIRST_WORDS)
     ):
         raise RecipeError(
-            f"--to {to} exists already, and this command did not write it.",
+            f"--to {to} already exists and was not written by this command.",
             next_step="Choose the path of a new file.",
         )
 
@@ -56,14 +53,14 @@ def check_target(to: Path) -> None:
 def write_mixture(
     mixture: MixtureSection, shares: Mapping[str, float], to: Path, how: str, name: str
 ) -> None:
-    """Writes a mixture with other shares. `files:` stay as they were: relative to where commands are run.
+    """Writes a mixture with new shares. Paths in `files:` stay relative to where commands are run.
 
     Args:
         mixture: The mixture that was tuned.
         shares: The new token share of each source; they sum to 1.
-        to: The file.
-        how: How it was found, one line a fact.
-        name: The new mixture's name.
+        to: The file to write.
+        how: Provenance, one fact per line.
+        name: Name of the new mixture.
     """
     sources = {
         source: {"token_share": shares[source], **_stated(section, SourceSection)}
@@ -76,31 +73,31 @@ def write_mixture(
 
 
 def _stated(section: Any, schema: type) -> dict[str, Any]:
-    """Every setting that is not its default, apart from shares."""
-    left_out = {"token_share", "instruction_token_share", "phases", "sources"}
+    """Every setting that differs from its default, except shares."""
+    excluded = {"token_share", "instruction_token_share", "phases", "sources"}
     defaults = {field.name: field.default for field in fields(schema)}
     return {
         key: value
         for key, value in asdict(section).items()
-        if key not in left_out and value != defaults[key]
+        if key not in excluded and value != defaults[key]
     }
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asks for.
+class TuneRequest:
+    """Arguments of a tuning.
 
     Args:
         recipe: Recipe name or path.
         overrides: Hydra overrides.
-        over: What to vary (`sparsify.tuning.space`).
-        weights: `DOMAIN=FACTOR`, how many times its share a domain counts.
-        num_trials: Proxy runs, the recipe's own mixture among them.
-        trial_tokens: Training tokens of each.
-        to: Where to write the tuned mixture; into the tuning's folder unless given.
-        force: Write it even if it is not recommended.
-        confirm: Whether to train default and tuned mixture once more.
-        confirm_tokens: Training tokens of these two runs; those of a trial unless given.
+        over: The shares to vary (`sparsify.tuning.space`).
+        weights: `DOMAIN=FACTOR` each, multiplies the weight of a domain.
+        num_trials: Proxy runs, including that of the recipe's own mixture.
+        trial_tokens: Training tokens of each proxy run.
+        to: Path of the tuned mixture; default: in the folder of the tuning.
+        force: Write the tuned mixture even if it is not recommended.
+        confirm: Train default and tuned mixture again with another seed.
+        confirm_tokens: Training tokens of the confirmation's runs; default: `trial_tokens`.
     """
 
     recipe: str
@@ -115,14 +112,14 @@ class Request:
     confirm_tokens: int | None = None
 
 
-def tune(request: Request) -> tuple[TuneRecord, Path]:
-    """Tunes a recipe's mixture. The same command goes on where it stopped.
+def tune(request: TuneRequest) -> tuple[TuneRecord, Path]:
+    """Tunes a recipe's mixture. The same command resumes an interrupted tuning.
 
     Returns:
-        What was found, and the folder with tune.json, index.html and the pictures.
+        The result, and the folder with tune.json, index.html and the figures.
 
     Raises:
-        UserError: Whatever is wrong with the request, the recipe, the data or the disk.
+        UserError: If the request, the recipe or the data are invalid, or a file cannot be written.
         sparsify.launch.launcher.Interrupted: After a clean save.
     """
     recipe = compose_recipe(request.recipe, request.overrides)
@@ -134,7 +131,7 @@ def tune(request: Request) -> tuple[TuneRecord, Path]:
     to = request.to or folder / f"{recipe.mixture.name}_tuned.yaml"
     check_target(to)
     confirm_tokens = request.confirm_tokens or request.trial_tokens
-    if request.confirm:  # refused now, not after all trials
+    if request.confirm:  # raises now instead of after all trials
         proxy_recipe(recipe, default, confirm_tokens, folder, recipe.training.seed)
 
     proxies = _proxies(recipe, space, request, folder)
@@ -158,23 +155,23 @@ def tune(request: Request) -> tuple[TuneRecord, Path]:
         write_mixture(recipe.mixture, tuned, to, how, name)
         record.mixture_file = str(to)
     elif request.to is None:
-        to.unlink(missing_ok=True)  # what fewer trials or a shorter confirmation spoke for
+        to.unlink(missing_ok=True)  # a recommendation from fewer trials or a shorter confirmation
     write_page(record, folder)
     return record, folder
 
 
 def _check_trials(num_trials: int, space: Space) -> None:
-    if num_trials < space.least_trials:
+    if num_trials < space.min_trials:
         names = ", ".join(part.name for part in space.parts)
         raise RecipeError(
             f"--trials {num_trials} are too few for {space.num_free} free share(s) ({names}, summing to 1).",
-            allowed=f"At least {space.least_trials}: one for each coefficient of a plane, and two to judge its noise by.",
-            next_step=f"Set --trials {2 * space.least_trials}, or vary fewer sources: --over SOURCE=LOW:HIGH.",
+            allowed=f"At least {space.min_trials}: one for each coefficient of a linear model, and two to estimate noise.",
+            next_step=f"Set --trials {2 * space.min_trials}, or vary fewer sources: --over SOURCE=LOW:HIGH.",
         )
 
 
-def _proxies(recipe: Recipe, space: Space, request: Request, folder: Path) -> list[Proxy]:
-    """Trial 0 is the recipe's own mixture."""
+def _proxies(recipe: Recipe, space: Space, request: TuneRequest, folder: Path) -> list[Proxy]:
+    # Trial 0 is the recipe's own mixture.
     points = space.spread(request.num_trials - 1, recipe.training.seed)
     shares = [token_shares(recipe.mixture), *map(space.source_shares, points)]
     return [

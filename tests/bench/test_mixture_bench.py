@@ -36,9 +36,9 @@ def bench(mixture_file: Path) -> MixtureBench:
 
 
 def test_our_side_delivers_what_was_asked_within_one_sequence(bench: MixtureBench) -> None:
-    assert bench.asked_token_shares == {"code": 0.5, "prose": 0.25, "questions": 0.25}
+    assert bench.requested_token_shares == {"code": 0.5, "prose": 0.25, "questions": 0.25}
     assert bench.ours.delivered.largest_deviation_sequences < 1
-    for name, asked in bench.asked_token_shares.items():
+    for name, asked in bench.requested_token_shares.items():
         given = bench.ours.delivered.token_shares[name]
         assert abs(given - asked) * bench.num_sequences < 1
     assert bench.ours.delivered.cut_documents == 0
@@ -62,7 +62,7 @@ def test_every_measure_is_there_and_shown(bench: MixtureBench) -> None:
     assert bench.tokenized.num_tokens >= bench.num_sequences * bench.sequence_length
     with main.console.capture() as shown:
         main.console.print(mixture_table(bench))
-    for name in bench.asked_token_shares:
+    for name in bench.requested_token_shares:
         assert name in shown.get()
 
 

@@ -10,7 +10,7 @@ import torch
 
 from sparsify.methods.calibrate import Calibration
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
-from sparsify.mixture.sequences.held_out import Watched, mixture_calibration
+from sparsify.mixture.sequences.held_out import ValidationSequences, mixture_calibration
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
@@ -27,7 +27,7 @@ class Calibrated:
 
     folder: Path
     calibration: Calibration
-    watched: Watched
+    watched: ValidationSequences
 
 
 class Calibrate:
@@ -45,16 +45,16 @@ class Calibrate:
         tokens: int = 3072,
         target_zeros: float | None = None,
     ) -> Calibrated:
-        watched: Watched = {}
+        watched: ValidationSequences = {}
 
         def sequences_for(
             tokenizer: Tokenizer, config: SparseConfig
-        ) -> tuple[list[PackedSequence], Watched]:
+        ) -> tuple[list[PackedSequence], ValidationSequences]:
             sequences, held_out = mixture_calibration(
                 self._mixture,
                 tokenizer,
                 num_tokens=tokens,
-                watched_sequences=2,
+                validation_sequences=2,
                 sequence_length=SEQUENCE_TOKENS,
                 seed=1,
                 cache_dir=self._cache,

@@ -51,7 +51,7 @@ def ingest_of(
     train_tokens: int = 10**9,
     held_out_tokens: int = 10**9,
 ) -> Ingest:
-    """What to tokenise of one source; to its end unless said otherwise."""
+    """What to tokenise of one source; to its end unless message otherwise."""
     return Ingest(name, mixture, tokenizer, Need(train_tokens, held_out_tokens), cache_dir)
 
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 from hypothesis import strategies as st
 
 from sparsify.mixture.sequences.schedule import SourceSchedule
-from sparsify.mixture.sequences.shares import Shares, Stretch
+from sparsify.mixture.sequences.shares import Shares, ShareSegment
 
 
 def weighted(parts: list[int]) -> dict[str, float]:
@@ -16,17 +16,17 @@ def weighted(parts: list[int]) -> dict[str, float]:
 
 @st.composite
 def curves(draw: st.DrawFn) -> Shares:
-    """Up to five stretches of constant or moving shares, sources that come and go among them."""
+    """Up to five segments of constant or moving shares, sources that come and go among them."""
     num_sources = draw(st.integers(1, 12))
     part = st.integers(0, 1000)
     row = st.lists(part, min_size=num_sources, max_size=num_sources).filter(any)
-    end, stretches = 0, []
+    end, segments = 0, []
     for _ in range(draw(st.integers(1, 5))):
         end += draw(st.integers(1, 120))
         first = weighted(draw(row))
         last = weighted(draw(row)) if draw(st.booleans()) else first
-        stretches.append(Stretch(end, first, last))
-    return Shares(stretches)
+        segments.append(ShareSegment(end, first, last))
+    return Shares(segments)
 
 
 def assert_law(schedule: SourceSchedule, num_sequences: int) -> None:

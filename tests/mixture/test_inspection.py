@@ -50,7 +50,7 @@ def test_stats_of_a_source_agree_with_its_documents(
     assert stats.tokens_per_document_p95 == np.percentile(lengths, 95, method="inverted_cdf")
 
 
-def test_a_preview_shows_documents_apart_and_what_carries_loss(
+def test_a_preview_separates_documents_and_marks_what_carries_loss(
     tokenizer: PreTrainedTokenizerFast, tokenized: dict[str, TokenizedSource]
 ) -> None:
     sequences = list(
@@ -74,7 +74,7 @@ def test_a_preview_shows_documents_apart_and_what_carries_loss(
             assert answer.text.endswith("</s>")
 
 
-def test_stats_say_what_is_left_out(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_stats_count_what_is_dropped(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     stories = [f"Story {number} of the old town, told by its baker." for number in range(60)]
     asked = "the quick brown fox of the question jumps over one lazy dog by the river bank"
     rows = [json.dumps({"text": text}) for text in [*stories, *stories[:7], f"It says: {asked}."]]
@@ -85,13 +85,13 @@ def test_stats_say_what_is_left_out(tokenizer: PreTrainedTokenizerFast, tmp_path
         sources={"town": SourceSection(token_share=1, files=[str(tmp_path / "source.jsonl")])},
         decontaminate_against=[str(tmp_path / "items.jsonl")],
     )
-    left_out = (
+    dropped = (
         measure_mixture(
             mixture, tokenizer, budget_tokens=100, sequence_length=32, cache_dir=tmp_path / "cache"
         )
         .sources["town"]
-        .left_out
+        .dropped
     )
-    counts = (left_out.bad_rows, left_out.duplicates, left_out.contaminated)
+    counts = (dropped.bad_rows, dropped.duplicates, dropped.contaminated)
     assert counts == (1, 7, 1)
-    assert "7 of 68 documents are duplicates" in "\n".join(left_out.notes)
+    assert "7 of 68 documents are duplicates" in "\n".join(dropped.notes)

@@ -34,7 +34,7 @@ def test_a_lock_counts_what_the_run_will_see(
     assert (stories.train_tokens or 0) + (stories.held_out_tokens or 0) == every
 
 
-def test_what_is_not_known_yet_is_no_difference(lock: MixtureLock) -> None:
+def test_a_count_that_is_not_known_yet_is_not_a_difference(lock: MixtureLock) -> None:
     begun = lock.model_copy(deep=True)
     for source in begun.sources.values():
         source.documents = source.train_tokens = source.held_out_tokens = source.epochs = None

@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 
 from sparsify.errors import RecipeError
-from sparsify.tuning.decision import LEVEL, Choice, choose, objective_weights
-from sparsify.tuning.regression import fit, left_out_r2, student_t_limit
+from sparsify.tuning.decision import LEVEL, MixtureChoice, choose, objective_weights
+from sparsify.tuning.regression import fit, loo_r2, student_t_limit
 from sparsify.tuning.space import Part, Space
 
 Array = NDArray[np.float64]
@@ -37,7 +37,7 @@ def trials(
     return points, losses + noise * np.random.default_rng(seed).standard_normal(losses.shape)
 
 
-def test_it_finds_what_is_better_where_losses_say_so() -> None:
+def test_it_finds_a_better_mixture_where_there_is_one() -> None:
     """The default starves the domain that weighs most: choices take most of what there is to gain."""
     gained, there_was = 0.0, 0.0
     weights = np.array([0.7, 0.2, 0.1])
@@ -69,7 +69,7 @@ def test_intervals_of_the_difference_cover_the_truth() -> None:
     assert 0.85 < np.mean(covered) < 0.99
 
 
-def test_noise_alone_supports_no_choice() -> None:
+def test_noise_alone_does_not_support_a_choice() -> None:
     supported = 0
     for seed in range(30):
         space = simplex(np.array([0.2, 0.3, 0.5]))
@@ -79,7 +79,7 @@ def test_noise_alone_supports_no_choice() -> None:
     assert supported <= 3
 
 
-def test_a_choice_stays_inside_the_bounds() -> None:
+def test_a_choice_is_within_the_bounds() -> None:
     parts = (Part("a", 0.1, 0.4, {"a": 1.0}), Part("b", 0.6, 0.9, {"b": 1.0}))
     space = Space(parts, np.array([0.1, 0.9]))
     points, losses = trials(space, lambda p: 3 - p, 6, 0.001, 0)
@@ -89,7 +89,7 @@ def test_a_choice_stays_inside_the_bounds() -> None:
     assert choice.difference == pytest.approx(-0.3, abs=0.01)
 
 
-def test_leave_one_out_is_what_leaving_out_gives() -> None:
+def test_leave_one_out_equals_an_explicit_refit() -> None:
     """The closed form against doing it; the features' scale stays that of all trials, as in the closed form."""
     space = simplex(np.array([0.3, 0.7]))
     points, losses = trials(space, lambda p: np.sqrt(p), 7, 0.02, 4)
@@ -101,30 +101,30 @@ def test_leave_one_out_is_what_leaving_out_gives() -> None:
         inner = z[kept] - centre
         inverse = np.linalg.inv(inner.T @ inner + fitted.ridge * np.eye(z.shape[1]))
         predicted = mean + (z[index] - centre) @ inverse @ inner.T @ (losses[kept] - mean)
-        assert fitted.left_out[index] == pytest.approx(predicted, abs=1e-9)
+        assert fitted.loo[index] == pytest.approx(predicted, abs=1e-9)
 
 
-def test_r2_tells_a_perfect_fit_from_a_useless_one() -> None:
+def test_r2_distinguishes_a_perfect_fit_from_a_useless_one() -> None:
     observed = np.array([[1.0], [2.0], [4.0]])
-    assert left_out_r2(observed, observed) == pytest.approx(1)
+    assert loo_r2(observed, observed) == pytest.approx(1)
     others = (observed.sum() - observed) / 2
-    assert left_out_r2(others, observed) == pytest.approx(0)
+    assert loo_r2(others, observed) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(
     ("degrees", "level", "limit"), [(1, 0.9, 6.3138), (3, 0.95, 3.1824), (30, 0.9, 1.6973)]
 )
-def test_student_t_limits_are_those_of_the_tables(
-    degrees: float, level: float, limit: float
-) -> None:
+def test_student_t_limits_match_the_tables(degrees: float, level: float, limit: float) -> None:
     assert student_t_limit(degrees, level) == pytest.approx(limit, rel=1e-3)
 
 
 def test_a_choice_says_why_it_is_not_supported() -> None:
     point = np.array([1.0])
-    assert "holds 0" in str(Choice(point, -0.01, 0.02, 0.001).reason)
-    assert "no less than the improvement" in str(Choice(point, -0.03, 0.02, 0.04).reason)
-    assert Choice(point, -0.03, 0.02, 0.01).reason is None
+    assert "contains 0" in str(MixtureChoice(point, -0.01, 0.02, 0.001).reason)
+    assert "is not smaller than the improvement" in str(
+        MixtureChoice(point, -0.03, 0.02, 0.04).reason
+    )
+    assert MixtureChoice(point, -0.03, 0.02, 0.01).reason is None
 
 
 def test_weights_are_shares_times_factors() -> None:
@@ -135,17 +135,17 @@ def test_weights_are_shares_times_factors() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         (["cod=2"], "Did you mean 'code'"),
-        (["code"], "counts code twice"),
+        (["code"], "doubles the weight of code"),
         (["code=-1"], "factor of 0 or more"),
         (["code=nan"], "factor of 0 or more"),
         (["math=2"], "has share 0"),
-        (["code=0", "web=0"], "no domain any weight"),
+        (["code=0", "web=0"], "gives all domains weight 0"),
     ],
 )
-def test_wrong_weights_are_refused(given: list[str], said: str) -> None:
+def test_invalid_weights_are_refused(given: list[str], message: str) -> None:
     with pytest.raises(RecipeError) as error:
         objective_weights(["web", "code", "math"], {"web": 0.5, "code": 0.5}, given)
-    assert said in str(error.value)
+    assert message in str(error.value)

@@ -12,7 +12,7 @@ from sparsify.recipe.mixture import MixtureSection, PhaseSection
 from sparsify.recipe.source import SourceSection
 from sparsify.tuning.space import OTHERS, Part, Space, parse_space
 
-KNOB = "mixture.instruction_token_share"
+INSTRUCTION_SHARE = "mixture.instruction_token_share"
 
 
 def mixture(instruction: float = 0.2, knob: float | None = None) -> MixtureSection:
@@ -29,8 +29,8 @@ def bounds(space: Space) -> dict[str, tuple[float, float]]:
     return {part.name: (part.low, part.high) for part in space.parts}
 
 
-def test_the_knob_moves_both_groups_and_keeps_their_proportions() -> None:
-    space = parse_space([f"{KNOB}=0:0.4"], mixture())
+def test_the_instruction_share_moves_both_groups_and_keeps_their_proportions() -> None:
+    space = parse_space([f"{INSTRUCTION_SHARE}=0:0.4"], mixture())
     assert bounds(space) == {"instruction": (0, 0.4), "pretraining": (0.6, 1)}
     assert space.num_free == 1
     shares = space.source_shares(np.array([0.4, 0.6]))
@@ -45,20 +45,20 @@ def test_all_shares_with_a_bound_on_one() -> None:
     assert space.default.tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2])
 
 
-def test_sources_that_are_not_named_share_what_is_left() -> None:
+def test_unnamed_sources_share_the_remainder() -> None:
     space = parse_space(["code=0.1:0.5"], mixture())
     assert [part.name for part in space.parts] == ["code", OTHERS]
     shares = space.source_shares(np.array([0.5, 0.5]))
     assert shares == {"web": 0.25, "books": 0.125, "chat": 0.125, "code": 0.5}
 
 
-def test_the_default_is_the_mixture_with_its_knob_applied() -> None:
+def test_the_default_is_the_mixture_with_its_instruction_share_applied() -> None:
     space = parse_space(["code=0:1"], mixture(knob=0.0))
     assert space.default.tolist() == pytest.approx([0.25, 0.75])
 
 
 @pytest.mark.parametrize(
-    ("over", "said"),
+    ("over", "message"),
     [
         (["codes=0:1"], "Did you mean 'code'"),
         (["code"], "Allowed: mixture.instruction_token_share=LOW:HIGH"),
@@ -67,24 +67,24 @@ def test_the_default_is_the_mixture_with_its_knob_applied() -> None:
         (["code=0:1.5"], "0 <= LOW < HIGH <= 1"),
         (["code=-1:0.5"], "0 <= LOW < HIGH <= 1"),
         (["code=1e:2"], "0 <= LOW < HIGH <= 1"),
-        ([KNOB], f"{KNOB}=0:0.4"),
+        ([INSTRUCTION_SHARE], f"{INSTRUCTION_SHARE}=0:0.4"),
         (["token_shares=0:1"], "--over token_shares --over SOURCE=0.2:0.8"),
         (["code=0:1", "code=0:0.5"], "twice"),
-        ([f"{KNOB}=0:0.4", "code=0:1"], "Vary either"),
+        ([f"{INSTRUCTION_SHARE}=0:0.4", "code=0:1"], "Vary either"),
         (["code=0.7:0.9", "web=0.6:0.9"], "lower bounds sum to 1.3"),
         (["token_shares", *(f"{name}=0:0.2" for name in mixture().sources)], "sum to 0.8"),
-        (["code=0.4:0.9", "web=0.6:0.9"], "leaves nothing to vary"),
+        (["code=0.4:0.9", "web=0.6:0.9"], "leaves no share to vary"),
     ],
 )
-def test_a_wrong_over_is_refused_with_what_to_do(over: list[str], said: str) -> None:
+def test_an_invalid_over_is_refused_with_the_next_step(over: list[str], message: str) -> None:
     with pytest.raises(RecipeError) as error:
         parse_space(over, mixture())
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
-def test_the_knob_needs_both_groups() -> None:
+def test_the_instruction_share_needs_both_groups() -> None:
     with pytest.raises(RecipeError, match="no instruction source"):
-        parse_space([f"{KNOB}=0:0.4"], mixture(instruction=0.0))
+        parse_space([f"{INSTRUCTION_SHARE}=0:0.4"], mixture(instruction=0.0))
 
 
 @st.composite
@@ -105,7 +105,7 @@ def spaces(draw: st.DrawFn) -> Space:
 
 @settings(max_examples=60, deadline=None)
 @given(spaces(), st.integers(0, 2**31))
-def test_points_lie_in_the_bounds_and_sum_to_one(space: Space, seed: int) -> None:
+def test_points_are_within_the_bounds_and_sum_to_one(space: Space, seed: int) -> None:
     points = space.spread(32, seed)
     assert np.allclose(points.sum(axis=1), 1)
     for column, part in zip(points.T, space.parts, strict=True):
@@ -126,9 +126,9 @@ def test_points_without_bounds_fill_the_simplex_evenly() -> None:
     assert (points > 0.5).mean(axis=0) == pytest.approx([1 / 8] * 4, abs=0.03)
 
 
-def test_few_points_are_spread_out() -> None:
+def test_a_few_points_are_spread_out() -> None:
     """Eight Sobol points of one share: one in each eighth of the range; random ones would leave gaps."""
-    space = parse_space([f"{KNOB}=0:0.4"], mixture())
+    space = parse_space([f"{INSTRUCTION_SHARE}=0:0.4"], mixture())
     eighths = np.floor(space.spread(8, 3)[:, 0] / 0.05).astype(int)
     assert sorted(eighths.tolist()) == list(range(8))
 

@@ -34,7 +34,7 @@ def recipe(recipe_file: Path, mixture_file: Path, tmp_path: Path) -> Recipe:
     return compose_recipe(str(recipe_file), [*overrides, f"cache_dir={tmp_path / 'cache'}"])
 
 
-def test_a_proxy_is_the_recipe_in_small(recipe: Recipe) -> None:
+def test_a_proxy_is_the_recipe_at_a_smaller_budget(recipe: Recipe) -> None:
     proxy = proxy_recipe(recipe, SHARES, 1536, Path("runs/tiny-tune/trial-03"), 7)
     assert proxy.run_dir == "runs/tiny-tune/trial-03"
     assert (proxy.num_steps, proxy.training.seed) == (3, 7)
@@ -44,7 +44,7 @@ def test_a_proxy_is_the_recipe_in_small(recipe: Recipe) -> None:
     assert recipe.training.budget_tokens == 3072, "the recipe itself is left alone"
 
 
-def test_the_knob_does_not_move_a_trials_shares(recipe: Recipe) -> None:
+def test_the_instruction_share_override_does_not_change_a_trials_shares(recipe: Recipe) -> None:
     recipe.mixture.instruction_token_share = 0.5
     proxy = proxy_recipe(recipe, SHARES, 1536, Path("runs/x"), 1)
     assert token_shares(proxy.mixture) == {"code": 0.7, "prose": 0.3}
@@ -119,7 +119,7 @@ def measurement(shift: float, fingerprint: str = "x") -> Measurement:
     )
 
 
-def test_trials_on_other_text_are_not_compared(recipe: Recipe) -> None:
+def test_trials_on_different_text_are_not_compared(recipe: Recipe) -> None:
     folders = [Path("runs/x/trial-00"), Path("runs/x/trial-01")]
     proxies = [Proxy("", proxy_recipe(recipe, SHARES, 1024, one, 1), 3) for one in folders]
     check_comparable([(proxy, measurement(0)) for proxy in proxies])

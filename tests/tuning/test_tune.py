@@ -15,13 +15,13 @@ import yaml
 from sparsify.errors import RecipeError
 from sparsify.recipe.compose import load_mixture
 from sparsify.tuning.record import TuneRecord
-from sparsify.tuning.tune import FIRST_WORDS, Request, check_target, tune, write_mixture
+from sparsify.tuning.tune import FIRST_WORDS, TuneRequest, check_target, tune, write_mixture
 
-KNOB = "mixture.instruction_token_share=0:0.6"
+INSTRUCTION_SHARE = "mixture.instruction_token_share=0:0.6"
 START_SECONDS = 240
 
 
-def test_the_written_mixture_loads_and_keeps_what_the_old_one_says(
+def test_the_written_mixture_loads_and_keeps_the_other_settings(
     mixture_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with a relative path, which is relative to where commands are run, wherever the YAML file lies."""
@@ -41,18 +41,18 @@ def test_the_written_mixture_loads_and_keeps_what_the_old_one_says(
     assert (after.name, after.validation_fraction) == ("own_tuned", before.validation_fraction)
 
 
-def test_only_its_own_files_are_written_over(tmp_path: Path) -> None:
+def test_only_its_own_files_are_overwritten(tmp_path: Path) -> None:
     check_target(tmp_path / "new.yaml")
     (tmp_path / "mine.yaml").write_text("name: mine\n")
     (tmp_path / "tuned.yaml").write_text(f"{FIRST_WORDS}: …\n")
     check_target(tmp_path / "tuned.yaml")
-    for name, said in (("mine.yaml", "did not write it"), ("new.txt", ".yaml")):
-        with pytest.raises(RecipeError, match=said):
+    for name, message in (("mine.yaml", "was not written by this command"), ("new.txt", ".yaml")):
+        with pytest.raises(RecipeError, match=message):
             check_target(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"num_trials": 3}, "At least 4"),
         ({"num_trials": 4, "over": ["token_shares"]}, "At least 5"),
@@ -63,13 +63,18 @@ def test_only_its_own_files_are_written_over(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_refused_before_any_trial(
-    change: dict, said: str, recipe_file: Path, mixture_file: Path, tmp_path: Path
+    change: dict, message: str, recipe_file: Path, mixture_file: Path, tmp_path: Path
 ) -> None:
     overrides = [f"mixture={mixture_file}", f"run_dir={tmp_path / 'run'}"]
-    asked = {"over": [KNOB], "weights": [], "num_trials": 4, "trial_tokens": 1024} | change
+    asked = {
+        "over": [INSTRUCTION_SHARE],
+        "weights": [],
+        "num_trials": 4,
+        "trial_tokens": 1024,
+    } | change
     with pytest.raises(RecipeError) as error:
-        tune(Request(str(recipe_file), overrides, **asked))
-    assert said in str(error.value)
+        tune(TuneRequest(str(recipe_file), overrides, **asked))
+    assert message in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -82,7 +87,7 @@ def arguments(
     return [
         *(sys.executable, "-c", program, "mixture", "tune", str(recipe_file)),
         *(f"mixture={mixture_file}", f"run_dir={root / 'run'}", f"cache_dir={root / 'cache'}"),
-        *("--over", KNOB, "--trial-tokens", "1024", "--force", "--json"),
+        *("--over", INSTRUCTION_SHARE, "--trial-tokens", "1024", "--force", "--json"),
     ]
 
 
@@ -97,7 +102,7 @@ def printed(result: subprocess.CompletedProcess[str]) -> TuneRecord:
 
 
 @pytest.mark.slow
-def test_it_goes_on_after_an_interruption_and_from_fewer_trials_to_more(
+def test_it_resumes_after_an_interruption_and_adds_trials(
     arguments: list[str],
 ) -> None:
     folder = folder_of(arguments)

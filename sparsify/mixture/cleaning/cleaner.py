@@ -1,4 +1,4 @@
-"""Which documents of a source are trained on: no exact duplicate, none that overlaps with an evaluation item."""
+"""Drops documents that must not be trained on: exact duplicates, and overlaps with evaluation items."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from sparsify.recipe.mixture import MixtureSection
 
 
 class Cleaner:
-    """Sorts out the documents of one source as they are read, and can go on from any number of them.
+    """Filters the documents of one source as they are read; can resume after any number of documents.
 
     Args:
-        mixture: Says what is sorted out.
-        folder: The source's cache folder, where what was seen is remembered.
-        num_documents: Documents that were read before; what was remembered of later ones is forgotten.
+        mixture: Says which documents are dropped.
+        folder: The source's cache folder, which holds the logs of earlier documents.
+        num_documents: Documents that were read before; log entries of later ones are discarded.
 
     Raises:
         MixtureError: If an evaluation file is missing or cannot be read.
-        ValueError: If what the folder remembered is missing. Then the source must be read from its beginning.
+        ValueError: If a log is missing. Then the source must be read from its start.
     """
 
     def __init__(self, mixture: MixtureSection, folder: Path, num_documents: int) -> None:
@@ -54,16 +54,16 @@ class Cleaner:
 
     @property
     def num_duplicates(self) -> int:
-        """Documents left out because an earlier one has the same content."""
+        """Documents dropped because an earlier one has the same content."""
         return self._seen.num_duplicates if self._seen else 0
 
     @property
     def num_contaminated(self) -> int:
-        """Documents left out because they overlap with an evaluation item; their duplicates count as duplicates."""
+        """Documents dropped because they overlap with an evaluation item; their duplicates count as duplicates."""
         return self._log.num_documents if self._log else 0
 
     def clean(self, documents: Sequence[Document]) -> list[Document]:
-        """Those of the source's next documents that are trained on. Give it every document, in the source's order."""
+        """Returns the documents to train on. Must be called with every document, in the order of the source."""
         numbered = list(enumerate(documents, start=self.num_documents))
         self.num_documents += len(documents)
         if self._seen is not None:
@@ -81,21 +81,20 @@ class Cleaner:
         return kept
 
     def commit(self) -> None:
-        """Puts what is remembered on the disk. Call it before recording elsewhere that these documents were read."""
+        """Flushes the logs to disk. Call it before recording elsewhere that these documents were read."""
         if self._seen is not None:
             self._seen.commit()
         if self._log is not None:
             self._log.commit()
 
     def finish(self, num_documents: int) -> None:
-        """Commits, and writes the `ContaminationReport` of the first documents, if there are evaluation sets."""
+        """Commits, and writes the `ContaminationReport` of the first documents if there are evaluation sets."""
         self.commit()
         report = contamination_report(self._folder, num_documents) if self._log else None
         if report is not None:
             write_text(self._folder / REPORT_FILE, report.model_dump_json(indent=2) + "\n")
 
     def close(self) -> None:
-        """Lets go of the files."""
         if self._seen is not None:
             self._seen.close()
         if self._log is not None:

@@ -1,7 +1,7 @@
-"""What decontamination left out of a source: a log while it is ingested, and the report that is made of it.
+"""What decontamination drops from a source: a log that is written during ingest, and a report made from it.
 
-`contamination.jsonl` begins with the evaluation files; then comes a line for each document that was left out, with its
-number in the source. So the log, like the tokens, can be cut to any number of documents and gone on from there.
+The first line of `contamination.jsonl` lists the evaluation files; each further line is a dropped document with its
+number in the source. Like the tokens, the log can be truncated to any number of documents and continued from there.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ EXAMPLES_PER_FILE = 5
 
 
 class ContaminationExample(BaseModel):
-    """A document that was left out, and why."""
+    """A document that was dropped, and why."""
 
     document: int
-    """Its number in the source, from 0, before anything is left out."""
+    """Number of the document in the source, from 0, counted before anything is dropped."""
     origin: str
     ngram: str
-    """The first words that it shares with an evaluation item."""
+    """The first n-gram that the document shares with an evaluation item."""
     excerpt: str
-    """The document's words around them."""
+    """The document's words around the n-gram."""
     evaluation_file: str
     item: int
     """Number of the item in that file, from 0."""
 
 
 class EvaluationFileReport(BaseModel):
-    """What one evaluation file did to a source."""
+    """Overlaps of a source with one evaluation file."""
 
     path: str
     items: int
     short_items: int
-    """Items of fewer than 8 words, which nothing is compared with."""
-    documents_left_out: int
+    """Items of fewer than 8 words, which are not compared."""
+    documents_dropped: int
     """Training documents that overlap with an item of this file."""
     items_found: int
     """Items that a training document overlaps with."""
 
 
 class ContaminationReport(BaseModel):
-    """What decontamination left out of the first documents of a source."""
+    """What decontamination dropped from the first documents of a source."""
 
     documents_read: int
-    """Documents of the source, before anything is left out."""
-    documents_left_out: int
+    """Documents of the source, counted before anything is dropped."""
+    documents_dropped: int
     common_ngrams: int
-    """N-grams of so many items that they are not theirs; nothing is compared with them."""
+    """N-grams that occur in too many items to identify one (MAX_NGRAM_ITEMS); they are not compared."""
     evaluation_files: list[EvaluationFileReport]
     examples: list[ContaminationExample]
 
@@ -68,7 +68,7 @@ class _Header(BaseModel):
     common_ngrams: int
 
 
-class _LeftOut(BaseModel):
+class _DroppedDocument(BaseModel):
     document: int
     items: list[tuple[int, int]]
     example: ContaminationExample | None = None
@@ -78,12 +78,12 @@ class ContaminationLog:
     """Writes the log of one source.
 
     Args:
-        folder: Where it is, or will be.
-        decontaminator: What finds the overlaps. Another one must have another folder.
-        num_documents: Go on as of the moment when this many documents of the source had been read.
+        folder: The source's cache folder.
+        decontaminator: Finds the overlaps. Another decontaminator needs another folder.
+        num_documents: Continue after this many documents of the source.
 
     Raises:
-        ValueError: If the log of these documents is missing. Then the source must be read from its beginning.
+        ValueError: If the log of these documents is missing. Then the source must be read from its start.
     """
 
     def __init__(self, folder: Path, decontaminator: Decontaminator, num_documents: int) -> None:
@@ -98,7 +98,7 @@ class ContaminationLog:
         )
         self._examples = Counter[str]()
         self.num_documents = 0
-        """Documents that were left out."""
+        """Documents that were dropped."""
         first_line = f"{header.model_dump_json()}\n"
         if not num_documents:
             write_text(path, first_line)
@@ -114,7 +114,7 @@ class ContaminationLog:
         self._log.truncate(kept)
 
     def add(self, document: Document, number: int, overlap: Overlap) -> None:
-        """Takes down a document that is left out; `number` is its number in the source."""
+        """Logs a dropped document; `number` is its number in the source."""
         example = None
         evaluation_file = self._files[overlap.file]
         if self._examples[evaluation_file] < EXAMPLES_PER_FILE:
@@ -127,25 +127,28 @@ class ContaminationLog:
                 evaluation_file=evaluation_file,
                 item=overlap.item,
             )
-        left_out = _LeftOut(document=number, items=list(overlap.items), example=example)
-        self._log.write(f"{left_out.model_dump_json(exclude_none=True)}\n".encode())
+        dropped = _DroppedDocument(document=number, items=list(overlap.items), example=example)
+        self._log.write(f"{dropped.model_dump_json(exclude_none=True)}\n".encode())
         self.num_documents += 1
 
     def commit(self) -> None:
-        """Puts what was taken down on the disk."""
+        """Flushes the log to disk."""
         self._log.flush()
         os.fsync(self._log.fileno())
 
     def close(self) -> None:
-        """Lets go of the file."""
         self._log.close()
 
 
 def contamination_report(folder: Path, num_documents: int) -> ContaminationReport | None:
-    """What decontamination left out of the first `num_documents` documents of the source whose cache folder this is.
+    """Reports what decontamination dropped from the first `num_documents` documents of a source.
+
+    Args:
+        folder: The source's cache folder.
+        num_documents: Documents to report on.
 
     Returns:
-        The report; None if the source is compared with no evaluation set.
+        The report; None if the source is not compared with any evaluation set.
     """
     path = folder / LOG_FILE
     if not path.exists():
@@ -154,9 +157,9 @@ def contamination_report(folder: Path, num_documents: int) -> ContaminationRepor
         header = _Header.model_validate_json(file.readline())
     documents, items = Counter[int](), set[tuple[int, int]]()
     examples: list[ContaminationExample] = []
-    num_left_out = 0
+    num_dropped = 0
     for one, _ in _lines(path, num_documents):
-        num_left_out += 1
+        num_dropped += 1
         documents.update({file for file, _ in one.items})
         items.update(one.items)
         if one.example is not None:
@@ -164,14 +167,14 @@ def contamination_report(folder: Path, num_documents: int) -> ContaminationRepor
     found = Counter(file for file, _ in items)
     return ContaminationReport(
         documents_read=num_documents,
-        documents_left_out=num_left_out,
+        documents_dropped=num_dropped,
         common_ngrams=header.common_ngrams,
         evaluation_files=[
             EvaluationFileReport(
                 path=path,
                 items=header.items[file],
                 short_items=header.short_items[file],
-                documents_left_out=documents[file],
+                documents_dropped=documents[file],
                 items_found=found[file],
             )
             for file, path in enumerate(header.paths)
@@ -180,13 +183,16 @@ def contamination_report(folder: Path, num_documents: int) -> ContaminationRepor
     )
 
 
-def _lines(path: Path, num_documents: int) -> Iterator[tuple[_LeftOut, int]]:
-    """The documents below this number, and the bytes of their lines. A torn line ends them: what it was is read anew."""
+def _lines(path: Path, num_documents: int) -> Iterator[tuple[_DroppedDocument, int]]:
+    """Entries of documents below `num_documents`, with the bytes of their lines.
+
+    Stops at an incomplete line, which a killed process left: its document is read again.
+    """
     with path.open("rb") as file:
         file.readline()
         for line in file:
             try:
-                one = _LeftOut.model_validate_json(line)
+                one = _DroppedDocument.model_validate_json(line)
             except ValidationError:
                 return
             if one.document >= num_documents or not line.endswith(b"\n"):

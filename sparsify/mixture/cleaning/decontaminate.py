@@ -1,13 +1,13 @@
-"""Overlap of training documents with evaluation items: 13 words in a row that both hold.
+"""Finds overlaps of training documents with evaluation items: a 13-gram of words that both contain.
 
-The rule is that of GPT-3 (T. Brown et al., arXiv 2005.14165, Appendix C) and of lm-evaluation-harness: words in lower
-case without punctuation, 13 of them, any one shared 13-gram. An item of 8 to 12 words counts as one n-gram of all its
-words; 8 is the shortest that GPT-3 used. Two things differ. A document with an overlap is left out whole, not cut to
-pieces, since a piece of an instruction is none. And punctuation separates words instead of vanishing, so that
-"film, television", "film , television" and "film—television" are the same two words.
+The rule is that of GPT-3 (T. Brown et al., arXiv 2005.14165, Appendix C) and of lm-evaluation-harness: lower-case words
+without punctuation, and one shared 13-gram is enough. An item of 8 to 12 words counts as one n-gram of all its words;
+8 is the minimum that GPT-3 used. Two things differ. A document with an overlap is dropped entirely instead of cut into
+pieces, since a piece of an instruction is not an instruction. And punctuation separates words instead of being deleted,
+so that "film, television", "film , television" and "film—television" are the same two words.
 
-`datatrove` has a block for this. It was not taken because it needs lighteval and nltk and an xxhash older than the one
-that `datasets` brings, knows of a hit only its task and not its item, and does not compare the words behind a hash.
+`datatrove` has a block for this. We do not use it because it needs lighteval, nltk and an xxhash older than the one
+that `datasets` requires, reports the task but not the item of an overlap, and does not compare the words behind a hash.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from sparsify.recipe.mixture import MixtureSection
 
 NGRAM_WORDS = 13
 SHORT_NGRAM_WORDS = 8
-"""Items with fewer words are too short to tell a copy from a coincidence."""
+"""Items with fewer words are too short to distinguish a copy from a coincidence."""
 EXCERPT_WORDS = 12
 PIECE_CHARACTERS = 1 << 20
 MAX_NGRAM_ITEMS = 10
-"""An n-gram that more items hold is how they are asked, not what: "this question refers to the following information"."""
+"""An n-gram in more items than this is a common phrase: "this question refers to the following information"."""
 FILTER_SLOTS_PER_NGRAM = 8
 BASE = 0x9E3779B97F4A7C15
 """An odd number whose bits look random: 2^64 / golden ratio (D. Knuth, The Art of Computer Programming, 6.4)."""
@@ -48,11 +48,11 @@ class Overlap:
     """What a document shares with evaluation items.
 
     Args:
-        items: (file, item) of every item that it overlaps with, both numbered from 0, in order.
+        items: (file, item) of every overlapping item, both numbered from 0, in order.
         ngram: The first shared n-gram in the document.
-        file: Number of the evaluation file that `ngram` is from.
+        file: Number of the evaluation file that contains `ngram`.
         item: Number of the item in that file.
-        excerpt: The document's words around it.
+        excerpt: The document's words around the n-gram.
     """
 
     items: tuple[tuple[int, int], ...]
@@ -67,9 +67,9 @@ class EvaluationFile:
     """One evaluation file.
 
     Args:
-        path: Where it is.
-        num_items: Its items.
-        num_short_items: Those of fewer than SHORT_NGRAM_WORDS words, which nothing is compared with.
+        path: The file.
+        num_items: Number of items.
+        num_short_items: Items of fewer than SHORT_NGRAM_WORDS words, which are not compared.
     """
 
     path: Path
@@ -84,7 +84,7 @@ class Decontaminator:
         paths: The evaluation files.
 
     Raises:
-        MixtureError: If one cannot be read.
+        MixtureError: If a file cannot be read.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -98,7 +98,7 @@ class Decontaminator:
                 if len(words) >= NGRAM_WORDS:
                     long_grams.add(_ngram_hashes(_word_hashes(words))[1], len(self._items))
                 elif len(words) >= SHORT_NGRAM_WORDS:
-                    # Its beginning finds it; whether the rest follows is seen when the words are compared.
+                    # The first SHORT_NGRAM_WORDS words find the item; `_shared` compares the rest.
                     short_grams.add(_ngram_hashes(_word_hashes(words))[0][:1], len(self._items))
                 if len(words) >= SHORT_NGRAM_WORDS:
                     self._items.append((len(self.files), num_items, f" {' '.join(words)} "))
@@ -108,11 +108,11 @@ class Decontaminator:
             self.files.append(EvaluationFile(path, num_items, num_short))
         self._tables = (short_grams.finish(), long_grams.finish())
         self.num_common_ngrams = sum(table.num_common for table in self._tables)
-        """N-grams of more than MAX_NGRAM_ITEMS items, which nothing is compared with."""
+        """N-grams that occur in more than MAX_NGRAM_ITEMS items, which are not compared."""
 
     @staticmethod
     def of(mixture: MixtureSection) -> Decontaminator | None:
-        """That of a mixture; None if it is compared with nothing.
+        """The decontaminator of a mixture; None if the mixture names no evaluation set.
 
         Raises:
             MixtureError: If an evaluation file is missing or cannot be read.
@@ -123,12 +123,12 @@ class Decontaminator:
         return _decontaminator(files) if files else None
 
     def overlaps(self, documents: Sequence[Document]) -> list[Overlap | None]:
-        """For each document what it shares with evaluation items, None if nothing."""
+        """For each document, its overlap with evaluation items; None if there is none."""
         if not documents:
             return []
         hashes = [_text_hashes(_text(document)) for document in documents]
         ends = np.cumsum([len(one) for one in hashes])
-        # N-grams over the seam of two documents are hashed too; comparing the words refuses them.
+        # N-grams across the boundary of two documents are hashed too; comparing the words rejects them.
         suspects = [set[int]() for _ in documents]
         for table, grams in zip(self._tables, _ngram_hashes(np.concatenate(hashes)), strict=True):
             places = table.candidates(grams)
@@ -141,7 +141,7 @@ class Decontaminator:
         ]
 
     def _compare(self, words: list[str], places: Sequence[int]) -> Overlap | None:
-        """Compares the words themselves at the places whose hashes are those of evaluation items."""
+        """Compares the words at the places whose n-gram hashes match evaluation items."""
         found: dict[int, tuple[int, str]] = {}
         hashes = _ngram_hashes(_word_hashes(words))
         for table, grams in zip(self._tables, hashes, strict=True):
@@ -168,13 +168,13 @@ class Decontaminator:
         return ngram if whole else None
 
 
-@lru_cache(maxsize=1)  # every source of a mixture asks for the same one
+@lru_cache(maxsize=1)  # shared by all sources of a mixture
 def _decontaminator(files: tuple[tuple[str, int | str, int | str], ...]) -> Decontaminator:
     return Decontaminator(Path(path) for path, _, _ in files)
 
 
 class _NgramTable:
-    """Hashes of n-grams, each with the number of the item that holds it."""
+    """Hashes of n-grams, each with the number of the item that contains it."""
 
     def __init__(self) -> None:
         self._parts: list[tuple[Hashes, int]] = []
@@ -184,7 +184,7 @@ class _NgramTable:
         self._parts.append((np.unique(grams), item))
 
     def finish(self) -> _NgramTable:
-        """Sorts what was added. Nothing can be added afterwards."""
+        """Sorts the table. Nothing can be added afterwards."""
         grams = np.concatenate([np.empty(0, np.uint64), *(part for part, _ in self._parts)])
         lengths = [len(part) for part, _ in self._parts]
         items = np.repeat(np.array([item for _, item in self._parts], dtype=np.int32), lengths)
@@ -195,7 +195,7 @@ class _NgramTable:
         self.num_common = int((num_items > MAX_NGRAM_ITEMS).sum())
         rare = num_items[runs] <= MAX_NGRAM_ITEMS
         self._grams, self._items = grams[rare], items[rare]
-        # Most n-grams of training text are told apart by a look at one byte.
+        # One byte per slot rejects most n-grams of training text before the binary search.
         slot_bits = max(10, (len(grams) * FILTER_SLOTS_PER_NGRAM).bit_length())
         self._shift = np.uint64(64 - slot_bits)
         self._slots = np.zeros(1 << slot_bits, dtype=np.bool_)
@@ -203,7 +203,7 @@ class _NgramTable:
         return self
 
     def candidates(self, grams: Hashes) -> NDArray[np.int64]:
-        """Places of those n-grams whose hash is in the table."""
+        """Indices of the n-grams whose hash is in the table."""
         places = np.flatnonzero(self._slots[grams >> self._shift])
         if not len(places) or not len(self._grams):
             return places[:0]
@@ -211,7 +211,7 @@ class _NgramTable:
         return places[self._grams[np.minimum(found, len(self._grams) - 1)] == grams[places]]
 
     def items_of(self, gram: np.uint64) -> list[int]:
-        """Numbers of the items that hold an n-gram of this hash, in order, each once."""
+        """Numbers of the items that contain an n-gram with this hash, in order, without repetitions."""
         start, stop = (int(np.searchsorted(self._grams, gram, side)) for side in ("left", "right"))
         return self._items[start:stop].tolist()
 
@@ -227,12 +227,12 @@ def _words(text: str) -> list[str]:
 
 
 def _word_hashes(words: list[str]) -> Hashes:
-    # Python's own hash differs from process to process. That decides nothing: the words are compared afterwards.
+    # Python's hash differs between processes. This does not affect the result: the words are compared afterwards.
     return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
 
 
 def _text_hashes(text: str) -> Hashes:
-    """Hash of every word. A list of the words themselves takes ten times the memory of a long text."""
+    """Hash of every word, in pieces: the list of all words of a long text would take ten times its memory."""
     return np.concatenate([_word_hashes(_words(piece)) for piece in _pieces(text)])
 
 
@@ -248,9 +248,9 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _ngram_hashes(words: Hashes) -> tuple[Hashes, Hashes]:
-    """Hash of the SHORT_NGRAM_WORDS and of the NGRAM_WORDS words that begin at each word, from word hashes [W].
+    """Hashes of the SHORT_NGRAM_WORDS and of the NGRAM_WORDS words that start at each word, from word hashes [W].
 
-    Polynomials in BASE modulo 2^64, put together from those of 1, 2 and 4 words.
+    A hash is a polynomial in BASE modulo 2^64. Hashes of 8 and 13 words are composed from those of 1, 2 and 4 words.
 
     Returns:
         [W - 7] and [W - 12]; empty for fewer words.

@@ -1,13 +1,14 @@
-"""Exact duplicates of a source: which of its documents were seen before.
+"""Detects exact duplicates in a source.
 
-Every document leaves an 8-byte digest in `digests.bin`, at the place of its number; a duplicate leaves a zero. So the
-file says what was seen after any number of documents, and a killed ingest goes on by cutting it to the number that it
-goes on from. Two different documents among n share a digest with probability n² / 2^65 (one in 3,700 for 100 million);
-the price is one document too few.
+Entry n of `digests.bin` is the 8-byte digest of document n, or zero if the document is a duplicate. So a prefix of the
+file is the state after any number of documents, and a killed ingest resumes by truncating the file. Two different
+documents among n share a digest with probability n² / 2^65 (one in 3,700 for 100 million); then one document too many
+is dropped.
 
-Looking up is what would need memory. A Bloom filter (B. Bloom, Communications of the ACM 13, 1970) of at most 64 MiB
-knows most new documents as new; what it does not know is looked up in sorted files without a name, each merged with the
-next of its size (as in P. O'Neil et al., The Log-Structured Merge-Tree, 1996), of which memory holds one digest in 128.
+A lookup must not need all digests in memory. A Bloom filter (B. Bloom, Communications of the ACM 13, 1970) of at most
+64 MiB recognises most new documents as new. The remaining ones are looked up in sorted temporary files, which are
+merged with files of similar size (as in P. O'Neil et al., The Log-Structured Merge-Tree, 1996); memory holds one digest
+in 128 of them.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from sparsify.mixture.sources.documents import Document
 
 DIGESTS_FILE = "digests.bin"
 RECENT_DIGESTS = 1 << 17
-"""Digests that are held in memory until they become a sorted file."""
+"""Digests to collect in memory before they become a sorted file."""
 BLOCK_DIGESTS = 1 << 20
-"""Digests that are read from `digests.bin` at a time."""
+"""Digests to read from `digests.bin` at a time."""
 PAGE_DIGESTS = 128
 DIGEST_BYTES = 8
 DUPLICATE = 0
@@ -44,16 +45,16 @@ Digests = NDArray[np.uint64]
 
 
 class SeenDocuments:
-    """Knows, for every document of a source, whether its content was seen before.
+    """The contents of all documents of a source so far.
 
-    Give it all documents of the source in their order, also those that are left out for another reason.
+    Must be given every document of the source in order, including those that are dropped for another reason.
 
     Args:
-        folder: Where `digests.bin` is, or will be.
-        num_documents: Go on as of the moment when this many documents had been given.
+        folder: The folder of `digests.bin`.
+        num_documents: Continue after this many documents.
 
     Raises:
-        ValueError: If the file knows of fewer documents. Then the source must be read from its beginning.
+        ValueError: If the file has fewer documents. Then the source must be read from its start.
     """
 
     def __init__(self, folder: Path, num_documents: int = 0) -> None:
@@ -89,18 +90,19 @@ class SeenDocuments:
         self.close()
 
     def add(self, documents: Sequence[Document]) -> NDArray[np.bool_]:
-        """Takes in the next documents of the source.
+        """Adds the next documents of the source.
 
         Returns:
-            For each of them, whether its content is new. [len(documents)] bool
+            Whether the content of each document is new. [len(documents)] bool
         """
         digests = np.fromiter(map(_digest, documents), np.uint64, len(documents))
         if self._filter.is_full(self.num_documents + len(digests)):
             self._log.flush()
-            del self._filter  # its memory is free before a larger one is made
+            del self._filter  # frees its memory before the larger one is allocated
             self._filter = _BloomFilter(self.num_documents + len(digests))
             for logged in _logged(self._folder, self.num_documents):
                 self._filter.add(logged[logged != DUPLICATE])
+        # New are those that occur first in this batch, and that neither the filter nor the files know.
         new = np.zeros(len(digests), dtype=np.bool_)
         new[np.unique(digests, return_index=True)[1]] = True
         for place in np.flatnonzero(new & self._filter.may_have(digests)):
@@ -116,12 +118,11 @@ class SeenDocuments:
         return new
 
     def commit(self) -> None:
-        """Puts what was taken in on the disk. Call it before saying elsewhere that these documents were read."""
+        """Flushes the digests to disk. Call it before recording elsewhere that these documents were read."""
         self._log.flush()
         os.fsync(self._log.fileno())
 
     def close(self) -> None:
-        """Lets go of the files."""
         self._log.close()
         for file in self._files:
             file.close()
@@ -131,6 +132,9 @@ class SeenDocuments:
 
     def _add_file(self, blocks: Iterator[Digests]) -> None:
         file = _SortedFile(self._folder, blocks)
+        # Invariant: each file has at least twice as many digests as the next one. So there are at most
+        # log2(n / RECENT_DIGESTS) files to search, and each digest is rewritten at most that many times. The new file
+        # is the smallest: merge it with the last one, and the result with the one before, until the invariant holds.
         while self._files and self._files[-1].num_digests < 2 * file.num_digests:
             last = self._files.pop()
             merged = _SortedFile(self._folder, _merged(last.blocks(), file.blocks()))
@@ -141,7 +145,7 @@ class SeenDocuments:
 
 
 def count_duplicates(folder: Path, num_documents: int) -> int | None:
-    """Documents among the first `num_documents` of a source whose content an earlier one has; None where none were sought."""
+    """Duplicates among the first `num_documents` of a source; None if the source was not checked for them."""
     if not (folder / DIGESTS_FILE).is_file():
         return None
     return sum(
@@ -150,7 +154,7 @@ def count_duplicates(folder: Path, num_documents: int) -> int | None:
 
 
 def _logged(folder: Path, num_documents: int) -> Iterator[Digests]:
-    """What `digests.bin` says of the first documents, block by block: the file may be larger than memory."""
+    """Digests of the first documents in blocks: the file may be larger than memory."""
     for start in range(0, num_documents, BLOCK_DIGESTS):
         count = min(BLOCK_DIGESTS, num_documents - start)
         offset = start * DIGEST_BYTES
@@ -166,14 +170,14 @@ def _digest(document: Document) -> int:
     for message in document.messages or ():
         for part in (message["role"], message["content"]):
             encoded = part.encode("utf-8", "surrogatepass")
-            # Lengths between the parts, so that text moved from one turn to the next makes another document.
+            # Hash the lengths too, so that moving text from one turn to the next changes the digest.
             hasher.update(b"%d\0" % len(encoded))
             hasher.update(encoded)
-    return hasher.intdigest() or 1  # 0 stands for a duplicate
+    return hasher.intdigest() or 1  # 0 marks a duplicate
 
 
 class _BloomFilter:
-    """Says of a digest that it is new, or that it may have been added before."""
+    """A set of digests that may report false positives, but no false negatives."""
 
     def __init__(self, num_digests: int) -> None:
         num_bits = FIRST_FILTER_BITS
@@ -183,13 +187,12 @@ class _BloomFilter:
         self._bytes = np.zeros(num_bits // 8, dtype=np.uint8)
 
     def is_full(self, num_digests: int) -> bool:
-        """Whether a larger one should take its place for this many digests."""
+        """Whether a larger filter should replace this one for `num_digests` digests."""
         return num_digests * FILTER_BITS_PER_DIGEST > self._num_bits < LAST_FILTER_BITS
 
     def add(self, digests: Digests) -> None:
-        for start in range(
-            0, len(digests), RECENT_DIGESTS
-        ):  # several arrays as long as the digests
+        # In blocks, because several temporary arrays are as long as the digests.
+        for start in range(0, len(digests), RECENT_DIGESTS):
             byte, bit = self._places(digests[start : start + RECENT_DIGESTS])
             np.bitwise_or.at(self._bytes, byte, bit)
 
@@ -200,7 +203,7 @@ class _BloomFilter:
     def _places(self, digests: Digests) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
         """Byte and bit of each hash. [FILTER_HASHES, len(digests)] each
 
-        All hashes are sums of two halves of the digest (A. Kirsch and M. Mitzenmacher, Less Hashing, Same
+        Hash i is high half + i * low half of the digest (A. Kirsch and M. Mitzenmacher, Less Hashing, Same
         Performance, 2006).
         """
         step = (digests & np.uint64(0xFFFFFFFF)) | np.uint64(1)
@@ -210,7 +213,7 @@ class _BloomFilter:
 
 
 class _SortedFile:
-    """Sorted digests in a file that vanishes with this process."""
+    """Sorted digests in a temporary file. Memory holds the first digest of every page."""
 
     def __init__(self, folder: Path, blocks: Iterator[Digests]) -> None:
         self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  (close() closes it)
@@ -244,13 +247,14 @@ class _SortedFile:
 
 
 def _merged(left: Iterator[Digests], right: Iterator[Digests]) -> Iterator[Digests]:
-    """Two sorted sequences of blocks as one."""
+    """Merges two sorted sequences of blocks."""
     empty = np.empty(0, dtype=np.uint64)
     a, b = next(left, empty), next(right, empty)
     while len(a) and len(b):
+        # Everything up to the smaller of the two last digests is complete: no later block holds more of it.
         bound = min(a[-1], b[-1])
         taken_a, taken_b = (int(np.searchsorted(block, bound, side="right")) for block in (a, b))
-        # A stable sort merges what is in order already.
+        # A stable sort of two sorted runs is a merge.
         yield np.sort(np.concatenate([a[:taken_a], b[:taken_b]]), kind="stable")
         a = a[taken_a:] if taken_a < len(a) else next(left, empty)
         b = b[taken_b:] if taken_b < len(b) else next(right, empty)

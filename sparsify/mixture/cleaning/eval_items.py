@@ -1,4 +1,4 @@
-"""The evaluation sets that training text must not hold: their files, and the text of their items."""
+"""Evaluation sets that training text must not contain: their files, and the text of their items."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from sparsify.errors import MixtureError, nearest
 from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.read import file_documents
 from sparsify.mixture.sources.readers import read_rows
-from sparsify.mixture.sources.source_files import FORMATS, ROW_FORMATS, TEXT_FORMATS, look_at
+from sparsify.mixture.sources.source_files import FORMATS, ROW_FORMATS, TEXT_FORMATS, file_state
 from sparsify.recipe.catalogue import YAML, folder
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.source import SourceSection
 
 
 def evaluation_paths(mixture: MixtureSection) -> list[Path]:
-    """The files that `decontaminate_against` names, each once, sorted within each pattern.
+    """The files that `decontaminate_against` names, without repetitions, sorted within each pattern.
 
     Raises:
         MixtureError: If an entry is neither a suite that names files, nor a path or glob that matches one.
@@ -45,7 +45,7 @@ def evaluation_paths(mixture: MixtureSection) -> list[Path]:
 
 
 def decontamination_fingerprint(mixture: MixtureSection) -> list[list[str | int]]:
-    """Path, size and time of every evaluation file: what is left out of a source depends on them.
+    """Path, size and time of every evaluation file: they decide which documents are dropped.
 
     Raises:
         MixtureError: If a file is missing.
@@ -57,13 +57,13 @@ def decontamination_fingerprint(mixture: MixtureSection) -> list[list[str | int]
 def read_items(path: Path) -> Iterator[str]:
     """The text of each item of one evaluation file.
 
-    A row's item is all its strings in their order, those in lists and in objects too: question, choices, answer.
+    The item of a row is all of its strings in order, including those in lists and objects: question, choices, answer.
     Plain text holds items separated by <|endoftext|>.
 
     Raises:
         MixtureError: If the file cannot be read, or its format is unknown.
     """
-    file, bad_rows = look_at(path), BadRows(str(path), max_bad_fraction=1.0)
+    file, bad_rows = file_state(path), BadRows(str(path), max_bad_fraction=1.0)
     if file.format in TEXT_FORMATS:
         plain = file_documents(file, SourceSection(token_share=1.0), bad_rows)
         yield from (document.text or "" for document in plain)
@@ -72,18 +72,18 @@ def read_items(path: Path) -> Iterator[str]:
             yield "\n".join(strings(row))
     else:
         raise MixtureError(
-            f"The evaluation file {path} is of no format that is known.", allowed=f"{FORMATS}."
+            f"The evaluation file {path} has an unknown format.", allowed=f"{FORMATS}."
         )
-    # Nothing of it may be missing: what was left out could not be found in the training text.
+    # The file must be complete: a skipped item could not be found in the training text.
     if bad_rows.num_bad_rows:
         raise MixtureError(
-            "\n".join([f"The evaluation file {path} cannot be read whole:", *bad_rows.lines()]),
-            next_step="Check that the file is complete and of the format that its name says.",
+            "\n".join([f"The evaluation file {path} has bad rows:", *bad_rows.lines()]),
+            next_step="Check that the file is complete and in the format that its name says.",
         )
 
 
 def strings(value: object) -> Iterator[str]:
-    """All strings of a row in their order, those in lists and in objects too."""
+    """All strings of a row in order, including those in lists and objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -98,7 +98,7 @@ def _suites() -> list[str]:
 
 
 def _patterns(entry: str) -> list[str]:
-    """What an entry stands for: the files of a suite, or the entry itself."""
+    """The evaluation files of a suite, or the entry itself if it is a path or glob."""
     if entry in _suites():
         suite = folder("eval") / f"{entry}.yaml"
     elif entry.endswith(YAML):

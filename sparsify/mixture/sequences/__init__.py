@@ -1,1 +1,1 @@
-"""Tokens, drawn into sequences with exact token shares."""
+"""Training and held-out sequences: token shares, schedule, packing and reading."""

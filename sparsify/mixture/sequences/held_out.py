@@ -1,6 +1,7 @@
-"""Sequences to measure on: from a text file, or from what a mixture holds out of training.
+"""Sequences for evaluation and calibration, from a text file or a mixture.
 
-Sequences to calibrate a conversion on, and others to watch it with.
+Evaluation uses the held-out documents of a mixture. Calibration uses training sequences, and held-out ones to validate
+its result.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.read import file_documents
-from sparsify.mixture.sources.source_files import check_format, look_at
+from sparsify.mixture.sources.source_files import check_format, file_state
 from sparsify.mixture.tokens.encoder import Encoder, Tokenizer, check_tokenizer
 from sparsify.mixture.tokens.ingest import (
     Progress,
@@ -39,21 +40,21 @@ def sequences_from(
     sequence_length: int,
     cache_dir: Path,
 ) -> tuple[list[PackedSequence], str]:
-    """Sequences to measure a model on.
+    """Sequences to evaluate a model on.
 
     Args:
         text_or_mixture: Path of plain text or .jsonl (column `text`), plain or .gz; or a mixture's name or YAML path.
         tokenizer: A fast Hugging Face tokenizer.
-        num_tokens: Tokens wanted; fewer come if there are fewer.
-        sequence_length: Length of a sequence. Only the last one of a text file may be shorter.
+        num_tokens: Tokens wanted; fewer are returned if there are fewer.
+        sequence_length: Tokens per sequence. Only the last one of a text file may be shorter.
         cache_dir: Where tokenised sources are kept.
 
     Returns:
-        The sequences, and a phrase that says what they are.
+        The sequences, and a phrase that describes them.
 
     Raises:
-        MixtureError: If it is neither a file nor a mixture, or holds no text.
-        RecipeError: If the mixture cannot be drawn.
+        MixtureError: If `text_or_mixture` is neither a file nor a mixture, or holds no text.
+        RecipeError: If the mixture is invalid.
     """
     check_text_or_mixture(text_or_mixture)
     path = Path(text_or_mixture).expanduser()
@@ -71,10 +72,10 @@ def sequences_from(
 
 
 def check_text_or_mixture(text_or_mixture: str) -> None:
-    """Refuses what is neither a file nor a mixture's name, before anything is done for it.
+    """Raises early if the argument is neither a file nor the name of a mixture.
 
     Raises:
-        MixtureError: With the nearest name.
+        MixtureError: Names the most similar mixture.
     """
     if Path(text_or_mixture).expanduser().is_file() or text_or_mixture in mixture_names():
         return
@@ -82,7 +83,7 @@ def check_text_or_mixture(text_or_mixture: str) -> None:
         f"{text_or_mixture!r} is neither a file nor a mixture.",
         allowed=f"{nearest(text_or_mixture, mixture_names())}Mixtures: {', '.join(mixture_names()) or 'none'}; "
         "or the path of a text file (.txt or .jsonl, plain or .gz) or of a mixture's YAML file.",
-        next_step="Check the spelling, and the folder that the command runs in.",
+        next_step="Check the spelling, and the folder in which you run the command.",
     )
 
 
@@ -96,10 +97,10 @@ def mixture_sequences(
 ) -> list[PackedSequence]:
     """Held-out sequences of every source of a mixture, in proportion to the token shares.
 
-    Each source gives at least one sequence, so that a rare one is measured too.
+    Each source gives at least one sequence, so that rare sources are evaluated too.
 
     Raises:
-        MixtureError: If a source has no whole held-out sequence.
+        MixtureError: If a source has no complete held-out sequence.
     """
     wanted = {
         name: max(1, round(num_tokens * share / sequence_length))
@@ -116,10 +117,10 @@ def source_sequences(
     sequence_length: int,
     cache_dir: Path,
 ) -> list[PackedSequence]:
-    """Held-out sequences of every source of a mixture, as many of each, source after source.
+    """Held-out sequences of every source of a mixture: `sequences_per_source` of each, source after source.
 
     Raises:
-        MixtureError: If a source has no whole held-out sequence.
+        MixtureError: If a source has no complete held-out sequence.
     """
     wanted = dict.fromkeys(token_shares(mixture), sequences_per_source)
     return _held_out(mixture, tokenizer, wanted, sequence_length, cache_dir)
@@ -153,7 +154,7 @@ def _text_sequences(
     check_tokenizer(tokenizer)
     bad_rows = BadRows(path.name, MixtureSection.max_bad_fraction)
     encoder = Encoder(path.name, tokenizer, responses_only=False, bad_rows=bad_rows)
-    file, pretraining = look_at(path), SourceSection(token_share=1.0)
+    file, pretraining = file_state(path), SourceSection(token_share=1.0)
     check_format(path.name, file, pretraining)
     text = text_documents(file_documents(file, pretraining, bad_rows), encoder, num_tokens)
     if not len(text.lengths):
@@ -165,14 +166,14 @@ def _text_sequences(
     stop = min(num_tokens, int(text.lengths.sum()))
     starts = range(0, stop, sequence_length)
     spans = ((start, min(start + sequence_length, stop)) for start in starts)
-    said = bad_rows.summary() if bad_rows.num_bad_rows else path.name
-    return cut_sequences(path.name, [text], spans), said
+    description = bad_rows.summary() if bad_rows.num_bad_rows else path.name
+    return cut_sequences(path.name, [text], spans), description
 
 
-Watched = dict[str, list[PackedSequence]]
-"""Sequences that take no part in a calibration, by source."""
-WATCHED_SHARE = 0.25
-"""Of a text too short for both, at most so much is only watched."""
+ValidationSequences = dict[str, list[PackedSequence]]
+"""Sequences by source that validate a calibration and are not used by it."""
+MAX_VALIDATION_SHARE = 0.25
+"""Largest share of validation sequences of a text that is too short for both."""
 
 
 def mixture_calibration(
@@ -180,26 +181,28 @@ def mixture_calibration(
     tokenizer: Tokenizer,
     *,
     num_tokens: int,
-    watched_sequences: int,
+    validation_sequences: int,
     sequence_length: int,
     seed: int,
     cache_dir: Path,
     on_progress: Progress | None = None,
-) -> tuple[list[PackedSequence], Watched]:
-    """The first training sequences of every source of a mixture, in proportion to the token shares, and held-out ones.
+) -> tuple[list[PackedSequence], ValidationSequences]:
+    """Calibration sequences of a mixture and held-out sequences to validate with.
+
+    Calibration uses the first training sequences of every source, in proportion to the token shares.
 
     Args:
         mixture: The sources.
         tokenizer: A fast Hugging Face tokenizer.
         num_tokens: Tokens to calibrate on. Each source gives at least one sequence.
-        watched_sequences: Held-out sequences of each source.
-        sequence_length: Length of a sequence.
+        validation_sequences: Held-out sequences of each source.
+        sequence_length: Tokens per sequence.
         seed: Decides the order of training sequences.
         cache_dir: Where tokenised sources are kept.
-        on_progress: Told how far tokenising is.
+        on_progress: Progress callback of tokenising.
 
     Raises:
-        MixtureError: If a source has no whole held-out sequence.
+        MixtureError: If a source has no complete held-out sequence.
     """
     wanted = {
         name: max(1, round(num_tokens * share / sequence_length))
@@ -209,20 +212,20 @@ def mixture_calibration(
         mixture,
         tokenizer,
         train_tokens={name: count * sequence_length for name, count in wanted.items()},
-        held_out_tokens=watched_sequences * sequence_length,
+        held_out_tokens=validation_sequences * sequence_length,
         sequence_length=sequence_length,
         cache_dir=cache_dir,
     )
     sequences: list[PackedSequence] = []
-    watched: Watched = {}
+    validation: ValidationSequences = {}
     for name, count in wanted.items():
         source = ingests[name].run(on_progress)
         stream = TrainingStream(source, sequence_length, seed)
         sequences += [
             read_sequence(stream, rank)[0] for rank in range(min(count, stream.num_sequences))
         ]
-        watched[name] = held_out_sequences(source, sequence_length, watched_sequences)
-    return sequences, watched
+        validation[name] = held_out_sequences(source, sequence_length, validation_sequences)
+    return sequences, validation
 
 
 def text_or_mixture_calibration(
@@ -230,35 +233,35 @@ def text_or_mixture_calibration(
     tokenizer: Tokenizer,
     *,
     num_tokens: int,
-    watched_tokens: int,
+    validation_tokens: int,
     sequence_length: int,
     seed: int,
     cache_dir: Path,
-) -> tuple[list[PackedSequence], Watched]:
-    """Sequences of a text file, or of a mixture.
+) -> tuple[list[PackedSequence], ValidationSequences]:
+    """Calibration and validation sequences of a text file or of a mixture.
 
     Args:
         text_or_mixture: Path of plain text or .jsonl, plain or .gz; or a mixture's name or YAML path.
         tokenizer: A fast Hugging Face tokenizer.
-        num_tokens: Tokens to calibrate on; fewer come if the text has fewer.
-        watched_tokens: Tokens to watch with: of a text the last ones, of a mixture held-out ones.
-        sequence_length: Length of a sequence.
+        num_tokens: Tokens to calibrate on; fewer are used if the text has fewer.
+        validation_tokens: Tokens to validate with: the last ones of a text, held-out ones of a mixture.
+        sequence_length: Tokens per sequence.
         seed: Decides the order of a mixture's training sequences.
         cache_dir: Where tokenised sources are kept.
 
     Raises:
-        MixtureError: If it is neither a file nor a mixture, or too short.
+        MixtureError: If `text_or_mixture` is neither a file nor a mixture, or too short.
     """
     check_text_or_mixture(text_or_mixture)
     path = Path(text_or_mixture).expanduser()
     if path.suffix in YAML or not path.is_file():
         mixture = load_mixture(text_or_mixture)
-        each = max(1, watched_tokens // sequence_length // len(token_shares(mixture)))
+        each = max(1, validation_tokens // sequence_length // len(token_shares(mixture)))
         return mixture_calibration(
             mixture,
             tokenizer,
             num_tokens=num_tokens,
-            watched_sequences=each,
+            validation_sequences=each,
             sequence_length=sequence_length,
             seed=seed,
             cache_dir=cache_dir,
@@ -266,17 +269,20 @@ def text_or_mixture_calibration(
     sequences, _ = sequences_from(
         text_or_mixture,
         tokenizer,
-        num_tokens=num_tokens + watched_tokens,
+        num_tokens=num_tokens + validation_tokens,
         sequence_length=sequence_length,
         cache_dir=cache_dir,
     )
     whole = [sequence for sequence in sequences if len(sequence.input_ids) == sequence_length]
-    left = len(whole) - num_tokens // sequence_length
-    num_watched = min(watched_tokens // sequence_length, max(left, int(len(whole) * WATCHED_SHARE)))
-    if num_watched < 1:
+    remaining = len(whole) - num_tokens // sequence_length
+    num_validation = min(
+        validation_tokens // sequence_length,
+        max(remaining, int(len(whole) * MAX_VALIDATION_SHARE)),
+    )
+    if num_validation < 1:
         raise MixtureError(
             f"{path} holds {len(whole)} sequence(s) of {sequence_length} tokens.",
-            allowed=f"At least {int(1 / WATCHED_SHARE)}: some to calibrate on, some to see what came of it.",
-            next_step="Give a longer text.",
+            allowed=f"At least {int(1 / MAX_VALIDATION_SHARE)}: for calibration and for its validation.",
+            next_step="Use a longer text.",
         )
-    return whole[:-num_watched], {path.name: whole[-num_watched:]}
+    return whole[:-num_validation], {path.name: whole[-num_validation:]}

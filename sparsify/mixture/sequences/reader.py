@@ -1,7 +1,7 @@
-"""Sequences: pieces of documents laid side by side, with positions and labels that keep the documents apart.
+"""Reads sequences: concatenated pieces of documents, with positions and labels that separate the documents.
 
-Training sequences are packed (`packing`) and found by their number (`plan` and `stream`). Sequences to measure on are the held-out
-documents one after another, cut every T tokens, so that none of their positions is empty.
+Training sequences are packed (`packing`) and located by their number (`schedule` and `stream`). Evaluation sequences are
+the concatenated held-out documents, cut every T tokens, so that they have no empty positions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sparsify.mixture.tokens.tokenized_source import (
 )
 
 NO_LOSS = -100
-"""Label of a position without loss, as PyTorch's cross entropy ignores it."""
+"""Label of a position without loss; PyTorch's cross entropy ignores it."""
 
 FIELDS = ("input_ids", "position_ids", "labels")
 
@@ -37,11 +37,11 @@ class PackedSequence:
     """One sequence of T tokens. Labels are already shifted: do not shift them again.
 
     Args:
-        source: Name of the source it is from.
-        input_ids: [T] int64
-        position_ids: Position within the document; 0 at the sequence's start as well. [T] int64
-        labels: The token after each of `input_ids` in the same document; NO_LOSS where the document ends there
-            or that token carries no loss. [T] int64
+        source: Name of the source.
+        input_ids: Token ids. [T] int64
+        position_ids: Position within the document; also 0 at the start of the sequence. [T] int64
+        labels: The next token of the same document; NO_LOSS at the end of a document, or if the next token carries no
+            loss. [T] int64
     """
 
     source: str
@@ -52,11 +52,11 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences stacked, and the source of each.
+    """Stacked sequences and their sources.
 
     Attributes:
-        tensors: `input_ids`, `position_ids` and `labels` as in `Sequence`. [B, T] int64 each
-        sources: Index of each sequence's source in the reader's `names`. [B] int64
+        tensors: `input_ids`, `position_ids` and `labels` as in `PackedSequence`. [B, T] int64 each
+        sources: Index of each sequence's source in `SequenceReader.names`. [B] int64
     """
 
     tensors: dict[str, torch.Tensor]
@@ -64,12 +64,12 @@ class Batch:
 
 
 class SequenceReader:
-    """Gives every training sequence of a run by its number.
+    """Reads any training sequence of a run by its number.
 
     Args:
         sources: The tokenised sources; those without a share are not read.
-        schedule: Which source gives which sequence.
-        sequence_length: T, tokens of one sequence.
+        schedule: Maps sequence numbers to sources.
+        sequence_length: T, tokens per sequence.
         seed: Decides the order of documents.
     """
 
@@ -87,13 +87,13 @@ class SequenceReader:
             name: TrainingStream(sources[name], sequence_length, seed) for name in self.names
         }
 
-    def is_here(self, first: int, count: int) -> bool:
-        """Whether the sequences first, …, first + count - 1 can be read by now."""
+    def is_available(self, first: int, count: int) -> bool:
+        """Whether the sequences first, …, first + count - 1 can be read now."""
         last = dict(self.schedule.sequences_of(first, count))
-        return all(self.streams[name].is_here(rank) for name, rank in last.items())
+        return all(self.streams[name].is_available(rank) for name, rank in last.items())
 
     def batch(self, first: int, count: int) -> Batch:
-        """The sequences first, …, first + count - 1 of the run, counted over all processes."""
+        """The sequences first, …, first + count - 1 of the run; numbers are global over all ranks."""
         places = self.schedule.sequences_of(first, count)
         arrays = _empty_batch(count, self.sequence_length, self._end_token)
         located = sorted(
@@ -109,7 +109,6 @@ class SequenceReader:
         )
 
     def sequence(self, index: int) -> PackedSequence:
-        """The training sequence with this number."""
         name, rank = self.schedule.locate(index)
         return read_sequence(self.streams[name], rank)[0]
 
@@ -121,7 +120,15 @@ def _fill(
     packing: Packing,
     sequences: Sequence[int],
 ) -> None:
-    """Writes sequences of one shard into the rows of the arrays that are theirs. Arrays: [B, T]"""
+    """Writes sequences of one shard into rows of the arrays.
+
+    Args:
+        arrays: FIELDS by name; [B, T] each.
+        rows: The row of each sequence. [S]
+        documents: The shard's documents.
+        packing: The shard's packing.
+        sequences: Indices of the sequences in the packing. [S]
+    """
     sequence_length = arrays["input_ids"].shape[1]
     slices = [packing.pieces(sequence) for sequence in sequences]
     num_pieces = np.array([piece.stop - piece.start for piece in slices])
@@ -129,6 +136,8 @@ def _fill(
     document, start, length = (
         values[chosen] for values in (packing.document, packing.start, packing.length)
     )
+    # All pieces are laid out in one flat array; `begin` is a piece's offset in it, and `place` shifts each sequence to
+    # the offset of its row in the flattened [B, T] arrays.
     begin = np.cumsum(length) - length
     first_piece = np.cumsum(num_pieces) - num_pieces
     place = np.array(rows) * sequence_length - begin[first_piece]
@@ -142,11 +151,11 @@ def _fill(
 
 
 def read_sequence(stream: TrainingStream, rank: int) -> tuple[PackedSequence, int]:
-    """One training sequence of one source, and how many of its positions hold tokens.
+    """One training sequence of one source, and the number of its positions that hold tokens.
 
     Args:
         stream: The source's sequences.
-        rank: Number of the sequence within the source.
+        rank: Index of the sequence within the source.
     """
     epoch, shard, number = stream.locate(rank)
     documents, packing = stream.packed(epoch, shard)
@@ -159,7 +168,7 @@ def read_sequence(stream: TrainingStream, rank: int) -> tuple[PackedSequence, in
 
 
 class _Spread:
-    """Repeats one value for each piece over the piece's tokens."""
+    """Expands an array with one value per piece to one value per token."""
 
     def __init__(self, begin: IntArray, length: IntArray) -> None:
         self._length = length
@@ -170,7 +179,7 @@ class _Spread:
 
 
 def _labels(shard: Shard, token: IntArray, document_end: IntArray) -> IntArray:
-    """The token after each of `token` in the same document, where it carries loss."""
+    """The next token of the same document, or NO_LOSS if there is none or it carries no loss."""
     following = token + 1
     inside = following < document_end
     following = np.where(inside, following, token)
@@ -179,9 +188,10 @@ def _labels(shard: Shard, token: IntArray, document_end: IntArray) -> IntArray:
 
 
 def _empty_batch(num_sequences: int, sequence_length: int, end_token: int) -> dict[str, IntArray]:
-    """Sequences of nothing but padding: one document without loss, which packing then writes over.
+    """Sequences of padding only, which `_fill` overwrites.
 
-    What packing leaves of it stands apart from the documents, since its positions do not go on from theirs.
+    The remaining padding at the end of a sequence has position 0 throughout, so attention does not connect it with the
+    documents, and it carries no loss.
     """
     shape = (num_sequences, sequence_length)
     return {
@@ -192,7 +202,7 @@ def _empty_batch(num_sequences: int, sequence_length: int, end_token: int) -> di
 
 
 def collate(sequences: Sequence[PackedSequence]) -> dict[str, torch.Tensor]:
-    """Stacks sequences of one length into `input_ids`, `position_ids` and `labels`. [B, T] int64 each"""
+    """Stacks sequences of equal length into `input_ids`, `position_ids` and `labels`. [B, T] int64 each"""
     return {
         field: torch.from_numpy(np.stack([getattr(sequence, field) for sequence in sequences]))
         for field in FIELDS
@@ -202,10 +212,10 @@ def collate(sequences: Sequence[PackedSequence]) -> dict[str, torch.Tensor]:
 def held_out_sequences(
     source: TokenizedSource, sequence_length: int, num_sequences: int
 ) -> list[PackedSequence]:
-    """Whole sequences of a source's held-out documents, spread evenly over those that the run reads.
+    """Complete sequences of a source's held-out documents, spread evenly over those that the run reads.
 
     Returns:
-        `num_sequences` sequences, or as many whole ones as there are.
+        `num_sequences` sequences, or fewer if the source has fewer complete ones.
 
     Raises:
         MixtureError: If the held-out documents do not fill one sequence.
@@ -227,12 +237,12 @@ def held_out_sequences(
 def cut_sequences(
     name: str, documents: Sequence[ShardDocuments], spans: Iterable[tuple[int, int]]
 ) -> list[PackedSequence]:
-    """Sequences cut from documents laid one after another.
+    """Cuts sequences from concatenated documents.
 
     Args:
         name: Name of the source.
         documents: The documents, shard by shard.
-        spans: First token and end of each sequence in the row of documents.
+        spans: (first token, one past the last) of each sequence in the concatenated documents.
     """
     parts: dict[str, list[IntArray]] = {field: [] for field in FIELDS}
     for part in documents:
@@ -247,7 +257,7 @@ def cut_sequences(
     sequences = []
     for start, stop in spans:
         fields = {field: array[start:stop] for field, array in row.items()}
-        # A document that began before the sequence begins anew in it.
+        # A document that started before the sequence has position 0 at the start of the sequence.
         offset = np.arange(stop - start)
         fields["position_ids"] = np.minimum(fields["position_ids"], offset)
         sequences.append(PackedSequence(name, **fields))

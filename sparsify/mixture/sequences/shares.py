@@ -1,8 +1,8 @@
-"""Shares of sources over a run: constant in a phase, or moving in a straight line, as exact demand in sequences.
+"""Shares of sources over a run, constant or linear within a segment, and their exact demand in sequences.
 
-The demand of a source after n sequences is what it should have given by then: the sum of its shares over those sequences. Over all
-sources it sums to n. Everything is computed in integers and fractions, so that a law that holds at the first sequence holds
-at the last of a trillion.
+The demand of a source after n sequences is the integral of its share over them: the number of sequences that it should
+have given. The demands of all sources sum to n. Everything is computed in integers and fractions, so that the bounds of
+the schedule hold at the last of a trillion sequences as they do at the first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fractions import Fraction
 from sparsify.recipe.mixture import MixtureSection
 
 LARGEST_DENOMINATOR = 10**9
-"""Shares are taken as the closest fraction up to this denominator: 0.15 is 3/20, not the binary float beside it."""
+"""Shares are rounded to the closest fraction up to this denominator: 0.15 is 3/20, not the nearest binary float."""
 
 
 def token_shares(mixture: MixtureSection) -> dict[str, float]:
@@ -63,7 +63,7 @@ def _with_instructions(mixture: MixtureSection, share: float | None) -> dict[str
 
 
 def exact_shares(shares: Mapping[str, float | Fraction]) -> dict[str, Fraction]:
-    """Shares as fractions that sum to 1; a fraction stays what it is in proportion to the others."""
+    """Shares as fractions that sum to 1. Floats are rounded to fractions; fractions keep their proportions."""
     exact = {
         name: share
         if isinstance(share, Fraction)
@@ -75,13 +75,13 @@ def exact_shares(shares: Mapping[str, float | Fraction]) -> dict[str, Fraction]:
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """A part of a run over which shares stay or move in a straight line.
+class ShareSegment:
+    """A part of a run over which shares are constant or change linearly.
 
     Attributes:
-        end: PackedSequence at which it ends, counted from the run's start; the last stretch has no end.
-        first: Share of each source at its beginning, above or equal to 0.
-        last: Share of each source at its end.
+        end: Number of sequences from the run's start to the segment's end; None for an endless last segment.
+        first: Share of each source at the start of the segment, at least 0.
+        last: Share of each source at the end of the segment.
     """
 
     end: int | None
@@ -90,8 +90,11 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """One stretch in integers: demand(start + m) * denominator = base + linear * m + quadratic * m * m, for each source."""
+class _IntegerSegment:
+    """The demand over one segment as an integer polynomial.
+
+    demand(start + m) * denominator = base + linear * m + quadratic * m * m, for each source.
+    """
 
     start: int
     end: float
@@ -109,69 +112,72 @@ class Shares:
     """The demand of every source over a run.
 
     Args:
-        stretches: From the run's beginning to beyond its end. Shares of each are divided by their sum, should it
-            differ from 1. Sources that have no share anywhere are left out.
+        segments: The segments from the run's start to its end or beyond. Shares are divided by their sum if it
+            is not 1. Sources without a share in any segment are ignored.
     """
 
-    def __init__(self, stretches: Sequence[Stretch]) -> None:
-        self.stretches = list(stretches)
-        # By name, so that the order in which a YAML file lists its sources changes nothing.
+    def __init__(self, segments: Sequence[ShareSegment]) -> None:
+        self.segments = list(segments)
+        # Sorted, so that the order in which a YAML file lists its sources does not matter.
         named = {
             name
-            for part in stretches
+            for part in segments
             for name, share in [*part.first.items(), *part.last.items()]
             if share
         }
         self.names = sorted(named)
-        self._pieces: list[_Piece] = []
+        self._integer_segments: list[_IntegerSegment] = []
         demand = [Fraction(0)] * len(self.names)
         start = 0
-        for part in stretches:
+        for part in segments:
             first, last = self._fractions(part.first), self._fractions(part.last)
             if part.end is None or part.end > start:
                 demand = self._append(start, part.end, first, last, demand)
                 start = part.end or start
-        if stretches[-1].end is not None:
-            last = self._fractions(stretches[-1].last)
+        if segments[-1].end is not None:
+            last = self._fractions(segments[-1].last)
             self._append(start, None, last, last, demand)
 
     @classmethod
     def constant(cls, shares: Mapping[str, float]) -> Shares:
-        """The same shares all the way."""
-        return cls([Stretch(None, shares, shares)])
+        """Constant shares over the whole run."""
+        return cls([ShareSegment(None, shares, shares)])
 
     @classmethod
     def of(cls, mixture: MixtureSection, num_sequences: int) -> Shares:
-        """The shares that a mixture states for a run of `num_sequences`; its phases end at whole sequences."""
+        """The shares of a mixture over a run of `num_sequences`. The ends of its phases are rounded to sequences."""
         return cls(
             [
-                Stretch(round(end * num_sequences), first, last)
+                ShareSegment(round(end * num_sequences), first, last)
                 for end, first, last in share_phases(mixture)
             ]
         )
 
     @property
     def period(self) -> int | None:
-        """Sequences after which every demand is whole again, as long as the first stretch lasts; None if it is a ramp."""
-        piece = self._pieces[0]
-        if any(piece.quadratic):
+        """Number of sequences after which every demand is an integer, within the first segment; None if it is a ramp."""
+        segment = self._integer_segments[0]
+        if any(segment.quadratic):
             return None
-        return piece.denominator // math.gcd(piece.denominator, *piece.linear)
+        return segment.denominator // math.gcd(segment.denominator, *segment.linear)
 
     @property
     def first_change(self) -> float:
-        """PackedSequence at which the first stretch ends."""
-        return self._pieces[0].end
+        """Number of sequences at which the first segment ends."""
+        return self._integer_segments[0].end
 
     def demand(self, source: str, sequence: int) -> Fraction:
-        """What a source should have given among the first `sequence` sequences; 0 for one without any share."""
+        """Number of sequences that a source should have given among the first `sequence`; 0 if it has no share."""
         if source not in self.names:
             return Fraction(0)
-        index, piece = self.names.index(source), self._piece_of(sequence)
-        return Fraction(piece.scaled_demand(index, sequence), piece.denominator)
+        index, segment = self.names.index(source), self._segment_at(sequence)
+        return Fraction(segment.scaled_demand(index, sequence), segment.denominator)
 
     def planned(self, num_sequences: int) -> dict[str, int]:
-        """Demand in whole sequences that sum to `num_sequences`: at most one from what the schedule gives, and known at once."""
+        """Demands rounded to integers that sum to `num_sequences`.
+
+        Differs from the schedule's counts by at most 1, but needs no schedule.
+        """
         demand = {name: self.demand(name, num_sequences) for name in self.names}
         planned = {name: int(sequences) for name, sequences in demand.items()}
         missing = num_sequences - sum(planned.values())
@@ -183,29 +189,30 @@ class Shares:
 
         Args:
             source: Index in `names`.
-            numerator: Of the demand to reach.
-            denominator: Of the same, above 0.
+            numerator: Numerator of the demand to reach.
+            denominator: Its denominator, above 0.
         """
         return next(self.moments(source, numerator, denominator))
 
     def moments(self, source: int, numerator: int, denominator: int) -> Iterator[float]:
-        """`reaches` of a demand, of that demand + 1, + 2, and so on for ever."""
-        for piece in self._pieces:  # the last of them has no end, and infinity is not beyond it
+        """Yields `reaches` of a demand, of that demand + 1, + 2, and so on without end."""
+        # The last segment has no end, and infinity is not beyond infinity: the generator never runs out.
+        for segment in self._integer_segments:
             while True:
-                # Demands are whole multiples of 1 / piece.denominator: round what is wanted up to the next of them.
-                wanted = -(-numerator * piece.denominator // denominator)
-                found = _first_reaching(piece, source, wanted)
-                if found > piece.end:
+                # Demands are multiples of 1 / segment.denominator: round the wanted one up (-(-a // b)).
+                wanted = -(-numerator * segment.denominator // denominator)
+                found = _first_reaching(segment, source, wanted)
+                if found > segment.end:
                     break
                 yield found
                 numerator += denominator
 
     def share(self, source: str, sequence: int) -> float:
-        """The share of a source round about a sequence."""
+        """The share of a source at a sequence."""
         return float(self.demand(source, sequence + 1) - self.demand(source, sequence))
 
-    def _piece_of(self, sequence: int) -> _Piece:
-        return next(piece for piece in self._pieces if sequence <= piece.end)
+    def _segment_at(self, sequence: int) -> _IntegerSegment:
+        return next(segment for segment in self._integer_segments if sequence <= segment.end)
 
     def _fractions(self, shares: Mapping[str, float | Fraction]) -> list[Fraction]:
         exact = exact_shares(shares)
@@ -219,19 +226,31 @@ class Shares:
         last: list[Fraction],
         demand: list[Fraction],
     ) -> list[Fraction]:
-        """Adds a piece; returns the demand at its end."""
+        """Adds a segment; returns the demand of each source at its end.
+
+        Args:
+            start: Number of sequences before the segment.
+            end: Number of sequences at its end; None if it is endless.
+            first: Share of each source at its start.
+            last: Share of each source at its end.
+            demand: Demand of each source at its start.
+        """
+        # A share that moves from a to b over L sequences is a + (b - a) * t / L after t of them. Its integral from 0
+        # to m is a * m + (b - a) / (2 * L) * m², so the demand is a polynomial with the coefficients
+        # (demand at the start, a, (b - a) / (2 * L)). In a constant segment the last one is 0.
         length = 1 if end is None else end - start
         bend = [
             (b - a) / (2 * length) if end is not None else Fraction(0)
             for a, b in zip(first, last, strict=True)
         ]
+        # One common denominator makes all coefficients integers, so evaluating and comparing demands is exact and fast.
         numbers = [*first, *bend, *demand]
         denominator = math.lcm(*(number.denominator for number in numbers))
 
         def scaled(values: list[Fraction]) -> tuple[int, ...]:
             return tuple(int(value * denominator) for value in values)
 
-        piece = _Piece(
+        segment = _IntegerSegment(
             start,
             math.inf if end is None else end,
             denominator,
@@ -239,30 +258,36 @@ class Shares:
             scaled(first),
             scaled(bend),
         )
-        self._pieces.append(piece)
+        self._integer_segments.append(segment)
         if end is None:
             return demand
         return [
-            Fraction(piece.scaled_demand(source, end), denominator)
+            Fraction(segment.scaled_demand(source, end), denominator)
             for source in range(len(self.names))
         ]
 
 
-def _first_reaching(piece: _Piece, source: int, wanted: int) -> float:
-    """The first sequence of a piece at which a source's scaled demand is at least `wanted`; infinity if none is."""
-    linear, quadratic = piece.linear[source], piece.quadratic[source]
-    missing = wanted - piece.base[source]
+def _first_reaching(segment: _IntegerSegment, source: int, wanted: int) -> float:
+    """The first sequence of a segment at which a source's scaled demand is at least `wanted`; infinity if none is.
+
+    May return a sequence beyond the end of the segment; the caller discards it.
+    """
+    linear, quadratic = segment.linear[source], segment.quadratic[source]
+    missing = wanted - segment.base[source]
     if missing <= 0:
-        return piece.start
+        return segment.start
     if not quadratic:
-        return piece.start + -(-missing // linear) if linear else math.inf
+        return segment.start + -(-missing // linear) if linear else math.inf
+    # Solve quadratic * m² + linear * m = missing for the smaller positive m. Without a real solution, the share falls
+    # to 0 before the demand is reached. isqrt rounds down and the division may round either way, so start a little
+    # below the guess and step up to the exact integer.
     root = linear * linear + 4 * quadratic * missing
-    if root < 0:  # the falling share ends before
+    if root < 0:
         return math.inf
     guess = (math.isqrt(root) - linear) // (2 * quadratic)
     m = max(guess - 2, 0)
     while (linear + quadratic * m) * m < missing:
         m += 1
-        if piece.start + m > piece.end:
+        if segment.start + m > segment.end:
             return math.inf
-    return piece.start + m
+    return segment.start + m

@@ -1,8 +1,8 @@
-"""The endless stream of one source's training sequences, epoch after epoch, any of them found by its number.
+"""The endless stream of one source's training sequences, epoch after epoch, with random access.
 
-The first epoch reads the shards in the order in which they were tokenised, so that it can begin before the last one is there;
-later epochs shuffle the shards. Within a shard, documents are packed and sequences shuffled anew each epoch. Every
-document is in each epoch exactly once.
+The first epoch reads the shards in the order in which they were tokenised, so that it can start before the last shard
+exists; later epochs shuffle the shards. Within a shard, documents are packed and sequences shuffled with a new order in
+each epoch. Every document occurs exactly once per epoch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sparsify.mixture.tokens.tokenized_source import (
 )
 
 OPEN_PACKINGS = 2
-"""A batch may lie across the seam of one shard and the next."""
+"""A batch may span two shards."""
 
 IntArray = NDArray[np.int64]
 
@@ -31,41 +31,41 @@ class TrainingStream:
     """Sequences of one source.
 
     Args:
-        source: The tokenised source, which may still be growing.
-        sequence_length: Tokens of a sequence.
+        source: The tokenised source, which may still grow.
+        sequence_length: Tokens per sequence.
         seed: Decides the order.
     """
 
     def __init__(self, source: TokenizedSource, sequence_length: int, seed: int) -> None:
         self.source, self.sequence_length, self.seed = source, sequence_length, seed
         self._counts = self._stored_counts()[: source.num_shards]
-        self._settled = False
+        self._train_ready = False
         self.packed = lru_cache(maxsize=OPEN_PACKINGS)(self._packed)
         self._epoch = lru_cache(maxsize=OPEN_PACKINGS)(self._order_of_epoch)
         self._count()
 
     @property
     def num_sequences(self) -> int:
-        """Sequences of one epoch; those that are here by now, until the source is settled."""
+        """Sequences of one epoch; until the source is `train_ready`, those available so far."""
         return int(self._counts.sum())
 
-    def is_here(self, rank: int) -> bool:
-        """Whether a sequence can be read now; looks for new shards when it could not before."""
-        if not self._settled and rank >= self.num_sequences:
+    def is_available(self, rank: int) -> bool:
+        """Whether a sequence can be read now. Looks for new shards if not."""
+        if not self._train_ready and rank >= self.num_sequences:
             self.source.refresh()
             self._count()
-        return self._settled or rank < self.num_sequences
+        return self._train_ready or rank < self.num_sequences
 
     def locate(self, rank: int) -> tuple[int, int, int]:
-        """Epoch, shard and sequence within the shard of the stream's sequence with this number."""
-        # Until the source is settled nobody knows how long an epoch is, and the first is not over.
-        epoch, rest = divmod(rank, self.num_sequences) if self._settled else (0, rank)
+        """Epoch, shard, and index within the shard of the stream's sequence number `rank`."""
+        # Until the source is `train_ready` the length of an epoch is unknown, and the first epoch is not over.
+        epoch, rest = divmod(rank, self.num_sequences) if self._train_ready else (0, rank)
         order, ends = self._epoch(epoch, len(self._counts))
         place = int(np.searchsorted(ends, rest, side="right"))
         return epoch, int(order[place]), rest - (int(ends[place - 1]) if place else 0)
 
     def _count(self) -> None:
-        known, self._settled = len(self._counts), self.source.settled
+        known, self._train_ready = len(self._counts), self.source.train_ready
         new = [
             count_sequences(self.source.train_documents(number).lengths, self.sequence_length)
             for number in range(known, self.source.num_shards)
@@ -89,8 +89,8 @@ class TrainingStream:
     def _shuffle(self, *place: int) -> np.random.RandomState:
         key = "/".join(map(str, (self.seed, self.source.name, *place))).encode()
         digest = hashlib.blake2b(key, digest_size=32).digest()
-        # RandomState, whose streams NumPy guarantees to stay as they are: a newer Generator may shuffle
-        # differently, and a run resumed under it would see some documents twice and others never.
+        # NumPy guarantees that RandomState's streams never change. A newer Generator may shuffle differently, and a
+        # run resumed under it would see some documents twice and others never.
         return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
     @property
@@ -98,18 +98,18 @@ class TrainingStream:
         return self.source.cache.folder / f"sequences-{self.sequence_length}.npy"
 
     def _stored_counts(self) -> IntArray:
-        """Sequences of the first shards, as some run counted them before: late resumes count none again."""
+        """Numbers of sequences of the first shards, stored by an earlier run, so that late resumes are fast."""
         try:
             counts = np.load(self._counts_path)
         except (OSError, ValueError, EOFError):
             return np.empty(0, dtype=np.int64)
         whole = sum(
-            self.source.is_whole(n) for n in range(min(len(counts), self.source.num_shards))
+            self.source.is_final(n) for n in range(min(len(counts), self.source.num_shards))
         )
         return counts[:whole]
 
     def _store_counts(self) -> None:
-        whole = sum(self.source.is_whole(number) for number in range(len(self._counts)))
+        whole = sum(self.source.is_final(number) for number in range(len(self._counts)))
         if whole <= len(self._stored_counts()):
             return
         partial = self._counts_path.with_suffix(f".partial-{np.random.SeedSequence().entropy:x}")

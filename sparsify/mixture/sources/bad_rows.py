@@ -1,4 +1,4 @@
-"""Rows that could not become documents: counted by reason, shown by example, and never more than a mixture allows."""
+"""Bad rows: rows that cannot become documents. Counted by reason, with examples and an upper limit."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sparsify.errors import MixtureError
 
 EXAMPLES_PER_REASON = 20
 MIN_ROWS = 1_000
-"""Rows after which a source is stopped in the middle; a smaller one is judged at its end."""
+"""Rows before the limit is checked while reading; a smaller source is checked at its end."""
 SHOWN_EXAMPLES = 3
 MAX_DETAIL_CHARACTERS = 300
 
 
 class Reason(StrEnum):
-    """Why a row is left out."""
+    """Why a row is dropped."""
 
     NOT_JSON = "not JSON"
     NOT_CSV = "not CSV"
@@ -31,23 +31,23 @@ class Reason(StrEnum):
     TOO_LONG = "too long"
     BROKEN_FILE = "broken file"
     UNREADABLE = "unreadable rows"
-    BAD_CHAT = "no valid chat"
+    BAD_CHAT = "invalid chat"
     TEMPLATE = "template failed"
     CHAT_TEMPLATE = "chat template failed"
 
 
 HARMLESS = frozenset([Reason.EMPTY])
-"""Counted and shown, but never too many: leaving out nothing loses nothing, and good data sets have much of it."""
+"""Reasons that do not count towards the limit: an empty row loses nothing, and good data sets have many."""
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """One row that was left out.
+    """One row that was dropped.
 
     Args:
         file: The file, or the data set's id.
-        row: The line in .jsonl, .csv and .tsv, else the row or document, from 1.
-        detail: What is wrong with it.
+        row: The line in .jsonl, .csv and .tsv; otherwise the row or document, from 1.
+        detail: What is wrong with the row.
     """
 
     file: str
@@ -60,7 +60,7 @@ class BadRow:
 
 @dataclass(frozen=True)
 class DuplicateFile:
-    """A file that was left out because another one has the same content."""
+    """A file that was skipped because an earlier one has the same content."""
 
     file: str
     same_as: str
@@ -71,7 +71,7 @@ class BadRows:
     """Counts the good and the bad rows of one source.
 
     Args:
-        source: The source's name, for messages.
+        source: Name of the source, for messages.
         max_bad_fraction: Share of bad rows above which the source is refused. One bad row is always allowed, unless
             this is 0.
     """
@@ -85,19 +85,19 @@ class BadRows:
 
     @property
     def num_bad_rows(self) -> int:
-        """Bad rows of every reason, harmless ones too."""
+        """Bad rows of every reason, including the harmless ones."""
         return sum(self.bad_rows.values())
 
     def add(self, file: str, reason: Reason, row: int, detail: str, rows: int = 1) -> None:
         """Counts `rows` bad rows, of which `row` is the first.
 
         Raises:
-            MixtureError: If there are too many by now.
+            MixtureError: If the source exceeds the limit.
         """
         self.bad_rows[reason] = self.bad_rows.get(reason, 0) + rows
         shown = self.examples.setdefault(reason, [])
         if len(shown) < EXAMPLES_PER_REASON:
-            # A row may quote half a file; undecodable bytes cannot be written as JSON.
+            # The detail may quote a long row, and undecodable bytes cannot be written as JSON.
             printable = detail[:MAX_DETAIL_CHARACTERS].encode("utf-8", "backslashreplace").decode()
             shown.append(BadRow(file, row, printable))
         if self.good_rows + self.num_bad_rows >= MIN_ROWS:
@@ -107,15 +107,15 @@ class BadRows:
         """Counts a row as bad that was counted as good before.
 
         Raises:
-            MixtureError: If there are too many by now.
+            MixtureError: If the source exceeds the limit.
         """
         self.good_rows -= 1
         self.add(file, reason, row, detail)
 
     def carry_refusals(self, previous: BadRows) -> None:
-        """Takes over what the chat template refused among documents that are now skipped.
+        """Adds the chat-template refusals of documents that a resumed ingest skips.
 
-        An ingest that goes on reads them again, and so counts everything else again, but does not encode them.
+        A resumed ingest reads these documents again, and counts every other reason again, but does not encode them.
         """
         reason = Reason.CHAT_TEMPLATE
         if reason in previous.bad_rows:
@@ -124,7 +124,7 @@ class BadRows:
             self.good_rows -= previous.bad_rows[reason]
 
     def check(self) -> None:
-        """Refuses a source with too many bad rows.
+        """Raises if the source has too many bad rows.
 
         Raises:
             MixtureError: With the counts and examples of each reason.
@@ -138,7 +138,7 @@ class BadRows:
                 f"Source {self.source!r}: {harmful:,} of its first {self.good_rows + harmful:,} rows are bad:\n"
                 + "\n".join(self.lines()),
                 allowed=f"Allowed: mixture.max_bad_fraction={self.max_bad_fraction:g} of the rows.",
-                next_step="Mend these rows, correct the columns of the source, or raise mixture.max_bad_fraction.",
+                next_step="Fix these rows, correct the columns of the source, or raise mixture.max_bad_fraction.",
             )
 
     def lines(self) -> Iterator[str]:
@@ -158,25 +158,25 @@ class BadRows:
         self.duplicate_files += [f for f in other.duplicate_files if f not in self.duplicate_files]
 
     def summary(self) -> str:
-        """One line: rows, and what was left out of them and why."""
+        """One line: number of rows, and how many were dropped for which reason."""
         text = f"{self.source}: {self.good_rows + self.num_bad_rows:,} rows"
         if self.bad_rows:
             reasons = ", ".join(f"{rows:,} {reason}" for reason, rows in self._by_count())
-            text += f", {self.num_bad_rows:,} left out ({reasons})"
+            text += f", {self.num_bad_rows:,} dropped ({reasons})"
         if self.duplicate_files:
-            text += f", {len(self.duplicate_files):,} duplicate file(s) left out"
+            text += f", {len(self.duplicate_files):,} duplicate file(s) skipped"
         return text
 
     def to_json(self) -> str:
-        """Everything, as JSON that a person can read."""
+        """All counts and examples as indented JSON."""
         return _ADAPTER.dump_json(self, indent=2).decode()
 
     @staticmethod
     def from_json(text: str | bytes) -> BadRows:
-        """Reads what `to_json` wrote.
+        """Reads the output of `to_json`.
 
         Raises:
-            pydantic.ValidationError: If it did not.
+            pydantic.ValidationError: If the text is not such output.
         """
         return _ADAPTER.validate_json(text)
 

@@ -1,4 +1,4 @@
-"""What a source gives: documents, and on which side of the held-out split each of them falls."""
+"""Documents, and the hash that decides which of them are held out of training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Message = dict[str, str]
-"""`{"role": "system", "user" or "assistant", "content": ...}`, as chat templates take it."""
+"""`{"role": "system" | "user" | "assistant", "content": ...}`, the form that chat templates take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,12 +17,12 @@ class Document:
     """One document: plain text for pretraining, the messages of one conversation, or token ids.
 
     Args:
-        origin: What decides the held-out split. Documents of one origin always fall on the same side.
+        origin: Decides the held-out split. Documents of one origin always fall on the same side.
         text: The text of a pretraining document.
         messages: The turns of an instruction document.
-        token_ids: The tokens of a document that was tokenised elsewhere, without the end of sequence. [T] unsigned
-        file: The file or data set that it comes from.
-        row: Its line or row there, from 1.
+        token_ids: Tokens of a pre-tokenised document, without the end-of-sequence token. [T] unsigned
+        file: The file or data set that the document comes from.
+        row: Its line or row in the file, from 1.
     """
 
     origin: str
@@ -34,7 +34,7 @@ class Document:
 
     @property
     def num_characters(self) -> int:
-        """Length of its text, or of all its messages; for token ids their number."""
+        """Characters of the text or of all messages; for token ids, the number of ids."""
         if self.messages is not None:
             return sum(len(message["content"]) for message in self.messages)
         if self.token_ids is not None:
@@ -43,7 +43,7 @@ class Document:
 
 
 def conversation(origin: str, prompt: str, response: str) -> Document:
-    """A document of one prompt and its answer."""
+    """A document with one prompt and one response."""
     turns = (
         {"role": "user", "content": prompt},
         {"role": "assistant", "content": response},
@@ -52,15 +52,15 @@ def conversation(origin: str, prompt: str, response: str) -> Document:
 
 
 def content_origin(*parts: str) -> str:
-    """An origin made of the content itself, so that exact duplicates fall on the same side of the split.
+    """Derives an origin from the content, so that exact duplicates fall on the same side of the split.
 
     Raises:
-        UnicodeEncodeError: If the text is not Unicode: it holds lone surrogates.
+        UnicodeEncodeError: If the text holds lone surrogates, which UTF-8 cannot encode.
     """
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
 def is_held_out(origin: str, validation_fraction: float) -> bool:
-    """Whether documents of this origin are kept from training: a hash, so that no list has to be stored."""
+    """Whether documents of this origin are held out of training. A hash decides, so no list is stored."""
     digest = hashlib.blake2b(origin.encode(), digest_size=8, person=b"held-out").digest()
     return int.from_bytes(digest, "big") < validation_fraction * 2**64

@@ -1,7 +1,7 @@
-"""Where documents come from: the standard library, local files, a Hugging Face data set, or files of token ids.
+"""Reads the documents of a source: the standard library, local files, a Hugging Face data set, or token files.
 
-Everything is read as a stream, so that a source larger than memory can be read only as far as a run needs it. Rows that
-cannot become documents are counted (`quarantine.BadRows`), not raised.
+Every source is a stream, so a source larger than memory is read only as far as a run needs it. Rows that cannot become
+documents are counted (`bad_rows.BadRows`) instead of raised.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from sparsify.mixture.sources.token_files import token_documents
 from sparsify.recipe.source import SourceSection
 
 MAX_TEXT_CHARACTERS = 1 << 26
-"""Plain text that goes on for longer without a separator becomes several documents."""
+"""Plain text that is longer than this without a separator becomes several documents."""
 FIRST_ROWS = 100
-"""A column that none of a file's first rows has is the user's mistake, not dirt."""
+"""A column that is missing in all of these first rows of a file is an error, not a series of bad rows."""
 
 
 def read_documents(
@@ -49,24 +49,24 @@ def read_documents(
     files: Sequence[SourceFile] | None = None,
     skip_documents: int = 0,
 ) -> Iterator[Document]:
-    """Documents of one source, in the source's own order.
+    """Documents of one source, in the order of the source.
 
     Args:
-        name: The source's name in its mixture, for messages.
+        name: Name of the source in its mixture, for messages.
         source: Where the text is and which columns hold it.
-        bad_rows: Counts the rows, from the source's beginning, skipped documents included.
-        tokenizer: Needed by `token_files` only: its end of sequence ends a document.
-        files: Its files as they were when its fingerprint was taken; as they are now unless given.
-        skip_documents: Documents at the beginning that are read, but not given.
+        bad_rows: Counts the rows from the start of the source, including skipped documents.
+        tokenizer: Needed for `token_files` only: its end-of-sequence token ends a document.
+        files: The files as they were when the fingerprint was computed; default: as they are now.
+        skip_documents: Documents at the start that are read but not yielded.
 
     Raises:
-        MixtureError: If the source cannot be reached, lacks a column, holds no document or too many bad rows, or a file of
-            it changes.
+        MixtureError: If the source cannot be reached, lacks a column, holds no document or too many bad rows, or one of
+            its files changes.
     """
     documents = _all_documents(name, source, bad_rows, tokenizer, files)
     yield from islice(documents, skip_documents, None)
     if not bad_rows.good_rows:
-        check = "Check that its files are complete and of the format that their names say, "
+        check = "Check that its files are complete and in the format that their names say, "
         add = "add text to it, or remove it from the mixture."
         raise MixtureError(
             "\n".join([f"Source {name!r} holds no document.", *bad_rows.lines()]),
@@ -104,10 +104,10 @@ def _all_documents(
 def file_documents(
     file: SourceFile, source: SourceSection, bad_rows: BadRows
 ) -> Iterator[Document]:
-    """Documents of one file of text or rows, read as its suffix says.
+    """Documents of one file of plain text or rows; the suffix decides how it is read.
 
     Raises:
-        MixtureError: If it lacks a column, or has too many bad rows.
+        MixtureError: If the file lacks a column, or has too many bad rows.
     """
     report = partial(bad_rows.add, str(file.path))
     if file.format in TEXT_FORMATS:
@@ -129,7 +129,11 @@ def _counted(documents: Iterable[Document], bad_rows: BadRows) -> Iterator[Docum
 def _row_documents(
     rows: Iterable[tuple[int, Any]], fields: FieldReader, file: str, where: str, bad_rows: BadRows
 ) -> Iterator[Document]:
-    """Documents of the rows of one file or data set."""
+    """Documents of the rows of one file or data set.
+
+    Rows without their column are kept in `missing` until one row has it (then they are bad rows), or until FIRST_ROWS
+    rows lack it (then the source's configuration is wrong).
+    """
     columns_seen = False
     missing: list[tuple[int, MissingColumnError]] = []
     for number, row in rows:
@@ -153,7 +157,7 @@ def _row_documents(
             columns_seen = True
             bad_rows.add(file, Reason.INVALID_UTF8, number, _not_utf8(error))
             continue
-        if missing:  # until now it was not clear whether they are a mistake or dirt
+        if missing:
             _add_missing(missing, file, bad_rows)
         columns_seen = True
         bad_rows.good_rows += 1
@@ -161,7 +165,7 @@ def _row_documents(
     if missing and not columns_seen:
         number, error = missing[0]
         raise MixtureError(
-            f"{where}: row {number} has no column {error.column!r}, nor has any of its first {len(missing)} row(s).",
+            f"{where}: row {number} has no column {error.column!r}, and neither has any of the first {len(missing)} row(s).",
             allowed=f"Its columns: {error.present}.",
             next_step="Set text_column, or prompt_column and response_column, or messages_column of the source.",
         )
@@ -177,7 +181,7 @@ def _add_missing(
 
 
 def _not_utf8(error: UnicodeEncodeError) -> str:
-    """Where a text has bytes that are no UTF-8, or a surrogate that JSON escaped."""
+    # A lone surrogate stands for an invalid byte, or was escaped in JSON.
     around = error.object[max(0, error.start - 20) : error.start + 20]
     return f"is not UTF-8 text at character {error.start:,}: {around!r}"
 
@@ -198,15 +202,15 @@ def _text_documents(
             bad_rows.good_rows += 1
             yield document
     except READ_ERRORS as error:
-        said = str(error) or type(error).__name__
-        report(Reason.BROKEN_FILE, number, f"breaks off after this document: {said}")
+        cause = str(error) or type(error).__name__
+        report(Reason.BROKEN_FILE, number, f"is the last readable document: {cause}")
 
 
 def _split_texts(file: SourceFile, separator: str) -> Iterator[str]:
-    """Documents of plain text, read piece by piece: a file may hold more than memory does."""
+    """Documents of plain text, read in chunks: a file may be larger than memory."""
     pieces: list[str] = []
     held = 0
-    tail = ""  # may be the beginning of a separator
+    tail = ""  # may be the start of a separator that the next chunk completes
     for chunk in text_chunks(file):
         *complete, rest = (tail + chunk).split(separator)
         for text in complete:
@@ -245,6 +249,6 @@ def _hub_rows(name: str, source: SourceSection) -> Iterator[Any]:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MixtureError(
             f"Source {name!r}: the dataset {source.hub!r} cannot be read from the Hub: {first_line}",
-            allowed="A public dataset id, or a private one after `hf auth login`; HF_HUB_OFFLINE=1 allows cached ones only.",
+            allowed="A public dataset id, or a private one after `hf auth login`; only cached ones with HF_HUB_OFFLINE=1.",
             next_step="Check hub, hub_config, hub_split and hub_revision, or use local files.",
         ) from error

@@ -1,6 +1,6 @@
-"""Rows of a file, one after another in constant memory. A row that cannot be read is reported and left out.
+"""Readers of every row format, in constant memory. A row that cannot be read is reported and skipped.
 
-The rows of a JSON file, without holding the file in memory.
+The standard library's JSON parser needs a whole document in memory; `json_list` yields its elements one by one.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ from sparsify.mixture.sources.source_files import (
 
 MAX_VALUE_CHARACTERS = 1 << 28
 _SPACE = re.compile(r"[ \t\n\r]*")
-# An error this near to the end of what is read may be about what is not read yet: "\\ud83d\\ude00" is the longest.
+# An error this close to the end of the buffer may be due to text that is not read yet. The longest token that the
+# parser reports at its start is a surrogate pair, "\\ud83d\\ude00".
 _MARGIN = 16
 
 
 def json_list(chunks: Iterable[str]) -> Iterator[Any]:
-    """Elements of the list that a JSON text is, or of the one list of objects that its object holds.
+    """Elements of a JSON list, or of the only list of objects inside a JSON object.
 
     Raises:
-        BrokenFileError: If the text does not go on as JSON, or holds no such list.
+        BrokenFileError: If the text is not valid JSON, or holds no such list.
     """
     text = _Text(iter(chunks))
     opening = text.peek()
@@ -55,7 +56,7 @@ def json_list(chunks: Iterable[str]) -> Iterator[Any]:
         )
     if text.peek():
         raise BrokenFileError(
-            f"there is more after its end, at character {text.position:,}; "
+            f"it has text after its end, at character {text.position:,}; "
             "use .jsonl for one object a line"
         )
 
@@ -100,7 +101,7 @@ def _list_inside(text: _Text) -> Iterator[Any]:
 
 
 class _Text:
-    """A JSON text of which only a piece is held, and the place in it."""
+    """A JSON text that is read in chunks: a buffer and a position in it."""
 
     def __init__(self, chunks: Iterator[str]) -> None:
         self._chunks, self._held, self._at = chunks, "", 0
@@ -109,11 +110,11 @@ class _Text:
 
     @property
     def position(self) -> int:
-        """Characters of the file before this place."""
+        """Characters of the file before the current position."""
         return self._before + self._at
 
     def peek(self) -> str:
-        """The next character that is no blank; "" at the end."""
+        """The next character that is not whitespace; "" at the end."""
         while True:
             self._at = _SPACE.match(self._held, self._at).end()  # pyright: ignore[reportOptionalMemberAccess]
             if self._at < len(self._held) or not self._more():
@@ -122,9 +123,9 @@ class _Text:
     def take(self, wanted: str) -> None:
         found = self.peek()
         if found != wanted:
-            said = f"{found!r}" if found else "the end of the file"
+            got = f"{found!r}" if found else "the end of the file"
             raise BrokenFileError(
-                f"{wanted!r} expected, {said} found, at character {self.position:,}"
+                f"{wanted!r} expected, {got} found, at character {self.position:,}"
             )
         self._at += 1
 
@@ -139,7 +140,7 @@ class _Text:
                     or error.pos >= len(self._held) - _MARGIN
                 )
                 held = len(self._held) - self._at
-                # As much again each time: a long value is parsed again only a few times.
+                # Double the buffer each time, so that a long value is parsed again only a few times.
                 if not (unfinished and held < MAX_VALUE_CHARACTERS and self._more(held)):
                     where = self._before + error.pos
                     raise BrokenFileError(
@@ -150,14 +151,14 @@ class _Text:
                 raise BrokenFileError(
                     f"not JSON: {error}, at character {self.position:,}"
                 ) from error
-            # A number at the end of what is held may go on in what is not: "1" is held of "1.5", or "1e-" of "1e-5".
+            # A number at the end of the buffer may be incomplete: "1" of "1.5", or "1e-" of "1e-5".
             whole = not isinstance(value, int | float) or end < len(self._held) - len("e-")
             if whole or not self._more():
                 self._at = end
                 return value
 
     def _more(self, characters: int = 1) -> bool:
-        """Reads on by so many characters or more. Returns False at the end."""
+        """Reads at least `characters` more. Returns False at the end of the file."""
         pieces = [self._held[self._at :]]
         read = 0
         for chunk in self._chunks:
@@ -177,39 +178,39 @@ MAX_BATCH_ROWS = 1024
 BOM = b"\xef\xbb\xbf"
 
 Rows = Iterator[tuple[int, Any]]
-"""Number of each row in its file (its line, where a row is a line) and its value."""
+"""(number, value) of each row. The number is the line for line-based formats, otherwise the row, from 1."""
 
 
 class Report(Protocol):
-    """Takes note of a row that cannot be read."""
+    """Callback for rows that cannot be read: `BadRows.add` of one file."""
 
     def __call__(self, reason: Reason, row: int, detail: str, rows: int = 1) -> None: ...
 
 
 def read_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
-    """Rows of a file, read as its format says.
+    """Rows of a file of any row format.
 
     Args:
-        file: Of one of ROW_FORMATS, or a saved data set.
+        file: A file of one of ROW_FORMATS, or a saved data set.
         columns: The columns that are needed; None if they are not known.
-        report: Told about rows that cannot be read, and about a file that breaks off.
+        report: Called for each row that cannot be read, and for a truncated file.
     """
     number = 0
     try:
         for number, row in _READERS[file.format](file, columns, report):
             yield number, row
     except READ_ERRORS as error:
-        said = str(error).strip().partition("\n")[0] or type(error).__name__
-        report(Reason.BROKEN_FILE, number, f"breaks off after this row: {said}")
+        cause = str(error).strip().partition("\n")[0] or type(error).__name__
+        report(Reason.BROKEN_FILE, number, f"is the last readable row: {cause}")
 
 
 def _jsonl_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
     with open_binary(file) as stream:
         for number, line in _lines(stream, report):
             try:
-                row = from_json(line)  # three times as fast as Python's own, and stricter
+                row = from_json(line)  # three times as fast as the json module, and stricter
             except ValueError:
-                # Bytes that are no UTF-8 become lone surrogates: they harm the columns that hold them, no others.
+                # Invalid UTF-8 becomes lone surrogates, so it invalidates only the columns that hold it.
                 text = line.decode("utf-8", "surrogateescape")
                 if text.isspace():
                     continue
@@ -238,7 +239,7 @@ def _json_rows(file: SourceFile, columns: Collection[str] | None, report: Report
 
 
 def _csv_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
-    # csv's own limit of 128 KiB a field is shorter than many documents.
+    # The csv module's default limit of 128 KiB per field is shorter than many documents.
     csv.field_size_limit(MAX_ROW_BYTES)
     header: list[str] | None = None
     with open_text(file, newline="") as stream:
@@ -274,14 +275,14 @@ def _parquet_rows(file: SourceFile, columns: Collection[str] | None, report: Rep
                     yield from _batch(batch, first + read, report)
                     read += batch.num_rows
             except READ_ERRORS as error:
-                said = str(error).partition("\n")[0]
-                detail = f"begins rows of row group {index} that cannot be read: {said}"
+                cause = str(error).partition("\n")[0]
+                detail = f"starts rows of row group {index} that cannot be read: {cause}"
                 report(Reason.UNREADABLE, first + read, detail, rows=group.num_rows - read)
             first += group.num_rows
 
 
 def _batch_rows(group: Any) -> int:
-    """Rows to hold at once: few where they are long."""
+    """Rows to hold at once: at most BATCH_BYTES of them."""
     row_bytes = max(1, group.total_byte_size / max(1, group.num_rows))
     return min(MAX_BATCH_ROWS, max(1, math.floor(BATCH_BYTES / row_bytes)))
 
@@ -300,7 +301,7 @@ def _arrow_rows(file: SourceFile, columns: Collection[str] | None, report: Repor
                 batch = reader.get_batch(index)
             except READ_ERRORS as error:
                 report(
-                    Reason.UNREADABLE, first, f"begins batch {index} that cannot be read: {error}"
+                    Reason.UNREADABLE, first, f"starts batch {index}, which cannot be read: {error}"
                 )
                 continue
             yield from _batches([batch], columns, report, first)
@@ -311,12 +312,12 @@ def _saved_rows(file: SourceFile, columns: Collection[str] | None, report: Repor
     try:
         saved = datasets.Dataset.load_from_disk(str(file.path))
     except (ValueError, LookupError, DatasetsError) as error:
-        raise BrokenFileError(f"is no data set that can be loaded: {error}") from error
+        raise BrokenFileError(f"is not a data set that can be loaded: {error}") from error
     yield from _batches(saved.with_format("arrow").iter(batch_size=64), columns, report)
 
 
 def _batches(batches: Any, columns: Collection[str] | None, report: Report, first: int = 1) -> Rows:
-    """Rows of record batches or tables, whose first row has the number `first`."""
+    """Rows of record batches or tables; the first row has the number `first`."""
     for batch in batches:
         wanted = _projection(batch.schema.names, columns)
         for start in range(0, batch.num_rows, MAX_BATCH_ROWS):
@@ -347,7 +348,7 @@ def _one_by_one(batch: Any, first: int, report: Report) -> Rows:
 
 
 def _projection(names: list[str], columns: Collection[str] | None) -> list[str] | None:
-    """The columns to read: only those needed, but all of them where one is missing, so that it can be told."""
+    """The columns to read: those needed, or all if one is missing, so that the error can list them."""
     if columns is None or not set(columns) <= set(names):
         return None
     return sorted(columns)

@@ -1,4 +1,4 @@
-"""What a row holds: the text or the conversation that its source's columns and templates choose."""
+"""Turns a row into a text or a conversation, as the source's columns and templates say."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ROLES = {
     "assistant": "assistant",
     "gpt": "assistant",
 }
-"""Who speaks, in the spelling of chat templates and in ShareGPT's → as chat templates know it."""
+"""Role names of chat templates and of ShareGPT, mapped to those of chat templates."""
 
 
 class BadRowError(Exception):
-    """A row that does not become a document.
+    """A row that cannot become a document.
 
     Args:
-        reason: How it is counted.
-        detail: What is wrong, in words that follow the row's place.
+        reason: The reason under which the row is counted.
+        detail: What is wrong; a predicate whose subject is the row.
     """
 
     def __init__(self, reason: Reason, detail: str) -> None:
@@ -49,16 +49,12 @@ class MissingColumnError(BadRowError):
 
 
 class FieldReader:
-    """Reads the content of rows as the fields of a source say.
-
-    Args:
-        source: Its columns and templates.
-    """
+    """Reads the content of rows from the columns and templates of a source."""
 
     def __init__(self, source: SourceSection) -> None:
         self._read: Callable[[Row], Content]
         self.columns: frozenset[str] | None = None
-        """The columns that are read; None when templates decide."""
+        """The columns that are read; None if templates choose them."""
         if source.group == "pretraining":
             self._read = _field(source.text_column, source.text_template)
             columns, templates = [source.text_column], [source.text_template]
@@ -77,7 +73,7 @@ class FieldReader:
         """The text of a pretraining row, or the messages of an instruction row.
 
         Raises:
-            BadRowError: If the row holds none.
+            BadRowError: If the row holds neither.
         """
         if not isinstance(row, Mapping):
             raise BadRowError(Reason.NOT_AN_OBJECT, f"is {type(row).__name__}, not an object")
@@ -105,7 +101,7 @@ def _question(source: SourceSection) -> Callable[[Row], Content]:
         if not prompt.strip():
             raise BadRowError(Reason.EMPTY, "has an empty prompt")
         if not response.strip():
-            raise BadRowError(Reason.BAD_CHAT, "has no answer")
+            raise BadRowError(Reason.BAD_CHAT, "has no response")
         if more:
             prompt = f"{prompt}\n\n{more}"
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
@@ -123,7 +119,7 @@ def _chat(column: str) -> Callable[[Row], Content]:
             )
         messages = tuple(map(_message, turns))
         if not any(message["role"] == "assistant" for message in messages):
-            raise BadRowError(Reason.BAD_CHAT, "has no answer")
+            raise BadRowError(Reason.BAD_CHAT, "has no response")
         return messages
 
     return read
@@ -134,7 +130,7 @@ def _message(turn: Any) -> Message:
         raise BadRowError(Reason.BAD_CHAT, f"has a turn that is {type(turn).__name__}")
     speaker = turn.get("role") or turn.get("from")
     content = turn.get("content", turn.get("value"))
-    # A Parquet file with both spellings has both in every row, one of them null.
+    # In a Parquet file that mixes both spellings, every row has both keys, one of them null.
     content = turn.get("value") if content is None else content
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
@@ -145,7 +141,7 @@ def _message(turn: Any) -> Message:
             Reason.BAD_CHAT, f"has a turn of {role} that holds {type(content).__name__}, not text"
         )
     if role == "assistant" and not content.strip():
-        raise BadRowError(Reason.BAD_CHAT, "has an empty answer")
+        raise BadRowError(Reason.BAD_CHAT, "has an empty response")
     return {"role": role, "content": content}
 
 
@@ -168,7 +164,7 @@ def _text(row: Row, column: str) -> str:
 
 
 def _optional_text(row: Row, column: str | None) -> str:
-    """The text of a column that may be empty or null, but must be there."""
+    """The text of a column that may be empty or null, but must exist."""
     if column is None or (column in row and row[column] is None):
         return ""
     text = _text(row, column)
@@ -178,8 +174,8 @@ def _optional_text(row: Row, column: str | None) -> str:
 class RowTemplate:
     """A Jinja template over the columns of a row, in a sandbox.
 
-    A column is a variable of its name; `row` is all of them, for names with blanks: `{{ row["Best Answer"] }}`. A null
-    renders as nothing.
+    Each column is a variable of its name; `row` holds all of them, for names with blanks:
+    `{{ row["Best Answer"] }}`. A null renders as an empty string.
     """
 
     def __init__(self, text: str) -> None:
@@ -193,16 +189,16 @@ class RowTemplate:
         self._variables = jinja2.meta.find_undeclared_variables(environment.parse(text)) - {"row"}
 
     def render(self, row: Row) -> str:
-        """The text of one row.
+        """Renders one row.
 
         Raises:
-            BadRowError: If the template fails on it.
+            BadRowError: If the template fails on the row.
         """
         try:
             return self._template.render({**row, "row": row})
-        except Exception as error:  # a template computes with whatever a row holds
+        except Exception as error:  # a template may apply any operation to the row's values
             missing = sorted(self._variables - row.keys())
             if missing and isinstance(error, jinja2.UndefinedError):
                 raise MissingColumnError(missing[0], row) from None
-            said = f"{type(error).__name__}: {error}"
-            raise BadRowError(Reason.TEMPLATE, f"fails in the template: {said}") from None
+            detail = f"fails in the template: {type(error).__name__}: {error}"
+            raise BadRowError(Reason.TEMPLATE, detail) from None

@@ -1,4 +1,4 @@
-"""The files of a source: which they are, whether they are still what they were, and how they are opened."""
+"""The files of a source: finding them, checking that they have not changed, and opening them."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ FORMATS = (
     "and folders that datasets.save_to_disk wrote"
 )
 READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
-"""What a damaged file raises: archives that stop, Parquet and Arrow that are none."""
+"""Errors that a damaged file raises: truncated archives, invalid Parquet and Arrow files."""
 SAMPLED_BYTES = 1 << 20
 READ_BYTES = 1 << 20
-# Small, because whatever a decompressor gave in one go is lost when it then meets the damage.
+# Small, because the decompressor discards the current buffer when it reaches damaged data.
 DECOMPRESSED_BYTES = 1 << 16
 
 
 class BrokenFileError(OSError):
-    """A file that does not go on as its format says."""
+    """A file whose content does not match its format."""
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file (or saved data set) of a source, and how it looked when it was found.
+    """One file (or saved data set) of a source, with its size and time when it was found.
 
     Args:
-        path: As the pattern gave it.
-        num_bytes: Its size; of a saved data set that of all its files.
-        modified_ns: When it was changed last, in nanoseconds.
+        path: The path that the pattern matched.
+        num_bytes: Size of the file; of a saved data set, the sum over its files.
+        modified_ns: Time of the last modification, in nanoseconds.
     """
 
     path: Path
@@ -60,13 +60,13 @@ class SourceFile:
 
     @property
     def compression(self) -> str:
-        """`.gz`, `.zst`, `.xz` or nothing."""
+        """`.gz`, `.zst`, `.xz` or an empty string."""
         last = self.path.suffix.lower()
         return last if last in COMPRESSIONS else ""
 
     @property
     def format(self) -> str:
-        """Its suffix without the one of the compression, in lower case; SAVED_DATASET for a folder."""
+        """The lower-case suffix without that of the compression; SAVED_DATASET for a folder."""
         if not self.compression and _is_saved_dataset(self.path):
             return SAVED_DATASET
         inner = self.path.with_suffix("") if self.compression else self.path
@@ -74,10 +74,10 @@ class SourceFile:
 
 
 def source_files(name: str, source: SourceSection) -> tuple[SourceFile, ...]:
-    """The files of a source, sorted within each pattern, each once.
+    """The files of a source, sorted within each pattern, without repetitions.
 
     Raises:
-        MixtureError: If a pattern matches nothing, or a file is of no known format.
+        MixtureError: If a pattern matches nothing, or a file has an unknown format.
     """
     key = "token_files" if source.token_files else "files"
     found: dict[Path, SourceFile] = {}
@@ -86,22 +86,22 @@ def source_files(name: str, source: SourceSection) -> tuple[SourceFile, ...]:
         if not paths:
             raise _no_match(name, key, pattern)
         for path in paths:
-            file = look_at(path)
+            file = file_state(path)
             check_format(name, file, source)
             found.setdefault(path.resolve(), file)
     plain = [file for file in found.values() if file.format in TEXT_FORMATS]
     if not plain and source.document_separator != SourceSection.document_separator:
         raise MixtureError(
             f"Source {name!r} has document_separator={source.document_separator!r}, but none of its files is plain text.",
-            allowed=f"Only {' '.join(TEXT_FORMATS)} files are split; rows are documents already.",
-            next_step=f"Leave mixture.sources.{name}.document_separator out.",
+            allowed=f"Only {' '.join(TEXT_FORMATS)} files are split; in other formats each row is a document.",
+            next_step=f"Remove mixture.sources.{name}.document_separator.",
         )
     return tuple(found.values())
 
 
-def look_at(path: Path) -> SourceFile:
-    """A file as it is now."""
-    # A saved data set may be a link into another disk; its files decide.
+def file_state(path: Path) -> SourceFile:
+    """The current size and time of a file."""
+    # A saved data set may be a symbolic link, so its files are examined.
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [file.stat() for file in files]
     return SourceFile(
@@ -110,29 +110,29 @@ def look_at(path: Path) -> SourceFile:
 
 
 def check_unchanged(name: str, file: SourceFile) -> None:
-    """Refuses a file that is no longer what it was when it was found.
+    """Raises if a file has changed since it was found.
 
     Raises:
-        MixtureError: Saying what changed.
+        MixtureError: Says what changed.
     """
     try:
-        now = look_at(file.path)
+        now = file_state(file.path)
     except OSError as error:
         raise MixtureError(
-            f"Source {name!r}: {file.path} cannot be read any more: {error.strerror or error}.",
-            next_step="Put it back, or correct the source's files, then run the same command again.",
+            f"Source {name!r}: {file.path} can no longer be read: {error.strerror or error}.",
+            next_step="Restore the file, or correct the source's files, then run the same command again.",
         ) from error
     if now != file:
         size = f" ({file.num_bytes:,} bytes before, {now.num_bytes:,} now)"
         raise MixtureError(
             f"Source {name!r}: {file.path} changed while it was read{size if now.num_bytes != file.num_bytes else ''}.",
-            allowed="Files stay as they are until they are tokenised.",
-            next_step="Let whatever writes it finish, then run the same command again.",
+            allowed="Files must not change until they are tokenised.",
+            next_step="Wait until the file is fully written, then run the same command again.",
         )
 
 
 def without_duplicates(files: Sequence[SourceFile], bad_rows: BadRows) -> Iterator[SourceFile]:
-    """The files whose content no earlier one has, judged by size, first and last megabyte."""
+    """Skips files with the same content as an earlier one: same size, same first and last megabyte."""
     by_size: dict[int, list[SourceFile]] = {}
     for file in files:
         by_size.setdefault(file.num_bytes, []).append(file)
@@ -147,7 +147,7 @@ def without_duplicates(files: Sequence[SourceFile], bad_rows: BadRows) -> Iterat
 
 
 def open_binary(file: SourceFile) -> io.BufferedReader:
-    """Opens a file for reading as a stream, decompressed."""
+    """Opens a file as a stream of decompressed bytes."""
     if file.compression == ".gz":
         return io.BufferedReader(_ReadOnce(gzip.open(file.path)), DECOMPRESSED_BYTES)
     if file.compression == ".xz":
@@ -159,14 +159,14 @@ def open_binary(file: SourceFile) -> io.BufferedReader:
 
 
 def open_text(file: SourceFile, newline: str | None = None) -> io.TextIOWrapper:
-    """Opens a file as UTF-8. Bytes that are none become lone surrogates, so that their row can be told apart."""
+    """Opens a file as UTF-8. Invalid bytes become lone surrogates, so that their row can be identified."""
     return io.TextIOWrapper(
         open_binary(file), encoding="utf-8-sig", errors="surrogateescape", newline=newline
     )
 
 
 def text_chunks(file: SourceFile) -> Iterator[str]:
-    """Text of a file piece by piece, decoded as by `open_text`. All that comes before a damage is given."""
+    """Text of a file in chunks, decoded as by `open_text`. Yields everything before a damaged place."""
     utf8 = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     with open_binary(file) as stream:
@@ -177,7 +177,7 @@ def text_chunks(file: SourceFile) -> Iterator[str]:
 
 @contextmanager
 def open_seekable(file: SourceFile) -> Iterator[pyarrow.NativeFile]:
-    """Opens a file at whose end its contents stand. A compressed one is unpacked to disk, not to memory."""
+    """Opens a file for random access (Parquet has its index at the end). A compressed one is unpacked to disk."""
     if not file.compression:
         with pyarrow.memory_map(str(file.path)) as mapped:
             yield mapped
@@ -189,7 +189,7 @@ def open_seekable(file: SourceFile) -> Iterator[pyarrow.NativeFile]:
 
 
 class _ReadOnce(io.RawIOBase):
-    """A stream that asks its archive once for each buffer, so that what comes before a damage is not lost."""
+    """A stream that reads its archive once per buffer, so that data before a damaged place is not lost."""
 
     def __init__(self, archive: IO[bytes] | gzip.GzipFile | lzma.LZMAFile) -> None:
         self._archive = cast(io.BufferedReader, archive)
@@ -234,23 +234,23 @@ def _no_match(name: str, key: str, pattern: str) -> MixtureError:
 
 
 def check_format(name: str, file: SourceFile, source: SourceSection) -> None:
-    """Refuses a file that a source cannot be read from.
+    """Raises if a file has a format that the source cannot use.
 
     Raises:
-        MixtureError: With the formats that it can be read from.
+        MixtureError: Lists the formats that it can use.
     """
     if source.token_files:
-        known, said = TOKEN_FORMATS, "token files"
+        known, kind = TOKEN_FORMATS, "token files"
         allowed = (
-            f"Allowed: {' '.join(TOKEN_FORMATS)}, not compressed, because they are memory-mapped."
+            f"Allowed: {' '.join(TOKEN_FORMATS)}, uncompressed, because they are memory-mapped."
         )
     else:
         plain = TEXT_FORMATS if source.group == "pretraining" else ()
-        known, said = (*ROW_FORMATS, *plain, SAVED_DATASET), f"{source.group} text"
+        known, kind = (*ROW_FORMATS, *plain, SAVED_DATASET), f"{source.group} text"
         allowed = f"Allowed: {FORMATS}; plain text is for pretraining sources only."
     if file.format not in known or (source.token_files and file.compression):
         raise MixtureError(
-            f"{file.path} of source {name!r} cannot be read as {said}.", allowed=allowed
+            f"{file.path} of source {name!r} cannot be read as {kind}.", allowed=allowed
         )
 
 

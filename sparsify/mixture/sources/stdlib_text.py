@@ -1,7 +1,7 @@
-"""Text that every Python installation carries: code, documentation and questions with their answers.
+"""Text of the Python standard library: code, documentation, and questions with answers.
 
-Nothing is downloaded and nothing is imported: modules are read as text and parsed with `ast`. The origin of a
-document is its module's dotted name, so a held-out module is held out as code, as prose and in questions alike.
+Nothing is downloaded and no module is imported: modules are read as text and parsed with `ast`. The origin of a
+document is its module's dotted name, so a held-out module is held out as code, as prose and in questions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MIN_PROSE_CHARACTERS = 200
 MAX_SHOWN_LINES = 24
 MAX_ANSWER_CHARACTERS = 2_000
 
-# Distributions strip some of these; others hold data or other people's packages rather than text to learn from.
+# Some distributions remove some of these folders; the others hold data rather than text to learn from.
 SKIPPED = frozenset(
     ("test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "__phello__")
 )
@@ -33,7 +33,7 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def stdlib_documents(kind: str) -> Iterator[Document]:
-    """Documents of one kind (`code`, `prose` or `questions`), in an order that depends on names only."""
+    """Documents of one kind (`code`, `prose` or `questions`). The order depends on names only."""
     readers = {
         "code": code_documents,
         "prose": prose_documents,
@@ -44,11 +44,11 @@ def stdlib_documents(kind: str) -> Iterator[Document]:
 
 @cache
 def module_paths() -> tuple[tuple[str, Path], ...]:
-    """Dotted name and path of every module, in the order in which documents are given."""
+    """Dotted name and path of every module, in the order of the documents."""
     root = Path(sysconfig.get_path("stdlib"))
     found = []
     for folder, children, files in os.walk(root):
-        # Pruned, not filtered: site-packages often lies in here and may hold a hundred thousand files.
+        # Prune the walk: site-packages is often inside this folder and may hold a hundred thousand files.
         children[:] = [name for name in children if name.isidentifier() and name not in SKIPPED]
         for name in files:
             path = Path(folder, name)
@@ -63,12 +63,12 @@ def module_paths() -> tuple[tuple[str, Path], ...]:
 
 
 def _drawing_order(named: tuple[str, object]) -> bytes:
-    # By hash, not by alphabet: a run that needs only the first part of a source gets a fair sample of it.
+    # Order by hash, not by name: a run that reads only the first part of a source gets a random sample of it.
     return hashlib.blake2b(named[0].encode(), digest_size=8, person=b"order").digest()
 
 
 def code_documents() -> Iterator[Document]:
-    """Every module as it stands, one document a file."""
+    """The source of every module, one document per file."""
     for module, path in module_paths():
         text = _read(path)
         if text.strip():
@@ -76,7 +76,7 @@ def code_documents() -> Iterator[Document]:
 
 
 def prose_documents() -> Iterator[Document]:
-    """One page of documentation a module, and one a topic of the language reference."""
+    """One page of documentation per module, and one per topic of the language reference."""
     from pydoc_data.topics import topics
 
     pages: list[tuple[str, Path | str]] = [*module_paths()]
@@ -91,9 +91,9 @@ def prose_documents() -> Iterator[Document]:
 
 
 def question_documents() -> Iterator[Document]:
-    """Questions about functions and classes, answered from their docstring, signature or source."""
+    """Questions about functions and classes, answered with their docstring, signature or source."""
     every = [question for module in module_paths() for question in module_questions(*module)]
-    # Module by module, a short run would see few modules and hold out fewer.
+    # Shuffle over all modules: module by module, a short run would see few modules and hold out fewer.
     yield from sorted(every, key=_question_order)
 
 
@@ -113,7 +113,7 @@ def _question_order(document: Document) -> bytes:
 
 @dataclass(frozen=True)
 class _Named:
-    """A function or class with its dotted path from the module on, such as `json.JSONEncoder.encode`."""
+    """A function or class and its dotted path including the module, e.g. `json.JSONEncoder.encode`."""
 
     path: str
     node: Definition
@@ -121,7 +121,7 @@ class _Named:
 
 
 def _read(path: Path) -> str:
-    # tokenize.open follows the file's own coding line, which a few old modules still need.
+    # tokenize.open honours the file's coding line, which a few old modules still need.
     with tokenize.open(path) as file:
         return file.read()
 
@@ -158,7 +158,7 @@ def _heading(named: _Named) -> str:
 
 
 def _arguments(named: _Named) -> str:
-    """The arguments as a caller sees them: without the first one of a method."""
+    """The arguments as a caller passes them: without `self` or `cls`."""
     assert not isinstance(named.node, ast.ClassDef)
     text = ast.unparse(named.node.args)
     decorators = {ast.unparse(decorator) for decorator in named.node.decorator_list}
@@ -168,7 +168,7 @@ def _arguments(named: _Named) -> str:
 
 
 def _choose(phrasings: Sequence[str], key: str) -> str:
-    """One of several phrasings, the same one in every process."""
+    """One of several phrasings. The choice is a hash of `key`, so it is the same in every process."""
     digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
     return phrasings[int.from_bytes(digest, "big") % len(phrasings)]
 

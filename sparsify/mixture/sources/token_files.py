@@ -1,4 +1,4 @@
-"""Documents that were tokenised elsewhere: one row of token ids after another, each ended by the end of sequence."""
+"""Pre-tokenised documents: files of token ids in which the end-of-sequence token ends each document."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Ids = NDArray[np.integer]
 def token_documents(
     name: str, file: SourceFile, source: SourceSection, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Document]:
-    """Documents of one file of token ids: `.npy`, or `.bin` with the ids alone in `source.token_dtype`.
+    """Documents of one file of token ids: `.npy`, or `.bin` with raw ids of type `source.token_dtype`.
 
     Raises:
-        MixtureError: If the file is of another type, or its ids cannot be the tokenizer's.
+        MixtureError: If the file has another type, or holds ids that the tokenizer does not have.
     """
     ids = _open(name, file, source)
     end = tokenizer.eos_token_id
@@ -45,7 +45,7 @@ def token_documents(
         held += len(chunk) - first
         if held > MAX_DOCUMENT_TOKENS:
             raise MixtureError(
-                f"Source {name!r}: {file.path} goes on for {held:,} tokens without the end-of-sequence token {end}.",
+                f"Source {name!r}: {file.path} has {held:,} tokens in a row without the end-of-sequence token {end}.",
                 allowed=f"Documents of at most {MAX_DOCUMENT_TOKENS:,} tokens, each ended by it.",
                 next_step="Use the tokenizer that the file was made with, or check token_dtype.",
             )
@@ -63,9 +63,11 @@ def _open(name: str, file: SourceFile, source: SourceSection) -> NDArray[np.inte
             raise _not_tokens(name, file, f"holds an array {list(ids.shape)} of {ids.dtype}")
         return ids
     if stated is None:
-        raise _not_tokens(name, file, "does not say what its numbers are")
+        raise _not_tokens(name, file, "has no stated number type")
     if file.num_bytes % stated.itemsize:
-        raise _not_tokens(name, file, f"has {file.num_bytes:,} bytes, no whole number of {stated}")
+        raise _not_tokens(
+            name, file, f"has {file.num_bytes:,} bytes, which is not a whole number of {stated}"
+        )
     if not file.num_bytes:
         return np.empty(0, dtype=stated)
     return np.memmap(file.path, dtype=stated, mode="r")
@@ -74,7 +76,7 @@ def _open(name: str, file: SourceFile, source: SourceSection) -> NDArray[np.inte
 def _not_tokens(name: str, file: SourceFile, what: str) -> MixtureError:
     return MixtureError(
         f"Source {name!r}: {file.path} {what}.",
-        allowed=".npy with one row of integers, or .bin with uint16 or uint32 as token_dtype says.",
+        allowed=".npy with a one-dimensional array of integers, or .bin with token_dtype uint16 or uint32.",
         next_step=f"Set mixture.sources.{name}.token_dtype, or write the file again.",
     )
 

@@ -1,4 +1,4 @@
-"""Chat templates: which one a mixture uses, and where the answers are in what it writes."""
+"""Chat templates: which one a mixture uses, and where the responses are in the rendered text."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Chat template for tokenizers that have none. Public format of OpenAI's ChatML."""
+"""Chat template for tokenizers without one: OpenAI's public ChatML format."""
 
-Span = tuple[int, int]
-"""First character, and the one after the last."""
+CharacterSpan = tuple[int, int]
+"""Index of the first character, and one past the last."""
 
 
 class ChatTemplateError(Exception):
-    """A template refuses a conversation, or fails on it."""
+    """A template rejects a conversation, or fails on it."""
 
 
 def chat_template_text(setting: str | None, tokenizer: PreTrainedTokenizerFast) -> str:
-    """The Jinja text that instruction documents are written with.
+    """The Jinja template that renders instruction documents.
 
     Args:
-        setting: `mixture.chat_template`: null for the tokenizer's own or else ChatML, `chatml`, a path of a .jinja file, or
-            the Jinja text itself.
-        tokenizer: Whose own template may be used.
+        setting: `mixture.chat_template`: null (the tokenizer's template, or ChatML if it has none), `chatml`, the path
+            of a .jinja file, or the Jinja text itself.
+        tokenizer: Its template is the default.
 
     Raises:
-        MixtureError: If the file cannot be read, or the text is no Jinja.
+        MixtureError: If the file cannot be read, or the text is not valid Jinja.
     """
     if setting is None:
         own = tokenizer.chat_template
@@ -45,47 +45,49 @@ def chat_template_text(setting: str | None, tokenizer: PreTrainedTokenizerFast) 
     try:
         if setting.endswith(".jinja"):
             text = Path(setting).expanduser().read_text(encoding="utf-8")
-        # Only the grammar: what a template may call is known to transformers alone.
+        # Checks the syntax only: transformers decides which functions a template may call.
         jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
     except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
         if isinstance(error, jinja2.TemplateSyntaxError) and "generation" in str(error):
             return text  # transformers' own {% generation %} tag
         raise MixtureError(
             f"mixture.chat_template={setting!r} cannot be read: {error}.",
-            allowed="Allowed: null (the tokenizer's own, or else ChatML), chatml, a Jinja text, or the path of a .jinja file.",
+            allowed="Allowed: null (the tokenizer's template, or ChatML if it has none), chatml, a Jinja text, or the "
+            "path of a .jinja file.",
         ) from error
     return text
 
 
 class ChatWriter:
-    """Writes conversations as text.
+    """Renders conversations as text.
 
     Args:
-        tokenizer: Knows the special tokens that a template names.
+        tokenizer: Provides the special tokens that a template names.
         template: Jinja text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
         self._tokenizer, self._template = tokenizer, template
 
-    def write(self, messages: Sequence[Message], *, with_answers: bool) -> tuple[str, list[Span]]:
-        """Text of a conversation, and the spans of its answers if they are asked for.
+    def write(
+        self, messages: Sequence[Message], *, with_responses: bool
+    ) -> tuple[str, list[CharacterSpan]]:
+        """Text of a conversation, and the spans of its responses if requested.
 
         Raises:
             ChatTemplateError: If the template fails.
         """
         turns = list(messages)
         text = self._render(turns).rstrip()
-        spans: list[Span] = []
-        if with_answers:
+        spans: list[CharacterSpan] = []
+        if with_responses:
             for turn, message in enumerate(turns):
                 if message["role"] == "assistant":
-                    # Where the whole text leaves the one that waits for this answer, the answer begins.
-                    waiting = self._render(turns[:turn], add_generation_prompt=True)
+                    # The response starts where the whole text diverges from the prompt for this response, and ends
+                    # where it diverges from the conversation that ends with this response.
+                    prompt = self._render(turns[:turn], add_generation_prompt=True)
                     upto = text if turn == len(turns) - 1 else self._render(turns[: turn + 1])
-                    spans.append(
-                        (_common_characters(text, waiting), _common_characters(text, upto))
-                    )
+                    spans.append((_common_characters(text, prompt), _common_characters(text, upto)))
         return text, spans
 
     def _render(self, turns: list[Message], add_generation_prompt: bool = False) -> str:
@@ -105,7 +107,7 @@ class ChatWriter:
 
 
 def _common_characters(one: str, other: str) -> int:
-    """Length of the longest common beginning."""
+    """Length of the longest common prefix."""
     if one.startswith(other):
         return len(other)
     pairs = enumerate(zip(one, other, strict=False))

@@ -1,4 +1,4 @@
-"""From documents to token ids, and which of these tokens carry loss."""
+"""Encodes documents as token ids, with a mask of the tokens that carry loss."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from sparsify.errors import MixtureError
 from sparsify.mixture.sources.bad_rows import BadRows, Reason
 from sparsify.mixture.sources.documents import Document
 from sparsify.mixture.tokens.chat import (
+    CharacterSpan,
     ChatTemplateError,
     ChatWriter,
-    Span,
     chat_template_text,
 )
 from sparsify.mixture.tokens.pool import tokenizer_threads
@@ -31,22 +31,22 @@ from sparsify.recipe.mixture import MixtureSection
 Tokenizer = PreTrainedTokenizerFast
 
 PIECE_CHARACTERS = 1 << 20
-"""Longer documents are tokenised in pieces."""
+"""Longer documents are tokenised in pieces of this length."""
 PIECES_AT_ONCE = 2
-"""Of long documents: a tokenizer holds a hundred bytes and more for each token of what it is given at once."""
+"""Pieces of a long document per call: a tokenizer needs more than a hundred bytes for each token of a call."""
 
 Ids = Sequence[int] | NDArray[np.unsignedinteger]
-"""Of one document."""
+"""Token ids of one document."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Documents as tokens, one after another.
+    """Concatenated documents as tokens.
 
     Attributes:
         ids: Token ids. [T]
-        carries_loss: Which of them carry loss as targets; None where no loss mask is kept. [T]
-        lengths: Tokens of each document; 0 for one that the chat template refuses. [D] int64
+        carries_loss: Which tokens carry loss as targets; None without a loss mask. [T]
+        lengths: Tokens of each document; 0 for a document that the chat template refuses. [D] int64
     """
 
     ids: NDArray[np.unsignedinteger]
@@ -55,15 +55,15 @@ class Encoded:
 
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """Hash of everything in a tokenizer that decides about token ids of a given text."""
+    """Hash of everything in a tokenizer that affects the token ids of a text."""
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     return _fingerprint(tokenizer, len(tokenizer), ends)
 
 
-@lru_cache(maxsize=2)  # writing out a large vocabulary takes a moment, and every source asks for it
+@lru_cache(maxsize=2)  # serialising a large vocabulary is slow, and every source needs the hash
 def _fingerprint(tokenizer: Tokenizer, vocabulary_size: int, ends: tuple[int | None, ...]) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left behind by whoever called the tokenizer last; neither is used here.
+    # State of the last call of the tokenizer; neither is used here.
     backend.pop("truncation", None)
     backend.pop("padding", None)
     parts = json.dumps([backend, vocabulary_size, ends], sort_keys=True)
@@ -71,12 +71,12 @@ def _fingerprint(tokenizer: Tokenizer, vocabulary_size: int, ends: tuple[int | N
 
 
 class Encoder:
-    """Turns documents of one source into tokens.
+    """Encodes documents of one source.
 
     Args:
-        name: The source's name, for messages.
+        name: Name of the source, for messages.
         tokenizer: A fast Hugging Face tokenizer with an end-of-sequence token.
-        responses_only: Only the answers of instruction documents and their end carry loss.
+        responses_only: Only the responses of instruction documents, and the token after each, carry loss.
         chat_template: `mixture.chat_template`.
         bad_rows: Counts the documents that the chat template refuses.
 
@@ -102,31 +102,31 @@ class Encoder:
         self._chat = ChatWriter(tokenizer, chat_template_text(chat_template, tokenizer))
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
-        """Tokens of documents: `begin` and its end."""
-        return self.begin(documents)()
+        """Encodes documents and waits for the result."""
+        return self.start(documents)()
 
-    def begin(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
-        """Begins to tokenise documents in threads of their own, and returns at once.
+    def start(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
+        """Starts to encode documents in background threads, and returns immediately.
 
-        A pretraining document is [bos] + ids + [eos], where the tokenizer has a bos. An instruction document is its
-        chat-template text in the same frame, without doubling what the template writes itself.
+        A pretraining document becomes [bos] + ids + [eos]; without bos if the tokenizer has none. An instruction
+        document is the text of the chat template, framed in the same way unless the template writes bos or eos itself.
 
         Returns:
-            Gives the tokens when they are there. It counts the documents that the chat template refuses, and raises
-            MixtureError if they are too many by then.
+            A function that waits for the tokens. It counts the documents that the chat template refuses, and raises
+            MixtureError if there are too many.
         """
         if not documents:
             return lambda: self._frame([], [] if self.responses_only else None)
-        # A source is all of one kind.
+        # All documents of a source are of the same kind.
         if documents[0].messages is not None:
-            return self._begin_chats(documents)
+            return self._start_chats(documents)
         if documents[0].token_ids is not None:
             ids = [one.token_ids for one in documents if one.token_ids is not None]
             return lambda: self._frame(ids)
         texts = [document.text or "" for document in documents]
-        # Straight to the tokenizer's own core, and without places: the way through transformers costs a third.
-        # A pretraining text that happens to spell "</s>" must not end its document, so special tokens are only
-        # parsed where a chat template wrote them.
+        # Calls the Rust tokenizer directly and without offsets: the detour through transformers costs a third.
+        # A pretraining text that contains "</s>" must not end its document, so special tokens are parsed only
+        # where a chat template wrote them.
         backend = self._backend(parse_special_tokens=False)
         return tokenizer_threads().submit(self._encode_texts, backend, texts)
 
@@ -145,12 +145,12 @@ class Encoder:
                 ids.extend(array("I", encoding.ids))
         return ids
 
-    def _begin_chats(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
+    def _start_chats(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
         written, refused = [], []
         for document in documents:
             assert document.messages is not None
             try:
-                text = self._chat.write(document.messages, with_answers=self.responses_only)
+                text = self._chat.write(document.messages, with_responses=self.responses_only)
             except ChatTemplateError as error:
                 refused.append((document, error))
                 text = "", []
@@ -158,25 +158,25 @@ class Encoder:
         backend = self._backend(parse_special_tokens=True)
         tokenized = tokenizer_threads().submit(self._encode_chats, backend, written)
 
-        def end() -> Encoded:
-            # Only now, so that what was counted when a shard is closed is of the documents up to there.
+        def result() -> Encoded:
+            # Count refusals here, in writing order, so that the counts at the end of a shard cover exactly its documents.
             for document, error in refused:
                 detail = f"the chat template fails: {error}"
                 self.bad_rows.refuse(document.file, Reason.CHAT_TEMPLATE, document.row, detail)
             return tokenized()
 
-        return end
+        return result
 
     def _encode_chats(
-        self, backend: tokenizers.Tokenizer, written: Sequence[tuple[str, list[Span]]]
+        self, backend: tokenizers.Tokenizer, written: Sequence[tuple[str, list[CharacterSpan]]]
     ) -> Encoded:
         encode = backend.encode_batch if self.responses_only else backend.encode_batch_fast
-        given = [(text, answers) for text, answers in written if text]
+        given = [(text, responses) for text, responses in written if text]
         encodings = encode([text for text, _ in given], add_special_tokens=False)
         inside = None
         if self.responses_only:
             pairs = zip(encodings, given, strict=True)
-            inside = [_inside(encoding, answers) for encoding, (_, answers) in pairs]
+            inside = [_inside(encoding, responses) for encoding, (_, responses) in pairs]
         encoded = self._frame((encoding.ids for encoding in encodings), inside)
         lengths = np.zeros(len(written), dtype=np.int64)
         lengths[[bool(text) for text, _ in written]] = encoded.lengths
@@ -185,10 +185,10 @@ class Encoder:
     def _backend(self, *, parse_special_tokens: bool) -> tokenizers.Tokenizer:
         backend = self.tokenizer.backend_tokenizer
         encode_special_tokens = not parse_special_tokens
-        # Whoever called the tokenizer last may have left truncation or padding behind.
+        # An earlier call may have left truncation or padding enabled.
         wanted = (encode_special_tokens, None, None)
         if (backend.encode_special_tokens, backend.truncation, backend.padding) != wanted:
-            # Another source's texts may be under way, and a tokenizer at work cannot be changed.
+            # Wait for tasks of other sources: the settings of a tokenizer must not change while it works.
             tokenizer_threads().wait()
             backend.encode_special_tokens = encode_special_tokens
             backend.no_truncation()
@@ -198,19 +198,19 @@ class Encoder:
     def _frame(
         self, documents: Iterable[Ids], inside: Sequence[NDArray[np.bool_]] | None = None
     ) -> Encoded:
-        """Puts begin and end around the ids of every document; `inside` says which ids carry loss."""
+        """Adds bos and eos to the ids of every document; `inside` says which ids carry loss."""
         bos, eos = self._bos, self._eos
         begin, end = array("I", [bos or 0]), array("I", [eos])
-        # A bos is never a target, whatever its mask says: nothing of its document precedes it.
+        # bos is never a target, because no token of its document precedes it.
         no_loss, loss = np.zeros(1, dtype=np.bool_), np.ones(1, dtype=np.bool_)
         pieces, masks, lengths = [], [], []
-        # A few long arrays: what numpy takes for a short one is paid for every document of a run.
+        # One long array instead of one per document: numpy's overhead for short arrays adds up over a run.
         for place, ids in enumerate(documents):
             before = bos is not None and not (len(ids) and ids[0] == bos)
             after = not (len(ids) and ids[-1] == eos)
             if before:
                 pieces.append(begin)
-            # array takes a list in a third of the time that numpy does.
+            # array converts a list three times as fast as numpy.
             pieces.append(array("I", ids) if isinstance(ids, list) else np.asarray(ids, np.uint32))
             if after:
                 pieces.append(end)
@@ -226,16 +226,16 @@ class Encoder:
 
 
 def check_tokenizer(tokenizer: Tokenizer) -> None:
-    """Refuses a tokenizer that cannot mark the end of a document or tell where its tokens stand in the text."""
+    """Raises MixtureError for a tokenizer without offsets (a slow one) or without an end-of-sequence token."""
     if not getattr(tokenizer, "is_fast", False):
         raise MixtureError(
             f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} is not a fast one.",
-            allowed="A tokenizer that comes with, or converts to, tokenizer.json.",
+            allowed="A tokenizer that has, or converts to, a tokenizer.json.",
         )
     if tokenizer.eos_token_id is None:
         raise MixtureError(
             f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no end-of-sequence token.",
-            allowed="Documents of one sequence are told apart by it.",
+            allowed="This token separates the documents of a sequence.",
             next_step="Set eos_token in its tokenizer_config.json.",
         )
 
@@ -243,7 +243,7 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
 def _pieces(text: str) -> Iterator[str]:
     start = 0
     while start < len(text):
-        # After a line's end, where hardly any tokenizer joins what stands on both sides.
+        # Cut after a line break: hardly any tokenizer merges across one.
         stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
         if stop <= start or start + PIECE_CHARACTERS >= len(text):
             stop = start + PIECE_CHARACTERS
@@ -251,18 +251,19 @@ def _pieces(text: str) -> Iterator[str]:
         start = stop
 
 
-def _inside(encoding: tokenizers.Encoding, spans: Sequence[Span]) -> NDArray[np.bool_]:
-    """Which tokens begin inside one of the character spans."""
+def _inside(encoding: tokenizers.Encoding, spans: Sequence[CharacterSpan]) -> NDArray[np.bool_]:
+    """Which tokens are inside one of the character spans."""
     inside = np.zeros(len(encoding), dtype=np.bool_)
     tokens = range(len(encoding))
     for first, last in spans:
-        # Tokens stand in the order of their text, and asking for a few places takes a twentieth of listing all. By
-        # its end, a token that merges the last blank of the prompt with the answer's first letter counts.
+        # Binary search: tokens are in text order, and querying a few offsets takes a twentieth of the time of listing
+        # all. The search for the start uses token ends, so that a token that merges the prompt's last blank with the
+        # first letter of the response counts as part of the response.
         start = bisect_right(tokens, first, key=lambda token: _place(encoding, token)[1])
         stop = bisect_left(tokens, last, key=lambda token: _place(encoding, token)[0])
         inside[start:stop] = True
     return inside
 
 
-def _place(encoding: tokenizers.Encoding, token: int) -> Span:
-    return cast(Span, encoding.token_to_chars(token))
+def _place(encoding: tokenizers.Encoding, token: int) -> CharacterSpan:
+    return cast(CharacterSpan, encoding.token_to_chars(token))

@@ -1,4 +1,4 @@
-"""What a source's tokens depend on, in one short hash: the name of its folder in the token cache."""
+"""Fingerprint of a source: a hash of everything its tokens depend on. It names the source's cache folder."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.source import SourceSection
 
 FORMAT_VERSION = 3
-"""Raised when the same source would be read or laid out differently than before."""
+"""Incremented when a new version reads or stores the same source differently."""
 
-NOT_READING = ("token_share", "files", "token_files", "max_epochs", "when_exhausted")
-"""Settings of a source that change nothing in how it is read; the files themselves are looked at."""
+IGNORED_FIELDS = ("token_share", "files", "token_files", "max_epochs", "when_exhausted")
+"""Settings of a source that do not affect its tokens. File patterns are replaced by the files that they match."""
 
 
 def source_fingerprint(
@@ -32,21 +32,21 @@ def source_fingerprint(
 ) -> str:
     """Hash of a source's specification and content, the tokenizer, the loss mask and the held-out split.
 
-    Its share is left out: changing a ratio never tokenises anything again.
+    The share is not part of it: changing a ratio does not tokenise anything again.
 
     Args:
-        name: The source's name in its mixture.
+        name: Name of the source in its mixture.
         source: The source.
         mixture: Gives the held-out fraction, the chat template and which instruction tokens carry loss.
         tokenizer: A fast Hugging Face tokenizer.
-        files: What `source_files` found; looked for again unless given. Give the same to `read_documents`, which
-            then notices when a file changes in between.
+        files: Result of `source_files`; computed by default. Pass the same to `read_documents`, so that a file that
+            changes in between is detected.
 
     Raises:
         MixtureError: If a file of the source is missing.
     """
     specification = asdict(source)
-    for key in NOT_READING:
+    for key in IGNORED_FIELDS:
         del specification[key]
     instruction = source.group == "instruction"
     parts = {
@@ -69,7 +69,7 @@ def source_fingerprint(
 def _content(
     name: str, source: SourceSection, files: Sequence[SourceFile] | None
 ) -> list[list[str | int]]:
-    """Paths, sizes and times instead of the text itself: reading a terabyte to find it unchanged helps nobody."""
+    # Paths, sizes and times instead of the text, because reading a terabyte to find it unchanged is too slow.
     if source.stdlib is not None:
         sizes = [[module, path.stat().st_size] for module, path in module_paths()]
         return [[sys.version], *sizes]

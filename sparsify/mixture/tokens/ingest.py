@@ -1,7 +1,7 @@
-"""Ingest: documents → tokens in the cache, a batch at a time, as far as a run needs them.
+"""Ingest: tokenises documents into the cache, batch by batch, as far as a run needs them.
 
-A source is only read as far as the budget reaches. What one run tokenised another reuses, and one that needs more goes on where the
-last one stopped, or was killed.
+A source is read only as far as the budget reaches. Runs share the cache: a run that needs more tokens continues where
+the last one stopped or was killed.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from sparsify.mixture.tokens.tokenized_source import (
 )
 from sparsify.recipe.mixture import MixtureSection
 
-USUAL_TOKENS_AND_CHARACTERS = (300, 1000)
-"""So many tokens have so many characters; a guess that decides about nothing but speed."""
-QUARANTINE_FILE = "quarantine.json"
+INITIAL_TOKENS_AND_CHARACTERS = (300, 1000)
+"""Initial estimate of tokens per characters; affects scheduling only, never the output."""
+BAD_ROWS_FILE = "bad_rows.json"
 """Bad rows by reason with examples, as far as the source was read."""
 REFUSALS_FILE = "refusals.json"
-"""The same as of the last closed shard: where an ingest goes on, what it skips is not encoded again."""
+"""Bad rows as of the last closed shard. A resumed ingest needs them, because it does not encode skipped documents."""
 
 Progress = Callable[[str, int, int], None]
 """Called with a source's name, its training tokens so far, and the training tokens needed."""
@@ -59,10 +59,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Ingest:
-    """What to tokenise for one source of a mixture, and where to.
+    """What to tokenise for one source of a mixture, and where to store it.
 
     Args:
-        name: The source's name in its mixture.
+        name: Name of the source in its mixture.
         mixture: The mixture.
         tokenizer: A fast Hugging Face tokenizer.
         need: How far to read.
@@ -79,48 +79,48 @@ class Ingest:
         """The source as far as it is in the cache.
 
         Args:
-            files: Its files as they were found before; as they are now unless given.
+            files: Its files as they were found earlier; default: as they are now.
 
         Raises:
-            MixtureError: If a file of it is missing, or everything of it lies on one side of the held-out split.
+            MixtureError: If a file is missing, or all documents fall on one side of the held-out split.
         """
         source = self.mixture.sources[self.name]
         fingerprint = source_fingerprint(self.name, source, self.mixture, self.tokenizer, files)
         cache = SourceCache(self.cache_dir.expanduser() / fingerprint)
         found = TokenizedSource(self.name, cache, self.need)
-        if found.covered:
+        if found.ready:
             _check_split(found, self.mixture.validation_fraction)
         return found
 
     def run(self, on_progress: Progress | None = None) -> TokenizedSource:
-        """Tokenises what is missing, in this process, and returns the whole.
+        """Tokenises what the cache lacks, in this process, and returns the source.
 
         Raises:
-            MixtureError: If the source or the tokenizer cannot supply the tokens.
+            MixtureError: If the source cannot supply the tokens, or the tokenizer is unsuitable.
             StorageError: If the cache cannot be written.
         """
         found = self.open()
-        if found.covered:
+        if found.ready:
             return found
-        with Ingesting(self) as ingesting:
-            while ingesting.step():
+        with IngestSession(self) as session:
+            while session.step():
                 if on_progress is not None:
-                    on_progress(self.name, ingesting.train_tokens, self.need.train_tokens)
+                    on_progress(self.name, session.train_tokens, self.need.train_tokens)
         return self.open()
 
 
 def bad_rows_of(source: TokenizedSource) -> BadRows | None:
-    """What was left out of a source for being unreadable; None before it was read as far as any run needed it."""
-    path = source.cache.folder / QUARANTINE_FILE
+    """Bad rows of a source; None until it was read as far as some run needed it."""
+    path = source.cache.folder / BAD_ROWS_FILE
     return BadRows.from_json(path.read_bytes()) if path.is_file() else None
 
 
-class Ingesting:
-    """One source being tokenised; holds the lock of its cache folder.
+class IngestSession:
+    """One source while it is tokenised. Holds the lock of the source's cache folder.
 
     Args:
         task: What to tokenise.
-        wait: Whether to wait for another process that is at it; else entering raises filelock.Timeout.
+        wait: Whether to wait for another process that holds the lock; otherwise entering raises filelock.Timeout.
     """
 
     def __init__(self, task: Ingest, *, wait: bool = True) -> None:
@@ -141,14 +141,14 @@ class Ingesting:
             tokenizer=tokenizer_fingerprint(task.tokenizer),
             end_token=int(task.tokenizer.eos_token_id),  # pyright: ignore[reportArgumentType]
         )
-        # Until the source's own are known.
-        self._written_tokens, self._written_characters = USUAL_TOKENS_AND_CHARACTERS
+        # Replaced by the source's own ratio as documents are written.
+        self._written_tokens, self._written_characters = INITIAL_TOKENS_AND_CHARACTERS
         self._writer: ShardWriter | None = None
         self._finished = False
 
     def __enter__(self) -> Self:
         task = self.task
-        # As they are now: reading notices when one of them changes.
+        # Reading compares the files with this state and fails if one of them changes.
         self._files = source_files(task.name, task.mixture.sources[task.name])
         folder = task.open(self._files).cache.folder
         with storage_errors(folder):
@@ -156,8 +156,8 @@ class Ingesting:
             self._lock = FileLock(folder.with_suffix(".lock"))
             self._lock.acquire(blocking=self._wait)
             try:
-                # While this one waited, another process may have tokenised all of it.
-                self._finished = task.open().covered
+                # Another process may have finished the source while this one waited for the lock.
+                self._finished = task.open().ready
                 if not self._finished:
                     self._begin(folder)
             except BaseException:
@@ -170,9 +170,7 @@ class Ingesting:
         writer = ShardWriter(folder, self._info)
         try:
             cleaner = Cleaner(task.mixture, folder, writer.read_documents)
-        except (
-            ValueError
-        ):  # what it remembered is gone, so that duplicates could not be told any more
+        except ValueError:  # the logs are gone: without them, duplicates cannot be detected
             writer.clear()
             cleaner = Cleaner(task.mixture, folder, 0)
         self._writer, self._cleaner = writer, cleaner
@@ -189,7 +187,7 @@ class Ingesting:
         )
         self._read_documents = writer.read_documents
         self._parts = parts(documents)
-        # The first step has nothing to write while it reads.
+        # Empty: the first step only reads.
         self._batch: deque[_Part] | None = deque()
 
     def __exit__(
@@ -201,7 +199,7 @@ class Ingesting:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the cache folder."""
+        """Closes the files and releases the lock of the cache folder."""
         if self._writer is not None:
             self._writer.close()
             self._cleaner.close()
@@ -209,16 +207,16 @@ class Ingesting:
 
     @property
     def train_tokens(self) -> int:
-        """Training tokens in the cache by now."""
+        """Training tokens in the cache so far."""
         return self._writer.train_tokens if self._writer else self.task.need.train_tokens
 
     @property
     def progress(self) -> float:
-        """Share of the training tokens needed that is there by now."""
+        """Fraction of the needed training tokens that is in the cache."""
         return self.train_tokens / max(self.task.need.train_tokens, 1)
 
     def step(self) -> bool:
-        """Writes one batch of documents, while the next is read. Returns whether there is more to do."""
+        """Writes one batch of documents while it reads the next. Returns whether there is more to do."""
         writer, need = self._writer, self.task.need
         if self._finished or writer is None:
             return False
@@ -230,13 +228,13 @@ class Ingesting:
             if batch is None or (enough and writer.held_out_tokens >= need.held_out_tokens):
                 self._bad_rows.check()
                 self._cleaner.finish(writer.read_documents)
-                write_text(writer.folder / QUARANTINE_FILE, self._bad_rows.to_json() + "\n")
+                write_text(writer.folder / BAD_ROWS_FILE, self._bad_rows.to_json() + "\n")
                 writer.finish(complete=batch is None)
                 self._finished = True
         return not self._finished
 
     def _read_and_write(self, batch: deque[_Part], writer: ShardWriter) -> None:
-        """Reads the next batch, part by part, and writes this one meanwhile."""
+        """Reads the next batch part by part, and writes the current one in between."""
         read_documents = self._read_documents
         read: deque[_Part] = deque()
         unreadable: Exception | None = None
@@ -245,7 +243,7 @@ class Ingesting:
         while more or batch:
             try:
                 more = more and self._read_part(read)
-            except Exception as error:  # what was read before it counts
+            except Exception as error:  # raised below, after the documents before it are written
                 more, unreadable = False, error
             self._keep_busy(batch, read, writer)
             if batch:
@@ -255,7 +253,7 @@ class Ingesting:
             raise unreadable
 
     def _read_part(self, read: deque[_Part]) -> bool:
-        """Adds a part of the next batch to what is read of it. Returns whether the batch goes on."""
+        """Reads one part of the next batch. Returns whether the batch has more parts."""
         documents, ends_batch = next(self._parts, (None, True))
         if documents is None:
             self._batch = None
@@ -266,16 +264,16 @@ class Ingesting:
         return not ends_batch
 
     def _keep_busy(self, batch: deque[_Part], read: deque[_Part], writer: ShardWriter) -> None:
-        """Begins to tokenise so many parts that the tokenizer has work until the next call."""
-        # The batch after the one that likely meets the need is read, but not tokenised for nothing.
+        """Starts as many tokenizer tasks as the threads can take until the next call."""
+        # If the current batch probably meets the need, tokenising the next one would be wasted.
         wanted = batch if self._may_be_enough(batch, writer) else chain(batch, read)
         for part in wanted:
-            if not tokenizer_threads().have_room:
+            if not tokenizer_threads().has_capacity:
                 return
-            part.begin(self._encoder)
+            part.start(self._encoder)
 
     def _may_be_enough(self, batch: Iterable[_Part], writer: ShardWriter) -> bool:
-        """Whether the need is likely met when this batch is written, by the tokens that its characters may make."""
+        """Whether this batch probably meets the need; estimates its tokens from its characters."""
         tokens = (
             sum(part.num_characters for part in batch)
             * self._written_tokens
@@ -289,13 +287,13 @@ class Ingesting:
         )
 
     def _write(self, part: _Part, writer: ShardWriter) -> None:
-        part.begin(self._encoder)
-        encoded = part.end()
-        there = encoded.lengths > 0  # the chat template may refuse a document
+        part.start(self._encoder)
+        encoded = part.result()
+        accepted = encoded.lengths > 0  # the chat template may refuse a document
         fraction = self.task.mixture.validation_fraction
         held_out = [is_held_out(document.origin, fraction) for document in part.documents]
         sides = np.array(held_out, dtype=np.bool_)
-        writer.add(encoded.ids, encoded.carries_loss, encoded.lengths[there], sides[there])
+        writer.add(encoded.ids, encoded.carries_loss, encoded.lengths[accepted], sides[accepted])
         self._written_characters += part.num_characters
         self._written_tokens += len(encoded.ids)
 
@@ -307,21 +305,21 @@ class Ingesting:
 
 
 class _Part:
-    """Some documents of a batch, from when they are read until they are written."""
+    """Documents of a batch that are tokenised together."""
 
     def __init__(self, documents: list[Document]) -> None:
         self.documents = documents
         self.num_characters = sum(document.num_characters for document in documents)
-        self._end: Callable[[], Encoded] | None = None
+        self._result: Callable[[], Encoded] | None = None
 
-    def begin(self, encoder: Encoder) -> None:
-        """Begins to tokenise, unless that was done."""
-        self._end = self._end or encoder.begin(self.documents)
+    def start(self, encoder: Encoder) -> None:
+        """Starts to tokenise, unless started before."""
+        self._result = self._result or encoder.start(self.documents)
 
-    def end(self) -> Encoded:
-        """The tokens, when they are there."""
-        assert self._end is not None, "not begun"
-        return self._end()
+    def result(self) -> Encoded:
+        """Waits for the tokens."""
+        assert self._result is not None, "not started"
+        return self._result()
 
 
 def mixture_ingests(
@@ -333,18 +331,18 @@ def mixture_ingests(
     sequence_length: int,
     cache_dir: Path,
 ) -> dict[str, Ingest]:
-    """What to tokenise of every source of a mixture that is drawn from.
+    """What to tokenise for each source in `train_tokens`.
 
     Args:
         mixture: The sources.
         tokenizer: A fast Hugging Face tokenizer.
-        train_tokens: Training tokens needed of each source.
-        held_out_tokens: Held-out tokens wanted of each source, if it has as many.
-        sequence_length: Length of a sequence: no source gives less than one for training and one held out.
+        train_tokens: Training tokens needed from each source.
+        held_out_tokens: Held-out tokens wanted from each source; a smaller source gives what it has.
+        sequence_length: Tokens per sequence. At least one training and one held-out sequence is read.
         cache_dir: Where tokenised sources are kept.
 
     Raises:
-        MixtureError: If the tokenizer cannot serve.
+        MixtureError: If the tokenizer is unsuitable.
     """
     check_tokenizer(tokenizer)
     least = Need(sequence_length, max(held_out_tokens, sequence_length))
@@ -363,7 +361,7 @@ def mixture_ingests(
 def text_documents(
     documents: Iterator[Document], encoder: Encoder, num_tokens: int
 ) -> ShardDocuments:
-    """The first documents that cover `num_tokens`, tokenised in memory without any file."""
+    """The first documents that cover `num_tokens`, tokenised in memory without a cache folder."""
     encoded: list[Encoded] = []
     for batch in batches(documents):
         encoded.append(encoder.encode(batch))
@@ -388,7 +386,7 @@ def _check_split(source: TokenizedSource, validation_fraction: float) -> Tokeniz
             raise MixtureError(
                 f"Source {source.name!r}: mixture.validation_fraction={validation_fraction} leaves none of its "
                 f"{num_documents} document(s) on the {side} side.",
-                allowed="Every source needs at least one document for training and one held out.",
+                allowed="Every source needs at least one training and one held-out document.",
                 next_step=f"Add documents, or {change} mixture.validation_fraction.",
             )
     return source

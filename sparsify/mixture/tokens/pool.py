@@ -1,6 +1,6 @@
-"""Threads in which texts are tokenised, while Python reads the next ones and writes those before.
+"""Threads that tokenise while Python reads the next documents and writes the previous ones; and their batches.
 
-Documents in batches, and batches in parts.
+Documents are grouped in batches, and batches in parts.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from weakref import WeakSet
 from sparsify.mixture.sources.documents import Document
 
 THREADS = 2
-"""A tokenizer spreads a batch over all cores by itself, outside Python's lock. The second thread gives it work for the
-cores that have nothing left to do of the first one's batch."""
+"""A tokenizer distributes a batch over all cores by itself, outside Python's global lock. The second thread keeps those
+cores busy that have finished their part of the first thread's batch."""
 
-MAX_BEGUN = 4
-"""Some wait, so that a thread need not wait for Python to read the next."""
+MAX_PENDING = 4
+"""Tasks in the queue. More than THREADS, so that a thread need not wait until Python has read the next part."""
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
 class TokenizerThreads:
-    """Few, and all sources of a process share them: so memory holds what two batches need, however many sources."""
+    """A thread pool that all sources of a process share, so memory holds two batches whatever the number of sources."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
-        self._begun: WeakSet[Future] = WeakSet()
+        self._pending: WeakSet[Future] = WeakSet()
 
     def submit(
         self,
@@ -38,41 +38,41 @@ class TokenizerThreads:
         *arguments: Arguments.args,
         **named: Arguments.kwargs,
     ) -> Callable[[], Result]:
-        """Begins some work; returns what waits for its result."""
+        """Starts a task; returns a function that waits for its result."""
         future = self._threads.submit(work, *arguments, **named)
-        self._begun.add(future)
+        self._pending.add(future)
         return future.result
 
     @property
-    def have_room(self) -> bool:
-        """Whether little enough is under way that more may be begun."""
-        return sum(not future.done() for future in list(self._begun)) < MAX_BEGUN
+    def has_capacity(self) -> bool:
+        """Whether fewer than MAX_PENDING tasks are unfinished."""
+        return sum(not future.done() for future in list(self._pending)) < MAX_PENDING
 
     def wait(self) -> None:
-        """Waits until all that was begun is done."""
-        wait(list(self._begun))
+        """Waits for all tasks."""
+        wait(list(self._pending))
 
 
 def tokenizer_threads() -> TokenizerThreads:
-    """Those of this process."""
+    """The threads of this process."""
     return _threads_of(os.getpid())
 
 
 @lru_cache(maxsize=1)
 def _threads_of(process_id: int) -> TokenizerThreads:
-    # A forked process has none of its parent's threads.
+    # Cached by process id, because a forked process does not inherit its parent's threads.
     return TokenizerThreads()
 
 
 BATCH_DOCUMENTS = 256
 BATCH_CHARACTERS = 1 << 22
-"""Whichever comes first ends a batch. A shard ends with a batch, so its documents depend on them."""
+"""Limits of a batch. A shard ends at the end of a batch, so these values affect which documents a shard holds."""
 PART_DOCUMENTS, PART_CHARACTERS = 64, 1 << 18
-"""The same of a part of a batch, which is tokenised at once; nothing depends on them but speed."""
+"""Limits of a part, which is one tokenizer task. They affect speed only."""
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Batches small enough for memory, whatever the length of documents."""
+    """Groups documents in batches that fit in memory whatever the documents' lengths."""
     batch: list[Document] = []
     for part, ends_batch in parts(documents):
         batch += part
@@ -82,7 +82,7 @@ def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
 
 
 def parts(documents: Iterator[Document]) -> Iterator[tuple[list[Document], bool]]:
-    """Batches in parts, and whether a part ends its batch: the first is tokenised while the second is read."""
+    """Yields the parts of batches, and whether a part ends its batch. One part is tokenised while the next is read."""
     part: list[Document] = []
     num_documents = num_characters = 0
     part_documents = part_characters = 0

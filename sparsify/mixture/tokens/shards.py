@@ -1,15 +1,15 @@
-"""The files of a tokenised source: shards of whole documents, written one after another and readable at once.
+"""The files of a tokenised source: shards of whole documents, which can be read as soon as they are written.
 
     cache_dir/<fingerprint>/
       source.json             dtype, loss mask, tokenizer; written first
-      tokens-00000.bin …      the documents of a shard one after another, uint16 or uint32
-      loss-00000.bin …        instruction sources only: 1 where a token carries loss as a target
-      documents-00000.npy …   length of each document, negative where it is held out of training
-      shards.jsonl            one line a finished shard, appended after its files are on disk
+      tokens-00000.bin …      the concatenated documents of a shard, uint16 or uint32
+      loss-00000.bin …        instruction sources only: 1 if a token carries loss as a target
+      documents-00000.npy …   length of each document, negative if it is held out of training
+      shards.jsonl            one line per finished shard, appended after its files are on disk
 
 A line with `"closed": true` never changes, so a reader may follow the file while it grows. Ingest ends with a line that
-is not closed: the shard that was left unfinished when the need was met. A later ingest writes that shard anew and
-goes on from there; so does one whose predecessor was killed.
+is not closed: the shard that was unfinished when the need was met. A later ingest writes that shard again and continues
+from there; so does an ingest whose predecessor was killed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from sparsify.files import write_text
 
 SHARD_TOKENS = 2**23
-"""A shard is closed by the document that fills it: long enough to shuffle and pack in, short enough to wait for."""
+"""Size at which a shard is closed: large enough to shuffle and pack within, small enough to wait for."""
 SHARDS_FILE, SOURCE_FILE = "shards.jsonl", "source.json"
 OPEN_SHARDS = 4
 
@@ -36,14 +36,14 @@ IntArray = NDArray[np.int64]
 
 
 class SourceInfo(BaseModel):
-    """What all shards of a source have in common."""
+    """Properties that all shards of a source share."""
 
     token_dtype: str
     has_loss_mask: bool
     tokenizer: str
     """Fingerprint of the tokenizer."""
     end_token: int
-    """Id of the end-of-sequence token, with which packing fills what is left of a sequence."""
+    """Id of the end-of-sequence token, which also fills the empty positions of a packed sequence."""
 
 
 class ShardRecord(BaseModel):
@@ -53,10 +53,11 @@ class ShardRecord(BaseModel):
     train_tokens: int
     held_out_tokens: int
     read_documents: int
-    """Documents of the source that were read when the shard ended, those that were left out among them."""
+    """Documents of the source that were read when the shard ended, including those that were dropped."""
     closed: bool
+    """Whether the shard is full and will not change."""
     complete: bool = False
-    """Whether the source ends here."""
+    """Whether the source ends with this shard."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,10 @@ class Shard:
     """One opened shard.
 
     Attributes:
-        tokens: All documents one after another, memory-mapped.
-        loss: Which of them carry loss as a target, uint8; None when all do.
-        lengths: Tokens of each document. [D] int64
-        held_out: Documents kept from training. [D] bool
+        tokens: The concatenated documents, memory-mapped. [T]
+        loss: Which tokens carry loss as a target; None if all do. [T] uint8
+        lengths: Number of tokens of each document. [D] int64
+        held_out: Which documents are held out of training. [D] bool
     """
 
     tokens: NDArray[Any]
@@ -82,7 +83,7 @@ class Shard:
 
 
 class SourceCache:
-    """Reads a cache folder, also one that another process is still writing."""
+    """Reads a cache folder, even while another process writes it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -92,7 +93,7 @@ class SourceCache:
 
     @property
     def info(self) -> SourceInfo | None:
-        """What source.json says, or None when there is none."""
+        """The content of source.json, or None if there is none."""
         try:
             return SourceInfo.model_validate_json((self.folder / SOURCE_FILE).read_bytes())
         except (OSError, ValidationError):
@@ -100,7 +101,7 @@ class SourceCache:
 
     @property
     def num_closed(self) -> int:
-        """Shards that will never change."""
+        """Number of shards that will not change."""
         return len(self.records) - bool(self.records and not self.records[-1].closed)
 
     @property
@@ -109,7 +110,7 @@ class SourceCache:
         return bool(self.records and self.records[-1].complete)
 
     def refresh(self) -> None:
-        """Takes in the shards that were finished since the last call, up to one that is damaged."""
+        """Loads the shards that were finished since the last call, up to the first damaged one."""
         if self.info is None:
             return
         try:
@@ -124,17 +125,19 @@ class SourceCache:
         for line in lines:
             try:
                 record = ShardRecord.model_validate_json(line)
-            except ValidationError:  # being written, or left by a process that was killed
+            except (
+                ValidationError
+            ):  # an incomplete line: being written, or left by a killed process
                 break
-            if not self._is_whole(len(self.records), record, info):
+            if not self._is_intact(len(self.records), record, info):
                 break
             self.records.append(record)
             if record.closed:
                 self._closed_bytes += len(line)
         self.shard.cache_clear()
 
-    def _is_whole(self, number: int, record: ShardRecord, info: SourceInfo) -> bool:
-        """Whether a shard's files are as long as its line says; a full disk or a careless hand leaves shorter ones."""
+    def _is_intact(self, number: int, record: ShardRecord, info: SourceInfo) -> bool:
+        """Whether a shard's files are as long as its line says. A full disk or manual edits leave truncated files."""
         num_tokens = record.train_tokens + record.held_out_tokens
         sizes = {
             f"tokens-{number:05d}.bin": num_tokens * np.dtype(info.token_dtype).itemsize,
@@ -151,7 +154,7 @@ class SourceCache:
         info, record = self.info, self.records[number]
         assert info is not None
         signed = np.load(self.folder / f"documents-{number:05d}.npy")
-        # A shard that was left unfinished may have grown since its line was read: the line counts.
+        # An unfinished shard may have grown since its line was read: use only what the line covers.
         signed = signed[: record.num_documents]
         lengths = np.abs(signed)
         size = int(lengths.sum())
@@ -165,16 +168,16 @@ class SourceCache:
 def _mapped(path: Path, dtype: str, size: int) -> NDArray[Any]:
     if not size:
         return np.empty(0, dtype=dtype)
-    # A plain array over the mapping: memmap's own class makes every indexing slower.
+    # A plain array over the mapping: indexing is slower in the memmap class.
     return np.asarray(np.memmap(path, dtype=dtype, mode="r", shape=(size,)))
 
 
 class ShardWriter:
-    """Appends documents to a cache folder. Hold the folder's lock around it.
+    """Appends documents to a cache folder. The caller must hold the folder's lock.
 
     Args:
-        folder: The cache folder; what is closed in it is kept, what is not is written anew.
-        info: What all its shards have in common.
+        folder: The cache folder. Closed shards are kept, an unclosed one is written again.
+        info: Properties that all its shards share.
     """
 
     def __init__(self, folder: Path, info: SourceInfo) -> None:
@@ -184,7 +187,7 @@ class ShardWriter:
         cache.refresh()
         self.records = cache.records[: cache.num_closed]
         self.read_documents = self.records[-1].read_documents if self.records else 0
-        """Documents of the source that have been read: where to go on."""
+        """Documents of the source that have been read: where ingest resumes."""
         if cache.info == info:
             self._forget_open_shard()
             self._begin_shard()
@@ -192,7 +195,7 @@ class ShardWriter:
             self.clear()
 
     def clear(self) -> None:
-        """Begins the whole folder anew."""
+        """Empties the folder and starts from the first document."""
         for leftover in self.folder.iterdir():
             leftover.unlink()
         self.records, self.read_documents = [], 0
@@ -202,7 +205,7 @@ class ShardWriter:
 
     @property
     def train_tokens(self) -> int:
-        """Training tokens so far, the open shard's among them."""
+        """Training tokens so far, including the open shard."""
         return sum(record.train_tokens for record in self.records) + self._train_tokens
 
     @property
@@ -220,10 +223,10 @@ class ShardWriter:
         """Appends documents.
 
         Args:
-            ids: Their tokens, one document after another. [T]
-            carries_loss: Which of these carry loss; needed where the source has a loss mask. [T]
-            lengths: Tokens of each document. [D]
-            held_out: Which documents are kept from training. [D]
+            ids: Tokens of the concatenated documents. [T]
+            carries_loss: Which tokens carry loss; required if the source has a loss mask. [T]
+            lengths: Number of tokens of each document. [D]
+            held_out: Which documents are held out of training. [D]
         """
         self._tokens.write(np.ascontiguousarray(ids).data)
         if self._loss is not None:
@@ -236,18 +239,18 @@ class ShardWriter:
             self.shard_is_full = True
 
     def end_batch(self, read_documents: int) -> None:
-        """Says how many documents of the source have been read, those that were left out among them."""
+        """Ends a batch; `read_documents` counts the source's documents so far, including dropped ones."""
         self.read_documents = read_documents
         if self.shard_is_full:
             self._end_shard(closed=True, complete=False)
             self._begin_shard()
 
     def finish(self, *, complete: bool) -> None:
-        """Writes what there is of the open shard; `complete` says that the source has no more."""
+        """Writes the open shard; `complete` says that the source has no more documents."""
         self._end_shard(closed=False, complete=complete)
 
     def close(self) -> None:
-        """Lets go of the files; what `finish` did not write is written anew next time."""
+        """Closes the files and discards what `finish` did not write."""
         self._close_files()
         for stem in ("tokens", "loss", "documents"):
             self._partial(stem).unlink(missing_ok=True)

@@ -1,7 +1,17 @@
 """A tokenised source as one run sees it: the shortest prefix of its documents that covers the run's need.
 
-The prefix is the same whatever else the cache holds, and whether the source was tokenised long ago or is being tokenised
-right now: the data of a run never depend on which other runs came before, or on how fast anything was.
+The prefix does not depend on what else the cache holds, nor on whether the source is still being tokenised. So the data
+of a run do not depend on earlier runs or on timing.
+
+How far ingest has come, everywhere in the package:
+
+    complete         SourceCache, ShardRecord: the source was read to its end; it has no more documents
+    train_ready      TokenizedSource: the cache holds all training tokens that the run needs (or the source is complete)
+    held_out_ready   TokenizedSource: the same for held-out tokens
+    ready            TokenizedSource: both; nothing is left to tokenise for this run
+    is_final         TokenizedSource: the run reads all documents of this shard, and the shard will not change
+    is_available     TrainingStream, SequenceReader: this training sequence can be read now
+    can_start        launch.feeder: enough of a source is in the cache to start training
 """
 
 from __future__ import annotations
@@ -26,12 +36,12 @@ class Need:
 
 @dataclass(frozen=True)
 class ShardDocuments:
-    """The documents of one side of the split in one shard.
+    """The training documents or the held-out documents of one shard.
 
     Attributes:
         shard: The opened shard.
         starts: Offset of each document's first token in the shard. [D] int64
-        lengths: Tokens of each document. [D] int64
+        lengths: Number of tokens of each document. [D] int64
     """
 
     shard: Shard
@@ -40,12 +50,12 @@ class ShardDocuments:
 
 
 class TokenizedSource:
-    """One source of a mixture as tokens, cut to what a run needs.
+    """The tokens of one source, limited to what a run needs.
 
     Args:
-        name: Its name in the mixture.
-        cache: Its cache folder, which may still be growing.
-        need: What the run reads of it.
+        name: Name of the source in the mixture.
+        cache: The source's cache folder, which may still grow.
+        need: How much the run reads.
     """
 
     def __init__(self, name: str, cache: SourceCache, need: Need) -> None:
@@ -54,47 +64,47 @@ class TokenizedSource:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that its tokens depend on."""
+        """See `source_fingerprint`."""
         return self.cache.folder.name
 
     @property
     def info(self) -> SourceInfo:
-        """Dtype, loss mask and tokenizer."""
+        """Token dtype, loss mask and tokenizer."""
         info = self.cache.info
-        assert info is not None, f"{self.cache.folder} is no token cache"
+        assert info is not None, f"{self.cache.folder} is not a token cache"
         return info
 
     def refresh(self) -> None:
-        """Takes in what was tokenised since the last call."""
+        """Loads the shards that were added since the last call."""
         self.cache.refresh()
         self._train_ends = np.cumsum([record.train_tokens for record in self.cache.records])
 
     @property
-    def settled(self) -> bool:
-        """Whether everything that the run will see of its training text is here."""
-        return self.cache.complete or self._train_tokens_here >= self.need.train_tokens
+    def train_ready(self) -> bool:
+        """Whether the cache holds all training tokens that the run needs."""
+        return self.cache.complete or self._train_tokens_cached >= self.need.train_tokens
 
     @property
-    def held_out_settled(self) -> bool:
-        """Whether everything that the run will see of its held-out text is here."""
-        here = sum(record.held_out_tokens for record in self.cache.records)
-        return self.cache.complete or here >= self.need.held_out_tokens
+    def held_out_ready(self) -> bool:
+        """Whether the cache holds all held-out tokens that the run needs."""
+        cached = sum(record.held_out_tokens for record in self.cache.records)
+        return self.cache.complete or cached >= self.need.held_out_tokens
 
     @property
-    def covered(self) -> bool:
-        """Whether nothing has to be tokenised for this run."""
-        return self.settled and self.held_out_settled
+    def ready(self) -> bool:
+        """Whether nothing is left to tokenise for this run."""
+        return self.train_ready and self.held_out_ready
 
     @property
     def num_shards(self) -> int:
-        """Shards that training may read by now; all there will be once `settled`."""
-        if not self.settled:
+        """Shards that training may read now; final once `train_ready`."""
+        if not self.train_ready:
             return self.cache.num_closed
         reaching = int(np.searchsorted(self._train_ends, self.need.train_tokens))
         return min(reaching + 1, len(self.cache.records))
 
     def train_documents(self, number: int) -> ShardDocuments:
-        """The training documents of one shard, up to where the need is met."""
+        """The training documents of one shard, up to the end of the need."""
         shard = self.cache.shard(number)
         chosen = np.flatnonzero(~shard.held_out)
         lengths = shard.lengths[chosen]
@@ -103,13 +113,13 @@ class TokenizedSource:
         chosen = chosen[:taken]
         return ShardDocuments(shard, shard.starts[chosen], shard.lengths[chosen])
 
-    def is_whole(self, number: int) -> bool:
-        """Whether training reads all documents of a shard, which then never changes."""
+    def is_final(self, number: int) -> bool:
+        """Whether training reads all documents of a shard, and the shard will not change."""
         closed = number < self.cache.num_closed
         return closed and int(self._train_ends[number]) <= self.need.train_tokens
 
     def held_out_documents(self) -> list[ShardDocuments]:
-        """Held-out documents, shard by shard, up to where the need is met."""
+        """Held-out documents, shard by shard, up to the end of the need."""
         wanted, found = self.need.held_out_tokens, []
         for number in range(len(self.cache.records)):
             if wanted <= 0:
@@ -124,12 +134,12 @@ class TokenizedSource:
 
     @property
     def num_documents(self) -> int:
-        """Training documents that the run sees; known once `settled`."""
+        """Number of training documents that the run sees; final once `train_ready`."""
         return sum(len(self.train_documents(number).lengths) for number in range(self.num_shards))
 
     @property
     def num_train_tokens(self) -> int:
-        """Tokens of one epoch of training; known once `settled`."""
+        """Tokens of one training epoch; final once `train_ready`."""
         if not self.num_shards:
             return 0
         last = self.num_shards - 1
@@ -138,9 +148,9 @@ class TokenizedSource:
 
     @property
     def num_held_out_tokens(self) -> int:
-        """Held-out tokens that the run measures on."""
+        """Held-out tokens that the run evaluates on."""
         return sum(int(documents.lengths.sum()) for documents in self.held_out_documents())
 
     @property
-    def _train_tokens_here(self) -> int:
+    def _train_tokens_cached(self) -> int:
         return int(self._train_ends[-1]) if len(self._train_ends) else 0

@@ -57,7 +57,7 @@ def cleaned(
     torn=st.booleans(),
     data=st.data(),
 )
-def test_a_killed_ingest_goes_on_as_if_it_had_not_been(
+def test_a_killed_ingest_resumes_as_if_it_had_not_been_killed(
     mixture: MixtureSection,
     numbers: list[int],
     batches: tuple[int, int],
@@ -80,17 +80,17 @@ def test_a_killed_ingest_goes_on_as_if_it_had_not_been(
         assert (folder / "contamination.json").read_text() == report
 
 
-def test_the_report_says_what_was_left_out_and_why(mixture: MixtureSection, tmp_path: Path) -> None:
+def test_the_report_says_what_was_dropped_and_why(mixture: MixtureSection, tmp_path: Path) -> None:
     both = Document("both", text=f"{ITEMS[1]} then {ITEMS[3]}")
     with Cleaner(mixture, tmp_path, 0) as cleaner:
         assert cleaner.clean([document(9), both, document(1)]) == [document(9)]
         assert cleaner.clean([document(1), document(8)]) == [document(8)]
         cleaner.finish(cleaner.num_documents)
     report = ContaminationReport.model_validate_json((tmp_path / "contamination.json").read_text())
-    assert (report.documents_read, report.documents_left_out) == (5, 2)
+    assert (report.documents_read, report.documents_dropped) == (5, 2)
     one, two = report.evaluation_files
-    assert (one.items, one.items_found, one.documents_left_out) == (3, 1, 2)
-    assert (two.items, two.items_found, two.documents_left_out) == (1, 1, 1)
+    assert (one.items, one.items_found, one.documents_dropped) == (3, 1, 2)
+    assert (two.items, two.items_found, two.documents_dropped) == (1, 1, 1)
     assert two.path.endswith("two.json")
     first, second = report.examples
     assert (first.document, first.origin, first.item) == (1, "both", 1)
@@ -99,7 +99,7 @@ def test_the_report_says_what_was_left_out_and_why(mixture: MixtureSection, tmp_
     assert (second.document, second.origin) == (2, "origin 1")
     earlier = contamination_report(tmp_path, 2)
     assert earlier is not None
-    assert (earlier.documents_read, earlier.documents_left_out) == (2, 1)
+    assert (earlier.documents_read, earlier.documents_dropped) == (2, 1)
 
 
 def test_examples_are_few_and_counts_are_all(mixture: MixtureSection, tmp_path: Path) -> None:
@@ -108,11 +108,11 @@ def test_examples_are_few_and_counts_are_all(mixture: MixtureSection, tmp_path: 
         cleaner.finish(cleaner.num_documents)
     report = contamination_report(tmp_path, 30)
     assert report is not None
-    assert report.evaluation_files[0].documents_left_out == 30
+    assert report.evaluation_files[0].documents_dropped == 30
     assert [example.document for example in report.examples] == [0, 1, 2, 3, 4]
 
 
-def test_both_can_be_off(tmp_path: Path) -> None:
+def test_both_filters_can_be_off(tmp_path: Path) -> None:
     off = MixtureSection(name="m", remove_duplicates=False)
     documents = [document(1), document(1)]
     with Cleaner(off, tmp_path, 0) as cleaner:
@@ -124,7 +124,9 @@ def test_both_can_be_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", ["digests.bin", "contamination.jsonl"])
-def test_a_lost_log_is_not_gone_on_from(mixture: MixtureSection, tmp_path: Path, log: str) -> None:
+def test_ingest_does_not_resume_from_a_lost_log(
+    mixture: MixtureSection, tmp_path: Path, log: str
+) -> None:
     with Cleaner(mixture, tmp_path, 0) as cleaner:
         cleaner.clean([document(1), document(7)])
         cleaner.commit()

@@ -80,7 +80,7 @@ def test_a_planted_item_is_found_however_it_is_set(judge: Decontaminator, plante
         " ".join(SHORT_ITEM.split()[:7]),
     ],
 )
-def test_twelve_words_in_a_row_are_kept(judge: Decontaminator, near: str) -> None:
+def test_twelve_shared_words_in_a_row_are_not_an_overlap(judge: Decontaminator, near: str) -> None:
     assert overlap(judge, f"Something before. {near} something after.") is None
 
 
@@ -95,7 +95,7 @@ def test_short_items_are_counted(judge: Decontaminator) -> None:
     assert [(file.num_items, file.num_short_items) for file in judge.files] == [(2, 1), (1, 0)]
 
 
-def test_an_item_over_the_seam_of_two_documents_is_in_neither(judge: Decontaminator) -> None:
+def test_an_item_across_two_documents_is_in_neither(judge: Decontaminator) -> None:
     halves = [Document("", text=" ".join(half)) for half in (WORDS[:9], WORDS[9:])]
     assert judge.overlaps(halves) == [None, None]
     assert judge.overlaps([]) == []
@@ -103,12 +103,12 @@ def test_an_item_over_the_seam_of_two_documents_is_in_neither(judge: Decontamina
     assert [found is not None for found in judge.overlaps(empty)] == [False, True, False]
 
 
-def test_an_item_over_the_turns_of_a_conversation_is_found(judge: Decontaminator) -> None:
+def test_an_item_across_the_turns_of_a_conversation_is_found(judge: Decontaminator) -> None:
     (found,) = judge.overlaps([conversation("", " ".join(WORDS[:9]), " ".join(WORDS[9:]))])
     assert found is not None
 
 
-def test_every_item_that_a_document_holds_is_named(judge: Decontaminator) -> None:
+def test_every_item_in_a_document_is_named(judge: Decontaminator) -> None:
     found = overlap(judge, f"{SHORT_ITEM} {ITEM}")
     assert found is not None
     assert found.items == ((0, 1), (1, 0))
@@ -116,7 +116,7 @@ def test_every_item_that_a_document_holds_is_named(judge: Decontaminator) -> Non
 
 
 @given(seed=st.integers(0, 2**32 - 1), piece=st.integers(10, 200))
-def test_the_rule_is_that_of_a_search_word_by_word(
+def test_overlaps_equal_those_of_a_plain_word_search(
     judge: Decontaminator, seed: int, piece: int
 ) -> None:
     draw = random.Random(seed)
@@ -136,7 +136,7 @@ def test_the_rule_is_that_of_a_search_word_by_word(
     assert [one is not None for one in found] == expected
 
 
-def test_equal_hashes_are_told_apart_by_their_words(
+def test_equal_hashes_are_distinguished_by_their_words(
     judge: Decontaminator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -147,7 +147,7 @@ def test_equal_hashes_are_told_apart_by_their_words(
     assert overlap(colliding, "word " * 20 + ITEM) is not None
 
 
-def test_what_more_than_ten_items_say_is_not_theirs(tmp_path: Path) -> None:
+def test_an_ngram_of_more_than_ten_items_is_not_compared(tmp_path: Path) -> None:
     asked = "This question refers to the following information read it and choose the best answer"
     rows: list[dict[str, object]] = [
         {"q": f"{asked} {n} {ITEM if n == 3 else ''}"} for n in range(11)
@@ -191,7 +191,7 @@ def mixture(*against: str) -> MixtureSection:
     return MixtureSection(name="m", decontaminate_against=list(against))
 
 
-def test_a_suite_stands_for_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suite_names_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b.jsonl", "a.jsonl"):
         write_rows(tmp_path / name, [{"q": ITEM}])
     suites = tmp_path / "eval"
@@ -222,7 +222,7 @@ def test_a_changed_evaluation_file_changes_the_fingerprint(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
         ("nowhere/*.jsonl", "no file matches 'nowhere/*.jsonl'"),
         ("standart", "Did you mean 'standard'?"),
@@ -230,28 +230,28 @@ def test_a_changed_evaluation_file_changes_the_fingerprint(tmp_path: Path) -> No
         ("nowhere.yaml", "nowhere.yaml cannot be read"),
     ],
 )
-def test_an_entry_that_stands_for_nothing_is_named(entry: str, said: str) -> None:
+def test_an_entry_that_matches_nothing_is_named(entry: str, message: str) -> None:
     with pytest.raises(MixtureError) as caught:
         evaluation_paths(mixture(entry))
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "mixture.decontaminate_against" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("a.jsonl", b'{"q": "x"}\n{', "a.jsonl:2 is not JSON"),
-        ("a.jsonl.gz", b"no gzip", "breaks off"),
+        ("a.jsonl.gz", b"no gzip", "is the last readable"),
         ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
         ("a.docx", b"x", ".jsonl .ndjson .json .csv"),
         ("README", b"x", ".jsonl .ndjson .json .csv"),
     ],
 )
 def test_an_evaluation_file_that_cannot_be_read_is_named(
-    tmp_path: Path, name: str, content: bytes, said: str
+    tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MixtureError) as caught:
         Decontaminator([tmp_path / name])
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert f"The evaluation file {tmp_path / name}" in str(caught.value)

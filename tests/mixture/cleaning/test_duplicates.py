@@ -49,7 +49,7 @@ def added(seen: SeenDocuments, numbers: list[int], batch: int) -> list[bool]:
     batches=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     data=st.data(),
 )
-def test_every_content_is_new_once_also_after_a_kill_at_any_document(
+def test_every_content_is_new_once_even_after_a_kill_at_any_document(
     numbers: list[int], batches: tuple[int, int], data: st.DataObject
 ) -> None:
     kept = data.draw(st.integers(0, len(numbers)), "documents whose tokens were committed")
@@ -71,7 +71,7 @@ def test_a_full_filter_makes_no_document_a_duplicate(tmp_path: Path) -> None:
         assert not any(added(seen, numbers[::-1], 100))
 
 
-def test_a_conversation_is_all_its_turns(tmp_path: Path) -> None:
+def test_a_conversation_is_compared_with_all_its_turns(tmp_path: Path) -> None:
     documents = [
         conversation("a", "one", "two"),
         conversation("b", "one", "three"),
@@ -93,14 +93,14 @@ def test_only_an_equal_text_is_a_duplicate(tmp_path: Path) -> None:
         assert seen.add(near).tolist() == [True, True, True, False, True]
 
 
-def test_a_log_that_lost_documents_is_not_gone_on_from(tmp_path: Path) -> None:
+def test_a_log_that_lost_documents_is_not_resumed(tmp_path: Path) -> None:
     with SeenDocuments(tmp_path) as seen:
         seen.add(texts([1, 2, 3]))
     with pytest.raises(ValueError, match="knows fewer than 4 documents"):
         SeenDocuments(tmp_path, 4)
 
 
-def test_nothing_but_the_log_stays_behind(tmp_path: Path) -> None:
+def test_only_the_log_remains(tmp_path: Path) -> None:
     with SeenDocuments(tmp_path) as seen:
         added(seen, list(range(100)), 10)
         assert [path.name for path in tmp_path.iterdir()] == ["digests.bin"]

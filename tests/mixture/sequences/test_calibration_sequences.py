@@ -12,16 +12,16 @@ from tests.mixture.conftest import story
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "watched_tokens", "expected"),
+    ("num_tokens", "validation_tokens", "expected"),
     [
         (320, 640, (10, 20)),  # enough for both: exactly what was asked, however unequal
         (640, 320, (20, 10)),
         (100_000, 640, None),  # too short: a quarter is watched, the rest calibrates
     ],
 )
-def test_a_text_gives_what_was_asked_where_it_is_long_enough(
+def test_a_text_gives_the_requested_sequences_if_it_is_long_enough(
     num_tokens: int,
-    watched_tokens: int,
+    validation_tokens: int,
     expected: tuple[int, int] | None,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -32,7 +32,7 @@ def test_a_text_gives_what_was_asked_where_it_is_long_enough(
         str(text),
         tokenizer,
         num_tokens=num_tokens,
-        watched_tokens=watched_tokens,
+        validation_tokens=validation_tokens,
         sequence_length=32,
         seed=0,
         cache_dir=tmp_path / "cache",

@@ -19,7 +19,7 @@ from sparsify.mixture.sequences.epoch_caps import (
     redistributed,
 )
 from sparsify.mixture.sequences.schedule import SourceSchedule
-from sparsify.mixture.sequences.shares import Shares, Stretch
+from sparsify.mixture.sequences.shares import Shares, ShareSegment
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.compose import compose_recipe
@@ -34,7 +34,7 @@ capacities_of_12 = st.lists(st.none() | st.integers(0, 80), min_size=12, max_siz
 
 @settings(max_examples=80, deadline=None)
 @given(curves(), capacities_of_12)
-def test_an_exhausted_source_gives_no_more_than_it_has_and_the_law_holds(
+def test_an_exhausted_source_gives_no_more_than_it_has_and_shares_stay_exact(
     shares: Shares, sizes: list[int | None]
 ) -> None:
     pairs = zip(shares.names, sizes, strict=False)
@@ -53,7 +53,7 @@ def test_an_exhausted_source_gives_no_more_than_it_has_and_the_law_holds(
 
 @settings(max_examples=60, deadline=None)
 @given(curves(), st.integers(0, 60))
-def test_a_source_can_be_asked_for_everything_it_has(shares: Shares, capacity: int) -> None:
+def test_a_source_can_give_everything_it_has(shares: Shares, capacity: int) -> None:
     name = shares.names[0]
     fits = last_sequence_within(shares, name, capacity)
     if fits < 2000:
@@ -70,10 +70,10 @@ def test_a_share_is_given_to_the_others_in_proportion() -> None:
     assert SourceSchedule(changed).counts(1000)["small"] == 10
 
 
-def test_in_a_ramp_shares_go_on_in_a_straight_line_to_the_others_last_proportions() -> None:
+def test_in_a_ramp_the_other_shares_stay_linear_up_to_their_last_proportions() -> None:
     first, last = {"small": 0.5, "web": 0.5, "chat": 0.0}, {"small": 0.2, "web": 0.4, "chat": 0.4}
-    changed = redistributed(Shares([Stretch(1000, first, last)]), {"small": 60})
-    turn = int(last_sequence_within(Shares([Stretch(1000, first, last)]), "small", 60))
+    changed = redistributed(Shares([ShareSegment(1000, first, last)]), {"small": 60})
+    turn = int(last_sequence_within(Shares([ShareSegment(1000, first, last)]), "small", 60))
     assert changed.share("small", turn + 1) == 0
     assert changed.share("web", 999) == pytest.approx(0.5, abs=1e-3)
     assert changed.share("chat", (turn + 1000) // 2) == pytest.approx(
@@ -119,7 +119,7 @@ def test_the_budget_that_a_refusal_names_fits_and_one_step_more_does_not(
     assert fitting_steps(mixture, steps - 1, global_batch_size, {"small": capacity}) == steps - 1
 
 
-def test_the_others_may_be_exhausted_by_what_is_handed_to_them() -> None:
+def test_redistributed_shares_may_exhaust_other_sources() -> None:
     mixture = mixture_of("redistribute", [])
     mixture.sources["web"].max_epochs = 1
     assert first_exceeded(mixture, 1000, {"small": 10, "web": 995}) is None
@@ -129,9 +129,7 @@ def test_the_others_may_be_exhausted_by_what_is_handed_to_them() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 100), min_size=2, max_size=6), capacities_of_12)
-def test_no_source_is_asked_for_more_than_is_read_ahead(
-    parts: list[int], sizes: list[int | None]
-) -> None:
+def test_no_source_gives_more_than_is_read_ahead(parts: list[int], sizes: list[int | None]) -> None:
     sources = {
         name: SourceSection(
             token_share=share,
@@ -174,7 +172,7 @@ def test_a_run_that_would_exceed_a_cap_is_refused_and_the_budget_it_names_is_not
         shares_of(recipe, tokenized)
 
 
-def test_an_exhausted_source_leaves_the_run_to_the_others_until_they_are_exhausted_too(
+def test_the_other_sources_replace_an_exhausted_one_until_they_are_exhausted_too(
     recipe: Recipe, tokenized: dict[str, TokenizedSource]
 ) -> None:
     chats, stories = recipe.mixture.sources["chats"], recipe.mixture.sources["stories"]

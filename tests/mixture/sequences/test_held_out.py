@@ -66,7 +66,7 @@ def test_a_mixture_gives_held_out_sequences_in_proportion(
     assert (names.count("stories"), names.count("chats")) == (7, 3)
 
 
-def test_neither_a_file_nor_a_mixture_says_both(
+def test_a_name_that_is_neither_a_file_nor_a_mixture_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(MixtureError, match="neither a file nor a mixture") as caught:

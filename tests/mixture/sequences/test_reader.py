@@ -22,7 +22,7 @@ from sparsify.mixture.sequences.reader import (
 )
 from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.mixture.sequences.shares import Shares
-from sparsify.mixture.tokens.ingest import Ingesting
+from sparsify.mixture.tokens.ingest import IngestSession
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 from tests.mixture.conftest import documents_of, ingest_of
@@ -79,7 +79,7 @@ def pieces_of(sequence: PackedSequence, end_token: int) -> list[list[Pair]]:
 
 @pytest.mark.parametrize("name", ["stories", "chats"])
 @pytest.mark.parametrize("sequence_length", [17, 64, 1000])
-def test_every_training_document_is_there_exactly_once_an_epoch(
+def test_every_training_document_occurs_exactly_once_per_epoch(
     tokenized: dict[str, TokenizedSource], name: str, sequence_length: int
 ) -> None:
     source, reader = tokenized[name], reader_of(tokenized, sequence_length)
@@ -102,7 +102,7 @@ def test_every_training_document_is_there_exactly_once_an_epoch(
 
 @few
 @given(index=st.integers(0, 5_000), sequence_length=st.integers(2, 200), seed=st.integers(0, 9))
-def test_a_sequence_is_the_same_whoever_reads_it_after_what(
+def test_a_sequence_does_not_depend_on_what_was_read_before(
     tokenized: dict[str, TokenizedSource], index: int, sequence_length: int, seed: int
 ) -> None:
     sequence = reader_of(tokenized, sequence_length, seed).sequence(index)
@@ -116,7 +116,7 @@ def test_a_sequence_is_the_same_whoever_reads_it_after_what(
 
 
 @pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 8), (2, 4), (4, 1), (8, 1)])
-def test_the_global_batch_does_not_depend_on_who_shares_it(
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
     tokenized: dict[str, TokenizedSource], ranks: int, micro_batch: int
 ) -> None:
     whole = reader_of(tokenized, 32).batch(40, 8).tensors["input_ids"]
@@ -128,7 +128,7 @@ def test_the_global_batch_does_not_depend_on_who_shares_it(
     assert torch.equal(torch.cat([part.tensors["input_ids"] for part in parts]), whole)
 
 
-def test_a_source_that_grows_gives_the_sequences_of_one_that_is_whole(
+def test_a_growing_source_gives_the_sequences_of_a_complete_one(
     mixture: MixtureSection,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -144,17 +144,17 @@ def test_a_source_that_grows_gives_the_sequences_of_one_that_is_whole(
         for folder in ("cold", "warm")
     )
     expected = reader_of({name: task.run() for name, task in warm.items()}, 24)
-    with Ingesting(cold["stories"]) as stories, Ingesting(cold["chats"]) as chats:
+    with IngestSession(cold["stories"]) as stories, IngestSession(cold["chats"]) as chats:
         while not all(task.open().num_shards for task in cold.values()):
             stories.step()
             chats.step()
         reader = reader_of({name: task.open() for name, task in cold.items()}, 24)
         waits = 0
         for index in range(200):
-            while not reader.is_here(index, 1):
+            while not reader.is_available(index, 1):
                 waits += 1
                 if not stories.step() | chats.step():
-                    assert reader.is_here(index, 1), "all is there, but the reader waits"
+                    assert reader.is_available(index, 1), "all is there, but the reader waits"
             for field in ("input_ids", "position_ids", "labels"):
                 one, other = reader.sequence(index), expected.sequence(index)
                 assert getattr(one, field).tolist() == getattr(other, field).tolist()
@@ -163,7 +163,7 @@ def test_a_source_that_grows_gives_the_sequences_of_one_that_is_whole(
     assert reader.streams[last[0]].locate(last[1])[0] > 0, "later epochs were compared as well"
 
 
-def test_counted_sequences_are_remembered(
+def test_counted_sequences_are_stored(
     tokenized: dict[str, TokenizedSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = tokenized["stories"]

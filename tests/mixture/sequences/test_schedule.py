@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.mixture.sequences.schedule import Anchor, SourceSchedule
-from sparsify.mixture.sequences.shares import Shares, Stretch
+from sparsify.mixture.sequences.shares import Shares, ShareSegment
 from tests.mixture.laws import assert_law, curves, weighted
 
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=12)
@@ -46,7 +46,7 @@ def test_demands_follow_the_shares_and_sum_to_the_sequences(shares: Shares, sequ
 
 def test_a_ramp_is_the_area_under_a_straight_line() -> None:
     first, last = {"chat": 0.1, "web": 0.9}, {"chat": 0.3, "web": 0.7}
-    shares = Shares([Stretch(100, first, first), Stretch(200, first, last)])
+    shares = Shares([ShareSegment(100, first, first), ShareSegment(200, first, last)])
     assert shares.demand("chat", 100) == 10
     assert shares.demand("chat", 150) == 10 + 50 * Fraction(15, 100)
     assert shares.demand("chat", 200) == 10 + 100 * Fraction(20, 100)
@@ -56,7 +56,7 @@ def test_a_ramp_is_the_area_under_a_straight_line() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(curves(), st.lists(st.integers(0, 20_000), min_size=1, max_size=8), st.integers(0, 9_000))
-def test_the_schedule_does_not_depend_on_where_one_begins(
+def test_the_schedule_does_not_depend_on_where_it_starts(
     shares: Shares, indices: list[int], start: int
 ) -> None:
     in_order = SourceSchedule(shares)
@@ -84,14 +84,16 @@ def test_decimal_shares_are_met_exactly_after_one_period_and_far_into_a_run() ->
     assert (name, rank - schedule.counts(10**12)[name]) == schedule.locate(3)
 
 
-def test_shares_that_floats_cannot_hold_lose_nothing() -> None:
+def test_shares_that_floats_cannot_represent_are_exact() -> None:
     # 0.1 scaled by 0.85 / 0.9, as the instruction knob does, is a float close to 17/180.
     shares = Shares.constant({"a": 0.7 / 0.9 * 0.85, "b": 0.2 / 0.9 * 0.85, "c": 0.15})
     assert shares.period == 180
 
 
-def test_an_anchor_answers_far_into_a_run_of_awkward_shares_at_once() -> None:
-    shares = Shares([Stretch(10**9, {"a": 0.123456789, "b": 0.876543211}, {"a": 0.9, "b": 0.1})])
+def test_an_anchor_makes_a_late_start_with_awkward_shares_fast() -> None:
+    shares = Shares(
+        [ShareSegment(10**9, {"a": 0.123456789, "b": 0.876543211}, {"a": 0.9, "b": 0.1})]
+    )
     sequence = 700_000_000
     given = {name: round(shares.demand(name, sequence)) for name in shares.names}
     given["b"] = sequence - given["a"]
@@ -99,7 +101,7 @@ def test_an_anchor_answers_far_into_a_run_of_awkward_shares_at_once() -> None:
     assert {name for name, _ in schedule.sequences_of(sequence, 50)} == {"a", "b"}
 
 
-def test_an_anchor_of_other_shares_changes_nothing() -> None:
+def test_an_anchor_of_other_shares_is_ignored() -> None:
     shares = Shares.constant({"a": 0.3, "b": 0.7})
     expected = SourceSchedule(shares).sequences_of(0, 60)
     for counts in ({"a": 25, "b": 15}, {"a": 12, "b": 27}, {"a": 12, "c": 28}):
@@ -108,7 +110,7 @@ def test_an_anchor_of_other_shares_changes_nothing() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(curves(), st.integers(0, 9_000), st.integers(0, 9_000))
-def test_many_sequences_at_once_are_those_asked_for_one_by_one(
+def test_many_sequences_at_once_equal_those_located_one_by_one(
     shares: Shares, start: int, count: int
 ) -> None:
     schedule = SourceSchedule(shares)

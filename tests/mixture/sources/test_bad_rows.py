@@ -20,7 +20,7 @@ from sparsify.mixture.sources.bad_rows import EXAMPLES_PER_REASON, BadRows, Reas
 from sparsify.mixture.sources.documents import Document
 from sparsify.mixture.sources.read import read_documents
 from sparsify.mixture.sources.readers import read_rows
-from sparsify.mixture.sources.source_files import look_at
+from sparsify.mixture.sources.source_files import file_state
 from sparsify.mixture.tokens.encoder import Encoder
 from sparsify.recipe.source import SourceSection
 
@@ -58,7 +58,7 @@ def lines_of(rows: list[object]) -> bytes:
     place=st.integers(0, 60),
     damage=st.binary(max_size=2),
 )
-def test_a_line_is_read_as_pythons_own_json_reads_it(
+def test_a_line_is_read_as_the_json_module_reads_it(
     tmp_path_factory: pytest.TempPathFactory, line: bytes, place: int, damage: bytes
 ) -> None:
     damaged = (line[:place] + damage + line[place:]).replace(b"\n", b"")
@@ -68,7 +68,7 @@ def test_a_line_is_read_as_pythons_own_json_reads_it(
     bad: list[Reason] = []
     rows = [
         repr(row)
-        for _, row in read_rows(look_at(path), None, lambda reason, *_, **__: bad.append(reason))
+        for _, row in read_rows(file_state(path), None, lambda reason, *_, **__: bad.append(reason))
     ]
     try:
         wanted = [] if not text or text.isspace() else [repr(json.loads(text))]
@@ -78,7 +78,7 @@ def test_a_line_is_read_as_pythons_own_json_reads_it(
         assert (rows, bad) == (wanted, [])
 
 
-def test_each_bad_line_is_left_out_and_listed_with_its_place(tmp_path: Path) -> None:
+def test_each_bad_line_is_dropped_and_listed_with_its_place(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     rows: list[object] = [
         *GOOD,
@@ -115,7 +115,7 @@ def test_each_bad_line_is_left_out_and_listed_with_its_place(tmp_path: Path) -> 
     assert f"{path}:303 column 'text' holds list, not text" == str(
         bad_rows.examples[Reason.NOT_TEXT][0]
     )
-    assert bad_rows.summary().startswith("web: 311 rows, 9 left out (2 invalid UTF-8, 2 not text, ")
+    assert bad_rows.summary().startswith("web: 311 rows, 9 dropped (2 invalid UTF-8, 2 not text, ")
 
 
 def test_bad_csv_lines(tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("suffix", ARCHIVES)
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_an_archive_that_breaks_off_gives_what_stands_before(
+def test_a_truncated_archive_yields_its_readable_part(
     suffix: str, kind: str, tmp_path: Path
 ) -> None:
     numbers = random.Random(1)
@@ -151,10 +151,10 @@ def test_an_archive_that_breaks_off_gives_what_stands_before(
     assert [document.text for document in documents] == texts[: len(documents)]
     (broken,) = bad_rows.examples[Reason.BROKEN_FILE]
     assert broken.row == len(documents)
-    assert "breaks off after this" in broken.detail
+    assert "is the last readable" in broken.detail
 
 
-def test_a_json_list_that_breaks_off_gives_what_stands_before(tmp_path: Path) -> None:
+def test_a_truncated_json_list_yields_its_readable_part(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps(GOOD)[:-20] + ', {"text": nonsense}]')
     documents, bad_rows = read(files_of(path))
@@ -176,7 +176,7 @@ def test_a_row_group_that_cannot_be_read_is_skipped(tmp_path: Path) -> None:
     assert bad_rows.bad_rows == {Reason.UNREADABLE: 1000}
 
 
-def test_a_parquet_text_that_is_no_utf8_costs_its_row_only(tmp_path: Path) -> None:
+def test_a_parquet_text_that_is_not_utf8_drops_only_its_row(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     texts = pa.array([b"one", b"caf\xe9", b"three"]).view(pa.string())
     pq.write_table(pa.table({"text": texts}), path)
@@ -186,7 +186,7 @@ def test_a_parquet_text_that_is_no_utf8_costs_its_row_only(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("num_rows", [1, 500])
-def test_a_column_that_no_first_row_has_is_fatal(num_rows: int, tmp_path: Path) -> None:
+def test_a_column_missing_in_all_first_rows_is_an_error(num_rows: int, tmp_path: Path) -> None:
     path = tmp_path / "b.jsonl"
     path.write_bytes(lines_of([{"content": "x", "url": "y"}] * num_rows))
     (tmp_path / "a.jsonl").write_bytes(lines_of(list(GOOD)))
@@ -197,7 +197,7 @@ def test_a_column_that_no_first_row_has_is_fatal(num_rows: int, tmp_path: Path) 
     assert "Set text_column" in str(caught.value)
 
 
-def test_a_column_that_only_some_first_rows_lack_is_dirt(tmp_path: Path) -> None:
+def test_a_column_missing_in_some_first_rows_makes_bad_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of([{"url": "x"}] * 50 + GOOD))
     documents, bad_rows = read(files_of(path))
@@ -217,7 +217,7 @@ def corrupt(path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv.gz", "a.parquet", "a.arrow", "a.txt"]
 )
-def test_a_source_of_nothing_but_damage_names_it(tmp_path: Path, name: str) -> None:
+def test_a_source_without_readable_rows_shows_the_damage(tmp_path: Path, name: str) -> None:
     corrupt(tmp_path / name)
     with pytest.raises(MixtureError, match="Source 'web' holds no document") as caught:
         read(files_of(tmp_path / name))
@@ -240,7 +240,7 @@ def test_too_many_bad_rows_stop_the_source_early_with_examples(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("bad", "fraction", "fatal"), [(1, 0.01, 0), (2, 0.01, 1), (1, 0.0, 1)])
-def test_a_small_source_is_judged_at_its_end(
+def test_a_small_source_is_checked_at_its_end(
     bad: int, fraction: float, fatal: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "a.jsonl"
@@ -252,12 +252,12 @@ def test_a_small_source_is_judged_at_its_end(
         assert len(read(files_of(path), fraction)[0]) == 20
 
 
-def test_empty_rows_are_counted_but_never_too_many(tmp_path: Path) -> None:
+def test_empty_rows_are_counted_but_do_not_count_towards_the_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of([{"text": "x"}, *[{"text": ""}] * 2000]))
     documents, bad_rows = read(files_of(path), 0.0)
     assert len(documents) == 1
-    assert bad_rows.summary() == "web: 2,001 rows, 2,000 left out (2,000 empty)"
+    assert bad_rows.summary() == "web: 2,001 rows, 2,000 dropped (2,000 empty)"
 
 
 def test_chats_that_the_template_refuses_are_counted(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -306,7 +306,7 @@ def test_counts_merge_to_those_of_one_reader_and_survive_json(
     assert all(len(rows) <= EXAMPLES_PER_REASON for rows in whole.examples.values())
 
 
-def test_counting_costs_next_to_nothing() -> None:
+def test_counting_is_cheap() -> None:
     bad_rows = BadRows("web", 1.0)
     started = time.process_time()
     for row in range(100_000):

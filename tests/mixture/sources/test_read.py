@@ -93,7 +93,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str, packed
     assert {document.file for document in documents} == {str(whole)}
 
 
-def test_archives_of_several_parts_are_read_to_their_end(tmp_path: Path) -> None:
+def test_archives_of_several_parts_are_read_completely(tmp_path: Path) -> None:
     for suffix in (".gz", ".xz", ".zst"):
         lines = [b'{"text": "%d"}\n' % n for n in range(2)]
         path = tmp_path / f"a.jsonl{suffix}"
@@ -120,7 +120,7 @@ def test_a_glob_reads_each_file_once_in_order(
     assert texts_of(source) == ["a.jsonl.gz", "b.jsonl", "c.jsonl"]
 
 
-def test_a_copy_of_a_file_is_left_out_and_noted(
+def test_a_copy_of_a_file_is_skipped_and_noted(
     write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
     for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
@@ -130,10 +130,10 @@ def test_a_copy_of_a_file_is_left_out_and_noted(
     assert [document.text for document in documents] == ["one", "two"]
     (duplicate,) = bad_rows.duplicate_files
     assert (Path(duplicate.file).name, Path(duplicate.same_as).name) == ("c.jsonl", "a.jsonl")
-    assert bad_rows.summary() == "web: 2 rows, 1 duplicate file(s) left out"
+    assert bad_rows.summary() == "web: 2 rows, 1 duplicate file(s) skipped"
 
 
-def test_a_file_that_changes_under_the_reader_is_named(
+def test_a_file_that_changes_while_it_is_read_is_named(
     write_jsonl: Callable[..., str], tmp_path: Path
 ) -> None:
     path = Path(write_jsonl([{"text": "x"}, {"text": "y"}]))
@@ -149,7 +149,7 @@ def test_a_file_that_changes_under_the_reader_is_named(
         next(documents)
 
 
-def test_skipped_documents_are_counted_but_not_given(write_jsonl: Callable[..., str]) -> None:
+def test_skipped_documents_are_counted_but_not_yielded(write_jsonl: Callable[..., str]) -> None:
     rows: list[dict[str, object]] = [{"text": str(n) if n % 5 else None} for n in range(50)]
     source = files_of(Path(write_jsonl(rows)))
 
@@ -174,7 +174,7 @@ def test_text_longer_than_a_chunk_is_split_at_separators_only(
         assert texts_of(files_of(path)) == ["one two three", "four", "five six"]
 
 
-def test_plain_text_is_split_where_its_source_says(tmp_path: Path) -> None:
+def test_plain_text_is_split_at_the_separator_of_its_source(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\ntwo\n\nthree\n")
     source = files_of(tmp_path / "a.txt")
     source.document_separator = "\n\n"
@@ -184,7 +184,7 @@ def test_plain_text_is_split_where_its_source_says(tmp_path: Path) -> None:
     assert "none of its files is plain text" in message_of(source)
 
 
-def test_documents_of_50_megabytes_pass(tmp_path: Path) -> None:
+def test_documents_of_50_megabytes_are_read(tmp_path: Path) -> None:
     text = "large " * 9_000_000
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": text}))
@@ -198,7 +198,7 @@ def token_source(path: Path, dtype: str | None = None) -> SourceSection:
 
 
 @pytest.mark.parametrize("kind", ["npy", "bin"])
-def test_token_files_give_what_the_texts_would(
+def test_token_files_give_the_same_documents_as_their_texts(
     kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sparsify.mixture.sources.token_files.CHUNK_TOKENS", 7)
@@ -221,7 +221,7 @@ def test_tokens_of_another_tokenizer_are_refused(
     message = message_of(token_source(path, "uint16"), tokenizer)
     assert f"token 2 of {path} is 40,000" in message
     assert f"ids 0 to {len(tokenizer) - 1}" in message
-    assert "does not say what its numbers are" in message_of(token_source(path), tokenizer)
+    assert "has no stated number type" in message_of(token_source(path), tokenizer)
     monkeypatch.setattr("sparsify.mixture.sources.token_files.MAX_DOCUMENT_TOKENS", 3)
     np.array([5, 6, 8, 7], dtype=np.uint16).tofile(path)
     message = message_of(token_source(path, "uint16"), tokenizer)
@@ -242,7 +242,7 @@ def test_a_pattern_without_a_match_is_named(tmp_path: Path) -> None:
     assert f"name its files: {tmp_path}/*.jsonl" in message_of(files_of(tmp_path))
 
 
-def test_an_unknown_format_lists_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_format_lists_the_known_formats(tmp_path: Path) -> None:
     (tmp_path / "a.docx").write_text("x")
     message = message_of(files_of(tmp_path / "a.docx"))
     assert ".jsonl .ndjson .json .csv .tsv .parquet .arrow .txt .text .md" in message
@@ -253,7 +253,7 @@ def test_a_source_without_text_is_refused(tmp_path: Path) -> None:
     assert "Source 'web' holds no document." in message_of(files_of(tmp_path / "a.txt"))
 
 
-def test_the_hub_out_of_reach_is_the_users_to_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     message = message_of(SourceSection(token_share=1.0, hub="nobody/no-such-dataset"))
@@ -275,14 +275,14 @@ def test_stdlib_code_and_prose_share_origins() -> None:
     assert all(len(page) >= 200 for page in pages.values())
 
 
-def test_stdlib_modules_leave_out_what_distributions_strip() -> None:
+def test_stdlib_modules_skip_what_distributions_strip() -> None:
     modules = {name for name, _ in module_paths()}
     assert {"json", "json.decoder", "argparse", "asyncio.events"} <= modules
     stripped = {"test", "tests", "idle_test", "encodings", "site-packages", "numpy"}
     assert not [name for name in modules if stripped & set(name.split("."))]
 
 
-def test_stdlib_questions_are_answered_from_the_module() -> None:
+def test_stdlib_questions_are_answered_from_their_module() -> None:
     documents = list(module_questions("json", dict(module_paths())["json"]))
     answers = {
         document.messages[0]["content"]: document.messages[1]["content"]

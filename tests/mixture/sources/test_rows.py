@@ -153,7 +153,7 @@ BAD: dict[str, tuple[dict[str, str], Any, Reason, str]] = {
 
 
 @pytest.mark.parametrize(("fields", "row", "reason", "words"), BAD.values(), ids=BAD)
-def test_a_row_that_is_no_document_says_why(
+def test_a_row_that_is_not_a_document_says_why(
     fields: dict[str, str], row: Any, reason: Reason, words: str
 ) -> None:
     with pytest.raises(BadRowError) as caught:
@@ -176,7 +176,7 @@ JSON = st.recursive(
     ascii_only=st.booleans(),
     wrapped=st.booleans(),
 )
-def test_a_json_list_read_in_pieces_is_what_json_reads(
+def test_a_json_list_read_in_chunks_equals_json_loads(
     rows: list[Any], characters: int, indent: int | None, ascii_only: bool, wrapped: bool
 ) -> None:
     value = {"tags": ["a", 1], "version": 1.5, "data": rows, "none": []} if wrapped else rows
@@ -197,7 +197,7 @@ def test_a_json_list_read_in_pieces_is_what_json_reads(
         ("3", "neither a list nor an object"),
     ],
 )
-def test_what_is_no_json_list(text: str, words: str) -> None:
+def test_what_is_not_a_json_list_is_refused(text: str, words: str) -> None:
     with pytest.raises(BrokenFileError, match=words):
         list(json_list([text]))
 
@@ -218,7 +218,7 @@ def test_the_chat_template_is_the_mixtures_the_tokenizers_or_chatml(
             chat_template_text(wrong, own)
 
 
-def test_a_given_template_writes_the_documents_and_marks_the_answers(
+def test_a_given_template_writes_the_documents_and_marks_the_responses(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     template = "{% for m in messages %}[{{ m.role[0] }}] {{ m.content }} {% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
@@ -235,7 +235,7 @@ def test_a_given_template_writes_the_documents_and_marks_the_answers(
     )
 
 
-def test_the_fingerprint_knows_the_chat_template_of_instructions_only(
+def test_the_fingerprint_depends_on_the_chat_template_of_instructions_only(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     def fingerprints() -> dict[str, str]:

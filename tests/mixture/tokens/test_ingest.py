@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.errors import MixtureError, StorageError
 from sparsify.mixture.sources.documents import Document
 from sparsify.mixture.tokens.encoder import Encoder
-from sparsify.mixture.tokens.ingest import Ingest, Ingesting, mixture_ingests
+from sparsify.mixture.tokens.ingest import Ingest, IngestSession, mixture_ingests
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.source import SourceSection
@@ -45,7 +45,7 @@ def test_a_pretraining_document_is_its_ids_between_bos_and_eos(
         assert all(mask)
 
 
-def test_a_long_document_is_tokenised_in_pieces_that_lose_nothing(
+def test_a_long_document_is_tokenised_in_pieces_without_loss(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     texts = [story(1, 40) + "\n" + story(2, 200), "short", "no line end " * 30]
@@ -59,7 +59,7 @@ def test_a_long_document_is_tokenised_in_pieces_that_lose_nothing(
     assert pieces[1] == whole[1]
 
 
-def test_only_answers_and_their_end_carry_loss(
+def test_only_responses_and_their_end_carry_loss(
     tokenized: dict[str, TokenizedSource], tokenizer: PreTrainedTokenizerFast
 ) -> None:
     for number, (ids, mask, _) in enumerate(documents_of(tokenized["chats"])):
@@ -81,7 +81,7 @@ def test_instruction_loss_all_masks_nothing(
     assert all(all(mask) for _, mask, _ in documents_of(chats))
 
 
-def test_the_tokenizers_own_template_is_used_without_doubled_ends(
+def test_the_tokenizers_template_is_used_without_doubled_ends(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     own = PreTrainedTokenizerFast(
@@ -128,7 +128,7 @@ def test_a_second_run_reuses_the_cache(
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_a_larger_need_reads_on_and_a_smaller_one_sees_what_it_saw_before(
+def test_a_larger_need_continues_and_a_smaller_one_sees_the_same_as_before(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     def read(train_tokens: int) -> TokenizedSource:
@@ -169,14 +169,14 @@ def shard_files(source: TokenizedSource) -> dict[str, int]:
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_a_killed_ingest_goes_on_where_it_was(
+def test_a_killed_ingest_resumes_where_it_was(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     straight = documents_of(ingest_of(mixture, "stories", tokenizer, tmp_path / "straight").run())
     task = ingest_of(mixture, "stories", tokenizer, tmp_path / "killed")
 
     def tokenize_and_die() -> None:
-        with Ingesting(task) as ingesting:
+        with IngestSession(task) as ingesting:
             for _ in range(7):
                 ingesting.step()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -198,12 +198,12 @@ def test_only_one_process_at_a_time_writes_a_source(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     task = ingest_of(mixture, "stories", tokenizer, tmp_path / "c")
-    with Ingesting(task), pytest.raises(Timeout), Ingesting(task, wait=False):
+    with IngestSession(task), pytest.raises(Timeout), IngestSession(task, wait=False):
         pass
 
 
 @pytest.mark.parametrize("change", ["file", "validation_fraction", "tokenizer"])
-def test_the_fingerprint_follows_what_tokens_depend_on(
+def test_the_fingerprint_changes_with_what_tokens_depend_on(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, change: str
 ) -> None:
     source = mixture.sources["stories"]
@@ -224,7 +224,7 @@ def test_the_fingerprint_follows_what_tokens_depend_on(
     assert fingerprint() != before
 
 
-def test_another_share_or_cap_tokenises_nothing_again(
+def test_another_share_or_cap_does_not_tokenise_again(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     def fingerprint() -> str:
@@ -237,7 +237,7 @@ def test_another_share_or_cap_tokenises_nothing_again(
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_damaged_shard_is_written_anew_with_those_after_it(
+def test_a_damaged_shard_and_those_after_it_are_written_again(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, number: int
 ) -> None:
     task = ingest_of(mixture, "stories", tokenizer, tmp_path)
@@ -254,7 +254,7 @@ def _ingest_in_child(task: Ingest, results: list[int]) -> None:
     results.append(sum(sum(ids) for ids, _, _ in documents_of(task.run())))
 
 
-def test_processes_that_ingest_at_once_get_the_same_tokens(
+def test_concurrent_ingests_give_the_same_tokens(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     context = multiprocessing.get_context("fork")
@@ -286,7 +286,7 @@ def test_duplicates_fall_on_the_same_side(
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_duplicates_are_left_out_also_after_a_pause(
+def test_duplicates_are_dropped_even_after_a_pause(
     write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     rows = [{"text": story(n % 20, 9)} for n in range(60)]
@@ -299,7 +299,7 @@ def test_duplicates_are_left_out_also_after_a_pause(
     assert len(documents) == len(set(documents)) == 20
 
 
-def test_what_overlaps_with_an_evaluation_set_is_left_out_and_listed(
+def test_an_overlap_with_an_evaluation_set_is_dropped_and_listed(
     write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     item = " ".join(f"word{n}" for n in range(20))
@@ -353,7 +353,7 @@ def test_a_tokenizer_without_eos_is_refused(
         )
 
 
-def test_a_cache_that_cannot_be_written_is_the_users_to_mend(
+def test_a_cache_that_cannot_be_written_is_a_user_error(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("not a folder")

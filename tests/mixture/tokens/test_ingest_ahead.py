@@ -13,7 +13,7 @@ from sparsify.errors import MixtureError
 from sparsify.mixture.sources.bad_rows import Reason
 from sparsify.mixture.sources.documents import Document
 from sparsify.mixture.tokens.encoder import Encoded, Encoder
-from sparsify.mixture.tokens.ingest import Ingesting, bad_rows_of
+from sparsify.mixture.tokens.ingest import IngestSession, bad_rows_of
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 from tests.mixture.conftest import documents_of, ingest_of, story
@@ -23,7 +23,7 @@ BOS, EOS = 0, 1  # the fixture's tokenizer numbers its special tokens first
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("part_documents", [1, 3])
-def test_sources_in_turns_in_parts_of_any_size_give_the_same_tokens(
+def test_sources_read_alternately_in_parts_of_any_size_give_the_same_tokens(
     mixture: MixtureSection,
     tokenizer: PreTrainedTokenizerFast,
     tokenized: dict[str, TokenizedSource],
@@ -37,7 +37,7 @@ def test_sources_in_turns_in_parts_of_any_size_give_the_same_tokens(
     path = Path((mixture.sources["stories"].files or [])[0])
     path.write_text("".join(json.dumps(text) + "\n" for text in texts))
     tasks = [ingest_of(mixture, name, tokenizer, tmp_path / "c") for name in mixture.sources]
-    with Ingesting(tasks[0]) as stories, Ingesting(tasks[1]) as chats:
+    with IngestSession(tasks[0]) as stories, IngestSession(tasks[1]) as chats:
         while any([stories.step(), chats.step()]):
             pass
     assert documents_of(tasks[1].open()) == documents_of(tokenized["chats"])
@@ -66,7 +66,7 @@ def test_refused_chats_are_counted_once_however_often_an_ingest_pauses(
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_what_is_not_needed_is_not_tokenised(
+def test_ingest_tokenises_no_more_than_it_needs(
     mixture: MixtureSection,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
@@ -86,7 +86,7 @@ def test_what_is_not_needed_is_not_tokenised(
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_documents_before_an_unreadable_place_are_kept(
+def test_documents_before_a_damaged_place_are_kept(
     mixture: MixtureSection,
     tokenizer: PreTrainedTokenizerFast,
     tokenized: dict[str, TokenizedSource],
