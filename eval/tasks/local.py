@@ -1,4 +1,4 @@
-"""From the rows of local copies to the documents that the task files ask about."""
+"""Turns rows of local copies into the documents of the task files."""
 
 import hashlib
 import re
@@ -12,7 +12,7 @@ SUMMARY_CHARACTERS = (20, 160)
 
 
 def hellaswag(rows: Dataset) -> Dataset:
-    """Takes the marks of WikiHow's headings out, as the standard task does."""
+    """Removes the marks of WikiHow's headings, like the standard task."""
 
     def clean(row: dict[str, Any]) -> dict[str, Any]:
         return {
@@ -53,7 +53,7 @@ def truthfulqa(rows: Dataset) -> Dataset:
 
 
 def truthfulqa_prompt(row: dict[str, Any]) -> str:
-    """The question after those that stand before every question of the task."""
+    """The question, after the examples that precede every question of the task."""
     before = "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in TRUTHFULQA_BEFORE)
     return f"{before}Q: {row['question']}\nA:"
 
@@ -87,7 +87,7 @@ def truthfulqa_score(row: dict[str, Any], results: list[tuple[float, bool]]) -> 
 
 
 def wikitext_articles(rows: Dataset) -> Dataset:
-    """One document an article; articles begin with a heading of one "=" on either side."""
+    """One document per article; an article starts with a heading with one "=" on each side."""
     text = "".join(rows["text"])
     starts = [match.start() for match in re.finditer(r"(?m)^ = [^=\n]+ = ?$", text)]
     ends = [*starts[1:], len(text)]
@@ -96,7 +96,7 @@ def wikitext_articles(rows: Dataset) -> Dataset:
 
 
 def wikitext_text(row: dict[str, Any]) -> str:
-    """The article in ordinary writing: the marks that tokenising it put in are taken out, as in the standard task."""
+    """The article without the marks of its tokenisation, like the standard task."""
     from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
 
     return wikitext_detokenizer(row)
@@ -120,7 +120,7 @@ def python_functions(**_: Any) -> DatasetDict:
             first = answer.partition("\n")[0].strip()
             if SUMMARY_CHARACTERS[0] <= len(first) <= SUMMARY_CHARACTERS[1] and "`" not in first:
                 summaries.setdefault(name, first)
-    # In an order that every process agrees on, far from the order of modules.
+    # A hash order: the same in every process, and unrelated to the order of modules.
     names = sorted(summaries, key=_digest)
     rows = [_function(name, summaries, names) for name in names]
     splits = {"train": rows[:SHOT_FUNCTIONS], "test": rows[SHOT_FUNCTIONS:]}

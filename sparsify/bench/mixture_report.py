@@ -20,7 +20,7 @@ class Delivered(BaseModel):
     token_shares: dict[str, float]
     """Share of all sequence positions that each source got."""
     largest_deviation_sequences: float
-    """The furthest that any source was from its asked share times n, after any n sequences."""
+    """The furthest that any source was from its requested share times n, after any n sequences."""
     text_positions: float
     """Share of sequence positions that carry text; the rest is padding."""
     cut_documents: int
@@ -131,7 +131,7 @@ def _shares_table(bench: MixtureBench) -> Table:
     table = figures_table(
         f"Shares of tokens delivered over {bench.num_sequences:,} sequences of {bench.sequence_length:,} tokens",
         "source",
-        "asked",
+        "requested",
         "sparsify",
         "interleave_datasets",
         "… by length*",
@@ -141,12 +141,12 @@ def _shares_table(bench: MixtureBench) -> Table:
         bench.interleaved.delivered,
         bench.interleaved_by_length,
     )
-    for name, asked in bench.requested_token_shares.items():
+    for name, requested in bench.requested_token_shares.items():
         given = (f"{column.token_shares[name]:.1%}" for column in columns)
-        table.add_row(name, f"{asked:.1%}", *given)
+        table.add_row(name, f"{requested:.1%}", *given)
     table.add_section()
     deviations = (f"{column.largest_deviation_sequences:,.1f} sequences" for column in columns)
-    table.add_row("furthest from asked, at any moment", "", *deviations)
+    table.add_row("largest deviation, at any moment", "", *deviations)
     texts = (f"{column.text_positions:.1%}" for column in columns)
     table.add_row("sequence positions that carry text", "", *texts)
     cut = (f"{column.cut_documents:,}" for column in columns)
@@ -237,9 +237,9 @@ def _rests_on(bench: MixtureBench) -> str:
         f"{bench.tokenizer}, {bench.vocabulary_size:,} entries. Seed {bench.seed}; {bench.cpu_cores} core(s).\n"
         f"Times are medians of {bench.repeats} repeat(s) taken in turns, ratios medians of the pairs; one repeat of "
         f"loading is {loaded.num_tokens / MEGA:.1f}M tokens.\n"
-        f"interleave_datasets: shuffle buffers of {bench.buffer_documents:,} documents, probabilities = asked shares, "
+        f"interleave_datasets: shuffle buffers of {bench.buffer_documents:,} documents, probabilities = requested shares, "
         "state_dict() and load_state_dict().\n"
-        "* probabilities divided by each source's mean document length in tokens, which one must tokenise to know.[/dim]"
+        "* probabilities divided by each source's mean document length in tokens, which is known only after tokenising.[/dim]"
     )
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from sparsify.recipe.mixture import MixtureSection
 
@@ -18,8 +19,22 @@ LARGEST_DENOMINATOR = 10**9
 """Shares are rounded to the closest fraction up to this denominator: 0.15 is 3/20, not the nearest binary float."""
 
 
+class Phase(NamedTuple):
+    """A phase of a mixture.
+
+    Attributes:
+        end: End of the phase as a share of the budget.
+        first: Token share of every source at the start of the phase.
+        last: Token share of every source at its end.
+    """
+
+    end: float
+    first: dict[str, float]
+    last: dict[str, float]
+
+
 def token_shares(mixture: MixtureSection) -> dict[str, float]:
-    """Share of every source in the tokens of a whole run; sources without any are left out."""
+    """Share of each source in the tokens of a whole run; without the sources that have none."""
     means = dict.fromkeys(mixture.sources, 0.0)
     start = 0.0
     for end, first, last in share_phases(mixture):
@@ -29,24 +44,24 @@ def token_shares(mixture: MixtureSection) -> dict[str, float]:
     return {name: share for name, share in means.items() if share > 0}
 
 
-def share_phases(mixture: MixtureSection) -> list[tuple[float, dict[str, float], dict[str, float]]]:
-    """For each phase: where it ends as a share of the budget, and the shares of all sources at its beginning and end."""
+def share_phases(mixture: MixtureSection) -> list[Phase]:
+    """The phases of a mixture; one phase if it states none."""
     if not mixture.phases:
         shares = _with_instructions(mixture, mixture.instruction_token_share)
-        return [(1.0, shares, shares)]
+        return [Phase(1.0, shares, shares)]
     phases, before = [], dict.fromkeys(mixture.sources, 0.0)
     for phase in mixture.phases:
         if phase.token_shares:
             after = {name: phase.token_shares.get(name, 0.0) for name in mixture.sources}
         else:
             after = _with_instructions(mixture, phase.instruction_token_share)
-        phases.append((phase.until_budget_share, before if phase.ramp else after, after))
+        phases.append(Phase(phase.until_budget_share, before if phase.ramp else after, after))
         before = after
     return phases
 
 
 def _with_instructions(mixture: MixtureSection, share: float | None) -> dict[str, float]:
-    """The sources' own shares, moved so that the instruction group has `share`; as stated when that is None."""
+    """The sources' shares, scaled so that the instruction group has `share`; unchanged if that is None."""
     stated = {name: source.token_share for name, source in mixture.sources.items()}
     if share is None:
         return stated

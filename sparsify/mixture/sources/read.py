@@ -181,7 +181,7 @@ def _add_missing(
 
 
 def _not_utf8(error: UnicodeEncodeError) -> str:
-    # A lone surrogate stands for an invalid byte, or was escaped in JSON.
+    # A lone surrogate is an invalid byte, or was escaped in JSON.
     around = error.object[max(0, error.start - 20) : error.start + 20]
     return f"is not UTF-8 text at character {error.start:,}: {around!r}"
 
