@@ -52,7 +52,6 @@ class DroppedCounts(BaseModel):
 
     @classmethod
     def of(cls, source: TokenizedSource) -> DroppedCounts:
-        """Reads the counts from the source's cache folder."""
         folder, notes = source.cache.folder, []
         num_read = source.cache.records[-1].read_documents
         bad_rows = bad_rows_of(source)
@@ -103,8 +102,6 @@ class SourceStats(BaseModel):
 
 
 class MixtureStats(BaseModel):
-    """Sizes of a mixture at a budget."""
-
     mixture: str
     budget_tokens: int
     sequence_length: int
@@ -244,7 +241,6 @@ def preview_sequences(
     num_sequences: int,
     seed: int,
 ) -> Iterator[SequencePreview]:
-    """The first training sequences of a source."""
     stream = TrainingStream(source, sequence_length, seed)
     for rank in range(min(num_sequences, stream.num_sequences)):
         sequence, num_tokens = read_sequence(stream, rank)

@@ -53,7 +53,6 @@ def make_lock(
     sequence_length: int,
     seed: int,
 ) -> MixtureLock:
-    """The lock of a run that draws `planned_sequences` of each source."""
     return MixtureLock(
         tokenizer_fingerprint=next(iter(sources.values())).info.tokenizer,
         sequence_length=sequence_length,
@@ -83,7 +82,6 @@ def _source_lock(source: TokenizedSource, share: float, planned_tokens: int) -> 
 
 
 def with_delivered(lock: MixtureLock, sequences: Mapping[str, int]) -> MixtureLock:
-    """The lock of a run that has drawn these sequences of each source."""
     total = sum(sequences.values()) * lock.sequence_length
     sources = {
         name: source.model_copy(

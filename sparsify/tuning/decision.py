@@ -41,7 +41,6 @@ class MixtureChoice:
 
     @property
     def reason(self) -> str | None:
-        """Why the data do not support this choice; None if they do."""
         if self.difference + self.half_width >= 0:
             return (
                 f"the {LEVEL:.0%} interval of its difference to the default, "

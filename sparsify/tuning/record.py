@@ -27,8 +27,6 @@ class TrialRecord(BaseModel):
 
 
 class Domain(BaseModel):
-    """Predictions of the regression for one domain."""
-
     weight: float
     """Weight of the domain's loss in the weighted loss; the weights sum to 1."""
     default_share: float
@@ -43,8 +41,6 @@ class Domain(BaseModel):
 
 
 class Quality(BaseModel):
-    """Leave-one-out quality of one regression."""
-
     loo_error: float
     loo_r2: float
 
@@ -86,7 +82,6 @@ class Confirmation(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """The outcome in a sentence."""
         gap = f"{self.difference:+.4f} ± {self.half_width:.4f} nats per token"
         if self.better:
             return f"The tuned mixture beats the default: {gap}."
@@ -98,8 +93,6 @@ class Confirmation(BaseModel):
 
 
 class TuneRecord(BaseModel):
-    """All results of a tuning."""
-
     recipe: str = ""
     command: str = ""
     over: list[str] = []
@@ -139,7 +132,6 @@ class TuneRecord(BaseModel):
 
     @property
     def verdict(self) -> str:
-        """The outcome in a sentence or two."""
         if self.reason is not None:
             found = (
                 "The trials do not support a mixture other than the default: " + self.reason + "."

@@ -142,7 +142,6 @@ def _sequence_sums(
 
 
 def fingerprint(held_out: HeldOut) -> str:
-    """Hash of all tokens and labels of the sequences."""
     digest = hashlib.blake2b(digest_size=12)
     for name, sequences in held_out.items():
         digest.update(f"{name}/{len(sequences)}".encode())

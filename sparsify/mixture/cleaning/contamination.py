@@ -22,8 +22,6 @@ EXAMPLES_PER_FILE = 5
 
 
 class ContaminationExample(BaseModel):
-    """A document that was dropped, and why."""
-
     document: int
     """Number of the document in the source, from 0, counted before anything is dropped."""
     origin: str
@@ -132,7 +130,6 @@ class ContaminationLog:
         self.num_documents += 1
 
     def commit(self) -> None:
-        """Flushes the log to disk."""
         self._log.flush()
         os.fsync(self._log.fileno())
 

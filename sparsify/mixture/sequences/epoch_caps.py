@@ -145,7 +145,6 @@ def _interpolated(
 def _without_source(
     first: dict[str, Fraction], last: dict[str, Fraction], name: str
 ) -> tuple[dict[str, Fraction], dict[str, Fraction]]:
-    """Shares at both ends of a segment without source `name`."""
     ends = [
         {other: share for other, share in end.items() if other != name} for end in (first, last)
     ]

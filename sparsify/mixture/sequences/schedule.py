@@ -86,7 +86,6 @@ class SourceSchedule:
         return Anchor(sequence, dict(zip(self.names, order.given, strict=True)))
 
     def counts(self, num_sequences: int) -> dict[str, int]:
-        """Number of sequences of each source among the first `num_sequences`, as a dict."""
         return dict(self.anchor(num_sequences).given)
 
     def _chunk_of(self, sequence: int) -> _Chunk:
@@ -176,7 +175,6 @@ class _FairOrder:
         heapify(self._waiting)
 
     def next_sequences(self, count: int) -> tuple[list[int], list[int]]:
-        """Source and index within the source of the next `count` sequences."""
         sources: list[int] = []
         ranks: list[int] = []
         waiting, ready, given = self._waiting, self._ready, self.given

@@ -155,7 +155,6 @@ class Shares:
 
     @classmethod
     def constant(cls, shares: Mapping[str, float]) -> Shares:
-        """Constant shares over the whole run."""
         return cls([ShareSegment(None, shares, shares)])
 
     @classmethod
@@ -178,7 +177,6 @@ class Shares:
 
     @property
     def first_change(self) -> float:
-        """Number of sequences at which the first segment ends."""
         return self._integer_segments[0].end
 
     def demand(self, source: str, sequence: int) -> Fraction:
@@ -223,7 +221,6 @@ class Shares:
                 numerator += denominator
 
     def share(self, source: str, sequence: int) -> float:
-        """The share of a source at a sequence."""
         return float(self.demand(source, sequence + 1) - self.demand(source, sequence))
 
     def _segment_at(self, sequence: int) -> _IntegerSegment:

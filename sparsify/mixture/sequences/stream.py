@@ -81,7 +81,6 @@ class TrainingStream:
         return order, np.cumsum(self._counts[order])
 
     def _packed(self, epoch: int, shard: int) -> tuple[ShardDocuments, Packing]:
-        """Documents and packing of one shard in one epoch."""
         documents = self.source.train_documents(shard)
         shuffle = self._shuffle(epoch, shard)
         return documents, pack_documents(documents.lengths, self.sequence_length, shuffle)

@@ -18,8 +18,6 @@ MAX_DETAIL_CHARACTERS = 300
 
 
 class Reason(StrEnum):
-    """Why a row is dropped."""
-
     NOT_JSON = "not JSON"
     NOT_CSV = "not CSV"
     NOT_AN_OBJECT = "not an object"
@@ -149,7 +147,6 @@ class BadRows:
             yield from (f"    {example}" for example in shown)
 
     def merge(self, other: BadRows) -> None:
-        """Adds what another reader of the same source counted."""
         self.good_rows += other.good_rows
         for reason, rows in other.bad_rows.items():
             self.bad_rows[reason] = self.bad_rows.get(reason, 0) + rows
@@ -168,7 +165,6 @@ class BadRows:
         return text
 
     def to_json(self) -> str:
-        """All counts and examples as indented JSON."""
         return _ADAPTER.dump_json(self, indent=2).decode()
 
     @staticmethod

@@ -110,7 +110,6 @@ class _Text:
 
     @property
     def position(self) -> int:
-        """Characters of the file before the current position."""
         return self._before + self._at
 
     def peek(self) -> str:
@@ -317,7 +316,6 @@ def _saved_rows(file: SourceFile, columns: Collection[str] | None, report: Repor
 
 
 def _batches(batches: Any, columns: Collection[str] | None, report: Report, first: int = 1) -> Rows:
-    """Rows of record batches or tables; the first row has the number `first`."""
     for batch in batches:
         wanted = _projection(batch.schema.names, columns)
         for start in range(0, batch.num_rows, MAX_BATCH_ROWS):

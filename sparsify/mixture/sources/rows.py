@@ -40,8 +40,6 @@ class BadRowError(Exception):
 
 
 class MissingColumnError(BadRowError):
-    """A row without a column that its source names."""
-
     def __init__(self, column: str, row: Row) -> None:
         self.column = column
         self.present = ", ".join(sorted(map(str, row))) or "none"

@@ -60,7 +60,6 @@ class SourceFile:
 
     @property
     def compression(self) -> str:
-        """`.gz`, `.zst`, `.xz` or an empty string."""
         last = self.path.suffix.lower()
         return last if last in COMPRESSIONS else ""
 
@@ -100,7 +99,6 @@ def source_files(name: str, source: SourceSection) -> tuple[SourceFile, ...]:
 
 
 def file_state(path: Path) -> SourceFile:
-    """The current size and time of a file."""
     # A saved data set may be a symbolic link, so its files are examined.
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [file.stat() for file in files]
@@ -147,7 +145,6 @@ def without_duplicates(files: Sequence[SourceFile], bad_rows: BadRows) -> Iterat
 
 
 def open_binary(file: SourceFile) -> io.BufferedReader:
-    """Opens a file as a stream of decompressed bytes."""
     if file.compression == ".gz":
         return io.BufferedReader(_ReadOnce(gzip.open(file.path)), DECOMPRESSED_BYTES)
     if file.compression == ".xz":

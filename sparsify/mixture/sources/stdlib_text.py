@@ -98,7 +98,6 @@ def question_documents() -> Iterator[Document]:
 
 
 def module_questions(module: str, path: Path) -> Iterator[Document]:
-    """Questions about the public functions and classes of one module."""
     text = _read(path)
     lines = text.splitlines()
     for named in _definitions(ast.parse(text), module):

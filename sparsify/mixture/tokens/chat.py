@@ -22,7 +22,7 @@ CharacterSpan = tuple[int, int]
 
 
 class ChatTemplateError(Exception):
-    """A template rejects a conversation, or fails on it."""
+    pass
 
 
 def chat_template_text(setting: str | None, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -107,7 +107,6 @@ class ChatWriter:
 
 
 def _common_characters(one: str, other: str) -> int:
-    """Length of the longest common prefix."""
     if one.startswith(other):
         return len(other)
     pairs = enumerate(zip(one, other, strict=False))

@@ -102,7 +102,6 @@ class Encoder:
         self._chat = ChatWriter(tokenizer, chat_template_text(chat_template, tokenizer))
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
-        """Encodes documents and waits for the result."""
         return self.start(documents)()
 
     def start(self, documents: Sequence[Document]) -> Callable[[], Encoded]:
@@ -252,7 +251,6 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _inside(encoding: tokenizers.Encoding, spans: Sequence[CharacterSpan]) -> NDArray[np.bool_]:
-    """Which tokens are inside one of the character spans."""
     inside = np.zeros(len(encoding), dtype=np.bool_)
     tokens = range(len(encoding))
     for first, last in spans:

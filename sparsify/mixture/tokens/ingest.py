@@ -199,7 +199,6 @@ class IngestSession:
         self.close()
 
     def close(self) -> None:
-        """Closes the files and releases the lock of the cache folder."""
         if self._writer is not None:
             self._writer.close()
             self._cleaner.close()
@@ -207,7 +206,6 @@ class IngestSession:
 
     @property
     def train_tokens(self) -> int:
-        """Training tokens in the cache so far."""
         return self._writer.train_tokens if self._writer else self.task.need.train_tokens
 
     @property
@@ -253,7 +251,6 @@ class IngestSession:
             raise unreadable
 
     def _read_part(self, read: deque[_Part]) -> bool:
-        """Reads one part of the next batch. Returns whether the batch has more parts."""
         documents, ends_batch = next(self._parts, (None, True))
         if documents is None:
             self._batch = None
@@ -313,11 +310,9 @@ class _Part:
         self._result: Callable[[], Encoded] | None = None
 
     def start(self, encoder: Encoder) -> None:
-        """Starts to tokenise, unless started before."""
         self._result = self._result or encoder.start(self.documents)
 
     def result(self) -> Encoded:
-        """Waits for the tokens."""
         assert self._result is not None, "not started"
         return self._result()
 

@@ -49,12 +49,10 @@ class TokenizerThreads:
         return sum(not future.done() for future in list(self._pending)) < MAX_PENDING
 
     def wait(self) -> None:
-        """Waits for all tasks."""
         wait(list(self._pending))
 
 
 def tokenizer_threads() -> TokenizerThreads:
-    """The threads of this process."""
     return _threads_of(os.getpid())
 
 

@@ -36,8 +36,6 @@ IntArray = NDArray[np.int64]
 
 
 class SourceInfo(BaseModel):
-    """Properties that all shards of a source share."""
-
     token_dtype: str
     has_loss_mask: bool
     tokenizer: str
@@ -101,12 +99,10 @@ class SourceCache:
 
     @property
     def num_closed(self) -> int:
-        """Number of shards that will not change."""
         return len(self.records) - bool(self.records and not self.records[-1].closed)
 
     @property
     def complete(self) -> bool:
-        """Whether the source was read to its end."""
         return bool(self.records and self.records[-1].complete)
 
     def refresh(self) -> None:
@@ -195,7 +191,6 @@ class ShardWriter:
             self.clear()
 
     def clear(self) -> None:
-        """Empties the folder and starts from the first document."""
         for leftover in self.folder.iterdir():
             leftover.unlink()
         self.records, self.read_documents = [], 0
@@ -210,7 +205,6 @@ class ShardWriter:
 
     @property
     def held_out_tokens(self) -> int:
-        """Held-out tokens so far."""
         return sum(record.held_out_tokens for record in self.records) + self._held_out_tokens
 
     def add(

@@ -64,18 +64,15 @@ class TokenizedSource:
 
     @property
     def fingerprint(self) -> str:
-        """See `source_fingerprint`."""
         return self.cache.folder.name
 
     @property
     def info(self) -> SourceInfo:
-        """Token dtype, loss mask and tokenizer."""
         info = self.cache.info
         assert info is not None, f"{self.cache.folder} is not a token cache"
         return info
 
     def refresh(self) -> None:
-        """Loads the shards that were added since the last call."""
         self.cache.refresh()
         self._train_ends = np.cumsum([record.train_tokens for record in self.cache.records])
 

@@ -109,7 +109,7 @@ def test_a_text_template_sees_the_row_and_renders_null_as_nothing() -> None:
 
 
 BAD: dict[str, tuple[dict[str, str], Any, Reason, str]] = {
-    "no answer": ({}, {"prompt": "q", "response": " "}, Reason.BAD_CHAT, "no answer"),
+    "no response": ({}, {"prompt": "q", "response": " "}, Reason.BAD_CHAT, "no response"),
     "number": ({}, {"prompt": 7, "response": "a"}, Reason.NOT_TEXT, "'prompt' holds int"),
     "column": ({}, {"prompt": "q"}, Reason.NO_COLUMN, "no column 'response'; its columns: prompt"),
     "role": (
@@ -122,7 +122,7 @@ BAD: dict[str, tuple[dict[str, str], Any, Reason, str]] = {
         {"messages_column": "m"},
         {"m": [{"role": "user", "content": "x"}]},
         Reason.BAD_CHAT,
-        "no answer",
+        "no response",
     ),
     "no list": ({"messages_column": "m"}, {"m": "hello"}, Reason.BAD_CHAT, "str, not a list"),
     "picture": (
