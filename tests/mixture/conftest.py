@@ -51,7 +51,7 @@ def ingest_of(
     train_tokens: int = 10**9,
     held_out_tokens: int = 10**9,
 ) -> Ingest:
-    """What to tokenise of one source; to its end unless message otherwise."""
+    """What to tokenise of one source; to its end unless stated otherwise."""
     return Ingest(name, mixture, tokenizer, Need(train_tokens, held_out_tokens), cache_dir)
 
 
@@ -109,7 +109,7 @@ def stories(write_jsonl: Callable[..., str]) -> SourceSection:
 
 @pytest.fixture
 def chats(write_jsonl: Callable[..., str]) -> SourceSection:
-    """40 prompts with answers."""
+    """40 prompts with responses."""
     rows: list[dict[str, object]] = [
         {"prompt": f"question{n} about {WORDS[n % 12]}", "response": f"answer{n} is {story(n, 5)}"}
         for n in range(40)
@@ -129,7 +129,7 @@ def mixture(stories: SourceSection, chats: SourceSection) -> MixtureSection:
 def tokenized(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> dict[str, TokenizedSource]:
-    """Both sources of `mixture`, read to their ends."""
+    """Both sources of `mixture`, completely tokenised."""
     return {
         name: ingest_of(mixture, name, tokenizer, tmp_path / "cache").run()
         for name in mixture.sources

@@ -1,4 +1,4 @@
-"""The law that every schedule keeps, and shares of every shape to hold it against."""
+"""The bound that every schedule satisfies, and random shares to test it with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def weighted(parts: list[int]) -> dict[str, float]:
 
 @st.composite
 def curves(draw: st.DrawFn) -> Shares:
-    """Up to five segments of constant or moving shares, sources that come and go among them."""
+    """Up to five segments of constant or changing shares; sources may start and stop."""
     num_sources = draw(st.integers(1, 12))
     part = st.integers(0, 1000)
     row = st.lists(part, min_size=num_sources, max_size=num_sources).filter(any)
@@ -30,7 +30,7 @@ def curves(draw: st.DrawFn) -> Shares:
 
 
 def assert_law(schedule: SourceSchedule, num_sequences: int) -> None:
-    """Sequences come in order, none twice, and never a whole one off their demand."""
+    """Sequences come in order, without repetition, and less than one away from their demand."""
     shares, names = schedule.shares, schedule.names
     bound = 1 - Fraction(1, max(2 * len(names) - 2, 1))
     given_sequences = dict.fromkeys(names, 0)

@@ -1,4 +1,4 @@
-"""What a mixture's sizes and previews say is what training will draw."""
+"""Sizes and previews of a mixture match what training draws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From measured trials to the record, the page and the terminal: what a user reads is what the trials say."""
+"""From measured trials to record, page and terminal: the conclusions follow from the trials."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def noise(seed: int) -> Losses:
 
 
 def test_noise_is_rarely_recommended_and_reported_as_such(recipe: Recipe) -> None:
-    """About 1 in 20 of such tunings takes noise for a gain: a block of seeds, for a single one can be picked."""
+    """About 1 in 20 such tunings mistakes noise for a gain; several seeds, so that none can be picked."""
     records = [record_of(recipe, ["token_shares"], noise(seed)) for seed in range(20)]
     refused = [record for record in records if not record.recommended]
     assert len(refused) >= 16

@@ -1,4 +1,4 @@
-"""The regression and the choice on losses whose truth is known: they follow the data-mixing law."""
+"""Regression and choice on synthetic losses that follow the data-mixing law."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = NDArray[np.float64]
 
 
 def law(rng: np.random.Generator, parts: int, effect: float) -> Callable[[Array], Array]:
-    """Ye et al. 2024: losses that fall with a domain's own share, most at first."""
+    """Ye et al. 2024: losses that decrease with a domain's own share, fastest at small shares."""
     floor, height = rng.uniform(1, 3, parts), rng.uniform(0.5, 1, parts) * effect
     exponents = rng.uniform(0, 0.5, (parts, parts))
     np.fill_diagonal(exponents, rng.uniform(-4, -1, parts))
@@ -38,7 +38,7 @@ def trials(
 
 
 def test_it_finds_a_better_mixture_where_there_is_one() -> None:
-    """The default starves the domain that weighs most: choices take most of what there is to gain."""
+    """The default gives the domain of largest weight too few tokens; choices realise most of the possible gain."""
     gained, there_was = 0.0, 0.0
     weights = np.array([0.7, 0.2, 0.1])
     for seed in range(20):
@@ -90,7 +90,7 @@ def test_a_choice_is_within_the_bounds() -> None:
 
 
 def test_leave_one_out_equals_an_explicit_refit() -> None:
-    """The closed form against doing it; the features' scale stays that of all trials, as in the closed form."""
+    """Compares the closed form with explicit refits; features keep the scale of all trials, as in the closed form."""
     space = simplex(np.array([0.3, 0.7]))
     points, losses = trials(space, lambda p: np.sqrt(p), 7, 0.02, 4)
     fitted = fit(points, losses)

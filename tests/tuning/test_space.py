@@ -1,4 +1,4 @@
-"""What `--over` accepts, and that points fill the bounds that it gives."""
+"""Parsing of `--over`, and points that fill its bounds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_instruction_share_moves_both_groups_and_keeps_their_proportions() -
 def test_all_shares_with_a_bound_on_one() -> None:
     space = parse_space(["token_shares", "code=0.2:0.6"], mixture())
     assert bounds(space)["code"] == (0.2, 0.6)
-    assert bounds(space)["web"] == (0, 0.8)  # what the bound on code leaves
+    assert bounds(space)["web"] == (0, 0.8)  # the rest, given the bound on code
     assert space.num_free == 3
     assert space.default.tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2])
 

@@ -1,4 +1,4 @@
-"""Proxy runs are the recipe in small, and are judged on the same text of every domain."""
+"""Proxy runs are the recipe at a smaller budget, evaluated on the same text of every domain."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_less_than_a_step_is_refused(recipe: Recipe) -> None:
 
 
 def test_held_out_sequences_do_not_depend_on_shares(recipe: Recipe, stock: dict[str, Path]) -> None:
-    """Every domain is there, also one without a share, and the two halves have no sequence in common."""
+    """Every domain is included, even one without a share, and the halves have no sequence in common."""
     tokenizer = load_tokenizer(stock["mistral"])
     first = held_out_halves(recipe, tokenizer, 3)
     for name, share in SHARES.items():
@@ -128,7 +128,7 @@ def test_trials_on_different_text_are_not_compared(recipe: Recipe) -> None:
 
 
 def test_a_confirmation_compares_sequence_by_sequence() -> None:
-    """Sequences differ much from each other; what counts is that all of them moved alike."""
+    """Sequences differ a lot from each other; only their common change counts."""
     weights = {"code": 0.5, "web": 0.5}
     better = compare(measurement(0), measurement(-0.2), weights, num_tokens=1, seed=2)
     assert better.difference == pytest.approx(-0.1)

@@ -33,15 +33,15 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Decontaminator:
+def decontaminator(tmp_path_factory: pytest.TempPathFactory) -> Decontaminator:
     folder = tmp_path_factory.mktemp("eval")
     first = write_rows(folder / "first.jsonl", [{"q": "Too short?"}, {"q": ITEM, "gold": 3}])
     second = write_rows(folder / "second.jsonl", [{"q": SHORT_ITEM, "choices": []}])
     return Decontaminator([first, second])
 
 
-def overlap(judge: Decontaminator, text: str) -> Overlap | None:
-    (found,) = judge.overlaps([Document("", text=text)])
+def overlap(decontaminator: Decontaminator, text: str) -> Overlap | None:
+    (found,) = decontaminator.overlaps([Document("", text=text)])
     return found
 
 
@@ -59,8 +59,10 @@ def overlap(judge: Decontaminator, text: str) -> Overlap | None:
         ITEM.replace("c", "ｃ"),
     ],
 )
-def test_a_planted_item_is_found_however_it_is_set(judge: Decontaminator, planted: str) -> None:
-    found = overlap(judge, f"Something before. {planted} Something after.")
+def test_a_planted_item_is_found_however_it_is_set(
+    decontaminator: Decontaminator, planted: str
+) -> None:
+    found = overlap(decontaminator, f"Something before. {planted} Something after.")
     assert found is not None
     assert (found.file, found.item) == (0, 1)
     assert len(found.ngram.split()) == 13
@@ -80,36 +82,43 @@ def test_a_planted_item_is_found_however_it_is_set(judge: Decontaminator, plante
         " ".join(SHORT_ITEM.split()[:7]),
     ],
 )
-def test_twelve_shared_words_in_a_row_are_not_an_overlap(judge: Decontaminator, near: str) -> None:
-    assert overlap(judge, f"Something before. {near} something after.") is None
+def test_twelve_shared_words_in_a_row_are_not_an_overlap(
+    decontaminator: Decontaminator, near: str
+) -> None:
+    assert overlap(decontaminator, f"Something before. {near} something after.") is None
 
 
-def test_an_item_of_eight_words_counts_as_a_whole(judge: Decontaminator) -> None:
-    found = overlap(judge, f"He asked: '{SHORT_ITEM.upper()}'")
+def test_an_item_of_eight_words_counts_as_a_whole(decontaminator: Decontaminator) -> None:
+    found = overlap(decontaminator, f"He asked: '{SHORT_ITEM.upper()}'")
     assert found is not None
     assert (found.file, found.item) == (1, 0)
     assert found.ngram == "which planet has the most moons known today"
 
 
-def test_short_items_are_counted(judge: Decontaminator) -> None:
-    assert [(file.num_items, file.num_short_items) for file in judge.files] == [(2, 1), (1, 0)]
+def test_short_items_are_counted(decontaminator: Decontaminator) -> None:
+    assert [(file.num_items, file.num_short_items) for file in decontaminator.files] == [
+        (2, 1),
+        (1, 0),
+    ]
 
 
-def test_an_item_across_two_documents_is_in_neither(judge: Decontaminator) -> None:
+def test_an_item_across_two_documents_is_in_neither(decontaminator: Decontaminator) -> None:
     halves = [Document("", text=" ".join(half)) for half in (WORDS[:9], WORDS[9:])]
-    assert judge.overlaps(halves) == [None, None]
-    assert judge.overlaps([]) == []
+    assert decontaminator.overlaps(halves) == [None, None]
+    assert decontaminator.overlaps([]) == []
     empty = [Document("", text=""), Document("", text=ITEM), Document("", text="...")]
-    assert [found is not None for found in judge.overlaps(empty)] == [False, True, False]
+    assert [found is not None for found in decontaminator.overlaps(empty)] == [False, True, False]
 
 
-def test_an_item_across_the_turns_of_a_conversation_is_found(judge: Decontaminator) -> None:
-    (found,) = judge.overlaps([conversation("", " ".join(WORDS[:9]), " ".join(WORDS[9:]))])
+def test_an_item_across_the_turns_of_a_conversation_is_found(
+    decontaminator: Decontaminator,
+) -> None:
+    (found,) = decontaminator.overlaps([conversation("", " ".join(WORDS[:9]), " ".join(WORDS[9:]))])
     assert found is not None
 
 
-def test_every_item_in_a_document_is_named(judge: Decontaminator) -> None:
-    found = overlap(judge, f"{SHORT_ITEM} {ITEM}")
+def test_every_item_in_a_document_is_named(decontaminator: Decontaminator) -> None:
+    found = overlap(decontaminator, f"{SHORT_ITEM} {ITEM}")
     assert found is not None
     assert found.items == ((0, 1), (1, 0))
     assert (found.file, found.item) == (1, 0), "the n-gram is the document's first"
@@ -117,7 +126,7 @@ def test_every_item_in_a_document_is_named(judge: Decontaminator) -> None:
 
 @given(seed=st.integers(0, 2**32 - 1), piece=st.integers(10, 200))
 def test_overlaps_equal_those_of_a_plain_word_search(
-    judge: Decontaminator, seed: int, piece: int
+    decontaminator: Decontaminator, seed: int, piece: int
 ) -> None:
     draw = random.Random(seed)
     texts = []
@@ -132,12 +141,12 @@ def test_overlaps_equal_those_of_a_plain_word_search(
     expected = [any(f" {gram} " in f" {text} " for gram in grams) for text in texts]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decontaminate, "PIECE_CHARACTERS", piece)
-        found = judge.overlaps([Document("", text=text) for text in texts])
+        found = decontaminator.overlaps([Document("", text=text) for text in texts])
     assert [one is not None for one in found] == expected
 
 
 def test_equal_hashes_are_distinguished_by_their_words(
-    judge: Decontaminator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    decontaminator: Decontaminator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         decontaminate, "_word_hashes", lambda words: decontaminate.np.zeros(len(words), "u8")
@@ -216,9 +225,9 @@ def test_a_changed_evaluation_file_changes_the_fingerprint(tmp_path: Path) -> No
     assert decontamination_fingerprint(mixture()) == []
     write_rows(path, [{"q": SHORT_ITEM}])
     assert decontamination_fingerprint(mixture(str(path))) != before
-    judge = Decontaminator.of(mixture(str(path)))
-    assert judge is not None
-    assert overlap(judge, SHORT_ITEM) is not None
+    decontaminator = Decontaminator.of(mixture(str(path)))
+    assert decontaminator is not None
+    assert overlap(decontaminator, SHORT_ITEM) is not None
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How a text is divided between what a calibration rests on and what it is watched with."""
+"""How a text is divided into calibration and validation sequences."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.mixture.conftest import story
 @pytest.mark.parametrize(
     ("num_tokens", "validation_tokens", "expected"),
     [
-        (320, 640, (10, 20)),  # enough for both: exactly what was asked, however unequal
+        (320, 640, (10, 20)),  # enough for both: exactly the requested numbers
         (640, 320, (20, 10)),
-        (100_000, 640, None),  # too short: a quarter is watched, the rest calibrates
+        (100_000, 640, None),  # too short: a quarter validates, the rest calibrates
     ],
 )
 def test_a_text_gives_the_requested_sequences_if_it_is_long_enough(
@@ -28,7 +28,7 @@ def test_a_text_gives_the_requested_sequences_if_it_is_long_enough(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join(story(number, 60) for number in range(40)))
-    sequences, watched = text_or_mixture_calibration(
+    sequences, validation = text_or_mixture_calibration(
         str(text),
         tokenizer,
         num_tokens=num_tokens,
@@ -37,7 +37,7 @@ def test_a_text_gives_the_requested_sequences_if_it_is_long_enough(
         seed=0,
         cache_dir=tmp_path / "cache",
     )
-    held_out = watched["text.txt"]
+    held_out = validation["text.txt"]
     if expected is None:
         expected = len(sequences), min(20, (len(sequences) + len(held_out)) // 4)
     assert (len(sequences), len(held_out)) == expected

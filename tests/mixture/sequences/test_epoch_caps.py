@@ -1,4 +1,4 @@
-"""No source is seen more often than its user allows, and a refusal names a budget that fits."""
+"""No source is seen more often than max_epochs, and an error names a budget that fits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_an_exhausted_source_gives_no_more_than_it_has_and_shares_stay_exact(
     fits = min((last_sequence_within(changed, *cap) for cap in capacities.items()), default=400)
     counts = schedule.counts(int(min(fits, 400)))
     assert all(counts.get(name, 0) <= size for name, size in capacities.items())
-    if fits < 400:  # only where nobody is left who could give
+    if fits < 400:  # only if no other source is left
         after = int(fits) + 1
         with_share = {name for name in changed.names if changed.share(name, after) > 0}
         assert with_share <= capacities.keys()

@@ -50,7 +50,7 @@ def test_a_text_is_cut_at_the_tokens_wanted(
         str(path), tokenizer, num_tokens=50, sequence_length=20, cache_dir=tmp_path
     )
     assert [len(sequence.input_ids) for sequence in sequences] == [20, 20, 10]
-    assert sequences[-1].labels[-1] != NO_LOSS, "the document goes on after the cut"
+    assert sequences[-1].labels[-1] != NO_LOSS, "the document continues after the cut"
 
 
 def test_a_mixture_gives_held_out_sequences_in_proportion(

@@ -1,4 +1,4 @@
-"""Packing loses no token, cuts no short document, and wastes next to nothing."""
+"""Packing loses no token, cuts no short document, and leaves few positions empty."""
 
 from __future__ import annotations
 

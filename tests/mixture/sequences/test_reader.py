@@ -1,4 +1,4 @@
-"""Sequences hold every document once an epoch, apart from its neighbours, wherever and whenever they are read."""
+"""Sequences hold every document once per epoch, separated from its neighbours, whenever and wherever they are read."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def epoch_sequences(reader: SequenceReader, name: str, epoch: int) -> list[Packe
 
 
 def pieces_of(sequence: PackedSequence, end_token: int) -> list[list[Pair]]:
-    """The documents' pieces in a sequence, without what is left empty at its end."""
+    """The documents' pieces in a sequence, without the padding at its end."""
     starts = np.flatnonzero(sequence.position_ids == 0).tolist()
     pieces = []
     for start, stop in zip(starts, [*starts[1:], len(sequence.input_ids)], strict=True):
@@ -93,7 +93,7 @@ def test_every_training_document_occurs_exactly_once_per_epoch(
         sequences = epoch_sequences(reader, name, epoch)
         pieces = [p for sequence in sequences for p in pieces_of(sequence, source.info.end_token)]
         found = Counter(map(tuple, pieces))
-        # A rest that is nothing but the end token looks like what is left empty.
+        # A remainder that consists of the end token only looks like padding.
         assert found - expected == Counter()
         assert set(expected - found) <= {((source.info.end_token, NO_LOSS),)}
         orders.append(pieces)
@@ -154,7 +154,9 @@ def test_a_growing_source_gives_the_sequences_of_a_complete_one(
             while not reader.is_available(index, 1):
                 waits += 1
                 if not stories.step() | chats.step():
-                    assert reader.is_available(index, 1), "all is there, but the reader waits"
+                    assert reader.is_available(index, 1), (
+                        "everything is cached, but the reader waits"
+                    )
             for field in ("input_ids", "position_ids", "labels"):
                 one, other = reader.sequence(index), expected.sequence(index)
                 assert getattr(one, field).tolist() == getattr(other, field).tolist()

@@ -1,4 +1,4 @@
-"""Every prefix of a run has each source's share to the sequence, whatever the schedule."""
+"""In every prefix of a run, each source has its share to within one sequence."""
 
 from __future__ import annotations
 

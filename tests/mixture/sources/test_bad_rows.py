@@ -281,7 +281,7 @@ def test_chats_that_the_template_refuses_are_counted(tokenizer: PreTrainedTokeni
     again = BadRows("chat", 0.5)
     again.carry_refusals(bad_rows)
     again.good_rows += 3
-    assert again == bad_rows, "an ingest that goes on ends with the same counts"
+    assert again == bad_rows, "a resumed ingest ends with the same counts"
 
 
 REASONS = st.sampled_from([Reason.NULL, Reason.NOT_JSON, Reason.EMPTY])

@@ -192,7 +192,7 @@ def test_a_json_list_read_in_chunks_equals_json_loads(
         ('[{"a": 1}, {"a": tru]', "not JSON"),
         ('[{"a": 1}', "the end of the file"),
         ('{"a": 1}\n{"a": 2}', "no list of objects"),
-        ('[{"a": 1}]\n[]', "more after its end"),
+        ('[{"a": 1}]\n[]', "text after its end"),
         ('{"a": [{}], "b": [{}]}', "two lists, 'a' and 'b'"),
         ("3", "neither a list nor an object"),
     ],

@@ -1,4 +1,4 @@
-"""Ingest reads and tokenises ahead of what it writes; nothing of that may be seen in what it leaves."""
+"""Ingest reads and tokenises ahead of what it writes; this must not affect the result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_sources_read_alternately_in_parts_of_any_size_give_the_same_tokens(
     monkeypatch: pytest.MonkeyPatch,
     part_documents: int,
 ) -> None:
-    """Texts and chats want the tokenizer set in two ways, and both have parts under way when the other begins."""
+    """Texts and chats need different tokenizer settings, and each has pending parts when the other starts."""
     monkeypatch.setattr("sparsify.mixture.tokens.pool.PART_DOCUMENTS", part_documents)
     texts = [{"text": f"{story(n, 9)} </s> <s>"} for n in range(60)]
     path = Path((mixture.sources["stories"].files or [])[0])
@@ -72,15 +72,15 @@ def test_ingest_tokenises_no_more_than_it_needs(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """However far reading is ahead."""
+    """Whatever the distance by which reading is ahead."""
     begun: list[str] = []
-    begin = Encoder.begin
+    begin = Encoder.start
 
     def noted(self: Encoder, documents: list[Document]) -> Callable[[], Encoded]:
         begun.extend(document.origin for document in documents)
         return begin(self, documents)
 
-    monkeypatch.setattr(Encoder, "begin", noted)
+    monkeypatch.setattr(Encoder, "start", noted)
     stories = ingest_of(mixture, "stories", tokenizer, tmp_path / "c", 300, 1).run()
     assert len(begun) == len(documents_of(stories)) < 60
 
