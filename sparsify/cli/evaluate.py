@@ -84,19 +84,21 @@ def evaluate(
     from sparsify.commands.evaluate import evaluate_model
     from sparsify.commands.evaluate import follow as follow_run
     from sparsify.evaluation.report import results_table
-    from sparsify.evaluation.request import Asked
+    from sparsify.evaluation.request import EvalRequest
     from sparsify.training.suite_results import LINES_FILE
 
     some = tuple(tasks.split(",")) if tasks else ()
-    asked = Asked(suite, some, data_dir, limit, batch_size, dtype, on, to, predictors, processes)
+    request = EvalRequest(
+        suite, some, data_dir, limit, batch_size, dtype, on, to, predictors, processes
+    )
     command = " ".join(["sparsify", *sys.argv[1:]])
     log_progress(quiet=as_json)
     with _bars() as on_progress:
         if follow:
-            found = follow_run(model, asked, command, on_progress)
+            found = follow_run(model, request, command, on_progress)
             where = f"{model}/{LINES_FILE} and {model}/evaluations/"
         else:
-            results, folder = evaluate_model(model, asked, command, on_progress)
+            results, folder = evaluate_model(model, request, command, on_progress)
             found, where = (
                 [results],
                 f"{folder}: results.json, results.md, model-index.yaml, items/",

@@ -1,9 +1,7 @@
-"""`sparsify evaluate`: finds model, suite and data, and measures.
+"""`sparsify evaluate`: runs a suite on a model, or with --follow on every checkpoint of a run while it trains.
 
-`sparsify evaluate RUN --follow`: every checkpoint of a run, while it trains.
-
-A process of its own reads saved checkpoints. So it is the same for every ZeRO stage, and training never waits for it, as it does for
-`eval.suite`.
+--follow reads saved checkpoints in a separate process: it works the same for every ZeRO stage, and the training does not wait
+for it (it does for `eval.suite`).
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ import torch
 
 from sparsify.conversion.source import locate
 from sparsify.errors import EvaluationError, ModelError, RunError
-from sparsify.evaluation.heldout import HeldOut
-from sparsify.evaluation.request import Asked, check_installed, data_folder
+from sparsify.evaluation.held_out_perplexity import HeldOut
+from sparsify.evaluation.request import EvalRequest, check_installed, data_folder
 from sparsify.evaluation.results import EvaluationResults, Provenance
 from sparsify.evaluation.suite import Suite, load_suite, only
 from sparsify.predictors import Predictors, read_predictors
@@ -50,55 +48,55 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def evaluate_model(
     model: str,
-    asked: Asked,
+    request: EvalRequest,
     command: str,
     on_progress: Callable[[str], Progress],
 ) -> tuple[EvaluationResults, Path]:
-    """Measures a suite on a model and writes what came out.
+    """Runs a suite on a model and writes the results.
 
     Returns:
         The results and their folder.
 
     Raises:
-        EvaluationError: If the suite, a task or its data is missing, before the model is loaded where that can be.
+        EvaluationError: If the suite, a task or its data is missing; if possible, before the model is loaded.
         ModelError, RunError: If the model cannot be loaded, or the predictors belong to another one.
     """
-    if asked.dtype is not None and asked.dtype not in DTYPES:
+    if request.dtype is not None and request.dtype not in DTYPES:
         raise EvaluationError(
-            f"--dtype {asked.dtype} is no type to compute in.", allowed=f"{', '.join(DTYPES)}."
+            f"Unsupported --dtype {request.dtype}.", allowed=f"{', '.join(DTYPES)}."
         )
-    suite = load_suite(asked.suite)
-    if asked.tasks:
-        suite = only(suite, list(asked.tasks))
+    suite = load_suite(request.suite)
+    if request.tasks:
+        suite = only(suite, list(request.tasks))
     check_installed()
-    from sparsify.evaluation.evaluate import Settings, evaluate
+    from sparsify.evaluation.evaluate import EvalSettings, evaluate
     from sparsify.evaluation.model import Subject
     from sparsify.evaluation.report import write_results
     from sparsify.evaluation.tasks import task_sources
 
-    if asked.on is not None and not suite.held_out_sequences_per_source:
+    if request.on is not None and not suite.held_out_sequences_per_source:
         raise EvaluationError(
-            f"--on {asked.on}: suite {suite.name} measures no held-out text.",
-            next_step="Leave --on out, or set held_out_sequences_per_source in a suite of your own.",
+            f"--on {request.on}: suite {suite.name} has no held-out text.",
+            next_step="Omit --on, or set held_out_sequences_per_source in your own suite.",
         )
-    data_dir = None if asked.data_dir is None else data_folder(asked.data_dir, "--data-dir")
+    data_dir = None if request.data_dir is None else data_folder(request.data_dir, "--data-dir")
     sources = task_sources(suite, data_dir)
     predictors = (
-        None if asked.predictors is None else read_predictors(asked.predictors.expanduser())
+        None if request.predictors is None else read_predictors(request.predictors.expanduser())
     )
     loaded = load(model)
     if predictors is not None:
-        predictors.check_model(loaded.model, str(asked.predictors))
-    if asked.dtype is not None:
-        torch.nn.Module.to(loaded.model, DTYPES[asked.dtype])
-    if torch.cuda.is_available() and asked.processes == 1:
+        predictors.check_model(loaded.model, str(request.predictors))
+    if request.dtype is not None:
+        torch.nn.Module.to(loaded.model, DTYPES[request.dtype])
+    if torch.cuda.is_available() and request.processes == 1:
         torch.nn.Module.to(loaded.model, "cuda")
-    held_out = _held_out(loaded, suite, asked.on)
-    folder = asked.to or default_folder(loaded, asked)
-    named = None if predictors is None else (str(asked.predictors), predictors)
-    logger.info(f"Measuring {loaded.name}: suite {suite.name}{_how(asked, predictors)}")
+    held_out = _held_out(loaded, suite, request.on)
+    folder = request.to or default_folder(loaded, request)
+    named = None if predictors is None else (str(request.predictors), predictors)
+    logger.info(f"Evaluating {loaded.name}: suite {suite.name}{_how(request, predictors)}")
     subject = Subject(loaded.model, loaded.tokenizer, loaded.name, provenance(loaded), named)
-    settings = Settings(asked.limit, asked.batch_size, asked.processes)
+    settings = EvalSettings(request.limit, request.batch_size, request.processes)
     results = evaluate(subject, suite, sources, held_out, folder, settings, on_progress=on_progress)
     results.command = command
     if subject.provenance is not None:
@@ -109,27 +107,27 @@ def evaluate_model(
     return results, folder
 
 
-def _how(asked: Asked, predictors: Predictors | None) -> str:
+def _how(request: EvalRequest, predictors: Predictors | None) -> str:
     words = ""
     if predictors is not None:
         words += (
-            f", only neurons that {asked.predictors} scores above {predictors.facts.threshold:g}"
+            f", only neurons that {request.predictors} scores above {predictors.facts.threshold:g}"
         )
-    if asked.processes > 1:
-        words += f", in {asked.processes} processes"
+    if request.processes > 1:
+        words += f", in {request.processes} processes"
     return words
 
 
-def default_folder(loaded: Loaded, asked: Asked) -> Path:
-    """RUN/evaluations/SUITE,STEP for a checkpoint, else evaluations/MODEL/SUITE; with what else sets it apart."""
+def default_folder(loaded: Loaded, request: EvalRequest) -> Path:
+    """RUN/evaluations/SUITE,STEP for a checkpoint of a run, evaluations/MODEL/SUITE for other models."""
     if loaded.trained is not None:
-        return evaluation_folder(loaded.trained.run, loaded.trained.checkpoint.name, asked)
+        return evaluation_folder(loaded.trained.run, loaded.trained.checkpoint.name, request)
     model = re.sub("[^-.0-9A-Za-z_]+", "-", loaded.name).strip("-.")
-    return Path(EVALUATIONS) / model / asked.name
+    return Path(EVALUATIONS) / model / request.name
 
 
 def provenance(loaded: Loaded) -> Provenance | None:
-    """What is known of the training of a run's checkpoint or of an exported bundle; None for any other model."""
+    """Provenance of a run's checkpoint or of an exported bundle; None for any other model."""
     if loaded.trained is not None:
         run = loaded.trained.run
         return provenance_of(
@@ -167,51 +165,50 @@ POLL_SECONDS = 10.0
 
 def follow(
     run_folder: str,
-    asked: Asked,
+    request: EvalRequest,
     command: str,
     on_progress: Callable[[str], Progress],
     poll_seconds: float = POLL_SECONDS,
 ) -> list[EvaluationResults]:
-    """Measures each checkpoint of a run that was not measured so yet, until the last one of its budget.
+    """Evaluates each new checkpoint of a run, until the last one of its budget.
 
-    Every evaluation is a line of RUN/evaluations.jsonl, and has a folder in RUN/evaluations/.
+    Every evaluation adds a line to RUN/evaluations.jsonl and a folder to RUN/evaluations/.
 
     Returns:
-        What was measured now, by step.
+        The new results, by step.
 
     Raises:
-        EvaluationError: If it is no run folder, or one folder or predictors were asked for.
+        EvaluationError: If the folder is not a run folder, or the request has an output folder or predictors.
     """
     run = RunFolder(Path(run_folder).expanduser())
     if not run.recipe.is_file():
         raise EvaluationError(
-            f"{run_folder} is no run folder: there are no checkpoints to follow.",
-            next_step="Leave --follow out, or give the folder that `sparsify train` printed.",
+            f"{run_folder} is not a run folder: there are no checkpoints to follow.",
+            next_step="Omit --follow, or give the folder that `sparsify train` printed.",
         )
-    if asked.to is not None:
+    if request.to is not None:
         raise EvaluationError(
-            "--to names one folder, and --follow writes one for each checkpoint.",
-            next_step="Leave --to out: they are written into the run's evaluations/.",
+            "--to is one folder, but --follow writes one for each checkpoint.",
+            next_step="Omit --to: the results go to the run's evaluations/.",
         )
-    if asked.predictors is not None:
+    if request.predictors is not None:
         raise EvaluationError(
-            "--predictors belong to one checkpoint, and --follow measures all of them.",
-            next_step="Leave --predictors out, or evaluate the checkpoint that they were trained for.",
+            "--predictors belong to one checkpoint, but --follow evaluates all of them.",
+            next_step="Omit --predictors, or evaluate only the checkpoint that they were trained for.",
         )
     num_steps = run.load_recipe().num_steps
     found: list[EvaluationResults] = []
     waiting = False
     while True:
-        waited_for = [path for path in _checkpoints(run) if not has_line(run, path, asked)]
-        for checkpoint in waited_for:
-            results = _measure(run, checkpoint, asked, command, on_progress)
+        for checkpoint in [one for one in _checkpoints(run) if not has_line(run, one, request)]:
+            results = _measure(run, checkpoint, request, command, on_progress)
             found += [results] if results is not None else []
         last = _checkpoints(run)[-1:]
-        if last and read_state(last[0]).step >= num_steps and has_line(run, last[0], asked):
+        if last and read_state(last[0]).step >= num_steps and has_line(run, last[0], request):
             return found
         if not waiting:
             logger.info(
-                f"Waiting for checkpoints of {run.path}; Ctrl-C ends that and changes nothing."
+                f"Waiting for checkpoints of {run.path}; Ctrl-C stops waiting and changes nothing."
             )
             waiting = True
         time.sleep(poll_seconds)
@@ -224,16 +221,16 @@ def _checkpoints(run: RunFolder) -> list[Path]:
 def _measure(
     run: RunFolder,
     checkpoint: Path,
-    asked: Asked,
+    request: EvalRequest,
     command: str,
     on_progress: Callable[[str], Progress],
 ) -> EvaluationResults | None:
     try:
-        results, folder = evaluate_model(str(checkpoint), asked, command, on_progress)
+        results, folder = evaluate_model(str(checkpoint), request, command, on_progress)
     except (OSError, ModelError, RunError):
         if checkpoint.is_dir():
             raise
-        logger.info(f"{checkpoint.name} was removed by the training before it was measured.")
+        logger.info(f"The training removed {checkpoint.name} before it was evaluated.")
         return None
-    write_line(run, checkpoint, asked, folder, results)
+    write_line(run, checkpoint, request, folder, results)
     return results

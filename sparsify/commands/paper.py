@@ -13,8 +13,8 @@ from pydantic import BaseModel, ConfigDict
 
 from sparsify.commands.train import train
 from sparsify.errors import RecipeError
+from sparsify.evaluation.metrics import Difference, MetricValue, Score, difference, metric_value
 from sparsify.evaluation.report import Rows, count_text, markdown
-from sparsify.evaluation.scores import Difference, Measured, Score, difference, measured
 from sparsify.files import write_text
 from sparsify.mixture.sequences.held_out import (
     check_text_or_mixture,
@@ -49,7 +49,7 @@ class TopKPoint(_Section):
 
     left_out: float
     """Share of every token's neurons that are set to 0, those of smallest |h|."""
-    perplexity: Measured
+    perplexity: MetricValue
 
 
 class Variant(_Section):
@@ -166,7 +166,7 @@ def _measure(
                 lambda batch: float(summed_loss(model, batch)), sequences, model.device
             )
         curve.append(
-            TopKPoint(left_out=share, perplexity=measured("perplexity", list(scores.values())))
+            TopKPoint(left_out=share, perplexity=metric_value("perplexity", list(scores.values())))
         )
         if first is None:
             first, zeros = scores, probe.statistics().zero_share("product")
@@ -270,7 +270,7 @@ def _curve_rows(tables: PaperTables) -> Rows:
     return Rows("Table 3: what is left when small activations are left out", header, rows, notes)
 
 
-def _perplexity(value: Measured) -> str:
+def _perplexity(value: MetricValue) -> str:
     if value.low is None or value.high is None:
         return f"{value.value:.2f}"
     return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"

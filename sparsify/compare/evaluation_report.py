@@ -19,8 +19,8 @@ from sparsify.compare.evaluations import (
     same_weights,
 )
 from sparsify.compare.tables import TextTable
+from sparsify.evaluation.metrics import MetricValue
 from sparsify.evaluation.report import count_text, published_scores, score_text
-from sparsify.evaluation.scores import Measured
 from sparsify.reporting.figures import WIDTH_INCHES, Theme
 from sparsify.reporting.numbers import percent
 
@@ -283,7 +283,7 @@ def _what(comparison: EvaluationComparison) -> str:
     return f"{metric} of {first}"
 
 
-def _quality(comparison: EvaluationComparison, model: EvaluatedModel) -> Measured | None:
+def _quality(comparison: EvaluationComparison, model: EvaluatedModel) -> MetricValue | None:
     if _mean_of_accuracies(comparison):
         return model.average
     task = model.tasks.get(comparison.tasks[0])

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sparsify.compare.settings import short_names
 from sparsify.errors import EvaluationError
+from sparsify.evaluation.metrics import Difference, MetricValue, difference
 from sparsify.evaluation.results import (
     RESULTS_FILE,
     EvaluationResults,
@@ -22,7 +23,6 @@ from sparsify.evaluation.results import (
     read_items,
     read_results,
 )
-from sparsify.evaluation.scores import Difference, Measured, difference
 from sparsify.training.suite_results import EVALUATIONS
 
 Against = Literal["itself without predictors", "its dense baseline", "another model", "nothing"]
@@ -62,7 +62,7 @@ class EvaluatedModel(_Section):
     """Whether neither its activation nor thresholds make exact zeros."""
     training_tokens: int | None
     """None if no run is known that trained it."""
-    average: Measured | None
+    average: MetricValue | None
     tasks: dict[str, TaskResult]
     zeros: float | None
     """Of all tasks' tokens."""

@@ -1,4 +1,4 @@
-"""Measures a suite on a model in memory, task by task, and goes on where an earlier launch stopped."""
+"""Runs a suite on a model in memory, task by task, and resumes an interrupted evaluation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.heldout import PREFIX, HeldOut, fingerprint, measure_source
-from sparsify.evaluation.lm_adapter import Asking, Progress
+from sparsify.evaluation.held_out_perplexity import PREFIX, HeldOut, fingerprint, measure_source
+from sparsify.evaluation.lm_adapter import JournaledLM, Progress
+from sparsify.evaluation.metrics import Score, kind_of, mean_of, metric_value, scores_of
 from sparsify.evaluation.model import Subject, counted_fields, model_hash
 from sparsify.evaluation.overlap import write_texts
 from sparsify.evaluation.results import (
@@ -25,10 +26,9 @@ from sparsify.evaluation.results import (
     items_path,
     write_items,
 )
-from sparsify.evaluation.scores import Score, kind_of, mean_of, measured, scores_of
 from sparsify.evaluation.suite import Suite
 from sparsify.evaluation.tasks import FEWSHOT_SEED, TaskSource, build_tasks
-from sparsify.evaluation.worker import Answering, Workers
+from sparsify.evaluation.worker_pool import ProcessPool, WorkerPool
 from sparsify.files import write_json, write_text
 from sparsify.mixture.cleaning.eval_items import strings
 
@@ -40,13 +40,13 @@ Items = dict[str, dict[str, Score]]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How it is measured.
+class EvalSettings:
+    """Settings of an evaluation.
 
     Attributes:
-        limit: Items of each task; None for all.
-        batch_size: Requests of one forward pass.
-        processes: How many answer, each with a model of its own.
+        limit: Maximum number of items per task; None for all.
+        batch_size: Requests per forward pass.
+        processes: Number of processes, each with its own model.
     """
 
     limit: int | None = None
@@ -60,23 +60,23 @@ def evaluate(
     sources: Sequence[TaskSource],
     held_out: HeldOut | None,
     folder: Path,
-    settings: Settings,
+    settings: EvalSettings,
     *,
     on_progress: Callable[[str], Progress] = lambda _: lambda _done, _all: None,
-    answering: Answering | None = None,
+    pool: WorkerPool | None = None,
 ) -> EvaluationResults:
-    """Measures every task of a suite and writes results.json and the items' scores.
+    """Runs every task of a suite and writes results.json and the score of each item.
 
     Args:
-        subject: The model, with predictors if they mask it. It is left in the mode that it was in.
-        suite: The suite that `sources` are of.
-        sources: Its tasks.
-        held_out: Held-out sequences, by source; None for none.
-        folder: Where results, items and journal go. What an earlier launch measured there of the same model, with the
-            same suite and settings, is taken over.
-        settings: How to measure.
-        on_progress: Given a task's name, what is told of its requests: done, all.
-        answering: Who answers, all with this model; None for `settings.processes` of their own.
+        subject: The model, with predictors if they mask it. Its training mode is restored afterwards.
+        suite: The suite.
+        sources: The tasks of the suite.
+        held_out: Held-out sequences of a mixture; None for none.
+        folder: Output folder of results, items and journal. Results that an earlier launch wrote there for the same
+            model, tasks and settings are reused.
+        settings: Batch size, limits and number of processes.
+        on_progress: Given a task's name, returns a callback that receives (requests done, requests in total).
+        pool: Runs the requests, on this model; None starts `settings.processes` processes.
 
     Raises:
         EvaluationError: If a task cannot be prepared, or a process is killed.
@@ -84,20 +84,22 @@ def evaluate(
     model, was_training = subject.model, subject.model.training
     masks = subject.masks
     identity = model_hash(model)
-    keep = _Kept(folder, identity if masks is None else f"{identity} {masks.hash}")
+    finished = _FinishedTasks(folder, identity if masks is None else f"{identity} {masks.hash}")
     model.eval()
     done: list[TaskResult] = []
     try:
         predictors = subject.predictors[1] if subject.predictors else None
-        with answering or Workers(
+        with pool or ProcessPool(
             model, subject.tokenizer, settings.batch_size, predictors, settings.processes
         ) as workers:
             for source in sources:
-                measure = partial(_measure, workers, subject, source, keep, settings, on_progress)
-                done.append(keep.or_measure(source.name, _facts(source, settings), measure))
+                measure = partial(
+                    _measure, workers, subject, source, finished, settings, on_progress
+                )
+                done.append(finished.or_measure(source.name, _facts(source, settings), measure))
             prompts = [(prompt, suite.prompt_tokens) for prompt in suite.prompts]
-            written = list(workers.map("sample", prompts))
-            done += _held_out(workers, subject, held_out, keep) if held_out is not None else []
+            samples = list(workers.map("sample", prompts))
+            done += _held_out(workers, subject, held_out, finished) if held_out is not None else []
     finally:
         model.train(was_training)
     results = EvaluationResults(
@@ -119,7 +121,7 @@ def evaluate(
         provenance=subject.provenance,
         tasks=done,
         average=_average(done),
-        samples=written,
+        samples=samples,
         notes=_notes(done, settings),
     )
     write_text(folder / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
@@ -127,10 +129,10 @@ def evaluate(
 
 
 def _held_out(
-    workers: Answering, subject: Subject, held_out: HeldOut, keep: _Kept
+    workers: WorkerPool, subject: Subject, held_out: HeldOut, finished: _FinishedTasks
 ) -> list[TaskResult]:
     return [
-        keep.or_measure(
+        finished.or_measure(
             PREFIX + source,
             fingerprint(sequences),
             partial(measure_source, workers, subject, held_out.mixture, source, sequences),
@@ -139,8 +141,8 @@ def _held_out(
     ]
 
 
-class _Kept:
-    """Tasks that are measured already, in one folder, each of one model, on one set of items, in one way."""
+class _FinishedTasks:
+    """Results of finished tasks in one folder, each valid for one model, one set of items and one set of settings."""
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder, self.identity = folder, identity
@@ -151,7 +153,7 @@ class _Kept:
     def or_measure(
         self, task: str, facts: str, measure: Callable[[], tuple[TaskResult, Items]]
     ) -> TaskResult:
-        """The kept result of a task that the same facts led to, or a new one, which is kept."""
+        """Returns the stored result of a task if its facts are the same; otherwise measures and stores it."""
         identity = f"{self.identity} {facts}"
         result = self._read(task, identity)
         if result is None:
@@ -176,8 +178,8 @@ class _Kept:
         return self.folder / TASKS_FOLDER / f"{task.replace('/', '.')}.json"
 
 
-def _facts(source: TaskSource, settings: Settings) -> str:
-    """What a task's numbers follow from, besides the model. Not the batch size: it only rounds."""
+def _facts(source: TaskSource, settings: EvalSettings) -> str:
+    """What a task's numbers depend on, apart from the model. The batch size is left out: it only affects rounding."""
     files = {
         split: (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for split, path in source.files.items()
@@ -188,30 +190,30 @@ def _facts(source: TaskSource, settings: Settings) -> str:
 
 
 def _measure(
-    workers: Answering,
+    workers: WorkerPool,
     subject: Subject,
     source: TaskSource,
-    keep: _Kept,
-    settings: Settings,
+    finished: _FinishedTasks,
+    settings: EvalSettings,
     on_progress: Callable[[str], Progress],
 ) -> tuple[TaskResult, Items]:
-    from lm_eval.evaluator import evaluate as ask
+    from lm_eval.evaluator import evaluate as run_harness
 
     tasks = build_tasks(source)
     limits = [one for one in (settings.limit, source.settings.limit) if one is not None]
-    journal = keep.journal(source.name)
-    asked = Asking(workers, journal, keep.identity, on_progress(source.name))
-    answered: Any = ask(
-        lm=asked,
+    journal = finished.journal(source.name)
+    lm = JournaledLM(workers, journal, finished.identity, on_progress(source.name))
+    output: Any = run_harness(
+        lm=lm,
         task_dict={"tasks": tasks, "groups": {}, "group_map": {}},
         limit=min(limits) if limits else None,
         bootstrap_iters=0,
         log_samples=True,
     )
-    items = _items(answered["samples"], subject.tokenizer)
-    write_texts(keep.folder, source.name, _texts(answered["samples"]))
+    items = _items(output["samples"], subject.tokenizer)
+    write_texts(finished.folder, source.name, _texts(output["samples"]))
     metrics = {
-        metric: measured(kind_of(metric), [scores[metric] for scores in items.values()])
+        metric: metric_value(kind_of(metric), [scores[metric] for scores in items.values()])
         for metric in dict.fromkeys(key for scores in items.values() for key in scores)
     }
     metric = _headline(source, metrics)
@@ -223,39 +225,39 @@ def _measure(
         metric=metric,
         score=metrics[metric],
         metrics=metrics,
-        truncated_requests=asked.truncated_requests,
-        **counted_fields(subject, asked.counts),
+        truncated_requests=lm.truncated_requests,
+        **counted_fields(subject, lm.counts),
     ), items
 
 
 def _items(samples: dict[str, list[dict[str, Any]]], tokenizer: PreTrainedTokenizerFast) -> Items:
-    """Scores of every item, under a name that is the same for every model that is asked the same."""
+    """Scores of every item, under a key that depends on the item alone, so that models can be compared item by item."""
     items: Items = {}
-    for task, answers in samples.items():
-        several = len({answer["filter"] for answer in answers}) > 1
+    for task, records in samples.items():
+        several = len({record["filter"] for record in records}) > 1
         seen: dict[tuple[str, str], int] = {}
-        for answer in answers:
-            asked_again = (answer["prompt_hash"] + answer["target_hash"], answer["filter"])
-            repeat = seen[asked_again] = seen.get(asked_again, -1) + 1
-            key = f"{task}:{answer['prompt_hash'][:16]}{answer['target_hash'][:8]}:{repeat}"
+        for record in records:
+            # The same prompt may occur twice in a task: the second occurrence gets a number of its own.
+            same = (record["prompt_hash"] + record["target_hash"], record["filter"])
+            repeat = seen[same] = seen.get(same, -1) + 1
+            key = f"{task}:{record['prompt_hash'][:16]}{record['target_hash'][:8]}:{repeat}"
             scores = items.setdefault(key, {})
-            for metric in answer["metrics"]:
-                score = scores_of(metric, answer[metric])
+            for metric in record["metrics"]:
+                score = scores_of(metric, record[metric])
                 if score is not None:
-                    scores[f"{metric},{answer['filter']}" if several else metric] = score
-            if "word_perplexity" in answer["metrics"]:
-                text = answer["arguments"][0][0]
+                    scores[f"{metric},{record['filter']}" if several else metric] = score
+            if "word_perplexity" in record["metrics"]:
+                text = record["arguments"][0][0]
                 tokens = max(1, len(tokenizer(text)["input_ids"]))
                 scores["token_perplexity"] = Score(scores["word_perplexity"].value, float(tokens))
     return items
 
 
 def _texts(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """All text of every item: question, choices, answer."""
     documents = {
-        (task, answer["doc_id"]): answer["doc"]
-        for task, answers in samples.items()
-        for answer in answers
+        (task, record["doc_id"]): record["doc"]
+        for task, records in samples.items()
+        for record in records
     }
     return ["\n".join(strings(document)) for document in documents.values()]
 
@@ -276,15 +278,15 @@ def _average(tasks: Sequence[TaskResult]) -> Any:
     return mean_of(scores) if len(scores) > 1 else None
 
 
-def _notes(tasks: Sequence[TaskResult], settings: Settings) -> list[str]:
+def _notes(tasks: Sequence[TaskResult], settings: EvalSettings) -> list[str]:
     notes = []
     if settings.limit is not None:
         notes.append(
-            f"Only the first {settings.limit:,} items of each task: the intervals say what that leaves open."
+            f"Only the first {settings.limit:,} items of each task were evaluated; the intervals account for that."
         )
     for task in tasks:
         if task.truncated_requests:
             notes.append(
-                f"{task.name}: {task.truncated_requests:,} requests were longer than the context and lost their beginning."
+                f"{task.name}: {task.truncated_requests:,} requests were longer than the context; their beginning was cut off."
             )
     return notes

@@ -1,38 +1,90 @@
-"""What lm-evaluation-harness talks to: hands its requests on in chunks, and keeps every answer in a journal."""
+"""lm-evaluation-harness's view of a model: runs requests in chunks on a pool of workers, and journals every output."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lm_eval.api.model import LM
 
-from sparsify.evaluation.harness import Chunk, Journal
-from sparsify.evaluation.model import Counts, together
-from sparsify.evaluation.worker import Answering
+from sparsify.evaluation.harness import Chunk
+from sparsify.evaluation.model import Counts, sum_counts
+from sparsify.evaluation.worker_pool import WorkerPool
+from sparsify.files import write_text
 
 CHUNK_REQUESTS = {"loglikelihood": 64, "loglikelihood_rolling": 2, "generate_until": 16}
-"""Requests that are answered before the journal is written: what a killed evaluation loses at most of each process."""
+"""Requests per journal entry; a killed evaluation loses at most this many for each process."""
 
 Progress = Callable[[int, int], None]
 
 
-class Asking(LM):
-    """One task's requests on their way to the workers.
-
-    Chunks are cut the same way for any number of workers, so that every batch, and so every answer, is the same too.
+class Journal:
+    """Append-only file of finished chunks. A truncated last line is discarded.
 
     Args:
-        workers: Who answers.
-        journal: Answers go to, or come from, files of this name with an ending.
-        identity: Of the model.
-        on_progress: Told of requests: done, all.
+        path: The file.
+        identity: Hash of model and requests. A file with a different identity is overwritten.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self.chunks: list[Chunk] = []
+        head = json.dumps({"identity": identity}) + "\n"
+        valid_bytes = 0
+        if path.is_file():
+            with path.open("rb") as file:
+                if file.readline() == head.encode():
+                    valid_bytes = file.tell()
+                    for line in file:
+                        chunk = _chunk(line)
+                        if chunk is None:
+                            break
+                        self.chunks.append(chunk)
+                        valid_bytes += len(line)
+        if not valid_bytes:
+            write_text(path, head)
+            valid_bytes = len(head)
+        self._file = path.open("ab")
+        self._file.truncate(valid_bytes)
+
+    def add(self, chunk: Chunk) -> None:
+        """Appends a chunk and flushes it to disk."""
+        self.chunks.append(chunk)
+        self._file.write((json.dumps(list(chunk)) + "\n").encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _chunk(line: bytes) -> Chunk | None:
+    try:
+        if not line.endswith(b"\n"):
+            return None
+        outputs, counts, truncated_requests = json.loads(line)
+        return Chunk(outputs, Counts(*counts), truncated_requests)
+    except (ValueError, TypeError):
+        return None
+
+
+class JournaledLM(LM):
+    """Runs one task's requests on a pool of workers.
+
+    The chunks do not depend on the number of workers, so that every batch, and with it every output, is the same.
+
+    Args:
+        workers: The pool.
+        journal: Path of the journal, to which the kind of request and a suffix are added.
+        identity: Hash of the model.
+        on_progress: Receives (requests done, requests in total).
     """
 
     def __init__(
-        self, workers: Answering, journal: Path, identity: str, on_progress: Progress
+        self, workers: WorkerPool, journal: Path, identity: str, on_progress: Progress
     ) -> None:
         super().__init__()
         self._workers, self._journal = workers, journal
@@ -41,44 +93,44 @@ class Asking(LM):
 
     @property
     def counts(self) -> Counts:
-        """What was counted for all answers, in earlier launches too."""
-        return together(chunk.counts for chunk in self._chunks)
+        """Counts of all requests, including those of earlier launches."""
+        return sum_counts(chunk.counts for chunk in self._chunks)
 
     @property
     def truncated_requests(self) -> int:
-        """Requests whose beginning did not fit into the context."""
+        """Requests longer than the context, whose beginning was cut off."""
         return sum(chunk.truncated_requests for chunk in self._chunks)
 
     def loglikelihood(self, requests: Any) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the most likely one."""
-        answers = self._answer("loglikelihood", requests)
-        return [(float(log_likelihood), bool(greedy)) for log_likelihood, greedy in answers]
+        outputs = self._run("loglikelihood", requests)
+        return [(float(log_likelihood), bool(greedy)) for log_likelihood, greedy in outputs]
 
     def loglikelihood_rolling(self, requests: Any) -> list[float]:
         """Log-likelihood of whole texts."""
-        return self._answer("loglikelihood_rolling", requests)
+        return self._run("loglikelihood_rolling", requests)
 
     def generate_until(self, requests: Any) -> list[str]:
-        """Continuations up to a stop."""
-        return self._answer("generate_until", requests)
+        """Continuations up to a stop string."""
+        return self._run("generate_until", requests)
 
-    def _answer(self, kind: str, requests: Any) -> list[Any]:
-        asked = hashlib.blake2b(self._identity.encode(), digest_size=16)
+    def _run(self, kind: str, requests: Any) -> list[Any]:
+        identity = hashlib.blake2b(self._identity.encode(), digest_size=16)
         for request in requests:
-            asked.update(repr(request.args).encode())
+            identity.update(repr(request.args).encode())
         path = self._journal.with_name(f"{self._journal.name}.{kind}.jsonl")
-        journal = Journal(path, asked.hexdigest())
-        answers = [answer for chunk in journal.chunks for answer in chunk.answers]
-        given = [request.args for request in requests]
+        journal = Journal(path, identity.hexdigest())
+        outputs = [output for chunk in journal.chunks for output in chunk.outputs]
+        arguments = [request.args for request in requests]
         size = CHUNK_REQUESTS[kind]
-        rest = [given[at : at + size] for at in range(len(answers), len(given), size)]
-        self._on_progress(len(answers), len(given))
+        rest = [arguments[at : at + size] for at in range(len(outputs), len(arguments), size)]
+        self._on_progress(len(outputs), len(arguments))
         try:
             for chunk in self._workers.map("chunk", [(kind, some) for some in rest]):
                 journal.add(chunk)
-                answers += chunk.answers
-                self._on_progress(len(answers), len(given))
+                outputs += chunk.outputs
+                self._on_progress(len(outputs), len(arguments))
         finally:
             journal.close()
         self._chunks += journal.chunks
-        return answers
+        return outputs

@@ -1,7 +1,4 @@
-"""The model that is evaluated: what identifies it and its predictors, and how many parameters a token needs.
-
-What a model computes while it is asked: zeros and tokens, and what predictors switch on where they mask it.
-"""
+"""The evaluated model: hashes of model and predictors, zeros and tokens counted while it runs, active parameters."""
 
 from __future__ import annotations
 
@@ -24,18 +21,18 @@ from sparsify.sparsity.probe import SparsityProbe
 
 
 class Counts(NamedTuple):
-    """What was counted over some passes, padding left out."""
+    """Counts over some forward passes, without padding."""
 
     totals: list[int]
-    """Values computed, and those of gate, up and product that were not zero."""
+    """Number of values, and of non-zero values of gate, up and product."""
     masked: list[int]
-    """Neurons that fire, those of them that are switched on, neurons that are on, and values; 0 without predictors."""
+    """Neurons that fire; those of them that are on; neurons that are on; all neurons. 0 without predictors."""
     tokens: int
     seconds: float
 
     @property
     def zero_shares(self) -> tuple[float | None, float | None]:
-        """Shares of exact zeros of gate and product; None where nothing was computed."""
+        """Shares of exact zeros of gate and product; None if nothing was computed."""
         values, gate, _, product = self.totals
         return (1 - gate / values, 1 - product / values) if values else (None, None)
 
@@ -52,8 +49,8 @@ class Counts(NamedTuple):
         return hit / fired if fired else None
 
 
-def together(counts: Iterable[Counts]) -> Counts:
-    """The sum of some counts."""
+def sum_counts(counts: Iterable[Counts]) -> Counts:
+    """The sum of counts; zeros if there are none."""
     sums = Counts([0] * 4, [0] * 4, 0, 0.0)
     for one in counts:
         sums = Counts(
@@ -66,11 +63,11 @@ def together(counts: Iterable[Counts]) -> Counts:
 
 
 class Counter:
-    """Context manager that counts in every forward pass of a model, with its neurons masked where predictors are given.
+    """Context manager that counts zeros in every forward pass of a model, and masks it by predictors if there are any.
 
     Args:
         model: A sparse model.
-        predictors: Of that model; each block then computes only the neurons that they switch on.
+        predictors: Predictors of that model; each block then computes only the neurons that they switch on.
     """
 
     def __init__(self, model: SparseModel, predictors: Predictors | None = None) -> None:
@@ -94,15 +91,15 @@ class Counter:
             self._inputs.__exit__()
 
     def count(self, token_mask: torch.Tensor | None) -> None:
-        """Says which tokens of the next forward pass count, bool [batch, tokens]; without a call all of them do."""
+        """Sets which tokens of the next forward pass count, bool [batch, tokens]; without a call all of them count."""
         self._probe.count(token_mask)
 
     def begin(self) -> None:
-        """Counting begins anew."""
+        """Resets the counts."""
         self._begun = self._now()
 
     def taken(self) -> Counts:
-        """What was counted since `begin`."""
+        """Counts since `begin`."""
         begun, now = self._begun, self._now()
         return Counts(
             [a - b for a, b in zip(now.totals, begun.totals, strict=True)],
@@ -121,13 +118,13 @@ class Counter:
 
 @dataclass(frozen=True)
 class Subject:
-    """The model that is measured, and what is known of it.
+    """The model under evaluation.
 
     Attributes:
-        model: In the mode that it was in before and after.
+        model: The model.
         tokenizer: Its tokenizer.
-        name: What the user calls it.
-        provenance: Of its training.
+        name: Folder or Hub id that the user gave.
+        provenance: How it was trained; None if unknown.
         predictors: Folder and predictors that mask it; None to compute every neuron.
     """
 
@@ -139,7 +136,6 @@ class Subject:
 
     @property
     def masks(self) -> PredictorMasks | None:
-        """What results say of the predictors."""
         if self.predictors is None:
             return None
         folder, predictors = self.predictors
@@ -153,7 +149,7 @@ class Subject:
 
 
 def model_hash(model: SparseModel) -> str:
-    """Hash of a model's weights and activation: the same for the same function, wherever it was loaded from."""
+    """xxh3-128 of a model's weights and activation: equal for equal functions, wherever they were loaded from."""
     digest = xxhash.xxh3_128(model.config.ffn_activation.encode())
     if model.config.ffn_gate_threshold:
         digest.update(repr(model.config.ffn_gate_threshold).encode())
@@ -164,7 +160,7 @@ def model_hash(model: SparseModel) -> str:
 
 
 def predictors_hash(predictors: Predictors) -> str:
-    """Hash of all that decides which neurons predictors switch on: their matrices, input and threshold."""
+    """xxh3-128 of what decides which neurons predictors switch on: their matrices, input and threshold."""
     facts = predictors.facts
     digest = xxhash.xxh3_128(f"{facts.input} {facts.threshold!r}".encode())
     for key, block in sorted(predictors.blocks.items()):
@@ -180,7 +176,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def counted_fields(subject: Subject, counts: Counts) -> dict[str, Any]:
-    """The fields of a TaskResult that come from what was counted."""
+    """The fields of a TaskResult that follow from the counts."""
     gate_zeros, product_zeros = counts.zero_shares
     return {
         "gate_zeros": gate_zeros,
@@ -194,7 +190,7 @@ def counted_fields(subject: Subject, counts: Counts) -> dict[str, Any]:
 
 
 def _active_count(subject: Subject, counts: Counts) -> ActiveCount:
-    """Parameters that one token needs at the zeros that were counted, and at what predictors switched on."""
+    """Parameters that one token needs at the counted zeros, and with the neurons that predictors switched on."""
     model = subject.model
     gate, product = counts.zero_shares
     config = model.config

@@ -1,4 +1,4 @@
-"""Which evaluation items the instruction data of a run holds: 13 words in a row, as decontamination counts them."""
+"""Evaluation items that occur in the instruction data of a run: 13 words in a row, as in decontamination."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sparsify.mixture.tokens.pool import batches
 from sparsify.recipe.mixture import MixtureSection
 
 MAX_DOCUMENTS = 100_000
-"""Of each source; a mixture may hold more instructions than anyone wants to read for a table."""
+"""Documents read per source, so that a large source does not delay the table."""
 
 
 def write_texts(folder: Path, task: str, texts: Sequence[str]) -> None:
-    """Keeps the text of a task's items, for `overlaps`."""
+    """Writes the text of a task's items, for `overlaps`."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     write_text(_texts_path(folder, task), lines)
 
@@ -30,15 +30,15 @@ def write_texts(folder: Path, task: str, texts: Sequence[str]) -> None:
 def overlaps(
     folder: Path, tasks: Sequence[str], mixture: MixtureSection, sources: Sequence[str]
 ) -> dict[str, list[SourceOverlap]]:
-    """For each task, what each of some sources of a mixture shares with its items.
+    """For each task, the overlap of its items with each given source of a mixture.
 
-    Documents that the mixture holds out, or leaves out as contaminated, are not counted: nothing was trained on them.
+    Documents that the mixture holds out or drops as contaminated are not counted: nothing was trained on them.
 
     Args:
-        folder: Where `write_texts` wrote.
-        tasks: The tasks.
-        mixture: What the model was trained on.
-        sources: Names of the sources to look through.
+        folder: Folder that `write_texts` wrote to.
+        tasks: Names of the tasks.
+        mixture: The mixture that the model was trained on.
+        sources: Names of the sources to search.
     """
     paths = {task: _texts_path(folder, task) for task in tasks}
     paths = {task: path for task, path in paths.items() if path.is_file()}
@@ -63,12 +63,12 @@ def overlaps(
 def _search(
     finder: Decontaminator, mixture: MixtureSection, source: str
 ) -> tuple[int, dict[int, int], set[tuple[int, int]], str | None]:
-    """Documents read, how many hit each file, the items found, and why the source could not be read whole, if so."""
+    """Documents read, overlapping documents by file, items found, and the problem that ended the reading, if any."""
     num_documents = 0
     hits: dict[int, int] = {}
     items: set[tuple[int, int]] = set()
     try:
-        # A copy that moved since must not hide the scores; that nothing is known is said instead.
+        # Source files may have moved since the training: report the problem rather than fail after the evaluation.
         for documents in batches(islice(_trained_on(mixture, source), MAX_DOCUMENTS)):
             num_documents += len(documents)
             for overlap in finder.overlaps(documents):
@@ -86,8 +86,8 @@ def _trained_on(mixture: MixtureSection, source: str) -> Iterator[Document]:
     settings = mixture.sources[source]
     bad_rows = BadRows(source, mixture.max_bad_fraction)
     for documents in batches(read_documents(source, settings, bad_rows)):
-        left_out = cleaner.overlaps(documents) if cleaner else [None] * len(documents)
-        for document, overlap in zip(documents, left_out, strict=True):
+        contaminated = cleaner.overlaps(documents) if cleaner else [None] * len(documents)
+        for document, overlap in zip(documents, contaminated, strict=True):
             if overlap is None and not is_held_out(document.origin, mixture.validation_fraction):
                 yield document
 

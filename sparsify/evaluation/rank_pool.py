@@ -1,8 +1,8 @@
-"""The ranks of a run answer together, each with the whole model that it trains.
+"""Evaluation on the ranks of a running training, each of which holds the whole model.
 
-The first rank hands out work and takes in answers, as `Workers` does. They talk through the key-value store that the process
-group met in, and not by collectives: whoever waits looks into the store again and again, so that no time-out ends it however
-long the first rank reads data or looks for overlaps, and a rank that is asked to stop is heard by all.
+Rank 0 distributes requests and collects outputs, like `ProcessPool` does with processes. The ranks communicate through the
+key-value store of the process group rather than by collectives: every wait polls the store, so that no collective times out
+while rank 0 reads data or searches for overlaps, and so that a stop request on any rank reaches all of them.
 """
 
 from __future__ import annotations
@@ -19,95 +19,95 @@ from torch.distributed.distributed_c10d import (
     _get_default_store,  # pyright: ignore[reportPrivateUsage]
 )
 
-from sparsify.evaluation.worker import Measurer, Method
+from sparsify.evaluation.worker_pool import EvalWorker, Method
 
 POLL_SECONDS = 0.05
 AHEAD = 2
-"""Items that wait for each rank beside the one that it answers, so that none is idle while the first answers its own."""
-_numbers = itertools.count()
+"""Requests queued for each rank in addition to its current one, so that no rank waits while rank 0 runs its own."""
+_queue_numbers = itertools.count()
 
 
 class Stopped(Exception):
-    """A rank was asked to stop before the suite was done."""
+    """A rank was stopped before the suite was finished."""
 
 
-class Meeting:
-    """One suite that all ranks of the process group come together for; every rank makes one, in the same order.
+class RankQueue:
+    """Work queue of one suite over the process group. Every rank creates its queues in the same order.
 
     Args:
-        stop_requested: Whether this rank was asked to stop.
+        stop_requested: Whether this rank was told to stop.
     """
 
     def __init__(self, stop_requested: Callable[[], bool]) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self._store: Any = PrefixStore(f"suite/{next(_numbers)}", _get_default_store())
-        self._stop_requested, self._said = stop_requested, False
+        self._store: Any = PrefixStore(f"suite/{next(_queue_numbers)}", _get_default_store())
+        self._stop_requested, self._stop_sent = stop_requested, False
 
     def check(self) -> None:
-        """The first rank looks up here and there.
+        """On rank 0: looks for a stop request of any rank.
 
         Raises:
-            Stopped: If a rank was asked to stop.
+            Stopped: If a rank was told to stop.
         """
         if self._stop_requested() or self._store.check(["stop"]):
             raise Stopped
 
     def put(self, key: str, value: Any) -> None:
-        """Leaves something for another rank; ours alone can write into the store, so pickles are safe in it."""
+        """Stores a value for another rank. Only ranks of this run write to the store, so unpickling is safe."""
         self._store.set(key, pickle.dumps(value))
 
     def take(self, key: str) -> Any:
-        """Takes what another rank leaves, as soon as it is there.
+        """Waits for a value of another rank and removes it from the store.
 
         Raises:
-            Stopped: If a rank was asked to stop.
+            Stopped: If a rank was told to stop.
         """
         while not self._store.check([key]):
             self.check()
             time.sleep(POLL_SECONDS)
-        return self._taken(key)
+        return self._pop(key)
 
     def end(self, *, finished: bool) -> None:
-        """The first rank lets the others go on."""
+        """On rank 0: releases the other ranks from `serve`."""
         self.put("end", finished)
 
-    def follow(self, answer: Callable[[Any], Any] | None = None) -> bool:
-        """Any other rank: answers what it is handed until the first one ends the meeting.
+    def serve(self, run: Callable[[Any], Any] | None = None) -> bool:
+        """On any other rank: runs the requests it receives until rank 0 ends the suite.
 
         Returns:
-            Whether the suite was finished; False when a rank was asked to stop.
+            Whether the suite was finished; False when a rank was told to stop.
         """
         number = 0
         while not self._store.check(["end"]):
-            asked = f"ask/{self.rank}/{number}"
-            if self._stop_requested() and not self._said:
+            request = f"request/{self.rank}/{number}"
+            if self._stop_requested() and not self._stop_sent:
                 self._store.set("stop", b"1")
-                self._said = True
-            if answer is not None and self._store.check([asked]):
-                self.put(f"answer/{self.rank}/{number}", answer(self._taken(asked)))
+                self._stop_sent = True
+            if run is not None and self._store.check([request]):
+                self.put(f"output/{self.rank}/{number}", run(self._pop(request)))
                 number += 1
             else:
                 time.sleep(POLL_SECONDS)
         return pickle.loads(self._store.get("end"))
 
-    def _taken(self, key: str) -> Any:
+    def _pop(self, key: str) -> Any:
         value = pickle.loads(self._store.get(key))
         self._store.delete_key(key)
         return value
 
 
-class Ranks:
-    """Context manager on the first rank that maps methods of a Measurer over items, with the others' help.
+class RankPool:
+    """Context manager on rank 0 that maps methods of an EvalWorker over items, with the help of the other ranks.
 
     Args:
-        meeting: Where they are; each of the others follows it with `answer_with(measurer)`.
-        measurer: The first rank's own.
-        device: Type of device that all of them answer on.
+        queue: The queue; each other rank calls `queue.serve(run_on(worker))`.
+        worker: Rank 0's own worker.
+        device: Type of device of all ranks.
     """
 
-    def __init__(self, meeting: Meeting, measurer: Measurer, device: str) -> None:
-        self._meeting, self._own, self.device = meeting, measurer, device
-        self._asked, self._taken = [0] * meeting.world, [0] * meeting.world
+    def __init__(self, queue: RankQueue, worker: EvalWorker, device: str) -> None:
+        self._queue, self._own, self.device = queue, worker, device
+        self._sent, self._taken = [0] * queue.world, [0] * queue.world
 
     def __enter__(self) -> Self:
         self._own.__enter__()
@@ -117,31 +117,32 @@ class Ranks:
         self._own.__exit__()
 
     def map(self, method: Method, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """What a method of Measurer returns for the arguments of each item, in their order.
+        """Results of a method of EvalWorker for the arguments of each item, in order.
 
         Raises:
-            Stopped: If a rank was asked to stop.
+            Stopped: If a rank was told to stop.
         """
-        world, handed_out = self._meeting.world, 0
-        for place, item in enumerate(items):
-            while handed_out < min(len(items), place + (1 + AHEAD) * world):
-                self._ask(handed_out % world, (method, items[handed_out]))
-                handed_out += 1
-            self._meeting.check()
-            rank = place % world
+        # Items go round-robin over the ranks, up to AHEAD rounds ahead of the one whose result is yielded.
+        world, sent = self._queue.world, 0
+        for index, item in enumerate(items):
+            while sent < min(len(items), index + (1 + AHEAD) * world):
+                self._send(sent % world, (method, items[sent]))
+                sent += 1
+            self._queue.check()
+            rank = index % world
             yield self._take(rank) if rank else getattr(self._own, method)(*item)
 
-    def _ask(self, rank: int, question: tuple[Method, tuple[Any, ...]]) -> None:
+    def _send(self, rank: int, request: tuple[Method, tuple[Any, ...]]) -> None:
         if rank:
-            self._meeting.put(f"ask/{rank}/{self._asked[rank]}", question)
-            self._asked[rank] += 1
+            self._queue.put(f"request/{rank}/{self._sent[rank]}", request)
+            self._sent[rank] += 1
 
     def _take(self, rank: int) -> Any:
-        answer = self._meeting.take(f"answer/{rank}/{self._taken[rank]}")
+        output = self._queue.take(f"output/{rank}/{self._taken[rank]}")
         self._taken[rank] += 1
-        return answer
+        return output
 
 
-def answer_with(measurer: Measurer) -> Callable[[tuple[Method, tuple[Any, ...]]], Any]:
-    """What a rank follows a meeting with."""
-    return lambda question: getattr(measurer, question[0])(*question[1])
+def run_on(worker: EvalWorker) -> Callable[[tuple[Method, tuple[Any, ...]]], Any]:
+    """The function that `RankQueue.serve` runs each request with."""
+    return lambda request: getattr(worker, request[0])(*request[1])

@@ -1,9 +1,4 @@
-"""Results as tables: on the terminal, and as Markdown.
-
-Published scores, for reference columns: marked as published, since nobody here measured them.
-
-Writes results for people and for model cards.
-"""
+"""Results as tables (terminal, Markdown, model card), with published scores of other models for reference."""
 
 from __future__ import annotations
 
@@ -20,8 +15,8 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict
 from rich.table import Table
 
+from sparsify.evaluation.metrics import MetricValue
 from sparsify.evaluation.results import RESULTS_FILE, EvaluationResults, TaskResult
-from sparsify.evaluation.scores import Measured
 from sparsify.files import write_text
 from sparsify.recipe.catalogue import folder
 from sparsify.reporting.numbers import percent
@@ -36,7 +31,7 @@ class PublishedSuite(BaseModel):
     source: str
     columns: list[str]
     models: dict[str, list[float]]
-    """Per cent, as printed."""
+    """Scores in per cent, as published."""
     caveat: str
 
 
@@ -51,7 +46,7 @@ def published() -> dict[str, PublishedSuite]:
 
 
 def published_scores(suite: str) -> tuple[PublishedSuite, dict[str, dict[str, float]]] | None:
-    """The published rows of a suite: for each model, the score of each task as a share; None if there are none."""
+    """The published rows of a suite and the score of each task by model, as a share; None if there are none."""
     rows = published().get(suite)
     if rows is None:
         return None
@@ -72,8 +67,8 @@ class Rows:
     notes: list[str]
 
 
-def score_text(score: Measured) -> str:
-    """A score with half the width of its interval: accuracies in per cent, perplexities as they are."""
+def score_text(score: MetricValue) -> str:
+    """A score with half the width of its interval: accuracies in per cent, perplexities unscaled."""
     scale, digits = (100.0, 1) if score.kind == "mean" else (1.0, 2)
     value = f"{scale * score.value:.{digits}f}"
     if score.low is None or score.high is None:
@@ -84,7 +79,7 @@ def score_text(score: Measured) -> str:
 
 
 def count_text(count: int) -> str:
-    """A number of parameters: 134.5M, 2.17B."""
+    """A rounded number of parameters: 134M, 2.17B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -92,7 +87,7 @@ def count_text(count: int) -> str:
 
 
 def own_rows(results: EvaluationResults) -> Rows:
-    """One row a task: score, and what was counted in the same pass."""
+    """One row per task: score, zeros and active parameters."""
     masks = results.predictors
     header = ["task", "shots", "items", "metric", "score", "zeros (gate)", "active"]
     header += [] if masks is None else ["switched on"]
@@ -113,22 +108,22 @@ def own_rows(results: EvaluationResults) -> Rows:
     active = "with a perfect predictor / with an exact gate-first kernel"
     how = f"{results.ffn_activation}, {results.dtype}"
     if masks is not None:
-        how += f", neurons that {masks.folder} scores above {masks.threshold:g}"
+        how += f", only neurons that {masks.folder} scores above {masks.threshold:g}"
         active = (
-            f"with these predictors, whose {count_text(masks.parameters)} are among them. Switched on: share of the neurons "
-            "(and of those that fire in the masked model)"
+            f"with these predictors, including their own {count_text(masks.parameters)}. Switched on: share of all neurons "
+            "(in brackets: of the neurons that fire in the masked model)"
         )
     title = f"{results.model}: suite {results.suite} ({how})"
     notes = [
-        "Scores with 95% intervals over items; accuracies in per cent. Exact zeros of gate times up, and of the gate "
-        f"alone, over all tokens of the task. Active parameters, of {count_text(total)}: {active}.",
+        "Scores with 95% intervals over items; accuracies in per cent. Zeros: exact zeros of gate times up (in brackets: "
+        f"of the gate) over all tokens of the task. Active parameters, out of {count_text(total)}: {active}.",
         *results.notes,
     ]
     return Rows(title, header, rows, notes)
 
 
 def published_rows(results: EvaluationResults) -> Rows | None:
-    """Our scores beside the published ones of the same suite; None if nobody published any."""
+    """Our scores next to published ones of the same suite; None if there are none."""
     found = published_scores(results.suite)
     if found is None:
         return None
@@ -145,19 +140,19 @@ def published_rows(results: EvaluationResults) -> Rows | None:
     means = [f"{100 * fmean(scores.values()):.1f}" for scores in models.values()]
     rows.append(["mean", mean, *means])
     notes = [f"Published: {about.source}, not measured here. {about.caveat}"]
-    return Rows("Beside published scores", header, rows, notes)
+    return Rows("Next to published scores", header, rows, notes)
 
 
 def results_table(results: EvaluationResults) -> Table:
-    """The results as the terminal shows them."""
+    """The results as a table for the terminal."""
     return terminal_table(own_rows(results))
 
 
 def terminal_table(rows: Rows) -> Table:
-    """A table as the terminal shows it, without its notes."""
+    """A table for the terminal, without its notes."""
     table = figures_table(rows.title)
     for index, column in enumerate(rows.header):
-        # A narrow terminal breaks lines; a number that it cut short would be another number.
+        # A truncated number would read as a different number: let a narrow terminal wrap the line instead.
         longest = max(len(column), *(len(row[index]) for row in rows.rows))
         justify = "left" if column in ("task", "metric", "") else "right"
         table.add_column(column, justify=justify, no_wrap=True, min_width=longest)
@@ -197,7 +192,7 @@ def write_results(results: EvaluationResults, folder: Path) -> None:
     """Writes results.json, results.md and model-index.yaml.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If writing fails.
     """
     write_text(folder / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
     tables = [own_rows(results), published_rows(results)]
@@ -212,11 +207,11 @@ def write_results(results: EvaluationResults, folder: Path) -> None:
 
 
 def model_index(name: str, evaluations: Sequence[EvaluationResults]) -> list[dict[str, Any]]:
-    """The part of a model card's header that the Hub shows as evaluation results.
+    """The `model-index` of a model card, which the Hub shows as evaluation results.
 
     Args:
-        name: The model's, as the Hub shall show it.
-        evaluations: Of one model; with predictors they are metrics of their own.
+        name: Name of the model on the Hub.
+        evaluations: Evaluations of that model; those with predictors become separate metrics.
     """
     entries = [_entry(results, task) for results in evaluations for task in results.tasks]
     return eval_results_to_model_index(model_name=name, eval_results=entries)

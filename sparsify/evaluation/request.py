@@ -1,7 +1,4 @@
-"""The suite that a recipe has its run asked: found, with its tasks and their data, before anything costs time.
-
-What is asked of a model, by a command or by the run that trains it, and under which name its results stand.
-"""
+"""Evaluation requests, from a command or from a recipe: suite, data, settings, and the name of the results' folder."""
 
 from __future__ import annotations
 
@@ -19,10 +16,10 @@ DATA_VARIABLE = "SPARSIFY_EVAL_DATA"
 
 
 def check_installed() -> None:
-    """Refuses to go on without lm-evaluation-harness.
+    """Checks that lm-evaluation-harness is installed.
 
     Raises:
-        EvaluationError: With the command that installs it.
+        EvaluationError: If it is not, with the command that installs it.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise EvaluationError(
@@ -32,36 +29,36 @@ def check_installed() -> None:
 
 
 def data_folder(given: Path, setting: str) -> Path:
-    """The folder of local copies.
+    """The folder of local copies of evaluation sets.
 
     Args:
-        given: As it was named.
-        setting: By what, beside SPARSIFY_EVAL_DATA.
+        given: The path that the user gave.
+        setting: Name of the setting that holds it, for the error message.
 
     Raises:
-        EvaluationError: If there is none.
+        EvaluationError: If the folder does not exist.
     """
     folder = given.expanduser()
     if not folder.is_dir():
         raise EvaluationError(
             f"There is no folder {given} with evaluation data.",
-            next_step=f"Correct {setting} or {DATA_VARIABLE}, or leave both out to read the Hub's data.",
+            next_step=f"Correct {setting} or {DATA_VARIABLE}, or omit both to read the Hub's data.",
         )
     return folder
 
 
 def data_dir_of(settings: EvalSection) -> Path | None:
-    """Folder of local copies: that of the recipe, or else of SPARSIFY_EVAL_DATA; None for the Hub's data.
+    """Folder of local copies, from the recipe or from SPARSIFY_EVAL_DATA; None for the Hub's data.
 
     Raises:
-        EvaluationError: If there is no such folder.
+        EvaluationError: If the folder does not exist.
     """
     given = settings.suite_data_dir or os.environ.get(DATA_VARIABLE)
     return None if given is None else data_folder(Path(given), "eval.suite_data_dir")
 
 
 def suite_of(settings: EvalSection) -> tuple[Suite, list[TaskSource]] | None:
-    """The suite of a recipe and its tasks; None where it asks none. Reads no data.
+    """The suite of a recipe and its tasks; None if the recipe has no suite. Reads no data.
 
     Raises:
         EvaluationError: If lm-evaluation-harness, the suite, a task or its local copies are missing.
@@ -76,20 +73,21 @@ def suite_of(settings: EvalSection) -> tuple[Suite, list[TaskSource]] | None:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What is asked.
+class EvalRequest:
+    """Arguments of one evaluation.
 
     Attributes:
         suite: Name or path of a suite.
-        tasks: Some of its tasks; empty for all and its held-out text.
-        data_dir: Folder of local copies; None for the Hub's.
-        limit: Items of each task; None for all.
-        batch_size: Requests of one forward pass.
-        dtype: Of weights and computation; None for that of the weights.
-        on: Mixture whose held-out text is measured; None for the run's own, else the quickstart's.
-        to: Folder to write; None for the usual one.
+        tasks: Tasks to run; empty for all tasks and the suite's held-out text.
+        data_dir: Folder of local copies; None for the Hub's data.
+        limit: Maximum number of items per task; None for all.
+        batch_size: Requests per forward pass.
+        dtype: Type to convert the weights to; None to keep theirs.
+        on: Mixture whose held-out text is evaluated; None for the mixture of the run, or of the quickstart if the model
+            is not a run.
+        to: Output folder; None for the default.
         predictors: Folder of predictors that mask the model; None to compute every neuron.
-        processes: How many answer.
+        processes: Number of processes.
     """
 
     suite: str
@@ -104,11 +102,11 @@ class Asked:
     processes: int = 1
 
     @classmethod
-    def by_recipe(cls, settings: EvalSection) -> Asked:
-        """What a recipe has its run asked; it must name a suite.
+    def from_recipe(cls, settings: EvalSection) -> EvalRequest:
+        """The request of a recipe, which must name a suite.
 
         Raises:
-            EvaluationError: If there is no folder of local copies where one is named.
+            EvaluationError: If the recipe's folder of local copies does not exist.
         """
         assert settings.suite is not None
         return cls(
@@ -120,7 +118,7 @@ class Asked:
 
     @property
     def name(self) -> str:
-        """Of the folder that results stand in, without what tells models apart."""
+        """Name of the results' folder, without the model."""
         name = ",".join([Path(self.suite).stem, *self.tasks])
         if self.limit is not None:
             name += f",limit={self.limit}"
@@ -130,6 +128,6 @@ class Asked:
 
     @property
     def key(self) -> str:
-        """What sets one way of measuring apart from another."""
+        """Key that is equal for evaluations with comparable results."""
         data_dir = str(self.data_dir)
         return repr((self.suite, self.tasks, data_dir, self.limit, self.dtype, self.on))

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: results.json, and the score of every item."""
+"""Files of an evaluation: results.json, and the score of every item."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.scores import Measured, Score
+from sparsify.evaluation.metrics import MetricValue, Score
 from sparsify.files import write_text
 from sparsify.models.activations import is_dense
 
@@ -23,11 +23,11 @@ class _Section(BaseModel):
 
 
 class Provenance(_Section):
-    """The run that trained a model: what a baseline must share with it."""
+    """The run that trained a model."""
 
     run: str
     identity: str
-    """Hash of everything that a run and its baseline have in common: model, tokens and their order, optimiser, budget."""
+    """Hash of what a run and its baseline must share: model, tokens and their order, optimiser, budget."""
     tokens: int
     """Training tokens that these weights have seen."""
     instruction_sources: list[str]
@@ -38,11 +38,11 @@ class ActiveCount(_Section):
 
     total: int
     perfect_predictor: int
-    """If one knew beforehand which neurons will fire."""
+    """Only the neurons that fire, as if they were known in advance."""
     gate_first: int
-    """By an exact kernel, which reads the whole gate to find out."""
+    """With an exact kernel, which computes the whole gate to find the neurons that fire."""
     predicted: int | None = None
-    """With the neurons that the given predictors switch on, and the predictors themselves; None without them."""
+    """The neurons that the predictors switch on, plus the predictors themselves; None without predictors."""
 
 
 class PredictorMasks(_Section):
@@ -53,12 +53,12 @@ class PredictorMasks(_Section):
     """xxh3-128 over their matrices, input and threshold."""
     input: str
     threshold: float
-    """A neuron is on where its score exceeds it."""
+    """A neuron is on if its score exceeds this."""
     parameters: int
 
 
 class SourceOverlap(_Section):
-    """What one source of a run's mixture shares with the items of one task: 13 words in a row."""
+    """Overlap of one source of a run's mixture with the items of one task: 13 words in a row."""
 
     source: str
     documents_read: int
@@ -66,49 +66,49 @@ class SourceOverlap(_Section):
     items: int
     items_found: int
     problem: str | None = None
-    """Why the source could not be read to its end; None if it was."""
+    """Why the source could not be read completely; None if it could."""
 
 
 class TaskResult(_Section):
-    """One task: a row of the table."""
+    """The result of one task."""
 
     name: str
     shots: int
     data: str
-    """Where its items came from, in words."""
+    """Description of where the items come from."""
     version: str
     metric: str
-    """The metric that is the score."""
-    score: Measured
-    metrics: dict[str, Measured]
-    """All metrics, the score among them."""
+    """The metric that `score` holds."""
+    score: MetricValue
+    metrics: dict[str, MetricValue]
+    """All metrics, including `metric`."""
     gate_zeros: float | None
     product_zeros: float | None
-    """Exact zeros of the gate, and of gate times up, over the tokens of this task. None if nothing was computed."""
+    """Shares of exact zeros of the gate, and of gate times up, over the tokens of this task; None if none were computed."""
     tokens: int
-    """Tokens that went through the model, shots too, padding not."""
+    """Tokens computed, including few-shot examples, without padding."""
     active_parameters: ActiveCount
     predicted_on: float | None = None
-    """Share of the neurons that predictors switched on, over the tokens of this task; None without them."""
+    """Share of the neurons that predictors switched on, over the tokens of this task; None without predictors."""
     predicted_recall: float | None = None
-    """Share of the neurons that fire, in the masked model, which were on."""
+    """Share of the firing neurons of the masked model that were on; None without predictors."""
     truncated_requests: int
-    """Requests whose beginning did not fit into the context and was cut off."""
+    """Requests longer than the context, whose beginning was cut off."""
     seconds: float
-    """That processes spent on it, added up."""
+    """Compute time, summed over processes."""
     overlaps: list[SourceOverlap] = []
-    """For each instruction source of the run that trained the model, what it shares with these items."""
+    """Overlap of these items with each instruction source that the model was trained on."""
 
 
 class Sample(_Section):
-    """How a model goes on from a prompt."""
+    """A model's continuation of a prompt."""
 
     prompt: str
     text: str
 
 
 class EvaluationResults(_Section):
-    """A suite on one model."""
+    """Results of a suite on one model."""
 
     schema_version: Literal[1] = 1
     model: str
@@ -118,7 +118,7 @@ class EvaluationResults(_Section):
     ffn_activation: str
     ffn_thresholds: str = "none"
     predictors: PredictorMasks | None = None
-    """None where every neuron was computed."""
+    """None if every neuron was computed."""
     dtype: str
     context_tokens: int
     suite: str
@@ -130,8 +130,8 @@ class EvaluationResults(_Section):
     versions: dict[str, str]
     provenance: Provenance | None
     tasks: list[TaskResult]
-    average: Measured | None
-    """Mean of the tasks' scores, where all of them are means and there is more than one."""
+    average: MetricValue | None
+    """Mean over the tasks whose score is a mean; None if there are fewer than two."""
     samples: list[Sample] = []
     notes: list[str]
     command: str | None = None
@@ -143,7 +143,7 @@ class EvaluationResults(_Section):
 
 
 def write_items(folder: Path, task: str, items: Mapping[str, Mapping[str, Score]]) -> None:
-    """Writes a task's scores: one line an item, with every metric as [value, weight]."""
+    """Writes a task's scores: one line per item, with every metric as [value, weight]."""
     lines = [json.dumps({"item": key} | dict(scores)) for key, scores in items.items()]
     write_text(items_path(folder, task), "".join(f"{line}\n" for line in lines))
 
@@ -179,11 +179,11 @@ def read_results(folder: Path) -> EvaluationResults:
         return EvaluationResults.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise EvaluationError(
-            f"{path} holds no finished evaluation of schema version 1: {str(error).splitlines()[0]}",
-            next_step="`sparsify evaluate MODEL --suite NAME` makes one; an interrupted one goes on by the same command.",
+            f"{path} does not hold a finished evaluation of schema version 1: {str(error).splitlines()[0]}",
+            next_step="Run `sparsify evaluate MODEL --suite NAME`; the same command resumes an interrupted evaluation.",
         ) from error
 
 
 def items_path(folder: Path, task: str) -> Path:
-    """Where the scores of a task's items stand."""
+    """Path of the scores of a task's items."""
     return folder / ITEMS_FOLDER / f"{task.replace('/', '.')}.jsonl"

@@ -1,4 +1,4 @@
-"""Suites: what to measure, with how many shots, and which number of it is the score."""
+"""Suites: which tasks to run, with how many shots, and which metric is the score."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class SuiteTask(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     shots: int = Field(0, ge=0)
-    """Solved items that stand before each item."""
+    """Number of few-shot examples before each item."""
     metric: str = "acc"
-    """The number that counts as the score; the task's others are recorded beside it."""
+    """The metric that is the score; the task's other metrics are recorded too."""
     limit: int | None = Field(None, gt=0)
-    """Only the first so many items."""
+    """Maximum number of items; None for all."""
     task: str | None = None
-    """Path of a task file of lm-evaluation-harness; the one of this name in `eval/tasks` unless given."""
+    """Path of a task file of lm-evaluation-harness; default: the file of this name in `eval/tasks`."""
 
 
 class Suite(BaseModel):
-    """What to measure."""
+    """An evaluation suite."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -37,15 +37,15 @@ class Suite(BaseModel):
     description: str = ""
     tasks: dict[str, SuiteTask] = {}
     held_out_sequences_per_source: int = Field(0, ge=0)
-    """Held-out sequences of each source of the mixture that perplexity is measured on; 0 for none."""
+    """Held-out sequences per source of the mixture to measure perplexity on; 0 for none."""
     prompts: list[str] = []
-    """What the model is to go on from, so that a person sees what numbers hide."""
+    """Prompts that the model continues, as samples to read."""
     prompt_tokens: int = Field(48, gt=0)
-    """Length of each continuation."""
+    """Length of each continuation in tokens."""
 
 
 def suite_names() -> list[str]:
-    """Names of the shipped suites, sorted."""
+    """Sorted names of the shipped suites."""
     return sorted(path.stem for path in (folder("eval") / "suites").glob("*.yaml"))
 
 
@@ -53,7 +53,7 @@ def load_suite(name_or_path: str) -> Suite:
     """Reads a suite by its name or the path of a YAML file.
 
     Raises:
-        EvaluationError: If there is none, or it is not one.
+        EvaluationError: If it does not exist or is not a valid suite.
     """
     own = Path(name_or_path).expanduser()
     path = own if own.suffix in YAML else folder("eval") / "suites" / f"{name_or_path}.yaml"
@@ -67,9 +67,9 @@ def load_suite(name_or_path: str) -> Suite:
         suite = Suite.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
     except (OSError, YAMLError, OmegaConfBaseException, ValidationError) as error:
         raise EvaluationError(
-            f"{path} is no suite: {_reason(error)}.",
+            f"{path} is not a valid suite: {_reason(error)}.",
             allowed="name, description, tasks (each with shots, metric, limit, task), held_out_sequences_per_source, prompts, prompt_tokens.",
-            next_step=f"Begin with a copy of {folder('eval') / 'suites' / 'commonsense.yaml'}.",
+            next_step=f"Start from a copy of {folder('eval') / 'suites' / 'commonsense.yaml'}.",
         ) from error
     if not suite.tasks and not suite.held_out_sequences_per_source:
         raise EvaluationError(
@@ -83,10 +83,10 @@ def load_suite(name_or_path: str) -> Suite:
 
 
 def only(suite: Suite, names: list[str]) -> Suite:
-    """A suite with some of its tasks alone, and without held-out text.
+    """A suite with only the named tasks, and without held-out text.
 
     Raises:
-        EvaluationError: If it has no such task.
+        EvaluationError: If it does not have one of the tasks.
     """
     for name in names:
         if name not in suite.tasks:

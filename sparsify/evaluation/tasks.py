@@ -13,11 +13,9 @@ from sparsify.evaluation.suite import Suite, SuiteTask
 from sparsify.recipe.catalogue import folder
 
 HUB_TASKS = {"truthfulqa": "truthfulqa_mc2", "lambada": "lambada_openai", "wikitext2": "wikitext"}
-"""Names of the standard tasks, where they are not ours."""
+"""Our name of a task -> the harness's name, where they differ."""
 FEWSHOT_SEED = 1234
-"""lm-evaluation-harness's own."""
-
-Subject = tuple[str, str]
+"""The default of lm-evaluation-harness."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +23,10 @@ class TaskSource:
     """Where one task of a suite comes from.
 
     Attributes:
-        name: Its name in the suite.
-        settings: What the suite says about it.
-        config: Content of its task file, data files as absolute paths; None for the Hub's standard task.
-        files: The local copies that it reads, by split.
+        name: Name of the task in the suite.
+        settings: The suite's settings for the task.
+        config: Content of the task file, with absolute paths of data files; None for the Hub's standard task.
+        files: Local data files, by split.
     """
 
     name: str
@@ -38,19 +36,19 @@ class TaskSource:
 
     @property
     def data(self) -> str:
-        """In words, where its items come from."""
+        """Description of where the items come from."""
         if self.config is None:
             return f"the Hub's {HUB_TASKS.get(self.name, self.name)}"
         names = ", ".join(path.name for path in self.files.values())
-        return f"local copies: {names}" if names else "this Python"
+        return f"local copies: {names}" if names else "this Python installation"
 
 
 def task_sources(suite: Suite, data_dir: Path | None) -> list[TaskSource]:
-    """Finds every task of a suite and its data, before anything costs time.
+    """Finds every task of a suite and its data, without reading the data.
 
     Args:
         suite: The suite.
-        data_dir: Folder of the local copies; without one, tasks that need files are the standard ones of the Hub.
+        data_dir: Folder of local copies; None uses the Hub's standard tasks where a task needs files.
 
     Raises:
         EvaluationError: If a task is unknown, or data is missing.
@@ -66,16 +64,16 @@ def task_sources(suite: Suite, data_dir: Path | None) -> list[TaskSource]:
         there = ",".join(name for name, paths in missing.items() if not paths)
         raise EvaluationError(
             f"Suite {suite.name} needs data that is not in {data_dir}: {', '.join(names)}.",
-            allowed="Local copies as eval/tasks names them; docs/evaluating.md says what is in each.",
-            next_step="Put the files there, name another folder by --data-dir or SPARSIFY_EVAL_DATA, or leave both "
-            "out to read the Hub's data."
-            + (f" --tasks {there} measures those that are there." if there else ""),
+            allowed="Local copies with the file names of eval/tasks; docs/evaluating.md describes their content.",
+            next_step="Put the files there, give another folder by --data-dir or SPARSIFY_EVAL_DATA, or omit both "
+            "to read the Hub's data."
+            + (f" --tasks {there} runs only the tasks whose files are there." if there else ""),
         )
     return sources
 
 
 def task_names() -> list[str]:
-    """Names of the task files in `eval/tasks`."""
+    """Sorted names of the task files in `eval/tasks`."""
     return sorted(path.stem for path in (folder("eval") / "tasks").glob("*.yaml"))
 
 
@@ -88,13 +86,13 @@ def _task_source(name: str, settings: SuiteTask, data_dir: Path | None, suite: S
             return TaskSource(name, settings, None)
         raise EvaluationError(
             f"Suite {suite.name}: there is no task {name!r} ({path}).",
-            allowed=f"{nearest(name, task_names())}Tasks: {', '.join(task_names())}; without --data-dir also every "
-            "standard task of lm-evaluation-harness.",
+            allowed=f"{nearest(name, task_names())}Tasks: {', '.join(task_names())}; without --data-dir, any standard "
+            "task of lm-evaluation-harness.",
         )
     try:
         config = load_yaml(path)
     except Exception as error:  # whatever a user's task file makes Python raise
-        raise EvaluationError(f"{path} is no task file: {error}") from error
+        raise EvaluationError(f"{path} is not a valid task file: {error}") from error
     named = (config.get("dataset_kwargs") or {}).get("data_files")
     if not named:
         return TaskSource(name, settings, config | {"task": name})
@@ -112,14 +110,16 @@ def build_tasks(source: TaskSource) -> dict[str, Any]:
     """Loads the data of a task and prepares its items.
 
     Returns:
-        lm-evaluation-harness's tasks by name: one, or one a subject.
+        lm-evaluation-harness's tasks by name: one, or one per subject (MMLU).
 
     Raises:
-        EvaluationError: If the Hub does not give it, or its data does not fit it.
+        EvaluationError: If the data cannot be loaded, or does not have the task's format.
     """
     import datasets
 
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its hints are for its own command line
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # its warnings refer to its own command line
     datasets.disable_progress_bars()
     try:
         tasks = _hub_tasks(source) if source.config is None else _local_tasks(source.config)
@@ -127,13 +127,13 @@ def build_tasks(source: TaskSource) -> dict[str, Any]:
         raise
     except (
         Exception
-    ) as error:  # what a missing network, file or column raises differs from task to task
+    ) as error:  # the exception for a missing network, file or column differs between tasks
         raise EvaluationError(
             f"Task {source.name} cannot be prepared from {source.data}: "
             f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
             next_step="Check the files in --data-dir."
             if source.config is not None
-            else "Name a folder of local copies by --data-dir or SPARSIFY_EVAL_DATA, or check the network.",
+            else "Give a folder of local copies by --data-dir or SPARSIFY_EVAL_DATA, or check the network.",
         ) from error
     for task in tasks.values():
         task.set_config(key="num_fewshot", value=source.settings.shots)
@@ -142,10 +142,10 @@ def build_tasks(source: TaskSource) -> dict[str, Any]:
 
 
 def check_hub_names(sources: Sequence[TaskSource]) -> None:
-    """Refuses tasks of the Hub that lm-evaluation-harness does not know, without asking the network.
+    """Refuses Hub tasks that lm-evaluation-harness does not know, without network access.
 
     Raises:
-        EvaluationError: Naming the nearest.
+        EvaluationError: With the nearest known name.
     """
     from lm_eval.tasks import TaskManager
 
@@ -167,7 +167,7 @@ def _known(manager: Any, name: str) -> str:
     if name not in manager.task_index:
         raise EvaluationError(
             f"There is no task {name!r}.",
-            allowed=f"{nearest(name, manager.all_tasks)}A standard task of lm-evaluation-harness, or one of "
+            allowed=f"{nearest(name, manager.all_tasks)}Standard tasks of lm-evaluation-harness, and "
             f"{', '.join(task_names())}.",
         )
     return name
@@ -197,8 +197,8 @@ def _local_tasks(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _only(whole: Any, column: str, value: str) -> Callable[..., Any]:
-    places = {
+    indices = {
         split: [row for row, own in enumerate(rows[column]) if own == value]
         for split, rows in whole.items()
     }
-    return lambda **_: {split: rows.select(places[split]) for split, rows in whole.items()}
+    return lambda **_: {split: rows.select(indices[split]) for split, rows in whole.items()}

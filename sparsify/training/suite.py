@@ -1,7 +1,7 @@
-"""The suite that a run is asked while it trains, each time of what it has just saved.
+"""Evaluates a run with its suite during training, at a checkpoint that was just saved.
 
-Under ZeRO 0 to 2 every rank holds the whole model: the ranks answer together, with the live weights. Under ZeRO 3 none does: the
-first rank has a process of its own read the checkpoint, and all wait for it. Nothing of the training is changed either way.
+Under ZeRO 0 to 2 every rank holds the whole model, and the ranks evaluate together with the live weights. Under ZeRO 3 no rank
+does: rank 0 starts a child process that loads the checkpoint, and all ranks wait for it. Neither changes the training.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RunError
-from sparsify.evaluation.evaluate import Settings, evaluate
+from sparsify.evaluation.evaluate import EvalSettings, evaluate
 from sparsify.evaluation.model import Subject
-from sparsify.evaluation.rank_pool import Meeting, Ranks, Stopped, answer_with
+from sparsify.evaluation.rank_pool import RankPool, RankQueue, Stopped, run_on
 from sparsify.evaluation.report import write_results
-from sparsify.evaluation.request import Asked, suite_of
+from sparsify.evaluation.request import EvalRequest, suite_of
 from sparsify.evaluation.results import EvaluationResults, SourceOverlap, read_results
-from sparsify.evaluation.worker import Measurer
+from sparsify.evaluation.worker_pool import EvalWorker
 from sparsify.files import storage_errors
 from sparsify.launch.child import USER_ERROR, log_tail, raise_user_error
 from sparsify.methods.blending import plain
@@ -56,15 +56,15 @@ logger = logging.getLogger(__name__)
 WORKER = "sparsify.commands.suite_worker"
 POLL_SECONDS = 0.1
 ROOM = 1.3
-"""Memory of a GPU that a second copy of the weights may be put on, as a multiple of its size."""
+"""Free GPU memory that a second copy of the weights needs, as a multiple of its size."""
 
 
 class TrainingSuite:
-    """A run's suite; every rank holds one.
+    """A run's suite; every rank has one.
 
     Args:
         recipe: The run's recipe, which names a suite.
-        run: Its folder.
+        run: The run's folder.
     """
 
     def __init__(self, recipe: Recipe, run: RunFolder) -> None:
@@ -78,39 +78,39 @@ class TrainingSuite:
         telemetry: Telemetry,
         stop_requested: Callable[[], bool],
     ) -> bool:
-        """Asks the suite of the checkpoint of this state, which the engine still holds, unless it was asked already.
+        """Evaluates the checkpoint of this state, whose weights the engine still holds, unless that was done before.
 
         Every rank calls it.
 
         Returns:
-            Whether that is done; False when a rank was asked to stop: what was answered until then is kept.
+            Whether the evaluation is finished; False when a rank was told to stop: the next launch resumes it.
 
         Raises:
             EvaluationError: If the suite, a task or its data is missing.
             RunError: If memory runs out.
-            StorageError: If the disk refuses.
+            StorageError: If writing fails.
         """
-        meeting = Meeting(stop_requested)
+        queue = RankQueue(stop_requested)
         saved = engine.zero_optimization_partition_weights()
-        if meeting.rank:
-            return meeting.follow() if saved else self._help(meeting, engine)
+        if queue.rank:
+            return queue.serve() if saved else self._serve(queue, engine)
         if suite_is_logged(self._recipe, self._run, state.step):
-            meeting.end(finished=True)
+            queue.end(finished=True)
             return True
         started = time.monotonic()
         checkpoint = self._run.checkpoints / checkpoint_name(state.step)
-        asked = Asked.by_recipe(self._recipe.eval)
-        folder = evaluation_folder(self._run, checkpoint.name, asked)
+        request = EvalRequest.from_recipe(self._recipe.eval)
+        folder = evaluation_folder(self._run, checkpoint.name, request)
         try:
             results = (
-                self._ask_saved(meeting, engine, checkpoint, folder)
+                self._run_in_child(queue, engine, checkpoint, folder)
                 if saved
-                else self._ask_live(meeting, engine, checkpoint, asked, folder)
+                else self._run_live(queue, engine, checkpoint, request, folder)
             )
         except Stopped:
-            meeting.end(finished=False)
+            queue.end(finished=False)
             return False
-        write_line(self._run, checkpoint, asked, folder, results)
+        write_line(self._run, checkpoint, request, folder, results)
         where = str(folder.relative_to(self._run.path))
         seconds = time.monotonic() - started
         parts = "  ".join(f"{task.name} {task.score.value:.3f}" for task in results.tasks)
@@ -124,19 +124,19 @@ class TrainingSuite:
             folder=where,
             seconds=round(seconds, 3),
         )
-        meeting.end(finished=True)
+        queue.end(finished=True)
         return True
 
-    def _help(self, meeting: Meeting, engine: Engine) -> bool:
-        with as_loaded(engine) as model, self._measurer(model, self._tokenizer()) as measurer:
-            return meeting.follow(answer_with(measurer))
+    def _serve(self, queue: RankQueue, engine: Engine) -> bool:
+        with as_loaded(engine) as model, self._worker(model, self._tokenizer()) as worker:
+            return queue.serve(run_on(worker))
 
-    def _ask_live(
+    def _run_live(
         self,
-        meeting: Meeting,
+        queue: RankQueue,
         engine: Engine,
         checkpoint: Path,
-        asked: Asked,
+        request: EvalRequest,
         folder: Path,
     ) -> EvaluationResults:
         recipe, found = self._recipe, suite_of(self._recipe.eval)
@@ -152,12 +152,12 @@ class TrainingSuite:
         )
         name, lock = str(checkpoint), self._run.mixture_lock
         provenance = provenance_of(str(self._run.path), recipe, lock, checkpoint)
-        settings = Settings(asked.limit, asked.batch_size, meeting.world)
+        settings = EvalSettings(request.limit, request.batch_size, queue.world)
         with as_loaded(engine) as model:
             subject = Subject(model, tokenizer, name, provenance)
-            ranks = Ranks(meeting, self._measurer(model, tokenizer), model.device.type)
-            results = evaluate(subject, suite, sources, held_out, folder, settings, answering=ranks)
-        results.command = command_of(checkpoint, asked)
+            ranks = RankPool(queue, self._worker(model, tokenizer), model.device.type)
+            results = evaluate(subject, suite, sources, held_out, folder, settings, pool=ranks)
+        results.command = command_of(checkpoint, request)
         if self._overlaps is None:
             self._overlaps = items_in_instructions(results, folder, recipe)
         for task in results.tasks:
@@ -165,9 +165,9 @@ class TrainingSuite:
         write_results(results, folder)
         return results
 
-    def _ask_saved(
+    def _run_in_child(
         self,
-        meeting: Meeting,
+        queue: RankQueue,
         engine: Engine,
         checkpoint: Path,
         folder: Path,
@@ -186,7 +186,7 @@ class TrainingSuite:
             )
         try:
             while worker.poll() is None:
-                meeting.check()
+                queue.check()
                 time.sleep(POLL_SECONDS)
         finally:
             worker.kill()  # its journal is on the disk
@@ -203,25 +203,25 @@ class TrainingSuite:
         # One of its own: lm-evaluation-harness gives it a padding token.
         return load_tokenizer(self._run.initial)
 
-    def _measurer(self, model: SparseModel, tokenizer: PreTrainedTokenizerFast) -> Measurer:
-        return Measurer(model, tokenizer, self._recipe.eval.suite_batch_size)
+    def _worker(self, model: SparseModel, tokenizer: PreTrainedTokenizerFast) -> EvalWorker:
+        return EvalWorker(model, tokenizer, self._recipe.eval.suite_batch_size)
 
 
-def command_of(checkpoint: Path, asked: Asked) -> str:
-    """The command that asks the same of the checkpoint."""
-    words = ["sparsify", "evaluate", str(checkpoint), "--suite", asked.suite]
-    if asked.data_dir is not None:
-        words += ["--data-dir", str(asked.data_dir)]
-    if asked.limit is not None:
-        words += ["--limit", str(asked.limit)]
-    return shlex.join([*words, "--batch-size", str(asked.batch_size)])
+def command_of(checkpoint: Path, request: EvalRequest) -> str:
+    """The `sparsify evaluate` command with the same result."""
+    words = ["sparsify", "evaluate", str(checkpoint), "--suite", request.suite]
+    if request.data_dir is not None:
+        words += ["--data-dir", str(request.data_dir)]
+    if request.limit is not None:
+        words += ["--limit", str(request.limit)]
+    return shlex.join([*words, "--batch-size", str(request.batch_size)])
 
 
 @contextmanager
 def as_loaded(engine: Engine) -> Iterator[SparseModel]:
-    """The live model as `sparsify evaluate` would load it: the plain activation by the model's own code, no gradients.
+    """The live model as `sparsify evaluate` would load it: plain activation, the model's own code, no gradients.
 
-    Afterwards model and random numbers are as they were.
+    Restores model and random number generators afterwards.
 
     Raises:
         RunError: If memory runs out.
@@ -238,17 +238,17 @@ def as_loaded(engine: Engine) -> Iterator[SparseModel]:
             yield model
         except torch.OutOfMemoryError as error:
             raise RunError(
-                f"Rank {dist.get_rank()} ran out of memory while it answered the suite: {str(error).splitlines()[0]}",
-                next_step="Set a lower eval.suite_batch_size, or eval.suite=null; the same command goes on from the "
+                f"Rank {dist.get_rank()} ran out of memory while it ran the suite: {str(error).splitlines()[0]}",
+                next_step="Set a lower eval.suite_batch_size, or eval.suite=null; the same command resumes from the "
                 "checkpoint.",
             ) from error
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # its shapes are not those of the training
+        torch.cuda.empty_cache()  # its tensors have other shapes than those of the training
 
 
 @contextmanager
 def _random_numbers() -> Iterator[None]:
-    """Leaves all generators as they were."""
+    """Restores all random number generators."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
@@ -260,7 +260,7 @@ def _random_numbers() -> Iterator[None]:
 
 
 def _worker_environment(engine: Engine) -> dict[str, str]:
-    """For a process that is no rank: on this rank's GPU where that has room for all weights, else on the CPU."""
+    """Environment of a process that is not a rank: on this rank's GPU if all weights fit there, otherwise on the CPU."""
     place = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     environment = {key: value for key, value in os.environ.items() if key not in place}
     threads = int(os.environ.get("OMP_NUM_THREADS", "1")) * int(os.environ.get("LOCAL_SIZE", "1"))
@@ -277,6 +277,6 @@ def _worker_environment(engine: Engine) -> dict[str, str]:
     environment["CUDA_VISIBLE_DEVICES"] = (gpus[0] or "0") if on_gpu else ""
     if not on_gpu:
         logger.info(
-            f"The suite is asked on the CPU: the weights are {size / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free."
+            f"The suite runs on the CPU: the weights need {size / 1e9:.1f} GB, and the GPU has {free / 1e9:.1f} GB free."
         )
     return environment

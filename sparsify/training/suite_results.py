@@ -1,4 +1,4 @@
-"""The evaluations of a run's checkpoints: where they stand, what is known of the training, and the line of each."""
+"""Evaluations of a run's checkpoints: their folders, the provenance of the model, and their lines in evaluations.jsonl."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.evaluation.heldout import PREFIX, HeldOut
+from sparsify.evaluation.held_out_perplexity import PREFIX, HeldOut
 from sparsify.evaluation.overlap import overlaps
-from sparsify.evaluation.request import Asked
+from sparsify.evaluation.request import EvalRequest
 from sparsify.evaluation.results import EvaluationResults, Provenance, SourceOverlap
 from sparsify.files import storage_errors
 from sparsify.mixture.lock import read_lock
@@ -32,13 +32,13 @@ EVALUATIONS = "evaluations"
 LINES_FILE = "evaluations.jsonl"
 
 
-def evaluation_folder(run: RunFolder, checkpoint: str, asked: Asked) -> Path:
-    """Where the results of a checkpoint stand: RUN/evaluations/SUITE,STEP, with what else sets it apart."""
-    return run.path / EVALUATIONS / f"{asked.name},{checkpoint}"
+def evaluation_folder(run: RunFolder, checkpoint: str, request: EvalRequest) -> Path:
+    """Results' folder of a checkpoint: RUN/evaluations/SUITE[,settings],STEP."""
+    return run.path / EVALUATIONS / f"{request.name},{checkpoint}"
 
 
 def provenance_of(run: str, recipe: Recipe, lock_file: Path, checkpoint: Path) -> Provenance:
-    """What is known of the training of a checkpoint, or of an exported bundle's `training/`."""
+    """Provenance of a checkpoint, or of an exported bundle's `training/` folder."""
     identity = repr(identity_of(recipe, read_lock(lock_file)))
     shares = token_shares(recipe.mixture)
     return Provenance(
@@ -58,7 +58,7 @@ def held_out_text(
     sequence_length: int,
     cache_dir: str,
 ) -> HeldOut | None:
-    """The held-out sequences that a suite measures; None where it measures none."""
+    """The held-out sequences of a suite; None if it has none."""
     if not sequences_per_source:
         return None
     sequences = source_sequences(
@@ -74,7 +74,7 @@ def held_out_text(
 def items_in_instructions(
     results: EvaluationResults, folder: Path, recipe: Recipe
 ) -> dict[str, list[SourceOverlap]]:
-    """For each task, which of its items stand in the run's instruction data."""
+    """For each task, the overlap of its items with the run's instruction sources."""
     sources = results.provenance.instruction_sources if results.provenance else []
     tasks = [task.name for task in results.tasks if not task.name.startswith(PREFIX)]
     if not sources or not tasks:
@@ -84,7 +84,7 @@ def items_in_instructions(
 
 
 def task_figures(results: EvaluationResults) -> dict[str, dict[str, Any]]:
-    """The score of each task with its interval, its zeros and the parameters that a token needed, as a line has them."""
+    """Score, interval, zeros and active parameters of each task, as a line of evaluations.jsonl holds them."""
     return {
         task.name: {
             "metric": task.metric,
@@ -99,17 +99,17 @@ def task_figures(results: EvaluationResults) -> dict[str, dict[str, Any]]:
 
 
 def write_line(
-    run: RunFolder, checkpoint: Path, asked: Asked, folder: Path, results: EvaluationResults
+    run: RunFolder, checkpoint: Path, request: EvalRequest, folder: Path, results: EvaluationResults
 ) -> None:
-    """Adds an evaluation to RUN/evaluations.jsonl.
+    """Appends an evaluation to RUN/evaluations.jsonl.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If writing fails.
     """
     line = {
         "checkpoint": checkpoint.name,
         "tokens": read_state(checkpoint).seen_tokens,
-        "key": asked.key,
+        "key": request.key,
         "folder": str(folder.relative_to(run.path)),
         "tasks": task_figures(results),
     }
@@ -120,16 +120,16 @@ def write_line(
         os.fsync(file.fileno())
 
 
-def has_line(run: RunFolder, checkpoint: Path, asked: Asked) -> bool:
-    """Whether a checkpoint was measured in this way."""
+def has_line(run: RunFolder, checkpoint: Path, request: EvalRequest) -> bool:
+    """Whether a checkpoint was evaluated with a comparable request."""
     return any(
-        line["checkpoint"] == checkpoint.name and line["key"] == asked.key
+        line["checkpoint"] == checkpoint.name and line["key"] == request.key
         for line in read_lines(run.path / LINES_FILE)
     )
 
 
 def suite_is_due(recipe: Recipe, state: TrainingState) -> bool:
-    """Whether the suite is asked after this step; a checkpoint is saved there, too."""
+    """Whether the suite runs after this step; a checkpoint is saved there, too."""
     if recipe.eval.suite is None or state.step == 0:
         return False
     every = recipe.eval.suite_every_tokens or recipe.checkpoint.every_tokens
@@ -139,8 +139,8 @@ def suite_is_due(recipe: Recipe, state: TrainingState) -> bool:
 
 def suite_is_logged(recipe: Recipe, run: RunFolder, step: int) -> bool:
     """Whether metrics.jsonl has the recipe's suite at this step."""
-    asked = Asked.by_recipe(recipe.eval)
-    folder = evaluation_folder(run, checkpoint_name(step), asked)
+    request = EvalRequest.from_recipe(recipe.eval)
+    folder = evaluation_folder(run, checkpoint_name(step), request)
     where = str(folder.relative_to(run.path))
     return any(
         line["kind"] == "suite" and line["step"] == step and line["folder"] == where

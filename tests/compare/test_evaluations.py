@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from sparsify.compare.evaluation_report import evaluation_notes
 from sparsify.compare.evaluations import EvaluationComparison, compare_evaluations
 from sparsify.errors import EvaluationError
+from sparsify.evaluation.metrics import Score, difference, kind_of, mean_of, metric_value
 from sparsify.evaluation.results import (
     RESULTS_FILE,
     ActiveCount,
@@ -24,7 +25,6 @@ from sparsify.evaluation.results import (
     TaskResult,
     write_items,
 )
-from sparsify.evaluation.scores import Score, difference, kind_of, mean_of, measured
 
 Evaluations = Callable[..., Path]
 
@@ -48,7 +48,7 @@ def evaluations(tmp_path: Path) -> Evaluations:
             metric = "perplexity" if task == "lambada" else "acc"
             items = {f"{task}:{i}": {metric: Score(value, 1.0)} for i, value in enumerate(values)}
             write_items(folder, task, items)
-            score = measured(kind_of(metric), [item[metric] for item in items.values()])
+            score = metric_value(kind_of(metric), [item[metric] for item in items.values()])
             tasks.append(
                 TaskResult(
                     name=task,
@@ -226,7 +226,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
         words = generator.integers(20, 400, 120)
         nats = words * 3.0 + generator.normal(0, 0.6, 120) * words
         scores = [Score(float(n), float(w)) for n, w in zip(nats, words, strict=True)]
-        found = measured("perplexity", scores)
+        found = metric_value("perplexity", scores)
         assert found.low is not None
         assert found.high is not None
         inside += found.low <= np.exp(3.0) <= found.high

@@ -1,6 +1,6 @@
 """One of two ranks that trains with a suite, or without: RUN_DIR… in turn; prints a hash of weights and optimiser of each.
 
-A folder with `cut` in its name is stopped by rank 1 while the suite is asked, and gone on with by a new session.
+A folder with `cut` in its name is stopped by rank 1 while the suite runs, and resumed by a new session.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL_CHUNKS = {"loglikelihood": 8, "loglikelihood_rolling": 1, "generate_until"
 
 
 def digest(session: Session) -> str:
-    """Of all that the rank trains, and of its random numbers."""
+    """Hash of everything that the rank trains, and of its random number generators."""
     found = xxhash.xxh3_128()
     for tensor in [*everything(session.engine), torch.get_rng_state()]:
         found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
@@ -42,9 +42,9 @@ def main(run: RunFolder) -> list[str]:
     torch.manual_seed(1)
     session = build_session(run, lambda: False)
     if "cut" in run.path.name:
-        session.stop_requested = lambda: dist.get_rank() == 1 and len(answered(run)) > 2
+        session.stop_requested = lambda: dist.get_rank() == 1 and len(journal_lines(run)) > 2
         assert not train(session)
-        assert answered(run)
+        assert journal_lines(run)
         session = build_session(run, lambda: False)
         assert session.state.step == 4
     assert train(session)
@@ -53,7 +53,7 @@ def main(run: RunFolder) -> list[str]:
     return both
 
 
-def answered(run: RunFolder) -> list[str]:
+def journal_lines(run: RunFolder) -> list[str]:
     """Lines of the journals of a suite that is not done."""
     journals = run.path.glob("evaluations/*/journal/*.jsonl")
     return [line for path in journals for line in path.read_text().splitlines()]

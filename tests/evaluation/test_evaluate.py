@@ -15,8 +15,8 @@ from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import EvaluationError
 from sparsify.evaluation import evaluate as evaluation
-from sparsify.evaluation.evaluate import Settings, evaluate
-from sparsify.evaluation.harness import MeasuredModel
+from sparsify.evaluation.evaluate import EvalSettings, evaluate
+from sparsify.evaluation.harness import CountingHFLM
 from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import read_items, read_results
 from sparsify.evaluation.suite import load_suite, suite_names
@@ -62,7 +62,7 @@ def measured(
 ) -> Path:
     folder = tmp_path_factory.mktemp("results")
     suite = load_suite(str(suite_file))
-    evaluate(subject, suite, task_sources(suite, data_dir), None, folder, Settings(limit=6))
+    evaluate(subject, suite, task_sources(suite, data_dir), None, folder, EvalSettings(limit=6))
     return folder
 
 
@@ -103,7 +103,7 @@ def test_zeros_are_those_of_the_text_without_padding(
     suite, sources = one_task("arc_easy", data_dir, tmp_path / "own.yaml", shots=1)
     rows = [
         evaluate(
-            subject, suite, sources, None, tmp_path / str(size), Settings(batch_size=size)
+            subject, suite, sources, None, tmp_path / str(size), EvalSettings(batch_size=size)
         ).tasks[0]
         for size in (1, 7)
     ]
@@ -151,12 +151,12 @@ def test_prompts_are_those_of_the_standard_task(
         config.pop(key, None)
     splits = dict.fromkeys(("train", "validation", "test"), rows)
     standard = ConfigurableTask(config=config | {"custom_dataset": lambda **_: splits})
-    asked = []
+    requests = []
     for task in (ours, standard):
         task.set_config(key="num_fewshot", value=0)
         task.build_all_requests(limit=4, rank=0, world_size=1)
-        asked.append([request.args for request in task.instances])
-    assert asked[0] == asked[1]
+        requests.append([request.args for request in task.instances])
+    assert requests[0] == requests[1]
 
 
 def _labelled(row: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ HUB_ROWS = {
 }
 
 
-def test_a_cut_short_evaluation_goes_on_where_it_stopped(
+def test_an_interrupted_evaluation_resumes(
     subject: Subject, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -190,8 +190,8 @@ def test_a_cut_short_evaluation_goes_on_where_it_stopped(
     suite_file.write_text(yaml.safe_dump({"name": "own", "tasks": tasks}))
     suite = load_suite(str(suite_file))
     sources = task_sources(suite, data_dir)
-    whole = evaluate(subject, suite, sources, None, tmp_path / "whole", Settings())
-    answered = 0
+    whole = evaluate(subject, suite, sources, None, tmp_path / "whole", EvalSettings())
+    evaluated = 0
 
     def stop(task: str) -> Any:
         def at(done: int, _total: int) -> None:
@@ -201,30 +201,30 @@ def test_a_cut_short_evaluation_goes_on_where_it_stopped(
         return at
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(subject, suite, sources, None, tmp_path / "cut", Settings(), on_progress=stop)
-    ask = MeasuredModel._loglikelihood_tokens
+        evaluate(subject, suite, sources, None, tmp_path / "cut", EvalSettings(), on_progress=stop)
+    original = CountingHFLM._loglikelihood_tokens
 
-    def count(self: MeasuredModel, requests: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal answered
-        answered += len(requests)
-        return ask(self, requests, *args, **kwargs)
+    def count(self: CountingHFLM, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal evaluated
+        evaluated += len(requests)
+        return original(self, requests, *args, **kwargs)
 
-    monkeypatch.setattr(MeasuredModel, "_loglikelihood_tokens", count)
-    rest = evaluate(subject, suite, sources, None, tmp_path / "cut", Settings())
-    assert answered == 2 * 12 - 8
+    monkeypatch.setattr(CountingHFLM, "_loglikelihood_tokens", count)
+    rest = evaluate(subject, suite, sources, None, tmp_path / "cut", EvalSettings())
+    assert evaluated == 2 * 12 - 8
     for task, again in zip(whole.tasks, rest.tasks, strict=True):
         assert again.model_dump(exclude={"seconds"}) == task.model_dump(exclude={"seconds"})
     assert not list((tmp_path / "cut" / evaluation.JOURNAL_FOLDER).iterdir())
 
 
-def test_the_quick_suite_needs_no_data_and_shows_what_a_model_writes(
+def test_the_quick_suite_needs_no_data_and_writes_samples(
     stock: dict[str, Path],
     tmp_path: Path,
     mixture_file: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """By the command, in another type than the weights', on the held-out text of a mixture of one's own."""
+    """With the command, in a dtype other than the weights', on the held-out text of the user's mixture."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     options = ["--limit", "6", "--dtype", "bfloat16", "--on", str(mixture_file)]
@@ -238,24 +238,24 @@ def test_the_quick_suite_needs_no_data_and_shows_what_a_model_writes(
     rows = {task.name: task for task in results.tasks}
     held_out = {"held-out/code", "held-out/prose", "held-out/questions"}
     assert rows.keys() == {"python_functions"} | held_out
-    # Random weights know nothing: a perplexity near the size of the vocabulary.
+    # Random weights: a perplexity near the size of the vocabulary.
     assert all(500 < rows[name].score.value < 20_000 for name in held_out)
     assert [sample.prompt for sample in results.samples] == load_suite("quick").prompts
     assert results.samples[0].prompt.strip() in (folder / "results.md").read_text()
 
 
-def test_other_weights_are_measured_anew(
+def test_other_weights_are_evaluated_again(
     subject: Subject, stock: dict[str, Path], data_dir: Path, tmp_path: Path
 ) -> None:
     suite, sources = one_task("piqa", data_dir, tmp_path / "own.yaml")
-    first = evaluate(subject, suite, sources, None, tmp_path / "out", Settings())
+    first = evaluate(subject, suite, sources, None, tmp_path / "out", EvalSettings())
     dense = Subject(load_sparse(stock["mistral"]), subject.tokenizer, "dense")
-    second = evaluate(dense, suite, sources, None, tmp_path / "out", Settings())
+    second = evaluate(dense, suite, sources, None, tmp_path / "out", EvalSettings())
     assert second.model_hash != first.model_hash
     assert (second.tasks[0].product_zeros or 0) < 0.01 < (first.tasks[0].product_zeros or 0)
 
 
-def test_what_is_missing_is_said_before_a_model_is_loaded(
+def test_missing_data_is_reported_before_a_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*arguments: str) -> str:

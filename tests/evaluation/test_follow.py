@@ -1,4 +1,4 @@
-"""Every checkpoint of a run is measured, once."""
+"""Every checkpoint of a run is evaluated exactly once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from sparsify.commands import evaluate as following
 from sparsify.commands.evaluate import evaluate_model, follow
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.request import Asked
+from sparsify.evaluation.request import EvalRequest
 from sparsify.evaluation.results import read_results
 from tests.conftest import Setup
 
@@ -22,7 +22,7 @@ def nothing(_task: str) -> Callable[[int, int], None]:
 
 
 @pytest.mark.slow
-def test_every_checkpoint_of_a_run_is_measured_once(
+def test_every_checkpoint_of_a_run_is_evaluated_once(
     finished: Callable[[Setup], tuple[Path, dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, _ = finished(Setup("mistral", 1, 1, "fp32"))
@@ -39,7 +39,7 @@ def test_every_checkpoint_of_a_run_is_measured_once(
     last.rename(tmp_path / last.name)
     monkeypatch.setattr(following.time, "sleep", lambda _: (tmp_path / last.name).rename(last))
 
-    found = follow(str(run), Asked(str(suite)), "", nothing)
+    found = follow(str(run), EvalRequest(str(suite)), "", nothing)
 
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [line["checkpoint"] for line in lines] == saved
@@ -47,9 +47,9 @@ def test_every_checkpoint_of_a_run_is_measured_once(
     assert len({results.model_hash for results in found}) == len(saved)
     assert all((run / line["folder"] / "results.json").is_file() for line in lines)
     assert "held-out/code" in lines[0]["tasks"]
-    assert follow(str(run), Asked(str(suite)), "", nothing) == []
+    assert follow(str(run), EvalRequest(str(suite)), "", nothing) == []
 
-    # What a baseline must share, and what the run's instructions hold, stands in each.
+    # Each result holds the provenance and the overlap with the run's instructions.
     results = read_results(run / lines[-1]["folder"])
     assert results.provenance is not None
     assert results.provenance.instruction_sources == ["questions"]
@@ -57,9 +57,9 @@ def test_every_checkpoint_of_a_run_is_measured_once(
     (overlap,) = task.overlaps
     assert (overlap.source, overlap.items, overlap.items_found) == ("questions", 4, 0)
 
-    # An exported bundle is the same model, and knows the same of its training.
+    # An exported bundle is the same model with the same provenance.
     bundle, _ = evaluate_model(
-        str(run / "export"), Asked(str(suite), to=tmp_path / "out"), "", nothing
+        str(run / "export"), EvalRequest(str(suite), to=tmp_path / "out"), "", nothing
     )
     assert bundle.model_hash == results.model_hash
     assert bundle.provenance is not None
@@ -68,5 +68,5 @@ def test_every_checkpoint_of_a_run_is_measured_once(
 
 
 def test_only_a_run_can_be_followed(stock: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="no run folder"):
-        follow(str(stock["mistral"]), Asked("quick"), "", nothing)
+    with pytest.raises(EvaluationError, match="not a run folder"):
+        follow(str(stock["mistral"]), EvalRequest("quick"), "", nothing)

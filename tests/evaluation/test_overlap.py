@@ -1,4 +1,4 @@
-"""Items of a task that the instruction data holds are found, source by source."""
+"""Items of a task that occur in the instruction data are found, by source."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_items_in_the_instructions_are_counted(tmp_path: Path, rows: list[dict[s
     assert (piqa.documents_overlapping, piqa.items_found) == (0, 0)
 
 
-def test_what_the_mixture_leaves_out_is_not_counted(
+def test_documents_that_the_mixture_drops_are_not_counted(
     tmp_path: Path, rows: list[dict[str, str]]
 ) -> None:
     items = tmp_path / "gsm8k.jsonl"
@@ -59,7 +59,7 @@ def test_what_the_mixture_leaves_out_is_not_counted(
     assert (found.documents_read, found.documents_overlapping) == (40, 0)
 
 
-def test_instructions_that_are_gone_are_named(tmp_path: Path, rows: list[dict[str, str]]) -> None:
+def test_missing_instruction_files_are_reported(tmp_path: Path, rows: list[dict[str, str]]) -> None:
     write_texts(tmp_path, "gsm8k", ITEMS)
     own = load_mixture(str(mixture(tmp_path, rows)))
     (tmp_path / "chat.jsonl").unlink()

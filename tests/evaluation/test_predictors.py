@@ -1,4 +1,4 @@
-"""A model that predictors mask: what is asked of it, and that its results say so."""
+"""Evaluation of a model that predictors mask."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from sparsify.cli.main import main
-from sparsify.commands.evaluate import Asked, follow
+from sparsify.commands.evaluate import EvalRequest, follow
 from sparsify.compare.evaluations import compare_evaluations
 from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import copy_tokenizer, load_tokenizer
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.evaluate import Settings, evaluate
-from sparsify.evaluation.heldout import HeldOut
+from sparsify.evaluation.evaluate import EvalSettings, evaluate
+from sparsify.evaluation.held_out_perplexity import HeldOut
 from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import EvaluationResults, read_results
 from sparsify.evaluation.suite import load_suite
@@ -30,7 +30,7 @@ EVERYTHING_ON = -1e9
 
 
 def random_predictors(model: SparseModel, threshold: float) -> Predictors:
-    """They know nothing, but switch some neurons off: that is all that these tests need."""
+    """Untrained predictors that switch some neurons off."""
     generator = torch.Generator().manual_seed(1)
     config, experts = model.config, num_experts(model)
     blocks = {
@@ -91,7 +91,7 @@ def measured(
         predictors=None if predictors is None else ("predictors", predictors),
     )
     sources = task_sources(suite, data_dir)
-    return evaluate(masked, suite, sources, held_out, folder, Settings(batch_size=batch_size))
+    return evaluate(masked, suite, sources, held_out, folder, EvalSettings(batch_size=batch_size))
 
 
 def sequences(count: int) -> list[PackedSequence]:
@@ -100,7 +100,7 @@ def sequences(count: int) -> list[PackedSequence]:
     return [PackedSequence("prose", row[:-1], np.arange(32), row[1:]) for row in rows]
 
 
-def test_the_masked_loss_is_the_one_that_judging_finds(
+def test_the_masked_loss_is_that_of_the_predictors_report(
     subject: Subject, data_dir: Path, tmp_path: Path
 ) -> None:
     predictors = random_predictors(subject.model, 0.5)
@@ -157,7 +157,7 @@ def test_predictors_that_switch_everything_on_change_nothing(
     assert (on.tasks[0].predicted_on, exact.tasks[0].predicted_on) == (1.0, None)
 
 
-def test_other_predictors_in_the_same_folder_are_measured_anew(
+def test_other_predictors_in_the_same_folder_are_evaluated_again(
     subject: Subject, data_dir: Path, tmp_path: Path
 ) -> None:
     to = tmp_path / "out"
@@ -172,7 +172,7 @@ def test_other_predictors_in_the_same_folder_are_measured_anew(
     assert masked.predictors.hash != higher.predictors.hash
 
 
-def test_the_command_says_what_masked_and_sets_it_beside_the_exact_model(
+def test_the_command_reports_the_predictors_and_compares_with_the_exact_model(
     stock: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -192,9 +192,9 @@ def test_the_command_says_what_masked_and_sets_it_beside_the_exact_model(
         monkeypatch.setattr("sys.argv", ["sparsify", "evaluate", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
-        told = capsys.readouterr()
-        assert ended.value.code in (0, None, 2), told.err
-        return told.out, told.err
+        output = capsys.readouterr()
+        assert ended.value.code in (0, None, 2), output.err
+        return output.out, output.err
 
     run("my_sparse_model", "--suite", "own.yaml")
     out, _ = run("my_sparse_model", "--suite", "own.yaml", "--predictors", "my_predictors")
@@ -222,7 +222,7 @@ def test_following_a_run_takes_no_predictors(recipe_file: Path, tmp_path: Path) 
     with pytest.raises(EvaluationError, match="belong to one checkpoint"):
         follow(
             str(tmp_path),
-            Asked("quick", predictors=tmp_path / "predictors"),
+            EvalRequest("quick", predictors=tmp_path / "predictors"),
             "",
             lambda _: lambda _done, _all: None,
         )

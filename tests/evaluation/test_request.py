@@ -1,4 +1,4 @@
-"""A suite that is asked while a run trains scores what `sparsify evaluate` scores, and changes nothing of the training."""
+"""A suite run during training scores what `sparsify evaluate` scores, and does not change the training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsify.commands.evaluate import evaluate_model
 from sparsify.compare.evaluations import result_folders
 from sparsify.errors import EvaluationError, RecipeError
 from sparsify.evaluation import lm_adapter
-from sparsify.evaluation.request import Asked, suite_of
+from sparsify.evaluation.request import EvalRequest, suite_of
 from sparsify.evaluation.results import EvaluationResults, read_items, read_results
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
@@ -44,7 +44,7 @@ prompt_tokens: 6
 
 
 class Trained(NamedTuple):
-    """A run, and a hash of what each rank ended with."""
+    """A run, and a hash of each rank's final state."""
 
     run: RunFolder
     hashes: list[str]
@@ -108,15 +108,15 @@ def trained(train: Train) -> dict[str, Trained]:
     return train(["mistral-1-without", "mistral-1-with", "mistral-1-cut", "mistral-3-with"])
 
 
-def asked_of(run: RunFolder, **changed: Any) -> Asked:
-    settings = Asked.by_recipe(run.load_recipe().eval)
-    return Asked(**{**vars(settings), **changed})
+def request_of(run: RunFolder, **changed: Any) -> EvalRequest:
+    settings = EvalRequest.from_recipe(run.load_recipe().eval)
+    return EvalRequest(**{**vars(settings), **changed})
 
 
 def check_same(one: EvaluationResults, other: EvaluationResults) -> None:
     """Scores, intervals, zeros, tokens, continuations and provenance, to the bit."""
-    left_out = {"processes": True, "command": True, "tasks": {"__all__": {"seconds"}}}
-    assert one.model_dump(exclude=left_out) == other.model_dump(exclude=left_out)
+    excluded = {"processes": True, "command": True, "tasks": {"__all__": {"seconds"}}}
+    assert one.model_dump(exclude=excluded) == other.model_dump(exclude=excluded)
 
 
 def check_rows(run: RunFolder, steps: list[int]) -> None:
@@ -131,7 +131,7 @@ def check_rows(run: RunFolder, steps: list[int]) -> None:
         assert {name: task["value"] for name, task in row["tasks"].items()} == {
             task.name: task.score.value for task in results.tasks
         }
-        assert has_line(run, Path(line["checkpoint"]), asked_of(run))
+        assert has_line(run, Path(line["checkpoint"]), request_of(run))
     assert (
         result_folders([run.path / rows[-1]["folder"], run.path])
         == [run.path / rows[-1]["folder"]] * 2
@@ -150,7 +150,7 @@ def test_live_weights_score_what_the_checkpoint_scores(
 def _check_against_checkpoint(run: RunFolder, step: str, to: Path) -> None:
     checkpoint = str(run.checkpoints / step)
     apart, folder = evaluate_model(
-        checkpoint, asked_of(run, to=to), "", lambda _: lambda _done, _all: None
+        checkpoint, request_of(run, to=to), "", lambda _: lambda _done, _all: None
     )
     (own,) = run.path.glob(f"evaluations/own,{step}")
     check_same(read_results(own), apart)
@@ -158,7 +158,7 @@ def _check_against_checkpoint(run: RunFolder, step: str, to: Path) -> None:
         assert read_items(own, task.name) == read_items(folder, task.name)
 
 
-def test_a_suite_leaves_no_trace_in_the_training(trained: dict[str, Trained]) -> None:
+def test_a_suite_does_not_change_the_training(trained: dict[str, Trained]) -> None:
     without = trained["mistral-1-without"]
     for case in ("mistral-1-with", "mistral-1-cut"):
         check_same_training(without, trained[case])
@@ -179,7 +179,7 @@ def check_same_training(one: Trained, other: Trained) -> None:
     assert a == b
 
 
-def test_a_suite_that_was_cut_short_goes_on_to_the_same_scores(trained: dict[str, Trained]) -> None:
+def test_an_interrupted_suite_resumes_to_the_same_scores(trained: dict[str, Trained]) -> None:
     cut, whole = trained["mistral-1-cut"].run, trained["mistral-1-with"].run
     check_rows(cut, [4, 8])
     for step in ("step-00000004", "step-00000008"):
@@ -191,7 +191,7 @@ def test_a_suite_that_was_cut_short_goes_on_to_the_same_scores(trained: dict[str
         check_same(*results)
 
 
-def test_partitioned_weights_are_asked_as_they_were_saved(
+def test_partitioned_weights_are_evaluated_from_the_checkpoint(
     trained: dict[str, Trained], tmp_path: Path
 ) -> None:
     run, _ = trained["mistral-3-with"]
@@ -234,7 +234,7 @@ def refused(suite: str, data_dir: Path | None = None) -> str:
     return str(error.value)
 
 
-def test_what_is_missing_is_said_before_anything_costs(tmp_path: Path) -> None:
+def test_missing_suites_and_data_are_reported_first(tmp_path: Path) -> None:
     assert "Did you mean 'quick'?" in refused("quik")
     assert "piqa_test.jsonl.gz" in refused("commonsense", tmp_path)
     assert "no folder" in refused("commonsense", tmp_path / "no")
@@ -254,17 +254,17 @@ def test_a_task_that_the_harness_does_not_know_is_refused_without_a_network(
 def test_an_error_on_one_rank_ends_the_command_with_its_message(
     command: Command, tmp_path: Path
 ) -> None:
-    """Only the first rank meets it, after the last step was saved; what is left then is the suite."""
+    """Only rank 0 raises it, after the last step was saved: the repeated command runs the suite alone."""
     suite, run = tmp_path / "own.yaml", tmp_path / "run"
     suite.write_text("name: own\ntasks: {python_functions: {limit: 8, metric: nonsense}}\n")
-    asked = [*command(SETUP, run), f"eval.suite={suite}", "eval.suite_every_tokens=4096"]
-    failed = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=300)
+    command_line = [*command(SETUP, run), f"eval.suite={suite}", "eval.suite_every_tokens=4096"]
+    failed = subprocess.run(command_line, capture_output=True, text=True, check=False, timeout=300)
     assert failed.returncode == 2, failed.stderr
     assert "Task python_functions has no metric 'nonsense'" in failed.stderr
     assert not [record for record in records(run) if record["kind"] == "suite"]
 
     suite.write_text("name: own\ntasks: {python_functions: {limit: 8}}\n")
-    subprocess.run(asked, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    subprocess.run(command_line, check=True, stdout=subprocess.DEVNULL, timeout=300)
     check_rows(RunFolder(run), [8])
     trained = [record["step"] for record in records(run) if record["kind"] == "train"]
     assert trained == list(range(1, 9))
@@ -272,14 +272,14 @@ def test_an_error_on_one_rank_ends_the_command_with_its_message(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_ctrl_c_in_the_middle_ends_all_ranks_and_the_same_command_goes_on(
+def test_ctrl_c_ends_all_ranks_and_the_same_command_resumes(
     stage: int, command: Command, tmp_path: Path
 ) -> None:
     suite, run = tmp_path / "own.yaml", tmp_path / "run"
     suite.write_text("name: own\ntasks: {python_functions: {limit: 1000}}\n")
-    asked = command(SETUP._replace(stage=stage), run)
-    asked += [f"eval.suite={suite}", "eval.suite_every_tokens=2048"]
-    launched = subprocess.Popen(asked, stdout=subprocess.DEVNULL, start_new_session=True)
+    command_line = command(SETUP._replace(stage=stage), run)
+    command_line += [f"eval.suite={suite}", "eval.suite_every_tokens=2048"]
+    launched = subprocess.Popen(command_line, stdout=subprocess.DEVNULL, start_new_session=True)
     journal = run / "evaluations/own,step-00000004/journal/python_functions.loglikelihood.jsonl"
     deadline = time.monotonic() + 300
     while not journal.is_file() or journal.stat().st_size < 1000:
@@ -292,12 +292,12 @@ def test_ctrl_c_in_the_middle_ends_all_ranks_and_the_same_command_goes_on(
     assert answered > 1
     assert not [record for record in records(run) if record["kind"] == "suite"]
 
-    subprocess.run(asked, check=True, stdout=subprocess.DEVNULL, timeout=300)
+    subprocess.run(command_line, check=True, stdout=subprocess.DEVNULL, timeout=300)
     check_rows(RunFolder(run), [4, 8])
     checkpoint = str(run / "checkpoints" / "step-00000004")
     apart, _ = evaluate_model(
         checkpoint,
-        asked_of(RunFolder(run), to=tmp_path / "apart"),
+        request_of(RunFolder(run), to=tmp_path / "apart"),
         "",
         lambda _: lambda _done, _all: None,
     )

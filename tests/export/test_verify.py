@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sparsify.cli.main import app
-from sparsify.commands.evaluate import Asked, evaluate_model
+from sparsify.commands.evaluate import EvalRequest, evaluate_model
 from sparsify.commands.reproduce import reproduce, reproduction
 from sparsify.errors import ExportError, ModelError
 from sparsify.evaluation.results import RESULTS_FILE, read_results
@@ -66,8 +66,10 @@ def evaluations(
     suite = root / "own.yaml"
     suite.write_text("name: own\ntasks: {python_functions: {limit: 4}}\n")
     ways = {
-        "exact": Asked(str(suite), to=root / "exact"),
-        "masked": Asked(str(suite), dtype="float32", to=root / "masked", predictors=predictors),
+        "exact": EvalRequest(str(suite), to=root / "exact"),
+        "masked": EvalRequest(
+            str(suite), dtype="float32", to=root / "masked", predictors=predictors
+        ),
     }
     for asked in ways.values():
         evaluate_model(str(run), asked, "", lambda _: lambda _done, _all: None)

@@ -1,4 +1,4 @@
-"""Several processes give what one gives, go on where another number stopped, and leave nothing behind."""
+"""Several processes give the result of one, resume what another number began, and leave no process behind."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pytest
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import EvaluationError
-from sparsify.evaluation import worker as working
-from sparsify.evaluation.evaluate import Settings, evaluate
-from sparsify.evaluation.heldout import HeldOut
+from sparsify.evaluation import worker_pool
+from sparsify.evaluation.evaluate import EvalSettings, evaluate
+from sparsify.evaluation.held_out_perplexity import HeldOut
 from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import EvaluationResults, read_items
 from sparsify.evaluation.suite import load_suite
@@ -53,14 +53,14 @@ def measure(stock: dict[str, Path], data_dir: Path, tmp_path: Path, monkeypatch)
             task_sources(suite, data_dir),
             HeldOut("own", sequences(3)),
             tmp_path / name,
-            Settings(processes=processes),
+            EvalSettings(processes=processes),
             **more,
         )
 
     return run
 
 
-def test_two_processes_give_to_the_bit_what_one_gives(measure, tmp_path: Path) -> None:
+def test_two_processes_give_the_bits_of_one(measure, tmp_path: Path) -> None:
     one, two = measure("one", 1, masked=True), measure("two", 2, masked=True)
     assert one.samples == two.samples
     for task, same in zip(one.tasks, two.tasks, strict=True):
@@ -70,7 +70,7 @@ def test_two_processes_give_to_the_bit_what_one_gives(measure, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_what_two_processes_began_one_ends(measure, tmp_path: Path) -> None:
+def test_one_process_resumes_what_two_began(measure, tmp_path: Path) -> None:
     whole = measure("whole", 1)
 
     def stop(task: str):
@@ -82,13 +82,13 @@ def test_what_two_processes_began_one_ends(measure, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         measure("cut", 2, on_progress=stop)
-    asked: list[int] = []
+    done_counts: list[int] = []
 
     def first(task: str):
-        return lambda done, _total: asked.append(done) if task == "arc_easy" else None
+        return lambda done, _total: done_counts.append(done) if task == "arc_easy" else None
 
     rest = measure("cut", 1, on_progress=first)
-    assert asked[0] >= 16
+    assert done_counts[0] >= 16
     for task, same in zip(whole.tasks, rest.tasks, strict=True):
         assert same.model_dump(exclude={"seconds"}) == task.model_dump(exclude={"seconds"})
 
@@ -96,8 +96,8 @@ def test_what_two_processes_began_one_ends(measure, tmp_path: Path) -> None:
 def test_a_model_that_shared_memory_cannot_hold_is_refused(
     measure, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = working.shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(working.shutil, "disk_usage", lambda _: full)
+    full = worker_pool.shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(worker_pool.shutil, "disk_usage", lambda _: full)
     with pytest.raises(EvaluationError, match="--shm-size"):
         measure("out", 2)
 
@@ -107,7 +107,7 @@ def test_a_model_that_shared_memory_cannot_hold_is_refused(
 def test_ctrl_c_and_kills_leave_no_process(
     signalled: str, stock: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Ctrl-C reaches all processes; `kill -9` of the first tells nobody; a worker may be killed for its memory."""
+    """Ctrl-C reaches all processes; `kill -9` of the first is not signalled to the others; a worker may be killed for its memory."""
     suite = tmp_path / "own.yaml"
     suite.write_text("name: own\ntasks: {python_functions: {shots: 4}}\n")
     command = [sys.executable, "-c", "from sparsify.cli.main import main; main()"]

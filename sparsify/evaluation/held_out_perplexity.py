@@ -1,4 +1,4 @@
-"""Perplexity of each source of a mixture on text that it holds out of training."""
+"""Perplexity of each source of a mixture on its held-out text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.model import Counts, Subject, counted_fields, together
+from sparsify.evaluation.metrics import Score, metric_value
+from sparsify.evaluation.model import Counts, Subject, counted_fields, sum_counts
 from sparsify.evaluation.results import TaskResult
-from sparsify.evaluation.scores import Score, measured
 from sparsify.mixture.sequences.reader import PackedSequence
 
 if TYPE_CHECKING:
-    from sparsify.evaluation.worker import Answering
+    from sparsify.evaluation.worker_pool import WorkerPool
 
 METRIC = "token_perplexity"
 PREFIX = "held-out/"
@@ -24,24 +24,23 @@ PREFIX = "held-out/"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out sequences of a mixture, source by source.
+    """Held-out sequences of a mixture.
 
     Attributes:
-        mixture: Its name.
-        sequences: The sequences.
+        mixture: Name of the mixture.
+        sequences: The sequences, in the order of their sources.
     """
 
     mixture: str
     sequences: Sequence[PackedSequence]
 
     def by_source(self) -> dict[str, list[PackedSequence]]:
-        """The sequences of each source."""
         groups = groupby(self.sequences, key=lambda sequence: sequence.source)
         return {source: list(sequences) for source, sequences in groups}
 
 
 def fingerprint(sequences: Sequence[PackedSequence]) -> str:
-    """Of the tokens of some sequences."""
+    """xxh3-64 of the tokens of some sequences."""
     digest = xxhash.xxh3_64()
     for sequence in sequences:
         digest.update(sequence.input_ids.tobytes())
@@ -49,17 +48,17 @@ def fingerprint(sequences: Sequence[PackedSequence]) -> str:
 
 
 def measure_source(
-    workers: Answering,
+    workers: WorkerPool,
     subject: Subject,
     mixture: str,
     source: str,
     sequences: Sequence[PackedSequence],
 ) -> tuple[TaskResult, dict[str, dict[str, Score]]]:
-    """The row of one source, and its items: a sequence each.
+    """The result of one source, and its items: one per sequence.
 
     Args:
-        workers: Who reads the sequences.
-        subject: The model that they have.
+        workers: Compute the loss of each sequence.
+        subject: The model under evaluation.
         mixture: Name of the mixture.
         source: Name of the source.
         sequences: Its sequences.
@@ -80,7 +79,7 @@ def measure_source(
             f"The held-out sequences of source {source} have no token to predict.",
             next_step="Raise held_out_sequences_per_source in the suite.",
         )
-    result = measured("perplexity", [scores[METRIC] for scores in items.values()])
+    result = metric_value("perplexity", [scores[METRIC] for scores in items.values()])
     return TaskResult(
         name=PREFIX + source,
         shots=0,
@@ -90,5 +89,5 @@ def measure_source(
         score=result,
         metrics={METRIC: result},
         truncated_requests=0,
-        **counted_fields(subject, together(counts for _, counts in scored)),
+        **counted_fields(subject, sum_counts(counts for _, counts in scored)),
     ), items

@@ -1,10 +1,8 @@
-"""Who answers: this process alone, or several with a model each.
+"""The model of one process and what can be computed with it (`EvalWorker`), and a pool of such processes (`ProcessPool`).
 
-Several are processes that this one hands work to as each becomes free, and takes the answers from in order. On the CPU they
-read one copy of the weights in shared memory; where there are GPUs each has its own on the next GPU. lm-evaluation-harness's own
-ranks are not used: they fill their shares up with requests that are asked twice, which would count in zeros and tokens.
-
-The model of one process, and everything that it can be asked.
+The pool gives work to each process as it becomes free and returns the outputs in order. On the CPU all processes read one
+copy of the weights in shared memory; on GPUs each process has its own copy, on GPUs in turn. The data parallelism of
+lm-evaluation-harness is not used: it pads its shares with repeated requests, which would distort zeros and token counts.
 """
 
 from __future__ import annotations
@@ -28,27 +26,27 @@ import torch.multiprocessing  # teaches pickle to share tensors instead of copyi
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import EvaluationError
-from sparsify.evaluation.harness import Chunk, MeasuredModel
+from sparsify.evaluation.harness import Chunk, CountingHFLM
+from sparsify.evaluation.metrics import Score
 from sparsify.evaluation.model import Counter, Counts
 from sparsify.evaluation.results import Sample
-from sparsify.evaluation.scores import Score
 from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.models import SparseModel
 from sparsify.predictors import Predictors
 from sparsify.sparsity.measure import IGNORED_LABEL, summed_loss
 
 REPETITION_PENALTY = 1.1
-"""Of samples; that of the ones that an export's check writes."""
+"""Repetition penalty of samples; the same as in the verification of an export."""
 
 
-class Measurer:
-    """Context manager around a model that answers.
+class EvalWorker:
+    """Context manager around a model that runs requests, held-out sequences and samples, and counts zeros in all of them.
 
     Args:
         model: A sparse model in evaluation mode.
         tokenizer: Its tokenizer.
-        batch_size: Requests of one forward pass.
-        predictors: Of the model; every pass is then masked by them.
+        batch_size: Requests per forward pass.
+        predictors: Predictors that mask every forward pass; None to compute every neuron.
     """
 
     def __init__(
@@ -60,7 +58,7 @@ class Measurer:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._counter = Counter(model, predictors)
-        self._harness = MeasuredModel(model, tokenizer, self._counter, batch_size)
+        self._harness = CountingHFLM(model, tokenizer, self._counter, batch_size)
 
     def __enter__(self) -> Self:
         self._counter.__enter__()
@@ -71,12 +69,12 @@ class Measurer:
 
     @torch.no_grad()
     def chunk(self, kind: str, arguments: Sequence[tuple[Any, ...]]) -> Chunk:
-        """Answers requests of lm-evaluation-harness."""
+        """Runs requests of lm-evaluation-harness."""
         return self._harness.chunk(kind, arguments)
 
     @torch.no_grad()
     def sequence(self, sequence: PackedSequence) -> tuple[Score, Counts]:
-        """Negative log-likelihood of a sequence of text, and its number of labels."""
+        """Negative log-likelihood of a sequence in nats with its number of labels, and the counts."""
         batch = {key: value.to(self._model.device) for key, value in collate([sequence]).items()}
         self._counter.begin()
         loss = float(summed_loss(self._model, batch))
@@ -85,7 +83,7 @@ class Measurer:
 
     @torch.no_grad()
     def sample(self, prompt: str, num_tokens: int) -> Sample:
-        """Goes on from a prompt greedily, with a mild penalty on repeating itself: the same weights give the same text."""
+        """Continues a prompt greedily with a mild repetition penalty: deterministic for the same weights."""
         inputs = self._tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         inputs = {key: value.to(self._model.device) for key, value in inputs.items()}
         output = cast(Any, self._model).generate(
@@ -95,40 +93,39 @@ class Measurer:
             repetition_penalty=REPETITION_PENALTY,
             pad_token_id=self._tokenizer.eos_token_id,
         )
-        written = output[0, inputs["input_ids"].shape[1] :].tolist()
-        return Sample(
-            prompt=prompt, text=str(self._tokenizer.decode(written, skip_special_tokens=True))
-        )
+        new_tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+        text = self._tokenizer.decode(new_tokens, skip_special_tokens=True)
+        return Sample(prompt=prompt, text=str(text))
 
 
 Method = Literal["chunk", "sequence", "sample"]
 SHARED_MEMORY = Path("/dev/shm")
 
 
-class Answering(Protocol):
-    """Who answers, while its context lasts."""
+class WorkerPool(Protocol):
+    """Maps methods of an EvalWorker over items, inside its context."""
 
     device: str
-    """Type of what answers."""
+    """Type of the device that computes."""
 
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: object, error: object, trace: object, /) -> None: ...
 
     def map(self, method: Method, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """What a method of Measurer returns for the arguments of each item, in their order."""
+        """Results of a method of EvalWorker for the arguments of each item, in order."""
         ...
 
 
-class Workers:
-    """Context manager that maps methods of a Measurer over items.
+class ProcessPool:
+    """Context manager that maps methods of an EvalWorker over items, in this process or in several.
 
     Args:
         model: A sparse model in evaluation mode; on the CPU if there are several processes.
         tokenizer: Its tokenizer.
-        batch_size: Requests of one forward pass.
-        predictors: Of the model; every pass is then masked by them.
-        processes: How many answer.
+        batch_size: Requests per forward pass.
+        predictors: Predictors that mask every forward pass; None to compute every neuron.
+        processes: Number of processes; 1 computes in this one.
 
     Raises:
         EvaluationError: If shared memory cannot hold the model.
@@ -142,25 +139,25 @@ class Workers:
         predictors: Predictors | None = None,
         processes: int = 1,
     ) -> None:
-        self._own: Measurer | None = None
+        self._own: EvalWorker | None = None
         self._pool: ProcessPoolExecutor | None = None
         self.device = "cuda" if processes > 1 and torch.cuda.is_available() else model.device.type
-        """Type of what answers."""
         if processes == 1:
-            self._own = Measurer(model, tokenizer, batch_size, predictors)
+            self._own = EvalWorker(model, tokenizer, batch_size, predictors)
             return
-        _make_room(model)
+        _check_shared_memory(model)
+        _raise_file_limit(model)
         context = multiprocessing.get_context("spawn")
         devices = context.Queue()
-        for place in range(processes):
+        for index in range(processes):
             count = torch.cuda.device_count()
-            devices.put(f"cuda:{place % count}" if count else "cpu")
+            devices.put(f"cuda:{index % count}" if count else "cpu")
         threads = max(1, torch.get_num_threads() // processes)
-        # Not an Event: telling one waits for all who listen, those that were killed too.
-        self._told, self._tell = context.Pipe(duplex=False)
-        given = (model, tokenizer, batch_size, predictors)
+        # Not an Event: setting one waits for every listener, including processes that were killed.
+        self._stop_receiver, self._stop_sender = context.Pipe(duplex=False)
+        arguments = (model, tokenizer, batch_size, predictors)
         self._pool = ProcessPoolExecutor(
-            processes, context, _begin, (self._told, devices, threads, given)
+            processes, context, _start_worker, (self._stop_receiver, devices, threads, arguments)
         )
 
     def __enter__(self) -> Self:
@@ -173,14 +170,14 @@ class Workers:
             self._own.__exit__()
         if self._pool is not None:
             if kind is not None:
-                self._tell.send_bytes(b"end")  # what is under way would be thrown away
+                self._stop_sender.send_bytes(b"stop")  # running items would be discarded anyway
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, method: Method, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """What a method of Measurer returns for the arguments of each item, in their order.
+        """Results of a method of EvalWorker for the arguments of each item, in order.
 
         Raises:
-            EvaluationError: If a worker was killed.
+            EvaluationError: If a process was killed.
         """
         if self._own is not None:
             yield from (getattr(self._own, method)(*item) for item in items)
@@ -190,53 +187,57 @@ class Workers:
             yield from self._pool.map(_call, [method] * len(items), items)
         except BrokenProcessPool as error:
             raise EvaluationError(
-                "A process of the evaluation ended before its work was done, perhaps for lack of memory.",
-                next_step="Give the same command with fewer --processes or a smaller --batch-size; it goes on where it "
+                "An evaluation process was killed, possibly because memory ran out.",
+                next_step="Repeat the command with fewer --processes or a smaller --batch-size; it resumes where it "
                 "stopped.",
             ) from error
 
 
-_measurer: Measurer | None = None
-"""That of a worker."""
+_worker: EvalWorker | None = None
+"""The worker of a pool's process."""
 
 
-def _begin(told: Connection, devices: Queue[str], threads: int, given: tuple[Any, ...]) -> None:
-    """What a worker does first."""
-    global _measurer
+def _start_worker(
+    stop: Connection, devices: Queue[str], threads: int, arguments: tuple[Any, ...]
+) -> None:
+    global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process decides
-    threading.Thread(target=_watch, args=(told,), daemon=True).start()
+    threading.Thread(target=_exit_on_stop, args=(stop,), daemon=True).start()
     torch.set_num_threads(threads)
-    model, tokenizer, batch_size, predictors = given
+    model, tokenizer, batch_size, predictors = arguments
     device = devices.get()
     if device != "cpu":
         torch.nn.Module.to(model, device)
-    _measurer = Measurer(model, tokenizer, batch_size, predictors).__enter__()
+    _worker = EvalWorker(model, tokenizer, batch_size, predictors).__enter__()
 
 
-def _watch(told: Connection) -> None:
-    """Ends a worker when it is told to, and when nobody is left to tell it."""
+def _exit_on_stop(stop: Connection) -> None:
+    """Ends this process on a stop message, or when its parent has died."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    wait([told, parent.sentinel])
+    wait([stop, parent.sentinel])
     os._exit(1)
 
 
 def _call(method: Method, item: tuple[Any, ...]) -> Any:
-    assert _measurer is not None
-    return getattr(_measurer, method)(*item)
+    assert _worker is not None
+    return getattr(_worker, method)(*item)
 
 
-def _make_room(model: SparseModel) -> None:
-    """Sees to it that every tensor can be shared: a file descriptor each, in memory that containers keep small."""
-    tensors = list(model.state_dict().values())
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _check_shared_memory(model: SparseModel) -> None:
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else size
     if size > free:
         raise EvaluationError(
-            f"Several processes share one copy of the model, {size / 1e9:.2f} GB, and {SHARED_MEMORY} has room for "
-            f"{free / 1e9:.2f} GB.",
-            next_step="Give the container more of it (docker run --shm-size), or leave --processes out.",
+            f"The processes share one copy of the model of {size / 1e9:.2f} GB, but {SHARED_MEMORY} has only "
+            f"{free / 1e9:.2f} GB free.",
+            next_step="Give the container more shared memory (docker run --shm-size), or omit --processes.",
         )
+
+
+def _raise_file_limit(model: SparseModel) -> None:
+    """Raises the limit on open files: every shared tensor needs a file descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = min(hard, soft + 2 * len(tensors)) if hard != resource.RLIM_INFINITY else soft
+    wanted = soft + 2 * len(model.state_dict())
+    needed = min(hard, wanted) if hard != resource.RLIM_INFINITY else soft
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, needed), hard))

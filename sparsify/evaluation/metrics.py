@@ -1,9 +1,9 @@
-"""From the score of each item to a number with its interval.
+"""Metrics with confidence intervals, computed from the scores of single items.
 
 Every metric is a ratio of two sums over items: of scores and of weights (1 for accuracy, words for a perplexity per word).
-Its standard error is that of the ratio (W. Cochran, Sampling Techniques, 6.3), from the spread between items: it says how
-much the number would move if other items of the same kind had been asked. Between two models the same items are compared, so
-what makes an item hard for both does not count.
+Its standard error is that of a ratio estimate (W. Cochran, Sampling Techniques, 6.3), from the spread between items: it
+tells how much the metric would vary with other items of the same kind. The difference of two models is paired: it is
+computed on the same items, so that an item's difficulty cancels out.
 """
 
 from __future__ import annotations
@@ -22,37 +22,37 @@ PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "token_perpl
 
 
 class Score(NamedTuple):
-    """What one item adds to a metric."""
+    """The contribution of one item to a metric."""
 
     value: float
-    """Of a mean, the item's score; of a perplexity, its negative log-likelihood in nats."""
+    """The item's score for a mean; its negative log-likelihood in nats for a perplexity."""
     weight: float
 
 
-class Measured(BaseModel):
-    """One metric of one task."""
+class MetricValue(BaseModel):
+    """The value of a metric with its interval."""
 
     kind: Kind
     value: float
     low: float | None
     high: float | None
-    """95% interval; None for a single item."""
+    """Bounds of the 95% interval; None for a single item."""
     items: int
 
 
 class Difference(BaseModel):
-    """One metric of two models on the same items."""
+    """The paired difference of a metric between two models on the same items."""
 
     kind: Kind
     value: float
-    """Of a mean, the first minus the second; of a perplexity, the difference of its logarithm, in nats."""
+    """First minus second; for a perplexity, of its logarithm in nats."""
     low: float | None
     high: float | None
     items: int
 
     @property
     def within_noise(self) -> bool:
-        """Whether the interval holds 0, or is not known."""
+        """Whether the interval contains 0 or is unknown."""
         return self.low is None or self.high is None or self.low <= 0 <= self.high
 
     @property
@@ -62,29 +62,31 @@ class Difference(BaseModel):
 
 
 def kind_of(metric: str) -> Kind:
-    """How the scores of a metric come together."""
+    """Whether a metric is a perplexity or a mean, by its name."""
     return "perplexity" if metric.partition(",")[0] in PERPLEXITIES else "mean"
 
 
-def measured(kind: Kind, scores: Sequence[Score]) -> Measured:
-    """The metric of some items.
+def metric_value(kind: Kind, scores: Sequence[Score]) -> MetricValue:
+    """The value of a metric over some items, with its 95% interval.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there are no items.
     """
     ratio, residuals = _ratio(scores)
     error = _standard_error(residuals)
     low, high = _interval(ratio, error)
     if kind == "mean":
-        return Measured(kind=kind, value=ratio, low=low, high=high, items=len(scores))
+        return MetricValue(kind=kind, value=ratio, low=low, high=high, items=len(scores))
     bounds = [None if bound is None else _exp(bound) for bound in (low, high)]
-    return Measured(kind=kind, value=_exp(ratio), low=bounds[0], high=bounds[1], items=len(scores))
+    return MetricValue(
+        kind=kind, value=_exp(ratio), low=bounds[0], high=bounds[1], items=len(scores)
+    )
 
 
 def difference(
     kind: Kind, first: Mapping[str, Score], second: Mapping[str, Score]
 ) -> Difference | None:
-    """The paired difference of two models on the items that both were asked; None if there is none."""
+    """The paired difference of two models on the items that both have; None if they share none."""
     both = sorted(first.keys() & second.keys())
     if not both:
         return None
@@ -94,8 +96,8 @@ def difference(
     return Difference(kind=kind, value=ratio - other, low=low, high=high, items=len(both))
 
 
-def mean_of(parts: Sequence[Measured]) -> Measured:
-    """Mean of several tasks' scores, each counting the same."""
+def mean_of(parts: Sequence[MetricValue]) -> MetricValue:
+    """Unweighted mean of several tasks' scores."""
     errors = [
         None if part.low is None or part.high is None else (part.high - part.low) / (2 * Z_95)
         for part in parts
@@ -104,13 +106,13 @@ def mean_of(parts: Sequence[Measured]) -> Measured:
     known = [error for error in errors if error is not None]
     error = math.hypot(*known) / len(parts) if len(known) == len(parts) else None
     low, high = _interval(value, error)
-    return Measured(
+    return MetricValue(
         kind="mean", value=value, low=low, high=high, items=sum(one.items for one in parts)
     )
 
 
 def scores_of(metric: str, value: Any) -> Score | None:
-    """What lm-evaluation-harness recorded for an item, as a score; None where it is no number."""
+    """Converts the value that lm-evaluation-harness recorded for an item; None if it is not a number."""
     if isinstance(value, tuple | list) and len(value) == 2:
         return Score(-float(value[0]), float(value[1]))
     if not isinstance(value, bool | int | float | np.number):
@@ -119,7 +121,7 @@ def scores_of(metric: str, value: Any) -> Score | None:
 
 
 def _ratio(scores: Sequence[Score]) -> tuple[float, np.ndarray]:
-    """The ratio of the sums, and what each item moves it by (linearised)."""
+    """The ratio of the sums, and the linearised influence of each item on it."""
     if not scores:
         raise ValueError("no items")
     values, weights = np.array(scores, dtype=np.float64).T
