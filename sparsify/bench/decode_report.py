@@ -29,7 +29,7 @@ from sparsify.bench.decode_result import (
 )
 from sparsify.errors import RunError
 from sparsify.files import write_bytes
-from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image
+from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image
 
 GIGA, MEGA = 1e9, 1e6
 SHOWN_LAYERS = 5

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from sparsify.bench.recovery import DENSE, Recovery, RecoveryArm
 from sparsify.files import write_text
-from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image
+from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image
 
 PANEL_INCHES = 4.4
 MARKERS = "osD^vP*X<>hp"

@@ -1,4 +1,4 @@
-"""`sparsify compare`: runs by what training left in them, or evaluations by the items that they asked."""
+"""`sparsify compare`: compares runs by their validation losses, or evaluations item by item."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ def compare(
     """Compares runs, or evaluations, and writes the comparison.
 
     Args:
-        paths: Run folders; or folders that `sparsify evaluate` wrote, among which a run is its newest evaluation of the suite.
-        to: Folder to write; None for the usual one.
+        paths: Run folders, or result folders of `sparsify evaluate`; a run folder among results is replaced by its newest
+            evaluation of the suite.
+        to: Output folder; None for the default.
         command: The command line.
 
     Returns:
-        The comparison, and how a terminal shows it.
+        The comparison, and its summary for the terminal.
 
     Raises:
         UserError: If there is nothing to compare, or something cannot be read or written.

@@ -1,4 +1,4 @@
-"""Runs side by side: what differs between them, what it did to loss and zeros, and what may be compared."""
+"""Comparison of runs and of evaluations: settings that differ, losses and zeros, and which numbers are comparable."""
 
 from sparsify.compare.runs import compare
 from sparsify.compare.schema import Comparison, read_comparison

@@ -1,4 +1,4 @@
-"""What must be known before two numbers of a comparison are held against each other, in words."""
+"""Caveats below the tables of a comparison: which numbers are not comparable, and why."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from sparsify.compare.run_summary import Sequences
 from sparsify.compare.schema import Comparison
 
 MARK = "†"
-"""Stands behind a number that must not be compared with the others in its column."""
+"""Follows a number that is not comparable with the others in its column."""
 
 
 def notes(comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences]]) -> list[str]:
-    """Sentences under the table, the ones that explain marks first.
+    """The caveats of a comparison; those that explain marks come first.
 
     Args:
         comparison: The comparison, without its notes.
-        sequences: For every run, the sequences that each source was measured on.
+        sequences: The held-out sequences of each source, by run.
     """
     return [
         *_other_sequences(comparison, sequences),
@@ -25,14 +25,14 @@ def notes(comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences
         *_zeros(comparison),
         *_unmeasured(comparison),
         *_unfinished(comparison),
-        *_controls(comparison),
+        *_baselines(comparison),
     ]
 
 
 def _other_sequences(
     comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences]]
 ) -> Iterator[str]:
-    """One sentence for each run and difference, with all sources that have it."""
+    """One caveat for each run and difference, with all sources that it concerns."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for source in comparison.sources:
         measured = {run: of_run[source] for run, of_run in sequences.items() if source in of_run}
@@ -45,18 +45,18 @@ def _other_sequences(
                 found.setdefault((run, example, _difference(own, usual)), []).append(source)
     for (run, example, difference), sources in found.items():
         yield (
-            f"{MARK} {run}: {_list(sources)} {'was' if len(sources) == 1 else 'were'} not measured on the "
-            f"sequences of {example}: {difference}. These losses are of other text and cannot be compared."
+            f"{MARK} {run}: {_list(sources)} {'was' if len(sources) == 1 else 'were'} not evaluated on the "
+            f"sequences of {example}: {difference}. These losses are on different text and cannot be compared."
         )
 
 
 def _difference(own: Sequences, usual: Sequences) -> str:
     parts = []
     if own.tokenizer_fingerprint != usual.tokenizer_fingerprint:
-        parts.append("another tokenizer")
+        parts.append("a different tokenizer")
     elif own.fingerprint != usual.fingerprint:
         parts.append(
-            f"other text, columns or held-out split (fingerprint {own.fingerprint}, not {usual.fingerprint})"
+            f"different text, columns or held-out split (fingerprint {own.fingerprint}, not {usual.fingerprint})"
         )
     if own.sequence_length != usual.sequence_length:
         parts.append(f"sequences of {own.sequence_length:,} tokens, not {usual.sequence_length:,}")
@@ -69,10 +69,10 @@ def _weights(comparison: Comparison) -> Iterator[str]:
     if comparison.losses_comparable:
         return
     yield (
-        f"{MARK} A run's validation loss is the mean of its sources' losses by its own token shares. Where shares, "
-        "sources or sequences differ, so does what it is the mean of: compare the sources' losses"
+        f"{MARK} A run's validation loss is the mean of its sources' losses, weighted by its own token shares. Losses of "
+        "runs with different shares, sources or sequences are not comparable: compare the sources' losses"
         + (
-            ", or their plain mean, in which each source counts the same."
+            ", or their unweighted mean."
             if any(run.mean_loss is not None for run in comparison.runs)
             else "."
         )
@@ -82,8 +82,8 @@ def _weights(comparison: Comparison) -> Iterator[str]:
 def _zeros(comparison: Comparison) -> Iterator[str]:
     if any(run.zeros and not run.zeros_comparable for run in comparison.runs):
         yield (
-            f"{MARK} Exact zeros are counted over all sequences of a validation, and these runs were not measured on the "
-            "same ones: small differences between their zeros may be those of the text."
+            f"{MARK} Exact zeros are counted over all sequences of a validation, and these runs were not evaluated on the "
+            "same sequences: small differences between their zeros may come from the text."
         )
 
 
@@ -93,7 +93,7 @@ def _unmeasured(comparison: Comparison) -> Iterator[str]:
         unused = [name for name in without if not run.sources[name].planned_tokens]
         if unused:
             yield (
-                f"{run.name} trains on no {_list(unused, 'or')}, so it was not measured there and has no plain mean."
+                f"{run.name} does not train on {_list(unused, 'or')}, so it was not evaluated there and has no unweighted mean."
             )
 
 
@@ -106,21 +106,21 @@ def _unfinished(comparison: Comparison) -> Iterator[str]:
                 f"{run.measured_tokens:,} tokens."
             )
     if len({run.measured_tokens for run in comparison.runs}) > 1:
-        yield "The runs were not measured after the same number of training tokens; the curves show them where they were."
+        yield "The runs were evaluated after different numbers of training tokens; see the curves."
 
 
-def _controls(comparison: Comparison) -> Iterator[str]:
+def _baselines(comparison: Comparison) -> Iterator[str]:
     for run in comparison.runs:
         if run.baseline is not None and run.baseline.tokens != run.measured_tokens:
             yield (
-                f"{run.name}: its gap is that at {run.baseline.tokens:,} tokens, the newest at which it and its baseline "
-                "were both measured."
+                f"{run.name}: the gap to its baseline is that at {run.baseline.tokens:,} tokens, the last point at which "
+                "both were evaluated."
             )
     without = [run.name for run in comparison.runs if run.baseline_state == "no baseline"]
     if without:
         yield (
-            f"No baseline for {_list(without)}: what the zeros cost is not known, since training on other data changes the "
-            "loss of a dense model too. baseline.ffn_activation=swiglu trains one."
+            f"No baseline for {_list(without)}: the cost of the zeros is unknown, since training on other data changes the "
+            "loss of a dense model too. Train one with baseline.ffn_activation=swiglu."
         )
 
 

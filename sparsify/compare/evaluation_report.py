@@ -1,9 +1,4 @@
-"""Evaluations side by side as tables of text: what the terminal and the page both show.
-
-What must be known before a difference between two evaluations is believed, in words.
-
-The picture of an evaluation comparison: quality against active parameters.
-"""
+"""Tables, caveats and figure of a comparison of evaluations."""
 
 from __future__ import annotations
 
@@ -21,15 +16,15 @@ from sparsify.compare.evaluations import (
 from sparsify.compare.tables import TextTable
 from sparsify.evaluation.metrics import MetricValue
 from sparsify.evaluation.report import count_text, published_scores, score_text
-from sparsify.reporting.figures import WIDTH_INCHES, Theme
 from sparsify.reporting.numbers import percent
+from sparsify.reporting.plotting import WIDTH_INCHES, Theme
 
 MANY_TASKS = 4
-"""From so many tasks on, one that differs by chance is to be expected now and then."""
+"""From this many tasks on, a note warns of differences by chance."""
 
 
 def evaluation_notes(comparison: EvaluationComparison) -> list[str]:
-    """The notes of a comparison, most important first."""
+    """The caveats of a comparison, most important first."""
     notes: list[str] = []
     for model in comparison.models:
         notes += _of_model(model)
@@ -38,15 +33,15 @@ def evaluation_notes(comparison: EvaluationComparison) -> list[str]:
         notes.append(f"{one} and {other} are the same weights.")
     if len(comparison.tasks) >= MANY_TASKS:
         notes.append(
-            f"With {len(comparison.tasks)} tasks at 95% each, chance alone shows {0.05 * len(comparison.tasks):.1f} "
-            "differences per pair of models on average. Intervals are over items: what another training seed would change "
-            "is not in them."
+            f"With {len(comparison.tasks)} tasks at 95% each, chance alone gives {0.05 * len(comparison.tasks):.1f} "
+            "differences per pair of models on average. Intervals are over items; they do not include the variation "
+            "between training seeds."
         )
     return notes
 
 
 def difference_text(one: TaskDifference) -> str:
-    """A difference with its interval: accuracies in points, perplexities in nats."""
+    """A difference with its interval: accuracies in percentage points, perplexities in nats."""
     paired = one.difference
     scale, digits = (100.0, 1) if paired.kind == "mean" else (1.0, 3)
     if paired.low is None or paired.high is None:
@@ -61,10 +56,10 @@ def _of_model(model: EvaluatedModel) -> Iterator[str]:
         by_verdict.setdefault(one.verdict, []).append(task)
     gains = by_verdict.get("better", [])
     if gains and model.against_kind == "another model":
-        told = ", ".join(f"{task} {difference_text(model.differences[task])}" for task in gains)
+        listed = ", ".join(f"{task} {difference_text(model.differences[task])}" for task in gains)
         yield (
-            f"{model.name} is better than {model.against} on {told}. {model.against} is no baseline of it on the same tokens: "
-            "the training data may have done this, not the activation."
+            f"{model.name} is better than {model.against} on {listed}. {model.against} is not its baseline on the same "
+            "tokens: the cause may be the training data and not the activation."
         )
     for task in gains:
         yield from _overlap(model, task)
@@ -82,7 +77,7 @@ def _of_model(model: EvaluatedModel) -> Iterator[str]:
     }
     for source, problem in unread.items():
         yield (
-            f"{model.name}: whether its instruction source {source} holds the items is not known: {problem}"
+            f"{model.name}: its instruction source {source} could not be searched for the items: {problem}"
         )
 
 
@@ -90,7 +85,7 @@ def _overlap(model: EvaluatedModel, task: str) -> Iterator[str]:
     one = model.differences[task]
     for overlap in one.overlaps:
         if overlap.items_found:
-            gain = f" The gain on {task} may be memory." if one.verdict == "better" else ""
+            gain = f" The gain on {task} may be memorisation." if one.verdict == "better" else ""
             yield (
                 f"{model.name}, {task}: {overlap.items_found:,} of {overlap.items:,} items share 13 words in a row with its "
                 f"instruction source {overlap.source} ({overlap.documents_overlapping:,} of {overlap.documents_read:,} "
@@ -108,32 +103,32 @@ def _pairing(comparison: EvaluationComparison) -> Iterator[str]:
         ]
         if unpaired:
             yield (
-                f"{model.name} and {model.against} were not asked the same items of {', '.join(unpaired)}: no difference is given."
+                f"{model.name} and {model.against} share no items of {', '.join(unpaired)}: there is no paired difference."
             )
         for task, one in model.differences.items():
-            asked = (model.tasks[task].score.items, other.tasks[task].score.items)
-            if one.difference.items < max(asked):
+            items = (model.tasks[task].score.items, other.tasks[task].score.items)
+            if one.difference.items < max(items):
                 yield (
-                    f"{task}: {one.difference.items:,} items that both {model.name} and {model.against} were asked, of "
-                    f"{asked[0]:,} and {asked[1]:,}."
+                    f"{task}: the difference is over the {one.difference.items:,} items that {model.name} and "
+                    f"{model.against} share, of {items[0]:,} and {items[1]:,}."
                 )
 
 
 KINDS = {
-    "itself without predictors": "the same without predictors",
+    "itself without predictors": "same model without predictors",
     "its dense baseline": "dense baseline",
-    "another model": "no baseline",
+    "another model": "not a baseline",
 }
 SIGNS = {"better": "▲", "worse": "▼", "within noise": "≈"}
 
 
 def evaluation_title(comparison: EvaluationComparison) -> str:
-    """Suite and models."""
+    """Title of a comparison: suite and models."""
     return f"{comparison.suite}: {' · '.join(model.name for model in comparison.models)}"
 
 
 def evaluation_tables(comparison: EvaluationComparison) -> list[TextTable]:
-    """The models, their scores, and their differences."""
+    """Tables of models, scores, differences and samples."""
     tables = [_models(comparison), _scores(comparison)]
     if any(model.differences for model in comparison.models):
         tables.append(_differences(comparison))
@@ -143,7 +138,7 @@ def evaluation_tables(comparison: EvaluationComparison) -> list[TextTable]:
 
 
 def _models(comparison: EvaluationComparison) -> TextTable:
-    header = ["model", "activation", "training tokens", "mean of accuracies", "zeros", "active", "gate first", "set against"]  # fmt: skip
+    header = ["model", "activation", "training tokens", "mean of accuracies", "zeros", "active", "gate first", "compared with"]  # fmt: skip
     rows = [
         [
             model.name,
@@ -184,21 +179,21 @@ def _scores(comparison: EvaluationComparison) -> TextTable:
 
 def _samples(comparison: EvaluationComparison) -> TextTable:
     prompts = dict.fromkeys(one.prompt for model in comparison.models for one in model.samples)
-    written = [{one.prompt: one.text for one in model.samples} for model in comparison.models]
+    samples = [{one.prompt: one.text for one in model.samples} for model in comparison.models]
     rows = [
         [" ".join(prompt.split()), model.name, " ".join(texts[prompt].split())]
         for prompt in prompts
-        for model, texts in zip(comparison.models, written, strict=True)
+        for model, texts in zip(comparison.models, samples, strict=True)
         if prompt in texts
     ]
-    return TextTable("How each goes on", ["prompt", "model", "continuation"], rows)
+    return TextTable("Continuations", ["prompt", "model", "continuation"], rows)
 
 
 def _differences(comparison: EvaluationComparison) -> TextTable:
     models = [model for model in comparison.models if model.differences]
     header = ["task"]
     for model in models:
-        header += [f"{model.name} − {model.against}", "items in its instructions"]
+        header += [f"{model.name} − {model.against}", "items in its instruction data"]
     rows = []
     for task in comparison.tasks:
         row = [task]
@@ -210,7 +205,7 @@ def _differences(comparison: EvaluationComparison) -> TextTable:
             row.append(f"{difference_text(one)} {SIGNS[one.verdict]}")
             row.append(f"{one.overlapping_items:,}" if one.overlaps else "–")
         rows.append(row)
-    title = "Paired differences with 95% intervals: accuracies in points, perplexities in nats (lower is better)"
+    title = "Paired differences with 95% intervals: accuracies in percentage points, perplexities in nats (lower is better)"
     return TextTable(title, header, rows)
 
 
@@ -219,16 +214,16 @@ TITLE = "Quality against active parameters"
 
 
 def quality_caption(comparison: EvaluationComparison) -> str:
-    """What to see in the picture."""
+    """Caption of the figure."""
     return (
-        f"{_what(comparison)}, with its 95% interval over items, against the parameters that a token needs: from those of a "
-        "perfect predictor (dot) to those of an exact gate-first kernel (bar's end). Rings are dense. A model that predictors mask "
-        "has a dot alone: what they switch on, and themselves."
+        f"{_what(comparison)} with its 95% interval over items, against the active parameters of one token: with a perfect "
+        "predictor (dot) and with an exact gate-first kernel (end of the bar). Rings: dense models. A model that predictors "
+        "mask has only a dot: the neurons that they switch on, plus the predictors."
     )
 
 
 def draw_quality(comparison: EvaluationComparison, theme: Theme) -> Figure:
-    """A point a model, dense ones as rings."""
+    """One point per model; dense models as rings."""
     figure = Figure(figsize=(WIDTH_INCHES, 3.6))
     axes = figure.subplots()
     scale = 100.0 if _mean_of_accuracies(comparison) else 1.0

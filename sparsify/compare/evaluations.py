@@ -1,4 +1,4 @@
-"""Evaluations side by side: paired differences, and what may be concluded from them."""
+"""Comparison of evaluations: paired differences on the same items, and their verdicts."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class _Section(BaseModel):
 
 
 class TaskDifference(_Section):
-    """One task of a model against another model, on the items that both were asked."""
+    """The difference of two models on one task, over the items that both have."""
 
     metric: str
     difference: Difference
     verdict: Verdict
     overlaps: list[SourceOverlap]
-    """What the model's instruction data shares with the task's items."""
+    """Overlap of the model's instruction data with the task's items."""
 
     @property
     def overlapping_items(self) -> int:
-        """Items that at least the worst source holds."""
+        """Items found in the source that has most of them."""
         return max((one.items_found for one in self.overlaps), default=0)
 
 
@@ -52,33 +52,33 @@ class EvaluatedModel(_Section):
     """One evaluation: a column of the table."""
 
     name: str
-    """The shortest name that sets it apart from the others."""
+    """The shortest name that differs from the others'."""
     path: str
     model_hash: str
     predictors: PredictorMasks | None
-    """That masked it; None where every neuron was computed."""
+    """The predictors that masked the model; None if every neuron was computed."""
     ffn_activation: str
     is_dense: bool
     """Whether neither its activation nor thresholds make exact zeros."""
     training_tokens: int | None
-    """None if no run is known that trained it."""
+    """Training tokens of the run that trained it; None if unknown."""
     average: MetricValue | None
     tasks: dict[str, TaskResult]
     zeros: float | None
-    """Of all tasks' tokens."""
+    """Share over the tokens of all tasks."""
     active_parameters: int
-    """With its predictors, else with a perfect one; mean over all tasks' tokens."""
+    """With its predictors, or with a perfect predictor if it has none; mean over the tokens of all tasks."""
     gate_first_parameters: int
-    """With an exact gate-first kernel; the same as with its predictors where it has some."""
+    """With an exact gate-first kernel; equal to `active_parameters` with predictors."""
     against: str | None
-    """Name of the model that differences are to."""
+    """Name of the model that it is compared with."""
     against_kind: Against
     differences: dict[str, TaskDifference]
     samples: list[Sample]
 
 
 class EvaluationComparison(_Section):
-    """Evaluations side by side."""
+    """A comparison of evaluations of one suite."""
 
     schema_version: Literal[1] = 1
     kind: Literal["evaluations"] = "evaluations"
@@ -90,12 +90,12 @@ class EvaluationComparison(_Section):
 
 
 def result_folders(paths: Sequence[Path]) -> list[Path] | None:
-    """The evaluations that paths name, or None where all of them are runs.
+    """The evaluations at some paths; None if all paths are runs.
 
-    A run among evaluations stands for its newest evaluation of the suite of the first one.
+    A run among evaluations is replaced by its newest evaluation with the suite of the first evaluation.
 
     Raises:
-        EvaluationError: If a run has none.
+        EvaluationError: If a run has no such evaluation.
     """
     own = [_result_folder(path.expanduser()) for path in paths]
     if not any(own):
@@ -105,10 +105,10 @@ def result_folders(paths: Sequence[Path]) -> list[Path] | None:
 
 
 def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
-    """Reads evaluations and puts them side by side.
+    """Reads and compares evaluations.
 
-    A model that predictors mask is set against the same weights without them. Any other is set against its dense baseline where
-    that is among them (the same run but for its activation, after the same number of tokens), else against the first.
+    A model that predictors mask is compared with the same weights without predictors. Any other model is compared with its
+    dense baseline if that is given (same run except for the activation, same number of tokens), otherwise with the first one.
 
     Raises:
         EvaluationError: If there is only one, they are of different suites, or one cannot be read.
@@ -116,7 +116,7 @@ def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
     if len(folders) < 2:
         raise EvaluationError(
             f"{folders[0]} is one evaluation: there is nothing to compare it with.",
-            next_step="Give another beside it, best its dense baseline's: sparsify compare RESULT RESULT …",
+            next_step="Give a second one, ideally of its dense baseline: sparsify compare RESULT RESULT …",
         )
     results = [read_results(folder) for folder in folders]
     suites = list(dict.fromkeys(one.suite for one in results))
@@ -126,13 +126,13 @@ def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
             next_step="Compare evaluations of one suite.",
         )
     names = _names(folders, results)
-    models = [_model(place, names, folders, results) for place in range(len(folders))]
+    models = [_model(index, names, folders, results) for index in range(len(folders))]
     tasks = dict.fromkeys(task.name for one in results for task in one.tasks)
     return EvaluationComparison(suite=suites[0], models=models, tasks=list(tasks), notes=[])
 
 
 def _names(folders: Sequence[Path], results: Sequence[EvaluationResults]) -> list[str]:
-    """By model where that tells them apart, else by folder."""
+    """Names by model if the models differ, otherwise by folder."""
     models = [Path(one.model).expanduser() for one in results]
     return short_names(models if len(set(models)) == len(models) else folders)
 
@@ -158,16 +158,16 @@ def _newest(run: Path, suite: str) -> Path:
 
 
 def _model(
-    place: int,
+    index: int,
     names: Sequence[str],
     folders: Sequence[Path],
     results: Sequence[EvaluationResults],
 ) -> EvaluatedModel:
-    own = results[place]
-    against, kind = _against(place, results)
+    own = results[index]
+    against, kind = _against(index, results)
     differences = {}
     if against is not None:
-        differences = _differences(own, folders[place], results[against], folders[against])
+        differences = _differences(own, folders[index], results[against], folders[against])
     weights = [max(task.tokens, 1) for task in own.tasks]
 
     def over_tokens(values: list[float]) -> float:
@@ -179,8 +179,8 @@ def _model(
     zeros = [task.product_zeros for task in own.tasks]
     known = [share for share in zeros if share is not None]
     return EvaluatedModel(
-        name=names[place],
-        path=str(folders[place]),
+        name=names[index],
+        path=str(folders[index]),
         model_hash=own.model_hash,
         predictors=own.predictors,
         ffn_activation=own.ffn_activation,
@@ -198,23 +198,23 @@ def _model(
     )
 
 
-def _against(place: int, results: Sequence[EvaluationResults]) -> tuple[int | None, Against]:
-    own = results[place].provenance
-    if results[place].predictors is not None:
+def _against(index: int, results: Sequence[EvaluationResults]) -> tuple[int | None, Against]:
+    own = results[index].provenance
+    if results[index].predictors is not None:
         for other, theirs in enumerate(results):
-            if theirs.predictors is None and theirs.model_hash == results[place].model_hash:
+            if theirs.predictors is None and theirs.model_hash == results[index].model_hash:
                 return other, "itself without predictors"
     for other, theirs in enumerate(results):
         if (
             own is not None
             and theirs.provenance is not None
             and theirs.is_dense
-            and not results[place].is_dense
+            and not results[index].is_dense
             and theirs.provenance.identity == own.identity
             and theirs.provenance.tokens == own.tokens
         ):
             return other, "its dense baseline"
-    return (0, "another model") if place else (None, "nothing")
+    return (0, "another model") if index else (None, "nothing")
 
 
 def _differences(
@@ -247,7 +247,7 @@ def _verdict(paired: Difference) -> Verdict:
 
 
 def mean_differences(model: EvaluatedModel) -> float | None:
-    """Mean difference over the tasks that are accuracies; None if there is none."""
+    """Mean difference over the tasks whose metric is a mean; None if there are none."""
     values = [
         one.difference.value for one in model.differences.values() if one.difference.kind == "mean"
     ]
@@ -255,7 +255,7 @@ def mean_differences(model: EvaluatedModel) -> float | None:
 
 
 def same_weights(models: Sequence[EvaluatedModel]) -> list[tuple[str, str]]:
-    """Pairs of names whose weights are the same, and their predictors if they have some."""
+    """Names of pairs with the same weights and the same predictors, if any."""
     return [
         (one.name, other.name)
         for one, other in itertools.combinations(models, 2)

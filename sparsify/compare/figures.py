@@ -1,7 +1,4 @@
-"""The picture of a series of runs: final loss of each source against the one setting that differs.
-
-The pictures of a comparison in the order of the page: what each is, when it applies, how to draw it.
-"""
+"""Figures of a comparison, in the order of the page, and the figure of a sweep: final losses against the swept setting."""
 
 from __future__ import annotations
 
@@ -16,24 +13,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, NullLocator
 
-from sparsify.compare.curves import draw_loss, draw_zeros, has_loss
+from sparsify.compare.learning_curves import draw_loss, draw_zeros, has_loss
 from sparsify.compare.schema import ComparedRun, Comparison
 from sparsify.compare.settings import short_settings
-from sparsify.reporting.figures import WIDTH_INCHES, Theme
+from sparsify.reporting.plotting import WIDTH_INCHES, Theme
 
-MEAN = "plain mean"
+MEAN = "unweighted mean"
 MAX_COLUMNS = 4
 PANEL_INCHES = 2.1
 LOG_RATIO = 20
-"""A setting whose values spread over more than this has a logarithmic axis."""
+"""Ratio of the largest to the smallest value of a setting above which its axis is logarithmic."""
 MAX_TICKS = 8
 
 Line = list[tuple[float, float]]
-"""Value of the setting and loss of every run, by value."""
+"""(value of the setting, loss) of every run, sorted by value."""
 
 
 def series_of(comparison: Comparison) -> list[ComparedRun]:
-    """The finished runs of a series, in the order of its setting; dense baselines among the runs are no part of it."""
+    """The finished runs of a sweep, sorted by its setting, without the dense baselines."""
     key = comparison.swept_setting
     if key is None:
         return []
@@ -43,35 +40,35 @@ def series_of(comparison: Comparison) -> list[ComparedRun]:
 
 
 def has_series(comparison: Comparison) -> bool:
-    """Whether a source was measured comparably at two values of the setting or more."""
+    """Whether a source has comparable losses at two or more values of the setting."""
     key, runs = comparison.swept_setting, series_of(comparison)
     lines = [_line(runs, key, partial(_loss, source=name)) for name in comparison.sources if key]
     return any(len({value for value, _ in line}) > 1 for line in lines)
 
 
 def repeats(runs: Sequence[ComparedRun], key: str) -> bool:
-    """Whether a value of the setting was run more than once."""
+    """Whether several runs have the same value of the setting."""
     return len({_value(run, key) for run in runs}) < len(runs)
 
 
 def by_value(line: Line) -> Line:
-    """The mean loss at every value."""
+    """Mean loss at each value of the setting."""
     values = sorted({value for value, _ in line})
     return [(value, fmean(loss for one, loss in line if one == value)) for value in values]
 
 
 def plain_means(runs: Sequence[ComparedRun], key: str) -> Line:
-    """Mean of the sources' losses, each counting the same, of every run that has it."""
+    """Unweighted mean of the sources' losses, for every run that has it."""
     return _line(runs, key, partial(_loss, source=MEAN))
 
 
 def draw_setting(comparison: Comparison, theme: Theme) -> Figure:
-    """A panel a source and one for their plain mean; below each, dashed, the dense baselines on the same scale."""
+    """One panel per source and one for the unweighted mean; below each, dashed, the dense baselines on the same scale."""
     key = comparison.swept_setting or ""
     runs = series_of(comparison)
     shown = [*comparison.sources, *([MEAN] if len(comparison.sources) > 1 else [])]
     lines = {name: _line(runs, key, partial(_loss, source=name)) for name in shown}
-    dense = {name: _line(runs, key, partial(_control_loss, source=name)) for name in shown}
+    dense = {name: _line(runs, key, partial(_baseline_loss, source=name)) for name in shown}
     names = [name for name, line in lines.items() if line]
     has_baseline = any(dense.values())
     columns = min(len(names), MAX_COLUMNS)
@@ -118,8 +115,8 @@ def _loss(run: ComparedRun, source: str) -> float | None:
     return run.sources[source].loss if run.sources[source].comparable else None
 
 
-def _control_loss(run: ComparedRun, source: str) -> float | None:
-    """Of a baseline that is finished too."""
+def _baseline_loss(run: ComparedRun, source: str) -> float | None:
+    """Loss of the run's baseline, if that is finished too."""
     loss, baseline = _loss(run, source), run.baseline
     if loss is None or baseline is None or baseline.tokens != run.measured_tokens:
         return None
@@ -128,7 +125,7 @@ def _control_loss(run: ComparedRun, source: str) -> float | None:
 
 
 def _span(lines: Sequence[Line]) -> float:
-    """The height of every panel in nats: equal slopes look equal."""
+    """Height of every panel in nats, so that slopes are comparable between panels."""
     spans = [max(losses) - min(losses) for line in lines if (losses := [loss for _, loss in line])]
     return 1.6 * max(spans) or 0.01
 
@@ -168,13 +165,13 @@ def _setting_axis(axes: Axes, values: Sequence[float], label: str) -> None:
 
 @dataclass(frozen=True)
 class ComparisonFigure:
-    """One picture.
+    """One figure.
 
     Attributes:
-        name: File name without its ending.
-        title: Heading on the page, from the comparison.
-        caption: What to see in it.
-        applies: Whether the comparison has what it shows.
+        name: File name without extension.
+        title: Heading on the page.
+        caption: Caption, from the comparison.
+        applies: Whether the comparison has the data.
         draw: The drawing function.
     """
 
@@ -186,7 +183,7 @@ class ComparisonFigure:
 
 
 def figures_of(comparison: Comparison) -> list[ComparisonFigure]:
-    """The pictures that this comparison has."""
+    """The figures that apply to a comparison."""
     return [figure for figure in FIGURES if figure.applies(comparison)]
 
 
@@ -194,34 +191,32 @@ def _setting_caption(comparison: Comparison) -> str:
     key = comparison.swept_setting or ""
     runs = series_of(comparison)
     means = by_value(plain_means(runs, key))
-    caption = f"Losses of the finished runs against {key}, all on the same scale; lower is better. "
+    caption = f"Losses of the finished runs over {key}, all on the same scale; lower is better. "
     if len(means) > 1:
         value, lowest = min(means, key=itemgetter(1))
-        caption += f"The plain mean is lowest, {lowest:.3f}, at {value:g}. "
+        caption += f"The unweighted mean is lowest, {lowest:.3f}, at {value:g}. "
     if any(run.baseline is not None for run in runs):
         caption += "Dashed: the dense baseline of each run. "
     if repeats(runs, key):
-        return caption + "The lines go through the mean over training.seed; a point is a run."
-    return (
-        caption + "One run a point: what another training.seed would change is not known from it."
-    )
+        return caption + "Points are runs; lines connect the means over training.seed."
+    return caption + "Points are single runs, so the variation between training seeds is unknown."
 
 
 def _loss_caption(comparison: Comparison) -> str:
     what = (
         "Mean of the sources' losses by token share."
         if comparison.losses_comparable
-        else "One panel a source, since the runs' own means cannot be compared; a run is missing where it was not measured on "
+        else "One panel per source, since the runs' means are not comparable; a run is missing where it was not evaluated on "
         "the sequences of the others."
     )
     dashed = any(run.baseline is not None or run.is_dense for run in comparison.runs)
-    return what + (" Dashed: dense." if dashed else " No dense baseline is among them.")
+    return what + (" Dashed: dense." if dashed else " There is no dense baseline.")
 
 
 FIGURES = (
     ComparisonFigure(
         "setting",
-        "What the setting does",
+        "Effect of the setting",
         _setting_caption,
         has_series,
         draw_setting,
@@ -231,7 +226,7 @@ FIGURES = (
         "zeros",
         "Exact zeros",
         lambda comparison: (
-            "Share of exact zeros among the products of gate and up, over all layers. Dense runs are left out."
+            "Share of exact zeros among the products of gate and up, over all layers, without dense runs."
         ),
         lambda comparison: any(
             point.zeros for run in comparison.runs if not run.is_dense for point in run.points

@@ -1,4 +1,4 @@
-"""What a run folder says about one variant of a comparison, and on which sequences its losses rest."""
+"""Summary of a run folder for a comparison: recipe, data, validation losses, and the sequences they were computed on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sparsify.compare.schema import Point
+from sparsify.compare.schema import ValidationPoint
 from sparsify.errors import RunError, nearest
 from sparsify.mixture.lock import MixtureLock, read_lock
 from sparsify.recipe.recipe import Recipe
@@ -16,49 +16,47 @@ from sparsify.runs.run_folder import RunFolder
 
 
 class Sequences(NamedTuple):
-    """Everything that the held-out sequences of a source follow from: where it is equal, losses are of the same text.
+    """What determines the held-out sequences of a source: if it is equal, losses are on the same text.
 
-    How much of the source a run trains on does not matter: its first held-out documents are measured.
+    The amount of training data does not matter: the first held-out documents are used.
     """
 
     tokenizer_fingerprint: str
     fingerprint: str
-    """Of the source: its text, columns, loss mask and held-out split."""
+    """Fingerprint of the source: text, columns, loss mask and held-out split."""
     sequence_length: int
     num_sequences: int
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One run folder: a run or a baseline."""
+class RunSummary:
+    """Summary of one run folder, of a run or of a baseline."""
 
     run: RunFolder
     recipe: Recipe
     lock: MixtureLock
-    points: list[Point]
+    points: list[ValidationPoint]
     """At least one."""
     seen_tokens: int
     tokens_per_second: float | None
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens of all its steps."""
         return self.recipe.num_steps * self.recipe.step_tokens
 
     @property
     def is_dense(self) -> bool:
-        """Whether it may be a dense baseline."""
         return self.recipe.is_dense
 
     def sequences(self) -> dict[str, Sequences]:
-        """The sequences of every source that was measured."""
+        """The held-out sequences of every evaluated source."""
         lock, wanted = self.lock, self.recipe.eval.validation_sequences_per_source
         return {
             name: Sequences(
                 lock.tokenizer_fingerprint,
                 source.fingerprint,
                 lock.sequence_length,
-                # Not known yet while the source is being tokenised: then it has as many as are wanted.
+                # Unknown while the source is being tokenised: assume that there are enough.
                 wanted
                 if source.held_out_tokens is None
                 else min(wanted, source.held_out_tokens // lock.sequence_length),
@@ -68,13 +66,13 @@ class Variant:
         }
 
     def shares(self) -> dict[str, float]:
-        """Planned share of tokens of every source."""
+        """Planned token share of every source."""
         return {
             name: rounded_share(source.token_share) for name, source in self.lock.sources.items()
         }
 
-    def is_control_of(self, other: Variant) -> bool:
-        """Whether it is `other` with the activation left dense: model, tokens, order, optimiser and sequences are the same."""
+    def is_baseline_of(self, other: RunSummary) -> bool:
+        """Whether this is the dense baseline of `other`: same model, tokens, order, optimiser and held-out sequences."""
         return (
             self.is_dense
             and not other.is_dense
@@ -83,11 +81,11 @@ class Variant:
         )
 
 
-def read_variant(path: Path) -> Variant:
+def read_run_summary(path: Path) -> RunSummary:
     """Reads a run folder.
 
     Raises:
-        RunError: If it is no run folder, is damaged, or was not measured yet.
+        RunError: If it is not a run folder, is damaged, or has no validation loss yet.
         RecipeError: If its recipe is not one of this version.
     """
     run = RunFolder(path)
@@ -102,12 +100,12 @@ def read_variant(path: Path) -> Variant:
     points = [_point(run, record) for record in curve_records(run)]
     if not points:
         raise RunError(
-            f"{path} has no validation loss yet: nothing in it can be compared.",
-            next_step="Wait until it was measured for the first time, or start it again with the command that began it.",
+            f"{path} has no validation loss yet, so there is nothing to compare.",
+            next_step="Wait for its first validation, or resume it with the command that started it.",
         )
     trained = [record for record in read_lines(run.metrics) if record.get("kind") == "train"]
     newest = trained[-1] if trained else {}
-    return Variant(
+    return RunSummary(
         run=run,
         recipe=recipe,
         lock=read_lock(run.mixture_lock),
@@ -117,9 +115,9 @@ def read_variant(path: Path) -> Variant:
     )
 
 
-def _point(run: RunFolder, record: dict[str, Any]) -> Point:
+def _point(run: RunFolder, record: dict[str, Any]) -> ValidationPoint:
     try:
-        return Point(
+        return ValidationPoint(
             tokens=record["tokens"],
             loss=record["loss"],
             sources=record["sources"],
@@ -127,6 +125,6 @@ def _point(run: RunFolder, record: dict[str, Any]) -> Point:
         )
     except (KeyError, ValueError) as error:
         raise RunError(
-            f"{run.metrics} has a validation line that this version did not write: {record}.",
+            f"{run.metrics} has a validation line of an unknown format: {record}.",
             next_step="Restore the file from a copy of the run folder, or remove that line.",
         ) from error

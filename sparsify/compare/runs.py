@@ -1,7 +1,4 @@
-"""Puts runs side by side: which numbers there are, and which of them may be compared.
-
-Finds the dense baseline of a run, and what the run's zeros cost against it.
-"""
+"""Compares runs: which of their numbers are comparable, and the gap of each run to its dense baseline."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 
 from sparsify.compare.caveats import notes
-from sparsify.compare.run_summary import Variant, read_variant
+from sparsify.compare.run_summary import RunSummary, read_run_summary
 from sparsify.compare.schema import (
     Baseline,
     BaselineState,
@@ -28,43 +25,43 @@ from sparsify.runs.run_folder import RunFolder
 
 
 def find_baseline(
-    variant: Variant, compared: Mapping[str, Variant]
+    summary: RunSummary, compared: Mapping[str, RunSummary]
 ) -> tuple[Baseline | None, BaselineState]:
-    """The dense baseline of a run: the one in its own folder, else one among the compared runs.
+    """The dense baseline of a run: the one in its own folder, otherwise one of the compared runs.
 
     Args:
-        variant: The run.
+        summary: The run.
         compared: All runs of the comparison, by name.
 
     Returns:
-        The baseline, and how it is about it.
+        The baseline if there is one, and its state.
     """
-    if variant.is_dense:
+    if summary.is_dense:
         return None, "is dense"
-    own, state = _own_baseline(variant)
+    own, state = _own_baseline(summary)
     candidates = {"its own": own} if own is not None else compared
     for name, candidate in candidates.items():
-        if candidate.is_control_of(variant):
-            baseline = _gap(variant, candidate, name)
+        if candidate.is_baseline_of(summary):
+            baseline = _gap(summary, candidate, name)
             if baseline is not None:
                 return baseline, "compared"
             state = "not measured yet"
     return None, state
 
 
-def _own_baseline(variant: Variant) -> tuple[Variant | None, BaselineState]:
-    folder = variant.run.baseline
+def _own_baseline(summary: RunSummary) -> tuple[RunSummary | None, BaselineState]:
+    folder = summary.run.baseline
     if not folder.recipe.is_file() or not folder.load_recipe().is_dense:
         return None, "no baseline"
     if not curve_records(folder):
         return None, "not measured yet"
-    return read_variant(folder.path), "no baseline"
+    return read_run_summary(folder.path), "no baseline"
 
 
-def _gap(variant: Variant, baseline: Variant, name: str) -> Baseline | None:
-    """Both at the newest number of tokens that both were measured at; None if there is none."""
+def _gap(summary: RunSummary, baseline: RunSummary, name: str) -> Baseline | None:
+    """The gap at the newest number of tokens at which both were evaluated; None if there is none."""
     of_baseline = {point.tokens: point for point in baseline.points}
-    common = [point for point in variant.points if point.tokens in of_baseline]
+    common = [point for point in summary.points if point.tokens in of_baseline]
     if not common:
         return None
     newest = common[-1]
@@ -83,53 +80,53 @@ def _gap(variant: Variant, baseline: Variant, name: str) -> Baseline | None:
 
 
 def compare(paths: Sequence[Path]) -> Comparison:
-    """Reads runs and puts them side by side.
+    """Reads and compares runs.
 
     Args:
-        paths: Run folders, in the order of the table. One alone is compared with its baseline.
+        paths: Run folders, in the order of the table. A single run is compared with its baseline.
 
     Raises:
         RunError: If there is nothing to compare, a run is given twice, or one cannot be read.
         RecipeError: If a run's recipe is not one of this version.
     """
-    variants = [read_variant(path) for path in _with_baseline(paths)]
-    names = short_names([variant.run.path for variant in variants])
-    named = dict(zip(names, variants, strict=True))
-    settings = differing_settings(variants)
+    summaries = [read_run_summary(path) for path in _with_baseline(paths)]
+    names = short_names([summary.run.path for summary in summaries])
+    named = dict(zip(names, summaries, strict=True))
+    settings = differing_settings(summaries)
     agreement = _agreement(named)
     comparison = Comparison(
         runs=[
-            _compared_run(name, variant, own, find_baseline(variant, named), agreement)
-            for (name, variant), own in zip(named.items(), settings, strict=True)
+            _compared_run(name, summary, own, find_baseline(summary, named), agreement)
+            for (name, summary), own in zip(named.items(), settings, strict=True)
         ],
         settings=list(settings[0]),
         sources=list(agreement.sources),
-        swept_setting=_swept(variants),
+        swept_setting=_swept(summaries),
         notes=[],
     )
     comparison.notes = notes(
-        comparison, {name: variant.sequences() for name, variant in named.items()}
+        comparison, {name: summary.sequences() for name, summary in named.items()}
     )
     return comparison
 
 
 @dataclass(frozen=True)
 class _Agreement:
-    """Names of the runs whose numbers may be compared with each other."""
+    """Names of the runs whose numbers are comparable with each other."""
 
     sources: dict[str, set[str]]
-    """For the loss of each source."""
+    """By source, for the source's loss."""
     zeros: set[str]
     losses: set[str]
 
 
-def _agreement(variants: Mapping[str, Variant]) -> _Agreement:
-    sequences = {name: variant.sequences() for name, variant in variants.items()}
-    shares = {name: variant.shares() for name, variant in variants.items()}
+def _agreement(summaries: Mapping[str, RunSummary]) -> _Agreement:
+    sequences = {name: summary.sequences() for name, summary in summaries.items()}
+    shares = {name: summary.shares() for name, summary in summaries.items()}
     sources = dict.fromkeys(
         source
-        for variant in variants.values()
-        for source in (*variant.lock.sources, *variant.points[-1].sources)
+        for summary in summaries.values()
+        for source in (*summary.lock.sources, *summary.points[-1].sources)
     )
     return _Agreement(
         sources={
@@ -139,7 +136,7 @@ def _agreement(variants: Mapping[str, Variant]) -> _Agreement:
             for source in sources
         },
         zeros=agreeing({name: frozenset(own.items()) for name, own in sequences.items()}),
-        # A validation loss is a mean over sequences with weights: it can be compared where both are the same.
+        # A validation loss is a weighted mean over sequences: comparable if both weights and sequences are the same.
         losses=agreeing(
             {
                 name: frozenset((source, shares[name][source], of) for source, of in own.items())
@@ -151,39 +148,39 @@ def _agreement(variants: Mapping[str, Variant]) -> _Agreement:
 
 def _compared_run(
     name: str,
-    variant: Variant,
+    summary: RunSummary,
     settings: dict[str, Setting],
     baseline: tuple[Baseline | None, BaselineState],
     agreement: _Agreement,
 ) -> ComparedRun:
-    newest = variant.points[-1]
+    newest = summary.points[-1]
     sources = {
-        source: _source_of_run(variant, source, comparable=name in names)
+        source: _source_of_run(summary, source, comparable=name in names)
         for source, names in agreement.sources.items()
     }
     return ComparedRun(
         name=name,
-        path=str(variant.run.path),
+        path=str(summary.run.path),
         settings=settings,
-        ffn_activation=variant.recipe.activation.ffn_activation,
-        is_dense=variant.is_dense,
-        budget_tokens=variant.budget_tokens,
-        seen_tokens=variant.seen_tokens,
+        ffn_activation=summary.recipe.activation.ffn_activation,
+        is_dense=summary.is_dense,
+        budget_tokens=summary.budget_tokens,
+        seen_tokens=summary.seen_tokens,
         loss=newest.loss,
         loss_comparable=name in agreement.losses,
         mean_loss=_mean_loss(sources),
         zeros=newest.zeros,
         zeros_comparable=name in agreement.zeros,
-        tokens_per_second=variant.tokens_per_second,
+        tokens_per_second=summary.tokens_per_second,
         sources=sources,
         baseline=baseline[0],
         baseline_state=baseline[1],
-        points=variant.points,
+        points=summary.points,
     )
 
 
 def _with_baseline(paths: Sequence[Path]) -> list[Path]:
-    """The paths, once each is known to be there once; one run alone brings its baseline."""
+    """The paths, checked for duplicates; the path of its baseline is added to a single run."""
     paths = [path.expanduser() for path in paths]
     counts = Counter(path.resolve() for path in paths)
     twice = next((path for path in paths if counts[path.resolve()] > 1), None)
@@ -195,22 +192,19 @@ def _with_baseline(paths: Sequence[Path]) -> list[Path]:
     if len(paths) > 1:
         return list(paths)
     (path,) = paths
-    read_variant(path)
+    read_run_summary(path)
     baseline = RunFolder(path).baseline
     if not baseline.recipe.is_file():
         raise RunError(
-            f"{path} is one run, and it has no baseline to be compared with.",
-            allowed="Two runs or more, or one that was trained with baseline.ffn_activation=swiglu.",
-            next_step="Give another run beside it: sparsify compare RUN RUN …",
+            f"{path} is a single run without a baseline to compare it with.",
+            allowed="Two or more runs, or one that was trained with baseline.ffn_activation=swiglu.",
+            next_step="Give a second run: sparsify compare RUN RUN …",
         )
     return [path, baseline.path]
 
 
 def agreeing(keys: Mapping[str, Hashable]) -> set[str]:
-    """Which of the runs may be compared with each other: those that share the key that most have; all, if all do.
-
-    Where no two runs share one, there are none.
-    """
+    """Names of the runs that have the most frequent key; none if every key occurs once."""
     counts = Counter(keys.values())
     if len(counts) <= 1:
         return set(keys)
@@ -218,12 +212,12 @@ def agreeing(keys: Mapping[str, Hashable]) -> set[str]:
     return {run for run, own in keys.items() if own == key} if count > 1 else set()
 
 
-def _source_of_run(variant: Variant, source: str, *, comparable: bool) -> SourceOfRun:
-    locked = variant.lock.sources.get(source)
+def _source_of_run(summary: RunSummary, source: str, *, comparable: bool) -> SourceOfRun:
+    locked = summary.lock.sources.get(source)
     return SourceOfRun(
         token_share=locked.token_share if locked else 0.0,
         planned_tokens=locked.planned_tokens if locked else 0,
-        loss=variant.points[-1].sources.get(source),
+        loss=summary.points[-1].sources.get(source),
         comparable=comparable,
     )
 
@@ -234,11 +228,11 @@ def _mean_loss(sources: Mapping[str, SourceOfRun]) -> float | None:
     return fmean(known) if len(known) == len(sources) else None
 
 
-def _swept(variants: Sequence[Variant]) -> str | None:
-    """The setting that a series of runs goes through; the dense baselines among them are no part of the series."""
+def _swept(summaries: Sequence[RunSummary]) -> str | None:
+    """The one setting that differs between the runs, without the dense baselines."""
     series = [
-        variant
-        for variant in variants
-        if not any(variant.is_control_of(other) for other in variants)
+        summary
+        for summary in summaries
+        if not any(summary.is_baseline_of(other) for other in summaries)
     ]
     return swept_setting(differing_settings(series)) if len(series) > 1 else None

@@ -1,4 +1,4 @@
-"""What a comparison holds: the schema of comparison.json."""
+"""The schema of comparison.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
 
 
-class Point(_Section):
+class ValidationPoint(_Section):
     """One validation pass. Losses are nats per token."""
 
     tokens: int
@@ -34,15 +34,15 @@ class Point(_Section):
 
 
 class SourceOfRun(_Section):
-    """One source in one run."""
+    """One source of one run."""
 
     token_share: float
     """Planned share of the run's training tokens."""
     planned_tokens: int
     loss: float | None
-    """Newest validation loss, nats per token; None if it was not measured."""
+    """Newest validation loss, nats per token; None if it was not evaluated."""
     comparable: bool
-    """Whether the other runs measured this source on the same sequences."""
+    """Whether the loss is on the same sequences as that of the other runs."""
 
 
 class Baseline(_Section):
@@ -51,21 +51,21 @@ class Baseline(_Section):
     name: str
     path: str
     tokens: int
-    """The newest number of training tokens at which both were measured."""
+    """The newest number of training tokens at which both were evaluated."""
     loss: float
-    """The baseline's loss there."""
+    """The baseline's loss at that point."""
     gap: float
-    """The run's loss there minus the baseline's, nats per token."""
+    """The run's loss minus the baseline's at that point, nats per token."""
     source_gaps: dict[str, float]
-    """The same for each source."""
-    points: list[Point]
+    """The gap of each source."""
+    points: list[ValidationPoint]
 
 
 class ComparedRun(_Section):
     """One run: a row of the table."""
 
     name: str
-    """The shortest name that sets it apart from the others."""
+    """The shortest name that differs from the others'."""
     path: str
     settings: dict[str, Setting]
     """The settings in which the compared runs differ."""
@@ -76,58 +76,57 @@ class ComparedRun(_Section):
     seen_tokens: int
     """Tokens trained on so far."""
     loss: float
-    """The newest validation loss; its tokens are those of the last point."""
+    """The newest validation loss, that of the last point."""
     loss_comparable: bool
-    """Whether the other runs' losses are means over the same sequences with the same shares."""
+    """Whether the loss is a mean over the same sequences with the same shares as that of the other runs."""
     mean_loss: float | None
-    """Mean of the sources' losses, each counting the same; None unless all sources of the comparison were measured, on
-    the sequences of the others."""
+    """Unweighted mean of the sources' losses; None unless the losses of all sources of the comparison are comparable."""
     zeros: float | None
     zeros_comparable: bool
-    """Whether the other runs' zeros were counted on the same sequences."""
+    """Whether the zeros were counted on the same sequences as those of the other runs."""
     tokens_per_second: float | None
-    """Mean speed since the run was last launched, validation and saving included."""
+    """Mean speed since the last launch, including validation and saving."""
     sources: dict[str, SourceOfRun]
     baseline: Baseline | None
     baseline_state: BaselineState
-    points: list[Point]
-    """Validation passes from where training starts, after an activation replacement."""
+    points: list[ValidationPoint]
+    """Validation passes since the start of training, after an activation replacement."""
 
     @property
     def measured_tokens(self) -> int:
-        """Training tokens that the newest losses belong to."""
+        """Training tokens at the newest validation."""
         return self.points[-1].tokens
 
     @property
     def finished(self) -> bool:
-        """Whether the whole budget was trained and measured."""
+        """Whether the whole budget was trained and evaluated."""
         return self.measured_tokens >= self.budget_tokens
 
 
 class Comparison(_Section):
-    """Runs side by side. All losses are nats per token on held-out text, all shares 0 to 1."""
+    """A comparison of runs. Losses are nats per token on held-out text; shares are 0 to 1."""
 
     schema_version: Literal[1] = 1
     runs: list[ComparedRun]
     settings: list[str]
     """Settings in which the runs differ, as SECTION.KEY."""
     sources: list[str]
-    """Sources that at least one run trains on or was measured on."""
+    """Sources that at least one run trains on or was evaluated on."""
     swept_setting: str | None
-    """The one setting that differs, if it is one and a number; training.seed may differ beside it."""
+    """The one numeric setting that differs between the runs, apart from training.seed; None if there is not exactly one."""
     notes: list[str]
-    """What must be known before two numbers are compared, in words."""
+    """Caveats."""
     command: str | None = None
     """The command line that made the comparison."""
 
     @property
     def losses_comparable(self) -> bool:
-        """Whether the runs' validation losses may all be compared with each other."""
+        """Whether all validation losses are comparable with each other."""
         return all(run.loss_comparable for run in self.runs)
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Reads the comparison that `write_comparison` left in a folder.
+    """Reads the comparison that `write_comparison` wrote to a folder.
 
     Raises:
         RunError: If there is none, or it is damaged or of another schema version.
@@ -138,5 +137,5 @@ def read_comparison(folder: Path) -> Comparison:
     except (OSError, ValidationError) as error:
         raise RunError(
             f"{path} is not a comparison of schema version 1: {str(error).splitlines()[0]}.",
-            next_step="Make it again with `sparsify compare RUN RUN …`.",
+            next_step="Create it again with `sparsify compare RUN RUN …`.",
         ) from error

@@ -1,4 +1,4 @@
-"""In which settings runs differ, and what to call them."""
+"""Settings in which runs differ, and short names of settings and runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparsify.compare.run_summary import Variant
+from sparsify.compare.run_summary import RunSummary
 from sparsify.compare.schema import Setting
 from sparsify.recipe.compose import NEUTRAL_OVERRIDES
 from sparsify.runs.identity import rounded_share
@@ -22,21 +22,21 @@ UNINTERESTING = (
     "checkpoint.",
     "tracking.",
 )
-"""Settings that say nothing about results or speed; whether there is a baseline is a column of its own."""
+"""Settings that affect neither results nor speed. The baseline has a separate column."""
 SEED = "training.seed"
 INSTRUCTION_SHARE = "mixture.instruction_token_share"
 
 
-def differing_settings(variants: Sequence[Variant]) -> list[dict[str, Setting]]:
-    """For each variant, the settings that are not the same in all of them; SECTION.KEY to value, in the recipe's order.
+def differing_settings(summaries: Sequence[RunSummary]) -> list[dict[str, Setting]]:
+    """For each run, the settings that differ between the runs: SECTION.KEY to value, in the recipe's order.
 
-    Sources that not all mixtures have are left to the columns of sources. `instruction_token_share=null` reads as the
-    share that the sources state, once another variant sets it.
+    Sources that not all mixtures have are not listed here; they are columns of the sources' table. If any run sets
+    `instruction_token_share`, null is replaced by the share that follows from the run's sources.
     """
-    flat = [_flat(asdict(variant.recipe)) for variant in variants]
+    flat = [_flat(asdict(summary.recipe)) for summary in summaries]
     if any(settings[INSTRUCTION_SHARE] is not None for settings in flat):
-        for variant, settings in zip(variants, flat, strict=True):
-            settings[INSTRUCTION_SHARE] = _instruction_share(variant, settings[INSTRUCTION_SHARE])
+        for summary, settings in zip(summaries, flat, strict=True):
+            settings[INSTRUCTION_SHARE] = _instruction_share(summary, settings[INSTRUCTION_SHARE])
     keys = [
         key
         for key in dict.fromkeys(key for settings in flat for key in settings)
@@ -59,22 +59,22 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, Setting]:
     return flat
 
 
-def _instruction_share(variant: Variant, given: Setting) -> Setting:
+def _instruction_share(summary: RunSummary, given: Setting) -> Setting:
     if given is not None:
         return given
-    sources = variant.recipe.mixture.sources
+    sources = summary.recipe.mixture.sources
     stated = sum(
         source.token_share
-        for name, source in variant.lock.sources.items()
+        for name, source in summary.lock.sources.items()
         if sources[name].group == "instruction"
     )
     return rounded_share(stated)
 
 
 def swept_setting(settings: Sequence[Mapping[str, Setting]]) -> str | None:
-    """The setting that alone differs in what is trained, if its values are numbers.
+    """The only setting of the training that differs, if its values are numbers.
 
-    The seed may differ as well: then the runs repeat each other.
+    The seed may differ too: runs that differ in nothing else are repetitions.
     """
     keys = [
         key
@@ -93,7 +93,7 @@ def swept_setting(settings: Sequence[Mapping[str, Setting]]) -> str | None:
 
 
 def short_settings(keys: Sequence[str]) -> dict[str, str]:
-    """Settings by the last word of their key, or by all of it where two end in the same."""
+    """Short names of settings: the last part of the key, or the whole key if two have the same last part."""
     leaves = [key.rpartition(".")[2] for key in keys]
     return {
         key: leaf if leaves.count(leaf) == 1 else key
@@ -102,10 +102,10 @@ def short_settings(keys: Sequence[str]) -> dict[str, str]:
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest names that set folders apart.
+    """The shortest names by which folders differ.
 
-    What folders' names share between their commas is left out as far as they stay different; if that does not do, whole
-    names stand, and then longer and longer ends of the paths.
+    Comma-separated parts that the folders' names have in common are removed as long as the names stay different. If that
+    is not enough, the names are whole folder names, then ever longer ends of the paths.
     """
     whole = [path.resolve() for path in paths]
     depth = max(len(path.parts) for path in whole)
@@ -127,7 +127,7 @@ def _without_shared(names: Sequence[str]) -> list[str]:
 
 
 def common_name(paths: Sequence[Path]) -> str:
-    """What the names of all folders begin with, as far as it ends at a comma; empty if there is nothing."""
+    """The comma-separated parts that the names of all folders begin with; empty if there are none."""
     parts = [path.resolve().name.split(",") for path in paths]
     common = []
     for column in zip(*parts, strict=False):

@@ -1,4 +1,4 @@
-"""A comparison as a person reads it in a terminal."""
+"""A comparison for the terminal."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LONG_WORD = re.compile(r"(\S{8,}?_)")
 
 
 def comparison_summary(comparison: Comparison, folder: Path) -> RenderableType:
-    """The tables, what must be known to read them, and where the page lies."""
+    """The tables and caveats of a comparison, and the path of the page."""
     return _summary(tables(comparison), comparison.notes, folder)
 
 
 def evaluations_summary(comparison: EvaluationComparison, folder: Path) -> RenderableType:
-    """The same for a comparison of evaluations."""
+    """The tables and caveats of a comparison of evaluations, and the path of the page."""
     return _summary(evaluation_tables(comparison), comparison.notes, folder)
 
 
@@ -43,7 +43,7 @@ def _summary(tables: list[TextTable], notes: list[str], folder: Path) -> Rendera
 
 def _table(text: TextTable) -> Table:
     table = figures_table(text.title)
-    # A narrow terminal folds names, and headings between their words; a number stays whole.
+    # A narrow terminal folds names, and headings between their words, but never numbers.
     for index, column in enumerate(text.header):
         heading = LONG_WORD.sub(r"\1\n", column) if index else column
         longest = max(len(row[index]) for row in text.rows)

@@ -1,4 +1,4 @@
-"""A comparison as tables of text: what the terminal and the page both show."""
+"""The tables of a comparison, for both the terminal and the page."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sparsify.compare.settings import short_settings
 from sparsify.reporting.numbers import percent
 
 MAX_SETTING_COLUMNS = 4
-"""More settings than this get a table of their own, one row a setting."""
+"""More settings than this get a separate table, with one row per setting."""
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table whose first column is names."""
+    """A table whose first column holds names."""
 
     title: str
     header: list[str]
@@ -23,7 +23,7 @@ class TextTable:
 
 
 def title(comparison: Comparison) -> str:
-    """A series by its setting and its values, other runs by their names."""
+    """Title of a comparison: setting and values of a sweep, otherwise the names of the runs."""
     key = comparison.swept_setting
     if key is None:
         return " · ".join(_names(comparison))
@@ -32,7 +32,7 @@ def title(comparison: Comparison) -> str:
 
 
 def tables(comparison: Comparison) -> list[TextTable]:
-    """The runs, their sources, and the settings that differ, where these are too many for columns."""
+    """Tables of the runs, of their sources, and of the settings if these are too many for columns."""
     return [
         *_settings_table(comparison),
         _runs_table(comparison),
@@ -41,7 +41,7 @@ def tables(comparison: Comparison) -> list[TextTable]:
 
 
 def setting_text(value: Setting) -> str:
-    """A setting's value as one would type it, with digits grouped."""
+    """A setting's value as in YAML, with digits grouped."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
@@ -68,7 +68,7 @@ def _runs_table(comparison: Comparison) -> TextTable:
         "training tokens",
         "validation loss",
         "to dense baseline",
-        *(["plain mean"] if with_mean else []),
+        *(["unweighted mean"] if with_mean else []),
         "exact zeros",
         "tokens/s",
     ]
@@ -89,7 +89,7 @@ def _runs_table(comparison: Comparison) -> TextTable:
 
 
 def shows_mean(comparison: Comparison) -> bool:
-    """Whether the plain mean says what the validation losses cannot."""
+    """Whether to show the unweighted mean: the validation losses are not comparable, but it is."""
     known = sum(run.mean_loss is not None for run in comparison.runs)
     return known > 1 and len(comparison.sources) > 1 and not comparison.losses_comparable
 
@@ -100,7 +100,7 @@ def _sources_table(comparison: Comparison) -> TextTable:
         for run in comparison.runs
     ]
     return TextTable(
-        "Validation loss of each source, and its planned share of tokens",
+        "Validation loss of each source (and its planned token share)",
         ["run", *comparison.sources],
         rows,
     )

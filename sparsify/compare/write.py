@@ -1,9 +1,4 @@
-"""Writes a comparison: comparison.json, comparison.csv, pictures and one page.
-
-Renders a comparison as one HTML page that needs no other file and no network.
-
-Writes a comparison of evaluations: comparison.json, comparison.csv, the picture and one page.
-"""
+"""Writes a comparison of runs or of evaluations: comparison.json, comparison.csv, figures, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -27,15 +22,15 @@ from sparsify.compare.settings import common_name
 from sparsify.compare.tables import tables, title
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.recipe.compose import MAX_NAME_CHARACTERS
-from sparsify.reporting.figures import LIGHT, image, page_figure
 from sparsify.reporting.html import page_environment
+from sparsify.reporting.plotting import LIGHT, image, page_figure
 
 PACKAGE = "sparsify.compare"
 TEMPLATE_FILE = "comparison.html.j2"
 
 
 def render_page(comparison: Comparison) -> str:
-    """The page as text: pictures inside as data, on light and on dark paper."""
+    """The HTML page, with all figures embedded for light and dark mode."""
     figures = [
         page_figure(
             partial(figure.draw, comparison), figure.name, figure.title, figure.caption(comparison)
@@ -53,30 +48,30 @@ TABLE_FILE = "comparison.csv"
 
 
 def default_folder(comparison: Comparison) -> Path:
-    """comparisons/NAME, where the name says what is compared: a series by its setting, other runs by their names."""
+    """comparisons/NAME, where the name is the setting of a sweep, otherwise the names of the runs."""
     swept = (comparison.swept_setting or "").rpartition(".")[2]
     common = common_name([Path(run.path) for run in comparison.runs])
-    told = (
+    parts = (
         [common, swept] if swept and common else [" vs ".join(run.name for run in comparison.runs)]
     )
-    name = re.sub("[^-+.,=0-9A-Za-z_]+", "-", ",".join(told)).strip("-.")
+    name = re.sub("[^-+.,=0-9A-Za-z_]+", "-", ",".join(parts)).strip("-.")
     return Path("comparisons") / name[:MAX_NAME_CHARACTERS]
 
 
 def check_folder(to: Path) -> None:
-    """Refuses a folder that holds something else than a comparison.
+    """Checks that a folder is empty or holds a comparison.
 
     Raises:
-        StorageError: If it does.
+        StorageError: If it holds other files.
     """
     refuse_foreign_folder(to, COMPARISON_FILE, "comparison")
 
 
 def write_comparison(comparison: Comparison, to: Path) -> None:
-    """Writes the comparison into a folder, in place of a comparison that is there already.
+    """Writes the comparison into a folder and replaces a comparison that is already there.
 
-    The folder appears complete or not at all. It holds comparison.json, comparison.csv, index.html (one file that
-    needs no other) and one PNG for every picture on the page.
+    The folder is written atomically. It holds comparison.json, comparison.csv, index.html (self-contained) and one PNG for
+    every figure on the page.
 
     Raises:
         StorageError: If the folder cannot be written, or holds something that is not a comparison.
@@ -129,7 +124,7 @@ def evaluations_folder(comparison: EvaluationComparison) -> Path:
 
 
 def write_evaluations(comparison: EvaluationComparison, to: Path) -> None:
-    """Writes the comparison into a folder, in place of a comparison that is there already.
+    """Writes the comparison into a folder and replaces a comparison that is already there.
 
     Raises:
         StorageError: If the folder cannot be written, or holds something that is not a comparison.

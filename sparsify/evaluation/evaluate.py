@@ -179,7 +179,7 @@ class _FinishedTasks:
 
 
 def _facts(source: TaskSource, settings: EvalSettings) -> str:
-    """What a task's numbers depend on, apart from the model. The batch size is left out: it only affects rounding."""
+    """What a task's numbers depend on, apart from the model. Not the batch size, which only affects rounding."""
     files = {
         split: (str(path), path.stat().st_size, path.stat().st_mtime_ns)
         for split, path in source.files.items()

@@ -35,7 +35,7 @@ class RankQueue:
     """Work queue of one suite over the process group. Every rank creates its queues in the same order.
 
     Args:
-        stop_requested: Whether this rank was told to stop.
+        stop_requested: Whether this rank received a stop request.
     """
 
     def __init__(self, stop_requested: Callable[[], bool]) -> None:
@@ -47,7 +47,7 @@ class RankQueue:
         """On rank 0: looks for a stop request of any rank.
 
         Raises:
-            Stopped: If a rank was told to stop.
+            Stopped: If a rank received a stop request.
         """
         if self._stop_requested() or self._store.check(["stop"]):
             raise Stopped
@@ -60,7 +60,7 @@ class RankQueue:
         """Waits for a value of another rank and removes it from the store.
 
         Raises:
-            Stopped: If a rank was told to stop.
+            Stopped: If a rank received a stop request.
         """
         while not self._store.check([key]):
             self.check()
@@ -75,7 +75,7 @@ class RankQueue:
         """On any other rank: runs the requests it receives until rank 0 ends the suite.
 
         Returns:
-            Whether the suite was finished; False when a rank was told to stop.
+            Whether the suite was finished; False when a rank received a stop request.
         """
         number = 0
         while not self._store.check(["end"]):
@@ -120,7 +120,7 @@ class RankPool:
         """Results of a method of EvalWorker for the arguments of each item, in order.
 
         Raises:
-            Stopped: If a rank was told to stop.
+            Stopped: If a rank received a stop request.
         """
         # Items go round-robin over the ranks, up to AHEAD rounds ahead of the one whose result is yielded.
         world, sent = self._queue.world, 0

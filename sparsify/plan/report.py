@@ -23,7 +23,7 @@ from sparsify.files import write_bytes
 from sparsify.plan.estimate import Plan, SourcePlan
 from sparsify.plan.fit import Verdict, gb
 from sparsify.plan.memory import DeviceMemory, HostMemory
-from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image
+from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image
 
 
 def plan_table(plan: Plan) -> Table:

@@ -22,9 +22,9 @@ from rich.markup import escape
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.predictors.format import Predictors
 from sparsify.predictors.schema import JUDGEMENT_FILE, Judgement, Point, Way
-from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image, page_figure
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.numbers import count, percent
+from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image, page_figure
 from sparsify.reporting.tables import figures_table
 
 MAX_RISE = 1.0

@@ -1,4 +1,4 @@
-"""Jinja environment of all HTML pages: base.html.j2 holds the look that they share."""
+"""Jinja environment of all HTML pages, which extend base.html.j2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BASE_PACKAGE = "sparsify.reporting"
 
 
 def page_environment(package: str) -> Environment:
-    """Finds the templates of a package, and base.html.j2 that they extend."""
+    """An environment with the templates of a package and base.html.j2."""
     packages = dict.fromkeys((package, BASE_PACKAGE))
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(name, ".") for name in packages]),

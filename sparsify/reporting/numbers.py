@@ -1,4 +1,4 @@
-"""How shares and large counts are written for people."""
+"""Formatting of shares and large counts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 
 def percent(share: float | None) -> str:
-    """A share as a percentage with one decimal. Only an exact 0 or 1 reads 0% or 100%; None reads as a dash."""
+    """A share as a percentage with one decimal; only an exact 0 or 1 gives 0% or 100%, and None gives a dash."""
     if share is None or math.isnan(share):
         return "–"
     if share in (0, 1):

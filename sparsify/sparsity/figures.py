@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from sparsify.reporting.figures import Theme
 from sparsify.reporting.numbers import percent
+from sparsify.reporting.plotting import Theme
 from sparsify.sparsity.figures_model import (
     draw_causes,
     draw_experts,

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from sparsify.reporting.figures import WIDTH_INCHES, Theme
 from sparsify.reporting.numbers import percent
+from sparsify.reporting.plotting import WIDTH_INCHES, Theme
 from sparsify.sparsity.measure import sorted_firing_rates
 from sparsify.sparsity.schema import LayerRow, SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics

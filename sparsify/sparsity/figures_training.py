@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
-from sparsify.reporting.figures import WIDTH_INCHES, Theme
 from sparsify.reporting.numbers import percent
+from sparsify.reporting.plotting import WIDTH_INCHES, Theme
 from sparsify.runs.history import Trajectory, TrajectoryPoint
 from sparsify.sparsity.figures_model import heat_range
 from sparsify.sparsity.schema import Curves, SharePoint, SparsityReport

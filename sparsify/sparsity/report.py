@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from sparsify.files import atomic_folder, refuse_foreign_folder
-from sparsify.reporting.figures import LIGHT, image, page_figure
 from sparsify.reporting.html import page_environment
+from sparsify.reporting.plotting import LIGHT, image, page_figure
 from sparsify.sparsity.active_parameters import published
 from sparsify.sparsity.definitions import formula
 from sparsify.sparsity.figures import FIGURES

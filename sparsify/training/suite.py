@@ -83,7 +83,7 @@ class TrainingSuite:
         Every rank calls it.
 
         Returns:
-            Whether the evaluation is finished; False when a rank was told to stop: the next launch resumes it.
+            Whether the evaluation is finished; False when a rank received a stop request: the next launch resumes it.
 
         Raises:
             EvaluationError: If the suite, a task or its data is missing.

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from sparsify.files import storage_errors, write_text
-from sparsify.reporting.figures import LIGHT, WIDTH_INCHES, Theme, image, page_figure
 from sparsify.reporting.html import page_environment
+from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image, page_figure
 from sparsify.reporting.tables import figures_table
 from sparsify.tuning.record import RECORD_FILE, WEIGHTED, ShareCurve, TuneRecord
 

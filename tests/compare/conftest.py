@@ -1,4 +1,4 @@
-"""Small run folders with the numbers that a test wants, as training would have left them."""
+"""Small run folders with given numbers, in the format of training."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Runs:
         """One run folder.
 
         Args:
-            name: Its folder; `NAME/baseline` for a baseline.
-            overrides: What sets it apart from the quickstart.
+            name: Folder name; `NAME/baseline` for a baseline.
+            overrides: Overrides of the quickstart.
             losses: Loss of each source, by training tokens; those at 0 are the model's right after the activation replacement.
-            zeros: At every measurement but the base's.
-            fingerprints: Of sources whose text is not the usual one.
+            zeros: Share of exact zeros at every validation except that of the base model.
+            fingerprints: Fingerprints of sources with different text.
             tokens_per_second: Speed.
-            trained_tokens: Tokens of the last step, if it is not the one that was measured last.
+            trained_tokens: Tokens of the last step, if it was not evaluated.
         """
         run = RunFolder(self.root / name)
         recipe = compose_recipe("quickstart", [*BUDGET, *overrides])
@@ -170,7 +170,7 @@ def sparsify(
         monkeypatch.setattr("sys.argv", ["sparsify", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             main()
-        said, complained = capsys.readouterr()
-        return int(ended.value.code or 0), said, complained
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
 
     return run

@@ -1,4 +1,4 @@
-"""Which numbers stand beside each other, and which of them may be compared."""
+"""Numbers of a comparison of runs, and which of them are comparable."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OTHER = {"code": 2.5, "prose": 3.5, "questions": 3.0}
 
 
 def rows(comparison: Comparison, title: str) -> list[dict[str, str]]:
-    """A table of the comparison, each row by its headings."""
+    """A table of the comparison, each row as a dictionary."""
     table = next(one for one in tables(comparison) if one.title.startswith(title))
     return [dict(zip(table.header, row, strict=True)) for row in table.rows]
 
 
-def test_one_run_stands_beside_its_baseline(runs: Runs) -> None:
+def test_a_single_run_is_compared_with_its_baseline(runs: Runs) -> None:
     run = runs(
         "quickstart",
         losses={0: OTHER, 10240: OTHER, 20480: TWO},
@@ -84,35 +84,37 @@ def test_one_run_stands_beside_its_baseline(runs: Runs) -> None:
     }
 
 
-def test_a_series_of_shares_is_compared_source_by_source(sweep: list[Path]) -> None:
+def test_a_sweep_of_shares_is_compared_source_by_source(sweep: list[Path]) -> None:
     comparison = compare(sweep)
 
     assert comparison.swept_setting == "mixture.instruction_token_share"
     assert comparison.settings == ["mixture.instruction_token_share"]
     table = rows(comparison, "Runs")
     assert [row["run"] for row in table] == ["share=0", "share=stated", "share=0.5"]
-    # A share that is not set reads as what the sources state, beside runs that set it.
+    # An unset share shows the share of the sources if other runs set it.
     assert [row["instruction_token_share"] for row in table] == ["0", "0.2", "0.5"]
-    # 2.0 * 0.75 + 3.0 * 0.25; each run weighs by other shares, so none may be compared with another
+    # 2.0 * 0.75 + 3.0 * 0.25; runs with different weights are not comparable
     assert [row["validation loss"] for row in table] == ["2.250†", "2.400†", "2.312†"]
     assert [row["to dense baseline"] for row in table] == ["+0.500"] * 3
-    assert [row["plain mean"] for row in table] == ["–", "2.600", "2.567"]
+    assert [row["unweighted mean"] for row in table] == ["–", "2.600", "2.567"]
     assert [row["exact zeros"] for row in table] == ["80.0%†", "80.0%", "80.0%"]
     sources = rows(comparison, "Validation loss of each source")
     assert [row["code"] for row in sources] == ["2.000 (75.0%)", "2.100 (60.0%)", "2.400 (37.5%)"]
     assert [row["questions"] for row in sources] == ["– (0%)", "2.500 (20.0%)", "2.000 (50.0%)"]
     weights, zeros, unmeasured = comparison.notes
-    assert "mean of its sources' losses by its own token shares" in weights
-    assert "plain mean, in which each source counts the same" in weights
-    assert "not measured on the same ones" in zeros
-    assert unmeasured.startswith("share=0 trains on no questions, so it was not measured there")
+    assert "weighted by its own token shares" in weights
+    assert "or their unweighted mean" in weights
+    assert "not evaluated on the same sequences" in zeros
+    assert unmeasured.startswith(
+        "share=0 does not train on questions, so it was not evaluated there"
+    )
 
 
 def test_a_dense_run_of_the_same_tokens_is_the_baseline(runs: Runs) -> None:
     alone = ("baseline.ffn_activation=null",)
     sparse = runs("quickstart", *alone, losses={20480: OTHER})
     reglu = runs("quickstart,activation=reglu", "activation=reglu", *alone, losses={20480: OTHER})
-    # The numbers of sequences in a pass and of processes change no token.
+    # Micro-batch size and number of processes do not change the tokens.
     faster = ("training.micro_batch_size=2", "launch.processes=1")
     dense = runs("quickstart,activation=swiglu", "activation=swiglu", *faster, losses={20480: TWO})
     seed = "training.seed=2"
@@ -126,7 +128,7 @@ def test_a_dense_run_of_the_same_tokens_is_the_baseline(runs: Runs) -> None:
     assert comparison.runs[0].baseline.name == "activation=swiglu"
     (note,) = comparison.notes
     assert note.startswith(
-        "No baseline for seed=2,activation=drelu: what the zeros cost is not known"
+        "No baseline for seed=2,activation=drelu: the cost of the zeros is unknown"
     )
 
 
@@ -166,14 +168,14 @@ def test_losses_of_other_sequences_are_marked(runs: Runs, other: dict, cause: li
     assert all(words in note for words in [*cause, "sequences of a", "cannot be compared"])
 
 
-def test_as_many_sequences_as_there_are_is_the_same_for_any_larger_number(runs: Runs) -> None:
-    """The held-out text has room for 32 sequences: asking for 40 or 50 measures on the same 32."""
-    asked = [f"eval.validation_sequences_per_source={number}" for number in (40, 50)]
-    paths = [runs(f"run{i}", one, losses={20480: TWO}) for i, one in enumerate(asked)]
+def test_more_sequences_than_there_are_give_the_same_sequences(runs: Runs) -> None:
+    """The held-out text has 32 sequences: settings of 40 and 50 both use all of them."""
+    settings = [f"eval.validation_sequences_per_source={number}" for number in (40, 50)]
+    paths = [runs(f"run{i}", one, losses={20480: TWO}) for i, one in enumerate(settings)]
     assert compare(paths).losses_comparable
 
 
-def test_an_unfinished_run_says_how_far_it_is(runs: Runs) -> None:
+def test_an_unfinished_run_shows_its_progress(runs: Runs) -> None:
     finished = runs("quickstart", losses={0: OTHER, 10240: OTHER, 20480: TWO})
     running = runs(
         "quickstart,seed=2",
@@ -195,12 +197,12 @@ def test_an_unfinished_run_says_how_far_it_is(runs: Runs) -> None:
     text = "\n".join(comparison.notes)
     assert "seed=2 is not finished: 12,288 of 20,480 tokens (60%)" in text
     assert "those at 10,240 tokens" in text
-    assert "not measured after the same number of training tokens" in text
-    assert "seed=2: its gap is that at 0 tokens" in text
+    assert "evaluated after different numbers of training tokens" in text
+    assert "seed=2: the gap to its baseline is that at 0 tokens" in text
     assert "No baseline for quickstart" in text
 
 
-def test_a_control_that_was_not_measured_yet_is_no_missing_baseline(runs: Runs) -> None:
+def test_a_baseline_without_validation_is_not_a_missing_baseline(runs: Runs) -> None:
     path = runs("quickstart", losses={20480: TWO})
     runs("quickstart/baseline", "activation=swiglu", losses={})
     other = runs("quickstart,seed=2", "training.seed=2", losses={20480: TWO})
@@ -209,7 +211,7 @@ def test_a_control_that_was_not_measured_yet_is_no_missing_baseline(runs: Runs) 
     assert gaps == ["not measured yet", "no baseline"]
 
 
-def test_many_differing_settings_get_a_table_of_their_own(runs: Runs) -> None:
+def test_many_differing_settings_get_a_separate_table(runs: Runs) -> None:
     changed = (
         "training.seed=2",
         "optimizer.peak_learning_rate=1e-3",
@@ -230,7 +232,7 @@ def test_many_differing_settings_get_a_table_of_their_own(runs: Runs) -> None:
     }
 
 
-def test_half_a_line_at_the_end_is_a_run_that_is_being_written(runs: Runs) -> None:
+def test_an_incomplete_last_line_is_ignored(runs: Runs) -> None:
     paths = [runs(name, losses={10240: OTHER, 20480: TWO}) for name in "ab"]
     metrics = paths[1] / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-20])

@@ -1,4 +1,4 @@
-"""Evaluations side by side: what a difference is, and what is said about it."""
+"""Paired differences between evaluations, and their caveats."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Evaluations = Callable[..., Path]
 
 @pytest.fixture
 def evaluations(tmp_path: Path) -> Evaluations:
-    """Writes evaluations as `sparsify evaluate` does, with the scores that a test wants."""
+    """Writes evaluations as `sparsify evaluate` does, with given scores."""
 
     def write(
         name: str,
@@ -109,7 +109,7 @@ MORE = [1.0, 1.0, 0.0, 1.0] * 50
 SAME_ALMOST = [1.0, 0.0, *HALF[2:]]
 
 
-def test_a_gain_without_a_control_on_the_same_tokens_is_called_that(
+def test_a_gain_without_a_baseline_on_the_same_tokens_is_noted(
     evaluations: Evaluations,
 ) -> None:
     base = evaluations("base", {"gsm8k": HALF, "piqa": HALF}, "swiglu")
@@ -119,11 +119,11 @@ def test_a_gain_without_a_control_on_the_same_tokens_is_called_that(
     assert (model.against, model.against_kind) == ("base", "another model")
     assert model.differences["gsm8k"].verdict == "better"
     assert model.differences["gsm8k"].difference.value == pytest.approx(0.25)
-    assert "no baseline of it on the same tokens" in notes
+    assert "is not its baseline on the same tokens" in notes
     assert "sparse against base: within noise on piqa." in notes
 
 
-def test_a_control_is_found_wherever_it_stands(evaluations: Evaluations) -> None:
+def test_a_baseline_is_found_at_any_position(evaluations: Evaluations) -> None:
     base = evaluations("base", {"gsm8k": HALF}, "swiglu")
     sparse = evaluations("sparse", {"gsm8k": MORE}, identity="run 1")
     other = evaluations("other", {"gsm8k": MORE}, "swiglu", identity="run 2")
@@ -136,7 +136,7 @@ def test_a_control_is_found_wherever_it_stands(evaluations: Evaluations) -> None
     assert "sparse is better" not in notes
 
 
-def test_a_gain_on_items_that_the_instructions_hold_is_called_that(
+def test_a_gain_on_items_in_the_instruction_data_is_noted(
     evaluations: Evaluations,
 ) -> None:
     overlap = SourceOverlap(
@@ -147,31 +147,33 @@ def test_a_gain_on_items_that_the_instructions_hold_is_called_that(
     result, notes = compared(baseline, sparse)
     assert result.models[1].against_kind == "its dense baseline"
     assert "31 of 200 items share 13 words in a row" in notes
-    assert "The gain on gsm8k may be memory." in notes
+    assert "The gain on gsm8k may be memorisation." in notes
 
 
-def test_only_items_that_both_were_asked_are_paired(evaluations: Evaluations) -> None:
+def test_only_common_items_are_paired(evaluations: Evaluations) -> None:
     one = evaluations("one", {"piqa": HALF[:50], "arc_easy": HALF})
     two = evaluations("two", {"piqa": HALF, "winogrande": HALF})
     result, notes = compared(one, two)
     assert result.tasks == ["piqa", "arc_easy", "winogrande"]
     assert result.models[1].differences["piqa"].difference.items == 50
     assert result.models[1].differences.keys() == {"piqa"}
-    assert "piqa: 50 items that both two and one were asked, of 200 and 50." in notes
+    assert (
+        "piqa: the difference is over the 50 items that two and one share, of 200 and 50." in notes
+    )
 
 
-def test_a_run_stands_for_its_newest_evaluation(
+def test_a_run_is_replaced_by_its_newest_evaluation(
     evaluations: Evaluations, sparsify: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     base = evaluations("base", {"piqa": HALF, "lambada": HALF}, "swiglu")
     run = evaluations("run", {"piqa": MORE, "lambada": MORE}).parent.parent
-    code, said, _ = sparsify("compare", base, run, "--to", tmp_path / "out")
+    code, out, _ = sparsify("compare", base, run, "--to", tmp_path / "out")
     assert code == 0
-    assert "+25.0" in said
-    assert "▲" in said
+    assert "+25.0" in out
+    assert "▲" in out
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Quality against active parameters" in page
-    assert "no baseline of it on the same tokens" in page
+    assert "is not its baseline on the same tokens" in page
     assert "upon a base" in page
     assert "upon a run" in page
     kept = json.loads((tmp_path / "out" / "comparison.json").read_text())
@@ -182,12 +184,12 @@ def test_a_run_stands_for_its_newest_evaluation(
     rows = (tmp_path / "out" / "comparison.csv").read_text().splitlines()
     assert len(rows) == 1 + 4
     (tmp_path / "empty").mkdir()
-    code, _, complained = sparsify("compare", base, tmp_path / "empty")
+    code, _, err = sparsify("compare", base, tmp_path / "empty")
     assert code == 2
-    assert "has no evaluation of suite own" in complained
+    assert "has no evaluation of suite own" in err
 
 
-def test_what_cannot_be_compared_is_refused(evaluations: Evaluations) -> None:
+def test_evaluations_that_cannot_be_compared_are_refused(evaluations: Evaluations) -> None:
     one = evaluations("one", {"piqa": HALF})
     two = evaluations("two", {"piqa": HALF}, suite="another")
     with pytest.raises(EvaluationError, match="different suites"):
@@ -218,7 +220,7 @@ def test_a_paired_difference_is_that_of_the_items(pairs: list[tuple[bool, bool]]
     assert backwards.value == pytest.approx(-found.value)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+def test_intervals_have_their_nominal_coverage() -> None:
     """A perplexity per word over articles of very different lengths: the ratio's interval, over repeated draws."""
     generator = np.random.default_rng(0)
     inside = 0

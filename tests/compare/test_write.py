@@ -1,4 +1,4 @@
-"""What the command writes and prints, and what it refuses."""
+"""Output and errors of `sparsify compare`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from sparsify.compare import compare, read_comparison, write_comparison
 from sparsify.compare.figures import draw_setting, figures_of
 from sparsify.errors import RunError, StorageError
-from sparsify.reporting.figures import DARK, LIGHT
+from sparsify.reporting.plotting import DARK, LIGHT
 from tests.compare.conftest import Runs
 
 Command = Callable[..., tuple[int, str, str]]
@@ -23,13 +23,13 @@ TWO = {"code": 2.0, "prose": 3.0, "questions": 2.5}
 
 
 def test_the_command_writes_a_whole_folder(sweep: list[Path], sparsify: Command) -> None:
-    code, said, _ = sparsify("compare", *sweep)
+    code, out, _ = sparsify("compare", *sweep)
 
     assert code == 0
     to = sweep[0].parents[1] / "comparisons" / "quickstart,instruction_token_share"
-    assert "comparisons/quickstart,instruction_token_share/index.html" in said
-    assert "share=stated" in said
-    assert "trains on no questions" in said
+    assert "comparisons/quickstart,instruction_token_share/index.html" in out
+    assert "share=stated" in out
+    assert "does not train on questions" in out
     assert {path.name for path in to.iterdir()} == {
         "index.html",
         "comparison.json",
@@ -67,14 +67,14 @@ def test_json_is_the_file_and_a_page_is_replaced(runs: Runs, sparsify: Command) 
     first, second = (runs(name, f"activation={name}", losses={20480: TWO}) for name in activations)
     to = runs.root.parent / "mine"
     assert sparsify("compare", first, second, "--to", to)[0] == 0
-    code, said, _ = sparsify("compare", second, first, "--to", to, "--json")
+    code, out, _ = sparsify("compare", second, first, "--to", to, "--json")
     assert code == 0
-    assert json.loads(said) == json.loads((to / "comparison.json").read_text())
-    assert [run["name"] for run in json.loads(said)["runs"]] == ["reglu", "drelu"]
-    assert json.loads(said)["schema_version"] == 1
+    assert json.loads(out) == json.loads((to / "comparison.json").read_text())
+    assert [run["name"] for run in json.loads(out)["runs"]] == ["reglu", "drelu"]
+    assert json.loads(out)["schema_version"] == 1
 
 
-def test_the_picture_of_a_series_shows_its_numbers(sweep: list[Path]) -> None:
+def test_the_figure_of_a_sweep_shows_its_numbers(sweep: list[Path]) -> None:
     figure = draw_setting(compare([sweep[2], sweep[0], sweep[1]]), LIGHT)
 
     drawn: dict[tuple[str, bool], list[tuple[float, float]]] = {}
@@ -84,14 +84,14 @@ def test_the_picture_of_a_series_shows_its_numbers(sweep: list[Path]) -> None:
         line, _points = axes.get_lines()
         spot = axes.get_subplotspec()
         assert spot is not None
-        name = ("code", "prose", "questions", "plain mean")[spot.colspan.start]
+        name = ("code", "prose", "questions", "unweighted mean")[spot.colspan.start]
         points = zip(line.get_xdata(), line.get_ydata(), strict=True)
         drawn[name, line.get_linestyle() == "--"] = list(points)
     sparse = {
         "code": [(0, 2.0), (0.2, 2.1), (0.5, 2.4)],
         "prose": [(0, 3.0), (0.2, 3.2), (0.5, 3.3)],
         "questions": [(0.2, 2.5), (0.5, 2.0)],
-        "plain mean": [(0.2, 2.6), (0.5, 7.7 / 3)],
+        "unweighted mean": [(0.2, 2.6), (0.5, 7.7 / 3)],
     }
     for name, line in sparse.items():
         assert drawn[name, False] == [pytest.approx(point) for point in line]
@@ -100,7 +100,7 @@ def test_the_picture_of_a_series_shows_its_numbers(sweep: list[Path]) -> None:
     assert len(drawn) == 8
 
 
-def test_unfinished_runs_are_no_points_of_a_series(runs: Runs) -> None:
+def test_unfinished_runs_are_not_points_of_a_sweep(runs: Runs) -> None:
     rates = (1e-4, 1e-3, 1e-2)
     paths = [
         runs(
@@ -116,7 +116,7 @@ def test_unfinished_runs_are_no_points_of_a_series(runs: Runs) -> None:
     assert list(line.get_xdata()) == [1e-4, 1e-3]
 
 
-def test_seeds_repeat_the_points_of_a_series(runs: Runs) -> None:
+def test_seeds_repeat_the_points_of_a_sweep(runs: Runs) -> None:
     code = {(1e-4, 1): 2.0, (1e-4, 2): 2.2, (1e-3, 1): 1.5, (1e-3, 2): 1.6}
     paths = [
         runs(
@@ -134,8 +134,8 @@ def test_seeds_repeat_the_points_of_a_series(runs: Runs) -> None:
     assert list(points.get_ydata()) == pytest.approx([2.0, 2.2, 1.5, 1.6])
     caption = figures_of(comparison)[0].caption(comparison)
     # (1.55 + 3.0 + 2.5) / 3
-    assert "The plain mean is lowest, 2.350, at 0.001." in caption
-    assert "mean over training.seed; a point is a run" in caption
+    assert "The unweighted mean is lowest, 2.350, at 0.001." in caption
+    assert "Points are runs; lines connect the means over training.seed" in caption
 
 
 def test_a_diverged_run_is_shown_as_one(runs: Runs, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_runs_without_anything_in_common_still_have_a_table(runs: Runs, tmp_path
     assert "a &lt;b&gt;" in (tmp_path / "out" / "index.html").read_text()
 
 
-def test_what_is_refused(runs: Runs, sparsify: Command, tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(runs: Runs, sparsify: Command, tmp_path: Path) -> None:
     path = runs("quickstart", losses={20480: TWO})
     other = runs("quickstart,seed=2", "training.seed=2", losses={20480: TWO})
     empty = runs("quickstart,seed=3", "training.seed=3", losses={}, zeros=0)
@@ -176,10 +176,10 @@ def test_what_is_refused(runs: Runs, sparsify: Command, tmp_path: Path) -> None:
     (tmp_path / "notes" / "mine.txt").write_text("mine")
 
     def refused(*arguments: object) -> str:
-        code, said, complained = sparsify("compare", *arguments)
-        assert (code, said) == (2, "")
-        assert "Traceback" not in complained
-        return complained
+        code, out, err = sparsify("compare", *arguments)
+        assert (code, out) == (2, "")
+        assert "Traceback" not in err
+        return err
 
     assert "notes is no run folder: it has no recipe.yaml" in refused(path, "notes")
     message = refused(path, tmp_path / "runs" / "quickstrat")
@@ -188,7 +188,7 @@ def test_what_is_refused(runs: Runs, sparsify: Command, tmp_path: Path) -> None:
     message = refused(path, empty)
     assert "seed=3 has no validation loss yet" in message
     message = refused(path)
-    assert "is one run, and it has no baseline to be compared with" in message
+    assert "is a single run without a baseline to compare it with" in message
     assert "baseline.ffn_activation=swiglu" in message
     assert "is given twice" in refused(path, other, path.parent / "x" / ".." / "quickstart")
     message = refused(path, other, "--to", "notes")

@@ -37,7 +37,7 @@ from sparsify.plan.report import draw_shares, write_chart
 from sparsify.recipe.catalogue import recipe_names
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
-from sparsify.reporting.figures import LIGHT
+from sparsify.reporting.plotting import LIGHT
 
 GPU_BYTES = 80 * 10**9
 FP32_ZERO0 = ["training.precision=fp32", "engine=zero0"]

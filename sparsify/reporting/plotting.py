@@ -1,7 +1,4 @@
-"""Drawing a picture as a file or as part of a page, on light and on dark paper.
-
-Colours and type of the pictures, on light and on dark paper.
-"""
+"""Rendering of matplotlib figures to files and pages, with a light and a dark theme."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from matplotlib.figure import Figure
 
 @dataclass(frozen=True)
 class Theme:
-    """One palette. Series differ in lightness as well as in hue, so that every colour blindness keeps them apart."""
+    """A colour palette. Series differ in lightness as well as in hue, to be distinct for colour-blind readers."""
 
     name: str
     surface: str
@@ -27,12 +24,12 @@ class Theme:
     line: str
     product: str
     product_fill: str
-    """A tint of `product` on which ink can be read."""
+    """A tint of `product` as background for text."""
     gate: str
     up: str
     baseline: str
     heat_stops: tuple[str, ...]
-    """Sequential colours from few to many, monotone in lightness."""
+    """Sequential colours from low to high, monotone in lightness."""
 
     @property
     def heat(self) -> LinearSegmentedColormap:
@@ -106,22 +103,22 @@ DARK = Theme(
 
 WIDTH_INCHES = 9.4
 PNG_DOTS_PER_INCH = 160
-# The page's own type, so that letters in pictures and in text are the same on every machine.
+# The page's fonts, so that text in figures matches the page on every machine.
 PAGE_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 Draw = Callable[[Theme], Figure]
 
 
 def image(draw: Draw, name: str, theme: Theme, kind: Literal["png", "svg"]) -> bytes:
-    """Draws a picture; the same `draw` and `name` give the same bytes.
+    """Renders a figure; the same `draw` and `name` give the same bytes.
 
     Args:
-        draw: Draws it in a theme.
-        name: Sets it apart from the other pictures of its page.
-        theme: The paper.
-        kind: The format.
+        draw: Draws the figure in a theme.
+        name: Name of the figure, unique on its page.
+        theme: The theme.
+        kind: The file format.
     """
-    # Ids inside an SVG are hashes; with a salt of its own no two pictures on one page share any.
+    # Ids inside an SVG are hashes; the salt keeps ids of different figures on one page different.
     settings: dict[Any, Any] = theme.rc() | {"svg.hashsalt": f"{name}-{theme.name}"}
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}
     buffer = io.BytesIO()
@@ -132,7 +129,7 @@ def image(draw: Draw, name: str, theme: Theme, kind: Literal["png", "svg"]) -> b
 
 
 def page_figure(draw: Draw, name: str, title: str, caption: str) -> dict[str, str]:
-    """What base.html.j2 needs of a picture: its words, and both drawings as data."""
+    """A figure for base.html.j2: title, caption, and data URLs of the light and the dark drawing."""
     drawings = {
         theme.name: base64.b64encode(image(draw, name, theme, "svg")).decode()
         for theme in (LIGHT, DARK)

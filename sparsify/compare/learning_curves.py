@@ -1,4 +1,4 @@
-"""Pictures of a comparison against training tokens: losses and zeros of all runs."""
+"""Figures of losses and zeros of all runs over training tokens."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from sparsify.compare.schema import ComparedRun, Comparison, Point
-from sparsify.reporting.figures import WIDTH_INCHES, Theme
+from sparsify.compare.schema import ComparedRun, Comparison, ValidationPoint
+from sparsify.reporting.plotting import WIDTH_INCHES, Theme
 
-OWN_CONTROL = "dense baseline of the same colour"
+OWN_BASELINE = "dense baseline of the same colour"
 MARKERS = "osD^vP*X"
 PANEL_INCHES = 2.7
 LEGEND_ROW_INCHES = 0.22
 LEGEND_CHARACTERS = 110
-"""Characters of a legend that fit beside each other."""
+"""Characters that fit into one row of a legend."""
 
 
 @dataclass(frozen=True)
-class Curve:
-    """One line: a run, or the baseline in a run's folder."""
+class LearningCurve:
+    """The line of a run, or of the baseline in a run's folder."""
 
     name: str
     run: ComparedRun
-    """Itself, or the run that it is the baseline of."""
-    points: list[Point]
+    """The run itself, or the run that this is the baseline of."""
+    points: list[ValidationPoint]
     dense: bool
     colour: str
     marker: str
 
 
 def draw_loss(comparison: Comparison, theme: Theme) -> Figure:
-    """Validation loss over training: one panel where it is comparable, else one a source."""
+    """Validation loss over training: one panel if it is comparable, otherwise one per source."""
     curves = list(_curves(comparison, theme))
     if comparison.losses_comparable:
         figure, (axes,) = _panels(1, curves)
@@ -62,7 +62,7 @@ def draw_loss(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def draw_zeros(comparison: Comparison, theme: Theme) -> Figure:
-    """Share of exact zeros over training, of the runs that are not dense."""
+    """Share of exact zeros over training, without dense runs."""
     curves = [curve for curve in _curves(comparison, theme) if not curve.dense]
     figure, (axes,) = _panels(1, curves)
     for curve in curves:
@@ -73,13 +73,13 @@ def draw_zeros(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def has_loss(comparison: Comparison) -> bool:
-    """Whether there is a loss that may be drawn beside another."""
+    """Whether any loss is comparable between runs."""
     comparable = (source.comparable for run in comparison.runs for source in run.sources.values())
     return comparison.losses_comparable or any(comparable)
 
 
 def series_colours(theme: Theme, count: int) -> list[str]:
-    """Colours that differ in lightness too: the theme's own three, or steps through its sequence."""
+    """Colours that also differ in lightness: the theme's three, or steps through its heat map."""
     if count <= 3:
         return [theme.product, theme.gate, theme.up][:count]
     steps = (0.25 + 0.75 * index / (count - 1) for index in range(count))
@@ -88,7 +88,7 @@ def series_colours(theme: Theme, count: int) -> list[str]:
     ]
 
 
-def _curves(comparison: Comparison, theme: Theme) -> Iterator[Curve]:
+def _curves(comparison: Comparison, theme: Theme) -> Iterator[LearningCurve]:
     baselines = {run.baseline.path for run in comparison.runs if run.baseline is not None}
     coloured = [run for run in comparison.runs if run.path not in baselines]
     colours = dict(
@@ -98,12 +98,12 @@ def _curves(comparison: Comparison, theme: Theme) -> Iterator[Curve]:
     for index, run in enumerate(comparison.runs):
         colour = colours.get(run.path, theme.baseline)
         marker = MARKERS[index % len(MARKERS)]
-        yield Curve(run.name, run, run.points, run.is_dense, colour, marker)
+        yield LearningCurve(run.name, run, run.points, run.is_dense, colour, marker)
         if run.baseline is not None and run.baseline.path not in paths:
-            yield Curve(OWN_CONTROL, run, run.baseline.points, True, colour, marker)
+            yield LearningCurve(OWN_BASELINE, run, run.baseline.points, True, colour, marker)
 
 
-def _plot(axes: Axes, curve: Curve, values: Sequence[tuple[int, float]]) -> None:
+def _plot(axes: Axes, curve: LearningCurve, values: Sequence[tuple[int, float]]) -> None:
     finite = [(tokens, value) for tokens, value in values if math.isfinite(value)]
     axes.plot(
         [tokens for tokens, _ in finite],
@@ -116,8 +116,8 @@ def _plot(axes: Axes, curve: Curve, values: Sequence[tuple[int, float]]) -> None
     )
 
 
-def _panels(count: int, curves: Sequence[Curve]) -> tuple[Figure, list[Axes]]:
-    """Panels over the same tokens, under one legend of all curves."""
+def _panels(count: int, curves: Sequence[LearningCurve]) -> tuple[Figure, list[Axes]]:
+    """Panels with a shared x axis, below one legend of all curves."""
     columns = 2 if count in (2, 4) else min(count, 3)
     rows = -(-count // columns)
     entries = _legend(curves)
@@ -146,8 +146,8 @@ def _panels(count: int, curves: Sequence[Curve]) -> tuple[Figure, list[Axes]]:
     return figure, grid[:count]
 
 
-def _legend(curves: Sequence[Curve]) -> dict[str, Line2D]:
-    """An entry a run; the baselines in runs' own folders have their run's colour, and one entry together."""
+def _legend(curves: Sequence[LearningCurve]) -> dict[str, Line2D]:
+    """One entry per run, and one entry for all baselines in runs' own folders, which have the colour of their run."""
     entries = {
         curve.name: Line2D(
             [],
@@ -163,9 +163,9 @@ def _legend(curves: Sequence[Curve]) -> dict[str, Line2D]:
     own = [curve for curve in curves if curve.points is not curve.run.points]
     if own:
         colour = own[0].colour if len(own) == 1 else "0.5"
-        entries[OWN_CONTROL] = Line2D([], [], linestyle="--", color=colour, linewidth=1.2)
+        entries[OWN_BASELINE] = Line2D([], [], linestyle="--", color=colour, linewidth=1.2)
     return entries
 
 
-def _dashes(curve: Curve) -> Literal["-", "--"]:
+def _dashes(curve: LearningCurve) -> Literal["-", "--"]:
     return "--" if curve.dense else "-"
