@@ -1,4 +1,4 @@
-"""How sparse a model is, where, and how reliably."""
+"""Measurement of activation sparsity: probe, statistics, error curves, report."""
 
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.report import LayerRow, SparsityReport, measure, read_report, write_report

@@ -1,8 +1,8 @@
-"""How many parameters one token needs, each part on its own line.
+"""Active parameters: how many parameters one token needs, by part of the model.
 
-Published figures mix two ways of counting the feed-forward blocks: as if one knew beforehand which neurons will fire (a
-perfect predictor), or by what an exact kernel must read to find out (the whole gate, then only what its zeros leave). They
-also differ in whether embeddings count. Here all of it stands side by side.
+Published figures count the feed-forward blocks in two ways: only the neurons that fire, as if they were known in advance
+(perfect predictor), or what an exact kernel reads to find them (the whole gate, then the rows that its zeros leave). They
+also differ in whether embeddings count. This module computes all of these.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ _PART_OF = {
 
 
 def parameters_by_part(model: nn.Module) -> dict[str, int]:
-    """Number of parameters of each of PARTS, from the model's own tensors. A tied head is an embedding that is used
-    twice, and counts once, as the embedding.
-    """
+    """Number of parameters of each of PARTS. A tied head counts once, as the embedding."""
     counts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
     for name, parameter in model.named_parameters():
         words = name.split(".")
@@ -50,13 +48,13 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 def active_parameters(
     parts: dict[str, int], *, expert_share: float, gate_zeros: float, product_zeros: float
 ) -> ActiveParameters:
-    """The account of one token.
+    """The active parameters of one token.
 
     Args:
-        parts: What `parameters_by_part` found.
+        parts: Parameters by part, from `parameters_by_part`.
         expert_share: Share of the experts that compute a token; 1 in a dense model.
-        gate_zeros: Share of zeros of the gate factor, inside the chosen experts.
-        product_zeros: Share of zeros of the product, inside the chosen experts.
+        gate_zeros: Share of zeros of the gate factor, in the chosen experts.
+        product_zeros: Share of zeros of the product, in the chosen experts.
     """
     firing = 1 - product_zeros
     gate_first = {"gate": 1.0, "up": 1 - gate_zeros, "down": firing}
@@ -80,17 +78,17 @@ def ffn_byte_shares(gate_zeros: float, product_zeros: float) -> tuple[float, flo
     """Share of the computed blocks' feed-forward weights that one token reads.
 
     Returns:
-        With an exact gate-first kernel: all of the gate, up where the gate is not zero, down where the product is not. And
-        with a perfect predictor, whose own weights are not counted.
+        The share with an exact gate-first kernel (whole gate, up where the gate is not zero, down where the product is
+        not), and the share with a perfect predictor, whose own weights are not counted.
     """
     return (1 + (1 - gate_zeros) + (1 - product_zeros)) / 3, 1 - product_zeros
 
 
 @cache
 def published() -> tuple[PublishedActive, ...]:
-    """TurboSparse's figures (arXiv 2406.05955, section 6.2) beside what the account gives for the same shapes.
+    """TurboSparse's figures (arXiv 2406.05955, section 6.2) next to ours for the same shapes and zeros.
 
-    Zeros are those that the paper states: 90% for Mistral-7B, 85% inside the chosen experts of Mixtral-8x7B.
+    The zeros are those of the paper: 90% for Mistral-7B, 85% in the chosen experts of Mixtral-8x7B.
     """
     shape: dict[str, Any] = {
         "vocab_size": 32000,
@@ -125,18 +123,18 @@ def _published(
 ) -> PublishedActive:
     with torch.device("meta"):
         parts = parameters_by_part(MODEL_CLASSES[config.model_type](config))
-    # The paper gives no zeros of the gate alone. Independent factors that are alike would have these.
+    # The paper does not give the zeros of the gate. Assume that gate and up are independent and equally sparse.
     gate_zeros = 1 - (1 - zeros) ** 0.5
-    account = active_parameters(
+    active = active_parameters(
         parts, expert_share=expert_share, gate_zeros=gate_zeros, product_zeros=zeros
     )
     ffn = sum(parts[part] for part in FFN_PARTS) * expert_share
-    rest = account.perfect_predictor - ffn * (1 - zeros)
+    rest = active.perfect_predictor - ffn * (1 - zeros)
     return PublishedActive(
         name=name,
         claimed=round(claimed),
         zeros=zeros,
-        perfect_predictor=account.perfect_predictor,
-        gate_first=account.gate_first,
+        perfect_predictor=active.perfect_predictor,
+        gate_first=active.gate_first,
         zeros_of_claim=1 - (claimed - rest) / ffn,
     )

@@ -1,4 +1,4 @@
-"""Alarms for a layer that dies or densifies during training, each said once."""
+"""Alarms for layers that die or densify during training, each raised once."""
 
 from __future__ import annotations
 
@@ -6,29 +6,26 @@ import math
 from collections.abc import Sequence
 
 DEAD_ZEROS = 0.999
-"""A layer with more zeros than this adds next to nothing to the residual stream."""
+"""A layer with more zeros than this adds almost nothing to the residual stream."""
 DENSIFIED_BY = 0.10
-"""A layer that has lost this share of zeros since its highest, as an absolute difference, is on its way back to dense."""
+"""Absolute drop of a layer's share of zeros below its maximum at which it counts as densifying."""
 
 
 class LayerAlarms:
-    """Watches the zeros of every layer from one measurement to the next.
-
-    A layer is named again only after it has recovered from what it was named for.
-    """
+    """Checks the zeros of every layer at each measurement. An alarm is repeated only after the layer has recovered."""
 
     def __init__(self) -> None:
         self._highest: dict[int, float] = {}
-        self._named: set[tuple[int, str]] = set()
+        self._raised: set[tuple[int, str]] = set()
 
     def check(self, layers: Sequence[float]) -> list[str]:
-        """Takes in one measurement.
+        """Checks one measurement.
 
         Args:
             layers: Share of zero products of every layer, 0 to 1.
 
         Returns:
-            One sentence for each layer that is in a state that it has not been named for.
+            The new alarms, one sentence each.
         """
         alarms = []
         for layer, zeros in enumerate(layers):
@@ -47,9 +44,9 @@ class LayerAlarms:
                 ),
             }
             for state, (holds, sentence) in states.items():
-                if holds and (layer, state) not in self._named:
+                if holds and (layer, state) not in self._raised:
                     alarms.append(sentence)
-                    self._named.add((layer, state))
+                    self._raised.add((layer, state))
                 elif not holds:
-                    self._named.discard((layer, state))
+                    self._raised.discard((layer, state))
         return alarms

@@ -1,7 +1,7 @@
-"""What consecutive tokens share: unions over chunks, reuse from token to token, neurons that fire together.
+"""Neurons shared by consecutive tokens: unions over chunks, reuse from token to token, co-activation.
 
 Exact integer counts, like ActivationStatistics: they do not depend on how sequences are batched, and they merge by addition.
-Only tokens of one document that stand next to each other are consecutive.
+Only adjacent tokens of one document are consecutive.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sparsify.sparsity.statistics import count_rows
 
 CHUNK_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 PIECE_TOKENS = 1024
-"""Tokens that are looked at together, so that memory does not grow with the batch; a multiple of the longest chunk."""
+"""Tokens processed at once, so that memory does not grow with the batch; a multiple of the longest chunk."""
 REUSE_TOKENS = (1, 2, 3, 4, 5)
 """How many tokens back a firing counts as reuse."""
 SAMPLED_NEURONS = 512
@@ -32,8 +32,8 @@ class ConsecutiveStatistics:
         chunk_fired: Neurons that fired on any token of a chunk, summed over chunks, [layers, lengths].
         fired: Neurons that fired on a token that has five tokens before it, summed over tokens, [layers].
         reused: Those of them that fired on at least one of the 1 to 5 tokens before, [layers, 5].
-        together: Tokens on which two sampled neurons of an expert fired, [layers, experts, sample, sample]; on the
-            diagonal, tokens on which one fired.
+        together: Tokens on which two sampled neurons of an expert both fired, [layers, experts, sample, sample]; the
+            diagonal holds the tokens on which one fired.
         routed: Tokens that each expert computed, [layers, experts].
     """
 
@@ -46,7 +46,6 @@ class ConsecutiveStatistics:
 
     @classmethod
     def empty(cls, num_layers: int, num_experts: int, num_neurons: int) -> Self:
-        """Statistics of no tokens."""
         sample = len(sampled_neurons(num_neurons, num_experts))
         shapes = (
             (len(CHUNK_TOKENS),),
@@ -59,7 +58,7 @@ class ConsecutiveStatistics:
         return cls(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
 
     def merge(self, other: Self) -> Self:
-        """Statistics of both texts together; exact, commutative and associative."""
+        """Statistics of both texts combined; exact, commutative and associative."""
         names = [field.name for field in fields(self)]
         return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
 
@@ -74,17 +73,17 @@ class ConsecutiveStatistics:
         return list(zip(self.chunks.tolist(), shares.tolist(), strict=True))
 
     def reuse(self) -> list[float]:
-        """Share of firing neurons that had fired on one of the 1 to 5 tokens before; NaN when none was counted."""
+        """Share of firing neurons that also fired on one of the 1 to 5 tokens before; NaN if no token was counted."""
         return (self.reused.sum(0).double() / self.fired.sum()).tolist()
 
     def coactivation_gap(self) -> tuple[float, float]:
-        """How much more often a neuron's best partner fires with it than its average partner does.
+        """How much more often a neuron's most frequent partner fires with it than its average partner.
 
-        For neuron i the co-activation with j is the share of i's firings on which j fires too; its gap is the highest of
-        these minus their mean (ReLU² Wins, arXiv 2402.03804). Averaged over sampled neurons that fired.
+        The co-activation of neuron i with j is the share of i's firings on which j fires too; the gap is the highest of
+        these minus their mean (ReLU² Wins, arXiv 2402.03804), averaged over sampled neurons that fired.
 
         Returns:
-            The gap, and the gap that the same firing rates would give if neurons fired independently; NaN when none fired.
+            The gap, and the gap of independent neurons with the same firing rates; NaN if none fired.
         """
         together = self.together.double()
         fired = together.diagonal(dim1=-2, dim2=-1)
@@ -119,7 +118,6 @@ class ConsecutiveObserver:
         self._reuse_counts = torch.empty(0)
 
     def begin(self, tokens: Tokens) -> None:
-        """Finds the chunks of the pass that count."""
         counted = tokens.counted
         follows = torch.zeros_like(counted)
         follows[:, 1:] = (tokens.positions[:, 1:] == tokens.positions[:, :-1] + 1) & (
@@ -139,7 +137,7 @@ class ConsecutiveObserver:
     def add(
         self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
     ) -> None:
-        """Counts one block, some tokens at a time; the experts of a layer add up."""
+        """Counts one block, a piece of the tokens at a time; the counts of a layer's experts add up."""
         batch, length = self._chunk_counts[0].shape
         self.statistics.routed[layer, expert] += len(tokens)
         sequences = max(1, PIECE_TOKENS // max(length, 1))
@@ -147,7 +145,7 @@ class ConsecutiveObserver:
         for first in range(0, batch, sequences):
             some = slice(first, min(first + sequences, batch))
             for start in range(0, length, PIECE_TOKENS):
-                # Pieces of a sequence overlap by the tokens that the next one looks back to.
+                # A piece starts with the last tokens of the piece before, which `_add_reuse` needs.
                 before = min(start, back)
                 piece = slice(start, min(start + PIECE_TOKENS, length))
                 low = some.start * length + piece.start - before
@@ -190,7 +188,7 @@ class ConsecutiveObserver:
 
 
 def _firings(fired: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-    """Firings [sequences, tokens, neurons] on the tokens that count [sequences, tokens], on the CPU. []"""
+    """Number of firings [sequences, tokens, neurons] on the counted tokens [sequences, tokens]; a scalar on the CPU."""
     by_token = count_rows(fired.flatten(0, 1)).view(fired.shape[:2])
     return (by_token * counted.to(fired.device)).sum().cpu()
 

@@ -1,4 +1,4 @@
-"""The pictures of a sparsity report in the order of the page: what each is, when it applies, how to draw it."""
+"""Figures and captions of a sparsity report, in the order of the page."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ from sparsify.sparsity.statistics import ActivationStatistics
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """One picture.
+    """One figure.
 
     Attributes:
-        name: File name without its ending.
+        name: File name without extension.
         title: Heading on the page.
-        caption: What to see in it, from the report and its counts.
-        applies: Whether the report has what it shows.
+        caption: Caption, from the report and its counts.
+        applies: Whether the report has the data.
         draw: The drawing function.
     """
 
@@ -62,18 +62,18 @@ def _layers_caption(report: SparsityReport, statistics: ActivationStatistics) ->
         else f"from {percent(low.product_zeros)} (layer {low.layer}) to {percent(high.product_zeros)} (layer {high.layer})"
     )
     return (
-        f"A bar is the share of neuron activations that are exactly zero in a layer, {extent}. The thin line spans the "
-        "middle 90% of tokens; the marks show how much of it each factor alone makes zero."
+        f"Bars: share of neuron activations of a layer that are exactly zero, {extent}. Thin lines: 5th to 95th percentile "
+        "over tokens. Marks: share of zeros of each factor."
     )
 
 
 def _experts_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     idle = int((statistics.routed_tokens == 0).sum())
-    blank = f" {idle} experts saw no token (–)." if idle else ""
+    blank = f" {idle} experts received no token (–)." if idle else ""
     even = 1 / report.num_experts
     return (
-        f"Numbers in the cells are percentages. Each token goes to {report.experts_per_token} of {report.num_experts} experts; with even "
-        f"routing every expert would carry {percent(even)} of its layer's load.{blank}"
+        f"Numbers are percentages. Each token is routed to {report.experts_per_token} of {report.num_experts} experts; with even "
+        f"routing every expert would have {percent(even)} of its layer's load.{blank}"
     )
 
 
@@ -82,17 +82,17 @@ def _firing_caption(report: SparsityReport, statistics: ActivationStatistics) ->
     hottest = math.ceil(rates.shape[1] / 10)
     share = rates[:, :hottest].sum() / rates.sum() if rates.sum() else 0.0
     return (
-        f"One line a layer. The hottest 10% of neurons make {share:.0%} of all firings; a line that ends before the right "
-        "edge ends where neurons fired on none of the tokens."
+        f"One line per layer. The hottest 10% of neurons account for {share:.0%} of all firings. A line that ends before the "
+        "right edge ends at the first dead neuron."
     )
 
 
 def _causes_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     causes = statistics.zero_causes()
     return (
-        f"Of all neuron activations {percent(causes['gate_only'])} are zero because of the gate alone, "
+        f"{percent(causes['gate_only'])} of all neuron activations are zero because of the gate alone, "
         f"{percent(causes['up_only'])} because of up alone, {percent(causes['both'])} because of both. An exact kernel that "
-        "computes the gate first skips up and down where the gate is zero, so the zeros of up alone only spare it down."
+        "computes the gate first skips up and down where the gate is zero; where only up is zero, it skips only down."
     )
 
 
@@ -100,15 +100,15 @@ def _sources_caption(report: SparsityReport, statistics: ActivationStatistics) -
     ends = sorted(report.sources, key=lambda source: source.product_zeros)
     return (
         f"From {percent(ends[0].product_zeros)} ({ends[0].source}) to {percent(ends[-1].product_zeros)} ({ends[-1].source}). "
-        "The bar behind a dot spans the layers from the least to the most sparse."
+        "Dots: all layers. Bars: range over layers."
     )
 
 
 def _positions_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     first = report.positions[0]
     return (
-        f"A document's first token ({first.num_tokens:,} of them) has {percent(first.product_zeros)} zeros, all tokens together "
-        f"{percent(report.product_zeros)}. A document that goes on in another sequence starts there anew."
+        f"The first tokens of documents ({first.num_tokens:,}) have {percent(first.product_zeros)} zeros, all tokens "
+        f"{percent(report.product_zeros)}. Positions start again at 0 where a document continues in another sequence."
     )
 
 
@@ -116,10 +116,10 @@ def _unions_caption(report: SparsityReport, statistics: ActivationStatistics) ->
     engine = report.engine
     reuse = [percent(share) for share in engine.reuse]
     return (
-        f"Skipping works neuron by neuron, so tokens that are computed together need the union of their neurons. "
-        f"Of the neurons that fire on a token, {reuse[0]} also fired on the token before and {reuse[-1]} on one of the five "
-        f"before. Alone, a token needs {percent(engine.perfect_predictor_ffn_bytes)} of its feed-forward weights if a "
-        f"predictor is perfect, and {percent(engine.gate_first_ffn_bytes)} with an exact kernel that reads the gate first."
+        f"Tokens that are computed together need the union of their neurons. Of the neurons that fire on a token, {reuse[0]} "
+        f"also fired on the token before and {reuse[-1]} on one of the five tokens before. A single token needs "
+        f"{percent(engine.perfect_predictor_ffn_bytes)} of its feed-forward weights with a perfect predictor, and "
+        f"{percent(engine.gate_first_ffn_bytes)} with an exact gate-first kernel."
     )
 
 
@@ -128,9 +128,9 @@ def _cett_caption(report: SparsityReport, statistics: ActivationStatistics) -> s
     assert curves is not None
     elbow = next(point for point in curves.cett if point.target == 0.2)
     return (
-        f"Neurons that can be left out of a block while its output keeps within a relative error, on {curves.num_tokens:,} tokens. At "
-        f"0.2, where papers see the elbow, {percent(elbow.sparsity)}; with these thresholds in all layers at once the loss goes "
-        f"from {curves.loss:.3f} to {elbow.loss:.3f}."
+        f"Share of neurons that can be dropped at a given relative error of the block's output, on {curves.num_tokens:,} tokens. "
+        f"At 0.2, the elbow in the literature, it is {percent(elbow.sparsity)}; with these thresholds in all layers at once the "
+        f"loss changes from {curves.loss:.3f} to {elbow.loss:.3f}."
     )
 
 
@@ -138,12 +138,12 @@ def _perplexity_caption(report: SparsityReport, statistics: ActivationStatistics
     curves = report.curves
     assert curves is not None
     found = "; ".join(
-        f"{'more than ' if point.is_limit else ''}{percent(point.sparsity)} at {point.percent}% more perplexity (CETT {point.cett:.3f})"
+        f"{'more than ' if point.is_limit else ''}{percent(point.sparsity)} at {point.percent}% higher perplexity (CETT {point.cett:.3f})"
         for point in curves.ppl
     )
     return (
-        f"What leaving activations out costs, on {curves.num_labels:,} predictions. CETT-PPL: {found}. "
-        "A model that already has more exact zeros than asked for loses nothing."
+        f"Increase of perplexity when small activations are dropped, on {curves.num_labels:,} predictions. CETT-PPL: {found}. "
+        "A model that already has more exact zeros than that is unchanged."
     )
 
 
@@ -157,9 +157,9 @@ def _scaling_caption(report: SparsityReport, statistics: ActivationStatistics) -
         else f"−{fit.c:.3g} / D^{fit.alpha:.3g} + {fit.limit:.4f}"
     )
     return (
-        f"Through {fit.num_points} checkpoints of this run, D in billions of tokens: A(D) = {law}. At {last.tokens:,} tokens it "
+        f"Fit to {fit.num_points} checkpoints of this run, D in billions of tokens: A(D) = {law}. At {last.tokens:,} tokens it "
         f"predicts {percent(1 - last.active)} zeros ({fit.confidence:.0%} band {percent(max(0.0, 1 - last.high))} to "
-        f"{percent(min(1.0, 1 - last.low))}). A run with another schedule or another learning rate follows another curve."
+        f"{percent(min(1.0, 1 - last.low))}). The fit does not hold for other schedules or learning rates."
     )
 
 
@@ -170,10 +170,10 @@ def _stages_caption(report: SparsityReport, statistics: ActivationStatistics) ->
 def _trajectory_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     baseline = report.trajectory is not None and report.trajectory.baseline
     return (
-        "The baseline saw the same tokens in the same order and differs in its activation only: the gap between the lines "
-        "is what the zeros cost."
+        "The dense baseline was trained on the same tokens in the same order and differs only in its activation: the gap "
+        "between the lines is the cost of the zeros."
         if baseline
-        else "No dense baseline was trained, so what the data alone would have changed is not known."
+        else "No dense baseline was trained, so the effect of the data alone is unknown."
     )
 
 
@@ -184,14 +184,12 @@ def _has_zeros(report: SparsityReport) -> bool:
 FIGURES = (
     ReportFigure(
         "stages",
-        "What it cost",
+        "Loss by stage",
         _stages_caption,
         lambda report: len(report.stages) > 1,
         draw_stages,
     ),
-    ReportFigure(
-        "layers", "Where the zeros are", _layers_caption, lambda report: True, draw_layers
-    ),
+    ReportFigure("layers", "Zeros by layer", _layers_caption, lambda report: True, draw_layers),
     ReportFigure(
         "experts",
         "Experts: zeros and load",
@@ -199,7 +197,7 @@ FIGURES = (
         lambda report: report.num_experts > 1,
         draw_experts,
     ),
-    ReportFigure("causes", "Which factor makes them", _causes_caption, _has_zeros, draw_causes),
+    ReportFigure("causes", "Zeros by cause", _causes_caption, _has_zeros, draw_causes),
     ReportFigure(
         "sources",
         "Zeros by source",
@@ -221,38 +219,40 @@ FIGURES = (
         lambda report: True,
         draw_firing_rates,
     ),
-    ReportFigure("unions", "What tokens share", _unions_caption, lambda report: True, draw_unions),
+    ReportFigure(
+        "unions", "Neurons shared between tokens", _unions_caption, lambda report: True, draw_unions
+    ),
     ReportFigure(
         "cett",
-        "How sparse it could be",
+        "Sparsity at a given output error",
         _cett_caption,
         lambda report: report.curves is not None,
         draw_cett,
     ),
     ReportFigure(
         "perplexity",
-        "What leaving out more costs",
+        "Perplexity when more activations are dropped",
         _perplexity_caption,
         lambda report: report.curves is not None,
         draw_perplexity,
     ),
     ReportFigure(
         "trajectory",
-        "How it got there",
+        "Loss and zeros during training",
         _trajectory_caption,
         lambda report: report.trajectory is not None and len(report.trajectory.sparse) > 1,
         draw_trajectory,
     ),
     ReportFigure(
         "scaling",
-        "Where it is going",
+        "Zeros with more training",
         _scaling_caption,
         lambda report: report.scaling is not None,
         draw_scaling,
     ),
     ReportFigure(
         "layers_over_time",
-        "Layers during training",
+        "Zeros by layer during training",
         lambda report, statistics: "Share of zeros of every layer in the sparse run.",
         lambda report: len(layer_points(report)) > 1,
         draw_layers_over_time,

@@ -1,7 +1,4 @@
-"""Pictures of one measured model: its layers, its experts, its neurons.
-
-Pictures of what the zeros come from and of what an engine would feel.
-"""
+"""Figures of one measured model: zeros by layer, expert, neuron, source and position, and what an engine can exploit."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ from sparsify.sparsity.measure import sorted_firing_rates
 from sparsify.sparsity.schema import LayerRow, SparsityReport
 from sparsify.sparsity.statistics import ActivationStatistics
 
-# A heat map of at most this many cells has room for a number in each.
 MAX_LABELLED_CELLS = 320
-# Lines of a firing-rate curve are drawn through this many neurons: more cannot be seen, and would weigh megabytes.
+"""A heat map with at most this many cells has a number in each cell."""
 MAX_CURVE_POINTS = 300
+"""Points of a firing-rate curve; more would be invisible and make the file larger."""
 
 
 def draw_layers(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Zeros of every layer: the product with its spread over tokens, and its two factors."""
+    """Zeros by layer: the product with its spread over tokens, and its two factors."""
     rows = report.layer_rows
     layers = np.array([row.layer for row in rows])
     product, low, high = (shares(rows, name) for name in ("product_zeros", "p5", "p95"))
@@ -33,7 +30,7 @@ def draw_layers(report: SparsityReport, statistics: ActivationStatistics, theme:
     axes = figure.add_subplot()
     axes.bar(layers, product, width=0.74, color=theme.product_fill)
     tops = axes.hlines(product, layers - 0.37, layers + 0.37, color=theme.product, linewidth=2.4)
-    # The mean may lie outside p5 to p95 when a few tokens are very different, so the whisker is a line of its own.
+    # The mean may be outside p5 to p95 if a few tokens are very different, so the whisker is not an error bar.
     whiskers = axes.vlines(layers, low, high, color=theme.ink, linewidth=1)
     gate, up = (
         axes.plot(layers + shift, shares(rows, name), marker, color=colour, markersize=5)[0]
@@ -56,7 +53,7 @@ def draw_layers(report: SparsityReport, statistics: ActivationStatistics, theme:
 
 
 def draw_experts(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Zeros and load of every expert of every layer."""
+    """Zeros and load by expert and layer."""
     num_layers = len(report.layer_rows)
     zeros = shares(report.expert_rows, "product_zeros").reshape(num_layers, -1).T
     tokens = np.array([row.num_tokens for row in report.expert_rows], dtype=float)
@@ -79,7 +76,7 @@ def draw_firing_rates(
     curves = sorted_firing_rates(statistics)
     at = np.unique(np.linspace(0, curves.shape[1] - 1, MAX_CURVE_POINTS).astype(int))
     neuron_share = (at + 1) / curves.shape[1]
-    # A dead neuron has no logarithm: its line stops, which is what the caption says.
+    # The logarithm of a dead neuron's rate is undefined: the line ends there.
     rates = np.where(curves[:, at] > 0, curves[:, at], np.nan)
     colours = theme.heat(np.linspace(0.35, 1, len(rates)))
     for layer, (rate, colour) in enumerate(zip(rates, colours, strict=True)):
@@ -98,13 +95,13 @@ def draw_firing_rates(
 
 
 def shares(rows: list[LayerRow], name: str) -> np.ndarray:
-    """One column of the table; NaN where the value is None."""
+    """One column of some rows; NaN where the value is None."""
     values = (getattr(row, name) for row in rows)
     return np.array([math.nan if value is None else value for value in values], dtype=float)
 
 
 def heat_map(figure: Figure, axes: Axes, values: np.ndarray, theme: Theme, title: str) -> None:
-    """Draws [experts, layers] shares; an expert without tokens stays blank."""
+    """Draws shares [experts, layers]; experts without tokens are blank."""
     low, high = heat_range(values)
     image = axes.imshow(
         values, cmap=theme.heat, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
@@ -125,7 +122,7 @@ def heat_map(figure: Figure, axes: Axes, values: np.ndarray, theme: Theme, title
 
 
 def heat_range(values: np.ndarray) -> tuple[float, float]:
-    """Ends of a colour scale for shares; at least one per cent apart, so that equal shares look equal."""
+    """Limits of a colour scale for shares, at least one percentage point apart so that near-equal shares look equal."""
     low = float(np.nanmin(values))
     return low, max(float(np.nanmax(values)), low + 0.01)
 
@@ -133,14 +130,14 @@ def heat_range(values: np.ndarray) -> tuple[float, float]:
 def _label_cells(axes: Axes, values: np.ndarray, theme: Theme) -> None:
     middle = (np.nanmin(values) + np.nanmax(values)) / 2
     for (row, column), value in np.ndenumerate(values):
-        # The map runs away from the surface colour, so strong cells take the surface as their ink.
+        # High values contrast with the surface colour, so their labels have the surface colour.
         ink = theme.surface if value > middle else theme.ink
         label = "–" if math.isnan(value) else f"{value * 100:.0f}"
         axes.text(column, row, label, color=ink, ha="center", va="center", size=8)
 
 
 def draw_causes(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Zeros of every layer, split by the factor that made them."""
+    """Zeros by layer, split by the factor that causes them."""
     rows = report.layer_rows
     layers = np.array([row.layer for row in rows])
     figure = Figure(figsize=(WIDTH_INCHES, 3.4))
@@ -164,7 +161,7 @@ def draw_causes(report: SparsityReport, statistics: ActivationStatistics, theme:
 
 
 def draw_sources(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Zeros of every source: all layers together as a dot, the layers' extent as a line."""
+    """Zeros by source: the mean over layers as a dot, the range over layers as a line."""
     rows = np.arange(len(report.sources))[::-1]
     figure = Figure(figsize=(WIDTH_INCHES, 0.9 + 0.42 * len(rows)))
     axes = figure.add_subplot()
@@ -214,7 +211,7 @@ def draw_positions(
 
 
 def draw_unions(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Neurons that several tokens need together, consecutive ones and unrelated ones."""
+    """Union of the neurons that several tokens need, for consecutive and for unrelated tokens."""
     chunks = report.engine.chunks
     tokens = np.array([chunk.num_tokens for chunk in chunks])
     figure = Figure(figsize=(WIDTH_INCHES, 3.6))
@@ -239,7 +236,7 @@ def draw_unions(report: SparsityReport, statistics: ActivationStatistics, theme:
     axes.set_xscale("log", base=2)
     axes.set_xticks(tokens, [str(number) for number in tokens])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="tokens together", ylim=(0, 1.06), ylabel="share of neurons that fire")
+    axes.set(xlabel="number of tokens", ylim=(0, 1.06), ylabel="share of neurons that fire")
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside upper left", ncols=2)
     return figure

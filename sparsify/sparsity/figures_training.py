@@ -1,7 +1,4 @@
-"""Pictures of how a model came to be sparse: its stages and its training.
-
-Pictures of how sparse a model could be: loss and error against the share of activations that is left out.
-"""
+"""Figures of a model's stages and training, and of loss and error against the share of dropped activations."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ Measure = Literal["loss", "zeros"]
 
 
 def draw_stages(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Loss of every stage on the same text, with the zeros it has."""
+    """Loss and zeros by stage, on the same text."""
     stages = report.stages
     rows = np.arange(len(stages))[::-1]
     losses = np.array([stage.loss for stage in stages])
@@ -59,7 +56,7 @@ def draw_stages(report: SparsityReport, statistics: ActivationStatistics, theme:
 def draw_trajectory(
     report: SparsityReport, statistics: ActivationStatistics, theme: Theme
 ) -> Figure:
-    """Validation loss and zeros over training, of the sparse run and its dense baseline."""
+    """Validation loss and zeros over training tokens, of the sparse run and its dense baseline."""
     trajectory = _trajectory(report)
     figure = Figure(figsize=(WIDTH_INCHES, 5.0))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -84,7 +81,7 @@ def draw_trajectory(
 def draw_layers_over_time(
     report: SparsityReport, statistics: ActivationStatistics, theme: Theme
 ) -> Figure:
-    """Zeros of every layer over training: a heat map of layer by tokens."""
+    """Zeros by layer over training tokens, as a heat map."""
     points = layer_points(report)
     zeros = np.array([point.layers for point in points]).T
     low, high = heat_range(zeros)
@@ -97,7 +94,7 @@ def draw_layers_over_time(
         cmap=theme.heat,
         vmin=low,
         vmax=high,
-        # Neighbouring cells of a vector drawing leave hairlines between them; one bitmap does not.
+        # Adjacent cells of a vector drawing show hairlines between them; a bitmap does not.
         rasterized=True,
     )
     bar = figure.colorbar(
@@ -113,7 +110,7 @@ def draw_layers_over_time(
 
 
 def draw_scaling(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Activation ratio over training, the law through it, and where that leads."""
+    """Activation ratio over training tokens, with the fitted law and its extrapolation."""
     fit, sparse = report.scaling, _known(_trajectory(report).sparse, "zeros")
     assert fit is not None
     points = [(tokens, 1 - zeros) for tokens, zeros in sparse if tokens > 0]
@@ -126,7 +123,7 @@ def draw_scaling(report: SparsityReport, statistics: ActivationStatistics, theme
     axes.plot(tokens, [point.active for point in fit.band], color=theme.product, label="law")
     axes.plot(*zip(*points, strict=True), "o", color=theme.gate, label="checkpoints")
     axes.axvline(points[-1][0], color=theme.line, linewidth=1)
-    # A band from few checkpoints may be wider than the chart: what was measured and predicted sets its height.
+    # The band may be much wider than the curve, so measured and predicted values set the limits.
     values = [value for _, value in points] + [point.active for point in fit.band]
     margin = 0.6 * (max(values) - min(values)) or 0.01
     axes.set(ylim=(max(0, min(values) - margin), min(1, max(values) + margin)))
@@ -140,7 +137,7 @@ def draw_scaling(report: SparsityReport, statistics: ActivationStatistics, theme
 
 
 def layer_points(report: SparsityReport) -> list[TrajectoryPoint]:
-    """Points of the sparse run at which every layer was measured, in order of tokens."""
+    """Points of the sparse run with zeros by layer, sorted by tokens."""
     points = [point for point in _trajectory(report).sparse if point.layers]
     return sorted(points, key=lambda point: point.tokens)
 
@@ -150,7 +147,7 @@ def _trajectory(report: SparsityReport) -> Trajectory:
 
 
 def _known(points: list[TrajectoryPoint], measure: Measure) -> list[tuple[int, float]]:
-    """Tokens and value of every point that has the measure, in order of tokens."""
+    """(tokens, value) of the points that have the measure, sorted by tokens."""
     return sorted(
         (point.tokens, value) for point in points if (value := getattr(point, measure)) is not None
     )
@@ -166,7 +163,7 @@ def _curve(
     *,
     above: bool,
 ) -> None:
-    """Draws one curve and writes its last value beside its end."""
+    """Draws one curve with its last value as a label."""
     if not points:
         return
     tokens, values = zip(*points, strict=True)
@@ -188,17 +185,17 @@ def _token_axis(axes: Axes) -> None:
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
-    """Borders of cells around sorted centres."""
+    """Cell borders around sorted centres."""
     middles = (centres[1:] + centres[:-1]) / 2
     return np.concatenate([[centres[0]], middles, [centres[-1]]])
 
 
 MAX_RISE = 1.0
-"""A perplexity that has doubled says all that a reader wants to know; what lies beyond would flatten the rest."""
+"""Upper limit of the axis: larger increases would flatten the rest of the curve."""
 
 
 def draw_cett(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Sparsity at every target error: the layers together, and each of them as a thin line."""
+    """Sparsity against target error: the mean over layers, and each layer as a thin line."""
     curves = _curves(report)
     figure = Figure(figsize=(WIDTH_INCHES, 3.9))
     axes = figure.add_subplot()
@@ -213,7 +210,7 @@ def draw_cett(report: SparsityReport, statistics: ActivationStatistics, theme: T
     if report.against and other:
         against = ([p.target for p in other.cett], [p.sparsity for p in other.cett])
         axes.plot(*against, "s--", color=theme.baseline, label=report.against.model, markersize=5)
-    axes.set(xlabel="CETT: error of the block's output", ylabel="neurons left out", ylim=(None, 1))
+    axes.set(xlabel="CETT: error of the block's output", ylabel="dropped neurons", ylim=(None, 1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(axis="x")
     figure.legend(loc="outside upper left", ncols=3)
@@ -223,7 +220,7 @@ def draw_cett(report: SparsityReport, statistics: ActivationStatistics, theme: T
 def draw_perplexity(
     report: SparsityReport, statistics: ActivationStatistics, theme: Theme
 ) -> Figure:
-    """Rise of the perplexity when activations are left out by each of three rules."""
+    """Increase of the perplexity when activations are dropped by each of three rules."""
     curves, other = _curves(report), report.against.curves if report.against else None
     figure = Figure(figsize=(WIDTH_INCHES, 4.2))
     panels = figure.subplots(1, 2 if other else 1, sharex=True, sharey=True, squeeze=False)[0]
@@ -232,7 +229,7 @@ def draw_perplexity(
     if report.against and other:
         panels[1].set_title(report.against.model)
         _draw_rules(panels[1], other, theme)
-    panels[0].set_ylabel("rise of the perplexity")
+    panels[0].set_ylabel("increase of perplexity")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=3)
     return figure
@@ -242,8 +239,8 @@ def _draw_rules(axes: Axes, curves: Curves, theme: Theme) -> None:
     cett = [(point.edited_sparsity, point.loss) for point in curves.cett]
     rules = (
         ("thresholds at equal CETT", cett, theme.product, "o-"),
-        ("top-k |h| of every token", _points(curves.top_k), theme.gate, "s--"),
-        ("threshold on |h| of every layer", _points(curves.magnitude), theme.up, "^:"),
+        ("top-k |h| per token", _points(curves.top_k), theme.gate, "s--"),
+        ("threshold on |h| per layer", _points(curves.magnitude), theme.up, "^:"),
     )
     highest = 0.02
     for label, points, colour, dashes in rules:

@@ -1,7 +1,4 @@
-"""Measures a model's sparsity and loss on a text.
-
-From counts to the rows of a report.
-"""
+"""Measures a model's sparsity and loss on a text, and turns the counts into a report."""
 
 from __future__ import annotations
 
@@ -39,12 +36,12 @@ CURVE_POINTS = 101
 
 
 def known(share: float) -> float | None:
-    """NaN says that nothing was counted; JSON says it by null."""
+    """None instead of NaN, for JSON."""
     return None if math.isnan(share) else share
 
 
 def layer_rows(statistics: ActivationStatistics) -> list[LayerRow]:
-    """One row a layer; in a mixture of experts followed by one row for each of its experts."""
+    """One row per layer, followed by one row for each of its experts in a mixture of experts."""
     experts = range(statistics.num_experts) if statistics.num_experts > 1 else ()
     return [
         _row(statistics.select(layer, expert), layer, expert)
@@ -78,10 +75,10 @@ def _row(block: ActivationStatistics, layer: int, expert: int | None) -> LayerRo
 
 @dataclass
 class SourceCounts:
-    """What one source of the text has had so far.
+    """Counts of one source of the text.
 
     Attributes:
-        values: [layers, 4]: values computed, and those of the gate, up and product that were not zero.
+        values: Number of values, and of non-zero values of gate, up and product, [layers, 4].
     """
 
     loss_sum: float = 0.0
@@ -91,7 +88,7 @@ class SourceCounts:
 
 
 def source_rows(sources: Mapping[str, SourceCounts]) -> list[SourceRow]:
-    """One row a source, in the order of the text."""
+    """One row per source, in the order of the text."""
     rows = []
     for name, counts in sources.items():
         values, *fired = counts.values.sum(0).tolist()
@@ -112,7 +109,7 @@ def source_rows(sources: Mapping[str, SourceCounts]) -> list[SourceRow]:
 
 
 def position_rows(statistics: ActivationStatistics, model: SparseModel) -> list[PositionRow]:
-    """Zeros by position in the document; experts count with the tokens that they computed."""
+    """Zeros by position in the document."""
     per_token = getattr(model.config, "num_experts_per_tok", 1)
     ends = dict(pairwise(POSITION_STARTS))
     return [
@@ -127,7 +124,7 @@ def position_rows(statistics: ActivationStatistics, model: SparseModel) -> list[
 
 
 def sorted_firing_rates(statistics: ActivationStatistics) -> np.ndarray:
-    """Firing rates of each layer, hottest neuron first; those of experts without tokens are 0.
+    """Firing rates of each layer in descending order; 0 for experts without tokens.
 
     Returns:
         [layers, experts * neurons].
@@ -137,14 +134,14 @@ def sorted_firing_rates(statistics: ActivationStatistics) -> np.ndarray:
 
 
 def firing_curves(statistics: ActivationStatistics) -> list[list[float]]:
-    """`sorted_firing_rates` at even steps, [layers][at most CURVE_POINTS]."""
+    """`sorted_firing_rates` at evenly spaced neurons, [layers][at most CURVE_POINTS]."""
     rates = sorted_firing_rates(statistics)
     at = np.unique(np.linspace(0, rates.shape[1] - 1, CURVE_POINTS).round().astype(int))
     return rates[:, at].tolist()
 
 
 def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveStatistics) -> Engine:
-    """What an engine would feel."""
+    """What an inference engine can exploit: unions over tokens, reuse, co-activation, weights read."""
     unions = consecutive.chunk_unions(statistics.num_experts * statistics.num_neurons)
     gap, independent = consecutive.coactivation_gap()
     gate_first, perfect = ffn_byte_shares(
@@ -170,8 +167,8 @@ def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveSta
 
 
 IGNORED_LABEL = -100
-# Logits are turned into fp32 this many positions at a time: a whole sequence of a large vocabulary would double memory.
 LOSS_CHUNK_TOKENS = 1024
+"""Positions whose logits are converted to fp32 at once; a whole sequence of a large vocabulary would double memory."""
 
 
 def measure(
@@ -183,23 +180,23 @@ def measure(
     sources: Iterable[str] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[SparsityReport, ActivationStatistics]:
-    """Measures exact zeros and the loss in one pass over a text, in this process alone.
+    """Measures exact zeros and loss in one pass over a text, in this process.
 
     Args:
-        model: A sparse model; it is left in the mode (training or evaluation) that it was in.
+        model: A sparse model; its training mode is restored afterwards.
         batches: Dictionaries of input_ids, position_ids and labels, [batch, tokens] each. Positions start again at 0
-            with every packed document. Labels are already shifted; -100 marks positions without a label, which count
-            for the zeros all the same.
-        name: Name of the model for the report.
-        text: What the batches are, in words.
-        sources: Name of the source of each batch; `text` for all of them unless given.
+            with every packed document. Labels are already shifted; -100 marks positions without a label, which still
+            count for the zeros.
+        name: Name of the model in the report.
+        text: Description of the text.
+        sources: Name of the source of each batch; default: `text` for all batches.
         on_progress: Called after every batch with the number of tokens so far.
 
     Returns:
-        The report, to which the caller may add stages, trajectory and command; and the counts it rests on.
+        The report, to which the caller may add stages, trajectory and command, and its counts.
 
     Raises:
-        RunError: If the batches hold no label to predict.
+        RunError: If the batches have no labels.
     """
     was_training = model.training
     experts = getattr(model.config, "num_local_experts", 1)
@@ -227,7 +224,7 @@ def measure(
         model.train(was_training)
     if not any(counts.num_labels for counts in by_source.values()):
         raise RunError(
-            f"The sparsity report has nothing to measure: {text} holds {num_tokens} tokens and no labels.",
+            f"The sparsity report has nothing to measure: {text} has {num_tokens} tokens and no labels.",
             next_step="Choose a longer text, or raise eval.report_tokens.",
         )
     statistics = probe.statistics()
@@ -299,7 +296,7 @@ def _report(
 
 
 def as_against(report: SparsityReport) -> Against:
-    """The part of a report that is set beside another model's."""
+    """The part of a report that another model's report includes for comparison."""
     return Against(
         model=report.model,
         ffn_activation=report.ffn_activation,

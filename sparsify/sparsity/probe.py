@@ -21,9 +21,9 @@ from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 from sparsify.sparsity.statistics import MAX_BYTE, ActivationStatistics
 
 CPU_PIECE_ROWS = MAX_BYTE
-"""Rows that are counted together on a CPU: what is made of them stays in the cache, and sums fit in bytes."""
+"""Rows counted at once on a CPU: intermediate results stay in the cache, and sums fit in bytes."""
 PIECE_ROWS = 1024
-"""The same elsewhere, and where whole rows are edited or judged: their copies are a few hundred MB at 14,336 neurons."""
+"""Rows processed at once on other devices and by editors and observers; copies take a few hundred MB at 14,336 neurons."""
 
 
 @dataclass(frozen=True)
@@ -40,43 +40,43 @@ class Tokens:
 
 
 class Observer(Protocol):
-    """What else looks at the activations of a pass, beside the counts."""
+    """Receives the activations of every forward pass."""
 
     def begin(self, tokens: Tokens) -> None:
-        """A forward pass begins."""
+        """Called at the start of a forward pass."""
 
     def add(
         self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
     ) -> None:
-        """One block, or one expert of it, has its activations.
+        """Called with the activations of one block, or of one expert of a block.
 
         Args:
             layer: Index of the layer.
             expert: Index of the expert, 0 in a dense model.
-            tokens: Which tokens of the pass these are: indices into [batch * tokens], [rows].
+            tokens: Indices of the rows' tokens into [batch * tokens], [rows].
             block: The module that holds the activation and its down projection.
             product: Neuron activations, [rows, neurons].
         """
 
 
 Editor = Callable[[int, int, torch.Tensor], torch.Tensor]
-"""(layer, expert, activations [rows, neurons]) to the activations that the model shall go on with, changed in place or new."""
+"""(layer, expert, activations [rows, neurons]) to the activations that the model continues with, in place or new."""
 
 
 class SparsityProbe:
     """Context manager that counts which neurons fire in every forward pass of a model.
 
-    It looks at activations, never at weights, so partitioned weights (ZeRO-3) do not matter to it. Only forward passes
-    count: what gradient checkpointing computes again during the backward pass does not. Mixtral's experts run in eager
-    mode while the probe is on, as only there each call of the activation belongs to one expert.
+    It reads activations only, so it works with partitioned weights (ZeRO-3). Recomputation by gradient checkpointing in the
+    backward pass is not counted. Mixtral's experts run in eager mode while the probe is active, because only then does each
+    call of the activation belong to one expert.
 
     Args:
         model: A sparse model, or a module that wraps one.
-        observers: Told of every activation that counts.
-        editor: Changes the activations, before they are counted and go on through the model.
+        observers: Receive every counted activation.
+        editor: Changes the activations before they are counted and passed on.
 
     Raises:
-        ValueError: If there is no sparse model in `model`.
+        ValueError: If `model` does not contain a sparse model.
 
     Example:
         with SparsityProbe(model) as probe:
@@ -96,7 +96,7 @@ class SparsityProbe:
         self._token_mask: torch.Tensor | None = None
         self._positions = torch.empty(0)
         self._in_forward = False
-        # Of the expert calls that are still to come in the current block: expert, its tokens in the order of rows.
+        # Pending expert calls of the current block: (expert, its tokens in the order of rows).
         self._calls: deque[tuple[int, torch.Tensor]] = deque()
         self._undo: list[Callable[[], None]] = []
 
@@ -120,10 +120,10 @@ class SparsityProbe:
             self._undo.pop()()
 
     def count(self, token_mask: torch.Tensor | None) -> None:
-        """Says which tokens of the next forward pass count; without a call all of them do.
+        """Sets which tokens of the next forward pass count; without a call all tokens count.
 
         Args:
-            token_mask: Bool [batch, tokens], True where a token counts (padding does not); None for all.
+            token_mask: Bool [batch, tokens], True where a token counts (not padding); None for all.
         """
         self._token_mask = None if token_mask is None else token_mask.bool().flatten()
 
@@ -143,11 +143,10 @@ class SparsityProbe:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens counted so far by this process."""
         return self._num_tokens
 
     def layer_totals(self) -> torch.Tensor:
-        """Values computed so far and those of gate, up and product that were not zero, int64 [layers, 4] on the CPU."""
+        """Number of values so far, and of non-zero values of gate, up and product, int64 [layers, 4] on the CPU."""
         totals = torch.zeros(len(self._layers), 4, dtype=torch.int64)
         for layer, counts in enumerate(self._layers):
             if counts is not None:
@@ -181,7 +180,7 @@ class SparsityProbe:
         self._in_forward = True
 
     def _end_forward(self, decoder: nn.Module, args: Any, output: Any) -> None:
-        # None after an exception: the pass is over all the same, and the next one must start clean.
+        # The output is None after an exception; the next pass must start clean.
         if output is not None:
             mask = self._token_mask
             hidden = output[0]
@@ -239,7 +238,7 @@ class SparsityProbe:
         tokens: torch.Tensor,
         rows: torch.Tensor | None,
     ) -> None:
-        """Counts some rows, or all, of pre-activations and product; a few at a time, so that memory stays fixed."""
+        """Counts some or all rows of pre-activations and product, a piece at a time to bound memory."""
         counts = self._counts_of(layer, values[2])
         positions = self._positions.to(tokens.device)[tokens]
         total = len(tokens) if rows is None else len(rows)
@@ -254,7 +253,7 @@ class SparsityProbe:
     def _counts_of(self, layer: int, product: torch.Tensor) -> ActivationStatistics:
         counts = self._layers[layer]
         if counts is None:
-            # Made here, because only now the device of this layer is known for certain.
+            # Created here because the layer's device is known only now.
             experts = getattr(self._model.config, "num_local_experts", 1)
             counts = ActivationStatistics.empty(1, experts, product.shape[-1], product.device)
             self._layers[layer] = counts
@@ -266,5 +265,5 @@ def _sparse_model(model: nn.Module) -> SparseModel:
         if isinstance(module, SparseMistralForCausalLM | SparseMixtralForCausalLM):
             return module
     raise ValueError(
-        f"{type(model).__name__} holds no SparseMistralForCausalLM or SparseMixtralForCausalLM"
+        f"{type(model).__name__} does not contain a SparseMistralForCausalLM or SparseMixtralForCausalLM"
     )

@@ -1,7 +1,4 @@
-"""Writes a sparsity report: report.json, per_layer.csv, pictures and one page.
-
-Renders a sparsity report as one HTML page that needs no other file and no network.
-"""
+"""Writes a sparsity report: report.json, per_layer.csv, figures and a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ PACKAGE = "sparsify.sparsity"
 
 
 def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str:
-    """The page as text: pictures inside as data, on light and on dark paper."""
+    """The HTML page, with all figures embedded for light and dark mode."""
     return (
         page_environment(PACKAGE)
         .get_template(TEMPLATE_FILE)
@@ -68,15 +65,15 @@ __all__ = [
 
 
 def write_report(report: SparsityReport, statistics: ActivationStatistics, to: Path) -> None:
-    """Writes the report into a folder, in place of a report that is there already.
+    """Writes the report into a folder and replaces a report that is already there.
 
-    The folder appears complete or not at all. It holds report.json, per_layer.csv, index.html (one file that needs no
-    other) and one PNG for every picture on the page.
+    The folder is written atomically. It holds report.json, per_layer.csv, index.html (self-contained) and one PNG for every
+    figure on the page.
 
     Args:
-        report: What `measure` returned, with whatever the caller added.
+        report: The report that `measure` returned, possibly with additions.
         statistics: The counts that `measure` returned with it.
-        to: The report's folder.
+        to: The output folder.
 
     Raises:
         StorageError: If the folder cannot be written, or holds something that is not a report.

@@ -1,4 +1,4 @@
-"""How the share of active neurons falls with training, and where it is going (Sparsing Law, arXiv 2411.02335).
+"""Scaling law of the share of active neurons over training (Sparsing Law, arXiv 2411.02335).
 
 With A the activation ratio (1 - zeros) and D the training tokens in billions:
 
@@ -33,11 +33,11 @@ AHEAD = (1.0, 2.0, 5.0, 10.0)
 """Budgets to predict at, as multiples of the tokens seen."""
 BAND_POINTS = 40
 MAX_BAND_WIDTH = 1.0
-"""A band as wide as all ratios that there are says nothing, however well the curve goes through the points."""
+"""A fit whose band is wider than the range of ratios is discarded, however well the curve fits the points."""
 
 
 def family_of(ffn_activation: str) -> Family:
-    """Which of the two laws an activation follows."""
+    """The law that an activation follows."""
     return "relu" if ACTIVATIONS[ffn_activation].makes_zeros else "silu"
 
 
@@ -65,12 +65,12 @@ def fit_scaling(
     Args:
         tokens: Training tokens of each checkpoint, above 0.
         active: Activation ratio of each, 0 to 1.
-        family: Which law.
-        budget_tokens: A further budget to predict at.
+        family: The law.
+        budget_tokens: An additional budget to predict at.
 
     Returns:
-        None when there are not more distinct checkpoints than coefficients (a law with as many coefficients as points fits
-        everything), when no fit converges, or when its band covers every ratio.
+        The fit; None if there are not more distinct checkpoints than coefficients, if no fit converges, or if the band covers
+        every ratio.
     """
     law, num_coefficients = (relu_law, 4) if family == "relu" else (silu_law, 3)
     order = np.argsort(tokens)
@@ -115,7 +115,7 @@ def fit_scaling(
 
 
 def fit_trajectory(trajectory: Trajectory, ffn_activation: str) -> ScalingFit | None:
-    """Fits the measurements of one run's training; None when they are too few or no law holds."""
+    """Fits the measurements of a run; None if they do not determine a law."""
     points = [point for point in trajectory.sparse if point.tokens > 0 and point.zeros is not None]
     return fit_scaling(
         [point.tokens for point in points],
@@ -141,7 +141,7 @@ def _starts(family: Family, ratios: Array) -> list[tuple[float, ...]]:
 def _best_fit(
     law: Callable[..., Array], tokens: Array, ratios: Array, starts: Sequence[tuple[float, ...]]
 ) -> tuple[Array, Array, float] | None:
-    """Coefficients, their covariance and the squared residual of the best of all starts."""
+    """Coefficients, their covariance and the squared residual of the best fit over all starts."""
     best: tuple[Array, Array, float] | None = None
     for start in starts:
         try:
@@ -151,7 +151,7 @@ def _best_fit(
                     law, tokens, ratios, start, method="lm", maxfev=4000, ftol=1e-12, xtol=1e-12
                 )
         except (RuntimeError, ValueError):
-            continue  # this start leads nowhere; another one may
+            continue  # no convergence from this start
         residual = float(((law(tokens, *found) - ratios) ** 2).sum())
         holds = np.isfinite(covariance).all() and 0 <= found[-1] <= 1
         if holds and math.isfinite(residual) and (best is None or residual < best[2]):
@@ -162,7 +162,7 @@ def _best_fit(
 def _predict(
     law: Callable[..., Array], tokens: Array, coefficients: Array, covariance: Array
 ) -> tuple[Array, Array]:
-    """Values of the law, and their standard deviations to first order."""
+    """Values of the law and their standard deviations, to first order."""
     middle = law(tokens, *coefficients)
     steps = 1e-5 * np.maximum(np.abs(coefficients), 1e-3)
     columns = []

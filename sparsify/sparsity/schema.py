@@ -1,4 +1,4 @@
-"""What a sparsity report holds: the schema of report.json."""
+"""The schema of a sparsity report (report.json)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class _Section(BaseModel):
 
 
 class LayerRow(_Section):
-    """One layer, or one expert of one layer. Shares are between 0 and 1 and are None where no token was routed."""
+    """One layer, or one expert of one layer. Shares are between 0 and 1, and None if no token was routed."""
 
     layer: int
     expert: int | None
-    """None: all experts of the layer together, and the only row of a layer in a dense model."""
+    """None for all experts of the layer, which is the only row of a layer in a dense model."""
     num_tokens: int
-    """Tokens that the block computed; with k experts per token, the experts of a layer sum to k times the text."""
+    """Tokens that the block computed; with k experts per token, the experts of a layer sum to k times the text's tokens."""
     gate_zeros: float | None
     up_zeros: float | None
     product_zeros: float | None
@@ -36,7 +36,7 @@ class LayerRow(_Section):
     gate_only_zeros: float | None
     up_only_zeros: float | None
     both_zeros: float | None
-    """Shares of products that are zero because of one factor alone, or of both; with `underflow_zeros` they sum to
+    """Shares of products that are zero because of one factor or of both; with `underflow_zeros` they sum to
     `product_zeros`."""
     underflow_zeros: float | None
     """Zero products of two factors that are not zero."""
@@ -44,7 +44,7 @@ class LayerRow(_Section):
     dead_neurons: int
     always_on_neurons: int
     firing_rate_bound: float | None
-    """A dead neuron's firing rate is below this with 95% confidence; an always-on neuron's silent share too."""
+    """95% bound on a dead neuron's firing rate, and on the share of tokens on which an always-on neuron does not fire."""
 
 
 class SourceRow(_Section):
@@ -54,7 +54,7 @@ class SourceRow(_Section):
     num_tokens: int
     num_labels: int
     loss: float | None
-    """Nats per token; None when no position has a label."""
+    """Nats per token; None if no position has a label."""
     gate_zeros: float
     up_zeros: float
     product_zeros: float
@@ -63,11 +63,11 @@ class SourceRow(_Section):
 
 
 class PositionRow(_Section):
-    """Tokens at some positions of their documents (of the sequence, where a document goes on from the sequence before)."""
+    """Tokens in a range of positions in their document, or in the sequence if the document continues from the previous one."""
 
     first: int
     last: int | None
-    """None: no limit."""
+    """None for no limit."""
     num_tokens: int
     product_zeros: float
 
@@ -78,20 +78,20 @@ class ChunkRow(_Section):
     num_tokens: int
     num_chunks: int
     consecutive: float | None
-    """Mean over chunks of that many consecutive tokens of one document; None where there is no such chunk."""
+    """Mean over chunks of that many consecutive tokens of one document; None if there are no such chunks."""
     unrelated: float | None
     """Mean over every choice of that many different tokens of the text."""
 
 
 class Engine(_Section):
-    """What an engine that skips neurons would feel. All are shares between 0 and 1."""
+    """What an inference engine that skips neurons can exploit. All are shares between 0 and 1."""
 
     chunks: list[ChunkRow]
     reuse: list[float | None]
     """Firing neurons that also fired on at least one of the last 1, 2, … 5 tokens."""
     coactivation_gap: float | None
     independent_coactivation_gap: float | None
-    """What the same firing rates would give if neurons fired independently."""
+    """The gap of independent neurons with the same firing rates."""
     sampled_neurons: int
     """Neurons of each expert whose pairs were counted."""
     gate_first_ffn_bytes: float
@@ -100,7 +100,7 @@ class Engine(_Section):
 
 
 class ActivePart(_Section):
-    """Parameters of one part of the model: all, and those that one token needs."""
+    """Parameters of one part of the model: in total, and needed by one token."""
 
     part: str
     total: int
@@ -109,7 +109,7 @@ class ActivePart(_Section):
 
 
 class ActiveParameters(_Section):
-    """Parameters that one token needs, counted in two ways; embeddings are the last part but one."""
+    """Parameters that one token needs, counted in two ways."""
 
     parts: list[ActivePart]
 
@@ -131,7 +131,7 @@ class ActiveParameters(_Section):
 
 
 class PublishedActive(_Section):
-    """A published number of active parameters beside what the account gives for the published zeros."""
+    """A published number of active parameters, and ours at the published zeros."""
 
     name: str
     claimed: int
@@ -139,11 +139,11 @@ class PublishedActive(_Section):
     perfect_predictor: int
     gate_first: int
     zeros_of_claim: float
-    """Zeros at which a perfect predictor would need as many as claimed."""
+    """Zeros at which a perfect predictor would need the published number."""
 
 
 class CettLayer(_Section):
-    """One layer with its own threshold on the norm of a neuron's output, judged on the untouched model's inputs."""
+    """One layer with its threshold on the norm of a neuron's output, on the inputs of the unmodified model."""
 
     threshold: float
     cett: float
@@ -157,39 +157,39 @@ class CettPoint(_Section):
     sparsity: float
     """Mean of the layers' sparsities."""
     loss: float
-    """With the thresholds at work in all layers at once; nats per token."""
+    """Loss with the thresholds applied in all layers at once; nats per token."""
     edited_sparsity: float
-    """Zeros while they were."""
+    """Share of zeros with the thresholds applied in all layers at once."""
     layers: list[CettLayer]
 
 
 class PplPoint(_Section):
-    """Highest CETT at which the perplexity has not risen by more than `percent` %."""
+    """Highest CETT at which the perplexity increases by at most `percent` %."""
 
     percent: int
     cett: float
     sparsity: float
     loss: float
     is_limit: bool
-    """Whether the perplexity had not risen that far at the highest CETT that was tried."""
+    """Whether the perplexity did not increase that much at the highest CETT tried."""
 
 
 class SharePoint(_Section):
-    """A share of activations left out; a model with more exact zeros than that has nothing to leave out."""
+    """Loss with a share of activations dropped; a model with more exact zeros than that is unchanged."""
 
     share: float
     sparsity: float
-    """Zeros after that."""
+    """Share of zeros with the activations dropped."""
     loss: float
 
 
 class Curves(_Section):
-    """Loss when small activations are left out, on a part of the text."""
+    """Loss when small activations are dropped, on a part of the text."""
 
     num_tokens: int
     num_labels: int
     loss: float
-    """Of the untouched model."""
+    """Loss of the unmodified model."""
     cett: list[CettPoint]
     ppl: list[PplPoint]
     top_k: list[SharePoint]
@@ -217,7 +217,7 @@ class ScalingPoint(_Section):
     """Activation ratio, 1 - zeros."""
     low: float
     high: float
-    """Ends of the confidence band of the law itself, not of a single measurement."""
+    """Bounds of the confidence band of the law, not of a single measurement."""
 
 
 class ScalingFit(_Section):
@@ -240,7 +240,7 @@ class ScalingFit(_Section):
 
 
 class SparsityReport(_Section):
-    """Where and how reliably a model is sparse on one text. All losses are nats per token, all shares 0 to 1."""
+    """Sparsity of a model on one text. Losses are nats per token; shares are 0 to 1."""
 
     schema_version: Literal[2] = 2
     model: str
@@ -249,10 +249,10 @@ class SparsityReport(_Section):
     ffn_thresholds: str
     """`neuron`: an activation that does not exceed its neuron's threshold is an exact zero too."""
     text: str
-    """What the numbers were measured on, in words."""
+    """Description of the text that was measured."""
     num_tokens: int
     num_labels: int
-    """Predictions that the loss averages over."""
+    """Number of predictions that the loss averages over."""
     dtype: str
     num_experts: int
     """Experts of one layer; 1 in a dense model."""
@@ -268,18 +268,18 @@ class SparsityReport(_Section):
     sources: list[SourceRow]
     positions: list[PositionRow]
     firing_curves: list[list[float]]
-    """Firing rates of each layer's neurons at even steps from the hottest to the coldest; experts side by side."""
+    """Firing rates of each layer's neurons (of all experts) in descending order, at evenly spaced neurons."""
     engine: Engine
     active_parameters: ActiveParameters
     definitions: dict[str, str]
-    """Term to meaning, as the page prints them."""
+    """Term to definition."""
     curves: Curves | None = None
     against: Against | None = None
     stages: list[Stage] = Field(default_factory=list)
     trajectory: Trajectory | None = None
     scaling: ScalingFit | None = None
     command: str | None = None
-    """The command line that made the report."""
+    """The command line that created the report."""
 
     @property
     def dead_rate_bound(self) -> float:
@@ -288,17 +288,17 @@ class SparsityReport(_Section):
 
     @property
     def layer_rows(self) -> list[LayerRow]:
-        """One row a layer."""
+        """One row per layer."""
         return [row for row in self.layers if row.expert is None]
 
     @property
     def expert_rows(self) -> list[LayerRow]:
-        """One row an expert, layer by layer; none in a dense model."""
+        """One row per expert, layer by layer; empty in a dense model."""
         return [row for row in self.layers if row.expert is not None]
 
 
 def read_report(folder: Path) -> SparsityReport:
-    """Reads the report that `write_report` left in a folder.
+    """Reads the report that `write_report` wrote to a folder.
 
     Raises:
         RunError: If there is none, or it is damaged or of another schema version.
@@ -308,11 +308,11 @@ def read_report(folder: Path) -> SparsityReport:
         return SparsityReport.model_validate_json(path.read_bytes())
     except FileNotFoundError as error:
         raise RunError(
-            f"{folder} holds no sparsity report ({REPORT_FILE} is missing).",
-            next_step="Make one with `sparsify report RUN_OR_CHECKPOINT`.",
+            f"{folder} does not hold a sparsity report ({REPORT_FILE} is missing).",
+            next_step="Create one with `sparsify report RUN_OR_CHECKPOINT`.",
         ) from error
     except ValidationError as error:
         raise RunError(
             f"{path} is not a sparsity report of schema version 2: {error.errors()[0]['msg']}.",
-            next_step="Make it again with `sparsify report RUN_OR_CHECKPOINT`.",
+            next_step="Create it again with `sparsify report RUN_OR_CHECKPOINT`.",
         ) from error

@@ -19,18 +19,18 @@ POSITION_STARTS = (0, *(2**power for power in range(20)))
 """First position of each bucket of positions: 0, 1, 2 to 3, 4 to 7, and so on; the last bucket is open."""
 MAX_BYTE = 255
 BYTE_SUM = 128
-"""Values that one sum in bytes adds up: a power of two within MAX_BYTE."""
+"""Values added by one sum in bytes: a power of two within MAX_BYTE."""
 
 
 @dataclass(frozen=True)
 class ActivationStatistics:
-    """How often neurons fired. A value is zero when the model, in its own dtype, computed exactly 0.
+    """How often neurons fired. A value is zero if the model, in its own dtype, computed exactly 0.
 
-    A dense model counts as one expert a layer. All tensors are int64 on one device.
+    A dense model has one expert per layer. All tensors are int64 on one device.
 
     Attributes:
-        num_tokens: Tokens of text that counted, [].
-        routed_tokens: Tokens that each expert computed, [layers, experts]; in a dense model num_tokens everywhere.
+        num_tokens: Counted tokens of text, a scalar.
+        routed_tokens: Tokens that each expert computed, [layers, experts]; equal to num_tokens in a dense model.
         gate_fired: Tokens whose gate factor was not zero, [layers, experts, neurons].
         up_fired: The same for the up factor.
         product_fired: The same for their product, the neuron activation.
@@ -85,7 +85,7 @@ class ActivationStatistics:
         product: torch.Tensor,
         positions: torch.Tensor,
     ) -> None:
-        """Counts the tokens of one block in place; `num_tokens` is left alone, as every layer sees the same text.
+        """Counts the tokens of one block in place. `num_tokens` does not change, since every layer sees the same text.
 
         Args:
             layer: Index of the layer.
@@ -112,13 +112,13 @@ class ActivationStatistics:
         self.position_fired[layer, expert].index_add_(0, bucket, fired_of_token)
 
     def merge(self, other: Self) -> Self:
-        """Statistics of both texts together; exact, commutative and associative."""
+        """Statistics of both texts combined; exact, commutative and associative."""
         return type(self)(
             *(mine + theirs for mine, theirs in zip(self._counts(), other._counts(), strict=True))
         )
 
     def reduce(self) -> Self:
-        """Statistics of all ranks' texts together, on every rank; of this process alone without torch.distributed."""
+        """Statistics summed over ranks, on every rank; those of this process without torch.distributed."""
         if not (dist.is_available() and dist.is_initialized()):
             return self
         counts = self._counts()
@@ -144,16 +144,16 @@ class ActivationStatistics:
         return self.product_fired.shape[2]
 
     def select(self, layer: int, expert: int | None = None) -> Self:
-        """Statistics of one layer, or of one expert of it, as a model of that size would give them."""
+        """Statistics of one layer, or of one expert of a layer, in the shape of a model with one layer."""
         experts = slice(None) if expert is None else slice(expert, expert + 1)
         per_expert = (count[layer : layer + 1, experts] for count in self._counts()[1:])
         return type(self)(self.num_tokens, *per_expert)
 
     def zero_share(self, factor: Factor = "product") -> float:
-        """Share of exact zeros among all values that the model computed, so experts weigh by their routed tokens.
+        """Share of exact zeros among all computed values; experts are weighted by their routed tokens.
 
         Returns:
-            A share between 0 and 1; NaN when no token was counted.
+            A share between 0 and 1; NaN if no token was counted.
         """
         values = int(self.routed_tokens.sum()) * self.num_neurons
         return 1 - int(self._fired(factor).sum()) / values if values else float("nan")
@@ -163,7 +163,7 @@ class ActivationStatistics:
 
         Returns:
             `gate_only`: only the gate factor is zero; `up_only`; `both`; `underflow`: neither is, but their product is
-            too small for the dtype. NaN when no token was counted.
+            too small for the dtype. NaN if no token was counted.
         """
         values = int(self.routed_tokens.sum()) * self.num_neurons
         gate, up, product = (
@@ -180,14 +180,14 @@ class ActivationStatistics:
         return {cause: count / values if values else float("nan") for cause, count in zeros.items()}
 
     def union_of_unrelated_tokens(self, num_tokens: int) -> float:
-        """Share of all neurons (of all experts) that fire on at least one of some tokens, averaged over every choice of
-        that many different tokens of the text; exact.
+        """Share of all neurons (of all experts) that fire on at least one of `num_tokens` tokens: the exact mean over every
+        choice of that many different tokens of the text.
 
-        It is what a batch of sequences that have nothing to do with each other needs. A neuron that fired on f of N
-        tokens is missing from a choice of n with the probability C(N - f, n) / C(N, n).
+        This is what a batch of unrelated sequences needs. A neuron that fired on f of N tokens fires on none of n chosen
+        tokens with probability C(N - f, n) / C(N, n).
 
         Returns:
-            A share between 0 and 1; NaN when the text is shorter than `num_tokens`.
+            A share between 0 and 1; NaN if the text is shorter than `num_tokens`.
         """
         total = self.num_tokens.double().cpu()
         if num_tokens > int(total):
@@ -203,7 +203,7 @@ class ActivationStatistics:
         return 1 - float(missing.mean())
 
     def position_zero_shares(self) -> dict[int, tuple[int, float]]:
-        """Tokens and share of zero products by first position of the bucket; buckets without tokens are left out."""
+        """Tokens and share of zero products, by first position of the bucket; only buckets with tokens."""
         tokens = self.position_tokens.sum((0, 1)).tolist()
         fired = self.position_fired.sum((0, 1)).tolist()
         return {
@@ -213,13 +213,13 @@ class ActivationStatistics:
         }
 
     def firing_rate_bound(self) -> float:
-        """What the firing rate of a dead neuron is below, with 95% confidence: 1 - 0.05^(1/n), about 3/n, for n tokens.
+        """95% upper bound on the firing rate of a dead neuron: 1 - 0.05^(1/n), about 3/n, for n tokens.
 
-        Tokens count as independent draws. Of several experts the one with the fewest tokens decides; always-on neurons
-        have the same bound on the share of tokens that they are silent on.
+        Assumes independent tokens, and takes the expert with the fewest tokens. The same bound holds for the share of tokens
+        on which an always-on neuron does not fire.
 
         Returns:
-            NaN when no token was counted.
+            The bound; NaN if no token was counted.
         """
         routed = self.routed_tokens[self.routed_tokens > 0]
         return 1 - 0.05 ** (1 / int(routed.min())) if len(routed) else float("nan")
@@ -235,9 +235,7 @@ class ActivationStatistics:
         return self.product_fired.double() / self.routed_tokens.unsqueeze(-1)
 
     def dead_neurons(self) -> torch.Tensor:
-        """Neurons that fired on no token, bool [layers, experts, neurons]. An expert that no token was routed to tells
-        nothing about its neurons, so none of them counts.
-        """
+        """Neurons that fired on no routed token, bool [layers, experts, neurons]; none of an expert without tokens."""
         return (self.product_fired == 0) & (self.routed_tokens > 0).unsqueeze(-1)
 
     def always_on_neurons(self) -> torch.Tensor:
@@ -246,14 +244,14 @@ class ActivationStatistics:
         return (self.product_fired == routed) & (routed > 0)
 
     def zero_share_percentile(self, percent: int) -> float:
-        """Percentile over routed tokens of the share of zeros that one token has in one block.
+        """Percentile over routed tokens of a single token's share of zeros in one block.
 
         Args:
             percent: 1 to 100.
 
         Returns:
             The smallest share that at least `percent` % of the tokens do not exceed (the inverse of the empirical
-            distribution, exact); NaN when no token was counted.
+            distribution, exact); NaN if no token was counted.
         """
         cumulative = self.tokens_by_zeros.sum((0, 1)).cumsum(0)
         total = int(cumulative[-1])
@@ -263,7 +261,7 @@ class ActivationStatistics:
         return int(torch.searchsorted(cumulative, rank)) / self.num_neurons
 
     def summary(self) -> dict[str, float | int | list[float]]:
-        """The few numbers that a line of sparsity.jsonl holds; shares are between 0 and 1."""
+        """The numbers of a line of sparsity.jsonl; shares are between 0 and 1."""
         return {
             "num_tokens": int(self.num_tokens),
             "zeros": self.zero_share("product"),
@@ -281,9 +279,9 @@ class ActivationStatistics:
 
 
 def count_rows(mask: torch.Tensor) -> torch.Tensor:
-    """How many are true in each row of [rows, columns], int64 [rows].
+    """Number of true values in each row of [rows, columns], int64 [rows].
 
-    Sums in bytes over so few values that they fit are many times faster than sums of torch.bool, which is widened first.
+    Sums of bytes over few enough values to fit are many times faster than sums of torch.bool, which torch converts first.
     """
     values = mask.view(torch.uint8)
     whole = values.shape[1] // BYTE_SUM * BYTE_SUM
@@ -292,6 +290,6 @@ def count_rows(mask: torch.Tensor) -> torch.Tensor:
 
 
 def count_columns(mask: torch.Tensor) -> torch.Tensor:
-    """How many are true in each column of [rows, columns], int64 [columns]; in bytes where the rows are few enough."""
+    """Number of true values in each column of [rows, columns], int64 [columns]; in bytes if there are few enough rows."""
     fits = len(mask) <= MAX_BYTE
     return mask.view(torch.uint8).sum(0, dtype=torch.uint8 if fits else torch.int32).long()

@@ -38,7 +38,7 @@ def test_gate_first_reads_the_gate_whole(build_model: BuildModel) -> None:
     assert lines["predictor"].total == 0
 
 
-def test_published_numbers_stand_beside_the_account() -> None:
+def test_published_active_parameters() -> None:
     mistral, mixtral = published()
     assert mistral.perfect_predictor == pytest.approx(2.17e9, rel=0.005)
     assert mixtral.perfect_predictor == pytest.approx(3.30e9, rel=0.005)

@@ -1,4 +1,4 @@
-"""What tokens share, against firings stored whole and counted by slow and plain code."""
+"""Neurons shared between tokens, compared with stored firings counted by simple, slow code."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def observe(
 
 
 def stored_firings(model: SparseModel, tokens: torch.Tensor) -> torch.Tensor:
-    """[layers, batch, tokens, experts * neurons], without help of the code under test."""
+    """[layers, batch, tokens, experts * neurons], independent of the code under test."""
     fired: list[torch.Tensor] = []
     gate_of, up_of = FACTORS[model.config.ffn_activation]
 
@@ -77,7 +77,7 @@ def test_unions_and_reuse_equal_brute_force(
         assert num_chunks == len(chunks)
         if chunks:
             assert union == pytest.approx(float(torch.stack(chunks).mean()))
-    assert unions[2][0] == 7  # four tokens: two of the nine chunks cross a document's end
+    assert unions[2][0] == 7  # four tokens: two of the nine chunks cross the end of a document
     now, again = 0, [0] * len(REUSE_TOKENS)
     for row in range(3):
         for at in range(5, 12):
@@ -90,7 +90,7 @@ def test_unions_and_reuse_equal_brute_force(
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_batches_and_order_change_nothing(
+def test_counts_do_not_depend_on_batches_or_order(
     build_model: BuildModel, input_ids: torch.Tensor, kind: str
 ) -> None:
     model, tokens = build_model(kind), input_ids[:3]
@@ -131,7 +131,7 @@ def test_union_of_unrelated_tokens_is_the_mean_over_every_choice(
         assert union != union
 
 
-def test_gap_is_that_of_partners_and_none_without_them() -> None:
+def test_coactivation_gap() -> None:
     torch.manual_seed(0)
     num_tokens, rate = 20_000, 0.25
     leaders = torch.rand(num_tokens, 4) < rate

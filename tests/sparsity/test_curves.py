@@ -1,4 +1,4 @@
-"""CETT, CETT-PPL, top-k and thresholds against stored activations and against what mathematics says."""
+"""CETT, CETT-PPL, top-k and thresholds, compared with stored activations and with closed forms."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BuildModel = Callable[..., SparseModel]
 def curves_of(model: SparseModel, tokens: torch.Tensor, batch_size: int) -> Curves:
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     with torch.no_grad():
-        # What the model says is right, so that every change of it costs.
+        # The labels are the model's own predictions, so that every change increases the loss.
         labels = model(tokens, use_cache=False).logits.argmax(-1)
     whole = {"input_ids": tokens, "position_ids": positions, "labels": labels}
     rows = [value.split(batch_size) for value in whole.values()]
@@ -60,7 +60,7 @@ def test_cett_equals_brute_force(
                 outputs = product.unsqueeze(-1) * weight.T  # [tokens, neurons, hidden]
                 out = outputs.norm(dim=-1) <= found.threshold
                 errors.append((outputs * out.unsqueeze(-1)).sum(1).norm(dim=-1))
-                # A token on which no neuron fires loses nothing.
+                # A token on which no neuron fires has no error.
                 errors[-1] = (errors[-1] / outputs.sum(1).norm(dim=-1)).detach().nan_to_num(0)
                 dropped.append(out.double().mean(-1))
             assert found.cett == pytest.approx(float(torch.cat(errors).mean()), abs=1e-5)
@@ -84,7 +84,7 @@ def test_curves_do_not_depend_on_batches(build_model: BuildModel, input_ids: tor
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "drelu"])
-def test_ppl_points_keep_their_promise(
+def test_ppl_points_are_within_their_perplexity(
     build_model: BuildModel, input_ids: torch.Tensor, activation: str
 ) -> None:
     curves = curves_of(build_model("mistral", activation), input_ids, batch_size=4)
@@ -111,7 +111,7 @@ def test_known_gaussians_have_known_thresholds_and_errors() -> None:
     edited = magnitude_editor(histogram, 0.8)(0, 0, values.clone())
     assert float((edited == 0).double().mean()) == pytest.approx(0.8, abs=0.01)
 
-    # With orthonormal columns the squared error is the energy of what is left out.
+    # With orthonormal columns the squared error is the energy of the dropped neurons.
     block = nn.Module()
     block.down_proj = nn.Linear(400, 400, bias=False)
     nn.init.eye_(block.down_proj.weight)

@@ -1,4 +1,4 @@
-"""`sparsify report` on stock checkpoints, before any conversion; what it holds in memory; alarms of a run."""
+"""`sparsify report` on stock checkpoints, its memory, and alarms of a run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "llama"])
-def test_says_how_sparse_a_stock_model_could_be(
+def test_a_stock_model_has_error_curves(
     stock: dict[str, Path], text: str, tmp_path: Path, kind: str
 ) -> None:
     report, folder = make_report(str(stock[kind]), text, 256, tmp_path / "report", curve_tokens=128)
@@ -52,7 +52,7 @@ def test_says_how_sparse_a_stock_model_could_be(
     assert json.loads((folder / "report.json").read_text())["schema_version"] == 2
 
 
-def test_models_of_other_tokenizers_are_not_set_side_by_side(
+def test_models_with_different_tokenizers_are_not_compared(
     stock: dict[str, Path], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def other(path: str) -> object:
@@ -80,7 +80,7 @@ def test_impossible_numbers_of_tokens_are_refused(
         make_report(str(stock["mistral"]), text, tokens, None, curve_tokens=curve_tokens)
 
 
-def test_curves_see_every_part_of_the_text() -> None:
+def test_curves_use_every_part_of_the_text() -> None:
     numbers = torch.arange(8).numpy()
     sequences = [PackedSequence(f"source {i // 8}", numbers, numbers, numbers) for i in range(32)]
     chosen = spread(sequences, 64)
@@ -91,7 +91,7 @@ def test_curves_see_every_part_of_the_text() -> None:
 def test_a_7b_model_and_a_mixtral_are_counted_in_a_few_hundred_megabytes() -> None:
     for experts in (1, 8):
         held = [
-            # On the meta device shapes cost nothing.
+            # The meta device allocates no memory.
             *_tensors(ActivationStatistics.empty(32, experts, 14336, device="meta")),
             *_tensors(ConsecutiveStatistics.empty(32, experts, 14336)),
             MagnitudeHistogram(32).counts,
@@ -104,7 +104,7 @@ def _tensors(statistics: ActivationStatistics | ConsecutiveStatistics) -> list[t
     return [getattr(statistics, field.name) for field in fields(statistics)]
 
 
-def test_a_layer_that_dies_is_named_once_also_after_a_restart(
+def test_a_dying_layer_raises_one_alarm_across_a_restart(
     build_model: BuildModel,
     input_ids: torch.Tensor,
     tmp_path: Path,
@@ -122,7 +122,7 @@ def test_a_layer_that_dies_is_named_once_also_after_a_restart(
         with SparsityProbe(model) as probe:
             model(input_ids)
     result = Validation(2.0, {"code": 2.0}, {"code": 0.9}, probe.statistics())
-    for first_step in (0, 1):  # the second time the run goes on from its first step
+    for first_step in (0, 1):  # the second time the run resumes from its first step
         telemetry = RunTelemetry(recipe, run, first_step)
         telemetry.validation(1 + first_step, 8, result, "training")
         telemetry.close()

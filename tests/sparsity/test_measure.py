@@ -45,9 +45,7 @@ def test_measures_zeros_and_loss_in_one_pass(
     assert "float32" in report.definitions["Exact zero"]
 
 
-def test_packed_documents_do_not_see_each_other(
-    build_model: BuildModel, input_ids: torch.Tensor
-) -> None:
+def test_packed_documents_are_independent(build_model: BuildModel, input_ids: torch.Tensor) -> None:
     model = build_model()
     separate, _ = measure(model, [batch_of(input_ids)], name="tiny", text="apart")
     packed_batch = {key: value.reshape(1, -1) for key, value in batch_of(input_ids).items()}

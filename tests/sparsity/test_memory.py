@@ -1,4 +1,4 @@
-"""What the probe and the report's measures add to a model's own memory does not grow with the text or the batch."""
+"""The memory that the probe and the report add does not grow with the text or the batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 MIB = 2**20
 BOUND_MIB = 300
 
-# A layer of a 7B model with tiny hidden states, so that activations are all that weighs. The peak is the kernel's own record,
-# in a process of its own, as torch keeps no account of a CPU's memory.
+# A layer of a 7B model with tiny hidden states, so that activations dominate. The peak is the one that the kernel records
+# for a separate process, since torch does not record CPU memory.
 PROGRAM = """
 import json, sys
 from importlib import import_module
@@ -67,11 +67,11 @@ def peak_mib(what: str, *, batch: int, tokens: int = 1024, passes: int = 1) -> f
 
 @pytest.mark.parametrize("what", ["probe", "report", "curves"])
 def test_added_memory_is_fixed(what: str) -> None:
-    """8,192 tokens at once: every copy of their activations would be 470 MB."""
+    """8,192 tokens at once: each copy of their activations would take 470 MB."""
     model_alone = peak_mib("off", batch=4, tokens=2048)
     assert peak_mib(what, batch=4, tokens=2048) - model_alone < BOUND_MIB
 
 
-def test_a_longer_text_needs_no_more() -> None:
+def test_a_longer_text_needs_no_more_memory() -> None:
     once, thrice = (peak_mib("report", batch=1, passes=passes) for passes in (1, 3))
     assert thrice - once < 50

@@ -1,4 +1,4 @@
-"""The probe's streaming counts against activations stored whole and counted by other code."""
+"""The probe's streaming counts, compared with stored activations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FACTORS = {
 
 
 def store_pre_activations(model: SparseModel) -> Stored:
-    """Stores gate and up of every (layer, expert) whole, without help of the code under test."""
+    """Stores gate and up of every (layer, expert), independent of the code under test."""
     stored: Stored = defaultdict(list)
 
     def store_dense(layer: int, mlp: MistralMLP, args: tuple[torch.Tensor]) -> None:
@@ -109,7 +109,7 @@ def test_padding_does_not_count(
 ) -> None:
     model = build_model(kind)
     mask = torch.ones_like(input_ids, dtype=torch.bool)
-    mask[:, 8:] = False  # causal attention: what stands behind does not change what stands before
+    mask[:, 8:] = False  # causal attention: later tokens do not change earlier ones
     with torch.no_grad(), SparsityProbe(model) as probe:
         probe.count(mask)
         model(input_ids, use_cache=False)
@@ -134,7 +134,9 @@ def test_mixtral_runs_eagerly_only_while_probed(
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_probe_leaves_no_trace(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
+def test_the_probe_does_not_change_the_model(
+    build_model: BuildModel, input_ids: torch.Tensor, kind: str
+) -> None:
     model = build_model(kind)
     model.config._experts_implementation = "eager"
     expected = model(input_ids).logits

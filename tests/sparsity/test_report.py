@@ -68,7 +68,7 @@ def _with_training(report: SparsityReport) -> SparsityReport:
     )
 
 
-def test_a_whole_report_of_a_mixture_of_experts(
+def test_a_complete_report_of_a_mixture_of_experts(
     build_model: BuildModel, input_ids: torch.Tensor, tmp_path: Path
 ) -> None:
     model = build_model("mixtral")
@@ -139,14 +139,14 @@ def test_a_new_report_replaces_the_old_one(measured: Measured, tmp_path: Path) -
     assert (tmp_path / "layers.png").read_bytes() == first
 
 
-def test_a_folder_of_other_things_is_left_alone(measured: Measured, tmp_path: Path) -> None:
+def test_a_folder_of_other_files_is_refused(measured: Measured, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(StorageError, match="not a sparsity report"):
         write_report(*measured, tmp_path)
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_place_that_cannot_be_written_is_a_user_error(measured: Measured, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_a_user_error(measured: Measured, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
         write_report(*measured, tmp_path / "file" / "report")
@@ -163,7 +163,7 @@ def test_diverged_model_can_be_reported(measured: Measured, tmp_path: Path) -> N
 
 
 def test_missing_or_damaged_reports_are_user_errors(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="holds no sparsity report"):
+    with pytest.raises(RunError, match="does not hold a sparsity report"):
         read_report(tmp_path)
     for content in ("{", '{"schema_version": 99}'):
         (tmp_path / "report.json").write_text(content)
@@ -172,7 +172,7 @@ def test_missing_or_damaged_reports_are_user_errors(tmp_path: Path) -> None:
 
 
 @given(st.floats(0, 1))
-def test_rounding_never_claims_all_or_nothing(share: float) -> None:
+def test_rounding_never_gives_0_or_100_percent(share: float) -> None:
     text = percent(share)
     assert (text == "0%") == (share == 0)
     assert (text == "100%") == (share == 1)

@@ -1,4 +1,4 @@
-"""The fit against the coefficients that Sparsing Law published, as synthetic truth."""
+"""Fits to synthetic data with the published coefficients of Sparsing Law."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_recovers_the_silu_coefficients(size: str) -> None:
     assert (fit.alpha, fit.c, fit.limit) == pytest.approx((alpha, c, limit), rel=0.01)
 
 
-def test_bands_hold_the_truth_as_often_as_they_say() -> None:
+def test_bands_have_their_nominal_coverage() -> None:
     alpha, c, limit = SILU["0.4B"]
     truth = -c / BILLIONS**alpha + limit
     ahead = -c / 1600**alpha + limit
@@ -74,14 +74,14 @@ def test_noise_widens_the_band() -> None:
     assert small.residual == pytest.approx(1e-5, rel=0.3)
 
 
-def test_too_few_checkpoints_say_nothing() -> None:
+def test_too_few_checkpoints_give_no_fit() -> None:
     assert fit_scaling([1, 2, 3, 4], [0.4, 0.3, 0.25, 0.22], "relu") is None
     assert fit_scaling([1, 2, 3], [0.2, 0.3, 0.35], "silu") is None
     assert fit_scaling([5] * 9, [0.3] * 9, "relu") is None
 
 
-def test_checkpoints_that_do_not_determine_a_law_give_none() -> None:
-    # The validations of a short run: the zeros have settled, and five points hover around their mean.
+def test_checkpoints_that_do_not_determine_a_law_give_no_fit() -> None:
+    # Validations of a short run: the zeros have converged, and five points scatter around their mean.
     tokens = [40_960 * step for step in range(1, 6)]
     assert fit_scaling(tokens, [0.13114, 0.12951, 0.13004, 0.1297, 0.12976], "relu") is None
 

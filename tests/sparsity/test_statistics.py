@@ -25,7 +25,7 @@ def assert_equal(left: ActivationStatistics, right: ActivationStatistics) -> Non
 
 
 def count(tokens: list[tuple[int, list[int]]]) -> ActivationStatistics:
-    """Statistics of one layer of two experts from (expert, activations) of each token, one call a token."""
+    """Statistics of one layer of two experts from (expert, activations) of each token, one call per token."""
     statistics = ActivationStatistics.empty(1, 2, NUM_NEURONS)
     for expert, values in tokens:
         product = torch.tensor([values])
@@ -67,7 +67,7 @@ def test_shares_are_those_of_the_values(tokens: list[tuple[int, list[int]]]) -> 
     assert statistics.zero_share_percentile(100) == pytest.approx(float(most))
 
 
-def test_symmetric_pre_activations_give_a_half_a_half_and_three_quarters() -> None:
+def test_symmetric_pre_activations_give_half_half_and_three_quarters_zeros() -> None:
     torch.manual_seed(0)
     activation = FfnActivation("drelu")
     gate, up = torch.randn(4000, 50), torch.randn(4000, 50)
@@ -133,14 +133,14 @@ def _reduce_on_rank(rank: int, folder: str) -> None:
 
 
 def test_reduce_sums_over_ranks(tmp_path: Path) -> None:
-    # Forked, as two fresh processes would spend their time on imports.
+    # Forked, since two new processes would spend their time on imports.
     start_processes(_reduce_on_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     whole = count([(0, [1, 0, 0, 1, 0]), (1, [0] * 5), (0, [1, 1, 1, 1, 1])])
     for rank in range(2):
         assert_equal(ActivationStatistics(**torch.load(tmp_path / f"{rank}.pt")), whole)
 
 
-def test_reduce_alone_changes_nothing() -> None:
+def test_reduce_without_ranks_changes_nothing() -> None:
     statistics = count([(0, [1, 0, 0, 1, 0])])
     assert_equal(statistics.reduce(), statistics)
 
@@ -161,7 +161,7 @@ def test_gaussian_factors_have_the_causes_of_fair_coins() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(token_lists.filter(len))
-def test_causes_sum_to_the_zeros_and_underflow_stands_apart(
+def test_causes_sum_to_the_zeros_with_underflow_separate(
     tokens: list[tuple[int, list[int]]],
 ) -> None:
     statistics = ActivationStatistics.empty(1, 2, NUM_NEURONS)
