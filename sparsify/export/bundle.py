@@ -1,4 +1,4 @@
-"""The export bundle: one folder that loads offline with nothing but transformers, and says how it came to be."""
+"""The export bundle: one folder that loads offline with transformers alone and records how it was trained."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ExportError, ModelError, RunError, check_choice
 from sparsify.export.card import card_evaluations, model_card, read_evaluations
 from sparsify.export.check import RECORDED_FILE, REFERENCE_FILE, Acceptance, Recorded, accept
-from sparsify.export.shards import DTYPES, write_shards, write_sums
+from sparsify.export.weight_shards import DTYPES, write_shards, write_sums
 from sparsify.files import atomic_folder, write_json
 from sparsify.methods.calibrated_checkpoint import RECORD
 from sparsify.models import SparseConfig
@@ -32,15 +32,15 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class BundleSettings:
-    """How a bundle is written.
+    """Settings of a bundle.
 
     Attributes:
-        dtype: A key of DTYPES; what the run was trained in if None.
-        shard_gb: Size of a shard.
-        predictors: Their folder; those in the run's own folder if None and if they fit the checkpoint.
-        license: Identifier of the base model's licence for the card; what the base says if None.
-        evaluations: Folders of `sparsify evaluate`, of this checkpoint, for the card.
-        checked: Whether a fresh process loads it, which takes memory for the whole model.
+        dtype: A key of DTYPES; None for the training dtype.
+        shard_gb: Maximum shard size in GB.
+        predictors: Folder of predictors; None for those in the run's folder, if they fit the checkpoint.
+        license: Licence identifier of the base model for the card; None for the one in the base model's card.
+        evaluations: Result folders of `sparsify evaluate` on this checkpoint, for the card.
+        checked: Whether a fresh process loads the bundle, which needs memory for the whole model.
     """
 
     dtype: str | None = None
@@ -53,7 +53,7 @@ class BundleSettings:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle that was accepted; or only written, without an acceptance."""
+    """A bundle that was written; `acceptance` is None if it was not checked."""
 
     folder: Path
     num_files: int
@@ -69,21 +69,21 @@ def export(
     sample_tokens: int = 48,
     settings: BundleSettings | None = None,
 ) -> Bundle:
-    """Writes the bundle of a run's newest checkpoint, or of one checkpoint, and checks it before it takes its name.
+    """Writes the bundle of a run's newest checkpoint, or of one checkpoint, and checks it before moving it into place.
 
     Args:
         run_or_checkpoint: Run folder, or a folder in its checkpoints/.
-        to: Folder to write; must not exist.
+        to: Output folder; must not exist.
         prompts: Prompts that the fresh process continues.
-        sample_tokens: Length of each continuation.
-        settings: How; the defaults if None.
+        sample_tokens: Length of each continuation in tokens.
+        settings: The settings; None for the defaults.
 
     Raises:
         EvaluationError: If an evaluation cannot be read.
-        ExportError: If `to` exists, an evaluation is of other weights, or the bundle does not give the trained model's logits.
-        ModelError: If the predictors that are named belong to another checkpoint.
-        RunError: If there is no such run or no checkpoint.
-        StorageError: If the disk refuses.
+        ExportError: If `to` exists, an evaluation is of other weights, or the bundle's logits differ from the trained model's.
+        ModelError: If the given predictors belong to another checkpoint.
+        RunError: If the run or the checkpoint does not exist.
+        StorageError: If writing fails.
     """
     settings = settings or BundleSettings()
     trained = _checked(run_or_checkpoint, to, settings)
@@ -121,7 +121,7 @@ def export(
 def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Trained:
     if to.exists():
         raise ExportError(
-            f"{to} exists already; an export never overwrites.",
+            f"{to} already exists; an export never overwrites.",
             next_step="Choose another folder with --to, or remove this one.",
         )
     if settings.dtype is not None:
@@ -131,8 +131,8 @@ def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Tra
     trained = find_trained(run_or_checkpoint)
     if trained is None:
         raise RunError(
-            f"{run_or_checkpoint} is no run folder and no checkpoint of one.",
-            allowed="A folder that `sparsify train` wrote, such as runs/quickstart, or a step-… folder in its checkpoints/.",
+            f"{run_or_checkpoint} is neither a run folder nor a checkpoint of a run.",
+            allowed="A folder that `sparsify train` wrote, e.g. runs/quickstart, or a step-… folder in its checkpoints/.",
         )
     return trained
 
@@ -151,7 +151,7 @@ def _predictors(
     except ModelError:
         if given is not None:
             raise
-        return None  # of an earlier checkpoint of the run
+        return None  # they belong to an earlier checkpoint of the run
     return predictors
 
 

@@ -1,7 +1,4 @@
-"""The model card, filled from what was measured.
-
-Evaluations that a model card shows: read, and held against the weights that are exported.
-"""
+"""The model card with measured values, including evaluations of the exported weights."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ from sparsify.sparsity.report import read_report
 
 @dataclass(frozen=True)
 class CardEvaluations:
-    """What a card shows of evaluations: the Hub's part of its header, and tables."""
+    """Evaluations for a card: the `model-index` of its header, and tables."""
 
     header: str
     tables: list[str]
@@ -42,30 +39,30 @@ class CardEvaluations:
 def read_evaluations(
     folders: Sequence[Path], trained: Trained, predictors: Predictors | None
 ) -> list[EvaluationResults]:
-    """Reads evaluations and refuses those that are not of this checkpoint.
+    """Reads evaluations and checks that they are of this checkpoint.
 
     Args:
-        folders: That `sparsify evaluate` wrote.
+        folders: Result folders of `sparsify evaluate`.
         trained: The checkpoint.
-        predictors: That the bundle holds.
+        predictors: The predictors in the bundle.
 
     Raises:
         EvaluationError: If one cannot be read.
-        ExportError: If one is of other weights, or of predictors that the bundle does not hold.
+        ExportError: If one is of other weights, or of predictors that are not in the bundle.
     """
     found = [read_results(folder.expanduser()) for folder in folders]
     hashes = {dtype: _hash(trained, dtype) for dtype in {results.dtype for results in found}}
     for folder, results in zip(folders, found, strict=True):
         if results.model_hash != hashes[results.dtype]:
             raise ExportError(
-                f"{folder} measured {results.model}, whose weights are not those of {trained.checkpoint}.",
-                allowed="Evaluations of the checkpoint that is exported.",
+                f"{folder} is an evaluation of {results.model}, whose weights differ from those of {trained.checkpoint}.",
+                allowed="Evaluations of the exported checkpoint.",
                 next_step=f"sparsify evaluate {trained.checkpoint} --suite {results.suite}",
             )
         own = None if predictors is None else predictors_hash(predictors)
         if results.predictors is not None and results.predictors.hash != own:
             raise ExportError(
-                f"{folder} was masked by predictors that the bundle does not hold, or with another threshold: "
+                f"{folder} was evaluated with predictors that are not in the bundle, or with another threshold: "
                 f"{results.predictors.folder}, {results.predictors.threshold:g}.",
                 next_step="Export with --predictors of that folder, or evaluate with the bundle's predictors.",
             )
@@ -76,7 +73,7 @@ def card_evaluations(name: str, found: Sequence[EvaluationResults]) -> CardEvalu
     """Evaluations as a card shows them.
 
     Args:
-        name: The model's, as the Hub shall show it.
+        name: Name of the model on the Hub.
         found: The evaluations.
     """
     tables = []
@@ -91,7 +88,7 @@ def card_evaluations(name: str, found: Sequence[EvaluationResults]) -> CardEvalu
 
 
 def _hash(trained: Trained, dtype: str) -> str:
-    """Of the checkpoint's weights in the type that an evaluation computed in."""
+    """Hash of the checkpoint's weights in the dtype of an evaluation."""
     model = load_trained(trained)
     torch.nn.Module.to(model, getattr(torch, dtype))
     return model_hash(model)
@@ -109,15 +106,15 @@ def model_card(
     license: str | None,
     evaluations: CardEvaluations | None = None,
 ) -> str:
-    """The card of a checkpoint of a run.
+    """The model card of a checkpoint.
 
     Args:
         trained: The checkpoint.
-        dtype: Of the bundle's weights.
-        acceptance: What the fresh process found; None if none loaded the bundle.
-        predictors: Facts of the predictors in the bundle.
-        license: Identifier of the base model's licence; what the base says if None.
-        evaluations: Of this checkpoint; None for none.
+        dtype: Dtype of the bundle's weights.
+        acceptance: Result of the fresh process; None if the bundle was not checked.
+        predictors: Facts of the predictors in the bundle; None for none.
+        license: Licence identifier of the base model; None for the one in the base model's card.
+        evaluations: Evaluations of this checkpoint; None for none.
     """
     run = trained.run
     recipe, state, lock = (
@@ -148,7 +145,7 @@ def model_card(
 
 
 def _sources(recipe: Recipe, lock: MixtureLock, state: TrainingState) -> list[dict[str, object]]:
-    """Every source with its planned share and what it delivered up to this checkpoint."""
+    """Every source with its planned share, and its delivered share and tokens up to this checkpoint."""
     drawn = {
         name: state.drawn_sequences.get(name, 0) * lock.sequence_length for name in lock.sources
     }
@@ -166,7 +163,7 @@ def _sources(recipe: Recipe, lock: MixtureLock, state: TrainingState) -> list[di
 
 
 def base_license(source: str | None) -> str | None:
-    """The licence that the base model's own card states, if it is at hand."""
+    """The licence in the base model's card, if the card is on this machine."""
     if source is None:
         return None
     try:

@@ -1,8 +1,7 @@
-"""A bundle is accepted only when a fresh offline process gives the trained model's logits.
+"""Checks of a bundle.
 
-What a bundle records about the model at its export, so that it can be held against it later.
-
-Checks a bundle that came from somewhere: is it whole, unedited, and what it says it is?
+At export (`accept`): a fresh offline process must reproduce the trained model's logits; the result is recorded in the bundle.
+Later (`verify`): a copy must be complete and unedited, and must reproduce what was recorded.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from sparsify.conversion.source import check_tensors, read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import ExportError, UserError
 from sparsify.export import fresh_process
-from sparsify.export.shards import SUMS, read_sums, sha256
+from sparsify.export.weight_shards import SUMS, read_sums, sha256
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.predictors import read_predictors
 from sparsify.sparsity.report import read_report
 
 TOLERANCES = {"bf16": 2e-2, "fp16": 5e-3, "fp32": 1e-4}
-"""Largest allowed logit difference, as a share of the largest logit, in the coarser of the dtypes that trained and that are
-stored. On the machine that trained it is 0; another device, thread count or dtype rounds differently."""
+"""Largest allowed logit difference, as a share of the largest logit, by the coarser of the training dtype and the stored
+dtype. On the machine that trained the model it is 0; other devices, thread counts and dtypes round differently."""
 
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What the fresh process answered."""
+    """Result of the fresh process."""
 
     samples: list[str]
     logits_difference: float | None
@@ -45,15 +44,15 @@ class Acceptance:
     reference_tokens: int = 0
 
     def sentence(self) -> str:
-        """What was checked, in one line."""
+        """Summary of the check, in one sentence without subject."""
         logits = (
-            "no reference logits were at hand"
+            "there were no reference logits"
             if self.logits_difference is None
             else "its logits equal the trained model's"
             if self.logits_difference == 0
             else f"its logits differ from the trained model's by {self.logits_difference:.1e} of the largest"
         )
-        return f"loads offline in a fresh process with transformers alone, no key missing or unexpected; {logits}"
+        return f"loads offline in a fresh process with transformers alone, without missing or unexpected keys; {logits}"
 
 
 def accept(
@@ -64,18 +63,18 @@ def accept(
     prompts: Sequence[str] = (),
     sample_tokens: int = 48,
 ) -> Acceptance:
-    """Loads a bundle in a fresh process and holds it against the trained model.
+    """Loads a bundle in a fresh process and compares it with the trained model.
 
     Args:
         bundle: Folder to check.
         ffn_activation: The activation that it must have.
-        precisions: Of the training and of the stored weights: keys of TOLERANCES, of which the coarser one decides.
-        reference: reference.safetensors of the checkpoint it was made from.
+        precisions: Keys of TOLERANCES: dtypes of the training and of the stored weights. The coarser one decides.
+        reference: reference.safetensors of the checkpoint; None to skip the comparison of logits.
         prompts: Prompts to continue.
-        sample_tokens: Length of each continuation.
+        sample_tokens: Length of each continuation in tokens.
 
     Raises:
-        ExportError: If it does not load, or answers differently.
+        ExportError: If it does not load, or its activation or logits differ.
     """
     with tempfile.TemporaryDirectory() as scratch:
         request = {
@@ -84,56 +83,56 @@ def accept(
             "prompts": list(prompts),
             "sample_tokens": sample_tokens,
         }
-        answer = _ask(request, Path(scratch))
-    if any(answer["loading"].values()) or answer["foreign_modules"]:
+        result = _run_fresh_process(request, Path(scratch))
+    if any(result["loading"].values()) or result["foreign_modules"]:
         raise ExportError(
-            f"{bundle} did not load whole: {answer['loading']}, {answer['foreign_modules']}"
+            f"{bundle} did not load completely: {result['loading']}, {result['foreign_modules']}"
         )
-    if answer["ffn_activation"] != ffn_activation:
+    if result["ffn_activation"] != ffn_activation:
         raise ExportError(
-            f"{bundle} loads with {answer['ffn_activation']}; it was trained with {ffn_activation}."
+            f"{bundle} loads with the activation {result['ffn_activation']}; it was trained with {ffn_activation}."
         )
     difference = None
     if reference is not None:
-        difference = answer["logits_difference"] / max(answer["logits_largest"], 1e-30)
+        difference = result["logits_difference"] / max(result["logits_largest"], 1e-30)
         precision = max(precisions, key=TOLERANCES.__getitem__)
         if not difference <= TOLERANCES[precision]:
             raise ExportError(
-                f"{bundle} gives other logits than the trained model: off by {difference:.1%} of the largest logit.",
+                f"{bundle} has other logits than the trained model: they differ by {difference:.1%} of the largest logit.",
                 allowed=f"At most {TOLERANCES[precision]:.2%} in {precision}.",
             )
     return Acceptance(
-        answer["samples"],
+        result["samples"],
         difference,
-        answer["model_class"],
-        answer.get("zeros"),
-        answer.get("reference_tokens", 0),
+        result["model_class"],
+        result.get("zeros"),
+        result.get("reference_tokens", 0),
     )
 
 
-def _ask(request: dict[str, object], scratch: Path) -> dict:
-    request_path, answer_path = scratch / "request.json", scratch / "answer.json"
+def _run_fresh_process(request: dict[str, object], scratch: Path) -> dict:
+    request_path, result_path = scratch / "request.json", scratch / "result.json"
     request_path.write_text(json.dumps(request))
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith("PYTHON")
     } | {
         "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(scratch / "modules"),  # never code of an older bundle of this name
+        "HF_MODULES_CACHE": str(scratch / "modules"),  # no cached code of an older bundle
         "TOKENIZERS_PARALLELISM": "false",
     }
-    result = subprocess.run(
-        [sys.executable, "-I", fresh_process.__file__, str(request_path), str(answer_path)],
+    process = subprocess.run(
+        [sys.executable, "-I", fresh_process.__file__, str(request_path), str(result_path)],
         cwd=scratch,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    if result.returncode != 0:
+    if process.returncode != 0:
         raise ExportError(
-            f"{request['bundle']} does not load in a fresh process:\n{result.stderr[-2000:].strip()}"
+            f"{request['bundle']} does not load in a fresh process:\n{process.stderr[-2000:].strip()}"
         )
-    return json.loads(answer_path.read_text())
+    return json.loads(result_path.read_text())
 
 
 REFERENCE_FILE = "reference.safetensors"
@@ -141,16 +140,16 @@ RECORDED_FILE = "recorded.json"
 
 
 class Recorded(BaseModel):
-    """Measured by a fresh process that loaded the bundle when it was written; without figures if none did.
+    """What the fresh process measured at export; the measured fields are None if the bundle was not checked.
 
     Attributes:
         checkpoint: Name of the checkpoint in its run.
-        ffn_activation: The activation that it was trained with.
-        precision: Of training, bf16 or fp32.
-        dtype: Of the bundle's weights.
+        ffn_activation: The activation that the model was trained with.
+        precision: Training dtype, bf16 or fp32.
+        dtype: Dtype of the bundle's weights.
         logits_difference: Largest difference from the live model's logits, as a share of the largest logit.
         zeros: Share of exact zeros of the activations on the reference tokens.
-        reference_tokens: How many these are.
+        reference_tokens: Number of reference tokens.
     """
 
     checkpoint: str
@@ -163,10 +162,10 @@ class Recorded(BaseModel):
 
 
 def read_recorded(bundle: Path) -> Recorded:
-    """Reads what was recorded.
+    """Reads the record of a bundle.
 
     Raises:
-        ExportError: If it is not there or damaged.
+        ExportError: If it is missing or damaged.
     """
     path = bundle / "training" / RECORDED_FILE
     try:
@@ -179,15 +178,15 @@ def read_recorded(bundle: Path) -> Recorded:
 
 
 ZEROS_TOLERANCE = 0.01
-"""Rounding on another machine may move a value across zero; another activation moves far more."""
+"""Largest allowed difference of zeros: rounding on another machine changes few of them, a different activation many."""
 REPORT_TOLERANCE = 0.15
-"""The report's text is another one than the few reference tokens."""
+"""Largest allowed difference from the report's zeros, which are on a different text than the few reference tokens."""
 MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question, and what was found."""
+    """Result of one check."""
 
     name: str
     holds: bool
@@ -195,21 +194,21 @@ class Check:
 
 
 def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) -> list[Check]:
-    """Checks a bundle from its bytes to its logits; later checks run even where earlier ones fail, as far as they can.
+    """Checks a bundle from its bytes to its logits. Where possible, later checks run even if earlier ones fail.
 
-    Hashes find damage and edits. Whoever edits a file and writes its hash anew is found by the logits, which are held against
-    those of the live model, and by the zeros.
+    Hashes find damage and edits. Edits with updated hashes are found by the logits, which are compared with those of the live
+    model, and by the zeros.
 
     Args:
         bundle: Folder that `export` wrote.
-        on_progress: Told what begins.
+        on_progress: Receives the name of each step.
 
     Raises:
-        ExportError: If the folder is no bundle at all.
+        ExportError: If the folder is not a bundle.
     """
     if not (bundle / "config.json").is_file() or not (bundle / "training").is_dir():
         raise ExportError(
-            f"{bundle} is no bundle: it has no {'training folder' if (bundle / 'config.json').is_file() else 'config.json'}.",
+            f"{bundle} is not a bundle: it has no {'training folder' if (bundle / 'config.json').is_file() else 'config.json'}.",
             allowed="A folder that `sparsify export RUN --to DIR` wrote.",
         )
     on_progress("Hashing")
@@ -221,7 +220,7 @@ def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) 
     except ExportError as error:
         return [*checks, Check("logits", False, str(error))]
     if not tensors.holds:
-        return [*checks, Check("logits", False, "not computed: the tensors do not fit")]
+        return [*checks, Check("logits", False, "not computed, since the tensors do not match")]
     on_progress("Loading it in a fresh process")
     checks += _loaded(bundle, recorded)
     if (bundle / "predictors").is_dir():
@@ -230,15 +229,15 @@ def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) 
 
 
 def refuse_broken(bundle: Path, checks: list[Check]) -> None:
-    """Ends with what does not hold.
+    """Raises the failed checks, if any.
 
     Raises:
-        ExportError: If any check does not hold.
+        ExportError: If a check failed.
     """
     broken = [check for check in checks if not check.holds]
     if broken:
         raise ExportError(
-            f"{bundle} is not what was exported: "
+            f"{bundle} differs from what was exported: "
             + "; ".join(f"{check.name}: {check.found}" for check in broken),
             next_step="Copy or download it again, or export the run again.",
         )
@@ -261,11 +260,11 @@ def _hashes(bundle: Path) -> Check:
         ),
     }
     found = "; ".join(f"{kind} {_names(names)}" for kind, names in groups.items() if names)
-    return Check("hashes", not found, found or f"{len(sums)} files as they were exported")
+    return Check("hashes", not found, found or f"{len(sums)} files unchanged since the export")
 
 
 def _hub_file(path: Path) -> bool:
-    """Whether the Hub or its client put the file beside a download."""
+    """Whether the Hub or its client added the file to a download."""
     return path.name == ".gitattributes" or path.parts[0] in (".cache", ".git")
 
 
@@ -283,13 +282,15 @@ def _tensors(bundle: Path) -> Check:
         )
     except UserError as error:
         return Check("tensors", False, error.given)
-    return Check("tensors", True, f"{len(checkpoint.shapes)} of the names and shapes of its config")
+    return Check(
+        "tensors", True, f"{len(checkpoint.shapes)} with the names and shapes of the config"
+    )
 
 
 def _loaded(bundle: Path, recorded: Recorded) -> list[Check]:
-    """What a fresh process answers, against what was recorded and what the report says."""
+    """Compares a fresh process with the bundle's record and report."""
     try:
-        answer = accept(
+        acceptance = accept(
             bundle,
             recorded.ffn_activation,
             [recorded.precision, recorded.dtype],
@@ -297,25 +298,25 @@ def _loaded(bundle: Path, recorded: Recorded) -> list[Check]:
         )
     except ExportError as error:
         return [Check("logits", False, error.given)]
-    return [Check("logits", True, answer.sentence()), _zeros(bundle, recorded, answer)]
+    return [Check("logits", True, acceptance.sentence()), _zeros(bundle, recorded, acceptance)]
 
 
-def _zeros(bundle: Path, recorded: Recorded, answer: Acceptance) -> Check:
-    assert answer.zeros is not None
-    on_tokens = f"{answer.zeros:.1%} zeros on {answer.reference_tokens} tokens"
-    if recorded.zeros is not None and abs(answer.zeros - recorded.zeros) > ZEROS_TOLERANCE:
-        return Check("sparsity", False, f"{on_tokens}, {recorded.zeros:.1%} when it was exported")
+def _zeros(bundle: Path, recorded: Recorded, acceptance: Acceptance) -> Check:
+    assert acceptance.zeros is not None
+    on_tokens = f"{acceptance.zeros:.1%} zeros on {acceptance.reference_tokens} tokens"
+    if recorded.zeros is not None and abs(acceptance.zeros - recorded.zeros) > ZEROS_TOLERANCE:
+        return Check("sparsity", False, f"{on_tokens}, {recorded.zeros:.1%} at export")
     if not (bundle / "sparsity").is_dir():
-        before = "as when it was exported" if recorded.zeros is not None else "measured only now"
+        before = "as at export" if recorded.zeros is not None else "not measured at export"
         return Check("sparsity", True, f"{on_tokens}, {before}")
     try:
         report = read_report(bundle / "sparsity")
     except UserError as error:
         return Check("sparsity", False, error.given)
-    holds = abs(report.product_zeros - answer.zeros) <= REPORT_TOLERANCE
+    holds = abs(report.product_zeros - acceptance.zeros) <= REPORT_TOLERANCE
     if report.ffn_activation != recorded.ffn_activation:
-        return Check("sparsity", False, f"its report is one of {report.ffn_activation}")
-    return Check("sparsity", holds, f"{on_tokens}; its report says {report.product_zeros:.1%}")
+        return Check("sparsity", False, f"the report is of a model with {report.ffn_activation}")
+    return Check("sparsity", holds, f"{on_tokens}; {report.product_zeros:.1%} in the report")
 
 
 def _predictors(bundle: Path) -> Check:
@@ -324,4 +325,4 @@ def _predictors(bundle: Path) -> Check:
         predictors.check_model(load_sparse(bundle), "predictors/")
     except UserError as error:
         return Check("predictors", False, error.given)
-    return Check("predictors", True, f"of this model, threshold {predictors.facts.threshold:g}")
+    return Check("predictors", True, f"match the model; threshold {predictors.facts.threshold:g}")

@@ -1,6 +1,6 @@
-"""Loads a bundle as a stranger would: offline, with transformers and nothing of ours.
+"""Loads a bundle offline with transformers alone.
 
-Run by `sparsify.export.check` as `python -I fresh_process.py REQUEST ANSWER`; imports nothing of this package.
+Run by `sparsify.export.check` as `python -I fresh_process.py REQUEST RESULT`; imports nothing of this package.
 """
 
 import json
@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 
-def main(request_path: str, answer_path: str) -> None:
-    """Answers the request: logits held against the reference, and samples."""
+def main(request_path: str, result_path: str) -> None:
+    """Runs the request: compares logits with the reference, counts zeros, and generates samples."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(request_path).read_text())
@@ -26,7 +26,7 @@ def main(request_path: str, answer_path: str) -> None:
     model, info = loaded
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(bundle)
-    answer = {
+    result = {
         "loading": {key: sorted(map(str, value)) for key, value in info.items()},
         "model_class": f"{type(model).__module__}.{type(model).__name__}",
         "foreign_modules": sorted(name for name in sys.modules if name.split(".")[0] == "sparsify"),
@@ -41,15 +41,15 @@ def main(request_path: str, answer_path: str) -> None:
         counts = count_zeros(model)
         with torch.no_grad():
             logits = model(input_ids=reference["input_ids"], use_cache=False).logits.float()
-        answer["zeros"] = counts["zeros"] / counts["values"]
-        answer["reference_tokens"] = reference["input_ids"].numel()
-        answer["logits_difference"] = float((logits - reference["logits"]).abs().max())
-        answer["logits_largest"] = float(reference["logits"].abs().max())
-    Path(answer_path).write_text(json.dumps(answer))
+        result["zeros"] = counts["zeros"] / counts["values"]
+        result["reference_tokens"] = reference["input_ids"].numel()
+        result["logits_difference"] = float((logits - reference["logits"]).abs().max())
+        result["logits_largest"] = float(reference["logits"].abs().max())
+    Path(result_path).write_text(json.dumps(result))
 
 
 def count_zeros(model: Any) -> dict[str, int]:
-    """Counts values and exact zeros of every activation from now on."""
+    """Registers hooks that count values and exact zeros of every activation."""
     counts = {"values": 0, "zeros": 0}
 
     def count(module: Any, args: Any, output: torch.Tensor) -> None:
@@ -63,7 +63,7 @@ def count_zeros(model: Any) -> dict[str, int]:
 
 
 def sample(model: Any, tokenizer: Any, prompt: str, sample_tokens: int) -> str:
-    """Continues a prompt greedily, with a mild penalty on repeating itself."""
+    """Continues a prompt greedily with a mild repetition penalty."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     output = model.generate(
         **inputs,

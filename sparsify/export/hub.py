@@ -1,4 +1,4 @@
-"""Publishing a bundle on the Hugging Face Hub."""
+"""Publishes a bundle on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sparsify.errors import ExportError
 def push_to_hub(
     bundle: Path, repository: str, *, private: bool = False, api: HfApi | None = None
 ) -> str:
-    """Uploads a bundle as one commit, so that nobody ever meets half of it.
+    """Uploads a bundle as one commit, so that no partial bundle is ever visible.
 
     Args:
         bundle: Folder that `export` wrote.
-        repository: OWNER/NAME; it is made if it does not exist.
+        repository: OWNER/NAME; created if it does not exist.
         private: Whether a new repository is private.
-        api: Client with its endpoint and token; the one of the environment if None.
+        api: Client with endpoint and token; None for those of the environment.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
         ExportError: With the Hub's reason.
@@ -30,7 +30,7 @@ def push_to_hub(
     api = api or HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
-        # Not upload_folder, which commits large folders piece by piece.
+        # Not upload_folder, which splits large folders into several commits.
         api.create_commit(
             repo_id=address.repo_id,
             operations=[
@@ -43,7 +43,7 @@ def push_to_hub(
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
         raise ExportError(
             f"{bundle} was not published as {repository}: {str(error).strip().splitlines()[0]}",
-            allowed="OWNER/NAME, with a token that may write there (`hf auth login`, or HF_TOKEN).",
-            next_step="The bundle itself is whole. `hf upload REPO FOLDER` publishes it too.",
+            allowed="OWNER/NAME, with a token that can write there (`hf auth login`, or HF_TOKEN).",
+            next_step="The bundle itself is complete; `hf upload REPO FOLDER` also publishes it.",
         ) from error
     return str(address)

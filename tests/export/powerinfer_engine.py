@@ -1,4 +1,4 @@
-"""Reads a PowerInfer file and computes logits by the engine's documented arithmetic, with nothing of the package's own."""
+"""Reads a PowerInfer file and computes logits by the engine's documented arithmetic, independent of the package."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def _attention(keys: dict[str, Any], own: dict[str, torch.Tensor], x: torch.Tens
 
 
 def _rope(x: torch.Tensor, base: float) -> torch.Tensor:
-    """Turns neighbouring pairs, as ggml does it. x: [tokens, heads, size]"""
+    """Rotates neighbouring pairs, like ggml. x: [tokens, heads, size]"""
     size = x.shape[-1]
     angles = torch.outer(torch.arange(len(x)), base ** (-torch.arange(0, size, 2) / size))
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]

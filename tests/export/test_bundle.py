@@ -1,4 +1,4 @@
-"""The bundle is what was trained, loads for a stranger, and is refused when it is not."""
+"""The bundle reproduces the trained model in a process without this package, and is refused otherwise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.conftest import Setup
 
 Finished = Callable[[Setup], tuple[Path, dict]]
 
-STRANGER = """
+FRESH_PROCESS = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, pipeline
 bundle = sys.argv[1]
@@ -50,8 +50,8 @@ def run_stranger(code: str, bundle: Path, scratch: Path) -> subprocess.Completed
     )
 
 
-def test_a_stranger_gets_the_trained_logits(trained: Path, tmp_path: Path) -> None:
-    result = run_stranger(STRANGER, trained / "export", tmp_path)
+def test_a_fresh_process_reproduces_the_trained_logits(trained: Path, tmp_path: Path) -> None:
+    result = run_stranger(FRESH_PROCESS, trained / "export", tmp_path)
     assert result.returncode == 0, result.stderr
     answer = json.loads(result.stdout.splitlines()[-1])
     found = find_trained(trained)
@@ -68,7 +68,7 @@ def test_without_remote_code_it_fails_loudly(trained: Path, tmp_path: Path) -> N
     assert "trust_remote_code" in result.stderr
 
 
-def test_the_bundle_is_complete_and_its_sums_hold(trained: Path) -> None:
+def test_the_bundle_is_complete_with_its_hashes(trained: Path) -> None:
     bundle = trained / "export"
     sums = dict(
         reversed(line.split("  ")) for line in (bundle / "SHA256SUMS").read_text().splitlines()
@@ -98,7 +98,7 @@ def test_the_bundle_is_complete_and_its_sums_hold(trained: Path) -> None:
     }
 
 
-def test_the_card_tells_the_measured_numbers(trained: Path) -> None:
+def test_the_card_has_the_measured_numbers(trained: Path) -> None:
     card = (trained / "export" / "README.md").read_text()
     report = json.loads((trained / "report" / "report.json").read_text())
     assert f"{100 * report['product_zeros']:.1f}% of its feed-forward activations" in card
@@ -130,13 +130,13 @@ def test_generation_with_cache_and_padding_equals_plain_forwards(trained: Path) 
 
 def test_an_export_never_overwrites(trained: Path) -> None:
     before = (trained / "export" / "SHA256SUMS").read_bytes()
-    with pytest.raises(ExportError, match="exists already; an export never overwrites"):
+    with pytest.raises(ExportError, match="already exists; an export never overwrites"):
         export(trained, trained / "export")
     assert (trained / "export" / "SHA256SUMS").read_bytes() == before
 
 
 @pytest.mark.parametrize("damage", ["weights", "activation"])
-def test_a_bundle_that_answers_differently_is_refused(
+def test_a_bundle_with_other_outputs_is_refused(
     damage: str, finished: Finished, tmp_path: Path
 ) -> None:
     run, _ = finished(Setup("mistral", 1, 2, "bf16"))
@@ -147,10 +147,10 @@ def test_a_bundle_that_answers_differently_is_refused(
         tensors = load_file(bundle / "model.safetensors")
         tensors["model.layers.1.mlp.down_proj.weight"].neg_()
         save_file(tensors, bundle / "model.safetensors", metadata={"format": "pt"})
-        words = "gives other logits than the trained model"
+        words = "has other logits than the trained model"
     else:
         config = json.loads((bundle / "config.json").read_text())
         (bundle / "config.json").write_text(json.dumps(config | {"ffn_activation": "reglu"}))
-        words = "loads with reglu; it was trained with drelu"
+        words = "loads with the activation reglu; it was trained with drelu"
     with pytest.raises(ExportError, match=words):
         accept(bundle, "drelu", ["bf16"], reference)

@@ -1,4 +1,4 @@
-"""Publishing goes through huggingface_hub: here against a server of our own that speaks the Hub's interface."""
+"""Publishing through huggingface_hub, against a local server with the Hub's interface."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ for repository in sys.argv[3:]:
 
 
 class Hub(ThreadingHTTPServer):
-    """Keeps what is uploaded."""
+    """Records uploads."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -106,7 +106,9 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def test_a_bundle_is_published_whole_and_a_refusal_is_told(hub: Hub, tmp_path: Path) -> None:
+def test_a_bundle_is_published_completely_and_a_refusal_is_reported(
+    hub: Hub, tmp_path: Path
+) -> None:
     (tmp_path / "training").mkdir()
     (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A card\n")
     (tmp_path / "training" / "recipe.yaml").write_text("name: tiny\n")

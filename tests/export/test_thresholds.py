@@ -1,4 +1,4 @@
-"""Thresholds and gate thresholds come through an export: what a stranger loads answers as the model did."""
+"""Thresholds and gate thresholds survive an export: a fresh process reproduces the model's outputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IDS = torch.tensor([[1, 5, 9, 200, 77, 1031, 3, 2]])
 
 
 def written(kind: str, folder: Path) -> SparseModel:
-    """A model with thresholds that matter, saved as an export saves it."""
+    """A model with effective thresholds, saved like an export."""
     torch.manual_seed(0)
     model = MODEL_CLASSES[CONFIGS[kind].model_type](CONFIGS[kind]).eval()
     plain = model(IDS).logits

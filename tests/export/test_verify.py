@@ -1,4 +1,4 @@
-"""A bundle can be checked anywhere: damage, edits and foreign predictors are named. It can be published and made again."""
+"""Verification of a bundle: damage, edits and foreign predictors are found. A bundle can be reproduced."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sparsify.errors import ExportError, ModelError
 from sparsify.evaluation.results import RESULTS_FILE, read_results
 from sparsify.export.bundle import BundleSettings, export
 from sparsify.export.check import Check, refuse_broken, verify
-from sparsify.export.shards import INDEX_FILE, SUMS, write_sums
+from sparsify.export.weight_shards import INDEX_FILE, SUMS, write_sums
 from sparsify.predictors import read_predictors, write_predictors
 from sparsify.predictors.train import Settings, train_predictors
 from sparsify.recipe.compose import compose_recipe
@@ -61,7 +61,7 @@ def predictors(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluations(
     run: Path, predictors: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
-    """Of the run as it is, and masked in another type."""
+    """Evaluations of the run, and of the run with predictors in another dtype."""
     root = tmp_path_factory.mktemp("evaluations")
     suite = root / "own.yaml"
     suite.write_text("name: own\ntasks: {python_functions: {limit: 4}}\n")
@@ -83,7 +83,7 @@ def bundle(
     evaluations: list[Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """Of a bf16 run in fp16, in several shards, with predictors and evaluations."""
+    """A bundle of a bf16 run in fp16, in several shards, with predictors and evaluations."""
     to = tmp_path_factory.mktemp("bundle") / "bundle"
     settings = BundleSettings(
         "fp16",
@@ -106,7 +106,7 @@ def broken(checks: list[Check]) -> dict[str, str]:
     return {check.name: check.found for check in checks if not check.holds}
 
 
-def test_a_whole_bundle_holds_whatever_its_dtype_and_shards(bundle: Path) -> None:
+def test_a_complete_bundle_passes_with_any_dtype_and_shards(bundle: Path) -> None:
     index = json.loads((bundle / INDEX_FILE).read_text())
     shards = set(index["weight_map"].values())
     assert len(shards) > 1
@@ -125,12 +125,10 @@ def test_a_whole_bundle_holds_whatever_its_dtype_and_shards(bundle: Path) -> Non
     card = (bundle / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "`predictors/` holds predictors" in card
-    assert "| together |" in card
+    assert "| all |" in card
 
 
-def test_what_was_not_loaded_at_export_says_so_and_can_be_checked_later(
-    run: Path, tmp_path: Path
-) -> None:
+def test_an_unchecked_bundle_says_so_and_can_be_checked_later(run: Path, tmp_path: Path) -> None:
     to = tmp_path / "large"
     result = CliRunner().invoke(app, ["export", "write", str(run), "--to", str(to), "--unchecked"])
     assert result.exit_code == 0, result.output
@@ -138,7 +136,7 @@ def test_what_was_not_loaded_at_export_says_so_and_can_be_checked_later(
         "Not checked. Where memory holds the whole model: sparsify export verify" in result.output
     )
     card = (to / "README.md").read_text()
-    assert "not loaded when it was exported" in " ".join(card.split())
+    assert "not checked at export" in " ".join(card.split())
     assert "Checked at export" not in card
     assert {check.name: check.holds for check in verify(to)}["logits"]
     weights = load_file(to / "model.safetensors")
@@ -171,14 +169,14 @@ def test_evaluations_of_other_weights_are_not_shown(
             export(run, tmp_path / "out", settings=BundleSettings(evaluations=[folder]))
         assert not (tmp_path / "out").exists()
 
-    refused(evaluations[1], "predictors that the bundle does not hold")
+    refused(evaluations[1], "predictors that are not in the bundle")
     other = read_results(evaluations[0]).model_copy(update={"model_hash": "0" * 32})
     (tmp_path / RESULTS_FILE).write_text(other.model_dump_json())
-    refused(tmp_path, "whose weights are not those of")
+    refused(tmp_path, "whose weights differ from those of")
 
 
 @pytest.mark.slow
-def test_an_edit_is_found_even_when_its_hash_was_written_anew(copy: Path) -> None:
+def test_an_edit_is_found_even_with_an_updated_hash(copy: Path) -> None:
     name = json.loads((copy / INDEX_FILE).read_text())["weight_map"][
         "model.layers.1.mlp.down_proj.weight"
     ]
@@ -188,15 +186,15 @@ def test_an_edit_is_found_even_when_its_hash_was_written_anew(copy: Path) -> Non
     write_sums(copy)
     checks = verify(copy)
     assert broken(checks).keys() == {"logits"}
-    assert "gives other logits" in broken(checks)["logits"]
+    assert "has other logits" in broken(checks)["logits"]
     with pytest.raises(
-        ExportError, match=r"is not what was exported: logits: .*gives other logits"
+        ExportError, match=r"differs from what was exported: logits: .*has other logits"
     ):
         refuse_broken(copy, checks)
 
 
-def test_damaged_missing_and_added_files_are_named(copy: Path) -> None:
-    """The first shard is cut short, so that nothing is loaded."""
+def test_damaged_missing_and_added_files_are_found(copy: Path) -> None:
+    """The first shard is truncated, so that nothing is loaded."""
     first = min(copy.glob("*.safetensors"))
     first.write_bytes(first.read_bytes()[:-10])
     (copy / "tokenizer.json").unlink()
@@ -216,7 +214,7 @@ def test_a_folder_without_hashes_or_records_does_not_pass(copy: Path, tmp_path: 
     found = broken(verify(copy))
     assert found["hashes"] == f"there is no {SUMS}"
     assert "recorded.json cannot be read" in found["logits"]
-    with pytest.raises(ExportError, match="is no bundle"):
+    with pytest.raises(ExportError, match="is not a bundle"):
         verify(tmp_path)
 
 
@@ -231,7 +229,7 @@ def test_an_edited_report_and_foreign_predictors_are_found(copy: Path) -> None:
     write_sums(copy)
     found = broken(verify(copy))
     assert found.keys() == {"sparsity", "predictors"}
-    assert "its report says 99.0%" in found["sparsity"]
+    assert "99.0% in the report" in found["sparsity"]
 
 
 def test_foreign_predictors_are_not_exported(run: Path, predictors: Path, tmp_path: Path) -> None:
@@ -256,7 +254,7 @@ def test_the_printed_command_is_the_recipe_that_was_run(bundle: Path, run: Path)
     assert plan.differences == []
 
 
-def test_other_software_is_told(copy: Path) -> None:
+def test_other_software_versions_are_reported(copy: Path) -> None:
     path = copy / "training" / "environment.json"
     recorded = json.loads(path.read_text())
     recorded["packages"]["torch"] = "1.0"
@@ -266,7 +264,7 @@ def test_other_software_is_told(copy: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_bundle_is_made_again_with_the_same_data_and_loss(bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_reproduced_with_the_same_data_and_loss(bundle: Path, tmp_path: Path) -> None:
     plan = reproduction(bundle, tmp_path / "again")
     same, losses = reproduce(bundle, plan)
     assert same == "The data are the same, source by source."

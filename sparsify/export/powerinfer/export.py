@@ -1,21 +1,22 @@
-"""Writes what PowerInfer runs: the sparse GGUF with predictors, activation statistics, and the split for a GPU."""
+"""Export for PowerInfer: sparse GGUF with predictors, activation statistics, and GPU split."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 
 from sparsify.conversion.source import locate
 from sparsify.errors import ExportError
-from sparsify.export.powerinfer.folder import write_layout
-from sparsify.export.powerinfer.gguf import Facts, write_gguf
+from sparsify.export.powerinfer.gguf import Facts, rope_theta, write_gguf
 from sparsify.export.powerinfer.gpu_split import write_activations, write_split
 from sparsify.export.powerinfer.rules import check_holdable, notes
-from sparsify.export.powerinfer.vocabulary import Vocabulary, read_vocabulary
-from sparsify.export.shards import write_sums
+from sparsify.export.powerinfer.vocabulary import PIECES_FILE, Vocabulary, read_vocabulary
+from sparsify.export.weight_shards import write_sums
 from sparsify.files import atomic_folder, write_json, write_text
 from sparsify.models import SparseMistralForCausalLM, SparseModel
 from sparsify.predictors import BlockPredictor, Predictors
@@ -28,14 +29,14 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class PowerInferSettings:
-    """How the file is written.
+    """Settings of the export.
 
     Attributes:
-        name: Of the model and of its file.
-        ffn_type: `f16` or `q4_0`.
-        context_tokens: Longest context; the model's own if None.
-        vram_bytes: GPU memory for hot neurons; no split is written if None.
-        layout: `powerinfer` for the GGUF, `powerinfer_hf` for the folders that PowerInfer's own converter takes.
+        name: Name of the model and of its file.
+        ffn_type: Type of the feed-forward weights, `f16` or `q4_0`.
+        context_tokens: Maximum context; None for the model's.
+        vram_bytes: GPU memory for hot neurons; None to write no split.
+        layout: `powerinfer` for the GGUF, `powerinfer_hf` for the folders that PowerInfer's converter reads.
     """
 
     name: str
@@ -47,7 +48,7 @@ class PowerInferSettings:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the folder, and what the user should know about it."""
+    """The written folder, with notes for the user."""
 
     folder: Path
     model_file: str
@@ -56,10 +57,10 @@ class Written:
 
 
 def check(loaded: Loaded, predictors: Predictors, settings: PowerInferSettings) -> None:
-    """Refuses what the engine cannot hold, before anything is measured or written.
+    """Checks that the engine supports the model, before anything is measured or written.
 
     Raises:
-        ExportError: With the reason.
+        ExportError: With the reasons, if it does not.
         ModelError: If the predictors belong to another model.
     """
     check_holdable(loaded.model.config, settings.ffn_type, settings.context_tokens)
@@ -77,20 +78,20 @@ def export_powerinfer(
     """Writes a folder for PowerInfer.
 
     Args:
-        loaded: A dReLU model of Mistral's shape.
-        predictors: Trained for it.
-        batches: Text to count firing neurons on: input_ids and position_ids.
-        to: Folder to write; must not exist.
-        settings: How.
+        loaded: A dReLU model with Mistral's architecture.
+        predictors: Predictors of the model.
+        batches: Text to count firing neurons on: input_ids and position_ids, [batch, tokens] each.
+        to: Output folder; must not exist.
+        settings: Settings of the export.
 
     Raises:
-        ExportError: If the engine cannot hold the model, or `to` exists.
+        ExportError: If the engine does not support the model, or `to` exists.
         ModelError: If the predictors belong to another model.
-        StorageError: If the disk refuses.
+        StorageError: If writing fails.
     """
     if to.exists():
         raise ExportError(
-            f"{to} exists already; an export never overwrites.",
+            f"{to} already exists; an export never overwrites.",
             next_step="Choose another folder with --to, or remove this one.",
         )
     check(loaded, predictors, settings)
@@ -100,7 +101,7 @@ def export_powerinfer(
     vocabulary = read_vocabulary(tokenizer_folder, loaded.tokenizer, model.config.vocab_size)
     matrices = engine_predictors(model, predictors)
     facts = _facts(loaded, settings, predictors.facts.threshold)
-    told = [*notes(model.config), *vocabulary.notes]
+    messages = [*notes(model.config), *vocabulary.notes]
     with atomic_folder(to) as partial:
         if settings.layout == "powerinfer_hf":
             name = "model"
@@ -118,28 +119,28 @@ def export_powerinfer(
                 ffn_type=settings.ffn_type,
                 vram_bytes=settings.vram_bytes,
             )
-            told.append(f"Neurons on the GPU, layer by layer: {', '.join(map(str, hot))}.")
-        _write_facts(partial, loaded, predictors, facts, vocabulary, told)
+            messages.append(f"Neurons on the GPU, layer by layer: {', '.join(map(str, hot))}.")
+        _write_facts(partial, loaded, predictors, facts, vocabulary, messages)
         files = write_sums(partial)
         size_bytes = sum(file.stat().st_size for file in files)
-    return Written(to, name, size_bytes, told)
+    return Written(to, name, size_bytes, messages)
 
 
 def engine_predictors(model: SparseModel, predictors: Predictors) -> list[BlockPredictor]:
-    """The predictors of every layer as the engine feeds them: with the residual.
+    """The predictors of every layer for the engine, whose input is the residual before the norm.
 
     Raises:
-        ExportError: If they take the normed input and their threshold is not 0, since then no folding is exact.
+        ExportError: If they take the normed input and their threshold is not 0: then the norm cannot be folded in exactly.
     """
     blocks = [predictors.blocks[key] for key in sorted(predictors.blocks)]
     if predictors.facts.input == "residual":
         return blocks
     if predictors.facts.threshold != 0:
         raise ExportError(
-            f"These predictors take the normed input and have the threshold {predictors.facts.threshold:g}. PowerInfer feeds the "
-            "residual before the norm, where the same threshold would mean something else for every token.",
-            allowed="Predictors of the residual; or of the normed input with the threshold 0, which fold exactly.",
-            next_step="`sparsify predictors train CHECKPOINT --input residual`, then judge them again.",
+            f"These predictors take the normed input and have the threshold {predictors.facts.threshold:g}. PowerInfer's input is "
+            "the residual before the norm, for which the equivalent threshold differs from token to token.",
+            allowed="Predictors of the residual, or predictors of the normed input with threshold 0.",
+            next_step="`sparsify predictors train CHECKPOINT --input residual`, then evaluate them again.",
         )
     norms = [layer.post_attention_layernorm for layer in model.model.layers]
     return [folded(block, norm, 1.0) for block, norm in zip(blocks, norms, strict=True)]  # pyright: ignore[reportArgumentType]
@@ -181,7 +182,7 @@ def _write_facts(
     predictors: Predictors,
     facts: Facts,
     vocabulary: Vocabulary,
-    told: list[str],
+    messages: list[str],
 ) -> None:
     known = predictors.facts
     write_json(
@@ -194,13 +195,13 @@ def _write_facts(
             "threshold_reason": known.threshold_reason,
             "predictor_rank": list(known.rank.values()),
             "added_tokens": len(vocabulary.added),
-            "notes": told,
+            "notes": messages,
         },
     )
     lines = [
         f"# {facts.name} for PowerInfer",
         "",
-        "Build PowerInfer as its own README says, then:",
+        "Build PowerInfer as described in its README, then run:",
         "",
         "```",
         f"build/bin/main -m {facts.name}.powerinfer.gguf -t 8 -n 64 -p 'Once upon a time'",
@@ -208,8 +209,75 @@ def _write_facts(
         "",
         f"Sparse threshold {facts.threshold:g}: {known.threshold_reason}",
         "",
-        "Do not run PowerInfer's `quantize` over the file: it quantises the predictors too, and types other than F16 and Q4_0 "
-        "are misread.",
-        *(f"\n{note}" for note in told),
+        "Do not run PowerInfer's `quantize` on the file: it quantises the predictors too, and the engine misreads types other "
+        "than F16 and Q4_0.",
+        *(f"\n{note}" for note in messages),
     ]
     write_text(folder / "README.md", "\n".join(lines) + "\n")
+
+
+SHARD_BYTES = "5GB"
+
+
+def write_layout(
+    folder: Path,
+    model: SparseMistralForCausalLM,
+    predictors: list[BlockPredictor],
+    vocabulary: Vocabulary,
+    facts: Facts,
+    tokenizer_folder: Path,
+) -> None:
+    """Writes `model/` and `predictor/` into a folder, the layout that PowerInfer's convert.py reads.
+
+    convert.py refuses unknown tensors, so the predictors are in a separate folder. It selects the architecture by `model_type`
+    and reads rope_theta at the top level of the config, where current versions of transformers do not write it.
+
+    Args:
+        folder: Output folder.
+        model: The model.
+        predictors: Predictors of every layer, for the residual.
+        vocabulary: A token for every row of the embedding.
+        facts: Metadata, as for the GGUF.
+        tokenizer_folder: Folder with tokenizer.model.
+    """
+    (folder / "model").mkdir(parents=True)
+    weights = {
+        name: parameter.detach().to(torch.float16).contiguous().clone()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    save_torch_state_dict(weights, folder / "model", max_shard_size=SHARD_BYTES)
+    write_json(folder / "model" / "config.json", _layout_config(model, facts))
+    shutil.copyfile(tokenizer_folder / PIECES_FILE, folder / "model" / PIECES_FILE)
+    if vocabulary.added:
+        write_json(folder / "model" / "added_tokens.json", vocabulary.added)
+    (folder / "predictor").mkdir()
+    for index, predictor in enumerate(predictors):
+        # Contiguous copies: convert.py's pickle reader does not support views.
+        matrices = {
+            "fc1.weight": predictor.A.half().contiguous().clone(),
+            "fc2.weight": predictor.B.half().contiguous().clone(),
+        }
+        torch.save(matrices, folder / "predictor" / f"model_{index}.pt")
+    write_json(folder / "predictor" / "config.json", {"sparse_threshold": facts.threshold})
+
+
+def _layout_config(model: SparseMistralForCausalLM, facts: Facts) -> dict[str, object]:
+    config = model.config
+    return {
+        "model_type": "bamboo",
+        "architectures": ["BambooForCausalLM"],
+        "hidden_act": "relu",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": facts.context_tokens,
+        "rope_theta": rope_theta(model),
+        "tie_word_embeddings": False,
+        "bos_token_id": facts.bos,
+        "eos_token_id": facts.eos,
+        "torch_dtype": "float16",
+    }

@@ -1,4 +1,4 @@
-"""Writes the sparse GGUF of PowerInfer: architecture `bamboo`, magic PWRI, predictors inside."""
+"""Writes PowerInfer's sparse GGUF: architecture `bamboo`, magic PWRI, with predictors."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Get = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Facts:
-    """What a file says beside its tensors.
+    """Metadata of a file.
 
     Attributes:
-        name: Of the model.
-        ffn_type: `f16` or `q4_0`, of gate, up and down. All else is F16, one-dimensional tensors F32.
-        context_tokens: Longest context.
-        threshold: A neuron is computed where its score reaches it.
-        bos, eos, unk: Token ids; None where there is none.
+        name: Name of the model.
+        ffn_type: Type of gate, up and down, `f16` or `q4_0`. Other matrices are F16, one-dimensional tensors F32.
+        context_tokens: Maximum context.
+        threshold: A neuron is computed if its score reaches this.
+        bos, eos, unk: Token ids; None if the tokenizer has no such token.
     """
 
     name: str
@@ -59,10 +59,10 @@ def write_gguf(
 
     Args:
         path: The file.
-        model: The model; its weights are read and not changed.
-        predictors: Of every layer, for the residual.
+        model: The model.
+        predictors: Predictors of every layer, for the residual.
         vocabulary: A token for every row of the embedding.
-        facts: What else the file says.
+        facts: Metadata of the file.
 
     Raises:
         ExportError: If a weight is too large for F16.
@@ -84,7 +84,7 @@ def write_gguf(
     for name, kind, get in tensors:
         writer.write_tensor_data(_encoded(name, kind, get()))
     writer.close()
-    # The engine tells its sparse files from dense ones of the same architecture by these four bytes alone.
+    # Only these four bytes tell the engine that the file is sparse and not a dense file of the same architecture.
     with path.open("r+b") as file:
         file.write(MAGIC)
 
@@ -119,7 +119,7 @@ def _add_facts(
 
 
 def rope_theta(model: SparseMistralForCausalLM) -> float:
-    """Base of the rotary positions. The engine takes 10000 if the file does not say it."""
+    """Base of the rotary positions; the engine assumes 10000 if the file does not have it."""
     parameters: Any = model.config.rope_parameters
     return float(parameters["rope_theta"])
 
@@ -136,7 +136,7 @@ def _tensors(
 
     yield "token_embd.weight", Type.F16, weight("model.embed_tokens.weight")
     yield "output_norm.weight", Type.F32, weight("model.norm.weight")
-    # The engine knows no tied head, so a tied one is written again.
+    # The engine does not support tied heads, so a tied head is written as a copy.
     yield "output.weight", Type.F16, weight("lm_head.weight")
     for index in range(len(decoder.layers)):
         theirs, ours = f"blk.{index}", f"model.layers.{index}"
@@ -158,7 +158,7 @@ def _tensors(
             ffn,
             _transposed(weight(f"{ours}.mlp.down_proj.weight")),
         )
-        # Not in the FFN's type: rounding a score near the threshold switches neurons.
+        # Never quantised: rounding a score near the threshold would switch neurons on or off.
         yield f"{theirs}.fc1.weight", Type.F16, _value(predictors[index].A)
         yield f"{theirs}.fc2.weight", Type.F16, _value(predictors[index].B)
 
@@ -172,7 +172,7 @@ def _transposed(get: Get) -> Get:
 
 
 def _interleaved(get: Get, heads: int) -> Get:
-    """Rows in ggml's order of rotary pairs, (0, 1), (2, 3), …, instead of (0, half), (1, half + 1), …"""
+    """Reorders rows to ggml's rotary pairs (0, 1), (2, 3), … from (0, half), (1, half + 1), …"""
 
     def permuted() -> torch.Tensor:
         rows = get()
@@ -185,6 +185,6 @@ def _encoded(name: str, kind: Type, tensor: torch.Tensor) -> NDArray[np.generic]
     values = tensor.float().cpu().contiguous().numpy()
     if kind != Type.F32 and not np.abs(values).max(initial=0.0) <= LARGEST_F16:
         raise ExportError(
-            f"{name} holds values that F16 cannot hold: up to {np.abs(values).max():g}."
+            f"{name} has values outside the range of F16: up to {np.abs(values).max():g}."
         )
     return quants.quantize(values, kind)

@@ -1,4 +1,4 @@
-"""Which neurons are hot: activation statistics, and the split of neurons between GPU and CPU."""
+"""Activation statistics for PowerInfer, and the split of neurons between GPU (hot) and CPU (cold)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sparsify.export.powerinfer.rules import SPLIT_NEURONS
 
 ARCHITECTURE = "generic.gpu_index"
 BYTES_PER_VALUE = {"f16": 2.0, "q4_0": 18 / 32}
-# PowerInfer's number for 32-bit integers is 18; the gguf package of today knows 18 by this name.
 I32_OF_POWERINFER = Type.IQ3_XXS
+"""PowerInfer's number for 32-bit integers is 18, which is IQ3_XXS in current versions of the gguf package."""
 
 
 def write_activations(counts: torch.Tensor, folder: Path) -> None:
     """Writes activation_{i}.pt for every layer: how often each neuron fired, float32 [neurons].
 
     Args:
-        counts: Of all layers, [layers, neurons].
-        folder: To write into; it is made.
+        counts: How often each neuron fired, [layers, neurons].
+        folder: Output folder, created if necessary.
     """
     folder.mkdir(parents=True)
     for layer, fired in enumerate(counts):
@@ -32,20 +32,20 @@ def write_activations(counts: torch.Tensor, folder: Path) -> None:
 
 
 def hot_neurons(counts: torch.Tensor, capacity_neurons: int) -> list[torch.Tensor]:
-    """The neurons that fire most often, in groups of SPLIT_NEURONS of a layer, until the capacity is used up.
+    """The neurons that fire most often, in groups of SPLIT_NEURONS per layer, up to the capacity.
 
     Args:
         counts: How often each neuron fired, [layers, neurons].
-        capacity_neurons: Neurons that the GPU holds.
+        capacity_neurons: Number of neurons that fit on the GPU.
 
     Returns:
-        Their indices in every layer, sorted.
+        Sorted indices of the hot neurons of each layer.
     """
     often, order = counts.double().sort(dim=1, descending=True, stable=True)
     gains = often.unflatten(1, (-1, SPLIT_NEURONS)).sum(-1)
     groups = min(capacity_neurons // SPLIT_NEURONS, gains.numel())
     best = gains.flatten().sort(descending=True, stable=True).indices[:groups]
-    # Groups of a layer are sorted by gain, so that a layer's chosen groups are its first ones.
+    # A layer's groups are sorted by gain, so its chosen groups are its first ones.
     chosen = torch.bincount(best // gains.shape[1], minlength=len(counts)) * SPLIT_NEURONS
     return [row[:number].sort().values for row, number in zip(order, chosen.tolist(), strict=True)]
 
@@ -53,26 +53,26 @@ def hot_neurons(counts: torch.Tensor, capacity_neurons: int) -> list[torch.Tenso
 def write_split(
     path: Path, counts: torch.Tensor, *, hidden: int, ffn_type: str, vram_bytes: int
 ) -> list[int]:
-    """Writes the file that places the hot neurons on the GPU, so that the engine's own solver need not run.
+    """Writes the file that places the hot neurons on the GPU and replaces the engine's solver.
 
     Args:
-        path: The model file's name with `.generated.gpuidx` behind it.
+        path: Name of the model file plus `.generated.gpuidx`.
         counts: How often each neuron fired, [layers, neurons].
         hidden: Hidden size of the model.
         ffn_type: Type of the feed-forward weights.
-        vram_bytes: GPU memory for neurons. The engine takes the file if its own budget is no smaller.
+        vram_bytes: GPU memory for neurons. The engine uses the file if its own budget is not smaller.
 
     Returns:
-        How many neurons of each layer are on the GPU.
+        Number of neurons of each layer on the GPU.
 
     Raises:
-        ExportError: If the layers cannot be split in groups of neurons.
+        ExportError: If the number of neurons is not a multiple of SPLIT_NEURONS.
     """
     num_layers, neurons = counts.shape
     if neurons % SPLIT_NEURONS:
         raise ExportError(
             f"intermediate_size is {neurons}: the engine moves neurons to a GPU in groups of {SPLIT_NEURONS}.",
-            next_step="Leave --vram-gb out; the file runs on the CPU.",
+            next_step="Omit --vram-gb; the file runs on the CPU.",
         )
     neuron_bytes = 3 * hidden * BYTES_PER_VALUE[ffn_type]
     hot = hot_neurons(counts, int(vram_bytes / neuron_bytes))

@@ -1,4 +1,4 @@
-"""Shards hold the right tensors, and writing them takes the memory of the largest one."""
+"""Shards hold the right tensors, and writing them needs the memory of one shard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparsify.errors import RunError
-from sparsify.export.shards import INDEX_FILE, write_shards
+from sparsify.export.weight_shards import INDEX_FILE, write_shards
 from sparsify.models import (
     SparseMistralConfig,
     SparseMistralForCausalLM,
@@ -62,14 +62,14 @@ def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
 
 
 def _own_bytes() -> int:
-    """Memory of this process that is not a view of a file."""
+    """Memory of this process without file-backed pages."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 @contextmanager
 def peak_own_bytes() -> Iterator[list[int]]:
-    """A list whose last entry, after the block, is by how much this process grew at most."""
+    """A list whose last entry, after the block, is the largest growth of this process's memory."""
     start, over, peak = _own_bytes(), threading.Event(), [0]
 
     def watch() -> None:
@@ -85,7 +85,7 @@ def peak_own_bytes() -> Iterator[list[int]]:
         watcher.join()
 
 
-def test_memory_holds_one_shard_and_not_the_model(tmp_path: Path) -> None:
+def test_peak_memory_is_one_shard(tmp_path: Path) -> None:
     config = SparseMixtralConfig(
         **SHAPE | {"hidden_size": 256, "intermediate_size": 896, "num_hidden_layers": 24},
         num_local_experts=8,

@@ -1,7 +1,4 @@
-"""Writes a model's weights shard by shard, so that no more than one shard is ever in memory.
-
-SHA256SUMS: a hash of every file of a folder, as `sha256sum --check` reads it.
-"""
+"""Writes a model's weights shard by shard, with one shard in memory at a time; and SHA256SUMS for `sha256sum --check`."""
 
 from __future__ import annotations
 
@@ -28,10 +25,10 @@ _ROUTER = re.compile(r"(.*)block_sparse_moe\.gate\.weight")
 _THRESHOLD = re.compile(r"(.*)block_sparse_moe\.(experts\.ffn_activation\.threshold)")
 
 
-class _Place(NamedTuple):
-    """Where a tensor of the stored layout is among the live ones."""
+class _LiveTensor(NamedTuple):
+    """Location of a tensor of the stored layout in the live model."""
 
-    live_name: str
+    name: str
     expert: int | None = None
     matrix: str = ""
 
@@ -43,19 +40,19 @@ def write_shards(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    """Writes safetensors in the layout of stock Mistral and Mixtral checkpoints, and an index if there are several.
+    """Writes safetensors in the layout of stock Mistral and Mixtral checkpoints, and an index if there are several files.
 
-    Memory holds one shard, and of a Mixtral one layer's fused experts besides.
+    Peak memory is one shard, plus one layer's fused experts for Mixtral.
 
     Args:
-        weights: The live model's tensors by name, read when they are asked for.
-        config: Of the model.
-        folder: To write into.
-        dtype: Of the written tensors.
-        shard_bytes: Largest shard. A tensor that is larger has a shard of its own.
+        weights: The live model's tensors by name, read on access.
+        config: Config of the model.
+        folder: Output folder.
+        dtype: Dtype of the written tensors.
+        shard_bytes: Maximum shard size. A larger tensor gets its own shard.
 
     Raises:
-        RunError: If `weights` lacks a tensor, or holds one of another shape.
+        RunError: If a tensor is missing in `weights` or has another shape.
     """
     shapes = tensor_shapes(config)
     planned = {
@@ -73,50 +70,51 @@ def write_shards(
 
 
 class _Reader:
-    """Reads tensors of the stored layout, and keeps the fused experts that it read last."""
+    """Reads tensors in the stored layout, and caches the last fused experts."""
 
     def __init__(self, weights: Mapping[str, StoredTensor], config: SparseConfig) -> None:
         self._weights, self._neurons = weights, config.intermediate_size
         self._last: tuple[str, torch.Tensor] | None = None
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        place = _place(name)
-        if place.live_name not in self._weights:
+        live = _live_tensor(name)
+        if live.name not in self._weights:
             raise RunError(
-                f"The checkpoint does not hold {place.live_name}.",
+                f"The checkpoint does not hold {live.name}.",
                 next_step="Use another checkpoint of the run.",
             )
-        tensor = self._gathered(place)
-        if place.expert is not None:
-            tensor = tensor[place.expert]
-            if place.matrix == "1":
+        tensor = self._gathered(live)
+        if live.expert is not None:
+            tensor = tensor[live.expert]
+            # Fused experts hold gate (w1) above up (w3).
+            if live.matrix == "1":
                 tensor = tensor[: self._neurons]
-            elif place.matrix == "3":
+            elif live.matrix == "3":
                 tensor = tensor[self._neurons :]
         if tuple(tensor.shape) != shape:
             raise RunError(f"{name} has the shape {list(tensor.shape)} instead of {list(shape)}.")
-        # A copy in any case: safetensors refuses views, and a view would keep the whole fused tensor.
+        # Always a copy: safetensors refuses views, and a view would keep the whole fused tensor in memory.
         return tensor.to(dtype, copy=True).contiguous()
 
-    def _gathered(self, place: _Place) -> torch.Tensor:
-        if self._last is not None and self._last[0] == place.live_name:
+    def _gathered(self, live: _LiveTensor) -> torch.Tensor:
+        if self._last is not None and self._last[0] == live.name:
             return self._last[1]
         self._last = None
-        tensor = self._weights[place.live_name].contiguous()
-        if place.expert is not None:
-            self._last = place.live_name, tensor
+        tensor = self._weights[live.name].contiguous()
+        if live.expert is not None:
+            self._last = live.name, tensor
         return tensor
 
 
-def _place(name: str) -> _Place:
-    if match := _EXPERT.fullmatch(name):
+def _live_tensor(stored_name: str) -> _LiveTensor:
+    if match := _EXPERT.fullmatch(stored_name):
         fused = "down_proj" if match[3] == "2" else "gate_up_proj"
-        return _Place(f"{match[1]}mlp.experts.{fused}", int(match[2]), match[3])
-    if match := _ROUTER.fullmatch(name):
-        return _Place(f"{match[1]}mlp.gate.weight")
-    if match := _THRESHOLD.fullmatch(name):
-        return _Place(f"{match[1]}mlp.{match[2]}")
-    return _Place(name)
+        return _LiveTensor(f"{match[1]}mlp.experts.{fused}", int(match[2]), match[3])
+    if match := _ROUTER.fullmatch(stored_name):
+        return _LiveTensor(f"{match[1]}mlp.gate.weight")
+    if match := _THRESHOLD.fullmatch(stored_name):
+        return _LiveTensor(f"{match[1]}mlp.{match[2]}")
+    return _LiveTensor(stored_name)
 
 
 SUMS = "SHA256SUMS"
@@ -132,7 +130,7 @@ def write_sums(folder: Path) -> list[Path]:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """Hash by file name, as SHA256SUMS has it; nothing if there is no such file."""
+    """Hash by file name from SHA256SUMS; empty if there is no such file."""
     path = folder / SUMS
     if not path.is_file():
         return {}
@@ -141,7 +139,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal digits."""
+    """SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(READ_BYTES):
