@@ -2,7 +2,17 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input
+UV := $(shell command -v uv)
+# Both install the versions of uv.lock; pip reads them as constraints.
+ifdef UV
+INSTALL = uv sync --quiet --frozen --inexact
+INSTALL_DEV = $(INSTALL) --extra dev
+else
+PIP = $(BIN)/python scripts/constraints.py > .venv/constraints.txt && \
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-input -c .venv/constraints.txt
+INSTALL = $(PIP) -e .
+INSTALL_DEV = $(PIP) -e '.[dev]'
+endif
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
@@ -21,24 +31,25 @@ test: .venv/.installed-dev ## Run the fast tests
 test-slow: .venv/.installed-dev ## Run the tests that take minutes
 	@$(PYTEST) -m slow
 
-check: .venv/.installed-dev ## Check style, types and the direction of imports
+check: .venv/.installed-dev ## Check style, types, words and the direction of imports
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
+	@$(BIN)/python scripts/check_words.py
 
 docs: .venv/.installed-dev ## Check that the documentation's links and commands hold
 	@$(BIN)/pytest -q tests/test_docs.py
 
-# Stamps, so that pip runs again only after pyproject.toml has changed.
-.venv/.installed: pyproject.toml | .venv/bin/python
+# Stamps, so that nothing is installed again unless pyproject.toml or uv.lock has changed.
+.venv/.installed: pyproject.toml uv.lock | .venv/bin/python
 	@echo "Installing into .venv; the first time takes a few minutes."
-	@$(PIP) -e .
+	@$(INSTALL)
 	@touch $@
 
 .venv/.installed-dev: .venv/.installed
 	@echo "Installing the tools for tests and checks."
-	@$(PIP) -e '.[dev]'
+	@$(INSTALL_DEV)
 	@touch $@
 
 .venv/bin/python:
