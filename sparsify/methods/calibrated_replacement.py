@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from sparsify.methods.histogram import Histogram
 from sparsify.methods.layerwise import Expert, Routes
 from sparsify.methods.reconstruction import Errors, Gram, Reduce, nothing_to_reduce
-from sparsify.methods.thresholds import OutputNorms, with_thresholds
+from sparsify.methods.thresholds import OUTPUT_NORM_BINS, output_norms, with_thresholds
 from sparsify.models import FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
 
@@ -177,10 +178,10 @@ class LayerCalibration:
         return flips
 
     def _threshold_scale(self, experts: Sequence[Expert], target_zeros: float) -> float:
-        norms = OutputNorms(experts[0].up.device)
+        norms = Histogram(OUTPUT_NORM_BINS, device=experts[0].up.device)
         for number, expert in enumerate(experts):
             for chunk, token, _ in self._rows(number, "fit"):
-                norms.add(expert, chunk.x[token])
+                norms.add(output_norms(expert, chunk.x[token]))
         return norms.quantile(target_zeros)
 
     def _refit(self, number: int, expert: Expert, num_flipped: int) -> tuple[Expert, ExpertResult]:

@@ -7,44 +7,23 @@ neurons, from a histogram, so that memory does not grow with tokens.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 
+from sparsify.methods.histogram import Bins
 from sparsify.methods.layerwise import Expert
 from sparsify.models import FfnActivation
 
-LOWEST, HIGHEST = -60.0, 60.0
-"""Range of the histogram, in natural logarithms."""
-BINS = 24_000
-"""A bin is half a per cent wide."""
+OUTPUT_NORM_BINS = Bins("log", lowest=-60.0, per_unit=200, num_bins=24_000, includes_upper=False)
+"""A bin is half a per cent wide; e^-60 and less counts as zero."""
 TINY = 1e-30
 """Norm of a column that is all zeros: its neuron says nothing and is always zeroed."""
 
 
-class OutputNorms:
-    """Histogram of |h_i| · |w_down,i| over the tokens and neurons of a layer."""
-
-    def __init__(self, device: torch.device) -> None:
-        # One bin below the range for what is exactly zero, or as good as.
-        self.counts = torch.zeros(BINS + 1, dtype=torch.int64, device=device)
-
-    def add(self, expert: Expert, x: torch.Tensor) -> None:
-        """Adds inputs [rows, hidden] of an expert."""
-        norms = expert.neurons(x).abs() * expert.down.norm(dim=0)
-        place = (norms.log() - LOWEST) * (BINS / (HIGHEST - LOWEST))
-        bins = place.clamp(-1, BINS - 1).floor().long() + 1
-        self.counts += torch.bincount(bins.flatten(), minlength=BINS + 1)
-
-    def quantile(self, share: float) -> float:
-        """The number that `share` of all values do not exceed; 0 where that many are zero already."""
-        below = self.counts.cumsum(0)
-        total = int(below[-1])
-        place = int(torch.searchsorted(below, math.ceil(share * total)))
-        if total == 0 or place == 0:
-            return 0.0
-        return math.exp(LOWEST + place * (HIGHEST - LOWEST) / BINS)
+def output_norms(expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    """|h_i| · |w_down,i| of an expert's inputs [rows, hidden]: [rows, neurons]."""
+    return expert.neurons(x).abs() * expert.down.norm(dim=0)
 
 
 def with_thresholds(expert: Expert, scale: float, dtype: torch.dtype) -> Expert:

@@ -8,7 +8,7 @@ import torch
 
 from sparsify.predictors.format import Block, Predictors
 from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.scores import ScoreHistogram
+from sparsify.predictors.scores import FiringScores
 from sparsify.sparsity.probe import Tokens
 
 
@@ -61,7 +61,7 @@ class ScoreReader:
 
     def __init__(self, predictors: Predictors, inputs: BlockInputs) -> None:
         self._predictors, self._inputs = predictors, inputs
-        self.histogram = ScoreHistogram()
+        self.histogram = FiringScores()
 
     def __call__(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
         """The activations as they are."""

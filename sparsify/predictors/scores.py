@@ -1,49 +1,45 @@
-"""Counts of scores in bins, so that a threshold for any recall needs no stored scores."""
+"""Scores of neurons that fired and of those that did not, so that a threshold for any recall needs no stored scores."""
 
 from __future__ import annotations
 
 import torch
 
-LARGEST_SCORE = 32.0
-NUM_BINS = 4096
-BIN_WIDTH = 2 * LARGEST_SCORE / NUM_BINS
+from sparsify.methods.histogram import Bins, Histogram
+
+SCORE_BINS = Bins("linear", lowest=-32.0, per_unit=64, num_bins=4096)
+FIRED, SILENT = range(2)
 
 
-class ScoreHistogram:
-    """Scores of neurons that fired and of those that did not.
+class FiringScores:
+    """Counts of both kinds of scores.
 
-    Attributes:
-        fired, silent: int64 [NUM_BINS] on the CPU, from the lowest score to the highest.
+    A neuron is switched on above the threshold, so a score on an edge of a bin belongs below it.
     """
 
     def __init__(self) -> None:
-        self.fired, self.silent = (torch.zeros(NUM_BINS, dtype=torch.int64) for _ in range(2))
+        self._histogram = Histogram(SCORE_BINS, num_rows=2)
 
     def add(self, scores: torch.Tensor, fired: torch.Tensor) -> None:
         """Counts scores; `fired` is bool of the same shape."""
-        # A bin holds (low, high], as a neuron is on above the threshold.
-        places = ((scores.float() + LARGEST_SCORE) / BIN_WIDTH).ceil() - 1
-        places = places.clamp(0, NUM_BINS - 1).long()
-        self.fired += torch.bincount(places[fired], minlength=NUM_BINS).cpu()
-        self.silent += torch.bincount(places[~fired], minlength=NUM_BINS).cpu()
+        self._histogram.add(scores[fired], FIRED)
+        self._histogram.add(scores[~fired], SILENT)
 
     def threshold(self, recall: float) -> float:
         """The highest threshold, to a bin, above which at least that share of the firing neurons scores."""
-        above = self.fired.flip(0).cumsum(0).flip(0)
-        total = int(above[0])
-        enough = torch.nonzero(above >= recall * total).flatten()
-        return -LARGEST_SCORE + int(enough[-1] if total else 0) * BIN_WIDTH
+        from_here = self._histogram.counts[FIRED].flip(0).cumsum(0).flip(0)
+        enough = torch.nonzero(from_here[1:] >= recall * int(from_here[0])).flatten()
+        return SCORE_BINS.edge(int(enough[-1]) if from_here[0] and len(enough) else 0)
 
     def at(self, threshold: float) -> tuple[float | None, float | None]:
         """Recall and share of neurons switched on at a threshold; None without values."""
-        first = round((threshold + LARGEST_SCORE) / BIN_WIDTH)
-        fired, silent = int(self.fired.sum()), int(self.silent.sum())
-        hit, false = int(self.fired[first:].sum()), int(self.silent[first:].sum())
+        edge = round((threshold - SCORE_BINS.lowest) * SCORE_BINS.per_unit)
+        fired, silent = self._histogram.total(FIRED), self._histogram.total(SILENT)
+        hit, false = self._histogram.above(edge, FIRED), self._histogram.above(edge, SILENT)
         recall = hit / fired if fired else None
         return recall, (hit + false) / (fired + silent) if fired + silent else None
 
     @property
     def firing_share(self) -> float | None:
         """Share of values that fired."""
-        fired, silent = int(self.fired.sum()), int(self.silent.sum())
+        fired, silent = self._histogram.total(FIRED), self._histogram.total(SILENT)
         return fired / (fired + silent) if fired + silent else None

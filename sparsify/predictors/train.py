@@ -28,7 +28,7 @@ from sparsify.predictors.format import (
 )
 from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.ranks import Choice, candidate_ranks, choose_ranks
-from sparsify.predictors.scores import ScoreHistogram
+from sparsify.predictors.scores import FiringScores
 from sparsify.sparsity.probe import SparsityProbe, Tokens
 
 PILOT_SHARE = 0.3
@@ -273,9 +273,9 @@ class _Training:
                 costs[block].append(Choice(rank, size, read))
         return costs
 
-    def _histograms(self, batches: Sequence[Batch]) -> dict[tuple[Block, int], ScoreHistogram]:
+    def _histograms(self, batches: Sequence[Batch]) -> dict[tuple[Block, int], FiringScores]:
         histograms = {
-            (block, rank): ScoreHistogram()
+            (block, rank): FiringScores()
             for block, options in self.candidates.items()
             for rank in options
         }

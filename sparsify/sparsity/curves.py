@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sparsify.methods.histogram import Histogram
 from sparsify.models import SparseModel
 from sparsify.sparsity.magnitudes import (
-    MagnitudeHistogram,
     MagnitudeObserver,
     down_norms,
     down_weight,
@@ -116,14 +116,18 @@ class CettSearch:
         outputs: Histogram of the norms ‖n_i‖ on that text.
     """
 
-    def __init__(
-        self, model: SparseModel, batches: Sequence[Batch], outputs: MagnitudeHistogram
-    ) -> None:
+    def __init__(self, model: SparseModel, batches: Sequence[Batch], outputs: Histogram) -> None:
         self._model, self._batches = model, batches
         self._norms = down_norms(model)
         num_layers = len(self._norms)
         grid = [
-            [0.0, *(outputs.threshold(layer, share, of_nonzero=True) for share in GRID_SHARES)]
+            [
+                0.0,
+                *(
+                    outputs.quantile(share, layer, of_nonzero=True, rank=round)
+                    for share in GRID_SHARES
+                ),
+            ]
             for layer in range(num_layers)
         ]
         self._known: list[list[Truncation]] = [[] for _ in range(num_layers)]
@@ -358,9 +362,11 @@ def top_k_editor(share: float) -> Editor:
     return _keep_only(kept)
 
 
-def magnitude_editor(activations: MagnitudeHistogram, share: float) -> Editor:
+def magnitude_editor(activations: Histogram, share: float) -> Editor:
     """Leaves out every |h| up to a threshold of its layer, which that share of its values does not exceed."""
-    thresholds = [activations.threshold(layer, share) for layer in range(len(activations.counts))]
+    thresholds = [
+        activations.quantile(share, layer, rank=round) for layer in range(len(activations.counts))
+    ]
 
     def kept(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
         return product.float().abs() > thresholds[layer]

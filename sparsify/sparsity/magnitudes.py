@@ -1,4 +1,4 @@
-"""Histograms of activation magnitudes: a fixed number of bins, so that thresholds at any share need no stored activations."""
+"""Activation magnitudes and output norms of every layer, counted by a probe."""
 
 from __future__ import annotations
 
@@ -6,45 +6,12 @@ from typing import Any
 
 import torch
 
+from sparsify.methods.histogram import Bins, Histogram
 from sparsify.models import SparseModel
 from sparsify.sparsity.probe import PIECE_ROWS, Tokens
 
-BINS_PER_OCTAVE = 64
-LOWEST_OCTAVE, HIGHEST_OCTAVE = -48, 32
-NUM_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE + 1
-
-
-class MagnitudeHistogram:
-    """Counts magnitudes of every layer in bins of 1.1% width. Entry 0 holds zeros and what is below the lowest octave.
-
-    Attributes:
-        counts: int64 [layers, NUM_BINS] on the CPU.
-    """
-
-    def __init__(self, num_layers: int) -> None:
-        self.counts = torch.zeros(num_layers, NUM_BINS, dtype=torch.int64)
-
-    def add(self, layer: int, magnitudes: torch.Tensor) -> None:
-        """Counts magnitudes of any shape."""
-        octaves = (magnitudes.float().log2() - LOWEST_OCTAVE) * BINS_PER_OCTAVE
-        bins = octaves.ceil().clamp(0, NUM_BINS - 1).long().flatten()
-        self.counts[layer] += torch.bincount(bins, minlength=NUM_BINS).cpu()
-
-    def threshold(self, layer: int, share: float, *, of_nonzero: bool = False) -> float:
-        """Magnitude that the given share of values does not exceed, up to the width of a bin; 0 where zeros are enough.
-
-        Args:
-            layer: Index of the layer.
-            share: 0 to 1.
-            of_nonzero: Whether the share is one of the values above zero.
-        """
-        counts = self.counts[layer].clone()
-        if of_nonzero:
-            counts[0] = 0
-        cumulative = counts.cumsum(0)
-        wanted = torch.tensor(round(share * int(cumulative[-1])))
-        index = int(torch.searchsorted(cumulative, wanted))
-        return 0.0 if index == 0 else 2.0 ** (LOWEST_OCTAVE + index / BINS_PER_OCTAVE)
+MAGNITUDE_BINS = Bins("log2", lowest=-48, per_unit=64, num_bins=80 * 64)
+"""A bin is 1.1% wide; 2^-48 and less counts as zero."""
 
 
 class MagnitudeObserver:
@@ -52,7 +19,7 @@ class MagnitudeObserver:
 
     def __init__(self, model: SparseModel) -> None:
         num_layers = len(model.model.layers)
-        self.activations, self.outputs = (MagnitudeHistogram(num_layers) for _ in range(2))
+        self.activations, self.outputs = (Histogram(MAGNITUDE_BINS, num_layers) for _ in range(2))
         self._norms = down_norms(model)
 
     def begin(self, tokens: Tokens) -> None:
@@ -64,8 +31,8 @@ class MagnitudeObserver:
         """Counts one block."""
         for rows in product.split(PIECE_ROWS):
             magnitudes = rows.float().abs()
-            self.activations.add(layer, magnitudes)
-            self.outputs.add(layer, magnitudes * self._norms[layer][expert])
+            self.activations.add(magnitudes, layer)
+            self.outputs.add(magnitudes * self._norms[layer][expert], layer)
 
 
 def down_weight(block: Any, expert: int) -> torch.Tensor:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from sparsify.methods.calibrated_replacement import Inputs, LayerCalibration, SignEnergies, flip
+from sparsify.methods.histogram import Histogram
 from sparsify.methods.layerwise import Expert, Routes
 from sparsify.methods.reconstruction import Gram
-from sparsify.methods.thresholds import OutputNorms, with_thresholds
+from sparsify.methods.thresholds import OUTPUT_NORM_BINS, output_norms, with_thresholds
 from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
 
@@ -47,9 +48,9 @@ def test_a_sign_is_turned_where_the_other_half_holds_more_energy() -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_thresholds_give_the_wanted_zeros_and_zero_the_smallest_outputs(name: str) -> None:
-    x, plain, norms = torch.randn(ROWS, HIDDEN), expert(name), OutputNorms(torch.device("cpu"))
+    x, plain, norms = torch.randn(ROWS, HIDDEN), expert(name), Histogram(OUTPUT_NORM_BINS)
     for part in x.split(150):
-        norms.add(plain, part)
+        norms.add(output_norms(plain, part))
     scale = norms.quantile(0.9)
     limited = with_thresholds(plain, scale, torch.float32)
     h, kept = plain.neurons(x), limited.neurons(x)
@@ -60,8 +61,8 @@ def test_thresholds_give_the_wanted_zeros_and_zero_the_smallest_outputs(name: st
 
 
 def test_zeros_that_are_there_already_need_no_threshold() -> None:
-    norms = OutputNorms(torch.device("cpu"))
-    norms.add(expert("drelu"), torch.randn(ROWS, HIDDEN))
+    norms = Histogram(OUTPUT_NORM_BINS)
+    norms.add(output_norms(expert("drelu"), torch.randn(ROWS, HIDDEN)))
     assert norms.quantile(0.3) == 0
 
 

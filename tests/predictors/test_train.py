@@ -14,7 +14,7 @@ from sparsify.errors import ModelError, RunError
 from sparsify.models import SparseModel
 from sparsify.predictors import Predictors, read_predictors, write_predictors
 from sparsify.predictors.ranks import Choice, choose_ranks
-from sparsify.predictors.scores import ScoreHistogram
+from sparsify.predictors.scores import FiringScores
 from sparsify.predictors.train import Settings, train_predictors
 from tests.predictors.conftest import random_batches, sparse_model
 
@@ -134,7 +134,7 @@ def test_a_threshold_from_the_histogram_has_the_recall_asked_for(seed: int, reca
     generator = torch.Generator().manual_seed(seed)
     scores = 4 * torch.randn(200, generator=generator)
     fired = torch.rand(200, generator=generator) < 0.3
-    histogram = ScoreHistogram()
+    histogram = FiringScores()
     histogram.add(scores, fired)
     threshold = histogram.threshold(recall)
     hit = (scores[fired] > threshold).double().mean().item()

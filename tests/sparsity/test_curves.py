@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from sparsify.methods.histogram import Histogram
 from sparsify.models import SparseModel
 from sparsify.sparsity import SparsityProbe
 from sparsify.sparsity.curves import (
@@ -18,7 +19,7 @@ from sparsify.sparsity.curves import (
     measure_curves,
     top_k_editor,
 )
-from sparsify.sparsity.magnitudes import MagnitudeHistogram
+from sparsify.sparsity.magnitudes import MAGNITUDE_BINS
 from sparsify.sparsity.measure import summed_loss
 from sparsify.sparsity.schema import Curves
 from tests.sparsity.test_probe import FACTORS, store_pre_activations
@@ -104,10 +105,10 @@ def test_ppl_points_are_within_their_perplexity(
 def test_known_gaussians_have_known_thresholds_and_errors() -> None:
     torch.manual_seed(0)
     values = torch.randn(2000, 400)
-    histogram = MagnitudeHistogram(1)
-    histogram.add(0, values.abs())
-    assert histogram.threshold(0, 0.5) == pytest.approx(0.6745, rel=0.02)
-    assert histogram.threshold(0, 0.9) == pytest.approx(1.6449, rel=0.02)
+    histogram = Histogram(MAGNITUDE_BINS)
+    histogram.add(values.abs())
+    assert histogram.quantile(0.5) == pytest.approx(0.6745, rel=0.02)
+    assert histogram.quantile(0.9) == pytest.approx(1.6449, rel=0.02)
     edited = magnitude_editor(histogram, 0.8)(0, 0, values.clone())
     assert float((edited == 0).double().mean()) == pytest.approx(0.8, abs=0.01)
 

@@ -14,12 +14,13 @@ import torch
 
 from sparsify.commands.report import make_report, spread
 from sparsify.errors import RunError
+from sparsify.methods.histogram import Histogram
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.models import SparseModel
 from sparsify.runs.load import load
 from sparsify.sparsity import ActivationStatistics, SparsityProbe
 from sparsify.sparsity.consecutive import ConsecutiveStatistics
-from sparsify.sparsity.magnitudes import MagnitudeHistogram
+from sparsify.sparsity.magnitudes import MAGNITUDE_BINS
 from sparsify.training.telemetry import RunTelemetry
 from sparsify.training.validation import Validation
 
@@ -94,8 +95,8 @@ def test_a_7b_model_and_a_mixtral_are_counted_in_a_few_hundred_megabytes() -> No
             # The meta device allocates no memory.
             *_tensors(ActivationStatistics.empty(32, experts, 14336, device="meta")),
             *_tensors(ConsecutiveStatistics.empty(32, experts, 14336)),
-            MagnitudeHistogram(32).counts,
-            MagnitudeHistogram(32).counts,
+            Histogram(MAGNITUDE_BINS, 32).counts,
+            Histogram(MAGNITUDE_BINS, 32).counts,
         ]
         assert sum(tensor.numel() * tensor.element_size() for tensor in held) < 300e6
 
