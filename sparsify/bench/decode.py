@@ -14,9 +14,9 @@ import torch
 from sparsify.bench.decode_measure import make_blocks, measure_model, measure_point, random_model
 from sparsify.bench.decode_result import DecodeBench, FfnPoint, ModelPoint
 from sparsify.errors import RunError
+from sparsify.predictors import read_predictors
 from sparsify.runs.load import Loaded, load
 from sparsify.runtime.accelerate import WEIGHT_FORMATS, block_format, check_acceleratable
-from sparsify.runtime.predictors import read_predictors
 from sparsify.runtime.triton_ffn import triton_can
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -170,7 +170,10 @@ def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
         model = loaded.model
         check_acceleratable(model)
         model.to(settings.device)
-        predictors = read_predictors(settings.predictors, model) if settings.predictors else None
+        predictors = None
+        if settings.predictors is not None:
+            own = read_predictors(settings.predictors)
+            predictors = own.for_decoding(model, str(settings.predictors))
         ids = _tokens(loaded, settings)
     elif settings.layers:
         name = f"random weights, {settings.layers} layers of Mistral-7B's shape"

@@ -29,9 +29,8 @@ from sparsify.runtime import (
 )
 from sparsify.runtime.accelerate import model_bytes
 from sparsify.runtime.build import kernels
-from sparsify.runtime.predictors import Predictors
 from sparsify.runtime.quantised import BlockFormat, BlockMatrix, quantise
-from sparsify.runtime.weights import Matrix
+from sparsify.runtime.weights import LayerPredictors, Matrix
 
 DRELU = ACTIVATIONS["drelu"]
 MIB = 1 << 20
@@ -202,7 +201,7 @@ WARM_UP_TOKENS = 2
 
 def random_model(
     layers: int, active: float, gates: float, rank: int, dtype: torch.dtype
-) -> tuple[Any, Predictors]:
+) -> tuple[Any, LayerPredictors]:
     """Layers of Mistral-7B's shape with random weights, of which a set share fires for every token; and predictors.
 
     Channel 0 of the hidden states is far larger than the others, so that column 0 of a projection decides the signs.
@@ -222,8 +221,8 @@ def random_model(
     finally:
         torch.set_default_dtype(before)
     model.get_input_embeddings().weight.data[:, 0] = 100.0
-    tensors = {}
-    for layer, block in enumerate(model.ffn_blocks()):
+    predictors = []
+    for block in model.ffn_blocks():
         neurons = config.intermediate_size
         order = torch.randperm(neurons)
         for projection, share in ((block.gate_proj, gates), (block.up_proj, active)):
@@ -234,14 +233,14 @@ def random_model(
         a[0, 0] = 1.0
         b = torch.rand(neurons, rank, dtype=dtype) * 1e-4
         b[:, 0] = block.up_proj.weight.data[:, 0]
-        tensors |= {f"layers.{layer}.A": a, f"layers.{layer}.B": b}
-    return model, Predictors("normed", 0.0, tensors, None)
+        predictors.append([Predictor(a, b, 0.0)])
+    return model, LayerPredictors("normed", predictors)
 
 
 def measure_model(
     model: Any,
     name: str,
-    predictors: Predictors | None,
+    predictors: LayerPredictors | None,
     ids: torch.Tensor,
     decode_tokens: int,
     repeats: int,

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from sparsify.errors import RunError
+from sparsify.predictors import read_predictors
 from sparsify.runs.load import load
 from sparsify.runtime import Acceleration, accelerate
 from sparsify.runtime.accelerate import ModelBytes, block_format, model_bytes
@@ -87,7 +88,10 @@ def generate(
     if threads is not None:
         torch.set_num_threads(threads)
     model: Any = loaded.model
-    acceleration = None if dense else accelerate(model, weights=weights, predictors=predictors)
+    own = None
+    if predictors is not None:
+        own = read_predictors(predictors).for_decoding(model, str(predictors))
+    acceleration = None if dense else accelerate(model, weights=weights, predictors=own)
     streamer = _Streamer(loaded.tokenizer, acceleration, write)
     inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():

@@ -22,6 +22,7 @@ from torch import nn
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.models import SparseModel
+from sparsify.runtime.weights import LayerPredictors, Predictor
 
 WEIGHTS_FILE = "predictors.safetensors"
 FACTS_FILE = "predictors.json"
@@ -116,6 +117,29 @@ class Predictors(NamedTuple):
             for key, block in self.blocks.items()
         }
         return self._replace(blocks=moved)
+
+    def for_decoding(self, model: SparseModel, where: str) -> LayerPredictors:
+        """The same as the decoding kernels take them.
+
+        Args:
+            model: The model that is to be accelerated.
+            where: What to call these predictors in an error.
+
+        Raises:
+            ModelError: If they were trained for another model.
+        """
+        self.check_model(model, where)
+        facts = self.facts
+        return LayerPredictors(
+            facts.input,
+            [
+                [
+                    Predictor(*self.blocks[layer, expert], facts.threshold)
+                    for expert in range(facts.num_experts)
+                ]
+                for layer in range(facts.num_layers)
+            ],
+        )
 
     def check_model(self, model: SparseModel, where: str) -> None:
         """Refuses a model that these predictors were not trained for.

@@ -3,12 +3,14 @@
 from sparsify.runtime.accelerate import WEIGHT_FORMATS, Acceleration, accelerate
 from sparsify.runtime.ffn import FfnWeights, Predictor, RowsRead, sparse_ffn
 from sparsify.runtime.quantised import BlockMatrix, quantise
+from sparsify.runtime.weights import LayerPredictors
 
 __all__ = [
     "WEIGHT_FORMATS",
     "Acceleration",
     "BlockMatrix",
     "FfnWeights",
+    "LayerPredictors",
     "Predictor",
     "RowsRead",
     "accelerate",

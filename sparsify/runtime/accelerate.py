@@ -11,7 +11,6 @@ How many bytes of weights a token's decoding reads when everything is read.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, get_args
 
 from torch import nn
@@ -20,9 +19,8 @@ from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, activation_names
 from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
-from sparsify.runtime.predictors import Predictors, read_predictors
 from sparsify.runtime.quantised import BlockFormat
-from sparsify.runtime.weights import RowsRead
+from sparsify.runtime.weights import LayerPredictors, RowsRead
 
 WEIGHT_FORMATS = ("stored", *get_args(BlockFormat))
 """How decoding may read the feed-forward weights."""
@@ -99,7 +97,7 @@ def accelerate(
     model: Any,
     *,
     weights: str = "stored",
-    predictors: Path | Predictors | None = None,
+    predictors: LayerPredictors | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
 ) -> Acceleration:
@@ -110,8 +108,7 @@ def accelerate(
         weights: One of WEIGHT_FORMATS. `stored` reads the model's own weights; `int8` and `int4` round them into blocks of 32 for decoding, which
             takes 8.5 or 4.5 bits a weight beside them. When the weights change, or are moved or cast, the next step makes
             the blocks anew; only what is written through `.data` is not seen.
-        predictors: Folder with predictors.safetensors and predictors.json, or what was read of one. Without, decoding is
-            exact.
+        predictors: Of this model: `read_predictors(folder).for_decoding(model)`. Without, decoding is exact.
         max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way. Unless
             given, 8, or 4 where a CPU reads weights as stored in bf16: torch's dense product is the faster there from about six
             tokens on.
@@ -121,23 +118,21 @@ def accelerate(
         What counts the reads. The model itself is changed in place.
 
     Raises:
-        ModelError: If the model has no blocks of ours, or has no zeros that could be skipped, or the predictors do
-            not belong to it, or int8 or int4 blocks are asked for elsewhere than on a CPU.
+        ModelError: If the model has no blocks of ours, or has no zeros that could be skipped, or int8 or int4 blocks are asked for elsewhere than on a CPU.
     """
     check_acceleratable(model)
     blocks = block_format(weights)
     if blocks is not None:
         _check_device(model, weights)
-    found = read_predictors(predictors, model) if isinstance(predictors, Path) else predictors
     for layer, block in enumerate(model.ffn_blocks()):
         if "forward" in vars(block):
             vars(block)["forward"].remove()
-        own = found.layer(layer) if found is not None else None
+        own = None if predictors is None else predictors.layers[layer]
         options = Options(max_tokens, threads, own, blocks)
         kind = ExpertsForward if hasattr(block, "gate_up_proj") else MlpForward
         block.forward = kind(block, options)
         block.forward.prepare()
-        if found is not None and found.input == "residual":
+        if predictors is not None and predictors.input == "residual":
             block.forward.watch(model.model.layers[layer].post_attention_layernorm)
     return Acceleration(model)
 

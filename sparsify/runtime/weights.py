@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import add
+from typing import Literal
 
 import torch
 
@@ -26,6 +27,19 @@ class Predictor:
     a: torch.Tensor
     b: torch.Tensor
     threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class LayerPredictors:
+    """Predictors of all layers of a model.
+
+    Args:
+        input: What they look at: `normed`, the input of the block; `residual`, what the RMS norm before it gets.
+        layers: For each layer, the predictor of its block, or those of its experts in order.
+    """
+
+    input: Literal["normed", "residual"]
+    layers: list[list[Predictor]]
 
 
 @dataclass(frozen=True)

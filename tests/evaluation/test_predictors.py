@@ -21,43 +21,11 @@ from sparsify.evaluation.results import EvaluationResults, read_results
 from sparsify.evaluation.suite import load_suite
 from sparsify.evaluation.tasks import task_sources
 from sparsify.mixture.sequences.reader import PackedSequence, collate
-from sparsify.models import SparseModel
-from sparsify.predictors import BlockPredictor, PredictorFacts, Predictors, write_predictors
-from sparsify.predictors.format import all_blocks, fingerprint, num_experts, prefix
+from sparsify.predictors import Predictors, write_predictors
 from sparsify.predictors.judge import judge_predictors
+from tests.predictors.untrained import random_predictors
 
 EVERYTHING_ON = -1e9
-
-
-def random_predictors(model: SparseModel, threshold: float) -> Predictors:
-    """Untrained predictors that switch some neurons off."""
-    generator = torch.Generator().manual_seed(1)
-    config, experts = model.config, num_experts(model)
-    blocks = {
-        key: BlockPredictor(
-            torch.randn(4, config.hidden_size, generator=generator),
-            torch.randn(config.intermediate_size, 4, generator=generator),
-        )
-        for key in all_blocks(len(model.model.layers), experts)
-    }
-    facts = PredictorFacts(
-        input="normed",
-        threshold=threshold,
-        rank={prefix(key, experts): 4 for key in blocks},
-        num_layers=len(model.model.layers),
-        num_experts=experts,
-        hidden=config.hidden_size,
-        neurons=config.intermediate_size,
-        fingerprint=fingerprint(model),
-        text="none",
-        sequence_length=32,
-        trained_tokens=0,
-        passes=1,
-        wanted_recall=0.9,
-        blocks={},
-        threshold_reason="a test's",
-    )
-    return Predictors(facts, blocks)
 
 
 @pytest.fixture(scope="module", params=["mistral", "mixtral"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import multiprocessing
 import subprocess
 import sys
@@ -13,14 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.errors import ModelError
 from sparsify.models import FfnActivation
+from sparsify.predictors import read_predictors, write_predictors
+from sparsify.predictors.format import PredictorInput
 from sparsify.runtime import accelerate
 from tests.conftest import stock_model
+from tests.predictors.untrained import random_predictors
 from tests.runtime.blocks import IDS, decoded_logits
 
 KINDS = ("mistral", "mixtral")
@@ -75,6 +76,8 @@ def test_generate_is_unchanged(kind: str, options: dict, load: Callable) -> None
 STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM
+from sparsify.predictors import read_predictors, write_predictors
+from sparsify.predictors.format import PredictorInput
 from sparsify.runtime import accelerate
 for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
@@ -174,24 +177,6 @@ def test_removing_gives_the_model_back(kind: str, load: Callable) -> None:
     torch.testing.assert_close(decoded_logits(model), expected)
 
 
-def write_predictors(model: Any, folder: Path, threshold: float, seen: str) -> None:
-    torch.manual_seed(5)
-    config, experts = model.config, getattr(model.config, "num_local_experts", None)
-    names = [
-        f"layers.{layer}" + ("" if experts is None else f".experts.{expert}")
-        for layer in range(config.num_hidden_layers)
-        for expert in range(experts or 1)
-    ]
-    tensors = {}
-    for name in names:
-        tensors[f"{name}.A"] = torch.randn(8, config.hidden_size)
-        tensors[f"{name}.B"] = torch.randn(config.intermediate_size, 8)
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "predictors.safetensors")
-    facts = {"rank": 8, "threshold": threshold, "input": seen}
-    (folder / "predictors.json").write_text(json.dumps(facts))
-
-
 class MaskedActivation(FfnActivation):
     """The activation with unpredicted neurons set to zero: what a predictor means, by torch's operators."""
 
@@ -207,13 +192,13 @@ class MaskedActivation(FfnActivation):
 
 
 @pytest.mark.parametrize("seen", ["normed", "residual"])
-def test_predictors_mask_neurons(seen: str, load: Callable, tmp_path: Path) -> None:
+def test_predictors_mask_neurons(seen: PredictorInput, load: Callable, tmp_path: Path) -> None:
     model, masked = load("mistral"), load("mistral")
-    write_predictors(model, tmp_path, 1.0, seen)
-    tensors = load_file(tmp_path / "predictors.safetensors")
+    write_predictors(random_predictors(model, 1.0, seen, rank=8), tmp_path / "predictors")
+    predictors = read_predictors(tmp_path / "predictors")
 
     def mask(layer: int) -> Callable:
-        a, b = tensors[f"layers.{layer}.A"], tensors[f"layers.{layer}.B"]
+        a, b = predictors.blocks[layer, 0]
 
         def hook(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             activation.mask = ((inputs[0] @ a.T).relu() @ b.T > 1.0).float()
@@ -225,30 +210,32 @@ def test_predictors_mask_neurons(seen: str, load: Callable, tmp_path: Path) -> N
     for layer, parts in enumerate(masked.model.layers):
         place = parts.mlp if seen == "normed" else parts.post_attention_layernorm
         place.register_forward_pre_hook(mask(layer))
-    acceleration = accelerate(model, predictors=tmp_path)
+    acceleration = accelerate(model, predictors=predictors.for_decoding(model, "predictors"))
     torch.testing.assert_close(decoded_logits(model), decoded_logits(masked), rtol=1e-4, atol=1e-5)
     assert all(reads.rows.gate < reads.offered for reads in acceleration.reads)
 
 
 @kinds
-def test_predictors_that_want_all_change_nothing(kind: str, load: Callable, tmp_path: Path) -> None:
+def test_predictors_that_want_all_change_nothing(kind: str, load: Callable) -> None:
     model = load(kind)
     expected = decoded_logits(model)
-    for seen in ("normed", "residual"):
-        write_predictors(model, tmp_path, -1e9, seen)
-        accelerate(model, predictors=tmp_path)
+    inputs: tuple[PredictorInput, ...] = ("normed", "residual")
+    for seen in inputs:
+        predictors = random_predictors(model, -1e9, seen, rank=8)
+        accelerate(model, predictors=predictors.for_decoding(model, "predictors"))
         torch.testing.assert_close(decoded_logits(model), expected, rtol=1e-4, atol=1e-5)
         decoded_logits(model.bfloat16())  # predictors follow a model that is cast
         model = load(kind)
 
 
-def test_predictors_of_another_model_are_refused(load: Callable, tmp_path: Path) -> None:
-    write_predictors(load("mixtral"), tmp_path, 0.5, "normed")
-    with pytest.raises(ModelError, match=r"belongs to another model; .*layers\.0\.A"):
-        accelerate(load("mistral"), predictors=tmp_path)
-    (tmp_path / "predictors.json").unlink()
-    with pytest.raises(ModelError, match="holds no predictors that can be read"):
-        accelerate(load("mixtral"), predictors=tmp_path)
+def test_predictors_of_another_model_are_refused(load: Callable) -> None:
+    predictors = random_predictors(load("mixtral"), 0.5)
+    with pytest.raises(ModelError, match="mine belongs to another model"):
+        predictors.for_decoding(load("mistral"), "mine")
+    retrained = load("mixtral")
+    retrained.ffn_blocks()[0].gate_up_proj.data.mul_(1.5)
+    with pytest.raises(ModelError, match="mine was trained for other weights"):
+        predictors.for_decoding(retrained, "mine")
 
 
 def test_models_with_nothing_to_skip_are_refused(stock: dict[str, Path], load: Callable) -> None:

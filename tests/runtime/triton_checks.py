@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.runtime import FfnWeights, Predictor, RowsRead, accelerate, sparse_ffn, triton_ffn
 from sparsify.runtime.ffn import Routing, sparse_experts
-from sparsify.runtime.predictors import Predictors
+from tests.predictors.untrained import random_predictors
 from tests.runtime.blocks import (
     ALL,
     DRELU,
@@ -231,12 +231,7 @@ def test_models_say_what_they_said(
     expected, config = decoded_logits(model, ids), model.config
     predictors = None
     if with_predictors:  # they want all
-        middle = [f".experts.{e}" for e in range(4)] if kind == "mixtral" else [""]
-        tensors = {}
-        for name in (f"layers.{layer}{one}" for layer in range(2) for one in middle):
-            tensors[f"{name}.A"] = torch.randn(8, config.hidden_size)
-            tensors[f"{name}.B"] = torch.randn(config.intermediate_size, 8)
-        predictors = Predictors("normed", -1e9, tensors, 4 if kind == "mixtral" else None)
+        predictors = random_predictors(model, -1e9, rank=8).for_decoding(model, "predictors")
     acceleration = accelerate(model, predictors=predictors)
     assert acceleration.backend == "triton"
     torch.testing.assert_close(decoded_logits(model, ids), expected, rtol=1e-4, atol=1e-5)
