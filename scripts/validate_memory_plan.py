@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparsify.bench.memory import peak_memory_bytes
 from sparsify.conversion.convert import convert
-from sparsify.launch.child import exit_with_launcher
+from sparsify.launch.child import exit_with_parent
 from sparsify.methods.distillation import Teacher, load_teacher
 from sparsify.mixture.sequences.reader import Batch
 from sparsify.plan.estimate import architecture_of
@@ -257,7 +257,7 @@ Built = tuple[Any, Teacher | None]
 
 def run_rank(run_dir: str) -> None:
     """Runs one rank and prints what it measured as a line of JSON."""
-    exit_with_launcher()
+    exit_with_parent()
     run = RunFolder(Path(run_dir))
     recipe = run.load_recipe()
     with redirect_stdout(sys.stderr):
@@ -276,7 +276,7 @@ def run_rank(run_dir: str) -> None:
         flush=True,
     )
     dist.barrier()
-    os._exit(0)  # see training.worker: an ordinary exit may abort in gloo
+    os._exit(0)  # see commands.rank: an ordinary exit may abort in gloo
 
 
 def _build(recipe: Recipe, run: RunFolder) -> Built:

@@ -8,7 +8,7 @@ and exits with 2. Everything else that is raised is a defect of ours and keeps i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
@@ -23,6 +23,23 @@ class UserError(Exception):
     def __init__(self, given: str, *, allowed: str = "", next_step: str = "") -> None:
         self.given, self.allowed, self.next_step = given, allowed, next_step
         super().__init__("\n".join(part for part in (given, allowed, next_step) if part))
+
+    def to_json(self) -> dict[str, str]:
+        """What another process needs to raise the same error."""
+        return {
+            "class": type(self).__name__,
+            "given": self.given,
+            "allowed": self.allowed,
+            "next_step": self.next_step,
+        }
+
+    @staticmethod
+    def from_json(record: Mapping[str, str]) -> UserError:
+        """The error of which another process gave `to_json`."""
+        classes = {kind.__name__: kind for kind in (UserError, *UserError.__subclasses__())}
+        return classes[record["class"]](
+            record["given"], allowed=record["allowed"], next_step=record["next_step"]
+        )
 
 
 class RecipeError(UserError):

@@ -160,7 +160,7 @@ def _held_out(loaded: Loaded, suite: Suite, on: str | None) -> HeldOut | None:
     return held_out_text(mixture, loaded.tokenizer, wanted, sequence_length, cache_dir)
 
 
-POLL_SECONDS = 10.0
+FOLLOW_SECONDS = 10.0
 
 
 def follow(
@@ -168,7 +168,7 @@ def follow(
     request: EvalRequest,
     command: str,
     on_progress: Callable[[str], Progress],
-    poll_seconds: float = POLL_SECONDS,
+    poll_seconds: float = FOLLOW_SECONDS,
 ) -> list[EvaluationResults]:
     """Evaluates each new checkpoint of a run, until the last one of its budget.
 

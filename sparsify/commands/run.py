@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from sparsify.commands import rank
 from sparsify.commands.mixture import ingest_progress
 from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.source import read_checkpoint
@@ -142,7 +143,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None) -> bool:
             if newest and saved:
                 log = run.logs / "convert.log"
                 stack.enter_context(resized(newest, saved.shape, now, log))
-            launch(run, nodes or Nodes(recipe.launch), feeder.check)
+            launch(run, rank, nodes or Nodes(recipe.launch), feeder.check)
         feeder.wait_until(is_ready)
     sources = open_sources(ingests)
     for source in sources.values():

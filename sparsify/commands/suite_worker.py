@@ -6,28 +6,24 @@ import sys
 from pathlib import Path
 
 from sparsify.commands.evaluate import evaluate_model
-from sparsify.errors import UserError
 from sparsify.evaluation.request import EvalRequest
-from sparsify.launch.child import exit_with_launcher, tell_user_error
+from sparsify.launch.child import exit_with_parent, run_child
 from sparsify.reporting.log_lines import print_log_lines
 from sparsify.runs.load import find_trained
-from sparsify.training.suite import command_of
+from sparsify.training.suite_results import command_of
 
 
-def main(checkpoint: str) -> int:
-    """Evaluates the checkpoint and writes the results; returns the exit code."""
-    exit_with_launcher()
+def main(checkpoint: str) -> bool:
+    """Evaluates the checkpoint and writes the results."""
+    exit_with_parent()
     print_log_lines()
-    try:
-        trained = find_trained(Path(checkpoint))
-        assert trained is not None
-        request = EvalRequest.from_recipe(trained.run.load_recipe().eval)
-        command = command_of(trained.checkpoint, request)
-        evaluate_model(checkpoint, request, command, lambda _: lambda _done, _all: None)
-    except UserError as error:
-        return tell_user_error(error)
-    return 0
+    trained = find_trained(Path(checkpoint))
+    assert trained is not None
+    request = EvalRequest.from_recipe(trained.run.load_recipe().eval)
+    command = command_of(trained.checkpoint, request)
+    evaluate_model(checkpoint, request, command, lambda _: lambda _done, _all: None)
+    return True
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(run_child(lambda: main(sys.argv[1])))

@@ -15,6 +15,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+from sparsify.commands import rank
 from sparsify.commands.report import make_report
 from sparsify.commands.run import train_run
 from sparsify.export.bundle import export
@@ -113,7 +114,7 @@ def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
         nodes = stack.enter_context(joined(recipe.launch, place.followers))
         if recipe.launch.node_rank > 0:
             logger.info(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
-            serve(nodes)
+            serve(rank, nodes)
             return None
         recipe = resolve_for_this_machine(recipe)
         run = RunFolder(Path(recipe.run_dir))

@@ -20,8 +20,8 @@ from torch.distributed.distributed_c10d import (
 )
 
 from sparsify.evaluation.worker_pool import EvalWorker, Method
+from sparsify.runs.run_folder import POLL_SECONDS
 
-POLL_SECONDS = 0.05
 AHEAD = 2
 """Requests queued for each rank in addition to its current one, so that no rank waits while rank 0 runs its own."""
 _queue_numbers = itertools.count()

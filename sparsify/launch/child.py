@@ -1,25 +1,170 @@
-"""What the processes of a run have in common: how they end, and how they say why."""
+"""Child processes: how they are started, watched and stopped, and how their errors reach the parent.
+
+A child that fails writes its error into a file next to its log. The parent raises a `UserError` again with its class and its fields;
+of a defect it raises a `RuntimeError` with the child's traceback.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from types import ModuleType
+from typing import IO, Any, Literal
 
 from sparsify.errors import UserError
+from sparsify.files import storage_errors, write_json
 
+DONE = 0
 FAILED = 1
-INTERRUPTED = 130
 USER_ERROR = 2
+INTERRUPTED = 130
 WATCH_SECONDS = 0.5
 LOG_TAIL_LINES = 30
-_FAILED = "<<failed at>>"
-_START, _END = "<<user error>>", "<</user error>>"
+ERROR_FILE = "SPARSIFY_ERROR_FILE"
+"""Environment variable of a child: the file for its error."""
+
+
+class Child:
+    """A process in a session of its own, so that the terminal's Ctrl-C reaches it only through its parent.
+
+    Args:
+        name: What to call it in messages.
+        command: Its command line; `module_command` gives that of a module.
+        log: File for its standard error.
+        environment: Its environment; this process's own unless given.
+        output: Where its standard output goes: into the log, to this process's own, or into the pipe `stdout`.
+
+    Raises:
+        StorageError: If the log cannot be written.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        *,
+        environment: Mapping[str, str] | None = None,
+        output: Literal["log", "terminal", "pipe"] = "log",
+    ) -> None:
+        self.name, self.log = name, log
+        self._error_file = log.with_suffix(".error.json").absolute()
+        inherited = os.environ if environment is None else environment
+        with storage_errors(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            self._error_file.unlink(missing_ok=True)
+            file = log.open("w")
+        with file:
+            self._process = subprocess.Popen(
+                command,
+                env={**inherited, ERROR_FILE: str(self._error_file)},
+                stdin=subprocess.DEVNULL,
+                stdout={"log": file, "terminal": None, "pipe": subprocess.PIPE}[output],
+                stderr=file,
+                text=True,
+                start_new_session=True,
+            )
+
+    @property
+    def stdout(self) -> IO[str]:
+        """Its standard output, where that is a pipe."""
+        assert self._process.stdout is not None
+        return self._process.stdout
+
+    def poll(self) -> int | None:
+        """Its exit code, below 0 the signal that killed it; None while it runs."""
+        return self._process.poll()
+
+    def wait(self) -> int:
+        """Waits for its end; returns its exit code."""
+        return self._process.wait()
+
+    def request_stop(self) -> None:
+        """Sends SIGTERM; the child saves what it has and ends."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """Ends it at once, with its own children."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def join(self, grace_seconds: float) -> None:
+        """Waits for its end; kills it after `grace_seconds`."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(grace_seconds)
+        self.kill()
+
+    def log_tail(self) -> str:
+        """The last lines of its log."""
+        return _last_lines(self.log.read_text(errors="replace"))
+
+    def failure_time(self) -> float:
+        """When it failed, in seconds since the epoch; where it could not record that, when it last wrote into its log."""
+        return self._record().get("time") or self.log.stat().st_mtime
+
+    def error(self, when: str = "") -> Exception:
+        """What it failed with, to be raised here.
+
+        Args:
+            when: Where in the run that was, for the message about a defect.
+
+        Returns:
+            The `UserError` that it raised, or a `RuntimeError` with its traceback, or with the end of its log.
+        """
+        record, code = self._record(), self.poll()
+        if "class" in record:
+            return UserError.from_json(record)
+        if code == USER_ERROR:  # it could not write the file
+            return UserError(self.log_tail())
+        what = record.get("traceback") or self.log_tail()
+        where = " ".join(part for part in (f"exit code {code}", when) if part)
+        return RuntimeError(f"{self.name} failed with {where} (whole log: {self.log}):\n{what}")
+
+    def _record(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._error_file.read_text())
+        except (OSError, ValueError):
+            return {}
+
+
+def module_command(module: ModuleType, *arguments: str) -> list[str]:
+    """The command line that runs a module as a program."""
+    assert module.__spec__ is not None
+    return [sys.executable, "-m", module.__spec__.name, *arguments]
+
+
+def run_child(work: Callable[[], bool]) -> int:
+    """Runs what a child is for; its error goes into its log and to its parent.
+
+    Args:
+        work: Returns False if it was asked to stop before its end.
+
+    Returns:
+        The exit code of the process.
+    """
+    error_file = os.environ.pop(ERROR_FILE, None)  # not for its own children
+    try:
+        return DONE if work() else INTERRUPTED
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)
+        code, record = USER_ERROR, error.to_json()
+    except Exception:
+        traceback.print_exc()
+        code, record = FAILED, {"traceback": _last_lines(traceback.format_exc())}
+    if error_file is not None:
+        with suppress(OSError, UserError):  # a full disk: the parent reads the log
+            write_json(Path(error_file), {**record, "time": time.time()})
+    return code
 
 
 class StopRequest:
@@ -37,60 +182,23 @@ class StopRequest:
         return self.came
 
 
-def exit_with_launcher(*, whole_group: bool = False) -> None:
-    """Ends this process soon after its launcher is gone, so that no orphan writes into a run that is started again.
+def exit_with_parent(*, whole_group: bool = False) -> None:
+    """Ends this process soon after its parent is gone, so that no orphan writes into a run that is started again.
 
     Args:
         whole_group: End its process group with it, for one that has workers of its own.
     """
-    launcher = os.getppid()
+    parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == launcher:
+        while os.getppid() == parent:
             time.sleep(WATCH_SECONDS)
         if whole_group:
             os.killpg(0, signal.SIGKILL)
-        os._exit(1)
+        os._exit(FAILED)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def tell_user_error(error: UserError) -> int:
-    """Leaves the message in this process's log, where the launcher finds it; returns the exit code."""
-    print(f"{_START}{error}{_END}", file=sys.stderr, flush=True)
-    return USER_ERROR
-
-
-def tell_failure() -> None:
-    """Leaves the traceback of the error that is being handled in this process's log, with the time."""
-    print(f"{_FAILED} {time.time()}", file=sys.stderr)
-    traceback.print_exc()
-
-
-def failure_time(log: Path) -> float:
-    """When the process of a log failed, in seconds since the epoch; for one that could not say so, when it wrote last."""
-    line = log.read_text(errors="replace").rpartition(f"{_FAILED} ")[2].partition("\n")[0]
-    try:
-        return float(line)
-    except ValueError:
-        return log.stat().st_mtime
-
-
-def log_tail(log: Path) -> str:
-    """The last lines of a log; from the error on, where the process told one."""
-    said = log.read_text(errors="replace")
-    _, told, error = said.rpartition(_FAILED)
-    lines = (error.partition("\n")[2] if told else said).splitlines()
-    return "\n".join(lines[-LOG_TAIL_LINES:])
-
-
-def user_error(log: Path) -> UserError:
-    """What a process left in its log with `tell_user_error`."""
-    tail = log_tail(log)
-    message = tail.rpartition(_START)[2].partition(_END)[0].strip()
-    return UserError(message or tail)
-
-
-def raise_user_error(log: Path) -> NoReturn:
-    """Raises what a process left in its log with `tell_user_error`."""
-    raise user_error(log)
+def _last_lines(text: str) -> str:
+    return "\n".join(text.splitlines()[-LOG_TAIL_LINES:])

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from sparsify.files import storage_errors
-from sparsify.launch.child import USER_ERROR, log_tail, raise_user_error
+from sparsify.launch import ingest_worker
+from sparsify.launch.child import Child, module_command
 from sparsify.mixture.tokens.ingest import Ingest, Progress
-from sparsify.runs.run_folder import RunFolder
+from sparsify.runs.run_folder import POLL_SECONDS, RunFolder
 
-POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
 
 
@@ -46,35 +42,27 @@ class Feeder:
         self._run, self._ingests, self._on_progress = run, ingests, on_progress
         missing = sum(not ingest.open().ready for ingest in ingests.values())
         self._num_processes = min(num_processes, missing)
-        self._processes: list[subprocess.Popen[str]] = []
-        self._logs: list[Path] = []
+        self._children: list[Child] = []
 
     def __enter__(self) -> Self:
-        with storage_errors(self._run.logs):
-            self._run.logs.mkdir(parents=True, exist_ok=True)
-            for part in range(self._num_processes):
-                self._start(part)
+        for part in range(self._num_processes):
+            self._start(part)
         return self
 
     def _start(self, part: int) -> None:
-        log = self._run.logs / f"ingest-{part}.log"
         place = (str(self._run.path), str(part), str(self._num_processes))
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "sparsify.launch.ingest_worker", *place],
-                env=os.environ | {"TOKENIZERS_PARALLELISM": "true"},
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-                start_new_session=True,  # the terminal's Ctrl-C reaches it through us
-            )
-        self._processes.append(process)
-        self._logs.append(log)
-        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+        child = Child(
+            "tokenising",
+            module_command(ingest_worker, *place),
+            self._run.logs / f"ingest-{part}.log",
+            environment=os.environ | {"TOKENIZERS_PARALLELISM": "true"},
+            output="pipe",
+        )
+        self._children.append(child)
+        threading.Thread(target=self._listen, args=(child,), daemon=True).start()
 
-    def _listen(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
+    def _listen(self, child: Child) -> None:
+        for line in child.stdout:
             try:
                 name, done, need = json.loads(line)
             except ValueError:  # what a library printed, or a line that a kill cut off
@@ -87,14 +75,10 @@ class Feeder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for process in self._processes:
-            process.terminate()
-        for process in self._processes:
-            try:
-                process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        for child in self._children:
+            child.request_stop()
+        for child in self._children:
+            child.join(GRACE_SECONDS)
 
     def check(self) -> None:
         """Raises what an ingest process failed with.
@@ -103,14 +87,9 @@ class Feeder:
             UserError: If a source cannot supply its tokens.
             RuntimeError: If it failed otherwise; the message is its own.
         """
-        for process, log in zip(self._processes, self._logs, strict=True):
-            code = process.poll()
-            if code == USER_ERROR:
-                raise_user_error(log)
-            if code:
-                raise RuntimeError(
-                    f"tokenising failed with exit code {code} (whole log: {log}):\n{log_tail(log)}"
-                )
+        for child in self._children:
+            if child.poll():
+                raise child.error()
 
     def wait_until(self, enough: Callable[[Ingest], bool]) -> None:
         """Waits until enough of every source is there.

@@ -8,22 +8,20 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from sparsify.errors import RunError
+from sparsify.launch.child import Child
 from sparsify.launch.nodes import Follower, free_port
 from sparsify.recipe.engine import TORCHRUN, LaunchSection
 
 EXPORTED = ("CUDA_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PYTHON", "UCX_", "WANDB_")
 """Environment variables that other nodes are given: those whose name begins so."""
-PROGRAM = "from sparsify.cli.main import main; main()"
 GRACE_SECONDS = 20.0
 
 
@@ -127,18 +125,16 @@ def _start_others(launch: LaunchSection, arguments: Sequence[str], stack: ExitSt
         f"launch.rendezvous={rendezvous}",
     ]
     followers = []
+    logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     for rank, host in enumerate(others, 1):
-        words = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))  # noqa: SIM115  (the stack's)
-        told = _command([*arguments, *common, f"launch.node_rank={rank}"])
-        process = subprocess.Popen(
-            ["ssh", "-o", "BatchMode=yes", host, told],
-            stdin=subprocess.DEVNULL,
-            stdout=words,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches them through node 0, once all is saved
+        command = _command([*arguments, *common, f"launch.node_rank={rank}"])
+        child = Child(
+            f"Node {rank} ({host})",
+            ["ssh", "-o", "BatchMode=yes", host, command],
+            logs / f"node-{rank}.log",
         )
-        stack.callback(_end, process)
-        followers.append(Follower(f"Node {rank} ({host})", process.poll, lambda w=words: _tail(w)))
+        stack.callback(child.join, GRACE_SECONDS)  # by now node 0 has ended the others, or is gone
+        followers.append(Follower(child.name, child.poll, child.log_tail))
     return Place([*common, "launch.node_rank=0"], followers)
 
 
@@ -149,19 +145,6 @@ def _command(arguments: Sequence[str]) -> str:
         for name, value in sorted(os.environ.items())
         if name.startswith(EXPORTED)
     ]
-    program = shlex.join([sys.executable, "-c", PROGRAM, *arguments])
+    own = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]  # how this program was started
+    program = shlex.join([sys.executable, *own, *arguments])
     return f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(exported)} {program}"
-
-
-def _tail(words: IO[str]) -> str:
-    words.seek(0)
-    return words.read()[-2000:].strip()
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """By now node 0 has sent the others home, or is gone, which they notice."""
-    try:
-        process.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

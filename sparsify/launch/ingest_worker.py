@@ -14,8 +14,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from sparsify.errors import UserError
-from sparsify.launch.child import INTERRUPTED, StopRequest, exit_with_launcher, tell_user_error
+from sparsify.launch.child import StopRequest, exit_with_parent, run_child
 from sparsify.mixture.tokens.ingest import Ingest, IngestSession
 from sparsify.reporting.log_lines import error_console, print_log_lines
 from sparsify.runs.data import ingests_of
@@ -25,17 +24,14 @@ TELL_SECONDS = 1.0
 RETRY_SECONDS = 0.2
 
 
-def main(run_dir: str, part: int, parts: int) -> int:
-    """Tokenises to the end of the run's need; returns the exit code."""
-    exit_with_launcher()
+def main(run_dir: str, part: int, parts: int) -> bool:
+    """Tokenises to the end of the run's need. Returns False when it was asked to stop before."""
+    exit_with_parent()
     print_log_lines(to=error_console)  # standard output is for the launcher
     stop_requested = StopRequest()
     run = RunFolder(Path(run_dir))
-    try:
-        ingests = list(ingests_of(run.load_recipe(), run).values())[part::parts]
-        return 0 if tokenize(ingests, stop_requested) else INTERRUPTED
-    except UserError as error:
-        return tell_user_error(error)
+    ingests = list(ingests_of(run.load_recipe(), run).values())[part::parts]
+    return tokenize(ingests, stop_requested)
 
 
 def tokenize(ingests: list[Ingest], stop_requested: StopRequest) -> bool:
@@ -77,4 +73,4 @@ def _tell(ingesting: IngestSession) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    sys.exit(run_child(lambda: main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

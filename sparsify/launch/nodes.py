@@ -21,11 +21,11 @@ import torch.distributed as dist
 
 from sparsify.errors import RunError
 from sparsify.recipe.engine import LaunchSection
+from sparsify.runs.run_folder import POLL_SECONDS
 
 MEET_SECONDS = 1800.0
 """How long nodes wait for each other at the beginning: a scheduler may start them minutes apart."""
 FAREWELL_SECONDS = 10.0
-POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Nodes:
         return [failure for key in keys if self.has(key) for failure in self._get(key)]
 
     def close(self) -> None:
-        """Node 0: sends the others home. They: say good-bye, so that node 0 may go."""
+        """Node 0 ends the other nodes and waits for their acknowledgement; another node acknowledges."""
         if self._store is None:
             return
         if self.settings.node_rank > 0:
@@ -171,9 +171,9 @@ class Nodes:
         if self._store is not None:
             self._talk(lambda store: store.set(key, json.dumps(value)))
 
-    def _talk(self, say: Callable[[Any], Any]) -> Any:
+    def _talk(self, request: Callable[[Any], Any]) -> Any:
         try:
-            return say(self._store)
+            return request(self._store)
         except RuntimeError as error:
             raise self._error(
                 f"lost node 0 at {self.settings.rendezvous}: {str(error).partition(chr(10))[0]}",

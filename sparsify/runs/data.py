@@ -24,9 +24,7 @@ from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.ingest import Ingest, mixture_ingests
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.recipe import Recipe
-from sparsify.runs.run_folder import RunFolder
-
-POLL_SECONDS = 0.1
+from sparsify.runs.run_folder import POLL_SECONDS, RunFolder
 
 
 def shares_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> Shares:

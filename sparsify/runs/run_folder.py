@@ -9,6 +9,9 @@ from sparsify.errors import RunError
 from sparsify.recipe.compose import load_recipe
 from sparsify.recipe.recipe import Recipe
 
+POLL_SECONDS = 0.1
+"""How often a process looks whether another one has written or ended."""
+
 
 @dataclass(frozen=True)
 class RunFolder:

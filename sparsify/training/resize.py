@@ -11,13 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +23,7 @@ import torch
 
 from sparsify.errors import RunError
 from sparsify.files import storage_errors
-from sparsify.launch.child import exit_with_launcher, log_tail
+from sparsify.launch.child import Child, exit_with_parent, module_command, run_child
 from sparsify.methods.live_model import Engine
 from sparsify.runs.state import Shape
 
@@ -100,20 +98,14 @@ def resized(checkpoint: Path, saved: Shape, now: Shape, log: Path) -> Iterator[N
 
 
 def _convert(checkpoint: Path, to: Path, log: Path) -> None:
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "sparsify.training.resize", str(checkpoint), str(to)]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code = process.wait()
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # DeepSpeed's workers too
-            process.wait()
+    command = module_command(sys.modules[__name__], str(checkpoint), str(to))
+    child = Child(f"converting {checkpoint}", command, log)
+    try:
+        code = child.wait()
+    finally:
+        child.kill()  # DeepSpeed's workers too
     if code != 0:
-        raise RuntimeError(f"converting {checkpoint} failed (whole log: {log}):\n{log_tail(log)}")
+        raise child.error()
 
 
 @contextmanager
@@ -144,9 +136,9 @@ def universal_loading(engine: Engine) -> Iterator[None]:
             state["step"] = state["step"].clone()
 
 
-def main(checkpoint: str, to: str) -> None:
+def main(checkpoint: str, to: str) -> bool:
     """Converts one checkpoint in this process and its workers."""
-    exit_with_launcher(whole_group=True)
+    exit_with_parent(whole_group=True)
     from sparsify.runs.state import prepare_accelerator
 
     prepare_accelerator()
@@ -164,7 +156,8 @@ def main(checkpoint: str, to: str) -> None:
         inject_missing_state=True,
     )
     ds_to_universal.main(arguments)
+    return True
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(run_child(lambda: main(*sys.argv[1:])))

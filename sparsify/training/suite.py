@@ -9,13 +9,11 @@ from __future__ import annotations
 import logging
 import os
 import random
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -31,16 +29,16 @@ from sparsify.evaluation.report import write_results
 from sparsify.evaluation.request import EvalRequest, suite_of
 from sparsify.evaluation.results import EvaluationResults, SourceOverlap, read_results
 from sparsify.evaluation.worker_pool import EvalWorker
-from sparsify.files import storage_errors
-from sparsify.launch.child import USER_ERROR, log_tail, raise_user_error
+from sparsify.launch.child import Child, module_command
 from sparsify.methods.blending import plain
 from sparsify.methods.live_model import Engine, evaluating
 from sparsify.models import SparseModel
 from sparsify.recipe.recipe import Recipe
-from sparsify.runs.run_folder import RunFolder
+from sparsify.runs.run_folder import POLL_SECONDS, RunFolder
 from sparsify.runs.state import TrainingState, checkpoint_name
 from sparsify.training.kernels.activation import unfused
 from sparsify.training.suite_results import (
+    command_of,
     evaluation_folder,
     held_out_text,
     items_in_instructions,
@@ -53,8 +51,6 @@ from sparsify.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-WORKER = "sparsify.commands.suite_worker"
-POLL_SECONDS = 0.1
 ROOM = 1.3
 """Free GPU memory that a second copy of the weights needs, as a multiple of its size."""
 
@@ -65,10 +61,11 @@ class TrainingSuite:
     Args:
         recipe: The run's recipe, which names a suite.
         run: The run's folder.
+        program: Evaluates a checkpoint in a process of its own; a run under ZeRO 3 needs it.
     """
 
-    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
-        self._recipe, self._run = recipe, run
+    def __init__(self, recipe: Recipe, run: RunFolder, program: ModuleType | None) -> None:
+        self._recipe, self._run, self._program = recipe, run, program
         self._overlaps: dict[str, list[SourceOverlap]] | None = None
 
     def measure(
@@ -172,31 +169,21 @@ class TrainingSuite:
         checkpoint: Path,
         folder: Path,
     ) -> EvaluationResults:
-        log = self._run.logs / "suite.log"
-        with storage_errors(log):
-            log.parent.mkdir(parents=True, exist_ok=True)
-            file = log.open("w")
-        with file:
-            worker = subprocess.Popen(
-                [sys.executable, "-m", WORKER, str(checkpoint)],
-                env=_worker_environment(engine),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        assert self._program is not None
+        worker = Child(
+            "the suite's process",
+            module_command(self._program, str(checkpoint)),
+            self._run.logs / "suite.log",
+            environment=_worker_environment(engine),
+        )
         try:
             while worker.poll() is None:
                 queue.check()
                 time.sleep(POLL_SECONDS)
         finally:
             worker.kill()  # its journal is on the disk
-            worker.wait()
-        if worker.returncode == USER_ERROR:
-            raise_user_error(log)
-        if worker.returncode:
-            raise RuntimeError(
-                f"the suite's process ended with exit code {worker.returncode} (whole log: {log}):\n{log_tail(log)}"
-            )
+        if worker.poll():
+            raise worker.error()
         return read_results(folder)
 
     def _tokenizer(self) -> PreTrainedTokenizerFast:
@@ -205,16 +192,6 @@ class TrainingSuite:
 
     def _worker(self, model: SparseModel, tokenizer: PreTrainedTokenizerFast) -> EvalWorker:
         return EvalWorker(model, tokenizer, self._recipe.eval.suite_batch_size)
-
-
-def command_of(checkpoint: Path, request: EvalRequest) -> str:
-    """The `sparsify evaluate` command with the same result."""
-    words = ["sparsify", "evaluate", str(checkpoint), "--suite", request.suite]
-    if request.data_dir is not None:
-        words += ["--data-dir", str(request.data_dir)]
-    if request.limit is not None:
-        words += ["--limit", str(request.limit)]
-    return shlex.join([*words, "--batch-size", str(request.batch_size)])
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,13 @@ def suite_is_logged(recipe: Recipe, run: RunFolder, step: int) -> bool:
         line["kind"] == "suite" and line["step"] == step and line["folder"] == where
         for line in read_lines(run.metrics)
     )
+
+
+def command_of(checkpoint: Path, request: EvalRequest) -> str:
+    """The `sparsify evaluate` command with the same result."""
+    words = ["sparsify", "evaluate", str(checkpoint), "--suite", request.suite]
+    if request.data_dir is not None:
+        words += ["--data-dir", str(request.data_dir)]
+    if request.limit is not None:
+        words += ["--limit", str(request.limit)]
+    return shlex.join([*words, "--batch-size", str(request.batch_size)])

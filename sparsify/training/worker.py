@@ -1,25 +1,17 @@
-"""One rank of a run: `python -m sparsify.training.worker RUN_DIR`, with its rank in the environment."""
+"""One rank of a run, with its rank in the environment."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import ModuleType
 
 import torch.distributed as dist
 
 from sparsify.conversion.tokenizer import load_tokenizer
-from sparsify.errors import UserError
-from sparsify.launch.child import (
-    FAILED,
-    INTERRUPTED,
-    StopRequest,
-    exit_with_launcher,
-    tell_failure,
-    tell_user_error,
-)
+from sparsify.launch.child import StopRequest, exit_with_parent
 from sparsify.methods.distillation import load_teacher
 from sparsify.mixture.lock import check_lock, read_lock
 from sparsify.mixture.sequences.reader import SequenceReader, held_out_sequences
@@ -39,33 +31,43 @@ from sparsify.training.session import Session, Suite
 from sparsify.training.telemetry import RunTelemetry, Telemetry
 
 
-def main(run_dir: str) -> int:
-    """Trains one rank to the end of the budget; returns its exit code."""
-    exit_with_launcher()
+def main(run_dir: str, suite_worker: ModuleType) -> bool:
+    """Trains one rank to the end of the budget.
+
+    Args:
+        run_dir: The run's folder.
+        suite_worker: As for `build_session`.
+
+    Returns:
+        False when it was asked to stop before.
+    """
+    exit_with_parent()
     print_log_lines()
     stop_requested = StopRequest()
     run = RunFolder(Path(run_dir))
-    try:
-        with redirect_stdout(
-            sys.stderr
-        ):  # DeepSpeed prints while it is set up; that belongs in the log
-            init_distributed()
-            session = build_session(run, stop_requested)
-            dry_run(session)
-        finished = train(session)
-        session.telemetry.close()
-        dist.barrier()  # a rank that leaves first would break the others' connections
-        dist.destroy_process_group()
-    except UserError as error:
-        return tell_user_error(error)
-    except Exception:
-        tell_failure()
-        return FAILED
-    return 0 if finished else INTERRUPTED
+    with redirect_stdout(
+        sys.stderr
+    ):  # DeepSpeed prints while it is set up; that belongs in the log
+        init_distributed()
+        session = build_session(run, stop_requested, suite_worker)
+        dry_run(session)
+    finished = train(session)
+    session.telemetry.close()
+    dist.barrier()  # a rank that leaves first would break the others' connections
+    dist.destroy_process_group()
+    return finished
 
 
-def build_session(run: RunFolder, stop_requested: Callable[[], bool]) -> Session:
-    """Opens the data that the launcher prepared, builds the engine, and goes on from the newest checkpoint."""
+def build_session(
+    run: RunFolder, stop_requested: Callable[[], bool], suite_worker: ModuleType | None = None
+) -> Session:
+    """Opens the data that the launcher prepared, builds the engine, and resumes from the newest checkpoint.
+
+    Args:
+        run: The run's folder.
+        stop_requested: Whether training is to save and stop.
+        suite_worker: Program that evaluates a checkpoint, for a recipe with a suite under ZeRO 3.
+    """
     recipe = run.load_recipe()
     training = recipe.training
     sources = open_sources(ingests_of(recipe, run))
@@ -113,19 +115,19 @@ def build_session(run: RunFolder, stop_requested: Callable[[], bool]) -> Session
         ),
         tokenizer=load_tokenizer(run.initial),
         teacher=load_teacher(recipe, run, engine.device),
-        suite=_suite(recipe, run),
+        suite=_suite(recipe, run, suite_worker),
         saved=None if newest is None else state,
     )
 
 
-def _suite(recipe: Recipe, run: RunFolder) -> Suite | None:
+def _suite(recipe: Recipe, run: RunFolder, worker: ModuleType | None) -> Suite | None:
     if recipe.eval.suite is None:
         return None
     from sparsify.training.suite import (
         TrainingSuite,  # lm-evaluation-harness takes seconds to import
     )
 
-    return TrainingSuite(recipe, run)
+    return TrainingSuite(recipe, run, worker)
 
 
 def _agreed(newest: Path | None) -> Path | None:
@@ -133,12 +135,3 @@ def _agreed(newest: Path | None) -> Path | None:
     names = [newest]
     dist.broadcast_object_list(names)
     return names[0]
-
-
-if __name__ == "__main__":
-    code = main(sys.argv[1])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Everything is on disk and said. An ordinary exit would tear down gloo's threads in an order that C++ does not
-    # fix, and now and then end a finished rank with SIGABRT.
-    os._exit(code)

@@ -85,7 +85,7 @@ def kill(process: subprocess.Popen[bytes], chance: random.Random) -> str:
     """SIGKILL: the machine (all at once), the launcher, or one rank. Returns which."""
     launcher = psutil.Process(process.pid)
     family = [launcher, *launcher.children(recursive=True)]
-    ranks = [child for child in family if "sparsify.training.worker" in _command(child)]
+    ranks = [child for child in family if "sparsify.commands.rank" in _command(child)]
     what = chance.choice(["all", "the launcher", "one rank"] if ranks else ["all", "the launcher"])
     chosen = {"all": family, "the launcher": [launcher], "one rank": ranks[-1:]}[what]
     for victim in chosen:

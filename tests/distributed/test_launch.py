@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsify.commands import rank
 from sparsify.errors import UserError
 from sparsify.launch.hosts import placed, read_hostfile
 from sparsify.launch.launcher import launch
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.xdist_group("runs")
 MOST_SECONDS = 20  # half an hour is what the process group itself would wait
 DYING_RANK = """
 import os, sys, time
-if os.environ.get("RANK") == "1" and "sparsify.training.worker" in sys.orig_argv:
+if os.environ.get("RANK") == "1" and "sparsify.commands.rank" in sys.orig_argv:
     from torch.nn.modules.module import register_module_forward_hook
 
     def die(module, inputs, output):  # one forward pass is the dry run, two are step 1
@@ -58,7 +59,7 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
     with pytest.raises(error) as raised:
-        launch(run, Nodes(LaunchSection(processes=2)), lambda: None)
+        launch(run, rank, Nodes(LaunchSection(processes=2)), lambda: None)
     assert time.time() - float((tmp_path / "died").read_text()) < MOST_SECONDS
     said = str(raised.value)
     assert said.startswith(message)

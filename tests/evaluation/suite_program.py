@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from sparsify.commands import suite_worker
 from sparsify.evaluation import lm_adapter
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import init_distributed
@@ -40,12 +41,12 @@ def main(run: RunFolder) -> list[str]:
     random.seed(1)
     np.random.seed(1)
     torch.manual_seed(1)
-    session = build_session(run, lambda: False)
+    session = build_session(run, lambda: False, suite_worker)
     if "cut" in run.path.name:
         session.stop_requested = lambda: dist.get_rank() == 1 and len(journal_lines(run)) > 2
         assert not train(session)
         assert journal_lines(run)
-        session = build_session(run, lambda: False)
+        session = build_session(run, lambda: False, suite_worker)
         assert session.state.step == 4
     assert train(session)
     both = [""] * dist.get_world_size()
