@@ -35,7 +35,7 @@ def main(run: Path) -> None:
     """Writes the run's newest weights in bf16 into sparsify/assets/quickstart_base/, beside the tokenizer."""
     trained = find_trained(run)
     if trained is None:
-        sys.exit(f"{run} is no run folder; `sparsify train quickstart_base` makes one")
+        sys.exit(f"{run} is not a run folder; `sparsify train quickstart_base` makes one")
     sparse = load_trained(trained)
     stock = MistralForCausalLM(
         MistralConfig(**{field: getattr(sparse.config, field) for field in STOCK_FIELDS})

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     Args:
         given: What was found, with its name or path and value.
@@ -55,7 +55,7 @@ class MixtureError(UserError):
 
 
 class RunError(UserError):
-    """A run folder in a state that the command cannot go on from."""
+    """A run folder in a state that the command cannot continue from."""
 
 
 class ExportError(UserError):

@@ -24,8 +24,8 @@ _REFUSALS = {
     errno.EROFS: "the file system is read-only",
     errno.EIO: "the disk reports an error",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EEXIST: "a file stands there, not a folder",
-    errno.EISDIR: "a folder stands there, not a file",
+    errno.EEXIST: "a file is there, not a folder",
+    errno.EISDIR: "a folder is there, not a file",
     errno.ENAMETOOLONG: "the name is too long",
 }
 _SHORT_WRITE = re.compile(r"unexpected pos \d+|PytorchStreamWriter|requested and \d+ written")
@@ -48,7 +48,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         shown = _PARTIAL.sub(r"\1", str(path))
         raise StorageError(
             f"{shown} cannot be written: {refusal}.",
-            next_step="Nothing that stood there before was changed. Free space or choose another place, then run the "
+            next_step="Nothing that was there before was changed. Free space or choose another place, then run the "
             "same command again.",
         ) from error
 
@@ -66,12 +66,12 @@ def _refusal(error: Exception) -> str | None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `path` that takes its place when the block ends well, and vanishes otherwise.
+    """Yields an empty folder next to `path` that takes its place when the block ends well, and vanishes otherwise.
 
     Raises:
         StorageError: If the disk or the folder refuses.
     """
-    whole = path.absolute()  # "." has no name to put anything beside
+    whole = path.absolute()  # "." has no name to put anything next to
     partial = whole.with_name(f".{whole.name}.partial-{os.getpid()}")
     with storage_errors(path):
         try:
@@ -104,7 +104,7 @@ def refuse_foreign_folder(to: Path, marker: str, what: str) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Renames `new` to `path`, removing what stood there; that comes back if the renaming fails."""
+    """Renames `new` to `path`, removing what was there; that comes back if the renaming fails."""
     old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.exists():
         path.rename(old)

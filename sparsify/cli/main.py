@@ -63,7 +63,8 @@ def main() -> None:
         sys.exit(2)
     except Interrupted:
         print(
-            "Interrupted; the state is saved. The same command goes on from there.", file=sys.stderr
+            "Interrupted; the state is saved. The same command continues from there.",
+            file=sys.stderr,
         )
         sys.exit(INTERRUPTED)
     except KeyboardInterrupt:

@@ -68,15 +68,15 @@ def generate(
 
     Args:
         model_or_run: Bundle, model folder, Hub id, run folder or checkpoint.
-        prompt: Text to go on from.
+        prompt: Text to continue.
         num_tokens: Most tokens to add.
-        temperature: Of sampling; 0 takes the likeliest token.
+        temperature: Sampling temperature; 0 takes the most likely token.
         seed: Of sampling.
         weights: How to read the feed-forward weights: stored, int8 or int4.
         predictors: Folder of predictors; exact without it.
         threads: Of torch and of the kernels; torch's own number unless given.
         dense: Decode without the kernels.
-        write: Told each piece of the text as it comes.
+        write: Called with each piece of the text as it comes.
 
     Raises:
         ModelError: If the model cannot be loaded or has nothing to skip, or weights is none of the three.
@@ -95,7 +95,7 @@ def generate(
     streamer = _Streamer(loaded.tokenizer, acceleration, write)
     inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not inputs["input_ids"].numel():
-        raise RunError("The prompt has no tokens.", next_step="Give some text to go on from.")
+        raise RunError("The prompt has no tokens.", next_step="Give some text to continue.")
     torch.manual_seed(seed)
     start = time.perf_counter()
     output = model.generate(

@@ -50,7 +50,7 @@ def train(
         num_tokens: Held-out tokens to use, those that are kept for judging among them.
         to: Folder to write; RUN/predictors or predictors/NAME unless given.
         settings: How to train.
-        on_progress: Told how far it is, often.
+        on_progress: Called with a line about how far it is, often.
 
     Raises:
         RunError: If a setting is out of range, or the text is too short.
@@ -101,7 +101,7 @@ def judge(
         num_tokens: Tokens to judge on, about.
         max_loss_rise: The limit, nats per token.
         thresholds: To try; chosen by recall unless given.
-        on_progress: Told how far it is, often.
+        on_progress: Called with a line about how far it is, often.
 
     Raises:
         RunError: If a number is out of range, or the text is too short.

@@ -43,12 +43,12 @@ def reproduction(bundle: Path, to: Path | None) -> Reproduction:
         to: Run folder of the new run; reproductions/NAME unless given.
 
     Raises:
-        ExportError: If the folder is no bundle.
+        ExportError: If the folder is not a bundle.
     """
     path = bundle / "training" / "recipe.yaml"
     if not path.is_file():
         raise ExportError(
-            f"{bundle} is no bundle: it has no training/recipe.yaml.",
+            f"{bundle} is not a bundle: it has no training/recipe.yaml.",
             allowed="A folder that `sparsify export RUN --to DIR` wrote.",
         )
     recipe = load_recipe(path)

@@ -63,7 +63,7 @@ IDENTITY_SECTIONS = (
     "training",
     "optimizer",
 )
-"""Sections that decide what is trained: a run cannot go on with others."""
+"""Sections that decide what is trained: a run cannot resume with others."""
 LOCK_SECONDS = 2.0
 """Ranks outlive a killed launcher by less than this."""
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify-lm")
@@ -138,7 +138,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None) -> bool:
         feeder.wait_until(can_start)
         _lock_data(recipe, run, ingests)
         if step:
-            logger.info(f"Going on from step {step:,} of {recipe.num_steps:,}")
+            logger.info(f"Continuing from step {step:,} of {recipe.num_steps:,}")
         with ExitStack() as stack:
             if newest and saved:
                 log = run.logs / "convert.log"
@@ -171,7 +171,7 @@ def _open_run(recipe: Recipe, run: RunFolder) -> None:
 
 
 def check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
-    """Refuses to go on with a run under other settings than it was begun with.
+    """Refuses to resume a run under other settings than it was begun with.
 
     Raises:
         RunError: Naming the first setting that differs, with both values.
@@ -183,7 +183,7 @@ def check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
             key = changed[0]
             raise RunError(
                 f"{run.path} was begun with {section}.{key}={old[key]}; this command says {new.get(key)}.",
-                allowed=f"A run goes on only as it began ({', '.join(IDENTITY_SECTIONS)}).",
+                allowed=f"A run continues only as it began ({', '.join(IDENTITY_SECTIONS)}).",
                 next_step="Choose another folder with run_dir=…, or remove this one.",
             )
 
@@ -239,7 +239,7 @@ def _convert(recipe: Recipe, to: Path) -> Converted:
 
 
 def _keep_teacher(recipe: Recipe, run: RunFolder) -> None:
-    """Lays the dense source beside `initial`, where distillation needs it and calibration has changed the weights."""
+    """Writes the dense source next to `initial`, where distillation needs it and calibration has changed the weights."""
     needed = recipe.distillation.is_on and read_record(run.initial) is not None
     if needed and not run.teacher.is_dir():
         base = ActivationSection(*_base_activation(read_checkpoint(run.initial).config))

@@ -20,9 +20,9 @@ from sparsify.commands.report import make_report
 from sparsify.commands.run import train_run
 from sparsify.export.bundle import export
 from sparsify.files import write_json
-from sparsify.launch.hosts import placed
+from sparsify.launch.hosts import placement
 from sparsify.launch.launcher import serve
-from sparsify.launch.nodes import joined
+from sparsify.launch.nodes import rendezvous_of
 from sparsify.plan import auto_sentence, resolve_engine, this_machine
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.engine import AUTO_STAGE
@@ -60,7 +60,7 @@ def resolve_for_this_machine(recipe: Recipe) -> Recipe:
         for section, keys in (("engine", ENGINE_SETTINGS), ("training", TRAINING_SETTINGS)):
             for key in keys:
                 setattr(getattr(recipe, section), key, getattr(getattr(begun, section), key))
-        # Other processes go on with the same global batches, in whole micro-batches.
+        # Other processes continue with the same global batches, in whole micro-batches.
         sequences = recipe.training.global_batch_size // recipe.launch.total_processes
         recipe.training.micro_batch_size = math.gcd(begun.training.micro_batch_size, sequences)
         logger.info(f"engine=auto: ZeRO-{recipe.engine.zero_stage}, as this run began")
@@ -93,7 +93,7 @@ class RunResult:
 
 
 def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
-    """Runs a recipe from wherever it stands to its end: the run, its baseline, report and export.
+    """Runs a recipe from where it was stopped to its end: the run, its baseline, report and export.
 
     Args:
         name_or_path: Recipe name or path.
@@ -108,10 +108,10 @@ def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
     """
     recipe = compose_recipe(name_or_path, overrides)
     with ExitStack() as stack:
-        place = stack.enter_context(placed(recipe.launch, ["train", name_or_path, *overrides]))
+        place = stack.enter_context(placement(recipe.launch, ["train", name_or_path, *overrides]))
         if place.overrides:
             recipe = compose_recipe(name_or_path, [*overrides, *place.overrides])
-        nodes = stack.enter_context(joined(recipe.launch, place.followers))
+        nodes = stack.enter_context(rendezvous_of(recipe.launch, place.started_nodes))
         if recipe.launch.node_rank > 0:
             logger.info(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
             serve(rank, nodes)

@@ -147,7 +147,7 @@ def run_child(work: Callable[[], bool]) -> int:
     """Runs what a child is for; its error goes into its log and to its parent.
 
     Args:
-        work: Returns False if it was asked to stop before its end.
+        work: Returns False if a stop was requested before its end.
 
     Returns:
         The exit code of the process.

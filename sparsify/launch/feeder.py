@@ -1,6 +1,6 @@
 """Tokenising ahead of training, in processes of its own.
 
-Training begins when every source has something to give, and goes on while the rest is tokenised. The same sequences come out
+Training begins when every source has something to give, and continues while the rest is tokenised. The same sequences come out
 in the same order as when everything lay in the cache before.
 """
 
@@ -29,7 +29,7 @@ class Feeder:
         run: The run's folder; its recipe is written and its tokenizer lies in `initial/`.
         ingests: What it needs of each source.
         num_processes: Most processes to tokenise with.
-        on_progress: Told now and then how far a source is.
+        on_progress: Called now and then with how far a source is.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sparsify.errors import RunError
 from sparsify.launch.child import Child
-from sparsify.launch.nodes import Follower, free_port
+from sparsify.launch.nodes import StartedNode, free_port
 from sparsify.recipe.engine import TORCHRUN, LaunchSection
 
 EXPORTED = ("CUDA_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PYTHON", "UCX_", "WANDB_")
@@ -26,20 +26,20 @@ GRACE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process stands among the nodes.
+class NodePlacement:
+    """Which of the nodes this process is.
 
     Attributes:
         overrides: What the recipe's `launch` is to be, in place of what the command said.
-        followers: The other nodes, where this process started them.
+        started_nodes: The other nodes, where this process started them.
     """
 
     overrides: list[str]
-    followers: list[Follower]
+    started_nodes: list[StartedNode]
 
 
 @contextmanager
-def placed(launch: LaunchSection, arguments: Sequence[str]) -> Iterator[Place]:
+def placement(launch: LaunchSection, arguments: Sequence[str]) -> Iterator[NodePlacement]:
     """Finds this process's place, and keeps the other nodes of a hostfile running while the block runs.
 
     Args:
@@ -50,12 +50,12 @@ def placed(launch: LaunchSection, arguments: Sequence[str]) -> Iterator[Place]:
         RunError: If the hostfile cannot be used, or torchrun did not start this process as it should.
     """
     if launch.rendezvous == TORCHRUN:
-        yield Place(_torchrun(), [])
+        yield NodePlacement(_torchrun(), [])
     elif launch.hostfile is not None:
         with ExitStack() as stack:
             yield _start_others(launch, arguments, stack)
     else:
-        yield Place([], [])
+        yield NodePlacement([], [])
 
 
 def _torchrun() -> list[str]:
@@ -105,14 +105,16 @@ def read_hostfile(path: str) -> dict[str, int]:
     return hosts
 
 
-def _start_others(launch: LaunchSection, arguments: Sequence[str], stack: ExitStack) -> Place:
+def _start_others(
+    launch: LaunchSection, arguments: Sequence[str], stack: ExitStack
+) -> NodePlacement:
     assert launch.hostfile is not None
     hosts = read_hostfile(launch.hostfile)
     slots = next(iter(hosts.values()))
     if launch.processes not in (1, slots):
         raise RunError(
             f"launch.processes is {launch.processes}, but {launch.hostfile} says slots={slots}.",
-            next_step="Leave out launch.processes, or correct the file.",
+            next_step="Remove launch.processes, or correct the file.",
         )
     if len(hosts) > 1 and shutil.which("ssh") is None:
         raise RunError("launch.hostfile needs ssh, which is not installed here.")
@@ -124,7 +126,7 @@ def _start_others(launch: LaunchSection, arguments: Sequence[str], stack: ExitSt
         f"launch.processes={slots}",
         f"launch.rendezvous={rendezvous}",
     ]
-    followers = []
+    started_nodes = []
     logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     for rank, host in enumerate(others, 1):
         command = _command([*arguments, *common, f"launch.node_rank={rank}"])
@@ -134,8 +136,8 @@ def _start_others(launch: LaunchSection, arguments: Sequence[str], stack: ExitSt
             logs / f"node-{rank}.log",
         )
         stack.callback(child.join, GRACE_SECONDS)  # by now node 0 has ended the others, or is gone
-        followers.append(Follower(child.name, child.poll, child.log_tail))
-    return Place([*common, "launch.node_rank=0"], followers)
+        started_nodes.append(StartedNode(child.name, child.poll, child.log_tail))
+    return NodePlacement([*common, "launch.node_rank=0"], started_nodes)
 
 
 def _command(arguments: Sequence[str]) -> str:

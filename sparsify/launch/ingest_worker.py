@@ -25,7 +25,7 @@ RETRY_SECONDS = 0.2
 
 
 def main(run_dir: str, part: int, parts: int) -> bool:
-    """Tokenises to the end of the run's need. Returns False when it was asked to stop before."""
+    """Tokenises to the end of the run's need. Returns False when a stop was requested before."""
     exit_with_parent()
     print_log_lines(to=error_console)  # standard output is for the launcher
     stop_requested = StopRequest()
@@ -35,7 +35,7 @@ def main(run_dir: str, part: int, parts: int) -> bool:
 
 
 def tokenize(ingests: list[Ingest], stop_requested: StopRequest) -> bool:
-    """Tokenises all of them in turns. Returns False when it was asked to stop before the end."""
+    """Tokenises all of them in turns. Returns False when a stop was requested before the end."""
     waiting, told = list(ingests), 0.0
     with ExitStack() as stack:
         active: list[IngestSession] = []

@@ -1,6 +1,6 @@
-"""Starts the ranks of a run on this machine and brings home how they ended.
+"""Starts the ranks of a run on this machine and raises what they failed with.
 
-Everything is resolved before the ranks start: they get a run folder and nothing else. With several machines each has a
+Everything is resolved before the ranks start: they get nothing but a run folder. With several machines each has a
 launcher; what fails on one of them ends the ranks of all.
 
 Why not `torch.distributed.launcher.elastic_launch` (measured with torch 2.13, two gloo processes): after SIGTERM its agent kills the
@@ -26,7 +26,7 @@ import torch
 
 from sparsify.errors import RunError, StorageError, UserError
 from sparsify.launch.child import INTERRUPTED, USER_ERROR, Child, module_command
-from sparsify.launch.nodes import Nodes, Ticket
+from sparsify.launch.nodes import LaunchOrder, Nodes
 from sparsify.recipe.engine import LaunchSection
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import POLL_SECONDS, RunFolder
@@ -34,13 +34,13 @@ from sparsify.runs.run_folder import POLL_SECONDS, RunFolder
 SETTLE_SECONDS = 1.0
 """After a rank failed, the others are given this long to say what they met before they are ended."""
 SAVE_SECONDS = 600.0
-"""Ranks that were asked to stop may take this long to save."""
+"""How long ranks may take to save after SIGTERM."""
 LEAST_FREE_BYTES = 64 * 1024
-GOES_ON = "The same command goes on from the last checkpoint."
+CONTINUES = "The same command continues from the last checkpoint."
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has saved its state."""
+    """The run was interrupted and has saved its state."""
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,17 @@ def serve(worker: ModuleType, nodes: Nodes) -> None:
         UserError: As `launch`, also for what failed on another node.
         Interrupted: If the run was interrupted.
     """
-    for ticket in nodes.tickets():
-        run_ranks(RunFolder(Path(ticket.run)), worker, nodes, ticket, lambda: None)
+    for order in nodes.orders():
+        run_ranks(RunFolder(Path(order.run)), worker, nodes, order, lambda: None)
 
 
 def run_ranks(
-    run: RunFolder, worker: ModuleType, nodes: Nodes, ticket: Ticket, check: Callable[[], None]
+    run: RunFolder, worker: ModuleType, nodes: Nodes, order: LaunchOrder, check: Callable[[], None]
 ) -> None:
     """Runs this machine's ranks to the end. Raises as `launch`."""
     ranks: list[Child] = []
     first = nodes.settings.node_rank * nodes.settings.processes
-    for rank, environment in enumerate(_rank_environments(nodes.settings, ticket), first):
+    for rank, environment in enumerate(_rank_environments(nodes.settings, order), first):
         ranks.append(
             Child(
                 f"rank {rank}",
@@ -112,7 +112,7 @@ def run_ranks(
         )
     with _forward_signals(ranks) as forwarded:
         try:
-            codes, elsewhere = _wait(ranks, lambda: nodes.failures(ticket), check)
+            codes, elsewhere = _wait(ranks, lambda: nodes.failures(order), check)
         except BaseException:
             _save_and_end(ranks)
             raise
@@ -122,35 +122,37 @@ def run_ranks(
         # A rank that was still starting has no handler yet and has changed nothing.
         if code not in (None, 0, INTERRUPTED) and not (forwarded and code == -signal.SIGTERM)
     ]
-    nodes.report(ticket, [asdict(failure) for failure in mine])
+    nodes.report(order, [asdict(failure) for failure in mine])
     failures = [
         *mine,
-        *(Failure(**failure) for failure in elsewhere or _heard(nodes, ticket, mine)),
+        *(Failure(**failure) for failure in elsewhere or _reported_elsewhere(nodes, order, mine)),
     ]
     if failures:
         raise min(failures, key=_precedence).exception()
-    # One that was at its last step ends well; that may not hide that the user asked to stop.
+    # One that was at its last step ends well; that may not hide that the user wanted to stop.
     if forwarded or INTERRUPTED in codes:
         raise Interrupted
 
 
-def _heard(nodes: Nodes, ticket: Ticket, mine: list[Failure]) -> list[dict[str, Any]]:
+def _reported_elsewhere(
+    nodes: Nodes, order: LaunchOrder, mine: list[Failure]
+) -> list[dict[str, Any]]:
     """What other nodes report at the same time: what fails here may only follow from it."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while mine and nodes.settings.nodes > 1 and time.monotonic() < deadline:
-        if heard := nodes.failures(ticket):
-            return heard
+        if reported := nodes.failures(order):
+            return reported
         time.sleep(POLL_SECONDS)
     return []
 
 
 def _precedence(failure: Failure) -> tuple[int, float]:
-    """What the user can mend or the system did comes before what it led to in other ranks; then what came first."""
-    order = 0 if failure.code == USER_ERROR else 1 if failure.code < 0 else 2
-    return order, failure.time
+    """What the user can fix or the system did comes before what it led to in other ranks; then what came first."""
+    cause = 0 if failure.code == USER_ERROR else 1 if failure.code < 0 else 2
+    return cause, failure.time
 
 
-def _rank_environments(settings: LaunchSection, ticket: Ticket) -> Iterator[dict[str, str]]:
+def _rank_environments(settings: LaunchSection, order: LaunchOrder) -> Iterator[dict[str, str]]:
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -167,8 +169,8 @@ def _rank_environments(settings: LaunchSection, ticket: Ticket) -> Iterator[dict
                 "LOCAL_RANK": str(local_rank),
                 "WORLD_SIZE": str(settings.total_processes),
                 "LOCAL_SIZE": str(settings.processes),
-                "MASTER_ADDR": ticket.address,
-                "MASTER_PORT": str(ticket.port),
+                "MASTER_ADDR": order.address,
+                "MASTER_PORT": str(order.port),
                 "OMP_NUM_THREADS": str(threads),
                 "TOKENIZERS_PARALLELISM": "false",
             }
@@ -209,13 +211,13 @@ def _wait(
     while True:
         check()
         codes = [rank.poll() for rank in ranks]
-        heard = elsewhere()
-        if heard or any(code not in (None, 0, INTERRUPTED) for code in codes):
+        reported = elsewhere()
+        if reported or any(code not in (None, 0, INTERRUPTED) for code in codes):
             time.sleep(SETTLE_SECONDS)
             codes = [rank.poll() for rank in ranks]
-            for rank in ranks:  # without the one that failed they can neither go on nor save
+            for rank in ranks:  # without the one that failed they can neither continue nor save
                 rank.kill()
-            return codes, heard
+            return codes, reported
         if INTERRUPTED in codes:
             _save_and_end(ranks)
             return [rank.poll() for rank in ranks], []
@@ -253,17 +255,17 @@ def _error(run: RunFolder, code: int, rank: Child) -> Exception:
         name = signal.Signals(-code).name
         return RunError(
             f"{rank.name.capitalize()} was killed by {name} {where}.",
-            next_step=f"SIGKILL often means that memory ran out: lower training.micro_batch_size. {GOES_ON}"
+            next_step=f"SIGKILL often means that memory ran out: lower training.micro_batch_size. {CONTINUES}"
             if name == "SIGKILL"
-            else f"{GOES_ON} Its log is {rank.log}.",
+            else f"{CONTINUES} Its log is {rank.log}.",
         )
     if shutil.disk_usage(rank.log).free < LEAST_FREE_BYTES:
         # Metrics and the log itself stand on that disk, so the rank could not say so.
         return StorageError(
             f"{rank.name.capitalize()} failed {where} while the disk of {rank.log} was full.",
-            next_step="Free space, then run the same command again: it goes on from the last checkpoint.",
+            next_step="Free space, then run the same command again: it continues from the last checkpoint.",
         )
-    return RuntimeError(f"{rank.error(where)}\n{GOES_ON}")
+    return RuntimeError(f"{rank.error(where)}\n{CONTINUES}")
 
 
 def _last_step(run: RunFolder) -> int:

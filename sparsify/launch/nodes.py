@@ -1,4 +1,4 @@
-"""Several machines, one run: node 0 decides everything, the others are told by it which run to start and when to end.
+"""Several machines, one run: node 0 decides everything and tells the others which run to start and when to end.
 
 Nodes meet at `launch.rendezvous`, a TCP store that node 0 serves. What they read and write, the run folder, lies on storage that
 all of them see.
@@ -29,7 +29,7 @@ FAREWELL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
-class Ticket:
+class LaunchOrder:
     """What node 0 tells the others to start.
 
     Attributes:
@@ -50,18 +50,18 @@ class Ticket:
 
 
 @dataclass(frozen=True)
-class Follower:
+class StartedNode:
     """Another node that this one started.
 
     Attributes:
         name: What to call it.
         poll: Its exit code; None while it runs.
-        last_words: What it printed at the end.
+        output_tail: What it printed at the end.
     """
 
     name: str
     poll: Callable[[], int | None]
-    last_words: Callable[[], str]
+    output_tail: Callable[[], str]
 
 
 class Nodes:
@@ -69,20 +69,20 @@ class Nodes:
 
     Args:
         settings: Which node this is, and where they meet.
-        followers: The others, where this one started them.
+        started_nodes: The others, where this one started them.
     """
 
-    def __init__(self, settings: LaunchSection, followers: Sequence[Follower] = ()) -> None:
-        self.settings, self._followers, self._launch = settings, followers, 0
+    def __init__(self, settings: LaunchSection, started_nodes: Sequence[StartedNode] = ()) -> None:
+        self.settings, self._started_nodes, self._launch = settings, started_nodes, 0
         self._store: Any = None
         if settings.nodes > 1:
             self._store = _meet(settings)
 
-    def announce(self, run: Path) -> Ticket:
+    def announce(self, run: Path) -> LaunchOrder:
         """Node 0: has all nodes start the ranks of a run."""
         settings = self.settings
         address = "127.0.0.1" if settings.rendezvous is None else _host(settings)[0]
-        ticket = Ticket(
+        order = LaunchOrder(
             str(run.absolute()),
             address,
             free_port(),
@@ -90,11 +90,11 @@ class Nodes:
             settings.nodes,
             settings.processes,
         )
-        self._set(f"launch/{self._launch}", asdict(ticket))
+        self._set(f"launch/{self._launch}", asdict(order))
         self._launch += 1
-        return ticket
+        return order
 
-    def tickets(self) -> Iterator[Ticket]:
+    def orders(self) -> Iterator[LaunchOrder]:
         """Other nodes: the runs that node 0 starts, one after another, until it says that there are no more.
 
         Raises:
@@ -103,47 +103,49 @@ class Nodes:
         while True:
             while not self.has(f"launch/{self._launch}"):
                 time.sleep(POLL_SECONDS)
-            ticket = Ticket(**self._get(f"launch/{self._launch}"))
+            order = LaunchOrder(**self._get(f"launch/{self._launch}"))
             self._launch += 1
-            if not ticket.run:
+            if not order.run:
                 return
             mine = (self.settings.nodes, self.settings.processes)
-            if mine != (ticket.nodes, ticket.processes):
+            if mine != (order.nodes, order.processes):
                 raise self._error(
-                    f"was given launch.nodes={mine[0]} launch.processes={mine[1]}, but node 0 has {ticket.nodes} and "
-                    f"{ticket.processes}.",
+                    f"was given launch.nodes={mine[0]} launch.processes={mine[1]}, but node 0 has {order.nodes} and "
+                    f"{order.processes}.",
                     "Give every node the same command; only launch.node_rank differs.",
                 )
-            if not Path(ticket.run).is_dir():
+            if not Path(order.run).is_dir():
                 raise self._error(
-                    f"does not see {ticket.run}, the run folder of node 0.",
+                    f"does not see {order.run}, the run folder of node 0.",
                     "Set run_dir and cache_dir to folders on storage that all nodes share.",
                 )
-            yield ticket
+            yield order
 
-    def report(self, ticket: Ticket, failures: list[dict[str, Any]]) -> None:
+    def report(self, order: LaunchOrder, failures: list[dict[str, Any]]) -> None:
         """Tells the others that ranks of this node failed."""
         if failures:
-            self._set(f"failed/{ticket.launch}/{self.settings.node_rank}", failures)
-            self._set(f"failed/{ticket.launch}", True)
+            self._set(f"failed/{order.launch}/{self.settings.node_rank}", failures)
+            self._set(f"failed/{order.launch}", True)
 
-    def failures(self, ticket: Ticket) -> list[dict[str, Any]]:
+    def failures(self, order: LaunchOrder) -> list[dict[str, Any]]:
         """What other nodes reported.
 
         Raises:
             RunError: If node 0 is gone, or a node that this one started ended without a word.
         """
-        gone = [one for one in self._followers if one.poll() not in (None, 0)]  # before it is asked
+        gone = [
+            one for one in self._started_nodes if one.poll() not in (None, 0)
+        ]  # before the store is queried
         # One question as long as all goes well: every launcher asks it several times a second.
-        if self._store is None or not self.has(f"failed/{ticket.launch}"):
+        if self._store is None or not self.has(f"failed/{order.launch}"):
             if gone:
                 raise RunError(
-                    f"{gone[0].name} ended with exit code {gone[0].poll()}: {gone[0].last_words()}",
-                    next_step="The same command goes on from the last checkpoint.",
+                    f"{gone[0].name} ended with exit code {gone[0].poll()}: {gone[0].output_tail()}",
+                    next_step="The same command continues from the last checkpoint.",
                 )
             return []
         others = (node for node in range(self.settings.nodes) if node != self.settings.node_rank)
-        keys = [f"failed/{ticket.launch}/{node}" for node in others]
+        keys = [f"failed/{order.launch}/{node}" for node in others]
         return [failure for key in keys if self.has(key) for failure in self._get(key)]
 
     def close(self) -> None:
@@ -154,7 +156,7 @@ class Nodes:
             with suppress(RunError):  # node 0 may be the one that failed
                 self._set(f"left/{self.settings.node_rank}", True)
             return
-        self._set(f"launch/{self._launch}", asdict(Ticket("", "", 0, self._launch, 0, 0)))
+        self._set(f"launch/{self._launch}", asdict(LaunchOrder("", "", 0, self._launch, 0, 0)))
         deadline = time.monotonic() + FAREWELL_SECONDS
         others = [f"left/{node}" for node in range(1, self.settings.nodes)]
         while not all(map(self.has, others)) and time.monotonic() < deadline:
@@ -162,22 +164,22 @@ class Nodes:
 
     def has(self, key: str) -> bool:
         """Whether a key was set."""
-        return self._talk(lambda store: store.check([key]))
+        return self._query(lambda store: store.check([key]))
 
     def _get(self, key: str) -> Any:
-        return json.loads(self._talk(lambda store: store.get(key)))
+        return json.loads(self._query(lambda store: store.get(key)))
 
     def _set(self, key: str, value: Any) -> None:
         if self._store is not None:
-            self._talk(lambda store: store.set(key, json.dumps(value)))
+            self._query(lambda store: store.set(key, json.dumps(value)))
 
-    def _talk(self, request: Callable[[Any], Any]) -> Any:
+    def _query(self, request: Callable[[Any], Any]) -> Any:
         try:
             return request(self._store)
         except RuntimeError as error:
             raise self._error(
                 f"lost node 0 at {self.settings.rendezvous}: {str(error).partition(chr(10))[0]}",
-                "What node 0 says is the cause. The same command on every node goes on from the last checkpoint.",
+                "What node 0 says is the cause. The same command on every node continues from the last checkpoint.",
             ) from error
 
     def _error(self, what: str, next_step: str) -> RunError:
@@ -185,9 +187,11 @@ class Nodes:
 
 
 @contextmanager
-def joined(settings: LaunchSection, followers: Sequence[Follower] = ()) -> Iterator[Nodes]:
+def rendezvous_of(
+    settings: LaunchSection, started_nodes: Sequence[StartedNode] = ()
+) -> Iterator[Nodes]:
     """The rendezvous while a command lasts."""
-    nodes = Nodes(settings, followers)
+    nodes = Nodes(settings, started_nodes)
     try:
         yield nodes
     finally:
@@ -215,7 +219,7 @@ def _meet(settings: LaunchSection) -> Any:
             f"{str(error).partition(chr(10))[0]}",
             next_step="Name the host of node 0, as the other nodes know it, and a free port that no firewall closes.",
         ) from error
-    # Agents that start everything anew keep their store, and with it what was said before.
+    # Agents that restart everything keep their store, and with it what was said before.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"sparsify/{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
 

@@ -101,7 +101,7 @@ def open_sources(ingests: Mapping[str, Ingest]) -> dict[str, TokenizedSource]:
 def wait_for_sequences(
     reader: SequenceReader, first: int, count: int, stop_requested: Callable[[], bool]
 ) -> bool:
-    """Waits until these training sequences are tokenised. Returns False when this rank was asked to stop before they were."""
+    """Waits until these training sequences are tokenised. Returns False when a stop was requested before they were."""
     while not reader.is_available(first, count):
         if stop_requested():
             return False

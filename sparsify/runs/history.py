@@ -49,7 +49,7 @@ class Trajectory(_Section):
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON-lines file; none when it is not there yet.
 
-    Half a line at the end is left out: it is being written at this moment, or a killed run left it.
+    Half a line at the end is skipped: it is being written at this moment, or a killed run left it.
 
     Raises:
         RunError: If another line is not a JSON object.
@@ -94,7 +94,7 @@ def curve_records(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def is_blended(run: RunFolder) -> bool:
-    """Whether the run's activation fades in while it trains."""
+    """Whether the run's activation is blended in while it trains."""
     return run.recipe.is_file() and run.load_recipe().blending.budget_share > 0
 
 

@@ -50,7 +50,7 @@ def find_trained(path: Path) -> Trained | None:
     if checkpoint is None:
         raise RunError(
             f"{path} has no checkpoint yet.",
-            next_step="`sparsify train` with the same recipe goes on to the first one.",
+            next_step="`sparsify train` with the same recipe continues to the first one.",
         )
     return Trained(run, checkpoint)
 

@@ -96,7 +96,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _writer(name: str) -> int:
-    """The rank that DeepSpeed lets write a file: its number stands in the name of a shard, all else is rank 0's."""
+    """The rank that DeepSpeed lets write a file: its number is in the name of a shard, all else is rank 0's."""
     own = _OWN_SHARD.search(name)
     return int(own[1]) if own else 0
 

@@ -79,11 +79,11 @@ class RunFolder:
         """The recipe as it was resolved when the run was launched.
 
         Raises:
-            RunError: If this is no run folder.
+            RunError: If this is not a run folder.
         """
         if not self.recipe.is_file():
             raise RunError(
-                f"{self.path} is no run folder: it has no recipe.yaml.",
+                f"{self.path} is not a run folder: it has no recipe.yaml.",
                 next_step="Give the folder that `sparsify train` printed, such as runs/quickstart.",
             )
         return load_recipe(self.recipe)

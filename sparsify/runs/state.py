@@ -34,16 +34,16 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Everything that goes on from one step to the next besides the engine's own tensors."""
+    """Everything that passes from one step to the next besides the engine's own tensors."""
 
     step: int
     seen_tokens: int
     processes: int
     zero_stage: int
     drawn_sequences: dict[str, int]
-    """Sequences of each source so far: what was delivered, and where the schedule goes on without counting anew."""
+    """Sequences of each source so far: what was delivered, and where the schedule resumes without counting again."""
     recent_losses: list[dict[str, float] | None] = field(default_factory=list)
-    """Loss of each source at the newest steps, None where a step was bad: what the next step is judged by."""
+    """Loss of each source at the newest steps, None where a step was bad: what the next step is compared with."""
     left_out_sequences: list[list[int]] = field(default_factory=list)
     """First and last sequence of each range that did not go into the weights, because its steps were bad or taken back."""
     underused_steps: list[list[int]] = field(default_factory=list)
@@ -132,7 +132,7 @@ class StoredTensor(Protocol):
 
 
 def consolidated_weights(checkpoint: Path) -> dict[str, StoredTensor]:
-    """Finds the trained weights in a run's own shards, without an engine. A tensor is read when it is asked for.
+    """Finds the trained weights in a run's own shards, without an engine. A tensor is read when it is needed.
 
     Returns:
         Tensors by the model's parameter names: the live weights for ZeRO 0 to 2; for ZeRO 3 the fp32 master weights,

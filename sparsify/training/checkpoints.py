@@ -114,7 +114,7 @@ def newest_whole(checkpoints: Path) -> Path | None:
         if reason is None:
             for other, what in passed_over:
                 logger.warning(
-                    f"Checkpoint {other} is damaged: {what}. Going on from {name}, the one before."
+                    f"Checkpoint {other} is damaged: {what}. Continuing from {name}, the one before."
                 )
             if passed_over:
                 write_text(pointer, name + "\n")

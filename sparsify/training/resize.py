@@ -1,4 +1,4 @@
-"""Going on with another number of processes or another ZeRO stage, by way of DeepSpeed's universal checkpoints.
+"""Resuming with another number of processes or another ZeRO stage, by way of DeepSpeed's universal checkpoints.
 
 DeepSpeed's shards fit only as many ranks as wrote them. The launcher converts them into one file a tensor before the
 ranks start, the ranks load those, and the next save, which is an ordinary one, removes them.
@@ -48,7 +48,7 @@ def check_convertible(checkpoint: Path, saved: Shape, now: Shape) -> None:
         stages = {0: "0", 1: "1 or 2", 3: "3"}[_family(saved.zero_stage)]
         raise RunError(
             f"{checkpoint} was written by {saved}; this run has {now}.",
-            allowed=f"From there DeepSpeed goes on at stage {stages}, with any number of processes.",
+            allowed=f"From there DeepSpeed continues at stage {stages}, with any number of processes.",
             next_step=f"Set engine.zero_stage={saved.zero_stage}, or start another run with run_dir=….",
         )
 
@@ -70,8 +70,8 @@ def resized(checkpoint: Path, saved: Shape, now: Shape, log: Path) -> Iterator[N
     Args:
         checkpoint: A whole checkpoint.
         saved: The shape that wrote it.
-        now: The shape that is to go on from it.
-        log: What DeepSpeed prints meanwhile.
+        now: The shape that is to resume from it.
+        log: What DeepSpeed prints in the meantime.
 
     Raises:
         RunError: If it cannot be converted.

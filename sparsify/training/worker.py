@@ -39,7 +39,7 @@ def main(run_dir: str, suite_worker: ModuleType) -> bool:
         suite_worker: As for `build_session`.
 
     Returns:
-        False when it was asked to stop before.
+        False when a stop was requested before.
     """
     exit_with_parent()
     print_log_lines()

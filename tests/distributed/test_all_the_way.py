@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
 
     result = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "Going on from step" in result.stdout
+    assert "Continuing from step" in result.stdout
     assert losses(run) == losses(straight)
     assert weights_hash(run) == weights_hash(straight)
 

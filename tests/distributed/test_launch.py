@@ -14,9 +14,9 @@ import pytest
 
 from sparsify.commands import rank
 from sparsify.errors import UserError
-from sparsify.launch.hosts import placed, read_hostfile
+from sparsify.launch.hosts import placement, read_hostfile
 from sparsify.launch.launcher import launch
-from sparsify.launch.nodes import Follower, Nodes, free_port
+from sparsify.launch.nodes import Nodes, StartedNode, free_port
 from sparsify.recipe.engine import LaunchSection
 from tests.conftest import Command, Setup
 from tests.ranks import prepare_run, records
@@ -64,7 +64,7 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(
     said = str(raised.value)
     assert said.startswith(message)
     assert "after step 1" in said
-    assert "The same command goes on from the last checkpoint." in said
+    assert "The same command continues from the last checkpoint." in said
     if deed == "raised":
         assert "LookupError: no such neuron" in said
     assert "Connection" not in said  # rank 0's noise
@@ -134,7 +134,7 @@ def test_nodes_that_were_given_other_numbers_are_told(command: Command, tmp_path
     other = Nodes(LaunchSection(processes=4, nodes=2, node_rank=1, rendezvous=place))
     first.announce(tmp_path)
     with pytest.raises(UserError, match=r"launch.processes=4, but node 0 has 2 and 2") as raised:
-        next(other.tickets())
+        next(other.orders())
     assert "only launch.node_rank differs" in str(raised.value)
     other.close()
     started = time.monotonic()
@@ -146,13 +146,13 @@ def test_nodes_that_were_given_other_numbers_are_told(command: Command, tmp_path
 
 def test_a_node_that_ended_without_a_word_is_named(tmp_path: Path) -> None:
     place = f"127.0.0.1:{free_port()}"
-    gone = Follower("Node 1 (gpu7)", lambda: 255, lambda: "ssh: Could not resolve hostname gpu7")
+    gone = StartedNode("Node 1 (gpu7)", lambda: 255, lambda: "ssh: Could not resolve hostname gpu7")
     nodes = Nodes(LaunchSection(processes=1, nodes=2, rendezvous=place), [gone])
-    ticket = nodes.announce(tmp_path)
+    order = nodes.announce(tmp_path)
     with pytest.raises(
         UserError, match=r"Node 1 \(gpu7\) ended with exit code 255: ssh: Could not"
     ):
-        nodes.failures(ticket)
+        nodes.failures(order)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_without_torchrun_its_place_is_refused(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("GROUP_WORLD_SIZE", raising=False)
     with (
         pytest.raises(UserError, match="torchrun did not start this process") as raised,
-        placed(LaunchSection(rendezvous="torchrun"), []),
+        placement(LaunchSection(rendezvous="torchrun"), []),
     ):
         pass
     assert "--nproc-per-node=1" in str(raised.value)

@@ -82,7 +82,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert newest_whole(saved) == saved / "step-00000004"
     assert (saved / "latest").read_text() == "step-00000004\n"
     (warning,) = caplog.messages
-    expected = f"Checkpoint step-00000006 is damaged: {reason}.*Going on from step-00000004"
+    expected = f"Checkpoint step-00000006 is damaged: {reason}.*Continuing from step-00000004"
     assert re.search(expected, warning)
 
 
