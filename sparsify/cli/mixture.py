@@ -1,4 +1,4 @@
-"""`sparsify mixture`: look at a mixture, count it, find better ratios."""
+"""`sparsify mixture`: preview, stats and tuning of data mixtures."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from sparsify.cli.options import AsJson, Overrides, console, log_progress
 
 mixture_app = typer.Typer(
     no_args_is_help=True,
-    help="Mixtures: look at what training would draw, count it, find better ratios.",
+    help="Mixtures: preview training sequences, measure sources, find better ratios.",
 )
 DEFAULT_TOKENIZER = "package:sparsify/assets/quickstart_base"
 Tokenizer = Annotated[
     str,
-    typer.Option("--tokenizer", help="Model folder, Hub id or package:NAME/PATH it comes from."),
+    typer.Option("--tokenizer", help="Tokenizer: model folder, Hub id or package:NAME/PATH."),
 ]
-SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Length of a sequence.")]
+SequenceLength = Annotated[
+    int, typer.Option("--sequence-length", help="Sequence length in tokens.")
+]
 
 
 @mixture_app.command("preview")
 def mixture_preview(
     mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
-    sequences: Annotated[int, typer.Option("--sequences", help="Sequences of each source.")] = 1,
+    sequences: Annotated[
+        int, typer.Option("--sequences", help="Number of sequences per source.")
+    ] = 1,
     sequence_length: SequenceLength = 256,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
 ) -> None:
-    """Shows real training sequences of every source: where documents meet, which tokens carry loss.
+    """Shows training sequences of every source, with document boundaries and the tokens that carry loss.
 
     Example: sparsify mixture preview quickstart --sequences 2
     """
@@ -43,13 +47,13 @@ def mixture_preview(
 def mixture_stats(
     mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
     budget_tokens: Annotated[
-        int, typer.Option("--budget-tokens", help="Training tokens to look at.")
+        int, typer.Option("--budget-tokens", help="Training budget in tokens.")
     ] = 1_000_000,
     sequence_length: SequenceLength = 2048,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
     as_json: AsJson = False,
 ) -> None:
-    """Counts a mixture: documents, tokens, tokens per document, packing efficiency, epochs at a budget.
+    """Measures a mixture: documents, tokens, tokens per document, packing efficiency, epochs at a budget.
 
     Example: sparsify mixture stats quickstart --budget-tokens 10000000
     """
@@ -70,31 +74,44 @@ def mixture_tune(
     over: Annotated[
         list[str],
         typer.Option(
-            help="What to vary: mixture.instruction_token_share=0:0.4, token_shares, or SOURCE=0.2:0.8; repeatable."
+            help="Shares to vary: mixture.instruction_token_share=0:0.4, token_shares, or SOURCE=0.2:0.8; repeatable."
         ),
     ],
-    trials: Annotated[int, typer.Option(help="Proxy runs; the first is the recipe's mixture.")],
+    trials: Annotated[
+        int, typer.Option(help="Number of proxy runs, including one with the recipe's mixture.")
+    ],
     trial_tokens: Annotated[int, typer.Option(help="Training tokens of each proxy run.")],
     overrides: Overrides = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option(help="DOMAIN=FACTOR: it counts FACTOR times its share in the mixture."),
+        typer.Option(
+            help="Weight of a domain's loss, as DOMAIN=FACTOR times its share in the mixture; repeatable."
+        ),
     ] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="YAML file of the mixture.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option(
+            "--to", help="Path of the tuned mixture's YAML file; default: in the tuning's folder."
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write the mixture even if the data do not support it.")
     ] = False,
     confirm: Annotated[
-        bool, typer.Option("--confirm", help="Train both mixtures once more with another seed.")
+        bool,
+        typer.Option(
+            "--confirm", help="Train both mixtures again with another seed, and compare them."
+        ),
     ] = False,
     confirm_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of those two runs; those of a trial unless given.")
+        int | None,
+        typer.Option(help="Training tokens of the confirmation's runs; default: --trial-tokens."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Finds a better mixture ratio: short proxy runs, a regression with its uncertainty, and a new mixture file.
+    """Finds better mixture ratios with short proxy runs and a regression, and writes a new mixture file.
 
-    Says so when the trials do not support a choice. The same command goes on where it stopped.
+    Writes no file if the trials do not support a choice. The same command resumes an interrupted tuning.
 
     Example: sparsify mixture tune quickstart --over token_shares --trials 8 --trial-tokens 40960 --confirm
     """

@@ -212,7 +212,7 @@ def _calibrated_layers(calibration: Calibration) -> RenderableType:
 
 
 def mixture_table(stats: MixtureStats) -> RenderableType:
-    """Sizes of a mixture, one source a row."""
+    """Sizes of a mixture, one source per row."""
     table = figures_table(
         f"{stats.mixture}: {stats.budget_tokens:,} training tokens in sequences of {stats.sequence_length:,}",
         "source",
@@ -237,7 +237,7 @@ def mixture_table(stats: MixtureStats) -> RenderableType:
     notes = (
         "tokens each: half of the documents have at most the first number, 95% at most the second\n"
         "full: share of sequence positions that carry tokens after packing\n"
-        "+ the source goes on: it was read as far as the budget needs it"
+        "+ the source has more: it was read as far as the budget needs it"
     )
     dropped = [Text(note) for source in stats.sources.values() for note in source.dropped.notes]
     return Group("", table, Text(notes, style="dim"), *dropped)
