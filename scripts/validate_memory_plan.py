@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, computed_field
 from rich.console import Console
-from rich.table import Table
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -43,6 +42,7 @@ from sparsify.plan.parameters import count_parameters
 from sparsify.recipe.compose import compose_recipe, save_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import DistillationSection
+from sparsify.reporting.tables import Table
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import accumulate
@@ -235,17 +235,20 @@ def _ranks(recipe: Recipe, run: RunFolder) -> list[dict[str, int]]:
 
 def memory_table(results: Sequence[Measured]) -> Table:
     """Predicted against measured, for a terminal."""
-    table = Table(title="Peak of a process's tensors", title_justify="left", box=None)
-    table.add_column("trial")
-    for name in ("predicted", "measured", "error", "while set up", "resident"):
-        table.add_column(name, justify="right")
-    table.add_column("peak expected at")
+    header = [
+        "trial",
+        "predicted",
+        "measured",
+        "error",
+        "while set up",
+        "resident",
+        "peak expected at",
+    ]
+    table = Table("Peak of a process's tensors", header, left=(0, 6))
     for one in results:
         sizes = (one.predicted_bytes, one.measured_bytes, one.setup_bytes, one.resident_bytes)
         predicted, measured, setup, resident = (f"{size / 1e6:,.0f} MB" for size in sizes)
-        table.add_row(
-            one.trial, predicted, measured, f"{one.error:+.1%}", setup, resident, one.moment
-        )
+        table.add(one.trial, predicted, measured, f"{one.error:+.1%}", setup, resident, one.moment)
     return table
 
 

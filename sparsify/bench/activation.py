@@ -15,7 +15,7 @@ from sparsify.bench.training_report import Ratio
 from sparsify.errors import RecipeError, check_choice
 from sparsify.models import FfnActivation
 from sparsify.models.activations import activation_names
-from sparsify.reporting.tables import figures_table
+from sparsify.reporting.tables import Table
 from sparsify.training.kernels.activation import fastest_implementation, fuse
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -183,22 +183,18 @@ def _speed(eager: list[float], own: list[float]) -> Ratio:
 
 def activation_table(bench: ActivationBench) -> RenderableType:
     """The ways as a table, and what the numbers rest on."""
-    table = figures_table(
+    table = Table(
         f"{bench.activation} of {bench.tokens:,} × {bench.neurons:,} {bench.dtype}",
-        "",
-        "time",
-        "× eager",
-        "middle half",
-        "of a copy",
+        ["", "time", "× eager", "middle half", "of a copy"],
     )
     for way in bench.ways:
-        table.add_row(
+        table.add(
             f"{way.name}, forward",
             f"{way.forward_seconds * 1e3:,.2f} ms",
             *_cells(way.forward_speed),
             f"{way.forward_bandwidth_share:.0%}",
         )
-        table.add_row(
+        table.add(
             f"{way.name}, with backward",
             f"{way.both_seconds * 1e3:,.2f} ms",
             *_cells(way.both_speed),

@@ -14,10 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.pyplot import subplots
 from matplotlib.ticker import PercentFormatter
-from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from sparsify.bench.decode_result import (
     CONTENDERS,
@@ -30,6 +28,7 @@ from sparsify.bench.decode_result import (
 from sparsify.errors import RunError
 from sparsify.files import write_bytes
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image
+from sparsify.reporting.tables import Table
 
 GIGA, MEGA = 1e9, 1e6
 SHOWN_LAYERS = 5
@@ -49,13 +48,15 @@ def decode_table(bench: DecodeBench) -> RenderableType:
 
 
 def _speed(bench: DecodeBench) -> Table:
-    table = _table(
+    table = Table(
         f"One block, {bench.hidden}×{bench.neurons}, {formats(bench.dtype, bench.weights)}: times as fast ± half of the middle half of the repeats",
-        [*WHERE, "dense", "exact", "exact", "predictor"],
-        ["", "", "", "", "on torch", "on torch", "on dense", "on dense"],
+        _headings(
+            [*WHERE, "dense", "exact", "exact", "predictor"],
+            ["", "", "", "", "on torch", "on torch", "on dense", "on dense"],
+        ),
     )
     for point in bench.ffn:
-        table.add_row(
+        table.add(
             *_where(point),
             str(point.ratio("dense", "torch")),
             str(point.ratio("exact", "torch")),
@@ -75,16 +76,18 @@ def _crossover(bench: DecodeBench) -> str:
 
 def _bytes(bench: DecodeBench) -> Table:
     everything = bench.ffn[0].bytes_read
-    table = _table(
+    table = Table(
         f"What they read (torch {everything['torch'] / MEGA:.1f} MB, dense {everything['dense'] / MEGA:.1f} MB) and what that "
         "allows: MB, times as fast as dense, and how much of this machine's reading speed is used",
-        [*WHERE, "exact", "pred.", "exact", "pred.", "torch, dense, exact, pred."],
-        ["", "", "", "", "MB", "MB", "allows", "allows", "% of reading speed"],
+        _headings(
+            [*WHERE, "exact", "pred.", "exact", "pred.", "torch, dense, exact, pred."],
+            ["", "", "", "", "MB", "MB", "allows", "allows", "% of reading speed"],
+        ),
     )
     for point in bench.ffn:
         read = point.bytes_read
         shares = (f"{100 * point.read_share(one):4.0f}" for one in CONTENDERS)
-        table.add_row(
+        table.add(
             *_where(point),
             *(f"{read[one] / MEGA:.1f}" for one in ("exact", "predictor")),
             f"{point.ideal('exact'):.2f}",
@@ -104,16 +107,18 @@ def _where(point: FfnPoint) -> list[str]:
 
 
 def _model(model: ModelPoint) -> Table:
-    table = _table(
-        f"{escape(model.model)}: {model.layers} layers, {formats(model.dtype, model.weights)}, {model.threads} thread(s); "
+    table = Table(
+        f"{model.model}: {model.layers} layers, {formats(model.dtype, model.weights)}, {model.threads} thread(s); "
         f"{model.active_share:.1%} of the neurons fire",
-        ["decoding", "tokens/s", "times", "bytes", "MB", "outside", "prompt"],
-        ["", "", "as fast", "allow", "a token", "blocks", f"of {model.prompt_tokens}"],
+        _headings(
+            ["decoding", "tokens/s", "times", "bytes", "MB", "outside", "prompt"],
+            ["", "", "as fast", "allow", "a token", "blocks", f"of {model.prompt_tokens}"],
+        ),
     )
     dense_bytes = model.bytes_read["torch"]
     for name, timing in model.decode_seconds.items():
         prompt = model.prompt_seconds
-        table.add_row(
+        table.add(
             "dense (torch)" if name == "torch" else name,
             f"{1 / timing.median:.1f}",
             str(model.ratio(name)),
@@ -127,12 +132,12 @@ def _model(model: ModelPoint) -> Table:
 
 def _layers(model: ModelPoint) -> Table:
     shown = sorted(model.reads, key=lambda one: one.touched_share, reverse=True)[:SHOWN_LAYERS]
-    table = _table(
+    table = Table(
         "Layers that hold it back most: their exact blocks read the most rows",
         ["layer", "neurons that fire", "rows read", "its block at most"],
     )
     for one in shown:
-        table.add_row(
+        table.add(
             str(one.layer),
             f"{one.fired_share:.1%}",
             f"{one.touched_share:.1%}",
@@ -170,19 +175,8 @@ def _reading(bench: DecodeBench) -> str:
     return f"{min(speeds):.0f} to {max(speeds):.0f} GB/s of plain reading by {bench.threads} thread(s), in turns with the rest."
 
 
-def _table(title: str, columns: Sequence[str], below: Sequence[str] = ()) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for index, column in enumerate(columns):
-        head = f"{column}\n{below[index]}" if below else column
-        table.add_column(head, justify="left" if index == 0 else "right", no_wrap=True)
-    return table
+def _headings(columns: Sequence[str], below: Sequence[str]) -> list[str]:
+    return [f"{column}\n{under}" for column, under in zip(columns, below, strict=True)]
 
 
 FORMATS = (".png", ".svg")

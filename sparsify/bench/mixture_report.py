@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
-from rich.table import Table
 
-from sparsify.reporting.tables import figures_table
+from sparsify.reporting.tables import Table
 
 
 class Delivered(BaseModel):
@@ -128,13 +127,9 @@ def mixture_table(bench: MixtureBench) -> RenderableType:
 
 
 def _shares_table(bench: MixtureBench) -> Table:
-    table = figures_table(
+    table = Table(
         f"Shares of tokens delivered over {bench.num_sequences:,} sequences of {bench.sequence_length:,} tokens",
-        "source",
-        "requested",
-        "sparsify",
-        "interleave_datasets",
-        "… by length*",
+        ["source", "requested", "sparsify", "interleave_datasets", "… by length*"],
     )
     columns = (
         bench.ours.delivered,
@@ -143,25 +138,22 @@ def _shares_table(bench: MixtureBench) -> Table:
     )
     for name, requested in bench.requested_token_shares.items():
         given = (f"{column.token_shares[name]:.1%}" for column in columns)
-        table.add_row(name, f"{requested:.1%}", *given)
-    table.add_section()
+        table.add(name, f"{requested:.1%}", *given)
+    table.add_rule()
     deviations = (f"{column.largest_deviation_sequences:,.1f} sequences" for column in columns)
-    table.add_row("largest deviation, at any moment", "", *deviations)
+    table.add("largest deviation, at any moment", "", *deviations)
     texts = (f"{column.text_positions:.1%}" for column in columns)
-    table.add_row("sequence positions that carry text", "", *texts)
+    table.add("sequence positions that carry text", "", *texts)
     cut = (f"{column.cut_documents:,}" for column in columns)
-    table.add_row("documents cut though shorter than a sequence", "", *cut)
+    table.add("documents cut though shorter than a sequence", "", *cut)
     return table
 
 
 def _run_table(bench: MixtureBench) -> Table:
     ours, theirs = bench.ours, bench.interleaved
-    table = figures_table(
+    table = Table(
         f"The run, stopped after sequence {bench.stopped_after_sequences:,} and resumed",
-        "",
-        "sparsify",
-        "interleave_datasets",
-        "ratio",
+        ["", "sparsify", "interleave_datasets", "ratio"],
     )
     _add(
         table,
@@ -170,7 +162,7 @@ def _run_table(bench: MixtureBench) -> Table:
     )
     _add(table, "of these lost by the resume", [f"{s.resumed.lost:,}" for s in _sides(bench)])
     _add(table, "repeated by the resume", [f"{s.resumed.repeated:,}" for s in _sides(bench)])
-    table.add_section()
+    table.add_rule()
     _add(
         table,
         "text → sequences, M tokens/s",
@@ -208,22 +200,22 @@ def _run_table(bench: MixtureBench) -> Table:
 
 
 def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
-    table = figures_table("sparsify in one process, M tokens/s", "", "sparsify", "against", "ratio")
-    table.add_row(
+    table = Table("sparsify in one process, M tokens/s", ["", "sparsify", "against", "ratio"])
+    table.add(
         f"ingest: documents → cache, {tokenized.num_tokens / MEGA:.1f}M tokens",
         f"{tokenized.tokens_per_second / MEGA:.2f}",
         f"{tokenized.bare_tokens_per_second / MEGA:.2f} bare tokenizer, text in memory",
         f"{tokenized.ratio:.2f}",
     )
     for one in loaded:
-        table.add_row(
+        table.add(
             f"load sequences of {one.sequence_length:,}, 10^12 tokens into a plan",
             "–" if one.far_tokens_per_second is None else f"{one.far_tokens_per_second / MEGA:.1f}",
             f"{one.tokens_per_second / MEGA:.1f} at its beginning",
             "–" if one.far_ratio is None else f"{one.far_ratio:.2f}",
         )
     first = loaded[0]
-    table.add_row(
+    table.add(
         f"open the cache, draw the first batch at step {first.first_batch_step:,}",
         _seconds(first.first_batch_seconds),
     )
@@ -248,7 +240,7 @@ def _sides(bench: MixtureBench) -> tuple[Side, Side]:
 
 
 def _add(table: Table, label: str, values: Sequence[str], ratio: str = "") -> None:
-    table.add_row(label, *values, ratio)
+    table.add(label, *values, ratio)
 
 
 def _as_fast(ratio: float) -> str:

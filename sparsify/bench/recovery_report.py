@@ -10,14 +10,13 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, PercentFormatter
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from sparsify.bench.recovery import DENSE, Recovery, RecoveryArm
 from sparsify.files import write_text
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image
+from sparsify.reporting.tables import Table
 
 PANEL_INCHES = 4.4
 MARKERS = "osD^vP*X<>hp"
@@ -33,19 +32,9 @@ PICTURES: dict[str, tuple[str, str]] = {
 def recovery_table(recovery: Recovery) -> RenderableType:
     """One row a variant, from the smallest gap on, and what the numbers rest on."""
     seeds = ", ".join(map(str, recovery.seeds))
-    table = Table(
-        title=f"After {recovery.budget_tokens:,} tokens, mean of seeds {seeds}",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=0,
-        show_edge=False,
-    )
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if index else "left", no_wrap=" " not in column)
-    for variant in sorted(
-        recovery.variants, key=lambda variant: (variant.name != DENSE, variant.gap)
-    ):
-        table.add_row(*_row(variant))
+    variants = sorted(recovery.variants, key=lambda variant: (variant.name != DENSE, variant.gap))
+    title = f"After {recovery.budget_tokens:,} tokens, mean of seeds {seeds}"
+    table = Table(title, COLUMNS, [_row(variant) for variant in variants])
     return Group("", table, Text(_notes(recovery)))
 
 

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
-from rich.table import Table
 
-from sparsify.reporting.tables import figures_table
+from sparsify.reporting.tables import Table
 
 
 class Ratio(BaseModel):
@@ -75,9 +74,7 @@ def training_table(bench: TrainBench) -> RenderableType:
 
 
 def _loops_table(bench: TrainBench) -> Table:
-    table = figures_table(
-        "A training step", "", "tokens/s", "against", "ratio", "middle half of pairs"
-    )
+    table = Table("A training step", ["", "tokens/s", "against", "ratio", "middle half of pairs"])
     _add(table, "bare engine: forward, backward, step", bench.bare)
     _add(table, "sparsify", bench.ours, "bare engine", bench.loop_overhead, added=True)
     _add(table, "sparsify", bench.ours, "Trainer", bench.speed_against_trainer)
@@ -96,24 +93,22 @@ def _add(
 ) -> None:
     speed = f"{loop.tokens_per_second:,.0f}"
     if ratio is None:
-        table.add_row(label, speed)
+        table.add(label, speed)
         return
     form = "{:+.1%} time" if added else "{:.2f} × as fast"
     spread = "{:+.1%} to {:+.1%}" if added else "{:.2f} to {:.2f}"
     middle = spread.format(ratio.lower_quartile, ratio.upper_quartile)
-    table.add_row(label, speed, against, form.format(ratio.median), middle)
+    table.add(label, speed, against, form.format(ratio.median), middle)
 
 
 def _probe_table(bench: TrainBench) -> Table:
     probe = bench.probe
-    table = figures_table(
+    table = Table(
         f"A validation of {probe.held_out_tokens:,} tokens after every {probe.every_tokens:,} tokens of training",
-        "",
-        "seconds",
-        "share of training",
+        ["", "seconds", "share of training"],
     )
-    table.add_row("all of it", f"{probe.validation_seconds:.2f}", f"{probe.validation_share:.2%}")
-    table.add_row("of it the probe", f"{probe.probe_seconds:.2f}", f"{probe.probe_share:.2%}")
+    table.add("all of it", f"{probe.validation_seconds:.2f}", f"{probe.validation_share:.2%}")
+    table.add("of it the probe", f"{probe.probe_seconds:.2f}", f"{probe.probe_share:.2%}")
     return table
 
 

@@ -1,4 +1,4 @@
-"""`sparsify evaluate` and `sparsify paper`: a suite of tasks on one model; the paper's own comparison, made again."""
+"""`sparsify evaluate`: a suite of tasks on one model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_line
+from sparsify.cli.options import AsJson, console, log_progress, print_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -112,38 +112,6 @@ def evaluate(
         for note in results.notes:
             print_line(note)
     print_line(where)
-
-
-def paper(
-    recipe: Annotated[str, typer.Argument(help="Recipe whose run has a baseline")],
-    overrides: Overrides = None,
-    on: Annotated[
-        str | None,
-        typer.Option(
-            "--on",
-            help="Text or mixture for perplexity; the recipe's own held-out text unless given.",
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of it.")] = 65_536,
-    as_json: AsJson = False,
-) -> None:
-    """Trains dReLU and SwiGLU from the same start and writes the TurboSparse paper's tables of it, ours beside the paper's.
-
-    Example: sparsify paper paper/from_scratch_2m
-    """
-    from sparsify.commands.paper import paper_tables
-    from sparsify.evaluation.report import terminal_table
-
-    log_progress(quiet=as_json)
-    rows, tables, to = paper_tables(recipe, overrides or [], on, tokens)
-    if as_json:
-        console.print_json(tables.model_dump_json())
-        return
-    for table in rows:
-        console.print(terminal_table(table))
-        for note in table.notes:
-            print_line(note)
-    print_line(f"{to}: tables.md, tables.json")
 
 
 @contextmanager

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from sparsify.cli.bench import bench_app
-from sparsify.cli.evaluate import evaluate, paper
+from sparsify.cli.evaluate import evaluate
 from sparsify.cli.export import export_app
 from sparsify.cli.generate import generate
 from sparsify.cli.mixture import mixture_app
@@ -39,7 +40,6 @@ app.add_typer(export_app, name="export")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
 app.command()(generate)
-app.command()(paper)
 
 INTERRUPTED = 130
 
@@ -78,11 +78,15 @@ def recipes_list(as_json: AsJson = False) -> None:
 
     Example: sparsify recipes list
     """
-    from sparsify.cli import tables
     from sparsify.recipe.catalogue import recipe_names, recipe_path, recipe_summary
+    from sparsify.reporting.tables import Table
 
     rows = {name: recipe_summary(recipe_path(name)) for name in recipe_names()}
-    console.print_json(json.dumps(rows)) if as_json else console.print(tables.recipes_table(rows))
+    if as_json:
+        console.print_json(json.dumps(rows))
+    else:
+        cells = [[Text(name, "bold"), summary] for name, summary in rows.items()]
+        console.print(Table("", None, cells, left=(0, 1)))
 
 
 @recipes_app.command("show")
@@ -214,7 +218,6 @@ def convert(
 
     Example: sparsify convert mistralai/Mistral-7B-v0.1 --calibrate-on my_text.jsonl.gz --to mistral-drelu
     """
-    from sparsify.cli import tables
     from sparsify.commands import convert as verb
 
     chosen, settings = verb.conversion_settings(
@@ -225,9 +228,9 @@ def convert(
     else:
         swap = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens)
     if as_json:
-        console.print_json(json.dumps(tables.replacement_record(swap)))
+        console.print_json(json.dumps(verb.replacement_record(swap)))
     else:
-        console.print(tables.replacement_table(swap))
+        console.print(verb.replacement_table(swap))
 
 
 @app.command()
@@ -243,18 +246,17 @@ def train(
 
     Example: sparsify train quickstart mixture.instruction_token_share=0.3
     """
-    from sparsify.cli import tables
-    from sparsify.commands.train import train as run_recipe
+    from sparsify.commands import train as verb
     from sparsify.recipe.compose import sweep
 
     for choice in sweep(overrides or []) if multirun else [overrides or []]:
-        result = run_recipe(recipe, choice)
+        result = verb.train(recipe, choice)
         if result is None:
             continue  # node 0 shows it
         if as_json:
-            console.print_json(json.dumps(tables.run_record(result)))
+            console.print_json(json.dumps(verb.run_record(result)))
         else:
-            console.print(tables.run_summary(result))
+            console.print(verb.run_summary(result))
 
 
 @app.command()
@@ -282,8 +284,8 @@ def report(
 
     Example: sparsify report runs/quickstart --on my_text.txt.gz
     """
-    from sparsify.cli import tables
     from sparsify.commands.report import make_report
+    from sparsify.sparsity.report import report_summary
 
     log_progress(quiet=as_json)
     result, folder = make_report(
@@ -292,7 +294,7 @@ def report(
     if as_json:
         console.print_json(result.model_dump_json())
     else:
-        console.print(tables.report_summary(result, folder))
+        console.print(report_summary(result, folder))
 
 
 @app.command()

@@ -36,11 +36,10 @@ def mixture_preview(
 
     Example: sparsify mixture preview quickstart --sequences 2
     """
-    from sparsify.cli import tables
-    from sparsify.commands.mixture import preview
+    from sparsify.commands.mixture import preview, sequence_preview
 
     for sequence in preview(mixture, tokenizer, sequences, sequence_length):
-        console.print(tables.sequence_preview(sequence))
+        console.print(sequence_preview(sequence))
 
 
 @mixture_app.command("stats")
@@ -57,15 +56,14 @@ def mixture_stats(
 
     Example: sparsify mixture stats quickstart --budget-tokens 10000000
     """
-    from sparsify.cli import tables
-    from sparsify.commands.mixture import stats
+    from sparsify.commands.mixture import mixture_table, stats
 
     log_progress(quiet=as_json)
     result = stats(mixture, tokenizer, budget_tokens, sequence_length)
     if as_json:
         console.print_json(result.model_dump_json())
     else:
-        console.print(tables.mixture_table(result))
+        console.print(mixture_table(result))
 
 
 @mixture_app.command("tune")

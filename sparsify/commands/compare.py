@@ -6,19 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
 
-from sparsify.compare.evaluation_report import evaluation_notes
+from sparsify.compare.evaluation_report import evaluation_notes, evaluation_tables
 from sparsify.compare.evaluations import compare_evaluations, result_folders
 from sparsify.compare.runs import compare as compare_runs
-from sparsify.compare.summary import comparison_summary, evaluations_summary
+from sparsify.compare.tables import tables
 from sparsify.compare.write import (
+    PAGE_FILE,
     check_folder,
     default_folder,
     evaluations_folder,
     write_comparison,
     write_evaluations,
 )
+from sparsify.reporting.tables import Table
 
 
 def compare(
@@ -46,9 +50,19 @@ def compare(
         runs.command = command
         folder = to or default_folder(runs)
         write_comparison(runs, folder)
-        return runs, comparison_summary(runs, folder)
+        return runs, _summary(tables(runs), runs.notes, folder)
     evaluations = compare_evaluations(folders)
     evaluations.notes, evaluations.command = evaluation_notes(evaluations), command
     folder = to or evaluations_folder(evaluations)
     write_evaluations(evaluations, folder)
-    return evaluations, evaluations_summary(evaluations, folder)
+    return evaluations, _summary(evaluation_tables(evaluations), evaluations.notes, folder)
+
+
+def _summary(tables: list[Table], notes: list[str], folder: Path) -> RenderableType:
+    return Group(
+        "",
+        *tables,
+        *(Text(note) for note in notes),
+        *([""] if notes else []),
+        f"[bold]Comparison[/bold]  {escape(str(folder / PAGE_FILE))}",
+    )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Group, RenderableType
 
 from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.sparse_folder import load_sparse
@@ -31,6 +33,8 @@ from sparsify.recipe.sparsification import (
     check_conversion,
 )
 from sparsify.recipe.training import TrainingSection
+from sparsify.reporting.numbers import share
+from sparsify.reporting.tables import Table
 from sparsify.sparsity.report import measure
 
 CALIBRATION_TOKENS = 131_072
@@ -179,3 +183,52 @@ def _sequence_length(config: SparseConfig) -> int:
 
 def _cache() -> Path:
     return Path(Recipe().cache_dir).expanduser()
+
+
+def replacement_record(swap: Swap) -> dict[str, Any]:
+    """A conversion as JSON."""
+    return {
+        "folder": str(swap.converted.folder),
+        "ffn_activation": swap.converted.config.ffn_activation,
+        "ffn_thresholds": swap.converted.config.ffn_thresholds,
+        "text": swap.text,
+        "num_tokens": swap.num_tokens,
+        "stages": [asdict(stage) for stage in swap.stages],
+        "calibration_tokens": swap.calibration.num_tokens if swap.calibration else 0,
+        "layers": swap.calibration.layers if swap.calibration else [],
+    }
+
+
+def replacement_table(swap: Swap) -> RenderableType:
+    """A conversion as tables: the stages, and of a calibrated one what each layer gained."""
+    config = swap.converted.config
+    table = Table(
+        f"{swap.converted.folder}, {config.base_ffn_activation} to {config.ffn_activation}, "
+        f"on {swap.num_tokens:,} tokens: {swap.text}",
+        ["stage", "loss", "exact zeros"],
+    )
+    for stage in swap.stages:
+        table.add(stage.name, f"{stage.loss:.3f}", share(stage.zeros))
+    layers = [_calibrated_layers(swap.calibration)] if swap.calibration else []
+    following = f"Next: [cyan]sparsify train RECIPE model.source={swap.converted.folder}[/cyan]"
+    return Group("", table, *layers, following)
+
+
+def _calibrated_layers(calibration: Calibration) -> RenderableType:
+    table = Table(
+        f"Relative error of the feed-forward answers on held-out calibration tokens ({calibration.num_tokens:,} in all)",
+        ["layer", "bare replacement", "before the refit", "after it", "signs turned", ""],
+    )
+    for layer in calibration.layers:
+        for number, expert in enumerate(layer["experts"]):
+            name = str(layer["layer"])
+            table.add(
+                f"{name}, expert {number}" if len(layer["experts"]) > 1 else name,
+                *(
+                    "–" if expert[key] is None else f"{expert[key]:.3f}"
+                    for key in ("error_bare", "error_before", "error_refitted")
+                ),
+                f"{expert['num_flipped']:,}",
+                f"kept: {expert['kept_because']}" if expert["kept_because"] else "",
+            )
+    return table

@@ -6,6 +6,11 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.text import Text
+
 from sparsify.conversion.source import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.mixture.inspection import (
@@ -20,6 +25,8 @@ from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import TrainingSection
+from sparsify.reporting.numbers import share
+from sparsify.reporting.tables import Table
 
 logger = logging.getLogger(__name__)
 
@@ -100,3 +107,47 @@ def ingest_progress() -> Callable[[str, int, int], None]:
 def _named(name_or_path: str, tokenizer_from: str) -> tuple[MixtureSection, Tokenizer]:
     mixture = load_mixture(name_or_path)
     return mixture, load_tokenizer(locate(tokenizer_from), tokenizer_from)
+
+
+def mixture_table(stats: MixtureStats) -> RenderableType:
+    """Sizes of a mixture, one source per row."""
+    table = Table(
+        f"{stats.mixture}: {stats.budget_tokens:,} training tokens in sequences of {stats.sequence_length:,}",
+        ["source", "documents", "tokens", "tokens each", "loss on", "full", "epochs"],
+    )
+    for name, source in stats.sources.items():
+        more = "" if source.complete else "+"
+        table.add(
+            name,
+            f"{source.documents:,}{more}",
+            f"{source.tokens:,}{more}",
+            f"{source.tokens_per_document_p50:,}–{source.tokens_per_document_p95:,}",
+            share(source.loss_share),
+            share(source.packing_efficiency),
+            f"{source.epochs:.2f}",
+        )
+    notes = (
+        "tokens each: half of the documents have at most the first number, 95% at most the second\n"
+        "full: share of sequence positions that carry tokens after packing\n"
+        "+ the source has more: it was read as far as the budget needs it"
+    )
+    dropped = [Text(note) for source in stats.sources.values() for note in source.dropped.notes]
+    return Group("", table, Text(notes, style="dim"), *dropped)
+
+
+def sequence_preview(sequence: SequencePreview) -> RenderableType:
+    """One sequence with its documents between rules; tokens without loss are dim."""
+    parts: list[RenderableType] = []
+    for number, document in enumerate(sequence.documents, start=1):
+        of = f"document {number} of {len(sequence.documents)} in this sequence"
+        text = Text()
+        for span in document:
+            text.append(span.text, style="default" if span.carries_loss else "dim italic")
+        parts += [Rule(Text(of, style="dim"), align="left", style="dim"), text]
+    return Panel(
+        Group(*parts),
+        title=f"{sequence.source}: {sequence.num_tokens:,} tokens, {sequence.num_empty:,} left empty",
+        subtitle="dim italic: no loss",
+        title_align="left",
+        subtitle_align="right",
+    )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsify.errors import RunError
+from sparsify.evaluation.metrics import Score, difference
 from sparsify.methods.blending import blended_share
 from sparsify.mixture.sequences.held_out import (
     check_text_or_mixture,
@@ -24,6 +25,7 @@ from sparsify.sparsity.curves import measure_curves
 from sparsify.sparsity.measure import as_against, summed_loss
 from sparsify.sparsity.report import SparsityReport, measure, write_report
 from sparsify.sparsity.scaling import fit_trajectory
+from sparsify.sparsity.schema import PairedDifference
 from sparsify.sparsity.statistics import ActivationStatistics
 
 logger = logging.getLogger(__name__)
@@ -69,11 +71,12 @@ def make_report(
     logger.info(
         f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}"
     )
-    report, statistics = _measure(loaded, sequences, text, curve_tokens)
+    report, statistics, scores = _measure(loaded, sequences, text, curve_tokens)
     if other is not None:
         logger.info(f"Measuring {other.name} on the same tokens")
-        theirs, _ = _measure(other, sequences, text, curve_tokens)
+        theirs, _, their_scores = _measure(other, sequences, text, curve_tokens)
         report.against = as_against(theirs)
+        report.against.difference = _difference(scores, their_scores)
     report.command = " ".join(["sparsify", *sys.argv[1:]])
     if loaded.trained is not None:
         report.stages = stages(loaded.trained.run)
@@ -88,13 +91,15 @@ def make_report(
 
 def _measure(
     loaded: Loaded, sequences: list[PackedSequence], text: str, curve_tokens: int
-) -> tuple[SparsityReport, ActivationStatistics]:
+) -> tuple[SparsityReport, ActivationStatistics, list[Score]]:
+    scores: list[Score] = []
     report, statistics = measure(
         loaded.model,
         (collate([sequence]) for sequence in sequences),
         name=loaded.name,
         text=text,
         sources=[sequence.source for sequence in sequences],
+        on_batch=lambda loss, num_labels: scores.append(Score(loss, num_labels)),
     )
     if curve_tokens:
         chosen = spread(sequences, curve_tokens)
@@ -104,7 +109,21 @@ def _measure(
         )
         batches = (collate([sequence]) for sequence in chosen)
         report.curves = measure_curves(loaded.model, batches, summed_loss)
-    return report, statistics
+    return report, statistics, scores
+
+
+def _difference(ours: list[Score], theirs: list[Score]) -> PairedDifference | None:
+    """The difference of two losses, paired over the sequences that have labels."""
+    first, second = (
+        {str(number): score for number, score in enumerate(scores) if score.weight}
+        for scores in (ours, theirs)
+    )
+    paired = difference("perplexity", first, second)
+    if paired is None:
+        return None
+    return PairedDifference(
+        value=paired.value, low=paired.low, high=paired.high, num_sequences=paired.items
+    )
 
 
 def blend_note(loaded: Loaded) -> str:

@@ -9,11 +9,17 @@ import json
 import logging
 import math
 import shutil
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
 
 from sparsify.commands import rank
 from sparsify.commands.report import make_report
@@ -34,8 +40,10 @@ from sparsify.recipe.sparsification import (
     DistillationSection,
     PenaltySection,
 )
+from sparsify.reporting.numbers import share
+from sparsify.reporting.tables import Table
 from sparsify.runs.run_folder import RunFolder
-from sparsify.sparsity.report import SparsityReport, read_report
+from sparsify.sparsity.report import SparsityReport, layers_table, read_report
 
 logger = logging.getLogger(__name__)
 
@@ -161,3 +169,76 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, *, anew: bool) -> RunRes
     written = json.loads(samples_path.read_text())
     samples = list(zip(recipe.eval.sample_prompts, written["samples"], strict=False))
     return RunResult(given, run, recipe, report, samples, written["checked"])
+
+
+def run_summary(result: RunResult) -> RenderableType:
+    """What a newcomer wants to know at the end of a run, and what to type next."""
+    recipe, run = result.recipe, result.run
+    budget_tokens = recipe.num_steps * recipe.step_tokens
+    losses = Table(
+        f"{recipe.name}: {recipe.activation.ffn_activation}, {budget_tokens:,} training tokens",
+        ["model", "validation loss", "perplexity", "exact zeros"],
+    )
+    for stage in result.report.stages:
+        losses.add(
+            stage.name, f"{stage.loss:.3f}", f"{math.exp(stage.loss):,.1f}", share(stage.zeros)
+        )
+    parts: list[RenderableType] = ["", losses, layers_table(result.report)]
+    if result.samples:
+        parts += ["[bold]The exported checkpoint, in a fresh process, continues[/bold]"]
+        for prompt, continuation in result.samples:
+            parts += [
+                Text(prompt, style="bold cyan") + Text(continuation.rstrip(), style="default"),
+                "",
+            ]
+    parts += [
+        f"Export: {escape(result.checked)}.",
+        "",
+        _places(run.path),
+        "",
+        _next_commands(result),
+    ]
+    return Group(*parts)
+
+
+def _places(path: Path) -> RenderableType:
+    places = {
+        "Report": path / "report" / "index.html",
+        "Export": path / "export",
+        "Metrics": path / "metrics.jsonl",
+    }
+    return "\n".join(
+        f"[bold]{name:8}[/bold] {escape(str(place))}" for name, place in places.items()
+    )
+
+
+def _next_commands(result: RunResult) -> RenderableType:
+    path = result.run.path
+    ratio = f"sparsify train {result.given} mixture.instruction_token_share=0.3"
+    # `make quickstart` calls the command by its path, and the next one is typed by hand.
+    commands = {}
+    if sys.prefix != sys.base_prefix and shutil.which("sparsify") is None:
+        activate = Path(sys.prefix) / "bin" / "activate"
+        commands["put sparsify on your path"] = f"source {activate}"
+    commands |= {
+        "another mixture ratio": ratio,
+        "how sparse it is on your own text": f"sparsify report {path} --on YOUR_TEXT.txt",
+        "a bundle to give away": f"sparsify export {path} --to my-sparse-model",
+    }
+    lines = [
+        f"  [dim]# {purpose}[/dim]\n  [cyan]{escape(command)}[/cyan]"
+        for purpose, command in commands.items()
+    ]
+    return "\n".join(["[bold]Next[/bold]", *lines])
+
+
+def run_record(result: RunResult) -> dict[str, Any]:
+    """A finished run as JSON."""
+    return {
+        "run": str(result.run.path),
+        "stages": [stage.model_dump() for stage in result.report.stages],
+        "zeros": result.report.product_zeros,
+        "layers": [row.product_zeros for row in result.report.layer_rows],
+        "samples": [{"prompt": prompt, "continuation": text} for prompt, text in result.samples],
+        "export": result.checked,
+    }

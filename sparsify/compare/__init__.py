@@ -2,14 +2,12 @@
 
 from sparsify.compare.runs import compare
 from sparsify.compare.schema import Comparison, read_comparison
-from sparsify.compare.summary import comparison_summary
 from sparsify.compare.write import check_folder, default_folder, write_comparison
 
 __all__ = [
     "Comparison",
     "check_folder",
     "compare",
-    "comparison_summary",
     "default_folder",
     "read_comparison",
     "write_comparison",

@@ -13,11 +13,11 @@ from sparsify.compare.evaluations import (
     TaskDifference,
     same_weights,
 )
-from sparsify.compare.tables import TextTable
 from sparsify.evaluation.metrics import MetricValue
 from sparsify.evaluation.report import count_text, published_scores, score_text
 from sparsify.reporting.numbers import percent
 from sparsify.reporting.plotting import WIDTH_INCHES, Theme
+from sparsify.reporting.tables import Table
 
 MANY_TASKS = 4
 """From this many tasks on, a note warns of differences by chance."""
@@ -127,7 +127,7 @@ def evaluation_title(comparison: EvaluationComparison) -> str:
     return f"{comparison.suite}: {' · '.join(model.name for model in comparison.models)}"
 
 
-def evaluation_tables(comparison: EvaluationComparison) -> list[TextTable]:
+def evaluation_tables(comparison: EvaluationComparison) -> list[Table]:
     """Tables of models, scores, differences and samples."""
     tables = [_models(comparison), _scores(comparison)]
     if any(model.differences for model in comparison.models):
@@ -137,7 +137,7 @@ def evaluation_tables(comparison: EvaluationComparison) -> list[TextTable]:
     return tables
 
 
-def _models(comparison: EvaluationComparison) -> TextTable:
+def _models(comparison: EvaluationComparison) -> Table:
     header = ["model", "activation", "training tokens", "mean of accuracies", "zeros", "active", "gate first", "compared with"]  # fmt: skip
     rows = [
         [
@@ -152,7 +152,7 @@ def _models(comparison: EvaluationComparison) -> TextTable:
         ]
         for model in comparison.models
     ]
-    return TextTable("Models", header, rows)
+    return Table("Models", header, rows)
 
 
 def _against(model: EvaluatedModel) -> str:
@@ -161,7 +161,7 @@ def _against(model: EvaluatedModel) -> str:
     return f"{model.against} ({KINDS[model.against_kind]})"
 
 
-def _scores(comparison: EvaluationComparison) -> TextTable:
+def _scores(comparison: EvaluationComparison) -> Table:
     found = published_scores(comparison.suite)
     models = found[1] if found else {}
     header = ["task", *(model.name for model in comparison.models)]
@@ -174,10 +174,10 @@ def _scores(comparison: EvaluationComparison) -> TextTable:
         for scores in models.values():
             row.append(f"{100 * scores[task]:.1f}" if task in scores else "–")
         rows.append(row)
-    return TextTable("Scores with 95% intervals", header, rows)
+    return Table("Scores with 95% intervals", header, rows)
 
 
-def _samples(comparison: EvaluationComparison) -> TextTable:
+def _samples(comparison: EvaluationComparison) -> Table:
     prompts = dict.fromkeys(one.prompt for model in comparison.models for one in model.samples)
     samples = [{one.prompt: one.text for one in model.samples} for model in comparison.models]
     rows = [
@@ -186,10 +186,10 @@ def _samples(comparison: EvaluationComparison) -> TextTable:
         for model, texts in zip(comparison.models, samples, strict=True)
         if prompt in texts
     ]
-    return TextTable("Continuations", ["prompt", "model", "continuation"], rows)
+    return Table("Continuations", ["prompt", "model", "continuation"], rows)
 
 
-def _differences(comparison: EvaluationComparison) -> TextTable:
+def _differences(comparison: EvaluationComparison) -> Table:
     models = [model for model in comparison.models if model.differences]
     header = ["task"]
     for model in models:
@@ -206,7 +206,7 @@ def _differences(comparison: EvaluationComparison) -> TextTable:
             row.append(f"{one.overlapping_items:,}" if one.overlaps else "–")
         rows.append(row)
     title = "Paired differences with 95% intervals: accuracies in percentage points, perplexities in nats (lower is better)"
-    return TextTable(title, header, rows)
+    return Table(title, header, rows)
 
 
 NAME = "quality"

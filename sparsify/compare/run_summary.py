@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from sparsify.compare.schema import ValidationPoint
@@ -38,6 +40,8 @@ class RunSummary:
     points: list[ValidationPoint]
     """At least one."""
     seen_tokens: int
+    train_loss: float | None
+    """Mean over the last tenth of its steps: the loss of a single step is mostly that of its batch."""
     tokens_per_second: float | None
 
     @property
@@ -105,12 +109,14 @@ def read_run_summary(path: Path) -> RunSummary:
         )
     trained = [record for record in read_lines(run.metrics) if record.get("kind") == "train"]
     newest = trained[-1] if trained else {}
+    losses = [record["loss"] for record in trained if "loss" in record]
     return RunSummary(
         run=run,
         recipe=recipe,
         lock=read_lock(run.mixture_lock),
         points=points,
         seen_tokens=max(newest.get("tokens", 0), points[-1].tokens),
+        train_loss=fmean(losses[-math.ceil(len(losses) / 10) :]) if losses else None,
         tokens_per_second=newest.get("tokens_per_second"),
     )
 

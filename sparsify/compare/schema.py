@@ -79,6 +79,8 @@ class ComparedRun(_Section):
     """The newest validation loss, that of the last point."""
     loss_comparable: bool
     """Whether the loss is a mean over the same sequences with the same shares as that of the other runs."""
+    train_loss: float | None = None
+    """Mean over the last tenth of the training steps, nats per token; None before the first step."""
     mean_loss: float | None
     """Unweighted mean of the sources' losses; None unless the losses of all sources of the comparison are comparable."""
     zeros: float | None

@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sparsify.compare.caveats import MARK
 from sparsify.compare.schema import ComparedRun, Comparison, Setting, SourceOfRun
 from sparsify.compare.settings import short_settings
 from sparsify.reporting.numbers import percent
+from sparsify.reporting.tables import Table
 
 MAX_SETTING_COLUMNS = 4
 """More settings than this get a separate table, with one row per setting."""
-
-
-@dataclass(frozen=True)
-class TextTable:
-    """A table whose first column holds names."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
 
 
 def title(comparison: Comparison) -> str:
@@ -31,7 +21,7 @@ def title(comparison: Comparison) -> str:
     return f"{short_settings([key])[key]}: {', '.join(values)}"
 
 
-def tables(comparison: Comparison) -> list[TextTable]:
+def tables(comparison: Comparison) -> list[Table]:
     """Tables of the runs, of their sources, and of the settings if these are too many for columns."""
     return [
         *_settings_table(comparison),
@@ -49,23 +39,24 @@ def setting_text(value: Setting) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
-def _settings_table(comparison: Comparison) -> list[TextTable]:
+def _settings_table(comparison: Comparison) -> list[Table]:
     if len(comparison.settings) <= MAX_SETTING_COLUMNS:
         return []
     rows = [
         [key, *(setting_text(run.settings[key]) for run in comparison.runs)]
         for key in comparison.settings
     ]
-    return [TextTable("Settings that differ", ["setting", *_names(comparison)], rows)]
+    return [Table("Settings that differ", ["setting", *_names(comparison)], rows)]
 
 
-def _runs_table(comparison: Comparison) -> TextTable:
+def _runs_table(comparison: Comparison) -> Table:
     keys = comparison.settings if len(comparison.settings) <= MAX_SETTING_COLUMNS else []
     with_mean = shows_mean(comparison)
     header = [
         "run",
         *(short_settings(keys)[key] for key in keys),
         "training tokens",
+        "training loss",
         "validation loss",
         "to dense baseline",
         *(["unweighted mean"] if with_mean else []),
@@ -77,6 +68,7 @@ def _runs_table(comparison: Comparison) -> TextTable:
             run.name,
             *(setting_text(run.settings[key]) for key in keys),
             _tokens(run),
+            _loss(run.train_loss),
             _marked(run.loss, comparable=run.loss_comparable),
             _gap(run),
             *([_loss(run.mean_loss)] if with_mean else []),
@@ -85,7 +77,7 @@ def _runs_table(comparison: Comparison) -> TextTable:
         ]
         for run in comparison.runs
     ]
-    return TextTable("Runs", header, rows)
+    return Table("Runs", header, rows)
 
 
 def shows_mean(comparison: Comparison) -> bool:
@@ -94,12 +86,12 @@ def shows_mean(comparison: Comparison) -> bool:
     return known > 1 and len(comparison.sources) > 1 and not comparison.losses_comparable
 
 
-def _sources_table(comparison: Comparison) -> TextTable:
+def _sources_table(comparison: Comparison) -> Table:
     rows = [
         [run.name, *(_source(run.sources[source]) for source in comparison.sources)]
         for run in comparison.runs
     ]
-    return TextTable(
+    return Table(
         "Validation loss of each source (and its planned token share)",
         ["run", *comparison.sources],
         rows,

@@ -106,6 +106,7 @@ def _row(run: ComparedRun) -> dict[str, object]:
         "loss": run.loss,
         "loss_comparable": run.loss_comparable,
         "mean_loss": run.mean_loss,
+        "train_loss": run.train_loss,
         "baseline": run.baseline.path if run.baseline else run.baseline_state,
         "gap_to_baseline": run.baseline.gap if run.baseline else None,
         "zeros": run.zeros,

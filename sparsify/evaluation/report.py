@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -13,14 +12,13 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from omegaconf import OmegaConf
 from pydantic import BaseModel, ConfigDict
-from rich.table import Table
 
 from sparsify.evaluation.metrics import MetricValue
 from sparsify.evaluation.results import RESULTS_FILE, EvaluationResults, TaskResult
 from sparsify.files import write_text
 from sparsify.recipe.catalogue import folder
 from sparsify.reporting.numbers import percent
-from sparsify.reporting.tables import figures_table
+from sparsify.reporting.tables import Table, markdown_page
 
 
 class PublishedSuite(BaseModel):
@@ -57,16 +55,6 @@ def published_scores(suite: str) -> tuple[PublishedSuite, dict[str, dict[str, fl
     return rows, scores
 
 
-@dataclass(frozen=True)
-class Rows:
-    """A table as text."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-    notes: list[str]
-
-
 def score_text(score: MetricValue) -> str:
     """A score with half the width of its interval: accuracies in per cent, perplexities unscaled."""
     scale, digits = (100.0, 1) if score.kind == "mean" else (1.0, 2)
@@ -86,7 +74,7 @@ def count_text(count: int) -> str:
     return str(count)
 
 
-def own_rows(results: EvaluationResults) -> Rows:
+def results_table(results: EvaluationResults) -> Table:
     """One row per task: score, zeros and active parameters."""
     masks = results.predictors
     header = ["task", "shots", "items", "metric", "score", "zeros (gate)", "active"]
@@ -119,10 +107,10 @@ def own_rows(results: EvaluationResults) -> Rows:
         f"of the gate) over all tokens of the task. Active parameters, out of {count_text(total)}: {active}.",
         *results.notes,
     ]
-    return Rows(title, header, rows, notes)
+    return Table(title, header, rows, notes, left=(0, 3))
 
 
-def published_rows(results: EvaluationResults) -> Rows | None:
+def published_table(results: EvaluationResults) -> Table | None:
     """Our scores next to published ones of the same suite; None if there are none."""
     found = published_scores(results.suite)
     if found is None:
@@ -140,32 +128,7 @@ def published_rows(results: EvaluationResults) -> Rows | None:
     means = [f"{100 * fmean(scores.values()):.1f}" for scores in models.values()]
     rows.append(["mean", mean, *means])
     notes = [f"Published: {about.source}, not measured here. {about.caveat}"]
-    return Rows("Next to published scores", header, rows, notes)
-
-
-def results_table(results: EvaluationResults) -> Table:
-    """The results as a table for the terminal."""
-    return terminal_table(own_rows(results))
-
-
-def terminal_table(rows: Rows) -> Table:
-    """A table for the terminal, without its notes."""
-    table = figures_table(rows.title)
-    for index, column in enumerate(rows.header):
-        # A truncated number would read as a different number: let a narrow terminal wrap the line instead.
-        longest = max(len(column), *(len(row[index]) for row in rows.rows))
-        justify = "left" if column in ("task", "metric", "") else "right"
-        table.add_column(column, justify=justify, no_wrap=True, min_width=longest)
-    for row in rows.rows:
-        table.add_row(*row)
-    return table
-
-
-def markdown(rows: Rows) -> str:
-    """A table as Markdown, with its notes below."""
-    lines = [rows.header, ["---"] * len(rows.header), *rows.rows]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n\n".join([f"## {rows.title}", table, *rows.notes]) + "\n"
+    return Table("Next to published scores", header, rows, notes)
 
 
 def _row(task: TaskResult) -> list[str]:
@@ -195,8 +158,8 @@ def write_results(results: EvaluationResults, folder: Path) -> None:
         StorageError: If writing fails.
     """
     write_text(folder / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
-    tables = [own_rows(results), published_rows(results)]
-    text = "\n".join(markdown(rows) for rows in tables if rows is not None)
+    tables = [results_table(results), published_table(results)]
+    text = markdown_page(table for table in tables if table is not None)
     for sample in results.samples:
         text += f"\n**{sample.prompt.strip()}**\n\n```\n{sample.text}\n```\n"
     write_text(folder / TABLE_FILE, text)

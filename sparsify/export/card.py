@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from sparsify.conversion.source import locate
 from sparsify.errors import ExportError, ModelError
 from sparsify.evaluation.model import model_hash, predictors_hash
-from sparsify.evaluation.report import markdown, model_index, own_rows
+from sparsify.evaluation.report import model_index, results_table
 from sparsify.evaluation.results import EvaluationResults, read_results
 from sparsify.export.check import Acceptance
 from sparsify.mixture.lock import MixtureLock, read_lock
@@ -78,11 +78,12 @@ def card_evaluations(name: str, found: Sequence[EvaluationResults]) -> CardEvalu
     """
     tables = []
     for results in found:
-        rows = own_rows(results)
         title = f"Suite {results.suite}, {results.dtype}"
         if results.predictors is not None:
             title += f", with the predictors above {results.predictors.threshold:g}"
-        tables.append("#" + markdown(replace(rows, title=title)))
+        table = results_table(results)
+        table.title = title
+        tables.append(table.markdown(level=3))
     header = OmegaConf.to_yaml({"model-index": model_index(name, found)})
     return CardEvaluations(header, tables)
 

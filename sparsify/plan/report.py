@@ -16,7 +16,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.pyplot import subplots
 from matplotlib.ticker import PercentFormatter
-from rich.table import Table
+from rich.text import Text
 
 from sparsify.errors import StorageError
 from sparsify.files import write_bytes
@@ -24,22 +24,13 @@ from sparsify.plan.estimate import Plan, SourcePlan
 from sparsify.plan.fit import Verdict, gb
 from sparsify.plan.memory import DeviceMemory, HostMemory
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image
+from sparsify.reporting.tables import Table
 
 
 def plan_table(plan: Plan) -> Table:
     """The plan for a terminal, one line a number."""
-    table = Table(
-        title=f"Plan of {plan.recipe}, an estimate",
-        title_justify="left",
-        box=None,
-        show_header=False,
-    )
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-    for row in _rows(plan):
-        table.add_row(*row)
-    return table
+    rows = [[name, value, Text(remark, "dim")] for name, value, remark in _rows(plan)]
+    return Table(f"Plan of {plan.recipe}, an estimate", None, rows, left=(0, 2))
 
 
 def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:

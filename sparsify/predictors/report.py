@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Group, RenderableType
 from rich.markup import escape
+from rich.text import Text
 
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.predictors.format import Predictors
@@ -25,7 +26,7 @@ from sparsify.predictors.schema import JUDGEMENT_FILE, Judgement, Point, Way
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.numbers import count, percent
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image, page_figure
-from sparsify.reporting.tables import figures_table
+from sparsify.reporting.tables import Table
 
 MAX_RISE = 1.0
 """Rise of the loss in nats beyond which the axis does not go."""
@@ -167,15 +168,15 @@ def _write_table(judgement: Judgement, path: Path) -> None:
 def judgement_summary(judgement: Judgement, folder: Path) -> RenderableType:
     """The curve as a table, the verdict, and where the page lies."""
     columns = ("", "recall", "precision", "on", "loss", "perplexity", "bytes", "blocks", "model")
-    table = figures_table(
-        f"{judgement.model}: predictors judged on {judgement.num_tokens:,} tokens", *columns
+    table = Table(
+        f"{judgement.model}: predictors judged on {judgement.num_tokens:,} tokens", columns
     )
     for way in judgement.ways:
-        table.add_row(*_cells(way, None, None))
-    table.add_section()
+        table.add(*_cells(way, None, None))
+    table.add_rule()
     for point in judgement.points:
-        style = "bold" if point.threshold == judgement.chosen else None
-        table.add_row(*_cells(point, point.recall, point.precision), style=style)
+        style = "bold" if point.threshold == judgement.chosen else ""
+        table.add(*(Text(cell, style) for cell in _cells(point, point.recall, point.precision)))
     notes = (
         "on: neurons whose weights are read · bytes: of the feed-forward weights, predictors included\n"
         "blocks, model: predicted speed-up over dense, if bytes are what costs"
@@ -216,12 +217,12 @@ def training_summary(predictors: Predictors, folder: Path, model: str) -> Render
     """
     facts = predictors.facts
     columns = ("block", "rank", "recall", "switched on", "fire")
-    table = figures_table(
-        f"Predictors of the {facts.input} input, at the score 0 on held-out text", *columns
+    table = Table(
+        f"Predictors of the {facts.input} input, at the score 0 on held-out text", columns
     )
     for name, block in list(facts.blocks.items())[:MOST_ROWS]:
         shares = (block.recall, block.on_share, block.firing_share)
-        table.add_row(name, str(block.rank), *map(percent, shares))
+        table.add(name, str(block.rank), *map(percent, shares))
     left = len(facts.blocks) - MOST_ROWS
     ffn = 3 * facts.hidden * facts.neurons * facts.num_layers * facts.num_experts
     size = predictors.num_parameters

@@ -15,6 +15,11 @@ def percent(share: float | None) -> str:
     return {"0.0%": "<0.1%", "100.0%": ">99.9%"}.get(rounded, rounded)
 
 
+def share(value: float | None) -> str:
+    """A measured share with one decimal whatever it is, 0.0% too; None reads as a dash."""
+    return "–" if value is None else f"{value:.1%}"
+
+
 def count(number: float) -> str:
     """A count of parameters: 2.17B, 3.1M, 812."""
     for size, unit in ((1e9, "B"), (1e6, "M")):

@@ -211,7 +211,6 @@ def measure_curves(
     model: SparseModel,
     batches: Iterable[Batch],
     summed_loss: SummedLoss,
-    on_progress: Callable[[str], None] | None = None,
 ) -> Curves:
     """Measures all curves on one text, in about thirty passes over it.
 
@@ -219,14 +218,13 @@ def measure_curves(
         model: A sparse model; it is left in the mode that it was in.
         batches: As for `measure`; they are kept in memory.
         summed_loss: Cross-entropy of a batch, summed over its labels.
-        on_progress: Told what begins.
     """
     was_training = model.training
     model.eval()
     kept = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
     try:
         with torch.no_grad():
-            return _Measurement(model, kept, summed_loss, on_progress or (lambda _: None)).curves()
+            return _Measurement(model, kept, summed_loss).curves()
     finally:
         model.train(was_training)
 
@@ -237,25 +235,19 @@ class _Measurement:
         model: SparseModel,
         batches: Sequence[Batch],
         summed_loss: SummedLoss,
-        on_progress: Callable[[str], None],
     ) -> None:
         self._model, self._batches, self._summed_loss = model, batches, summed_loss
-        self._on_progress = on_progress
         self._num_labels = sum(int((batch["labels"] >= 0).sum()) for batch in batches)
         self._norms = down_norms(model)
 
     def curves(self) -> Curves:
-        self._on_progress("magnitudes")
         magnitudes = MagnitudeObserver(self._model)
         loss, zeros = self._loss(None, magnitudes)
-        self._on_progress("CETT")
         search = CettSearch(self._model, self._batches, magnitudes.outputs)
         search.search(CETT_TARGETS)
         cett = [self._cett_point(search, target, loss, zeros) for target in CETT_TARGETS]
-        self._on_progress("CETT-PPL")
         tried = [(point.target, point.loss, point.edited_sparsity) for point in cett]
         ppl = [self._ppl_point(search, percent, loss, tried) for percent in PPL_PERCENTS]
-        self._on_progress("top-k and thresholds")
         unchanged = SharePoint(share=0.0, sparsity=zeros, loss=loss)
         top_k = [self._share_point(share, top_k_editor(share)) for share in SHARES[1:]]
         fixed = [

@@ -178,7 +178,7 @@ def measure(
     name: str,
     text: str,
     sources: Iterable[str] | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_batch: Callable[[float, int], None] | None = None,
 ) -> tuple[SparsityReport, ActivationStatistics]:
     """Measures exact zeros and loss in one pass over a text, in this process.
 
@@ -190,7 +190,7 @@ def measure(
         name: Name of the model in the report.
         text: Description of the text.
         sources: Name of the source of each batch; default: `text` for all batches.
-        on_progress: Called after every batch with the number of tokens so far.
+        on_batch: Called after every batch with its summed loss in nats and its number of labels.
 
     Returns:
         The report, to which the caller may add stages, trajectory and command, and its counts.
@@ -211,15 +211,17 @@ def measure(
             for batch, source in zip(batches, repeat(text) if sources is None else sources):  # noqa: B905
                 counts = by_source.setdefault(source, SourceCounts())
                 batch = {key: value.to(model.device) for key, value in batch.items()}
-                counts.loss_sum += float(summed_loss(model, batch))
-                counts.num_labels += int((batch["labels"] != IGNORED_LABEL).sum())
+                loss = float(summed_loss(model, batch))
+                num_labels = int((batch["labels"] != IGNORED_LABEL).sum())
+                counts.loss_sum += loss
+                counts.num_labels += num_labels
                 counts.num_tokens += batch["input_ids"].numel()
                 now = probe.layer_totals()
                 counts.values = counts.values + now - before
                 before = now
                 num_tokens += batch["input_ids"].numel()
-                if on_progress is not None:
-                    on_progress(num_tokens)
+                if on_batch is not None:
+                    on_batch(loss, num_labels)
     finally:
         model.train(was_training)
     if not any(counts.num_labels for counts in by_source.values()):

@@ -7,14 +7,26 @@ import math
 from functools import partial
 from pathlib import Path
 
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.text import Text
+
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.reporting.html import page_environment
+from sparsify.reporting.numbers import count, percent, share
 from sparsify.reporting.plotting import LIGHT, image, page_figure
+from sparsify.reporting.tables import Table
 from sparsify.sparsity.active_parameters import published
 from sparsify.sparsity.definitions import formula
 from sparsify.sparsity.figures import FIGURES
 from sparsify.sparsity.measure import measure
-from sparsify.sparsity.schema import REPORT_FILE, LayerRow, SparsityReport, read_report
+from sparsify.sparsity.schema import (
+    REPORT_FILE,
+    LayerRow,
+    PairedDifference,
+    SparsityReport,
+    read_report,
+)
 from sparsify.sparsity.statistics import ActivationStatistics
 
 TEMPLATE_FILE = "page.html.j2"
@@ -30,6 +42,7 @@ def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str
             report=report,
             formula=formula(report.ffn_activation, report.ffn_thresholds),
             perplexity=_perplexity(report.loss),
+            against=against_table(report),
             published=published(),
             figures=[
                 page_figure(
@@ -58,8 +71,10 @@ TABLE_FILE = "per_layer.csv"
 __all__ = [
     "LayerRow",
     "SparsityReport",
+    "layers_table",
     "measure",
     "read_report",
+    "report_summary",
     "write_report",
 ]
 
@@ -98,3 +113,90 @@ def _write_table(report: SparsityReport, path: Path) -> None:
         table = csv.DictWriter(file, list(LayerRow.model_fields))
         table.writeheader()
         table.writerows(row.model_dump() for row in report.layers)
+
+
+BAR_CELLS = 24
+
+
+def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
+    """A report's headline, its layers, and where its page lies."""
+    headline = (
+        f"[bold]{report.product_zeros:.1%}[/bold] exact zeros ({report.ffn_activation}: gate {report.gate_zeros:.1%}, "
+        f"up {report.up_zeros:.1%}), loss {report.loss:.3f} nats per token on {escape(report.text)}"
+    )
+    against = against_table(report)
+    return Group(
+        "",
+        headline,
+        layers_table(report),
+        *([against] if against else []),
+        f"[bold]Report[/bold]  {folder / 'index.html'}",
+    )
+
+
+def against_table(report: SparsityReport) -> Table | None:
+    """The report's model and the other one in columns; None without another one."""
+    other = report.against
+    if other is None:
+        return None
+    title = f"{report.model} against {other.model}, on the same {report.num_tokens:,} tokens"
+    table = Table(title, ["", report.model, other.model])
+    table.add("activation", report.ffn_activation, other.ffn_activation)
+    ours, theirs = report.active_parameters, other.active_parameters
+    table.add("parameters", count(ours.total), count(theirs.total))
+    table.add("loss, nats per token", f"{report.loss:.3f}", f"{other.loss:.3f}")
+    table.add("perplexity", *(f"{_perplexity(loss):.2f}" for loss in (report.loss, other.loss)))
+    if other.difference is not None:
+        table.add(
+            "difference of the loss, 95% interval over sequences", _interval(other.difference)
+        )
+    table.add("exact zeros", percent(report.product_zeros), percent(other.product_zeros))
+    label = "active parameters, perfect predictor"
+    table.add(label, count(ours.perfect_predictor), count(theirs.perfect_predictor))
+    if report.curves and other.curves:
+        for one, another in zip(report.curves.ppl, other.curves.ppl, strict=True):
+            name = f"CETT-PPL-{one.percent}%"
+            table.add(name, percent(one.sparsity), percent(another.sparsity))
+        table.add_rule()
+        for one, another in zip(report.curves.top_k, other.curves.top_k, strict=True):
+            name = f"perplexity with the smallest {one.share:.0%} of each token left out"
+            cells = (
+                _rise(one.loss, report.curves.loss),
+                _rise(another.loss, other.curves.loss),
+            )
+            table.add(name, *cells)
+    return table
+
+
+def _interval(difference: PairedDifference) -> str:
+    if difference.low is None or difference.high is None:
+        return f"{difference.value:+.4f}"
+    return f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+
+
+def _rise(loss: float, untouched: float) -> str:
+    return f"{_perplexity(loss):.2f} ({_perplexity(loss - untouched) - 1:+.1%})"
+
+
+def layers_table(report: SparsityReport) -> Table:
+    """Share of exact zeros of every layer, as numbers and as a bar."""
+    table = Table(
+        f"Exact zeros by layer (measured on {report.num_tokens:,} tokens)",
+        ["layer", "gate", "up", "product", "dead", ""],
+        left=(0, 5),
+    )
+    for row in report.layer_rows:
+        table.add(
+            str(row.layer),
+            share(row.gate_zeros),
+            share(row.up_zeros),
+            share(row.product_zeros),
+            f"{row.dead_neurons:,} of {row.num_neurons:,}",
+            _bar(row),
+        )
+    return table
+
+
+def _bar(row: LayerRow) -> Text:
+    filled = round(BAR_CELLS * (row.product_zeros or 0.0))
+    return Text("█" * filled, style="green") + Text("░" * (BAR_CELLS - filled), style="dim")

@@ -196,6 +196,16 @@ class Curves(_Section):
     magnitude: list[SharePoint]
 
 
+class PairedDifference(_Section):
+    """Loss of the report's model minus the other's, nats per token, with a 95% interval over sequences."""
+
+    value: float
+    low: float | None
+    high: float | None
+    """None for a single sequence."""
+    num_sequences: int
+
+
 class Against(_Section):
     """Another model on the same sequences."""
 
@@ -207,6 +217,7 @@ class Against(_Section):
     """Share of zero products of every layer."""
     active_parameters: ActiveParameters
     curves: Curves | None = None
+    difference: PairedDifference | None = None
 
 
 class ScalingPoint(_Section):

@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 
 from sparsify.files import storage_errors, write_text
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image, page_figure
-from sparsify.reporting.tables import figures_table
+from sparsify.reporting.tables import Table
 from sparsify.tuning.record import RECORD_FILE, WEIGHTED, ShareCurve, TuneRecord
 
 MOST_COLUMNS = 6
@@ -194,27 +193,27 @@ def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType
         folder: Folder of its page.
         given: Recipe name or path as the user gave it.
     """
-    table = figures_table(
+    table = Table(
         f"{record.recipe}: predicted after {record.trial_tokens:,} tokens, from {len(record.trials)} trials",
-        *COLUMNS,
+        COLUMNS,
     )
     for name, domain in record.domains.items():
-        table.add_row(
-            escape(name),
+        table.add(
+            name,
             f"{domain.weight:.1%}",
             f"{domain.default_share:.1%} → {domain.tuned_share:.1%}",
             f"{domain.default_loss:.4f} → {domain.tuned_loss:.4f}",
             f"{domain.loo_error:.4f}",
             f"{domain.loo_r2:.2f}",
         )
-    table.add_section()
+    table.add_rule()
     losses = f"{record.default_loss:.4f} → {record.tuned_loss:.4f}"
     zeros = f"{record.default_zeros:.2%} → {record.tuned_zeros:.2%}"
     for name, values, quality, error in (
         ("weighted loss", losses, record.weighted, f"{record.weighted.loo_error:.4f}"),
         ("exact zeros", zeros, record.zeros, f"{record.zeros.loo_error:.2%}"),
     ):
-        table.add_row(name, "", "", values, error, f"{quality.loo_r2:.2f}")
+        table.add(name, "", "", values, error, f"{quality.loo_r2:.2f}")
     parts: list[RenderableType] = [
         "",
         table,
@@ -230,19 +229,16 @@ def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType
 def _confirmation_table(record: TuneRecord) -> Table:
     found = record.confirmation
     assert found is not None
-    table = figures_table(
+    table = Table(
         f"Confirmation: {found.num_tokens:,} tokens, seed {found.seed}, other held-out sequences",
-        "domain",
-        "default loss",
-        "tuned loss",
-        "difference",
+        ["domain", "default loss", "tuned loss", "difference"],
     )
     for name, loss in found.default_losses.items():
         tuned = found.tuned_losses[name]
-        table.add_row(escape(name), f"{loss:.4f}", f"{tuned:.4f}", f"{tuned - loss:+.4f}")
-    table.add_section()
+        table.add(name, f"{loss:.4f}", f"{tuned:.4f}", f"{tuned - loss:+.4f}")
+    table.add_rule()
     row = (found.default_loss, found.tuned_loss)
-    table.add_row("weighted loss", *(f"{loss:.4f}" for loss in row), f"{found.difference:+.4f}")
+    table.add("weighted loss", *(f"{loss:.4f}" for loss in row), f"{found.difference:+.4f}")
     return table
 
 

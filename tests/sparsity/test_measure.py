@@ -24,10 +24,10 @@ def test_measures_zeros_and_loss_in_one_pass(
     build_model: BuildModel, input_ids: torch.Tensor, kind: str
 ) -> None:
     model = build_model(kind).train()
-    progress: list[int] = []
+    scores: list[tuple[float, int]] = []
     batches = [batch_of(rows) for rows in input_ids.split(3)]
     report, statistics = measure(
-        model, batches, name="tiny", text="noise", on_progress=progress.append
+        model, batches, name="tiny", text="noise", on_batch=lambda *score: scores.append(score)
     )
     assert model.training
 
@@ -37,8 +37,10 @@ def test_measures_zeros_and_loss_in_one_pass(
     expected = probe.statistics()
     assert report.loss == pytest.approx(expected_loss, rel=1e-5)
     assert report.num_labels == input_ids.numel() - len(input_ids)
-    assert report.num_tokens == input_ids.numel() == progress[-1]
-    assert len(progress) == 2
+    assert report.num_tokens == input_ids.numel()
+    losses, labels = map(sum, zip(*scores, strict=True))
+    assert len(scores) == 2
+    assert (labels, losses / labels) == (report.num_labels, pytest.approx(report.loss))
     assert report.product_zeros == expected.zero_share() == statistics.zero_share()
     assert [row.product_zeros for row in report.layer_rows] == expected.layer_zero_shares()
     assert report.dtype == "float32"
