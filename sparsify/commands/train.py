@@ -196,7 +196,7 @@ def run_summary(result: RunResult) -> RenderableType:
         "",
         _places(run.path),
         "",
-        _next_commands(result),
+        next_commands(result.given, result.run.path),
     ]
     return Group(*parts)
 
@@ -212,9 +212,9 @@ def _places(path: Path) -> RenderableType:
     )
 
 
-def _next_commands(result: RunResult) -> RenderableType:
-    path = result.run.path
-    ratio = f"sparsify train {result.given} mixture.instruction_token_share=0.3"
+def next_commands(given: str, path: Path) -> str:
+    """What to type after a run, given the recipe as the user named it and the run's folder."""
+    ratio = f"sparsify train {given} mixture.instruction_token_share=0.3"
     # `make quickstart` calls the command by its path, and the next one is typed by hand.
     commands = {}
     if sys.prefix != sys.base_prefix and shutil.which("sparsify") is None:

@@ -168,7 +168,7 @@ def _compared_run(
         seen_tokens=summary.seen_tokens,
         loss=newest.loss,
         loss_comparable=name in agreement.losses,
-        train_loss=baseline.train_loss,
+        train_loss=summary.train_loss,
         mean_loss=_mean_loss(sources),
         zeros=newest.zeros,
         zeros_comparable=name in agreement.zeros,
