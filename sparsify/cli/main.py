@@ -181,8 +181,12 @@ def convert(
     ],
     to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
     activation: Annotated[
-        str, typer.Option(help=f"Activation to convert to: {alternatives(activation_names())}.")
-    ] = "drelu",
+        str | None,
+        typer.Option(
+            help=f"Activation to convert to: {alternatives(activation_names())}; drelu unless given, with a mask the "
+            "model's own."
+        ),
+    ] = None,
     gate_threshold: Annotated[
         float | None,
         typer.Option(
@@ -190,10 +194,28 @@ def convert(
             f"{alternatives(activation_names(lambda row: row.has_gate_threshold))}; the published one unless given."
         ),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="How the model becomes sparse before any training: a name of docs/methods.md. With --calibrate-on alone, "
+            "calibrated_replacement."
+        ),
+    ] = None,
+    method_settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Setting of the method as KEY=VALUE; may be given again."),
+    ] = None,
+    refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit",
+            help="Follow a mask by the reconstruction of the output matrix; the method decides unless given.",
+        ),
+    ] = None,
     calibrate_on: Annotated[
         str | None,
         typer.Option(
-            help="Text or mixture to repair the activation replacement on, before any training."
+            help="Text or mixture that the method calibrates on; quickstart with --method alone."
         ),
     ] = None,
     calibration_tokens: Annotated[
@@ -201,7 +223,9 @@ def convert(
     ] = None,
     target_zeros: Annotated[
         float | None,
-        typer.Option(help="Share of exact zeros that thresholds give every layer, such as 0.9."),
+        typer.Option(
+            help="Share of exact zeros that the method's mask gives every layer, such as 0.9."
+        ),
     ] = None,
     on: Annotated[
         str | None,
@@ -220,9 +244,18 @@ def convert(
     """
     from sparsify.commands import convert as verb
 
-    chosen, settings = verb.conversion_settings(
-        activation, gate_threshold, calibrate_on, calibration_tokens, target_zeros, on
+    options = verb.ConvertOptions(
+        activation,
+        gate_threshold,
+        method,
+        method_settings or (),
+        refit,
+        calibrate_on,
+        calibration_tokens,
+        target_zeros,
+        on,
     )
+    chosen, settings, calibrate_on = verb.conversion_settings(model, options)
     if calibrate_on is None:
         swap = verb.convert_model(model, chosen, to, on or "quickstart", tokens)
     else:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Group, RenderableType
 
 from sparsify.conversion.convert import Converted, convert
+from sparsify.conversion.source import locate, read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError
+from sparsify.methods.base import Mask, method_of
 from sparsify.methods.calibrate import Calibration, Stage
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.mixture.sequences.held_out import (
@@ -23,7 +27,8 @@ from sparsify.mixture.sequences.held_out import (
 )
 from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.mixture.tokens.encoder import Tokenizer
-from sparsify.models import SparseConfig
+from sparsify.models import ACTIVATIONS, SparseConfig
+from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import (
@@ -39,6 +44,8 @@ from sparsify.sparsity.report import measure
 
 CALIBRATION_TOKENS = 131_072
 """Of `sparsify convert --calibrate-on`, unless given."""
+CALIBRATE_ON = "quickstart"
+"""What `sparsify convert --method` calibrates on, unless given."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def convert_model_calibrated(
     calibrate_on: str,
     num_tokens: int,
 ) -> Swap:
-    """Converts a checkpoint with the calibrated replacement and measures each stage.
+    """Converts a checkpoint with a method, the calibrated replacement or another, and measures each stage.
 
     Args:
         source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
@@ -110,7 +117,6 @@ def convert_model_calibrated(
         num_tokens: Tokens to measure on: of a text those after the calibration tokens, of a mixture held-out ones.
     """
     check_activation(activation, "--activation", "--gate-threshold")
-    check_conversion(settings)
     check_text_or_mixture(calibrate_on)
     measured: list[PackedSequence] = []
 
@@ -143,38 +149,95 @@ def convert_model_calibrated(
     return Swap(converted, f"held out of {calibrate_on}", measured_tokens, stages, calibration)
 
 
+@dataclass(frozen=True)
+class ConvertOptions:
+    """The options of `sparsify convert` that decide what becomes of the model.
+
+    Attributes:
+        activation: `--activation`; None for the model's own where a mask is fitted, else drelu.
+        gate_threshold: `--gate-threshold`.
+        method: `--method`; None for the calibrated replacement, or for the bare one without `calibrate_on`.
+        method_settings: `--set`, each KEY=VALUE.
+        refit: `--refit` or `--no-refit`.
+        calibrate_on: `--calibrate-on`.
+        calibration_tokens: `--calibration-tokens`.
+        target_zeros: `--target-zeros`.
+        on: `--on`.
+    """
+
+    activation: str | None = None
+    gate_threshold: float | None = None
+    method: str | None = None
+    method_settings: Sequence[str] = ()
+    refit: bool | None = None
+    calibrate_on: str | None = None
+    calibration_tokens: int | None = None
+    target_zeros: float | None = None
+    on: str | None = None
+
+
 def conversion_settings(
-    activation: str,
-    gate_threshold: float | None,
-    calibrate_on: str | None,
-    calibration_tokens: int | None,
-    target_zeros: float | None,
-    on: str | None,
-) -> tuple[ActivationSection, ConversionSection]:
-    """The command's options as settings.
+    source: str, options: ConvertOptions
+) -> tuple[ActivationSection, ConversionSection, str | None]:
+    """The command's options as settings, and what to calibrate on; None for a bare replacement.
 
     Raises:
-        RecipeError: If one of them would be ignored.
+        ModelError: If the checkpoint must be read and cannot be.
+        RecipeError: If an option would be ignored, or the method or its settings cannot be.
     """
-    chosen = ActivationSection(activation, gate_threshold)
-    if calibrate_on is None:
+    if options.calibrate_on is None and options.method is None:
         for name, value in (
-            ("calibration-tokens", calibration_tokens),
-            ("target-zeros", target_zeros),
+            ("calibration-tokens", options.calibration_tokens),
+            ("target-zeros", options.target_zeros),
+            ("set", " ".join(options.method_settings) or None),
+            ("refit", options.refit),
         ):
             if value is not None:
                 raise RecipeError(
                     f"--{name} {value} would be ignored: nothing is calibrated.",
-                    next_step="Give --calibrate-on too, or leave it out.",
+                    next_step="Give --calibrate-on or --method too, or leave it out.",
                 )
-        return chosen, ConversionSection()
-    if on is not None:
+        activation = ActivationSection(options.activation or "drelu", options.gate_threshold)
+        return activation, ConversionSection(), None
+    if options.on is not None:
         raise RecipeError(
-            f"--on {on} would be ignored: a calibrated replacement is measured on text held out of --calibrate-on.",
+            f"--on {options.on} would be ignored: a calibrated replacement is measured on text held out of --calibrate-on.",
             next_step="Leave it out.",
         )
-    num_tokens = CALIBRATION_TOKENS if calibration_tokens is None else calibration_tokens
-    return chosen, ConversionSection(calibration_tokens=num_tokens, target_zeros=target_zeros)
+    tokens = options.calibration_tokens
+    settings = ConversionSection(
+        calibration_tokens=CALIBRATION_TOKENS if tokens is None else tokens,
+        target_zeros=options.target_zeros,
+        method=options.method or ConversionSection().method,
+        method_settings=dict(_setting(pair) for pair in options.method_settings),
+        refit=options.refit,
+    )
+    check_conversion(settings)
+    name, threshold = options.activation, options.gate_threshold
+    if name is None:
+        name = "drelu"
+        if isinstance(method_of(settings), Mask):
+            name, own_threshold = _own_activation(source)
+            threshold = own_threshold if threshold is None else threshold
+    return ActivationSection(name, threshold), settings, options.calibrate_on or CALIBRATE_ON
+
+
+def _setting(pair: str) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
+    if not (key and equals):
+        raise RecipeError(
+            f"--set {pair} is not a setting.", allowed="KEY=VALUE, such as site=gate."
+        )
+    return key, yaml.safe_load(value)
+
+
+def _own_activation(source: str) -> tuple[str, float | None]:
+    """Activation and gate threshold of a checkpoint; those of a stock one in a GGUF file."""
+    path = locate(source)
+    config = {} if path.is_file() else read_checkpoint(path).config
+    name = config.get("ffn_activation", STOCK_ACTIVATION)
+    has_threshold = name in ACTIVATIONS and ACTIVATIONS[name].has_gate_threshold
+    return name, config.get("ffn_gate_threshold") if has_threshold else None
 
 
 def _sequence_length(config: SparseConfig) -> int:
@@ -190,7 +253,7 @@ def replacement_record(swap: Swap) -> dict[str, Any]:
     return {
         "folder": str(swap.converted.folder),
         "ffn_activation": swap.converted.config.ffn_activation,
-        "ffn_thresholds": swap.converted.config.ffn_thresholds,
+        "sparsification": swap.converted.config.sparsification,
         "text": swap.text,
         "num_tokens": swap.num_tokens,
         "stages": [asdict(stage) for stage in swap.stages],
@@ -217,7 +280,7 @@ def replacement_table(swap: Swap) -> RenderableType:
 def _calibrated_layers(calibration: Calibration) -> RenderableType:
     table = Table(
         f"Relative error of the feed-forward answers on held-out calibration tokens ({calibration.num_tokens:,} in all)",
-        ["layer", "bare replacement", "before the refit", "after it", "signs turned", ""],
+        ["layer", "activation alone", "before the refit", "after it", "signs turned", ""],
     )
     for layer in calibration.layers:
         for number, expert in enumerate(layer["experts"]):

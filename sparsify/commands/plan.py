@@ -11,6 +11,7 @@ from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError, UserError
 from sparsify.evaluation.request import suite_of
 from sparsify.launch.hosts import read_hostfile
+from sparsify.methods.base import check_method
 from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import mixture_ingests
@@ -58,6 +59,7 @@ def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Pla
         place = _alone(sum(read_hostfile(recipe.launch.hostfile).values()))
         recipe = compose_recipe(name_or_path, [*overrides, *place])
     suite_of(recipe.eval)
+    check_method(recipe.conversion)
     hardware = hardware or hardware_of(recipe, given)
     recipe, choice = resolve_engine(recipe, hardware=hardware)
     return make_plan(

@@ -29,6 +29,7 @@ from sparsify.files import write_json
 from sparsify.launch.hosts import placement
 from sparsify.launch.launcher import serve
 from sparsify.launch.nodes import rendezvous_of
+from sparsify.methods.base import check_method
 from sparsify.plan import auto_sentence, resolve_engine, this_machine
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.engine import AUTO_STAGE
@@ -115,6 +116,7 @@ def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
         sparsify.launch.launcher.Interrupted: After a clean save.
     """
     recipe = compose_recipe(name_or_path, overrides)
+    check_method(recipe.conversion)
     with ExitStack() as stack:
         place = stack.enter_context(placement(recipe.launch, ["train", name_or_path, *overrides]))
         if place.overrides:

@@ -7,7 +7,13 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 
 from sparsify.errors import ModelError, nearest
-from sparsify.models import CONFIG_CLASSES, SparseConfig, SparseMistralConfig, SparseMixtralConfig
+from sparsify.models import (
+    CONFIG_CLASSES,
+    SparseConfig,
+    SparseMistralConfig,
+    SparseMixtralConfig,
+    mask_tensors,
+)
 
 HELD_AS = {
     "mistral": SparseMistralConfig,
@@ -15,9 +21,6 @@ HELD_AS = {
     "mixtral": SparseMixtralConfig,
     **CONFIG_CLASSES,
 }
-DENSE_THRESHOLD = "mlp.ffn_activation.threshold"
-EXPERTS_THRESHOLD = "block_sparse_moe.experts.ffn_activation.threshold"
-"""Names on disk, inside a layer, of the thresholds that `ffn_thresholds: neuron` speaks of."""
 DROPPED_FIELDS = (
     "model_type",
     "architectures",
@@ -111,22 +114,26 @@ def tensor_shapes(config: SparseConfig) -> dict[str, tuple[int, ...]]:
             f"{prefix}self_attn.o_proj.weight": (hidden, queries),
         }
         shapes |= _ffn_shapes(config, prefix)
+        masks = mask_tensors(config)
+        shapes |= {mask_name(config, layer, site): shape for site, (_, shape) in masks.items()}
     return shapes
+
+
+def mask_name(config: SparseConfig, layer: int, site: str) -> str:
+    """Name on disk of the thresholds of a masked site of a layer."""
+    name = mask_tensors(config)[site][0]
+    return f"model.layers.{layer}.{name.replace('mlp.experts.', 'block_sparse_moe.experts.')}"
 
 
 def _ffn_shapes(config: SparseConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     hidden, neurons = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {}
     if isinstance(config, SparseMistralConfig):
-        if config.ffn_thresholds == "neuron":
-            shapes[f"{prefix}{DENSE_THRESHOLD}"] = (neurons,)
         return shapes | {
             f"{prefix}mlp.gate_proj.weight": (neurons, hidden),
             f"{prefix}mlp.up_proj.weight": (neurons, hidden),
             f"{prefix}mlp.down_proj.weight": (hidden, neurons),
         }
-    if config.ffn_thresholds == "neuron":
-        shapes[f"{prefix}{EXPERTS_THRESHOLD}"] = (config.num_local_experts, neurons)
     shapes[f"{prefix}block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
     for expert in range(config.num_local_experts):
         name = f"{prefix}block_sparse_moe.experts.{expert}."

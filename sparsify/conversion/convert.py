@@ -33,6 +33,7 @@ from sparsify.models import (
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
     SparseModel,
+    mask_tensors,
 )
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.recipe.model import ModelSection
@@ -90,9 +91,9 @@ def upcycle(
         old, new = f"model.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.experts."
         gate_up = torch.cat([source[f"{old}gate_proj.weight"], source[f"{old}up_proj.weight"]])
         state[f"{new}gate_up_proj"].copy_(gate_up.expand(num_experts, -1, -1))
-        if config.ffn_thresholds == "neuron":
-            threshold = "ffn_activation.threshold"
-            state[f"{new}{threshold}"].copy_(source[f"{old}{threshold}"].expand(num_experts, -1))
+        for site, (name, _) in mask_tensors(dense.config).items():
+            target = state[f"model.layers.{layer}.{mask_tensors(config)[site][0]}"]
+            target.copy_(source[f"model.layers.{layer}.{name}"].expand_as(target))
         state[f"{new}down_proj"].copy_(source[f"{old}down_proj.weight"].expand(num_experts, -1, -1))
     return model.eval()
 

@@ -12,7 +12,7 @@ from sparsify.conversion.architecture import sparse_config
 from sparsify.conversion.source import read_checkpoint
 from sparsify.errors import ModelError
 from sparsify.files import write_json
-from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel
+from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel, site_rules
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.modeling_sparse_mistral import SparseMistralMLP
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
@@ -32,7 +32,7 @@ def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None
         "dtype": str(dtype).removeprefix("torch."),
     }
     write_json(folder / "config.json", fields)
-    for name in (config_file, model_file, "ffn_activation", "activations"):
+    for name in (config_file, model_file, "ffn_activation", "activations", "masking"):
         shutil.copyfile(Path(models.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
 
 
@@ -76,6 +76,7 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
     Raises:
         RuntimeError: If any feed-forward block would not apply `ffn_activation`.
     """
+    masked = site_rules(model.config)
     for block in model.ffn_blocks():
         own = "forward" not in vars(block) and type(block) in (
             SparseMistralMLP,
@@ -90,7 +91,9 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             or type(activation).up_factor is not FfnActivation.up_factor
             or activation.name != ffn_activation
             or activation.gate_threshold != model.config.ffn_gate_threshold
-            or (activation.threshold is None) != (model.config.ffn_thresholds == "none")
+            or (activation.threshold is not None) != ("inter" in masked)
+            or (activation.gate_mask is not None) != ("gate" in masked)
+            or (getattr(block, "input_mask", None) is not None) != ("ffn_in" in masked)
         ):
             raise RuntimeError(
                 f"{type(block).__name__} was patched: it does not apply {ffn_activation}"

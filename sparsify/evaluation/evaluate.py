@@ -107,7 +107,7 @@ def evaluate(
         model_hash=identity,
         model_type=model.config.model_type,
         ffn_activation=model.config.ffn_activation,
-        ffn_thresholds=model.config.ffn_thresholds,
+        is_masked=bool(model.config.sparsification),
         predictors=masks,
         dtype=str(model.dtype).removeprefix("torch."),
         context_tokens=model.config.max_position_embeddings,

@@ -15,7 +15,7 @@ from sparsify.evaluation.results import ActiveCount, PredictorMasks, Provenance
 from sparsify.models import SparseModel
 from sparsify.predictors import Predictors
 from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.masking import Mask
+from sparsify.predictors.masking import PredictorMask
 from sparsify.sparsity.active_parameters import FFN_PARTS, active_parameters, parameters_by_part
 from sparsify.sparsity.probe import SparsityProbe
 
@@ -74,9 +74,9 @@ class Counter:
         self._inputs = self._mask = None
         if predictors is not None:
             self._inputs = BlockInputs(model, predictors.facts.input)
-            self._mask = Mask(predictors.to(model.device), self._inputs)
+            self._mask = PredictorMask(predictors.to(model.device), self._inputs)
         observers = [] if self._mask is None else [self._mask]
-        self._probe = SparsityProbe(model, *observers, editor=self._mask)
+        self._probe = SparsityProbe(model, *observers, mask=self._mask)
         self._begun = self._now()
 
     def __enter__(self) -> Self:

@@ -116,7 +116,8 @@ class EvaluationResults(_Section):
     """xxh3-128 over names, types, shapes and bytes of all weights, and the activation."""
     model_type: str
     ffn_activation: str
-    ffn_thresholds: str = "none"
+    is_masked: bool = False
+    """Whether it stores a mask."""
     predictors: PredictorMasks | None = None
     """None if every neuron was computed."""
     dtype: str
@@ -139,7 +140,7 @@ class EvaluationResults(_Section):
     @property
     def is_dense(self) -> bool:
         """Whether neither its activation nor thresholds make exact zeros."""
-        return is_dense(self.ffn_activation, self.ffn_thresholds)
+        return is_dense(self.ffn_activation, is_masked=self.is_masked)
 
 
 def write_items(folder: Path, task: str, items: Mapping[str, Mapping[str, Score]]) -> None:

@@ -22,7 +22,7 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _EXPERT = re.compile(r"(.*)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 _ROUTER = re.compile(r"(.*)block_sparse_moe\.gate\.weight")
-_THRESHOLD = re.compile(r"(.*)block_sparse_moe\.(experts\.ffn_activation\.threshold)")
+_MASK = re.compile(r"(.*)block_sparse_moe\.(experts\..*threshold)")
 
 
 class _LiveTensor(NamedTuple):
@@ -112,7 +112,7 @@ def _live_tensor(stored_name: str) -> _LiveTensor:
         return _LiveTensor(f"{match[1]}mlp.experts.{fused}", int(match[2]), match[3])
     if match := _ROUTER.fullmatch(stored_name):
         return _LiveTensor(f"{match[1]}mlp.gate.weight")
-    if match := _THRESHOLD.fullmatch(stored_name):
+    if match := _MASK.fullmatch(stored_name):
         return _LiveTensor(f"{match[1]}mlp.{match[2]}")
     return _LiveTensor(stored_name)
 

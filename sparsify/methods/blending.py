@@ -106,8 +106,7 @@ def activation_at(
 ) -> FfnActivation:
     """A copy of a block's activation, or of that of one of its experts, with so much of the sparse one; see `set_share`."""
     copy = FfnActivation(activation.name, activation.gate_threshold)
-    if activation.threshold is not None:
-        copy.threshold = activation.threshold if expert is None else activation.threshold[expert]
+    copy.with_masks_of(activation, expert)
     set_share(copy, config, share)
     return copy
 

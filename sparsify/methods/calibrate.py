@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,33 +22,37 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from sparsify.conversion.architecture import mask_name
 from sparsify.errors import MixtureError
 from sparsify.files import atomic_folder, storage_errors, write_json
-from sparsify.methods.calibrated_replacement import (
-    HELD_OUT_EVERY,
-    CalibratedLayer,
-    Inputs,
-    LayerCalibration,
+from sparsify.methods.base import (
+    LayerRewrite,
+    Mask,
+    Rewritten,
+    SiteValues,
+    method_of,
+    sparsification,
 )
+from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY, MaskedWeights
 from sparsify.methods.layerwise import (
     Attention,
     Expert,
+    Inputs,
+    Layer,
     LayerReader,
     Streams,
     chunks,
     ffn_answer,
     ffn_names,
+    stored_threshold,
     tensor,
-    threshold_name,
 )
+from sparsify.methods.sites import ATTENTION_SITES, block_thresholds
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
-from sparsify.models import ACTIVATIONS, FfnActivation
+from sparsify.models import FfnActivation
 from sparsify.recipe.sparsification import REFIT_TARGETS, ConversionSection
 
 logger = logging.getLogger(__name__)
-
-RESULT = "refit"
-"""The last stage: what is written."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class Stage:
     """One stage of the activation replacement, measured on the watched sequences.
 
     Attributes:
-        name: `dense`, `bare replacement`, `signs`, `thresholds` or `refit`.
+        name: `dense`, `bare replacement`, then what the method's steps are called.
         losses: Nats per token of each source.
         loss: Of all tokens together.
         zeros: Share of exact zeros.
@@ -73,17 +78,29 @@ class Calibration:
 
     Attributes:
         stages: In order.
-        layers: What each layer's record says: `layer`, `threshold_scale`, and `experts` with the fields of ExpertResult.
+        layers: What each layer's record says: `layer`, `zeros`, and what the method says of it.
         num_tokens: Calibration tokens, those that judged among them.
+        method: Name of the method.
     """
 
     stages: list[Stage]
     layers: list[dict[str, Any]]
     num_tokens: int
+    method: str = "calibrated_replacement"
+
+
+def rewrite_of(conversion: ConversionSection) -> LayerRewrite:
+    """The conversion's method as a rewrite of weights: a mask with the reconstruction that follows it.
+
+    Raises:
+        RecipeError: If there is no such method, or its settings cannot be.
+    """
+    method = method_of(conversion)
+    return MaskedWeights(method, conversion) if isinstance(method, Mask) else method
 
 
 class Calibrator:
-    """Calibrates the checkpoint of a bare replacement.
+    """Takes a method through the checkpoint of a bare replacement.
 
     Args:
         folder: The checkpoint: the dense model's weights, `ffn_activation` the new one.
@@ -107,6 +124,8 @@ class Calibrator:
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._reader = LayerReader(folder, self._device)
         self._state, self._settings = state, settings
+        self.method = rewrite_of(settings)
+        self._result, self._mask = self.method.last_stage, self.method.mask
         self._watched = watched
         self._num_fit = len(sequences)
         if self._num_fit < HELD_OUT_EVERY:
@@ -119,6 +138,9 @@ class Calibrator:
         config = self._reader.config
         self._dense = FfnActivation(config.base_ffn_activation, config.base_ffn_gate_threshold)
         self._swapped = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
+        self._masked_config = deepcopy(config)
+        if self._mask is not None:
+            self._masked_config.sparsification = sparsification(self._mask)
         self._dtype = self._reader.stored_dtype()
 
     @torch.no_grad()
@@ -136,7 +158,8 @@ class Calibrator:
                     self._calibrate(layer, num_layers)
             records = [json.loads(self._record(n).read_text()) for n in range(num_layers)]
             stages = self._stages(records)
-        return Calibration(stages, records, self._num_fit * self._sequence_length)
+        tokens = self._num_fit * self._sequence_length
+        return Calibration(stages, records, tokens, self._settings.method)
 
     def tensors_of(self, layer: int) -> Path:
         """File with a layer's new tensors, by their names on disk."""
@@ -186,21 +209,58 @@ class Calibrator:
         swapped = [replace(expert, activation=self._swapped) for expert in dense]
         with atomic_folder(self._streams(layer + 1).folder) as partial_folder:
             new = Streams(partial_folder)
+            attention.masks = {}
             self._advance(attention, dense, old, "dense", new)
+            masks, mask_record = self._fit_attention(attention, old)
+            attention.masks = masks
             self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
-            turn_for = self._swapped if ACTIVATIONS[self._swapped.name].up == "relu" else None
-            found = LayerCalibration(
-                dense, swapped, self._settings, self._dtype, inputs, turn_for
-            ).run()
-            zeros = {"dense": [0, 1]}
+            found = self.method.rewrite(Layer(dense, swapped, self._dtype, inputs))
+            zeros, masked = {"dense": [0, 1]}, False
             for name, experts in found.stages.items():
                 if name != "dense":
+                    masked = masked or (self._mask is not None and name == self._mask.name)
+                    attention.masks = masks if masked else {}
                     zeros[name] = self._advance(attention, experts, old, name, new)
-        self._save(layer, found, zeros)
+        self._save(layer, found, zeros, masks, mask_record)
         work.remove()
         old.remove()
-        logger.info(_line(layer, num_layers, found))
+        logger.info(f"Layer {layer + 1} of {num_layers}: {found.line}")
+
+    def _fit_attention(
+        self, attention: Attention, old: Streams
+    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Fits the mask's sites in the attention, each with those before it applied, as stored; and what is recorded."""
+        record: dict[str, float] = {}
+        attention.masks = {}
+        for site in (site for site in ATTENTION_SITES if self._mask and site in self._mask.sites):
+            assert self._mask is not None
+            fitted = self._mask.fit(site, AttentionValues(self, attention, old))
+            record |= fitted.record
+            attention.masks[site] = stored_threshold(fitted.threshold, self._dtype)
+        return attention.masks, record
+
+    def attention_values(
+        self, site: str, attention: Attention, old: Streams
+    ) -> Iterator[SiteValues]:
+        """The values of a site in the attention, on the tokens that methods may look at."""
+        before = self._before(old, self._result)[0][: self._num_fit]
+        for part in chunks(*before.shape[:2]):
+            part = slice(part.start, min(part.stop, self._num_fit))
+            hidden = tensor(before[part], self._device)
+            positions = self._batch["position_ids"][part].to(self._device)
+            values = attention.values(site, hidden, positions).flatten(0, -2)
+            values = values[self._parts(part)[0]]
+            yield SiteValues(values, values.new_ones(len(values)), 0, None)
+
+    def _parts(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which tokens of some sequences methods may look at, and which are held out. Bool [tokens] each."""
+        # What packing could not fill stands at position 0 and has no label.
+        labels, positions = (self._batch[key][part] for key in ("labels", "position_ids"))
+        is_text = ((labels != NO_LOSS) | (positions > 0)).flatten().to(self._device)
+        judge = torch.arange(part.start, part.stop) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        judge = judge.repeat_interleave(labels.shape[1]).to(self._device)
+        return is_text & ~judge, is_text & judge
 
     def _advance(
         self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams
@@ -222,7 +282,7 @@ class Calibrator:
 
     def _before(self, old: Streams, name: str) -> tuple[np.ndarray, int]:
         """A stage's stream before the layer, and which sequence it begins with: all but two hold only watched sequences."""
-        start = 0 if name in ("dense", RESULT) else self._num_fit
+        start = 0 if name in ("dense", self._result) else self._num_fit
         if (old.folder / f"{name}.npy").is_file():
             return old.open(name), start
         return old.open("dense")[start:], start  # before the first layer they are all the same
@@ -239,7 +299,7 @@ class Calibrator:
         self, attention: Attention, dense: list[Expert], old: Streams, new: Streams, work: Streams
     ) -> None:
         """Writes the converted model's stream before the block, and what its answers should add to the dense block's."""
-        before, after = self._before(old, RESULT)[0][: self._num_fit], new.open("dense")
+        before, after = self._before(old, self._result)[0][: self._num_fit], new.open("dense")
         residuals, gaps = work.create("residual", before.shape), work.create("gap", before.shape)
         mended = REFIT_TARGETS[self._settings.refit_target]
         for part in chunks(*before.shape[:2]):
@@ -256,33 +316,29 @@ class Calibrator:
         for part in chunks(*residuals.shape[:2]):
             part = slice(part.start, min(part.stop, self._num_fit))
             x = attention.ffn_inputs(tensor(residuals[part], self._device))
-            # What packing could not fill stands at position 0 and has no label.
-            labels, positions = (self._batch[key][part] for key in ("labels", "position_ids"))
-            is_text = ((labels != NO_LOSS) | (positions > 0)).flatten().to(self._device)
-            judge = torch.arange(part.start, part.stop) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            judge = judge.repeat_interleave(residuals.shape[1]).to(self._device)
             gap = tensor(gaps[part], self._device).flatten(0, 1)
-            yield Inputs(x, attention.routes(x), gap, is_text & ~judge, is_text & judge)
+            yield Inputs(x, attention.routes(x), gap, *self._parts(part))
 
-    def _save(self, layer: int, found: CalibratedLayer, zeros: dict[str, list[int]]) -> None:
-        config, tensors = self._reader.config, {}
-        for number, expert in enumerate(found.stages[RESULT]):
+    def _save(
+        self,
+        layer: int,
+        found: Rewritten,
+        zeros: dict[str, list[int]],
+        attention_masks: dict[str, torch.Tensor],
+        mask_record: dict[str, float],
+    ) -> None:
+        config, tensors = self._masked_config, {}
+        for number, expert in enumerate(found.stages[self._result]):
             _, up, down = ffn_names(config, layer, number)
             tensors[up], tensors[down] = expert.up, expert.down
-        if found.threshold_scale is not None:
-            thresholds = [each.activation.threshold for each in found.stages[RESULT]]
-            stacked = torch.stack([t for t in thresholds if t is not None])
-            tensors[threshold_name(config, layer)] = (
-                stacked if self._reader.num_experts > 1 else stacked[0]
-            )
+        thresholds = dict(attention_masks)
+        if self._mask is not None:
+            thresholds |= block_thresholds(self._mask, found.stages[self._result])
+        for site, threshold in thresholds.items():
+            tensors[mask_name(config, layer, site)] = threshold
         stored = {k: v.to(self._dtype).cpu().contiguous() for k, v in tensors.items()}
         save_file(stored, self.tensors_of(layer))
-        record = {
-            "layer": layer,
-            "threshold_scale": found.threshold_scale,
-            "zeros": zeros,
-            "experts": [asdict(result) for result in found.results],
-        }
+        record = {"layer": layer, "zeros": zeros, **mask_record, **found.record}
         write_json(self._record(layer), record)
 
     def _stages(self, records: list[dict[str, Any]]) -> list[Stage]:
@@ -330,16 +386,14 @@ def _count_zeros(
         counts[1] += neurons.numel()
 
 
-def _line(layer: int, num_layers: int, found: CalibratedLayer) -> str:
-    """A layer's result in one line: relative errors, and the experts that keep their weights."""
-    errors = [
-        [getattr(result, name) for result in found.results if getattr(result, name) is not None]
-        for name in ("error_bare", "error_before", "error_refitted")
-    ]
-    means = [f"{sum(values) / len(values):.3f}" if values else "unknown" for values in errors]
-    said = f"Layer {layer + 1} of {num_layers}: relative error {means[0]} bare, {means[1]} before the refit, {means[2]} after"
-    for number, result in enumerate(found.results):
-        if result.kept_because is not None:
-            where = f"expert {number}" if len(found.results) > 1 else "it"
-            said += f"; {where} keeps its down projection: {result.kept_because}"
-    return said
+class AttentionValues:
+    """The values of a layer's attention sites (`methods.base.LayerValues`)."""
+
+    experts: list[Expert] = []  # noqa: RUF012
+
+    def __init__(self, calibrator: Calibrator, attention: Attention, streams: Streams) -> None:
+        self._calibrator, self._of = calibrator, (attention, streams)
+
+    def values(self, site: str) -> Iterator[SiteValues]:
+        """The values of `attn_in` or `attn_out`."""
+        return self._calibrator.attention_values(site, *self._of)

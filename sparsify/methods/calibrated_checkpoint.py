@@ -23,6 +23,7 @@ from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, replace_folder, write_json
+from sparsify.methods.base import Mask, makes_masks, method_of, sparsification
 from sparsify.methods.calibrate import Calibration, Calibrator
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
@@ -40,7 +41,7 @@ def write_calibrated(
     tensors_of: Callable[[int], Path],
     to: Path,
     *,
-    thresholds: bool,
+    mask: Mask | None,
     record: tuple[str, dict[str, Any]],
 ) -> None:
     """Writes a checkpoint folder, a shard at a time.
@@ -49,7 +50,7 @@ def write_calibrated(
         folder: The bare replacement's checkpoint.
         tensors_of: File with the new tensors of a layer, by their names on disk.
         to: Folder to write.
-        thresholds: Whether there are thresholds among them.
+        mask: Its thresholds are among them; None for none.
         record: Name and content of a JSON file to lay beside them.
 
     Raises:
@@ -58,7 +59,8 @@ def write_calibrated(
     checkpoint = read_checkpoint(folder)
     name = checkpoint.config["ffn_activation"]
     config = sparse_config(checkpoint.config, name, str(folder))
-    config.ffn_thresholds = "neuron" if thresholds else "none"
+    if mask is not None:
+        config.sparsification = sparsification(mask)
     homes = _homes(checkpoint, tensors_of, config.num_hidden_layers)
     with atomic_folder(to) as partial:
         for file in folder.iterdir():
@@ -147,6 +149,7 @@ def convert_calibrated(
         raise ModelError(
             f"{to} exists already.", next_step="Choose another folder or remove this one."
         )
+    method_of(settings)  # before anything is written
     state = to.absolute().with_name(f".{to.name}.calibration")
     bare, asked = state / "bare", state / "asked.json"
     wanted = {"model": asdict(model), "activation": asdict(activation), "seed": seed}
@@ -165,12 +168,12 @@ def convert_calibrated(
             f"Nothing to calibrate: the model has {converted.config.ffn_activation} already"
         )
         replace_folder(bare, to)
-    elif converted.config.ffn_thresholds != "none":
+    elif converted.config.sparsification:
         shutil.rmtree(state, ignore_errors=True)
         raise ModelError(
-            f"{converted.origin} has thresholds already, from an earlier calibration.",
-            allowed="Calibration starts from a model without thresholds.",
-            next_step="Calibrate the dense model, or train this one as it is, without a calibration.",
+            f"{converted.origin} stores a mask already, of {converted.config.sparsification['method']}.",
+            allowed="Methods start from a model without a mask.",
+            next_step="Convert the dense model, or train this one as it is, without a calibration.",
         )
     else:
         sequences, watched = sequences_for(load_tokenizer(bare), converted.config)
@@ -180,7 +183,7 @@ def convert_calibrated(
             bare,
             calibrator.tensors_of,
             to,
-            thresholds=settings.target_zeros is not None,
+            mask=calibrator.method.mask,
             record=(RECORD, asdict(calibration)),
         )
         converted = Converted(to, _config(to), converted.origin)
@@ -201,6 +204,5 @@ def _config(folder: Path) -> SparseConfig:
 
 def _has_nothing_to_do(config: SparseConfig, settings: ConversionSection) -> bool:
     base = (config.base_ffn_activation, config.base_ffn_gate_threshold)
-    return (
-        settings.target_zeros is None and (config.ffn_activation, config.ffn_gate_threshold) == base
-    )
+    same = (config.ffn_activation, config.ffn_gate_threshold) == base
+    return same and not makes_masks(settings)

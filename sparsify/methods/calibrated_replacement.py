@@ -1,4 +1,4 @@
-"""The calibrated replacement of one layer: signs, thresholds, refit, and whether each refit is to be kept.
+"""The calibrated replacement of one layer: signs, a mask, reconstruction, and whether each reconstruction is kept.
 
 Which half of its inputs a neuron keeps under dReLU.
 
@@ -9,16 +9,19 @@ so the sign decides what survives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
+from pydantic import Field
 
-from sparsify.methods.histogram import Histogram
-from sparsify.methods.layerwise import Expert, Routes
+from sparsify.methods.base import Mask, MethodSettings, Rewritten, register
+from sparsify.methods.layerwise import Expert, Inputs, InputsOf, Layer
 from sparsify.methods.reconstruction import Errors, Gram, Reduce, nothing_to_reduce
-from sparsify.methods.thresholds import OUTPUT_NORM_BINS, output_norms, with_thresholds
-from sparsify.models import FfnActivation
+from sparsify.methods.sites import fit_block, rows_of
+from sparsify.methods.thresholds import OutputNormThresholds, ThresholdSettings
+from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
 
 
@@ -52,30 +55,10 @@ def flip(expert: Expert, flips: torch.Tensor) -> Expert:
 
 HELD_OUT_EVERY = 8
 """Every eighth calibration sequence judges the refits and takes no part in them."""
+RECONSTRUCTED = "refit"
+"""Name of the stage after the reconstruction."""
 LEAST_ROWS = 256
 """An expert that got fewer calibration tokens than this keeps its weights."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What a layer's feed-forward block sees and what it should answer, a chunk of sequences at a time.
-
-    Attributes:
-        x: Its inputs, [tokens, hidden].
-        routes: Their experts.
-        gap: What every expert should answer beside what it answered when dense, [tokens, hidden].
-        fit: Tokens that the refit rests on, bool [tokens].
-        judge: Tokens that judge it, bool [tokens].
-    """
-
-    x: torch.Tensor
-    routes: Routes
-    gap: torch.Tensor
-    fit: torch.Tensor
-    judge: torch.Tensor
-
-
-InputsOf = Callable[[], Iterator[Inputs]]
 
 
 @dataclass(frozen=True)
@@ -86,9 +69,9 @@ class ExpertResult:
         num_tokens: Calibration tokens that were routed to it and that the refit rests on.
         num_flipped: Neurons whose sign was turned.
         error_bare: With the bare replacement.
-        error_before: With signs and thresholds, and the old down projection.
-        error_refitted: With the refitted one.
-        kept_because: Why the old down projection stays; None where the refitted one takes its place.
+        error_before: With signs and a mask, and the old down projection.
+        error_refitted: With the refitted one; None where none was wanted.
+        kept_because: Why the old down projection stays; None where the refitted one takes its place, or none was wanted.
     """
 
     num_tokens: int
@@ -106,14 +89,14 @@ class CalibratedLayer:
     Attributes:
         stages: Experts by stage: `dense`, `bare replacement`, then what was done to them, the last being the result.
         flips: Which neurons' signs were turned, bool [experts, neurons].
-        threshold_scale: T; None without thresholds.
         results: One for each expert.
+        mask_record: What the mask says of itself.
     """
 
     stages: dict[str, list[Expert]]
     flips: torch.Tensor
-    threshold_scale: float | None
     results: list[ExpertResult]
+    mask_record: dict[str, float] = field(default_factory=dict)
 
 
 class LayerCalibration:
@@ -127,6 +110,8 @@ class LayerCalibration:
         inputs: Gives all calibration tokens, again on each call.
         turn_for: Activation whose surviving half decides about a neuron's sign, one that rectifies up; None turns none.
         reduce: Sums over ranks, where `inputs` gives only this one's part of the tokens. The result is the same on all.
+        mask: Fitted before the reconstruction; None for none. On one rank only.
+        reconstruct: Whether the down projection is solved for.
     """
 
     def __init__(
@@ -138,30 +123,33 @@ class LayerCalibration:
         inputs: InputsOf,
         turn_for: FfnActivation | None,
         reduce: Reduce = nothing_to_reduce,
+        mask: Mask | None = None,
+        reconstruct: bool = True,
     ) -> None:
         self._dense, self._swapped = dense, swapped
         self._settings, self._dtype, self._inputs = settings, dtype, inputs
         self._turn_for, self._reduce = turn_for, reduce
+        self._mask, self._reconstruct = mask, reconstruct
 
     def run(self) -> CalibratedLayer:
-        """Signs, thresholds, refit; each rests on the one before."""
+        """Signs, mask, reconstruction; each rests on the one before."""
         stages = {"dense": self._dense, "bare replacement": self._swapped}
         flips = self._flips()
         experts = [flip(expert, each) for expert, each in zip(self._swapped, flips, strict=True)]
         if self._turn_for is not None:
             stages["signs"] = experts
-        scale = None
-        if self._settings.target_zeros is not None:
-            scale = self._threshold_scale(experts, self._settings.target_zeros)
-            experts = [with_thresholds(expert, scale, self._dtype) for expert in experts]
-            stages["thresholds"] = experts
+        mask_record = {}
+        if self._mask is not None:
+            experts, mask_record = fit_block(self._mask, experts, self._inputs, self._dtype)
+            stages[self._mask.name] = experts
         refitted, results = [], []
         for number, expert in enumerate(experts):
             new, result = self._refit(number, expert, int(flips[number].sum()))
             refitted.append(new)
             results.append(result)
-        stages["refit"] = refitted
-        return CalibratedLayer(stages, flips, scale, results)
+        if self._reconstruct:
+            stages[RECONSTRUCTED] = refitted
+        return CalibratedLayer(stages, flips, results, mask_record)
 
     def _flips(self) -> torch.Tensor:
         shape = len(self._swapped), len(self._swapped[0].up)
@@ -177,23 +165,23 @@ class LayerCalibration:
             flips[number] = energies.flips()
         return flips
 
-    def _threshold_scale(self, experts: Sequence[Expert], target_zeros: float) -> float:
-        norms = Histogram(OUTPUT_NORM_BINS, device=experts[0].up.device)
-        for number, expert in enumerate(experts):
-            for chunk, token, _ in self._rows(number, "fit"):
-                norms.add(output_norms(expert, chunk.x[token]))
-        return norms.quantile(target_zeros)
-
     def _refit(self, number: int, expert: Expert, num_flipped: int) -> tuple[Expert, ExpertResult]:
         hidden_size, num_neurons = expert.down.shape
         gram = Gram(num_neurons, hidden_size, expert.up.device)
         for chunk, token, weight in self._rows(number, "fit"):
             x = chunk.x[token]
+            if not self._reconstruct:
+                gram.num_rows += len(token)
+                continue
             wanted = self._wanted(number, chunk, token)
             gram.add(expert.neurons(x) * weight[:, None], wanted * weight[:, None])
         gram.reduce(self._reduce)
         few = gram.num_rows < LEAST_ROWS
-        down = expert.down if few else gram.solve(expert.down, self._settings.ridge)
+        down = (
+            expert.down
+            if few or not self._reconstruct
+            else gram.solve(expert.down, self._settings.ridge)
+        )
         candidate = replace(expert, down=down.to(self._dtype).float())
         errors = Errors(("bare", "before", "refitted"), expert.up.device)
         for chunk, token, weight in self._rows(number, "judge"):
@@ -207,17 +195,17 @@ class LayerCalibration:
                 refitted=h @ candidate.down.T * weight,
             )
         errors.reduce(self._reduce)
-        before, after = errors.relative("before"), errors.relative("refitted")
-        reason = None
+        bare, before = errors.relative("bare"), errors.relative("before")
+        if not self._reconstruct:
+            return expert, ExpertResult(gram.num_rows, num_flipped, bare, before, None, None)
+        after, reason = errors.relative("refitted"), None
         if few:
             reason = f"only {gram.num_rows} calibration tokens came to it"
         elif before is None or after is None:
             reason = "no token was left to judge the refit by"
         elif not after < before:
             reason = "the refit was worse on held-out tokens"
-        result = ExpertResult(
-            gram.num_rows, num_flipped, errors.relative("bare"), before, after, reason
-        )
+        result = ExpertResult(gram.num_rows, num_flipped, bare, before, after, reason)
         return (expert if reason else candidate), result
 
     def _wanted(self, number: int, chunk: Inputs, token: torch.Tensor) -> torch.Tensor:
@@ -228,7 +216,110 @@ class LayerCalibration:
     def _rows(self, number: int, part: str) -> Iterator[tuple[Inputs, torch.Tensor, torch.Tensor]]:
         """Chunks with the tokens of one expert that belong to a part, and their router weights."""
         for chunk in self._inputs():
-            token, weight = chunk.routes.of(number)
-            counted = getattr(chunk, part)[token]
-            if counted.any():
-                yield chunk, token[counted], weight[counted]
+            token, weight = rows_of(chunk, number, part)
+            if len(token):
+                yield chunk, token, weight
+
+
+class CalibratedSettings(MethodSettings):
+    """Settings of `calibrated_replacement`."""
+
+    target_zeros: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Share of exact zeros that thresholds give every layer, such as 0.9; null sets no thresholds.",
+    )
+
+
+@register
+class CalibratedReplacement:
+    """Replaces the activation: sign alignment, output-norm thresholds where zeros are wanted, and reconstruction."""
+
+    name = "calibrated_replacement"
+    paper = "none: ours"
+    Settings = CalibratedSettings
+
+    def __init__(self, settings: CalibratedSettings, conversion: ConversionSection) -> None:
+        self._conversion = conversion
+        self.mask: Mask | None = None
+        if settings.target_zeros is not None:
+            self.mask = OutputNormThresholds(ThresholdSettings(target_zeros=settings.target_zeros))
+        self.last_stage = RECONSTRUCTED
+
+    def rewrite(self, layer: Layer) -> Rewritten:
+        """Every stage of the layer."""
+        activation = layer.replaced[0].activation
+        turn_for = activation if ACTIVATIONS[activation.name].up == "relu" else None
+        return _rewritten(
+            LayerCalibration(
+                layer.dense,
+                layer.replaced,
+                self._conversion,
+                layer.dtype,
+                layer.inputs,
+                turn_for,
+                mask=self.mask,
+            ).run()
+        )
+
+
+class MaskedWeights:
+    """A mask as a rewrite of weights: the activation as it is, the mask, and the reconstruction where it is wanted.
+
+    Args:
+        mask: The mask.
+        conversion: How to reconstruct.
+    """
+
+    def __init__(self, mask: Mask, conversion: ConversionSection) -> None:
+        self.mask, self._conversion = mask, conversion
+        wanted = conversion.refit
+        self._reconstruct = mask.reconstructs if wanted is None else wanted
+        self.last_stage = RECONSTRUCTED if self._reconstruct else mask.name
+
+    def rewrite(self, layer: Layer) -> Rewritten:
+        """Every stage of the layer."""
+        found = LayerCalibration(
+            layer.dense,
+            layer.replaced,
+            self._conversion,
+            layer.dtype,
+            layer.inputs,
+            None,
+            mask=self.mask,
+            reconstruct=self._reconstruct,
+        ).run()
+        if repr(layer.dense[0].activation) == repr(layer.replaced[0].activation):
+            del found.stages["bare replacement"]
+        return _rewritten(found)
+
+
+def _rewritten(found: CalibratedLayer) -> Rewritten:
+    record = {
+        **found.mask_record,
+        "experts": [asdict(result) for result in found.results],
+    }
+    return Rewritten(found.stages, record, _sentence(found))
+
+
+def _sentence(found: CalibratedLayer) -> str:
+    """A layer's result in one line: relative errors, and the experts that keep their weights."""
+    columns = {
+        "bare": "error_bare",
+        "before the refit": "error_before",
+        "after": "error_refitted",
+    }
+    if RECONSTRUCTED not in found.stages:
+        columns = {"before the mask": "error_bare", "with it": "error_before"}
+    means = []
+    for said, name in columns.items():
+        values: list[Any] = [getattr(result, name) for result in found.results]
+        values = [value for value in values if value is not None]
+        means.append(f"{sum(values) / len(values):.3f} {said}" if values else f"unknown {said}")
+    sentence = f"relative error {', '.join(means)}"
+    for number, result in enumerate(found.results):
+        if result.kept_because is not None:
+            where = f"expert {number}" if len(found.results) > 1 else "it"
+            sentence += f"; {where} keeps its down projection: {result.kept_because}"
+    return sentence

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
-from sparsify.conversion.architecture import (
-    DENSE_THRESHOLD,
-    EXPERTS_THRESHOLD,
-    sparse_config,
-    tensor_shapes,
-)
+from sparsify.conversion.architecture import sparse_config, tensor_shapes
 from sparsify.conversion.source import read_checkpoint, read_shapes
-from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig
+from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig, ThresholdMask
 from sparsify.models.activations import STOCK_ACTIVATION
+from sparsify.models.masking import drop_small
 
 
 @dataclass(frozen=True)
@@ -41,17 +37,46 @@ class Expert:
         gate: [neurons, hidden].
         up: [neurons, hidden].
         down: [hidden, neurons].
-        activation: Its thresholds, if any, are this expert's: [neurons].
+        activation: Its thresholds, if any, are this expert's: [1] or [neurons].
+        input_threshold: Of a mask on its inputs, [1] or [hidden].
     """
 
     gate: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
     activation: FfnActivation
+    input_threshold: torch.Tensor | None = None
 
     def neurons(self, x: torch.Tensor) -> torch.Tensor:
         """Neuron activations [rows, neurons] of inputs [rows, hidden]."""
+        x = self.seen(x)
         return self.activation(x @ self.gate.T, x @ self.up.T)
+
+    def gates(self, x: torch.Tensor) -> torch.Tensor:
+        """The gate's factor before its mask, [rows, neurons]."""
+        return self.activation.gate_factor(self.seen(x) @ self.gate.T)
+
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """The inputs after their mask."""
+        return x if self.input_threshold is None else drop_small(x, self.input_threshold)
+
+    def with_mask(self, site: str, threshold: torch.Tensor) -> Expert:
+        """The expert with a mask on one of its sites: `ffn_in`, `gate` or `inter`.
+
+        Args:
+            site: The site.
+            threshold: [1] or [channels].
+        """
+        if site == "ffn_in":
+            return replace(self, input_threshold=threshold)
+        old = self.activation
+        new = FfnActivation(old.name, old.gate_threshold).with_masks_of(old)
+        if site == "gate":
+            new.gate_mask = ThresholdMask(tuple(threshold.shape))
+            new.gate_mask.threshold = threshold
+        else:
+            new.threshold = threshold
+        return replace(self, activation=new)
 
 
 @dataclass(frozen=True)
@@ -81,14 +106,56 @@ def ffn_names(config: SparseConfig, layer: int, expert: int) -> tuple[str, str, 
     return f"{name}w1.weight", f"{name}w3.weight", f"{name}w2.weight"
 
 
-def threshold_name(config: SparseConfig, layer: int) -> str:
-    """Name on disk of a layer's thresholds."""
-    experts = getattr(config, "num_local_experts", None)
-    return f"model.layers.{layer}.{EXPERTS_THRESHOLD if experts else DENSE_THRESHOLD}"
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer's feed-forward block sees and what it should compute, a chunk of sequences at a time.
+
+    Attributes:
+        x: Its inputs, [tokens, hidden].
+        routes: Their experts.
+        gap: What every expert should add to what it computed when dense, [tokens, hidden].
+        fit: Tokens that a method may look at, bool [tokens].
+        judge: Held-out tokens, bool [tokens].
+    """
+
+    x: torch.Tensor
+    routes: Routes
+    gap: torch.Tensor
+    fit: torch.Tensor
+    judge: torch.Tensor
+
+
+InputsOf = Callable[[], Iterator[Inputs]]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as a method rewrites it.
+
+    Attributes:
+        dense: Its experts with the activation that they were trained with.
+        replaced: The same with the new one.
+        dtype: Dtype on disk: what is fitted is rounded to it before it is judged.
+        inputs: Gives all calibration tokens, again on each call.
+    """
+
+    dense: list[Expert]
+    replaced: list[Expert]
+    dtype: torch.dtype
+    inputs: InputsOf
+
+
+def stored_threshold(threshold: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A threshold in fp32, rounded as it will be stored."""
+    return threshold.clamp(max=torch.finfo(dtype).max).to(dtype).float()
 
 
 class Attention:
-    """A layer without its feed-forward block, and the router of that."""
+    """A layer without its feed-forward block, and the router of that.
+
+    Attributes:
+        masks: Thresholds of the sites `attn_in` and `attn_out`; empty for none.
+    """
 
     def __init__(self, config: SparseConfig, device: torch.device) -> None:
         one_layer = deepcopy(config)
@@ -103,6 +170,26 @@ class Attention:
             self._router.to_empty(device=device)
         decoder.rotary_emb = type(decoder.rotary_emb)(config=one_layer).to(device)
         self._decoder, self._layer = decoder.float().eval(), layer
+        self.masks: dict[str, torch.Tensor] = {}
+        self._seen: dict[str, torch.Tensor] = {}
+        attention = layer.self_attn
+        attention.register_forward_pre_hook(self._mask_input, with_kwargs=True)
+        attention.o_proj.register_forward_pre_hook(
+            lambda _, args: (self._masked("attn_out", args[0]),)
+        )
+
+    def _mask_input(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden = self._masked("attn_in", kwargs["hidden_states"])
+        return args, kwargs | {"hidden_states": hidden}
+
+    def _masked(self, site: str, values: torch.Tensor) -> torch.Tensor:
+        self._seen[site] = values
+        return drop_small(values, self.masks[site]) if site in self.masks else values
+
+    def values(self, site: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The values of `attn_in` or `attn_out` before their mask, [sequences, tokens, channels]; arguments as of a call."""
+        self(hidden, position_ids)
+        return self._seen[site]
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes the weights of a layer, by their names inside it; those of feed-forward blocks are left alone."""

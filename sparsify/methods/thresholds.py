@@ -7,35 +7,50 @@ neurons, from a histogram, so that memory does not grow with tokens.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
+from pydantic import Field
 
-from sparsify.methods.histogram import Bins
-from sparsify.methods.layerwise import Expert
-from sparsify.models import FfnActivation
+from sparsify.methods.base import Fitted, LayerValues, MethodSettings, register
+from sparsify.methods.histogram import Bins, Histogram
+from sparsify.models import SiteRule
 
-OUTPUT_NORM_BINS = Bins("log", lowest=-60.0, per_unit=200, num_bins=24_000, includes_upper=False)
+THRESHOLD_BINS = Bins("log", lowest=-60.0, per_unit=200, num_bins=24_000, includes_upper=False)
 """A bin is half a per cent wide; e^-60 and less counts as zero."""
 TINY = 1e-30
-"""Norm of a column that is all zeros: its neuron says nothing and is always zeroed."""
+"""Norm of a column that is all zeros: its neuron adds nothing and is always zeroed."""
 
 
-def output_norms(expert: Expert, x: torch.Tensor) -> torch.Tensor:
-    """|h_i| · |w_down,i| of an expert's inputs [rows, hidden]: [rows, neurons]."""
-    return expert.neurons(x).abs() * expert.down.norm(dim=0)
+class ThresholdSettings(MethodSettings):
+    """Settings of `thresholds`."""
+
+    target_zeros: float = Field(
+        gt=0, lt=1, description="Share of exact zeros that every layer gets, such as 0.9."
+    )
 
 
-def with_thresholds(expert: Expert, scale: float, dtype: torch.dtype) -> Expert:
-    """The expert with thresholds T / |w_down,i|, rounded as they will be stored.
+@register
+class OutputNormThresholds:
+    """Zeroes the neurons that would add least to the stream."""
 
-    Args:
-        expert: An expert without thresholds.
-        scale: T.
-        dtype: Dtype on disk.
-    """
-    values = scale / expert.down.norm(dim=0).clamp(min=TINY)
-    old = expert.activation
-    new = FfnActivation(old.name, old.gate_threshold, (len(values),))
-    new.threshold = values.clamp(max=torch.finfo(dtype).max).to(dtype).to(values.dtype)
-    return replace(expert, activation=new)
+    name = "thresholds"
+    paper = "arXiv 2402.03804 (the criterion)"
+    Settings = ThresholdSettings
+    reconstructs = True
+
+    def __init__(self, settings: ThresholdSettings) -> None:
+        self._share = settings.target_zeros
+
+    @property
+    def sites(self) -> dict[str, SiteRule]:
+        """The product, with a threshold for every neuron."""
+        return {"inter": SiteRule(per="channel")}
+
+    def fit(self, site: str, layer: LayerValues) -> Fitted:
+        """T / |w_down,i| of every neuron, [experts, neurons]."""
+        norms = Histogram(THRESHOLD_BINS, device=layer.experts[0].down.device)
+        for chunk in layer.values(site):
+            assert chunk.expert is not None
+            norms.add(chunk.values.abs() * chunk.expert.down.norm(dim=0))
+        scale = norms.quantile(self._share)
+        columns = [expert.down.norm(dim=0).clamp(min=TINY) for expert in layer.experts]
+        return Fitted(torch.stack([scale / norm for norm in columns]), {"threshold_scale": scale})

@@ -12,30 +12,38 @@ from sparsify.models.activations import ACTIVATIONS, Activation
 if TYPE_CHECKING:
     from sparsify.models.classes import (
         CONFIG_CLASSES,
-        FFN_THRESHOLDS,
         MODEL_CLASSES,
+        SITES,
         FfnActivation,
+        SiteRule,
         SparseConfig,
         SparseMistralConfig,
         SparseMistralForCausalLM,
         SparseMixtralConfig,
         SparseMixtralForCausalLM,
         SparseModel,
+        ThresholdMask,
+        mask_tensors,
+        site_rules,
     )
 
 __all__ = [
     "ACTIVATIONS",
     "CONFIG_CLASSES",
-    "FFN_THRESHOLDS",
     "MODEL_CLASSES",
+    "SITES",
     "Activation",
     "FfnActivation",
+    "SiteRule",
     "SparseConfig",
     "SparseMistralConfig",
     "SparseMistralForCausalLM",
     "SparseMixtralConfig",
     "SparseMixtralForCausalLM",
     "SparseModel",
+    "ThresholdMask",
+    "mask_tensors",
+    "site_rules",
 ]
 
 

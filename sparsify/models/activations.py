@@ -136,6 +136,6 @@ def alternatives(names: Sequence[str]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-def is_dense(ffn_activation: str, ffn_thresholds: str = "none") -> bool:
-    """Whether a model makes no exact zeros: neither its activation nor fitted thresholds do."""
-    return not ACTIVATIONS[ffn_activation].makes_zeros and ffn_thresholds == "none"
+def is_dense(ffn_activation: str, *, is_masked: bool = False) -> bool:
+    """Whether a model makes no exact zeros: neither its activation nor a stored mask does."""
+    return not ACTIVATIONS[ffn_activation].makes_zeros and not is_masked

@@ -2,7 +2,8 @@
 
 from sparsify.models.configuration_sparse_mistral import SparseMistralConfig
 from sparsify.models.configuration_sparse_mixtral import SparseMixtralConfig
-from sparsify.models.ffn_activation import FFN_THRESHOLDS, FfnActivation
+from sparsify.models.ffn_activation import FfnActivation
+from sparsify.models.masking import SITES, SiteRule, ThresholdMask, mask_tensors, site_rules
 from sparsify.models.modeling_sparse_mistral import SparseMistralForCausalLM
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralForCausalLM
 
@@ -19,13 +20,17 @@ MODEL_CLASSES = {
 
 __all__ = [
     "CONFIG_CLASSES",
-    "FFN_THRESHOLDS",
     "MODEL_CLASSES",
+    "SITES",
     "FfnActivation",
+    "SiteRule",
     "SparseConfig",
     "SparseMistralConfig",
     "SparseMistralForCausalLM",
     "SparseMixtralConfig",
     "SparseMixtralForCausalLM",
     "SparseModel",
+    "ThresholdMask",
+    "mask_tensors",
+    "site_rules",
 ]

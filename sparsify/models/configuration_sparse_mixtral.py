@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, MixtralConfig
 
 from .activations import STOCK_ACTIVATION
+from .masking import site_rules
 
 
 @strict
@@ -17,11 +20,22 @@ class SparseMixtralConfig(MixtralConfig):
     ffn_activation: str = STOCK_ACTIVATION
     ffn_gate_threshold: float = 0.0
     """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; 0 for every other activation."""
-    ffn_thresholds: str = "none"
-    """`neuron`: activations are zeroed where they do not exceed their neuron's threshold, which is stored with the weights."""
+    sparsification: dict[str, Any] | None = None
+    """The mask that the model stores (`masking.py`): the method that fitted it, and the rule of each site; None for none."""
     base_ffn_activation: str = STOCK_ACTIVATION
     """Activation of the checkpoint that this one was converted from."""
     base_ffn_gate_threshold: float = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Bundles before `sparsification` said `ffn_thresholds: neuron` for thresholds of each neuron on the product.
+        old = kwargs.pop("ffn_thresholds", "none")
+        if old not in ("none", "neuron"):
+            raise ValueError(f"ffn_thresholds is {old!r}; allowed: none, neuron")
+        if old == "neuron":
+            sites = {"inter": {"rule": "threshold", "per": "channel"}}
+            self.sparsification = {"method": "thresholds", "sites": sites}
+        site_rules(self)
+        super().__post_init__(**kwargs)
 
 
 AutoConfig.register(SparseMixtralConfig.model_type, SparseMixtralConfig, exist_ok=True)

@@ -22,6 +22,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from .configuration_sparse_mixtral import SparseMixtralConfig
 from .ffn_activation import FfnActivation
+from .masking import ThresholdMask, install_input_masks
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -34,6 +35,7 @@ class SparseMixtralExperts(MixtralExperts):
 
     config: SparseMixtralConfig
     ffn_activation: FfnActivation
+    input_mask: ThresholdMask | None
     _row_experts: int | torch.Tensor
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
@@ -60,6 +62,8 @@ class SparseMixtralExperts(MixtralExperts):
                 f"experts_implementation is {implementation!r}, which would not apply ffn_activation="
                 f"{self.ffn_activation.name!r}; allowed: {', '.join(EXPERTS_IMPLEMENTATIONS)}"
             )
+        if self.input_mask is not None:
+            hidden_states = self.input_mask(hidden_states)
         if implementation == "eager":
             return self._loop_over_experts(hidden_states, top_k_index, top_k_weights)
         # Both keep one row for each slot: batched_mm in the order of slots, grouped_mm sorted by expert.
@@ -97,22 +101,22 @@ class SparseMixtralForCausalLM(MixtralForCausalLM):
 
     def __init__(self, config: SparseMixtralConfig) -> None:
         super().__init__(config)
-        for block in self.ffn_blocks():
+        for layer, block in zip(self.model.layers, self.ffn_blocks(), strict=True):
             block.__class__ = SparseMixtralExperts
             block.ffn_activation = FfnActivation.from_config(config)
             del block.act_fn
+            install_input_masks(layer, block, config)
 
     def ffn_blocks(self) -> list[Any]:
         """The module of every layer that holds `ffn_activation`, in order."""
         return [layer.mlp.experts for layer in self.model.layers]  # pyright: ignore[reportAttributeAccessIssue]
 
     def set_ffn_activation(self, name: str, gate_threshold: float = 0.0) -> None:
-        """Swaps the activation of every expert in place; weights and thresholds stay as they are."""
+        """Swaps the activation of every expert in place; weights and masks stay as they are."""
         self.config.ffn_activation, self.config.ffn_gate_threshold = name, gate_threshold
         for block in self.ffn_blocks():
             activation = FfnActivation.from_config(self.config)
-            activation.threshold = block.ffn_activation.threshold
-            block.ffn_activation = activation
+            block.ffn_activation = activation.with_masks_of(block.ffn_activation)
 
 
 # Checkpoints keep Mixtral's own layout (block_sparse_moe.experts.N.w1/w2/w3). Without this line a renamed model

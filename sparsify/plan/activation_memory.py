@@ -48,7 +48,7 @@ def forward_and_backward(
         recipe.activation.ffn_activation,
         value,
         training.sequence_length,
-        thresholds=recipe.conversion.target_zeros is not None,
+        thresholds=recipe.conversion.makes_mask,
         one_pass=training.fused_activation in ("triton", "inductor"),
         liger=training.liger_kernels,
     )

@@ -16,7 +16,7 @@ from sparsify.predictors.format import PredictorInput
 class BlockInputs:
     """Context manager that holds the input of the layer that runs just now; nothing is kept beyond its layer.
 
-    Enter it before a SparsityProbe, whose editor and observers may then ask for rows.
+    Enter it before a SparsityProbe, whose mask and observers may then ask for rows.
 
     Args:
         model: A sparse model.

@@ -10,7 +10,7 @@ import torch
 from sparsify.models import SparseModel
 from sparsify.predictors.format import Block, Predictors
 from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.masking import Mask, ScoreReader
+from sparsify.predictors.masking import PredictorMask, ScoreReader
 from sparsify.predictors.schema import Judgement, LayerPoint, Point, Way
 from sparsify.sparsity.active_parameters import FFN_PARTS, ffn_byte_shares, parameters_by_part
 from sparsify.sparsity.measure import IGNORED_LABEL, summed_loss
@@ -142,7 +142,7 @@ class _Judging:
         limit: float,
     ) -> Point:
         with BlockInputs(self._model, self._predictors.facts.input) as inputs:
-            mask = Mask(self._predictors, inputs, threshold)
+            mask = PredictorMask(self._predictors, inputs, threshold)
             masked_loss, _ = self._loss(mask)
         fired, hit, on, values = torch.stack(list(mask.counts.values())).sum(0).tolist()
         on_share, rise = on / values, masked_loss - loss
@@ -161,8 +161,8 @@ class _Judging:
         )
 
     @torch.no_grad()
-    def _loss(self, editor: Mask | ScoreReader) -> tuple[float, ActivationStatistics]:
-        with SparsityProbe(self._model, editor=editor) as probe:
+    def _loss(self, mask: PredictorMask | ScoreReader) -> tuple[float, ActivationStatistics]:
+        with SparsityProbe(self._model, mask=mask) as probe:
             total = sum(float(summed_loss(self._model, batch)) for batch in self._batches)
         return total / max(self._num_labels, 1), probe.statistics()
 

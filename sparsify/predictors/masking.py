@@ -12,8 +12,8 @@ from sparsify.predictors.scores import FiringScores
 from sparsify.sparsity.probe import Tokens
 
 
-class Mask:
-    """Editor of a SparsityProbe: switches off what is not predicted, and counts hits and misses.
+class PredictorMask:
+    """Mask of a SparsityProbe: switches off what is not predicted, and counts hits and misses.
 
     Every token is masked, those of the prompt too, as PowerInfer does it. As an observer of the same probe it leaves
     out of its counts what the probe leaves out, such as padding.
@@ -42,29 +42,29 @@ class Mask:
     ) -> None:
         """Nothing more to do: all is counted as it is masked, before the neurons that were switched off are 0."""
 
-    def __call__(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        """The activations, 0 where the neuron is predicted off, [rows, neurons]."""
+    def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
+        """Which neurons are predicted to fire, bool [rows, neurons]."""
         scores = self._predictors.blocks[layer, expert].scores(self._inputs.rows(expert))
-        on, fired = scores > self._threshold, product != 0
-        masked = product * on
+        predicted = on = scores > self._threshold
+        fired = product != 0
         if self._counted is not None:
             keep = self._inputs.of_expert(self._counted.to(on.device), expert)
             on, fired = on[keep], fired[keep]
         counted = [fired.sum(), (fired & on).sum(), on.sum(), torch.tensor(on.numel())]
         counts = torch.stack([count.cpu() for count in counted])
         self.counts[layer, expert] = self.counts.get((layer, expert), 0) + counts
-        return masked
+        return predicted
 
 
 class ScoreReader:
-    """Editor that changes nothing and counts the scores of all blocks together."""
+    """Mask that keeps everything and counts the scores of all blocks together."""
 
     def __init__(self, predictors: Predictors, inputs: BlockInputs) -> None:
         self._predictors, self._inputs = predictors, inputs
         self.histogram = FiringScores()
 
-    def __call__(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        """The activations as they are."""
+    def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
+        """True everywhere, [rows, neurons]."""
         scores = self._predictors.blocks[layer, expert].scores(self._inputs.rows(expert))
         self.histogram.add(scores, product != 0)
-        return product
+        return torch.ones_like(product, dtype=torch.bool)

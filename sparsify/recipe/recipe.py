@@ -73,8 +73,7 @@ class Recipe:
     @property
     def is_dense(self) -> bool:
         """Whether the model that is trained makes no exact zeros."""
-        thresholds = "none" if self.conversion.target_zeros is None else "neuron"
-        return is_dense(self.activation.ffn_activation, thresholds)
+        return is_dense(self.activation.ffn_activation, is_masked=self.conversion.makes_mask)
 
     @property
     def step_tokens(self) -> int:
@@ -111,7 +110,8 @@ def validate(recipe: Recipe) -> Recipe:
     check_sparsification(recipe)
     check_speed(recipe)
     check_suite(recipe.eval, recipe.checkpoint.every_tokens)
-    if recipe.baseline.ffn_activation == recipe.activation.ffn_activation:
+    same = recipe.baseline.ffn_activation == recipe.activation.ffn_activation
+    if same and not recipe.conversion.makes_mask:
         recipe.baseline.ffn_activation = None
     return recipe
 

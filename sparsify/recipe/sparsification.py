@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import MISSING
 
 from sparsify.errors import RecipeError, check_choice
 from sparsify.models.activations import ACTIVATIONS, activation_names
 
+CALIBRATED_REPLACEMENT = "calibrated_replacement"
+"""The method that a conversion has unless it names another."""
 REFIT_TARGETS = {"own": 0.0, "mix": 0.5, "residual": 1.0}
 """Which part of what is amiss in the residual stream a refit is asked to mend, beside answering as the block once did."""
 
@@ -73,7 +76,20 @@ class ConversionSection:
     """How strongly a refit, one of `blending.refit_milestones` too, holds on to the old weights: as a share of the mean of its
     Gram matrix's diagonal."""
     target_zeros: float | None = None
-    """Share of exact zeros that thresholds give every layer on the calibration tokens; null sets none."""
+    """Share of exact zeros that the method's mask gives every layer on the calibration tokens; null sets none."""
+    method: str = CALIBRATED_REPLACEMENT
+    """What is done to the model on the calibration tokens: a name of `docs/methods.md`. `calibrated_replacement` replaces the
+    activation and sets thresholds where `target_zeros` is given; the others are masks on the activation as it is."""
+    method_settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the method, besides `target_zeros`."""
+    refit: bool | None = None
+    """Whether a mask is followed by the reconstruction of the layer's output matrix; null lets the method decide."""
+
+    @property
+    def makes_mask(self) -> bool:
+        """Whether the model that is trained stores a mask."""
+        own = self.target_zeros is not None or self.method != CALIBRATED_REPLACEMENT
+        return own and self.calibration_tokens > 0
 
 
 def check_conversion(conversion: ConversionSection) -> None:
@@ -85,10 +101,10 @@ def check_conversion(conversion: ConversionSection) -> None:
     check_choice("conversion.refit_target", conversion.refit_target, tuple(REFIT_TARGETS))
     if not 0 < conversion.ridge < math.inf:
         raise RecipeError(f"conversion.ridge is {conversion.ridge}.", allowed="Above 0.")
-    if conversion.target_zeros is not None and not 0 < conversion.target_zeros < 1:
+    if conversion.target_zeros is not None and not 0 <= conversion.target_zeros < 1:
         raise RecipeError(
             f"conversion.target_zeros is {conversion.target_zeros}.",
-            allowed="A share between 0 and 1, such as 0.9; null sets no thresholds.",
+            allowed="A share between 0 and 1, such as 0.9; null sets no mask.",
         )
 
 

@@ -103,6 +103,9 @@ def accelerate(
 ) -> Acceleration:
     """Makes the decoding of a sparse model read only what counts.
 
+    Masks that the model stores are applied on every path. Those on `gate` and `inter` save rows of up and down projections; those on
+    the inputs of projections save nothing here, as the kernels read whole rows.
+
     Args:
         model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
         weights: One of WEIGHT_FORMATS. `stored` reads the model's own weights; `int8` and `int4` round them into blocks of 32 for decoding, which
@@ -178,12 +181,17 @@ def check_acceleratable(model: Any) -> None:
                 f"Layer {layer} has the activation {activation.name!r}, which no kernel knows.",
                 allowed=f"Activations: {', '.join(ACTIVATIONS)}.",
             )
+        # Bundles from before there were other masks have `threshold` alone.
+        masks = [getattr(activation, name, None) for name in ("threshold", "gate_mask")]
         row = ACTIVATIONS[activation.name]
-        if not row.makes_zeros and getattr(activation, "threshold", None) is None:
+        if not row.makes_zeros and masks == [None, None]:
             sparse = activation_names(lambda row: row.makes_zeros)
+            stored = getattr(model.config, "sparsification", None) or {"sites": {}}
+            elsewhere = f" Its masks on {', '.join(stored['sites'])} save no rows in these kernels."
             raise ModelError(
-                f"The model is dense: {row.name} makes no zeros, so there is nothing to skip.",
-                allowed=f"{', '.join(sparse)}, or fitted thresholds.",
+                f"The model is dense: {row.name} makes no zeros, so there is nothing to skip."
+                + (elsewhere if stored["sites"] else ""),
+                allowed=f"{', '.join(sparse)}, or a mask on `inter` or `gate`.",
                 next_step="Convert it and train it first: sparsify train RECIPE",
             )
         for name, part in block.named_children():

@@ -133,6 +133,26 @@ class BlockForward:
         own = self.block.ffn_activation
         return ACTIVATIONS[own.name].with_threshold(getattr(own, "gate_threshold", 0.0))
 
+    def _thresholds(self, expert: int | None = None) -> dict[str, torch.Tensor | None]:
+        """What the block's masks keep, or those of an expert. A bundle that was exported before there were gate masks has none."""
+        own = self.block.ffn_activation
+        gate_mask = getattr(own, "gate_mask", None)
+        both = {
+            "thresholds": getattr(own, "threshold", None),
+            "gate_thresholds": None if gate_mask is None else gate_mask.threshold,
+        }
+        if expert is None:
+            return both
+        return {
+            name: values[expert] if values is not None and values.dim() > 1 else values
+            for name, values in both.items()
+        }
+
+    def _masked(self, x: torch.Tensor) -> torch.Tensor:
+        """The block's input after its own mask, which saves no rows: the kernels read whole rows of gate and up."""
+        mask = getattr(self.block, "input_mask", None)
+        return x if mask is None else mask(x)
+
     def _predictor(self, index: int, x: torch.Tensor) -> Predictor | None:
         """The predictor, as x is: it follows a model that was moved or cast."""
         if self.options.predictors is None:
@@ -173,14 +193,19 @@ class MlpForward(BlockForward):
         """Maps hidden states [batch, tokens, hidden] to the same shape."""
         if not self._can(x):
             return self._dense(x)
+        gate, up, down_t = self._matrices(0)
         weights = FfnWeights(
-            *self._matrices(0),
-            thresholds=getattr(self.block.ffn_activation, "threshold", None),
+            gate,
+            up,
+            down_t,
+            **self._thresholds(),
             predictor=self._predictor(0, x),
         )
-        seen = self._norm_input if weights.predictor is not None else None
+        # Predictors look at what was not masked.
+        seen = x if self._norm_input is None else self._norm_input
+        seen = seen if weights.predictor is not None else None
         self.tokens += x.shape[:-1].numel()
-        return self._read(x, weights, seen)
+        return self._read(self._masked(x), weights, seen)
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block = self.block
@@ -198,7 +223,8 @@ class ExpertsForward(BlockForward):
         if not self._can(hidden_states):
             return self._dense(hidden_states, top_k_index, top_k_weights)
         self.tokens += len(hidden_states)
-        seen = self._norm_input
+        seen = hidden_states if self._norm_input is None else self._norm_input
+        hidden_states = self._masked(hidden_states)
         backend = backend_of(hidden_states, in_blocks=self.kept is not None)
         if backend == "triton" and self._alike():
             return self._on_device(hidden_states, seen, Routing(top_k_index, top_k_weights))
@@ -207,16 +233,14 @@ class ExpertsForward(BlockForward):
             token, slot = torch.where(top_k_index == expert)
             weights = self._weights(expert, hidden_states)
             chosen = None
-            if weights.predictor is not None and seen is not None:
+            if weights.predictor is not None:
                 chosen = seen.reshape(hidden_states.shape)[token]
             answer = self._read(hidden_states[token], weights, chosen)
             share = top_k_weights[token, slot, None]
             output.index_add_(0, token, (answer * share).to(output.dtype))
         return output
 
-    def _on_device(
-        self, x: torch.Tensor, seen: torch.Tensor | None, routing: Routing
-    ) -> torch.Tensor:
+    def _on_device(self, x: torch.Tensor, seen: torch.Tensor, routing: Routing) -> torch.Tensor:
         """All experts at once: which of them are wanted is known on the device alone, and asking it takes time."""
         block = self.block
         gate, up = block.gate_up_proj.detach().chunk(2, dim=1)
@@ -224,8 +248,8 @@ class ExpertsForward(BlockForward):
             gate,
             up,
             neurons_first(block.down_proj),
-            getattr(block.ffn_activation, "threshold", None),
-            self._stacked(x),
+            **self._thresholds(),
+            predictor=self._stacked(x),
         )
         out, rows = sparse_experts(
             x,
@@ -262,10 +286,12 @@ class ExpertsForward(BlockForward):
         return self._stack
 
     def _weights(self, expert: int, x: torch.Tensor) -> FfnWeights:
-        thresholds = getattr(self.block.ffn_activation, "threshold", None)
+        gate, up, down_t = self._matrices(expert)
         return FfnWeights(
-            *self._matrices(expert),
-            thresholds=None if thresholds is None else thresholds[expert],
+            gate,
+            up,
+            down_t,
+            **self._thresholds(expert),
             predictor=self._predictor(expert, x),
         )
 

@@ -38,6 +38,7 @@ class FfnCall(ctypes.Structure):
         *((name, _Matrix) for name in ("x", "gate", "up", "down_t")),
         *((name, _Matrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
         ("thresholds", ctypes.c_void_p),
+        ("gate_thresholds", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         *(
             (name, ctypes.c_int32)
@@ -72,9 +73,7 @@ def native_ffn(
             "predictor_b": predictor.b,
         }
     parts = {name: _whole_rows(part) for name, part in parts.items()}
-    thresholds = weights.thresholds
-    if thresholds is not None:
-        thresholds = thresholds.to(x.device, torch.float32).contiguous()
+    thresholds, gate_thresholds = weights.thresholds_for(x.device)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     call = FfnCall(
         tokens=x.shape[0],
@@ -82,6 +81,7 @@ def native_ffn(
         neurons=weights.gate.shape[0],
         rank=0 if predictor is None else predictor.a.shape[0],
         thresholds=None if thresholds is None else thresholds.data_ptr(),
+        gate_thresholds=None if gate_thresholds is None else gate_thresholds.data_ptr(),
         out=out.data_ptr(),
         dtype=NATIVE_DTYPES[x.dtype],
         gate_kind=_GATE_KINDS[activation.gate],

@@ -35,9 +35,12 @@ def portable_ffn(
         wanted = _predicted(predictor_x, weights)
         rows = _few(wanted, rows)
         wanted = wanted[:, rows]
+    thresholds, gate_thresholds = weights.thresholds_for(x.device)
     gate = GATE_FACTORS[activation.gate](
         linear(x, _rows(weights.gate, rows, x)), activation.gate_threshold
     )
+    if gate_thresholds is not None:
+        gate = torch.where(gate.abs() <= gate_thresholds[rows], 0.0, gate)
     gate = gate if wanted is None else torch.where(wanted, gate, 0.0)
     gate_rows = gate.shape[1]
     if not dense:
@@ -46,9 +49,8 @@ def portable_ffn(
     up = UP_FACTORS[activation.up](linear(x, _rows(weights.up, rows, x)))
     product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
     up_rows = product.shape[1]
-    if weights.thresholds is not None:
-        small = product.abs() <= weights.thresholds.to(x.device)[rows]
-        product = torch.where(small, 0.0, product)
+    if thresholds is not None:
+        product = torch.where(product.abs() <= thresholds[rows], 0.0, product)
     if not dense:
         kept = _few(product != 0, rows)
         rows, product = _narrow(rows, kept), product[:, kept]

@@ -120,9 +120,7 @@ def launch(
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `triton_ffn`, with the kernels given."""
     gate, up, down_t = (_experts(part, 3) for part in (weights.gate, weights.up, weights.down_t))
-    thresholds = weights.thresholds
-    if thresholds is not None:
-        thresholds = thresholds.to(x.device, torch.float32).contiguous()
+    thresholds, gate_thresholds = weights.thresholds_for(x.device)
     (tokens, hidden), (experts, neurons, _) = x.shape, gate.shape
     x, predictor_x = _experts(x, 2), _experts(predictor_x, 2)
     index = None if routing is None else routing.index.contiguous()
@@ -149,9 +147,11 @@ def launch(
             wanted = _predict(kernels, predictor_x, weights.predictor, sent, factors, block)
         start: Any = kernels.gate_rows[listed]
         start(
-            *(x, gate, factors if wanted is None else wanted, factors, counts, *sent, *size),
+            *(x, gate, factors if wanted is None else wanted, gate_thresholds, factors),
+            *(counts, *sent, *size),
             *(x.stride(0), gate.stride(1), gate.stride(0), activation.gate_threshold),
             **{"KIND": activation.gate, "PREDICTED": wanted is not None, "CHUNK": CHUNK} | block,
+            THRESHOLDS=gate_thresholds is not None,
         )
         start = kernels.up_rows[listed]
         start(

@@ -127,6 +127,7 @@ def gate_rows(
     x,
     gate,
     wanted,
+    thresholds,
     factors,
     counts,
     index,
@@ -140,13 +141,14 @@ def gate_rows(
     threshold,
     KIND: tl.constexpr,
     PREDICTED: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
     T: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """factors [experts, tokens, neurons], zeros before: the gate factor where the neuron is wanted."""
+    """factors [experts, tokens, neurons], zeros before: the gate factor where the neuron is wanted and it is kept."""
     expert = tl.program_id(1).to(tl.int64)
     chunk, first = tl.program_id(0) // (CHUNK // ROWS), tl.program_id(0) % (CHUNK // ROWS) * ROWS
     sent = _sent(index, expert, tokens, slots, T, SLOTS)
@@ -170,6 +172,9 @@ def gate_rows(
                 factor = tl.where(g <= threshold, 0.0, g - threshold)
             else:
                 factor = tl.where(g <= threshold, 0.0, g)
+            if THRESHOLDS:
+                small = tl.load(thresholds + expert * neurons + row, mask=there, other=0.0)
+                factor = tl.where(tl.abs(factor) <= small[None, :], 0.0, factor)
             places = own + tl.arange(0, T)[:, None] * neurons + row[None, :]
             mask = sent[:, None] & there[None, :]
             if PREDICTED:  # for this token, too

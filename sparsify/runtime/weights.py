@@ -50,8 +50,9 @@ class FfnWeights:
         gate: [neurons, hidden], as stored or in blocks, all three alike.
         up: [neurons, hidden].
         down_t: [neurons, hidden]: down_proj.weight transposed, so that a neuron is one row of it.
-        thresholds: A product is kept where its size is larger; float32 [neurons].
+        thresholds: A product is kept where its size is larger; [neurons], or [1] for one of all.
         predictor: Reads nothing of a neuron that it does not predict.
+        gate_thresholds: A gate factor is kept where its size is larger, else its neuron is skipped; of the same shapes.
     """
 
     gate: Matrix
@@ -59,6 +60,20 @@ class FfnWeights:
     down_t: Matrix
     thresholds: torch.Tensor | None = None
     predictor: Predictor | None = None
+    gate_thresholds: torch.Tensor | None = None
+
+    def thresholds_for(
+        self, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`thresholds` and `gate_thresholds` as the kernels read them: float32, one for every neuron, side by side."""
+        shape = self.gate.shape[:-1]
+
+        def read(values: torch.Tensor | None) -> torch.Tensor | None:
+            if values is None:
+                return None
+            return values.to(device, torch.float32).expand(shape).contiguous()
+
+        return read(self.thresholds), read(self.gate_thresholds)
 
     @property
     def in_blocks(self) -> bool:
@@ -110,10 +125,12 @@ class FfnWeights:
                 raise ValueError(
                     f"{name} is {_kind(part)} on {part.device}, x is {x.dtype} on {x.device}; they must be alike."
                 )
-        if self.thresholds is not None and self.thresholds.shape != (*experts, neurons):
-            raise ValueError(
-                f"thresholds is {list(self.thresholds.shape)}; it must be {[*experts, neurons]}."
-            )
+        for name in ("thresholds", "gate_thresholds"):
+            values = getattr(self, name)
+            if values is not None and values.shape not in ((*experts, neurons), (1,)):
+                raise ValueError(
+                    f"{name} is {list(values.shape)}; it must be {[*experts, neurons]}, or [1] for one of all."
+                )
 
     def _fits(self, part: Matrix, dtype: torch.dtype) -> bool:
         """Whether a part is of x's dtype, or, of the three matrices, in blocks like the others."""

@@ -20,14 +20,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from sparsify.methods.base import TokenMask
 from sparsify.methods.histogram import Histogram
+from sparsify.methods.token_masks import CettMask, LayerThresholdMask, TopKMask
 from sparsify.models import SparseModel
 from sparsify.sparsity.magnitudes import (
     MagnitudeObserver,
     down_norms,
     down_weight,
 )
-from sparsify.sparsity.probe import PIECE_ROWS, Editor, SparsityProbe, Tokens
+from sparsify.sparsity.probe import PIECE_ROWS, SparsityProbe, Tokens
 from sparsify.sparsity.schema import CettLayer, CettPoint, Curves, PplPoint, SharePoint
 
 CETT_TARGETS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
@@ -249,9 +251,9 @@ class _Measurement:
         tried = [(point.target, point.loss, point.edited_sparsity) for point in cett]
         ppl = [self._ppl_point(search, percent, loss, tried) for percent in PPL_PERCENTS]
         unchanged = SharePoint(share=0.0, sparsity=zeros, loss=loss)
-        top_k = [self._share_point(share, top_k_editor(share)) for share in SHARES[1:]]
+        top_k = [self._share_point(share, TopKMask(share)) for share in SHARES[1:]]
         fixed = [
-            self._share_point(share, magnitude_editor(magnitudes.activations, share))
+            self._share_point(share, magnitude_mask(magnitudes.activations, share))
             for share in SHARES[1:]
         ]
         return Curves(
@@ -264,9 +266,9 @@ class _Measurement:
             magnitude=[unchanged, *fixed],
         )
 
-    def _loss(self, editor: Editor | None, *observers: Any) -> tuple[float, float]:
-        """Loss in nats per token and share of zeros, with activations as the editor leaves them."""
-        with SparsityProbe(self._model, *observers, editor=editor) as probe:
+    def _loss(self, mask: TokenMask | None, *observers: Any) -> tuple[float, float]:
+        """Loss in nats per token and share of zeros, with what the mask keeps."""
+        with SparsityProbe(self._model, *observers, mask=mask) as probe:
             total = sum(float(self._summed_loss(self._model, batch)) for batch in self._batches)
         return total / self._num_labels, probe.statistics().zero_share("product")
 
@@ -276,8 +278,8 @@ class _Measurement:
         found = [search.nearest(layer, target) for layer in range(len(self._norms))]
         sparsities = [layer.sparsity for layer in found if not math.isnan(layer.sparsity)]
         if target > 0:
-            editor = cett_editor(self._norms, [layer.threshold for layer in found])
-            loss, zeros = self._loss(editor)
+            mask = CettMask(self._norms, [layer.threshold for layer in found])
+            loss, zeros = self._loss(mask)
         return CettPoint(
             target=target,
             sparsity=sum(sparsities) / len(sparsities),
@@ -306,7 +308,7 @@ class _Measurement:
             part = (allowed - low[1]) / (top[1] - low[1]) if math.isfinite(top[1]) else 1.0
             at = low[0] + (top[0] - low[0]) * min(max((part + 0.5) / 2, 0.05), 1.0)
             at = top[0] if high is None else at
-            found, zeros = self._loss(cett_editor(self._norms, search.thresholds(at)))
+            found, zeros = self._loss(CettMask(self._norms, search.thresholds(at)))
             tried.append((at, found, zeros))
         low, high = _bracket(tried, allowed)
         return PplPoint(
@@ -318,8 +320,8 @@ class _Measurement:
             is_limit=high is None,
         )
 
-    def _share_point(self, share: float, editor: Editor) -> SharePoint:
-        loss, sparsity = self._loss(editor)
+    def _share_point(self, share: float, mask: TokenMask) -> SharePoint:
+        loss, sparsity = self._loss(mask)
         return SharePoint(share=share, sparsity=sparsity, loss=loss)
 
 
@@ -334,45 +336,7 @@ def _bracket(
     return points[-1], None
 
 
-def cett_editor(norms: Sequence[torch.Tensor], thresholds: Sequence[float]) -> Editor:
-    """Leaves out the neurons whose output norm does not exceed their layer's threshold."""
-
-    def kept(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        return product.float().abs() * norms[layer][expert] > thresholds[layer]
-
-    return _keep_only(kept)
-
-
-def top_k_editor(share: float) -> Editor:
-    """Leaves out that share of every token's neurons, those of the smallest |h|."""
-
-    def kept(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        number = max(1, round((1 - share) * product.shape[-1]))
-        top = product.abs().topk(number, dim=-1).indices
-        return torch.zeros_like(product, dtype=torch.bool).scatter_(-1, top, True)
-
-    return _keep_only(kept)
-
-
-def magnitude_editor(activations: Histogram, share: float) -> Editor:
-    """Leaves out every |h| up to a threshold of its layer, which that share of its values does not exceed."""
-    thresholds = [
-        activations.quantile(share, layer, rank=round) for layer in range(len(activations.counts))
-    ]
-
-    def kept(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        return product.float().abs() > thresholds[layer]
-
-    return _keep_only(kept)
-
-
-def _keep_only(kept: Editor) -> Editor:
-    """Sets to zero what a rule does not keep, in place and some rows at a time: memory does not grow with the batch."""
-
-    @torch.no_grad()
-    def edit(layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        for rows in product.split(PIECE_ROWS):
-            rows.mul_(kept(layer, expert, rows))
-        return product
-
-    return edit
+def magnitude_mask(activations: Histogram, share: float) -> LayerThresholdMask:
+    """The mask with the threshold of every layer that that share of its |h| does not exceed."""
+    layers = range(len(activations.counts))
+    return LayerThresholdMask([activations.quantile(share, layer, rank=round) for layer in layers])

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from sparsify.models.activations import ACTIVATIONS
 
+THRESHOLDS = {"layer": "the layer's threshold", "channel": "its neuron's threshold"}
+"""`per` of a mask in words."""
 
-def formula(ffn_activation: str, ffn_thresholds: str) -> str:
-    """Formula of a neuron's activation."""
-    above = ", where that exceeds its neuron's threshold in size, else 0"
-    return ACTIVATIONS[ffn_activation].formula + (above if ffn_thresholds == "neuron" else "")
+
+def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
+    """Formula of a neuron's activation.
+
+    Args:
+        ffn_activation: The activation's name.
+        masks: `SparsityReport.masks`.
+    """
+    parts = [ACTIVATIONS[ffn_activation].formula]
+    if "gate" in masks:
+        parts.append(
+            f"with the left factor 0 where it does not exceed {THRESHOLDS[masks['gate']]} in size"
+        )
+    if "inter" in masks:
+        parts.append(f"where that exceeds {THRESHOLDS[masks['inter']]} in size, else 0")
+    return ", ".join(parts)
 
 
 def definitions(
     *,
     ffn_activation: str,
-    ffn_thresholds: str,
+    masks: Mapping[str, str],
     dtype: str,
     num_tokens: int,
     num_experts: int,
@@ -23,7 +39,7 @@ def definitions(
 ) -> dict[str, str]:
     """Term to definition, with the numbers of one measurement."""
     terms = {
-        "Neuron activation": f"One entry of {formula(ffn_activation, ffn_thresholds)}, the vector that a feed-forward block multiplies "
+        "Neuron activation": f"One entry of {formula(ffn_activation, masks)}, the vector that a feed-forward block multiplies "
         "with its down projection. Its two factors are called gate and up.",
         "Exact zero": f"A value that the model, computing in {dtype}, makes equal to 0. Values that are merely small count "
         "as non-zero.",
@@ -37,7 +53,7 @@ def definitions(
         "Always-on neuron": "A neuron that fired on every token routed to it; the same bound holds for the share of tokens on "
         "which it does not fire.",
         "Zeros by cause": "A product is zero because its gate factor, its up factor or both are zero. Zero products of two "
-        "non-zero factors are counted separately: they underflow, or do not exceed their neuron's threshold.",
+        "non-zero factors are counted separately: they underflow, or do not exceed their threshold.",
         "Position": "Distance from the first token of the document, or of the sequence if the document continues from the "
         "previous sequence.",
         "Union, consecutive": "Share of a layer's neurons (of all its experts) that fire on at least one token of a chunk of "

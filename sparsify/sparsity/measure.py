@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import RunError
-from sparsify.models import SparseModel
+from sparsify.models import SparseModel, site_rules
 from sparsify.sparsity.active_parameters import (
     active_parameters,
     ffn_byte_shares,
@@ -263,7 +263,7 @@ def _report(
     num_labels = sum(counts.num_labels for counts in by_source.values())
     facts = {
         "ffn_activation": model.config.ffn_activation,
-        "ffn_thresholds": model.config.ffn_thresholds,
+        "masks": {site: rule.per for site, rule in site_rules(model.config).items()},
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_tokens": int(statistics.num_tokens),
         "num_experts": statistics.num_experts,

@@ -11,6 +11,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import nn
 
+from sparsify.methods.base import TokenMask
 from sparsify.models import (
     FfnActivation,
     SparseMistralForCausalLM,
@@ -59,10 +60,6 @@ class Observer(Protocol):
         """
 
 
-Editor = Callable[[int, int, torch.Tensor], torch.Tensor]
-"""(layer, expert, activations [rows, neurons]) to the activations that the model continues with, in place or new."""
-
-
 class SparsityProbe:
     """Context manager that counts which neurons fire in every forward pass of a model.
 
@@ -73,7 +70,7 @@ class SparsityProbe:
     Args:
         model: A sparse model, or a module that wraps one.
         observers: Receive every counted activation.
-        editor: Changes the activations before they are counted and passed on.
+        mask: Activations that it does not keep become zero before they are counted and passed on.
 
     Raises:
         ValueError: If `model` does not contain a sparse model.
@@ -86,10 +83,10 @@ class SparsityProbe:
     """
 
     def __init__(
-        self, model: nn.Module, *observers: Observer, editor: Editor | None = None
+        self, model: nn.Module, *observers: Observer, mask: TokenMask | None = None
     ) -> None:
         self._model = _sparse_model(model)
-        self._observers, self._editor = observers, editor
+        self._observers, self._mask = observers, mask
         self._blocks = self._model.ffn_blocks()
         self._layers: list[ActivationStatistics | None] = [None] * len(self._model.model.layers)
         self._num_tokens = 0
@@ -213,15 +210,17 @@ class SparsityProbe:
         gate, up = (factor.flatten(0, -2) for factor in pre_activations)
         shape = product.shape
         product = product.flatten(0, -2)
-        if self._editor is not None:
-            product = self._editor(layer, expert, product)
-        edited = None if self._editor is None else product.view(shape)
+        edited = None
+        if self._mask is not None:
+            with torch.no_grad():
+                product = product.mul_(self._mask.keep(layer, expert, product))
+            edited = product.view(shape)
         rows = None
         with torch.no_grad():
             if self._token_mask is not None:
                 keep = self._token_mask.to(tokens.device)[tokens]
                 rows = None if keep.all() else keep.nonzero().squeeze(1)
-            factors = activation.gate_factor, activation.up_factor
+            factors = partial(activation.masked_gate, experts=expert), activation.up_factor
             self._add_rows(layer, expert, factors, (gate, up, product), tokens, rows)
             if rows is not None and self._observers:
                 tokens, product = tokens[rows], product[rows]

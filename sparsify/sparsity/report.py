@@ -40,7 +40,7 @@ def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str
         .get_template(TEMPLATE_FILE)
         .render(
             report=report,
-            formula=formula(report.ffn_activation, report.ffn_thresholds),
+            formula=formula(report.ffn_activation, report.masks),
             perplexity=_perplexity(report.loss),
             against=against_table(report),
             published=published(),

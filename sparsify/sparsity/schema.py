@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from sparsify.errors import RunError
 from sparsify.runs.history import Stage, Trajectory
@@ -254,11 +254,23 @@ class SparsityReport(_Section):
     """Sparsity of a model on one text. Losses are nats per token; shares are 0 to 1."""
 
     schema_version: Literal[2] = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_old_thresholds(cls, fields: Any) -> Any:
+        """Reports before `masks` said `ffn_thresholds: neuron`."""
+        if isinstance(fields, dict) and "ffn_thresholds" in fields:
+            fields = dict(fields)
+            if fields.pop("ffn_thresholds") == "neuron":
+                fields["masks"] = {"inter": "channel"}
+        return fields
+
     model: str
     model_type: str
     ffn_activation: str
-    ffn_thresholds: str
-    """`neuron`: an activation that does not exceed its neuron's threshold is an exact zero too."""
+    masks: dict[str, str] = {}
+    """Sites that the model itself masks: what does not exceed a threshold there is an exact zero too. `layer` where the
+    threshold is the layer's, `channel` where every neuron has its own."""
     text: str
     """Description of the text that was measured."""
     num_tokens: int

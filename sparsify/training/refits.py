@@ -31,10 +31,9 @@ from sparsify.methods.calibrated_replacement import (
     HELD_OUT_EVERY,
     CalibratedLayer,
     ExpertResult,
-    Inputs,
     LayerCalibration,
 )
-from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Routes
+from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Inputs, Routes
 from sparsify.methods.live_model import Engine, evaluating, full_weight, set_full_weight
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
 from sparsify.models import ACTIVATIONS, FfnActivation, SparseConfig

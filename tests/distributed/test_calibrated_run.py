@@ -46,7 +46,7 @@ def test_the_base_and_the_calibrated_start_are_both_on_record(run: Path) -> None
 
 def test_thresholds_are_trained_around_and_exported(run: Path) -> None:
     initial, bundle = load_sparse(run / "initial"), load_sparse(run / "export")
-    assert bundle.config.ffn_thresholds == "neuron"
+    assert bundle.config.sparsification["method"] == "thresholds"
     for before, after in zip(initial.ffn_blocks(), bundle.ffn_blocks(), strict=True):
         stored = before.ffn_activation.threshold.bfloat16()  # fp32, as the stock checkpoint is
         assert torch.equal(stored, after.ffn_activation.threshold)
@@ -59,7 +59,7 @@ def test_the_teacher_is_the_source_and_not_what_was_fitted(run: Path, stock: dic
     teacher, source = load_sparse(run / "teacher"), load_sparse(stock["mixtral"])
     fitted = load_sparse(run / "initial")
     assert teacher.config.ffn_activation == "swiglu"
-    assert teacher.config.ffn_thresholds == "none"
+    assert not teacher.config.sparsification
     for (name, own), other in zip(teacher.named_parameters(), source.parameters(), strict=True):
         assert torch.equal(own, other), name
     assert not torch.equal(teacher.ffn_blocks()[0].down_proj, fitted.ffn_blocks()[0].down_proj)

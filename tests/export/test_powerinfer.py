@@ -28,7 +28,7 @@ from sparsify.export.weight_shards import read_sums, sha256
 from sparsify.models import SparseMistralConfig, SparseMistralForCausalLM, SparseMixtralConfig
 from sparsify.predictors import BlockPredictor, Predictors, write_predictors
 from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.masking import Mask
+from sparsify.predictors.masking import PredictorMask
 from sparsify.predictors.train import Settings, train_predictors
 from sparsify.runs.load import Loaded, load
 from sparsify.sparsity.probe import SparsityProbe
@@ -109,8 +109,8 @@ def plain_logits(loaded: Loaded) -> torch.Tensor:
 @torch.no_grad()
 def masked_logits(loaded: Loaded, predictors: Predictors) -> torch.Tensor:
     with BlockInputs(loaded.model, predictors.facts.input) as inputs:
-        mask = Mask(predictors.to(loaded.model.device), inputs)
-        with SparsityProbe(loaded.model, editor=mask):
+        mask = PredictorMask(predictors.to(loaded.model.device), inputs)
+        with SparsityProbe(loaded.model, mask=mask):
             return loaded.model(IDS, use_cache=False).logits[0]
 
 
@@ -275,8 +275,8 @@ def test_unsupported_models_are_refused() -> None:
     with pytest.raises(ExportError, match="blocks of 32"):
         check_holdable(SparseMistralConfig(**CONFIG | {"intermediate_size": 72}), "q4_0", None)
     cut = SparseMistralConfig(**CONFIG)
-    cut.ffn_thresholds = "neuron"
-    with pytest.raises(ExportError, match="ffn_thresholds=neuron"):
+    cut.sparsification = {"method": "thresholds", "sites": {"inter": {"per": "channel"}}}
+    with pytest.raises(ExportError, match="a mask of thresholds on inter"):
         check_holdable(cut, "f16", None)
     sequence = SparseMistralConfig(**CONFIG | {"sliding_window": 64})
     check_holdable(sequence, "f16", 64)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +15,14 @@ import torch
 from sparsify.methods.calibrate import Calibration
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.mixture.sequences.held_out import ValidationSequences, mixture_calibration
-from sparsify.mixture.sequences.reader import PackedSequence
+from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.mixture.tokens.encoder import Tokenizer
-from sparsify.models import SparseConfig
+from sparsify.models import SparseConfig, SparseModel
 from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
+from sparsify.sparsity.probe import SparsityProbe
+from sparsify.training.validation import sequence_losses
 
 SEQUENCE_TOKENS = 64
 
@@ -31,7 +37,7 @@ class Calibrated:
 
 
 class Calibrate:
-    """Converts a stock checkpoint, by its kind, or any other, by its path, with the calibrated replacement."""
+    """Converts a stock checkpoint, by its kind, or any other, by its path, with a method."""
 
     def __init__(self, mixture: Path, stock: dict[str, Path], cache: Path) -> None:
         self._mixture, self._stock, self._cache = load_mixture(str(mixture)), stock, cache
@@ -43,7 +49,7 @@ class Calibrate:
         to: Path,
         *,
         tokens: int = 3072,
-        target_zeros: float | None = None,
+        **settings: Any,
     ) -> Calibrated:
         watched: ValidationSequences = {}
 
@@ -65,7 +71,7 @@ class Calibrate:
         _, calibration = convert_calibrated(
             ModelSection(source=str(self._stock.get(kind, kind))),
             ActivationSection(activation),
-            ConversionSection(calibration_tokens=tokens, target_zeros=target_zeros),
+            ConversionSection(calibration_tokens=tokens, **settings),
             to,
             sequences_for,
             seed=1,
@@ -73,6 +79,37 @@ class Calibrate:
         )
         assert calibration is not None
         return Calibrated(to, calibration, watched)
+
+
+def measured(model: SparseModel, found: Calibrated) -> tuple[float, float]:
+    """Loss and zeros of a whole model on the sequences that watched the calibration."""
+    total, labels = 0.0, 0
+    with torch.no_grad(), SparsityProbe(model) as probe:
+        for sequences in found.watched.values():
+            batch = collate(sequences)
+            inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+            logits = model(**inputs, use_cache=False).logits
+            total += float(sequence_losses(logits, batch["labels"]).sum())
+            labels += int((batch["labels"] != NO_LOSS).sum())
+    return total / labels, probe.statistics().zero_share("product")
+
+
+@contextmanager
+def killed_after(line: str) -> Iterator[None]:
+    """Interrupts the block as soon as it has logged a line that begins so."""
+
+    class Interrupt(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.getMessage().startswith(line):
+                raise KeyboardInterrupt
+
+    logger, handler = logging.getLogger("sparsify"), Interrupt()
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,25 +14,9 @@ from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import MixtureError, ModelError
 from sparsify.methods.calibrated_checkpoint import read_record
-from sparsify.mixture.sequences.reader import NO_LOSS, collate
-from sparsify.models import SparseModel
-from sparsify.sparsity.probe import SparsityProbe
-from sparsify.training.validation import sequence_losses
+from sparsify.models import SiteRule, site_rules
 from tests.conftest import stock_model
-from tests.methods.conftest import Calibrate, Calibrated
-
-
-def measured(model: SparseModel, found: Calibrated) -> tuple[float, float]:
-    """Loss and zeros of a whole model on the sequences that watched the calibration."""
-    total, labels = 0.0, 0
-    with torch.no_grad(), SparsityProbe(model) as probe:
-        for sequences in found.watched.values():
-            batch = collate(sequences)
-            inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
-            logits = model(**inputs, use_cache=False).logits
-            total += float(sequence_losses(logits, batch["labels"]).sum())
-            labels += int((batch["labels"] != NO_LOSS).sum())
-    return total / labels, probe.statistics().zero_share("product")
+from tests.methods.conftest import Calibrate, killed_after, measured
 
 
 @pytest.mark.parametrize(
@@ -67,7 +49,8 @@ def test_every_stage_is_what_the_whole_model_would_measure(
         assert stages[name].loss == pytest.approx(loss, abs=2e-4), name
         if name != "dense":
             assert stages[name].zeros == pytest.approx(zeros, abs=2e-3), name
-    assert models["refit"].config.ffn_thresholds == ("none" if target_zeros is None else "neuron")
+    sites = {} if target_zeros is None else {"inter": SiteRule("threshold", "channel")}
+    assert site_rules(models["refit"].config) == sites
     if target_zeros is not None:
         assert stages["refit"].zeros == pytest.approx(target_zeros, abs=0.05)
     for layer in found.calibration.layers:
@@ -97,24 +80,6 @@ def test_experts_with_few_tokens_are_named_and_keep_their_weights(
         layer, expert = divmod(number, 4)
         name = f"model.layers.{layer}.mlp.experts.down_proj"
         assert torch.equal(before[name][expert], after[name][expert]) == bool(reason)
-
-
-@contextmanager
-def killed_after(line: str) -> Iterator[None]:
-    """Interrupts the block as soon as it has logged a line that begins so."""
-
-    class Interrupt(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.getMessage().startswith(line):
-                raise KeyboardInterrupt
-
-    logger, handler = logging.getLogger("sparsify"), Interrupt()
-    logger.addHandler(handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            yield
-    finally:
-        logger.removeHandler(handler)
 
 
 def test_a_killed_calibration_goes_on_where_it_stood(
@@ -159,7 +124,7 @@ def test_thresholds_of_a_sharded_checkpoint_are_in_its_index(
     stages = {stage.name: stage.loss for stage in found.calibration.stages}
     loss, _ = measured(load_sparse(found.folder), found)
     assert loss == pytest.approx(stages["refit"], abs=2e-4)
-    with pytest.raises(ModelError, match="has thresholds already"):
+    with pytest.raises(ModelError, match="stores a mask already"):
         calibrate(str(found.folder), "reglu", tmp_path / "again", tokens=1024)
 
 

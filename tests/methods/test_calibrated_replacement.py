@@ -8,11 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparsify.methods.calibrated_replacement import Inputs, LayerCalibration, SignEnergies, flip
+from sparsify.methods.calibrated_replacement import LayerCalibration, SignEnergies, flip
 from sparsify.methods.histogram import Histogram
-from sparsify.methods.layerwise import Expert, Routes
+from sparsify.methods.layerwise import Expert, Inputs, Routes
 from sparsify.methods.reconstruction import Gram
-from sparsify.methods.thresholds import OUTPUT_NORM_BINS, output_norms, with_thresholds
+from sparsify.methods.sites import fit_block
+from sparsify.methods.thresholds import (
+    THRESHOLD_BINS,
+    OutputNormThresholds,
+    ThresholdSettings,
+)
 from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
 
@@ -48,11 +53,16 @@ def test_a_sign_is_turned_where_the_other_half_holds_more_energy() -> None:
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_thresholds_give_the_wanted_zeros_and_zero_the_smallest_outputs(name: str) -> None:
-    x, plain, norms = torch.randn(ROWS, HIDDEN), expert(name), Histogram(OUTPUT_NORM_BINS)
-    for part in x.split(150):
-        norms.add(output_norms(plain, part))
-    scale = norms.quantile(0.9)
-    limited = with_thresholds(plain, scale, torch.float32)
+    x, plain = torch.randn(ROWS, HIDDEN), expert(name)
+
+    def inputs() -> Iterator[Inputs]:
+        for part in x.split(150):
+            routes = Routes(torch.zeros(len(part), 1, dtype=torch.long), torch.ones(len(part), 1))
+            every = torch.ones(len(part), dtype=torch.bool)
+            yield Inputs(part, routes, torch.zeros_like(part), every, ~every)
+
+    mask = OutputNormThresholds(ThresholdSettings(target_zeros=0.9))
+    (limited,), _ = fit_block(mask, [plain], inputs, torch.float32)
     h, kept = plain.neurons(x), limited.neurons(x)
     assert (kept == 0).float().mean() == pytest.approx(0.9, abs=0.01)
     sizes = h.abs() * plain.down.norm(dim=0)
@@ -61,9 +71,9 @@ def test_thresholds_give_the_wanted_zeros_and_zero_the_smallest_outputs(name: st
 
 
 def test_zeros_that_are_there_already_need_no_threshold() -> None:
-    norms = Histogram(OUTPUT_NORM_BINS)
-    norms.add(output_norms(expert("drelu"), torch.randn(ROWS, HIDDEN)))
-    assert norms.quantile(0.3) == 0
+    magnitudes = Histogram(THRESHOLD_BINS)
+    magnitudes.add(expert("drelu").neurons(torch.randn(ROWS, HIDDEN)).abs())
+    assert magnitudes.quantile(0.3) == 0
 
 
 def test_the_refit_is_the_ridge_solution() -> None:

@@ -13,6 +13,16 @@ REFUSED = {
     "--target-zeros 0.9": ["--target-zeros 0.9 would be ignored", "--calibrate-on"],
     "--calibrate-on quickstart --on quickstart": ["--on quickstart would be ignored"],
     "--calibrate-on quickstart --target-zeros 90": ["target_zeros is 90", "such as 0.9"],
+    "--method percentil --target-zeros 0.5": ["conversion.method is 'percentil'", "Methods:"],
+    "--method thresholds": ["thresholds needs conversion.target_zeros", "such as 0.9"],
+    "--method thresholds --target-zeros 0": ["conversion.target_zeros is 0.0", "greater than 0"],
+    "--method thresholds --target-zeros 0.5 --set site=gate": [
+        "conversion.method_settings.site=gate would be ignored",
+        "Settings of thresholds: target_zeros",
+    ],
+    "--method thresholds --target-zeros 0.5 --set gate": ["--set gate", "KEY=VALUE"],
+    "--calibrate-on quickstart --refit": ["conversion.refit=true would be ignored"],
+    "--set site=gate": ["--set site=gate would be ignored", "--method"],
     "--calibrate-on quikstart": ["Did you mean 'quickstart'?"],
     "--activation drelu --gate-threshold 1": ["--gate-threshold=1 would be ignored", "fatrelu"],
 }

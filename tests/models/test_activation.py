@@ -19,6 +19,7 @@ from sparsify.recipe.engine import ATTENTION_IMPLEMENTATIONS
 from tests.conftest import SHAPE
 from tests.models.formulas import FORMULAS, T
 
+THRESHOLDS = {"method": "test", "sites": {"inter": {"rule": "threshold", "per": "channel"}}}
 numbers = st.floats(-8, 8, allow_nan=False)
 
 
@@ -86,10 +87,10 @@ def test_mistral_block_computes_the_formula(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("thresholds", ["none", "neuron"])
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
 def test_mixtral_experts_compute_the_formula_in_every_allowed_backend(
-    name: str, thresholds: str, backend: str
+    name: str, masked: bool, backend: str
 ) -> None:
     torch.manual_seed(0)
     config = SparseMixtralConfig(
@@ -98,13 +99,13 @@ def test_mixtral_experts_compute_the_formula_in_every_allowed_backend(
         num_experts_per_tok=2,
         ffn_activation=name,
         ffn_gate_threshold=T,
-        ffn_thresholds=thresholds,
+        sparsification=THRESHOLDS if masked else None,
     )
     model = SparseMixtralForCausalLM(config)
     model.set_experts_implementation(backend)
     experts = model.model.layers[0].mlp.experts
     limits = torch.zeros(4, SHAPE["intermediate_size"])
-    if thresholds == "neuron":
+    if masked:
         limits = experts.ffn_activation.threshold.uniform_(0, 0.3)
     x, weights = torch.randn(9, SHAPE["hidden_size"]), torch.rand(9, 2)
     index = torch.stack([torch.randperm(4)[:2] for _ in range(9)])

@@ -224,15 +224,17 @@ def kept_for_backward(model: torch.nn.Module, num_tokens: int, documents: int) -
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("experts", [False, True])
-@pytest.mark.parametrize(("documents", "thresholds"), [(1, "neuron"), (2, "none")])
+@pytest.mark.parametrize(("documents", "thresholds"), [(1, True), (2, False)])
 def test_activation_bytes_are_what_autograd_keeps(
-    activation: str, dtype: torch.dtype, experts: bool, documents: int, thresholds: str
+    activation: str, dtype: torch.dtype, experts: bool, documents: int, thresholds: bool
 ) -> None:
     num_tokens = 128
     measured = {}
     for layers in (1, 3):
         fields = {**TINY, "num_hidden_layers": layers, "ffn_activation": activation}
-        fields["ffn_thresholds"] = thresholds
+        if thresholds:
+            sites = {"inter": {"rule": "threshold", "per": "channel"}}
+            fields["sparsification"] = {"method": "thresholds", "sites": sites}
         config = (
             SparseMixtralConfig(num_local_experts=4, **fields)
             if experts
@@ -246,7 +248,7 @@ def test_activation_bytes_are_what_autograd_keeps(
     architecture = Architecture.of(config.to_dict(), None, 2)
     sequence = num_tokens if documents > 1 else None
     estimate = layer_activation_bytes(
-        architecture, activation, dtype.itemsize, sequence, thresholds=thresholds == "neuron"
+        architecture, activation, dtype.itemsize, sequence, thresholds=thresholds
     )
     assert estimate == pytest.approx(per_token, rel=0.03)
 

@@ -24,7 +24,7 @@ class Recompute:
         self.model, self.inputs, self.residual = model, inputs, residual
         self.calls = 0
 
-    def __call__(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
+    def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
         rows = self.inputs.rows(expert)
         if self.residual:
             rows = self.model.model.layers[layer].post_attention_layernorm.forward(rows)
@@ -36,7 +36,7 @@ class Recompute:
         # Not the modules themselves: their hooks are what is running.
         torch.testing.assert_close(block.ffn_activation.forward(gate, up), product)
         self.calls += 1
-        return product
+        return torch.ones_like(product, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
@@ -48,7 +48,7 @@ def test_rows_are_the_blocks_own_inputs(
     model = request.getfixturevalue(kind)
     with BlockInputs(model, "residual" if residual else "normed") as inputs:
         recompute = Recompute(model, inputs, residual)
-        with SparsityProbe(model, editor=recompute):
+        with SparsityProbe(model, mask=recompute):
             model(random_batches(1, seed=1)[0]["input_ids"])
     assert recompute.calls > (4 if kind == "mixtral" else 1)
 

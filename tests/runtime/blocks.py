@@ -80,10 +80,18 @@ def spoil(matrix: torch.Tensor | BlockMatrix, rows: torch.Tensor) -> None:
 
 
 def products_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> torch.Tensor:
-    """Activations of every neuron in float64, before thresholds and predictor. [tokens, neurons]"""
-    x = x.double()
-    gate, up = x @ weights.gate.double().T, x @ weights.up.double().T
-    return FfnActivation(activation.name, activation.gate_threshold)(gate, up)
+    """Activations of every neuron in float64, before their thresholds and predictor. [tokens, neurons]"""
+    gate = gates_of(x, weights, activation)
+    if weights.gate_thresholds is not None:
+        gate[gate.abs() <= weights.gate_thresholds] = 0.0
+    own = FfnActivation(activation.name, activation.gate_threshold)
+    return gate * own.up_factor(x.double() @ weights.up.double().T)
+
+
+def gates_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> torch.Tensor:
+    """Left factors of every neuron in float64, before any threshold. [tokens, neurons]"""
+    own = FfnActivation(activation.name, activation.gate_threshold)
+    return own.gate_factor(x.double() @ weights.gate.double().T)
 
 
 def scores_of(x: torch.Tensor, chosen: Predictor) -> torch.Tensor:
@@ -110,14 +118,30 @@ def _products_kept(x: torch.Tensor, weights: FfnWeights, activation: Activation)
     return product
 
 
-def thresholds_between(
-    x: torch.Tensor, weights: FfnWeights, activation: Activation
-) -> torch.Tensor:
-    """[neurons] in float32: in the middle of the widest gap between tokens' products, so that rounding decides nothing."""
-    sizes = products_of(x, weights, activation).abs()
+def thresholds_between(values: torch.Tensor) -> torch.Tensor:
+    """[neurons] in float32: in the middle of the widest gap between tokens' values, so that rounding decides nothing.
+
+    Args:
+        values: [tokens, neurons].
+    """
+    sizes = values.abs()
     edges = torch.cat([torch.zeros_like(sizes[:1]), sizes]).sort(dim=0).values
     widest = edges.diff(dim=0).argmax(dim=0, keepdim=True)
     return edges.gather(0, torch.cat([widest, widest + 1])).mean(dim=0).float()
+
+
+def with_thresholds(
+    read: FfnWeights, weights: FfnWeights, site: str, kind: str, x: torch.Tensor, name: str
+) -> tuple[FfnWeights, FfnWeights]:
+    """Both with thresholds on the gate or on the product: `none`, `zero`, `between` values, or `huge`."""
+    if kind == "none":
+        return read, weights
+    thresholds = torch.full(weights.gate.shape[:1], {"huge": 1e9}.get(kind, 0.0))
+    if kind == "between":
+        values = gates_of if site == "gate" else products_of
+        thresholds = thresholds_between(values(x, weights, ALL[name]))
+    field = {"gate": "gate_thresholds", "inter": "thresholds"}[site]
+    return replace(read, **{field: thresholds}), replace(weights, **{field: thresholds})
 
 
 def clear_of_ties(x: torch.Tensor, chosen: Predictor) -> Predictor:

@@ -26,7 +26,7 @@ from tests.runtime.blocks import (
     products_of,
     scores_of,
     spoil,
-    thresholds_between,
+    with_thresholds,
 )
 
 backends = pytest.mark.parametrize("backend", ["native", "torch"])
@@ -47,25 +47,21 @@ def _compiled(native: str) -> None:
     format=st.sampled_from(FORMATS),
     on=st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]),
     thresholded=st.sampled_from(["none", "zero", "between", "huge"]),
+    site=st.sampled_from(["inter", "gate"]),
     rank=st.sampled_from([None, 1, 7, 20]),
     threads=st.integers(1, 3),
     dense=st.booleans(),
     seed=st.integers(0, 10**6),
 )
 def test_every_block_equals_float64(
-    backend, shape, name, dtype, format, on, thresholded, rank, threads, dense, seed
+    backend, shape, name, dtype, format, on, thresholded, site, rank, threads, dense, seed
 ) -> None:
     x, weights = block(*shape, dtype, on=on, seed=seed)
     if rank is not None and not dense:
         chosen = clear_of_ties(x, predictor(weights, rank))
         weights = dataclasses.replace(weights, predictor=chosen)
     read, weights = in_format(weights, format)
-    if thresholded != "none":
-        flat = torch.full((shape[2],), {"huge": 1e9}.get(thresholded, 0.0))
-        between = thresholds_between(x, weights, ALL[name])
-        thresholds = between if thresholded == "between" else flat
-        read = dataclasses.replace(read, thresholds=thresholds)
-        weights = dataclasses.replace(weights, thresholds=thresholds)
+    read, weights = with_thresholds(read, weights, site, thresholded, x, name)
     out, rows = sparse_ffn(x, read, ALL[name], backend=backend, threads=threads, dense=dense)
     assert out.shape == x.shape
     assert out.dtype == dtype

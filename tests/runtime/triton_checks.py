@@ -32,7 +32,7 @@ from tests.runtime.blocks import (
     difference,
     predictor,
     scores_of,
-    thresholds_between,
+    with_thresholds,
 )
 
 HARDWARE_BLOCKS = dict(triton_ffn.BLOCKS)
@@ -61,9 +61,11 @@ def moved(weights: FfnWeights) -> FfnWeights:
     chosen = weights.predictor
     if chosen is not None:
         chosen = dataclasses.replace(chosen, a=chosen.a.to(DEVICE), b=chosen.b.to(DEVICE))
-    thresholds = None if weights.thresholds is None else weights.thresholds.to(DEVICE)
-    parts = (part.to(DEVICE) for part in (weights.gate, weights.up, weights.down_t))
-    return FfnWeights(*parts, thresholds, chosen)
+    given = (weights.gate, weights.up, weights.down_t, weights.thresholds, weights.gate_thresholds)
+    gate, up, down_t, thresholds, gate_thresholds = (
+        None if part is None else part.to(DEVICE) for part in given
+    )
+    return FfnWeights(gate, up, down_t, thresholds, chosen, gate_thresholds)
 
 
 def computed(x: torch.Tensor, weights: FfnWeights, name: str = "drelu", **options):
@@ -84,21 +86,19 @@ def counted(rows: RowsRead) -> tuple[int, ...]:
     dtype=st.sampled_from(DTYPES),
     on=st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]),
     thresholded=st.sampled_from(["none", "zero", "between", "huge"]),
+    site=st.sampled_from(["inter", "gate"]),
     rank=st.sampled_from([None, 1, 7, 20]),
     dense=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_every_block_equals_float64(shape, name, dtype, on, thresholded, rank, dense, seed) -> None:
+def test_every_block_equals_float64(
+    shape, name, dtype, on, thresholded, site, rank, dense, seed
+) -> None:
     x, weights = block(*shape, dtype, on=on, seed=seed)
     if rank is not None and not dense:
         chosen = clear_of_ties(x, predictor(weights, rank))
         weights = dataclasses.replace(weights, predictor=chosen)
-    if thresholded != "none":
-        flat = torch.full((shape[2],), {"huge": 1e9}.get(thresholded, 0.0))
-        between = thresholds_between(x, weights, ALL[name])
-        weights = dataclasses.replace(
-            weights, thresholds=between if thresholded == "between" else flat
-        )
+    _, weights = with_thresholds(weights, weights, site, thresholded, x, name)
     out, rows = computed(x, weights, name, dense=dense)
     assert out.dtype == dtype
     assert difference(out, x, weights, ALL[name]) < TOLERANCES[dtype]

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from sparsify.methods.histogram import Histogram
+from sparsify.methods.token_masks import TopKMask
 from sparsify.models import SparseModel
 from sparsify.sparsity import SparsityProbe
 from sparsify.sparsity.curves import (
     CETT_TARGETS,
     CettObserver,
-    magnitude_editor,
+    magnitude_mask,
     measure_curves,
-    top_k_editor,
 )
 from sparsify.sparsity.magnitudes import MAGNITUDE_BINS
 from sparsify.sparsity.measure import summed_loss
@@ -109,8 +109,8 @@ def test_known_gaussians_have_known_thresholds_and_errors() -> None:
     histogram.add(values.abs())
     assert histogram.quantile(0.5) == pytest.approx(0.6745, rel=0.02)
     assert histogram.quantile(0.9) == pytest.approx(1.6449, rel=0.02)
-    edited = magnitude_editor(histogram, 0.8)(0, 0, values.clone())
-    assert float((edited == 0).double().mean()) == pytest.approx(0.8, abs=0.01)
+    kept = magnitude_mask(histogram, 0.8).keep(0, 0, values)
+    assert float((~kept).double().mean()) == pytest.approx(0.8, abs=0.01)
 
     # With orthonormal columns the squared error is the energy of the dropped neurons.
     block = nn.Module()
@@ -129,8 +129,8 @@ def test_known_gaussians_have_known_thresholds_and_errors() -> None:
 
 def test_top_k_keeps_the_largest_of_every_token() -> None:
     values = torch.tensor([[3.0, -4.0, 1.0, 0.0], [0.0, 0.5, 0.2, -0.1]])
-    expected = torch.tensor([[3.0, -4.0, 0.0, 0.0], [0.0, 0.5, 0.2, 0.0]])
-    assert torch.equal(top_k_editor(0.5)(0, 0, values.clone()), expected)
+    expected = torch.tensor([[True, True, False, False], [False, True, True, False]])
+    assert torch.equal(TopKMask(0.5).keep(0, 0, values), expected)
 
 
 def test_targets_are_those_of_the_papers() -> None:

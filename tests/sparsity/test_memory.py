@@ -18,8 +18,8 @@ import json, sys
 from importlib import import_module
 from pathlib import Path
 import torch
+from sparsify.methods.token_masks import TopKMask
 from sparsify.models import SparseMistralConfig, SparseMistralForCausalLM
-from sparsify.sparsity.curves import top_k_editor
 from sparsify.sparsity.magnitudes import MagnitudeObserver
 from sparsify.sparsity.probe import SparsityProbe
 
@@ -44,7 +44,7 @@ with torch.no_grad():
                 probe.count(mask)
                 measuring.summed_loss(model, one)
     if what == "curves":
-        with SparsityProbe(model, MagnitudeObserver(model), editor=top_k_editor(0.5)):
+        with SparsityProbe(model, MagnitudeObserver(model), mask=TopKMask(0.5)):
             for _ in range(passes):
                 measuring.summed_loss(model, one)
 print(json.dumps([int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines()

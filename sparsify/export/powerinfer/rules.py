@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsify.errors import ExportError
-from sparsify.models import ACTIVATIONS, SparseConfig, SparseMistralConfig
+from sparsify.models import ACTIVATIONS, SparseConfig, SparseMistralConfig, site_rules
 
 FFN_TYPES = ("f16", "q4_0")
 """Types of ffn_down_t that the engine's kernel reads; it reads any other type as F16 and generates garbage."""
@@ -72,10 +72,10 @@ def _activation(config: SparseConfig) -> list[str]:
             f"its activation is {activation.name}, {activation.formula}, which the bamboo architecture would compute as "
             "dReLU"
         )
-    thresholds = getattr(config, "ffn_thresholds", "none")
-    if thresholds != "none":
+    if config.sparsification:
+        sites = ", ".join(site_rules(config))
         reasons.append(
-            f"its activations have fitted thresholds (ffn_thresholds={thresholds}), which the engine does not support"
+            f"it stores a mask of {config.sparsification['method']} on {sites}, which the engine does not support"
         )
     return reasons
 

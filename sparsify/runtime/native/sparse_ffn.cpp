@@ -37,6 +37,7 @@ struct FfnCall {
     Matrix x, gate, up, down_t;
     Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
     const float* thresholds;          // [neurons] or null: a product is kept where it is larger in size
+    const float* gate_thresholds;     // [neurons] or null: a gate factor is kept where it is larger in size
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
     int32_t dtype, gate_kind, up_kind, dense, threads, weight_format;
     float gate_threshold, predictor_threshold;
@@ -258,9 +259,11 @@ void phases(FfnCall& call, Scratch& s, int thread, int threads) {
     const int64_t num_candidates = predicted ? static_cast<int64_t>(lists.predicted.size()) : call.neurons;
     all_dots<T, B>(call.gate, predicted ? lists.predicted.data() : nullptr, num_candidates, x, width,
                    [&](int64_t n, const float* dots) {
+                       const float threshold = call.gate_thresholds ? call.gate_thresholds[n] : -1.0f;
                        for (int b = 0; b < B; ++b) {
                            const bool on = b < call.tokens && (!predicted || product[n * B + b] != 0.0f);
-                           gate[n * B + b] = on ? gate_factor(dots[b], call) : 0.0f;
+                           const float factor = on ? gate_factor(dots[b], call) : 0.0f;
+                           gate[n * B + b] = std::fabs(factor) <= threshold ? 0.0f : factor;
                        }
                    });
     compact(candidates, call.neurons, lists.up, [&](int64_t n) { return call.dense || any_token<B>(gate + n * B); });

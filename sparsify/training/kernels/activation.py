@@ -264,12 +264,12 @@ def _implementation(recipe: Recipe, activation: FfnActivation) -> str | None:
     knows = ACTIVATIONS[activation.name].has_training_kernel
     if setting == "off" or (setting == "auto" and (not knows or recipe.blending.budget_share)):
         return None
-    if activation.threshold is not None:
+    if activation.is_masked:
         if setting == "auto" and not recipe.training.count_zeros:
             return None
         asked = "count_zeros=true" if setting == "auto" else f"fused_activation={setting}"
         raise RecipeError(
-            f"training.{asked} needs a kernel, and this model's neurons have thresholds, which none knows.",
+            f"training.{asked} needs a kernel, and this model stores a mask, which no kernel applies.",
             next_step="Leave it out: the model's own code computes them.",
         )
     if setting != "auto":

@@ -1,0 +1,255 @@
+"""The seam of methods: what a mask and a rewrite of weights must say and do, and which of them there are.
+
+A method is one class in one module of this package, registered with `@register`. It names itself and its paper, and its
+settings are the fields of a pydantic model: `sparsify convert --method NAME --set KEY=VALUE` and a recipe's
+`conversion.method`, `conversion.method_settings` read them, bounds and all. Nothing else lists methods.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+import sparsify.methods as package
+from sparsify.errors import RecipeError, nearest
+from sparsify.methods.layerwise import Expert, Layer
+from sparsify.models import SiteRule
+from sparsify.recipe.sparsification import ConversionSection
+
+
+class MethodSettings(BaseModel):
+    """Base of a method's settings. A field `target_zeros` is set by `conversion.target_zeros` and `--target-zeros`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class SiteValues:
+    """Values of a site on calibration tokens, as the layer with the masks fitted so far computes them.
+
+    Attributes:
+        values: [rows, channels].
+        weights: The router's weight of each row; 1 outside experts. [rows]
+        number: Which expert computed them, 0 outside experts.
+        expert: Its weights; None outside blocks.
+    """
+
+    values: torch.Tensor
+    weights: torch.Tensor
+    number: int
+    expert: Expert | None
+
+
+class LayerValues(Protocol):
+    """What a mask is fitted to: one layer and the calibration tokens that reach it. Padding is left out."""
+
+    experts: list[Expert]
+
+    def values(self, site: str) -> Iterator[SiteValues]:
+        """The values of a site, some rows at a time; may be asked for again."""
+        ...
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A site's thresholds in one layer.
+
+    Attributes:
+        threshold: [1], [channels] or [experts, channels], as the site's rule says.
+        record: What `calibration.json` shall say of it.
+    """
+
+    threshold: torch.Tensor
+    record: dict[str, float] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Mask(Protocol):
+    """Which elements of which vectors are dropped for a token: thresholds that are fitted once and stored with the model.
+
+    Attributes:
+        name: What users call it; `config.sparsification` says it.
+        paper: Where it is published.
+        Settings: Its settings.
+        reconstructs: Whether a ridge reconstruction of the layer's output matrix follows unless `conversion.refit` says.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    Settings: ClassVar[type[MethodSettings]]
+    reconstructs: ClassVar[bool]
+
+    def __init__(self, settings: Any) -> None: ...
+
+    @property
+    def sites(self) -> dict[str, SiteRule]:
+        """The rule of each site that it masks."""
+        ...
+
+    def fit(self, site: str, layer: LayerValues) -> Fitted:
+        """Thresholds of one site in one layer; called for each site in the order in which the layer computes them."""
+        ...
+
+
+class LayerRewrite(Protocol):
+    """A rewrite of layers in order, each on what the rewritten layers before it feed it."""
+
+    @property
+    def mask(self) -> Mask | None:
+        """The mask that is fitted along with the weights; None for none."""
+        ...
+
+    @property
+    def last_stage(self) -> str:
+        """Name of the stage that is the result."""
+        ...
+
+    def rewrite(self, layer: Layer) -> Rewritten:
+        """The layer's experts at every stage, the last of which is the result."""
+        ...
+
+
+class WeightMethod(LayerRewrite, Protocol):
+    """A method that rewrites weights.
+
+    Attributes:
+        name: What users call it.
+        paper: Where it is published.
+        Settings: Its settings.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    Settings: ClassVar[type[MethodSettings]]
+
+    def __init__(self, settings: Any, conversion: ConversionSection) -> None: ...
+
+
+class TokenMask(Protocol):
+    """Which neurons count for a token, where that is decided while the model runs and nothing is stored: what
+    a SparsityProbe applies.
+    """
+
+    def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
+        """Bool [rows, neurons] for activations of that shape."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A layer's experts at each stage, and what was found.
+
+    Attributes:
+        stages: Experts by stage: `dense` first, the result last.
+        record: What `calibration.json` shall say of the layer; `experts` in it has an entry for each.
+        line: The same in one line.
+    """
+
+    stages: dict[str, list[Expert]]
+    record: dict[str, Any]
+    line: str
+
+
+_METHODS: dict[str, type[Any]] = {}
+Method = type[Any]
+
+
+def register(method: Method) -> Method:
+    """Makes a class known under its `name`."""
+    assert method.name not in _METHODS, f"two methods are called {method.name}"
+    _METHODS[method.name] = method
+    return method
+
+
+def methods() -> dict[str, Method]:
+    """Every method by its name: the modules of this package are imported to find them."""
+    for module in pkgutil.iter_modules(package.__path__):
+        import_module(f"{package.__name__}.{module.name}")
+    return dict(sorted(_METHODS.items()))
+
+
+def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
+    """The method that a conversion names, with its settings.
+
+    Raises:
+        RecipeError: If there is no such method, or its settings cannot be.
+    """
+    known = methods()
+    name = conversion.method
+    if name not in known:
+        raise RecipeError(
+            f"conversion.method is {name!r}.",
+            allowed=f"{nearest(name, known)}Methods: {', '.join(known)}.",
+        )
+    method = known[name]
+    settings = _settings(method, conversion)
+    if hasattr(method, "fit"):
+        return method(settings)
+    if conversion.refit is not None:
+        raise RecipeError(
+            f"conversion.refit={str(conversion.refit).lower()} would be ignored: {name} reconstructs in its own way.",
+            next_step="Leave it out, or choose a mask as conversion.method.",
+        )
+    return method(settings, conversion)
+
+
+def check_method(conversion: ConversionSection) -> None:
+    """Refuses a method, or settings of it, that cannot be; where nothing is calibrated there is none to check.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    if conversion.calibration_tokens:
+        method_of(conversion)
+
+
+def makes_masks(conversion: ConversionSection) -> bool:
+    """Whether a conversion stores a mask with the model."""
+    method = method_of(conversion)
+    return isinstance(method, Mask) or method.mask is not None
+
+
+def sparsification(mask: Mask) -> dict[str, Any]:
+    """`config.sparsification` of a model with this mask."""
+    return {
+        "method": mask.name,
+        "sites": {site: asdict(rule) for site, rule in mask.sites.items()},
+    }
+
+
+def _settings(method: Method, conversion: ConversionSection) -> MethodSettings:
+    given: Mapping[str, Any] = dict(conversion.method_settings)
+    keys = {name: f"conversion.method_settings.{name}" for name in given}
+    if conversion.target_zeros is not None:
+        given = {**given, "target_zeros": conversion.target_zeros}
+        keys["target_zeros"] = "conversion.target_zeros"
+    fields = method.Settings.model_fields
+    for name in given:
+        if name not in fields:
+            raise RecipeError(
+                f"{keys[name]}={given[name]} would be ignored: {method.name} has no such setting.",
+                allowed=f"{nearest(name, fields)}Settings of {method.name}: {', '.join(fields)}.",
+            )
+    try:
+        return method.Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        what = fields[name].description or ""
+        if first["type"] == "missing":
+            key = (
+                "conversion.target_zeros"
+                if name == "target_zeros"
+                else f"conversion.method_settings.{name}"
+            )
+            raise RecipeError(f"{method.name} needs {key}.", allowed=what) from error
+        raise RecipeError(
+            f"{keys[name]} is {given[name]}: {first['msg'][:1].lower()}{first['msg'][1:]}.",
+            allowed=what,
+        ) from error

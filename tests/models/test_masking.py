@@ -1,0 +1,145 @@
+"""Masks that a model stores: what they drop, where, and what old bundles and unknown rules do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparsify.conversion.architecture import tensor_shapes
+from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.sparse_folder import load_sparse, write_config
+from sparsify.conversion.tokenizer import copy_tokenizer
+from sparsify.errors import ModelError
+from sparsify.files import write_json
+from sparsify.models import (
+    MODEL_CLASSES,
+    SITES,
+    SparseMistralConfig,
+    SparseMixtralConfig,
+    SparseModel,
+    mask_tensors,
+)
+from sparsify.models.masking import drop_small
+from tests.conftest import SHAPE, TOKENIZER
+
+IDS = torch.tensor([[1, 5, 9, 200, 77, 1031, 3, 2]])
+CONFIGS: dict[str, Any] = {
+    "mistral": SparseMistralConfig,
+    "mixtral": lambda **fields: SparseMixtralConfig(
+        **fields, num_local_experts=3, num_experts_per_tok=2
+    ),
+}
+
+
+def model_with(kind: str, sites: dict[str, str], threshold: float = 0.0) -> SparseModel:
+    """A model of the same weights for every mask."""
+    torch.manual_seed(0)
+    stored = {site: {"rule": "threshold", "per": per} for site, per in sites.items()}
+    sparsification = {"method": "test", "sites": stored} if sites else None
+    config = CONFIGS[kind](**SHAPE, sparsification=sparsification)
+    model = MODEL_CLASSES[config.model_type](config).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("threshold"):
+            buffer.fill_(threshold)
+    return model
+
+
+def save(model: SparseModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    write_config(model.config, folder, model.dtype)
+    copy_tokenizer(TOKENIZER, folder)
+
+
+def test_nan_is_kept_ties_are_dropped_and_minus_infinity_keeps_every_bit() -> None:
+    x = torch.tensor([[-0.0, 1.0, -2.0, torch.nan, 0.5]], requires_grad=True)
+    dropped = drop_small(x, torch.tensor([1.0]))
+    assert dropped[0, :3].tolist() == [0.0, 0.0, -2.0]
+    assert dropped[0, 3].isnan()
+    dropped[0, [0, 1, 2, 4]].sum().backward()
+    assert x.grad is not None
+    assert x.grad[0].tolist() == [0.0, 0.0, 1.0, 0.0, 0.0]
+    kept = drop_small(x, torch.tensor([-torch.inf]))
+    assert torch.equal(kept.view(torch.int32), x.view(torch.int32))
+
+
+@pytest.mark.parametrize("per", ["layer", "channel"])
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_site_is_masked_and_share_0_is_bitwise_dense(kind: str, site: str, per: str) -> None:
+    dense = model_with(kind, {})(IDS).logits
+    open_mask = model_with(kind, {site: per}, -torch.inf)
+    assert torch.equal(open_mask(IDS).logits, dense)
+    closed = model_with(kind, {site: per}, 0.3)
+    assert not torch.allclose(closed(IDS).logits, dense, atol=1e-6, rtol=0)
+    # With all of it dropped, what depends on the site adds nothing to the stream.
+    layer = closed.model.layers[0]
+    outputs: list[torch.Tensor] = []
+    part = layer.self_attn.o_proj if site.startswith("attn") else layer.mlp
+    for name, buffer in closed.named_buffers():
+        if name.endswith("threshold"):
+            buffer.fill_(torch.inf)
+    part.register_forward_hook(lambda _, __, output: outputs.append(output))
+    closed(IDS)
+    assert not outputs[0].any()
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_masks_are_stored_with_the_weights_and_survive_another_activation(
+    kind: str, tmp_path: Path
+) -> None:
+    sites = {site: "channel" if number % 2 else "layer" for number, site in enumerate(SITES)}
+    model = model_with(kind, sites)
+    torch.manual_seed(1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("threshold"):
+            buffer.uniform_(0.01, 0.1)
+    save(model, tmp_path)
+    assert read_checkpoint(tmp_path).shapes == tensor_shapes(model.config)
+    loaded = load_sparse(tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    before = dict(loaded.named_buffers())
+    loaded.set_ffn_activation("reglu")
+    after = dict(loaded.named_buffers())
+    for name, _ in mask_tensors(model.config).values():
+        assert torch.equal(before[f"model.layers.0.{name}"], after[f"model.layers.0.{name}"])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_bundle_that_says_ffn_thresholds_means_the_same(kind: str, tmp_path: Path) -> None:
+    model = model_with(kind, {"inter": "channel"})
+    torch.manual_seed(1)
+    for block in model.ffn_blocks():
+        block.ffn_activation.threshold.uniform_(0.01, 0.1)
+    save(model, tmp_path)
+    config = read_checkpoint(tmp_path).config
+    del config["sparsification"]
+    write_json(tmp_path / "config.json", config | {"ffn_thresholds": "neuron"})
+    loaded = load_sparse(tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert loaded.config.sparsification["method"] == "thresholds"
+    assert "ffn_thresholds" not in loaded.config.to_dict()
+    write_json(tmp_path / "config.json", config | {"ffn_thresholds": "layer"})
+    with pytest.raises(ModelError, match="ffn_thresholds is 'layer'"):
+        load_sparse(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sites", "message"),
+    [
+        ({"up": {"rule": "threshold", "per": "layer"}}, "the site 'up'"),
+        ({"inter": {"rule": "top_k", "per": "layer"}}, "the rule 'top_k'"),
+        ({"inter": {"rule": "threshold", "per": "token"}}, "the granularity 'token'"),
+    ],
+)
+def test_what_the_model_does_not_apply_is_refused_by_name(
+    sites: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    save(model_with("mistral", {}), tmp_path)
+    config = read_checkpoint(tmp_path).config
+    config["sparsification"] = {"method": "test", "sites": sites}
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ModelError, match=message):
+        load_sparse(tmp_path)
