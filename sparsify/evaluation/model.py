@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsify.evaluation.results import ActiveCount, PredictorMasks, Provenance
 from sparsify.models import SparseModel
+from sparsify.models.masking import experts_per_token, num_experts
 from sparsify.predictors import Predictors
 from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.masking import PredictorMask
@@ -194,7 +195,7 @@ def _active_count(subject: Subject, counts: Counts) -> ActiveCount:
     model = subject.model
     gate, product = counts.zero_shares
     config = model.config
-    share = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_local_experts", 1)
+    share = experts_per_token(config) / num_experts(config)
     parts = parameters_by_part(model)
     account = active_parameters(
         parts, expert_share=share, gate_zeros=gate or 0.0, product_zeros=product or 0.0

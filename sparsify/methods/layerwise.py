@@ -24,9 +24,15 @@ from torch import nn
 
 from sparsify.conversion.architecture import sparse_config, tensor_shapes
 from sparsify.conversion.source import read_checkpoint, read_shapes
-from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig, ThresholdMask
+from sparsify.models import (
+    MODEL_CLASSES,
+    FfnActivation,
+    SparseConfig,
+    SparseMistralConfig,
+    ThresholdMask,
+)
 from sparsify.models.activations import STOCK_ACTIVATION
-from sparsify.models.masking import drop_small
+from sparsify.models.masking import drop_small, num_experts
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class Routes:
 def ffn_names(config: SparseConfig, layer: int, expert: int) -> tuple[str, str, str]:
     """Names on disk of one expert's gate, up and down projection."""
     prefix = f"model.layers.{layer}."
-    if not getattr(config, "num_local_experts", None):
+    if isinstance(config, SparseMistralConfig):
         return tuple(f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))  # type: ignore[return-value]
     name = f"{prefix}block_sparse_moe.experts.{expert}."
     return f"{name}w1.weight", f"{name}w3.weight", f"{name}w2.weight"
@@ -243,7 +249,7 @@ class LayerReader:
     @property
     def num_experts(self) -> int:
         """Experts of one layer; 1 in a dense model."""
-        return getattr(self.config, "num_local_experts", None) or 1
+        return num_experts(self.config)
 
     def attention(self, layer: int) -> Attention:
         """The layer without its feed-forward block; one object, which holds the layer that was asked for last."""

@@ -16,7 +16,6 @@ In a mixture of experts the router sees its input unmasked, and `ffn_in` is one 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -33,21 +32,6 @@ READ_SHARES: dict[str, Callable[[float], float]] = {
     "inter": lambda kept: (2 + kept) / 3,
 }
 """Share of a feed-forward block's weights that must be read when that share of a site's elements is kept."""
-
-
-def num_experts(config: Any) -> int:
-    """Experts of one layer; 1 in a dense model."""
-    return getattr(config, "num_local_experts", None) or 1
-
-
-def experts_per_token(config: Any) -> int:
-    """Experts that a token is routed to; 1 in a dense model."""
-    return config.num_experts_per_tok if num_experts(config) > 1 else 1
-
-
-def is_fused(block: Any) -> bool:
-    """Whether a live block holds several experts in one parameter."""
-    return hasattr(block, "gate_up_proj")
 
 
 class BlockValues:

@@ -62,6 +62,21 @@ def site_rules(config: Any) -> dict[str, SiteRule]:
     return {site: rules[site] for site in SITES if site in rules}
 
 
+def num_experts(config: Any) -> int:
+    """Experts of one layer; 1 in a dense model."""
+    return getattr(config, "num_local_experts", None) or 1
+
+
+def experts_per_token(config: Any) -> int:
+    """Experts that a token is routed to; 1 in a dense model."""
+    return config.num_experts_per_tok if num_experts(config) > 1 else 1
+
+
+def is_fused(block: Any) -> bool:
+    """Whether a feed-forward block holds all experts of its layer in one parameter."""
+    return hasattr(block, "gate_up_proj")
+
+
 def mask_tensors(config: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Name inside a layer, and shape, of the thresholds of each masked site."""
     experts = getattr(config, "num_local_experts", None)

@@ -22,6 +22,7 @@ from torch import nn
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.models import SparseModel
+from sparsify.models.masking import is_fused, num_experts
 from sparsify.runtime.weights import LayerPredictors, Predictor
 
 WEIGHTS_FILE = "predictors.safetensors"
@@ -148,7 +149,7 @@ class Predictors(NamedTuple):
             ModelError: With what differs.
         """
         config, facts = model.config, self.facts
-        shape = [len(model.model.layers), num_experts(model)]
+        shape = [len(model.model.layers), num_experts(model.config)]
         shape += [config.hidden_size, config.intermediate_size]
         own = [facts.num_layers, facts.num_experts, facts.hidden, facts.neurons]
         if shape != own:
@@ -177,11 +178,6 @@ def prefix(block: Block, num_experts: int) -> str:
     return f"layers.{layer}" if num_experts == 1 else f"layers.{layer}.experts.{expert}"
 
 
-def num_experts(model: SparseModel) -> int:
-    """Experts of one layer; 1 in a dense model."""
-    return getattr(model.config, "num_local_experts", 1)
-
-
 def all_blocks(num_layers: int, num_experts: int) -> Iterator[Block]:
     """All blocks of a model, layer by layer."""
     return ((layer, expert) for layer in range(num_layers) for expert in range(num_experts))
@@ -190,7 +186,7 @@ def all_blocks(num_layers: int, num_experts: int) -> Iterator[Block]:
 def fingerprint(model: SparseModel) -> str:
     """Hash of some values of every layer's gate, rounded to bf16: the same in any dtype that holds bf16."""
     return fingerprint_of(
-        block.gate_up_proj if hasattr(block, "gate_up_proj") else block.gate_proj.weight
+        block.gate_up_proj if is_fused(block) else block.gate_proj.weight
         for block in model.ffn_blocks()
     )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsify.models import SparseModel
+from sparsify.models.masking import experts_per_token
 from sparsify.predictors.format import Block, Predictors
 from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.masking import PredictorMask, ScoreReader
@@ -231,7 +232,7 @@ def _bytes(model: SparseModel, predictors: Predictors) -> _Bytes:
     """What one token reads. All weights are taken to have the same dtype; of the embedding it reads one row."""
     parts = parameters_by_part(model)
     experts = predictors.facts.num_experts
-    computed = getattr(model.config, "num_experts_per_tok", 1) / experts
+    computed = experts_per_token(model.config) / experts
     embedding = 0 if model.config.tie_word_embeddings else parts["embeddings"]
     ffn = sum(parts[part] for part in FFN_PARTS)
     rest = sum(parts.values()) - ffn - embedding

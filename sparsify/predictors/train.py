@@ -12,6 +12,7 @@ import torch
 
 from sparsify.errors import ModelError
 from sparsify.models import SparseModel
+from sparsify.models.masking import num_experts
 from sparsify.predictors.candidate import Candidate, read_state, write_state
 from sparsify.predictors.format import (
     Block,
@@ -23,7 +24,6 @@ from sparsify.predictors.format import (
     all_blocks,
     fingerprint,
     folded,
-    num_experts,
     prefix,
 )
 from sparsify.predictors.inputs import BlockInputs
@@ -138,7 +138,7 @@ class _Training:
 
     def __init__(self, model: SparseModel, settings: Settings) -> None:
         self.model, self.settings = model, settings
-        self.num_layers, self.num_experts = len(model.model.layers), num_experts(model)
+        self.num_layers, self.num_experts = len(model.model.layers), num_experts(model.config)
         hidden, neurons = model.config.hidden_size, model.config.intermediate_size
         generator = torch.Generator().manual_seed(settings.seed)
         self.candidates: dict[Block, dict[int, Candidate]] = {

@@ -17,6 +17,7 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, activation_names
+from sparsify.models.masking import experts_per_token, is_fused, num_experts
 from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
 from sparsify.runtime.quantised import BlockFormat
@@ -132,7 +133,7 @@ def accelerate(
             vars(block)["forward"].remove()
         own = None if predictors is None else predictors.layers[layer]
         options = Options(max_tokens, threads, own, blocks)
-        kind = ExpertsForward if hasattr(block, "gate_up_proj") else MlpForward
+        kind = ExpertsForward if is_fused(block) else MlpForward
         block.forward = kind(block, options)
         block.forward.prepare()
         if predictors is not None and predictors.input == "residual":
@@ -238,8 +239,8 @@ def model_bytes(model: Any) -> ModelBytes:
     tied = model.get_output_embeddings().weight is embedding.weight
     other = _bytes(model) - ffn - (0 if tied else _bytes(embedding))
     config = model.config
-    experts = getattr(config, "num_local_experts", 1)
-    return ModelBytes(ffn * getattr(config, "num_experts_per_tok", 1) / experts, other)
+    experts = num_experts(config)
+    return ModelBytes(ffn * experts_per_token(config) / experts, other)
 
 
 def _bytes(module: Any) -> int:

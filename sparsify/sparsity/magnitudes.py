@@ -8,6 +8,7 @@ import torch
 
 from sparsify.methods.histogram import Bins, Histogram
 from sparsify.models import SparseModel
+from sparsify.models.masking import num_experts
 from sparsify.sparsity.probe import PIECE_ROWS, Tokens
 
 MAGNITUDE_BINS = Bins("log2", lowest=-48, per_unit=64, num_bins=80 * 64)
@@ -44,7 +45,7 @@ def down_weight(block: Any, expert: int) -> torch.Tensor:
 @torch.no_grad()
 def down_norms(model: SparseModel) -> list[torch.Tensor]:
     """Norm of every neuron's column of the down projection, [experts, neurons] float32 for each layer."""
-    experts = getattr(model.config, "num_local_experts", 1)
+    experts = num_experts(model.config)
     return [
         torch.stack([down_weight(block, e).float().norm(dim=0) for e in range(experts)])
         for block in model.ffn_blocks()

@@ -13,6 +13,7 @@ from torch import nn
 
 from sparsify.errors import RunError
 from sparsify.models import SparseModel, site_rules
+from sparsify.models.masking import experts_per_token, num_experts
 from sparsify.sparsity.active_parameters import (
     active_parameters,
     ffn_byte_shares,
@@ -110,7 +111,7 @@ def source_rows(sources: Mapping[str, SourceCounts]) -> list[SourceRow]:
 
 def position_rows(statistics: ActivationStatistics, model: SparseModel) -> list[PositionRow]:
     """Zeros by position in the document."""
-    per_token = getattr(model.config, "num_experts_per_tok", 1)
+    per_token = experts_per_token(model.config)
     ends = dict(pairwise(POSITION_STARTS))
     return [
         PositionRow(
@@ -199,7 +200,7 @@ def measure(
         RunError: If the batches have no labels.
     """
     was_training = model.training
-    experts = getattr(model.config, "num_local_experts", 1)
+    experts = num_experts(model.config)
     width = model.config.intermediate_size
     consecutive = ConsecutiveObserver(len(model.model.layers), experts, width)
     by_source: dict[str, SourceCounts] = {}
@@ -267,7 +268,7 @@ def _report(
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_tokens": int(statistics.num_tokens),
         "num_experts": statistics.num_experts,
-        "experts_per_token": getattr(model.config, "num_experts_per_tok", 1),
+        "experts_per_token": experts_per_token(model.config),
     }
     return SparsityReport(
         model=name,

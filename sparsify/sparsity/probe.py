@@ -18,6 +18,7 @@ from sparsify.models import (
     SparseMixtralForCausalLM,
     SparseModel,
 )
+from sparsify.models.masking import num_experts
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 from sparsify.sparsity.statistics import MAX_BYTE, ActivationStatistics
 
@@ -127,7 +128,7 @@ class SparsityProbe:
     def statistics(self) -> ActivationStatistics:
         """Statistics of every token counted so far by this process, on the CPU."""
         config = self._model.config
-        experts = getattr(config, "num_local_experts", 1)
+        experts = num_experts(config)
         nothing = ActivationStatistics.empty(1, experts, config.intermediate_size)
         layers = [nothing if layer is None else layer for layer in self._layers]
 
@@ -253,7 +254,7 @@ class SparsityProbe:
         counts = self._layers[layer]
         if counts is None:
             # Created here because the layer's device is known only now.
-            experts = getattr(self._model.config, "num_local_experts", 1)
+            experts = num_experts(self._model.config)
             counts = ActivationStatistics.empty(1, experts, product.shape[-1], product.device)
             self._layers[layer] = counts
         return counts

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from sparsify.models import SparseModel
+from sparsify.models.masking import num_experts
 from sparsify.predictors import BlockPredictor, PredictorFacts, Predictors
-from sparsify.predictors.format import PredictorInput, all_blocks, fingerprint, num_experts, prefix
+from sparsify.predictors.format import PredictorInput, all_blocks, fingerprint, prefix
 
 
 def random_predictors(
@@ -14,7 +15,7 @@ def random_predictors(
 ) -> Predictors:
     """They know nothing, but switch some neurons off."""
     generator = torch.Generator().manual_seed(1)
-    config, experts = model.config, num_experts(model)
+    config, experts = model.config, num_experts(model.config)
     blocks = {
         key: BlockPredictor(
             torch.randn(rank, config.hidden_size, generator=generator),
