@@ -111,8 +111,15 @@ def drop_small(
         x: [..., channels].
         threshold: [1] or [channels], or [experts, channels].
         experts: The expert of all rows, or of each row: [rows]. Needed for thresholds of experts.
+
+    Raises:
+        ValueError: If it is needed and not given.
     """
     if threshold.dim() > 1:
+        if experts is None:
+            raise ValueError(
+                "These thresholds are of experts: say which expert each row belongs to"
+            )
         threshold = threshold[experts]
     return torch.where(x.detach().abs() <= threshold, 0.0, x)
 
