@@ -357,5 +357,5 @@ def test_a_cache_that_cannot_be_written_is_a_user_error(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(StorageError, match="cannot be written: a file stands there"):
+    with pytest.raises(StorageError, match="cannot be written: a file is there"):
         ingest_of(mixture, "stories", tokenizer, tmp_path / "file").run()
