@@ -100,7 +100,11 @@ def trained(workplace: Path) -> Path:
     return workplace
 
 
-@each_page
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if any(fence.test == "tiny" for fence in fences(page))],
+    ids=lambda page: page.name,
+)
 @pytest.mark.xdist_group("docs")
 def test_marked_blocks_run(page: Path, trained: Path) -> None:
     for fence in fences(page):

@@ -28,6 +28,7 @@ def test_an_installed_copy_brings_the_whole_catalogue(tmp_path: Path) -> None:
         "pip",
         "install",
         "-q",
+        "--no-build-isolation",  # hatchling is among the dev dependencies: no network
         "--no-deps",
         "--target",
         str(installed),

@@ -139,14 +139,6 @@ class DecodeBench(BaseModel):
     models: list[ModelPoint]
 
 
-def closest(points: Sequence[FfnPoint], active: float) -> FfnPoint:
-    """The point at batch 1 whose gates decide alone and whose active share is nearest."""
-    return min(
-        (one for one in points if one.tokens == 1),
-        key=lambda one: (abs(one.active_share - active), one.gate_share),
-    )
-
-
 def formats(dtype: str, weights: str) -> str:
     """What is read and computed in, in words."""
     return dtype if weights == "stored" else f"{weights} weight blocks on {dtype}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -244,14 +243,6 @@ def _verdict(paired: Difference) -> Verdict:
     if paired.within_noise:
         return "within noise"
     return "better" if paired.better else "worse"
-
-
-def mean_differences(model: EvaluatedModel) -> float | None:
-    """Mean difference over the tasks whose metric is a mean; None if there are none."""
-    values = [
-        one.difference.value for one in model.differences.values() if one.difference.kind == "mean"
-    ]
-    return fmean(values) if values else None
 
 
 def same_weights(models: Sequence[EvaluatedModel]) -> list[tuple[str, str]]:

@@ -11,8 +11,6 @@ from sparsify.errors import RunError
 from sparsify.files import write_text
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 
-LOCK_FILE = "mixture.lock.json"
-
 
 class SourceLock(BaseModel):
     """One source of a run. Counts cover the documents that the run's budget reaches.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from typing import Any
 
 from sparsify.errors import RecipeError
 from sparsify.plan.estimate import architecture_of
@@ -15,13 +14,12 @@ from sparsify.recipe.recipe import Recipe
 
 
 def resolve_engine(
-    recipe: Recipe, model_config: Any = None, *, hardware: Hardware | None = None
+    recipe: Recipe, *, hardware: Hardware | None = None
 ) -> tuple[Recipe, Choice | None]:
     """Gives a recipe its concrete engine settings.
 
     Args:
         recipe: A composed recipe.
-        model_config: As for `make_plan`.
         hardware: What it is to run on; this machine unless given.
 
     Returns:
@@ -34,7 +32,7 @@ def resolve_engine(
     if recipe.engine.zero_stage != AUTO_STAGE:
         return recipe, None
     hardware = hardware or this_machine(recipe.launch.processes, recipe.launch.nodes)
-    architecture = architecture_of(recipe, model_config)
+    architecture = architecture_of(recipe)
     choice = cheapest(recipe, architecture, count_parameters(architecture), hardware)
     if choice is None:
         raise RecipeError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from statistics import median
 
 import pytest
 
@@ -42,19 +41,16 @@ def test_all_loops_train_the_same_model_on_the_same_sequences(bench: TrainBench)
             assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-def test_ratios_follow_from_the_blocks(bench: TrainBench) -> None:
-    pairs = list(zip(bench.ours.step_seconds, bench.bare.step_seconds, strict=True))
-    assert len(pairs) == BLOCKS
-    assert bench.loop_overhead.median == pytest.approx(median(a / b for a, b in pairs) - 1)
-    speed = bench.step_tokens / median(bench.ours.step_seconds)
-    assert bench.ours.tokens_per_second == pytest.approx(speed)
-    probe = bench.probe
-    assert (probe.every_tokens, probe.held_out_tokens) == (1536, 3 * 3 * 64)
-    between = probe.every_tokens / bench.ours.tokens_per_second
-    assert probe.validation_share == pytest.approx(probe.validation_seconds / between)
+def test_every_loop_was_timed_block_by_block_and_is_shown(bench: TrainBench) -> None:
+    for loop in (bench.bare, bench.ours, bench.trainer):
+        assert len(loop.step_seconds) == BLOCKS
+        # A step is over before the process is, and takes longer than its launch.
+        assert all(1e-4 < seconds < 100 for seconds in loop.step_seconds)
+    assert (bench.probe.every_tokens, bench.probe.held_out_tokens) == (1536, 3 * 3 * 64)
     with main.console.capture() as shown:
         main.console.print(training_table(bench))
-    assert "Trainer" in shown.get()
+    for loop in (bench.bare, bench.ours, bench.trainer):
+        assert f"{loop.tokens_per_second:,.0f}" in shown.get()
 
 
 def test_loops_never_run_at_the_same_time_and_each_gets_its_blocks() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import subprocess
 import sys
@@ -330,13 +331,35 @@ def test_a_destination_inside_a_file(verb: str, place: Place, refused: Any) -> N
     assert_nothing_left(place)
 
 
+@contextlib.contextmanager
+def bound_by_permissions() -> Iterator[None]:
+    """Lets permissions bind root too: this thread gives up CAP_DAC_OVERRIDE meanwhile (capabilities(7))."""
+    if os.geteuid():
+        yield
+        return
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
+    sets = (
+        ctypes.c_uint32 * 6
+    )()  # effective, permitted and inheritable, of capabilities 0 to 31 and then to 63
+    assert libc.capget(header, sets) == 0
+    effective = sets[0]
+    sets[0] = effective & ~(1 << 1)
+    assert libc.capset(header, sets) == 0
+    try:
+        yield
+    finally:
+        sets[0] = effective
+        assert libc.capset(header, sets) == 0
+
+
 @pytest.mark.parametrize("verb", WRITERS)
 def test_a_destination_without_write_permission(verb: str, place: Place, refused: Any) -> None:
     folder = place.root / "theirs"
     folder.mkdir(mode=0o555)
-    if os.access(folder, os.W_OK):
-        pytest.skip("permissions do not bind root")
-    message = refused(WRITERS[verb](place, f"theirs/{OUT}"))
+    with bound_by_permissions():
+        assert not os.access(folder, os.W_OK, effective_ids=True)
+        message = refused(WRITERS[verb](place, f"theirs/{OUT}"))
     assert f"theirs/{OUT}" in message
     assert "no permission" in message
     assert not list(folder.iterdir())

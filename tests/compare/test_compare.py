@@ -173,6 +173,8 @@ def test_more_sequences_than_there_are_give_the_same_sequences(runs: Runs) -> No
     settings = [f"eval.validation_sequences_per_source={number}" for number in (40, 50)]
     paths = [runs(f"run{i}", one, losses={20480: TWO}) for i, one in enumerate(settings)]
     assert compare(paths).losses_comparable
+    fewer = runs("fewer", "eval.validation_sequences_per_source=20", losses={20480: TWO})
+    assert "20 sequences, not 32" in compare([*paths, fewer]).notes[0]
 
 
 def test_an_unfinished_run_shows_its_progress(runs: Runs) -> None:

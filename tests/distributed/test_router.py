@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from sparsify.models import SparseMistralConfig
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import StabilitySection
+from sparsify.runs.run_folder import RunFolder
 from sparsify.training.router import check_router, underused_steps
 from tests.conftest import STEPS, Setup
 from tests.ranks import prepare_run, records, run_ranks
@@ -75,9 +77,14 @@ def test_every_mixtral_run_tells_where_its_tokens_went(
     finished: Callable[[Setup], tuple[Path, dict]],
 ) -> None:
     run, _ = finished(Setup("mixtral", 3, 2, "bf16"))
-    for line in records(run):
-        if line["kind"] == "train":
-            assert all(sum(layer) == pytest.approx(1, abs=1e-4) for layer in line["router"]["load"])
+    config = json.loads((RunFolder(run).initial / "config.json").read_text())
+    experts, of_each_token = config["num_local_experts"], config["num_experts_per_tok"]
+    loads = [line["router"]["load"] for line in records(run) if line["kind"] == "train"]
+    assert len(loads) == RunFolder(run).load_recipe().num_steps
+    for layers in loads:
+        assert [len(layer) for layer in layers] == [experts] * config["num_hidden_layers"]
+        # A token goes to different experts, so that none can take more than its share of every token.
+        assert all(0 <= share <= 1 / of_each_token + 1e-4 for layer in layers for share in layer)
 
 
 def test_an_expert_may_starve_again_after_it_was_fed() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from sparsify.commands import evaluate as following
 from sparsify.commands.evaluate import evaluate_model, follow
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.request import EvalRequest
@@ -23,7 +24,7 @@ def nothing(_task: str) -> Callable[[int, int], None]:
 
 @pytest.mark.slow
 def test_every_checkpoint_of_a_run_is_evaluated_once(
-    finished: Callable[[Setup], tuple[Path, dict]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Callable[[Setup], tuple[Path, dict]], tmp_path: Path
 ) -> None:
     trained, _ = finished(Setup("mistral", 1, 1, "fp32"))
     run = tmp_path / "run"
@@ -37,9 +38,16 @@ def test_every_checkpoint_of_a_run_is_evaluated_once(
     # The last one appears only while the others are measured, as in a run that still trains.
     last = run / "checkpoints" / saved[-1]
     last.rename(tmp_path / last.name)
-    monkeypatch.setattr(following.time, "sleep", lambda _: (tmp_path / last.name).rename(last))
 
-    found = follow(str(run), EvalRequest(str(suite)), "", nothing)
+    def save_the_last() -> None:
+        while not (run / "evaluations.jsonl").is_file():
+            time.sleep(0.05)
+        (tmp_path / last.name).rename(last)
+
+    training = threading.Thread(target=save_the_last)
+    training.start()
+    found = follow(str(run), EvalRequest(str(suite)), "", nothing, poll_seconds=0.1)
+    training.join()
 
     lines = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
     assert [line["checkpoint"] for line in lines] == saved

@@ -76,7 +76,9 @@ def test_a_processor_gets_no_library_that_it_cannot_run(
 
 def build_wheel(to: Path, **environment: str) -> None:
     """Unpacked into `to`; its tag, where its installer looks for it, stays in *.dist-info/WHEEL."""
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(to), str(ROOT)]
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps"]
+    # hatchling is among the dev dependencies: no network.
+    command += ["--no-build-isolation", "-w", str(to), str(ROOT)]
     result = subprocess.run(
         command, env=os.environ | environment, capture_output=True, text=True, check=False
     )

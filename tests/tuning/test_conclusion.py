@@ -85,6 +85,9 @@ def test_noise_is_rarely_recommended_and_reported_as_such(recipe: Recipe) -> Non
 def test_constant_losses_are_handled(recipe: Recipe) -> None:
     record = record_of(recipe, ["code=0.2:0.8"], lambda _: dict.fromkeys(WEIGHTS, 3.0))
     assert not record.recommended
+    assert record.default_loss == pytest.approx(3.0)
+    assert record.tuned_loss == pytest.approx(3.0)
+    assert record.verdict.endswith("Keep the default mixture.")
 
 
 def test_the_page_is_self_contained_and_shows_every_domain(recipe: Recipe) -> None:

@@ -22,6 +22,7 @@ from sparsify.mixture.sequences.reader import (
 )
 from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.mixture.sequences.shares import Shares
+from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.ingest import IngestSession
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
@@ -165,15 +166,20 @@ def test_a_growing_source_gives_the_sequences_of_a_complete_one(
     assert reader.streams[last[0]].locate(last[1])[0] > 0, "later epochs were compared as well"
 
 
+@pytest.mark.usefixtures("small_pieces")
 def test_counted_sequences_are_stored(
-    tokenized: dict[str, TokenizedSource], monkeypatch: pytest.MonkeyPatch
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    source = tokenized["stories"]
-    monkeypatch.setattr(type(source.cache), "num_closed", len(source.cache.records))
-    before = reader_of(tokenized, 32).streams["stories"].num_sequences
-    monkeypatch.setattr("sparsify.mixture.sequences.stream.count_sequences", lambda *_: 10**6)
-    assert reader_of(tokenized, 32).streams["stories"].num_sequences == before
-    assert reader_of(tokenized, 33).streams["stories"].num_sequences >= 10**6
+    source = ingest_of(mixture, "stories", tokenizer, tmp_path / "cache").run()
+    counted = TrainingStream(source, 32, 1).num_sequences
+    stored = source.cache.folder / "sequences-32.npy"
+    counts = np.load(stored)
+    assert 1 < len(counts) <= source.num_shards
+    # Another number in the file is believed: the shards are not packed again.
+    counts[0] += 1000
+    np.save(stored, counts)
+    assert TrainingStream(source, 32, 1).num_sequences == counted + 1000
+    assert TrainingStream(source, 33, 1).num_sequences < counted + 1000
 
 
 def test_held_out_documents_never_reach_training(
