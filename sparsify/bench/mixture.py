@@ -28,7 +28,7 @@ from sparsify.errors import MixtureError
 from sparsify.mixture.tokens.encoder import Tokenizer, check_tokenizer
 from sparsify.mixture.tokens.pool import BATCH_DOCUMENTS
 from sparsify.recipe.compose import load_mixture
-from sparsify.recipe.training import TrainingSection
+from sparsify.recipe.training import SEED
 
 MIN_SEQUENCES = 20
 """Below, half a run and a tenth of one are no sequences to speak of."""
@@ -128,7 +128,7 @@ class _Bench:
         self.num_sequences = budget_tokens // sequence_length
         self.run_tokens = self.num_sequences * sequence_length
         self.half, self.late = self.num_sequences // 2, int(LATE * self.num_sequences)
-        seed = TrainingSection.seed
+        seed = SEED
         self.ours = Ours(corpus, tokenizer, sequence_length, seed, budget_tokens)
         self.theirs = Interleaved(
             corpus, tokenizer, sequence_length, seed, buffer_documents, corpus.shares

@@ -95,11 +95,9 @@ def recipes_show(recipe: str, overrides: Overrides = None) -> None:
 
     Example: sparsify recipes show quickstart activation=reglu
     """
-    from omegaconf import OmegaConf
+    from sparsify.recipe.compose import compose_recipe, to_yaml
 
-    from sparsify.recipe.compose import compose_recipe
-
-    print(OmegaConf.to_yaml(OmegaConf.structured(compose_recipe(recipe, overrides or []))), end="")
+    print(to_yaml(compose_recipe(recipe, overrides or [])), end="")
 
 
 @recipes_app.command("copy")

@@ -30,14 +30,14 @@ from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import ACTIVATIONS, SparseConfig
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.recipe.model import ModelSection
-from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.recipe import CACHE_DIR
 from sparsify.recipe.sparsification import (
     ActivationSection,
     ConversionSection,
     check_activation,
     check_conversion,
 )
-from sparsify.recipe.training import TrainingSection
+from sparsify.recipe.training import SEED
 from sparsify.reporting.numbers import share
 from sparsify.reporting.tables import Table
 from sparsify.sparsity.report import measure
@@ -129,7 +129,7 @@ def convert_model_calibrated(
             num_tokens=settings.calibration_tokens,
             validation_tokens=num_tokens,
             sequence_length=_sequence_length(config),
-            seed=TrainingSection().seed,
+            seed=SEED,
             cache_dir=_cache(),
         )
         measured.extend(sequence for held_out in watched.values() for sequence in held_out)
@@ -245,7 +245,7 @@ def _sequence_length(config: SparseConfig) -> int:
 
 
 def _cache() -> Path:
-    return Path(Recipe().cache_dir).expanduser()
+    return Path(CACHE_DIR).expanduser()
 
 
 def replacement_record(swap: Swap) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from sparsify.evaluation.results import EvaluationResults, Provenance
 from sparsify.evaluation.suite import Suite, load_suite, only
 from sparsify.predictors import Predictors, read_predictors
 from sparsify.recipe.compose import load_mixture, load_recipe
-from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.recipe import CACHE_DIR, Recipe
 from sparsify.runs.load import Loaded, load
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import STATE, read_state
@@ -156,7 +156,7 @@ def _held_out(loaded: Loaded, suite: Suite, on: str | None) -> HeldOut | None:
     mixture = own if own is not None or not wanted else load_mixture(on or "quickstart")
     if mixture is None:
         return None
-    cache_dir = (recipe or Recipe()).cache_dir
+    cache_dir = recipe.cache_dir if recipe else CACHE_DIR
     return held_out_text(mixture, loaded.tokenizer, wanted, sequence_length, cache_dir)
 
 

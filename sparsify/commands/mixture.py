@@ -23,8 +23,8 @@ from sparsify.mixture.inspection import (
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.mixture import MixtureSection
-from sparsify.recipe.recipe import Recipe
-from sparsify.recipe.training import TrainingSection
+from sparsify.recipe.recipe import CACHE_DIR
+from sparsify.recipe.training import SEED
 from sparsify.reporting.numbers import share
 from sparsify.reporting.tables import Table
 
@@ -54,7 +54,7 @@ def preview(
             mixture.sources, max(num_sequences, LEAST_SEQUENCES) * sequence_length
         ),
         sequence_length=sequence_length,
-        cache_dir=Path(Recipe().cache_dir),
+        cache_dir=Path(CACHE_DIR),
         on_progress=ingest_progress(),
     )
     for source in sources.values():
@@ -63,7 +63,7 @@ def preview(
             tokenizer,
             sequence_length=sequence_length,
             num_sequences=num_sequences,
-            seed=TrainingSection().seed,
+            seed=SEED,
         )
 
 
@@ -84,7 +84,7 @@ def stats(
         tokenizer,
         budget_tokens=budget_tokens,
         sequence_length=sequence_length,
-        cache_dir=Path(Recipe().cache_dir),
+        cache_dir=Path(CACHE_DIR),
         on_progress=ingest_progress(),
     )
 

@@ -17,7 +17,7 @@ from sparsify.mixture.sequences.held_out import (
     sequences_from,
 )
 from sparsify.mixture.sequences.reader import PackedSequence, collate
-from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.recipe import CACHE_DIR
 from sparsify.runs.history import stages, trajectory
 from sparsify.runs.load import Loaded, load
 from sparsify.runs.state import read_state
@@ -174,7 +174,7 @@ def held_out_sequences(
     settings: dict[str, Any] = {
         "num_tokens": num_tokens,
         "sequence_length": sequence_length,
-        "cache_dir": Path(recipe.cache_dir if recipe else Recipe().cache_dir).expanduser(),
+        "cache_dir": Path(recipe.cache_dir if recipe else CACHE_DIR).expanduser(),
     }
     if on is None and recipe is not None:
         sequences = mixture_sequences(recipe.mixture, loaded.tokenizer, **settings)

@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,9 +35,9 @@ from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.mixture.tokens.ingest import Ingest
 from sparsify.models import SparseConfig
 from sparsify.recipe.compose import save_recipe
+from sparsify.recipe.identity import DECIDING_SECTIONS, first_difference
 from sparsify.recipe.recipe import Recipe, check_blend, check_teacher
 from sparsify.recipe.sparsification import ActivationSection
-from sparsify.recipe.training import EXECUTION_SETTINGS
 from sparsify.runs.data import ingests_of, lock_of, open_sources
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import Shape, latest_checkpoint, read_state
@@ -52,18 +51,6 @@ from sparsify.training.suite_results import suite_is_due, suite_is_logged
 
 logger = logging.getLogger(__name__)
 
-IDENTITY_SECTIONS = (
-    "model",
-    "activation",
-    "conversion",
-    "blending",
-    "penalty",
-    "distillation",
-    "mixture",
-    "training",
-    "optimizer",
-)
-"""Sections that decide what is trained: a run cannot resume with others."""
 LOCK_SECONDS = 2.0
 """Ranks outlive a killed launcher by less than this."""
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify-lm")
@@ -176,16 +163,13 @@ def check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
     Raises:
         RunError: Naming the first setting that differs, with both values.
     """
-    for section in IDENTITY_SECTIONS:
-        old, new = asdict(getattr(before, section)), asdict(getattr(now, section))
-        changed = [key for key in old if old[key] != new.get(key) and key not in EXECUTION_SETTINGS]
-        if changed:
-            key = changed[0]
-            raise RunError(
-                f"{run.path} was begun with {section}.{key}={old[key]}; this command says {new.get(key)}.",
-                allowed=f"A run continues only as it began ({', '.join(IDENTITY_SECTIONS)}).",
-                next_step="Choose another folder with run_dir=…, or remove this one.",
-            )
+    if difference := first_difference(before, now):
+        key, old, new = difference
+        raise RunError(
+            f"{run.path} was begun with {key}={old}; this command says {new}.",
+            allowed=f"A run resumes only with what it began with in {', '.join(DECIDING_SECTIONS)}.",
+            next_step="Choose another folder with run_dir=…, or remove this one.",
+        )
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:

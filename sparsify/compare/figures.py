@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, FormatStrFormatter, MaxNLocator, Nul
 
 from sparsify.compare.learning_curves import draw_loss, draw_zeros, has_loss
 from sparsify.compare.schema import ComparedRun, Comparison
-from sparsify.compare.settings import short_settings
+from sparsify.recipe.identity import short_settings
 from sparsify.reporting.plotting import WIDTH_INCHES, Theme
 
 MEAN = "unweighted mean"

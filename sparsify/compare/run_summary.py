@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from sparsify.compare.schema import ValidationPoint
 from sparsify.errors import RunError, nearest
 from sparsify.mixture.lock import MixtureLock, read_lock
+from sparsify.mixture.sequences.shares import rounded_share
 from sparsify.recipe.recipe import Recipe
+from sparsify.runs.data import identity_of
 from sparsify.runs.history import curve_records, read_lines
-from sparsify.runs.identity import identity_of, rounded_share
 from sparsify.runs.run_folder import RunFolder
 
 

@@ -10,19 +10,9 @@ from typing import Any
 
 from sparsify.compare.run_summary import RunSummary
 from sparsify.compare.schema import Setting
-from sparsify.recipe.compose import NEUTRAL_OVERRIDES
-from sparsify.runs.identity import rounded_share
+from sparsify.mixture.sequences.shares import rounded_share
+from sparsify.recipe.identity import decides, is_bookkeeping
 
-UNINTERESTING = (
-    "name",
-    "run_dir",
-    "cache_dir",
-    "mixture.description",
-    "baseline.",
-    "checkpoint.",
-    "tracking.",
-)
-"""Settings that affect neither results nor speed. The baseline has a separate column."""
 SEED = "training.seed"
 INSTRUCTION_SHARE = "mixture.instruction_token_share"
 
@@ -40,7 +30,7 @@ def differing_settings(summaries: Sequence[RunSummary]) -> list[dict[str, Settin
     keys = [
         key
         for key in dict.fromkeys(key for settings in flat for key in settings)
-        if not key.startswith(UNINTERESTING)
+        if not is_bookkeeping(key)
         and len({settings.get(key) for settings in flat}) > 1
         and not (key.startswith("mixture.sources.") and any(key not in one for one in flat))
     ]
@@ -76,11 +66,7 @@ def swept_setting(settings: Sequence[Mapping[str, Setting]]) -> str | None:
 
     The seed may differ too: runs that differ in nothing else are repetitions.
     """
-    keys = [
-        key
-        for key in settings[0]
-        if not f"{key}=".startswith(NEUTRAL_OVERRIDES) and len({one[key] for one in settings}) > 1
-    ]
+    keys = [key for key in settings[0] if decides(key) and len({one[key] for one in settings}) > 1]
     if len(keys) > 1:
         keys = [key for key in keys if key != SEED]
     if len(keys) != 1:
@@ -90,15 +76,6 @@ def swept_setting(settings: Sequence[Mapping[str, Setting]]) -> str | None:
         isinstance(value, int | float) and not isinstance(value, bool) for value in values
     )
     return keys[0] if numbers else None
-
-
-def short_settings(keys: Sequence[str]) -> dict[str, str]:
-    """Short names of settings: the last part of the key, or the whole key if two have the same last part."""
-    leaves = [key.rpartition(".")[2] for key in keys]
-    return {
-        key: leaf if leaves.count(leaf) == 1 else key
-        for key, leaf in zip(keys, leaves, strict=True)
-    }
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

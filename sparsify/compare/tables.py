@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sparsify.compare.caveats import MARK
 from sparsify.compare.schema import ComparedRun, Comparison, Setting, SourceOfRun
-from sparsify.compare.settings import short_settings
+from sparsify.recipe.identity import short_settings
 from sparsify.reporting.numbers import percent
 from sparsify.reporting.tables import Table
 

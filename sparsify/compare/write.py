@@ -21,7 +21,7 @@ from sparsify.compare.schema import COMPARISON_FILE, ComparedRun, Comparison
 from sparsify.compare.settings import common_name
 from sparsify.compare.tables import tables, title
 from sparsify.files import atomic_folder, refuse_foreign_folder
-from sparsify.recipe.compose import MAX_NAME_CHARACTERS
+from sparsify.recipe.identity import MAX_NAME_CHARACTERS
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.plotting import LIGHT, image, page_figure
 

@@ -2,43 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from sparsify.errors import RecipeError, nearest
 from sparsify.files import write_text
 from sparsify.recipe.catalogue import GROUPS, YAML, folder, mixture_names, recipe_path
+from sparsify.recipe.fields import Section, checked, hints, section_type
 from sparsify.recipe.hydra_errors import OWN_FILE, recipe_errors
+from sparsify.recipe.identity import decides, named, override_key, run_name
 from sparsify.recipe.mixture import MixtureSection, check_mixture
 from sparsify.recipe.recipe import Recipe, validate
-from sparsify.recipe.training import EXECUTION_SETTINGS
 
-Section = TypeVar("Section")
-NEUTRAL_OVERRIDES = (
-    "run_dir=",
-    "cache_dir=",
-    "name=",
-    "launch.",
-    "tracking.",
-    "stability.",
-    "checkpoint.",
-    "eval.",
-    "eval=",
-    *(f"training.{key}=" for key in EXECUTION_SETTINGS),
-)
-"""Overrides that do not change what is trained."""
-MAX_NAME_CHARACTERS = 120
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:
@@ -48,26 +37,42 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
         RecipeError: If an override cannot be read.
     """
     with recipe_errors("overrides", overrides):
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
+        parsed = OverridesParser.create().parse_overrides([*map(_quoted, overrides)])
     fixed = [str(one.input_line) for one in parsed if not one.is_sweep_override()]
     axes = [
         [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
         for one in parsed
         if one.is_sweep_override()
     ]
-    given = next((line for line in fixed if line.startswith("run_dir=")), None)
+    given = next((line for line in overrides if line.startswith("run_dir=")), None)
+    if given is None:
+        _check_axes(parsed)
     combinations = []
     for chosen in map(list, itertools.product(*axes)):
-        folder = [f"{given}/{_telling_name(chosen)}"] if given and chosen else []
-        combinations.append([*fixed, *chosen, *folder])
+        if given and chosen:
+            base = given.partition("=")[2].strip("'\"")
+            chosen.append(f"run_dir={base}/{named(chosen)}")
+        combinations.append([*fixed, *chosen])
     return combinations
 
 
-def _telling_name(overrides: Sequence[str]) -> str:
-    """What a run's folder adds to the recipe's name, so that every variant of a recipe has a folder of its own."""
-    pairs = [one.partition("=") for one in overrides if not one.startswith(NEUTRAL_OVERRIDES)]
-    keyed = [f"{key.rpartition('.')[2]}={value}" for key, _, value in pairs]
-    return re.sub("[^-+.,=0-9A-Za-z_]", "_", ",".join(keyed))[:MAX_NAME_CHARACTERS]
+def _check_axes(parsed: Sequence[Override]) -> None:
+    """Refuses a sweep whose combinations would share a folder."""
+    for one in parsed:
+        key = str(one.get_key_element())
+        if one.is_sweep_override() and not decides(override_key(key)):
+            raise RecipeError(
+                f"{one.input_line} does not change what is trained, so that all of its runs would share one folder.",
+                next_step="Set run_dir=FOLDER too: each combination then gets a folder of its own in it.",
+            )
+
+
+def _quoted(override: str) -> str:
+    """`run_dir=` with its value quoted: the name of a run's folder has commas, which Hydra reads as a sweep."""
+    key, _, value = override.partition("=")
+    if key != "run_dir" or not value or value[0] in "'\"":
+        return override
+    return "run_dir='{}'".format(value.replace("'", r"\'"))
 
 
 def compose_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -84,12 +89,12 @@ def compose_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = recipe_path(name_or_path)
     with recipe_errors(path.name, overrides):
-        taken = [_register_own_file(override) for override in overrides]
+        taken = [_register_own_file(_quoted(override)) for override in overrides]
         _register_groups()
         with _hydra(path.parent):
             config = compose(config_name=path.stem, overrides=[*taken, *_search_path(path)])
-        recipe = validate(_typed(Recipe, config))
-    telling = _telling_name(overrides)
+        recipe = validate(_typed(Recipe, config, path.name, overrides))
+    telling = run_name(overrides)
     if telling and not any(override.startswith("run_dir=") for override in overrides):
         recipe.run_dir = f"{recipe.run_dir},{telling}"
     return recipe
@@ -114,7 +119,7 @@ def load_mixture(name_or_path: str) -> MixtureSection:
         _register_groups()
         with _hydra(folder("recipes").resolve()):
             config = compose(overrides=[f"+{option}"])
-        mixture = _typed(MixtureSection, config.mixture)
+        mixture = _typed(MixtureSection, config.mixture, path.name)
     check_mixture(mixture)
     return mixture
 
@@ -125,7 +130,12 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     Raises:
         StorageError: If the disk or the folder refuses.
     """
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(recipe)))
+    write_text(path, to_yaml(recipe))
+
+
+def to_yaml(section: Section) -> str:
+    """A recipe, or a section of one, with all its settings as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(section)))  # type: ignore
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -139,13 +149,43 @@ def load_recipe(path: Path) -> Recipe:
             f"There is no recipe {path}.", next_step="Give a run folder that `sparsify train` made."
         )
     with recipe_errors(str(path)):
-        return _typed(Recipe, OmegaConf.load(path))
+        return _typed(Recipe, OmegaConf.load(path), str(path))
 
 
-def _typed(schema: type[Section], config: Any) -> Section:
-    """Checks every key and type against the schema: also what `+key=value` slipped past the composing."""
-    plain = OmegaConf.to_container(config, resolve=True)
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))  # type: ignore
+def _typed(
+    schema: type[AnySection], config: Any, where: str, overrides: Sequence[str] = ()
+) -> AnySection:
+    """Checks every key and value of what Hydra composed; the mixture's shorter path is the user's `mixture`."""
+    plain = _without_missing(OmegaConf.to_container(config, resolve=True))
+    key = "" if schema is Recipe else "mixture"
+    if not isinstance(plain, dict):
+        raise RecipeError(f"{where} is a list.", allowed="Settings: KEY: VALUE.")
+    return checked(schema, plain, key=key, where=where, overrides=overrides)
+
+
+def _without_missing(value: Any) -> Any:
+    """Leaves out what nobody set, which OmegaConf calls ???."""
+    if isinstance(value, dict):
+        return {key: _without_missing(one) for key, one in value.items() if one != "???"}
+    return [_without_missing(one) for one in value] if isinstance(value, list) else value
+
+
+def _skeleton(schema: type[Section]) -> type:
+    """The same sections without types and bounds: Hydra refuses unknown keys by it, pydantic checks the values."""
+    columns = []
+    for one in fields(schema):  # pyright: ignore[reportArgumentType]
+        hint = hints(schema)[one.name]
+        if inner := section_type(hint):
+            columns.append((one.name, (made := _skeleton(inner)), field(default_factory=made)))
+            continue
+        inner = section_type((get_args(hint) or (None,))[-1])
+        kind: Any = get_origin(hint)[*get_args(hint)[:-1], _skeleton(inner)] if inner else Any  # pyright: ignore[reportIndexIssue]
+        if one.default_factory is not dataclasses.MISSING:
+            columns.append((one.name, kind, field(default_factory=one.default_factory)))
+        else:
+            default = "???" if one.default is dataclasses.MISSING else one.default
+            columns.append((one.name, kind, field(default=default)))
+    return make_dataclass(schema.__name__, columns)
 
 
 @contextmanager
@@ -165,7 +205,7 @@ def _search_path(path: Path) -> list[str]:
 @cache
 def _register_groups() -> None:
     store = ConfigStore.instance()
-    store.store(name="recipe_schema", node=Recipe)
+    store.store(name="recipe_schema", node=_skeleton(Recipe))
     for group, folder_name in GROUPS.items():
         for path in folder(folder_name).glob("*.yaml"):
             store.store(group=group, name=path.stem, node=OmegaConf.load(path))

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
 
-from omegaconf import MISSING
+from pydantic import Field
 
 from sparsify.errors import RecipeError
+from sparsify.recipe.fields import NonNegativeInt, PositiveInt, Section
 
 AUTO_STAGE = -1
-ATTENTION_IMPLEMENTATIONS = ("sdpa", "flex_attention")
+Attention = Literal["sdpa", "flex_attention"]
 """Not flash_attention_2: transformers tells documents apart there only when a forward pass has one sequence."""
+ATTENTION_IMPLEMENTATIONS: tuple[str, ...] = get_args(Attention)
 TORCHRUN = "torchrun"
 
 
 @dataclass
-class EngineSection:
+class EngineSection(Section):
     """DeepSpeed ZeRO."""
 
-    zero_stage: int = MISSING
+    zero_stage: Annotated[
+        int, Field(ge=AUTO_STAGE, le=3, description="Allowed: 0 to 3, or engine=auto.")
+    ]
     """0 to 3; AUTO_STAGE (`engine=auto`) leaves stage, offload, micro-batch and checkpointing to the plan."""
     auto_micro_batch: bool = True
     """`engine=auto` may replace training.micro_batch_size; the batch stays."""
@@ -33,8 +38,8 @@ class EngineSection:
     """ZeRO stage 1 or above; needs a C++ compiler for DeepSpeed's CPU Adam."""
     offload_parameters_to_cpu: bool = False
     """ZeRO stage 3 only."""
-    reduce_bucket_elements: int = 50_000_000
-    attention: str = "sdpa"
+    reduce_bucket_elements: PositiveInt = 50_000_000
+    attention: Attention = "sdpa"
     """One of ATTENTION_IMPLEMENTATIONS. Both keep the documents of a sequence apart; flex_attention skips what lies between
     them instead of masking it, and trains on a GPU only."""
 
@@ -58,23 +63,23 @@ def check_auto(engine: EngineSection) -> None:
 
 
 @dataclass
-class LaunchSection:
+class LaunchSection(Section):
     """On what to run; none of it changes what is trained."""
 
-    processes: int = 1
+    processes: PositiveInt = 1
     """Training processes on each machine, one GPU each where there are GPUs."""
-    nodes: int = 1
+    nodes: PositiveInt = 1
     """Machines. Each is given the same command but for `node_rank`, and sees the same `run_dir` and `cache_dir`."""
-    node_rank: int = 0
+    node_rank: NonNegativeInt = 0
     """Which of them this is, from 0. Node 0 resolves the recipe, converts and tokenises; the others follow it."""
     rendezvous: str | None = None
     """HOST:PORT of node 0, where several nodes meet; or `torchrun`, under which `nodes` and `node_rank` are torchrun's."""
     hostfile: str | None = None
     """A DeepSpeed hostfile, lines of `HOST slots=N`. The command runs on the first host and starts the others by ssh; nodes and
     processes are the file's."""
-    threads_per_process: int | None = None
+    threads_per_process: PositiveInt | None = None
     """CPU threads of each process; the machine's cores shared evenly unless given."""
-    ingest_processes: int = 1
+    ingest_processes: PositiveInt = 1
     """Processes that tokenise ahead of training, as long as there is something left to tokenise."""
     accept_changed_data: bool = False
     """Go on with a run although its text or its tokenizer changed since it began; the lock records it."""
@@ -122,9 +127,9 @@ def check_nodes(launch: LaunchSection) -> None:
 
 
 @dataclass
-class TrackingSection:
+class TrackingSection(Section):
     """Who else is told."""
 
-    wandb: str = "disabled"
+    wandb: Literal["disabled", "offline", "online"] = "disabled"
     """`disabled`, `offline` or `online`. metrics.jsonl and sparsity.jsonl are written in any case."""
     wandb_project: str = "sparsify"

@@ -7,13 +7,14 @@ from contextlib import contextmanager
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sparsify.errors import RecipeError, nearest
 from sparsify.recipe.catalogue import GROUPS, RECIPE_GROUPS
+from sparsify.recipe.fields import may_set, settings_of, unknown_setting
 from sparsify.recipe.recipe import Recipe
 
+NO_SECTION = "Invalid type assigned"
 NO_LIST = "Invalid value assigned: AnyNode is not a ListConfig, list or tuple"
 OWN_FILE = "own_file"
 """The option that a user's own file becomes."""
@@ -61,12 +62,19 @@ def _missing_option(error: MissingConfigException, where: str) -> RecipeError:
 
 def _setting_error(cause: BaseException, where: str, overrides: Sequence[str]) -> RecipeError:
     key = getattr(cause, "full_key", None) or ""
-    where = next((override for override in overrides if _may_set(override, key)), where)
+    where = next((override for override in overrides if may_set(override, key)), where)
     said = str(cause).strip().partition("\n")[0].rstrip(".")
     if isinstance(cause, MissingMandatoryValue):
         return RecipeError(f"{where}: {key} is not set.", next_step=f"Set {key}=VALUE.")
     if said.startswith("Key '"):
-        return _unknown_setting(key, list(getattr(cause, "parent_node", None) or ()), where)
+        siblings = [name for name in getattr(cause, "parent_node", None) or () if name != "hydra"]
+        return unknown_setting(key, siblings, where, settings_of(Recipe))
+    if said.startswith(NO_SECTION):
+        inner = [name for name in settings_of(Recipe) if name.startswith(f"{key}.")]
+        return RecipeError(
+            f"{where}: {key} is a section, not a single value.",
+            allowed=f"Its settings: {', '.join(inner)}." if inner else "",
+        )
     if said == NO_LIST:
         return RecipeError(
             f"{where}: {key} is a single value.",
@@ -79,30 +87,3 @@ def _setting_error(cause: BaseException, where: str, overrides: Sequence[str]) -
         else f"{where}: {key}: {said}.",
         next_step="`sparsify recipes show NAME` prints a recipe with all its settings and their types.",
     )
-
-
-def _may_set(override: str, key: str) -> bool:
-    """Whether an override names the setting, or is the option of its group: mixture=my_mixture.yaml."""
-    return bool(key) and (key in override or override.partition("=")[0] == key.partition(".")[0])
-
-
-def _unknown_setting(key: str, siblings: list[str], where: str) -> RecipeError:
-    parent, _, leaf = key.rpartition(".")
-    siblings = [name for name in siblings if name != "hydra"]
-    elsewhere = [name for name in _settings() if name.rpartition(".")[2] == leaf]
-    advice = {
-        "model.architecture": f"To add it, write +{key}=VALUE.",
-        "mixture.sources": "Sources are added in a mixture file: mixture=PATH.yaml.",
-    }
-    return RecipeError(
-        f"{where}: there is no setting {key!r}.",
-        allowed=f"{nearest(key, elsewhere) or nearest(leaf, siblings)}"
-        f"Settings{parent and f' of {parent}'}: {', '.join(siblings) or 'none yet'}.",
-        next_step=advice.get(parent, ""),
-    )
-
-
-def _settings() -> list[str]:
-    sections = OmegaConf.structured(Recipe).items_ex(resolve=False)
-    nested = [(name, content) for name, content in sections if OmegaConf.is_dict(content)]
-    return [f"{name}.{key}" for name, content in nested for key in content]

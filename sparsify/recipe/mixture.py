@@ -4,50 +4,52 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
-from omegaconf import MISSING
+from pydantic import Field
 
-from sparsify.errors import RecipeError, check_choice, nearest
+from sparsify.errors import RecipeError, nearest
+from sparsify.recipe.fields import Section, Share
 from sparsify.recipe.source import SourceSection, check_source
 
 SHARE_TOLERANCE = 1e-6
 
 
 @dataclass
-class PhaseSection:
+class PhaseSection(Section):
     """Shares from where the phase before ended up to a point of the run."""
 
-    until_budget_share: float = MISSING
+    until_budget_share: float
     """Where the phase ends, as a share of the training budget; 1 for the last phase."""
-    instruction_token_share: float | None = None
+    instruction_token_share: Share | None = None
     """Share of tokens from the instruction group, as in the mixture; shares inside both groups keep their proportions."""
-    token_shares: dict[str, float] = field(default_factory=dict)
+    token_shares: dict[str, Share] = field(default_factory=dict)
     """Share of each source instead of the sources' own; what is left out has none. They sum to 1."""
     ramp: bool = False
     """Move in a straight line from the shares at the end of the phase before to these, instead of all at once."""
 
 
 @dataclass
-class MixtureSection:
+class MixtureSection(Section):
     """What to train on. Holds no run parameter, so that one mixture serves every budget."""
 
-    name: str = MISSING
+    name: str
     description: str = ""
     sources: dict[str, SourceSection] = field(default_factory=dict)
-    instruction_token_share: float | None = None
+    instruction_token_share: Share | None = None
     """Share of training tokens from the instruction group; shares inside both groups keep their proportions.
     Null keeps the shares as the sources state them."""
     phases: list[PhaseSection] = field(default_factory=list)
     """How shares change over the run; without any they stay as stated."""
-    instruction_loss: str = "responses"
+    instruction_loss: Literal["responses", "all"] = "responses"
     """Which tokens of an instruction carry loss: `responses` or `all`."""
     chat_template: str | None = None
     """What instructions are written with: null for the tokenizer's own chat template or else ChatML, `chatml`, a Jinja
     text, or the path of a .jinja file."""
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: Share = 0.01
     """Share of a source's rows that may be unreadable, null, of the wrong type or otherwise bad; above it the run stops.
     They are left out, counted and listed in any case."""
-    validation_fraction: float = 0.05
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of each source's documents that is held out from training, chosen by a hash of their content or origin."""
     remove_duplicates: bool = True
     """Leave out a document whose text, or all of whose messages, an earlier document of the same source has. On, because
@@ -70,13 +72,7 @@ def check_mixture(mixture: MixtureSection) -> None:
         )
     for name, source in mixture.sources.items():
         check_source(f"mixture.sources.{name}", source)
-    check_dirt_and_chat(mixture)
-    check_choice("mixture.instruction_loss", mixture.instruction_loss, ("responses", "all"))
-    if not 0 < mixture.validation_fraction < 1:
-        raise RecipeError(
-            f"mixture.validation_fraction is {mixture.validation_fraction}.",
-            allowed="Allowed: above 0 and below 1.",
-        )
+    check_chat_template(mixture)
     if mixture.instruction_token_share is None or not _groups_sum_to_one(mixture):
         _check_sum(
             f"The token shares of mixture {mixture.name!r}",
@@ -89,16 +85,12 @@ def check_mixture(mixture: MixtureSection) -> None:
         _check_knob(mixture, "mixture.instruction_token_share", mixture.instruction_token_share)
 
 
-def check_dirt_and_chat(mixture: MixtureSection) -> None:
-    """Refuses limits and a chat template that a mixture cannot use.
+def check_chat_template(mixture: MixtureSection) -> None:
+    """Refuses a chat template that a mixture cannot use.
 
     Raises:
         RecipeError: Naming the setting.
     """
-    if not 0 <= mixture.max_bad_fraction <= 1:
-        raise RecipeError(
-            f"mixture.max_bad_fraction is {mixture.max_bad_fraction}.", allowed="Allowed: 0 to 1."
-        )
     template = mixture.chat_template
     if template is None:
         return
@@ -173,14 +165,12 @@ def _check_phase(mixture: MixtureSection, key: str, phase: PhaseSection, *, firs
             f"{key} states token_shares and instruction_token_share, of which one would be ignored.",
             next_step="Leave one of them out.",
         )
-    for name, share in phase.token_shares.items():
+    for name in phase.token_shares:
         if name not in mixture.sources:
             raise RecipeError(
                 f"{key}.token_shares names {name!r}, which is no source of mixture {mixture.name!r}.",
                 allowed=f"{nearest(name, mixture.sources)}Sources: {', '.join(mixture.sources)}.",
             )
-        if not 0 <= share <= 1:
-            raise RecipeError(f"{key}.token_shares.{name} is {share}.", allowed="Allowed: 0 to 1.")
     if phase.token_shares:
         _check_sum(f"{key}.token_shares", dict(phase.token_shares), "or leave them all out.")
     _check_knob(mixture, f"{key}.instruction_token_share", phase.instruction_token_share)
@@ -189,8 +179,6 @@ def _check_phase(mixture: MixtureSection, key: str, phase: PhaseSection, *, firs
 def _check_knob(mixture: MixtureSection, key: str, wanted: float | None) -> None:
     if wanted is None:
         return
-    if not 0 <= wanted <= 1:
-        raise RecipeError(f"{key} is {wanted}.", allowed="Allowed: 0 to 1.")
     for group, share in (("instruction", wanted), ("pretraining", 1 - wanted)):
         if share > 0 and not any(
             source.group == group and source.token_share > 0 for source in mixture.sources.values()

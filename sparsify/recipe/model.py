@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sparsify.errors import RecipeError
+from sparsify.recipe.fields import PositiveInt, Section
 
 
 @dataclass
-class ModelSection:
+class ModelSection(Section):
     """Where the weights come from."""
 
     source: str | None = None
     """A checkpoint folder, a Hub id, a GGUF file, or `package:NAME/PATH` inside an installed Python package."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id."""
-    init: str = "pretrained"
+    init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` reads `source`; `random` builds `architecture` from `training.seed`."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """transformers config fields with `model_type` mistral or mixtral. For `random` it is the model; for `pretrained`
     it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is here."""
     tokenizer: str | None = None
     """Where the tokenizer comes from; `source` unless given."""
-    upcycle_experts: int | None = None
+    upcycle_experts: PositiveInt | None = None
     """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
-    upcycle_experts_per_token: int = 2
+    upcycle_experts_per_token: PositiveInt = 2
 
 
 def check_model(model: ModelSection) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Annotated, Literal
 
 import jinja2
-from omegaconf import MISSING
+from pydantic import Field
 
-from sparsify.errors import RecipeError, check_choice
+from sparsify.errors import RecipeError
+from sparsify.recipe.fields import Section, Share
 
 ORIGINS = ("files", "hub", "stdlib", "token_files")
 ONLY_WITH = {
@@ -34,17 +36,19 @@ TEMPLATES = ("text", "prompt", "response")
 
 
 @dataclass
-class SourceSection:
+class SourceSection(Section):
     """One source of a mixture: where its text is, what it is, how much of the run it gets."""
 
-    token_share: float = MISSING
+    token_share: Share
     """Share of all training tokens, over the whole mixture; the shares of a mixture sum to 1. Where the mixture sets
     `instruction_token_share`, it may be the share within the group instead; then the shares of each group sum to 1."""
-    group: str = "pretraining"
+    group: Literal["pretraining", "instruction"] = "pretraining"
     """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
-    max_epochs: float | None = None
+    max_epochs: (
+        Annotated[float, Field(ge=1, description="At least 1; null sets no limit.")] | None
+    ) = None
     """How often a run may see each document; null repeats the source as often as the budget asks."""
-    when_exhausted: str = "stop"
+    when_exhausted: Literal["stop", "redistribute"] = "stop"
     """What a source does that has reached `max_epochs`: `stop` refuses a run that would exceed it and says which budget fits;
     `redistribute` gives its share to the other sources from there on, in proportion."""
     files: list[str] | None = None
@@ -55,14 +59,14 @@ class SourceSection:
     token_files: list[str] | None = None
     """Paths or globs of text that the run's tokenizer has tokenised already: .npy or .bin, documents one after another,
     each ended by the end-of-sequence token. Pretraining only."""
-    token_dtype: str | None = None
+    token_dtype: Literal["uint16", "uint32"] | None = None
     """`uint16` or `uint32`: what the numbers of .bin files are."""
     hub: str | None = None
     """A Hugging Face dataset id, streamed."""
     hub_config: str | None = None
     hub_split: str = "train"
     hub_revision: str | None = None
-    stdlib: str | None = None
+    stdlib: Literal["code", "prose", "questions"] | None = None
     """Text that every Python installation carries: `code`, `prose` or `questions`."""
     text_column: str = "text"
     """Column with the document; pretraining sources only."""
@@ -92,15 +96,12 @@ def check_source(key: str, source: SourceSection) -> None:
     Raises:
         RecipeError: Naming the setting.
     """
-    check_choice(f"{key}.group", source.group, ("pretraining", "instruction"))
     origins = [name for name in ORIGINS if getattr(source, name)]
     if len(origins) != 1:
         raise RecipeError(
             f"{key} states {' and '.join(origins) or 'no'} origin.",
             allowed=f"Exactly one of {', '.join(ORIGINS)}.",
         )
-    if not 0 <= source.token_share <= 1:
-        raise RecipeError(f"{key}.token_share is {source.token_share}.", allowed="Allowed: 0 to 1.")
     _check_cap(key, source)
     given = _given(source)
     for name, origin in ONLY_WITH.items():
@@ -109,25 +110,17 @@ def check_source(key: str, source: SourceSection) -> None:
                 key, name, source, f"it belongs to {origin}, and this source has {origins[0]}"
             )
     if source.stdlib is not None:
-        check_choice(f"{key}.stdlib", source.stdlib, ("code", "prose", "questions"))
         _check_group(key, source, "instruction" if source.stdlib == "questions" else "pretraining")
     if source.token_files is not None:
         _check_group(key, source, "pretraining")
-        if source.token_dtype is not None:
-            check_choice(f"{key}.token_dtype", source.token_dtype, ("uint16", "uint32"))
     _check_fields(key, source, given)
 
 
 def _check_cap(key: str, source: SourceSection) -> None:
-    check_choice(f"{key}.when_exhausted", source.when_exhausted, ("stop", "redistribute"))
     if source.max_epochs is None and source.when_exhausted != "stop":
         raise RecipeError(
             f"{key}.when_exhausted is {source.when_exhausted}, but max_epochs is not set, so the source is never exhausted.",
             next_step=f"Set {key}.max_epochs=1, for example.",
-        )
-    if source.max_epochs is not None and not source.max_epochs >= 1:
-        raise RecipeError(
-            f"{key}.max_epochs is {source.max_epochs}.", allowed="At least 1; null sets no limit."
         )
 
 

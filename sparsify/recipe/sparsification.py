@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Annotated, Any
 
-from omegaconf import MISSING
+from pydantic import Field
 
 from sparsify.errors import RecipeError, check_choice
 from sparsify.models.activations import ACTIVATIONS, activation_names
+from sparsify.recipe.fields import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    Section,
+    Share,
+    checked,
+    one_of,
+)
 
 CALIBRATED_REPLACEMENT = "calibrated_replacement"
 """The method that a conversion has unless it names another."""
@@ -17,13 +26,18 @@ REFIT_TARGETS = {"own": 0.0, "mix": 0.5, "residual": 1.0}
 """Which part of what is amiss in the residual stream a refit is asked to mend, beside answering as the block once did."""
 
 
+BELOW_ONE = (
+    "0 (replace at once) or above, and below 1: the run must end with the activation itself."
+)
+
+
 @dataclass
-class ActivationSection:
+class ActivationSection(Section):
     """The feed-forward activation to train with: a name of `models.ACTIVATIONS`."""
 
-    ffn_activation: str = MISSING
-    gate_threshold: float | None = None
-    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published one.
+    ffn_activation: Annotated[str, one_of(ACTIVATIONS)]
+    gate_threshold: NonNegativeFloat | None = None
+    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published one
     No other activation has one."""
 
     @property
@@ -63,19 +77,27 @@ def check_activation(
 
 
 @dataclass
-class ConversionSection:
+class ConversionSection(Section):
     """What the replacement of the activation does to the weights before any training (`docs/calibration.md`)."""
 
-    calibration_tokens: int = 0
+    calibration_tokens: NonNegativeInt = 0
     """Training tokens of the mixture that the calibrated replacement rests on: signs, thresholds and a refit of the down
     projections, layer by layer. 0 swaps the activation and nothing else."""
-    refit_target: str = "mix"
+    refit_target: Annotated[str, one_of(REFIT_TARGETS)] = "mix"
     """What a refitted block should answer, one of REFIT_TARGETS: `own`, what it answered before; `residual`, also what the
     layers before it lost; `mix`, half of that."""
-    ridge: float = 0.01
+    ridge: PositiveFloat = 0.01
     """How strongly a refit, one of `blending.refit_milestones` too, holds on to the old weights: as a share of the mean of its
     Gram matrix's diagonal."""
-    target_zeros: float | None = None
+    target_zeros: (
+        Annotated[
+            float,
+            Field(
+                ge=0, lt=1, description="A share between 0 and 1, such as 0.9; null sets no mask."
+            ),
+        ]
+        | None
+    ) = None
     """Share of exact zeros that the method's mask gives every layer on the calibration tokens; null sets none."""
     method: str = CALIBRATED_REPLACEMENT
     """What is done to the model on the calibration tokens: a name of `docs/methods.md`. `calibrated_replacement` replaces the
@@ -98,62 +120,61 @@ def check_conversion(conversion: ConversionSection) -> None:
     Raises:
         RecipeError: Naming the setting.
     """
-    check_choice("conversion.refit_target", conversion.refit_target, tuple(REFIT_TARGETS))
-    if not 0 < conversion.ridge < math.inf:
-        raise RecipeError(f"conversion.ridge is {conversion.ridge}.", allowed="Above 0.")
-    if conversion.target_zeros is not None and not 0 <= conversion.target_zeros < 1:
-        raise RecipeError(
-            f"conversion.target_zeros is {conversion.target_zeros}.",
-            allowed="A share between 0 and 1, such as 0.9; null sets no mask.",
-        )
+    checked(ConversionSection, asdict(conversion), key="conversion")
 
 
 @dataclass
-class BlendingSection:
+class BlendingSection(Section):
     """How the dense activation gives way to `activation.ffn_activation`."""
 
-    budget_share: float = 0.0
+    budget_share: Annotated[float, Field(ge=0, lt=1, description=BELOW_ONE)] = 0.0
     """Share of the budget over which the dense activation fades into the sparse one, in a straight line: below 1, so that
     the run ends with the sparse one itself. 0 swaps before the first step."""
-    refit_milestones: int = 0
+    refit_milestones: NonNegativeInt = 0
     """Fade in so many equal steps instead, from the first token on, and refit every down projection at each, so that blocks
     answer with the new mixture as they did with the one before. 0 fades in a straight line, without refits."""
-    refit_tokens: int = 0
+    refit_tokens: NonNegativeInt = 0
     """Training tokens that each of these refits rests on: those that come next."""
 
 
 @dataclass
-class PenaltyStageSection:
+class PenaltyStageSection(Section):
     """Weight of the activations' penalty up to a point of the run."""
 
-    until_budget_share: float = MISSING
+    until_budget_share: float
     """Where the stage ends, as a share of the training budget; 1 for the last stage."""
-    weight: float = MISSING
+    weight: NonNegativeFloat
     """Weight at its end, reached from that of the stage before by half a sine wave; the first stage has it throughout."""
 
 
 @dataclass
-class PenaltySection:
+class PenaltySection(Section):
     """An L1 penalty on the activations, added to the loss, that drives neurons to exact zeros while the run trains."""
 
     stages: list[PenaltyStageSection] = field(default_factory=list)
     """ProSparse's progressive penalty (arXiv 2402.13516, section 3.2). Empty for none."""
-    gate_share: float = 0.0
+    gate_share: Share = 0.0
     """Part of the penalty that lies on the gate's factor alone, 0 to 1; the rest lies on the product. An exact kernel that
     computes the gate first gains only from the gate's own zeros."""
-    target_zeros: float | None = None
+    target_zeros: (
+        Annotated[
+            float,
+            Field(gt=0, lt=1, description="Above 0 and below 1, such as 0.9; null sets no target."),
+        ]
+        | None
+    ) = None
     """Share of exact zeros that the run shall end with: the penalty's weight is then set by what is measured, step by step,
     instead of by stages."""
 
 
 @dataclass
-class DistillationSection:
+class DistillationSection(Section):
     """What a run learns from its dense source beside the text: each term is added to the loss, times its weight."""
 
-    logits_weight: float = 0.0
+    logits_weight: NonNegativeFloat = 0.0
     """Weight of the Kullback-Leibler divergence of the model's next-token distribution from the source's, in nats a label.
     0 leaves it out."""
-    ffn_weight: float = 0.0
+    ffn_weight: NonNegativeFloat = 0.0
     """Weight of the feed-forward blocks' error: the squared distance of a block's answer from the source's as a part of that
     answer's own square, mean over labelled tokens and layers. 1 is what a block that answers nothing has. 0 leaves it out."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError
@@ -19,10 +20,11 @@ from sparsify.mixture.sequences.epoch_caps import (
     most_sequences,
 )
 from sparsify.mixture.sequences.reader import SequenceReader
-from sparsify.mixture.sequences.shares import Shares, token_shares
+from sparsify.mixture.sequences.shares import Shares, rounded_share, token_shares
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.ingest import Ingest, mixture_ingests
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
+from sparsify.recipe.identity import shared_settings
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import POLL_SECONDS, RunFolder
 
@@ -120,3 +122,13 @@ def lock_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> MixtureLo
         sequence_length=recipe.training.sequence_length,
         seed=recipe.training.seed,
     )
+
+
+def identity_of(recipe: Recipe, lock: MixtureLock) -> tuple[Any, ...]:
+    """What a run and its baseline have in common: model, optimizer, budget, and the tokens in their order."""
+    tokens = {
+        name: (source.fingerprint, source.planned_tokens, rounded_share(source.token_share))
+        for name, source in lock.sources.items()
+    }
+    data = (lock.tokenizer_fingerprint, lock.seed, recipe.mixture.instruction_loss, tokens)
+    return *shared_settings(recipe), data

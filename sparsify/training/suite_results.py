@@ -22,8 +22,8 @@ from sparsify.mixture.sequences.held_out import source_sequences
 from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.recipe import Recipe
+from sparsify.runs.data import identity_of
 from sparsify.runs.history import read_lines
-from sparsify.runs.identity import identity_of
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import TrainingState, checkpoint_name, crosses, read_state
 

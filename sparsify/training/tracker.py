@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ class Tracker:
     def __init__(self, recipe: Recipe, run: RunFolder) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb  # takes a second, which runs without it need not wait for
-        from omegaconf import OmegaConf
 
         self._wandb = wandb
         self._run = wandb.init(
@@ -34,7 +34,7 @@ class Tracker:
             name=recipe.name,
             dir=str(run.path),
             mode=recipe.tracking.wandb,  # pyright: ignore[reportArgumentType]  (validated by recipe.py)
-            config=OmegaConf.to_container(OmegaConf.structured(recipe)),  # pyright: ignore[reportArgumentType]
+            config=asdict(recipe),
         )
 
     def numbers(self, record: dict[str, Any]) -> None:

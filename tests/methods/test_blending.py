@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,11 @@ from sparsify.sparsity.probe import SparsityProbe
 
 IDS = torch.arange(60).view(2, 30)
 KINDS = ["mistral", "mixtral"]
+
+
+@cache
+def quickstart() -> Recipe:
+    return compose_recipe("quickstart")
 
 
 def recipe_of(share: float) -> Recipe:
@@ -85,7 +92,7 @@ def test_the_probe_sees_the_zeros_that_there_are(stock: dict[str, Path]) -> None
 def test_the_share_only_ever_rises_and_is_whole_before_the_end(
     share: float, seen: int, later: int
 ) -> None:
-    recipe = Recipe()
+    recipe = deepcopy(quickstart())
     recipe.training.budget_tokens, recipe.training.global_batch_size = 204_800, 8
     recipe.training.sequence_length, recipe.blending.budget_share = 256, share
     now, then = blended_share(recipe, seen), blended_share(recipe, seen + later)

@@ -5,11 +5,18 @@ from typing import Any
 import pytest
 
 from sparsify.errors import RecipeError
-from sparsify.recipe.mixture import MixtureSection, check_dirt_and_chat
+from sparsify.recipe.fields import checked
+from sparsify.recipe.mixture import MixtureSection, check_mixture
 from sparsify.recipe.source import SourceSection, check_source
 
 TEXT = {"files": ["a.jsonl"]}
 CHAT = {"files": ["a.jsonl"], "group": "instruction"}
+
+
+def check(settings: dict[str, Any]) -> None:
+    key, values = "mixture.sources.web", {"token_share": 0.5} | settings
+    check_source(key, checked(SourceSection, values, key=key))
+
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no origin": ({}, "no origin"),
@@ -49,7 +56,7 @@ def test_settings_that_contradict_or_ignore_each_other(
     settings: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        check_source("mixture.sources.web", SourceSection(token_share=0.5, **settings))
+        check(settings)
     assert words in str(caught.value)
     assert "mixture.sources.web" in str(caught.value)
 
@@ -66,7 +73,7 @@ def test_settings_that_contradict_or_ignore_each_other(
     ],
 )
 def test_settings_that_work_together(settings: dict[str, Any]) -> None:
-    check_source("mixture.sources.web", SourceSection(token_share=0.5, **settings))
+    check(settings)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +87,7 @@ def test_settings_that_work_together(settings: dict[str, Any]) -> None:
 def test_limits_and_templates_that_a_mixture_cannot_use(
     settings: dict[str, Any], words: str
 ) -> None:
-    sources = {"web": SourceSection(token_share=1.0, **TEXT)}
+    sources = {"web": TEXT | {"token_share": 1.0}}
+    values = {"name": "tiny", "sources": sources} | settings
     with pytest.raises(RecipeError, match=words):
-        check_dirt_and_chat(MixtureSection(name="tiny", sources=sources, **settings))
+        check_mixture(checked(MixtureSection, values, key="mixture"))

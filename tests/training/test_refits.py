@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from copy import deepcopy
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,11 @@ OTHERS_TRAINED = [
 ]  # fmt: skip
 REFITS = ["blending.budget_share=0.5", "blending.refit_milestones=4", "blending.refit_tokens=8192"]
 Runs = Callable[[list[str]], dict[str, Any]]
+
+
+@cache
+def quickstart() -> Recipe:
+    return compose_recipe("quickstart")
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +148,7 @@ def test_an_interruption_changes_no_bit_in_experts_and_other_stages(runs: Runs) 
 
 @given(st.floats(0.05, 0.99), st.integers(2, 200))
 def test_every_milestone_comes_before_a_step_of_its_own(share: float, milestones: int) -> None:
-    recipe = Recipe()
+    recipe = deepcopy(quickstart())
     recipe.training.budget_tokens, recipe.training.global_batch_size = 200 * 2048, 8
     recipe.training.sequence_length, recipe.blending.budget_share = 256, share
     recipe.blending.refit_milestones = min(milestones, max(2, int(share * recipe.num_steps)))

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from sparsify.recipe.mixture import MixtureSection
 
+SHARE_DECIMALS = 9
+"""Shares that agree to this many decimals are the same, whichever way a mixture states them."""
 LARGEST_DENOMINATOR = 10**9
 """Shares are rounded to the closest fraction up to this denominator: 0.15 is 3/20, not the nearest binary float."""
 
@@ -75,6 +77,11 @@ def _with_instructions(mixture: MixtureSection, share: float | None) -> dict[str
         else 0.0
         for name, source in mixture.sources.items()
     }
+
+
+def rounded_share(share: float) -> float:
+    """A token share without the rounding errors of different ways to state it."""
+    return round(share, SHARE_DECIMALS)
 
 
 def exact_shares(shares: Mapping[str, float | Fraction]) -> dict[str, Fraction]:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError
 from sparsify.mixture.sequences.held_out import sequences_from
 from sparsify.mixture.sequences.reader import NO_LOSS
+from sparsify.recipe.compose import to_yaml
 from sparsify.recipe.mixture import MixtureSection
 
 TEXTS = [f"story {n} about a river and a stone" for n in range(9)]
@@ -57,7 +57,7 @@ def test_a_mixture_gives_held_out_sequences_in_proportion(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast, mixture: MixtureSection
 ) -> None:
     path = tmp_path / "tiny.yaml"
-    OmegaConf.save(OmegaConf.structured(mixture), path)
+    path.write_text(to_yaml(mixture))
     sequences, description = sequences_from(
         str(path), tokenizer, num_tokens=160, sequence_length=16, cache_dir=tmp_path / "cache"
     )
