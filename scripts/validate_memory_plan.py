@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sparsify.bench.memory import peak_memory_bytes
 from sparsify.conversion.convert import convert
 from sparsify.launch.child import exit_with_parent
-from sparsify.methods.distillation import Teacher, load_teacher
+from sparsify.methods.objective import objectives_of
 from sparsify.mixture.sequences.reader import Batch
 from sparsify.plan.estimate import architecture_of
 from sparsify.plan.memory import memory
@@ -44,11 +44,11 @@ from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import DistillationSection
 from sparsify.reporting.tables import Table
 from sparsify.runs.run_folder import RunFolder
+from sparsify.runs.state import TrainingState
 from sparsify.training.engine import build_engine, init_distributed
-from sparsify.training.loop import accumulate
-from sparsify.training.objective import Objective
 from sparsify.training.session import Session
 from sparsify.training.stability import finish_step
+from sparsify.training.step import accumulate
 
 SHAPE = {
     "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 8192,
@@ -254,8 +254,6 @@ def memory_table(results: Sequence[Measured]) -> Table:
 
 STEPS = 2  # the optimiser's state is whole from the second on
 TRAINING = "sparsify training"
-Built = tuple[Any, Teacher | None]
-"""The engine, and the model that it learns from."""
 
 
 def run_rank(run_dir: str) -> None:
@@ -282,14 +280,16 @@ def run_rank(run_dir: str) -> None:
     os._exit(0)  # see commands.rank: an ordinary exit may abort in gloo
 
 
-def _build(recipe: Recipe, run: RunFolder) -> Built:
-    engine = build_engine(recipe, run.initial)
-    return engine, load_teacher(recipe, run, engine.device)
+def _build(recipe: Recipe, run: RunFolder) -> Session:
+    engine, state = build_engine(recipe, run.initial), TrainingState(0, 0, 1, 0, {})
+    parts = SimpleNamespace(engine=engine, recipe=recipe, run=run, state=state)
+    session = cast(Session, parts)
+    session.objectives = objectives_of(session)
+    return session
 
 
-def _steps(built: Built, recipe: Recipe) -> None:
-    engine, teacher = built
-    session = cast(Session, SimpleNamespace(engine=engine, recipe=recipe))
+def _steps(session: Session, recipe: Recipe) -> None:
+    engine = session.engine
     training = recipe.training
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = (training.micro_batch_size, training.sequence_length)
@@ -303,26 +303,25 @@ def _steps(built: Built, recipe: Recipe) -> None:
             tensors["position_ids"] = positions.expand(shape)
             batches.append(Batch(tensors, torch.zeros(shape[0], dtype=torch.int64)))
         sources = ["made up"] * training.global_batch_size
-        with Objective(recipe, engine, None, teacher) as objective:
-            accumulate(session, batches, sources, recipe.step_tokens, None, objective)
-            finish_step(engine)
+        accumulate(session, batches, sources, recipe.step_tokens, None)
+        finish_step(engine)
 
 
-def _on_gpu(build: Callable[[], Built], recipe: Recipe) -> tuple[int, int]:
-    built = build()
+def _on_gpu(build: Callable[[], Session], recipe: Recipe) -> tuple[int, int]:
+    session = build()
     setup = torch.cuda.max_memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    _steps(built, recipe)
+    _steps(session, recipe)
     return setup, torch.cuda.max_memory_allocated()
 
 
-def _on_cpu(build: Callable[[], Built], recipe: Recipe) -> tuple[int, int]:
+def _on_cpu(build: Callable[[], Session], recipe: Recipe) -> tuple[int, int]:
     """Peaks from every allocation and release between the first and the last."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        built = build()
+        session = build()
         with record_function(TRAINING):
             pass
-        _steps(built, recipe)
+        _steps(session, recipe)
     assert profiler.profiler is not None
     results = cast(Any, profiler.profiler.kineto_results)
     started = next(event.start_ns() for event in results.events() if event.name() == TRAINING)

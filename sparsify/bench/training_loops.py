@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ class Loops:
         # Validation and checkpoints are measured apart: one of them would fall into some blocks and not into others.
         recipe = deepcopy(session.recipe)
         recipe.eval.every_tokens = recipe.checkpoint.every_tokens = 2**62
-        self.session = replace(session, recipe=recipe)
+        session.recipe, self.session = recipe, session
         try:
             train(self.session)
         except Finished:

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsify.errors import RunError
 from sparsify.evaluation.metrics import Score, difference
-from sparsify.methods.blending import blended_share
+from sparsify.methods.blending import Blending, blended_share
 from sparsify.mixture.sequences.held_out import (
     check_text_or_mixture,
     mixture_sequences,
@@ -132,7 +132,8 @@ def blend_note(loaded: Loaded) -> str:
         return ""
     recipe = loaded.trained.run.load_recipe()
     state = read_state(loaded.trained.checkpoint)
-    share = blended_share(recipe, state.seen_tokens, state.refits)
+    refits = state.methods.get(Blending.name, {}).get("refits", 0)
+    share = blended_share(recipe, state.seen_tokens, refits)
     if share == 1:
         return ""
     activation = recipe.activation.ffn_activation

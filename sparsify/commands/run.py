@@ -27,6 +27,7 @@ from sparsify.launch.feeder import Feeder, can_start, is_ready
 from sparsify.launch.launcher import launch
 from sparsify.launch.nodes import Nodes
 from sparsify.methods.calibrated_checkpoint import convert_calibrated, read_record
+from sparsify.methods.router import check_router
 from sparsify.mixture.inspection import DroppedCounts
 from sparsify.mixture.lock import check_lock, differences, read_lock, with_delivered, write_lock
 from sparsify.mixture.sequences.held_out import ValidationSequences, mixture_calibration
@@ -46,7 +47,6 @@ from sparsify.training.engine import check_machine
 from sparsify.training.kernels.liger import liger_sentence
 from sparsify.training.kernels.liger_ops import PACKAGE as LIGER
 from sparsify.training.resize import check_convertible, needs_conversion, resized
-from sparsify.training.router import check_router
 from sparsify.training.suite_results import suite_is_due, suite_is_logged
 
 logger = logging.getLogger(__name__)

@@ -1,20 +1,22 @@
-"""The blended swap: the dense activation fades into the sparse one while the model trains.
+"""Activation blending: the dense activation turns into the sparse one while the model trains.
 
 Both factors of a feed-forward block are mixed, (1 - a) of the dense activation's and a of the sparse one's. From SwiGLU to dReLU
 that leaves the positive sides nearly as they are and lowers the slope of the negative ones, 1 at the beginning and 0 at the end.
 The share a is a pure function of the tokens seen, so that nothing needs to be saved for it; with refits at milestones
-(`sparsify.training.refits`) it follows from how many of them are done. At 1 a block has the plain activation itself, bit by bit.
+(`sparsify.methods.refits`) it follows from how many of them are done. At 1 a block has the plain activation itself, bit by bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from sparsify.conversion.sparse_folder import check_activation
+from sparsify.methods.objective import Objective, TrainingRun, objective
 from sparsify.models import FfnActivation, SparseConfig, SparseModel
 from sparsify.recipe.recipe import Recipe
 
@@ -48,7 +50,7 @@ def blended_share(recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
     Args:
         recipe: The run's recipe.
         seen_tokens: Training tokens seen.
-        refits: `TrainingState.refits`.
+        refits: Refits at milestones that are done.
     """
     if recipe.blending.refit_milestones:
         return refits / recipe.blending.refit_milestones
@@ -57,7 +59,7 @@ def blended_share(recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
 
 
 def blend_tokens(recipe: Recipe) -> float:
-    """Training tokens over which the dense activation fades."""
+    """Training tokens over which the blending lasts."""
     return recipe.blending.budget_share * recipe.num_steps * recipe.step_tokens
 
 
@@ -68,13 +70,13 @@ def blend(model: SparseModel, recipe: Recipe, seen_tokens: int, refits: int = 0)
         model: The model that trains, converted to the recipe's activation.
         recipe: The run's recipe.
         seen_tokens: Training tokens seen.
-        refits: `TrainingState.refits`.
+        refits: Refits at milestones that are done.
 
     Returns:
         `blended_share`.
 
     Raises:
-        RuntimeError: If a block that must have the plain activation applies something else.
+        RuntimeError: If a block that must have the plain activation applies another one.
     """
     share = blended_share(recipe, seen_tokens, refits)
     if recipe.blending.budget_share:
@@ -113,7 +115,7 @@ def activation_at(
 
 @contextmanager
 def plain(model: SparseModel) -> Iterator[None]:
-    """Has every block apply its plain activation meanwhile: what a checkpoint saved now is loaded with."""
+    """Has every block apply its plain activation within the block: the one that a checkpoint saved now is loaded with."""
     activations: list[FfnActivation] = [block.ffn_activation for block in model.ffn_blocks()]
     mixed = [one for one in activations if type(one) is BlendedActivation]
     for activation in mixed:
@@ -135,7 +137,47 @@ def _mix(activation: FfnActivation, config: SparseConfig, share: float) -> None:
     assert isinstance(activation, BlendedActivation)
     activation.share = share
     if "base" not in vars(activation):
-        # Beside the module's own attributes, not among its children, which are part of the model.
+        # Next to the module's own attributes, not among its children, which are part of the model.
         vars(activation)["base"] = FfnActivation(
             config.base_ffn_activation, config.base_ffn_gate_threshold
         )
+
+
+def is_blended(model: SparseModel) -> bool:
+    """Whether any block computes a mixture with the dense activation."""
+    return any(type(block.ffn_activation) is BlendedActivation for block in model.ffn_blocks())
+
+
+@objective
+class Blending(Objective):
+    """The blending of a run, in a straight line over the tokens seen."""
+
+    name: ClassVar[str] = "blending"
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._share = 0.0
+
+    @classmethod
+    def of(cls, run: TrainingRun) -> Self | None:
+        blending = run.recipe.blending
+        return cls(run) if blending.budget_share and not blending.refit_milestones else None
+
+    def blend(self) -> float:
+        """Gives every block the activation that is in force after the tokens seen so far; returns the share."""
+        return blend(self._run.engine.module, self._run.recipe, self._run.state.seen_tokens)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self._share = self.blend()
+        yield
+
+    def after_step(self, loss: float) -> dict[str, Any]:
+        return {} if self._share == 1 else {"blended_share": self._share}
+
+    def before_validation(self) -> dict[str, Any]:
+        share = self.blend()
+        return {} if share == 1 else {"label": "blending", "blended_share": share}
+
+    def as_saved(self) -> AbstractContextManager[object]:
+        return plain(self._run.engine.module)

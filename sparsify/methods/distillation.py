@@ -1,18 +1,19 @@
-"""Distillation: what a step learns from the dense source beside the text, and how far from it the model still is.
+"""Distillation: what a step learns from the dense source in addition to the text, and how far from it the model is.
 
 Two terms (Hinton et al., arXiv 1503.02531, at temperature 1; hidden states as in arXiv 1908.09355): the divergence of the next
-token's distribution, and the error of every feed-forward block's answer. Both count the positions that have a label, as the
+token's distribution, and the error of every feed-forward block's output. Both count the positions that have a label, as the
 cross-entropy does, so that empty positions of a sequence and prompts count in none of the three.
 
-The dense source of a run as its teacher: frozen, whole on every rank, answering the micro-batches that the run trains on.
+The dense source of a run as its teacher: frozen, whole on every rank, run on the micro-batches that the run trains on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from sparsify.conversion.source import read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.methods.calibrated_checkpoint import read_record
+from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.models import SparseModel
 from sparsify.recipe.recipe import Recipe
@@ -30,8 +32,8 @@ from sparsify.runs.run_folder import RunFolder
 
 
 @dataclass
-class Answers:
-    """What the dense source makes of one micro-batch; what is not asked for is not here.
+class TeacherOutputs:
+    """What the dense source computes for one micro-batch; what is not needed is not here.
 
     Attributes:
         logits: [sequences, tokens, vocabulary]
@@ -43,43 +45,45 @@ class Answers:
 
 
 class Teacher:
-    """Answers without gradients.
+    """The frozen dense source.
 
     Args:
         model: The dense source, in the precision and on the device that it is to work in; frozen here.
-        logits: Whether its logits are asked for.
-        ffn_outputs: Whether the answers of its feed-forward blocks are.
+        logits: Whether its logits are needed.
+        ffn_outputs: Whether the outputs of its feed-forward blocks are.
     """
 
     def __init__(self, model: SparseModel, *, logits: bool, ffn_outputs: bool) -> None:
         self._model, self._logits = model.eval().requires_grad_(False), logits
-        self._answers = Answers()
+        self._outputs = TeacherOutputs()
         if ffn_outputs:
-            for block in answering_blocks(model):
+            for block in output_blocks(model):
                 block.register_forward_hook(self._keep)
 
     @torch.no_grad()
-    def answer(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> Answers:
-        """Its answers to a micro-batch, with the documents of a sequence kept apart as the run keeps them.
+    def outputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> TeacherOutputs:
+        """Its outputs for a micro-batch, with the documents of a sequence kept apart as the run keeps them.
 
         Args:
             input_ids: [sequences, tokens] int64
             position_ids: Position within the document. [sequences, tokens] int64
         """
-        answers = self._answers = Answers()
+        outputs = self._outputs = TeacherOutputs()
         hidden = self._model.model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         if self._logits:
-            answers.logits = self._model.lm_head(hidden)
-        self._answers = Answers()  # the caller's alone, who knows when they are done with
-        return answers
+            outputs.logits = self._model.lm_head(hidden)
+        self._outputs = (
+            TeacherOutputs()
+        )  # the caller's alone, who knows when they are no longer needed
+        return outputs
 
     def _keep(self, block: nn.Module, _: object, output: torch.Tensor) -> None:
-        self._answers.ffn_outputs.append(output)
+        self._outputs.ffn_outputs.append(output)
 
 
-def answering_blocks(model: SparseModel) -> list[nn.Module]:
+def output_blocks(model: SparseModel) -> list[nn.Module]:
     """The module of every layer whose output is what the feed-forward block adds to the residual stream.
 
     In a mixture of experts that is the block around the router and its experts: [sequences, tokens, hidden], as in a dense one.
@@ -96,7 +100,7 @@ def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teache
     Args:
         recipe: The run's recipe.
         run: Its folder.
-        device: Where to answer.
+        device: Where to run.
     """
     settings = recipe.distillation
     if not settings.is_on:
@@ -123,12 +127,12 @@ class Distiller:
     """Context manager around the forward and backward passes of one step.
 
     It watches activations, never weights, so partitioned weights (ZeRO-3) do not matter to it. A block's error is taken as soon
-    as the block has answered: where activations are checkpointed, only the teacher's answer is kept for the backward pass. What is
+    as the block has run: where activations are checkpointed, only the teacher's output is kept for the backward pass. What is
     computed again there is not counted again.
 
     Args:
         settings: The terms' weights.
-        teacher: Whom to learn from.
+        teacher: The dense source.
         model: The model that trains.
         device: Where to count.
     """
@@ -141,7 +145,7 @@ class Distiller:
         device: torch.device,
     ) -> None:
         self._settings, self._teacher, self._model = settings, teacher, model
-        self._answers = Answers()
+        self._outputs = TeacherOutputs()
         self._counted = torch.zeros(0)
         self._errors: list[torch.Tensor] = []
         self._in_forward = False
@@ -151,7 +155,7 @@ class Distiller:
 
     def __enter__(self) -> Self:
         if self._settings.ffn_weight:
-            for layer, block in enumerate(answering_blocks(self._model)):
+            for layer, block in enumerate(output_blocks(self._model)):
                 hook = partial(self._take_layer, layer)
                 self._handles.append(block.register_forward_hook(hook))
         return self
@@ -159,19 +163,19 @@ class Distiller:
     def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._answers, self._errors = Answers(), []
+        self._outputs, self._errors = TeacherOutputs(), []
 
-    def ask(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Has the teacher answer the micro-batch that the model is about to see.
+    def run_teacher(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Runs the teacher on the micro-batch that the model is about to see.
 
         Args:
             tensors: `input_ids`, `position_ids` and `labels`, [sequences, tokens] each, on the model's device.
         """
-        self._answers, self._errors = (
-            Answers(),
+        self._outputs, self._errors = (
+            TeacherOutputs(),
             [],
-        )  # lets go of the last ones before there are others
-        self._answers = self._teacher.answer(tensors["input_ids"], tensors["position_ids"])
+        )  # frees the last ones before there are others
+        self._outputs = self._teacher.outputs(tensors["input_ids"], tensors["position_ids"])
         self._counted = tensors["labels"] != NO_LOSS
         self._in_forward = True
 
@@ -184,9 +188,9 @@ class Distiller:
         self._in_forward = False
         total = torch.zeros((), device=self._totals.device)
         self._totals[2] += self._counted.sum()
-        if self._answers.logits is not None:
-            by_token = divergence(logits.flatten(0, 1), self._answers.logits.flatten(0, 1))
-            self._answers.logits = None  # autograd keeps it as long as it needs it
+        if self._outputs.logits is not None:
+            by_token = divergence(logits.flatten(0, 1), self._outputs.logits.flatten(0, 1))
+            self._outputs.logits = None  # autograd keeps it as long as it needs it
             nats = (by_token * self._counted.flatten()).sum()
             self._totals[0] += nats.detach()
             total = total + self._settings.logits_weight * nats
@@ -200,7 +204,7 @@ class Distiller:
     def reduce(self) -> dict[str, float]:
         """What a step's line says, over all ranks; every rank calls it.
 
-        `logits` in nats a label, `ffn` as a part of the teacher's answer, each before its weight and only where it has one;
+        `logits` in nats a label, `ffn` as a part of the teacher's output, each before its weight and only where it has one;
         `added` in nats, as it was added to the loss.
         """
         dist.all_reduce(self._totals)
@@ -212,16 +216,51 @@ class Distiller:
         return line
 
     def _take_layer(self, layer: int, block: nn.Module, _: object, output: torch.Tensor) -> None:
-        wanted = self._answers.ffn_outputs[layer]
+        wanted = self._outputs.ffn_outputs[layer]
         error = (relative_error(output, wanted) * self._counted).sum()
         if self._in_forward:
             self._errors.append(error)
 
 
+@objective
+class Distillation(Objective):
+    """What a run learns from its dense source."""
+
+    name: ClassVar[str] = "distillation"
+
+    def __init__(self, run: TrainingRun, teacher: Teacher) -> None:
+        self._run, self._teacher = run, teacher
+        self._distiller = self._new_distiller()
+
+    @classmethod
+    def of(cls, run: TrainingRun) -> Self | None:
+        teacher = load_teacher(run.recipe, run.run, run.engine.device)
+        return None if teacher is None else cls(run, teacher)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self._distiller = self._new_distiller()
+        with self._distiller:
+            yield
+
+    def before_forward(self, batch: MicroBatch) -> None:
+        self._distiller.run_teacher(batch.tensors)
+
+    def loss(self, batch: MicroBatch, output: Any) -> torch.Tensor:
+        return self._distiller.loss(output.logits) * batch.label_weight
+
+    def after_step(self, loss: float) -> dict[str, Any]:
+        return {self.name: self._distiller.reduce()}
+
+    def _new_distiller(self) -> Distiller:
+        engine, settings = self._run.engine, self._run.recipe.distillation
+        return Distiller(settings, self._teacher, engine.module, engine.device)
+
+
 def relative_error(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Squared distance of each token's vector from the one that is wanted, as a part of that one's square. [...]
 
-    Relative for each token, since a few tokens of a language model have answers many times as long as all others'.
+    Relative for each token, since a few tokens of a language model have outputs many times as long as all others'.
 
     Args:
         output: [..., hidden]
@@ -236,7 +275,7 @@ def relative_error(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
 def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
     """Kullback-Leibler divergence of each token's distribution from the teacher's, in nats. [tokens]
 
-    Widened piece by piece, forward and back, so that beside the two logits only their gradient is ever whole.
+    Widened piece by piece, forward and back, so that in addition to the two logits only their gradient is ever whole.
 
     Args:
         logits: [tokens, vocabulary]

@@ -1,42 +1,42 @@
-"""Pressure on the neurons to be exactly zero: ProSparse's progressive L1 penalty, and what it meets in each step.
+"""Sparsity regularisation: an L1 penalty on the neurons' activations, with a weight by stages or by a target.
 
 The penalty is the mean of |activation| over tokens and neurons, summed over layers (arXiv 2402.13516, section 3.2), with a part of
 it on the gate's factor alone where the recipe says so. In a mixture of experts the mean is over the tokens that were routed.
 
 A target for the share of zeros: the penalty's weight follows what is measured, so that the run ends at the target.
 
-What is controlled is y = -ln(1 - zeros), in which halving the neurons that fire is the same step everywhere. It shall follow a path
-from where it was found to the target, half a sine wave that ends at RAMP_SHARE of the way, and stay there. The weight is
+What is controlled is y = -ln(1 - zeros), in which halving the neurons that fire is the same step everywhere. It follows a path
+from where it was found to the target, half a sine wave that ends at RAMP_SHARE of the way, and stays there. The weight is
 
     weight = first weight * exp(GAIN * (e + INTEGRAL_RATE * integral of e)),    e = path - y,
 
-with progress through the run as time: a proportional-integral law for the logarithm of the weight. Zeros answer to the weight with
+with progress through the run as time: a proportional-integral law for the logarithm of the weight. Zeros respond to the weight with
 a delay, dy/dt = a (g ln weight - y) near any point; then the loop's two poles are real, so that it cannot oscillate, for every
 g as long as a is at least INTEGRAL_RATE: a (1 + g GAIN)^2 >= 4 a g GAIN >= 4 INTEGRAL_RATE g GAIN.
-
-The weight of the activations' penalty in each step: by stages, or by the loop that ends at a target.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from sparsify.methods.blending import is_blended
+from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.models import FfnActivation, SparseModel
-from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import PenaltyStageSection
 
 
 @dataclass(frozen=True)
-class PressureRecord:
-    """What the penalty met in one step, over all ranks and layers.
+class PenaltyRecord:
+    """What was measured in one step, over all ranks and layers.
 
     Attributes:
         penalty: Before its weight: mean absolute activation of each layer, summed over layers.
@@ -68,7 +68,7 @@ def stage_weight(stages: Sequence[PenaltyStageSection], budget_share: float) -> 
     return before
 
 
-class PressureMeter:
+class PenaltyMeter:
     """Context manager that takes the penalty of a model's forward passes while it is on.
 
     It watches activations, never weights, so partitioned weights (ZeRO-3) do not matter to it. What activation checkpointing
@@ -118,12 +118,12 @@ class PressureMeter:
             self._totals[1] += 1
         return penalty
 
-    def reduce(self) -> PressureRecord:
+    def reduce(self) -> PenaltyRecord:
         """The step's record over all ranks; every rank calls it."""
         dist.all_reduce(self._totals)
         penalty, passes, values, zeros, gate_zeros = self._totals.tolist()
         values = max(values, 1)
-        return PressureRecord(penalty / max(passes, 1), zeros / values, gate_zeros / values)
+        return PenaltyRecord(penalty / max(passes, 1), zeros / values, gate_zeros / values)
 
     def _begin(self, decoder: nn.Module, _: object) -> None:
         self._sums, self._values = [[] for _ in self._sums], [0] * len(self._values)
@@ -158,7 +158,7 @@ class PressureMeter:
 
 
 RAMP_SHARE = 0.7
-"""Of the way from where control begins to the end of the run: what is left is for the weights to settle at the target."""
+"""Of the way from where the controller begins to the end of the run: the rest is for the weights to settle at the target."""
 GAIN = 8.0
 INTEGRAL_RATE = 3.0
 FIRST_LOSS_SHARE = 0.003
@@ -169,7 +169,7 @@ ALMOST_ALL = 1 - 1e-6
 
 
 @dataclass(frozen=True)
-class Control:
+class Controller:
     """State of the loop between two steps; plain numbers, saved with the counters.
 
     Attributes:
@@ -187,8 +187,8 @@ class Control:
     integral: float = 0.0
 
     @classmethod
-    def of(cls, saved: dict[str, float]) -> Control | None:
-        """The state that `saved` returned; None for an empty one: control has not begun."""
+    def of(cls, saved: dict[str, float]) -> Controller | None:
+        """The state that `saved` returned; None for an empty one: it has not begun."""
         return cls(**saved) if saved else None
 
     def saved(self) -> dict[str, float]:
@@ -196,7 +196,7 @@ class Control:
         return asdict(self)
 
 
-def begin(budget_share: float, zeros: float, loss: float, penalty: float) -> Control:
+def begin(budget_share: float, zeros: float, loss: float, penalty: float) -> Controller:
     """Takes over after the first step that was measured with the plain activation.
 
     Args:
@@ -206,109 +206,127 @@ def begin(budget_share: float, zeros: float, loss: float, penalty: float) -> Con
         penalty: Its penalty before any weight.
     """
     first_weight = FIRST_LOSS_SHARE * loss / max(penalty, 1e-12)
-    return Control(budget_share, zeros, first_weight, zeros)
+    return Controller(budget_share, zeros, first_weight, zeros)
 
 
-def weight(control: Control, target: float, budget_share: float) -> float:
+def weight(controller: Controller, target: float, budget_share: float) -> float:
     """The penalty's weight for the step that begins at this share of the budget."""
-    return control.first_weight * math.exp(_exponent(control, target, budget_share))
+    return controller.first_weight * math.exp(_exponent(controller, target, budget_share))
 
 
 def after_step(
-    control: Control, target: float, zeros: float, budget_share: float, step_share: float
-) -> Control:
+    controller: Controller, target: float, zeros: float, budget_share: float, step_share: float
+) -> Controller:
     """Takes in one step.
 
     Args:
-        control: The state before it.
+        controller: The state before it.
         target: Share of zeros that is wanted at the end.
         zeros: Share of zeros of the step.
         budget_share: Tokens seen at its end, as a share of the budget.
         step_share: Its tokens as a share of the budget.
     """
-    now = replace(control, zeros=zeros)
+    now = replace(controller, zeros=zeros)
     error = _error(now, target, budget_share)
     exponent = _exponent(now, target, budget_share)
     if abs(exponent) >= MAX_EXPONENT and error * exponent > 0:
         return now  # winding the integral up further would only delay the way back
-    left = max(1 - control.begun_at, step_share)
-    return replace(now, integral=control.integral + error * step_share / left)
+    left = max(1 - controller.begun_at, step_share)
+    return replace(now, integral=controller.integral + error * step_share / left)
 
 
-def path(control: Control, target: float, budget_share: float) -> float:
+def path(controller: Controller, target: float, budget_share: float) -> float:
     """Share of zeros that is wanted at this share of the budget."""
-    return 1 - math.exp(-_wanted(control, target, budget_share))
+    return 1 - math.exp(-_wanted(controller, target, budget_share))
 
 
-def _exponent(control: Control, target: float, budget_share: float) -> float:
-    error = _error(control, target, budget_share)
-    exponent = GAIN * (error + INTEGRAL_RATE * control.integral)
+def _exponent(controller: Controller, target: float, budget_share: float) -> float:
+    error = _error(controller, target, budget_share)
+    exponent = GAIN * (error + INTEGRAL_RATE * controller.integral)
     return max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
 
 
-def _error(control: Control, target: float, budget_share: float) -> float:
-    return _wanted(control, target, budget_share) - _sparsity(control.zeros)
+def _error(controller: Controller, target: float, budget_share: float) -> float:
+    return _wanted(controller, target, budget_share) - _sparsity(controller.zeros)
 
 
-def _wanted(control: Control, target: float, budget_share: float) -> float:
-    first, last = _sparsity(control.first_zeros), _sparsity(target)
-    left = max(1 - control.begun_at, 1e-9)
-    x = min(1.0, max(0.0, (budget_share - control.begun_at) / (RAMP_SHARE * left)))
-    # From above the target there is no way to go: pressure only ever makes more zeros.
+def _wanted(controller: Controller, target: float, budget_share: float) -> float:
+    first, last = _sparsity(controller.first_zeros), _sparsity(target)
+    left = max(1 - controller.begun_at, 1e-9)
+    x = min(1.0, max(0.0, (budget_share - controller.begun_at) / (RAMP_SHARE * left)))
+    # From above the target there is no way to go: a penalty only ever makes more zeros.
     first = min(first, last)
     return first + (last - first) * (math.sin(math.pi * (x - 0.5)) + 1) / 2
 
 
 def _sparsity(zeros: float) -> float:
-    """-ln(1 - zeros): grows by ln 2 when half of the neurons that fire fall silent."""
+    """-ln(1 - zeros): grows by ln 2 when half of the active neurons become inactive."""
     return -math.log1p(-min(zeros, ALMOST_ALL))
 
 
-def penalty_weight(recipe: Recipe, control: dict[str, float], seen_tokens: int) -> float | None:
-    """Weight for the step that begins after so many tokens; None where the recipe has no penalty.
+@objective
+class Penalty(Objective):
+    """The penalty of a run; its state is that of the controller, empty where there is no target or it has not begun."""
 
-    Args:
-        recipe: The run's recipe.
-        control: `TrainingState.control`.
-        seen_tokens: Training tokens seen.
-    """
-    share = seen_tokens / _budget_tokens(recipe)
-    if recipe.penalty.stages:
-        return stage_weight(recipe.penalty.stages, share)
-    if recipe.penalty.target_zeros is None:
-        return None
-    state = Control.of(control)
-    return 0.0 if state is None else weight(state, recipe.penalty.target_zeros, share)
+    name: ClassVar[str] = "penalty"
 
+    def __init__(self, run: TrainingRun) -> None:
+        self._run, self._settings = run, run.recipe.penalty
+        self._budget_tokens = run.recipe.num_steps * run.recipe.step_tokens
+        self._controller: Controller | None = None
+        self._weight = 0.0
+        self._meter = self._new_meter()
 
-def next_control(
-    recipe: Recipe,
-    control: dict[str, float],
-    seen_tokens: int,
-    record: PressureRecord | None,
-    loss: float,
-    blended_share: float,
-) -> dict[str, float]:
-    """`TrainingState.control` after a step; empty where there is no target, or while the blending hides the zeros.
+    @classmethod
+    def of(cls, run: TrainingRun) -> Self | None:
+        settings = run.recipe.penalty
+        is_on = settings.stages or settings.target_zeros is not None
+        return cls(run) if is_on else None
 
-    Args:
-        recipe: The run's recipe.
-        control: What it was before the step.
-        seen_tokens: Training tokens seen, the step's among them.
-        record: What the step's penalty met.
-        loss: The step's mean cross-entropy, in nats.
-        blended_share: How much of the sparse activation was in force in the step.
-    """
-    target = recipe.penalty.target_zeros
-    if target is None or record is None or blended_share < 1:
-        return control
-    share = seen_tokens / _budget_tokens(recipe)
-    state = Control.of(control)
-    if state is None:
-        return begin(share, record.zeros, loss, record.penalty).saved()
-    step_share = recipe.step_tokens / _budget_tokens(recipe)
-    return after_step(state, target, record.zeros, share, step_share).saved()
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self._weight = self._next_weight()
+        self._meter = self._new_meter()
+        with self._meter:
+            yield
 
+    def loss(self, batch: MicroBatch, output: Any) -> torch.Tensor:
+        return self._weight * self._meter.penalty() / batch.per_step
 
-def _budget_tokens(recipe: Recipe) -> int:
-    return recipe.num_steps * recipe.step_tokens
+    def after_step(self, loss: float) -> dict[str, Any]:
+        """`zeros` and `gate_zeros` of the step; `added` in nats, as it was added to the loss."""
+        record = self._meter.reduce()
+        # What a mixture with the dense activation computes is hardly ever zero.
+        if self._settings.target_zeros is not None and not is_blended(self._run.engine.module):
+            self._controller = self._next_controller(record, loss)
+        line = {"zeros": record.zeros, "gate_zeros": record.gate_zeros, "weight": self._weight}
+        return {self.name: line | {"added": self._weight * record.penalty}}
+
+    def state(self) -> dict[str, Any]:
+        return {} if self._controller is None else self._controller.saved()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._controller = Controller.of(state)
+
+    def _new_meter(self) -> PenaltyMeter:
+        engine = self._run.engine
+        return PenaltyMeter(engine.module, self._settings.gate_share, engine.device)
+
+    def _budget_share(self) -> float:
+        return self._run.state.seen_tokens / self._budget_tokens
+
+    def _next_weight(self) -> float:
+        if self._settings.stages:
+            return stage_weight(self._settings.stages, self._budget_share())
+        target = self._settings.target_zeros
+        if target is None or self._controller is None:
+            return 0.0
+        return weight(self._controller, target, self._budget_share())
+
+    def _next_controller(self, record: PenaltyRecord, loss: float) -> Controller:
+        target, share = self._settings.target_zeros, self._budget_share()
+        assert target is not None
+        if self._controller is None:
+            return begin(share, record.zeros, loss, record.penalty)
+        step_share = self._run.recipe.step_tokens / self._budget_tokens
+        return after_step(self._controller, target, record.zeros, share, step_share)

@@ -1,4 +1,4 @@
-"""What a run's JSON lines say about its way: stages, curves, zeros by layer."""
+"""What a run's JSON lines say about its training: stages, curves, zeros by layer."""
 
 from __future__ import annotations
 

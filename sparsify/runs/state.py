@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -44,14 +44,10 @@ class TrainingState:
     """Sequences of each source so far: what was delivered, and where the schedule resumes without counting again."""
     recent_losses: list[dict[str, float] | None] = field(default_factory=list)
     """Loss of each source at the newest steps, None where a step was bad: what the next step is compared with."""
-    left_out_sequences: list[list[int]] = field(default_factory=list)
-    """First and last sequence of each range that did not go into the weights, because its steps were bad or taken back."""
-    underused_steps: list[list[int]] = field(default_factory=list)
-    """For how many steps in a row each expert of each layer has had too few tokens; empty without experts."""
-    control: dict[str, float] = field(default_factory=dict)
-    """Where the loop stands that ends at `penalty.target_zeros` (`sparsify.methods.penalty.Control`); empty without one."""
-    refits: int = 0
-    """How many of `blending.refit_milestones` the weights have gone through; the activation in force follows from it."""
+    skipped_sequences: list[list[int]] = field(default_factory=list)
+    """First and last sequence of each range that did not go into the weights, because its steps were bad or rolled back."""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """State of each method that takes part in training, by its name (`sparsify.methods.objective`); empty ones are omitted."""
 
     @property
     def shape(self) -> Shape:
@@ -141,7 +137,7 @@ def consolidated_weights(checkpoint: Path) -> dict[str, StoredTensor]:
     Raises:
         RunError: If a shard is missing or damaged.
     """
-    prepare_accelerator()  # unpickling imports DeepSpeed, which else announces the accelerator it found
+    prepare_accelerator()  # unpickling imports DeepSpeed, which otherwise announces the accelerator it found
     whole_model = read_state(checkpoint).zero_stage < 3
     shard = checkpoint / "mp_rank_00_model_states.pt"
     reason = damage(checkpoint, {shard.name} if whole_model else None)

@@ -1,11 +1,11 @@
-"""Checkpoints: DeepSpeed's shards beside JSON that a person can read, written whole or not at all.
+"""Checkpoints: DeepSpeed's shards and JSON that a person can read, written whole or not at all.
 
 checkpoints/
   latest                        name of the newest whole checkpoint
   step-00001200/
     manifest.json               name, size and hash of every other file
     state.json                  counters, number of processes, ZeRO stage
-    reference.safetensors       what the live model answered to a fixed input: exports are held against it
+    reference.safetensors       the live model's logits for a fixed input: exports are compared with it
     mp_rank_00_…, *zero_pp_…    DeepSpeed's shards
 """
 
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +25,8 @@ from safetensors.torch import save_file
 
 from sparsify.errors import RunError
 from sparsify.files import replace_folder, storage_errors, write_json, write_text
-from sparsify.methods.live_model import Engine
+from sparsify.methods.live_model import Engine, evaluating
+from sparsify.methods.objective import as_saved
 from sparsify.recipe.training import CheckpointSection
 from sparsify.runs.manifest import damage, sync_folder, write_manifest
 from sparsify.runs.state import (
@@ -46,11 +48,13 @@ from sparsify.training.resize import (
     needs_conversion,
     universal_loading,
 )
+from sparsify.training.session import Session
 
 logger = logging.getLogger(__name__)
 
+REFERENCE_TOKENS = 32
 HIDDEN = (".partial-*", ".step-*", CONVERSIONS)
-"""What no longer serves after a save: remains of a run that was killed meanwhile, and what a resized run began from."""
+"""What no longer serves after a save: remains of a run that was killed while it saved, and what a resized run began from."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Saved:
 def newest_whole(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is as it was written, or None when nothing was saved yet.
 
-    Reads the whole of it. Where a damaged one is passed over, `latest` is set back, so that all ranks go on from the
+    Reads the whole of it. Where a damaged one is passed over, `latest` is set back, so that all ranks resume from the
     same.
 
     Args:
@@ -179,6 +183,48 @@ def save(
     return Saved(final, size_bytes)
 
 
+def save_session(session: Session) -> None:
+    """Saves the session's state, unless the newest checkpoint holds it already; every rank calls it."""
+    if session.saved is session.state:  # stopped before a step could be trained
+        return
+    started = time.monotonic()
+    recipe = session.recipe
+    reference = _reference(session)
+    # Counted only here: for shares without a short period it takes a moment, which no step should wait for.
+    drawn = session.reader.schedule.counts(session.state.step * recipe.training.global_batch_size)
+    session.state = replace(
+        session.state,
+        drawn_sequences=drawn,
+        processes=dist.get_world_size(),
+        zero_stage=recipe.engine.zero_stage,
+    )
+    keep = Keep.of(recipe.checkpoint, recipe.step_tokens)
+    saved = save(session.engine, session.state, session.run.checkpoints, keep, reference)
+    session.saved = session.state
+    seconds = time.monotonic() - started
+    session.record(
+        "checkpoint",
+        f"saved {saved.path} ({saved.size_bytes / 1e6:.0f} MB, {seconds:.1f} s)",
+        bytes=saved.size_bytes,
+        seconds=round(seconds, 3),
+    )
+
+
+@torch.no_grad()
+def _reference(session: Session) -> dict[str, torch.Tensor]:
+    """The live model's logits for the first held-out sequence, as the loaded checkpoint will compute them.
+
+    Every rank computes it, which ZeRO-3 needs.
+    """
+    sequence = next(iter(session.held_out.values()))[0]
+    input_ids = torch.from_numpy(sequence.input_ids[:REFERENCE_TOKENS].copy())[None].to(
+        session.engine.device
+    )
+    with evaluating(session.engine), as_saved(session.objectives):
+        logits = session.engine(input_ids=input_ids, use_cache=False).logits
+    return {"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}
+
+
 @contextmanager
 def _removed_on_failure(partial: Path) -> Iterator[None]:
     """Gives a full disk its space back: the logs stand on it too, and have to say what went wrong."""
@@ -203,7 +249,7 @@ def load(engine: Engine, checkpoint: Path) -> TrainingState:
     """Loads weights and optimiser state into an engine; every rank calls it.
 
     Where the checkpoint was written by another number of processes or ZeRO stage, its conversion is loaded, which the
-    launcher made (`sparsify.training.resize.resized`). It stays until the next save: till then it may be asked for again.
+    launcher made (`sparsify.training.resize.resized`). It stays until the next save: until then it may be needed again.
 
     Raises:
         RunError: If it is damaged, or has not been converted.

@@ -13,21 +13,18 @@ import torch
 import torch.distributed as dist
 
 from sparsify.errors import RunError
-from sparsify.methods.blending import blend
 from sparsify.methods.live_model import Engine
-from sparsify.methods.penalty import penalty_weight
 from sparsify.mixture.sequences.reader import Batch
 from sparsify.recipe.recipe import Recipe
-from sparsify.training.loop import accumulate
-from sparsify.training.objective import Objective
 from sparsify.training.session import Session
+from sparsify.training.step import accumulate
 
 BEFORE_FIRST = -1
 """DeepSpeed's count of micro-batches in `stage_1_and_2` before the first of a step."""
 
 
 def dry_run(session: Session) -> None:
-    """Runs one micro-batch of the largest size through the engine; a run that goes on from a checkpoint needs none.
+    """Runs one micro-batch of the largest size through the engine; a resumed run needs none.
 
     Raises:
         RunError: If memory runs out, naming the settings that take less.
@@ -42,10 +39,7 @@ def dry_run(session: Session) -> None:
     with out_of_memory_named(recipe):
         # As the last micro-batch of a step, which reduces the gradients as well.
         engine.set_gradient_accumulation_boundary(True)
-        weight = penalty_weight(recipe, session.state.control, 0)
-        blend(engine.module, recipe, 0)
-        with Objective(recipe, engine, weight, session.teacher) as objective:
-            accumulate(session, [batch], sources, num_labels, None, objective)
+        accumulate(session, [batch], sources, num_labels, None)
     forget_gradients(engine)
     engine.set_gradient_accumulation_boundary(None)
 

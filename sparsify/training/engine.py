@@ -19,8 +19,7 @@ from sparsify.models import SparseModel
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import OptimizerSection
 from sparsify.runs.state import prepare_accelerator
-from sparsify.training.kernels.activation import check_fusible, fuse_activation
-from sparsify.training.kernels.compile import check_compilable, compile_layers
+from sparsify.training.kernels.activation import check_fusible, fuse_activation, has_compiler
 from sparsify.training.kernels.liger import check_liger, use_liger
 
 MOE_BLOCK = "MixtralSparseMoeBlock"
@@ -39,8 +38,29 @@ def check_machine(recipe: Recipe) -> None:
             next_step="Set engine.attention=sdpa.",
         )
     check_fusible(recipe)
-    check_compilable(recipe)
+    _check_compilable(recipe)
     check_liger(recipe)
+
+
+def _check_compilable(recipe: Recipe) -> None:
+    """Refuses `training.compile` on a machine that has nothing to compile with.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    if recipe.training.compile and not has_compiler():
+        raise RecipeError(
+            "training.compile is set, and there is no C++ compiler here.",
+            allowed="torch.compile writes C++ for a CPU and has it compiled: g++, or what CXX names.",
+            next_step="Install one, or set training.compile=false.",
+        )
+
+
+def _compile_layers(model: SparseModel, recipe: Recipe) -> None:
+    """Lets every decoder layer be compiled at its first pass: once for all, as they have the same code and shapes."""
+    if recipe.training.compile:
+        for layer in model.model.layers:
+            layer.compile()
 
 
 def init_distributed() -> None:
@@ -54,7 +74,7 @@ def init_distributed() -> None:
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """The DeepSpeed configuration that a recipe stands for."""
+    """The DeepSpeed configuration of a recipe."""
     engine, training = recipe.engine, recipe.training
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
@@ -99,7 +119,7 @@ def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseMo
     model.set_attn_implementation(recipe.engine.attention)
     if recipe.training.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    compile_layers(model, recipe)
+    _compile_layers(model, recipe)
     return model
 
 

@@ -1,4 +1,4 @@
-"""How fast a run is: tokens a second of late, the share of the hardware's arithmetic that it uses, memory."""
+"""How fast a run is: recent tokens per second, the share of the hardware's arithmetic that it uses, memory."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Performance:
 
         Returns:
             What its line holds. `tokens_per_second` and `data_share` are over the recent steps, without validations and
-            checkpoints between them; `left_seconds` counts on everything going on as since the launch, these included.
+            checkpoints between them; `left_seconds` extrapolates from everything since the launch, these included.
             `mfu` is None where the device's peak is not known.
         """
         self._steps.append((num_tokens, seconds, data_seconds))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.methods.distillation import Teacher
 from sparsify.methods.live_model import Engine
+from sparsify.methods.objective import Objective
 from sparsify.mixture.sequences.reader import PackedSequence, SequenceReader
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
@@ -21,14 +21,8 @@ from sparsify.training.telemetry import Telemetry
 class Suite(Protocol):
     """What is evaluated at checkpoints."""
 
-    def measure(
-        self,
-        engine: Engine,
-        state: TrainingState,
-        telemetry: Telemetry,
-        stop_requested: Callable[[], bool],
-    ) -> bool:
-        """Evaluates the checkpoint of this state; False when a rank was asked to stop before that was done."""
+    def measure(self, session: Session) -> bool:
+        """Evaluates the newest checkpoint; False when a rank has to stop before that is done."""
         ...
 
 
@@ -39,8 +33,8 @@ class Session:
     Attributes:
         held_out: Validation sequences of each source.
         shares: Token share of each source.
-        stop_requested: Whether this rank was asked to stop.
-        teacher: The dense source, where the recipe distils from it.
+        stop_requested: Whether this rank has to stop.
+        objectives: What methods do around each step.
         suite: What is evaluated at checkpoints, where the recipe names a suite.
         saved: The state that the newest checkpoint holds, or None before the first.
     """
@@ -56,6 +50,30 @@ class Session:
     stop_requested: Callable[[], bool]
     performance: Performance
     tokenizer: PreTrainedTokenizerFast
-    teacher: Teacher | None = None
+    objectives: list[Objective] = field(default_factory=list)
     suite: Suite | None = None
     saved: TrainingState | None = None
+
+    def record(
+        self, kind: str, message: str = "", *, step: int | None = None, **fields: Any
+    ) -> None:
+        """Adds a line to metrics.jsonl and a sentence to the log; `step` is that of the state where it is not given."""
+        state = self.state
+        step = state.step if step is None else step
+        self.telemetry.record(kind, step, state.seen_tokens, message, **fields)
+
+    def model_changed(self) -> None:
+        """Says that the model was changed outside a step: earlier losses do not predict the next one."""
+        self.state = replace(self.state, recent_losses=[])
+        self.update_methods()
+
+    def update_methods(self) -> None:
+        """Takes the objectives' states over into the session's."""
+        methods = {one.name: state for one in self.objectives if (state := one.state())}
+        self.state = replace(self.state, methods=methods)
+
+    def restore(self, state: TrainingState) -> None:
+        """Takes up the state of a checkpoint, the objectives' included."""
+        self.state = state
+        for one in self.objectives:
+            one.load_state(state.methods.get(one.name, {}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 import torch
@@ -17,10 +17,12 @@ import torch
 from sparsify.errors import RunError
 from sparsify.methods.live_model import Engine
 from sparsify.recipe.training import StabilitySection
-from sparsify.runs.state import TrainingState
+from sparsify.runs.state import TrainingState, latest_checkpoint
+from sparsify.training import checkpoints
+from sparsify.training.session import Session
 
 DEVIATIONS_PER_MAD = 1.4826
-"""Standard deviations that the median absolute deviation of a normal distribution stands for."""
+"""Standard deviations of a normal distribution in its median absolute deviation."""
 LEAST_DEVIATION = 0.01
 """Of the median: what the losses of a source vary by at least, so that a run of equal losses makes no spikes."""
 SHOWN_SEQUENCES = 8
@@ -36,7 +38,7 @@ class BadStep:
     Attributes:
         step: Its number; the first step of a run is 1.
         reason: `loss_not_finite`, `gradient_not_finite` or `spike`.
-        loss: Mean cross-entropy of the labels that can be judged, in nats; None where there is none.
+        loss: Mean cross-entropy of the labels that have a limit, in nats; None where there is none.
         limit: What that could at most be, in nats; None where there are too few steps to tell.
         sequences: First and last of its sequences, by their global numbers.
         suspects: Numbers of the sequences whose loss is not finite, or of those with the highest loss at a spike, by source.
@@ -75,7 +77,7 @@ class SpikeRule:
     """How high the loss of the next step may be.
 
     Attributes:
-        sources: Sources that were seen often enough to judge their sequences.
+        sources: Sources that were seen often enough to have a limit.
         limit: Highest mean loss of those sequences' labels that is no spike, in nats.
         num_labels: Those labels.
     """
@@ -93,7 +95,7 @@ def spike_rule(
     """What recent losses let expect of a step.
 
     A source's limit is the median of its recent losses plus `spike_deviations` robust standard deviations of them; a step's is
-    their mean, weighted by its labels. Judging by sources keeps a change of the mixture's shares from looking like a spike.
+    their mean, weighted by its labels. Limits by source keep a change of the mixture's shares from looking like a spike.
 
     Args:
         settings: The rule's numbers.
@@ -113,14 +115,14 @@ def spike_rule(
             deviation = DEVIATIONS_PER_MAD * median(abs(loss - middle) for loss in losses)
             deviation = max(deviation, LEAST_DEVIATION * abs(middle))
             limits[source] = middle + settings.spike_deviations * deviation
-    judged = sum(num_labels[source] for source in limits)
-    if 2 * judged <= sum(num_labels.values()):
+    limited = sum(num_labels[source] for source in limits)
+    if 2 * limited <= sum(num_labels.values()):
         return None
-    limit = sum(num_labels[source] * limit for source, limit in limits.items()) / judged
-    return SpikeRule(frozenset(limits), limit, judged)
+    limit = sum(num_labels[source] * limit for source, limit in limits.items()) / limited
+    return SpikeRule(frozenset(limits), limit, limited)
 
 
-def judgement(
+def nan_if_bad(
     sequence_losses: torch.Tensor, sources: Sequence[str], rule: SpikeRule | None
 ) -> torch.Tensor:
     """A factor for the loss that stays on the device: 1 for a good step, NaN for a bad one. []
@@ -132,8 +134,8 @@ def judgement(
     """
     good = torch.isfinite(sequence_losses).all()
     if rule is not None:
-        judged = torch.tensor([source in rule.sources for source in sources])
-        total = torch.where(judged.to(sequence_losses.device), sequence_losses, 0.0).sum()
+        limited = torch.tensor([source in rule.sources for source in sources])
+        total = torch.where(limited.to(sequence_losses.device), sequence_losses, 0.0).sum()
         good &= total <= rule.limit * rule.num_labels
     return torch.where(good, 1.0, math.nan)
 
@@ -183,9 +185,9 @@ def find_bad(
     bad = [index for index, (loss, _) in enumerate(numbered) if not math.isfinite(loss)]
     reason, mean, limit = "loss_not_finite", None, None
     if not bad and rule is not None:
-        judged = sum(loss for loss, source in numbered if source in rule.sources)
-        mean, limit = judged / rule.num_labels, rule.limit
-        if judged > rule.limit * rule.num_labels:
+        limited = sum(loss for loss, source in numbered if source in rule.sources)
+        mean, limit = limited / rule.num_labels, rule.limit
+        if limited > rule.limit * rule.num_labels:
             reason = "spike"
             order = sorted(range(len(numbered)), key=lambda index: -sequence_losses[index])
             bad = sorted(order[: max(1, len(order) // 8)])
@@ -196,6 +198,53 @@ def find_bad(
         suspects.setdefault(sources[index], []).append(first_sequence + index)
     sequences = (first_sequence, first_sequence + len(numbered) - 1)
     return BadStep(step, reason, mean, limit, sequences, suspects)
+
+
+def skip_step(session: Session, bad: BadStep, seen_tokens: int) -> None:
+    """Continues after a bad step; the weights are still those from before it.
+
+    Args:
+        session: The rank's.
+        bad: The step.
+        seen_tokens: Training tokens seen, its own included.
+
+    Raises:
+        RunError: If `stability.on_bad_step` is `stop`, or if too many recent steps were bad.
+    """
+    settings, state = session.recipe.stability, session.state
+    fields = asdict(bad) | {"policy": settings.on_bad_step}
+    fields.pop("step")
+    message = f"{bad.sentence()}; on_bad_step={settings.on_bad_step}"
+    session.telemetry.record("bad_step", bad.step, seen_tokens, message, **fields)
+    if settings.on_bad_step == "stop":
+        if state.step:
+            checkpoints.save_session(session)
+        raise stopped_at(bad, f"The state from before it, step {state.step:,}, is saved.")
+    first, last = bad.sequences
+    newest = None
+    if settings.on_bad_step == "rollback":
+        newest = latest_checkpoint(session.run.checkpoints)
+    if newest is not None:
+        session.restore(checkpoints.load(session.engine, newest))
+        first = session.state.step * session.recipe.training.global_batch_size
+    before = session.state
+    session.state = replace(
+        before,
+        step=bad.step,
+        seen_tokens=seen_tokens,
+        recent_losses=remember(settings, before, None),
+        skipped_sequences=with_range(before.skipped_sequences, first, last),
+    )
+    if num_bad(session.state) > settings.max_bad_steps:
+        raise not_recovering(settings, session.state, bad)
+    if newest is not None:
+        session.record(
+            "rollback",
+            f"rolled back to the weights of step {before.step:,}; sequences {first}–{last} are skipped",
+            to_step=before.step,
+            sequences=(first, last),
+        )
+        checkpoints.save_session(session)  # so that a resumed run finds the same sequences skipped
 
 
 def remember(
@@ -219,23 +268,23 @@ def with_range(ranges: list[list[int]], first: int, last: int) -> list[list[int]
 
 def not_recovering(settings: StabilitySection, state: TrainingState, bad: BadStep) -> RunError:
     """The report of a run that meets one bad step after the other; `state` is the one after the newest of them."""
-    ranges = state.left_out_sequences[-SHOWN_RANGES:]
-    left_out = ", ".join(f"{first}–{last}" for first, last in ranges)
+    ranges = state.skipped_sequences[-SHOWN_RANGES:]
+    skipped = ", ".join(f"{first}–{last}" for first, last in ranges)
     return RunError(
         f"The run does not recover: {bad.sentence()}. It is bad step {num_bad(state)} of the last "
-        f"{len(state.recent_losses)}. Left out were the sequences {left_out}.",
+        f"{len(state.recent_losses)}. Sequences skipped: {skipped}.",
         allowed=f"At most stability.max_bad_steps={settings.max_bad_steps} among stability.recent_steps="
         f"{settings.recent_steps}. None of them changed the weights; metrics.jsonl names the sequences of each.",
-        next_step="If the same source is named again and again, its text is to blame: clean it or take it out, and begin "
-        "another run with run_dir=…. Else lower optimizer.peak_learning_rate or raise optimizer.warmup_tokens there. The same "
-        "command with stability.on_bad_step=rollback goes on from the last checkpoint and leaves sequences out.",
+        next_step="If the same source is named repeatedly, its text is to blame: clean or remove it, and start "
+        "another run with run_dir=…. Otherwise lower optimizer.peak_learning_rate or raise optimizer.warmup_tokens there. The same "
+        "command with stability.on_bad_step=rollback resumes from the last checkpoint and skips sequences.",
     )
 
 
 def stopped_at(bad: BadStep, saved: str) -> RunError:
-    """The report of a run that was told to stop at a bad step."""
+    """The report of a run that stops at a bad step."""
     return RunError(
         f"Training stopped at {bad.sentence()}.",
         allowed=f"stability.on_bad_step=stop ends the run there. {saved}",
-        next_step="Look at those sequences' text. The same command with stability.on_bad_step=skip or =rollback leaves them out.",
+        next_step="Look at those sequences' text. The same command with stability.on_bad_step=skip or =rollback skips them.",
     )

@@ -30,13 +30,14 @@ from sparsify.evaluation.request import EvalRequest, suite_of
 from sparsify.evaluation.results import EvaluationResults, SourceOverlap, read_results
 from sparsify.evaluation.worker_pool import EvalWorker
 from sparsify.launch.child import Child, module_command
-from sparsify.methods.blending import plain
 from sparsify.methods.live_model import Engine, evaluating
+from sparsify.methods.objective import as_saved
 from sparsify.models import SparseModel
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import POLL_SECONDS, RunFolder
-from sparsify.runs.state import TrainingState, checkpoint_name
+from sparsify.runs.state import checkpoint_name
 from sparsify.training.kernels.activation import unfused
+from sparsify.training.session import Session
 from sparsify.training.suite_results import (
     command_of,
     evaluation_folder,
@@ -47,7 +48,6 @@ from sparsify.training.suite_results import (
     task_figures,
     write_line,
 )
-from sparsify.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +68,8 @@ class TrainingSuite:
         self._recipe, self._run, self._program = recipe, run, program
         self._overlaps: dict[str, list[SourceOverlap]] | None = None
 
-    def measure(
-        self,
-        engine: Engine,
-        state: TrainingState,
-        telemetry: Telemetry,
-        stop_requested: Callable[[], bool],
-    ) -> bool:
-        """Evaluates the checkpoint of this state, whose weights the engine still holds, unless that was done before.
+    def measure(self, session: Session) -> bool:
+        """Evaluates the newest checkpoint, whose weights the engine still holds, unless that was done before.
 
         Every rank calls it.
 
@@ -87,10 +81,11 @@ class TrainingSuite:
             RunError: If memory runs out.
             StorageError: If writing fails.
         """
-        queue = RankQueue(stop_requested)
+        engine, state, telemetry = session.engine, session.state, session.telemetry
+        queue = RankQueue(session.stop_requested)
         saved = engine.zero_optimization_partition_weights()
         if queue.rank:
-            return queue.serve() if saved else self._serve(queue, engine)
+            return queue.serve() if saved else self._serve(queue, session)
         if suite_is_logged(self._recipe, self._run, state.step):
             queue.end(finished=True)
             return True
@@ -102,7 +97,7 @@ class TrainingSuite:
             results = (
                 self._run_in_child(queue, engine, checkpoint, folder)
                 if saved
-                else self._run_live(queue, engine, checkpoint, request, folder)
+                else self._run_live(queue, session, checkpoint, request, folder)
             )
         except Stopped:
             queue.end(finished=False)
@@ -124,14 +119,14 @@ class TrainingSuite:
         queue.end(finished=True)
         return True
 
-    def _serve(self, queue: RankQueue, engine: Engine) -> bool:
-        with as_loaded(engine) as model, self._worker(model, self._tokenizer()) as worker:
+    def _serve(self, queue: RankQueue, session: Session) -> bool:
+        with as_loaded(session) as model, self._worker(model, self._tokenizer()) as worker:
             return queue.serve(run_on(worker))
 
     def _run_live(
         self,
         queue: RankQueue,
-        engine: Engine,
+        session: Session,
         checkpoint: Path,
         request: EvalRequest,
         folder: Path,
@@ -150,7 +145,7 @@ class TrainingSuite:
         name, lock = str(checkpoint), self._run.mixture_lock
         provenance = provenance_of(str(self._run.path), recipe, lock, checkpoint)
         settings = EvalSettings(request.limit, request.batch_size, queue.world)
-        with as_loaded(engine) as model:
+        with as_loaded(session) as model:
             subject = Subject(model, tokenizer, name, provenance)
             ranks = RankPool(queue, self._worker(model, tokenizer), model.device.type)
             results = evaluate(subject, suite, sources, held_out, folder, settings, pool=ranks)
@@ -195,7 +190,7 @@ class TrainingSuite:
 
 
 @contextmanager
-def as_loaded(engine: Engine) -> Iterator[SparseModel]:
+def as_loaded(session: Session) -> Iterator[SparseModel]:
     """The live model as `sparsify evaluate` would load it: plain activation, the model's own code, no gradients.
 
     Restores model and random number generators afterwards.
@@ -203,10 +198,11 @@ def as_loaded(engine: Engine) -> Iterator[SparseModel]:
     Raises:
         RunError: If memory runs out.
     """
-    model: SparseModel = engine.module
+    engine, model = session.engine, session.engine.module
     attention = str(model.config._attn_implementation)
     with ExitStack() as stack:
-        for context in (_random_numbers(), evaluating(engine), plain(model), unfused(model)):
+        objectives = as_saved(session.objectives)
+        for context in (_random_numbers(), evaluating(engine), objectives, unfused(model)):
             stack.enter_context(context)
         if attention != "sdpa":
             stack.callback(model.set_attn_implementation, attention)

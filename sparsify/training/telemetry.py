@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from sparsify.reporting.log_lines import console
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.alarms import LayerAlarms
+from sparsify.sparsity.statistics import ActivationStatistics
 from sparsify.training.tracker import Tracker
-from sparsify.training.validation import Validation
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,23 @@ BAR_COLUMNS = 10
 COMPACT_ABOVE = 100_000
 FINAL_LABELS = ("base", "after_replacement", "training")
 """Validations of a model as it is saved."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one validation pass found.
+
+    Attributes:
+        loss: Mean of the sources' losses, weighted by their token shares. Nats per token.
+        losses: Loss of each source of the mixture, those without a share among them. Nats per token.
+        zeros: Share of exact zeros of each source.
+        statistics: Which neurons fired on all these sequences.
+    """
+
+    loss: float
+    losses: dict[str, float]
+    zeros: dict[str, float]
+    statistics: ActivationStatistics
 
 
 class Telemetry:
@@ -191,7 +209,7 @@ class RunTelemetry(Telemetry):
 
 
 def progress_line(record: dict[str, Any], budget_tokens: int, zeros: float | None) -> str:
-    """A train record for people: with the bar beside it at most 120 columns.
+    """A train record for people: at most 120 columns with the bar.
 
     Args:
         record: A line of metrics.jsonl with what `Performance.step` gives.

@@ -38,7 +38,7 @@ class Tracker:
         )
 
     def numbers(self, record: dict[str, Any]) -> None:
-        """Logs every number of a line of metrics.jsonl or sparsity.jsonl, named by where it stands."""
+        """Logs every number of a line of metrics.jsonl or sparsity.jsonl, named by its path."""
         self._run.log(
             dict(_numbers(record, str(record.get("kind", "sparsity")))), step=record["step"]
         )

@@ -1,24 +1,26 @@
-"""Validation loss per source, with the share of zeros read in the same pass.
-
-What the model writes while it trains.
-"""
+"""What is measured while a run trains: validation loss and zeros by source, samples, and the suite at checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.methods.calibrated_checkpoint import read_record
 from sparsify.methods.live_model import Engine, evaluating
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.recipe.evaluation import EvalSection
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.statistics import ActivationStatistics
+from sparsify.training.kernels.activation import fuse_activation
+from sparsify.training.session import Session
+from sparsify.training.suite_results import suite_is_due
+from sparsify.training.telemetry import Validation
 
 
 def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -32,23 +34,6 @@ def sequence_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=NO_LOSS, reduction="none"
     )
     return by_token.view_as(labels).sum(1)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """What one validation pass found.
-
-    Attributes:
-        loss: Mean of the sources' losses, weighted by their token shares. Nats per token.
-        losses: Loss of each source of the mixture, those without a share among them. Nats per token.
-        zeros: Share of exact zeros of each source.
-        statistics: Which neurons fired on all these sequences.
-    """
-
-    loss: float
-    losses: dict[str, float]
-    zeros: dict[str, float]
-    statistics: ActivationStatistics
 
 
 @torch.no_grad()
@@ -125,3 +110,71 @@ def continue_prompts(
             synced_gpus=engine.zero_optimization_partition_weights(),
         )
     return tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+
+
+def validate_start(session: Session) -> None:
+    """Before any training: the base with its own activation, then what the activation replacement alone made of it."""
+    model, activation = session.engine.module, session.recipe.activation.ffn_activation
+    base = model.config.base_ffn_activation
+    calibration = read_record(session.run.initial)
+    if calibration is not None:
+        # The weights are no longer the base's, which was measured on the same sequences while it was calibrated.
+        _record_base(session, calibration["stages"][0])
+        _validate(session, "after_replacement")
+    elif session.recipe.model.init == "pretrained" and activation != base:
+        model.set_ffn_activation(base, model.config.base_ffn_gate_threshold)
+        _validate(session, "base")
+        model.set_ffn_activation(activation, session.recipe.activation.model_gate_threshold)
+        fuse_activation(model, session.recipe)
+        _validate(session, "after_replacement")
+    else:
+        _validate(session, "base")
+
+
+def validate_session(session: Session) -> None:
+    """The model after the newest step."""
+    fields: dict[str, Any] = {"label": "training"}
+    for objective in session.objectives:
+        fields |= objective.before_validation()
+    _validate(session, **fields)
+
+
+def sample(session: Session) -> None:
+    """Continues `eval.sample_prompts`."""
+    state, settings = session.state, session.recipe.eval
+    if settings.sample_prompts:
+        texts = continue_prompts(session.engine, session.tokenizer, settings)
+        session.telemetry.samples(state.step, state.seen_tokens, settings.sample_prompts, texts)
+
+
+def evaluate_suite(session: Session) -> bool:
+    """Runs the suite on the newest checkpoint where it is due.
+
+    Returns:
+        False when a rank has to stop before that is done.
+    """
+    if session.suite is None or not suite_is_due(session.recipe, session.state):
+        return True
+    return session.suite.measure(session)
+
+
+def _validate(session: Session, label: str, **fields: Any) -> None:
+    size, state = session.recipe.training.micro_batch_size, session.state
+    result = validate(session.engine, session.held_out, session.shares, size)
+    session.telemetry.validation(state.step, state.seen_tokens, result, label, **fields)
+
+
+def _record_base(session: Session, stage: Mapping[str, Any]) -> None:
+    """Records the validation losses of the dense base that a calibration measured: `losses` by source, and `zeros`."""
+    losses: dict[str, float] = stage["losses"]
+    weights = {source: session.shares.get(source, 0.0) for source in losses}
+    loss = sum(weights[name] * value for name, value in losses.items()) / sum(weights.values())
+    session.record(
+        "validation",
+        f"validation base: loss {loss:.3f}, measured during calibration",
+        label="base",
+        loss=loss,
+        sources=losses,
+        zeros=stage["zeros"],
+        source_zeros={},
+    )

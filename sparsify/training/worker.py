@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.launch.child import StopRequest, exit_with_parent
-from sparsify.methods.distillation import load_teacher
+from sparsify.methods.objective import objectives_of
 from sparsify.mixture.lock import check_lock, read_lock
 from sparsify.mixture.sequences.reader import SequenceReader, held_out_sequences
 from sparsify.mixture.sequences.schedule import Anchor, SourceSchedule
@@ -96,7 +96,7 @@ def build_session(
     if newest is not None:
         state = checkpoints.load(engine, newest)
     is_first = dist.get_rank() == 0
-    return Session(
+    session = Session(
         recipe=recipe,
         run=run,
         engine=engine,
@@ -114,10 +114,11 @@ def build_session(
             recipe.num_steps * recipe.step_tokens - state.seen_tokens,
         ),
         tokenizer=load_tokenizer(run.initial),
-        teacher=load_teacher(recipe, run, engine.device),
         suite=_suite(recipe, run, suite_worker),
         saved=None if newest is None else state,
     )
+    session.objectives = objectives_of(session)
+    return session
 
 
 def _suite(recipe: Recipe, run: RunFolder, worker: ModuleType | None) -> Suite | None:

@@ -16,10 +16,9 @@ from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.training.dry_run import dry_run, largest_batch
 from sparsify.training.engine import build_engine, init_distributed, set_learning_rate
-from sparsify.training.loop import accumulate
-from sparsify.training.objective import Objective
 from sparsify.training.session import Session
 from sparsify.training.stability import finish_step
+from sparsify.training.step import accumulate
 
 SETUPS = [(0, "fp32"), *((stage, name) for stage in (1, 2, 3) for name in ("fp32", "bf16"))]
 
@@ -46,7 +45,7 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
             recipe=recipe,
             engine=engine,
             state=SimpleNamespace(step=0, baseline={}),
-            teacher=None,
+            objectives=[],
             reader=SimpleNamespace(names=["one", "two"]),
         ),
     )
@@ -60,8 +59,7 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
             recipe.training.seed += 1  # other tokens for every micro-batch
             batches.append(largest_batch(recipe, engine.module.config.vocab_size, 2))
         sources = ["one"] * recipe.training.global_batch_size
-        with Objective(recipe, engine, None, None) as objective:
-            losses = accumulate(session, batches, sources, recipe.step_tokens, None, objective)
+        losses = accumulate(session, batches, sources, recipe.step_tokens, None)
         seen += [step, losses.tolist(), *map(str, finish_step(engine))]
     recipe.training.seed -= 3 * recipe.accumulation_steps
     seen += [engine.global_steps, engine.micro_steps]

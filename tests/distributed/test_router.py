@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from sparsify.errors import RecipeError
+from sparsify.methods.router import check_router, underused_steps
 from sparsify.models import SparseMistralConfig
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import StabilitySection
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.router import check_router, underused_steps
 from tests.conftest import STEPS, Setup
 from tests.ranks import prepare_run, records, run_ranks
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch.nn import functional
 
 from sparsify.commands.run import train_run
-from sparsify.commands.train import _control_recipe
+from sparsify.commands.train import _baseline_recipe
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods import distillation
@@ -74,7 +74,7 @@ def distilled(
     ]
     with Distiller(settings, teacher, model, torch.device("cpu")) as distiller:
         for tensors in parts:
-            distiller.ask(tensors)
+            distiller.run_teacher(tensors)
             loss = distiller.loss(answer(model, tensors).logits)
             loss.backward()
             total = total + loss.detach()
@@ -237,7 +237,7 @@ def test_a_model_is_not_distilled_from_itself(
 
 def test_the_dense_control_has_no_teacher(tmp_path: Path) -> None:
     recipe = compose_recipe("quickstart", BOTH)
-    baseline = _control_recipe(recipe, RunFolder(tmp_path))
+    baseline = _baseline_recipe(recipe, RunFolder(tmp_path))
     assert recipe.distillation.is_on
     assert not baseline.distillation.is_on
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods.blending import blend
-from sparsify.methods.penalty import PressureMeter, PressureRecord, stage_weight
+from sparsify.methods.penalty import PenaltyMeter, PenaltyRecord, stage_weight
 from sparsify.models import SparseModel
 from sparsify.plan.activation_memory import extra_neuron_values
 from sparsify.recipe.compose import compose_recipe
@@ -31,11 +31,11 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def passed(
     model: SparseModel, gate_share: float, micro_batches: int = 1
-) -> tuple[torch.Tensor, PressureRecord, list[torch.Tensor]]:
+) -> tuple[torch.Tensor, PenaltyRecord, list[torch.Tensor]]:
     """The summed penalty of the micro-batches, the step's record, and the gradients after a backward pass."""
     model.zero_grad()
     total = torch.zeros(())
-    with PressureMeter(model, gate_share, IDS.device) as meter:
+    with PenaltyMeter(model, gate_share, IDS.device) as meter:
         for ids in IDS.chunk(micro_batches):
             model(ids, use_cache=False)
             penalty = meter.penalty()
@@ -163,15 +163,15 @@ def test_thresholds_let_a_dense_activation_be_pressed() -> None:
 def test_the_plan_knows_what_it_keeps_for_the_backward_pass(
     name: str, setting: str, stock: dict[str, Path]
 ) -> None:
-    blends = setting.startswith("swap")
+    blends = setting.startswith("blending")
     overrides = [f"activation={name}", f"{setting}=0.5", *([] if blends else [STAGES])]
     recipe = compose_recipe("quickstart", overrides)
     model = load_sparse(stock["mistral"], name).train()
-    with PressureMeter(model, 0.0, IDS.device):
+    with PenaltyMeter(model, 0.0, IDS.device):
         before = kept_bytes(model)
     if blends:
         blend(model, recipe, 10_240)
-    with PressureMeter(model, 0.0 if blends else 0.5, IDS.device):
+    with PenaltyMeter(model, 0.0 if blends else 0.5, IDS.device):
         after = kept_bytes(model)
     config = model.config
     values = IDS.numel() * config.num_hidden_layers * config.intermediate_size

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sparsify.methods.penalty import MAX_EXPONENT, Control, after_step, begin, path, weight
+from sparsify.methods.penalty import MAX_EXPONENT, Controller, after_step, begin, path, weight
 
 STEPS = 400
 
@@ -23,21 +23,21 @@ def run(
         gain: What y rises by in the end when the weight is e times as large.
         rate: How often a run the delay fits into it.
         first: Share of zeros without a penalty.
-        start: Share of the budget at which control begins.
+        start: Share of the budget at which the controller begins.
         stop: Step after which the state goes through JSON's types once.
     """
     y = rest = -math.log1p(-first)
-    control = begin(start, first, loss=3.0, penalty=0.5)
+    controller = begin(start, first, loss=3.0, penalty=0.5)
     zeros, step_share = [], (1 - start) / STEPS
     for step in range(STEPS):
         share = start + step * step_share
-        pushed = math.log(weight(control, target, share) / control.first_weight)
+        pushed = math.log(weight(controller, target, share) / controller.first_weight)
         y += rate / STEPS * (gain * pushed + rest - y)
         zeros.append(1 - math.exp(-max(y, 0.0)))
-        control = after_step(control, target, zeros[-1], share + step_share, step_share)
+        controller = after_step(controller, target, zeros[-1], share + step_share, step_share)
         if step == stop:
-            control = Control.of(dict(control.saved()))
-            assert control is not None
+            controller = Controller.of(dict(controller.saved()))
+            assert controller is not None
     return zeros
 
 
@@ -65,33 +65,33 @@ def test_it_ends_at_the_target_without_swinging(
 
 
 def test_it_follows_its_path() -> None:
-    control = begin(0.2, 0.5, loss=3.0, penalty=0.5)
-    assert path(control, 0.9, 0.2) == pytest.approx(0.5)
-    assert path(control, 0.9, 0.2 + 0.7 * 0.8) == pytest.approx(0.9)
-    assert path(control, 0.9, 1.0) == pytest.approx(0.9)
-    shares = [path(control, 0.9, 0.2 + 0.01 * i) for i in range(80)]
+    controller = begin(0.2, 0.5, loss=3.0, penalty=0.5)
+    assert path(controller, 0.9, 0.2) == pytest.approx(0.5)
+    assert path(controller, 0.9, 0.2 + 0.7 * 0.8) == pytest.approx(0.9)
+    assert path(controller, 0.9, 1.0) == pytest.approx(0.9)
+    shares = [path(controller, 0.9, 0.2 + 0.01 * i) for i in range(80)]
     assert shares == sorted(shares)
     zeros = run(0.9, 0.5, 10.0, 0.5)
     wanted = [path(begin(0, 0.5, 3, 0.5), 0.9, step / STEPS) for step in range(STEPS)]
     assert max(abs(a - b) for a, b in zip(zeros, wanted, strict=True)) < 0.06
 
 
-def test_zeros_beyond_the_target_take_the_pressure_off() -> None:
-    control = begin(0.0, 0.95, loss=3.0, penalty=0.5)
-    assert weight(control, 0.9, 0.1) < 0.01 * control.first_weight
+def test_zeros_beyond_the_target_lower_the_penalty() -> None:
+    controller = begin(0.0, 0.95, loss=3.0, penalty=0.5)
+    assert weight(controller, 0.9, 0.1) < 0.01 * controller.first_weight
     assert run(0.9, 0.3, 10.0, 0.95)[-1] < 0.95
 
 
 def test_what_cannot_be_reached_does_not_run_away() -> None:
-    control = begin(0.0, 0.5, loss=3.0, penalty=0.5)
+    controller = begin(0.0, 0.5, loss=3.0, penalty=0.5)
     for step in range(STEPS):
-        control = after_step(control, 0.99, 0.5, (step + 1) / STEPS, 1 / STEPS)
+        controller = after_step(controller, 0.99, 0.5, (step + 1) / STEPS, 1 / STEPS)
     # The penalty never outweighs the loss, and the integral is not wound up behind the limit.
-    assert weight(control, 0.99, 1.0) * 0.5 <= 3.0 * 1.001
-    let_go = after_step(control, 0.99, 0.995, 1.0, 1 / STEPS)
-    assert weight(let_go, 0.99, 1.0) < 0.1 * weight(control, 0.99, 1.0)
+    assert weight(controller, 0.99, 1.0) * 0.5 <= 3.0 * 1.001
+    let_go = after_step(controller, 0.99, 0.995, 1.0, 1 / STEPS)
+    assert weight(let_go, 0.99, 1.0) < 0.1 * weight(controller, 0.99, 1.0)
 
 
 def test_an_interruption_changes_nothing() -> None:
     assert run(0.9, 0.4, 8.0, 0.6) == run(0.9, 0.4, 8.0, 0.6, stop=137)
-    assert Control.of({}) is None
+    assert Controller.of({}) is None

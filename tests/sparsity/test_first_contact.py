@@ -17,8 +17,7 @@ from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.models import SparseModel
 from sparsify.runs.load import load
 from sparsify.sparsity import SparsityProbe
-from sparsify.training.telemetry import RunTelemetry
-from sparsify.training.validation import Validation
+from sparsify.training.telemetry import RunTelemetry, Validation
 
 BuildModel = Callable[..., SparseModel]
 

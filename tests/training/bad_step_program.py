@@ -93,7 +93,7 @@ def main(folder: Path) -> dict[str, Any]:
             train(session)
         except RunError as error:
             found["error"] = str(error)
-        found["state"] = session.state.left_out_sequences
+        found["state"] = session.state.skipped_sequences
         if "rollback" in folder.name:
             found["resumed"] = resumed_ends_the_same(session)
         found["latest"] = getattr(latest_checkpoint(session.run.checkpoints), "name", None)
@@ -105,7 +105,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["same"] = same(before, everything(session.engine))
     run_to(session, 7)
     found["trains_on"] = not same(before, everything(session.engine))
-    found["state"] = session.state.left_out_sequences
+    found["state"] = session.state.skipped_sequences
     return found
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import StabilitySection
-from sparsify.training.stability import find_bad, judgement, spike_rule, with_range
+from sparsify.training.stability import find_bad, nan_if_bad, spike_rule, with_range
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, run_ranks
 
@@ -161,7 +161,7 @@ def test_a_spike_is_judged_by_sources_that_were_seen_often_enough() -> None:
         ([20.0, math.inf], False),
         ([math.nan, 2.0], False),
     ):
-        factor = float(judgement(torch.tensor(losses).double(), sources, rule))
+        factor = float(nan_if_bad(torch.tensor(losses).double(), sources, rule))
         assert (factor == 1.0) is good
     assert find_bad(9, [40.0, 2.0], sources, 64, rule).suspects == {"a": [64]}
     assert find_bad(9, [20.0, math.inf], sources, 64, rule).suspects == {"new": [65]}

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from sparsify.errors import RecipeError, RunError
-from sparsify.methods.live_model import Engine
+from sparsify.methods.objective import Objective, TrainingRun, objective
 from sparsify.models import ACTIVATIONS, Activation, FfnActivation
 from sparsify.models.ffn_activation import UP_FACTORS
 from sparsify.recipe.recipe import Recipe
@@ -196,11 +196,11 @@ class FusedFfnActivation(FfnActivation):
 def fuse_activation(model: nn.Module, recipe: Recipe) -> None:
     """Lets a kernel compute every feed-forward activation of the model, as `training.fused_activation` says.
 
-    Called again after the activation of the model was swapped, which brings plain ones.
+    Called again after the activation of the model was replaced, which brings plain ones.
 
     Raises:
-        RecipeError: If it is asked for and the activation has thresholds, which no kernel knows.
-        RunError: If the kernel cannot be built here, or computes anything else than the formula.
+        RecipeError: If it is set and the activation has thresholds, which no kernel knows.
+        RunError: If the kernel cannot be built here, or does not compute the formula.
     """
     for activation in _activations(model):
         implementation = _implementation(recipe, activation)
@@ -216,7 +216,7 @@ def fuse(activation: FfnActivation, implementation: str) -> FusedFfnActivation:
         implementation: A key of KERNELS.
 
     Raises:
-        RunError: If the kernel cannot be built here, or computes anything else than the formula.
+        RunError: If the kernel cannot be built here, or does not compute the formula.
     """
     activation.__class__ = FusedFfnActivation
     fused = cast(FusedFfnActivation, activation)
@@ -227,7 +227,7 @@ def fuse(activation: FfnActivation, implementation: str) -> FusedFfnActivation:
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Has the model's own code compute every activation meanwhile, as in a model that was loaded."""
+    """Has the model's own code compute every activation within the block, as in a model that was loaded."""
     fused: list[FfnActivation] = [
         one for one in _activations(model) if type(one) is FusedFfnActivation
     ]
@@ -241,7 +241,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def check_fusible(recipe: Recipe) -> None:
-    """Refuses a kernel that is asked for by name and has nothing to run on here.
+    """Refuses a kernel that is set by name and has nothing to run on here.
 
     Raises:
         RecipeError: Naming what is missing.
@@ -366,8 +366,23 @@ class ZeroMeter:
         return zeros / max(values, 1)
 
 
-def zero_meter(recipe: Recipe, engine: Engine) -> ZeroMeter | None:
-    """A meter of the next step where `training.count_zeros` asks for one."""
-    if not recipe.training.count_zeros:
-        return None
-    return ZeroMeter(engine.module, engine.device)
+@objective
+class ZeroCount(Objective):
+    """Adds the share of exact zeros to every step's line, where `training.count_zeros` asks for it."""
+
+    name: ClassVar[str] = "zeros"
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._engine = run.engine
+
+    @classmethod
+    def of(cls, run: TrainingRun) -> Self | None:
+        return cls(run) if run.recipe.training.count_zeros else None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self._meter = ZeroMeter(self._engine.module, self._engine.device)
+        yield
+
+    def after_step(self, loss: float) -> dict[str, Any]:
+        return {self.name: self._meter.share()}

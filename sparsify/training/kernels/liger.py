@@ -86,7 +86,7 @@ class LossHead(nn.Linear):
     It is a module so that the loss is computed where its weight is: ZeRO-3 gathers it for this module's forward pass.
 
     Attributes:
-        labels: What forward passes are judged by, int64 [sequences, tokens]; None for logits.
+        labels: Labels of the loss, int64 [sequences, tokens]; None for logits.
     """
 
     labels: torch.Tensor | None
@@ -98,8 +98,8 @@ class LossHead(nn.Linear):
         return linear_cross_entropy(input, self.weight, self.labels)
 
     @contextmanager
-    def judged_by(self, labels: torch.Tensor) -> Iterator[None]:
-        """Has forward passes answer with the loss of these labels meanwhile."""
+    def loss_of(self, labels: torch.Tensor) -> Iterator[None]:
+        """Has forward passes return the loss of these labels within the block."""
         self.labels = labels
         try:
             yield

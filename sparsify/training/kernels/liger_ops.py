@@ -120,7 +120,7 @@ def check_kernels(device: str, dtype: torch.dtype) -> None:
         dtype: What on: a key of TOLERANCES.
 
     Raises:
-        RunError: If one cannot be built here, or computes anything else.
+        RunError: If one cannot be built here, or computes another value.
     """
     generator = torch.Generator().manual_seed(0)
 

@@ -68,7 +68,7 @@ def test_losses_and_gradients_are_those_of_the_models_own_code(
 
         if fused:
             use_liger(model, RECIPE)
-            with model.lm_head.judged_by(given["labels"]):
+            with model.lm_head.loss_of(given["labels"]):
                 output = answer()
             total, by_sequence = output.logits
         else:

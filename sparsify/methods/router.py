@@ -1,16 +1,17 @@
-"""Where a Mixtral's tokens go: load of every expert, the router's entropy, its auxiliary loss, and experts that starve."""
+"""Where a Mixtral's tokens go: load of every expert, the router's entropy, its auxiliary loss, under-utilised experts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 
 from sparsify.errors import RecipeError
-from sparsify.methods.live_model import Engine
+from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import StabilitySection
 
@@ -85,11 +86,62 @@ class RouterMeter:
         )
 
 
-def router_meter(engine: Engine) -> RouterMeter | None:
-    """A meter for the engine's model; None where it has no router."""
-    if not is_routed(engine.module.config):
-        return None
-    return RouterMeter(engine.module.config, engine.device)
+@objective
+class RouterBalance(Objective):
+    """The routers' load-balancing loss, and the alarm for experts that get too few tokens.
+
+    Its state is for how many steps in a row each expert has had too few. [layers][experts]
+    """
+
+    name: ClassVar[str] = "router"
+    forward_options: ClassVar[Mapping[str, Any]] = {"output_router_logits": True}
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run, self._underused_steps = run, list[list[int]]()
+        self._coefficient = aux_loss_coefficient(run.recipe, run.engine.module.config)
+        self._meter = self._new_meter()
+
+    @classmethod
+    def of(cls, run: TrainingRun) -> Self | None:
+        return cls(run) if is_routed(run.engine.module.config) else None
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self._meter = self._new_meter()
+        yield
+
+    def loss(self, batch: MicroBatch, output: Any) -> torch.Tensor:
+        self._meter.add(output.router_logits, output.aux_loss)
+        return self._coefficient * output.aux_loss / batch.per_step
+
+    def after_step(self, loss: float) -> dict[str, Any]:
+        record, settings = self._meter.reduce(), self._run.recipe.stability
+        steps = settings.underused_expert_steps
+        self._underused_steps, alarms = underused_steps(
+            settings, self._underused_steps, record.load
+        )
+        for layer, expert in alarms:
+            load = record.load[layer][expert]
+            self._run.record(
+                "underused_expert",
+                f"expert {expert} of layer {layer} is under-utilised at step {self._run.state.step:,}: {load:.2%} of "
+                f"its layer's tokens, too few for {steps} steps in a row; a higher "
+                "training.router_aux_loss_coefficient spreads them more evenly",
+                steps=steps,
+                layer=layer,
+                expert=expert,
+                load=load,
+            )
+        return {self.name: asdict(record)}
+
+    def state(self) -> dict[str, Any]:
+        return {"underused_steps": self._underused_steps} if self._underused_steps else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._underused_steps = state.get("underused_steps", [])
+
+    def _new_meter(self) -> RouterMeter:
+        return RouterMeter(self._run.engine.module.config, self._run.engine.device)
 
 
 def is_routed(config: Any) -> bool:
@@ -128,7 +180,7 @@ def underused_steps(
         load: Of this step. [layers][experts]
 
     Returns:
-        The counts, [layers][experts], and layer and expert of each alarm: once for each time that an expert starves.
+        The counts, [layers][experts], and layer and expert of each alarm: once each time that an expert becomes under-utilised.
     """
     counts, alarms = [], []
     for layer, shares in enumerate(load):

@@ -7,15 +7,51 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch.distributed as dist
 
+from sparsify.methods.objective import Objective, TrainingRun, objective
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import init_distributed
 from sparsify.training.loop import train
 from sparsify.training.worker import build_session
 from tests.ranks import tokenise
+
+
+@objective
+class StepCount(Objective):
+    """A method that the product does not know: its field is in every step's line, and its state in the checkpoints."""
+
+    name: ClassVar[str] = "step_count"
+
+    def __init__(self) -> None:
+        self._steps = self._forwards = 0
+
+    @classmethod
+    def of(cls, run: TrainingRun) -> Self:
+        return cls()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self._forwards = 0
+        yield
+
+    def before_forward(self, batch: Any) -> None:
+        self._forwards += 1
+
+    def after_step(self, loss: float) -> dict[str, Any]:
+        self._steps += 1
+        return {self.name: [self._steps, self._forwards]}
+
+    def state(self) -> dict[str, Any]:
+        return {"steps": self._steps}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._steps = state.get("steps", 0)
 
 
 def main(run: RunFolder) -> None:

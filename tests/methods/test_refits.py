@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.errors import RecipeError
+from sparsify.methods.refits import refit_sequences, refits_due
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
-from sparsify.training.refits import refit_sequences, refits_due
 from tests.conftest import Setup
 from tests.ranks import prepare_run, records, replace_model, run_ranks
 

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 from sparsify.methods.calibrate import Calibrator
 from sparsify.methods.live_model import full_weight
+from sparsify.methods.refits import refit, refit_sequences
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.engine import init_distributed, set_learning_rate
 from sparsify.training.loop import train
-from sparsify.training.refits import refit, refit_sequences
 from sparsify.training.session import Session
 from sparsify.training.worker import build_session
 from tests.ranks import tokenise
@@ -38,7 +38,8 @@ def main(run: RunFolder) -> Any:
         session.stop_requested = lambda: session.state.step == 1
         assert not train(session)
         session = build_session(run, lambda: False)
-        assert session.state.step == session.state.refits == 1
+        assert session.state.step == 1
+        assert session.state.methods == {"blending": {"refits": 1}}
     assert train(session)
     return None
 

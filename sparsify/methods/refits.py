@@ -1,12 +1,12 @@
-"""The blended swap in steps: at each the down projections are refitted, so that blocks answer as they did before the step.
+"""Activation blending in steps: at each the down projections are refitted, so that block outputs stay as they were before it.
 
 The share of the sparse activation rises in `blending.refit_milestones` equal steps, the first before training step 1. At each, layer
-by layer in order, what the block with the new share makes of its inputs is fitted by ridge regression to what it answered with
-the old share (`sparsify.methods.calibrated_replacement`, with nothing to mend in the stream). Before the first, signs are turned where
-that saves more of a neuron: with the dense activation it changes nothing.
+by layer in order, the block with the new share is fitted by ridge regression to its own outputs with the old share
+(`sparsify.methods.calibrated_replacement`, without its correction of the residual stream). Before the first, signs are flipped
+where that preserves more of a neuron: with the dense activation it changes nothing.
 
 It happens between two training steps, inside the running engine. A refit is a pure function of the weights, so a run that is killed
-meanwhile does it again; `TrainingState.refits` says how many the weights have gone through.
+during one repeats it; the objective's state says how many the weights have gone through.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
 from sparsify.methods.blending import (
+    Blending,
     activation_at,
     blend,
     blend_tokens,
@@ -35,12 +36,12 @@ from sparsify.methods.calibrated_replacement import (
 )
 from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Inputs, Routes
 from sparsify.methods.live_model import Engine, evaluating, full_weight, set_full_weight
+from sparsify.methods.objective import TrainingRun, objective
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
 from sparsify.models import ACTIVATIONS, FfnActivation, SparseConfig
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.data import wait_for_sequences
-from sparsify.training.session import Session
 
 ROUNDING = 1e-9
 """Of a milestone: so that one that lies at a step's beginning by arithmetic is met there."""
@@ -52,10 +53,10 @@ class RefitRecord:
 
     Attributes:
         blended_share: How much of the sparse activation is in force from here on.
-        error_before: Error of a block's answer on held-out tokens, relative to what it answered before the milestone; with the new
-            share and the old weights. Mean over layers and experts; None where nothing judged them.
+        error_before: Error of a block's output on held-out tokens, relative to its output before the milestone; with the new
+            share and the old weights. Mean over layers and experts; None where no held-out tokens reached them.
         error_after: The same with the weights that it has now.
-        num_flipped: Neurons whose sign was turned.
+        num_flipped: Neurons whose sign was flipped.
         kept: Layers whose down projection stays, and why; of fused experts, which one.
     """
 
@@ -79,6 +80,60 @@ class RefitRecord:
         return line
 
 
+@objective
+class RefittedBlending(Blending):
+    """The blending of a run in steps, with a refit at each; its state is how many refits the weights have gone through."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        super().__init__(run)
+        self._refits = 0
+
+    @classmethod
+    def of(cls, run: TrainingRun) -> Self | None:
+        return cls(run) if run.recipe.blending.refit_milestones else None
+
+    def blend(self) -> float:
+        run = self._run
+        return blend(run.engine.module, run.recipe, run.state.seen_tokens, self._refits)
+
+    def between_steps(self) -> bool:
+        """Refits the live model where a milestone lies before the next step.
+
+        Once begun it is brought to its end: a model of which half is refitted could not be saved.
+        """
+        run, recipe, state = self._run, self._run.recipe, self._run.state
+        due = refits_due(recipe, state.seen_tokens)
+        if due <= self._refits:
+            return True
+        first, count = refit_sequences(recipe, state.step)
+        is_here = wait_for_sequences(run.reader, first, count, run.stop_requested)
+        stopping = torch.tensor(run.stop_requested() or not is_here, device=run.engine.device).int()
+        dist.all_reduce(stopping)
+        if stopping:
+            return False
+        started = time.monotonic()
+        shares = self.blend(), blended_share(recipe, state.seen_tokens, due)
+        record = refit(run.engine, recipe, run.reader, (first, count), shares)
+        self._refits = due
+        run.model_changed()
+        seconds = time.monotonic() - started
+        run.record(
+            "refit",
+            f"{record.sentence()} ({seconds:.1f} s)",
+            # The step that it precedes: a run resumed from before it records it once.
+            step=state.step + 1,
+            **asdict(record),
+            seconds=round(seconds, 3),
+        )
+        return True
+
+    def state(self) -> dict[str, Any]:
+        return {"refits": self._refits} if self._refits else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._refits = state.get("refits", 0)
+
+
 def refits_due(recipe: Recipe, seen_tokens: int) -> int:
     """How many refits must be done before the step that begins after so many tokens."""
     milestones = recipe.blending.refit_milestones
@@ -93,45 +148,6 @@ def refit_sequences(recipe: Recipe, step: int) -> tuple[int, int]:
     count = recipe.blending.refit_tokens // recipe.training.sequence_length
     global_batch_size = recipe.training.global_batch_size
     return min(step * global_batch_size, recipe.num_steps * global_batch_size - count), count
-
-
-def refit_if_due(session: Session) -> bool:
-    """Refits the live model where a milestone lies before the next step; every rank calls it.
-
-    Returns:
-        False when a rank was asked to stop before it began. Once begun it is brought to its end: a model of which half is refitted
-        could not be saved.
-    """
-    recipe, state = session.recipe, session.state
-    due = refits_due(recipe, state.seen_tokens)
-    if due <= state.refits:
-        return True
-    first, count = refit_sequences(recipe, state.step)
-    here = wait_for_sequences(session.reader, first, count, session.stop_requested)
-    stopping = torch.tensor(session.stop_requested() or not here, device=session.engine.device)
-    stopping = stopping.int()
-    dist.all_reduce(stopping)
-    if stopping:
-        return False
-    started = time.monotonic()
-    shares = (
-        blend(session.engine.module, recipe, state.seen_tokens, state.refits),
-        blended_share(recipe, state.seen_tokens, due),
-    )
-    record = refit(session.engine, recipe, session.reader, (first, count), shares)
-    # What losses were before says nothing about those to come.
-    session.state = replace(state, refits=due, recent_losses=[])
-    seconds = time.monotonic() - started
-    session.telemetry.record(
-        "refit",
-        state.step
-        + 1,  # the step that it precedes, so that what is trained again from before it is recorded once
-        state.seen_tokens,
-        f"{record.sentence()} ({seconds:.1f} s)",
-        **asdict(record),
-        seconds=round(seconds, 3),
-    )
-    return True
 
 
 @torch.no_grad()
@@ -153,20 +169,20 @@ def refit(
     """
     config = engine.module.config
     results: list[list[ExpertResult]] = []
-    stream = _Stream(engine, reader, sequences, recipe.training.micro_batch_size)
+    inputs = _LayerInputs(engine, reader, sequences, recipe.training.micro_batch_size)
     for block in engine.module.ffn_blocks():
-        found = _refit_block(recipe, config, block, stream.next_inputs(), shares)
+        found = _refit_block(recipe, config, block, inputs.next_layer(), shares)
         _put(block, found)
         set_share(block.ffn_activation, config, shares[1])
         results.append(found.results)
     return _record(results, shares[1])
 
 
-class _Stream:
+class _LayerInputs:
     """This rank's share of the sequences on its way through the model, a layer further at each call.
 
-    A pass begins where the one before it stood: only the layer that was refitted meanwhile and the next one run. They run inside the
-    whole model, with the other layers left out, so that masks are made and weights are gathered as in training. All ranks make the
+    A pass begins where the one before it ended: only the layer refitted since then and the next one run. They run inside the
+    whole model, without the other layers, so that masks are made and weights are gathered as in training. All ranks make the
     same number of passes, which ZeRO-3 needs.
 
     Args:
@@ -195,11 +211,11 @@ class _Stream:
             batch = reader.batch(first + start if len(mine) else first, max(len(mine), 1)).tensors
             self._batches.append({key: value.to(engine.device) for key, value in batch.items()})
             if len(mine):
-                judges = [number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for number in mine]
-                judging = torch.tensor(judges, device=engine.device)
-                self._parts.append(_parts(self._batches[-1], judging))
+                held_out = [number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for number in mine]
+                held_out_here = torch.tensor(held_out, device=engine.device)
+                self._parts.append(_parts(self._batches[-1], held_out_here))
 
-    def next_inputs(self) -> list[_Seen]:
+    def next_layer(self) -> list[_Seen]:
         """What the feed-forward block of the next layer sees."""
         self._layer += 1
         decoder = self._engine.module.model
@@ -237,12 +253,12 @@ class _Stream:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a block saw of one micro-batch: its inputs [tokens, hidden] and their experts, and which tokens fit and judge."""
+    """What a block saw of one micro-batch: its inputs [tokens, hidden] and their experts, and which tokens are for fitting and which are held out."""
 
     x: torch.Tensor
     routes: Routes
     fit: torch.Tensor
-    judge: torch.Tensor
+    held_out: torch.Tensor
 
 
 def _take(hidden: torch.Tensor, *routed: torch.Tensor) -> tuple[torch.Tensor, Routes]:
@@ -255,12 +271,12 @@ def _take(hidden: torch.Tensor, *routed: torch.Tensor) -> tuple[torch.Tensor, Ro
 
 
 def _parts(
-    batch: dict[str, torch.Tensor], judges: torch.Tensor
+    batch: dict[str, torch.Tensor], held_out: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens fit, and which judge. Bool [tokens] each; `judges` [sequences]"""
-    # What packing could not fill stands at position 0 and has no label.
+    """Which tokens are for fitting, and which are held out. Bool [tokens] each; `held_out` [sequences]"""
+    # What packing could not fill is at position 0 and has no label.
     is_text = (batch["labels"] != NO_LOSS) | (batch["position_ids"] > 0)
-    return (is_text & ~judges[:, None]).flatten(), (is_text & judges[:, None]).flatten()
+    return (is_text & ~held_out[:, None]).flatten(), (is_text & held_out[:, None]).flatten()
 
 
 def _chunks(seen: list[_Seen]) -> Iterator[Inputs]:
@@ -270,7 +286,7 @@ def _chunks(seen: list[_Seen]) -> Iterator[Inputs]:
             x = one.x[part].float()
             routes = Routes(one.routes.experts[part], one.routes.weights[part].float())
             nothing = x.new_zeros(1).expand_as(x)
-            yield Inputs(x, routes, nothing, one.fit[part], one.judge[part])
+            yield Inputs(x, routes, nothing, one.fit[part], one.held_out[part])
 
 
 def _refit_block(
@@ -278,21 +294,21 @@ def _refit_block(
 ) -> CalibratedLayer:
     """Refits one block from the old share to the new one; its live weights stay as they are."""
     old, new = shares
-    turn_for = None
+    flip_for = None
     if old == 0 and ACTIVATIONS[config.ffn_activation].up == "relu":
-        turn_for = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
+        flip_for = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
     dense = _experts(block, config, old)
-    swapped = [
+    replaced = [
         replace(expert, activation=_activation(block, config, new, number))
         for number, expert in enumerate(dense)
     ]
     return LayerCalibration(
         dense,
-        swapped,
+        replaced,
         ConversionSection(ridge=recipe.conversion.ridge),
         torch.float32,
         partial(_chunks, seen),
-        turn_for,
+        flip_for,
         dist.all_reduce,
     ).run()
 
@@ -323,14 +339,14 @@ def _is_fused(block: Any) -> bool:
 
 def _put(block: Any, found: CalibratedLayer) -> None:
     """Writes what was found into the live block; the same decisions on every rank."""
-    experts, turned = found.stages["refit"], bool(found.flips.any())
-    if turned:
+    experts, flipped = found.stages["refit"], bool(found.flips.any())
+    if flipped:
         if _is_fused(block):
             gate_ups = torch.stack([torch.cat([each.gate, each.up]) for each in experts])
             set_full_weight(block.gate_up_proj, gate_ups)
         else:
             set_full_weight(block.up_proj.weight, experts[0].up)
-    if turned or any(result.kept_because is None for result in found.results):
+    if flipped or any(result.kept_because is None for result in found.results):
         if _is_fused(block):
             set_full_weight(block.down_proj, torch.stack([each.down for each in experts]))
         else:
@@ -339,9 +355,9 @@ def _put(block: Any, found: CalibratedLayer) -> None:
 
 def _record(results: list[list[ExpertResult]], share: float) -> RefitRecord:
     every = [result for layer in results for result in layer]
-    judged = [one for one in every if one.error_bare is not None]
-    before = [one.error_bare for one in judged]
-    after = [one.error_before if one.kept_because else one.error_refitted for one in judged]
+    measured = [one for one in every if one.error_bare is not None]
+    before = [one.error_bare for one in measured]
+    after = [one.error_before if one.kept_because else one.error_refitted for one in measured]
     return RefitRecord(
         share,
         _mean(before),
