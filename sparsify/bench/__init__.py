@@ -1,1 +1,1 @@
-"""Benchmarks: what this package does beside what people use otherwise, in the same process, as ratios."""
+"""Benchmarks against a named baseline, as ratios measured in one process."""

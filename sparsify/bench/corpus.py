@@ -1,4 +1,4 @@
-"""A mixture's text written out as JSON lines, so that both sides of a benchmark read the same files."""
+"""A mixture's text as JSON lines, so that both sides of a benchmark read the same files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.source import SourceSection
 
 CHARACTERS_PER_TOKEN = 4
-"""Of English under a usual vocabulary; decides only how much text is written out."""
+"""Approximate ratio for English; only decides how much text is written."""
 FILE_CHARACTERS = 1 << 20
-"""Data sets come in many files; in one, `datasets` would shuffle 10 MB at once whatever its buffer."""
+"""Characters per file; `datasets` shuffles a single file in blocks of 10 MB, whatever its buffer."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The files of a benchmark: rows of `document` (a number of its own) and `text`.
+    """The files of a benchmark, with rows of `document` (a unique number) and `text`.
 
     Attributes:
-        name: The mixture's name.
-        folder: Where they are; a place for caches too.
-        paths: Files of each source that has a share, in order.
-        shares: Asked share of tokens of each source; they sum to 1.
-        first_document: Number of each source's first document; the others follow.
-        validation_fraction: The mixture's: our side holds these documents out.
+        name: Name of the mixture.
+        folder: Folder of the files, also used for caches.
+        paths: Files of each source with a share above 0, in order.
+        shares: Planned token share of each source; they sum to 1.
+        first_document: Number of each source's first document; a source's documents are numbered consecutively.
+        validation_fraction: Share of documents that our side holds out.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Corpus:
 
     @property
     def mixture(self) -> MixtureSection:
-        """The same as a mixture."""
+        """The corpus as a mixture."""
         sources = {
             name: SourceSection(token_share=self.shares[name], files=[*map(str, paths)])
             for name, paths in self.paths.items()
@@ -54,7 +54,6 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int:
-        """Size of all files."""
         return sum(path.stat().st_size for paths in self.paths.values() for path in paths)
 
     def texts(self, name: str, num_documents: int) -> list[str]:
@@ -64,9 +63,9 @@ class Corpus:
 
 
 def write_corpus(mixture: MixtureSection, folder: Path, budget_tokens: int) -> Corpus:
-    """Writes out what a run of `budget_tokens` could read of each source, whoever draws it.
+    """Writes as much text of each source as a run of `budget_tokens` could read at most.
 
-    The turns of an instruction document stand one after another as plain text.
+    The turns of an instruction document are joined to plain text.
 
     Raises:
         MixtureError: If a source cannot be read.
@@ -81,7 +80,7 @@ def write_corpus(mixture: MixtureSection, folder: Path, budget_tokens: int) -> C
         documents = read_documents(name, mixture.sources[name], bad_rows)
         for texts in _files(_texts_up_to(documents, CHARACTERS_PER_TOKEN * budget_tokens)):
             path = folder / f"{name}-{len(paths[name]):05d}.jsonl"
-            rows = ({"document": number + place, "text": text} for place, text in enumerate(texts))
+            rows = ({"document": number + index, "text": text} for index, text in enumerate(texts))
             path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             paths[name].append(path)
             number += len(texts)

@@ -1,4 +1,4 @@
-"""`sparsify bench decode`: what sparsity is worth in decoding here, with the same weights dense and sparse in one process."""
+"""`sparsify bench decode`: speed-up of sparse over dense decoding on this machine, with the same weights in one process."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from sparsify.runtime.triton_ffn import triton_can
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 USUAL_ACTIVE = 0.1
-"""At this active share batches and threads are varied, and whole models decode."""
+"""Active share for the measurements over batches and threads, and for whole models."""
 
 
 @dataclass(frozen=True)
 class DecodeSettings:
-    """What to measure.
+    """Settings of the benchmark.
 
     Args:
         hidden: Width of the block.
-        neurons: Its neurons.
-        rank: Of the predictors.
+        neurons: Neurons of the block.
+        rank: Rank of the predictors.
         device: `cpu` or `cuda`.
-        dtype: A key of DTYPES: of hidden states, of predictors and of torch's contender.
-        weights: How the C++ kernels read the feed-forward weights: stored, int8 or int4.
+        dtype: A key of DTYPES, for hidden states, predictors and torch's dense block.
+        weights: Format of the feed-forward weights for the C++ kernels: stored, int8 or int4.
         sparsities: Shares of neurons that do not fire.
-        batches: Tokens of a step.
+        batches: Batch sizes in tokens.
         threads: Numbers of threads.
-        repeats: Of everything, in turns.
-        layers: Of a model of random weights in Mistral-7B's shape; 0 for none.
-        bundle: A model of the user's to decode with; None for none.
-        predictors: Its predictors; None for exact decoding alone.
-        prompt: What its decoding starts from.
+        repeats: Interleaved repeats of every measurement.
+        layers: Layers of a model with random weights and Mistral-7B's shape; 0 for none.
+        bundle: A model of the user to decode with; None for none.
+        predictors: Predictors of that model; None for exact decoding only.
+        prompt: Prompt for that model.
         decode_tokens: Tokens that models decode one by one.
     """
 
@@ -63,10 +63,10 @@ class DecodeSettings:
     decode_tokens: int
 
     def check(self) -> None:
-        """Refuses what cannot be measured.
+        """Checks that the settings can be measured.
 
         Raises:
-            RunError: With what was given.
+            RunError: With the settings that cannot.
         """
         tokens = max(self.batches, default=1)
         numbers = (*self.batches, *self.threads, self.repeats, self.neurons)
@@ -81,7 +81,7 @@ class DecodeSettings:
             f"--batch {tokens}, more than the width of the block or the rank": tokens
             > min(self.hidden, self.rank),
             f"--tokens {self.decode_tokens}, fewer than 4": self.decode_tokens < 4,
-            "--threads, which count for nothing on a GPU": self.device == "cuda"
+            "--threads, which has no effect on a GPU": self.device == "cuda"
             and self.threads != (torch.get_num_threads(),),
             "--predictors without --bundle": self.predictors is not None and self.bundle is None,
         }
@@ -93,7 +93,7 @@ def bench_decode(settings: DecodeSettings, on_progress: Callable[[str], object])
     """Measures blocks over sparsity, batch and threads, then whole models.
 
     Raises:
-        ModelError: If the bundle cannot be loaded, or has nothing to skip.
+        ModelError: If the bundle cannot be loaded or accelerated.
         RunError: If a setting is out of range.
     """
     settings.check()
@@ -153,8 +153,8 @@ def _blocks(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
 def _grid(settings: DecodeSettings, most: int) -> Iterator[tuple[float, float, int, int]]:
     for sparsity in settings.sparsities:
         active = round(1 - sparsity, 6)
-        yield active, active, 1, most  # the gate decides alone
-        yield active, active**0.5, 1, most  # gate and up decide independently of each other
+        yield active, active, 1, most  # all zeros come from the gate
+        yield active, active**0.5, 1, most  # gate and up are zero independently
     for tokens in settings.batches:
         yield USUAL_ACTIVE, USUAL_ACTIVE, tokens, most
     for threads in settings.threads:
@@ -208,7 +208,7 @@ def _tokens(loaded: Loaded, settings: DecodeSettings) -> torch.Tensor:
 
 
 def devices() -> list[str]:
-    """Where decoding can be measured here, the fastest last."""
+    """Devices on which decoding can be measured, the fastest last."""
     gpu = torch.cuda.is_available() and triton_can(torch.zeros(1, device="cuda"))
     return ["cpu", "cuda"] if gpu else ["cpu"]
 

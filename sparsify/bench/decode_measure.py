@@ -1,6 +1,6 @@
-"""One feed-forward block with a sparsity that is set exactly, timed in turns: torch, dense kernel, exact, predictor.
+"""Interleaved timing of dense and sparse decoding: of one feed-forward block with a given sparsity, and of whole models.
 
-Whole models that decode the same tokens densely and sparsely, in turns: one of random weights, or a user's bundle.
+The variants are torch, our dense kernel, the exact sparse kernel, and the sparse kernel with a predictor.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from sparsify.runtime.weights import LayerPredictors, Matrix
 DRELU = ACTIVATIONS["drelu"]
 MIB = 1 << 20
 OUT_OF_CACHE_BYTES = 256 * MIB
-"""Weights that one round of contenders passes over, so that none finds its own in the cache."""
+"""Size of the weights that one round reads, so that none of them are still in the cache."""
 SIGN = 12.0
-"""What decides a pre-activation's sign: far above the random part."""
+"""Magnitude of the entry that decides a pre-activation's sign, far above the random part."""
 
 
 @dataclass
 class Block:
-    """A block whose token t is all of column t, so that writing that column says which neurons fire for it.
+    """A block in which column t of the projections decides which neurons fire for token t.
 
     Args:
-        x: [tokens, hidden].
+        x: Hidden states, [tokens, hidden].
         gate: [neurons, hidden].
         up: [neurons, hidden].
-        down_t: [neurons, hidden], as the kernels read it: stored or in blocks.
-        down: [hidden, neurons], as a dense model has it.
-        predictor: A perfect one.
+        down_t: [neurons, hidden], stored or in quantised blocks, for the kernels.
+        down: [hidden, neurons], for the dense model.
+        predictor: A perfect predictor.
     """
 
     x: torch.Tensor
@@ -61,7 +61,7 @@ class Block:
     predictor: Predictor
 
     def fire(self, active: float, gates: float, generator: torch.Generator) -> None:
-        """Sets the share of neurons that fire for each token, and of those whose gate is positive."""
+        """Sets the share of neurons that fire for each token, and the share whose gate is positive."""
         neurons = self.gate.shape[0]
         for token in range(len(self.x)):
             order = torch.randperm(neurons, generator=generator)
@@ -73,7 +73,7 @@ class Block:
             self.predictor.b[:, token] = both_on
 
     def weights(self) -> FfnWeights:
-        """As the kernels read them, with the predictor."""
+        """The weights for the kernels, with the predictor."""
         gate, up = self.gate, self.up
         if isinstance(self.down_t, BlockMatrix):
             gate, up = (quantise(one, self.down_t.format) for one in (gate, up))
@@ -89,7 +89,7 @@ def make_blocks(
     format: BlockFormat | None = None,
     device: str = "cpu",
 ) -> list[Block]:
-    """As many blocks as do not fit into a processor's cache, with random weights: of dtype, read as they are or in blocks."""
+    """Blocks with random weights, enough of them to exceed a processor's cache; quantised for the kernels if `format` is given."""
     generator = torch.Generator().manual_seed(0)
     blocks = [_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device)]
     size = 3 * blocks[0].down_t.nbytes
@@ -110,14 +110,14 @@ def _make_block(
 ) -> Block:
     def uniform(
         *shape: int,
-    ) -> torch.Tensor:  # cheap to draw; variance as of weights that keep that of x
+    ) -> torch.Tensor:  # cheaper than a normal distribution; preserves the variance of x
         return (torch.rand(*shape, generator=generator) - 0.5).to(dtype).mul_(3.4 / shape[1] ** 0.5)
 
     x = uniform(tokens, hidden) * hidden**0.5
     x[:, :tokens] = torch.eye(tokens)
     a = uniform(rank, hidden)
     a[:tokens] = 0.0
-    a[:tokens, :tokens] = torch.eye(tokens)  # hidden unit t of the predictor knows token t
+    a[:tokens, :tokens] = torch.eye(tokens)  # hidden unit t of the predictor detects token t
     x, a, b = x.to(device), a.to(device), uniform(neurons, rank).to(device)
     predictor = Predictor(a, b, threshold=0.0)
     gate, up, down_t = (uniform(neurons, hidden).to(device) for _ in range(3))
@@ -128,7 +128,7 @@ def _make_block(
 def measure_point(
     blocks: Sequence[Block], active: float, gates: float, tokens: int, threads: int, repeats: int
 ) -> FfnPoint:
-    """Times all contenders in turns, over the first `tokens` of each block's tokens."""
+    """Times all variants, interleaved, on the first `tokens` of each block's tokens."""
     generator = torch.Generator().manual_seed(1)
     device = blocks[0].x.device.type
     clock = Clock(device)
@@ -148,13 +148,13 @@ def measure_point(
         "predictor": lambda index: sparse(index, predicted[index]),
     }
     weights = predicted[0]
-    # Whatever the kernels read, torch's own product reads the matrices as they are stored.
+    # torch reads the stored matrices, whatever the format of the kernels' weights.
     bytes_read = {"torch": 3 * blocks[0].gate.nbytes}
     bytes_read |= {name: run(0).total * weights.row_bytes for name, run in own.items()}
     bytes_read["predictor"] += -(-tokens // 8) * weights.predictor_bytes
-    contenders = {"torch": lambda index: _torch_dense(blocks[index], tokens)} | own
+    variants = {"torch": lambda index: _torch_dense(blocks[index], tokens)} | own
     rounds = {
-        name: clock.prepared(partial(_over, run, len(blocks))) for name, run in contenders.items()
+        name: clock.prepared(partial(_over, run, len(blocks))) for name, run in variants.items()
     }
     rounds["reading"] = clock.prepared(lambda: read_data(data, threads))
     taken: dict[str, list[float]] = {name: [] for name in rounds}
@@ -188,7 +188,7 @@ def _torch_dense(block: Block, tokens: int) -> torch.Tensor:
 
 
 def read_data(data: torch.Tensor, threads: int) -> None:
-    """Reads memory as fast as this machine can: threads that only add up what they read."""
+    """Reads memory as fast as possible: every thread only sums what it reads."""
     library = None if data.is_cuda else kernels()
     if library is None:
         data.sum()
@@ -202,7 +202,7 @@ WARM_UP_TOKENS = 2
 def random_model(
     layers: int, active: float, gates: float, rank: int, dtype: torch.dtype
 ) -> tuple[Any, LayerPredictors]:
-    """Layers of Mistral-7B's shape with random weights, of which a set share fires for every token; and predictors.
+    """A model with random weights and layers of Mistral-7B's shape in which a given share of neurons fires, with predictors.
 
     Channel 0 of the hidden states is far larger than the others, so that column 0 of a projection decides the signs.
     """
@@ -247,29 +247,29 @@ def measure_model(
     on_progress: Callable[[str], object],
     weights: str = "stored",
 ) -> ModelPoint:
-    """Feeds the same tokens to the model and to its accelerated self.
+    """Decodes the same tokens with a model and with its accelerated versions.
 
     Args:
-        model: A sparse model. It is left accelerated.
-        name: What to call it.
-        predictors: Tried besides exact decoding if given.
-        ids: Prompt and the tokens after it, [1, tokens].
-        decode_tokens: How many of them are decoded one by one; the others are the prompt.
-        repeats: Of everything.
-        on_progress: Told what happens.
-        weights: How the accelerated ones read the feed-forward weights: stored, int8 or int4.
+        model: A sparse model. It is accelerated afterwards.
+        name: Name in the result.
+        predictors: Predictors to measure in addition to exact decoding; None for none.
+        ids: Prompt and continuation, [1, tokens].
+        decode_tokens: Tokens at the end of `ids` that are decoded one by one; the others are the prompt.
+        repeats: Repeats of every measurement.
+        on_progress: Receives the name of each step.
+        weights: Format of the feed-forward weights for the kernels: stored, int8 or int4.
     """
-    contenders: dict[str, Any] = {"torch": dense_twin(model)}
+    variants: dict[str, Any] = {"torch": dense_twin(model)}
     accelerations = {"exact": accelerate(model, weights=weights)}
-    contenders["exact"] = model
+    variants["exact"] = model
     if predictors is not None:
-        contenders["predictor"] = predicting = _sharing(model)
+        variants["predictor"] = predicting = _sharing(model)
         accelerations["predictor"] = accelerate(predicting, weights=weights, predictors=predictors)
-    decode: dict[str, list[float]] = {key: [] for key in contenders}
-    prompt: dict[str, list[float]] = {key: [] for key in contenders}
-    outside = dict.fromkeys(contenders, 0.0)
+    decode: dict[str, list[float]] = {key: [] for key in variants}
+    prompt: dict[str, list[float]] = {key: [] for key in variants}
+    outside = dict.fromkeys(variants, 0.0)
     for repeat in range(repeats + 1):
-        for key, one in contenders.items():
+        for key, one in variants.items():
             on_progress(f"{name}: {key}, repeat {repeat} of {repeats}")
             acceleration = accelerations.get(key)
             prompt_seconds, seconds, ffn = _decode(one, acceleration, ids, decode_tokens)
@@ -277,7 +277,7 @@ def measure_model(
                 prompt[key].append(prompt_seconds)
                 decode[key].append(seconds)
                 outside[key] += (1 - ffn / seconds) / repeats
-    size = model_bytes(contenders["torch"])
+    size = model_bytes(variants["torch"])
     bytes_read = {"torch": size.total} | {
         key: size.other + sum(one.bytes_read / one.tokens for one in acceleration.reads)
         for key, acceleration in accelerations.items()
@@ -307,7 +307,7 @@ def measure_model(
 
 
 def dense_twin(model: Any) -> Any:
-    """The model as it is, beside the accelerated one: only down_proj, whose order in memory will change, is copied."""
+    """A copy of the model that shares all memory except down_proj, whose memory layout the acceleration changes."""
     twin = _sharing(model)
     for block in twin.ffn_blocks():
         down = (
@@ -320,7 +320,7 @@ def dense_twin(model: Any) -> Any:
 
 
 def _sharing(model: Any) -> Any:
-    """A copy whose parameters are the model's own memory."""
+    """A copy of the model whose parameters share its memory."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
     for block in model.ffn_blocks():
@@ -331,7 +331,7 @@ def _sharing(model: Any) -> Any:
             block.forward = forward
     for module in (
         twin.modules()
-    ):  # parameters of its own over the same memory, so that one can be laid out anew
+    ):  # new parameters over the same memory, so that the layout of one can be changed
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = torch.nn.Parameter(parameter.data, requires_grad=False)
@@ -343,7 +343,7 @@ def _sharing(model: Any) -> Any:
 def _decode(
     model: Any, acceleration: Acceleration | None, ids: torch.Tensor, decode_tokens: int
 ) -> tuple[float, float, float]:
-    """Seconds of the prompt, of a token, and of a token's feed-forward blocks."""
+    """Seconds for the prompt, for one token, and for the feed-forward blocks of one token."""
     clock = Clock(ids.device.type)
     start = clock.mark()
     cache = model(ids[:, :-decode_tokens], use_cache=True).past_key_values
@@ -365,7 +365,7 @@ def _decode(
 
 @contextmanager
 def _marked_blocks(model: Any, clock: Clock) -> Iterator[list[Any]]:
-    """Where each block starts and ends, in turns."""
+    """Collects alternating marks of the start and the end of each block."""
     marks: list[Any] = []
     hooks = []
     for block in model.ffn_blocks():

@@ -1,7 +1,4 @@
-"""The result of `sparsify bench decode` as tables.
-
-Speed-up against sparsity, with the line that bytes allow.
-"""
+"""The result of `sparsify bench decode` as tables and as a figure of speed-up against sparsity."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 
 from sparsify.bench.decode_result import (
-    CONTENDERS,
+    VARIANTS,
     DecodeBench,
     FfnPoint,
     ModelPoint,
@@ -36,7 +33,7 @@ WHERE = ("zeros", "gates on", "batch", "threads")
 
 
 def decode_table(bench: DecodeBench) -> RenderableType:
-    """Blocks, models, and what the numbers rest on."""
+    """Tables of blocks and models, with the measurement's conditions."""
     parts: list[RenderableType] = [""]
     if bench.ffn:
         parts += [_speed(bench), _bytes(bench)]
@@ -49,10 +46,10 @@ def decode_table(bench: DecodeBench) -> RenderableType:
 
 def _speed(bench: DecodeBench) -> Table:
     table = Table(
-        f"One block, {bench.hidden}×{bench.neurons}, {formats(bench.dtype, bench.weights)}: times as fast ± half of the middle half of the repeats",
+        f"One block, {bench.hidden}×{bench.neurons}, {formats(bench.dtype, bench.weights)}: speed-up ± half the interquartile range of the repeats",
         _headings(
             [*WHERE, "dense", "exact", "exact", "predictor"],
-            ["", "", "", "", "on torch", "on torch", "on dense", "on dense"],
+            ["", "", "", "", "vs torch", "vs torch", "vs dense", "vs dense"],
         ),
     )
     for point in bench.ffn:
@@ -77,16 +74,16 @@ def _crossover(bench: DecodeBench) -> str:
 def _bytes(bench: DecodeBench) -> Table:
     everything = bench.ffn[0].bytes_read
     table = Table(
-        f"What they read (torch {everything['torch'] / MEGA:.1f} MB, dense {everything['dense'] / MEGA:.1f} MB) and what that "
+        f"Weights read (torch {everything['torch'] / MEGA:.1f} MB, dense {everything['dense'] / MEGA:.1f} MB) and what that "
         "allows: MB, times as fast as dense, and how much of this machine's reading speed is used",
         _headings(
             [*WHERE, "exact", "pred.", "exact", "pred.", "torch, dense, exact, pred."],
-            ["", "", "", "", "MB", "MB", "allows", "allows", "% of reading speed"],
+            ["", "", "", "", "MB", "MB", "limit", "limit", "% of bandwidth"],
         ),
     )
     for point in bench.ffn:
         read = point.bytes_read
-        shares = (f"{100 * point.read_share(one):4.0f}" for one in CONTENDERS)
+        shares = (f"{100 * point.read_share(one):4.0f}" for one in VARIANTS)
         table.add(
             *_where(point),
             *(f"{read[one] / MEGA:.1f}" for one in ("exact", "predictor")),
@@ -111,8 +108,8 @@ def _model(model: ModelPoint) -> Table:
         f"{model.model}: {model.layers} layers, {formats(model.dtype, model.weights)}, {model.threads} thread(s); "
         f"{model.active_share:.1%} of the neurons fire",
         _headings(
-            ["decoding", "tokens/s", "times", "bytes", "MB", "outside", "prompt"],
-            ["", "", "as fast", "allow", "a token", "blocks", f"of {model.prompt_tokens}"],
+            ["decoding", "tokens/s", "speed-up", "limit by", "MB per", "outside", "prompt"],
+            ["", "", "", "bytes", "token", "blocks", f"of {model.prompt_tokens}"],
         ),
     )
     dense_bytes = model.bytes_read["torch"]
@@ -133,8 +130,8 @@ def _model(model: ModelPoint) -> Table:
 def _layers(model: ModelPoint) -> Table:
     shown = sorted(model.reads, key=lambda one: one.touched_share, reverse=True)[:SHOWN_LAYERS]
     table = Table(
-        "Layers that hold it back most: their exact blocks read the most rows",
-        ["layer", "neurons that fire", "rows read", "its block at most"],
+        "Layers that limit the speed-up most: their exact blocks read the most rows",
+        ["layer", "neurons that fire", "rows read", "limit of the block"],
     )
     for one in shown:
         table.add(
@@ -149,30 +146,30 @@ def _layers(model: ModelPoint) -> Table:
 def _rests_on(bench: DecodeBench) -> str:
     busy = bench.load_before > 0.5
     warning = (
-        f" The load was {bench.load_before:.1f} before the start: other work shared the machine, so read ratios alone."
+        f" The load average was {bench.load_before:.1f} before the start: other processes were running, so use only the ratios."
         if busy
         else ""
     )
     return (
         f"[dim]{escape(bench.processor)}; {_reading(bench)}{warning}\n"
         f"dense: our {'Triton' if bench.device == 'cuda' else 'C++'} kernel, reading every row{_rounded(bench)}. Medians of "
-        f"{bench.repeats} repeats taken in turns, ratios medians of the pairs; same weights, same process.\n"
-        f"Predictor: rank {bench.rank}, perfect by construction, its own cost included. Gates on: share of neurons whose gate "
-        "is positive, which alone decides what exact decoding saves of the up projection.[/dim]"
+        f"{bench.repeats} interleaved repeats; ratios are medians over pairs; same weights, same process.\n"
+        f"Predictor: rank {bench.rank}, perfect by construction, including its own cost. Gates on: share of neurons whose gate "
+        "is positive, which decides how many rows of the up projection exact decoding skips.[/dim]"
     )
 
 
 def _rounded(bench: DecodeBench) -> str:
     if bench.weights == "stored":
         return ""
-    return f", in {bench.weights} blocks as exact and predictor do; torch reads {bench.dtype}"
+    return f", in {bench.weights} blocks like exact and predictor; torch reads {bench.dtype}"
 
 
 def _reading(bench: DecodeBench) -> str:
     speeds = [one.read_bytes_per_second / GIGA for one in bench.ffn if one.threads == bench.threads]
     if not speeds:
         return ""
-    return f"{min(speeds):.0f} to {max(speeds):.0f} GB/s of plain reading by {bench.threads} thread(s), in turns with the rest."
+    return f"{min(speeds):.0f} to {max(speeds):.0f} GB/s memory bandwidth with {bench.threads} thread(s), measured interleaved."
 
 
 def _headings(columns: Sequence[str], below: Sequence[str]) -> list[str]:
@@ -183,29 +180,32 @@ FORMATS = (".png", ".svg")
 
 
 def check_figure(path: Path, sparsities: Sequence[float]) -> None:
-    """Refuses a picture that cannot be drawn, before anything is measured.
+    """Checks that a figure can be drawn, before anything is measured.
 
     Raises:
-        RunError: If its name is no picture's, or nothing is measured that it could show.
+        RunError: If its format is not supported, or nothing is measured that it could show.
     """
     if path.suffix not in FORMATS:
-        raise RunError(f"{path} is no picture.", allowed=f"A name in {' or '.join(FORMATS)}.")
+        raise RunError(
+            f"{path} is not a supported image format.",
+            allowed=f"A name ending in {' or '.join(FORMATS)}.",
+        )
     if not sparsities:
-        raise RunError("--plot draws blocks over --sparsity, which is empty.")
+        raise RunError("--plot shows blocks over --sparsity, which is empty.")
 
 
 def write_figure(bench: DecodeBench, path: Path) -> None:
-    """Writes the picture as PNG or SVG.
+    """Writes the figure as PNG or SVG.
 
     Raises:
-        StorageError: If the disk refuses.
+        StorageError: If writing fails.
     """
     kind = "svg" if path.suffix == ".svg" else "png"
     write_bytes(path, image(partial(draw, bench), "decoding", LIGHT, kind))
 
 
 def draw(bench: DecodeBench, theme: Theme) -> Figure:
-    """One line for each way to decode, dashed where bytes would allow it to be."""
+    """One line per kind of decoding; dashed: the limit that follows from the bytes read."""
     figure, axes = subplots(figsize=(WIDTH_INCHES, 0.5 * WIDTH_INCHES))
     axes = cast(Axes, axes)
     single = [one for one in bench.ffn if one.tokens == 1 and one.threads == bench.threads]
@@ -213,30 +213,30 @@ def draw(bench: DecodeBench, theme: Theme) -> Figure:
     independent = [one for one in single if one.gate_share != one.active_share]
     lines = [
         ("predictor", "predictor", decides, theme.product),
-        ("exact, the gate decides", "exact", decides, theme.gate),
+        ("exact, zeros from the gate", "exact", decides, theme.gate),
         ("exact, gate and up independent", "exact", independent, theme.up),
     ]
-    for label, contender, points, colour in lines:
-        _line(axes, label, contender, sorted(points, key=lambda p: -p.active_share), colour)
+    for label, variant, points, colour in lines:
+        _line(axes, label, variant, sorted(points, key=lambda p: -p.active_share), colour)
     axes.axhline(1.0, color=theme.ink, linewidth=0.8)
     axes.set_title(
         f"Decoding one block of {bench.hidden}×{bench.neurons} in {formats(bench.dtype, bench.weights)}, batch 1"
     )
     axes.set_xlabel("zeros among the activations")
-    axes.set_ylabel("times as fast as our dense kernel")
+    axes.set_ylabel("speed-up over our dense kernel")
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.plot([], [], color=theme.ink, linestyle=(0, (4, 3)), label="what bytes allow")
+    axes.plot([], [], color=theme.ink, linestyle=(0, (4, 3)), label="limit by bytes read")
     axes.legend(frameon=False)
     return figure
 
 
-def _line(axes: Axes, label: str, contender: str, points: list[FfnPoint], colour: str) -> None:
+def _line(axes: Axes, label: str, variant: str, points: list[FfnPoint], colour: str) -> None:
     zeros = [1 - one.active_share for one in points]
-    ratios = [one.ratio(contender, "dense") for one in points]
+    ratios = [one.ratio(variant, "dense") for one in points]
     middles = [one.median for one in ratios]
     spread = [
         [one.median - one.low for one in ratios],
         [one.high - one.median for one in ratios],
     ]
     axes.errorbar(zeros, middles, yerr=spread, color=colour, marker="o", capsize=2, label=label)
-    axes.plot(zeros, [one.ideal(contender) for one in points], color=colour, linestyle=(0, (4, 3)))
+    axes.plot(zeros, [one.ideal(variant) for one in points], color=colour, linestyle=(0, (4, 3)))

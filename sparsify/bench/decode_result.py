@@ -1,4 +1,4 @@
-"""What `sparsify bench decode` measured."""
+"""The result of `sparsify bench decode`."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from statistics import median
 
 from pydantic import BaseModel
 
-CONTENDERS = ("torch", "dense", "exact", "predictor")
+VARIANTS = ("torch", "dense", "exact", "predictor")
 """torch's dense block, our dense kernel (C++, or Triton on a GPU), the exact sparse kernel, the sparse kernel with a predictor."""
 
 
 class Timing(BaseModel):
-    """Seconds of interleaved repeats, in the order in which they were taken."""
+    """Seconds of interleaved repeats, in the order of measurement."""
 
     seconds: list[float]
 
     @property
     def median(self) -> float:
-        """The middle one."""
         return median(self.seconds)
 
 
-class Ratio(BaseModel):
-    """How many times as fast: the median over the pairs of each repeat, and the middle half of them."""
+class SpeedUp(BaseModel):
+    """Speed-up: median and interquartile range over the pairs of each repeat."""
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, slower: Timing, faster: Timing) -> Ratio:
-        """Of two contenders that took turns."""
+    def of(cls, slower: Timing, faster: Timing) -> SpeedUp:
+        """The speed-up of one variant over another that was measured interleaved with it."""
         pairs = sorted(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
         quarter = len(pairs) // 4
         return cls(median=median(pairs), low=pairs[quarter], high=pairs[-1 - quarter])
@@ -41,15 +40,15 @@ class Ratio(BaseModel):
 
 
 class FfnPoint(BaseModel):
-    """One block under one sparsity.
+    """One block at one sparsity.
 
     Attributes:
         active_share: Share of neurons whose product is not zero, for one token.
         gate_share: Share of neurons whose gate is positive, for one token.
-        tokens: Batch.
-        bytes_read: Bytes of weights that each contender reads.
-        read_bytes_per_second: Of plain reading, which took its turn among the contenders.
-        seconds: By contender.
+        tokens: Batch size.
+        bytes_read: Bytes of weights read, by variant.
+        read_bytes_per_second: Memory bandwidth, measured interleaved with the variants.
+        seconds: Timing, by variant.
     """
 
     active_share: float
@@ -60,22 +59,22 @@ class FfnPoint(BaseModel):
     read_bytes_per_second: float
     seconds: dict[str, Timing]
 
-    def ratio(self, contender: str, baseline: str) -> Ratio:
-        """Speed-up of one over another."""
-        return Ratio.of(self.seconds[baseline], self.seconds[contender])
+    def ratio(self, variant: str, baseline: str) -> SpeedUp:
+        """Speed-up of one variant over another."""
+        return SpeedUp.of(self.seconds[baseline], self.seconds[variant])
 
-    def ideal(self, contender: str) -> float:
-        """Speed-up over the dense kernel if bytes were all that cost."""
-        return self.bytes_read["dense"] / self.bytes_read[contender]
+    def ideal(self, variant: str) -> float:
+        """Speed-up over the dense kernel if only the bytes read mattered."""
+        return self.bytes_read["dense"] / self.bytes_read[variant]
 
-    def read_share(self, contender: str) -> float:
-        """Bytes a second, as a share of those that plain reading got."""
-        speed = self.bytes_read[contender] / self.seconds[contender].median
+    def read_share(self, variant: str) -> float:
+        """Achieved share of the memory bandwidth."""
+        speed = self.bytes_read[variant] / self.seconds[variant].median
         return speed / self.read_bytes_per_second
 
 
 class LayerRead(BaseModel):
-    """What decoding read of one layer of a model."""
+    """Weights that decoding read of one layer."""
 
     layer: int
     fired_share: float
@@ -83,20 +82,21 @@ class LayerRead(BaseModel):
 
     @property
     def ideal(self) -> float:
-        """Speed-up of its block if bytes were all that cost."""
+        """Speed-up of the block if only the bytes read mattered."""
         return 1 / self.touched_share
 
 
 class ModelPoint(BaseModel):
-    """A whole model that decodes the same tokens densely and sparsely.
+    """Timings of a whole model that decodes the same tokens densely and sparsely.
 
     Attributes:
-        model: What it is.
-        weights: How its accelerated selves read their feed-forward weights: stored, int8 or int4.
-        decode_seconds: Of a token, by contender.
-        prompt_seconds: Of the prompt, by contender; all of them go the dense way, with down_proj in the kernels' order for the sparse ones.
-        outside_share: Share of a token's time outside the feed-forward blocks, by contender.
-        bytes_read: Of weights for a token, by contender.
+        model: Name of the model.
+        weights: Format of the feed-forward weights for the kernels: stored, int8 or int4.
+        decode_seconds: Seconds per token, by variant.
+        prompt_seconds: Seconds for the prompt, by variant. All variants compute prompts densely; the sparse ones with
+            down_proj in the kernels' memory layout.
+        outside_share: Share of a token's time outside the feed-forward blocks, by variant.
+        bytes_read: Bytes of weights read per token, by variant.
     """
 
     model: str
@@ -112,17 +112,17 @@ class ModelPoint(BaseModel):
     bytes_read: dict[str, float]
     reads: list[LayerRead]
 
-    def ratio(self, contender: str) -> Ratio:
-        """Speed-up of decoding over the model's dense self."""
-        return Ratio.of(self.decode_seconds["torch"], self.decode_seconds[contender])
+    def ratio(self, variant: str) -> SpeedUp:
+        """Speed-up of decoding over the dense model."""
+        return SpeedUp.of(self.decode_seconds["torch"], self.decode_seconds[variant])
 
 
 class DecodeBench(BaseModel):
-    """Everything.
+    """The result of the benchmark.
 
     Attributes:
-        dtype: Of the hidden states, of torch's contender and of the predictors.
-        weights: How the C++ kernels read the weights: stored (as dtype says), int8 or int4.
+        dtype: Dtype of hidden states, torch's dense block and predictors.
+        weights: Format of the weights for the C++ kernels: stored (in `dtype`), int8 or int4.
     """
 
     hidden: int
@@ -140,15 +140,15 @@ class DecodeBench(BaseModel):
 
 
 def formats(dtype: str, weights: str) -> str:
-    """What is read and computed in, in words."""
+    """Description of the format of weights and computation."""
     return dtype if weights == "stored" else f"{weights} weight blocks on {dtype}"
 
 
 def crossover(points: Sequence[FfnPoint]) -> tuple[int | None, int | None]:
-    """The largest batch up to which exact decoding beats torch's dense product, and the next one that was measured.
+    """The largest batch up to which exact decoding is faster than torch's dense block, and the next larger measured batch.
 
-    Of the points whose gates decide alone at the active share of the largest batch; the first is None where torch wins even
-    at the smallest, the second where it never does.
+    Uses the points with the shares and threads of the largest batch. The first is None if torch is faster even at the smallest
+    batch, the second if exact decoding is faster at all of them.
     """
     largest = max(points, key=lambda one: one.tokens)
     same = (largest.active_share, largest.gate_share, largest.threads)

@@ -1,11 +1,8 @@
-"""Our side: the mixture of the corpus, from text to sequences, through the same parts that training uses.
+"""The two data pipelines of the benchmark, and the audit of what each delivers and what a resume changes.
 
-The other side: `datasets.interleave_datasets` as its documentation and the examples of transformers use it.
-
-One streamed JSON dataset a source, a shuffle buffer, `interleave_datasets` with probabilities, then a batched map that tokenises,
-joins the texts and cuts them into sequences.
-
-Counting what a run delivered, and what a resume did to it. The same for both sides.
+Ours uses the same parts as training. `datasets.interleave_datasets` is used as in its documentation and in the examples of
+transformers: one streamed JSON dataset per source, a shuffle buffer, `interleave_datasets` with probabilities, then a batched
+map that tokenises, joins the texts and cuts them into sequences.
 """
 
 from __future__ import annotations
@@ -37,19 +34,19 @@ GLOBAL_BATCH_SIZE = 8
 MAX_PERIOD_SEQUENCES = 10**10
 
 Piece = tuple[str, int, int, int]
-"""Source, shard, document within the shard, and first token: a document longer than a sequence has several pieces."""
+"""(source, shard, document in the shard, first token); a document longer than a sequence has several pieces."""
 
 
 @dataclass(frozen=True)
 class Ours:
-    """A run over the corpus.
+    """Our pipeline over the corpus.
 
     Args:
         corpus: The files.
         tokenizer: A fast tokenizer.
-        sequence_length: Tokens of a sequence.
-        seed: Decides the order.
-        budget_tokens: How far each source is read.
+        sequence_length: Tokens per sequence.
+        seed: Seed of the order.
+        budget_tokens: Tokens of the run, which limit how much of each source is read.
     """
 
     corpus: Corpus
@@ -60,18 +57,17 @@ class Ours:
 
     @property
     def shares(self) -> Shares:
-        """The demand of every source."""
         return Shares.constant(self.corpus.shares)
 
     def anchor(self, sequence: int) -> Anchor:
-        """What a checkpoint at this sequence saves of the schedule, so that a resumed run need not count up to it."""
+        """The schedule's state in a checkpoint at this sequence, from which a resumed run continues without recounting."""
         return SourceSchedule(self.shares).anchor(sequence)
 
     def far_sequence(self, num_tokens: int, sequence_length: int) -> int | None:
-        """A sequence at least `num_tokens` into a run that needs no counting up to it.
+        """A sequence at least `num_tokens` into a run whose schedule is known without counting up to it.
 
         Returns:
-            The sequence at which all shares are met exactly; None where shares have so many digits that none is near.
+            A sequence at which all shares are met exactly; None if the period of the shares is too long.
         """
         period = self.shares.period
         if period is None or period > MAX_PERIOD_SEQUENCES:
@@ -79,7 +75,6 @@ class Ours:
         return -(-num_tokens // (sequence_length * period)) * period
 
     def ingests(self, cache_dir: Path) -> dict[str, Ingest]:
-        """What is to be tokenised."""
         return mixture_ingests(
             self.corpus.mixture,
             self.tokenizer,
@@ -93,26 +88,26 @@ class Ours:
         )
 
     def tokenize(self, cache_dir: Path) -> dict[str, TokenizedSource]:
-        """Text → cache, in this process."""
+        """Tokenises all text into the cache, in this process."""
         return {name: ingest.run() for name, ingest in self.ingests(cache_dir).items()}
 
     def reader(
         self, cache_dir: Path, sequence_length: int | None = None, anchor: Anchor | None = None
     ) -> SequenceReader:
-        """Opens a warm cache, as a process that begins or resumes does."""
+        """Opens a filled cache, like a process that starts or resumes a run."""
         sources = {name: ingest.open() for name, ingest in self.ingests(cache_dir).items()}
         size = sequence_length or self.sequence_length
         return SequenceReader(sources, SourceSchedule(self.shares, anchor), size, self.seed)
 
 
 def draw_ours(reader: SequenceReader, first: int, count: int) -> None:
-    """Draws sequences in batches, as training would."""
+    """Draws sequences in batches, like training."""
     for start in range(first, first + count, GLOBAL_BATCH_SIZE):
         reader.batch(start, min(GLOBAL_BATCH_SIZE, first + count - start))
 
 
 def pieces_of(reader: SequenceReader, index: int) -> list[tuple[Piece, int, bool]]:
-    """Every piece in a sequence, with its tokens and whether it is part of a document shorter than a sequence."""
+    """Every piece of a sequence, its number of tokens, and whether it was cut off a document shorter than a sequence."""
     name, rank = reader.schedule.locate(index)
     stream = reader.streams[name]
     epoch, shard, sequence = stream.locate(rank)
@@ -128,13 +123,13 @@ def pieces_of(reader: SequenceReader, index: int) -> list[tuple[Piece, int, bool
 
 
 def tokens_in(sources: dict[str, TokenizedSource]) -> int:
-    """All tokens in the cache."""
+    """Number of tokens in the cache."""
     records = (record for source in sources.values() for record in source.cache.records)
     return sum(record.train_tokens + record.held_out_tokens for record in records)
 
 
 MAP_DOCUMENTS = 100
-"""A tenth of the default: at that, a thousand documents are tokenised before the first sequence."""
+"""A tenth of the default, with which a thousand documents would be tokenised before the first sequence."""
 
 FIELDS = ("input_ids", "labels")
 
@@ -143,15 +138,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Interleaved:
-    """A pipeline over the corpus.
+    """The pipeline with `interleave_datasets` over the corpus.
 
     Args:
         corpus: The files.
-        tokenizer: The same as ours.
-        sequence_length: Tokens of a sequence.
-        seed: Of the shuffle buffers and of the draws.
-        buffer_documents: Of each source's shuffle buffer.
-        probabilities: How often each source is drawn; the asked token shares, as most write it.
+        tokenizer: The same tokenizer as ours.
+        sequence_length: Tokens per sequence.
+        seed: Seed of the shuffle buffers and of the draws.
+        buffer_documents: Documents in each source's shuffle buffer.
+        probabilities: Probability of each source; usually set to the planned token shares.
     """
 
     corpus: Corpus
@@ -162,7 +157,7 @@ class Interleaved:
     probabilities: Mapping[str, float]
 
     def dataset(self, *, tracked: bool = False) -> datasets.IterableDataset:
-        """The whole pipeline; `tracked` keeps the document of every token beside it."""
+        """The whole pipeline; `tracked` adds a column with the document of every token."""
         sources = [
             datasets.load_dataset(
                 "json", data_files=[*map(str, paths)], split="train", streaming=True
@@ -187,7 +182,7 @@ class Interleaved:
         )
 
     def _sequences(self, rows: Row, tracked: bool) -> Row:
-        """Tokenises texts, joins them, and drops what does not fill a sequence: `group_texts` of run_clm.py."""
+        """Tokenises and joins texts, and drops the incomplete last sequence, like `group_texts` of run_clm.py."""
         end, size = self.tokenizer.eos_token, self.sequence_length
         encoded = self.tokenizer([text + end for text in rows["text"]])["input_ids"]
         joined = {"input_ids": list(chain(*encoded))}
@@ -203,10 +198,10 @@ class Interleaved:
 
 
 def take(rows: Iterator[Row], num_sequences: int) -> list[NDArray[np.int64]]:
-    """Documents of the tokens of the next sequences. [T] each
+    """The document of every token of the next sequences, [tokens] each.
 
     Raises:
-        MixtureError: If the stream ends before.
+        MixtureError: If the stream ends too early.
     """
     taken = [np.array(row["documents"]) for row in islice(rows, num_sequences)]
     _check_enough(len(taken), num_sequences)
@@ -214,14 +209,14 @@ def take(rows: Iterator[Row], num_sequences: int) -> list[NDArray[np.int64]]:
 
 
 def draw_interleaved(rows: Iterator[Row], num_sequences: int) -> None:
-    """Draws sequences as tensors, as training would.
+    """Draws sequences as tensors, like training.
 
     Raises:
-        MixtureError: If the stream ends before.
+        MixtureError: If the stream ends too early.
     """
     drawn = 0
     for row in islice(rows, num_sequences):
-        # By hand, as transformers' collator does: with_format("torch") takes several times as long for lists.
+        # Like transformers' collator: with_format("torch") is several times slower for lists.
         for field in FIELDS:
             torch.tensor(row[field])
         drawn += 1
@@ -231,20 +226,20 @@ def draw_interleaved(rows: Iterator[Row], num_sequences: int) -> None:
 def _check_enough(drawn: int, wanted: int) -> None:
     if drawn < wanted:
         raise MixtureError(
-            f"interleave_datasets ended after {drawn} of {wanted} sequences: it has exhausted every source once.",
-            next_step="Lower --budget-tokens, or give a mixture with more text.",
+            f"interleave_datasets ended after {drawn} of {wanted} sequences, with every source exhausted.",
+            next_step="Lower --budget-tokens, or use a mixture with more text.",
         )
 
 
 IntArray = NDArray[np.int64]
 State = dict[str, Any]
-"""Of an IterableDataset."""
+"""State of an IterableDataset."""
 
 
 def count_ours(
     side: Ours, cache_dir: Path, num_sequences: int, *, stop: int
 ) -> tuple[Delivered, Resumed]:
-    """Our run uninterrupted, and stopped after `stop` sequences and resumed."""
+    """Audits our pipeline: uninterrupted, and resumed after `stop` sequences."""
     reader = side.reader(cache_dir)
     delivered = _deliver_ours(reader, side.corpus.shares, num_sequences)
     whole = _pieces(reader, 0, num_sequences)
@@ -256,7 +251,7 @@ def count_ours(
 def count_interleaved(
     side: Interleaved, num_sequences: int, *, stop: int, late: int
 ) -> tuple[tuple[Delivered, Resumed], State]:
-    """The same for interleave_datasets; also gives its state after `late` sequences."""
+    """Audits interleave_datasets in the same way; also returns its state after `late` sequences."""
     dataset = side.dataset(tracked=True)
     rows = iter(dataset)
     before = take(rows, stop)
@@ -274,7 +269,7 @@ def count_interleaved(
 def count_by_length(
     side: Interleaved, sources: Mapping[str, TokenizedSource], num_sequences: int
 ) -> Delivered:
-    """With the probabilities that give the asked shares of tokens on average."""
+    """Audits interleave_datasets with the probabilities that give the planned token shares on average."""
     weights = {}
     for name, source in sources.items():
         num_documents = sum(record.num_documents for record in source.cache.records)
@@ -286,14 +281,14 @@ def count_by_length(
 
 
 def _count_resumed(whole: Counter[Hashable], resumed: Counter[Hashable]) -> Resumed:
-    """Compares the documents of a resumed run with those of the same run uninterrupted."""
-    # A run of several epochs repeats documents by itself, which is no fault of the resume.
+    """Compares the documents of a resumed run with those of the same run without interruption."""
+    # Repetitions over several epochs are not caused by the resume.
     repeated = sum(max(0, count - max(whole[one], 1)) for one, count in resumed.items())
     return Resumed(documents=whole.total(), lost=(whole - resumed).total(), repeated=repeated)
 
 
 def _pieces(reader: SequenceReader, first: int, stop: int) -> Counter[Hashable]:
-    """How often each piece is in our sequences first, …, stop - 1."""
+    """Occurrences of each piece in our sequences first, …, stop - 1."""
     return Counter(
         piece for index in range(first, stop) for piece, _, _ in pieces_of(reader, index)
     )
@@ -302,7 +297,7 @@ def _pieces(reader: SequenceReader, first: int, stop: int) -> Counter[Hashable]:
 def _deliver_ours(
     reader: SequenceReader, shares: Mapping[str, float], num_sequences: int
 ) -> Delivered:
-    """What our first sequences hold."""
+    """Audits our first sequences."""
     given = np.zeros((num_sequences, len(shares)))
     names = list(shares)
     text_tokens = num_cut = 0
@@ -316,9 +311,9 @@ def _deliver_ours(
 
 
 def _deliver_interleaved(sequences: Sequence[IntArray], corpus: Corpus) -> Delivered:
-    """What sequences of interleave_datasets hold, by the document of each of their tokens.
+    """Audits sequences of interleave_datasets, given the document of each of their tokens.
 
-    Documents that end at a sequence's end because `group_texts` dropped their rest are not counted as cut.
+    Documents that end at a sequence's end because `group_texts` dropped the remainder are not counted as cut.
     """
     # The corpus numbers documents source by source.
     firsts = list(corpus.first_document.values())
@@ -333,7 +328,7 @@ def _deliver_interleaved(sequences: Sequence[IntArray], corpus: Corpus) -> Deliv
 
 
 def _documents(sequences: Sequence[IntArray]) -> Counter[Hashable]:
-    """How often each document was drawn by interleave_datasets."""
+    """Occurrences of each document in sequences of interleave_datasets."""
     tokens = np.concatenate(sequences)
     return Counter(tokens[_runs(tokens)[0]].tolist())
 
@@ -347,7 +342,7 @@ def _runs(values: IntArray) -> tuple[IntArray, IntArray]:
 def _delivered(
     given: NDArray[np.float64], shares: Mapping[str, float], text_positions: float, num_cut: int
 ) -> Delivered:
-    """Delivered from the part of each sequence that each source got. [N, S]"""
+    """The audit, from the share of each sequence that each source got, [sequences, sources]."""
     num_sequences = np.arange(1, len(given) + 1)[:, None]
     deviation = np.abs(np.cumsum(given, axis=0) - num_sequences * np.array(list(shares.values())))
     return Delivered(

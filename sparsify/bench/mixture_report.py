@@ -1,7 +1,4 @@
-"""What `sparsify bench mixture` measures.
-
-The result of `sparsify bench mixture` as tables that a person understands at a glance.
-"""
+"""The result of `sparsify bench mixture`, and its tables."""
 
 from __future__ import annotations
 
@@ -17,25 +14,24 @@ class Delivered(BaseModel):
     """What a run delivered, counted over all its sequences."""
 
     token_shares: dict[str, float]
-    """Share of all sequence positions that each source got."""
+    """Share of all sequence positions, by source."""
     largest_deviation_sequences: float
-    """The furthest that any source was from its requested share times n, after any n sequences."""
+    """Largest distance of any source from its requested share times n, after any number n of sequences."""
     text_positions: float
-    """Share of sequence positions that carry text; the rest is padding."""
+    """Share of sequence positions with text; the rest is padding."""
     cut_documents: int
-    """Documents shorter than a sequence that lie in more than one."""
+    """Documents shorter than a sequence that are split over several sequences."""
 
 
 class Resumed(BaseModel):
-    """A run stopped half way and resumed, against the same run uninterrupted."""
+    """A run stopped half way and resumed, compared with the same run without interruption."""
 
     documents: int
-    """Documents of the uninterrupted run; one longer than a sequence counts once for each sequence that it lies in, where
-    a pipeline draws these pieces one by one."""
+    """Documents of the uninterrupted run; in our pipeline, a document longer than a sequence counts once per piece."""
     lost: int
-    """Documents of the uninterrupted run that the resumed one never trained on, or fewer times."""
+    """Documents that the resumed run drew less often than the uninterrupted one."""
     repeated: int
-    """Documents that the resumed run trained on again although the uninterrupted one did not."""
+    """Documents that the resumed run repeated but the uninterrupted one did not."""
 
 
 class Side(BaseModel):
@@ -44,48 +40,48 @@ class Side(BaseModel):
     delivered: Delivered
     resumed: Resumed
     text_tokens_per_second: float
-    """From text to ready sequences."""
+    """From text to sequences."""
     cached_tokens_per_second: float | None
-    """From tokens that an earlier run left in a cache; None where there is no cache."""
+    """From the token cache of an earlier run; None without a cache."""
     late_resume_seconds: float
-    """First sequence after a restart late in the run, from saved state."""
+    """Time to the first sequence after a restart late in the run, from saved state."""
     late_skip_seconds: float | None
-    """The same without saved state, by skipping; None where nothing has to be skipped."""
+    """The same without saved state, by skipping; None if nothing has to be skipped."""
     peak_memory_bytes: int
-    """Of the whole process that goes from text to sequences."""
+    """Peak memory of a process that goes from text to sequences."""
     added_memory_bytes: int
-    """What of it the work added to the imported libraries."""
+    """Peak memory above that of the imported libraries."""
 
 
 class Tokenized(BaseModel):
-    """Ingest, documents → cache, against the bare tokenizer on the same texts, in memory already."""
+    """Speed of ingest (documents → cache), compared with the bare tokenizer on the same texts in memory."""
 
     num_tokens: int
     tokens_per_second: float
     bare_tokens_per_second: float
     ratio: float
-    """Median of the ratios of the pairs."""
+    """Median over pairs of repeats."""
 
 
-class Loaded(BaseModel):
-    """Sequences from a warm cache in one process."""
+class LoadingSpeed(BaseModel):
+    """Speed of loading sequences from a filled cache in one process."""
 
     sequence_length: int
     num_tokens: int
-    """Tokens of one repeat."""
+    """Tokens per repeat."""
     tokens_per_second: float
-    """At the beginning of a plan."""
+    """At the beginning of a run."""
     far_tokens_per_second: float | None
-    """More than 10^12 tokens into a plan; None where shares have so many digits that one must count up to there."""
+    """More than 10^12 tokens into a run; None if the period of the shares is too long to get there without counting."""
     far_ratio: float | None
-    """Median of the ratios of the pairs: far over near."""
+    """Far over near, median over pairs."""
     first_batch_seconds: float
-    """Opening the cache and drawing the first batch at step `first_batch_step`."""
+    """Time to open the cache and draw the first batch at step `first_batch_step`."""
     first_batch_step: int
 
 
 class MixtureBench(BaseModel):
-    """All of it, with what it rests on."""
+    """The result of the benchmark, with its conditions."""
 
     mixture: str
     requested_token_shares: dict[str, float]
@@ -99,24 +95,24 @@ class MixtureBench(BaseModel):
     seed: int
     repeats: int
     buffer_documents: int
-    """Of the shuffle buffer of each source of interleave_datasets."""
+    """Documents in the shuffle buffer of each source of interleave_datasets."""
     cpu_cores: int
     ours: Side
     interleaved: Side
     interleaved_by_length: Delivered
-    """interleave_datasets with probabilities that allow for each source's mean document length, which must be known
-    before."""
+    """interleave_datasets with probabilities corrected for each source's mean document length, which requires tokenising it
+    first."""
     text_speed_ratio: float
-    """Median of the ratios of the pairs: ours over interleave_datasets, from text to sequences."""
+    """Speed of ours over that of interleave_datasets from text to sequences, median over pairs."""
     tokenized: Tokenized
-    loaded: list[Loaded]
+    loaded: list[LoadingSpeed]
 
 
 MEGA = 1e6
 
 
 def mixture_table(bench: MixtureBench) -> RenderableType:
-    """Both sides, ingest and loading, and what the numbers rest on."""
+    """Tables of both sides, ingest and loading, with the measurement's conditions."""
     return Group(
         "",
         _shares_table(bench),
@@ -128,7 +124,7 @@ def mixture_table(bench: MixtureBench) -> RenderableType:
 
 def _shares_table(bench: MixtureBench) -> Table:
     table = Table(
-        f"Shares of tokens delivered over {bench.num_sequences:,} sequences of {bench.sequence_length:,} tokens",
+        f"Delivered token shares over {bench.num_sequences:,} sequences of {bench.sequence_length:,} tokens",
         ["source", "requested", "sparsify", "interleave_datasets", "… by length*"],
     )
     columns = (
@@ -141,11 +137,11 @@ def _shares_table(bench: MixtureBench) -> Table:
         table.add(name, f"{requested:.1%}", *given)
     table.add_rule()
     deviations = (f"{column.largest_deviation_sequences:,.1f} sequences" for column in columns)
-    table.add("largest deviation, at any moment", "", *deviations)
+    table.add("largest deviation at any step", "", *deviations)
     texts = (f"{column.text_positions:.1%}" for column in columns)
-    table.add("sequence positions that carry text", "", *texts)
+    table.add("sequence positions with text", "", *texts)
     cut = (f"{column.cut_documents:,}" for column in columns)
-    table.add("documents cut though shorter than a sequence", "", *cut)
+    table.add("documents shorter than a sequence but split", "", *cut)
     return table
 
 
@@ -160,7 +156,7 @@ def _run_table(bench: MixtureBench) -> Table:
         "documents in the uninterrupted run",
         [f"{s.resumed.documents:,}" for s in _sides(bench)],
     )
-    _add(table, "of these lost by the resume", [f"{s.resumed.lost:,}" for s in _sides(bench)])
+    _add(table, "lost by the resume", [f"{s.resumed.lost:,}" for s in _sides(bench)])
     _add(table, "repeated by the resume", [f"{s.resumed.repeated:,}" for s in _sides(bench)])
     table.add_rule()
     _add(
@@ -192,15 +188,15 @@ def _run_table(bench: MixtureBench) -> Table:
     )
     _add(
         table,
-        "peak memory (of it, above the imports)",
+        "peak memory (above the imports)",
         [_memory(side) for side in _sides(bench)],
-        f"{ours.added_memory_bytes / max(theirs.added_memory_bytes, 1):.2f} × above them",
+        f"{ours.added_memory_bytes / max(theirs.added_memory_bytes, 1):.2f} × above the imports",
     )
     return table
 
 
-def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
-    table = Table("sparsify in one process, M tokens/s", ["", "sparsify", "against", "ratio"])
+def _speed_table(tokenized: Tokenized, loaded: Sequence[LoadingSpeed]) -> Table:
+    table = Table("sparsify in one process, M tokens/s", ["", "sparsify", "baseline", "ratio"])
     table.add(
         f"ingest: documents → cache, {tokenized.num_tokens / MEGA:.1f}M tokens",
         f"{tokenized.tokens_per_second / MEGA:.2f}",
@@ -209,9 +205,9 @@ def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
     )
     for one in loaded:
         table.add(
-            f"load sequences of {one.sequence_length:,}, 10^12 tokens into a plan",
+            f"load sequences of {one.sequence_length:,}, 10^12 tokens into a run",
             "–" if one.far_tokens_per_second is None else f"{one.far_tokens_per_second / MEGA:.1f}",
-            f"{one.tokens_per_second / MEGA:.1f} at its beginning",
+            f"{one.tokens_per_second / MEGA:.1f} at its start",
             "–" if one.far_ratio is None else f"{one.far_ratio:.2f}",
         )
     first = loaded[0]
@@ -225,9 +221,9 @@ def _speed_table(tokenized: Tokenized, loaded: Sequence[Loaded]) -> Table:
 def _rests_on(bench: MixtureBench) -> str:
     loaded = bench.loaded[0]
     return (
-        f"[dim]Mixture {bench.mixture}: {bench.text_bytes / MEGA:.1f} MB of JSON lines in a warm file cache. Tokenizer "
+        f"[dim]Mixture {bench.mixture}: {bench.text_bytes / MEGA:.1f} MB of JSON lines in the file cache. Tokenizer "
         f"{bench.tokenizer}, {bench.vocabulary_size:,} entries. Seed {bench.seed}; {bench.cpu_cores} core(s).\n"
-        f"Times are medians of {bench.repeats} repeat(s) taken in turns, ratios medians of the pairs; one repeat of "
+        f"Times are medians of {bench.repeats} interleaved repeat(s), ratios are medians over pairs; one repeat of "
         f"loading is {loaded.num_tokens / MEGA:.1f}M tokens.\n"
         f"interleave_datasets: shuffle buffers of {bench.buffer_documents:,} documents, probabilities = requested shares, "
         "state_dict() and load_state_dict().\n"

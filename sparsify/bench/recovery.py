@@ -1,10 +1,8 @@
-"""`sparsify bench recovery`: how much of a dense model's quality each way of making it sparse wins back, on the same tokens.
+"""`sparsify bench recovery`: how much of a dense model's quality each sparsification variant recovers on the same tokens.
 
-Every variant is a recipe in `recipes/recovery/`. Each chooses its own peak learning rate by the same search: the first seed with every
-rate, and the lowest final loss wins. The other seeds follow with that rate. All variants see the same sequences in the same order,
-because the data follow from the mixture and the seed alone.
-
-What the recovery benchmark found: for each variant its runs, its gap to the dense baseline, and what decides its speed.
+Every variant is a recipe in `recipes/recovery/`. The peak learning rate of each variant is searched with the first seed: the rate
+with the lowest final loss is used for the other seeds. All variants see the same sequences in the same order, because the data
+depend only on the mixture and the seed.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from sparsify.runs.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 DENSE = "dense"
-"""The variant that all others are held against."""
+"""The variant that all others are compared with."""
 
 
 class RecoveryPoint(BaseModel):
@@ -38,8 +36,8 @@ class RecoveryPoint(BaseModel):
         tokens: Training tokens seen.
         loss: Mean of the sources' losses by token share, nats per token.
         zeros: Share of products that are exactly zero.
-        gate_zeros: Share of the gate's factors that are.
-        blended_share: How much of the sparse activation was in force; 1 for all of it.
+        gate_zeros: Share of gate factors that are exactly zero.
+        blended_share: Weight of the sparse activation in the blend; 1 without blending.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -53,15 +51,15 @@ class RecoveryPoint(BaseModel):
     @computed_field
     @property
     def gate_first_bytes(self) -> float:
-        """Share of the feed-forward weights that an exact kernel reads for one token: all of the gate, then rows of up where
-        the gate is not zero, then columns of down where the product is not. The three are of the same size.
+        """Share of the feed-forward weights that an exact kernel reads for one token: the whole gate, rows of up where the gate
+        is not zero, columns of down where the product is not zero. The three matrices have the same size.
         """
         return (1 + (1 - self.gate_zeros) + (1 - self.zeros)) / 3
 
     @computed_field
     @property
     def predicted_bytes(self) -> float:
-        """Share that a kernel with a perfect predictor reads, without the predictor's own weights."""
+        """Share that a kernel with a perfect predictor reads, without the predictor's weights."""
         return 1 - self.zeros
 
 
@@ -75,20 +73,20 @@ class RecoveryRun(BaseModel):
     peak_learning_rate: float
     path: str
     points: list[RecoveryPoint]
-    """From where its training starts: right after the activation replacement, or the dense base where the activation replacement is blended."""
+    """Validations since the start of training: after the activation replacement, or from the dense base with blending."""
 
     @property
     def last(self) -> RecoveryPoint:
         return self.points[-1]
 
 
-class RecoveryArm(BaseModel):
-    """A variant with the learning rate that its own search chose.
+class RecoveryVariant(BaseModel):
+    """A variant with the learning rate that its search chose.
 
     Attributes:
         name: Its recipe in `recipes/recovery/`.
         searched: Final loss of the first seed by peak learning rate.
-        runs: One a seed, with the best of them.
+        runs: One run per seed, with the best learning rate.
         gaps: For each seed, its final loss minus that of the dense baseline with the same seed.
     """
 
@@ -110,11 +108,11 @@ class RecoveryArm(BaseModel):
         return fmean(self.gaps)
 
     def mean(self, figure: str) -> float:
-        """Mean over seeds of one number of the last point."""
+        """Mean over seeds of one field of the last point."""
         return fmean(getattr(run.last, figure) for run in self.runs)
 
     def at_edge(self) -> bool:
-        """Whether the best rate is the lowest or highest that was tried: then a better one may lie outside."""
+        """Whether the best rate is the lowest or highest that was tried, so that a better one may be outside the range."""
         return len(self.searched) > 1 and self.peak_learning_rate in (
             min(self.searched),
             max(self.searched),
@@ -128,10 +126,10 @@ class Recovery(BaseModel):
 
     budget_tokens: int
     seeds: list[int]
-    variants: list[RecoveryArm]
+    variants: list[RecoveryVariant]
 
     @property
-    def dense(self) -> RecoveryArm:
+    def dense(self) -> RecoveryVariant:
         return next(variant for variant in self.variants if variant.name == DENSE)
 
 
@@ -139,7 +137,7 @@ def read_run(run: RunFolder, variant: str) -> RecoveryRun:
     """Reads a finished run's validations.
 
     Raises:
-        RunError: If it was not measured to its end.
+        RunError: If it was not evaluated at the end of its budget.
     """
     recipe = run.load_recipe()
     blended = recipe.blending.budget_share > 0
@@ -164,8 +162,8 @@ def read_run(run: RunFolder, variant: str) -> RecoveryRun:
     ]
     if not points or points[-1].tokens != recipe.num_steps * recipe.step_tokens:
         raise RunError(
-            f"{run.path} was not measured at the end of its budget.",
-            next_step="Run the same benchmark again: it goes on with this run.",
+            f"{run.path} was not evaluated at the end of its budget.",
+            next_step="Run the same benchmark again: it resumes this run.",
         )
     return RecoveryRun(
         variant=variant,
@@ -177,21 +175,21 @@ def read_run(run: RunFolder, variant: str) -> RecoveryRun:
 
 
 FOLDER = "recovery/"
-"""Of the catalogue: every recipe in it is a variant."""
+"""Folder of the catalogue in which every recipe is a variant."""
 FINAL_RATE_SHARE = 0.1
-"""Of the peak, as in the quickstart."""
+"""Final learning rate as a share of the peak, as in the quickstart."""
 
 
 @dataclass(frozen=True)
 class RecoveryPlan:
-    """What the benchmark is to train.
+    """Settings of the benchmark.
 
     Attributes:
-        to: Folder of the runs and of the result; a benchmark that was interrupted goes on there.
-        variants: Names of recipes in `recipes/recovery/`; all of them if empty.
-        rates: Peak learning rates that each variant may choose from.
-        seeds: Of the data's order; the first is the one that searches.
-        overrides: Of every variant, such as `model.source=…` and `mixture=…`.
+        to: Folder of the runs and of the result; an interrupted benchmark resumes there.
+        variants: Names of recipes in `recipes/recovery/`; empty for all of them.
+        rates: Peak learning rates to search.
+        seeds: Seeds; the learning-rate search uses the first.
+        overrides: Overrides for every variant, e.g. `model.source=…` and `mixture=…`.
     """
 
     to: Path
@@ -201,21 +199,21 @@ class RecoveryPlan:
     overrides: Sequence[str] = field(default_factory=list)
 
 
-def arm_names() -> list[str]:
+def variant_names() -> list[str]:
     """All variants, the dense baseline first."""
     names = [name.removeprefix(FOLDER) for name in recipe_names() if name.startswith(FOLDER)]
     return sorted(names, key=lambda name: (name != DENSE, name))
 
 
 def bench_recovery(plan: RecoveryPlan) -> Recovery:
-    """Trains what is not trained yet, and puts the variants side by side.
+    """Trains the runs that are not finished yet, and compares the variants.
 
     Args:
-        plan: What to train.
+        plan: Settings of the benchmark.
 
     Raises:
-        RecipeError: If there is no such variant, nothing to choose from, or a recipe that cannot work.
-        UserError: Whatever stops a run.
+        RecipeError: If a variant does not exist, there are no rates or seeds, or a recipe is invalid.
+        UserError: If a run fails.
     """
     names = _chosen_variants(plan)
     recipes = {  # all of them before the first is trained
@@ -238,7 +236,7 @@ def bench_recovery(plan: RecoveryPlan) -> Recovery:
         budget_tokens=variants[DENSE][1][0].last.tokens,
         seeds=list(plan.seeds),
         variants=[
-            RecoveryArm(
+            RecoveryVariant(
                 name=name,
                 searched=searched,
                 runs=runs,
@@ -250,7 +248,7 @@ def bench_recovery(plan: RecoveryPlan) -> Recovery:
 
 
 def _chosen_variants(plan: RecoveryPlan) -> list[str]:
-    known = arm_names()
+    known = variant_names()
     for name in plan.variants:
         if name not in known:
             raise RecipeError(
@@ -279,7 +277,7 @@ def _recipe(plan: RecoveryPlan, name: str, rate: float, seed: int) -> Recipe:
         if key == "run_dir" or any(one.startswith(f"{key}=") for one in own):
             raise RecipeError(
                 f"{override}: the benchmark sets {key} itself.",
-                allowed="--rates, --seeds and --to say what it is.",
+                allowed="Use --rates, --seeds and --to.",
             )
     recipe = compose_recipe(f"{FOLDER}{name}", [*plan.overrides, *own])
     recipe.run_dir = str(plan.to / "runs" / name / f"rate={rate:g},seed={seed}")

@@ -1,4 +1,4 @@
-"""The result of `sparsify bench recovery` as a table, as pictures and as files."""
+"""The result of `sparsify bench recovery` as table, figures and files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.ticker import EngFormatter, PercentFormatter
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from sparsify.bench.recovery import DENSE, Recovery, RecoveryArm
+from sparsify.bench.recovery import DENSE, Recovery, RecoveryVariant
 from sparsify.files import write_text
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image
 from sparsify.reporting.tables import Table
@@ -26,11 +26,11 @@ PICTURES: dict[str, tuple[str, str]] = {
     "gate_first": ("FFN bytes, exact gate-first kernel", "gate_first_bytes"),
     "predictor": ("FFN bytes, perfect predictor", "predicted_bytes"),
 }
-"""File name to the label of the horizontal axis and the number on it; the gap against tokens is drawn besides."""
+"""File name to the label of the x axis and the field on it; the figure of gap against tokens is separate."""
 
 
 def recovery_table(recovery: Recovery) -> RenderableType:
-    """One row a variant, from the smallest gap on, and what the numbers rest on."""
+    """One row per variant, sorted by gap, with notes."""
     seeds = ", ".join(map(str, recovery.seeds))
     variants = sorted(recovery.variants, key=lambda variant: (variant.name != DENSE, variant.gap))
     title = f"After {recovery.budget_tokens:,} tokens, mean of seeds {seeds}"
@@ -38,7 +38,7 @@ def recovery_table(recovery: Recovery) -> RenderableType:
     return Group("", table, Text(_notes(recovery)))
 
 
-def _row(variant: RecoveryArm) -> list[str]:
+def _row(variant: RecoveryVariant) -> list[str]:
     gap, spread = f"{variant.gap:+.3f}", max(variant.gaps) - min(variant.gaps)
     if len(variant.gaps) > 1:
         gap += f" ± {spread / 2:.3f}"
@@ -54,23 +54,23 @@ def _row(variant: RecoveryArm) -> list[str]:
 
 def _notes(recovery: Recovery) -> str:
     notes = [
-        "gate first, predictor: share of the feed-forward weights that an exact kernel reads for one token when it computes "
-        "the gate first, and with a perfect predictor that costs nothing.",
+        "gate first, predictor: share of the feed-forward weights read for one token, with an exact gate-first kernel and with a "
+        "perfect predictor of no cost.",
     ]
     if len(recovery.seeds) > 1:
         notes.append("±: half of the range over seeds.")
     if any(variant.at_edge() for variant in recovery.variants):
         notes.append(
-            "*: the lowest or highest rate that was tried; a better one may lie outside (--rates)."
+            "*: the lowest or highest rate tried; a better one may be outside the range (--rates)."
         )
     return "\n".join(notes)
 
 
 def write_recovery(recovery: Recovery, folder: Path) -> None:
-    """Writes recovery.json and the pictures.
+    """Writes recovery.json and the figures.
 
     Raises:
-        StorageError: If the disk or the folder refuses.
+        StorageError: If writing fails.
     """
     write_text(folder / "recovery.json", recovery.model_dump_json(indent=1) + "\n")
     draws: dict[str, Callable[[Theme], Figure]] = {"tokens": partial(_draw_tokens, recovery)}
@@ -81,7 +81,7 @@ def write_recovery(recovery: Recovery, folder: Path) -> None:
 
 
 def _draw_tokens(recovery: Recovery, theme: Theme) -> Figure:
-    """Gap to the dense baseline against tokens, mean of the seeds; dotted while the activation is not all sparse yet."""
+    """Gap to the dense baseline against tokens, mean over seeds; dotted during activation blending."""
     figure, axes = _figure()
     dense = [{point.tokens: point.loss for point in run.points} for run in recovery.dense.runs]
     for index, variant in enumerate(_sparse(recovery)):
@@ -110,7 +110,7 @@ def _draw_tokens(recovery: Recovery, theme: Theme) -> Figure:
 
 
 def _draw_end(recovery: Recovery, label: str, share: str, theme: Theme) -> Figure:
-    """Gap to the dense baseline at the end against one share, each seed a point."""
+    """Final gap to the dense baseline against one share; one point per seed."""
     figure, axes = _figure()
     for index, variant in enumerate(_sparse(recovery)):
         values = [getattr(run.last, share) for run in variant.runs]
@@ -125,8 +125,8 @@ def _draw_end(recovery: Recovery, label: str, share: str, theme: Theme) -> Figur
     return figure
 
 
-def _sparse(recovery: Recovery) -> list[RecoveryArm]:
-    """From the largest gap to the smallest, so that the legend reads from top to bottom as the curves end."""
+def _sparse(recovery: Recovery) -> list[RecoveryVariant]:
+    """Sparse variants in order of descending gap, so that the legend has the order of the curves' ends."""
     sparse = [variant for variant in recovery.variants if variant.name != DENSE]
     return sorted(sparse, key=lambda variant: -variant.gap)
 
@@ -137,5 +137,5 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _colour(index: int) -> tuple[float, float, float, float]:
-    """Ten strong colours, then the pale ones of the same pairs."""
+    """Ten strong colours, then their ten pale counterparts."""
     return colormaps["tab20"]((2 * index + index // 10) % 20)

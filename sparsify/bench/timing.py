@@ -1,9 +1,8 @@
-"""Time on a CPU and on a GPU, where work goes on after its call has returned.
+"""Timing on CPU and GPU, and interleaved execution of training loops.
 
-Several training loops in one process that take turns, so that a busy machine slows all of them alike.
-
-Each loop runs unchanged in a thread of its own. Once a step it calls its turn's `step`, which every few steps lets the next loop
-go on and waits. Only one of them ever runs.
+Several training loops run alternately in one process, so that other load on the machine slows all of them alike. Each loop runs
+unmodified in its own thread and calls `InterleavedLoop.step` once a step; after each block of steps, this hands control to the
+next loop. Only one loop runs at any time.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Clock:
         self._gpu = device == "cuda"
 
     def mark(self) -> float | torch.cuda.Event:
-        """This moment; on a GPU, that at which the device has done what it was given before."""
+        """Marks the current time; on a GPU, the time at which the work enqueued so far is done."""
         if not self._gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -35,7 +34,7 @@ class Clock:
         return event
 
     def seconds(self, start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
-        """Seconds between two marks. On a GPU this waits for the second."""
+        """Seconds between two marks. On a GPU this waits for the second mark."""
         if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
             end.synchronize()
             return start.elapsed_time(end) / 1000
@@ -44,7 +43,7 @@ class Clock:
         return end - start
 
     def prepared(self, run: Callable[[], object]) -> Callable[[], object]:
-        """The same work without what starting it costs: on a GPU a graph of it, after it ran once."""
+        """The same work without launch overhead: on a GPU, a CUDA graph captured after a first run."""
         run()
         if not self._gpu:
             return run
@@ -55,36 +54,36 @@ class Clock:
         return graph.replay
 
 
-TrainingLoop = Callable[["Turn"], None]
+TrainingLoop = Callable[["InterleavedLoop"], None]
 
 
 class Finished(Exception):
-    """Raised out of a training loop after its last measured step."""
+    """Raised in a training loop after its last measured step."""
 
 
-def clock() -> float:
-    """Seconds: of this process's own work on a CPU, where others share the cores, and of the wall where a GPU works."""
+def work_seconds() -> float:
+    """Seconds of CPU time of this process, since other processes share the cores; wall time with a GPU."""
     if not torch.cuda.is_available():
         return time.process_time()
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
-class Turn:
-    """One loop's place in the round.
+class InterleavedLoop:
+    """Control of one loop that runs alternately with others.
 
     Args:
-        name: What it is called.
-        block_steps: Steps of one measured block.
-        blocks: How many blocks are measured, after a first one that warms up.
+        name: Name of the loop.
+        block_steps: Steps per block.
+        blocks: Number of measured blocks, after a warm-up block.
     """
 
     def __init__(self, name: str, block_steps: int, blocks: int) -> None:
         self.name = name
         self.seconds: list[float] = []
-        """Of one step in each measured block."""
+        """Seconds per step in each measured block."""
         self.losses: list[float] = []
-        """Of the first steps, where the loop tells them."""
+        """Losses of the first steps, if the loop records them."""
         self._block_steps, self._blocks = block_steps, blocks
         self._done_steps, self._warm = 0, False
         self._started = 0.0
@@ -93,7 +92,7 @@ class Turn:
         self._ended = False
 
     def step(self) -> None:
-        """Called by the loop at the same point of every step; returns when it may go on.
+        """Called by the loop at the same point of every step; blocks while other loops run.
 
         Raises:
             Finished: When all blocks are measured.
@@ -103,7 +102,7 @@ class Turn:
         self._done_steps += 1
 
     def _end_block(self) -> None:
-        now = clock()
+        now = work_seconds()
         if self._warm:
             self.seconds.append((now - self._started) / self._block_steps)
         self._warm = self._started > 0
@@ -112,10 +111,10 @@ class Turn:
         self._back.release()
         self._go.acquire()
         self._done_steps = 0
-        self._started = clock()
+        self._started = work_seconds()
 
     def start(self, loop: TrainingLoop) -> None:
-        """Sets the loop up, as far as its first step."""
+        """Runs the loop's set-up, up to its first step."""
 
         def run() -> None:
             self._go.acquire()
@@ -123,16 +122,16 @@ class Turn:
                 loop(self)
             except Finished:
                 pass
-            except BaseException as error:  # handed to the thread that waits for it
+            except BaseException as error:  # re-raised in the thread that waits for this one
                 self._error = error
             self._ended = True
             self._back.release()
 
         threading.Thread(target=run, name=self.name, daemon=True).start()
-        self.go()
+        self.run_block()
 
-    def go(self) -> None:
-        """Lets the loop run one block."""
+    def run_block(self) -> None:
+        """Runs one block of the loop."""
         if self._ended:
             return
         self._go.release()
@@ -141,27 +140,27 @@ class Turn:
             raise self._error
 
 
-def take_turns(
+def run_interleaved(
     loops: Mapping[str, TrainingLoop],
     block_steps: int,
     blocks: int,
     on_progress: Callable[[str], object],
-) -> dict[str, Turn]:
-    """Runs the loops block by block, each time in another order.
+) -> dict[str, InterleavedLoop]:
+    """Runs the loops alternately, block by block, in changing order.
 
     Args:
-        loops: Functions that train until `Turn.step` raises.
-        block_steps: Steps of a block.
+        loops: Functions that train until `InterleavedLoop.step` raises.
+        block_steps: Steps per block.
         blocks: Measured blocks of each loop.
-        on_progress: Told what is going on.
+        on_progress: Receives the name of each step.
 
     Returns:
-        Their turns, with the seconds of a step in each block.
+        The loops' controls, with the seconds per step in each block.
     """
-    turns = {name: Turn(name, block_steps, blocks) for name in loops}
+    controls = {name: InterleavedLoop(name, block_steps, blocks) for name in loops}
     for name, loop in loops.items():
         on_progress(f"Setting up: {name}")
-        turns[name].start(loop)
+        controls[name].start(loop)
     names = list(loops)
     for block in range(blocks + 1):
         on_progress(
@@ -169,16 +168,16 @@ def take_turns(
         )
         shift = block % len(names)
         for name in names[shift:] + names[:shift]:
-            turns[name].go()
-    return turns
+            controls[name].run_block()
+    return controls
 
 
 def paired_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> list[float]:
-    """The ratio of each pair of blocks that were measured one after the other."""
+    """The ratio of each pair of blocks measured one after the other."""
     return [a / b for a, b in zip(numerator, denominator, strict=True)]
 
 
-def middle_half(values: Sequence[float]) -> tuple[float, float, float]:
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, first and third quartile."""
     ordered = sorted(values)
     below = ordered[: (len(ordered) + 1) // 2]

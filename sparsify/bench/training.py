@@ -1,6 +1,6 @@
-"""`sparsify bench train`: what our loop and the probe cost, and our speed beside Hugging Face's Trainer, in one process.
+"""`sparsify bench train`: overhead of our loop and of the probe, and our speed against Hugging Face's Trainer.
 
-All loops have the same weights, sequences, precision and DeepSpeed configuration, and take turns block by block.
+All loops have the same weights, sequences, precision and DeepSpeed configuration, and run alternately in one process.
 """
 
 from __future__ import annotations
@@ -18,9 +18,15 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from sparsify.bench.timing import Turn, clock, middle_half, paired_ratios, take_turns
+from sparsify.bench.timing import (
+    InterleavedLoop,
+    paired_ratios,
+    quartiles,
+    run_interleaved,
+    work_seconds,
+)
 from sparsify.bench.training_loops import Loops, PackedSequence
-from sparsify.bench.training_report import Loop, Probe, Ratio, TrainBench
+from sparsify.bench.training_report import Loop, Probe, QuartileRatio, TrainBench
 from sparsify.conversion.convert import convert
 from sparsify.errors import RecipeError
 from sparsify.launch.feeder import Feeder, is_ready
@@ -50,20 +56,20 @@ def bench_train(
     """Measures the loops.
 
     Args:
-        name_or_path: Recipe to train with; its budget, schedule, baseline and number of processes are replaced.
+        name_or_path: Recipe; its budget, schedule, baseline and number of processes are replaced.
         overrides: Hydra overrides.
-        block_steps: Steps of one block.
+        block_steps: Steps per block.
         blocks: Measured blocks of each loop.
-        on_progress: Told what is being measured.
+        on_progress: Receives the name of each step.
 
     Raises:
-        UserError: Whatever is wrong with the recipe, its model or its data, or with the numbers.
+        UserError: If the recipe, its model, its data or a number is invalid.
     """
     for name, number in {"block-steps": block_steps, "blocks": blocks}.items():
         if number < 1:
             raise RecipeError(f"--{name} is {number}.", allowed="It must be 1 or more.")
     given = compose_recipe(name_or_path, [*overrides, "launch.processes=1"])
-    # One more block to warm up, one more step that a Trainer reads ahead.
+    # One additional block for warm-up, one additional step that the Trainer reads ahead.
     num_steps = (blocks + 1) * block_steps + 1
     with tempfile.TemporaryDirectory(prefix="sparsify-bench-") as folder:
         fixed = {
@@ -79,9 +85,9 @@ def bench_train(
         recipe = compose_recipe(name_or_path, [*overrides, *settings])
         check_machine(recipe)
         others = deepcopy(recipe)
-        others.training.liger_kernels = False  # what Liger gives stands in the ratios
+        others.training.liger_kernels = False  # so that the ratios include the gain of Liger
         if not torch.cuda.is_available():
-            # A waiting thread of OpenMP spins, which would count as work.
+            # Waiting OpenMP threads spin, which would count as CPU time.
             torch.set_num_threads(recipe.launch.threads_per_process or 1)
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
             on_progress("Preparing weights and sequences")
@@ -96,7 +102,7 @@ def bench_train(
 
 
 def _prepare(recipe: Recipe, run: RunFolder) -> list[PackedSequence]:
-    """Everything that the launcher would prepare, and the sequences of all steps."""
+    """Prepares the run like the launcher, and returns the sequences of all steps."""
     save_recipe(recipe, run.recipe)
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
     convert(
@@ -122,7 +128,7 @@ def _prepare(recipe: Recipe, run: RunFolder) -> list[PackedSequence]:
 
 
 def _join_alone() -> None:
-    """A process group of this process only."""
+    """Creates a process group with only this process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -141,13 +147,13 @@ def _measure(
     loops: Loops, block_steps: int, blocks: int, on_progress: Callable[[str], object]
 ) -> TrainBench:
     recipe = loops.recipe
-    turns = take_turns(
+    controls = run_interleaved(
         {"bare engine": loops.bare, "sparsify": loops.ours, "Trainer": loops.trainer},
         block_steps,
         blocks,
         on_progress,
     )
-    bare, ours, trainer = turns["bare engine"], turns["sparsify"], turns["Trainer"]
+    bare, ours, trainer = controls["bare engine"], controls["sparsify"], controls["Trainer"]
     assert loops.session is not None
     on_progress("Validation with and without the probe")
     probe = _probe(loops.session, median(ours.seconds), blocks)
@@ -177,23 +183,23 @@ def _measure(
     )
 
 
-def _loop(turn: Turn, recipe: Recipe) -> Loop:
+def _loop(control: InterleavedLoop, recipe: Recipe) -> Loop:
     return Loop(
-        tokens_per_second=recipe.step_tokens / median(turn.seconds),
-        step_seconds=turn.seconds,
-        losses=turn.losses,
+        tokens_per_second=recipe.step_tokens / median(control.seconds),
+        step_seconds=control.seconds,
+        losses=control.losses,
     )
 
 
-def _ratio(values: Sequence[float]) -> Ratio:
-    middle, lower, upper = middle_half(values)
-    return Ratio(median=middle, lower_quartile=lower, upper_quartile=upper)
+def _ratio(values: Sequence[float]) -> QuartileRatio:
+    middle, lower, upper = quartiles(values)
+    return QuartileRatio(median=middle, lower_quartile=lower, upper_quartile=upper)
 
 
 def _probe(session: Session, step_seconds: float, repeats: int) -> Probe:
-    """Times validation, and the same forward passes with and without the probe, in turns.
+    """Times validation, and the same forward passes with and without the probe, interleaved.
 
-    Measured directly, since a block of training that holds a validation differs from one without by less than blocks do.
+    Measured directly, since training blocks vary by more than the cost of a validation.
     """
     recipe = session.recipe
     shares, size = token_shares(recipe.mixture), recipe.training.micro_batch_size
@@ -205,10 +211,10 @@ def _probe(session: Session, step_seconds: float, repeats: int) -> Probe:
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name in list(works) if repeat % 2 else reversed(works):
-            started = clock()
+            started = work_seconds()
             works[name]()
             if repeat:  # the first pass warms up
-                seconds[name].append(clock() - started)
+                seconds[name].append(work_seconds() - started)
     added = [a - b for a, b in zip(seconds["probed"], seconds["forward"], strict=True)]
     every_tokens = session.run.load_recipe().eval.every_tokens
     training_seconds = step_seconds * every_tokens / recipe.step_tokens
@@ -232,7 +238,7 @@ def _probed_forward(session: Session) -> None:
 
 @torch.no_grad()
 def _forward(session: Session) -> None:
-    """The forward passes of a validation and nothing else."""
+    """Only the forward passes of a validation."""
     engine, size = session.engine, session.recipe.training.micro_batch_size
     with evaluating(engine):
         for sequences in session.held_out.values():

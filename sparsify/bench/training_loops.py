@@ -1,4 +1,4 @@
-"""The three loops of `sparsify bench train`: DeepSpeed's engine alone, ours, and the Trainer of Hugging Face."""
+"""The three loops of `sparsify bench train`: the bare DeepSpeed engine, ours, and the Trainer of Hugging Face."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from sparsify.bench.timing import Finished, Turn
+from sparsify.bench.timing import Finished, InterleavedLoop
 from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
@@ -30,9 +30,9 @@ class Loops:
     """The loops over one prepared run.
 
     Args:
-        recipe: Its recipe; its learning rate is constant.
-        run: Its folder, with weights, tokenised sources and lock.
-        sequences: The sequences of all steps, in memory: what the other two loops read.
+        recipe: The run's recipe, with a constant learning rate.
+        run: The run's folder, with weights, tokenised sources and lock.
+        sequences: The sequences of all steps, in memory, for the bare engine and the Trainer.
     """
 
     recipe: Recipe
@@ -40,8 +40,8 @@ class Loops:
     sequences: list[PackedSequence]
     session: Session | None = None
 
-    def bare(self, turn: Turn) -> None:
-        """Forward, backward and step of the engine on batches that lie ready, and nothing else."""
+    def bare(self, control: InterleavedLoop) -> None:
+        """Only forward, backward and step of the engine, on prepared batches."""
         engine = build_engine(self.recipe, self.run.initial)
         size = self.recipe.training.micro_batch_size
         micro_batches = [
@@ -52,7 +52,7 @@ class Loops:
         labels = torch.stack([sequence["labels"] for sequence in self.sequences])
         num_labels = (labels != NO_LOSS).view(self.recipe.num_steps, -1).sum(1).tolist()
         for step in itertools.count():
-            turn.step()
+            control.step()
             batches = micro_batches[step * accumulation : (step + 1) * accumulation]
             total = torch.zeros((), device=engine.device)
             for batch in batches:
@@ -70,17 +70,17 @@ class Loops:
                 engine.backward(loss / num_labels[step], scale_wrt_gas=False)
                 engine.step()
                 total += loss.detach()
-            turn.losses.append(float(total) / num_labels[step])
+            control.losses.append(float(total) / num_labels[step])
 
-    def ours(self, turn: Turn) -> None:
-        """`training.loop.train` as it is: data, agreement of the ranks, schedule, metrics.jsonl, lines."""
+    def ours(self, control: InterleavedLoop) -> None:
+        """`training.loop.train` unmodified: data, agreement of ranks, schedule, metrics.jsonl, log lines."""
 
         def once_a_step() -> bool:
-            turn.step()
+            control.step()
             return False
 
         session = build_session(self.run, once_a_step)
-        # Validation and checkpoints are measured apart: one of them would fall into some blocks and not into others.
+        # Without validations and checkpoints, which would be in some blocks but not in others.
         recipe = deepcopy(session.recipe)
         recipe.eval.every_tokens = recipe.checkpoint.every_tokens = 2**62
         session.recipe, self.session = recipe, session
@@ -88,10 +88,10 @@ class Loops:
             train(self.session)
         except Finished:
             lines = map(json.loads, self.run.metrics.read_text().splitlines())
-            turn.losses = [line["loss"] for line in lines if line["kind"] == "train"]
+            control.losses = [line["loss"] for line in lines if line["kind"] == "train"]
             raise
 
-    def trainer(self, turn: Turn) -> None:
+    def trainer(self, control: InterleavedLoop) -> None:
         """The Trainer with the same DeepSpeed configuration, reading the sequences in the same order."""
         recipe, training, optimizer = self.recipe, self.recipe.training, self.recipe.optimizer
         config = deepspeed_config(recipe)
@@ -102,7 +102,7 @@ class Loops:
             gradient_accumulation_steps=recipe.accumulation_steps,
             max_steps=recipe.num_steps,
             max_grad_norm=optimizer.max_gradient_norm,
-            # Under DeepSpeed the Trainer builds its optimizer itself, whichever it is handed.
+            # With DeepSpeed the Trainer always builds its own optimizer.
             optim="adamw_torch",
             learning_rate=optimizer.peak_learning_rate,
             lr_scheduler_type="constant",
@@ -113,7 +113,7 @@ class Loops:
             bf16=training.precision == "bf16",
             train_sampling_strategy="sequential",
             remove_unused_columns=False,
-            logging_steps=1,  # ours writes every step as well
+            logging_steps=1,  # like ours
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
@@ -125,16 +125,16 @@ class Loops:
         trainer = Trainer(
             model=model,
             args=arguments,
-            # Labels are shifted already; under this name transformers' loss does not shift them again.
+            # The labels are already shifted; with this name transformers' loss does not shift them again.
             train_dataset=[
                 sequence | {"shift_labels": sequence["labels"]} for sequence in self.sequences
             ],  # pyright: ignore
-            callbacks=[_OnStep(turn.step)],
+            callbacks=[_OnStep(control.step)],
         )
         try:
             trainer.train()
         finally:
-            turn.losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+            control.losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
 
 class _OnStep(TrainerCallback):

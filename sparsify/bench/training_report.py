@@ -1,7 +1,4 @@
-"""What `sparsify bench train` measures.
-
-The result of `sparsify bench train` as tables.
-"""
+"""The result of `sparsify bench train`, and its tables."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from rich.console import Group, RenderableType
 from sparsify.reporting.tables import Table
 
 
-class Ratio(BaseModel):
-    """A ratio over the pairs of blocks: its median, and the half of them that lies in the middle."""
+class QuartileRatio(BaseModel):
+    """Median and quartiles of a ratio over pairs of blocks."""
 
     median: float
     lower_quartile: float
@@ -20,32 +17,32 @@ class Ratio(BaseModel):
 
 
 class Loop(BaseModel):
-    """One training loop."""
+    """Timing of one training loop."""
 
     tokens_per_second: float
-    """Median over the blocks."""
+    """Median over blocks."""
     step_seconds: list[float]
-    """Of one step, in each block."""
+    """Seconds per step in each block."""
     losses: list[float]
-    """Of the first steps; all loops start from the same weights and see the same sequences."""
+    """Losses of the first steps; all loops start from the same weights and see the same sequences."""
 
 
 class Probe(BaseModel):
-    """What the validation costs that reads the sparsity, and what the probe has in it."""
+    """Cost of a validation, and of the sparsity probe in it."""
 
     every_tokens: int
     """Training tokens between two validations: eval.every_tokens."""
     held_out_tokens: int
     validation_seconds: float
     probe_seconds: float
-    """Of it, what the same validation would save without the probe."""
+    """The part of `validation_seconds` that is due to the probe."""
     validation_share: float
-    """Time of validations as a share of the training between them."""
+    """Time of a validation as a share of the training between two validations."""
     probe_share: float
 
 
 class TrainBench(BaseModel):
-    """Loops over the same data, model, precision and DeepSpeed configuration."""
+    """Timings of loops with the same data, model, precision and DeepSpeed configuration."""
 
     recipe: str
     parameters: int
@@ -61,20 +58,20 @@ class TrainBench(BaseModel):
     bare: Loop
     ours: Loop
     trainer: Loop
-    loop_overhead: Ratio
-    """Seconds of our loop's step over those of the bare engine's, minus 1."""
-    speed_against_trainer: Ratio
-    """Tokens/s of our loop over the Trainer's."""
+    loop_overhead: QuartileRatio
+    """Step time of our loop over that of the bare engine, minus 1."""
+    speed_against_trainer: QuartileRatio
+    """Tokens per second of our loop over those of the Trainer."""
     probe: Probe
 
 
 def training_table(bench: TrainBench) -> RenderableType:
-    """The loops, the validation, and what the numbers rest on."""
+    """Tables of loops and validation, with the measurement's conditions."""
     return Group("", _loops_table(bench), _probe_table(bench), _rests_on(bench))
 
 
 def _loops_table(bench: TrainBench) -> Table:
-    table = Table("A training step", ["", "tokens/s", "against", "ratio", "middle half of pairs"])
+    table = Table("A training step", ["", "tokens/s", "baseline", "ratio", "interquartile range"])
     _add(table, "bare engine: forward, backward, step", bench.bare)
     _add(table, "sparsify", bench.ours, "bare engine", bench.loop_overhead, added=True)
     _add(table, "sparsify", bench.ours, "Trainer", bench.speed_against_trainer)
@@ -87,7 +84,7 @@ def _add(
     label: str,
     loop: Loop,
     against: str = "",
-    ratio: Ratio | None = None,
+    ratio: QuartileRatio | None = None,
     *,
     added: bool = False,
 ) -> None:
@@ -107,8 +104,8 @@ def _probe_table(bench: TrainBench) -> Table:
         f"A validation of {probe.held_out_tokens:,} tokens after every {probe.every_tokens:,} tokens of training",
         ["", "seconds", "share of training"],
     )
-    table.add("all of it", f"{probe.validation_seconds:.2f}", f"{probe.validation_share:.2%}")
-    table.add("of it the probe", f"{probe.probe_seconds:.2f}", f"{probe.probe_share:.2%}")
+    table.add("total", f"{probe.validation_seconds:.2f}", f"{probe.validation_share:.2%}")
+    table.add("of which probe", f"{probe.probe_seconds:.2f}", f"{probe.probe_share:.2%}")
     return table
 
 
@@ -116,8 +113,8 @@ def _rests_on(bench: TrainBench) -> str:
     return (
         f"[dim]Recipe {bench.recipe}: {bench.parameters / 1e6:,.1f}M parameters, {bench.precision}, ZeRO stage "
         f"{bench.zero_stage}, one process; {bench.step_tokens:,} tokens a step in sequences of {bench.sequence_length:,}.\n"
-        f"{bench.device}, {bench.threads} CPU thread(s). Clock: {bench.clock}. {bench.blocks} block(s) of "
-        f"{bench.block_steps} step(s) of each loop, taken in turns after one to warm up.\n"
+        f"{bench.device}, {bench.threads} CPU thread(s). Clock: {bench.clock}. {bench.blocks} interleaved block(s) of "
+        f"{bench.block_steps} step(s) of each loop, after one warm-up block.\n"
         "Medians; ratios are medians over pairs of blocks. All loops have the same weights, sequences and DeepSpeed "
         "configuration.[/dim]"
     )

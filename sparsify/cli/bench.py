@@ -44,11 +44,11 @@ def bench_mixture(
 
     Example: sparsify bench mixture --on my_mixture.yaml --budget-tokens 10000000
     """
-    from sparsify.bench import mixture
+    from sparsify.bench import mixture_speed
     from sparsify.bench.mixture_report import mixture_table
 
     with Console(stderr=True).status("") as status:
-        result = mixture.bench_mixture(
+        result = mixture_speed.bench_mixture(
             on,
             tokenizer,
             budget_tokens=budget_tokens,
@@ -232,7 +232,7 @@ def bench_activation(
 
     Example: sparsify bench activation --dtype fp32
     """
-    from sparsify.bench import activation as bench
+    from sparsify.bench import activation_speed as bench
 
     with Console(stderr=True).status("") as status:
         result = bench.bench_activation(

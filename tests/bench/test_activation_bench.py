@@ -1,10 +1,10 @@
-"""`bench activation` measures the ways over the same tensors, and its ratios follow from its times."""
+"""`bench activation` times all implementations on the same tensors; its ratios follow from the times."""
 
 from __future__ import annotations
 
 import pytest
 
-from sparsify.bench.activation import activation_table, bench_activation
+from sparsify.bench.activation_speed import activation_table, bench_activation
 from sparsify.cli import main
 from sparsify.errors import RecipeError
 from sparsify.training.kernels.activation import fastest_implementation
@@ -14,7 +14,7 @@ SIZE = {"tokens": 64, "neurons": 512, "dtype": "fp32"}
 
 def test_the_fused_kernel_is_measured_against_eager() -> None:
     bench = bench_activation("drelu", **SIZE, repeats=1, on_progress=lambda _: None)
-    eager, fused = bench.ways
+    eager, fused = bench.implementations
     assert (eager.name, fused.name) == ("eager", fastest_implementation())
     assert fused.both_speed is not None
     assert fused.both_speed.median == pytest.approx(eager.both_seconds / fused.both_seconds)
@@ -28,7 +28,7 @@ def test_the_fused_kernel_is_measured_against_eager() -> None:
     assert f"{fused.name}, with backward" in shown.get()
 
 
-def test_what_it_cannot_measure_is_refused() -> None:
+def test_invalid_options_are_refused() -> None:
     with pytest.raises(RecipeError, match="--activation"):
         bench_activation("gelu", **SIZE, repeats=1, on_progress=lambda _: None)
     with pytest.raises(RecipeError, match="--repeats"):

@@ -1,4 +1,4 @@
-"""The benchmark's blocks fire as asked, its byte counts are those of the rows, and its commands print what was measured."""
+"""The benchmark's blocks have the given sparsity, bytes are counted by rows, and the command prints the results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from sparsify.bench import decode_measure
 from sparsify.bench.decode_measure import dense_twin, make_blocks, measure_model, measure_point
-from sparsify.bench.decode_result import FfnPoint, Ratio, Timing, crossover
+from sparsify.bench.decode_result import FfnPoint, SpeedUp, Timing, crossover
 from sparsify.cli import main
 from sparsify.conversion.convert import convert
 from sparsify.conversion.sparse_folder import load_sparse
@@ -28,7 +28,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_blocks_fire_as_asked_and_bytes_are_those_of_their_rows(tokens: int) -> None:
+def test_blocks_have_the_given_sparsity_and_bytes_are_counted_by_rows(tokens: int) -> None:
     blocks = make_blocks(HIDDEN, NEURONS, RANK, 3, torch.bfloat16)[:2]
     point = measure_point(blocks, 0.1, 0.3, tokens, threads=1, repeats=2)
     block = blocks[0]
@@ -49,7 +49,7 @@ def test_blocks_fire_as_asked_and_bytes_are_those_of_their_rows(tokens: int) -> 
     assert all(len(timing.seconds) == 2 for timing in point.seconds.values())
 
 
-def test_blocks_of_int4_are_read_by_the_kernels_alone() -> None:
+def test_only_the_kernels_read_int4_blocks() -> None:
     blocks = make_blocks(HIDDEN, NEURONS, RANK, 2, torch.bfloat16, "int4")
     point = measure_point(blocks[:2], 0.1, 0.3, 2, threads=1, repeats=1)
     x, block = blocks[0].x, blocks[0]
@@ -63,10 +63,10 @@ def test_blocks_of_int4_are_read_by_the_kernels_alone() -> None:
 
 def test_ratios_are_taken_within_pairs() -> None:
     slow, fast = Timing(seconds=[2.0, 20.0, 6.0]), Timing(seconds=[1.0, 10.0, 2.0])
-    assert Ratio.of(slow, fast).median == 2.0
+    assert SpeedUp.of(slow, fast).median == 2.0
 
 
-def test_the_crossover_is_the_first_batch_that_torch_wins() -> None:
+def test_the_crossover_is_the_first_batch_at_which_torch_is_faster() -> None:
     def point(tokens: int, exact: float, gates: float = 0.1) -> FfnPoint:
         seconds = {"torch": Timing(seconds=[1.0]), "exact": Timing(seconds=[exact])}
         return FfnPoint(
@@ -131,12 +131,12 @@ def test_the_command_measures_a_bundle_and_draws(
     assert run(monkeypatch, *blocks, "--layers", "0", "--json") == 0
     measured = json.loads(capsys.readouterr().out)
     assert len(measured["ffn"]) == 2 * 2 + 1 + 1
-    assert "what bytes allow" in plot.read_text()
+    assert "limit by bytes read" in plot.read_text()
     whole = ("--bundle", str(bundle), "--sparsity", "", "--tokens", "6", "--repeats", "2")
     whole += ("--weights", "int8")
     assert run(monkeypatch, *whole, "--prompt", "word1 value2") == 0
     shown = capsys.readouterr().out
-    assert "Layers that hold it back most" in shown
+    assert "Layers that limit the speed-up most" in shown
     assert "exact" in shown
     assert "2 layers, int8 weight blocks on float32" in shown
 
@@ -154,7 +154,7 @@ def test_the_command_measures_a_bundle_and_draws(
         (("--predictors", "somewhere"), "--predictors without --bundle"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_invalid_settings_are_refused(
     arguments: tuple[str, ...],
     words: str,
     monkeypatch: pytest.MonkeyPatch,

@@ -1,4 +1,4 @@
-"""`bench mixture` counts what happened: exact shares and nothing lost on our side, what really was lost on the other."""
+"""`bench mixture` counts what is delivered: exact shares and nothing lost on our side, losses on the other side."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def bench(mixture_file: Path) -> MixtureBench:
     return MixtureBench.model_validate_json(result.stdout)
 
 
-def test_our_side_delivers_what_was_asked_within_one_sequence(bench: MixtureBench) -> None:
+def test_our_side_delivers_the_planned_shares_within_one_sequence(bench: MixtureBench) -> None:
     assert bench.requested_token_shares == {"code": 0.5, "prose": 0.25, "questions": 0.25}
     assert bench.ours.delivered.largest_deviation_sequences < 1
-    for name, asked in bench.requested_token_shares.items():
+    for name, planned in bench.requested_token_shares.items():
         given = bench.ours.delivered.token_shares[name]
-        assert abs(given - asked) * bench.num_sequences < 1
+        assert abs(given - planned) * bench.num_sequences < 1
     assert bench.ours.delivered.cut_documents == 0
 
 
@@ -50,13 +50,13 @@ def test_our_side_loses_and_repeats_nothing(bench: MixtureBench) -> None:
 
 
 def test_the_other_side_draws_by_document(bench: MixtureBench) -> None:
-    """Questions are a quarter of its documents, but several times as short as the others."""
+    """Questions are a quarter of its documents, but several times shorter than the others."""
     assert bench.interleaved.delivered.token_shares["questions"] < 0.15
     assert bench.interleaved.delivered.largest_deviation_sequences > 1
     assert sum(bench.interleaved.delivered.token_shares.values()) == pytest.approx(1)
 
 
-def test_every_measure_is_there_and_shown(bench: MixtureBench) -> None:
+def test_every_number_is_measured_and_shown(bench: MixtureBench) -> None:
     assert all(side.peak_memory_bytes > 10**8 for side in (bench.ours, bench.interleaved))
     assert [one.sequence_length for one in bench.loaded] == [128, 256]
     assert bench.tokenized.num_tokens >= bench.num_sequences * bench.sequence_length
@@ -67,7 +67,7 @@ def test_every_measure_is_there_and_shown(bench: MixtureBench) -> None:
 
 
 def test_documents_of_a_lost_shuffle_buffer_are_counted(tmp_path: Path) -> None:
-    """What `datasets` says of itself: examples from shuffle buffers are lost when resuming."""
+    """As documented by `datasets`: examples in shuffle buffers are lost when resuming."""
     rows = [json.dumps({"text": f"{number} " + "word " * 60}) for number in range(900)]
     (tmp_path / "one.jsonl").write_text("\n".join(rows))
     (tmp_path / "two.jsonl").write_text("\n".join(rows))
@@ -89,8 +89,8 @@ def test_documents_of_a_lost_shuffle_buffer_are_counted(tmp_path: Path) -> None:
     assert delivered.token_shares["one"] == pytest.approx(0.5, abs=0.1)
 
 
-def test_memory_is_that_of_the_work_alone() -> None:
-    """Whatever this process holds: a child that does nothing adds nothing."""
+def test_added_memory_is_that_of_the_work() -> None:
+    """A child that does nothing adds no memory, independent of this process."""
     held = np.ones(2 * ALLOCATED_BYTES // 8)
     measured = measure_apart({"work": (np.ones, ALLOCATED_BYTES // 8), "nothing": (len, "")})
     assert held.nbytes == 2 * ALLOCATED_BYTES

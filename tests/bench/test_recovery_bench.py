@@ -1,4 +1,4 @@
-"""`sparsify bench recovery`: what it reads from runs, how variants choose and compare, and one real small benchmark."""
+"""`sparsify bench recovery`: reading runs, choosing and comparing variants, and one small real benchmark."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from rich.console import Console
 
 from sparsify.bench.recovery import (
     Recovery,
-    RecoveryArm,
     RecoveryPlan,
     RecoveryPoint,
     RecoveryRun,
-    arm_names,
+    RecoveryVariant,
     bench_recovery,
     read_run,
+    variant_names,
 )
 from sparsify.bench.recovery_report import recovery_table, write_recovery
 from sparsify.cli.options import numbers
@@ -34,7 +34,7 @@ def point(tokens: int, loss: float, zeros: float, gate_zeros: float) -> Recovery
     )
 
 
-def variant(name: str, losses: list[float], dense: list[float], zeros: float) -> RecoveryArm:
+def variant(name: str, losses: list[float], dense: list[float], zeros: float) -> RecoveryVariant:
     runs = [
         RecoveryRun(
             variant=name,
@@ -46,7 +46,7 @@ def variant(name: str, losses: list[float], dense: list[float], zeros: float) ->
         for seed, loss in enumerate(losses, start=1)
     ]
     gaps = [loss - other for loss, other in zip(losses, dense, strict=True)]
-    return RecoveryArm(name=name, searched={3e-4: 9.0, 1e-3: losses[0]}, runs=runs, gaps=gaps)
+    return RecoveryVariant(name=name, searched={3e-4: 9.0, 1e-3: losses[0]}, runs=runs, gaps=gaps)
 
 
 def recovery() -> Recovery:
@@ -77,11 +77,11 @@ def test_a_real_run_is_read_to_its_end(
     for name in ("metrics.jsonl", "sparsity.jsonl"):
         (tmp_path / name).write_text((folder / name).read_text())
     save_recipe(recipe, tmp_path / "recipe.yaml")
-    with pytest.raises(RunError, match="not measured at the end"):
+    with pytest.raises(RunError, match="not evaluated at the end"):
         read_run(RunFolder(tmp_path), "drelu")
 
 
-def test_the_table_holds_each_seed_against_its_own_baseline(tmp_path: Path) -> None:
+def test_each_seed_is_compared_with_its_own_baseline(tmp_path: Path) -> None:
     result = recovery()
     assert result.variants[1].gap == pytest.approx((0.5 + 0.4) / 2)
     console = Console(width=140)
@@ -105,8 +105,8 @@ def _without_computed(value: object) -> object:
     return [_without_computed(item) for item in value] if isinstance(value, list) else value
 
 
-def test_every_recipe_in_its_folder_is_an_arm_and_the_control_comes_first() -> None:
-    names = arm_names()
+def test_every_recipe_in_its_folder_is_a_variant_and_the_baseline_comes_first() -> None:
+    names = variant_names()
     assert names[0] == "dense"
     assert {"drelu", "reglu", "blended_drelu", "prosparse_reglu", "target_drelu"} <= set(names)
 
@@ -121,7 +121,7 @@ def test_every_recipe_in_its_folder_is_an_arm_and_the_control_comes_first() -> N
         (RecoveryPlan(Path("r"), overrides=["run_dir=x"]), "sets run_dir itself"),
     ],
 )
-def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
+def test_invalid_plans_are_refused_before_training(
     plan: RecoveryPlan, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "sparsify")
@@ -134,7 +134,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_trained(
 
 
 @pytest.mark.slow
-def test_a_small_benchmark_from_beginning_to_end(
+def test_a_small_complete_benchmark(
     stock: dict[str, Path], mixture_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     overrides = [

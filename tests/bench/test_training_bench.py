@@ -1,4 +1,4 @@
-"""`bench train` compares loops that do the same work, and its numbers follow from each other."""
+"""`bench train` compares loops that do the same work; its numbers are consistent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsify.bench.timing import Turn, take_turns
+from sparsify.bench.timing import InterleavedLoop, run_interleaved
 from sparsify.bench.training_report import TrainBench, training_table
 from sparsify.cli import main
 
@@ -53,27 +53,27 @@ def test_every_loop_was_timed_block_by_block_and_is_shown(bench: TrainBench) -> 
         assert f"{loop.tokens_per_second:,.0f}" in shown.get()
 
 
-def test_loops_never_run_at_the_same_time_and_each_gets_its_blocks() -> None:
+def test_only_one_loop_runs_at_a_time_and_each_gets_its_blocks() -> None:
     trace: list[str] = []
 
-    def loop(turn: Turn) -> None:
+    def loop(control: InterleavedLoop) -> None:
         while True:
-            turn.step()
-            trace.append(turn.name)
+            control.step()
+            trace.append(control.name)
 
-    turns = take_turns(
+    controls = run_interleaved(
         {"one": loop, "two": loop}, block_steps=3, blocks=4, on_progress=lambda _: None
     )
-    assert [len(turn.seconds) for turn in turns.values()] == [4, 4]
-    assert [trace.count(name) for name in turns] == [15, 15]
+    assert [len(control.seconds) for control in controls.values()] == [4, 4]
+    assert [trace.count(name) for name in controls] == [15, 15]
     blocks = [trace[start : start + 3] for start in range(0, len(trace), 3)]
     assert all(len(set(block)) == 1 for block in blocks)
 
 
-def test_an_error_of_a_loop_comes_out() -> None:
-    def broken(turn: Turn) -> None:
-        turn.step()
+def test_an_error_of_a_loop_is_raised() -> None:
+    def broken(control: InterleavedLoop) -> None:
+        control.step()
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        take_turns({"broken": broken}, block_steps=1, blocks=1, on_progress=lambda _: None)
+        run_interleaved({"broken": broken}, block_steps=1, blocks=1, on_progress=lambda _: None)

@@ -1,7 +1,7 @@
-"""`sparsify bench mixture`: our data path and `datasets.interleave_datasets` on the same files, in one process.
+"""`sparsify bench mixture`: our data path against `datasets.interleave_datasets` on the same files, in one process.
 
-Both sides use the same tokenizer, sequence, seed and cores. Times are taken in turns, one repeat of each after the other, so that a
-busy machine slows both; the ratio of each pair is taken before the median.
+Both sides use the same tokenizer, sequence length, seed and cores. Repeats of both sides are interleaved, so that other load on
+the machine slows both; ratios are medians over pairs of repeats.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from sparsify.bench import mixture_pipelines
 from sparsify.bench.corpus import Corpus, write_corpus
 from sparsify.bench.memory import measure_apart
 from sparsify.bench.mixture_pipelines import Interleaved, Ours
-from sparsify.bench.mixture_report import Delivered, Loaded, MixtureBench, Resumed, Side, Tokenized
+from sparsify.bench.mixture_report import (
+    Delivered,
+    LoadingSpeed,
+    MixtureBench,
+    Resumed,
+    Side,
+    Tokenized,
+)
 from sparsify.conversion.source import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError
@@ -31,7 +38,7 @@ from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.training import SEED
 
 MIN_SEQUENCES = 20
-"""Below, half a run and a tenth of one are no sequences to speak of."""
+"""Minimum length of the run: it is stopped at half and resumed at 90%."""
 LATE = 0.9
 FIRST_BATCH_STEP = 1_000_000
 FAR_TOKENS = 10**12
@@ -51,17 +58,17 @@ def bench_mixture(
     """Measures both sides.
 
     Args:
-        name_or_path: Mixture to draw, by name or path; its text is written out as JSON lines in a temporary folder.
+        name_or_path: Name or path of a mixture; its text is written to a temporary folder as JSON lines.
         tokenizer_source: Model folder, Hub id or package:NAME/PATH.
-        budget_tokens: Tokens of the run that is drawn.
-        sequence_length: Tokens of a sequence.
-        buffer_documents: Of the other side's shuffle buffers.
-        load_tokens: Tokens of one repeat of loading from the cache.
-        repeats: Of every time.
-        on_progress: Told what is being measured.
+        budget_tokens: Tokens of the run.
+        sequence_length: Tokens per sequence.
+        buffer_documents: Documents in each shuffle buffer of interleave_datasets.
+        load_tokens: Tokens per repeat of loading from the cache.
+        repeats: Repeats of every measurement.
+        on_progress: Receives the name of each step.
 
     Raises:
-        UserError: If the mixture or the tokenizer cannot be read, a number cannot be, or there is too little text.
+        UserError: If the mixture or the tokenizer cannot be read, a number is not allowed, or there is too little text.
     """
     mixture = load_mixture(name_or_path)
     tokenizer = load_tokenizer(locate(tokenizer_source), tokenizer_source)
@@ -76,7 +83,7 @@ def bench_mixture(
     num_sequences = budget_tokens // sequence_length
     if num_sequences < MIN_SEQUENCES:
         raise MixtureError(
-            f"--budget-tokens {budget_tokens} makes {num_sequences} sequences of {sequence_length} tokens.",
+            f"--budget-tokens {budget_tokens} gives only {num_sequences} sequences of {sequence_length} tokens.",
             allowed=f"At least {MIN_SEQUENCES} sequences.",
             next_step=f"Set --budget-tokens to {MIN_SEQUENCES * sequence_length} or more.",
         )
@@ -96,7 +103,7 @@ def _check_numbers(**numbers: int) -> None:
 
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
-    """Without the warning that a resumed shuffle buffer loses documents: the table says how many."""
+    """Silences the warning that a resumed shuffle buffer loses documents; the table shows how many."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity_error()
     try:
@@ -107,7 +114,7 @@ def _quiet_datasets() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of the repeats, in the order in which they were taken."""
+    """Seconds of the repeats, in the order of measurement."""
 
     ingest: list[float]
     draw: list[float]
@@ -137,9 +144,7 @@ class _Bench:
     def run(
         self, load_tokens: int, repeats: int, on_progress: Callable[[str], object]
     ) -> MixtureBench:
-        on_progress(
-            "From text to sequences: ours, the bare tokenizer, interleave_datasets, in turns"
-        )
+        on_progress("From text to sequences: ours, the bare tokenizer, interleave_datasets")
         times, tokenized = self._time_text(repeats)
         on_progress("Loading from the cache")
         sizes = (self.ours.sequence_length, 2 * self.ours.sequence_length)
@@ -240,7 +245,7 @@ class _Bench:
                 mixture_pipelines.draw_interleaved(iter(self.theirs.dataset()), self.num_sequences)
         return times, Tokenized(
             num_tokens=num_tokens,
-            # Both rates count the tokenizer's own tokens: ours adds begin and end of each document.
+            # Both rates count only the tokenizer's tokens; ours also adds the begin and end of each document.
             tokens_per_second=bare_tokens / median(times.ingest),
             bare_tokens_per_second=bare_tokens / median(times.bare),
             ratio=_ratio(times.bare, times.ingest),
@@ -255,7 +260,7 @@ class _Bench:
             num_tokens += sum(map(len, encoded))
         return num_tokens
 
-    def _load(self, sequence_length: int, load_tokens: int, repeats: int) -> Loaded:
+    def _load(self, sequence_length: int, load_tokens: int, repeats: int) -> LoadingSpeed:
         count = max(load_tokens // sequence_length, 1)
         near, far, first = [], [], []
         reader = self.ours.reader(self.cache_dir, sequence_length)
@@ -264,7 +269,7 @@ class _Bench:
         first_sequence = FIRST_BATCH_STEP * mixture_pipelines.GLOBAL_BATCH_SIZE
         anchor = self.ours.anchor(first_sequence)
         for repeat in range(repeats):
-            # Each repeat elsewhere, so that it packs its own shards.
+            # Each repeat reads different sequences, so that it packs new shards.
             with _timed(near):
                 mixture_pipelines.draw_ours(reader, repeat * count, count)
             if far_sequence is not None:
@@ -273,7 +278,7 @@ class _Bench:
             with _timed(first):
                 fresh = self.ours.reader(self.cache_dir, sequence_length, anchor)
                 fresh.batch(first_sequence, mixture_pipelines.GLOBAL_BATCH_SIZE)
-        return Loaded(
+        return LoadingSpeed(
             sequence_length=sequence_length,
             num_tokens=count * sequence_length,
             tokens_per_second=count * sequence_length / median(near),
@@ -315,12 +320,12 @@ def _timed(seconds: list[float]) -> Iterator[None]:
 
 
 def _ratio(slower: list[float], faster: list[float]) -> float:
-    """How many times as fast: the median over the pairs."""
+    """Speed-up: the median over pairs."""
     return median(a / b for a, b in zip(slower, faster, strict=True))
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process can use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
