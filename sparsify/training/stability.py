@@ -272,7 +272,7 @@ def not_recovering(settings: StabilitySection, state: TrainingState, bad: BadSte
     skipped = ", ".join(f"{first}–{last}" for first, last in ranges)
     return RunError(
         f"The run does not recover: {bad.sentence()}. It is bad step {num_bad(state)} of the last "
-        f"{len(state.recent_losses)}. Sequences skipped: {skipped}.",
+        f"{len(state.recent_losses)}. It skipped the sequences {skipped}.",
         allowed=f"At most stability.max_bad_steps={settings.max_bad_steps} among stability.recent_steps="
         f"{settings.recent_steps}. None of them changed the weights; metrics.jsonl names the sequences of each.",
         next_step="If the same source is named repeatedly, its text is to blame: clean or remove it, and start "
