@@ -163,7 +163,9 @@ def _refusal(
             allowed="It must be a list, however short.",
             next_step=f"Write {key.rpartition('.')[2]}: [VALUE].",
         )
-    kind, allowed = _allowed(hint)
+    kind, allowed = _allowed(
+        hint, name_type=error["type"].endswith(("_type", "_parsing", "_from_float"))
+    )
     names = error.get("ctx", {}).get("names") or (
         get_args(kind) if get_origin(kind) is Literal else ()
     )
@@ -213,7 +215,7 @@ def _without_null(hint: Any) -> tuple[Any, list[FieldInfo], bool]:
             return hint, constraints, nullable
 
 
-def _allowed(hint: Any) -> tuple[Any, str]:
+def _allowed(hint: Any, *, name_type: bool) -> tuple[Any, str]:
     """The type of a field, and a sentence about its values."""
     kind, constraints, nullable = _without_null(hint)
     stated = next((one.description for one in constraints if one.description), None)
@@ -239,7 +241,7 @@ def _allowed(hint: Any) -> tuple[Any, str]:
             words = f"above {lowest}"
         case _:
             words = ""
-    name = TYPES.get(kind, "")
-    if not name:
+    name = TYPES.get(kind, "") if name_type or not words else ""
+    if not (name or words):
         return kind, ""
     return kind, f"Allowed: {', '.join(filter(None, [name, words]))}{' or null' * nullable}."

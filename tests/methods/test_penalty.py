@@ -129,7 +129,7 @@ STAGES = "penalty.stages=[{until_budget_share:0.5,weight:0},{until_budget_share:
     ("overrides", "message"),
     [
         (["blending.budget_share=1"], "blending.budget_share is 1"),
-        (["blending.budget_share=-0.1"], "0 (swap at once) or above"),
+        (["blending.budget_share=-0.1"], "0 (replace at once) or above"),
         (["blending.budget_share=0.2", "model=quickstart_random"], "nothing is swapped"),
         (
             ["blending.budget_share=0.2", "conversion.calibration_tokens=16384"],
