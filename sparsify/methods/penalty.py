@@ -143,7 +143,7 @@ class PenaltyMeter:
         total = (1 - gate_share) * product.abs().sum(dtype=torch.float32)
         gate_factor = None
         if gate_share:
-            gate_factor = activation.gate_factor(pre_activations[0])
+            gate_factor = activation.masked_gate(pre_activations[0], self._experts_of(layer))
             total = total + gate_share * gate_factor.abs().sum(dtype=torch.float32)
         if not self._in_forward:
             return
@@ -151,10 +151,14 @@ class PenaltyMeter:
         self._values[layer] += product.numel()
         with torch.no_grad():
             if gate_factor is None:
-                gate_factor = activation.gate_factor(pre_activations[0])
+                gate_factor = activation.masked_gate(pre_activations[0], self._experts_of(layer))
             self._totals[2] += product.numel()
             self._totals[3] += (product == 0).sum()
             self._totals[4] += (gate_factor == 0).sum()
+
+    def _experts_of(self, layer: int) -> int | torch.Tensor | None:
+        """The expert of each row of the call that runs; None in a dense block."""
+        return getattr(self._model.ffn_blocks()[layer], "_row_experts", None)
 
 
 RAMP_SHARE = 0.7

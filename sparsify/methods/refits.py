@@ -321,8 +321,12 @@ def _experts(block: Any, config: SparseConfig, share: float) -> list[Expert]:
     else:
         gate, up = full_weight(block.gate_proj.weight), full_weight(block.up_proj.weight)
         weights = [(gate, up, full_weight(block.down_proj.weight))]
+    mask = block.input_mask
     return [
-        Expert(gate, up, down, _activation(block, config, share, number))
+        Expert(
+            *(gate, up, down, _activation(block, config, share, number)),
+            input_threshold=None if mask is None else mask.threshold,
+        )
         for number, (gate, up, down) in enumerate(weights)
     ]
 

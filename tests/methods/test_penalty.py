@@ -13,7 +13,7 @@ from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods.blending import blend
 from sparsify.methods.penalty import PenaltyMeter, PenaltyRecord, stage_weight
-from sparsify.models import SparseModel
+from sparsify.models import SparseModel, ThresholdMask
 from sparsify.plan.activation_memory import extra_neuron_values
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.sparsification import PenaltyStageSection
@@ -191,3 +191,20 @@ def kept_bytes(model: SparseModel) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(IDS, use_cache=False)
     return sum(storage.nbytes() for storage in storages.values())
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_a_stored_mask_on_the_gate_counts_as_zeros_of_the_gate(
+    kind: str, stock: dict[str, Path]
+) -> None:
+    model = load_sparse(stock[kind], "swiglu").train()
+    _, plain, _ = passed(model, 0.5)
+    for block in model.ffn_blocks():
+        experts = (len(block.gate_up_proj),) if kind == "mixtral" else ()
+        mask = ThresholdMask((*experts, model.config.intermediate_size))
+        mask.threshold.fill_(0.05)
+        block.ffn_activation.gate_mask = mask
+    _, masked, _ = passed(model, 0.5)
+    assert plain.gate_zeros < 0.01
+    assert 0.05 < masked.gate_zeros < 0.95
+    assert masked.zeros == pytest.approx(masked.gate_zeros, abs=1e-6)
