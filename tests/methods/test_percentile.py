@@ -188,7 +188,7 @@ def test_training_keeps_the_mask_to_the_export_and_a_command_decodes_it(
     program = "from sparsify.cli.main import main; main()"
     generate = [sys.executable, "-c", program, "generate", str(run / "export")]
     result = subprocess.run(
-        [*generate, "--prompt", "code 1", "--tokens", "4", "--json"],
+        [*generate, "code 1", "--tokens", "4", "--json"],
         capture_output=True,
         text=True,
         check=False,
