@@ -1,4 +1,4 @@
-"""`sparsify predictors`: which neurons will fire, for engines that read only those."""
+"""`sparsify predictors`: predictors of firing neurons, for engines that read only their weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsify.cli.options import AsJson, console, log_progress
 
 predictors_app = typer.Typer(
     no_args_is_help=True,
-    help="Small networks that say which neurons will fire, so that an engine reads only their weights.",
+    help="Train and evaluate small networks that predict which neurons fire, so that an engine reads only those.",
 )
 
 ModelOrRun = Annotated[str, typer.Argument(help="Model folder, Hub id, run folder or checkpoint")]
@@ -24,33 +24,33 @@ def predictors_train(
     model_or_run: ModelOrRun,
     to: Annotated[
         Path | None,
-        typer.Option("--to", help="Folder to write; RUN/predictors or predictors/NAME else."),
+        typer.Option("--to", help="Output folder; default: RUN/predictors or predictors/NAME."),
     ] = None,
     on: On = None,
     tokens: Annotated[
-        int, typer.Option(help="Held-out tokens; one sequence in eight is kept for judging.")
+        int, typer.Option(help="Held-out tokens; one sequence in eight is kept for evaluation.")
     ] = 131_072,
-    passes: Annotated[int, typer.Option(help="How often they are read.")] = 4,
+    passes: Annotated[int, typer.Option(help="Epochs over the tokens.")] = 4,
     recall: Annotated[
-        float, typer.Option(help="Share of the firing neurons to predict at the score 0.")
+        float, typer.Option(help="Share of the firing neurons to predict at a score of 0.")
     ] = 0.95,
     budget_share: Annotated[
         float, typer.Option(help="Largest size of the predictors, as a share of the FFN weights.")
     ] = 0.1,
     rank: Annotated[
         list[int] | None,
-        typer.Option(
-            help="A rank to try; may be given again. Else 1/16 to 1/2 of the hidden size."
-        ),
+        typer.Option(help="Rank to try (repeatable); default: 1/16 to 1/2 of the hidden size."),
     ] = None,
     input: Annotated[
-        str, typer.Option(help="residual, as PowerInfer feeds it, or normed.")
+        str, typer.Option(help="Input of the predictors: residual (as in PowerInfer) or normed.")
     ] = "residual",
-    learning_rate: Annotated[float, typer.Option(help="At the start.")] = 3e-3,
-    seed: Annotated[int, typer.Option(help="Decides the start and the order of sequences.")] = 0,
+    learning_rate: Annotated[float, typer.Option(help="Initial learning rate.")] = 3e-3,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the initial weights and the order of sequences.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Trains a predictor for every layer, or every expert, on held-out text. Goes on where it was interrupted.
+    """Trains a predictor for every layer, or every expert, on held-out text. The same command resumes it.
 
     Example: sparsify predictors train runs/quickstart --recall 0.98
     """
@@ -72,36 +72,39 @@ def predictors_train(
         console.print(training_summary(result, folder, model_or_run))
 
 
-@predictors_app.command("judge")
-def predictors_judge(
+@predictors_app.command("evaluate")
+def predictors_evaluate(
     model_or_run: ModelOrRun,
     predictors: Annotated[
         Path | None,
-        typer.Option("--predictors", help="Their folder; where `train` puts them else."),
+        typer.Option(
+            "--predictors", help="Folder of the predictors; default: where `train` writes them."
+        ),
     ] = None,
     on: On = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to judge on.")] = 8_192,
+    tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 8_192,
     max_loss_rise: Annotated[
         float, typer.Option(help="Limit on the rise of the loss, nats per token.")
     ] = 0.02,
     threshold: Annotated[
-        list[float] | None, typer.Option(help="A threshold to try; may be given again.")
+        list[float] | None,
+        typer.Option(help="Threshold to try (repeatable); default: ten, by recall."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Runs the model with predicted masks over thresholds, and chooses the one that reads least within a limit on the loss.
 
-    Recall, precision, loss and predicted speed-up stand beside the dense and the exact model: HTML, PNG, CSV, JSON. The
-    predictors get the threshold that is chosen. Ends with 2 where none may be chosen.
+    Writes recall, precision, loss and predicted speed-up, next to those of the dense and the exact model, as HTML, PNG, CSV
+    and JSON. The chosen threshold is written to the predictors. Exits with 2 if no threshold can be chosen.
 
-    Example: sparsify predictors judge runs/quickstart --max-loss-rise 0.01
+    Example: sparsify predictors evaluate runs/quickstart --max-loss-rise 0.01
     """
-    from sparsify.commands.predictors import judge, refuse_useless
-    from sparsify.predictors.report import judgement_summary
+    from sparsify.commands.predictors import evaluate, refuse_useless
+    from sparsify.predictors.report import evaluation_summary
 
     log_progress(quiet=as_json)
     with Console(stderr=True).status("") as status:
-        result, folder = judge(
+        result, folder = evaluate(
             model_or_run,
             predictors,
             on,
@@ -113,5 +116,5 @@ def predictors_judge(
     if as_json:
         console.print_json(result.model_dump_json())
     else:
-        console.print(judgement_summary(result, folder))
+        console.print(evaluation_summary(result, folder))
     refuse_useless(result)

@@ -1,4 +1,4 @@
-"""`sparsify predictors`: trains predictors on held-out text, and judges them on other held-out text."""
+"""`sparsify predictors`: trains predictors on held-out text, and evaluates them on other held-out text."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from sparsify.predictors.format import (
     read_predictors,
     write_predictors,
 )
-from sparsify.predictors.judge import judge_predictors
-from sparsify.predictors.report import write_judgement
-from sparsify.predictors.schema import Judgement
+from sparsify.predictors.quality import evaluate_predictors
+from sparsify.predictors.report import write_evaluation
+from sparsify.predictors.schema import PredictorEvaluation
 from sparsify.predictors.train import Settings, train_predictors
 from sparsify.runs.load import Loaded, load
 
 logger = logging.getLogger(__name__)
 
 SPLIT = 8
-"""Of every eight sequences of a source, one is kept for the choice of ranks and one for judging; six are trained on."""
-VALIDATED, JUDGED = 3, 7
+"""Of every eight sequences of a source, one is kept for the choice of ranks and one for evaluation; six are trained on."""
+VALIDATED, EVALUATED = 3, 7
 
 
 def train(
@@ -46,11 +46,11 @@ def train(
 
     Args:
         model_or_run: Model folder, Hub id, run folder or checkpoint.
-        on: Text file, mixture name or mixture path; a run's own mixture, else the quickstart's, unless given.
-        num_tokens: Held-out tokens to use, those that are kept for judging among them.
-        to: Folder to write; RUN/predictors or predictors/NAME unless given.
-        settings: How to train.
-        on_progress: Called with a line about how far it is, often.
+        on: Text file, mixture name or mixture path; default: the run's own mixture, or the quickstart's.
+        num_tokens: Held-out tokens to use, including those kept for evaluation.
+        to: Output folder; default: RUN/predictors or predictors/NAME.
+        settings: Training settings.
+        on_progress: Called often with a line of progress.
 
     Raises:
         RunError: If a setting is out of range, or the text is too short.
@@ -60,7 +60,7 @@ def train(
     folder = to or _default_folder(loaded)
     refuse_foreign_folder(folder, FACTS_FILE, "folder of predictors")
     sequences, text = held_out_sequences(loaded, on, num_tokens)
-    trained = _part(sequences, lambda place: place not in (VALIDATED, JUDGED))
+    trained = _part(sequences, lambda place: place not in (VALIDATED, EVALUATED))
     validation = _part(sequences, lambda place: place == VALIDATED)
     logger.info(f"Training predictors of {loaded.name} on {_count(trained):,} tokens: {text}")
 
@@ -83,7 +83,7 @@ def train(
     return predictors, folder
 
 
-def judge(
+def evaluate(
     model_or_run: str,
     predictors_folder: Path | None,
     on: str | None,
@@ -91,24 +91,24 @@ def judge(
     max_loss_rise: float,
     thresholds: Sequence[float],
     on_progress: Callable[[str], None],
-) -> tuple[Judgement, Path]:
-    """Judges predictors, writes the judgement into their folder, and gives them the threshold that was chosen.
+) -> tuple[PredictorEvaluation, Path]:
+    """Evaluates predictors, writes the evaluation next to their folder, and sets their threshold to the chosen one.
 
     Args:
         model_or_run: The model that they were trained for.
-        predictors_folder: Where they are; where `train` puts them unless given.
-        on: Text as in `train`. Of each source only the sequences that training leaves out are used.
-        num_tokens: Tokens to judge on, about.
-        max_loss_rise: The limit, nats per token.
-        thresholds: To try; chosen by recall unless given.
-        on_progress: Called with a line about how far it is, often.
+        predictors_folder: Folder of the predictors; default: where `train` writes them.
+        on: Text as in `train`. Only sequences that training does not use are evaluated.
+        num_tokens: Approximate number of tokens to evaluate on.
+        max_loss_rise: Limit on the rise of the loss, nats per token.
+        thresholds: Thresholds to try; by default chosen by recall.
+        on_progress: Called often with a line of progress.
 
     Raises:
         RunError: If a number is out of range, or the text is too short.
     """
     if num_tokens < 1 or max_loss_rise < 0:
         raise RunError(
-            f"Predictors cannot be judged on {num_tokens} tokens with a limit of {max_loss_rise} nats.",
+            f"Predictors cannot be evaluated on {num_tokens} tokens with a limit of {max_loss_rise} nats.",
             allowed="--tokens 1 or more, --max-loss-rise 0 or more.",
         )
     if on is not None:
@@ -120,12 +120,14 @@ def judge(
     sequences, text = held_out_sequences(
         loaded, on, num_tokens * SPLIT, predictors.facts.sequence_length
     )
-    judged = _part(sequences, lambda place: place == JUDGED)
-    logger.info(f"Judging {folder} on {_count(judged):,} tokens that it was not trained on: {text}")
-    judgement = judge_predictors(
+    evaluated = _part(sequences, lambda place: place == EVALUATED)
+    logger.info(
+        f"Evaluating {folder} on {_count(evaluated):,} tokens that it was not trained on: {text}"
+    )
+    evaluation = evaluate_predictors(
         loaded.model,
         predictors,
-        [collate([sequence]) for sequence in judged],
+        [collate([sequence]) for sequence in evaluated],
         name=loaded.name,
         folder=str(folder),
         text=text,
@@ -133,35 +135,35 @@ def judge(
         thresholds=thresholds,
         on_progress=lambda done, of: on_progress(f"pass {done} of {of}"),
     )
-    judgement.command = " ".join(["sparsify", *sys.argv[1:]])
-    page = _judgement_folder(folder)
-    write_judgement(judgement, page)
-    if judgement.chosen is not None:
-        predictors.facts.threshold = judgement.chosen
-        predictors.facts.threshold_reason = judgement.verdict
+    evaluation.command = " ".join(["sparsify", *sys.argv[1:]])
+    page = _evaluation_folder(folder)
+    write_evaluation(evaluation, page)
+    if evaluation.chosen is not None:
+        predictors.facts.threshold = evaluation.chosen
+        predictors.facts.threshold_reason = evaluation.verdict
         write_predictors(predictors, folder)
-    return judgement, page
+    return evaluation, page
 
 
-def refuse_useless(judgement: Judgement) -> None:
-    """Ends with the reason where no threshold may be chosen.
+def refuse_useless(evaluation: PredictorEvaluation) -> None:
+    """Refuses predictors without a usable threshold.
 
     Raises:
-        RunError: If there is none.
+        RunError: If no threshold could be chosen, with the reason.
     """
-    if judgement.chosen is None:
+    if evaluation.chosen is None:
         raise RunError(
-            judgement.verdict,
+            evaluation.verdict,
             allowed="A threshold with a rise of the loss of at most "
-            f"{judgement.max_loss_rise} nats that reads less than an exact kernel.",
+            f"{evaluation.max_loss_rise} nats that reads less than an exact kernel.",
             next_step="Train longer or with more text (--tokens, --passes), with another --recall or --rank; "
             "or raise --max-loss-rise. The predictors keep the threshold that they had.",
         )
 
 
-def _judgement_folder(folder: Path) -> Path:
-    # Beside the predictors, not inside: their folder is replaced as a whole.
-    return folder.with_name(f"{folder.name}-judged")
+def _evaluation_folder(folder: Path) -> Path:
+    # Next to the predictors, not inside: their folder is replaced as a whole.
+    return folder.with_name(f"{folder.name}-evaluated")
 
 
 def _default_folder(loaded: Loaded) -> Path:
@@ -191,7 +193,7 @@ def _check(settings: Settings, num_tokens: int, on: str | None) -> None:
 def _part(
     sequences: Sequence[PackedSequence], wanted: Callable[[int], bool]
 ) -> list[PackedSequence]:
-    """Sequences of one part of the split. Places are counted within each source, so that more text moves no sequence."""
+    """Sequences of one part of the split, numbered within each source so that more text moves no sequence."""
     seen: Counter[str] = Counter()
     chosen = []
     for sequence in sequences:
@@ -201,7 +203,7 @@ def _part(
     if not chosen:
         raise RunError(
             f"{len(sequences)} sequences of {len(sequences[0].input_ids)} tokens are too few: of every {SPLIT} of a source, one is kept "
-            "for the choice of ranks and one for judging.",
+            "for the choice of ranks and one for evaluation.",
             next_step="Raise --tokens, or give a longer text with --on.",
         )
     return chosen

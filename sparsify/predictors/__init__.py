@@ -1,4 +1,4 @@
-"""Which neurons will fire: predictors that engines ask before they read a neuron's weights."""
+"""Predictors of firing neurons, which let an engine skip the weights of the others."""
 
 from sparsify.predictors.format import (
     BlockPredictor,

@@ -1,8 +1,8 @@
 """Predictors of the neurons that fire, and the folder that holds them.
 
-One predictor stands for one feed-forward block, or for one expert of it: two matrices without biases, as PowerInfer
-(arXiv 2312.12456) and Deja Vu (arXiv 2310.17157) have them. It is far smaller than the block, and an engine reads only the
-weights of the neurons that it switches on.
+One predictor belongs to one feed-forward block, or to one expert of it: two matrices without biases, as in PowerInfer
+(arXiv 2312.12456) and Deja Vu (arXiv 2310.17157). It is far smaller than the block, and an engine reads only the weights
+of the neurons that it switches on.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BlockPredictor(NamedTuple):
 
 
 class BlockFacts(BaseModel):
-    """How a predictor did on text that it was not trained on, at the score 0."""
+    """Metrics of a predictor on validation text, at a score of 0."""
 
     rank: int
     recall: float | None
@@ -69,15 +69,15 @@ class BlockFacts(BaseModel):
 
 
 class PredictorFacts(BaseModel):
-    """What predictors.json says. Only `input`, `threshold` and `rank` matter to an engine.
+    """Contents of predictors.json. Only `input`, `threshold` and `rank` matter to an engine.
 
     Attributes:
-        input: `normed`: the input of the feed-forward block; `residual`: what its RMS norm gets.
+        input: `normed`: the input of the feed-forward block; `residual`: the input of its RMS norm.
         threshold: A neuron is predicted to fire where its score exceeds it.
         rank: Rank of every predictor, by the prefix of its tensors.
-        fingerprint: Of the model that the predictors belong to.
-        blocks: How each did while training, by the same prefix.
-        threshold_reason: Why the threshold is what it is.
+        fingerprint: Fingerprint of the model that the predictors belong to.
+        blocks: Metrics of each predictor on validation text, by the same prefix.
+        threshold_reason: How the threshold was chosen.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -120,11 +120,11 @@ class Predictors(NamedTuple):
         return self._replace(blocks=moved)
 
     def for_decoding(self, model: SparseModel, where: str) -> LayerPredictors:
-        """The same as the decoding kernels take them.
+        """Converts to the structure that the decoding kernels take.
 
         Args:
             model: The model that is to be accelerated.
-            where: What to call these predictors in an error.
+            where: Name of these predictors in an error message.
 
         Raises:
             ModelError: If they were trained for another model.
@@ -146,7 +146,7 @@ class Predictors(NamedTuple):
         """Refuses a model that these predictors were not trained for.
 
         Raises:
-            ModelError: With what differs.
+            ModelError: If shapes or weights differ.
         """
         config, facts = model.config, self.facts
         shape = [len(model.model.layers), num_experts(model.config)]
@@ -173,7 +173,6 @@ class Predictors(NamedTuple):
 
 
 def prefix(block: Block, num_experts: int) -> str:
-    """Prefix of a predictor's tensors."""
     layer, expert = block
     return f"layers.{layer}" if num_experts == 1 else f"layers.{layer}.experts.{expert}"
 
@@ -192,7 +191,7 @@ def fingerprint(model: SparseModel) -> str:
 
 
 def fingerprint_of(gates: Iterable[torch.Tensor]) -> str:
-    """The same from every layer's gate, or fused gate and up."""
+    """Fingerprint from every layer's gate projection, or fused gate and up projection."""
     digest = xxhash.xxh3_128()
     for gate in gates:
         values = gate.detach().flatten()
@@ -208,7 +207,7 @@ def folded(predictor: BlockPredictor, norm: nn.Module, scale: float) -> BlockPre
     matrices, so the sign of every score stays exactly what it was; a score of s becomes s times the token's RMS over `scale`.
 
     Args:
-        predictor: Takes the normed input.
+        predictor: A predictor of the normed input.
         norm: The RMS norm before the block.
         scale: A typical RMS of the layer, so that scores keep their size.
     """
@@ -220,7 +219,7 @@ def write_predictors(predictors: Predictors, to: Path) -> None:
     """Writes predictors.safetensors and predictors.json, in place of predictors that are there already.
 
     Raises:
-        StorageError: If the folder cannot be written, or holds something else.
+        StorageError: If the folder cannot be written, or holds other files.
     """
     refuse_foreign_folder(to, FACTS_FILE, "folder of predictors")
     experts = predictors.facts.num_experts
@@ -268,6 +267,6 @@ def read_predictors(folder: Path) -> Predictors:
         blocks[key] = BlockPredictor(*pair)  # pyright: ignore[reportArgumentType]
     if tensors:
         raise ModelError(
-            f"{folder / WEIGHTS_FILE} holds tensors of no block: {sorted(tensors)[:3]}."
+            f"{folder / WEIGHTS_FILE} holds tensors that belong to no block: {sorted(tensors)[:3]}."
         )
     return Predictors(facts, blocks)

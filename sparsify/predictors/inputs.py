@@ -1,4 +1,4 @@
-"""What a predictor sees: the input of every feed-forward block while a model runs."""
+"""Inputs of predictors: the input of every feed-forward block while a model runs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from sparsify.predictors.format import PredictorInput
 
 
 class BlockInputs:
-    """Context manager that holds the input of the layer that runs just now; nothing is kept beyond its layer.
+    """Context manager that holds the input of the layer that is running, and of no other.
 
-    Enter it before a SparsityProbe, whose mask and observers may then ask for rows.
+    Enter it before a SparsityProbe; its mask and observers can then read rows.
 
     Args:
         model: A sparse model.
-        kind: `normed` for what the block gets, `residual` for what its RMS norm gets.
+        kind: `normed` for the input of the block, `residual` for the input of its RMS norm.
     """
 
     def __init__(self, model: SparseModel, kind: PredictorInput) -> None:
@@ -50,7 +50,7 @@ class BlockInputs:
         return self.of_expert(self._rows, expert)
 
     def of_expert(self, per_token: torch.Tensor, expert: int) -> torch.Tensor:
-        """Of what stands for each token of the pass, [tokens, ...], what belongs to an expert's rows, in their order."""
+        """Selects an expert's rows from one value per token, [tokens, ...] -> [rows, ...], in the expert's order."""
         if self._routing is None:
             return per_token
         return per_token[torch.where(self._routing == expert)[0]]

@@ -1,4 +1,4 @@
-"""A model whose neurons are switched off where the predictors say so, as an engine runs it."""
+"""Runs a model with predicted masks, as an inference engine does."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sparsify.sparsity.probe import Tokens
 
 
 class PredictorMask:
-    """Mask of a SparsityProbe: switches off what is not predicted, and counts hits and misses.
+    """Mask of a SparsityProbe: drops neurons that are not predicted, and counts hits and misses.
 
-    Every token is masked, those of the prompt too, as PowerInfer does it. As an observer of the same probe it leaves
-    out of its counts what the probe leaves out, such as padding.
+    Every token is masked, those of the prompt too, as PowerInfer does it. As an observer of the same probe it counts
+    only the tokens that the probe counts, so no padding.
 
     Args:
-        predictors: On the model's device.
-        inputs: Entered before the probe, with the predictors' kind of input.
-        threshold: Instead of the predictors' own.
+        predictors: Predictors on the model's device.
+        inputs: Block inputs of the predictors' kind, entered before the probe.
+        threshold: Replaces the predictors' own threshold.
     """
 
     def __init__(
@@ -34,13 +34,13 @@ class PredictorMask:
         """Neurons that fire, those of them that are on, neurons that are on, and values; int64 [4] of every block."""
 
     def begin(self, tokens: Tokens) -> None:
-        """A forward pass begins: only these of its tokens count."""
+        """Starts a forward pass with the tokens that count."""
         self._counted = tokens.counted.flatten()
 
     def add(
         self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
     ) -> None:
-        """Nothing more to do: all is counted as it is masked, before the neurons that were switched off are 0."""
+        """Does nothing: `keep` counts, while the activations are not masked yet."""
 
     def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
         """Which neurons are predicted to fire, bool [rows, neurons]."""
@@ -57,7 +57,7 @@ class PredictorMask:
 
 
 class ScoreReader:
-    """Mask that keeps everything and counts the scores of all blocks together."""
+    """Mask that keeps everything and counts the scores of all blocks in one histogram."""
 
     def __init__(self, predictors: Predictors, inputs: BlockInputs) -> None:
         self._predictors, self._inputs = predictors, inputs

@@ -1,9 +1,4 @@
-"""The pictures of a judgement: what a threshold saves, and what it costs.
-
-Writes a judgement: judgement.json, judgement.csv, pictures and one page; and shows it in a terminal.
-
-What training predictors found, for a terminal.
-"""
+"""Reports on predictors: figures, evaluation.json, evaluation.csv, one HTML page, and terminal summaries."""
 
 from __future__ import annotations
 
@@ -22,37 +17,42 @@ from rich.text import Text
 
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.predictors.format import Predictors
-from sparsify.predictors.schema import JUDGEMENT_FILE, Judgement, Point, Way
+from sparsify.predictors.schema import (
+    EVALUATION_FILE,
+    PredictorEvaluation,
+    ReadingCost,
+    ThresholdPoint,
+)
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.numbers import count, percent
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image, page_figure
 from sparsify.reporting.tables import Table
 
 MAX_RISE = 1.0
-"""Rise of the loss in nats beyond which the axis does not go."""
+"""Upper end of the loss axis, nats."""
 
 
 @dataclass(frozen=True)
-class PictureOf:
-    """One picture and its words."""
+class EvaluationFigure:
+    """A figure with its title and caption."""
 
     name: str
     title: str
     caption: str
-    draw: Callable[[Judgement, Theme], Figure]
+    draw: Callable[[PredictorEvaluation, Theme], Figure]
 
 
-def draw_cost(judgement: Judgement, theme: Theme) -> Figure:
+def draw_cost(evaluation: PredictorEvaluation, theme: Theme) -> Figure:
     """Loss against the bytes that a token reads."""
     figure = Figure(figsize=(WIDTH_INCHES, 4.2))
     axes = figure.add_subplot()
-    points = judgement.points
+    points = evaluation.points
     read = [point.ffn_bytes for point in points]
     rise = [point.loss_rise for point in points]
     axes.plot(read, rise, "o-", color=theme.product, label="predicted masks", markersize=5)
-    _ways(axes, judgement, theme)
-    axes.axhline(judgement.max_loss_rise, color=theme.line, linewidth=1.2, zorder=0)
-    chosen = judgement.chosen_point
+    _references(axes, evaluation, theme)
+    axes.axhline(evaluation.max_loss_rise, color=theme.line, linewidth=1.2, zorder=0)
+    chosen = evaluation.chosen_point
     if chosen is not None:
         axes.plot(
             [chosen.ffn_bytes],
@@ -63,7 +63,7 @@ def draw_cost(judgement: Judgement, theme: Theme) -> Figure:
             color=theme.up,
             label=f"chosen: above {chosen.threshold:g}",
         )
-    highest = max(0.02, *rise, 1.5 * judgement.max_loss_rise)
+    highest = max(0.02, *rise, 1.5 * evaluation.max_loss_rise)
     axes.set(
         xlabel="feed-forward bytes that a token reads, predictors included",
         ylabel="rise of the loss, nats per token",
@@ -75,24 +75,24 @@ def draw_cost(judgement: Judgement, theme: Theme) -> Figure:
     return figure
 
 
-def _ways(axes: Axes, judgement: Judgement, theme: Theme) -> None:
-    marks = zip(judgement.ways, "sD^", (theme.baseline, theme.gate, theme.ink), strict=True)
-    for way, mark, colour in marks:
-        axes.plot([way.ffn_bytes], [0.0], mark, color=colour, label=way.name, markersize=7)
+def _references(axes: Axes, evaluation: PredictorEvaluation, theme: Theme) -> None:
+    marks = zip(evaluation.references, "sD^", (theme.baseline, theme.gate, theme.ink), strict=True)
+    for cost, mark, colour in marks:
+        axes.plot([cost.ffn_bytes], [0.0], mark, color=colour, label=cost.name, markersize=7)
 
 
-def draw_recall(judgement: Judgement, theme: Theme) -> Figure:
+def draw_recall(evaluation: PredictorEvaluation, theme: Theme) -> Figure:
     """Recall, precision and the share that is on, against the threshold."""
     figure = Figure(figsize=(WIDTH_INCHES, 3.9))
     axes = figure.add_subplot()
-    thresholds = [point.threshold for point in judgement.points]
+    thresholds = [point.threshold for point in evaluation.points]
     rows = (
-        ("recall", [point.recall for point in judgement.points], theme.product, "o-"),
-        ("precision", [point.precision for point in judgement.points], theme.gate, "s-"),
-        ("neurons switched on", [point.on_share for point in judgement.points], theme.up, "^-"),
+        ("recall", [point.recall for point in evaluation.points], theme.product, "o-"),
+        ("precision", [point.precision for point in evaluation.points], theme.gate, "s-"),
+        ("neurons switched on", [point.on_share for point in evaluation.points], theme.up, "^-"),
         (
-            "recall if always the same were on",
-            [point.static_recall for point in judgement.points],
+            "recall of a fixed mask of the same size",
+            [point.static_recall for point in evaluation.points],
             theme.baseline,
             ":",
         ),
@@ -100,8 +100,8 @@ def draw_recall(judgement: Judgement, theme: Theme) -> Figure:
     for label, values, colour, style in rows:
         shown = [float("nan") if value is None else value for value in values]
         axes.plot(thresholds, shown, style, color=colour, label=label, markersize=4.5)
-    if judgement.chosen is not None:
-        axes.axvline(judgement.chosen, color=theme.line, linewidth=1.2, zorder=0)
+    if evaluation.chosen is not None:
+        axes.axvline(evaluation.chosen, color=theme.line, linewidth=1.2, zorder=0)
     axes.set(xlabel="threshold of the score", ylim=(0, 1.03))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside upper left", ncols=4)
@@ -109,98 +109,98 @@ def draw_recall(judgement: Judgement, theme: Theme) -> Figure:
 
 
 FIGURES = (
-    PictureOf(
+    EvaluationFigure(
         "cost",
-        "What a threshold saves, and what it costs",
-        "To the left fewer bytes are read, downwards the model stays what it is. The line is the limit on the loss. Gate first "
-        "is exact and needs no predictor, so a threshold to its right saves nothing.",
+        "Loss against bytes read",
+        "Further left, fewer bytes are read; further down, the loss is closer to the exact model. The line is the limit on "
+        "the loss. Gate first is exact and needs no predictor, so a threshold to its right saves nothing.",
         draw_cost,
     ),
-    PictureOf(
+    EvaluationFigure(
         "recall",
-        "Recall, precision and what is switched on",
-        "Measured inside the masked model. Recall alone says little: switching everything on makes it perfect.",
+        "Recall, precision and share of neurons switched on",
+        "Measured inside the masked model. Recall alone says little: it is perfect if everything is switched on.",
         draw_recall,
     ),
 )
 
 
 PAGE_FILE = "index.html"
-TABLE_FILE = "judgement.csv"
+TABLE_FILE = "evaluation.csv"
 PACKAGE, TEMPLATE_FILE = "sparsify.predictors", "page.html.j2"
 
 
-def write_judgement(judgement: Judgement, to: Path) -> None:
-    """Writes a judgement into a folder, in place of one that is there already.
+def write_evaluation(evaluation: PredictorEvaluation, to: Path) -> None:
+    """Writes an evaluation into a folder, replacing an earlier one.
 
     Raises:
-        StorageError: If the folder cannot be written, or holds something else.
+        StorageError: If the folder cannot be written, or holds other files.
     """
-    refuse_foreign_folder(to, JUDGEMENT_FILE, "judgement")
+    refuse_foreign_folder(to, EVALUATION_FILE, "evaluation")
     with atomic_folder(to) as fresh:
-        text = judgement.model_dump_json(indent=2) + "\n"
-        (fresh / JUDGEMENT_FILE).write_text(text, encoding="utf-8")
-        _write_table(judgement, fresh / TABLE_FILE)
+        text = evaluation.model_dump_json(indent=2) + "\n"
+        (fresh / EVALUATION_FILE).write_text(text, encoding="utf-8")
+        _write_table(evaluation, fresh / TABLE_FILE)
         for figure in FIGURES:
-            png = image(partial(figure.draw, judgement), figure.name, LIGHT, "png")
+            png = image(partial(figure.draw, evaluation), figure.name, LIGHT, "png")
             (fresh / f"{figure.name}.png").write_bytes(png)
-        (fresh / PAGE_FILE).write_text(render_page(judgement), encoding="utf-8")
+        (fresh / PAGE_FILE).write_text(render_page(evaluation), encoding="utf-8")
 
 
-def render_page(judgement: Judgement) -> str:
-    """The page as text: pictures inside as data, on light and on dark paper."""
+def render_page(evaluation: PredictorEvaluation) -> str:
+    """HTML page with embedded figures in a light and a dark theme."""
     figures = [
-        page_figure(partial(one.draw, judgement), one.name, one.title, one.caption)
+        page_figure(partial(one.draw, evaluation), one.name, one.title, one.caption)
         for one in FIGURES
     ]
     template = page_environment(PACKAGE).get_template(TEMPLATE_FILE)
-    return template.render(judgement=judgement, figures=figures)
+    return template.render(evaluation=evaluation, figures=figures)
 
 
-def _write_table(judgement: Judgement, path: Path) -> None:
-    columns = [name for name in Point.model_fields if name != "layers"]
+def _write_table(evaluation: PredictorEvaluation, path: Path) -> None:
+    columns = [name for name in ThresholdPoint.model_fields if name != "layers"]
     with path.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, columns, restval="", extrasaction="ignore")
         table.writeheader()
-        table.writerows(way.model_dump() for way in [*judgement.ways, *judgement.points])
+        table.writerows(cost.model_dump() for cost in [*evaluation.references, *evaluation.points])
 
 
-def judgement_summary(judgement: Judgement, folder: Path) -> RenderableType:
-    """The curve as a table, the verdict, and where the page lies."""
+def evaluation_summary(evaluation: PredictorEvaluation, folder: Path) -> RenderableType:
+    """Table of thresholds, verdict, and path of the page, for the terminal."""
     columns = ("", "recall", "precision", "on", "loss", "perplexity", "bytes", "blocks", "model")
     table = Table(
-        f"{judgement.model}: predictors judged on {judgement.num_tokens:,} tokens", columns
+        f"{evaluation.model}: predictors evaluated on {evaluation.num_tokens:,} tokens", columns
     )
-    for way in judgement.ways:
-        table.add(*_cells(way, None, None))
+    for cost in evaluation.references:
+        table.add(*_cells(cost, None, None))
     table.add_rule()
-    for point in judgement.points:
-        style = "bold" if point.threshold == judgement.chosen else ""
+    for point in evaluation.points:
+        style = "bold" if point.threshold == evaluation.chosen else ""
         table.add(*(Text(cell, style) for cell in _cells(point, point.recall, point.precision)))
     notes = (
         "on: neurons whose weights are read · bytes: of the feed-forward weights, predictors included\n"
-        "blocks, model: predicted speed-up over dense, if bytes are what costs"
+        "blocks, model: predicted speed-up over dense, if time is proportional to bytes read"
     )
     return Group(
         "",
         table,
         f"[dim]{notes}[/dim]",
-        f"[bold]{escape(judgement.verdict)}[/bold]",
+        f"[bold]{escape(evaluation.verdict)}[/bold]",
         f"[bold]Page[/bold]  {escape(str(folder / PAGE_FILE))}",
     )
 
 
-def _cells(way: Way, recall: float | None, precision: float | None) -> list[str]:
+def _cells(cost: ReadingCost, recall: float | None, precision: float | None) -> list[str]:
     return [
-        way.name,
+        cost.name,
         percent(recall),
         percent(precision),
-        percent(way.on_share),
-        f"{way.loss:.4f}",
-        f"{way.perplexity:.3f}",
-        percent(way.ffn_bytes),
-        f"{way.ffn_speedup:.2f}×",
-        f"{way.model_speedup:.2f}×",
+        percent(cost.on_share),
+        f"{cost.loss:.4f}",
+        f"{cost.perplexity:.3f}",
+        percent(cost.ffn_bytes),
+        f"{cost.ffn_speedup:.2f}×",
+        f"{cost.model_speedup:.2f}×",
     ]
 
 
@@ -208,12 +208,12 @@ MOST_ROWS = 40
 
 
 def training_summary(predictors: Predictors, folder: Path, model: str) -> RenderableType:
-    """Rank, recall and share of every block, and what to type next.
+    """Rank, recall and shares of every block, and the next command, for the terminal.
 
     Args:
-        predictors: What was trained.
-        folder: Where they lie.
-        model: The model as the user named it.
+        predictors: The trained predictors.
+        folder: Their folder.
+        model: The model as given on the command line.
     """
     facts = predictors.facts
     columns = ("block", "rank", "recall", "switched on", "fire")
@@ -232,5 +232,5 @@ def training_summary(predictors: Predictors, folder: Path, model: str) -> Render
         *([f"and {left} more in predictors.json"] if left > 0 else []),
         f"{count(size)} parameters, {size / ffn:.1%} of the feed-forward weights.",
         f"[bold]Predictors[/bold]  {escape(str(folder))}",
-        f"Next: [cyan]sparsify predictors judge {escape(model)} --predictors {escape(str(folder))}[/cyan]",
+        f"Next: [cyan]sparsify predictors evaluate {escape(model)} --predictors {escape(str(folder))}[/cyan]",
     )

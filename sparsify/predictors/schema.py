@@ -1,4 +1,4 @@
-"""What judging predictors found."""
+"""Results of evaluating predictors."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 
 from pydantic import BaseModel
 
-JUDGEMENT_FILE = "judgement.json"
+EVALUATION_FILE = "evaluation.json"
 
 
-class Way(BaseModel):
-    """One way to compute a token's feed-forward blocks.
+class ReadingCost(BaseModel):
+    """Loss and memory traffic of one way to compute the feed-forward blocks.
 
     Attributes:
-        name: In words.
+        name: Name in tables and plots.
         loss: Nats per token.
         on_share: Share of neurons whose weights are read.
         ffn_bytes: Share of the feed-forward weights' bytes that a token reads, predictors included.
-        ffn_speedup: Predicted for the feed-forward blocks, where reading bytes is all that costs.
-        model_speedup: Predicted for the whole model, with attention and head as they are.
+        ffn_speedup: Predicted speed-up of the feed-forward blocks over dense, if time is proportional to bytes read.
+        model_speedup: Predicted speed-up of the whole model, with dense attention and head.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Way(BaseModel):
 
 
 class LayerPoint(BaseModel):
-    """One layer at one threshold."""
+    """Metrics of one layer at one threshold."""
 
     layer: int
     recall: float | None
@@ -42,17 +42,17 @@ class LayerPoint(BaseModel):
     on_share: float | None
 
 
-class Point(Way):
-    """One threshold.
+class ThresholdPoint(ReadingCost):
+    """Metrics at one threshold.
 
     Attributes:
         threshold: A neuron is on where its score exceeds it.
         recall: Share of the neurons that fire in the masked model which are on.
         precision: Share of the neurons that are on which fire.
-        static_recall: Recall of switching on as many neurons of every block, always the same: those that fire most often.
-        loss_rise: Against the exact model, nats per token.
-        refusal: Why this threshold cannot be chosen; empty where it can.
-        layers: Layer by layer.
+        static_recall: Recall of a fixed mask of the same size, with the neurons of every block that fire most often.
+        loss_rise: Loss above the exact model, nats per token.
+        refusal: Reason why this threshold cannot be chosen; empty if it can.
+        layers: Metrics by layer.
     """
 
     threshold: float
@@ -64,23 +64,23 @@ class Point(Way):
     layers: list[LayerPoint]
 
 
-class Judgement(BaseModel):
-    """Everything that judging found.
+class PredictorEvaluation(BaseModel):
+    """Result of evaluating the predictors of one model.
 
     Attributes:
         model: Name of the model.
         predictors: Folder of the predictors.
-        input: What the predictors get.
-        text: What they were judged on.
-        num_tokens: Tokens of it.
+        input: Input of the predictors: residual or normed.
+        text: Description of the evaluation text.
+        num_tokens: Tokens of the text.
         num_labels: Tokens that carry loss.
         max_loss_rise: The limit, nats per token.
         predictor_share: Size of the predictors as a share of the feed-forward weights that a token computes with.
-        ways: Dense count, exact gate first, and perfect prediction.
-        points: From the lowest threshold to the highest.
-        chosen: The threshold that reads least within the limit; None when none may be chosen.
-        verdict: What to make of it, in a sentence or two.
-        command: What was typed.
+        references: Dense, exact with the gate first, and perfect prediction.
+        points: Metrics from the lowest threshold to the highest.
+        chosen: The threshold that reads least within the limit, or None.
+        verdict: Conclusion in a sentence or two.
+        command: The command line.
     """
 
     model: str
@@ -91,13 +91,12 @@ class Judgement(BaseModel):
     num_labels: int
     max_loss_rise: float
     predictor_share: float
-    ways: list[Way]
-    points: list[Point]
+    references: list[ReadingCost]
+    points: list[ThresholdPoint]
     chosen: float | None
     verdict: str
     command: str = ""
 
     @property
-    def chosen_point(self) -> Point | None:
-        """The point at the chosen threshold."""
+    def chosen_point(self) -> ThresholdPoint | None:
         return next((point for point in self.points if point.threshold == self.chosen), None)

@@ -1,4 +1,4 @@
-"""Scores of neurons that fired and of those that did not, so that a threshold for any recall needs no stored scores."""
+"""Histograms of predictor scores, from which a threshold for any recall follows without storing scores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ FIRED, SILENT = range(2)
 
 
 class FiringScores:
-    """Counts of both kinds of scores.
+    """Histogram of the scores of neurons that fired, and of neurons that did not.
 
     A neuron is switched on above the threshold, so a score on an edge of a bin belongs below it.
     """

@@ -1,4 +1,4 @@
-"""Trains predictors while the text streams through the model: an activation is used once and forgotten."""
+"""Trains predictors while text runs through the model; no activations are stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import torch
 from sparsify.errors import ModelError
 from sparsify.models import SparseModel
 from sparsify.models.masking import num_experts
-from sparsify.predictors.candidate import Candidate, read_state, write_state
+from sparsify.predictors.candidate import (
+    Candidate,
+    RankCost,
+    candidate_ranks,
+    choose_ranks,
+    read_state,
+    write_state,
+)
 from sparsify.predictors.format import (
     Block,
     BlockFacts,
@@ -27,32 +34,31 @@ from sparsify.predictors.format import (
     prefix,
 )
 from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.ranks import Choice, candidate_ranks, choose_ranks
 from sparsify.predictors.scores import FiringScores
 from sparsify.sparsity.probe import SparsityProbe, Tokens
 
 PILOT_SHARE = 0.3
-"""Share of the steps after which the ranks are chosen; until then all candidates are trained side by side."""
+"""Share of the steps after which ranks are chosen; before that all candidates are trained in parallel."""
 SAVE_SECONDS = 60.0
 MOST_FIRING = 0.99
 
 Batch = dict[str, torch.Tensor]
 OnStep = Callable[[int, int, float], None]
-"""Told of every step: steps done, steps in all, mean recall at the score 0."""
+"""Called after every step with the steps done, the total, and the mean recall at a score of 0."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How predictors are trained.
+    """Settings of predictor training.
 
     Attributes:
-        input: What the engine will feed them.
-        wanted_recall: Share of firing neurons that shall be predicted at the score 0.
+        input: Input that the engine will feed them.
+        wanted_recall: Share of firing neurons to predict at a score of 0.
         budget_share: Largest size of all predictors, as a share of the feed-forward parameters.
-        ranks: Ranks to try; shares of the hidden size unless given.
-        passes: How often the text is read.
-        learning_rate: At the start; it falls to 0 in a straight line.
-        seed: Decides the start and the order of sequences.
+        ranks: Ranks to try; by default 1/16, 1/8, 1/4 and 1/2 of the hidden size.
+        passes: Epochs over the text.
+        learning_rate: Initial learning rate; it decays linearly to 0.
+        seed: Seed of the initial weights and the order of sequences.
     """
 
     input: PredictorInput = "residual"
@@ -75,22 +81,22 @@ def train_predictors(
     on_step: OnStep | None = None,
     save_seconds: float = SAVE_SECONDS,
 ) -> Predictors:
-    """Trains one predictor for every block, and gives each the rank that lets a token read least.
+    """Trains one predictor for every block, and chooses for each the rank with which a token reads least.
 
     Args:
         model: A sparse model.
         batches: One step each: input_ids and position_ids, [1, tokens].
-        validation: Text that is not trained on, for the choice of ranks and the final numbers.
-        settings: How.
-        text: What the batches are, in words.
-        state_path: Where the state is kept meanwhile. A state that is there already and has the same settings is gone on from.
-        on_step: Told of every step.
-        save_seconds: Time between two saves of the state.
+        validation: Text that is not trained on, for the choice of ranks and the final metrics.
+        settings: Training settings.
+        text: Description of the batches.
+        state_path: File of the training state. An existing state with the same settings is resumed.
+        on_step: Progress callback.
+        save_seconds: Time between two saves of the state, seconds.
 
     Raises:
         ModelError: If the model's activations are not sparse.
         RunError: If no choice of ranks is within the budget.
-        StorageError: If the disk refuses.
+        StorageError: If the state cannot be written.
     """
     training = _Training(model, settings)
     key = _state_key(training, batches)
@@ -124,7 +130,7 @@ def _order(seed: int, number: int, length: int) -> list[int]:
 
 
 def _state_key(training: _Training, batches: Sequence[Batch]) -> dict[str, Any]:
-    """What must be the same for a state to be gone on from."""
+    """Values that must agree for a state to be resumed."""
     tokens = [batch["input_ids"].flatten() for batch in batches]
     return asdict(training.settings) | {
         "model": fingerprint(training.model),
@@ -134,7 +140,7 @@ def _state_key(training: _Training, batches: Sequence[Batch]) -> dict[str, Any]:
 
 
 class _Training:
-    """The candidates of every block, and the passes that train and judge them."""
+    """The candidates of every block, and the passes that train and evaluate them."""
 
     def __init__(self, model: SparseModel, settings: Settings) -> None:
         self.model, self.settings = model, settings
@@ -159,8 +165,6 @@ class _Training:
         return sum(values) / len(values)
 
     def step(self, batch: Batch, learning_rate: float) -> None:
-        """One step of every candidate."""
-
         def learn(block: Block, x: torch.Tensor, fired: torch.Tensor) -> None:
             for candidate in self.candidates[block].values():
                 candidate.step(x, fired, learning_rate)
@@ -181,7 +185,7 @@ class _Training:
     def finish(
         self, validation: Sequence[Batch], *, text: str, tokens: int, sequence_length: int
     ) -> Predictors:
-        """The predictors, for the input that the engine feeds, with their numbers on the validation text."""
+        """The predictors of the configured input, with their metrics on the validation text."""
         histograms = self._histograms(validation)
         blocks: dict[Block, BlockPredictor] = {}
         facts: dict[str, BlockFacts] = {}
@@ -224,7 +228,6 @@ class _Training:
         )
 
     def state(self, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and numbers from which `restore` goes on."""
         tensors: dict[str, torch.Tensor] = {}
         numbers: dict[str, Any] = {}
         for (layer, expert), options in self.candidates.items():
@@ -235,7 +238,7 @@ class _Training:
         return tensors, {"step": step, "chosen": self.chosen, "candidates": numbers} | rms
 
     def restore(self, state: tuple[dict[str, torch.Tensor], dict[str, Any]] | None) -> int:
-        """Takes up a state and returns the steps that are done."""
+        """Loads a state and returns the steps that are done."""
         if state is None:
             return 0
         tensors, numbers = state
@@ -259,18 +262,18 @@ class _Training:
     def _budget(self) -> int:
         return int(self.settings.budget_share * self._ffn_parameters() * len(self.candidates))
 
-    def _costs(self, validation: Sequence[Batch]) -> dict[Block, list[Choice]]:
+    def _costs(self, validation: Sequence[Batch]) -> dict[Block, list[RankCost]]:
         histograms = self._histograms(validation)
-        costs: dict[Block, list[Choice]] = {}
+        costs: dict[Block, list[RankCost]] = {}
         for block, options in self.candidates.items():
             costs[block] = []
             for rank, candidate in options.items():
                 histogram = histograms[block, rank]
                 on_share = histogram.at(histogram.threshold(self.settings.wanted_recall))[1]
                 size = candidate.predictor.num_parameters
-                # An expert that no validation token chose says nothing: the smallest rank is the best guess then.
+                # An expert without validation tokens has no on_share; the smallest rank is the best guess for it.
                 read = size + (1.0 if on_share is None else on_share) * self._ffn_parameters()
-                costs[block].append(Choice(rank, size, read))
+                costs[block].append(RankCost(rank, size, read))
         return costs
 
     def _histograms(self, batches: Sequence[Batch]) -> dict[tuple[Block, int], FiringScores]:
@@ -280,11 +283,11 @@ class _Training:
             for rank in options
         }
 
-        def judge(block: Block, x: torch.Tensor, fired: torch.Tensor) -> None:
+        def evaluate(block: Block, x: torch.Tensor, fired: torch.Tensor) -> None:
             for rank, candidate in self.candidates[block].items():
                 histograms[block, rank].add(candidate.predictor.scores(x), fired)
 
-        self._run(batches, judge)
+        self._run(batches, evaluate)
         return histograms
 
     @torch.no_grad()
@@ -296,8 +299,8 @@ class _Training:
         learning: bool = False,
     ) -> None:
         with BlockInputs(self.model, "normed") as inputs:
-            user = _User(inputs, use)
-            with SparsityProbe(self.model, user) as probe:
+            observer = _FiringObserver(inputs, use)
+            with SparsityProbe(self.model, observer) as probe:
                 for batch in batches:
                     batch = {key: value.to(self.model.device) for key, value in batch.items()}
                     # The decoder alone: the head's logits are not needed.
@@ -308,13 +311,13 @@ class _Training:
                     )
                 _check_sparse(probe)
         if learning:
-            for layer, (total, count) in user.rms.items():
+            for layer, (total, count) in observer.rms.items():
                 self._rms_sums[layer] += total
                 self._rms_counts[layer] += count
 
 
-class _User:
-    """Hands the input and the firing neurons of every block on while the model runs."""
+class _FiringObserver:
+    """Observer that passes every block's input and firing neurons to a function while the model runs."""
 
     def __init__(
         self, inputs: BlockInputs, use: Callable[[Block, torch.Tensor, torch.Tensor], None]
@@ -323,12 +326,11 @@ class _User:
         self.rms: dict[int, tuple[float, int]] = {}
 
     def begin(self, tokens: Tokens) -> None:
-        """Nothing depends on the tokens."""
+        """Does nothing: every token counts."""
 
     def add(
         self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
     ) -> None:
-        """Uses one block's tokens."""
         if layer not in self.rms:
             self.rms[layer] = float(self._inputs.rms.double().sum()), len(self._inputs.rms)
         self._use((layer, expert), self._inputs.rows(expert), product != 0)

@@ -22,7 +22,7 @@ from sparsify.evaluation.suite import load_suite
 from sparsify.evaluation.tasks import task_sources
 from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.predictors import Predictors, write_predictors
-from sparsify.predictors.judge import judge_predictors
+from sparsify.predictors.quality import evaluate_predictors
 from tests.predictors.untrained import random_predictors
 
 EVERYTHING_ON = -1e9
@@ -73,7 +73,7 @@ def test_the_masked_loss_is_that_of_the_predictors_report(
 ) -> None:
     predictors = random_predictors(subject.model, 0.5)
     held_out = sequences(3)
-    judgement = judge_predictors(
+    evaluation = evaluate_predictors(
         subject.model,
         predictors,
         [collate([sequence]) for sequence in held_out],
@@ -87,9 +87,9 @@ def test_the_masked_loss_is_that_of_the_predictors_report(
         subject, data_dir, tmp_path / "out", predictors, held_out=HeldOut("own", held_out)
     )
     row = found.tasks[-1]
-    (point,) = judgement.points
+    (point,) = evaluation.points
     assert row.score.value == pytest.approx(point.perplexity, rel=1e-6)
-    assert row.score.value != pytest.approx(judgement.ways[0].perplexity, rel=1e-4)
+    assert row.score.value != pytest.approx(evaluation.references[0].perplexity, rel=1e-4)
     assert row.predicted_on == pytest.approx(point.on_share)
     assert row.predicted_recall == pytest.approx(point.recall)
     assert 0.1 < point.on_share < 0.9

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparsify.errors import ModelError, RunError
 from sparsify.models import SparseModel
 from sparsify.predictors import Predictors, read_predictors, write_predictors
-from sparsify.predictors.ranks import Choice, choose_ranks
+from sparsify.predictors.candidate import RankCost, choose_ranks
 from sparsify.predictors.scores import FiringScores
 from sparsify.predictors.train import Settings, train_predictors
 from tests.predictors.conftest import random_batches, sparse_model
@@ -115,7 +115,7 @@ def test_ranks_keep_to_the_budget_and_are_the_best_without_one(
     options: list[list[tuple[int, float]]], budget: int
 ) -> None:
     choices = {
-        (layer, 0): [Choice(size, size, read) for size, read in dict(pairs).items()]
+        (layer, 0): [RankCost(size, size, read) for size, read in dict(pairs).items()]
         for layer, pairs in enumerate(options)
     }
     best = choose_ranks(choices, 10**9)

@@ -1,4 +1,4 @@
-"""Judges predictors by what they do to the model, not by recall alone."""
+"""Evaluates predictors by the loss of the masked model and the bytes it reads, not by recall alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sparsify.models.masking import experts_per_token
 from sparsify.predictors.format import Block, Predictors
 from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.masking import PredictorMask, ScoreReader
-from sparsify.predictors.schema import Judgement, LayerPoint, Point, Way
+from sparsify.predictors.schema import LayerPoint, PredictorEvaluation, ReadingCost, ThresholdPoint
 from sparsify.sparsity.active_parameters import FFN_PARTS, ffn_byte_shares, parameters_by_part
 from sparsify.sparsity.measure import IGNORED_LABEL, summed_loss
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.statistics import ActivationStatistics
 
 RECALLS = (0.999, 0.995, 0.99, 0.98, 0.96, 0.93, 0.88, 0.8, 0.65)
-"""Thresholds that would give these recalls in the exact model are tried, and the predictors' own."""
+"""Recalls in the exact model whose thresholds are tried, in addition to the predictors' own threshold."""
 STEP_DIGITS = 4
 
 Batch = dict[str, torch.Tensor]
@@ -27,15 +27,15 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class _Bytes:
-    """Parameters that one token reads, by what they are for."""
+    """Parameters that one token reads."""
 
     ffn: float
     predictors: float
     rest: float
 
-    def way(self, name: str, loss: float, on_share: float, ffn_share: float) -> Way:
+    def cost(self, name: str, loss: float, on_share: float, ffn_share: float) -> ReadingCost:
         dense, read = self.ffn + self.rest, self.ffn * ffn_share + self.rest
-        return Way(
+        return ReadingCost(
             name=name,
             loss=loss,
             on_share=on_share,
@@ -45,7 +45,7 @@ class _Bytes:
         )
 
 
-def judge_predictors(
+def evaluate_predictors(
     model: SparseModel,
     predictors: Predictors,
     batches: Sequence[Batch],
@@ -56,35 +56,37 @@ def judge_predictors(
     max_loss_rise: float,
     thresholds: Sequence[float] = (),
     on_progress: Callable[[int, int], None] | None = None,
-) -> Judgement:
-    """Runs the model exactly, and then masked at every threshold.
+) -> PredictorEvaluation:
+    """Measures the loss of the exact model, and of the masked model at every threshold.
 
-    A threshold may be chosen where the loss rises by no more than the limit, a token reads fewer bytes than an exact kernel
-    that reads the gate first (which needs no predictor), and at least as many firing neurons are found as by always switching
-    on those that fire most often. Of these the one that reads least is chosen. A predictor that switches everything on has
-    perfect recall and no rise of the loss, and fails the second rule.
+    A threshold can be chosen if the loss rises by no more than the limit, a token reads fewer bytes than with an exact kernel
+    that reads the gate first (which needs no predictor), and the recall is at least that of a fixed mask of the neurons that
+    fire most often. The one that reads least is chosen. A predictor that switches everything on has perfect recall and no
+    rise of the loss, and fails the second rule.
 
     Args:
         model: The model that the predictors were trained for.
-        predictors: To be judged.
-        batches: input_ids, position_ids and shifted labels, [1, tokens] each; text that was not trained on.
+        predictors: Predictors to evaluate.
+        batches: input_ids, position_ids and shifted labels, [1, tokens] each, of text that was not trained on.
         name: Name of the model.
-        folder: Of the predictors.
-        text: What the batches are, in words.
-        max_loss_rise: The limit, nats per token.
-        thresholds: To try; chosen by recall unless given.
-        on_progress: Told of passes done and passes in all.
+        folder: Folder of the predictors.
+        text: Description of the batches.
+        max_loss_rise: Limit on the rise of the loss, nats per token.
+        thresholds: Thresholds to try; by default chosen by recall.
+        on_progress: Called with the passes done and the total.
 
     Raises:
         ModelError: If the predictors belong to another model.
     """
     predictors.check_model(model, folder)
     kept = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
-    judging = _Judging(model, predictors.to(model.device), kept, on_progress or (lambda *_: None))
-    return judging.judgement(name, folder, text, max_loss_rise, thresholds)
+    evaluator = _Evaluator(
+        model, predictors.to(model.device), kept, on_progress or (lambda *_: None)
+    )
+    return evaluator.evaluate(name, folder, text, max_loss_rise, thresholds)
 
 
-class _Judging:
+class _Evaluator:
     def __init__(
         self,
         model: SparseModel,
@@ -97,9 +99,9 @@ class _Judging:
         self._num_labels = sum(int((b["labels"] != IGNORED_LABEL).sum()) for b in batches)
         self._bytes = _bytes(model, predictors)
 
-    def judgement(
+    def evaluate(
         self, name: str, folder: str, text: str, limit: float, given: Sequence[float]
-    ) -> Judgement:
+    ) -> PredictorEvaluation:
         with BlockInputs(self._model, self._predictors.facts.input) as inputs:
             reader = ScoreReader(self._predictors, inputs)
             loss, statistics = self._loss(reader)
@@ -114,8 +116,8 @@ class _Judging:
             points.append(self._point(threshold, loss, statistics, gate_first, limit))
         usable = [point for point in points if not point.refusal]
         best = min(usable, key=lambda point: point.ffn_bytes, default=None)
-        make = self._bytes.way
-        return Judgement(
+        cost = self._bytes.cost
+        return PredictorEvaluation(
             model=name,
             predictors=folder,
             input=self._predictors.facts.input,
@@ -124,10 +126,10 @@ class _Judging:
             num_labels=self._num_labels,
             max_loss_rise=limit,
             predictor_share=self._bytes.predictors / self._bytes.ffn,
-            ways=[
-                make("dense: every neuron", loss, 1.0, 1.0),
-                make("exact: gate first, no predictor", loss, 1 - gate_zeros, gate_first),
-                make("a perfect predictor of no size", loss, 1 - zeros, max(perfect, 1e-9)),
+            references=[
+                cost("dense: all neurons", loss, 1.0, 1.0),
+                cost("exact: gate first, no predictor", loss, 1 - gate_zeros, gate_first),
+                cost("perfect predictor of size 0", loss, 1 - zeros, max(perfect, 1e-9)),
             ],
             points=points,
             chosen=best.threshold if best else None,
@@ -141,17 +143,17 @@ class _Judging:
         statistics: ActivationStatistics,
         gate_first: float,
         limit: float,
-    ) -> Point:
+    ) -> ThresholdPoint:
         with BlockInputs(self._model, self._predictors.facts.input) as inputs:
             mask = PredictorMask(self._predictors, inputs, threshold)
             masked_loss, _ = self._loss(mask)
         fired, hit, on, values = torch.stack(list(mask.counts.values())).sum(0).tolist()
         on_share, rise = on / values, masked_loss - loss
         read = on_share + self._bytes.predictors / self._bytes.ffn
-        way = self._bytes.way(f"predicted above {threshold:g}", masked_loss, on_share, read)
+        cost = self._bytes.cost(f"predicted above {threshold:g}", masked_loss, on_share, read)
         recall, static = _share(hit, fired), _static_recall(mask.counts, statistics)
-        return Point(
-            **way.model_dump(),
+        return ThresholdPoint(
+            **cost.model_dump(),
             threshold=threshold,
             recall=recall,
             precision=_share(hit, on),
@@ -174,22 +176,22 @@ def _refusal(
     if not rise <= limit:
         return f"the loss rises by {rise:.4f}"
     if read >= gate_first:
-        return f"reads {read:.0%} of the bytes, gate first reads {gate_first:.0%} and is exact"
+        return f"reads {read:.0%} of the bytes; gate first reads {gate_first:.0%} and is exact"
     if recall is not None and recall < static:
-        return f"always the same neurons would have a recall of {static:.1%}"
+        return f"a fixed mask of the same size has a recall of {static:.1%}"
     return ""
 
 
-def _verdict(best: Point | None, points: Sequence[Point], gate_first: float) -> str:
+def _verdict(
+    best: ThresholdPoint | None, points: Sequence[ThresholdPoint], gate_first: float
+) -> str:
     if best is not None:
         return (
             f"Above {best.threshold:g} the loss rises by {best.loss_rise:.4f} nats, a token reads {best.ffn_bytes:.1%} of the "
-            f"feed-forward bytes, and the model may run {best.model_speedup:.2f} times as fast as dense, if bytes are what costs."
+            f"feed-forward bytes, and the predicted speed-up of the model over dense is {best.model_speedup:.2f}, if time is proportional to bytes read."
         )
     if all(point.on_share > 0.99 for point in points):
-        return (
-            "These predictors switch everything on: their recall is perfect, and nothing is saved."
-        )
+        return "These predictors switch everything on: recall is perfect, and nothing is saved."
     return (
         f"No threshold keeps the loss within the limit and reads less than gate first ({gate_first:.1%} of the bytes, exact, "
         "without a predictor)."
@@ -218,7 +220,7 @@ def _layers(counts: dict[Block, torch.Tensor]) -> list[LayerPoint]:
 
 
 def _static_recall(counts: dict[Block, torch.Tensor], statistics: ActivationStatistics) -> float:
-    """Recall of as many neurons of each block as are on, if they were always the same."""
+    """Recall of a fixed mask that switches on as many neurons of each block, those that fire most often."""
     hit = total = 0
     for (layer, expert), values in counts.items():
         often = statistics.product_fired[layer, expert].sort(descending=True).values
@@ -229,7 +231,7 @@ def _static_recall(counts: dict[Block, torch.Tensor], statistics: ActivationStat
 
 
 def _bytes(model: SparseModel, predictors: Predictors) -> _Bytes:
-    """What one token reads. All weights are taken to have the same dtype; of the embedding it reads one row."""
+    """Parameters that one token reads, all weights in one dtype; the one row of the embedding is not counted."""
     parts = parameters_by_part(model)
     experts = predictors.facts.num_experts
     computed = experts_per_token(model.config) / experts

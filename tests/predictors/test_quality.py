@@ -1,4 +1,4 @@
-"""A judgement says what the masked model really does, chooses by the limit on the loss, and catches what saves nothing."""
+"""An evaluation says what the masked model really does, chooses by the limit on the loss, and catches what saves nothing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from sparsify.cli import main
-from sparsify.commands.predictors import judge, train
+from sparsify.commands.predictors import evaluate, train
 from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.models import SparseModel
 from sparsify.predictors import BlockPredictor, Predictors, read_predictors, write_predictors
-from sparsify.predictors.judge import judge_predictors
-from sparsify.predictors.schema import Judgement
+from sparsify.predictors.quality import evaluate_predictors
+from sparsify.predictors.schema import PredictorEvaluation
 from sparsify.predictors.train import Settings, train_predictors
 from tests.conftest import TOKENIZER, stock_model
 from tests.predictors.conftest import random_batches
@@ -45,10 +45,10 @@ def predictors(
     )
 
 
-def judged(
+def evaluate_at(
     model: SparseModel, predictors: Predictors, limit: float, *thresholds: float
-) -> Judgement:
-    return judge_predictors(
+) -> PredictorEvaluation:
+    return evaluate_predictors(
         model,
         predictors,
         BATCHES,
@@ -91,7 +91,7 @@ def test_a_point_is_what_the_masked_blocks_give(
 ) -> None:
     for threshold in (0.0, 0.7):
         loss, recall = by_hand(mistral, predictors, threshold)
-        (point,) = judged(mistral, predictors, 1.0, threshold).points
+        (point,) = evaluate_at(mistral, predictors, 1.0, threshold).points
         assert point.loss == pytest.approx(loss, rel=1e-5)
         assert point.recall == pytest.approx(recall, abs=1e-4)
 
@@ -99,31 +99,31 @@ def test_a_point_is_what_the_masked_blocks_give(
 def test_the_cheapest_threshold_within_the_limit_is_chosen(
     mistral: SparseModel, predictors: Predictors
 ) -> None:
-    loose = judged(mistral, predictors, 1.0)
-    strict = judged(mistral, predictors, sorted(p.loss_rise for p in loose.points)[4])
-    for judgement in (loose, strict):
-        usable = [point for point in judgement.points if not point.refusal]
-        chosen = judgement.chosen_point
+    loose = evaluate_at(mistral, predictors, 1.0)
+    strict = evaluate_at(mistral, predictors, sorted(p.loss_rise for p in loose.points)[4])
+    for evaluation in (loose, strict):
+        usable = [point for point in evaluation.points if not point.refusal]
+        chosen = evaluation.chosen_point
         assert chosen is not None
-        assert chosen.loss_rise <= judgement.max_loss_rise
+        assert chosen.loss_rise <= evaluation.max_loss_rise
         assert chosen.ffn_bytes == min(point.ffn_bytes for point in usable)
-        assert chosen.ffn_bytes < judgement.ways[1].ffn_bytes
+        assert chosen.ffn_bytes < evaluation.references[1].ffn_bytes
         assert chosen.ffn_speedup == pytest.approx(1 / chosen.ffn_bytes)
     assert strict.chosen is not None
     assert loose.chosen is not None
     assert strict.chosen < loose.chosen
-    dense = loose.ways[0]
+    dense = loose.references[0]
     assert (dense.ffn_bytes, dense.model_speedup) == (1.0, 1.0)
 
 
 def test_predictors_that_switch_everything_on_are_caught(
     mistral: SparseModel, predictors: Predictors
 ) -> None:
-    judgement = judged(mistral, predictors, 1.0, -1e9)
-    (point,) = judgement.points
+    evaluation = evaluate_at(mistral, predictors, 1.0, -1e9)
+    (point,) = evaluation.points
     assert (point.recall, point.on_share, point.loss_rise) == (1.0, 1.0, 0.0)
-    assert judgement.chosen is None
-    assert "switch everything on" in judgement.verdict
+    assert evaluation.chosen is None
+    assert "switch everything on" in evaluation.verdict
 
 
 def test_predictors_that_know_nothing_are_caught(
@@ -134,11 +134,11 @@ def test_predictors_that_know_nothing_are_caught(
         block: BlockPredictor(*(torch.randn(m.shape, generator=generator) for m in matrices))
         for block, matrices in predictors.blocks.items()
     }
-    judgement = judged(mistral, predictors._replace(blocks=noise), 10.0)
-    assert judgement.chosen is None
+    evaluation = evaluate_at(mistral, predictors._replace(blocks=noise), 10.0)
+    assert evaluation.chosen is None
     assert all(
         (point.recall or 0) < point.static_recall or point.ffn_bytes > 0.6
-        for point in judgement.points
+        for point in evaluation.points
     )
 
 
@@ -164,18 +164,18 @@ def test_the_verbs_write_predictors_with_the_chosen_threshold(folder: Path) -> N
     settings = Settings(wanted_recall=0.9, budget_share=0.3, ranks=(8,), passes=3)
     train(model, text, 4096, to, settings, lambda _: None)
     assert sorted(path.name for path in folder.glob(".*")) == []
-    judgement, page = judge(model, to, text, 512, 0.5, [], lambda _: None)
-    assert judgement.chosen is not None
-    assert read_predictors(to).facts.threshold == judgement.chosen
+    evaluation, page = evaluate(model, to, text, 512, 0.5, [], lambda _: None)
+    assert evaluation.chosen is not None
+    assert read_predictors(to).facts.threshold == evaluation.chosen
     assert {path.name for path in page.iterdir()} == {
-        "judgement.json",
-        "judgement.csv",
+        "evaluation.json",
+        "evaluation.csv",
         "index.html",
         "cost.png",
         "recall.png",
     }
-    assert json.loads((page / "judgement.json").read_text())["chosen"] == judgement.chosen
-    assert judgement.verdict in (page / "index.html").read_text()
+    assert json.loads((page / "evaluation.json").read_text())["chosen"] == evaluation.chosen
+    assert evaluation.verdict in (page / "index.html").read_text()
 
 
 def test_the_command_ends_with_2_where_no_threshold_may_be_chosen(
@@ -186,7 +186,7 @@ def test_the_command_ends_with_2_where_no_threshold_may_be_chosen(
     options = ["--on", str(folder / "text.txt"), "--tokens", "256", "--threshold", "-1e9"]
     command = [
         "predictors",
-        "judge",
+        "evaluate",
         str(folder / "model"),
         "--predictors",
         str(folder / "predictors"),
