@@ -150,7 +150,7 @@ def test_the_command_measures_a_bundle_and_draws(
         (("--sparsity", "1.5"), "--sparsity outside"),
         (("--batch", "1,x"), "--batch is '1,x'"),
         (("--batch", "0"), "a number below 1"),
-        (("--plot", "picture.pdf"), "picture.pdf is no picture"),
+        (("--plot", "picture.pdf"), "picture.pdf is not a supported image format"),
         (("--predictors", "somewhere"), "--predictors without --bundle"),
     ],
 )
