@@ -1,7 +1,6 @@
-"""What a recipe will need and do, estimated before it costs anything."""
+"""Estimates a recipe's memory, time and price before anything runs."""
 
-from sparsify.plan.auto import auto_sentence, resolve_engine
-from sparsify.plan.estimate import Plan, make_plan
+from sparsify.plan.estimate import Plan, auto_sentence, make_plan, resolve_engine
 from sparsify.plan.hardware import Hardware, named_hardware, this_machine
 from sparsify.plan.report import plan_table
 

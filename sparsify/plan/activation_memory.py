@@ -1,4 +1,4 @@
-"""Bytes of a forward and backward pass, for each token: what a layer keeps, and what the loss needs."""
+"""Bytes of a forward and backward pass: saved activations of layers, and memory of the loss."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Pass:
 
     Attributes:
         at_loss_bytes: Activations of all layers while the gradient of the logits is made.
-        at_top_bytes: Activations while the last layer's backward pass runs: all layers', and its gradients.
-        at_bottom_bytes: Activations while the first layer's backward pass runs: only its own, and its gradients.
-        loss_logits_bytes: Logits, log-probabilities and their gradients; with Liger a piece of them, and what it makes of it.
-        kept_logits_bytes: The logits, which stay to the end of the backward pass; none with Liger.
+        at_top_bytes: All layers' activations and the last layer's gradients, in the last layer's backward pass.
+        at_bottom_bytes: The first layer's activations and gradients, in its backward pass.
+        loss_logits_bytes: Logits, log-probabilities and their gradients; with Liger those of one chunk.
+        kept_logits_bytes: Logits kept to the end of the backward pass; 0 with Liger.
     """
 
     at_loss_bytes: int
@@ -39,7 +39,7 @@ class Pass:
 def forward_and_backward(
     recipe: Recipe, architecture: Architecture, *, checkpointing: bool
 ) -> Pass:
-    """The bytes that one micro-batch takes with or without gradient checkpointing."""
+    """Bytes of one micro-batch with or without gradient checkpointing."""
     a, training = architecture, recipe.training
     value = value_bytes(recipe)
     tokens = training.micro_batch_size * training.sequence_length
@@ -53,7 +53,7 @@ def forward_and_backward(
         liger=training.liger_kernels,
     )
     layer += value * extra_neuron_values(recipe) * a.intermediate_size * a.num_experts_per_tok
-    if recipe.distillation.ffn_weight:  # how far the block's answer is from the teacher's
+    if recipe.distillation.ffn_weight:  # difference between the block's and the teacher's output
         layer += FP32_BYTES * a.hidden_size
     kept = value * a.hidden_size if checkpointing else layer
     top = a.num_hidden_layers * kept + norm_bytes(a, value, liger=training.liger_kernels)
@@ -73,26 +73,26 @@ def forward_and_backward(
 
 
 def liger_loss_bytes(architecture: Architecture, value_bytes: int, num_tokens: int) -> int:
-    """Bytes that Liger's loss takes: the logits of a piece, which their gradient overwrites, and both gradients of the projection.
+    """Bytes of Liger's loss: logits of a chunk, which their gradient overwrites, and both gradients of the projection.
 
-    A piece has as many tokens as make its logits about as large as all hidden states, rounded up to a power of two. The
-    weight's gradient is summed over pieces in fp32: bf16 products are added as they are made, and the sum is rounded at the end; an
-    fp32 product stands beside it first.
+    A chunk has so many tokens that its logits are about as large as all hidden states, rounded up to a power of two. The
+    weight's gradient is summed over chunks in fp32. In bf16 products are added directly, and the sum is rounded at the end; in
+    fp32 a temporary holds each product first.
     """
     a = architecture
-    pieces = -(-a.vocab_size // a.hidden_size)
-    piece_tokens = min(1 << (-(-num_tokens // pieces) - 1).bit_length(), num_tokens)
+    chunks = -(-a.vocab_size // a.hidden_size)
+    chunk_tokens = min(1 << (-(-num_tokens // chunks) - 1).bit_length(), num_tokens)
     hidden_gradient = num_tokens * a.hidden_size * value_bytes
     weight = a.vocab_size * a.hidden_size
-    piece, copy = piece_tokens * a.vocab_size * value_bytes, weight * value_bytes
-    beside = piece + copy if value_bytes == FP32_BYTES else max(piece, copy)
-    return hidden_gradient + FP32_BYTES * weight + beside
+    chunk, copy = chunk_tokens * a.vocab_size * value_bytes, weight * value_bytes
+    temporary = chunk + copy if value_bytes == FP32_BYTES else max(chunk, copy)
+    return hidden_gradient + FP32_BYTES * weight + temporary
 
 
 def norm_bytes(architecture: Architecture, value_bytes: int, *, liger: bool) -> int:
-    """Bytes that a norm and what reads it keep, for each token: its input in fp32, the normalised value and the output.
+    """Bytes per token that a norm saves for backward: its input in fp32, the normalised value and the output.
 
-    Liger's keeps the input as it is and one number, and normalises again.
+    Liger's norm saves the input in its own dtype and one fp32 number, and normalises again.
     """
     kept = value_bytes if liger else FP32_BYTES + value_bytes
     return architecture.hidden_size * (kept + value_bytes) + (FP32_BYTES if liger else 0)
@@ -108,21 +108,20 @@ def layer_activation_bytes(
     one_pass: bool = False,
     liger: bool = False,
 ) -> int:
-    """Bytes that one layer keeps for its backward pass, for each token.
+    """Bytes per token that one layer saves for its backward pass.
 
-    The counting is Korthikanti et al.'s (arXiv 2205.05198, section 4.1) for this block: without dropout, and without
-    attention scores, which fused attention computes again. Counted are each norm's input and normalised value and
-    its output; queries, keys, values, their answer and the log-sum-exp of each head; and of the feed-forward block
-    what `Activation.saved_values` says.
+    Counts as Korthikanti et al. (arXiv 2205.05198, section 4.1), without dropout and without attention scores, which fused
+    attention recomputes. Counted are each norm's input, normalised value and output; queries, keys, values, the attention
+    output and the log-sum-exp of each head; and `Activation.saved_values` of the feed-forward block.
 
     Args:
         architecture: The model.
-        ffn_activation: Its activation.
+        ffn_activation: The model's activation.
         value_bytes: Bytes of one value.
         sequence_length: Length of sequences that hold several documents: their attention mask is kept by every layer,
             and keys and values are repeated for every query head. None for one document a sequence.
         thresholds: Whether neurons have thresholds.
-        one_pass: Whether a kernel computes the activation: then it keeps gate, up and their product, whichever it is.
+        one_pass: Whether a fused kernel computes the activation; it saves gate, up and their product.
         liger: Whether Liger computes the norms.
     """
     a = architecture
@@ -143,16 +142,16 @@ def layer_activation_bytes(
 
 
 def extra_neuron_values(recipe: Recipe) -> int:
-    """Values for each neuron that a layer keeps besides its own: both activations' factors where one fades into the other,
-    and the gate's factor once more where the penalty looks at it.
+    """Values per neuron that a layer saves in addition: both activations' factors while they are blended, and the gate's
+    factor once more for the penalty.
     """
     blending = 3 if recipe.blending.budget_share else 0
     return blending + (1 if recipe.penalty.gate_share else 0)
 
 
 def layer_gradient_bytes(architecture: Architecture, value_bytes: int) -> int:
-    """Bytes of the gradients of activations that a layer's backward pass holds at once, for each token: of the product
-    and both factors, and of the residual stream before and after.
+    """Bytes per token of the activation gradients that a layer's backward pass holds at once: those of the product and both
+    factors, and of the residual stream before and after.
     """
     a = architecture
     return value_bytes * (3 * a.intermediate_size * a.num_experts_per_tok + 2 * a.hidden_size)

@@ -1,4 +1,4 @@
-"""How long a step and a run take, and what they cost, from a given throughput or from assumptions about the hardware."""
+"""Time of a step, and time and price of a run, from a given throughput or from assumptions about the hardware."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from sparsify.plan.parameters import Architecture, Parameters
 from sparsify.recipe.recipe import Recipe
 
 PASS_OVERHEAD_TOKENS = 512
-"""Assumed: what a forward pass costs beyond its tokens (starting kernels, small matrices), as so many tokens more."""
+"""Assumed fixed cost of a forward pass (kernel launches, small matrices), in tokens."""
 
 
 class Cost(BaseModel):
     """Time and price of a run.
 
     Attributes:
-        tokens_per_second: Of all processes together.
-        assumed: Whether that rests on `hardware`'s assumptions and not on a given number.
-        hours: Training only: no conversion, validation, baseline run or report.
+        tokens_per_second: Throughput of all processes together.
+        assumed: Whether it follows from `hardware`'s assumptions and not from a given number.
+        hours: Training time, without conversion, validation, baseline run and report.
         device_hours: `hours` on all devices.
         price: US dollars.
     """
@@ -59,12 +59,11 @@ def cost(
 def training_flops_per_token(
     architecture: Architecture, parameters: Parameters, sequence_length: int
 ) -> int:
-    """Floating-point operations of forward and backward for one token: 6 N + 12 L H Q T.
+    """FLOPs of the forward and backward pass for one token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
 
-    PaLM, arXiv 2204.02311, appendix B. N: parameters that multiply each token, so the experts that a token is routed to and
-    not the others, the output head and not the look-up of embeddings. L layers of H heads of Q dimensions attend over T tokens;
-    as there, neither the causal mask nor the borders of documents take anything off. What activation checkpointing computes
-    again is not counted, so that MFU stays comparable with and without it.
+    N counts the parameters that multiply a token: routed experts only, the output head, and not the embedding lookup. L layers
+    of H heads of Q dimensions attend over T tokens; as in the paper, causal masks and document boundaries are not subtracted.
+    Recomputation by activation checkpointing is not counted, so that MFU stays comparable with and without it.
     """
     looked_up = 0 if architecture.tie_word_embeddings else parameters.embeddings
     multiplied = parameters.active(architecture) - looked_up
@@ -75,10 +74,11 @@ def training_flops_per_token(
 def step_seconds(
     recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
 ) -> float:
-    """Seconds of one step as if computing, communicating and offloading never overlapped.
+    """Seconds of one step if compute, communication and offloading never overlap.
 
-    Computing is `training_flops_per_token`; recomputing with gradient checkpointing adds a third, a teacher's forward pass another. Stage 1 reduces gradients once a step,
-    stage 2 after every forward pass, stage 3 gathers weights twice for each as well (arXiv 1910.02054, section 7).
+    Compute follows from `training_flops_per_token`; gradient checkpointing adds a third, a teacher's forward pass another
+    third. Stage 1 reduces gradients once a step, stage 2 after every micro-batch, and stage 3 also gathers weights twice per
+    micro-batch (arXiv 1910.02054, section 7).
     """
     training, engine = recipe.training, recipe.engine
     processes, passes = recipe.launch.total_processes, recipe.accumulation_steps

@@ -1,6 +1,6 @@
-"""What a recipe will need and do, estimated before it costs anything.
+"""Estimates a recipe's memory, time, price, steps and tokens, and resolves `engine=auto`.
 
-Arithmetic on the recipe and the model's configuration: no weights, no GPU, no network.
+Computed from the recipe and the model's configuration: no weights, no GPU, no network.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,25 @@ from sparsify.mixture.sequences.shares import Shares, share_phases
 from sparsify.plan.activation_memory import value_bytes
 from sparsify.plan.cost import Cost, cost
 from sparsify.plan.extras import CalibrationPlan, RefitPlan, plan_calibration, plan_refits
-from sparsify.plan.fit import Choice, Verdict, verdict_of
+from sparsify.plan.fit import EngineChoice, Verdict, cheapest, gb, verdict_of
 from sparsify.plan.hardware import Hardware, this_machine
 from sparsify.plan.memory import DeviceMemory, HostMemory, checkpoint_bytes, memory
 from sparsify.plan.parameters import Architecture, Parameters, count_parameters
+from sparsify.recipe.engine import AUTO_STAGE
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.recipe import Recipe
 
 
 class SourcePlan(BaseModel):
-    """What a run asks of one source.
+    """What a run reads of one source.
 
     Attributes:
         group: `pretraining` or `instruction`.
         tokens: Tokens of the whole run; a source with a limit may give less.
-        epochs: How often the run sees it; None where the tokenised cache does not know all of it yet.
-        max_epochs: How often it may be seen at most; None if there is no limit.
-        when_exhausted: What happens then.
+        epochs: Epochs over the source; None if it is not tokenised to its end yet.
+        max_epochs: Limit on the epochs; None without one.
+        when_exhausted: What happens at the limit.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,7 +51,7 @@ class SourcePlan(BaseModel):
 
 
 class PhasePlan(BaseModel):
-    """A part of the run over which the shares of tokens stay, or move in a straight line.
+    """A part of the run over which the shares of tokens are constant or change linearly.
 
     Attributes:
         until_tokens: Tokens of the run at its end.
@@ -65,27 +67,27 @@ class PhasePlan(BaseModel):
 
 
 class Plan(BaseModel):
-    """An estimate; `plan_table` lays it out, `model_dump()` is its JSON.
+    """An estimate; `plan_table` formats it, `model_dump()` is its JSON.
 
     Attributes:
-        parameters: All parameters, by part of the model.
-        active_parameters: Parameters that work on one token; fewer than all in a mixture of experts.
-        hardware: What it is planned for.
+        parameters: Parameters by part of the model.
+        active_parameters: Parameters used for one token; fewer than all in a mixture of experts.
+        hardware: The planned hardware.
         device: Bytes of each process's tensors at the fullest moment of a step, on its GPU (on a CPU machine: in its memory).
         host: Bytes in one node's memory for what ZeRO-Offload moves there, all its processes together.
         activations_with_checkpointing_bytes: Activations at that moment with `training.gradient_checkpointing`.
-        activations_without_checkpointing_bytes: And without it.
+        activations_without_checkpointing_bytes: Activations at that moment without it.
         allowance_bytes: Added to `device` for the framework and fragmentation, an assumption.
         verdict: Whether it fits, and what would.
-        calibration: What the calibrated replacement takes before training; None without one.
-        refits: What refits at milestones of a blending schedule take; None without any.
+        calibration: Memory and disk of the calibrated replacement; None without one.
+        refits: Memory of refits at milestones of a blending schedule; None without any.
         cost: Time and price, from a throughput that was given or from `hardware`.
-        checkpoint_bytes: One checkpoint. `checkpoint.keep_last` of them and one being written lie on the disk,
-            beside those that `checkpoint.keep_every_tokens` keeps for good.
-        kept_for_good: How many these are at the end of the run, without those among the last.
+        checkpoint_bytes: One checkpoint. The disk holds `checkpoint.keep_last` of them, one being written,
+            and those that `checkpoint.keep_every_tokens` keeps permanently.
+        kept_for_good: Number of permanent checkpoints at the end of the run, without those among the last.
         num_tokens: `training.budget_tokens` rounded down to whole steps.
         sources: The sources that have a share of `num_tokens`.
-        phases: Their shares over the run: one phase unless the mixture states more.
+        phases: Their shares over the run; one phase unless the mixture has more.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -138,21 +140,21 @@ def make_plan(
     hardware: Hardware | None = None,
     tokens_per_second: float | None = None,
     source_tokens: Mapping[str, int] | None = None,
-    choice: Choice | None = None,
+    choice: EngineChoice | None = None,
 ) -> Plan:
-    """Estimates a recipe's memory, time and price and lays out its steps and tokens.
+    """Estimates a recipe's memory, time and price, and computes its steps and tokens.
 
     Args:
         recipe: A composed recipe with a concrete ZeRO stage.
-        model_config: The model's transformers configuration. Otherwise `model.source`'s config.json counts where it
-            is on this machine, and `model.architecture` where it is not.
-        hardware: What to plan for; this machine unless given.
+        model_config: The model's transformers configuration. Default: `model.source`'s config.json if it is on
+            this machine, otherwise `model.architecture`.
+        hardware: Hardware to plan for; default: this machine.
         tokens_per_second: Measured throughput of all processes together, instead of the assumption about `hardware`.
         source_tokens: Training tokens that each source has, where they are known.
-        choice: What `engine=auto` chose, where it did.
+        choice: Settings that `engine=auto` chose, if it did.
 
     Raises:
-        RecipeError: If none of them says what the model looks like.
+        RecipeError: If the model's architecture is not known.
     """
     architecture = architecture_of(recipe, model_config)
     parameters = count_parameters(architecture)
@@ -245,10 +247,10 @@ def _sources(
 
 
 def architecture_of(recipe: Recipe, model_config: Any = None) -> Architecture:
-    """What the model of a recipe looks like.
+    """Architecture of a recipe's model.
 
     Raises:
-        RecipeError: If nothing here says it.
+        RecipeError: If it is not known.
     """
     model = recipe.model
     fields = model_config.to_dict() if model_config is not None else _local_config(model)
@@ -263,7 +265,7 @@ def architecture_of(recipe: Recipe, model_config: Any = None) -> Architecture:
 
 
 def is_local(source: str) -> bool:
-    """Whether a model's `source` can be looked up without a network."""
+    """Whether a model's `source` can be read without a network."""
     return source.startswith("package:") or Path(source).expanduser().exists()
 
 
@@ -278,3 +280,62 @@ def _local_config(model: ModelSection) -> dict[str, Any]:
         folder = Path(next(iter(places))) / inside if places else folder
     path = folder / "config.json"
     return json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
+
+
+def resolve_engine(
+    recipe: Recipe, *, hardware: Hardware | None = None
+) -> tuple[Recipe, EngineChoice | None]:
+    """Replaces `engine=auto` by concrete engine settings.
+
+    Args:
+        recipe: A composed recipe.
+        hardware: Hardware of the run; default: this machine.
+
+    Returns:
+        The recipe itself and None without `engine=auto`; otherwise a copy with the cheapest settings that fit, and these
+        settings.
+
+    Raises:
+        RecipeError: If nothing fits.
+    """
+    if recipe.engine.zero_stage != AUTO_STAGE:
+        return recipe, None
+    hardware = hardware or this_machine(recipe.launch.processes, recipe.launch.nodes)
+    architecture = architecture_of(recipe)
+    choice = cheapest(recipe, architecture, count_parameters(architecture), hardware)
+    if choice is None:
+        raise RecipeError(
+            f"engine=auto finds nothing that fits {hardware.name}: {gb(hardware.device_bytes)} for each of "
+            f"{recipe.launch.total_processes} process(es), {gb(hardware.host_bytes)} of host memory for each node.",
+            allowed="More or larger devices, shorter sequences, or a smaller model.",
+            next_step=f"`sparsify plan {recipe.name} engine=zero3 --hardware COUNTxGPU` shows what is missing.",
+        )
+    return with_choice(recipe, choice), choice
+
+
+def with_choice(recipe: Recipe, choice: EngineChoice) -> Recipe:
+    """A copy of a recipe with the chosen settings."""
+    resolved = deepcopy(recipe)
+    resolved.engine.zero_stage = choice.zero_stage
+    resolved.engine.offload_optimizer_to_cpu = choice.offload_optimizer_to_cpu
+    resolved.engine.offload_parameters_to_cpu = choice.offload_parameters_to_cpu
+    resolved.training.micro_batch_size = choice.micro_batch_size
+    resolved.training.gradient_checkpointing = choice.gradient_checkpointing
+    engine = resolved.engine
+    engine.auto_micro_batch = engine.auto_checkpointing = engine.auto_offload = True
+    return resolved
+
+
+def auto_sentence(choice: EngineChoice, hardware: Hardware) -> str:
+    """The chosen settings and the reason, in one line."""
+    offload = ""
+    if choice.offload_optimizer_to_cpu:
+        offload = ", optimiser in host memory"
+    if choice.offload_parameters_to_cpu:
+        offload = ", optimiser and weights in host memory"
+    recomputing = "with" if choice.gradient_checkpointing else "without"
+    return (
+        f"engine=auto: ZeRO-{choice.zero_stage}{offload}, {choice.micro_batch_size} sequence(s) a forward pass, "
+        f"{recomputing} gradient checkpointing. Of all settings that fit, these have the shortest assumed step. They need "
+        f"{gb(choice.device_bytes)} of {gb(hardware.device_bytes)} on {hardware.name}."
+    )

@@ -1,7 +1,4 @@
-"""Memory and disk that the calibrated replacement of a recipe takes before training starts, and refits at milestones while it trains.
-
-Bytes that the dense source takes on every process while a run learns from it.
-"""
+"""Memory and disk of work around training: calibrated replacement, refits at milestones, and the distillation teacher."""
 
 from __future__ import annotations
 
@@ -16,23 +13,23 @@ from sparsify.plan.parameters import Architecture, Parameters
 from sparsify.recipe.recipe import Recipe
 
 FP32_BYTES, FP64_BYTES = 4, 8
-LIVING_STREAMS = 6
-"""Residual streams on the disk at once: dense and converted before the layer and after it, and the two that a layer works with."""
+STORED_RESIDUALS = 6
+"""Residual streams on disk at once: dense and converted, each before and after the layer, and two working copies."""
 GRAM_COPIES = 2
 """The matrix and its Cholesky factor."""
 RIGHT_HAND_SIDES = 3
 """The sums, the right-hand side and the solution."""
 NEURON_COPIES = 6
-"""Gate, up, their factors, the product and a working copy."""
+"""Gate, up, both factors, the product and a working copy."""
 
 
 class CalibrationPlan(BaseModel):
-    """What one calibration takes.
+    """Memory and disk of one calibration.
 
     Attributes:
         memory_bytes: One layer's weights, the Gram matrix and a chunk of tokens; on the GPU where there is one.
         disk_bytes: Residual streams, and the bare replacement's checkpoint.
-        num_tokens: Tokens that it runs through every layer, those that are only watched among them.
+        num_tokens: Tokens that run through every layer, including validation tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,18 +39,18 @@ class CalibrationPlan(BaseModel):
     num_tokens: int
 
 
-STREAM_COPIES = 3
-"""Refits keep a residual stream before and after the pass that they make, and the inputs of a block."""
+REFIT_RESIDUALS = 3
+"""Residual streams of a refit: before and after its pass, and the inputs of a block."""
 
 
 class RefitPlan(BaseModel):
-    """What the refits at milestones of a blending schedule take.
+    """Memory of the refits at milestones of a blending schedule.
 
     Attributes:
-        memory_bytes: Of each process, between two steps: one layer's feed-forward weights, the Gram matrix of one expert, a chunk of
-            tokens, and the process's part of the residual stream; on the GPU where there is one.
-        num_refits: Milestones.
-        num_tokens: Tokens that each runs through every layer, over all processes.
+        memory_bytes: Memory of each process between two steps: one layer's feed-forward weights, the Gram matrix of one expert,
+            a chunk of tokens, and the process's part of the residual stream; on the GPU if there is one.
+        num_refits: Number of milestones.
+        num_tokens: Tokens that each refit runs through every layer, over all processes.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -64,14 +61,14 @@ class RefitPlan(BaseModel):
 
 
 def plan_refits(recipe: Recipe, architecture: Architecture) -> RefitPlan | None:
-    """The refits of a recipe; None where it has none."""
+    """The refits of a recipe, or None."""
     blending, a = recipe.blending, architecture
     if not blending.refit_milestones:
         return None
-    # Gate, up and down; up and down with their signs turned, and the refitted down; experts side by side, to be written.
+    # Three copies of three matrices: the originals, the sign-flipped and refitted ones, and the stacked experts for writing.
     weights = FP32_BYTES * 3 * (a.num_local_experts or 1) * 3 * a.hidden_size * a.intermediate_size
     mine = -(-blending.refit_tokens // recipe.launch.total_processes)
-    stream = STREAM_COPIES * value_bytes(recipe) * mine * a.hidden_size
+    stream = REFIT_RESIDUALS * value_bytes(recipe) * mine * a.hidden_size
     return RefitPlan(
         memory_bytes=weights + _fitting_bytes(a, min(CHUNK_TOKENS, mine)) + stream,
         num_refits=blending.refit_milestones,
@@ -80,7 +77,7 @@ def plan_refits(recipe: Recipe, architecture: Architecture) -> RefitPlan | None:
 
 
 def _fitting_bytes(a: Architecture, chunk_tokens: int) -> int:
-    """The Gram matrix of one expert with what is solved beside it, and a chunk of tokens."""
+    """Gram matrix of one expert, its factor and right-hand sides, and a chunk of tokens."""
     gram = (
         FP64_BYTES
         * a.intermediate_size
@@ -94,7 +91,7 @@ def _fitting_bytes(a: Architecture, chunk_tokens: int) -> int:
 def plan_calibration(
     recipe: Recipe, architecture: Architecture, model_bytes: int
 ) -> CalibrationPlan | None:
-    """The calibration of a recipe; None where it has none.
+    """The calibration of a recipe, or None.
 
     Args:
         recipe: The recipe.
@@ -107,11 +104,11 @@ def plan_calibration(
     num_experts = a.num_local_experts or 1
     ffn = num_experts * 3 * a.hidden_size * a.intermediate_size
     attention = 2 * a.hidden_size * (a.query_size + a.key_value_size)
-    # Beside the dense block stand up and down with their signs turned, and the refitted down.
+    # The dense block, sign-flipped up and down projections, and the refitted down projection.
     weights = FP32_BYTES * (2 * ffn + attention)
     watched = recipe.eval.validation_sequences_per_source * len(token_shares(recipe.mixture))
     num_tokens = recipe.conversion.calibration_tokens + watched * sequence_length
-    streams = LIVING_STREAMS * FP32_BYTES * num_tokens * a.hidden_size
+    streams = STORED_RESIDUALS * FP32_BYTES * num_tokens * a.hidden_size
     return CalibrationPlan(
         memory_bytes=weights + _fitting_bytes(a, max(CHUNK_TOKENS, sequence_length)),
         disk_bytes=streams + 2 * model_bytes,
@@ -121,12 +118,12 @@ def plan_calibration(
 
 @dataclass(frozen=True)
 class TeacherBytes:
-    """Bytes of one process.
+    """Bytes of the teacher on one process.
 
     Attributes:
-        weights: Whole under every ZeRO stage, without gradients or moments.
-        logits: Of one micro-batch, until the loss has its gradient.
-        ffn_outputs: Of one micro-batch and every layer, until the next micro-batch.
+        weights: Unpartitioned under every ZeRO stage, without gradients or moments.
+        logits: Logits of one micro-batch, until the loss has its gradient.
+        ffn_outputs: Block outputs of one micro-batch and all layers, until the next micro-batch.
     """
 
     weights: int = 0
@@ -137,7 +134,7 @@ class TeacherBytes:
 def teacher_bytes(
     recipe: Recipe, architecture: Architecture, parameters: Parameters
 ) -> TeacherBytes:
-    """What distillation keeps; nothing where the recipe distils nothing."""
+    """Memory of the teacher; zero without distillation."""
     settings, training = recipe.distillation, recipe.training
     if not settings.is_on:
         return TeacherBytes()

@@ -1,4 +1,4 @@
-"""Whether a recipe fits its devices, what would, and the choice that `engine=auto` makes."""
+"""Checks whether a recipe fits its devices, and finds the cheapest settings that do."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from sparsify.plan.parameters import Architecture, Parameters
 from sparsify.recipe.recipe import Recipe
 
 
-class Choice(BaseModel):
-    """Settings that decide how a step is computed, with what they need.
+class EngineChoice(BaseModel):
+    """Settings of how a step is computed, with their memory and time.
 
     Attributes:
-        zero_stage: And the four below it: the settings, under the recipe's names.
-        device_bytes: What each process needs with the allowance.
-        host_bytes: What one node's memory needs for what is offloaded.
-        step_seconds: Assumed time of a step: what the cheapest is chosen by.
+        zero_stage: This and the next four: settings under the recipe's names.
+        device_bytes: Memory of each process, with the allowance.
+        host_bytes: Host memory of one node for offloading.
+        step_seconds: Assumed time of a step, by which the cheapest is chosen.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,7 +38,7 @@ class Choice(BaseModel):
     @computed_field
     @property
     def overrides(self) -> list[str]:
-        """The settings as a command line takes them."""
+        """The settings as command line overrides."""
         engine = ("zero_stage", "offload_optimizer_to_cpu", "offload_parameters_to_cpu")
         training = ("micro_batch_size", "gradient_checkpointing")
         return [
@@ -52,9 +52,9 @@ class Verdict(BaseModel):
     """Whether a recipe fits.
 
     Attributes:
-        fits: Whether it does.
-        reason: What it needs and what there is.
-        nearest: The cheapest settings that fit, where these do not; None if none do.
+        fits: Whether it fits.
+        reason: Memory needed and memory available.
+        nearest: The cheapest settings that fit if these do not; None if none do.
         chosen: Whether `engine=auto` chose the settings.
     """
 
@@ -62,7 +62,7 @@ class Verdict(BaseModel):
 
     fits: bool
     reason: str
-    nearest: Choice | None = None
+    nearest: EngineChoice | None = None
     chosen: bool = False
 
 
@@ -71,16 +71,16 @@ def verdict_of(
     architecture: Architecture,
     parameters: Parameters,
     hardware: Hardware,
-    choice: Choice | None = None,
+    choice: EngineChoice | None = None,
 ) -> Verdict:
-    """Holds what a recipe needs against what there is.
+    """Compares the memory that a recipe needs with the hardware's.
 
     Args:
-        recipe: With a concrete ZeRO stage.
+        recipe: A recipe with a concrete ZeRO stage.
         architecture: Its model.
         parameters: Its model's parameters.
-        hardware: What it is to run on.
-        choice: What `engine=auto` chose, where it did.
+        hardware: Hardware of the run.
+        choice: Settings that `engine=auto` chose, if it did.
     """
     device_bytes, host_bytes = needs(recipe, architecture, parameters, hardware)
     shortage = _shortage(device_bytes, host_bytes, hardware)
@@ -95,7 +95,7 @@ def verdict_of(
 def needs(
     recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
 ) -> tuple[int, int]:
-    """Bytes of one process with the allowance, and of one node's memory for what is offloaded."""
+    """Bytes of one process with the allowance, and host memory of one node for offloading."""
     plan = memory(
         recipe,
         architecture,
@@ -120,12 +120,13 @@ def _shortage(device_bytes: int, host_bytes: int, hardware: Hardware) -> str | N
 
 def cheapest(
     recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
-) -> Choice | None:
-    """The settings that fit with the least assumed time of a step; the lower stage where two take the same.
+) -> EngineChoice | None:
+    """The settings that fit with the shortest assumed step; of equal ones the lower ZeRO stage.
 
-    Host memory is used only where nothing fits without it. The batch stays as it is. What may be changed is said by the recipe's `engine.auto_…` settings.
+    Host memory is used only if nothing fits without it. The global batch size stays. The recipe's `engine.auto_…` settings
+    say what may change.
     """
-    best: tuple[float, Choice] | None = None
+    best: tuple[float, EngineChoice] | None = None
     for candidate in _candidates(recipe, hardware):
         if best and candidate.engine.offload_optimizer_to_cpu:
             break
@@ -134,7 +135,7 @@ def cheapest(
             continue
         seconds = step_seconds(candidate, architecture, parameters, hardware)
         if best is None or seconds < best[0] * (1 - SAME):
-            choice = Choice(
+            choice = EngineChoice(
                 zero_stage=candidate.engine.zero_stage,
                 offload_optimizer_to_cpu=candidate.engine.offload_optimizer_to_cpu,
                 offload_parameters_to_cpu=candidate.engine.offload_parameters_to_cpu,
@@ -149,16 +150,16 @@ def cheapest(
 
 
 SAME = 0.005
-"""Times that differ by less are the same to an estimate: the simpler settings, which come first, are taken."""
+"""Relative difference below which two times count as equal; then the simpler settings, which come first, win."""
 
 
 def _candidates(recipe: Recipe, hardware: Hardware) -> Iterator[Recipe]:
-    """Settings to try, the simpler first and those with offload last."""
+    """Settings to try: the simplest first, those with offload last."""
     engine, training = recipe.engine, recipe.training
     first_stage = 0 if training.precision == "fp32" else 1
-    ways = [(stage, False, False) for stage in range(first_stage, 4)]
+    engines = [(stage, False, False) for stage in range(first_stage, 4)]
     if engine.auto_offload and not hardware.is_cpu:
-        ways += [(stage, True, False) for stage in (1, 2, 3)] + [(3, True, True)]
+        engines += [(stage, True, False) for stage in (1, 2, 3)] + [(3, True, True)]
     checkpointing = (
         (False, True) if engine.auto_checkpointing else (training.gradient_checkpointing,)
     )
@@ -166,7 +167,7 @@ def _candidates(recipe: Recipe, hardware: Hardware) -> Iterator[Recipe]:
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
     if not engine.auto_micro_batch:
         sizes = [training.micro_batch_size]
-    for stage, optimizer, weights in ways:
+    for stage, optimizer, weights in engines:
         for recomputes in checkpointing:
             for size in sizes:
                 candidate = deepcopy(recipe)

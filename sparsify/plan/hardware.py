@@ -1,7 +1,7 @@
-"""What a run is planned for: GPUs by name, or this machine.
+"""Hardware that a run is planned for: GPUs by name, or this machine.
 
-Sizes and peaks are the makers' data sheets. Everything else in the table is an assumption, and is shown as one: prices
-are rounded list prices of renting, and the share of the peak that training reaches is what well-tuned runs report.
+Memory sizes and peaks are from data sheets. Everything else is an assumption and is shown as one: prices are rounded
+rental list prices, and the share of the peak that training reaches is what well-tuned runs report.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ FRAGMENTATION = 0.05
 """Assumed share of the tensors' bytes."""
 ASSUMED_MFU = 0.35
 CPU_FLOPS_PER_CORE = 20e9
-"""Assumed: what one core reaches in matrix products of the size of small models."""
+"""Assumed: throughput of one core in the matrix products of small models."""
 
 
 class Hardware(BaseModel):
     """Devices that one run may use.
 
     Attributes:
-        device_bytes: Memory of one device; on a CPU machine, its memory divided by the processes is what counts.
-        host_bytes: Memory of one node for what ZeRO-Offload keeps there.
+        device_bytes: Memory of one device; on a CPU machine, its memory divided by the processes.
+        host_bytes: Host memory of one node, for ZeRO-Offload.
         node_devices: Devices that share one node's memory.
         peak_flops: Dense bf16 peak of one device, FLOP/s.
         mfu: Assumed share of `peak_flops` that training reaches.
@@ -59,17 +59,16 @@ class Hardware(BaseModel):
 
     @property
     def nodes(self) -> int:
-        """Nodes that the devices fill."""
         return -(-self.devices // self.node_devices)
 
     def allowance_bytes(self, tensor_bytes: int) -> int:
-        """Assumed memory of a process beside its tensors: the framework, and what fragmentation keeps from use."""
+        """Assumed memory of a process in addition to its tensors: framework and fragmentation."""
         fixed = CPU_FRAMEWORK_BYTES if self.is_cpu else GPU_FRAMEWORK_BYTES
         return fixed + round(FRAGMENTATION * tensor_bytes)
 
 
 class Gpu(BaseModel):
-    """One line of the table."""
+    """Data sheet and assumptions of one GPU."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -93,16 +92,16 @@ GPUS = {
 ACROSS_NODES_GB_PER_SECOND = 25
 """Assumed: one 400 Gbit/s adapter for each GPU, half used."""
 HOST_LINK_GB_PER_SECOND = 20
-"""Assumed: PCIe 4.0 x16 as it is reached."""
+"""Assumed: reachable bandwidth of PCIe 4.0 x16."""
 
 
 def named_hardware(
     text: str, *, host_bytes: int | None = None, gpu_hour_price: float | None = None
 ) -> Hardware:
-    """Reads names such as `8xh100-80gb`; one device where no number stands before it.
+    """Reads names such as `8xh100-80gb`; without a count it is one device.
 
     Args:
-        text: COUNTxGPU, GPU one of GPUS.
+        text: COUNTxGPU, with GPU a key of GPUS.
         host_bytes: Memory of one node, instead of the assumption.
         gpu_hour_price: Price of one device for an hour, instead of the assumption.
 
@@ -135,7 +134,7 @@ def named_hardware(
 
 
 def known_gpu(device_name: str) -> Gpu | None:
-    """The line of GPUS for what a driver calls its device, such as `NVIDIA H100 PCIe`; None where it has none."""
+    """Entry of GPUS for a driver's device name, e.g. `NVIDIA H100 PCIe`; None if there is none."""
     called = device_name.lower().replace(" ", "")
     fitting = [
         name for name in GPUS if all(part in called for part in name.rpartition("-")[0].split("-"))
@@ -144,11 +143,11 @@ def known_gpu(device_name: str) -> Gpu | None:
 
 
 def this_machine(processes: int, nodes: int = 1, gpu_hour_price: float | None = None) -> Hardware:
-    """The machine that this runs on: its GPUs, or its memory shared by the processes.
+    """This machine: its GPUs, or its memory shared by the processes.
 
     Args:
-        processes: On each node.
-        nodes: Machines like this one.
+        processes: Processes on each node.
+        nodes: Number of machines like this one.
         gpu_hour_price: Price of one device for an hour, instead of the assumption.
     """
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,6 +1,6 @@
-"""Bytes that training takes, by part, for a ZeRO stage and a number of processes.
+"""Memory of training by part, for a ZeRO stage and a number of processes.
 
-What DeepSpeed allocates, and when, is read from its engine and its optimisers (`bf16_optimizer`, `stage_1_and_2`,
+What DeepSpeed allocates, and when, follows its engine and its optimisers (`bf16_optimizer`, `stage_1_and_2`,
 `stage3`); `scripts/validate_memory_plan.py` compares it with measured peaks.
 """
 
@@ -17,16 +17,16 @@ from sparsify.plan.parameters import Architecture, Parameters
 from sparsify.recipe.recipe import Recipe
 
 MAX_LIVE_PARAMETERS = 1_000_000_000
-"""DeepSpeed's default of stage3_max_live_parameters: ZeRO-3 lets go of gathered weights beyond it."""
+"""DeepSpeed's default of stage3_max_live_parameters: ZeRO-3 releases gathered weights beyond it."""
 ALLREDUCE_PARAMETERS = 500_000_000
-"""What DeepSpeed's engine sums over the processes in one piece where no ZeRO optimiser does it."""
+"""Elements of one all-reduce by DeepSpeed's engine, which is used without a ZeRO optimiser."""
 PREFETCH_PARAMETERS = 50_000_000
 """DeepSpeed's default of stage3_prefetch_bucket_size."""
 SUB_GROUP_PARAMETERS = 1_000_000_000
-"""DeepSpeed's default of sub_group_size: ZeRO-3 updates so many parameters at a time."""
+"""DeepSpeed's default of sub_group_size: parameters that ZeRO-3 updates at a time."""
 CPU_STEP_COPIES, GPU_STEP_COPIES = 2, 1
-"""Copies of what one AdamW call updates that it makes on the way: sqrt and quotient of the second moment on a CPU; on a GPU
-the quotient is taken in place."""
+"""Temporary copies in one AdamW call: square root and quotient of the second moment on a CPU; on a GPU the quotient is
+computed in place."""
 
 
 class _Bytes(BaseModel):
@@ -35,33 +35,31 @@ class _Bytes(BaseModel):
     @computed_field
     @property
     def total(self) -> int:
-        """Sum of the parts."""
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
-        """Bytes by part."""
         fields = type(self).model_fields
         return {name: getattr(self, name) for name in fields if name.endswith("_bytes")}
 
 
 class HostMemory(_Bytes):
-    """What ZeRO-Offload (arXiv 2101.06840) keeps in host memory, and what a suite under ZeRO-3 may take there."""
+    """Host memory of ZeRO-Offload (arXiv 2101.06840) and of a suite under ZeRO-3."""
 
     weights_bytes: int = 0
     gradients_bytes: int = 0
     master_weights_bytes: int = 0
     adam_moments_bytes: int = 0
     suite_weights_bytes: int = 0
-    """The copy that answers `eval.suite` under ZeRO-3; on the first GPU instead, where that has room for it."""
+    """The copy of the model that runs `eval.suite` under ZeRO-3; on the first GPU instead if it fits there."""
 
 
 class DeviceMemory(HostMemory):
-    """What each process's tensors take at the fullest moment of a step."""
+    """Memory of each process's tensors at the peak of a step."""
 
     moment: str
-    """Which moment that is: `loss`, `backward` or `optimizer step`."""
+    """Moment of the peak: `loss`, `backward` or `optimizer step`."""
     gathered_weights_bytes: int = 0
-    """ZeRO-3 only: weights that are whole while their layer works."""
+    """ZeRO-3 only: weights that are gathered while their layer runs."""
     communication_buffers_bytes: int = 0
     activations_bytes: int = 0
     logits_bytes: int = 0
@@ -70,16 +68,16 @@ class DeviceMemory(HostMemory):
     teacher_weights_bytes: int = 0
     """Distillation only: the dense source."""
     teacher_outputs_bytes: int = 0
-    """And its answers to a micro-batch: logits, and those of its feed-forward blocks."""
+    """Distillation only: the teacher's logits and block outputs for a micro-batch."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a recipe takes.
+    """Memory of a recipe, bytes.
 
     Attributes:
-        device: Tensors of each process at the fullest moment of a step.
-        host: Of one node, all its processes together.
+        device: Tensors of each process at the peak of a step.
+        host: Host memory of one node, for all its processes.
         with_checkpointing_bytes: Activations at that moment if `training.gradient_checkpointing` is set.
         without_checkpointing_bytes: Activations at that moment if it is not.
     """
@@ -98,7 +96,7 @@ def memory(
     on_cpu: bool = False,
     node_processes: int | None = None,
 ) -> MemoryPlan:
-    """Estimates the memory of one process, and of one node's memory where ZeRO-Offload uses it.
+    """Estimates the device memory of one process, and the host memory of one node.
 
     ZeRO (arXiv 1910.02054, section 3.1) counts 2 + 2 + 12 bytes a parameter in mixed precision: weights, gradients,
     and master weights with Adam's two moments. Here it is 2 + 4 + 12, because the engine accumulates gradients in fp32.
@@ -106,14 +104,12 @@ def memory(
 
     Args:
         recipe: A recipe with a concrete ZeRO stage.
-        architecture: Its model.
-        parameters: Its model's parameters.
+        architecture: Architecture of its model.
+        parameters: Parameter counts of its model.
         on_cpu: Whether the processes run on a CPU, where PyTorch's AdamW makes more copies.
-        node_processes: Processes of one node; all of them unless given.
+        node_processes: Processes of one node; default: all.
     """
-    passes = [
-        forward_and_backward(recipe, architecture, checkpointing=way) for way in (True, False)
-    ]
+    passes = [forward_and_backward(recipe, architecture, checkpointing=on) for on in (True, False)]
     checkpointing = recipe.training.gradient_checkpointing
     states = _Sizes(recipe, architecture, parameters, on_cpu)
     teacher = teacher_bytes(recipe, architecture, parameters)
@@ -125,14 +121,14 @@ def memory(
 
 
 def checkpoint_bytes(recipe: Recipe, num_parameters: int) -> int:
-    """Bytes of one checkpoint: master weights and moments, and below stage 3 the model's weights beside them."""
+    """Bytes of one checkpoint: master weights and moments, and below stage 3 also the model's weights."""
     weight_bytes = value_bytes(recipe) if recipe.engine.zero_stage < 3 else 0
     master_bytes = FP32_BYTES if recipe.engine.zero_stage else 0
     return num_parameters * (weight_bytes + master_bytes + 2 * FP32_BYTES)
 
 
 class _Sizes:
-    """Bytes per process of what does not depend on the batch."""
+    """Bytes per process that do not depend on the batch."""
 
     def __init__(
         self, recipe: Recipe, architecture: Architecture, parameters: Parameters, on_cpu: bool
@@ -140,7 +136,7 @@ class _Sizes:
         self.engine, self.stage = recipe.engine, recipe.engine.zero_stage
         self.processes = recipe.launch.total_processes
         self.value_bytes, self.on_cpu = value_bytes(recipe), on_cpu
-        self.asks_saved = recipe.eval.suite is not None and self.stage == 3
+        self.runs_suite_on_copy = recipe.eval.suite is not None and self.stage == 3
         self.accumulates = recipe.accumulation_steps > 1
         self.all = parameters.total
         self.own = -(-parameters.total // self.processes)
@@ -150,13 +146,12 @@ class _Sizes:
 
     @property
     def is_bf16_optimizer(self) -> bool:
-        """Whether DeepSpeed takes its BF16_Optimizer: it does for stage 1 without offload."""
+        """Whether DeepSpeed uses its BF16_Optimizer: for stage 1 without offload."""
         return (
             self.stage == 1 and self.value_bytes == 2 and not self.engine.offload_optimizer_to_cpu
         )
 
     def kept(self) -> dict[str, int]:
-        """Weights and optimiser."""
         held = self.own if self.stage else self.all
         parts = {"adam_moments_bytes": 2 * FP32_BYTES * held}
         parts["master_weights_bytes"] = FP32_BYTES * held if self.stage else 0
@@ -167,60 +162,59 @@ class _Sizes:
         return parts
 
     def gradients(self, *, begun: bool) -> int:
-        """Gradients that are kept.
+        """Accumulated gradients.
 
         Args:
-            begun: Whether a backward pass has left some; otherwise what is there before the first.
+            begun: Whether a backward pass of this step has run already.
         """
         if self.engine.offload_optimizer_to_cpu:
             return 0
         if self.is_bf16_optimizer:
             return (
                 FP32_BYTES + self.value_bytes
-            ) * self.all  # of a whole batch, and of a micro-batch
+            ) * self.all  # of the whole batch, and of a micro-batch
         if self.stage == 3:
             return FP32_BYTES * self.own
         held = self.own if self.stage == 2 else self.all
         return FP32_BYTES * held if begun else 0
 
     def step_gradients(self) -> int:
-        """Gradients when the optimiser begins: stage 1 has let go of other processes' by then."""
+        """Gradients when the optimiser starts: stage 1 has released those of other processes by then."""
         if self.stage == 1 and not self.is_bf16_optimizer:
             return 0 if self.engine.offload_optimizer_to_cpu else FP32_BYTES * self.own
         return self.gradients(begun=True)
 
     def buffers(self, *, at_end: bool) -> int:
-        """Buckets that gradients are reduced in; at the end of the backward pass also the copy that goes over the wire."""
+        """Buckets in which gradients are reduced; at the end of the backward pass also the copy that is sent."""
         bucket = self.engine.reduce_bucket_elements
         if self.is_bf16_optimizer or self.stage == 0:
-            # Summed by the engine in pieces of its own size; bf16 gradients of a whole batch are fp32 there, and sent as bf16.
-            piece = min(self.all, ALLREDUCE_PARAMETERS)
+            # The engine reduces chunks of its own size; bf16 gradients of the whole batch are fp32 there and sent as bf16.
+            chunk = min(self.all, ALLREDUCE_PARAMETERS)
             width = FP32_BYTES + (self.value_bytes if self.is_bf16_optimizer else 0)
-            return piece * width if at_end and self.processes > 1 else 0
+            return chunk * width if at_end and self.processes > 1 else 0
         size = bucket * self.value_bytes
         if self.stage == 3 and self.value_bytes == 2:
             size += (
                 FP32_BYTES * self.own
-            )  # what was reduced, in the width that it is accumulated in
+            )  # reduced gradients in the dtype in which they are accumulated
         if at_end:
             size += min(max(bucket, self.largest), self.all) * self.value_bytes
             if self.value_bytes == 2:
                 size += FP32_BYTES * self.largest  # the same, tensor by tensor
             elif self.stage == 2:
-                size += FP32_BYTES * self.own  # a micro-batch's, beside the sum
+                size += FP32_BYTES * self.own  # gradients of a micro-batch, in addition to the sum
         return size
 
     def gathered(self) -> int:
-        """ZeRO-3's whole weights while they are used: DeepSpeed keeps what is used again soon."""
+        """Weights that ZeRO-3 has gathered; DeepSpeed keeps those that are used again soon."""
         if self.stage < 3:
             return 0
         live = min(self.all, max(MAX_LIVE_PARAMETERS, self.layer))
-        if self.processes > 1:  # as they arrive, before they are laid into the shape of each tensor
+        if self.processes > 1:  # receive buffers, before the values are copied into each tensor
             live += min(self.all, max(PREFETCH_PARAMETERS, self.layer))
         return live * self.value_bytes
 
     def step(self) -> dict[str, int]:
-        """What only the optimiser's step has."""
         if self.engine.offload_optimizer_to_cpu:
             return {}
         copies = CPU_STEP_COPIES if self.on_cpu else GPU_STEP_COPIES
@@ -230,24 +224,24 @@ class _Sizes:
         is_flat = self.is_bf16_optimizer or (self.stage == 2 and self.value_bytes == 2)
         flat = (
             0 if self.stage == 0 or is_flat else updated
-        )  # else gradients are laid side by side first
+        )  # otherwise gradients are flattened first
         return {"optimizer_step_bytes": FP32_BYTES * (copies * updated + flat)}
 
     def host(self, node_processes: int) -> HostMemory:
-        """What is offloaded, for one node's processes, and the copy that a suite loads."""
+        """Offloaded tensors of one node's processes, and the copy that a suite loads."""
         parts: dict[str, int] = {}
         if self.engine.offload_optimizer_to_cpu:
             for name, size in (("gradients", 1), ("master_weights", 1), ("adam_moments", 2)):
                 parts[f"{name}_bytes"] = size * FP32_BYTES * self.own * node_processes
         if self.engine.offload_parameters_to_cpu:
             parts["weights_bytes"] = self.value_bytes * self.own * node_processes
-        if self.asks_saved:
+        if self.runs_suite_on_copy:
             parts["suite_weights_bytes"] = self.value_bytes * self.all
         return HostMemory(**parts)
 
 
 def _moments(sizes: _Sizes, micro_batch: Pass, teacher: TeacherBytes) -> Iterator[DeviceMemory]:
-    """The moments at which memory may be at its fullest, in the order of `Pass.of_moment`."""
+    """Moments at which memory may peak, in the order of `Pass.of_moment`."""
     kept, begun = sizes.kept(), sizes.accumulates
     kept["teacher_weights_bytes"] = teacher.weights
     yield DeviceMemory(

@@ -1,4 +1,4 @@
-"""How many parameters a Mistral or a Mixtral has, by part."""
+"""Parameter counts of Mistral and Mixtral, by part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsify.errors import RecipeError
 
 
 class Architecture(BaseModel):
-    """The configuration fields that sizes follow from, under transformers' names."""
+    """The configuration fields that determine sizes, under transformers' names."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -65,7 +65,7 @@ class Architecture(BaseModel):
 
     @property
     def key_value_size(self) -> int:
-        """Width of all key heads together; values have the same."""
+        """Width of all key heads together; that of the values is equal."""
         return self.num_key_value_heads * self.head_dim
 
 
@@ -86,7 +86,6 @@ class Parameters(BaseModel):
     @computed_field
     @property
     def total(self) -> int:
-        """All of them."""
         return self.shared + self.gate + self.up + self.down
 
     @property
@@ -95,14 +94,14 @@ class Parameters(BaseModel):
         return self.embeddings + self.attention + self.router + self.norms + self.head
 
     def active(self, architecture: Architecture) -> int:
-        """Parameters at work on one token: `num_experts_per_tok` of the experts, everything else whole."""
+        """Parameters used for one token: `num_experts_per_tok` of the experts and everything else."""
         experts = architecture.num_local_experts or 1
         ffn = (self.gate + self.up + self.down) // experts
         return self.shared + ffn * architecture.num_experts_per_tok
 
 
 def count_parameters(architecture: Architecture) -> Parameters:
-    """Counts by formula; a test holds it against transformers' own models on the meta device."""
+    """Counts parameters by formula; a test compares it with transformers' models on the meta device."""
     a = architecture
     matrix = a.num_hidden_layers * (a.num_local_experts or 1) * a.hidden_size * a.intermediate_size
     return Parameters(

@@ -1,7 +1,4 @@
-"""A plan as a table.
-
-The mixture of a run as an area chart: each source's share of tokens from the first token to the last.
-"""
+"""A plan as a table, and the mixture of a run as an area chart of each source's share of tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from sparsify.reporting.tables import Table
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan for a terminal, one line a number."""
+    """The plan as a table for the terminal."""
     rows = [[name, value, Text(remark, "dim")] for name, value, remark in _rows(plan)]
     return Table(f"Plan of {plan.recipe}, an estimate", None, rows, left=(0, 2))
 
@@ -43,7 +40,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield (
         "checkpoint",
         _size(plan.checkpoint_bytes),
-        f"{_size(plan.disk_bytes)} on the disk at most",
+        f"{_size(plan.disk_bytes)} on disk at most",
     )
     yield "", "", ""
     yield "steps", f"{plan.num_steps:,}", f"of {plan.step_tokens:,} tokens"
@@ -61,7 +58,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     if any(source.epochs is None for source in plan.sources.values()):
         yield "", "", "epochs: unknown without tokenised text; `sparsify mixture stats` tokenises"
     if len(plan.phases) > 1:
-        yield "phases", f"{len(plan.phases)}", "each source's shares above stand in this order"
+        yield "phases", f"{len(plan.phases)}", "each source's shares above are in this order"
         yield from _phases(plan)
     yield from _outcome(plan)
 
@@ -76,7 +73,7 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
     device = plan.device
     yield "planned for", plan.hardware.name, f"{gb(plan.hardware.device_bytes)} for each process"
     needed = device.total + plan.allowance_bytes
-    yield "memory per process", _size(needed), f"{stage}; fullest at: {device.moment}"
+    yield "memory per process", _size(needed), f"{stage}; peak at: {device.moment}"
     yield from _sizes(device)
     yield "  allowance", _size(plan.allowance_bytes), "assumed: framework and fragmentation"
     yield (
@@ -93,13 +90,13 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
             "calibrated replacement",
             _size(plan.calibration.memory_bytes),
             f"before training, one layer at a time; {plan.calibration.num_tokens:,} tokens, "
-            f"{_size(plan.calibration.disk_bytes)} on the disk meanwhile",
+            f"{_size(plan.calibration.disk_bytes)} on disk in the meantime",
         )
     if plan.refits is not None:
         yield (
             "refits",
             _size(plan.refits.memory_bytes),
-            f"beside weights and optimiser, between steps, one layer at a time; {plan.refits.num_refits} of "
+            f"in addition to weights and optimiser, between steps, one layer at a time; {plan.refits.num_refits} of "
             f"{plan.refits.num_tokens:,} tokens",
         )
 
@@ -109,7 +106,7 @@ def _outcome(plan: Plan) -> Iterator[tuple[str, str, str]]:
     basis = "as given"
     if cost.assumed:
         peak = f"{hardware.peak_flops / 1e12:,.4g} TFLOP/s"
-        basis = f"assumed: {hardware.mfu:.0%} of {peak}, nothing overlapped"
+        basis = f"assumed: {hardware.mfu:.0%} of {peak}, no overlap"
     yield "", "", ""
     yield "tokens a second", f"{cost.tokens_per_second:,.0f}", basis
     yield "hours of training", f"{cost.hours:,.1f}", f"{cost.device_hours:,.0f} device hours"
@@ -126,14 +123,14 @@ def _outcome(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 
 def nearest_sentence(verdict: Verdict) -> str:
-    """The settings that would fit, for a terminal."""
+    """The settings that would fit, in one line."""
     if verdict.nearest is None:
-        return "no ZeRO stage, micro-batch or offload does: take more devices or larger ones"
+        return "no ZeRO stage, micro-batch or offload fits: use more or larger devices"
     return f"{' '.join(verdict.nearest.overrides)} ({gb(verdict.nearest.device_bytes)})"
 
 
 def _shares_of(plan: Plan, name: str) -> str:
-    """A source's share of the run, and where that changes, in each phase: `4.80%: 2.00%, 2.00% → 30.00%`."""
+    """A source's share of the run and, if it changes, of each phase: `4.80%: 2.00%, 2.00% → 30.00%`."""
     mean = f"{plan.sources[name].tokens / plan.num_tokens:.2%}"
     if len(plan.phases) == 1:
         return mean
@@ -157,8 +154,8 @@ def _epochs(source: SourcePlan) -> str:
 def _phases(plan: Plan) -> Iterator[tuple[str, str, str]]:
     for phase in plan.phases:
         share = phase.until_tokens / plan.num_tokens
-        way = "constant shares" if phase.first == phase.last else "ramp"
-        yield f"  until {share:.0%}", f"{phase.until_tokens:,}", way
+        kind = "constant shares" if phase.first == phase.last else "ramp"
+        yield f"  until {share:.0%}", f"{phase.until_tokens:,}", kind
 
 
 def _sizes(part: DeviceMemory | HostMemory) -> Iterator[tuple[str, str, str]]:
@@ -174,18 +171,18 @@ def _size(num_bytes: int) -> str:
 
 FORMATS = (".png", ".svg")
 LABEL_SPACING = 0.043
-"""Least distance between the middles of two labels, as a share of the chart's height."""
+"""Minimum distance between two labels, as a share of the chart's height."""
 
 
 def check_chart_path(path: Path) -> None:
     """Refuses a file that cannot hold the chart.
 
     Raises:
-        StorageError: If its ending is of another format.
+        StorageError: If its suffix is of another format.
     """
     if path.suffix not in FORMATS:
         raise StorageError(
-            f"{path} is no picture.",
+            f"{path} is not a picture.",
             allowed=f"A name that ends in {' or '.join(FORMATS)}.",
             next_step=f"For example: --chart {path.with_suffix('.png').name}",
         )
@@ -195,7 +192,7 @@ def write_chart(plan: Plan, path: Path) -> None:
     """Writes `draw_shares` as a PNG or SVG file.
 
     Raises:
-        StorageError: If the path is no picture's, or the disk refuses.
+        StorageError: If the path has another suffix, or the file cannot be written.
     """
     check_chart_path(path)
     kind = "svg" if path.suffix == ".svg" else "png"
@@ -227,7 +224,7 @@ def draw_shares(plan: Plan, theme: Theme) -> Figure:
 
 
 def _corners(plan: Plan, names: Sequence[str]) -> tuple[list[int], list[list[float]]]:
-    """Where the shares' lines bend: tokens, and for each source its share at all of them."""
+    """Points of the piecewise linear shares: tokens, and for each source its share at each of them."""
     tokens, start = [], 0
     shares: list[list[float]] = [[] for _ in names]
     for phase in plan.phases:
@@ -239,7 +236,7 @@ def _corners(plan: Plan, names: Sequence[str]) -> tuple[list[int], list[list[flo
 
 
 def _colours(groups: Sequence[str], theme: Theme) -> list[tuple[float, float, float, float]]:
-    """One for each source: tones of one colour within a group."""
+    """One colour per source: shades of one colour within a group."""
     tones = {
         "pretraining": LinearSegmentedColormap.from_list("", theme.heat_stops[1:4]),
         "instruction": LinearSegmentedColormap.from_list("", (theme.gate, theme.up)),
@@ -247,8 +244,8 @@ def _colours(groups: Sequence[str], theme: Theme) -> list[tuple[float, float, fl
     colours = []
     for place, group in enumerate(groups):
         of_group = [number for number, other in enumerate(groups) if other == group]
-        way = of_group.index(place) / max(len(of_group) - 1, 1)
-        colours.append(tones[group](1 - way if group == "pretraining" else way))
+        shade = of_group.index(place) / max(len(of_group) - 1, 1)
+        colours.append(tones[group](1 - shade if group == "pretraining" else shade))
     return colours
 
 
@@ -289,7 +286,7 @@ def _tokens(count: float, _place: float = 0) -> str:
 
 
 def _spread(middles: Sequence[float]) -> list[float]:
-    """Heights near the given ones, which rise, at least LABEL_SPACING apart and around the chart's middle if they are many."""
+    """Label heights near the given ascending ones, at least LABEL_SPACING apart; many labels are centred on the chart."""
     heights: list[float] = []
     for middle in middles:
         heights.append(max(middle, heights[-1] + LABEL_SPACING) if heights else middle)
