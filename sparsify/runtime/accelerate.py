@@ -1,11 +1,9 @@
-"""Makes a model's decoding read only the weights of neurons that fire. `generate()`, its cache and its sampling stay as they are.
+"""Makes decoding read only the weights of neurons that fire; counts the bytes that dense decoding reads.
 
-A block's own forward is replaced by one that calls the kernels for a few tokens, and the class's forward for all else: long
-prompts, training, blocks whose activation is being watched. Nothing is copied: weights keep their names, shapes and values, and
-those of down_proj get another order in memory (a neuron's column becomes contiguous), which moving and casting keep. Only int8
-and int4 blocks are copies, beside weights that stay as they are.
-
-How many bytes of weights a token's decoding reads when everything is read.
+`generate()`, its cache and its sampling are unchanged. A block's forward is replaced by one that calls the kernels for a few
+tokens, and the class's forward otherwise: long prompts, training, blocks whose activation has hooks. Nothing is copied: weights
+keep their names, shapes and values, and down_proj gets another order in memory (a neuron's column becomes contiguous), which
+moving and casting keep. Only int8 and int4 blocks are copies, in addition to the stored weights.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ WEIGHT_FORMATS = ("stored", *get_args(BlockFormat))
 
 @dataclass
 class BlockReads:
-    """What decoding has read of one layer since `reset`.
+    """Weights of one layer that decoding has read since `reset`.
 
     Args:
-        tokens: Tokens that went through the block, or through its experts together.
+        tokens: Tokens that the block, or all its experts together, computed.
         bytes_read: Bytes of weights read, predictors included.
-        rows: Rows read, and offered.
+        rows: Rows read and rows offered.
     """
 
     tokens: int = 0
@@ -53,7 +51,7 @@ class BlockReads:
 
 
 class Acceleration:
-    """A model whose decoding was accelerated: what it reads, and the way back.
+    """Handle of an accelerated model: counts its reads, and undoes the acceleration.
 
     Args:
         model: The accelerated model.
@@ -69,27 +67,26 @@ class Acceleration:
 
     @property
     def reads(self) -> list[BlockReads]:
-        """What was read of every layer since `reset`. On a GPU this waits for what was started there."""
+        """Reads of every layer since `reset`. On a GPU this synchronises with the device."""
         return [BlockReads(one.tokens, one.bytes_read, one.rows) for one in self.forwards]
 
     @property
     def backend(self) -> str:
-        """`triton` where those kernels are used, `native` where the C++ kernel is, else `torch`."""
+        """`triton`, `native` (C++) or `torch`, whichever computes the blocks."""
         in_blocks = any(one.kept is not None for one in self.forwards)
         return backend_of(next(self._model.parameters()), in_blocks=in_blocks)
 
     @property
     def kept_bytes(self) -> int:
-        """Memory that int8 or int4 blocks take beside the stored weights."""
+        """Memory of int8 or int4 blocks, in addition to the stored weights."""
         return sum(one.kept.num_bytes for one in self.forwards if one.kept is not None)
 
     def reset(self) -> None:
-        """Forgets what was read."""
         for forward in self.forwards:
             forward.reset()
 
     def remove(self) -> None:
-        """Gives the model its own forward back. The order of down_proj in memory stays."""
+        """Restores the model's own forward. The order of down_proj in memory stays."""
         for forward in self.forwards:
             forward.remove()
 
@@ -102,27 +99,27 @@ def accelerate(
     max_tokens: int | None = None,
     threads: int | None = None,
 ) -> Acceleration:
-    """Makes the decoding of a sparse model read only what counts.
+    """Makes the decoding of a sparse model read only the rows it needs.
 
     Masks that the model stores are applied on every path. Those on `gate` and `inter` save rows of up and down projections; those on
     the inputs of projections save nothing here, as the kernels read whole rows.
 
     Args:
         model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
-        weights: One of WEIGHT_FORMATS. `stored` reads the model's own weights; `int8` and `int4` round them into blocks of 32 for decoding, which
-            takes 8.5 or 4.5 bits a weight beside them. When the weights change, or are moved or cast, the next step makes
-            the blocks anew; only what is written through `.data` is not seen.
-        predictors: Of this model: `read_predictors(folder).for_decoding(model)`. Without, decoding is exact.
-        max_tokens: Most tokens of a step, over the whole batch, that go through the kernels; more go the dense way. Unless
-            given, 8, or 4 where a CPU reads weights as stored in bf16: torch's dense product is the faster there from about six
-            tokens on.
-        threads: Of the C++ kernels; torch's own number unless given.
+        weights: One of WEIGHT_FORMATS. `stored` reads the model's own weights; `int8` and `int4` round them into blocks of
+            32 for decoding, which takes another 8.5 or 4.5 bits a weight. After a change, move or cast of the weights the next
+            step makes new blocks; writes through `.data` are not noticed.
+        predictors: Predictors of this model: `read_predictors(folder).for_decoding(model, where)`. Exact decoding without.
+        max_tokens: Largest number of tokens of a step, over the whole batch, for which the kernels are used. Default: 8, or 4
+            on a CPU with stored bf16 weights, where torch's dense product is faster from about six tokens on.
+        threads: Threads of the C++ kernels; default: torch's number.
 
     Returns:
-        What counts the reads. The model itself is changed in place.
+        A handle that counts the reads. The model itself is changed in place.
 
     Raises:
-        ModelError: If the model has no blocks of ours, or has no zeros that could be skipped, or int8 or int4 blocks are asked for elsewhere than on a CPU.
+        ModelError: If the model is not a Sparse Mistral or Mixtral, or makes no zeros, or int8 or int4 blocks are requested for a
+            model that is not on a CPU.
     """
     check_acceleratable(model)
     blocks = block_format(weights)
@@ -142,10 +139,10 @@ def accelerate(
 
 
 def block_format(weights: str) -> BlockFormat | None:
-    """The blocks that a choice of WEIGHT_FORMATS means; None for weights as they are stored.
+    """The block format of one of WEIGHT_FORMATS; None for stored weights.
 
     Raises:
-        ModelError: If it is none of them.
+        ModelError: If the format is unknown.
     """
     if weights not in WEIGHT_FORMATS:
         raise ModelError(
@@ -158,16 +155,16 @@ def _check_device(model: Any, weights: str) -> None:
     device = next(model.parameters()).device
     if device.type != "cpu":
         raise ModelError(
-            f"The model is on {device}, and {weights} blocks are read on a CPU alone.",
-            next_step="Move the model to the CPU, or leave weights= out.",
+            f"The model is on {device}, and {weights} blocks can only be read on a CPU.",
+            next_step="Move the model to the CPU, or omit weights=.",
         )
 
 
 def check_acceleratable(model: Any) -> None:
-    """Refuses a model that the kernels cannot serve.
+    """Refuses a model that the kernels cannot decode.
 
     Raises:
-        ModelError: With the reason.
+        ModelError: If the model is not sparse, not of a known type, or has layers that the kernels cannot read.
     """
     if not hasattr(model, "ffn_blocks"):
         raise ModelError(
@@ -182,7 +179,7 @@ def check_acceleratable(model: Any) -> None:
                 f"Layer {layer} has the activation {activation.name!r}, which no kernel knows.",
                 allowed=f"Activations: {', '.join(ACTIVATIONS)}.",
             )
-        # Bundles from before there were other masks have `threshold` alone.
+        # Bundles from older versions have only `threshold`.
         masks = [getattr(activation, name, None) for name in ("threshold", "gate_mask")]
         row = ACTIVATIONS[activation.name]
         if not row.makes_zeros and masks == [None, None]:
@@ -216,11 +213,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class ModelBytes:
-    """Bytes of weights by where they are read.
+    """Bytes of a model's weights.
 
     Args:
         ffn_per_token: Feed-forward blocks; of a mixture, the experts that one token is sent to.
-        other: Attention, norms, routers and the output layer. Of the input embedding a token reads one row, which is left out.
+        other: Attention, norms, routers and the output layer. The one row of the input embedding that a token
+            reads is not counted.
     """
 
     ffn_per_token: float
@@ -228,7 +226,6 @@ class ModelBytes:
 
     @property
     def total(self) -> float:
-        """What a dense token reads."""
         return self.ffn_per_token + self.other
 
 

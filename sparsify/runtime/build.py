@@ -1,10 +1,8 @@
-"""Loads the C++ kernels: compiled when they are first wanted, for the processor at hand, and kept; else the wheel's.
+"""Compiles and loads the C++ kernels: for this processor at their first use, otherwise from the wheel.
 
-No headers of torch or Python are needed: the library takes addresses. What is compiled stands in ~/.cache/sparsify/kernels,
-or in SPARSIFY_KERNEL_CACHE, under a name made of the sources, the compiler and the processor: nodes that share a home folder
-never load each other's. A wheel that was built where there was a compiler brings libraries for kinds of processors.
-
-The commands that turn the C++ sources into a library: at first use (build.py) and for a wheel (hatch_build.py).
+No headers of torch or Python are needed: the library takes addresses. Compiled libraries are in ~/.cache/sparsify/kernels or
+SPARSIFY_KERNEL_CACHE. Their name is a hash of sources, compiler and processor, so that nodes with a shared home folder never load
+each other's. A wheel that was built with a compiler contains libraries for several kinds of processors.
 
 hatch_build.py loads this file alone, so it imports nothing but the standard library.
 """
@@ -29,7 +27,7 @@ COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-w")
 OPENMP = ("-fopenmp",)
 THIS_PROCESSOR = (("-march=native", *OPENMP), ("-mcpu=native", *OPENMP), OPENMP, ())
-"""What is added, best first: not every compiler knows the processor's name or brings OpenMP."""
+"""Extra flags, best first: not every compiler knows the processor's name or has OpenMP."""
 
 X86_LEVELS = {
     "x86-64-v4": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
@@ -39,23 +37,23 @@ X86_LEVELS = {
     ),
     "x86-64": frozenset(),
 }
-"""Levels of the x86-64 ABI that wheels have kernels for, best first, and what each adds to the next, in the words of
+"""x86-64 ABI levels that wheels have kernels for, best first, and the flags each adds to the next, as named in
 /proc/cpuinfo. Source: System V ABI, AMD64 supplement, table 3.1."""
 
 
 def find_compiler() -> str | None:
-    """Path of the C++ compiler: what CXX names, else the first that is installed."""
-    asked = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [asked] if asked else COMPILERS)), None)
+    """Path of the C++ compiler: CXX if set, otherwise the first that is installed."""
+    requested = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [requested] if requested else COMPILERS)), None)
 
 
 def compile_kernels(
     compiler: str, to: Path, choices: Sequence[Sequence[str]] = THIS_PROCESSOR
 ) -> None:
-    """Writes the library, with the first of `choices` that the compiler takes.
+    """Compiles the library with the first of `choices` that the compiler accepts.
 
     Raises:
-        subprocess.CalledProcessError: If the compiler refuses all of them.
+        subprocess.CalledProcessError: If it accepts none of them.
     """
     for last, choice in enumerate(choices, start=1 - len(choices)):
         command = [compiler, *FLAGS, *choice, str(SOURCES / "sparse_ffn.cpp"), "-o", str(to)]
@@ -67,42 +65,41 @@ def compile_kernels(
 
 
 def variants(machine: str) -> dict[str, Sequence[Sequence[str]]]:
-    """The libraries of a wheel for a kind of machine (`platform.machine()`): name to choices of flags, best first."""
+    """The libraries of a wheel for a kind of machine (`platform.machine()`): names and their choices of flags, best first."""
     if machine.lower() not in ("x86_64", "amd64"):
         return {machine.lower(): (OPENMP, ())}
     return {level: ((f"-march={level}", *OPENMP), (f"-march={level}",)) for level in X86_LEVELS}
 
 
 def runnable_variants(machine: str, flags: Set[str]) -> list[str]:
-    """Names of `variants` that a processor with these flags runs, best first; without flags the baseline alone."""
+    """Names of `variants` that a processor with these flags can run, best first; only the baseline without flags."""
     names = list(variants(machine))
     needs = [X86_LEVELS.get(name, frozenset()) for name in names]
     return [name for i, name in enumerate(names) if frozenset().union(*needs[i:]) <= flags]
 
 
 def library_name(variant: str) -> str:
-    """File name of a variant in a wheel."""
     return f"sparse_ffn-{variant}.so"
 
 
 PREBUILT = Path(__file__).parent / "prebuilt"
-"""Only in wheels; hatch_build.py fills it."""
+"""Exists only in wheels; written by hatch_build.py."""
 
 INSTEAD = "{reason} The kernels that came with the wheel are used instead."
 WITHOUT = (
-    "{reason} Sparse decoding goes on with torch's operators: the same values, but hardly faster than the dense model. "
+    "{reason} Sparse decoding continues with torch's operators: the same values, but hardly faster than the dense model. "
     "For the kernels, install a C++ compiler (g++ or clang++, or name one in CXX), or a wheel of sparsify that was built "
     "where there is one."
 )
 
 
 class _Unavailable(Exception):
-    """Says why there are no kernels from one source."""
+    """Reason why one source has no kernels."""
 
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """The kernels; None where they can neither be compiled nor came with the wheel, which is said once by a warning."""
+    """The kernels; None, with one warning, if they can neither be compiled nor loaded from the wheel."""
     try:
         library = _compiled()
     except _Unavailable as not_compiled:
@@ -138,9 +135,9 @@ def _prebuilt() -> ctypes.CDLL:
     names = map(library_name, runnable_variants(platform.machine(), processor_flags()))
     library = next(filter(Path.is_file, (PREBUILT / name for name in names)), None)
     if library is None:
-        raise _Unavailable("This installation brings no kernels for this processor.")
+        raise _Unavailable("This installation has no kernels for this processor.")
     try:
-        # Its OpenMP is torch's, which is loaded by now: a machine without a compiler often has no other.
+        # It uses torch's OpenMP, which is already loaded: a machine without a compiler often has no other.
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise _Unavailable(
@@ -149,10 +146,10 @@ def _prebuilt() -> ctypes.CDLL:
 
 
 def build(compiler: str) -> Path:
-    """Returns the library, compiling it unless it stands in the cache.
+    """Returns the path of the library, compiling it unless it is in the cache.
 
     Raises:
-        subprocess.CalledProcessError: If the compiler refuses under every choice of flags.
+        subprocess.CalledProcessError: If the compiler fails with every choice of flags.
         OSError: If the cache cannot be written.
     """
     folder = cache_folder()
@@ -165,14 +162,14 @@ def build(compiler: str) -> Path:
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # two processes may compile at once
-        made = Path(scratch) / library.name
-        compile_kernels(compiler, made)
-        made.replace(library)
+        compiled = Path(scratch) / library.name
+        compile_kernels(compiler, compiled)
+        compiled.replace(library)
     return library
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
+    """Folder of compiled kernels."""
     return Path(os.environ.get("SPARSIFY_KERNEL_CACHE", "~/.cache/sparsify/kernels")).expanduser()
 
 
@@ -186,13 +183,13 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """The name and the abilities of the processor, as far as the system tells."""
-    told = {line for line in _cpuinfo() if line.startswith(("flags", "Features", "CPU part"))}
-    return platform.machine() + ("".join(sorted(told)) or platform.processor())
+    """Name and features of the processor, as far as the system reports them."""
+    features = {line for line in _cpuinfo() if line.startswith(("flags", "Features", "CPU part"))}
+    return platform.machine() + ("".join(sorted(features)) or platform.processor())
 
 
 def processor_flags() -> frozenset[str]:
-    """What all cores can do, in Linux's words; empty where the system does not tell."""
+    """CPU flags common to all cores, as in /proc/cpuinfo; empty if not reported."""
     cores = [set(line.partition(":")[2].split()) for line in _cpuinfo() if line.startswith("flags")]
     return frozenset(set.intersection(*cores) if cores else ())
 

@@ -1,8 +1,8 @@
-"""A gated feed-forward block for a few tokens, computed from the rows of the neurons that count.
+"""A gated feed-forward block for a few tokens, computed from the rows of the active neurons.
 
 Exact (without a predictor): every gate row is read; up rows only where the gate factor is not zero; down rows only where the
-product is kept. Values equal the dense block's to rounding, as skipped terms are exact zeros. With a predictor, only rows
-that it predicts for at least one of the tokens are read, in all three projections.
+product is kept. Values equal the dense block's up to rounding, as skipped terms are exact zeros. With a predictor, only
+rows predicted for at least one of the tokens are read, in all three projections.
 """
 
 from __future__ import annotations
@@ -38,19 +38,18 @@ def sparse_ffn(
         x: Input of the block, [..., hidden].
         weights: Weights of the block on the device of x, of its dtype or in int8 or int4 blocks.
         activation: The two factors.
-        predictor_input: What the predictor looks at, of the shape of x; x itself unless given.
-        dense: Read every row: the baseline that a speed-up is measured against.
-        backend: `native` is the C++ kernel, `triton` those for GPUs, `torch` the same by torch's operators on any device; `auto`
-            is `backend_of(x)`.
-        threads: Of the C++ kernel alone. Unless given, torch's own number, but no more than have THREAD_BYTES of gate rows to
-            read each. The result does not depend on it.
+        predictor_input: Input of the predictor, of the shape of x; default: x.
+        dense: Read every row: the baseline of speed-ups.
+        backend: `native` (C++ on a CPU), `triton` (GPU), `torch` (torch's operators on any device), or `auto`, which is
+            `backend_of(x)`.
+        threads: Threads of the C++ kernel. Default: torch's number, but at most one for each THREAD_BYTES of gate rows. The
+            result does not depend on it.
 
     Returns:
-        [..., hidden] of x's dtype, and how many rows were read. Rows that several tokens want are read once for each
-        eight tokens.
+        [..., hidden] of x's dtype, and the rows read. A row that several tokens need is read once for every eight tokens.
 
     Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or the backend that is asked for cannot be used.
+        ValueError: If shapes, dtypes or devices do not fit, or the requested backend cannot be used.
     """
     weights.check(x)
     threads = threads or default_threads(weights)
@@ -78,7 +77,7 @@ def sparse_ffn(
 
 
 def default_threads(weights: FfnWeights) -> int:
-    """As many as torch has, as long as each has enough to do: waiting for each other costs time, too."""
+    """torch's number of threads, but at most one for each THREAD_BYTES of gate rows: synchronising costs time."""
     enough = weights.row_bytes * weights.gate.shape[0] // THREAD_BYTES
     return max(1, min(torch.get_num_threads(), enough))
 
@@ -91,17 +90,17 @@ def sparse_experts(
     *,
     predictor_input: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
-    """All experts of a layer by the Triton kernels, without asking the device which of them the tokens are sent to.
+    """All experts of a layer by the Triton kernels, without a synchronisation to learn which experts are used.
 
     Args:
         x: Input of the experts, [tokens, hidden].
-        weights: Of all experts, with experts as the first dimension.
+        weights: Weights of all experts, with experts as the first dimension.
         activation: The two factors.
-        routing: Where each token goes.
+        routing: Experts of each token, and their shares.
         predictor_input: As in `sparse_ffn`.
 
     Returns:
-        [tokens, hidden] of x's dtype, and how many rows were read, as `sparse_ffn` counts them for each expert.
+        [tokens, hidden] of x's dtype, and the rows read, as `sparse_ffn` counts them for each expert.
 
     Raises:
         ValueError: If shapes, dtypes or devices do not fit, or the Triton kernels cannot be used.
@@ -124,7 +123,7 @@ def _joined(parts: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 
 
 def backend_of(x: torch.Tensor, *, in_blocks: bool = False) -> Backend:
-    """What computes tensors of this kind on this machine: `triton` on a GPU, `native` on a CPU, `torch` where these cannot.
+    """Backend for tensors of this kind on this machine: `triton` on a GPU, `native` on a CPU, otherwise `torch`.
 
     Args:
         x: Input of a block.
@@ -143,7 +142,7 @@ def _usable(backend: Backend, x: torch.Tensor, weights: FfnWeights) -> Backend:
             "The Triton kernels read weights as they are stored, not int8 or int4 blocks."
         )
     needs = {
-        "native": "a CPU, a C++ compiler or a wheel that brings them,",
+        "native": "a CPU, a C++ compiler or a wheel that contains them,",
         "triton": "a GPU, Triton",
     }
     can = {"native": native_can, "triton": triton_can}

@@ -1,4 +1,4 @@
-"""The forwards that `accelerate` gives to feed-forward blocks."""
+"""Forward functions that `accelerate` installs in feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from sparsify.runtime.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
-"""Of weights as they are stored, where it is not 8: with more tokens torch's dense product wins, as it multiplies in bf16 itself."""
+"""Default limit on the tokens of a call with stored weights, where it is not 8: with more tokens torch's dense product,
+which multiplies in bf16, is faster."""
 
 
 @dataclass
@@ -24,10 +25,10 @@ class Options:
     """How a block decodes.
 
     Args:
-        max_tokens: Most tokens of a call that go through the kernels; by the dtype for None.
-        threads: Of the kernels; torch's own number for None.
+        max_tokens: Largest number of tokens of a call for which the kernels are used; None for the dtype's default.
+        threads: Threads of the kernels; None for torch's number.
         predictors: One for the block, or one for each of its experts; None for exact decoding.
-        blocks: Format of the blocks that the weights are rounded into; None to read them as they are stored.
+        blocks: Format of weight blocks; None for stored weights.
     """
 
     max_tokens: int | None
@@ -37,9 +38,9 @@ class Options:
 
 
 class BlockForward:
-    """A block's forward that reads only what counts, and counts what it reads.
+    """A block's forward that reads only the rows it needs, and counts them.
 
-    It holds no weights: they are the block's, whatever becomes of them; `kept` follows them.
+    It holds no weights: it reads the block's own at every call, and `kept` follows their changes.
     """
 
     def __init__(self, block: Any, options: Options) -> None:
@@ -51,12 +52,11 @@ class BlockForward:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets what was read."""
         self.tokens, self._read_of = 0, dict[tuple[int, float], RowsRead]()
 
     @property
     def rows(self) -> RowsRead:
-        """Rows read. On a GPU this waits for what was started there."""
+        """Rows read. On a GPU this synchronises with the device."""
         total = RowsRead()
         for rows in self._read_of.values():
             total += rows
@@ -73,13 +73,13 @@ class BlockForward:
         )
 
     def remove(self) -> None:
-        """Gives the block its class's forward back."""
+        """Restores the forward of the block's class."""
         if self._watching is not None:
             self._watching.remove()
         del self.block.forward
 
     def watch(self, norm: nn.Module) -> None:
-        """Keeps what the block's RMS norm gets, which is what the predictors look at."""
+        """Keeps the input of the block's RMS norm, for predictors of the residual."""
         self._watching = norm.register_forward_pre_hook(self._keep_norm_input)
 
     def _keep_norm_input(self, _norm: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -89,12 +89,12 @@ class BlockForward:
         return type(self.block).forward(self.block, *arguments)
 
     def _can(self, x: torch.Tensor) -> bool:
-        """Whether this call may go through the kernels: few tokens, no gradient wanted, nobody watching the activation."""
+        """Whether this call can use the kernels: few tokens, no gradients, no hooks on the activation."""
         block = self.block
         if self.kept is not None and x.device.type != "cpu":
             raise ModelError(
-                f"The model is on {x.device}, and {self.kept.format} blocks are read on a CPU alone.",
-                next_step="Move the model back, or accelerate it again without weights=.",
+                f"The model is on {x.device}, and {self.kept.format} blocks can only be read on a CPU.",
+                next_step="Move the model back to the CPU, or accelerate it again without weights=.",
             )
         usual = WORTHWHILE_TOKENS.get((x.device.type, x.dtype), 8) if self.kept is None else 8
         most = self.options.max_tokens or usual
@@ -107,12 +107,12 @@ class BlockForward:
         )
 
     def prepare(self) -> None:
-        """Makes the blocks of all weights, so that no token has to wait for them."""
+        """Makes all weight blocks in advance."""
         for index in range(self._count() if self.kept is not None else 0):
             self._matrices(index)
 
     def _count(self) -> int:
-        """How many sets of weights there are: one, or one for each expert."""
+        """Number of weight sets: one, or one for each expert."""
         return 1
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,13 +120,13 @@ class BlockForward:
         raise NotImplementedError
 
     def _matrices(self, index: int) -> Sequence[Matrix]:
-        """The same as they are read."""
+        """The same in the format in which the kernels read them."""
         if self.kept is None:
             return self._stored(index)
         return self.kept.of(index, tuple(self.block.parameters()), lambda: self._stored(index))
 
     def _down_t(self, down: nn.Parameter) -> torch.Tensor:
-        """A down projection transposed; laid out anew only if its memory is what the kernels read."""
+        """Transpose of a down projection; its memory is reordered only if the kernels read it directly."""
         return neurons_first(down) if self.kept is None else down.detach().mT
 
     def _activation(self) -> Activation:
@@ -134,7 +134,7 @@ class BlockForward:
         return ACTIVATIONS[own.name].with_threshold(getattr(own, "gate_threshold", 0.0))
 
     def _thresholds(self, expert: int | None = None) -> dict[str, torch.Tensor | None]:
-        """What the block's masks keep, or those of an expert. A bundle that was exported before there were gate masks has none."""
+        """Thresholds of the block's masks, or of one expert. Bundles of older versions have no gate mask."""
         own = self.block.ffn_activation
         gate_mask = getattr(own, "gate_mask", None)
         both = {
@@ -154,7 +154,7 @@ class BlockForward:
         return x if mask is None else mask(x)
 
     def _predictor(self, index: int, x: torch.Tensor) -> Predictor | None:
-        """The predictor, as x is: it follows a model that was moved or cast."""
+        """The predictor in x's dtype and on its device: it follows a model that was moved or cast."""
         if self.options.predictors is None:
             return None
         one = self.options.predictors[index]
@@ -180,14 +180,14 @@ class BlockForward:
         return out
 
     def _add(self, rows: RowsRead, weights: FfnWeights) -> None:
-        """Adds what was read, by what it weighs: a model may be cast between two steps."""
-        weighs = weights.row_bytes, weights.predictor_bytes / weights.gate.shape[-2]
-        self._read_of.setdefault(weighs, RowsRead())
-        self._read_of[weighs] += rows
+        """Adds the rows read, grouped by their bytes: a model may be cast between two steps."""
+        sizes = weights.row_bytes, weights.predictor_bytes / weights.gate.shape[-2]
+        self._read_of.setdefault(sizes, RowsRead())
+        self._read_of[sizes] += rows
 
 
 class MlpForward(BlockForward):
-    """Of a dense block: gate_proj, up_proj, down_proj."""
+    """Forward of a dense block with gate_proj, up_proj and down_proj."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Maps hidden states [batch, tokens, hidden] to the same shape."""
@@ -201,7 +201,7 @@ class MlpForward(BlockForward):
             **self._thresholds(),
             predictor=self._predictor(0, x),
         )
-        # Predictors look at what was not masked.
+        # Predictors take the input before its mask.
         seen = x if self._norm_input is None else self._norm_input
         seen = seen if weights.predictor is not None else None
         self.tokens += x.shape[:-1].numel()
@@ -214,7 +214,7 @@ class MlpForward(BlockForward):
 
 
 class ExpertsForward(BlockForward):
-    """Of fused experts: only the experts that a token is sent to are touched, and of these only what counts."""
+    """Forward of fused experts: reads only experts that a token is routed to, and only the rows needed."""
 
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -235,13 +235,13 @@ class ExpertsForward(BlockForward):
             chosen = None
             if weights.predictor is not None:
                 chosen = seen.reshape(hidden_states.shape)[token]
-            answer = self._read(hidden_states[token], weights, chosen)
+            expert_output = self._read(hidden_states[token], weights, chosen)
             share = top_k_weights[token, slot, None]
-            output.index_add_(0, token, (answer * share).to(output.dtype))
+            output.index_add_(0, token, (expert_output * share).to(output.dtype))
         return output
 
     def _on_device(self, x: torch.Tensor, seen: torch.Tensor, routing: Routing) -> torch.Tensor:
-        """All experts at once: which of them are wanted is known on the device alone, and asking it takes time."""
+        """All experts at once: only the device knows which are used, and a synchronisation takes time."""
         block = self.block
         gate, up = block.gate_up_proj.detach().chunk(2, dim=1)
         weights = FfnWeights(
@@ -262,11 +262,11 @@ class ExpertsForward(BlockForward):
         return out
 
     def _alike(self) -> bool:
-        """Whether the predictors have one rank, so that they can be put into one piece."""
+        """Whether all predictors have the same rank, so that they can be stacked."""
         return len({one.a.shape for one in self.options.predictors or ()}) <= 1
 
     def _stacked(self, x: torch.Tensor) -> Predictor | None:
-        """The predictors in one piece, as x is, with experts as the first dimension. The single ones become views of it."""
+        """All predictors stacked, experts first, in x's dtype and on its device. The single ones become views of the stack."""
         if self.options.predictors is None:
             return None
         if (
@@ -306,8 +306,7 @@ class ExpertsForward(BlockForward):
 def neurons_first(down: nn.Parameter) -> torch.Tensor:
     """The transpose of a down projection [..., hidden, neurons], contiguous: [..., neurons, hidden].
 
-    The parameter's values are put into that order where they are not yet; its shape and its name stay, and so do
-    its strides when it is moved, cast or loaded anew.
+    Reorders the parameter's memory if needed; its shape and name stay, and moving, casting and loading keep its strides.
     """
     if not down.data.mT.is_contiguous():
         down.data = down.data.mT.contiguous().mT

@@ -1,4 +1,4 @@
-"""Calls the C++ kernel: tensors become addresses and strides."""
+"""Calls the C++ kernel with the addresses and strides of tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsify.runtime.quantised import BlockMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 MAX_TOKENS = 8
-"""Most tokens of one call; MAX_TOKENS in sparse_ffn.cpp."""
+"""Largest number of tokens of one call; equals MAX_TOKENS in sparse_ffn.cpp."""
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GATE_KINDS: dict[GateKind, int] = {
@@ -31,7 +31,7 @@ class _Matrix(ctypes.Structure):
 
 
 class FfnCall(ctypes.Structure):
-    """The arguments and answers of a call; FfnCall in sparse_ffn.cpp."""
+    """Arguments and results of a call; mirrors FfnCall in sparse_ffn.cpp."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank")),
@@ -60,7 +60,7 @@ def native_ffn(
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `sparse_ffn`, for x [tokens, hidden] of at most MAX_TOKENS tokens, already checked.
 
-    Rows may lie apart (a slice of a larger matrix); elements of a row that do are copied together first.
+    Rows need not be adjacent (a slice of a larger matrix). Elements of a row must be; otherwise the matrix is copied first.
     """
     library = kernels()
     assert library is not None, "there is no compiler; sparse_ffn chooses torch then"

@@ -1,4 +1,4 @@
-"""The same block by torch's operators: for devices and machines where no kernel of ours runs, and to check those that do."""
+"""The block by torch's operators: the reference of the kernels, and the fallback where they cannot run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sparsify.runtime.quantised import BlockMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 GATHER_SHARE = 0.2
-"""Largest share of rows that are gathered. Gathering reads them, writes them and reads them again, so above this the whole
-matrix is multiplied."""
+"""Largest share of rows to gather. Gathering reads, writes and reads them again, so above this the whole matrix is
+multiplied."""
 
 Rows = torch.Tensor | slice
 ALL_ROWS = slice(None)
@@ -59,19 +59,19 @@ def portable_ffn(
 
 
 def _rows(matrix: Matrix, rows: Rows, x: torch.Tensor) -> torch.Tensor:
-    """The listed rows, of x's dtype."""
+    """The selected rows, in x's dtype."""
     return matrix.dequantised(rows, x.dtype) if isinstance(matrix, BlockMatrix) else matrix[rows]
 
 
 def _predicted(x: torch.Tensor, weights: FfnWeights) -> torch.Tensor:
-    """Which neurons are wanted for which token. [tokens, neurons]"""
+    """Neurons predicted for each token, bool [tokens, neurons]; a NaN score counts as predicted."""
     assert weights.predictor is not None
     scores = linear(linear(x, weights.predictor.a).relu(), weights.predictor.b)
     return ~(scores <= weights.predictor.threshold)
 
 
 def _few(wanted: torch.Tensor, rows: Rows) -> Rows:
-    """The columns that any token wants, or all where gathering their rows would cost more than it saves."""
+    """Columns that any token needs, or all if gathering their rows would cost more than it saves."""
     kept = wanted.any(dim=0).nonzero().flatten()
     gathered = isinstance(rows, torch.Tensor)  # these rows are copied in any case
     return kept if gathered or len(kept) <= GATHER_SHARE * wanted.shape[1] else ALL_ROWS

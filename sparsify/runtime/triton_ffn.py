@@ -1,6 +1,6 @@
-"""A block, or all experts of a layer, by Triton: for GPUs, and for tests by Triton's interpreter.
+"""A block, or all experts of a layer, by Triton on a GPU, or in tests by Triton's interpreter.
 
-Import it through `triton_kernels`, which says whether the kernels compute rightly here.
+Get the kernels from `triton_kernels`, which checks that they compute correct values on this device.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK = 128
-"""Neurons whose list a program makes by itself."""
+"""Neurons of which one program builds a list."""
 BLOCKS = {1: (8, 512), 2: (4, 512), 4: (4, 256), 8: (4, 128)}
-"""By tokens: rows of a program, and columns that it reads of them at once. 4096 sums of each program, so that they stay in
-registers; chosen by reasoning, not by measurement."""
+"""By tokens: rows of a program, and columns that it reads at once. 4096 sums per program, so that they stay in registers;
+not tuned on a GPU."""
 NUM_WARPS = 4
 SUM_BLOCK = (128, 32)
-"""Chunks and columns that are added up at once."""
+"""Chunks and columns that `sum_chunks` adds at once."""
 
 WITHOUT = (
-    "{reason} Sparse decoding on this GPU goes on with torch's operators: the same values, but no faster than the dense model. "
+    "{reason} Sparse decoding on this GPU continues with torch's operators: the same values, but no faster than the dense model. "
     "Install Triton (pip install triton) for the kernels."
 )
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts the tokens of a call are sent to.
+    """Experts to which the tokens of a call are routed.
 
     Args:
         index: Expert of each slot, int64 [tokens, experts per token].
-        shares: What its answer counts, [tokens, experts per token].
+        shares: Weight of its output, [tokens, experts per token].
     """
 
     index: torch.Tensor
@@ -50,7 +50,7 @@ class Routing:
 
 
 def interpreting() -> bool:
-    """Whether Triton was asked to run its kernels on the CPU, by TRITON_INTERPRET=1."""
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -62,7 +62,7 @@ def triton_can(x: torch.Tensor) -> bool:
 
 @functools.cache
 def triton_kernels(device: torch.device) -> ModuleType | None:
-    """The kernels, after they computed a block rightly on this device; None where they cannot, which is said once by a warning."""
+    """The kernels, after a test block gave correct values on this device; otherwise None, with one warning."""
     if find_spec("triton") is None:
         warnings.warn(WITHOUT.format(reason="There is no Triton here."), stacklevel=2)
         return None
@@ -88,7 +88,7 @@ def _check(kernels: ModuleType, device: torch.device) -> None:
     given, _ = launch(kernels, x, weights, drelu, x, dense=False, routing=None)
     expected, _ = portable_ffn(x, weights, drelu, x)
     if not torch.allclose(given, expected, rtol=1e-3, atol=1e-2):
-        raise ValueError("they compute something else than torch does")
+        raise ValueError("their values differ from torch's")
 
 
 def triton_ffn(
@@ -101,8 +101,8 @@ def triton_ffn(
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `sparse_ffn`, for x [tokens, hidden] of at most 8 tokens, already checked. The counts stay on the device.
 
-    With a routing, all parts of the weights have experts as their first dimension, and the answer is the sum over the
-    experts that a token is sent to. Only those are touched.
+    With a routing, all weights have experts as their first dimension, and the output is the weighted sum over the experts that a
+    token is routed to. Only those are read.
     """
     kernels = triton_kernels(x.device)
     assert kernels is not None, "the kernels cannot be used; sparse_ffn chooses torch then"
@@ -183,7 +183,9 @@ def _predict(
     like: torch.Tensor,
     block: dict[str, Any],
 ) -> torch.Tensor:
-    """1 where a neuron is wanted for a token, else 0; of the shape of `like`, and undefined for tokens not sent to an expert."""
+    """1 where a neuron is predicted for a token, otherwise 0; of the shape of `like`, undefined for tokens not routed to an
+    expert.
+    """
     a, b = _experts(predictor.a, 3), _experts(predictor.b, 3)
     experts, rank, _ = a.shape
     values = like.new_empty(experts, like.shape[1], rank)
@@ -204,7 +206,7 @@ def _predict(
 
 
 def _experts(part: Matrix, dimensions: int) -> torch.Tensor:
-    """With a dimension for experts, and the elements of a row side by side."""
+    """Adds a dimension for experts, and makes the elements of a row adjacent."""
     assert isinstance(part, torch.Tensor), "sparse_ffn refuses blocks"
     part = part if part.stride(-1) == 1 else part.contiguous()
     return part if part.ndim == dimensions else part[None]

@@ -1,4 +1,4 @@
-"""The weights of one feed-forward block as the kernels want them: neuron n is row n of everything."""
+"""The weights of one feed-forward block in the kernels' layout: neuron n is row n of every matrix."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Matrix = torch.Tensor | BlockMatrix
 
 @dataclass(frozen=True)
 class Predictor:
-    """Says which neurons of a block will fire: relu(x @ a.T) @ b.T > threshold.
+    """Predicts which neurons of a block will fire: relu(x @ a.T) @ b.T > threshold.
 
     Args:
         a: [rank, hidden].
         b: [neurons, rank].
-        threshold: A neuron is on where its score is larger, or no number.
+        threshold: A neuron is on where its score is larger, or NaN.
     """
 
     a: torch.Tensor
@@ -34,7 +34,7 @@ class LayerPredictors:
     """Predictors of all layers of a model.
 
     Args:
-        input: What they look at: `normed`, the input of the block; `residual`, what the RMS norm before it gets.
+        input: `normed` for the input of the block, `residual` for the input of the RMS norm before it.
         layers: For each layer, the predictor of its block, or those of its experts in order.
     """
 
@@ -44,15 +44,16 @@ class LayerPredictors:
 
 @dataclass(frozen=True)
 class FfnWeights:
-    """Weights of one block, or of one expert. Those of all experts of a layer have experts as the first dimension of everything.
+    """Weights of one block, or of one expert. For all experts of a layer, experts are the first dimension
+    of every tensor.
 
     Args:
         gate: [neurons, hidden], as stored or in blocks, all three alike.
         up: [neurons, hidden].
         down_t: [neurons, hidden]: down_proj.weight transposed, so that a neuron is one row of it.
-        thresholds: A product is kept where its size is larger; [neurons], or [1] for one of all.
-        predictor: Reads nothing of a neuron that it does not predict.
-        gate_thresholds: A gate factor is kept where its size is larger, else its neuron is skipped; of the same shapes.
+        thresholds: A product is kept where its magnitude is larger; [neurons], or [1] for all neurons.
+        predictor: Neurons that it does not predict are not read.
+        gate_thresholds: A neuron is skipped unless the magnitude of its gate factor is larger; of the same shapes.
     """
 
     gate: Matrix
@@ -65,7 +66,7 @@ class FfnWeights:
     def thresholds_for(
         self, device: torch.device
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """`thresholds` and `gate_thresholds` as the kernels read them: float32, one for every neuron, side by side."""
+        """`thresholds` and `gate_thresholds` as the kernels read them: contiguous fp32, one per neuron."""
         shape = self.gate.shape[:-1]
 
         def read(values: torch.Tensor | None) -> torch.Tensor | None:
@@ -88,7 +89,7 @@ class FfnWeights:
 
     @property
     def predictor_bytes(self) -> int:
-        """Bytes that a prediction reads, for one block or one expert."""
+        """Bytes of the predictor of one block or one expert."""
         if self.predictor is None:
             return 0
         return sum(
@@ -97,10 +98,10 @@ class FfnWeights:
         )
 
     def check(self, x: torch.Tensor) -> None:
-        """Refuses what does not fit together: the kernels read memory by these shapes.
+        """Checks shapes, dtypes and devices: the kernels read memory by these shapes.
 
         Raises:
-            ValueError: With the name and both values.
+            ValueError: If one of them does not fit, with its name and both values.
         """
         *experts, neurons, hidden = self.gate.shape
         expected = {
@@ -133,7 +134,7 @@ class FfnWeights:
                 )
 
     def _fits(self, part: Matrix, dtype: torch.dtype) -> bool:
-        """Whether a part is of x's dtype, or, of the three matrices, in blocks like the others."""
+        """Whether a part has x's dtype or, among the three matrices, the same block format as the others."""
         if isinstance(part, BlockMatrix):
             return _kind(part) == _kind(self.gate)
         return part.dtype == dtype and not (
@@ -146,18 +147,17 @@ def _kind(part: Matrix) -> str:
 
 
 class RowsRead:
-    """How many rows were read of each projection.
+    """Number of rows read of each projection.
 
-    A kernel on a GPU leaves its counts there. They are fetched when one of them is asked for, and not before, so that decoding
-    waits for none.
+    Counts of kernels on a GPU stay there until one of them is read, so that decoding never synchronises for them.
 
     Args:
         gate: Rows of the gate projection.
-        up: Of the up projection.
-        down: Of the down projection, transposed.
-        offered: Neurons of the blocks and experts that tokens were sent to: rows that are there in each projection. Counted, as
-            rows are, once for each eight tokens.
-        counts: More of them, on a device: offered, gate, up, down, int64 [4].
+        up: Rows of the up projection.
+        down: Rows of the transposed down projection.
+        offered: Neurons of the blocks and experts that tokens were routed to: rows of each projection that could be read. Counted,
+            like rows read, once for every eight tokens.
+        counts: Further counts on a device: offered, gate, up, down, int64 [4].
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class RowsRead:
 
     @property
     def offered(self) -> int:
-        """Neurons of the blocks and experts that tokens were sent to."""
+        """Neurons of the blocks and experts that tokens were routed to."""
         return self._fetched()[0]
 
     @property

@@ -53,7 +53,7 @@ def test_without_a_working_compiler_torch_takes_over_and_that_is_said_once(
         WITHOUT_COMPILER, CXX=compiler, PATH=path, SPARSIFY_KERNEL_CACHE=str(tmp_path / "cache")
     )
     assert result.returncode == 0, result.stderr
-    assert "goes on with torch's operators" in result.stdout
+    assert "continues with torch's operators" in result.stdout
     assert ("There is no C++ compiler" if not compiler else "cannot be compiled") in result.stdout
 
 
