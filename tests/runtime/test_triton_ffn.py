@@ -115,7 +115,9 @@ def test_without_triton_torch_takes_over_and_that_is_said_once(
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # as a GPU would, it asks for Triton
     triton_ffn.triton_kernels.cache_clear()
     x = torch.zeros(1, 4)
-    with pytest.warns(UserWarning, match=r"There is no Triton here\. .*continues with torch") as said:
+    with pytest.warns(
+        UserWarning, match=r"There is no Triton here\. .*continues with torch"
+    ) as said:
         assert not any(triton_ffn.triton_can(x) for _ in range(2))
     assert len(said) == 1
     triton_ffn.triton_kernels.cache_clear()

@@ -159,6 +159,8 @@ def test_a_wheel_built_without_a_compiler_is_pure_python(pure_wheel: Path, tmp_p
     assert "Root-Is-Purelib: true" in said_by(pure_wheel)
     assert "Tag: py3-none-any" in said_by(pure_wheel)
     assert not (pure_wheel / "sparsify/runtime/prebuilt").exists()
-    assert "continues with torch's operators" in compute(pure_wheel, tmp_path, "auto", **NO_COMPILER)
+    assert "continues with torch's operators" in compute(
+        pure_wheel, tmp_path, "auto", **NO_COMPILER
+    )
     if find_compiler():
         assert compute(pure_wheel, tmp_path, "native") == ""
