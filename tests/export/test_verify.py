@@ -205,7 +205,7 @@ def test_damaged_missing_and_added_files_are_found(copy: Path) -> None:
         f"missing tokenizer.json; added modeling_extra.py; changed {first.name}"
     )
     assert f"{first.name} is truncated or corrupt" in found["tensors"]
-    assert found["logits"] == "not computed: the tensors do not fit"
+    assert found["logits"] == "not computed, since the tensors do not match"
 
 
 def test_a_folder_without_hashes_or_records_does_not_pass(copy: Path, tmp_path: Path) -> None:
