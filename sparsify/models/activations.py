@@ -1,4 +1,4 @@
-"""The table of feed-forward activations. Everything that depends on which activations there are reads it.
+"""The table of feed-forward activations, which all other code reads.
 
 A gated feed-forward block computes `down_proj(f(gate_proj(x)) * g(up_proj(x)))`. A row of the table names the pair (f, g) by
 kinds. Torch modules, training kernels, C++ and Triton implement kinds, so a new pair of known kinds is one row here and no
@@ -58,11 +58,11 @@ class Activation:
 
     @property
     def has_training_kernel(self) -> bool:
-        """Whether `training.kernels` can compute it in one pass."""
+        """Whether `training/kernels` can compute it in one pass."""
         return self.gate in GATES_WITH_TRAINING_KERNEL
 
     def with_threshold(self, gate_threshold: float) -> Activation:
-        """The same with a model's own gate threshold, which kinds without one ignore."""
+        """A copy with a model's own gate threshold, which kinds without one ignore."""
         return replace(self, gate_threshold=gate_threshold) if self.has_gate_threshold else self
 
 

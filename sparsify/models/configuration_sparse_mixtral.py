@@ -27,7 +27,7 @@ class SparseMixtralConfig(MixtralConfig):
     base_ffn_gate_threshold: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Bundles before `sparsification` said `ffn_thresholds: neuron` for thresholds of each neuron on the product.
+        # Older bundles have `ffn_thresholds: neuron` for thresholds of each neuron on the product.
         old = kwargs.pop("ffn_thresholds", "none")
         if old not in ("none", "neuron"):
             raise ValueError(f"ffn_thresholds is {old!r}; allowed: none, neuron")

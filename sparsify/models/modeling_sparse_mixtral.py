@@ -112,7 +112,7 @@ class SparseMixtralForCausalLM(MixtralForCausalLM):
         return [layer.mlp.experts for layer in self.model.layers]  # pyright: ignore[reportAttributeAccessIssue]
 
     def set_ffn_activation(self, name: str, gate_threshold: float = 0.0) -> None:
-        """Swaps the activation of every expert in place; weights and masks stay as they are."""
+        """Replaces the activation of every expert in place; weights and masks stay as they are."""
         self.config.ffn_activation, self.config.ffn_gate_threshold = name, gate_threshold
         for block in self.ffn_blocks():
             activation = FfnActivation.from_config(self.config)

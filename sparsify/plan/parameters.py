@@ -94,7 +94,7 @@ class Parameters(BaseModel):
         return self.embeddings + self.attention + self.router + self.norms + self.head
 
     def active(self, architecture: Architecture) -> int:
-        """Parameters used for one token: `num_experts_per_tok` of the experts and everything else."""
+        """Parameters used for one token: `num_experts_per_tok` of the experts and all other parts."""
         experts = architecture.num_local_experts or 1
         ffn = (self.gate + self.up + self.down) // experts
         return self.shared + ffn * architecture.num_experts_per_tok

@@ -1,14 +1,14 @@
 """The Triton kernels of a block or of a layer's experts, for one to eight tokens. `triton_ffn` launches them.
 
-    predict (optional) -> gate rows -> those whose gate factor is not zero: up rows -> those whose product is kept: down rows
+    predict (optional) -> gate rows -> up rows where the gate factor is not zero -> down rows where the product is kept
 
-How many programs start never depends on what is in memory, so nothing waits for the device, and a CUDA graph can hold all of it.
-Neurons are cut into chunks. Every program makes the list of its chunk's neurons that any token wants by itself, from what
-the kernel before left, takes its share of that list, and ends at once where the list is shorter. Sums have one fixed order,
-and only whole numbers are added atomically: the same input gives the same bits.
+The number of programs never depends on values on the device, so the host never synchronises, and a CUDA graph can hold all
+launches. Neurons are split into chunks. Every program lists the neurons of its chunk that any token needs, from the output of
+the previous kernel, takes its share of that list, and exits at once if the list is shorter. Sums have one fixed order, and only
+integers are added atomically: the same input gives the same bits.
 
-Values between kernels are fp32 [experts, tokens, neurons]. A block without experts is one expert that every token is sent
-to (SLOTS is 0 then). Experts that no token is sent to are left before any of their weights is read.
+Values between kernels are fp32 [experts, tokens, neurons]. A block without experts is one expert to which
+every token is routed (SLOTS is 0 then). Programs of experts without tokens exit before they read any weights.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 OFFERED, GATE, UP, DOWN = (tl.constexpr(place) for place in range(4))
-"""Places in `counts`: neurons of the experts that tokens were sent to, and rows read of each projection."""
+"""Indices of `counts`: neurons of the experts that tokens were routed to, and rows read of each projection."""
 
 
 @triton.jit
 def _sent(index, expert, tokens, slots, T: tl.constexpr, SLOTS: tl.constexpr):
-    """Which of T tokens, some of them only there to fill up, are sent to the expert."""
+    """Which of T tokens (padded to a power of two) are routed to the expert, bool [T]."""
     token = tl.arange(0, T)
     sent = token < tokens
     if SLOTS > 0:
@@ -35,7 +35,7 @@ def _sent(index, expert, tokens, slots, T: tl.constexpr, SLOTS: tl.constexpr):
 
 @triton.jit
 def _listed(values, sent, chunk, neurons, ALL: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr):
-    """The neurons of a chunk, the place of each in the list of those that any token wants (or -1), and the list's length."""
+    """The neurons of a chunk, the index of each in the list of neurons that any token needs (or -1), and the list's length."""
     neuron = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = neuron < neurons
     if ALL:
@@ -44,13 +44,15 @@ def _listed(values, sent, chunk, neurons, ALL: tl.constexpr, T: tl.constexpr, CH
         place = tl.arange(0, T)[:, None] * neurons + neuron[None, :]
         given = tl.load(values + place, mask=sent[:, None] & inside[None, :], other=0.0)
         wanted = tl.max((given != 0.0).to(tl.int32), axis=0)  # a NaN is not zero
+    # Stream compaction: the prefix sum of the flags is each needed neuron's index in the list.
     return neuron, tl.where(wanted > 0, tl.cumsum(wanted, axis=0) - 1, -1), tl.sum(wanted, axis=0)
 
 
 @triton.jit
 def _taken(neuron, place, count, first, ROWS: tl.constexpr):
-    """The neurons at places first, first + 1, ... of the list, and which of these places it has."""
+    """The neurons at indices first ... first + ROWS - 1 of the list, and which of these indices exist."""
     wanted = first + tl.arange(0, ROWS)
+    # Triton cannot index registers, so each index selects its neuron by a masked sum over the chunk.
     hit = place[None, :] == wanted[:, None]
     return tl.sum(tl.where(hit, neuron[None, :], 0), axis=1), wanted < count
 
@@ -59,8 +61,9 @@ def _taken(neuron, place, count, first, ROWS: tl.constexpr):
 def _dots(
     x, x_stride, sent, rows, there, width, T: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Dot products of rows, given by their addresses, with the tokens: [T, ROWS]."""
-    if T == 1:  # two dimensions: no layout to convert
+    """Dot products of rows, given by pointers, with the tokens: [T, ROWS]."""
+    # Sums stay in registers over the whole row, one per element of the tile; they are reduced once, at the end.
+    if T == 1:  # a 2D tile needs no layout conversion
         single = tl.zeros((ROWS, WIDTH), tl.float32)
         for start in range(0, width, WIDTH):
             column = start + tl.arange(0, WIDTH)
@@ -105,7 +108,7 @@ def predictor_layer(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out [experts, tokens, rows of weight] = x @ weight.T, and 0 where that is not larger than the threshold; WANTED: 1 elsewhere."""
+    """out [experts, tokens, rows of weight] = x @ weight.T, set to 0 up to the threshold; with WANTED, to 1 above it."""
     expert = tl.program_id(1).to(tl.int64)
     sent = _sent(index, expert, tokens, slots, T, SLOTS)
     if tl.max(sent.to(tl.int32), axis=0) > 0:
@@ -148,7 +151,7 @@ def gate_rows(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """factors [experts, tokens, neurons], zeros before: the gate factor where the neuron is wanted and it is kept."""
+    """factors [experts, tokens, neurons], zero-initialised: the gate factor where the neuron is predicted and kept."""
     expert = tl.program_id(1).to(tl.int64)
     chunk, first = tl.program_id(0) // (CHUNK // ROWS), tl.program_id(0) % (CHUNK // ROWS) * ROWS
     sent = _sent(index, expert, tokens, slots, T, SLOTS)
@@ -177,7 +180,7 @@ def gate_rows(
                 factor = tl.where(tl.abs(factor) <= small[None, :], 0.0, factor)
             places = own + tl.arange(0, T)[:, None] * neurons + row[None, :]
             mask = sent[:, None] & there[None, :]
-            if PREDICTED:  # for this token, too
+            if PREDICTED:  # the list is over all tokens; this is the prediction for each token
                 mask = mask & (tl.load(wanted + places, mask=mask, other=0.0) != 0.0)
             tl.store(factors + places, factor, mask=mask)
 
@@ -207,7 +210,7 @@ def up_rows(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """product [experts, tokens, neurons], zeros before: the gate factor times the up factor where that is kept."""
+    """product [experts, tokens, neurons], zero-initialised: the gate factor times the up factor where that is kept."""
     expert = tl.program_id(1).to(tl.int64)
     chunk, first = tl.program_id(0) // (CHUNK // ROWS), tl.program_id(0) % (CHUNK // ROWS) * ROWS
     sent = _sent(index, expert, tokens, slots, T, SLOTS)
@@ -226,7 +229,7 @@ def up_rows(
             mask = sent[:, None] & there[None, :]
             factor = tl.load(factors + places, mask=mask, other=0.0)
             value = factor * u
-            if not DENSE:  # a zero stays one whatever the up row holds
+            if not DENSE:  # a zero factor gives zero even if the up row holds NaN or infinity
                 value = tl.where(factor == 0.0, 0.0, value)
             if THRESHOLDS:
                 small = tl.load(thresholds + expert * neurons + row, mask=there, other=0.0)
@@ -293,7 +296,7 @@ def sum_chunks(
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """out [tokens, hidden]: the sum over chunks, and over the token's experts, each times its share."""
+    """out [tokens, hidden]: the sum over chunks and over the token's experts, each times its weight."""
     token = tl.program_id(1)
     column = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
     inside = column < hidden
@@ -304,12 +307,12 @@ def sum_chunks(
         if SLOTS > 0:
             expert = tl.load(index + token * slots + slot).to(tl.int64)
             share = tl.load(shares + token * slots + slot).to(tl.float32)
-        answer = tl.zeros((WIDTH,), tl.float32)
+        expert_output = tl.zeros((WIDTH,), tl.float32)
         for first in range(0, chunks, CHUNKS):
             chunk = first + tl.arange(0, CHUNKS)
             rows = ((expert * chunks + chunk) * tokens + token) * hidden
             mask = (chunk < chunks)[:, None] & inside[None, :]
             values = tl.load(partial + rows[:, None] + column[None, :], mask=mask, other=0.0)
-            answer += tl.sum(values, axis=0)
-        total += share * answer
+            expert_output += tl.sum(values, axis=0)
+        total += share * expert_output
     tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=inside)

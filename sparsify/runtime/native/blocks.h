@@ -1,7 +1,7 @@
-// Rows of weights in blocks of 32: int8 or int4 values with one scale a block, widened as they are read.
+// Rows of weights in blocks of 32: int8 or int4 values with one scale a block, dequantised as they are read.
 //
-// A row is the values of all its blocks, then their scales in bf16; the last block is filled up with zeros. Value times scale
-// has at most 15 bits, so a widened weight is exact. Mirrors sparsify/runtime/blocks.py.
+// A row is the values of all its blocks, then their scales in bf16; the last block is padded with zeros. Value times scale
+// has at most 15 significant bits, so a dequantised weight is exact in fp32. Mirrors sparsify/runtime/quantised.py.
 #pragma once
 
 #include "lanes.h"
@@ -10,7 +10,8 @@ namespace sparsify {
 
 constexpr int64_t BLOCK = 32;
 
-// Sixteen times the bf16 at p. Two bytes before p belong to the row, too: one load of four brings it into its place.
+// Broadcasts the bf16 at p. The two bytes before p belong to the row, too, so a load of four bytes at p - 2 puts the bf16 into the
+// upper half of an fp32 (little-endian); the mask clears the lower half.
 #if defined(__AVX512F__)
 
 inline Lanes broadcast_bf16(const uint8_t* p) {
@@ -21,11 +22,11 @@ inline Lanes broadcast_bf16(const uint8_t* p) {
 inline Lanes load_int8(const uint8_t* p) {
     return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
-// Sixteen of the block's 32, times scale: half 0 stands in the low four bits, half 1 in the high ones.
+// Sixteen of the block's 32, times scale: half 0 is in the low four bits, half 1 in the high ones.
 inline Lanes load_int4(const uint8_t* p, int half, Lanes scale) {
     const __m512 levels = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     const __m512i pairs = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    // The permutation looks at four bits of each index alone.
+    // The permutation is the lookup table of the 16 levels; it uses only the low four bits of each index.
     return {_mm512_permutexvar_ps(half ? _mm512_srli_epi32(pairs, 4) : pairs, _mm512_mul_ps(levels, scale.v))};
 }
 
@@ -76,7 +77,7 @@ struct Blocks {
         if (BITS == 8) return multiply(load_int8(value(row, i) + k * LANES), factor);
         return load_int4(value(row, i), k, factor);
     }
-    // Once for every 64 bytes, and into the nearest cache: widening leaves less time to wait for the next one.
+    // One prefetch per 64 bytes, into L1: dequantisation leaves less time to hide the latency.
     static void ask(const Stored* row, int64_t i, int64_t, int64_t width) {
         if ((i & (512 / BITS - 1)) == 0) prefetch_near(value(row, i));
         if ((i & 1023) == 0) prefetch_near(scale(row, i, width));

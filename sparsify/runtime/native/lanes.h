@@ -1,7 +1,7 @@
 // Sixteen fp32 values at a time, and rows of weights that are read as such.
 //
-// Everything above this file is written once. Here stands what differs: AVX-512, AVX2, and plain loops of sixteen that
-// compilers turn into the vectors of any other machine (NEON among them). No -ffast-math: NaN and the order of sums count.
+// All code that depends on the instruction set is here: AVX-512, AVX2, and plain loops of sixteen that compilers vectorise for
+// other processors (e.g. NEON). No -ffast-math: NaN and the order of sums matter.
 #pragma once
 
 #include <cstdint>
@@ -73,7 +73,7 @@ inline Lanes load_f16(const uint16_t* p) {
 #define SPARSIFY_PLAIN_LANES 1
 #endif
 
-// ---- one value at a time: ends of rows, and all of it on machines without the above ----
+// ---- scalars: ends of rows, and everything on machines without the above ----
 
 inline float bits_to_float(uint32_t bits) {
     float value;
@@ -142,7 +142,7 @@ inline Lanes load_f16(const uint16_t* p) { return each([=](int i) { return f16_t
 
 #endif
 
-// ---- asking for memory before it is needed ----
+// ---- prefetching ----
 
 inline void prefetch(const void* data, int64_t bytes) {
 #if defined(__GNUC__)
@@ -157,8 +157,9 @@ inline void prefetch_near(const void* data) {
 
 // ---- formats of weights and of hidden states ----
 
-// What a format says: VECTORS are read together, starting at a multiple of as many; a row of `hidden` elements has width(hidden)
-// of them; lanes(row, i, k, width) is vector k of those at i; ask() wants `count` elements soon; at() and from() are for one.
+// Interface of a format: VECTORS are read together, aligned to as many vectors; a row of `hidden` elements is stored as
+// width(hidden) elements; lanes(row, i, k, width) is vector k after element i; ask() prefetches `count` elements; at() and from()
+// convert one element.
 template <class T>
 struct Plain {
     static constexpr int VECTORS = 1;

@@ -1,8 +1,8 @@
-// Gated feed-forward blocks for one to eight tokens at a time, reading only the rows of neurons that count.
+// Gated feed-forward blocks for one to eight tokens at a time, reading only the rows of active neurons.
 //
-// gate [neurons, hidden], up [neurons, hidden], down_t [neurons, hidden]: neuron n is row n of all three. The work goes in
-// phases, each over a list of neurons that the one before it left:
-//   predict (optional) -> gate rows -> those whose gate factor is not zero: up rows -> those whose product is kept: down rows.
+// gate [neurons, hidden], up [neurons, hidden], down_t [neurons, hidden]: neuron n is row n of all three. The work has
+// phases, each over the list of neurons that the previous one kept:
+//   predict (optional) -> gate rows -> up rows where the gate factor is not zero -> down rows where the product is kept.
 // Every row's dot product is summed in one fixed order, and every output column over neurons in ascending order, so that
 // the result is the same bits for any number of threads.
 
@@ -41,13 +41,13 @@ struct FfnCall {
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
     int32_t dtype, gate_kind, up_kind, dense, threads, weight_format;
     float gate_threshold, predictor_threshold;
-    int64_t gate_rows, up_rows, down_rows;  // answers: how many rows were read
+    int64_t gate_rows, up_rows, down_rows;  // results: number of rows read
 };
 
 namespace {
 
 constexpr int MAX_TOKENS = 8;
-constexpr int ROWS = 4;            // rows of one pass: as many streams keep the memory busy
+constexpr int ROWS = 4;            // rows of one pass: so many concurrent streams saturate the memory bandwidth
 constexpr int64_t BLOCK_ROWS = 64;  // rows that a thread takes at once
 
 bool forked = false;  // the threads of OpenMP do not survive a fork, and waiting for them would never end
@@ -56,7 +56,7 @@ struct Scratch {
     std::vector<float> x, predictor_x, rank_values, gate, product, sums;
 };
 
-// Every thread makes the lists for itself: that takes less time than waiting for one that does.
+// Every thread builds the lists itself: that is faster than waiting for one thread to do it.
 struct Lists {
     std::vector<int32_t> predicted, up, down;
 };
@@ -66,14 +66,14 @@ const typename T::Stored* row(const Matrix& m, int64_t n) {
     return static_cast<const typename T::Stored*>(m.data) + n * m.row_stride;
 }
 
-// R rows times B tokens: out[r][b] = dot(rows[r], x[b]). What comes after these rows is asked for while they are read: the
-// processor's own guesses end with a row.
+// R rows times B tokens: out[r][b] = dot(rows[r], x[b]). The next rows are prefetched while these are read, since the hardware
+// prefetcher stops at the end of a row.
 template <class T, int R, int B>
 void dot(const typename T::Stored* const* rows, const typename T::Stored* const* next, const float* x, int64_t width,
          float (*out)[MAX_TOKENS]) {
-    constexpr int SUMS = B <= 2 ? 2 : 1;  // of each dot: enough to keep the adders busy, few enough for the registers
+    constexpr int SUMS = B <= 2 ? 2 : 1;  // independent sums of each dot product: enough to hide the latency of additions, few enough for the registers
     constexpr int VECTORS = SUMS > T::VECTORS ? SUMS : T::VECTORS;
-    Lanes total[R][B][SUMS];
+    Lanes total[R][B][SUMS];  // partial sums: k-th vector of a step goes to sum k % SUMS, in the same order for any thread count
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b)
             for (int k = 0; k < SUMS; ++k) total[r][b][k] = zeros();
@@ -82,7 +82,7 @@ void dot(const typename T::Stored* const* rows, const typename T::Stored* const*
         for (int r = 0; r < R; ++r) T::ask(next[r], i, VECTORS * LANES, width);
 #pragma GCC unroll 2
         for (int k = 0; k < VECTORS; ++k) {
-            Lanes weights[R];
+            Lanes weights[R];  // loaded and widened once, used for all B tokens
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) weights[r] = T::lanes(rows[r], i, k, width);
 #pragma GCC unroll 8
@@ -95,13 +95,13 @@ void dot(const typename T::Stored* const* rows, const typename T::Stored* const*
     }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) {
-            float answer = sum(SUMS == 2 ? add(total[r][b][0], total[r][b][SUMS - 1]) : total[r][b][0]);
-            for (int64_t j = i; j < width; ++j) answer += T::at(rows[r], j) * x[b * width + j];
-            out[r][b] = answer;
+            float result = sum(SUMS == 2 ? add(total[r][b][0], total[r][b][SUMS - 1]) : total[r][b][0]);
+            for (int64_t j = i; j < width; ++j) result += T::at(rows[r], j) * x[b * width + j];
+            out[r][b] = result;
         }
 }
 
-// Dots of `count` listed rows (or of rows first, first + 1, ... without a list); take(n, values over tokens) has the rest.
+// Dot products of `count` listed rows (or of rows first, first + 1, ... without a list); calls take(n, values over tokens).
 template <class T, int R, int B, class Take>
 void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count, const float* x, int64_t width,
               const Take& take) {
@@ -124,7 +124,7 @@ void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count
     }
 }
 
-// All of `count` rows, shared among the threads of the parallel region that this is called in.
+// All of `count` rows, distributed over the threads of the enclosing parallel region.
 template <class T, int B, class Take>
 void all_dots(const Matrix& m, const int32_t* list, int64_t count, const float* x, int64_t width, const Take& take) {
     constexpr int R = B <= 4 ? ROWS : 2;
@@ -141,11 +141,11 @@ float gate_factor(float g, const FfnCall& call) {
         case SILU: return g / (1.0f + std::exp(-g));
         case RELU_SQUARED: return g <= call.gate_threshold ? 0.0f : g * g;
         case SHIFTED_RELU: return g <= call.gate_threshold ? 0.0f : g - call.gate_threshold;
-        default: return g <= call.gate_threshold ? 0.0f : g;  // NaN compares false and stays
+        default: return g <= call.gate_threshold ? 0.0f : g;  // NaN compares false and passes
     }
 }
 
-// Neurons of `list`, or all without one, that are wanted for at least one token, ascending, into `kept`.
+// Neurons of `list`, or all without one, that at least one token needs, ascending, into `kept`.
 template <class Wanted>
 void compact(const std::vector<int32_t>* list, int64_t neurons, std::vector<int32_t>& kept, const Wanted& wanted) {
     const int64_t count = list ? static_cast<int64_t>(list->size()) : neurons;
@@ -153,12 +153,13 @@ void compact(const std::vector<int32_t>* list, int64_t neurons, std::vector<int3
     int64_t num_kept = 0;
     for (int64_t i = 0; i < count; ++i) {
         const int32_t n = list ? (*list)[i] : static_cast<int32_t>(i);
-        kept[num_kept] = n;  // overwritten by the next unless this one is wanted: no branch to guess
+        kept[num_kept] = n;  // overwritten by the next unless it is needed: no branch to mispredict
         num_kept += wanted(n) ? 1 : 0;
     }
     kept.resize(num_kept);
 }
 
+// Each sum adds its R terms in ascending order of neurons.
 // sums[b][columns] += product[b][n] * down_t[n][columns], over R listed neurons, for one thread's columns.
 template <class T, int R, int B>
 void add_rows(const FfnCall& call, const int32_t* list, int64_t left, const float* product, float* sums, int64_t width,
@@ -202,7 +203,7 @@ void with_dtype(int32_t dtype, const F& f) {
 
 template <class T, int B>
 void down(const FfnCall& call, Scratch& s, const std::vector<int32_t>& listed, int thread, int threads) {
-    // Whole vectors, or pairs of them, for each thread, so that none writes into another's cache line.
+    // Each thread gets whole vectors or pairs of them, so that no two threads write to the same cache line.
     constexpr int STEP = T::VECTORS * LANES;
     const int64_t width = T::width(call.hidden), steps = (width + STEP - 1) / STEP;
     const int64_t begin = std::min(width, steps * thread / threads * STEP);
@@ -229,7 +230,7 @@ bool any_token(const float* values) {
     return false;
 }
 
-// Leaves 1 in `product` where a neuron is predicted for a token, else 0.
+// Writes 1 to `product` where a neuron is predicted for a token, otherwise 0.
 template <class T, int B>
 void predict(const FfnCall& call, Scratch& s) {
     float *values = s.rank_values.data(), *product = s.product.data();
@@ -237,13 +238,13 @@ void predict(const FfnCall& call, Scratch& s) {
         for (int b = 0; b < B; ++b) values[b * call.rank + r] = dots[b] <= 0.0f ? 0.0f : dots[b];
     });
     all_dots<T, B>(call.predictor_b, nullptr, call.neurons, values, call.rank, [&](int64_t n, const float* scores) {
-        // A score that is no number predicts nothing: the neuron is computed.
+        // A NaN score compares false, so its neuron is computed.
         for (int b = 0; b < B; ++b)
             product[n * B + b] = b >= call.tokens || scores[b] <= call.predictor_threshold ? 0.0f : 1.0f;
     });
 }
 
-// The part of one thread. Each all_dots ends with all threads waiting for each other.
+// The work of one thread. Each all_dots ends with a barrier.
 template <class T, int B>
 void phases(FfnCall& call, Scratch& s, int thread, int threads) {
     static thread_local Lists lists;
@@ -286,7 +287,7 @@ void phases(FfnCall& call, Scratch& s, int thread, int threads) {
     down<T, B>(call, s, lists.down, thread, threads);
 }
 
-// [B, width] in fp32, with zeros for what is not there.
+// [B, width] in fp32, padded with zeros.
 template <int B>
 void widen(const FfnCall& call, const Matrix& from, int64_t width, std::vector<float>& to) {
     to.assign(B * width, 0.0f);
@@ -307,7 +308,7 @@ void run(FfnCall& call) {
     s.rank_values.resize(B * call.rank);
     widen<B>(call, call.x, width, s.x);
     if (call.predictor_a.data) widen<B>(call, call.predictor_x, call.hidden, s.predictor_x);
-    Scratch& shared = s;  // a thread_local name inside the region would be another thread's
+    Scratch& shared = s;  // inside the region the thread_local name would mean each thread's own object
 #if defined(_OPENMP)
     const int threads = forked ? 1 : std::max(1, call.threads);
     if (threads > 1) {
@@ -321,7 +322,7 @@ void run(FfnCall& call) {
 
 template <class T>
 int choose_batch(FfnCall& call) {
-    // Other numbers are filled up with tokens that want nothing: a kernel for each would take twice as long to compile.
+    // Other numbers are padded with inactive tokens: a kernel for each would take twice as long to compile.
     if (call.tokens < 1 || call.tokens > MAX_TOKENS) return 1;
     if (call.tokens == 1) run<T, 1>(call);
     else if (call.tokens == 2) run<T, 2>(call);
@@ -364,7 +365,7 @@ void sparsify_start() {
 #endif
 }
 
-// Reads `bytes` as the kernels do, so that a benchmark knows what this machine's memory can give.
+// Reads memory as the kernels do, so that a benchmark knows this machine's bandwidth.
 double sparsify_read(const float* data, int64_t count, int threads) {
     double total = 0.0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)

@@ -1,10 +1,10 @@
 """The feed-forward activation in one pass forward and one backward, for training.
 
 Eager torch makes a pass over memory for every operation: three forward and four backward for drelu. Here only the
-pre-activations are kept, and one pass each computes the product and both gradients. The values of reglu and drelu are
+pre-activations are saved, and one pass each computes the product and both gradients. The values of reglu and drelu are
 those of eager torch, bit for bit; swiglu in bf16 is rounded once instead of twice.
 
-The model's own module is re-classed in place, so hooks, guards and everything that looks for a `FfnActivation` find it.
+The class of the model's own module is changed in place, so hooks, checks and code that looks for a `FfnActivation` find it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ Backward = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute one activation.
+    """An implementation of one activation.
 
     Attributes:
-        forward: (gate, up, zeros) to the product, all [..., neurons]; `zeros`, int64 [] or None, is increased by the number of
-            exact zeros in it.
+        forward: (gate, up, zeros) to the product, all [..., neurons]; the number of its exact zeros is added to
+            `zeros`, int64 [] or None.
         backward: (gradient of the product, gate, up) to the gradients of gate and up.
     """
 
@@ -59,7 +59,7 @@ def _gradients(
 ) -> Backward:
     dtype, up_factor = gate.dtype, UP_FACTORS[activation.up]
     if activation.gate == "relu":
-        # Zero at exactly zero, and NaN kept, as torch's relu does.
+        # The gradient is zero at exactly zero, and NaN passes, as in torch's relu.
         gate_grad = torch.where(gate <= 0, 0.0, grad * up_factor(up))
         up_grad = grad * torch.relu(gate)
     else:
@@ -79,7 +79,7 @@ def formulas(
     """(gate, up) to the product, and (gradient of the product, gate, up) to the gradients of gate and up, by torch.
 
     Args:
-        name: Of an activation that has a training kernel.
+        name: Name of an activation that has a training kernel.
     """
     activation = ACTIVATIONS[name]
     assert activation.has_training_kernel, name
@@ -129,7 +129,6 @@ def inductor_kernel(name: str) -> Kernel:
 
 
 def triton_kernel(name: str) -> Kernel:
-    """The same on a GPU."""
     from sparsify.training.kernels import activation_triton
 
     def forward(gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
@@ -170,11 +169,11 @@ class _OnePass(torch.autograd.Function):
 
 
 class FusedFfnActivation(FfnActivation):
-    """A `FfnActivation` that a kernel computes; what it is, its name and its factors stay those of the model's own.
+    """A `FfnActivation` that a kernel computes; its name and factors stay.
 
     Attributes:
-        kernel: Computes it.
-        zeros: What the exact zeros of every product are added to, int64 []; None where they are not counted.
+        kernel: The implementation.
+        zeros: Counter of the exact zeros of every product, int64 []; None if they are not counted.
     """
 
     kernel: Kernel
@@ -194,12 +193,12 @@ class FusedFfnActivation(FfnActivation):
 
 
 def fuse_activation(model: nn.Module, recipe: Recipe) -> None:
-    """Lets a kernel compute every feed-forward activation of the model, as `training.fused_activation` says.
+    """Fuses every feed-forward activation of the model according to `training.fused_activation`.
 
     Called again after the activation of the model was replaced, which brings plain ones.
 
     Raises:
-        RecipeError: If it is set and the activation has thresholds, which no kernel knows.
+        RecipeError: If it is set and the activation has thresholds, which no kernel supports.
         RunError: If the kernel cannot be built here, or does not compute the formula.
     """
     for activation in _activations(model):
@@ -209,10 +208,10 @@ def fuse_activation(model: nn.Module, recipe: Recipe) -> None:
 
 
 def fuse(activation: FfnActivation, implementation: str) -> FusedFfnActivation:
-    """Lets a kernel compute this activation.
+    """Fuses one activation.
 
     Args:
-        activation: Re-classed in place; its kinds have a training kernel, and it has no thresholds.
+        activation: An activation with a training kernel and without thresholds; its class is changed in place.
         implementation: A key of KERNELS.
 
     Raises:
@@ -227,7 +226,7 @@ def fuse(activation: FfnActivation, implementation: str) -> FusedFfnActivation:
 
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
-    """Has the model's own code compute every activation within the block, as in a model that was loaded."""
+    """Computes every activation with the model's own code within the `with` block, as in a loaded model."""
     fused: list[FfnActivation] = [
         one for one in _activations(model) if type(one) is FusedFfnActivation
     ]
@@ -241,7 +240,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def check_fusible(recipe: Recipe) -> None:
-    """Refuses a kernel that is set by name and has nothing to run on here.
+    """Refuses a named kernel that cannot run on this machine.
 
     Raises:
         RecipeError: Naming what is missing.
@@ -254,7 +253,7 @@ def check_fusible(recipe: Recipe) -> None:
     if missing.get(setting):
         raise RecipeError(
             f"training.fused_activation is {setting}, and {missing[setting]}.",
-            next_step="Set training.fused_activation=auto, which takes what is here.",
+            next_step="Set training.fused_activation=auto, which uses what is available.",
         )
 
 
@@ -267,10 +266,10 @@ def _implementation(recipe: Recipe, activation: FfnActivation) -> str | None:
     if activation.is_masked:
         if setting == "auto" and not recipe.training.count_zeros:
             return None
-        asked = "count_zeros=true" if setting == "auto" else f"fused_activation={setting}"
+        requested = "count_zeros=true" if setting == "auto" else f"fused_activation={setting}"
         raise RecipeError(
-            f"training.{asked} needs a kernel, and this model stores a mask, which no kernel applies.",
-            next_step="Leave it out: the model's own code computes them.",
+            f"training.{requested} needs a kernel, and this model stores a mask, which no kernel applies.",
+            next_step="Omit it: the model's own code computes them.",
         )
     if setting != "auto":
         return setting
@@ -282,7 +281,7 @@ def _implementation(recipe: Recipe, activation: FfnActivation) -> str | None:
 
 
 def fastest_implementation() -> str:
-    """A key of KERNELS: what is fastest of those that can run here."""
+    """A key of KERNELS: the fastest that can run here."""
     if _triton_is_here():
         return "triton"
     return "inductor" if has_compiler() else "plain"
@@ -299,10 +298,10 @@ def has_compiler() -> bool:
 
 @cache
 def checked_kernel(implementation: str, name: str) -> Kernel:
-    """The kernel, after it gave the formula's values and gradients on every pairing of signs, exact zeros among them.
+    """The kernel, checked against the formula's values and gradients on every pair of signs, including exact zeros.
 
     Raises:
-        RunError: If it did not, or could not be built.
+        RunError: If it cannot be built, or its values differ.
     """
     kernel = KERNELS[implementation](name)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -317,7 +316,7 @@ def checked_kernel(implementation: str, name: str) -> Kernel:
     expected = (formula(gate, up), *gradients(gate, gate, up))
     for got, wanted in zip((product, *grads), expected, strict=True):
         if not torch.allclose(got.view_as(wanted), wanted, rtol=1e-5, atol=1e-6):
-            raise _broken(implementation, f"computes something else than {name} here")
+            raise _broken(implementation, f"gives other values than {name} here")
     if int(zeros) != int((expected[0] == 0).sum()):
         raise _broken(implementation, "miscounts zeros here")
     return kernel
@@ -335,13 +334,13 @@ def _activations(model: nn.Module) -> list[FfnActivation]:
 
 
 class ZeroMeter:
-    """Exact zeros of the activations of one step, counted in the pass that makes them.
+    """Counts exact zeros of the activations of one step, in the pass that computes them.
 
-    What gradient checkpointing computes again counts again, zeros and values alike, so the share is the same.
+    Recomputed layers of gradient checkpointing count twice, both zeros and values, so the share is the same.
 
     Args:
         model: A model whose activations are fused.
-        device: Where it is.
+        device: Device of the model.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -368,7 +367,7 @@ class ZeroMeter:
 
 @objective
 class ZeroCount(Objective):
-    """Adds the share of exact zeros to every step's line, where `training.count_zeros` asks for it."""
+    """Adds the share of exact zeros to every step's line, if `training.count_zeros` is set."""
 
     name: ClassVar[str] = "zeros"
 

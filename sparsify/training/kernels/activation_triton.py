@@ -1,6 +1,6 @@
-"""The feed-forward activations as one Triton kernel forward and one backward, on rows that need not lie side by side.
+"""The feed-forward activations as one Triton kernel forward and one backward; rows need not be adjacent in memory.
 
-Arithmetic is fp32, rounded once to the dtype of the pre-activations. A NaN stays one, as in torch.
+Arithmetic is fp32, rounded once to the dtype of the pre-activations. NaN passes, as in torch.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _forward(
     h = (left * right).to(product.dtype.element_ty)
     tl.store(product + row * neurons + columns, h, mask=inside)
     if COUNT:
-        # One store a program: all adding to one place would wait for each other.
+        # One counter per program: atomic additions to a single counter would serialise.
         found = tl.sum(((h == 0.0) & inside).to(tl.int32), axis=0)
         tl.store(zeros + row * tl.num_programs(1) + tl.program_id(1), found)
 
@@ -94,10 +94,10 @@ def forward(
     """Neuron activations, [..., neurons].
 
     Args:
-        name: Of an activation that has a training kernel.
+        name: Name of an activation that has a training kernel.
         gate: Gate pre-activations of any float dtype but float64, [..., neurons].
         up: Up pre-activations, of the same shape and dtype.
-        zeros: A count that the exact zeros of the result are added to, int64 []; None leaves them uncounted.
+        zeros: Counter to which the exact zeros of the result are added, int64 []; None to skip counting.
     """
     product = torch.empty_like(gate, memory_format=torch.contiguous_format)
     gate_rows, up_rows = _rows(gate), _rows(up)
@@ -154,6 +154,6 @@ def backward(
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """As [rows, neurons] with neighbours side by side: a view wherever there is one, as of one half of a fused projection."""
+    """[rows, neurons] with contiguous rows; a view if possible, e.g. of one half of a fused projection."""
     rows = tensor.flatten(0, -2) if tensor.ndim != 1 else tensor[None]
     return rows if rows.stride(1) == 1 else rows.contiguous()

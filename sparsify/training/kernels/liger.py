@@ -1,8 +1,8 @@
-"""Liger's kernels in the steps of a model that trains: norms, rotary embedding, and the last projection with its loss.
+"""Liger's kernels in training steps: norms, rotary embedding, and the output projection with its loss.
 
 Liger's own patches replace whole families of models in a process, and their feed-forward blocks compute SwiGLU whatever the model's
-activation is. None of them is applied here. Modules of one model are re-classed in place; its blocks and their activations
-are left alone, and so is every other model.
+activation is. None of them is applied here. The classes of one model's modules are changed in place; its blocks, their activations
+and every other model stay.
 
 In evaluation mode all modules run the model's own code: what is validated, sampled or saved does not depend on Liger.
 """
@@ -36,13 +36,13 @@ from sparsify.training.kernels.liger_ops import (
 )
 
 OLDEST_VERSION = "0.8.5"
-"""What this was written against."""
+"""Oldest supported version."""
 ROTARY = "apply_rotary_pos_emb"
-"""What transformers' attention calls for its rotary embedding: a function of its module."""
+"""Name of the function that transformers' attention calls for its rotary embedding."""
 
 
 class FusedNorm(nn.Module):
-    """A norm that Liger computes in training."""
+    """An RMS norm that Liger computes in training."""
 
     weight: nn.Parameter
     variance_epsilon: float
@@ -55,18 +55,17 @@ class FusedNorm(nn.Module):
 
 
 class FusedMistralNorm(FusedNorm, MistralRMSNorm):
-    """Mistral's."""
+    pass
 
 
 class FusedMixtralNorm(FusedNorm, MixtralRMSNorm):
-    """Mixtral's."""
+    pass
 
 
 class FusedMistralAttention(MistralAttention):
     """Mistral's attention, with Liger's rotary embedding in training."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As in MistralAttention."""
         forward = _with_rotary(MistralAttention) if self.training else MistralAttention.forward
         return forward(self, *args, **kwargs)
 
@@ -75,18 +74,17 @@ class FusedMixtralAttention(MixtralAttention):
     """Mixtral's attention, with Liger's rotary embedding in training."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As in MixtralAttention."""
         forward = _with_rotary(MixtralAttention) if self.training else MixtralAttention.forward
         return forward(self, *args, **kwargs)
 
 
 class LossHead(nn.Linear):
-    """A last projection that answers with a loss while it is given labels, and then never makes all logits.
+    """Output projection that returns a loss while `labels` is set, without computing all logits at once.
 
     It is a module so that the loss is computed where its weight is: ZeRO-3 gathers it for this module's forward pass.
 
     Attributes:
-        labels: Labels of the loss, int64 [sequences, tokens]; None for logits.
+        labels: Labels of the loss, int64 [sequences, tokens]; None to return logits.
     """
 
     labels: torch.Tensor | None
@@ -99,7 +97,7 @@ class LossHead(nn.Linear):
 
     @contextmanager
     def loss_of(self, labels: torch.Tensor) -> Iterator[None]:
-        """Has forward passes return the loss of these labels within the block."""
+        """Makes forward passes return the loss of these labels within the `with` block."""
         self.labels = labels
         try:
             yield
@@ -116,11 +114,11 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def use_liger(model: SparseModel, recipe: Recipe) -> None:
-    """Lets Liger's kernels compute the model's training steps where `training.liger_kernels` asks for it.
+    """Uses Liger's kernels in the model's training steps if `training.liger_kernels` is set.
 
     Raises:
-        RunError: If a kernel cannot be built here, or computes anything else than torch does.
-        RuntimeError: If the model has other modules than those known here, or does not apply the recipe's activation.
+        RunError: If a kernel cannot be built here, or its values differ from torch's.
+        RuntimeError: If the model has unknown modules, or does not apply the recipe's activation.
     """
     if not recipe.training.liger_kernels:
         return
@@ -136,7 +134,7 @@ def use_liger(model: SparseModel, recipe: Recipe) -> None:
         sorted(replaced.values()) != [layers, 2 * layers + 1]
         or type(model.lm_head) is not nn.Linear
     ):
-        raise RuntimeError(f"{type(model).__name__} has modules that are not known: {replaced}")
+        raise RuntimeError(f"{type(model).__name__} has unknown modules: {replaced}")
     model.lm_head.__class__ = LossHead
     cast(Any, model.lm_head).labels = None
     check_activation(model, recipe.activation.ffn_activation)
@@ -144,9 +142,9 @@ def use_liger(model: SparseModel, recipe: Recipe) -> None:
 
 @cache
 def _with_rotary(attention: type[nn.Module]) -> Callable[..., Any]:
-    """The forward pass of one of transformers' classes, with `rotate` where it calls its module's rotary embedding.
+    """The forward pass of one of transformers' classes, with `rotate` instead of its module's rotary embedding.
 
-    It is the same code with other globals, so that the module and every other model stay as they are.
+    It is the same code object with other globals, so that the module and every other model stay unchanged.
     """
     plain = attention.forward
     if not isinstance(plain, FunctionType) or ROTARY not in plain.__code__.co_names:
@@ -173,7 +171,7 @@ def check_liger(recipe: Recipe) -> None:
     if not torch.cuda.is_available() and recipe.training.precision != "fp32":
         raise RecipeError(
             f"training.liger_kernels is set with training.precision={recipe.training.precision} in Triton's interpreter.",
-            allowed="fp32: the interpreter takes bf16 numbers for integers.",
+            allowed="fp32: the interpreter treats bf16 numbers as integers.",
             next_step="Set training.precision=fp32.",
         )
     found = installed_version()
@@ -191,7 +189,7 @@ def _numbers(version: str) -> list[int]:
 
 
 def liger_sentence() -> str:
-    """Which kernels are in use, in one line."""
+    """The kernels in use, in one line."""
     return (
         f"Liger {installed_version()} computes norms, rotary embedding and loss in training steps; "
         "validations run the model's own code."

@@ -1,4 +1,4 @@
-"""Liger's kernels (arXiv 2410.10989) as functions, each held against torch's operators before it is used."""
+"""Liger's kernels (arXiv 2410.10989) as functions, each checked against torch's operators before its first use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def installed_version() -> str | None:
-    """Liger's version; None where it is not installed."""
+    """Version of Liger; None if it is not installed."""
     try:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
@@ -29,20 +29,20 @@ def installed_version() -> str | None:
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Root mean square norm as Llama has it: fp32 up to the product with the weight. [..., hidden]
+    """Root mean square norm as in Llama: fp32 up to the product with the weight. [..., hidden]
 
     Args:
         hidden: [..., hidden].
         weight: [hidden].
         epsilon: Added to the mean square.
     """
-    # Not in place: what arrives as the output's gradient belongs to autograd.
+    # Not in place: the output's gradient belongs to autograd.
     function = _liger().LigerRMSNormFunction
     return function.apply(hidden, weight, _scalar(epsilon), _scalar(0.0), "llama", False)
 
 
 def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
-    """Rotary embedding of queries and keys, in their own memory. [sequences, heads, tokens, head size] each
+    """Rotary embedding of queries and keys, in place. [sequences, heads, tokens, head size] each
 
     Args:
         query: [sequences, heads, tokens, head size].
@@ -56,12 +56,12 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 ) -> Tensors:
-    """Cross-entropy of a projection's logits, of which a piece is made at a time.
+    """Cross-entropy of a projection's logits, computed in chunks.
 
     Args:
         hidden: [sequences, tokens, hidden].
         weight: [vocabulary, hidden].
-        labels: int64 [sequences, tokens]; NO_LOSS where there is none.
+        labels: int64 [sequences, tokens]; NO_LOSS for tokens without loss.
 
     Returns:
         The sum in nats, [], which has a gradient; and each sequence's part of it, [sequences], which has none.
@@ -70,10 +70,10 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Makes both gradients of the sum together with its value, while a piece of the logits is there.
+    """Computes both gradients of the sum together with its value, while a chunk of the logits is in memory.
 
-    Liger's own function for losses by token makes the logits once more in its backward pass, and rounds the factor that
-    arrives there to their dtype.
+    Liger's own function for losses by token recomputes the logits in its backward pass, and rounds the incoming gradient to
+    their dtype.
     """
 
     @staticmethod
@@ -108,16 +108,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-"""How far a kernel's values may be from torch's, as a part of the largest; in bf16 both are rounded."""
+"""Largest deviation of a kernel from torch, relative to the largest value; in bf16 both are rounded."""
 
 
 @cache
 def check_kernels(device: str, dtype: torch.dtype) -> None:
-    """Holds every kernel, forward and back, against torch's operators.
+    """Checks every kernel, forward and backward, against torch's operators.
 
     Args:
-        device: Where they are to work.
-        dtype: What on: a key of TOLERANCES.
+        device: Device of the check.
+        dtype: Dtype of the check, a key of TOLERANCES.
 
     Raises:
         RunError: If one cannot be built here, or computes another value.
@@ -137,7 +137,7 @@ def check_kernels(device: str, dtype: torch.dtype) -> None:
         ),
         "rotary embedding": (
             lambda q, k: rotate(q.clone(), k.clone(), cos, sin),
-            lambda q, k: tuple(x * cos[:, None] + _turned(x) * sin[:, None] for x in (q, k)),
+            lambda q, k: tuple(x * cos[:, None] + _rotated_half(x) * sin[:, None] for x in (q, k)),
             (random(2, 4, 3, 4), random(2, 2, 3, 4)),
         ),
         "loss": (
@@ -152,13 +152,13 @@ def check_kernels(device: str, dtype: torch.dtype) -> None:
         except Exception as error:
             raise _broken(name, f"cannot be built here: {error}") from error
         for found, wanted in zip(got, _with_gradients(plain, inputs), strict=True):
-            # Not "greater": NaN is something else too.
+            # Not ">": NaN must fail, too.
             if not (found - wanted).abs().max() <= TOLERANCES[dtype] * wanted.abs().max():
-                raise _broken(name, "computes something else here than torch")
+                raise _broken(name, "gives other values here than torch")
 
 
 def _with_gradients(function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
-    """What a function gives, and the gradients of a sum over it in which no two values weigh the same."""
+    """Outputs of a function, and the gradients of a weighted sum over them with distinct weights."""
     outputs = function(*inputs)
     weights = (torch.arange(1.0, x.numel() + 1, device=x.device).view_as(x) for x in outputs)
     total = sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
@@ -176,7 +176,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
 
 
-def _turned(x: torch.Tensor) -> torch.Tensor:
+def _rotated_half(x: torch.Tensor) -> torch.Tensor:
     left, right = x.chunk(2, dim=-1)
     return torch.cat((-right, left), dim=-1)
 
@@ -189,7 +189,7 @@ def _liger() -> Any:
         from liger_kernel.ops import rms_norm as norm  # pyright: ignore[reportMissingImports]
         from triton import language
 
-        # The one that it takes from CUDA's library answers None there.
+        # The interpreter has no libdevice: CUDA's rsqrt returns None.
         norm.rsqrt = lambda x: language.math.rsqrt(x)
     return ops
 
@@ -200,5 +200,5 @@ class _Scalar(float):
 
 
 def _scalar(value: float) -> float:
-    """A number for a kernel. Triton makes a scalar of it, which has `to`; its interpreter leaves it a number, which has not."""
+    """A scalar argument of a kernel. Compiled Triton gives it a method `to`; in the interpreter it is a plain float without."""
     return _Scalar(value) if interpreting() else value

@@ -112,7 +112,7 @@ def test_meter_counts_the_steps_zeros_and_nothing_else(
 
 def test_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(KERNELS, "triton", lambda _: KERNELS["plain"]("reglu"))
-    with pytest.raises(RunError, match="something else than drelu"):
+    with pytest.raises(RunError, match="other values than drelu"):
         activation.checked_kernel("triton", "drelu")
 
 
