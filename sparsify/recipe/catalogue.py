@@ -1,4 +1,4 @@
-"""The shipped recipes, mixtures and evaluations by name, from a checkout and after `pip install .` alike."""
+"""The shipped recipes, mixtures and evaluations by name, in a checkout or an installed package."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PACKAGE = Path(__file__).parents[1]
 GROUPS = {"mixture": "data_mixtures", "eval": "eval"}
 """Hydra group → the top-level folder of its options. `GROUP=PATH.yaml` works as well."""
 RECIPE_GROUPS = ("model", "activation", "engine")
-"""Groups whose options stand in folders inside recipes/."""
+"""Groups whose options are files in folders of recipes/."""
 
 
 def folder(name: str) -> Path:
-    """Path of `recipes`, `data_mixtures` or `eval`: inside the installed package, else at the top of the checkout."""
+    """Path of `recipes`, `data_mixtures` or `eval`: in the installed package, or at the top of the checkout."""
     installed = PACKAGE / "_catalogue" / name
     return installed if installed.is_dir() else PACKAGE.parent / name
 
@@ -47,7 +47,7 @@ def recipe_path(name_or_path: str) -> Path:
     raise RecipeError(
         f"There is no recipe {name_or_path!r}.",
         allowed=f"{nearest(name, names)}Recipes: {', '.join(names)}; or the path of a .yaml file.",
-        next_step="`sparsify recipes list` describes them; `sparsify recipes copy NAME TO` makes one your own.",
+        next_step="`sparsify recipes list` describes them; `sparsify recipes copy NAME TO` copies one to change.",
     )
 
 
@@ -59,7 +59,7 @@ def recipe_summary(path: Path) -> str:
 
 
 def copy_recipe(name_or_path: str, to: Path) -> None:
-    """Copies a recipe under a name of its own, so that its runs do not mix with the original's.
+    """Copies a recipe under a new name, so that its runs get folders of their own.
 
     Raises:
         RecipeError: If there is no such recipe, or `to` cannot be a new recipe.
@@ -78,5 +78,4 @@ def copy_recipe(name_or_path: str, to: Path) -> None:
 
 
 def mixture_names() -> list[str]:
-    """Names of the shipped mixtures, sorted."""
     return sorted(path.stem for path in folder("data_mixtures").glob("*.yaml"))

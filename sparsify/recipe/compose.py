@@ -1,4 +1,4 @@
-"""Hydra composes a recipe from its file, the groups that it names, and overrides."""
+"""Composes a recipe with Hydra: its file, the groups that it names, and overrides."""
 
 from __future__ import annotations
 
@@ -57,7 +57,6 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def _check_axes(parsed: Sequence[Override]) -> None:
-    """Refuses a sweep whose combinations would share a folder."""
     for one in parsed:
         key = str(one.get_key_element())
         if one.is_sweep_override() and not decides(override_key(key)):
@@ -104,7 +103,7 @@ def load_mixture(name_or_path: str) -> MixtureSection:
     """Reads one mixture by its name in the catalogue or the path of a YAML file, and checks it.
 
     Raises:
-        RecipeError: If there is no such mixture, or it cannot be drawn.
+        RecipeError: If there is no such mixture, or it is not valid.
     """
     own = Path(name_or_path).expanduser()
     path = own if own.suffix in YAML else folder("data_mixtures") / f"{name_or_path}.yaml"
@@ -142,7 +141,7 @@ def load_recipe(path: Path) -> Recipe:
     """Reads a recipe that `save_recipe` wrote.
 
     Raises:
-        RecipeError: If the file is missing or is no recipe of this version.
+        RecipeError: If the file is missing, or not a recipe of this version.
     """
     if not path.is_file():
         raise RecipeError(
@@ -155,7 +154,7 @@ def load_recipe(path: Path) -> Recipe:
 def _typed(
     schema: type[AnySection], config: Any, where: str, overrides: Sequence[str] = ()
 ) -> AnySection:
-    """Checks every key and value of what Hydra composed; the mixture's shorter path is the user's `mixture`."""
+    """Checks every key and value that Hydra composed."""
     plain = _without_missing(OmegaConf.to_container(config, resolve=True))
     key = "" if schema is Recipe else "mixture"
     if not isinstance(plain, dict):
@@ -164,7 +163,7 @@ def _typed(
 
 
 def _without_missing(value: Any) -> Any:
-    """Leaves out what nobody set, which OmegaConf calls ???."""
+    """Drops mandatory values that are not set, which OmegaConf writes as ???."""
     if isinstance(value, dict):
         return {key: _without_missing(one) for key, one in value.items() if one != "???"}
     return [_without_missing(one) for one in value] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""On what a run trains: `engine`, `launch`, `tracking`, and which kernels there are."""
+"""The sections `engine`, `launch` and `tracking`, and the attention implementations."""
 
 from __future__ import annotations
 
@@ -32,66 +32,65 @@ class EngineSection(Section):
     auto_offload: bool = True
     """`engine=auto` may move optimiser and weights to host memory. On GPUs only; needs a C++ compiler."""
     planned_gpu: str | None = None
-    """The GPU that `plan` reckons with, launch.processes of them, unless --hardware says otherwise: `h100-80gb`, for example.
-    Null is this machine. Training always takes what is there."""
+    """GPU that `plan` assumes, one per process, unless --hardware is given: `h100-80gb`, for example. Null is this machine.
+    Training always uses the devices present."""
     offload_optimizer_to_cpu: bool = False
     """ZeRO stage 1 or above; needs a C++ compiler for DeepSpeed's CPU Adam."""
     offload_parameters_to_cpu: bool = False
     """ZeRO stage 3 only."""
     reduce_bucket_elements: PositiveInt = 50_000_000
     attention: Attention = "sdpa"
-    """One of ATTENTION_IMPLEMENTATIONS. Both keep the documents of a sequence apart; flex_attention skips what lies between
-    them instead of masking it, and trains on a GPU only."""
+    """One of ATTENTION_IMPLEMENTATIONS. Neither attends across the documents of a sequence; flex_attention skips blocks between
+    documents instead of masking them, and trains on a GPU only."""
 
 
 def check_auto(engine: EngineSection) -> None:
-    """Refuses what `engine=auto` would silently replace, and what only it knows."""
+    """Refuses settings that `engine=auto` would replace, and auto_* settings without it."""
     if engine.zero_stage != AUTO_STAGE:
         for key in ("auto_micro_batch", "auto_checkpointing", "auto_offload"):
             if not getattr(engine, key):
                 raise RecipeError(
                     f"engine.{key} is false with engine.zero_stage={engine.zero_stage}, where nothing is chosen.",
-                    next_step="Use engine=auto, or leave it out.",
+                    next_step="Use engine=auto, or omit it.",
                 )
         return
     for key in ("offload_optimizer_to_cpu", "offload_parameters_to_cpu"):
         if getattr(engine, key):
             raise RecipeError(
                 f"engine.{key} is set with engine=auto, which decides it.",
-                next_step="Leave it out, or use engine=zero3_offload.",
+                next_step="Omit it, or use engine=zero3_offload.",
             )
 
 
 @dataclass
 class LaunchSection(Section):
-    """On what to run; none of it changes what is trained."""
+    """Processes and machines; no setting changes what is trained."""
 
     processes: PositiveInt = 1
     """Training processes on each machine, one GPU each where there are GPUs."""
     nodes: PositiveInt = 1
-    """Machines. Each is given the same command but for `node_rank`, and sees the same `run_dir` and `cache_dir`."""
+    """Number of machines. Each runs the same command except for `node_rank`, with a shared `run_dir` and `cache_dir`."""
     node_rank: NonNegativeInt = 0
-    """Which of them this is, from 0. Node 0 resolves the recipe, converts and tokenises; the others follow it."""
+    """Index of this machine, from 0. Node 0 resolves the recipe, converts and tokenises; the others follow it."""
     rendezvous: str | None = None
-    """HOST:PORT of node 0, where several nodes meet; or `torchrun`, under which `nodes` and `node_rank` are torchrun's."""
+    """HOST:PORT of node 0 for several nodes; or `torchrun`, which then sets `nodes` and `node_rank`."""
     hostfile: str | None = None
     """A DeepSpeed hostfile, lines of `HOST slots=N`. The command runs on the first host and starts the others by ssh; nodes and
     processes are the file's."""
     threads_per_process: PositiveInt | None = None
-    """CPU threads of each process; the machine's cores shared evenly unless given."""
+    """CPU threads per process; null divides the machine's cores evenly."""
     ingest_processes: PositiveInt = 1
-    """Processes that tokenise ahead of training, as long as there is something left to tokenise."""
+    """Background ingest processes, which tokenise ahead of training."""
     accept_changed_data: bool = False
-    """Go on with a run although its text or its tokenizer changed since it began; the lock records it."""
+    """Resume a run even if its text or tokenizer has changed since it began; the lock records it."""
 
     @property
     def total_processes(self) -> int:
-        """Ranks over all machines."""
         return self.nodes * self.processes
 
 
 def check_nodes(launch: LaunchSection) -> None:
-    """Refuses a way to meet that the nodes cannot share.
+    """Refuses a rendezvous that the nodes cannot share.
 
     Raises:
         RecipeError: Naming the setting.
@@ -106,17 +105,17 @@ def check_nodes(launch: LaunchSection) -> None:
         both = launch.hostfile is not None and launch.rendezvous is not None
         if both or launch.nodes > 1 or launch.node_rank > 0:
             raise RecipeError(
-                f"{source} is set beside launch.nodes={launch.nodes}, launch.node_rank={launch.node_rank}, "
+                f"{source} is set together with launch.nodes={launch.nodes}, launch.node_rank={launch.node_rank}, "
                 f"launch.rendezvous={launch.rendezvous}.",
                 allowed="It says all of these itself.",
-                next_step="Leave the others out.",
+                next_step="Omit the others.",
             )
         return
     host, _, port = (launch.rendezvous or "").rpartition(":")
     if launch.nodes == 1 and launch.rendezvous is not None:
         raise RecipeError(
             f"launch.rendezvous={launch.rendezvous} would be ignored: launch.nodes is 1.",
-            next_step="Set launch.nodes, or leave out launch.rendezvous.",
+            next_step="Set launch.nodes, or omit launch.rendezvous.",
         )
     if launch.nodes > 1 and not (host and port.isdigit()):
         raise RecipeError(
@@ -128,8 +127,8 @@ def check_nodes(launch: LaunchSection) -> None:
 
 @dataclass
 class TrackingSection(Section):
-    """Who else is told."""
+    """Experiment tracking."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """`disabled`, `offline` or `online`. metrics.jsonl and sparsity.jsonl are written in any case."""
+    """Mode of Weights & Biases. metrics.jsonl and sparsity.jsonl are always written."""
     wandb_project: str = "sparsify"

@@ -1,4 +1,4 @@
-"""What is measured while a run trains, and after it: `eval`."""
+"""The section `eval`: measurements during and after training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sparsify.recipe.fields import NonNegativeInt, PositiveInt, Section
 
 @dataclass
 class EvalSection(Section):
-    """What to measure during and after training. The files stand in `eval/`."""
+    """What to measure during and after training. The shipped options are files in `eval/`."""
 
     name: str
     every_tokens: PositiveInt
@@ -21,27 +21,27 @@ class EvalSection(Section):
     by this suite's name."""
     validation_sequences_per_source: PositiveInt = 16
     report_tokens: PositiveInt = 32_768
-    """Held-out tokens that the sparsity report rests on."""
+    """Held-out tokens of the sparsity report."""
     report_curve_tokens: NonNegativeInt = 0
-    """Of these, tokens for CETT, CETT-PPL and top-k curves, which need about 35 passes over them; 0 leaves the curves out."""
+    """Of these, tokens for CETT, CETT-PPL and top-k curves, which need about 35 passes over them; 0: no curves."""
     sample_prompts: list[str] = field(default_factory=list)
     """Pretraining-style prompts that the exported checkpoint continues in a fresh process."""
     sample_tokens: NonNegativeInt = 48
     suite: str | None = None
-    """Tasks of lm-evaluation-harness that are asked while the run trains: a suite in `eval/suites`, or the path of a .yaml."""
+    """Suite of lm-evaluation-harness tasks to evaluate during training: a name in `eval/suites`, or the path of a .yaml."""
     suite_every_tokens: PositiveInt | None = None
-    """A multiple of `checkpoint.every_tokens`: the suite is asked of what was just saved. Null asks at every checkpoint. The end
-    of the budget is always asked."""
+    """Interval between evaluations of the suite, a multiple of `checkpoint.every_tokens`; null evaluates every checkpoint. The
+    last checkpoint is always evaluated."""
     suite_limit: PositiveInt | None = None
-    """Only the first so many items of each task; null asks all."""
+    """Number of items of each task, the first ones; null evaluates all."""
     suite_data_dir: str | None = None
-    """Folder of local copies of the evaluation sets; null takes what SPARSIFY_EVAL_DATA names, or else the Hub's data."""
+    """Folder of local copies of the evaluation sets; null takes $SPARSIFY_EVAL_DATA if it is set, and the Hub's data otherwise."""
     suite_batch_size: PositiveInt = 8
-    """Requests of one forward pass."""
+    """Requests per forward pass."""
 
 
 def check_suite(settings: EvalSection, checkpoint_every: int) -> None:
-    """Refuses settings of a suite that is not asked, and times at which nothing is saved.
+    """Refuses settings of a suite that is not set, and an interval that misses checkpoints.
 
     Raises:
         RecipeError: Naming the setting.
@@ -52,14 +52,14 @@ def check_suite(settings: EvalSection, checkpoint_every: int) -> None:
             value = getattr(settings, field.name)
             if field.name.startswith("suite_") and value != field.default:
                 raise RecipeError(
-                    f"eval.{field.name}={value} would be ignored: no suite is asked.",
-                    next_step="Set eval.suite too, or leave it out.",
+                    f"eval.{field.name}={value} would be ignored: eval.suite is not set.",
+                    next_step="Set eval.suite too, or omit it.",
                 )
         return
     suite_every = settings.suite_every_tokens
     if suite_every is not None and suite_every % every:
         raise RecipeError(
             f"eval.suite_every_tokens is {suite_every}, where no checkpoint is saved.",
-            allowed=f"A multiple of checkpoint.every_tokens ({every}): a suite is asked of what was just saved.",
+            allowed=f"A multiple of checkpoint.every_tokens ({every}): a suite evaluates a saved checkpoint.",
             next_step=f"Set eval.suite_every_tokens={math.ceil(suite_every / every) * every}.",
         )

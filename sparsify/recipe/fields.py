@@ -1,7 +1,7 @@
-"""What the fields of all sections have in common: bounds, and what is said about a value outside of them.
+"""Bounds of fields, and the errors about values outside of them.
 
-Pydantic checks the values. `checked` says what it found in the words of a recipe: the dotted key, what was given, what
-is allowed, and the nearest name.
+Pydantic checks the values. `checked` reports its findings in terms of a recipe: the dotted key, the given value, the
+allowed values, and the nearest name.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ADVICE = {
     "conversion.method_settings": "To add it, write +{key}=VALUE.",
     "mixture.sources": "Sources are added in a mixture file: mixture=PATH.yaml.",
 }
-"""Sections whose names are the user's → how a name is added."""
+"""Sections with names chosen by the user → how to add a name."""
 AnySection = TypeVar("AnySection", bound="Section")
 
 
@@ -84,8 +84,8 @@ def checked(
         schema: The section's class.
         values: Its fields, and those of the sections inside it.
         key: The section's own key, for messages.
-        where: What to call the file that the values come from.
-        overrides: Overrides that may be at fault instead of it.
+        where: Name of the file that the values come from, for messages.
+        overrides: Overrides that may cause the error.
 
     Raises:
         RecipeError: On an unknown key, a missing one, a wrong type or a value that is not allowed.
@@ -107,7 +107,7 @@ def may_set(override: str, key: str) -> bool:
 def unknown_setting(
     key: str, siblings: Iterable[str], where: str, settings: Iterable[str]
 ) -> RecipeError:
-    """What to say about a setting that there is not.
+    """The error about an unknown setting.
 
     Args:
         key: What was given.
@@ -127,20 +127,18 @@ def unknown_setting(
 
 
 def settings_of(schema: type[Section]) -> list[str]:
-    """SECTION.KEY of every setting that stands directly in a section of `schema`."""
+    """SECTION.KEY of every setting directly in a section of `schema`."""
     sections = {name: section_type(hint) for name, hint in hints(schema).items()}
     return [f"{name}.{key}" for name, inner in sections.items() if inner for key in hints(inner)]
 
 
 @cache
 def hints(schema: type[Section]) -> dict[str, Any]:
-    """The annotation of each field, bounds included."""
     found = get_type_hints(schema, include_extras=True)
     return {field.name: found[field.name] for field in dataclasses.fields(schema)}  # pyright: ignore[reportArgumentType]
 
 
 def section_type(hint: Any) -> type[Section] | None:
-    """The section that a field is, if it is one."""
     return hint if isinstance(hint, type) and issubclass(hint, Section) else None
 
 
@@ -187,7 +185,7 @@ def _refusal(
 
 
 def _at(schema: type[Section], location: Sequence[int | str]) -> tuple[Any, list[str]]:
-    """The annotation of the value at a location, and the names that may stand there."""
+    """The annotation of the value at a location, and the names allowed there."""
     hint: Any = schema
     siblings: list[str] = []
     for step in location:
@@ -216,7 +214,6 @@ def _without_null(hint: Any) -> tuple[Any, list[FieldInfo], bool]:
 
 
 def _allowed(hint: Any, *, name_type: bool) -> tuple[Any, str]:
-    """The type of a field, and a sentence about its values."""
     kind, constraints, nullable = _without_null(hint)
     stated = next((one.description for one in constraints if one.description), None)
     if stated:

@@ -1,4 +1,4 @@
-"""What Hydra, OmegaConf and YAML complain about, said in the words of a recipe."""
+"""Errors of Hydra, OmegaConf and YAML as a `RecipeError` in terms of recipe settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsify.recipe.recipe import Recipe
 NO_SECTION = "Invalid type assigned"
 NO_LIST = "Invalid value assigned: AnyNode is not a ListConfig, list or tuple"
 OWN_FILE = "own_file"
-"""The option that a user's own file becomes."""
+"""Name under which a user's own file is registered as an option."""
 
 
 @contextmanager
@@ -25,8 +25,8 @@ def recipe_errors(where: str, overrides: Sequence[str] = ()) -> Iterator[None]:
     """Turns what Hydra, OmegaConf and YAML raise inside the block into a `RecipeError`.
 
     Args:
-        where: What to call the file that is being read.
-        overrides: Overrides that may be at fault instead of it.
+        where: Name of the file that is read, for messages.
+        overrides: Overrides that may cause the error.
     """
     try:
         yield
@@ -40,7 +40,7 @@ def recipe_errors(where: str, overrides: Sequence[str] = ()) -> Iterator[None]:
         raise _missing_option(error, where) from error
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"{where} is not YAML: {error}", next_step="Mend the line that the message names."
+            f"{where} is not YAML: {error}", next_step="Fix the line named above."
         ) from error
     except (HydraException, OmegaConfBaseException) as error:
         chain = (error, error.__cause__, error.__context__)

@@ -1,4 +1,4 @@
-"""Which settings decide what is trained: the name of a run's folder, a resume and a comparison all ask here."""
+"""Which settings decide what is trained; used by folder names, resume and comparisons."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DECIDING_SECTIONS = (
     "training",
     "optimizer",
 )
-"""What is trained. A run resumes only with the same settings, and an override of one is part of its folder's name."""
+"""Sections that decide what is trained. A run resumes only with the same settings, and an override of one is part of its folder's name."""
 FREE_SETTINGS = (
     "training.micro_batch_size",
     "training.gradient_checkpointing",
@@ -35,7 +35,7 @@ FREE_SETTINGS = (
 )
 """Settings of these sections that change how a step is computed or described, but not which step it is."""
 SHARED_SECTIONS = ("model", "optimizer", "training")
-"""Those in which a run and its dense baseline agree. Their mixtures are compared by the tokens that they gave."""
+"""Sections in which a run and its dense baseline agree. Mixtures are compared by the tokens drawn."""
 BOOKKEEPING = (
     "name",
     "run_dir",
@@ -61,7 +61,6 @@ def is_bookkeeping(key: str) -> bool:
 
 
 def deciding_settings(recipe: Recipe) -> dict[str, Any]:
-    """Every setting that decides what is trained, by its dotted key."""
     sections = {name: asdict(getattr(recipe, name)) for name in DECIDING_SECTIONS}
     return {key: value for key, value in flat(sections).items() if decides(key)}
 
@@ -87,7 +86,7 @@ def first_difference(before: Recipe, now: Recipe) -> tuple[str, Any, Any] | None
 
 
 def shared_settings(recipe: Recipe) -> tuple[dict[str, Any], ...]:
-    """What a run has in common with its dense baseline besides the tokens: the settings of each SHARED_SECTIONS."""
+    """Settings that a run shares with its dense baseline, for each of SHARED_SECTIONS."""
     return tuple(
         {
             key: value
@@ -114,7 +113,7 @@ def _short(key: str) -> str:
 
 @cache
 def _unique_names() -> frozenset[str]:
-    """Names that one section has and no other. Bookkeeping does not count: it is never part of a name."""
+    # Bookkeeping is never part of a name.
     names = [
         *hints(Recipe),
         *(key.partition(".")[2] for key in settings_of(Recipe) if not is_bookkeeping(key)),
@@ -131,7 +130,7 @@ def run_name(overrides: Sequence[str]) -> str:
     """What overrides add to the name of a run's folder: one part for each that decides what is trained.
 
     Different overrides give different names: a value with characters that a folder's name cannot have, and a name that
-    is too long, end in a hash. A part never reads as two, for a value has neither a comma nor an equals sign.
+    is too long, end in a hash. A part cannot read as two: values contain neither a comma nor an equals sign.
     """
     return named(override for override in overrides if decides(override_key(override)))
 

@@ -1,4 +1,4 @@
-"""What to train on: `mixture` and its phases."""
+"""The section `mixture`, with its phases."""
 
 from __future__ import annotations
 
@@ -17,50 +17,50 @@ SHARE_TOLERANCE = 1e-6
 
 @dataclass
 class PhaseSection(Section):
-    """Shares from where the phase before ended up to a point of the run."""
+    """Shares from the end of the previous phase up to a point of the run."""
 
     until_budget_share: float
     """Where the phase ends, as a share of the training budget; 1 for the last phase."""
     instruction_token_share: Share | None = None
     """Share of tokens from the instruction group, as in the mixture; shares inside both groups keep their proportions."""
     token_shares: dict[str, Share] = field(default_factory=dict)
-    """Share of each source instead of the sources' own; what is left out has none. They sum to 1."""
+    """Share of each source instead of its own `token_share`; 0 for sources that are not listed. They sum to 1."""
     ramp: bool = False
-    """Move in a straight line from the shares at the end of the phase before to these, instead of all at once."""
+    """Interpolate linearly from the previous phase's final shares, instead of a step."""
 
 
 @dataclass
 class MixtureSection(Section):
-    """What to train on. Holds no run parameter, so that one mixture serves every budget."""
+    """Training data. Has no run parameter, so that one mixture serves every budget."""
 
     name: str
     description: str = ""
     sources: dict[str, SourceSection] = field(default_factory=dict)
     instruction_token_share: Share | None = None
     """Share of training tokens from the instruction group; shares inside both groups keep their proportions.
-    Null keeps the shares as the sources state them."""
+    Null keeps the sources' own shares."""
     phases: list[PhaseSection] = field(default_factory=list)
-    """How shares change over the run; without any they stay as stated."""
+    """How shares change over the run; empty: they are constant."""
     instruction_loss: Literal["responses", "all"] = "responses"
     """Which tokens of an instruction carry loss: `responses` or `all`."""
     chat_template: str | None = None
-    """What instructions are written with: null for the tokenizer's own chat template or else ChatML, `chatml`, a Jinja
-    text, or the path of a .jinja file."""
+    """Chat template of instructions: null for the tokenizer's own (ChatML if it has none), `chatml`, a Jinja text, or the
+    path of a .jinja file."""
     max_bad_fraction: Share = 0.01
-    """Share of a source's rows that may be unreadable, null, of the wrong type or otherwise bad; above it the run stops.
-    They are left out, counted and listed in any case."""
+    """Largest share of invalid rows of a source (unreadable, null, of a wrong type); above it the run stops. Invalid rows are
+    always skipped, counted and listed."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Share of each source's documents that is held out from training, chosen by a hash of their content or origin."""
     remove_duplicates: bool = True
-    """Leave out a document whose text, or all of whose messages, an earlier document of the same source has. On, because
-    what stands twice in a source would be seen twice an epoch, whatever the plan says about epochs."""
+    """Skip a document whose text, or all of whose messages, equal those of an earlier document of the same source: a duplicate
+    would be seen twice an epoch."""
     decontaminate_against: list[str] = field(default_factory=list)
-    """Evaluation sets: a document that shares 13 words in a row with one of their items is left out. Names of suites in
+    """Evaluation sets: a document that shares 13 consecutive words with one of their items is skipped. Names of suites in
     `eval/` that list `evaluation_files`, paths of such a .yaml, or paths and globs of the files themselves."""
 
 
 def check_mixture(mixture: MixtureSection) -> None:
-    """Refuses a mixture whose sources or shares cannot be drawn.
+    """Refuses a mixture without sources, or with wrong sources or shares.
 
     Raises:
         RecipeError: Naming the source and the setting.
@@ -82,7 +82,7 @@ def check_mixture(mixture: MixtureSection) -> None:
     if mixture.phases:
         _check_phases(mixture)
     else:
-        _check_knob(mixture, "mixture.instruction_token_share", mixture.instruction_token_share)
+        _check_share(mixture, "mixture.instruction_token_share", mixture.instruction_token_share)
 
 
 def check_chat_template(mixture: MixtureSection) -> None:
@@ -150,7 +150,7 @@ def _check_phases(mixture: MixtureSection) -> None:
     if all(phase.token_shares for phase in mixture.phases):
         raise RecipeError(
             f"Every phase of mixture {mixture.name!r} states token_shares, so the token_share of its sources would be ignored.",
-            next_step="Give the sources the shares of one phase, and leave token_shares out there.",
+            next_step="Give the sources the shares of one phase, and omit token_shares there.",
         )
 
 
@@ -163,20 +163,20 @@ def _check_phase(mixture: MixtureSection, key: str, phase: PhaseSection, *, firs
     if phase.token_shares and phase.instruction_token_share is not None:
         raise RecipeError(
             f"{key} states token_shares and instruction_token_share, of which one would be ignored.",
-            next_step="Leave one of them out.",
+            next_step="Omit one of them.",
         )
     for name in phase.token_shares:
         if name not in mixture.sources:
             raise RecipeError(
-                f"{key}.token_shares names {name!r}, which is no source of mixture {mixture.name!r}.",
+                f"{key}.token_shares names {name!r}, which is not a source of mixture {mixture.name!r}.",
                 allowed=f"{nearest(name, mixture.sources)}Sources: {', '.join(mixture.sources)}.",
             )
     if phase.token_shares:
-        _check_sum(f"{key}.token_shares", dict(phase.token_shares), "or leave them all out.")
-    _check_knob(mixture, f"{key}.instruction_token_share", phase.instruction_token_share)
+        _check_sum(f"{key}.token_shares", dict(phase.token_shares), "or omit them all.")
+    _check_share(mixture, f"{key}.instruction_token_share", phase.instruction_token_share)
 
 
-def _check_knob(mixture: MixtureSection, key: str, wanted: float | None) -> None:
+def _check_share(mixture: MixtureSection, key: str, wanted: float | None) -> None:
     if wanted is None:
         return
     for group, share in (("instruction", wanted), ("pretraining", 1 - wanted)):
@@ -185,5 +185,5 @@ def _check_knob(mixture: MixtureSection, key: str, wanted: float | None) -> None
         ):
             raise RecipeError(
                 f"{key} is {wanted}, but mixture {mixture.name!r} has no {group} source.",
-                next_step=f"Add a source with group: {group}, or leave the knob unset.",
+                next_step=f"Add a source with group: {group}, or leave this share unset.",
             )

@@ -21,16 +21,16 @@ class ModelSection(Section):
     """`pretrained` reads `source`; `random` builds `architecture` from `training.seed`."""
     architecture: dict[str, Any] = field(default_factory=dict)
     """transformers config fields with `model_type` mistral or mixtral. For `random` it is the model; for `pretrained`
-    it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is here."""
+    it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is downloaded."""
     tokenizer: str | None = None
-    """Where the tokenizer comes from; `source` unless given."""
+    """Where the tokenizer comes from; null takes `source`."""
     upcycle_experts: PositiveInt | None = None
     """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
     upcycle_experts_per_token: PositiveInt = 2
 
 
 def check_model(model: ModelSection) -> None:
-    """Refuses weights that come from nowhere, or from two places.
+    """Refuses a model without a source of its weights, or with two.
 
     Raises:
         RecipeError: Naming the setting.

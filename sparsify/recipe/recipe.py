@@ -1,4 +1,4 @@
-"""A recipe: all sections, what follows from them, and which of their settings can work together.
+"""A recipe: all sections, quantities derived from them, and checks across sections.
 
 A recipe is one YAML file in `recipes/` (or a user's own) that Hydra composes onto `Recipe` (`sparsify.recipe.compose`).
 """
@@ -48,7 +48,7 @@ class Recipe(Section):
 
     name: str
     run_dir: str = "runs/${name}"
-    """Overrides on the command line are added to its name, so that every variant has a folder of its own."""
+    """Folder of the run. Overrides are added to its name, so that every variant has its own."""
     cache_dir: str = CACHE_DIR
     """Tokenised sources, shared by all runs."""
     model: ModelSection = field(default_factory=ModelSection)
@@ -162,7 +162,7 @@ def _check_conversion(recipe: Recipe) -> None:
         for key in (key for key in settings if settings[key] != defaults[key]):
             raise RecipeError(
                 f"conversion.{key}={settings[key]} would be ignored: nothing is calibrated.",
-                next_step="Set conversion.calibration_tokens too, or leave it out.",
+                next_step="Set conversion.calibration_tokens too, or omit it.",
             )
         return
     check_conversion(conversion)
@@ -174,8 +174,8 @@ def _check_conversion(recipe: Recipe) -> None:
     if recipe.model.init == "random":
         raise RecipeError(
             "conversion.calibration_tokens is set with model.init=random.",
-            allowed="Only a trained model has answers to be kept.",
-            next_step="Leave it out, or give model.source.",
+            allowed="Calibration reproduces the outputs of a trained model.",
+            next_step="Omit it, or give model.source.",
         )
 
 
@@ -227,7 +227,7 @@ def _check_blending(recipe: Recipe) -> None:
     share = recipe.blending.budget_share
     if share and recipe.model.init == "random":
         raise RecipeError(
-            f"blending.budget_share={share} would be ignored: model.init is random, so nothing is swapped.",
+            f"blending.budget_share={share} would be ignored: model.init is random, so no activation is replaced.",
             next_step="Set blending.budget_share=0, or train from a checkpoint.",
         )
     if share and recipe.conversion.calibration_tokens:
@@ -246,14 +246,14 @@ def _check_refits(recipe: Recipe) -> None:
         if tokens:
             raise RecipeError(
                 f"blending.refit_tokens={tokens} would be ignored: blending.refit_milestones is 0.",
-                next_step="Set blending.refit_milestones, or leave it out.",
+                next_step="Set blending.refit_milestones, or omit it.",
             )
         return
     blend_steps = int(blending.budget_share * recipe.num_steps + 1e-9)
     if not blending.budget_share:
         raise RecipeError(
             f"blending.refit_milestones={milestones} would be ignored: nothing is blended.",
-            next_step="Set blending.budget_share, such as 0.5, or leave it out.",
+            next_step="Set blending.budget_share, such as 0.5, or omit it.",
         )
     if not 2 <= milestones <= blend_steps:
         raise RecipeError(
@@ -265,7 +265,7 @@ def _check_refits(recipe: Recipe) -> None:
     if not least <= tokens <= most:
         raise RecipeError(
             f"blending.refit_tokens is {tokens}, with blending.refit_milestones={milestones}.",
-            allowed=f"{least} to {most}: eight sequences, of which one judges what the others found, to the whole budget.",
+            allowed=f"{least} to {most}: from eight sequences, one of which is held out, to the whole budget.",
         )
 
 
@@ -309,13 +309,13 @@ def _check_penalty(recipe: Recipe) -> None:
         key = "penalty.stages" if penalty.stages else "penalty.target_zeros"
         raise RecipeError(
             f"{key} is set with {activation}, which is never exactly zero.",
-            next_step="Choose another activation, such as activation=drelu, set conversion.target_zeros, or leave it out.",
+            next_step="Choose another activation, such as activation=drelu, set conversion.target_zeros, or omit it.",
         )
     share = penalty.gate_share
     if share and not pressed:
         raise RecipeError(
             f"penalty.gate_share={share} would be ignored: there is no penalty.",
-            next_step="Set penalty.stages or penalty.target_zeros, or leave it out.",
+            next_step="Set penalty.stages or penalty.target_zeros, or omit it.",
         )
 
 
@@ -325,8 +325,8 @@ def _check_target(recipe: Recipe) -> None:
         return
     if recipe.penalty.stages:
         raise RecipeError(
-            "penalty.target_zeros and penalty.stages both say what the penalty's weight is.",
-            next_step="Leave one of them out.",
+            "penalty.target_zeros and penalty.stages both set the penalty's weight.",
+            next_step="Omit one of them.",
         )
 
 
@@ -342,7 +342,7 @@ def _check_distillation(recipe: Recipe) -> None:
         if has_none:
             raise RecipeError(
                 f"{_distillation_key(recipe)} is set with {setting}: there is no dense model of this shape to learn from.",
-                next_step="Leave it out, or train from a checkpoint as it is.",
+                next_step="Omit it, or train from a checkpoint as it is.",
             )
 
 
@@ -373,7 +373,6 @@ def _distillation_key(recipe: Recipe) -> str:
 
 
 def _check_fused(recipe: Recipe) -> None:
-    """Refuses kernels that an activation does not have, and zeros that nothing would count."""
     training = recipe.training
     if training.fused_activation == "off":
         if training.count_zeros:
@@ -391,8 +390,8 @@ def _check_fused(recipe: Recipe) -> None:
     }.items():
         if without_kernel:
             raise RecipeError(
-                f"training.{asked} is set with {key}, and there is no kernel for what that makes of an activation.",
-                next_step=f"Leave out training.{asked}, or {key}.",
+                f"training.{asked} is set with {key}, and there is no kernel for an activation changed by it.",
+                next_step=f"Omit training.{asked}, or {key}.",
             )
     for key in ("activation", "baseline"):
         name = getattr(recipe, key).ffn_activation
@@ -401,7 +400,7 @@ def _check_fused(recipe: Recipe) -> None:
             raise RecipeError(
                 f"training.{asked} is set, and there is no kernel for {key}.ffn_activation={name}.",
                 allowed=f"Activations with one: {', '.join(with_one)}.",
-                next_step="Leave it out.",
+                next_step="Omit it.",
             )
 
 
@@ -423,7 +422,7 @@ def _check_compile(recipe: Recipe) -> None:
         if ignored:
             raise RecipeError(
                 f"training.{key} is set with training.compile, which fuses the model's own activation.",
-                next_step=f"Leave out training.{key}, or set training.compile=false.",
+                next_step=f"Omit training.{key}, or set training.compile=false.",
             )
     for key, changing in {
         "blending.budget_share": recipe.blending.budget_share > 0,
@@ -433,8 +432,8 @@ def _check_compile(recipe: Recipe) -> None:
     }.items():
         if changing:
             raise RecipeError(
-                f"training.compile is set with {key}, which looks into the layers at every step; a compiled layer is closed.",
-                next_step=f"Set training.compile=false, or leave out {key}.",
+                f"training.compile is set with {key}, which needs forward hooks on every layer; torch.compile bypasses them.",
+                next_step=f"Set training.compile=false, or omit {key}.",
             )
 
 
@@ -456,5 +455,5 @@ def _check_liger(recipe: Recipe) -> None:
         if without:
             raise RecipeError(
                 f"training.liger_kernels is set with {key}: {why}.",
-                next_step=f"Set training.liger_kernels=false, or leave out {key}.",
+                next_step=f"Set training.liger_kernels=false, or omit {key}.",
             )

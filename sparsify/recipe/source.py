@@ -1,4 +1,4 @@
-"""One source of a mixture: its fields and which of them can work together."""
+"""One source of a mixture: its fields, and checks of their combinations."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TEMPLATES = ("text", "prompt", "response")
 
 @dataclass
 class SourceSection(Section):
-    """One source of a mixture: where its text is, what it is, how much of the run it gets."""
+    """One source of a mixture: where its text is, its format, and its share of the run."""
 
     token_share: Share
     """Share of all training tokens, over the whole mixture; the shares of a mixture sum to 1. Where the mixture sets
@@ -47,41 +47,41 @@ class SourceSection(Section):
     max_epochs: (
         Annotated[float, Field(ge=1, description="At least 1; null sets no limit.")] | None
     ) = None
-    """How often a run may see each document; null repeats the source as often as the budget asks."""
+    """How often a run may see each document; null repeats the source as often as the budget needs."""
     when_exhausted: Literal["stop", "redistribute"] = "stop"
-    """What a source does that has reached `max_epochs`: `stop` refuses a run that would exceed it and says which budget fits;
-    `redistribute` gives its share to the other sources from there on, in proportion."""
+    """What happens when a source reaches `max_epochs`: `stop` refuses a run that would exceed it and names the budget that
+    fits; `redistribute` gives its share to the other sources from that point, in proportion."""
     files: list[str] | None = None
     """Local paths or globs: .jsonl .ndjson .json .csv .tsv .parquet .arrow .txt .text .md, each plain or .gz .zst .xz, and
     folders that `datasets.save_to_disk` wrote."""
     document_separator: str = "<|endoftext|>"
-    """What stands between the documents of plain text: "\\n\\n", for example, makes each paragraph one."""
+    """Separator between the documents of plain text: "\\n\\n", for example, makes each paragraph one."""
     token_files: list[str] | None = None
     """Paths or globs of text that the run's tokenizer has tokenised already: .npy or .bin, documents one after another,
     each ended by the end-of-sequence token. Pretraining only."""
     token_dtype: Literal["uint16", "uint32"] | None = None
-    """`uint16` or `uint32`: what the numbers of .bin files are."""
+    """`uint16` or `uint32`: integer type of .bin files."""
     hub: str | None = None
     """A Hugging Face dataset id, streamed."""
     hub_config: str | None = None
     hub_split: str = "train"
     hub_revision: str | None = None
     stdlib: Literal["code", "prose", "questions"] | None = None
-    """Text that every Python installation carries: `code`, `prose` or `questions`."""
+    """Text from the standard library of every Python installation: `code`, `prose` or `questions`."""
     text_column: str = "text"
     """Column with the document; pretraining sources only."""
     text_template: str | None = None
     """Jinja text over a row's columns instead of `text_column`: `"# {{ title }}\\n{{ body }}"`."""
     prompt_column: str = "prompt"
     response_column: str = "response"
-    """Columns of a prompt and its answer; instruction sources only."""
+    """Columns of a prompt and its response; instruction sources only."""
     prompt_template: str | None = None
     response_template: str | None = None
     """Jinja text over a row's columns, each instead of the column of its name."""
     input_column: str | None = None
-    """Column that is appended to the prompt after a blank line where it is not empty."""
+    """Column that is appended to the prompt after a blank line if it is not empty."""
     system_column: str | None = None
-    """Column that becomes the system message where it is not empty."""
+    """Column that becomes the system message if it is not empty."""
     messages_column: str | None = None
     """Column with a whole conversation, instead of all of the above: a list of {role, content}, or of {from, value}."""
 
@@ -125,7 +125,6 @@ def _check_cap(key: str, source: SourceSection) -> None:
 
 
 def _given(source: SourceSection) -> list[str]:
-    """Settings that do not have their default."""
     return [f.name for f in fields(source) if getattr(source, f.name) != f.default]
 
 
@@ -153,7 +152,7 @@ def _check_fields(key: str, source: SourceSection, given: list[str]) -> None:
             raise RecipeError(
                 f"{key}.document_separator is empty.",
                 allowed="One character or more.",
-                next_step="Leave it out where a file is one document.",
+                next_step="Omit it if a file is one document.",
             )
         why = "this source is pretraining text: text_column or text_template"
         refuse((*QUESTION_FIELDS, *CHAT_FIELDS), why)
@@ -181,5 +180,5 @@ def _check_fields(key: str, source: SourceSection, given: list[str]) -> None:
 def _ignored(key: str, name: str, source: SourceSection, why: str) -> RecipeError:
     return RecipeError(
         f"{key}.{name} is {getattr(source, name)!r}, but would be ignored: {why}.",
-        next_step=f"Leave {name} out.",
+        next_step=f"Omit {name}.",
     )

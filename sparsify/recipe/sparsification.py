@@ -23,8 +23,7 @@ from sparsify.recipe.fields import (
 CALIBRATED_REPLACEMENT = "calibrated_replacement"
 """The method that a conversion has unless it names another."""
 REFIT_TARGETS = {"own": 0.0, "mix": 0.5, "residual": 1.0}
-"""Which part of what is amiss in the residual stream a refit is asked to mend, beside answering as the block once did."""
-
+"""Part of the accumulated residual-stream error that a refit corrects, in addition to reproducing the block's output."""
 
 BELOW_ONE = (
     "0 (replace at once) or above, and below 1: the run must end with the activation itself."
@@ -37,7 +36,7 @@ class ActivationSection(Section):
 
     ffn_activation: Annotated[str, one_of(ACTIVATIONS)]
     gate_threshold: NonNegativeFloat | None = None
-    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published one
+    """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; null takes the published value.
     No other activation has one."""
 
     @property
@@ -53,12 +52,12 @@ def check_activation(
     name_key: str = "activation.ffn_activation",
     threshold_key: str = "activation.gate_threshold",
 ) -> None:
-    """Refuses an activation that there is not, and a gate threshold that it would ignore.
+    """Refuses an unknown activation, and a gate threshold that it would ignore.
 
     Args:
-        activation: What was set.
-        name_key: What the user knows its name by.
-        threshold_key: What the user knows its threshold by.
+        activation: The settings.
+        name_key: Setting or option of the name, for messages.
+        threshold_key: Setting or option of the threshold, for messages.
 
     Raises:
         RecipeError: Naming the setting.
@@ -70,7 +69,7 @@ def check_activation(
         raise RecipeError(
             f"{threshold_key}={threshold:g} would be ignored: {name} has none.",
             allowed=f"Activations with a gate threshold: {', '.join(with_one)}.",
-            next_step="Leave it out, or choose one of them.",
+            next_step="Omit it, or choose one of them.",
         )
     if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
         raise RecipeError(f"{threshold_key} is {threshold}.", allowed="0 or above.")
@@ -81,14 +80,14 @@ class ConversionSection(Section):
     """What the replacement of the activation does to the weights before any training (`docs/calibration.md`)."""
 
     calibration_tokens: NonNegativeInt = 0
-    """Training tokens of the mixture that the calibrated replacement rests on: signs, thresholds and a refit of the down
-    projections, layer by layer. 0 swaps the activation and nothing else."""
+    """Training tokens of the mixture for the calibrated replacement: sign flips, thresholds and reconstruction of the down
+    projections, layer by layer. 0 replaces the activation and changes no weights."""
     refit_target: Annotated[str, one_of(REFIT_TARGETS)] = "mix"
-    """What a refitted block should answer, one of REFIT_TARGETS: `own`, what it answered before; `residual`, also what the
-    layers before it lost; `mix`, half of that."""
+    """Output that a refitted block reproduces, one of REFIT_TARGETS: `own`, its dense output; `residual`, that plus the error of
+    the layers before it; `mix`, that plus half of the error."""
     ridge: PositiveFloat = 0.01
-    """How strongly a refit, one of `blending.refit_milestones` too, holds on to the old weights: as a share of the mean of its
-    Gram matrix's diagonal."""
+    """Ridge penalty that keeps a refit (also those of `blending.refit_milestones`) near the old weights, as a share of the mean
+    of its Gram matrix's diagonal."""
     target_zeros: (
         Annotated[
             float,
@@ -100,12 +99,12 @@ class ConversionSection(Section):
     ) = None
     """Share of exact zeros that the method's mask gives every layer on the calibration tokens; null sets none."""
     method: str = CALIBRATED_REPLACEMENT
-    """What is done to the model on the calibration tokens: a name of `docs/methods.md`. `calibrated_replacement` replaces the
-    activation and sets thresholds where `target_zeros` is given; the others are masks on the activation as it is."""
+    """Method that runs on the calibration tokens: a name of `docs/methods.md`. `calibrated_replacement` replaces the
+    activation and sets thresholds if `target_zeros` is given; the others are masks on the unchanged activation."""
     method_settings: dict[str, Any] = field(default_factory=dict)
-    """Settings of the method, besides `target_zeros`."""
+    """Settings of the method other than `target_zeros`."""
     refit: bool | None = None
-    """Whether a mask is followed by the reconstruction of the layer's output matrix; null lets the method decide."""
+    """Whether to reconstruct the layer's output matrix under the mask; null takes the method's own default."""
 
     @property
     def makes_mask(self) -> bool:
@@ -125,26 +124,26 @@ def check_conversion(conversion: ConversionSection) -> None:
 
 @dataclass
 class BlendingSection(Section):
-    """How the dense activation gives way to `activation.ffn_activation`."""
+    """How the dense activation is blended into `activation.ffn_activation`."""
 
     budget_share: Annotated[float, Field(ge=0, lt=1, description=BELOW_ONE)] = 0.0
-    """Share of the budget over which the dense activation fades into the sparse one, in a straight line: below 1, so that
-    the run ends with the sparse one itself. 0 swaps before the first step."""
+    """Share of the budget over which the dense activation is blended linearly into the sparse one: below 1, so that the run
+    ends with the sparse one itself. 0 replaces it before the first step."""
     refit_milestones: NonNegativeInt = 0
-    """Fade in so many equal steps instead, from the first token on, and refit every down projection at each, so that blocks
-    answer with the new mixture as they did with the one before. 0 fades in a straight line, without refits."""
+    """Number of equal steps of the blending, from the first token on. Each step refits every down projection, so that blocks
+    reproduce their output under the blend before. 0 blends linearly, without refits."""
     refit_tokens: NonNegativeInt = 0
-    """Training tokens that each of these refits rests on: those that come next."""
+    """Training tokens of each of these refits: those that follow the milestone."""
 
 
 @dataclass
 class PenaltyStageSection(Section):
-    """Weight of the activations' penalty up to a point of the run."""
+    """Weight of the activation penalty up to a point of the run."""
 
     until_budget_share: float
     """Where the stage ends, as a share of the training budget; 1 for the last stage."""
     weight: NonNegativeFloat
-    """Weight at its end, reached from that of the stage before by half a sine wave; the first stage has it throughout."""
+    """Weight at its end, reached from the previous stage's weight by half a sine wave; constant in the first stage."""
 
 
 @dataclass
@@ -163,20 +162,20 @@ class PenaltySection(Section):
         ]
         | None
     ) = None
-    """Share of exact zeros that the run shall end with: the penalty's weight is then set by what is measured, step by step,
-    instead of by stages."""
+    """Share of exact zeros at the end of the run: a controller then sets the penalty's weight from the measured share at every
+    step, instead of by stages."""
 
 
 @dataclass
 class DistillationSection(Section):
-    """What a run learns from its dense source beside the text: each term is added to the loss, times its weight."""
+    """Distillation from the dense source: each term is added to the loss, times its weight."""
 
     logits_weight: NonNegativeFloat = 0.0
-    """Weight of the Kullback-Leibler divergence of the model's next-token distribution from the source's, in nats a label.
-    0 leaves it out."""
+    """Weight of the Kullback-Leibler divergence of the model's next-token distribution from the source's, in nats per label.
+    0: no such term."""
     ffn_weight: NonNegativeFloat = 0.0
-    """Weight of the feed-forward blocks' error: the squared distance of a block's answer from the source's as a part of that
-    answer's own square, mean over labelled tokens and layers. 1 is what a block that answers nothing has. 0 leaves it out."""
+    """Weight of the feed-forward blocks' error: squared distance of a block's output from the source's, relative to the
+    square of the source's output, mean over labelled tokens and layers. An output of zero has error 1. 0: no such term."""
 
     @property
     def is_on(self) -> bool:

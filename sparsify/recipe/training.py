@@ -1,4 +1,4 @@
-"""How much to train, in which steps, and what is kept: `training`, `optimizer`, `stability`, `checkpoint`, `baseline`."""
+"""The sections `training`, `optimizer`, `stability`, `checkpoint` and `baseline`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SEED = 1
 
 @dataclass
 class TrainingSection(Section):
-    """How much to train, in which pieces."""
+    """Budget, batches and precision of training, and the kernels that compute it."""
 
     budget_tokens: PositiveInt
     """Tokens to train on, rounded down to whole steps."""
@@ -42,11 +42,12 @@ class TrainingSection(Section):
     """Weight of a Mixtral's load-balancing loss; null takes the checkpoint's own."""
     seed: int = SEED
     fused_activation: Literal["auto", "triton", "inductor", "off"] = "auto"
-    """The activation in one pass forward and one back: `triton` (a GPU), `inductor` (a compiler builds it: a minute or less at
-    the start), or `off` for the model's own code. `auto` is triton where it is, else off. Same values in each."""
+    """Kernel of the activation's forward and backward pass: `triton` (needs a GPU), `inductor` (compiled in up to a minute at
+    the start), or `off` for the model's own code. `auto` is triton where it is available, and off otherwise. The values
+    are the same."""
     liger_kernels: bool = False
     """Liger's kernels for the norms, the rotary embedding and the loss of training steps, without whole logits; needs a GPU and
-    liger-kernel. Never chosen for you: they round differently."""
+    liger-kernel. Never chosen automatically: they round differently."""
     compile: bool = False
     """torch.compile on every decoder layer while it trains; ZeRO stage 0 to 2."""
     count_zeros: bool = False
@@ -76,30 +77,30 @@ class StabilitySection(Section):
     """
 
     on_bad_step: Literal["skip", "rollback", "stop"] = "skip"
-    """`skip` goes on with the next batch; `rollback` also takes back every step since the last checkpoint and leaves their
-    sequences out; `stop` saves the state from before the step and ends the run with a report."""
+    """`skip` continues with the next batch; `rollback` also reverts every step since the last checkpoint and skips their
+    sequences; `stop` saves the state from before the step and ends the run with a report."""
     spike_deviations: PositiveFloat | None = 8.0
-    """A loss is a spike when it lies this many robust standard deviations above what the recent losses of its sources let
-    expect; null judges NaN and infinity only."""
+    """A loss is a spike if it is this many robust standard deviations above the value expected from its sources' recent
+    losses; null detects only NaN and infinity."""
     recent_steps: PositiveInt = 64
-    """Steps that a loss is judged by. A source is judged from a quarter of them on."""
+    """Recent steps from which the expected loss is computed. A source counts once it has a quarter of them."""
     max_bad_steps: PositiveInt = 8
-    """More bad steps than this among the recent ones stop the run with a report."""
+    """Bad steps allowed among the recent ones; with more the run stops with a report."""
     underused_expert_load: PositiveFloat = 0.1
-    """A Mixtral's expert starves when it gets less than this part of an even share of its layer's tokens …"""
+    """A Mixtral's expert is under-utilised below this fraction of an even share of its layer's tokens."""
     underused_expert_steps: PositiveInt = 100
-    """… for so many steps in a row: then an alarm names it, once."""
+    """Consecutive steps of under-utilisation after which a warning names the expert, once."""
 
 
 @dataclass
 class CheckpointSection(Section):
-    """When to save, and how much of it to keep."""
+    """When to save checkpoints, and which to keep."""
 
     every_tokens: PositiveInt
     keep_last: PositiveInt = 2
-    """The newest checkpoints. With 1 there is none to go back to when the newest is damaged."""
+    """Number of newest checkpoints to keep. With 1 there is no fallback if the newest is damaged."""
     keep_every_tokens: PositiveInt | None = None
-    """Keep also the checkpoint at each multiple of so many tokens, for good: a multiple of `every_tokens`."""
+    """Interval of checkpoints that are never removed; a multiple of `every_tokens`."""
 
 
 @dataclass

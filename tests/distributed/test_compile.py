@@ -72,8 +72,8 @@ def test_a_stopped_compiled_run_goes_on_to_the_same_bits(
         (["engine=auto"], "engine=auto"),
         (["training.fused_activation=inductor"], "fused_activation"),
         (["training.count_zeros=true"], "count_zeros"),
-        (["blending.budget_share=0.1"], "looks into the layers"),
-        (["penalty.target_zeros=0.9"], "looks into the layers"),
+        (["blending.budget_share=0.1"], "needs forward hooks"),
+        (["penalty.target_zeros=0.9"], "needs forward hooks"),
     ],
 )
 def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(

@@ -130,14 +130,14 @@ STAGES = "penalty.stages=[{until_budget_share:0.5,weight:0},{until_budget_share:
     [
         (["blending.budget_share=1"], "blending.budget_share is 1"),
         (["blending.budget_share=-0.1"], "0 (replace at once) or above"),
-        (["blending.budget_share=0.2", "model=quickstart_random"], "nothing is swapped"),
+        (["blending.budget_share=0.2", "model=quickstart_random"], "no activation is replaced"),
         (
             ["blending.budget_share=0.2", "conversion.calibration_tokens=16384"],
             "fitted the weights to drelu",
         ),
         (["penalty.target_zeros=0.9", "activation=swiglu"], "which is never exactly zero"),
         ([STAGES, "activation=swiglu"], "which is never exactly zero"),
-        ([STAGES, "penalty.target_zeros=0.9"], "both say what the penalty's weight is"),
+        ([STAGES, "penalty.target_zeros=0.9"], "both set the penalty's weight"),
         (["penalty.target_zeros=1.2"], "Above 0 and below 1"),
         (["penalty.gate_share=0.5"], "would be ignored: there is no penalty"),
         (["penalty.gate_share=2", STAGES], "Allowed: 0 to 1"),
