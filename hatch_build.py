@@ -1,7 +1,7 @@
 """Puts compiled decoding kernels into the wheel where there is a C++ compiler; without one the wheel is pure Python.
 
-Never for the processor at hand: the wheel may be installed on another one. An editable installation gets none, as it would
-go on using them after the sources have changed.
+Never for this machine's own processor: the wheel may be installed on another. An editable installation gets none, since it
+would keep using them after the sources have changed.
 """
 
 from __future__ import annotations

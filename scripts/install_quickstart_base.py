@@ -32,7 +32,7 @@ STOCK_FIELDS = (
 
 
 def main(run: Path) -> None:
-    """Writes the run's newest weights in bf16 into sparsify/assets/quickstart_base/, beside the tokenizer."""
+    """Writes the run's newest weights in bf16 into sparsify/assets/quickstart_base/, next to the tokenizer."""
     trained = find_trained(run)
     if trained is None:
         sys.exit(f"{run} is not a run folder; `sparsify train quickstart_base` makes one")

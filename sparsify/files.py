@@ -1,4 +1,4 @@
-"""Writing files so that a reader never meets half of one."""
+"""Atomic writes of files and folders."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _REFUSALS = {
     errno.ENAMETOOLONG: "the name is too long",
 }
 _SHORT_WRITE = re.compile(r"unexpected pos \d+|PytorchStreamWriter|requested and \d+ written")
-"""How torch's zip writer and numpy's tofile say that a disk took only part of what they wrote."""
+"""Messages of torch's zip writer and numpy's tofile about a short write."""
 _PARTIAL = re.compile(r"\.([^/]+)\.partial-\d+")
 
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turns what a disk or a folder refuses while `path` is written into a `StorageError`.
+    """Turns errors of the disk or folder while `path` is written into a `StorageError`.
 
-    Besides OSError, it knows how safetensors, torch and numpy report that.
+    Recognises OSError, and what safetensors, torch and numpy raise instead of it.
     """
     try:
         yield
@@ -54,7 +54,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _refusal(error: Exception) -> str | None:
-    """The disk's reason, or None if the error is about something else."""
+    """The disk's reason, or None for any other error."""
     said = str(error)
     code = getattr(error, "errno", None)
     if code is None:
@@ -66,7 +66,7 @@ def _refusal(error: Exception) -> str | None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder next to `path` that takes its place when the block ends well, and vanishes otherwise.
+    """Yields an empty folder next to `path` that replaces it if the block succeeds, and is removed otherwise.
 
     Raises:
         StorageError: If the disk or the folder refuses.
@@ -84,7 +84,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def refuse_foreign_folder(to: Path, marker: str, what: str) -> None:
-    """Refuses to write in place of anything but a new folder, an empty one, or an older one of the same kind.
+    """Refuses a folder that exists, unless it is empty or an older one of the same kind.
 
     Args:
         to: The folder to be written.
@@ -92,7 +92,7 @@ def refuse_foreign_folder(to: Path, marker: str, what: str) -> None:
         what: What the folder is, in words.
 
     Raises:
-        StorageError: If it holds something else.
+        StorageError: If it holds other files.
     """
     if not to.exists() or (to.is_dir() and (not any(to.iterdir()) or (to / marker).is_file())):
         return
@@ -104,7 +104,7 @@ def refuse_foreign_folder(to: Path, marker: str, what: str) -> None:
 
 
 def replace_folder(new: Path, path: Path) -> None:
-    """Renames `new` to `path`, removing what was there; that comes back if the renaming fails."""
+    """Renames `new` to `path` and removes the old folder, which is restored if the renaming fails."""
     old = path.with_name(f".{path.name}.replaced-{os.getpid()}")
     if path.exists():
         path.rename(old)
@@ -146,5 +146,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file that a person can read, under a temporary name, then renames it."""
+    """Writes indented JSON under a temporary name, then renames it."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

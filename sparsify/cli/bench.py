@@ -25,22 +25,22 @@ def bench_mixture(
         str, typer.Option(help="Model folder or Hub id whose tokenizer both sides use.")
     ] = "package:sparsify/assets/quickstart_base",
     budget_tokens: Annotated[
-        int, typer.Option(help="Tokens of the run that is drawn.")
+        int, typer.Option(help="Training budget to draw, in tokens.")
     ] = 2_000_000,
-    sequence_length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    sequence_length: Annotated[int, typer.Option(help="Sequence length in tokens.")] = 2048,
     buffer_documents: Annotated[
         int,
         typer.Option(
-            help="Shuffle buffer of interleave_datasets. Its default of 1000 holds all of a short run."
+            help="Shuffle buffer of interleave_datasets; its own default of 1000 would hold all of a short run."
         ),
     ] = 100,
     load_tokens: Annotated[
-        int, typer.Option(help="Tokens of one repeat of loading from the cache.")
+        int, typer.Option(help="Tokens per repeat of loading from the cache.")
     ] = 8_000_000,
-    repeats: Annotated[int, typer.Option(help="Repeats of every time.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Repeats of each timing.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Our data path beside datasets.interleave_datasets on the same files: shares, resume, speed, memory.
+    """Compares our data path with datasets.interleave_datasets on the same files: shares, resume, speed, memory.
 
     Example: sparsify bench mixture --on my_mixture.yaml --budget-tokens 10000000
     """
@@ -67,11 +67,11 @@ def bench_mixture(
 def bench_train(
     recipe: Annotated[str, typer.Argument(help="Recipe: a name or a YAML file.")] = "quickstart",
     overrides: Overrides = None,
-    block_steps: Annotated[int, typer.Option(help="Training steps of one measured block.")] = 3,
-    blocks: Annotated[int, typer.Option(help="Measured blocks of each loop.")] = 9,
+    block_steps: Annotated[int, typer.Option(help="Training steps per measured block.")] = 3,
+    blocks: Annotated[int, typer.Option(help="Measured blocks per loop.")] = 9,
     as_json: AsJson = False,
 ) -> None:
-    """Our training loop beside the bare DeepSpeed engine and beside transformers.Trainer; what validation costs.
+    """Compares our training loop with the bare DeepSpeed engine and transformers.Trainer; measures the cost of validation.
 
     Example: sparsify bench train quickstart engine=zero2 --blocks 15
     """
@@ -99,17 +99,21 @@ def bench_recovery(
     ),
     variants: Annotated[
         str,
-        typer.Option(help="Recipes of recipes/recovery/, such as drelu,reglu; all unless given."),
+        typer.Option(help="Recipes of recipes/recovery/, such as drelu,reglu.", show_default="all"),
     ] = "",
     rates: Annotated[
-        str, typer.Option(help="Peak learning rates that every variant chooses from.")
+        str, typer.Option(help="Peak learning rates to search, for each variant.")
     ] = "3e-5,1e-4,3e-4,1e-3",
-    seeds: Annotated[str, typer.Option(help="The first one searches.")] = "1,2,3",
+    seeds: Annotated[
+        str, typer.Option(help="Seeds; the learning-rate search uses the first.")
+    ] = "1,2,3",
     as_json: AsJson = False,
 ) -> None:
-    """What each way to sparsity costs against the dense baseline, on the same tokens, each with a rate of its own.
+    """Measures the loss of each way to sparsity against the dense baseline, on the same tokens, at its best learning rate.
 
-    Goes on where it was interrupted. Example: sparsify bench recovery --variants drelu,blended_drelu training.budget_tokens=102400
+    The same command resumes an interrupted benchmark.
+
+    Example: sparsify bench recovery --variants drelu,blended_drelu training.budget_tokens=102400
     """
     from sparsify.bench.recovery import RecoveryPlan, bench_recovery
     from sparsify.bench.recovery_report import recovery_table, write_recovery
@@ -135,48 +139,53 @@ def bench_decode(
     bundle: Annotated[
         str | None,
         typer.Option(
-            help="Bundle, model or run of yours: what speed-up it has here, and which layers hold it back."
+            help="Bundle, model or run whose speed-up is measured, in total and by layer."
         ),
     ] = None,
     predictors: Annotated[
-        Path | None, typer.Option(help="The bundle's predictors, tried besides exact decoding.")
+        Path | None,
+        typer.Option(help="Predictors of the bundle, measured in addition to exact decoding."),
     ] = None,
     prompt: Annotated[
-        str, typer.Option(help="What the bundle's decoding starts from.")
+        str, typer.Option(help="Prompt of the bundle's decoding.")
     ] = "def read_json(path):\n",
-    tokens: Annotated[int, typer.Option(help="Tokens that a model decodes one by one.")] = 24,
+    tokens: Annotated[int, typer.Option(help="Tokens to decode, one by one.")] = 24,
     hidden: Annotated[int, typer.Option(help="Width of the block.")] = 4096,
     neurons: Annotated[int, typer.Option(help="Neurons of the block.")] = 14_336,
     rank: Annotated[int, typer.Option(help="Rank of the predictors.")] = 1024,
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; the GPU where there is one with Triton.")
+        str | None,
+        typer.Option(
+            help="Device: cpu or cuda.", show_default="cuda if there is a GPU with Triton"
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "bf16",
+    dtype: Annotated[str, typer.Option(help="Type of the weights: fp32, bf16 or fp16.")] = "bf16",
     weights: Annotated[
         str,
         typer.Option(
-            help="How the C++ kernels read the weights: stored, int8 or int4. torch's contender stays in --dtype."
+            help="Weight format of the C++ kernels: stored, int8 or int4. torch's operators use --dtype."
         ),
     ] = "stored",
     sparsity: Annotated[
-        str, typer.Option(help="Shares of zeros, with commas; empty: no blocks.")
+        str, typer.Option(help="Shares of zeros, comma-separated; empty: no blocks.")
     ] = "0.5,0.7,0.8,0.9,0.95,0.97",
     batch: Annotated[
-        str, typer.Option(help="Batches at 90% zeros, with commas.")
+        str, typer.Option(help="Batch sizes at 90% zeros, comma-separated.")
     ] = "1,2,4,8,16,32",
     threads: Annotated[
-        str | None, typer.Option(help="Threads, with commas; 1 and torch's own unless given.")
+        str | None,
+        typer.Option(help="Numbers of threads, comma-separated.", show_default="1 and torch's own"),
     ] = None,
     layers: Annotated[
-        int, typer.Option(help="Layers of the model of random weights; 0: none.")
+        int, typer.Option(help="Layers of the model with random weights; 0: no such model.")
     ] = 4,
-    repeats: Annotated[int, typer.Option(help="Repeats of every time.")] = 9,
+    repeats: Annotated[int, typer.Option(help="Repeats of each timing.")] = 9,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw speed-up against zeros into this .png or .svg file.")
+        Path | None, typer.Option(help="Path of a chart (.png or .svg) of speed-up against zeros.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Decoding dense and sparse, with the same weights in one process: one block, and a whole model.
+    """Compares dense and sparse decoding with the same weights in one process: one block, and a whole model.
 
     Example: sparsify bench decode --bundle my-sparse-model --sparsity ""
     """
@@ -223,12 +232,12 @@ def bench_activation(
         ),
     ] = "drelu",
     tokens: Annotated[int, typer.Option(help="Rows of the pre-activations.")] = 4096,
-    neurons: Annotated[int, typer.Option(help="Columns: a layer's neurons.")] = 14_336,
+    neurons: Annotated[int, typer.Option(help="Columns: neurons of a layer.")] = 14_336,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     repeats: Annotated[int, typer.Option(help="Measured rounds.")] = 15,
     as_json: AsJson = False,
 ) -> None:
-    """The fused activation beside eager torch and a plain copy: forward, and forward with backward.
+    """Compares the fused activation with eager torch and a plain copy: forward, and forward with backward.
 
     Example: sparsify bench activation --dtype fp32
     """

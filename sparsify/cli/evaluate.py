@@ -27,57 +27,65 @@ def evaluate(
     suite: Annotated[
         str,
         typer.Option(
-            help="open_llm_v1, commonsense, perplexity, quick, or the path of a YAML file."
+            help="Suite: open_llm_v1, commonsense, perplexity, quick, or the path of a YAML file."
         ),
     ] = "quick",
     tasks: Annotated[
         str | None,
-        typer.Option(help="Some tasks of the suite alone, separated by commas."),
+        typer.Option(help="Tasks of the suite to run, comma-separated.", show_default="all"),
     ] = None,
     data_dir: Annotated[
         Path | None,
         typer.Option(
             envvar="SPARSIFY_EVAL_DATA",
-            help="Folder of local copies of the evaluation sets; without it they come from the Hub.",
+            help="Folder of local copies of the evaluation sets.",
+            show_default="the Hub's data",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests of one forward pass.")] = 8,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items per task.", show_default="all")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 8,
     dtype: Annotated[
         str | None,
-        typer.Option(help="float32 or bfloat16; that of the weights unless given."),
+        typer.Option(help="Compute type: float32 or bfloat16.", show_default="as stored"),
     ] = None,
     on: Annotated[
         str | None,
         typer.Option(
-            "--on", help="Mixture whose held-out text is measured; a run's own, else quickstart."
+            "--on",
+            help="Mixture whose held-out text is measured.",
+            show_default="the run's own, or quickstart",
         ),
     ] = None,
     to: Annotated[
         Path | None,
         typer.Option(
-            "--to", help="Folder to write; in the run's evaluations/, else evaluations/MODEL."
+            "--to",
+            help="Folder to write.",
+            show_default="in RUN/evaluations or evaluations/MODEL",
         ),
     ] = None,
     predictors: Annotated[
         Path | None,
         typer.Option(
             "--predictors",
-            help="Compute only the neurons that these predictors switch on; a folder of `sparsify predictors`.",
+            help="Folder of `sparsify predictors`: compute only the neurons predicted to fire.",
         ),
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Processes that answer, one for each GPU if there are any.")
+        int, typer.Option(min=1, help="Evaluation processes, one per GPU if there are any.")
     ] = 1,
     follow: Annotated[
         bool,
-        typer.Option("--follow", help="Measure each checkpoint of a run, while it trains."),
+        typer.Option("--follow", help="Evaluate each checkpoint of a run while it trains."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measures a suite of tasks on a model, exact zeros and active parameters in the same pass. JSON, Markdown, model card.
+    """Runs a suite of tasks on a model; measures exact zeros and active parameters in the same pass. Writes JSON, Markdown and
+    a model card.
 
-    An interrupted evaluation goes on where it stopped. `sparsify compare` puts results side by side.
+    The same command resumes an interrupted evaluation. `sparsify compare` compares results.
 
     Example: sparsify evaluate runs/quickstart --suite quick
     """
@@ -116,7 +124,6 @@ def evaluate(
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """A bar for each task on standard error, while there is a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
 

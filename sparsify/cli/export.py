@@ -16,16 +16,14 @@ WRITE = "write"
 
 
 class ExportGroup(TyperGroup):
-    """`export RUN --to DIR` is short for `export write RUN --to DIR`: what is no verb of the group is a run."""
+    """Makes `export RUN --to DIR` short for `export write RUN --to DIR`: a first word that is not a verb is a run."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Finds the verb; the default one where the first word is none."""
         if args and args[0] not in self.commands:
             args = [WRITE, *args]
         return super().resolve_command(ctx, args)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Options before the run belong to the default verb too."""
         if args and args[0].startswith("-") and args[0] not in ctx.help_option_names:
             args = [WRITE, *args]
         return super().parse_args(ctx, args)
@@ -34,7 +32,7 @@ class ExportGroup(TyperGroup):
 export_app = typer.Typer(
     cls=ExportGroup,
     no_args_is_help=True,
-    help="Checkpoints that other people and engines load: [bold]sparsify export RUN --to DIR[/bold].",
+    help="Write and verify checkpoints for other users and engines: [bold]sparsify export RUN --to DIR[/bold].",
 )
 
 
@@ -43,34 +41,44 @@ def export_write(
     model_or_run: Annotated[
         str,
         typer.Argument(
-            help="Run folder or one checkpoint of a run; for PowerInfer a model or bundle too"
+            help="Run folder or one of its checkpoints; for PowerInfer also a model or bundle"
         ),
     ],
     to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
     format: Annotated[
         str,
         typer.Option(
-            help="hf, a bundle for transformers; powerinfer, its GGUF; powerinfer_hf, what PowerInfer's converter takes."
+            help="Format: hf (a transformers bundle), powerinfer (GGUF) or powerinfer_hf (input of PowerInfer's converter)."
         ),
     ] = "hf",
     predictors: Annotated[
-        Path | None, typer.Option("--predictors", help="Their folder; RUN/predictors else.")
+        Path | None,
+        typer.Option(
+            "--predictors", help="Folder of the predictors.", show_default="RUN/predictors"
+        ),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="hf: bf16, fp16 or fp32; as it was trained else.")
+        str | None,
+        typer.Option(
+            help="hf: type of the weights: bf16, fp16 or fp32.", show_default="as trained"
+        ),
     ] = None,
     shard_gb: Annotated[
-        float | None, typer.Option(help="hf: size of a shard; 5 else. Memory holds one.")
+        float | None,
+        typer.Option(
+            help="hf: maximum shard size in GB; peak memory is one shard.", show_default="5"
+        ),
     ] = None,
     license: Annotated[
-        str | None, typer.Option(help="hf: licence of the base model, for the card.")
+        str | None, typer.Option(help="hf: licence of the base model, for the model card.")
     ] = None,
     evaluation: Annotated[
         list[Path] | None,
-        typer.Option(help="hf: folder of `sparsify evaluate` for the card; may be repeated."),
+        typer.Option(help="hf: folder of `sparsify evaluate` for the model card; repeatable."),
     ] = None,
     push_to_hub: Annotated[
-        str | None, typer.Option("--push-to-hub", help="hf: publish it as OWNER/NAME.")
+        str | None,
+        typer.Option("--push-to-hub", help="hf: Hub repository to publish to, as OWNER/NAME."),
     ] = None,
     private: Annotated[
         bool, typer.Option("--private", help="hf: make a new repository private.")
@@ -78,24 +86,28 @@ def export_write(
     unchecked: Annotated[
         bool,
         typer.Option(
-            "--unchecked", help="hf: leave out the check, which takes memory for the whole model."
+            "--unchecked", help="hf: skip the check, which needs memory for the whole model."
         ),
     ] = False,
     ffn_type: Annotated[
-        str | None, typer.Option(help="PowerInfer: f16 (as it is) or q4_0, of the FFN weights.")
+        str | None,
+        typer.Option(help="PowerInfer: type of the FFN weights: f16 or q4_0.", show_default="f16"),
     ] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="PowerInfer: longest context; the model's own else.")
+        int | None,
+        typer.Option(help="PowerInfer: maximum context length.", show_default="the model's own"),
     ] = None,
     vram_gb: Annotated[
         float | None,
-        typer.Option(help="PowerInfer: GPU memory for hot neurons; writes the split file."),
+        typer.Option(help="PowerInfer: GPU memory for hot neurons in GB; writes the split file."),
     ] = None,
     on: Annotated[
-        str | None, typer.Option("--on", help="PowerInfer: text or mixture to count firing on.")
+        str | None,
+        typer.Option("--on", help="PowerInfer: text or mixture on which to count firing neurons."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="PowerInfer: how many tokens of it; 16,384 else.")
+        int | None,
+        typer.Option(help="PowerInfer: tokens to count firing neurons on.", show_default="16,384"),
     ] = None,
 ) -> None:
     """Writes a bundle that loads with transformers alone, after checking it in a fresh offline process; or a PowerInfer file.
@@ -111,7 +123,7 @@ def export_write(
     check_options(format, options, [name for name, value in bundle_options.items() if value])
     if format != "hf":
         written = to_powerinfer(model_or_run, to, format, options)
-        print_line(f"{to / written.model_file}: {written.size_bytes / 1e6:.1f} MB in all")
+        print_line(f"{to / written.model_file}: {written.size_bytes / 1e6:.1f} MB in total")
         for note in written.notes:
             print_line(f"Note: {note}")
         return
@@ -121,7 +133,9 @@ def export_write(
     )
     print_line(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
     if bundle.acceptance is None:
-        print_line(f"Not checked. Where memory holds the whole model: sparsify export verify {to}")
+        print_line(
+            f"Not checked. To check it, with memory for the whole model: sparsify export verify {to}"
+        )
     else:
         print_line(f"Checked: {bundle.acceptance.sentence()}.")
     if bundle.has_predictors:
@@ -139,7 +153,7 @@ def export_verify(
 ) -> None:
     """Checks a bundle: hashes, names and shapes of tensors, logits against those of the trained model, zeros, predictors.
 
-    Ends with 2 where it was damaged or edited, and says what.
+    Exits with 2 if it was damaged or edited, and lists the failed checks.
 
     Example: sparsify export verify my-sparse-model
     """

@@ -22,32 +22,30 @@ def generate(
     bundle: Annotated[
         str, typer.Argument(help="Bundle, model folder, Hub id, run folder or checkpoint")
     ],
-    prompt: Annotated[str, typer.Argument(help="Text to go on from")],
-    tokens: Annotated[int, typer.Option(help="Most tokens to add.")] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="Of sampling; 0 takes the likeliest token.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 1,
+    prompt: Annotated[str, typer.Argument(help="Text to continue")],
+    tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 1,
     weights: Annotated[
         str,
         typer.Option(
-            help="How decoding reads the feed-forward weights: stored, or rounded into blocks of int8 or int4, which are kept "
-            "beside them."
+            help="Format of the feed-forward weights for decoding: stored, or rounded into blocks of int8 or int4 (kept in "
+            "addition)."
         ),
     ] = "stored",
     predictors: Annotated[
         Path | None,
-        typer.Option(help="Folder with predictors.safetensors; exact decoding without it."),
+        typer.Option(help="Folder with predictors.safetensors.", show_default="exact decoding"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads; torch's own number unless given.")
+        int | None, typer.Option(help="Number of threads.", show_default="torch's own")
     ] = None,
     dense: Annotated[
-        bool, typer.Option("--dense", help="Decode without the kernels, to compare.")
+        bool, typer.Option("--dense", help="Decode without the kernels, for comparison.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continues a prompt, reading only the weights of neurons that fire; then says how fast and how much was read.
+    """Continues a prompt, reading only the weights of neurons that fire; then prints the speed and the bytes read.
 
     Example: sparsify generate my-sparse-model "def read_json(path):"
     """
@@ -87,7 +85,7 @@ def _summary(result: Generated) -> str:
     ]
     if result.kept_bytes:
         lines.append(
-            f"feed-forward weights in blocks of {result.weights}: {result.kept_bytes / MEGA:,.1f} MB beside the stored ones"
+            f"feed-forward weights in blocks of {result.weights}: {result.kept_bytes / MEGA:,.1f} MB in addition to the stored ones"
         )
     if result.touched_share is not None and result.fired_share is not None:
         lines.append(

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. `sparsify` alone and every verb with --help teach by example."""
+"""The command line: parse, call, print."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Turn dense SwiGLU language models into activation-sparse ones: convert, continue pretraining, measure, export."
-    "\n\n[bold]sparsify train quickstart[/bold] shows the whole way in five minutes on a laptop.",
+    "\n\n[bold]sparsify train quickstart[/bold] runs all steps in five minutes on a laptop.",
 )
 recipes_app = typer.Typer(
     no_args_is_help=True, help="The catalogue: list, show, copy, validate recipes."
@@ -46,7 +46,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Entry point: exit code 0 done, 2 the user's mistake, 1 a defect of ours, 130 interrupted after a clean save."""
-    # Bars of libraries would break our own; ranks inherit this.
+    # Progress bars of libraries would break ours; ranks inherit this.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -74,7 +74,7 @@ def main() -> None:
 
 @recipes_app.command("list")
 def recipes_list(as_json: AsJson = False) -> None:
-    """Lists the recipes with what each is for.
+    """Lists the recipes with a summary of each.
 
     Example: sparsify recipes list
     """
@@ -102,7 +102,7 @@ def recipes_show(recipe: str, overrides: Overrides = None) -> None:
 
 @recipes_app.command("copy")
 def recipes_copy(recipe: str, to: Path) -> None:
-    """Copies a recipe, to make it your own.
+    """Copies a recipe, to change the copy.
 
     Example: sparsify recipes copy quickstart my_recipe.yaml
     """
@@ -114,7 +114,7 @@ def recipes_copy(recipe: str, to: Path) -> None:
 
 @recipes_app.command("validate")
 def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None) -> None:
-    """Composes and checks recipes; all shipped ones unless some are given.
+    """Composes and checks recipes; without names, all shipped ones.
 
     Example: sparsify recipes validate my_recipe.yaml
     """
@@ -134,27 +134,28 @@ def plan(
     hardware: Annotated[
         str | None,
         typer.Option(
-            help="COUNTxGPU, one process each, such as 8xh100-80gb or 64xa800-80gb; else engine.planned_gpu or this machine."
+            help="Devices as COUNTxGPU, with one process each: 8xh100-80gb, for example.",
+            show_default="engine.planned_gpu, or this machine",
         ),
     ] = None,
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Measured throughput of all processes together.")
     ] = None,
     gpu_hour_price: Annotated[
-        float | None, typer.Option(help="US dollars for one device and hour.")
+        float | None, typer.Option(help="Price of one device, in US dollars per hour.")
     ] = None,
     host_memory_gb: Annotated[
-        float | None, typer.Option(help="Memory of one node, for what is offloaded.")
+        float | None, typer.Option(help="Host memory of one node in GB, for offloading.")
     ] = None,
     chart: Annotated[
         Path | None,
-        typer.Option("--chart", help="Draw the shares over the run into this .png or .svg file."),
+        typer.Option("--chart", help="Path of a chart (.png or .svg) of the shares over the run."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Says what a recipe needs before it costs anything: memory by part, steps, epochs, disk, time, price, and whether it fits.
+    """Estimates what a recipe needs: memory by part, steps, epochs, disk, time, price, and whether it fits the hardware.
 
-    Ends with 2 where it cannot work. Memory is reckoned, time and price are assumptions that options replace.
+    Exits with 2 if the recipe does not fit. Memory is computed; time and price are estimates that options override.
 
     Example: sparsify plan turbosparse_mistral_7b engine=auto --hardware 8xh100-80gb --gpu-hour-price 2.2
     """
@@ -181,43 +182,46 @@ def convert(
     activation: Annotated[
         str | None,
         typer.Option(
-            help=f"Activation to convert to: {alternatives(activation_names())}; drelu unless given, with a mask the "
-            "model's own."
+            help=f"Activation to convert to: {alternatives(activation_names())}.",
+            show_default="drelu; with a mask, the model's own",
         ),
     ] = None,
     gate_threshold: Annotated[
         float | None,
         typer.Option(
             help="Gate threshold of an activation that has one: "
-            f"{alternatives(activation_names(lambda row: row.has_gate_threshold))}; the published one unless given."
+            f"{alternatives(activation_names(lambda row: row.has_gate_threshold))}.",
+            show_default="the published one",
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="How the model becomes sparse before any training: a name of docs/methods.md. With --calibrate-on alone, "
-            "calibrated_replacement."
+            help="Method that makes the model sparse without training: a name of docs/methods.md.",
+            show_default="with --calibrate-on, calibrated_replacement",
         ),
     ] = None,
     method_settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Setting of the method as KEY=VALUE; may be given again."),
+        typer.Option("--set", help="Setting of the method as KEY=VALUE; repeatable."),
     ] = None,
     refit: Annotated[
         bool | None,
         typer.Option(
             "--refit/--no-refit",
-            help="Follow a mask by the reconstruction of the output matrix; the method decides unless given.",
+            help="Reconstruct the output matrix under the mask.",
+            show_default="the method's own choice",
         ),
     ] = None,
     calibrate_on: Annotated[
         str | None,
         typer.Option(
-            help="Text or mixture that the method calibrates on; quickstart with --method alone."
+            help="Text or mixture to calibrate on.",
+            show_default="with --method, quickstart",
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of it; 131,072 unless given.")
+        int | None, typer.Option(help="Calibration tokens.", show_default="131,072")
     ] = None,
     target_zeros: Annotated[
         float | None,
@@ -228,7 +232,9 @@ def convert(
     on: Annotated[
         str | None,
         typer.Option(
-            "--on", help="Text or mixture to measure a bare replacement on; else quickstart."
+            "--on",
+            help="Text or mixture to measure a conversion without calibration on.",
+            show_default="quickstart",
         ),
     ] = None,
     tokens: Annotated[
@@ -236,7 +242,7 @@ def convert(
     ] = 8192,
     as_json: AsJson = False,
 ) -> None:
-    """Writes a dense checkpoint as a sparse-activated one, and says what the activation replacement did to its loss.
+    """Converts a dense checkpoint to a sparse-activated one, and reports the change of its loss.
 
     Example: sparsify convert mistralai/Mistral-7B-v0.1 --calibrate-on my_text.jsonl.gz --to mistral-drelu
     """
@@ -255,13 +261,13 @@ def convert(
     )
     chosen, settings, calibrate_on = verb.conversion_settings(model, options)
     if calibrate_on is None:
-        swap = verb.convert_model(model, chosen, to, on or "quickstart", tokens)
+        result = verb.convert_model(model, chosen, to, on or "quickstart", tokens)
     else:
-        swap = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens)
+        result = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens)
     if as_json:
-        console.print_json(json.dumps(verb.replacement_record(swap)))
+        console.print_json(json.dumps(verb.replacement_record(result)))
     else:
-        console.print(verb.replacement_table(swap))
+        console.print(verb.replacement_table(result))
 
 
 @app.command()
@@ -269,11 +275,11 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file")],
     overrides: Overrides = None,
     multirun: Annotated[
-        bool, typer.Option("-m", help="One run for each combination of key=a,b values.")
+        bool, typer.Option("-m", help="Train one run for each combination of key=a,b values.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Runs a recipe to its end: conversion, training, its dense baseline, report, export. Goes on where it stopped.
+    """Runs a recipe: conversion, training, its dense baseline, report, export. The same command resumes an interrupted run.
 
     Example: sparsify train quickstart mixture.instruction_token_share=0.3
     """
@@ -296,22 +302,26 @@ def report(
         str, typer.Argument(help="Model folder, Hub id, run folder or checkpoint")
     ],
     on: Annotated[
-        str | None, typer.Option("--on", help="Text file (plain, jsonl, gz) or mixture.")
+        str | None,
+        typer.Option("--on", help="Text file (plain, jsonl, gz) or mixture to measure on."),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 32_768,
     curve_tokens: Annotated[
         int,
-        typer.Option(help="Of these, tokens for CETT, perplexity and top-k curves; 0: no curves."),
+        typer.Option(help="Number of these for CETT, perplexity and top-k curves; 0: no curves."),
     ] = 2_048,
     against: Annotated[
-        str | None, typer.Option("--against", help="Another model or run to set beside it.")
+        str | None, typer.Option("--against", help="Another model or run to compare with.")
     ] = None,
-    to: Annotated[Path | None, typer.Option("--to", help="Folder of the report.")] = None,
+    to: Annotated[
+        Path | None,
+        typer.Option("--to", help="Folder to write.", show_default="RUN/report or reports/NAME"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measures where a model is sparse, and how sparse it could be: zeros, CETT, unions, active parameters. HTML, PNG, CSV, JSON.
+    """Measures a model's sparsity and its potential: zeros, CETT, unions, active parameters. Writes HTML, PNG, CSV, JSON.
 
-    Works on any Mistral, Mixtral or Llama folder, before any conversion too.
+    Works on any Mistral, Mixtral or Llama model, converted or not.
 
     Example: sparsify report runs/quickstart --on my_text.txt.gz
     """
@@ -333,18 +343,19 @@ def compare(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Run folders, where one alone is compared with its baseline; or folders of `sparsify evaluate`."
+            help="Run folders (a single one is compared with its baseline), or folders of `sparsify evaluate`."
         ),
     ],
     to: Annotated[
         Path | None,
-        typer.Option("--to", help="Folder to write; comparisons/NAME unless given."),
+        typer.Option("--to", help="Folder to write.", show_default="comparisons/NAME"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Puts runs, or evaluations, side by side: loss by source or paired scores by task, gap to the dense baseline, zeros.
+    """Compares runs, or evaluations: loss by source or paired scores by task, gap to the dense baseline, zeros.
 
-    Says which numbers may be compared, what lies within noise, and which gain has no baseline. HTML, PNG, CSV, JSON.
+    Notes which numbers are not comparable, which differences are noise, and which gains lack a baseline. Writes HTML, PNG,
+    CSV, JSON.
 
     Example: sparsify compare runs/quickstart runs/quickstart,activation=reglu
     """
@@ -357,12 +368,12 @@ def compare(
 @app.command()
 def reproduce(
     bundle: Annotated[Path, typer.Argument(help="Folder that `sparsify export` wrote")],
-    run: Annotated[bool, typer.Option("--run", help="Run it, and compare.")] = False,
+    run: Annotated[bool, typer.Option("--run", help="Run the command, and compare.")] = False,
     to: Annotated[
-        Path | None, typer.Option("--to", help="Run folder; reproductions/NAME unless given.")
+        Path | None, typer.Option("--to", help="Run folder.", show_default="reproductions/NAME")
     ] = None,
 ) -> None:
-    """Prints the command that makes a bundle again, from the recipe that it carries; --run runs it and compares data and loss.
+    """Prints the command that reproduces a bundle from its recipe; --run runs it and compares data and loss.
 
     Example: sparsify reproduce my-sparse-model
     """

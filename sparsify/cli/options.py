@@ -1,4 +1,4 @@
-"""What the modules of the command line share: where they print, and options that several verbs have."""
+"""Output and options shared by the commands."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def print_line(line: str) -> None:
-    """Prints a line of a command's result as it is."""
     console.print(line, markup=False)
 
 
 def log_progress(*, quiet: bool = False) -> None:
-    """Prints what the command does as lines; with `quiet` only warnings, on standard error: standard output holds JSON."""
+    """Prints progress as lines; with `quiet` only warnings, on standard error, since standard output holds JSON."""
     if quiet:
         print_log_lines(logging.WARNING, to=error_console)
     else:
@@ -35,10 +34,10 @@ def log_progress(*, quiet: bool = False) -> None:
 
 
 def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
-    """The numbers between commas that an option was given; none if it is empty.
+    """Parses an option's comma-separated numbers; an empty list if there are none.
 
     Raises:
-        RecipeError: If one of them is none.
+        RecipeError: If one of them is not a number.
     """
     if not text.strip():
         return []
@@ -46,5 +45,5 @@ def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise RecipeError(
-            f"{option} is {text!r}.", allowed="Numbers with commas between, such as 1,2,4."
+            f"{option} is {text!r}.", allowed="Comma-separated numbers, such as 1,2,4."
         ) from error

@@ -1,4 +1,4 @@
-"""`sparsify convert`: a dense checkpoint as a sparse-activated one, and what the activation replacement did to its loss."""
+"""`sparsify convert`: converts a dense checkpoint to a sparse-activated one, and measures the change of its loss."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from sparsify.reporting.tables import Table
 from sparsify.sparsity.report import measure
 
 CALIBRATION_TOKENS = 131_072
-"""Of `sparsify convert --calibrate-on`, unless given."""
+"""Default of --calibration-tokens."""
 CALIBRATE_ON = "quickstart"
-"""What `sparsify convert --method` calibrates on, unless given."""
+"""Default of --calibrate-on with --method."""
 
 
 @dataclass(frozen=True)
-class Swap:
-    """What a conversion wrote, and what it did to the loss."""
+class Conversion:
+    """A conversion, and the loss at each of its stages."""
 
     converted: Converted
     text: str
@@ -63,12 +63,12 @@ class Swap:
 
 def convert_model(
     source: str, activation: ActivationSection, to: Path, on: str, num_tokens: int
-) -> Swap:
+) -> Conversion:
     """Converts a checkpoint and measures the activation replacement on a text.
 
     Args:
         source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
-        activation: The activation to give it.
+        activation: The activation to convert to.
         to: Folder to write.
         on: Text file, mixture name or mixture path.
         num_tokens: Tokens to measure on.
@@ -90,12 +90,12 @@ def convert_model(
         ("dense", config.base_ffn_activation, config.base_ffn_gate_threshold),
         ("bare replacement", config.ffn_activation, config.ffn_gate_threshold),
     ):
-        swapped = load_sparse(to, name, gate_threshold=threshold)
+        model_of_stage = load_sparse(to, name, gate_threshold=threshold)
         batches = (collate([sequence]) for sequence in sequences)
-        report, _ = measure(swapped, batches, name=str(to), text=text)
+        report, _ = measure(model_of_stage, batches, name=str(to), text=text)
         stages.append(Stage(stage, {text: report.loss}, report.loss, report.product_zeros))
         measured_tokens = report.num_tokens
-    return Swap(converted, text, measured_tokens, stages, None)
+    return Conversion(converted, text, measured_tokens, stages, None)
 
 
 def convert_model_calibrated(
@@ -105,13 +105,13 @@ def convert_model_calibrated(
     to: Path,
     calibrate_on: str,
     num_tokens: int,
-) -> Swap:
+) -> Conversion:
     """Converts a checkpoint with a method, the calibrated replacement or another, and measures each stage.
 
     Args:
         source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
-        activation: The activation to give it.
-        settings: How to calibrate.
+        activation: The activation to convert to.
+        settings: The method and its calibration.
         to: Folder to write.
         calibrate_on: Text file, mixture name or mixture path.
         num_tokens: Tokens to measure on: of a text those after the calibration tokens, of a mixture held-out ones.
@@ -146,15 +146,17 @@ def convert_model_calibrated(
     )
     stages = calibration.stages if calibration else []
     measured_tokens = sum(len(sequence.input_ids) for sequence in measured)
-    return Swap(converted, f"held out of {calibrate_on}", measured_tokens, stages, calibration)
+    return Conversion(
+        converted, f"held out of {calibrate_on}", measured_tokens, stages, calibration
+    )
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """The options of `sparsify convert` that decide what becomes of the model.
+    """The options of `sparsify convert` that decide how the model is converted.
 
     Attributes:
-        activation: `--activation`; None for the model's own where a mask is fitted, else drelu.
+        activation: `--activation`; None for the model's own if a mask is fitted, and drelu otherwise.
         gate_threshold: `--gate-threshold`.
         method: `--method`; None for the calibrated replacement, or for the bare one without `calibrate_on`.
         method_settings: `--set`, each KEY=VALUE.
@@ -182,8 +184,8 @@ def conversion_settings(
     """The command's options as settings, and what to calibrate on; None for a bare replacement.
 
     Raises:
-        ModelError: If the checkpoint must be read and cannot be.
-        RecipeError: If an option would be ignored, or the method or its settings cannot be.
+        ModelError: If the checkpoint must be read but is not readable.
+        RecipeError: If an option would be ignored, or the method or its settings are not valid.
     """
     if options.calibrate_on is None and options.method is None:
         for name, value in (
@@ -195,14 +197,14 @@ def conversion_settings(
             if value is not None:
                 raise RecipeError(
                     f"--{name} {value} would be ignored: nothing is calibrated.",
-                    next_step="Give --calibrate-on or --method too, or leave it out.",
+                    next_step="Give --calibrate-on or --method too, or omit it.",
                 )
         activation = ActivationSection(options.activation or "drelu", options.gate_threshold)
         return activation, ConversionSection(), None
     if options.on is not None:
         raise RecipeError(
             f"--on {options.on} would be ignored: a calibrated replacement is measured on text held out of --calibrate-on.",
-            next_step="Leave it out.",
+            next_step="Omit it.",
         )
     tokens = options.calibration_tokens
     settings = ConversionSection(
@@ -248,39 +250,40 @@ def _cache() -> Path:
     return Path(CACHE_DIR).expanduser()
 
 
-def replacement_record(swap: Swap) -> dict[str, Any]:
-    """A conversion as JSON."""
+def replacement_record(conversion: Conversion) -> dict[str, Any]:
     return {
-        "folder": str(swap.converted.folder),
-        "ffn_activation": swap.converted.config.ffn_activation,
-        "sparsification": swap.converted.config.sparsification,
-        "text": swap.text,
-        "num_tokens": swap.num_tokens,
-        "stages": [asdict(stage) for stage in swap.stages],
-        "calibration_tokens": swap.calibration.num_tokens if swap.calibration else 0,
-        "layers": swap.calibration.layers if swap.calibration else [],
+        "folder": str(conversion.converted.folder),
+        "ffn_activation": conversion.converted.config.ffn_activation,
+        "sparsification": conversion.converted.config.sparsification,
+        "text": conversion.text,
+        "num_tokens": conversion.num_tokens,
+        "stages": [asdict(stage) for stage in conversion.stages],
+        "calibration_tokens": conversion.calibration.num_tokens if conversion.calibration else 0,
+        "layers": conversion.calibration.layers if conversion.calibration else [],
     }
 
 
-def replacement_table(swap: Swap) -> RenderableType:
-    """A conversion as tables: the stages, and of a calibrated one what each layer gained."""
-    config = swap.converted.config
+def replacement_table(conversion: Conversion) -> RenderableType:
+    """A conversion as tables: its stages, and the errors of each calibrated layer."""
+    config = conversion.converted.config
     table = Table(
-        f"{swap.converted.folder}, {config.base_ffn_activation} to {config.ffn_activation}, "
-        f"on {swap.num_tokens:,} tokens: {swap.text}",
+        f"{conversion.converted.folder}, {config.base_ffn_activation} to {config.ffn_activation}, "
+        f"on {conversion.num_tokens:,} tokens: {conversion.text}",
         ["stage", "loss", "exact zeros"],
     )
-    for stage in swap.stages:
+    for stage in conversion.stages:
         table.add(stage.name, f"{stage.loss:.3f}", share(stage.zeros))
-    layers = [_calibrated_layers(swap.calibration)] if swap.calibration else []
-    following = f"Next: [cyan]sparsify train RECIPE model.source={swap.converted.folder}[/cyan]"
+    layers = [_calibrated_layers(conversion.calibration)] if conversion.calibration else []
+    following = (
+        f"Next: [cyan]sparsify train RECIPE model.source={conversion.converted.folder}[/cyan]"
+    )
     return Group("", table, *layers, following)
 
 
 def _calibrated_layers(calibration: Calibration) -> RenderableType:
     table = Table(
-        f"Relative error of the feed-forward answers on held-out calibration tokens ({calibration.num_tokens:,} in all)",
-        ["layer", "activation alone", "before the refit", "after it", "signs turned", ""],
+        f"Relative error of the feed-forward outputs on held-out calibration tokens ({calibration.num_tokens:,} in total)",
+        ["layer", "activation alone", "before the refit", "after the refit", "sign flips", ""],
     )
     for layer in calibration.layers:
         for number, expert in enumerate(layer["experts"]):

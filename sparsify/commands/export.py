@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 FORMATS = ("hf", "powerinfer", "powerinfer_hf")
 STATISTICS_TOKENS = 16_384
-"""Tokens on which firing neurons are counted unless the user says otherwise."""
+"""Default number of tokens on which firing neurons are counted."""
 
 
 @dataclass(frozen=True)
 class PowerInferOptions:
-    """What only the PowerInfer formats take; None where the user gave nothing."""
+    """Options of the PowerInfer formats; None if not given."""
 
     predictors: Path | None = None
     ffn_type: str | None = None
@@ -46,9 +46,9 @@ def check_options(layout: str, options: PowerInferOptions, bundle_options: Seque
     """Refuses an unknown format, and options that it would ignore.
 
     Args:
-        layout: What --format says.
-        options: Of the PowerInfer formats.
-        bundle_options: Names of the options that were given and only the Hugging Face bundle takes.
+        layout: Value of --format.
+        options: Options of the PowerInfer formats.
+        bundle_options: Names of the given options that only the Hugging Face bundle takes.
 
     Raises:
         RecipeError: If the format is unknown.
@@ -66,7 +66,7 @@ def check_options(layout: str, options: PowerInferOptions, bundle_options: Seque
     if given:
         raise ExportError(
             f"--format {layout} does not take {', '.join(given)}.",
-            next_step="Leave it out, or choose another --format.",
+            next_step="Omit it, or choose another --format.",
         )
 
 
@@ -81,7 +81,7 @@ def to_bundle(
     *,
     checked: bool,
 ) -> Bundle:
-    """Writes the Hugging Face bundle of a run, with the defaults where nothing is given."""
+    """Writes the Hugging Face bundle of a run; None takes the default."""
     given = {"dtype": dtype, "predictors": predictors, "license": license, "shard_gb": shard_gb}
     settings = BundleSettings(
         **{name: value for name, value in given.items() if value is not None},
@@ -101,7 +101,7 @@ def to_powerinfer(model_or_run: str, to: Path, layout: str, options: PowerInferO
         options: Its options.
 
     Raises:
-        ExportError: If the engine cannot hold it.
+        ExportError: If the format does not support the model.
     """
     ffn_type = options.ffn_type or FFN_TYPES[0]
     check_choice("--ffn-type", ffn_type, FFN_TYPES)
@@ -110,7 +110,7 @@ def to_powerinfer(model_or_run: str, to: Path, layout: str, options: PowerInferO
     num_tokens = STATISTICS_TOKENS if options.tokens is None else options.tokens
     if num_tokens < 1 or (options.vram_gb is not None and options.vram_gb < 0):
         raise ExportError(
-            f"Firing neurons cannot be counted on {num_tokens} tokens for {options.vram_gb} GB.",
+            f"Invalid --tokens {num_tokens} or --vram-gb {options.vram_gb}.",
             allowed="--tokens 1 or more, --vram-gb 0 or more.",
         )
     loaded = load(model_or_run)
@@ -133,6 +133,5 @@ def to_powerinfer(model_or_run: str, to: Path, layout: str, options: PowerInferO
 
 
 def _predictors_folder(given: Path) -> Path:
-    """Where a run, one of its checkpoints or a bundle keeps its predictors."""
     run = given.parent.parent if given.parent.name == "checkpoints" else given
     return run / "predictors"

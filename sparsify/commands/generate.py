@@ -1,4 +1,4 @@
-"""`sparsify generate`: continues a prompt by sparse decoding, and says what that read."""
+"""`sparsify generate`: continues a prompt by sparse decoding, and measures the bytes read."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Generated:
 
     Attributes:
         weights: How decoding read the feed-forward weights: stored, int8 or int4.
-        kept_bytes: Memory that int8 or int4 blocks took beside the stored weights.
+        kept_bytes: Memory of int8 or int4 blocks, in addition to the stored weights.
         fired_share: Share of the neurons whose product was kept for a token, over all layers; None if dense.
         touched_share: Share of the rows of the three projections that were read; None if dense.
-        ffn_bytes_per_token: Read of the feed-forward blocks, predictors included.
-        other_bytes_per_token: Of the weights outside them; the cache and the input embedding are not counted.
-        dense_ffn_bytes_per_token: What the dense blocks would read.
+        ffn_bytes_per_token: Bytes read of the feed-forward weights, predictors included.
+        other_bytes_per_token: Bytes of the other weights; the cache and the input embedding are not counted.
+        dense_ffn_bytes_per_token: Bytes that the dense feed-forward blocks read.
     """
 
     model: str
@@ -69,12 +69,12 @@ def generate(
     Args:
         model_or_run: Bundle, model folder, Hub id, run folder or checkpoint.
         prompt: Text to continue.
-        num_tokens: Most tokens to add.
+        num_tokens: Maximum number of new tokens.
         temperature: Sampling temperature; 0 takes the most likely token.
-        seed: Of sampling.
+        seed: Random seed for sampling.
         weights: How to read the feed-forward weights: stored, int8 or int4.
-        predictors: Folder of predictors; exact without it.
-        threads: Of torch and of the kernels; torch's own number unless given.
+        predictors: Folder of predictors; None for exact decoding.
+        threads: Threads of torch and of the kernels; None for torch's own number.
         dense: Decode without the kernels.
         write: Called with each piece of the text as it comes.
 
@@ -125,11 +125,13 @@ def generate(
 
 
 def _check(num_tokens: int, temperature: float, threads: int | None) -> None:
-    if num_tokens < 1 or temperature < 0 or (threads is not None and threads < 1):
-        raise RunError(
-            f"--tokens {num_tokens}, --temperature {temperature}, --threads {threads} cannot be.",
-            allowed="1 token or more, a temperature of 0 or more, 1 thread or more.",
-        )
+    for option, value, least in (
+        ("--tokens", num_tokens, 1),
+        ("--temperature", temperature, 0),
+        ("--threads", threads, 1),
+    ):
+        if value is not None and value < least:
+            raise RunError(f"{option} is {value}.", allowed=f"{least} or more.")
 
 
 def _check_dense(dense: bool, weights: str, predictors: Path | None) -> None:
@@ -140,12 +142,11 @@ def _check_dense(dense: bool, weights: str, predictors: Path | None) -> None:
     if dense and unused:
         raise RunError(
             f"--dense reads everything as it is stored, so {' and '.join(unused)} would change nothing.",
-            next_step="Leave --dense out, or the others.",
+            next_step="Omit --dense, or the others.",
         )
 
 
 def _reads(acceleration: Acceleration | None, size: ModelBytes) -> dict[str, Any]:
-    """The byte counts of `Generated`."""
     given = {
         "other_bytes_per_token": size.other,
         "dense_ffn_bytes_per_token": size.ffn_per_token,
@@ -167,7 +168,7 @@ def _reads(acceleration: Acceleration | None, size: ModelBytes) -> dict[str, Any
 
 
 class _Streamer(TextStreamer):
-    """Hands text on as it comes, and takes the time of the first and the last token."""
+    """Passes text on as it arrives, and records the time of the first and the last token."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, acceleration: Acceleration | None, write: Write

@@ -1,4 +1,4 @@
-"""`sparsify mixture`: mixtures by name, looked at with a tokenizer before any training."""
+"""`sparsify mixture`: previews and statistics of mixtures before training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sparsify.reporting.tables import Table
 logger = logging.getLogger(__name__)
 
 LEAST_SEQUENCES = 64
-"""Sequences are only packed as in training among enough of their like."""
+"""Fewer sequences would be packed less densely than in training."""
 
 
 def preview(
@@ -46,7 +46,7 @@ def preview(
         sequence_length: Length of a sequence.
     """
     mixture, tokenizer = _named(name_or_path, tokenizer_from)
-    # Each source as if it were all of the budget: a rare one is to be seen as well.
+    # Each source gets the whole budget, so that a rare one is shown too.
     sources = open_mixture(
         mixture,
         tokenizer,
@@ -70,7 +70,7 @@ def preview(
 def stats(
     name_or_path: str, tokenizer_from: str, budget_tokens: int, sequence_length: int
 ) -> MixtureStats:
-    """Sizes of a mixture as far as a budget reads it.
+    """Sizes of the part of a mixture that a budget reads.
 
     Args:
         name_or_path: Mixture name or path of a YAML file.
@@ -97,7 +97,7 @@ def ingest_progress() -> Callable[[str, int, int], None]:
         tenth = 10 * tokens // max(needed_tokens, 1)
         if tenth > last.get(source, 0):
             last[source] = tenth
-            # The last batch of documents is read whole, however long they are.
+            # The last batch of documents is read completely, past the need.
             of_need = f" of {needed_tokens:,}" if tokens < needed_tokens else ""
             logger.info(f"Tokenising {source}: {tokens:,}{of_need} tokens")
 

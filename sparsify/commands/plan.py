@@ -1,4 +1,4 @@
-"""`sparsify plan`: a recipe's needs on given hardware, before anything is paid for."""
+"""`sparsify plan`: a recipe's needs on given hardware."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ALL_TOKENS = 2**62
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the user says instead of the hardware table.
+    """Values that override the hardware table.
 
     Attributes:
         hardware: COUNTxGPU; every device gets one process.
@@ -47,14 +47,16 @@ def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Pla
     Args:
         name_or_path: Recipe name or path.
         overrides: Hydra overrides.
-        given: What to assume.
+        given: Values that override the hardware table.
 
     Raises:
         UserError: If the recipe is wrong, or `engine=auto` finds nothing that fits.
     """
     _check(given)
     hardware = _named(given.hardware, given) if given.hardware else None
-    recipe = compose_recipe(name_or_path, [*overrides, *(_launch_on(hardware) if hardware else [])])
+    recipe = compose_recipe(
+        name_or_path, [*overrides, *(_alone(hardware.devices) if hardware else [])]
+    )
     if recipe.launch.hostfile is not None:
         place = _alone(sum(read_hostfile(recipe.launch.hostfile).values()))
         recipe = compose_recipe(name_or_path, [*overrides, *place])
@@ -72,7 +74,7 @@ def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Pla
 
 
 def hardware_of(recipe: Recipe, given: Assumptions) -> Hardware:
-    """What a recipe is planned for where the command does not say: `engine.planned_gpu`, or else this machine."""
+    """Default hardware of a plan: `engine.planned_gpu`, or this machine."""
     if recipe.engine.planned_gpu is not None:
         return _named(f"{recipe.launch.total_processes}x{recipe.engine.planned_gpu}", given)
     here = this_machine(recipe.launch.processes, recipe.launch.nodes, given.gpu_hour_price)
@@ -97,7 +99,7 @@ def refuse_unfit(plan: Plan) -> None:
 
 
 def known_tokens(recipe: Recipe) -> dict[str, int]:
-    """Training tokens of the sources that the cache holds to their end. Reads no text and asks no network."""
+    """Training tokens of the sources that are completely cached. Reads no text and uses no network."""
     tokenizer = _tokenizer_here(recipe)
     if tokenizer is None:
         return {}
@@ -114,7 +116,7 @@ def known_tokens(recipe: Recipe) -> dict[str, int]:
         try:
             source = ingest.open()
         except UserError:
-            continue  # `train` and `mixture stats` say what is wrong with a source; a plan goes without
+            continue  # `train` and `mixture stats` report errors of a source; a plan does without it
         if source.cache.complete:
             known[name] = source.num_train_tokens
     return known
@@ -135,12 +137,8 @@ def _named(name: str, given: Assumptions) -> Hardware:
     return named_hardware(name, host_bytes=host_bytes, gpu_hour_price=given.gpu_hour_price)
 
 
-def _launch_on(hardware: Hardware) -> list[str]:
-    """Overrides that give every device one process. A plan asks nothing of a network, so nodes need not meet."""
-    return _alone(hardware.devices)
-
-
 def _alone(processes: int) -> list[str]:
+    # A plan uses no network, so the nodes need no rendezvous.
     alone = (
         "launch.nodes=1",
         "launch.node_rank=0",

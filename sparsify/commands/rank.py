@@ -13,6 +13,6 @@ if __name__ == "__main__":
     code = run_child(lambda: main(sys.argv[1], suite_worker))
     sys.stdout.flush()
     sys.stderr.flush()
-    # Everything is on disk and said. An ordinary exit would tear down gloo's threads in an order that C++ does not
-    # fix, and now and then end a finished rank with SIGABRT.
+    # Everything is written and flushed. An ordinary exit tears down gloo's threads in an undefined order, which
+    # sometimes ends a finished rank with SIGABRT.
     os._exit(code)

@@ -44,9 +44,9 @@ def make_report(
 
     Args:
         model_or_run: Model folder, Hub id, run folder or checkpoint.
-        on: Text file, mixture name or mixture path; a run's own mixture, else the quickstart's, unless given.
+        on: Text file, mixture name or mixture path; None for the run's own mixture, or the quickstart's.
         num_tokens: Tokens to measure on.
-        to: Folder of the report; RUN/report or reports/NAME unless given.
+        to: Folder of the report; None for RUN/report or reports/NAME.
         curve_tokens: Of the tokens, how many to measure curves on; 0 for no curves.
         against: Another model, run or checkpoint, to measure on the same sequences.
 
@@ -105,7 +105,7 @@ def _measure(
         chosen = spread(sequences, curve_tokens)
         curve_sequences = sum(len(sequence.input_ids) for sequence in chosen)
         logger.info(
-            f"Curves on {curve_sequences:,} of them, about 35 passes; --curve-tokens 0 leaves them out"
+            f"Curves on {curve_sequences:,} of them, about 35 passes; --curve-tokens 0 skips them"
         )
         batches = (collate([sequence]) for sequence in chosen)
         report.curves = measure_curves(loaded.model, batches, summed_loss)
@@ -127,7 +127,7 @@ def _difference(ours: list[Score], theirs: list[Score]) -> PairedDifference | No
 
 
 def blend_note(loaded: Loaded) -> str:
-    """What to say of a checkpoint whose activation was still fading in when it was saved."""
+    """A note on a checkpoint that was saved during the blending of its activation; empty for others."""
     if loaded.trained is None:
         return ""
     recipe = loaded.trained.run.load_recipe()
@@ -143,13 +143,13 @@ def blend_note(loaded: Loaded) -> str:
 def _check_tokens(num_tokens: int, curve_tokens: int) -> None:
     if num_tokens < 1 or curve_tokens < 0:
         raise RunError(
-            f"A report on {num_tokens} tokens with curves on {curve_tokens} of them cannot be made.",
+            f"Invalid --tokens {num_tokens} or --curve-tokens {curve_tokens}.",
             allowed="--tokens 1 or more, --curve-tokens 0 or more.",
         )
 
 
 def spread(sequences: list[PackedSequence], num_tokens: int) -> list[PackedSequence]:
-    """Sequences of about that many tokens, evenly from all of them, so that every part of the text is in it."""
+    """Evenly spaced sequences of about that many tokens in total, so that every part of the text is represented."""
     total = sum(len(sequence.input_ids) for sequence in sequences)
     wanted = min(len(sequences), max(1, round(len(sequences) * num_tokens / max(total, 1))))
     chosen = [sequences[index * len(sequences) // wanted] for index in range(wanted)]
@@ -163,7 +163,7 @@ def held_out_sequences(
 
     Args:
         loaded: The model, and its run if it has one.
-        on: Text file, mixture name or mixture path; a run's own mixture, else the quickstart's, unless given.
+        on: Text file, mixture name or mixture path; None for the run's own mixture, or the quickstart's.
         num_tokens: Tokens wanted; fewer come if there are fewer.
         sequence_length: Length of a sequence; the run's, or 512, unless given.
     """

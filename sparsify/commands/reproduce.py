@@ -1,4 +1,4 @@
-"""`sparsify reproduce`: the command that makes a bundle again, from what the bundle recorded."""
+"""`sparsify reproduce`: the command that reproduces a bundle, from the recipe in it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ WATCHED = ("torch", "transformers", "deepspeed", "datasets")
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How a bundle is made again.
+    """How to reproduce a bundle.
 
     Attributes:
-        arguments: Of `sparsify`.
-        run_dir: Where the new run will be.
-        differences: What is different here from where it was made.
+        arguments: Arguments of `sparsify`.
+        run_dir: Folder of the new run.
+        differences: Differences between this environment and the recorded one.
     """
 
     arguments: list[str]
@@ -36,11 +36,11 @@ class Reproduction:
 
 
 def reproduction(bundle: Path, to: Path | None) -> Reproduction:
-    """Reads a bundle's recipe and says how it is run again.
+    """Plans the reproduction of a bundle from its recipe.
 
     Args:
         bundle: Folder that `export` wrote.
-        to: Run folder of the new run; reproductions/NAME unless given.
+        to: Folder of the new run; None for reproductions/NAME.
 
     Raises:
         ExportError: If the folder is not a bundle.
@@ -62,7 +62,6 @@ def reproduction(bundle: Path, to: Path | None) -> Reproduction:
 
 
 def _software(path: Path) -> list[str]:
-    """Versions that were recorded and are others here."""
     if not path.is_file():
         return []
     recorded = json.loads(path.read_text()).get("packages", {})
@@ -74,7 +73,7 @@ def _software(path: Path) -> list[str]:
 
 
 def reproduce(bundle: Path, plan: Reproduction) -> list[str]:
-    """Runs it, and says how the new run compares.
+    """Runs the reproduction, and compares the new run with the bundle.
 
     Args:
         bundle: The bundle.

@@ -60,9 +60,9 @@ def train_run(recipe: Recipe, run: RunFolder, nodes: Nodes | None = None) -> boo
     """Trains one variant. Returns whether there was anything left to train.
 
     Args:
-        recipe: What to train.
-        run: Where.
-        nodes: This machine and the others, where there are others.
+        recipe: The recipe.
+        run: Its run folder.
+        nodes: Connections of this machine to the others; None for a single node.
 
     Raises:
         RunError: If another process is training it now, or it was begun with other settings.
@@ -73,7 +73,7 @@ def train_run(recipe: Recipe, run: RunFolder, nodes: Nodes | None = None) -> boo
             f"launch.nodes is {place.nodes}, launch.rendezvous {place.rendezvous}, "
             f"launch.hostfile {place.hostfile}.",
             allowed="Only `sparsify train` runs on several nodes.",
-            next_step="Leave these settings out.",
+            next_step="Omit these settings.",
         )
     with _only_one(run):
         return _train_alone(recipe, run, nodes)
@@ -145,11 +145,11 @@ def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None) -> bool:
 
 
 def _open_run(recipe: Recipe, run: RunFolder) -> None:
-    """Records what is to be run, or makes sure that it is what was begun."""
+    """Records the recipe, or checks it against the one that the run began with."""
     if run.mixture_lock.is_file():
         check_same(run.load_recipe(), recipe, run)
     elif run.initial.is_dir():
-        # Nothing was trained from it, and the recipe may be another now.
+        # Nothing was trained from it, and the recipe may have changed.
         for folder in (run.teacher, run.initial):
             if folder.is_dir():
                 shutil.rmtree(folder)
@@ -173,7 +173,6 @@ def check_same(before: Recipe, now: Recipe, run: RunFolder) -> None:
 
 
 def environment(recipe: Recipe) -> dict[str, Any]:
-    """The software and the machine, for the record."""
     packages = [*PACKAGES, *([LIGER] if recipe.training.liger_kernels else [])]
     return {
         "command": " ".join(["sparsify", *sys.argv[1:]]),
@@ -186,11 +185,11 @@ def environment(recipe: Recipe) -> dict[str, Any]:
 
 def _convert(recipe: Recipe, to: Path) -> Converted:
     dtype = torch.bfloat16 if recipe.training.precision == "bf16" else torch.float32
-    # Random weights are born in fp32, so that both precisions start from the same values.
-    born = torch.float32 if recipe.model.init == "random" else dtype
+    # Random weights are drawn in fp32, so that both precisions start from the same values.
+    initial_dtype = torch.float32 if recipe.model.init == "random" else dtype
     seed = recipe.training.seed
     if not recipe.conversion.calibration_tokens:
-        return convert(recipe.model, recipe.activation, to, seed=seed, dtype=born)
+        return convert(recipe.model, recipe.activation, to, seed=seed, dtype=initial_dtype)
 
     def sequences_for(
         tokenizer: Tokenizer, config: SparseConfig
@@ -214,7 +213,7 @@ def _convert(recipe: Recipe, to: Path) -> Converted:
         to,
         sequences_for,
         seed=seed,
-        dtype=born,
+        dtype=initial_dtype,
     )
     if calibration is not None:
         stages = ", ".join(f"{stage.name} {stage.loss:.3f}" for stage in calibration.stages)
@@ -270,7 +269,7 @@ def check_context(recipe: Recipe, context: int) -> None:
 
 
 def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest]) -> None:
-    """Fixes in the lock what this run reads, or makes sure that it is what the run began with."""
+    """Records the run's data in the lock, or checks them against the lock that the run began with."""
     lock = lock_of(recipe, open_sources(ingests))
     if run.mixture_lock.is_file():
         before = read_lock(run.mixture_lock)

@@ -14,7 +14,6 @@ from sparsify.training.suite_results import command_of
 
 
 def main(checkpoint: str) -> bool:
-    """Evaluates the checkpoint and writes the results."""
     exit_with_parent()
     print_log_lines()
     trained = find_trained(Path(checkpoint))

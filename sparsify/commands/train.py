@@ -1,7 +1,4 @@
-"""`sparsify train`: a recipe to its end. The run, its baseline, report and export; stages talk through the run folder.
-
-`engine=auto` of a run: resolved once, on the launcher, before recipe.yaml is written.
-"""
+"""`sparsify train`: the run of a recipe, its baseline, report and export, which communicate through the run folder."""
 
 from __future__ import annotations
 
@@ -53,7 +50,7 @@ TRAINING_SETTINGS = ("micro_batch_size", "gradient_checkpointing")
 
 
 def resolve_for_this_machine(recipe: Recipe) -> Recipe:
-    """Gives a recipe with `engine=auto` concrete numbers: those that its run began with, or else the cheapest that fit.
+    """Resolves `engine=auto`: to the settings that the run began with, or to the cheapest that fit.
 
     Args:
         recipe: A composed recipe; one with a concrete stage is returned as it is.
@@ -81,14 +78,14 @@ def resolve_for_this_machine(recipe: Recipe) -> Recipe:
 
 
 def _begun(recipe: Recipe) -> Recipe | None:
-    """What the run was begun with, where it has begun to train."""
+    """The recipe that the run began with, if it has begun to train."""
     run = RunFolder(Path(recipe.run_dir))
     return run.load_recipe() if run.mixture_lock.is_file() else None
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run, and what there is to show of it."""
+    """A finished run, with its report and samples."""
 
     given: str
     """Recipe name or path as the user gave it."""
@@ -98,11 +95,11 @@ class RunResult:
     samples: list[tuple[str, str]]
     """Prompt and its continuation by the exported checkpoint in a fresh process."""
     checked: str
-    """What the export's acceptance found, in words."""
+    """Result of the export's acceptance check."""
 
 
 def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
-    """Runs a recipe from where it was stopped to its end: the run, its baseline, report and export.
+    """Runs or resumes a recipe: the run, its baseline, report and export.
 
     Args:
         name_or_path: Recipe name or path.
@@ -112,7 +109,7 @@ def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
         None on any node but the first, which has the result.
 
     Raises:
-        UserError: Whatever is wrong with the recipe, the model, the data or the disk.
+        UserError: On an error of the recipe, the model, the data or the disk.
         sparsify.launch.launcher.Interrupted: After a clean save.
     """
     recipe = compose_recipe(name_or_path, overrides)
@@ -132,7 +129,7 @@ def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
         if recipe.baseline.ffn_activation is not None:
             logger.info(f"Baseline: {recipe.baseline.ffn_activation} on the same tokens")
             trained |= train_run(_baseline_recipe(recipe, run), run.baseline, nodes)
-    return _finish(name_or_path, recipe, run, anew=trained)
+    return _finish(name_or_path, recipe, run, trained=trained)
 
 
 def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
@@ -147,10 +144,10 @@ def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
     return baseline
 
 
-def _finish(given: str, recipe: Recipe, run: RunFolder, *, anew: bool) -> RunResult:
+def _finish(given: str, recipe: Recipe, run: RunFolder, *, trained: bool) -> RunResult:
     """Report and export of a trained run; reused when nothing was trained since."""
     samples_path = run.path / "samples.json"
-    if anew or not run.report.is_dir():
+    if trained or not run.report.is_dir():
         report, _ = make_report(
             str(run.path),
             None,
@@ -160,7 +157,7 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, *, anew: bool) -> RunRes
         )
     else:
         report = read_report(run.report)
-    if anew or not run.export.is_dir() or not samples_path.is_file():
+    if trained or not run.export.is_dir() or not samples_path.is_file():
         shutil.rmtree(run.export, ignore_errors=True)  # ours, of an earlier checkpoint of this run
         bundle = export(run.path, run.export, recipe.eval.sample_prompts, recipe.eval.sample_tokens)
         assert bundle.acceptance is not None
@@ -174,7 +171,7 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, *, anew: bool) -> RunRes
 
 
 def run_summary(result: RunResult) -> RenderableType:
-    """What a newcomer wants to know at the end of a run, and what to type next."""
+    """The summary of a run for the terminal, with the next commands."""
     recipe, run = result.recipe, result.run
     budget_tokens = recipe.num_steps * recipe.step_tokens
     losses = Table(
@@ -215,9 +212,9 @@ def _places(path: Path) -> RenderableType:
 
 
 def next_commands(given: str, path: Path) -> str:
-    """What to type after a run, given the recipe as the user named it and the run's folder."""
+    """The next commands after a run, given the recipe as the user named it and the run's folder."""
     ratio = f"sparsify train {given} mixture.instruction_token_share=0.3"
-    # `make quickstart` calls the command by its path, and the next one is typed by hand.
+    # `make quickstart` calls the command by its path; the next one is typed by the user.
     commands = {}
     if sys.prefix != sys.base_prefix and shutil.which("sparsify") is None:
         activate = Path(sys.prefix) / "bin" / "activate"
@@ -235,7 +232,6 @@ def next_commands(given: str, path: Path) -> str:
 
 
 def run_record(result: RunResult) -> dict[str, Any]:
-    """A finished run as JSON."""
     return {
         "run": str(result.run.path),
         "stages": [stage.model_dump() for stage in result.report.stages],
