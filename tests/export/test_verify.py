@@ -133,7 +133,8 @@ def test_an_unchecked_bundle_says_so_and_can_be_checked_later(run: Path, tmp_pat
     result = CliRunner().invoke(app, ["export", "write", str(run), "--to", str(to), "--unchecked"])
     assert result.exit_code == 0, result.output
     assert (
-        "Not checked. To check it, with memory for the whole model: sparsify export verify" in result.output
+        "Not checked. To check it, with memory for the whole model: sparsify export verify"
+        in result.output
     )
     card = (to / "README.md").read_text()
     assert "not checked at export" in " ".join(card.split())
