@@ -61,7 +61,7 @@ def upcycle(
 ) -> SparseMixtralForCausalLM:
     """Copies every feed-forward block into `num_experts` experts (sparse upcycling, arXiv 2212.05055).
 
-    The router's weights are drawn anew; since Mixtral's router weights sum to 1 over the chosen experts and the
+    The router's weights are drawn at random; since Mixtral's router weights sum to 1 over the chosen experts and the
     experts are equal, the function is that of the dense model to rounding until training sets them apart.
 
     Args:
@@ -99,7 +99,7 @@ def upcycle(
 
 
 TIED = "lm_head.weight"
-"""Left out on disk when the embedding is tied; some checkpoints store it all the same."""
+"""Not stored when the embedding is tied, though some checkpoints have it."""
 GGUF_MAGIC = b"GGUF"
 GGUF_PACKAGES = ("gguf", "accelerate")
 DERIVED = ".rotary_emb.inv_freq"
@@ -147,7 +147,7 @@ def convert(
         else:
             assert model.source is not None
             path = locate(model.source, model.revision)
-            write = _write_gguf if path.is_file() else _write_swapped
+            write = _write_gguf if path.is_file() else _write_replaced
             config = write(model, path, activation, partial)
             origin = model.source
         _check_tokenizer(model, config, partial, origin)
@@ -180,7 +180,7 @@ def _tokenizer_folder(model: ModelSection, default: Path) -> Path:
     return default if model.tokenizer is None else locate(model.tokenizer)
 
 
-def _write_swapped(
+def _write_replaced(
     model: ModelSection, path: Path, activation: ActivationSection, folder: Path
 ) -> SparseConfig:
     checkpoint = read_checkpoint(path)

@@ -56,7 +56,7 @@ def locate(source: str, revision: str | None = None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
         offline = os.environ.get("HF_HUB_OFFLINE") == "1"
         raise ModelError(
-            f"{source!r} is no folder here, and the Hub did not give a model of that name"
+            f"{source!r} is neither a local folder nor a model on the Hub"
             f"{' (HF_HUB_OFFLINE=1)' if offline else ''}: {str(error).splitlines()[0]}",
             next_step=NEXT_STEP,
         ) from error
@@ -81,11 +81,11 @@ def read_checkpoint(folder: Path) -> SourceCheckpoint:
     """Reads a checkpoint's configuration and the headers of its weights; no tensor is loaded.
 
     Raises:
-        ModelError: If the folder is no checkpoint, or a file of it is missing, truncated or corrupt.
+        ModelError: If the folder is not a checkpoint, or a file of it is missing, truncated or corrupt.
     """
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{folder} is no checkpoint: it has no config.json.",
+            f"{folder} is not a checkpoint (no config.json).",
             allowed="A folder with config.json, safetensors weights and a tokenizer.",
             next_step=NEXT_STEP,
         )

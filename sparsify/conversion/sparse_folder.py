@@ -19,7 +19,7 @@ from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 
 
 def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None:
-    """Writes config.json with `auto_map`, and beside it the files that it points to."""
+    """Writes config.json with `auto_map`, and the modeling files that it points to."""
     kind = config.model_type
     config_file, model_file = f"configuration_{kind}", f"modeling_{kind}"
     model_class, config_class = MODEL_CLASSES[kind].__name__, type(config).__name__
@@ -52,7 +52,7 @@ def load_sparse(
         gate_threshold: Of that activation; the folder's own unless given.
 
     Raises:
-        ModelError: If the folder is no whole checkpoint, cannot be held, or any key is missing or unexpected.
+        ModelError: If the folder is not a whole checkpoint, is not supported, or any key is missing or unexpected.
     """
     checkpoint = read_checkpoint(folder)
     kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)

@@ -47,12 +47,12 @@ class SiteValues:
 
 
 class LayerValues(Protocol):
-    """What a mask is fitted to: one layer and the calibration tokens that reach it. Padding is left out."""
+    """What a mask is fitted to: one layer and the calibration tokens that reach it. Padding is skipped."""
 
     experts: list[Expert]
 
     def values(self, site: str) -> Iterator[SiteValues]:
-        """The values of a site, some rows at a time; may be asked for again."""
+        """The values of a site, some rows at a time; may be iterated repeatedly."""
         ...
 
 
@@ -62,7 +62,7 @@ class Fitted:
 
     Attributes:
         threshold: [1], [channels] or [experts, channels], as the site's rule says.
-        record: What `calibration.json` shall say of it.
+        record: Its entry in `calibration.json`.
     """
 
     threshold: torch.Tensor
@@ -147,7 +147,7 @@ class Rewritten:
 
     Attributes:
         stages: Experts by stage: `dense` first, the result last.
-        record: What `calibration.json` shall say of the layer; `experts` in it has an entry for each.
+        record: The layer's entry in `calibration.json`; `experts` in it has one for each.
         line: The same in one line.
     """
 
@@ -178,7 +178,7 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
     """The method that a conversion names, with its settings.
 
     Raises:
-        RecipeError: If there is no such method, or its settings cannot be.
+        RecipeError: If there is no such method, or a setting is invalid.
     """
     known = methods()
     name = conversion.method
@@ -200,7 +200,7 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
 
 
 def check_method(conversion: ConversionSection) -> None:
-    """Refuses a method, or settings of it, that cannot be; where nothing is calibrated there is none to check.
+    """Refuses an unknown method or invalid settings of it; without calibration there is nothing to check.
 
     Raises:
         RecipeError: Naming the setting.

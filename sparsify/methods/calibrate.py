@@ -1,8 +1,8 @@
 """The calibrated replacement: a bare replacement's checkpoint in, the same model repaired layer by layer without training out.
 
-Every layer is done in turn, on what the layers before it, already converted, feed it; the dense model runs beside it, layer by
-layer as well. In memory are one layer and one Gram matrix; on the disk, in a folder of state, the residual streams before the
-layer at hand and what was found for those before it, so that a killed calibration goes on with the layer where it stood.
+Layers are calibrated in order, each on the output of the converted layers before it; the dense model runs in parallel, layer by
+layer as well. Memory holds one layer and one Gram matrix. A state folder holds the residual streams before the current layer
+and the results for those before it, so that an interrupted calibration resumes with the current layer.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Calibration:
     Attributes:
         stages: In order.
         layers: What each layer's record says: `layer`, `zeros`, and what the method says of it.
-        num_tokens: Calibration tokens, those that judged among them.
+        num_tokens: Calibration tokens, held-out ones included.
         method: Name of the method.
     """
 
@@ -93,7 +93,7 @@ def rewrite_of(conversion: ConversionSection) -> LayerRewrite:
     """The conversion's method as a rewrite of weights: a mask with the reconstruction that follows it.
 
     Raises:
-        RecipeError: If there is no such method, or its settings cannot be.
+        RecipeError: If there is no such method, or a setting is invalid.
     """
     method = method_of(conversion)
     return MaskedWeights(method, conversion) if isinstance(method, Mask) else method
@@ -104,7 +104,7 @@ class Calibrator:
 
     Args:
         folder: The checkpoint: the dense model's weights, `ffn_activation` the new one.
-        state: Folder for what must outlive a kill; the caller removes it when the result is where it belongs.
+        state: Folder for the state of an interrupted run; the caller removes it once the result is written.
         sequences: Calibration sequences, all of one length.
         watched: Sequences to measure the stages on, of the same length, by source.
         settings: How.
@@ -131,13 +131,13 @@ class Calibrator:
         if self._num_fit < HELD_OUT_EVERY:
             raise MixtureError(
                 f"There are {self._num_fit} sequence(s) of {len(next(iter(sequences)).input_ids)} tokens to calibrate on.",
-                allowed=f"At least {HELD_OUT_EVERY}: one of them judges what the others found.",
+                allowed=f"At least {HELD_OUT_EVERY}: one of them is held out for evaluation.",
                 next_step="Give more calibration tokens, or a longer text.",
             )
         self._batch = collate([*sequences, *(w for held in watched.values() for w in held)])
         config = self._reader.config
         self._dense = FfnActivation(config.base_ffn_activation, config.base_ffn_gate_threshold)
-        self._swapped = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
+        self._replaced = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
         self._masked_config = deepcopy(config)
         if self._mask is not None:
             self._masked_config.sparsification = sparsification(self._mask)
@@ -179,7 +179,7 @@ class Calibrator:
         digest = hashlib.blake2b(digest_size=16)
         for values in self._batch.values():
             digest.update(values.numpy().tobytes())
-        activations = [repr(self._dense), repr(self._swapped)]
+        activations = [repr(self._dense), repr(self._replaced)]
         return {
             "settings": asdict(self._settings),
             "activations": activations,
@@ -187,7 +187,7 @@ class Calibrator:
         }
 
     def _begin(self) -> None:
-        """Starts anew, unless the state is that of this very calibration."""
+        """Starts over, unless the state belongs to this very calibration."""
         identity = self._state / "identity.json"
         if identity.is_file() and json.loads(identity.read_text()) == self._identity():
             return
@@ -206,7 +206,7 @@ class Calibrator:
         work = Streams(self._state / "work")
         work.remove()
         dense = self._reader.experts(layer, self._dense)
-        swapped = [replace(expert, activation=self._swapped) for expert in dense]
+        replaced = [replace(expert, activation=self._replaced) for expert in dense]
         with atomic_folder(self._streams(layer + 1).folder) as partial_folder:
             new = Streams(partial_folder)
             attention.masks = {}
@@ -215,7 +215,7 @@ class Calibrator:
             attention.masks = masks
             self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
-            found = self.method.rewrite(Layer(dense, swapped, self._dtype, inputs))
+            found = self.method.rewrite(Layer(dense, replaced, self._dtype, inputs))
             zeros, masked = {"dense": [0, 1]}, False
             for name, experts in found.stages.items():
                 if name != "dense":
@@ -255,12 +255,12 @@ class Calibrator:
 
     def _parts(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens of some sequences methods may look at, and which are held out. Bool [tokens] each."""
-        # What packing could not fill stands at position 0 and has no label.
+        # Padding has position 0 and no label.
         labels, positions = (self._batch[key][part] for key in ("labels", "position_ids"))
         is_text = ((labels != NO_LOSS) | (positions > 0)).flatten().to(self._device)
-        judge = torch.arange(part.start, part.stop) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        judge = judge.repeat_interleave(labels.shape[1]).to(self._device)
-        return is_text & ~judge, is_text & judge
+        held_out = torch.arange(part.start, part.stop) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+        held_out = held_out.repeat_interleave(labels.shape[1]).to(self._device)
+        return is_text & ~held_out, is_text & held_out
 
     def _advance(
         self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams
@@ -298,10 +298,10 @@ class Calibrator:
     def _prepare(
         self, attention: Attention, dense: list[Expert], old: Streams, new: Streams, work: Streams
     ) -> None:
-        """Writes the converted model's stream before the block, and what its answers should add to the dense block's."""
+        """Writes the converted model's stream before the block, and what its outputs should add to the dense block's."""
         before, after = self._before(old, self._result)[0][: self._num_fit], new.open("dense")
         residuals, gaps = work.create("residual", before.shape), work.create("gap", before.shape)
-        mended = REFIT_TARGETS[self._settings.refit_target]
+        repaired = REFIT_TARGETS[self._settings.refit_target]
         for part in chunks(*before.shape[:2]):
             part = slice(part.start, min(part.stop, self._num_fit))
             residual = self._residual(attention, before, part, 0)
@@ -309,7 +309,7 @@ class Calibrator:
             own = ffn_answer(x, attention.routes(x), dense).view_as(residual)
             residuals[part] = residual.cpu().numpy()
             gap = tensor(after[part], self._device) - residual - own
-            gaps[part] = (mended * gap).cpu().numpy()
+            gaps[part] = (repaired * gap).cpu().numpy()
 
     def _inputs(self, attention: Attention, work: Streams) -> Iterator[Inputs]:
         residuals, gaps = work.open("residual"), work.open("gap")

@@ -51,7 +51,7 @@ def write_calibrated(
         tensors_of: File with the new tensors of a layer, by their names on disk.
         to: Folder to write.
         mask: Its thresholds are among them; None for none.
-        record: Name and content of a JSON file to lay beside them.
+        record: Name and content of a JSON file to write next to them.
 
     Raises:
         StorageError: If `to` cannot be written.
@@ -126,13 +126,13 @@ def convert_calibrated(
     seed: int,
     dtype: torch.dtype,
 ) -> tuple[Converted, Calibration | None]:
-    """Writes a checkpoint with the calibrated replacement. The same call goes on where a killed one stood.
+    """Writes a checkpoint with the calibrated replacement. The same call resumes an interrupted one.
 
     Args:
         model: Where the weights come from.
         activation: The activation to give it.
         settings: How to calibrate.
-        to: Folder to write; must not exist. Beside it stands a hidden folder of state until it does.
+        to: Folder to write; must not exist. A hidden folder next to it holds the state until then.
         sequences_for: Gives the sequences.
         seed: Seed of an upcycled router.
         dtype: Dtype of weights that are built here; copied shards keep theirs.

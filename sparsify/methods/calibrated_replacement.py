@@ -1,7 +1,5 @@
 """The calibrated replacement of one layer: signs, a mask, reconstruction, and whether each reconstruction is kept.
 
-Which half of its inputs a neuron keeps under dReLU.
-
 A gated neuron adds f(gate) · up · down to the stream. Negating its row of the up projection together with its column of the
 down projection changes nothing as long as up is not rectified: SwiGLU and ReGLU stay what they are. dReLU keeps only up > 0,
 so the sign decides what survives.
@@ -54,7 +52,7 @@ def flip(expert: Expert, flips: torch.Tensor) -> Expert:
 
 
 HELD_OUT_EVERY = 8
-"""Every eighth calibration sequence judges the refits and takes no part in them."""
+"""Every eighth calibration sequence is held out to evaluate the refits."""
 RECONSTRUCTED = "refit"
 """Name of the stage after the reconstruction."""
 LEAST_ROWS = 256
@@ -63,7 +61,7 @@ LEAST_ROWS = 256
 
 @dataclass(frozen=True)
 class ExpertResult:
-    """What became of one expert. Errors are relative, on the tokens that judge, None where there were none.
+    """Result for one expert. Errors are relative, on held-out tokens; None without such tokens.
 
     Attributes:
         num_tokens: Calibration tokens that were routed to it and that the refit rests on.
@@ -104,9 +102,9 @@ class LayerCalibration:
 
     Args:
         dense: Its experts with the activation that they were trained with.
-        swapped: The same with the new one.
+        replaced: The same with the new one.
         settings: How.
-        dtype: Dtype on disk: what is fitted is rounded to it before it is judged.
+        dtype: Dtype on disk: what is fitted is rounded to it before it is evaluated.
         inputs: Gives all calibration tokens, again on each call.
         turn_for: Activation whose surviving half decides about a neuron's sign, one that rectifies up; None turns none.
         reduce: Sums over ranks, where `inputs` gives only this one's part of the tokens. The result is the same on all.
@@ -117,7 +115,7 @@ class LayerCalibration:
     def __init__(
         self,
         dense: list[Expert],
-        swapped: list[Expert],
+        replaced: list[Expert],
         settings: ConversionSection,
         dtype: torch.dtype,
         inputs: InputsOf,
@@ -126,16 +124,16 @@ class LayerCalibration:
         mask: Mask | None = None,
         reconstruct: bool = True,
     ) -> None:
-        self._dense, self._swapped = dense, swapped
+        self._dense, self._replaced = dense, replaced
         self._settings, self._dtype, self._inputs = settings, dtype, inputs
         self._turn_for, self._reduce = turn_for, reduce
         self._mask, self._reconstruct = mask, reconstruct
 
     def run(self) -> CalibratedLayer:
         """Signs, mask, reconstruction; each rests on the one before."""
-        stages = {"dense": self._dense, "bare replacement": self._swapped}
+        stages = {"dense": self._dense, "bare replacement": self._replaced}
         flips = self._flips()
-        experts = [flip(expert, each) for expert, each in zip(self._swapped, flips, strict=True)]
+        experts = [flip(expert, each) for expert, each in zip(self._replaced, flips, strict=True)]
         if self._turn_for is not None:
             stages["signs"] = experts
         mask_record = {}
@@ -152,11 +150,11 @@ class LayerCalibration:
         return CalibratedLayer(stages, flips, results, mask_record)
 
     def _flips(self) -> torch.Tensor:
-        shape = len(self._swapped), len(self._swapped[0].up)
-        flips = torch.zeros(shape, dtype=torch.bool, device=self._swapped[0].up.device)
+        shape = len(self._replaced), len(self._replaced[0].up)
+        flips = torch.zeros(shape, dtype=torch.bool, device=self._replaced[0].up.device)
         if self._turn_for is None:
             return flips
-        for number, expert in enumerate(self._swapped):
+        for number, expert in enumerate(self._replaced):
             energies = SignEnergies(shape[1], flips.device)
             expert = replace(expert, activation=self._turn_for)
             for chunk, token, _ in self._rows(number, "fit"):
@@ -184,10 +182,10 @@ class LayerCalibration:
         )
         candidate = replace(expert, down=down.to(self._dtype).float())
         errors = Errors(("bare", "before", "refitted"), expert.up.device)
-        for chunk, token, weight in self._rows(number, "judge"):
+        for chunk, token, weight in self._rows(number, "held_out"):
             x, weight = chunk.x[token], weight[:, None]
             h = expert.neurons(x)
-            bare = self._swapped[number]
+            bare = self._replaced[number]
             errors.add(
                 self._wanted(number, chunk, token) * weight,
                 bare=bare.neurons(x) @ bare.down.T * weight,
@@ -202,14 +200,14 @@ class LayerCalibration:
         if few:
             reason = f"only {gram.num_rows} calibration tokens came to it"
         elif before is None or after is None:
-            reason = "no token was left to judge the refit by"
+            reason = "no held-out token to evaluate the refit on"
         elif not after < before:
             reason = "the refit was worse on held-out tokens"
         result = ExpertResult(gram.num_rows, num_flipped, bare, before, after, reason)
         return (expert if reason else candidate), result
 
     def _wanted(self, number: int, chunk: Inputs, token: torch.Tensor) -> torch.Tensor:
-        """What one expert should answer: what it did when dense, and its part of what is amiss in the stream."""
+        """Target output of one expert: its dense output plus its part of the residual-stream error."""
         dense, x = self._dense[number], chunk.x[token]
         return dense.neurons(x) @ dense.down.T + chunk.gap[token]
 

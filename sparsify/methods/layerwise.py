@@ -3,7 +3,7 @@
 The residual stream of the calibration sequences between two layers, on the disk.
 
 Only one layer's streams are kept: those of a layer take the place of those before it when the layer is done, so that a
-calibration that was killed goes on at the layer where it stood.
+interrupted calibration resumes with the current layer.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ class Inputs:
         routes: Their experts.
         gap: What every expert should add to what it computed when dense, [tokens, hidden].
         fit: Tokens that a method may look at, bool [tokens].
-        judge: Held-out tokens, bool [tokens].
+        held_out: Held-out tokens, bool [tokens].
     """
 
     x: torch.Tensor
     routes: Routes
     gap: torch.Tensor
     fit: torch.Tensor
-    judge: torch.Tensor
+    held_out: torch.Tensor
 
 
 InputsOf = Callable[[], Iterator[Inputs]]
@@ -141,7 +141,7 @@ class Layer:
     Attributes:
         dense: Its experts with the activation that they were trained with.
         replaced: The same with the new one.
-        dtype: Dtype on disk: what is fitted is rounded to it before it is judged.
+        dtype: Dtype on disk: what is fitted is rounded to it before it is evaluated.
         inputs: Gives all calibration tokens, again on each call.
     """
 
@@ -224,7 +224,7 @@ class Attention:
 
 
 class _Nothing(nn.Module):
-    """Stands for the feed-forward block, so that the layer answers with what comes before it."""
+    """Replaces the feed-forward block, so that the layer returns the residual stream before it."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
@@ -252,7 +252,7 @@ class LayerReader:
         return num_experts(self.config)
 
     def attention(self, layer: int) -> Attention:
-        """The layer without its feed-forward block; one object, which holds the layer that was asked for last."""
+        """The layer without its feed-forward block; one object, which holds the newest layer."""
         prefix = f"model.layers.{layer}."
         wanted = [key for key in tensor_shapes(self.config) if key.startswith(prefix)]
         skipped = {
@@ -291,14 +291,14 @@ class LayerReader:
             return tensors.get_tensor(name).to(self.device, torch.float32)
 
 
-def ffn_answer(x: torch.Tensor, routes: Routes, experts: Sequence[Expert]) -> torch.Tensor:
+def ffn_output(x: torch.Tensor, routes: Routes, experts: Sequence[Expert]) -> torch.Tensor:
     """What a feed-forward block adds to the residual stream: [tokens, hidden] from inputs of that shape."""
-    answer = torch.zeros_like(x)
+    output = torch.zeros_like(x)
     for number, expert in enumerate(experts):
         token, weight = routes.of(number)
         if len(token):
-            answer.index_add_(0, token, expert.neurons(x[token]) @ expert.down.T * weight[:, None])
-    return answer
+            output.index_add_(0, token, expert.neurons(x[token]) @ expert.down.T * weight[:, None])
+    return output
 
 
 CHUNK_TOKENS = 8192

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 PIECE_ROWS = 1024
-"""Rows that are judged together, so that memory does not grow with the batch: copies of them are a few hundred MB at 14,336
-neurons."""
+"""Rows in one piece, which bounds memory: a few hundred MB of copies at 14,336 neurons."""
 
 
 class CettMask:
-    """Leaves out the neurons whose output norm does not exceed their layer's threshold (arXiv 2402.03804).
+    """Drops the neurons whose output norm does not exceed their layer's threshold (arXiv 2402.03804).
 
     Args:
         norms: Norm of every neuron's column of the down projection, [experts, neurons] for each layer.
@@ -32,10 +31,10 @@ class CettMask:
 
 
 class TopKMask:
-    """Leaves out a share of every token's neurons of a block, those of the smallest |h| (arXiv 2406.05955, table 3).
+    """Drops a share of every token's neurons of a block, those of the smallest |h| (arXiv 2406.05955, table 3).
 
     Args:
-        share: Share that is left out.
+        share: Share that is dropped.
     """
 
     def __init__(self, share: float) -> None:
@@ -53,7 +52,7 @@ class TopKMask:
 
 
 class LayerThresholdMask:
-    """Leaves out every |h| up to a threshold of its layer.
+    """Drops every |h| up to a threshold of its layer.
 
     Args:
         thresholds: One for each layer.

@@ -1,4 +1,4 @@
-"""How sparse a model could be: what its loss does when small activations are left out.
+"""How sparse a model could be: what its loss does when small activations are dropped.
 
 Three rules, each with its published definition: thresholds at a target CETT, the |h| of highest rank of every token
 (TurboSparse, arXiv 2406.05955, table 3), and a fixed threshold on |h| in every layer. CETT-PPL-p% (Sparsing Law, arXiv 2411.02335)
@@ -6,9 +6,9 @@ is the sparsity at the CETT where the perplexity has risen by p%.
 
 CETT, the cumulative error of tail truncation (ReLU² Wins, arXiv 2402.03804), and the thresholds that reach a given error.
 
-Neuron i adds n_i = h_i · W_down[:, i] to a block's output. With the neurons D whose norm does not exceed a threshold left out,
+Neuron i adds n_i = h_i · W_down[:, i] to a block's output. With the neurons D whose norm does not exceed a threshold dropped,
 CETT = ‖Σ_D n_i‖ / ‖Σ n_i‖, averaged over tokens, and the sparsity is |D| divided by the number of neurons. A threshold belongs to
-a layer. Every layer is judged on the inputs that it has in the untouched model.
+a layer. Every layer is evaluated on the inputs that it has in the untouched model.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class CettObserver:
     def add(
         self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
     ) -> None:
-        """Adds the errors of one block's tokens; experts are judged by their own outputs."""
+        """Adds the errors of one block's tokens; experts by their own outputs."""
         weight = down_weight(block, expert)
         self._rows[layer] += len(product)
         for rows in product.split(PIECE_ROWS):

@@ -159,7 +159,7 @@ def against_table(report: SparsityReport) -> Table | None:
             table.add(name, percent(one.sparsity), percent(another.sparsity))
         table.add_rule()
         for one, another in zip(report.curves.top_k, other.curves.top_k, strict=True):
-            name = f"perplexity with the smallest {one.share:.0%} of each token left out"
+            name = f"perplexity with the smallest {one.share:.0%} of each token dropped"
             cells = (
                 _rise(one.loss, report.curves.loss),
                 _rise(another.loss, other.curves.loss),
