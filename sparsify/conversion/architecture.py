@@ -41,12 +41,6 @@ def sparse_config(
 ) -> SparseConfig:
     """The configuration under which a checkpoint is held here.
 
-    Args:
-        config: Content of its config.json.
-        ffn_activation: The activation to hold it with.
-        where: What to call the checkpoint in messages.
-        gate_threshold: Of that activation; the checkpoint's own unless given.
-
     Raises:
         ModelError: If the architecture cannot be held, with the reason.
     """

@@ -108,8 +108,6 @@ DERIVED = ".rotary_emb.inv_freq"
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion wrote."""
-
     folder: Path
     config: SparseConfig
     origin: str
@@ -160,7 +158,6 @@ def convert(
 def _held_as(
     model: ModelSection, config: dict[str, Any], activation: ActivationSection, where: str
 ) -> SparseConfig:
-    """The configuration to hold a checkpoint with, after everything that it alone can tell against the recipe."""
     name, gate_threshold = activation.ffn_activation, activation.model_gate_threshold
     held = sparse_config(config, name, where, gate_threshold)
     held.base_ffn_activation = config.get("ffn_activation", STOCK_ACTIVATION)

@@ -23,10 +23,6 @@ TOKENIZER_FILES = (
 def load_tokenizer(folder: Path, where: str = "") -> PreTrainedTokenizerFast:
     """Loads the tokenizer of a checkpoint folder.
 
-    Args:
-        folder: Where its files are.
-        where: What to call that in messages; `folder` unless given.
-
     Raises:
         ModelError: If the folder has none that can be read.
     """
@@ -67,7 +63,6 @@ def check_tokenizer(
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copies a tokenizer's files as they are, tokenizer.model among them."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -88,9 +88,7 @@ class Mask(Protocol):
     def __init__(self, settings: Any) -> None: ...
 
     @property
-    def sites(self) -> dict[str, SiteRule]:
-        """The rule of each site that it masks."""
-        ...
+    def sites(self) -> dict[str, SiteRule]: ...
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
         """Thresholds of one site in one layer; called for each site in the order in which the layer computes them."""
@@ -210,7 +208,6 @@ def check_method(conversion: ConversionSection) -> None:
 
 
 def makes_masks(conversion: ConversionSection) -> bool:
-    """Whether a conversion stores a mask with the model."""
     method = method_of(conversion)
     return isinstance(method, Mask) or method.mask is not None
 

@@ -31,11 +31,9 @@ class BlendedActivation(FfnActivation):
     share: float
 
     def gate_factor(self, gate: torch.Tensor) -> torch.Tensor:
-        """Left factor of the product, from gate pre-activations of any shape."""
         return torch.lerp(self.base.gate_factor(gate), super().gate_factor(gate), self.share)
 
     def up_factor(self, up: torch.Tensor) -> torch.Tensor:
-        """Right factor of the product, from up pre-activations of any shape."""
         return torch.lerp(self.base.up_factor(up), super().up_factor(up), self.share)
 
     def extra_repr(self) -> str:
@@ -46,11 +44,6 @@ def blended_share(recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
     """How much of the sparse activation is in force.
 
     From 0 to 1 in a straight line over the tokens seen, then 1; with refits in equal steps, one for each that is done.
-
-    Args:
-        recipe: The run's recipe.
-        seen_tokens: Training tokens seen.
-        refits: Refits at milestones that are done.
     """
     if recipe.blending.refit_milestones:
         return refits / recipe.blending.refit_milestones
@@ -59,18 +52,11 @@ def blended_share(recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
 
 
 def blend_tokens(recipe: Recipe) -> float:
-    """Training tokens over which the blending lasts."""
     return recipe.blending.budget_share * recipe.num_steps * recipe.step_tokens
 
 
 def blend(model: SparseModel, recipe: Recipe, seen_tokens: int, refits: int = 0) -> float:
     """Gives every block the activation that is in force, whatever it had before.
-
-    Args:
-        model: The model that trains, converted to the recipe's activation.
-        recipe: The run's recipe.
-        seen_tokens: Training tokens seen.
-        refits: Refits at milestones that are done.
 
     Returns:
         `blended_share`.
@@ -144,7 +130,6 @@ def _mix(activation: FfnActivation, config: SparseConfig, share: float) -> None:
 
 
 def is_blended(model: SparseModel) -> bool:
-    """Whether any block computes a mixture with the dense activation."""
     return any(type(block.ffn_activation) is BlendedActivation for block in model.ffn_blocks())
 
 
@@ -164,7 +149,6 @@ class Blending(Objective):
         return cls(run) if blending.budget_share and not blending.refit_milestones else None
 
     def blend(self) -> float:
-        """Gives every block the activation that is in force after the tokens seen so far; returns the share."""
         return blend(self._run.engine.module, self._run.recipe, self._run.state.seen_tokens)
 
     @contextmanager

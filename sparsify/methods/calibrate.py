@@ -187,7 +187,6 @@ class Calibrator:
         }
 
     def _begin(self) -> None:
-        """Starts over, unless the state belongs to this very calibration."""
         identity = self._state / "identity.json"
         if identity.is_file() and json.loads(identity.read_text()) == self._identity():
             return
@@ -265,7 +264,6 @@ class Calibrator:
     def _advance(
         self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams
     ) -> list[int]:
-        """Takes one stage's stream through the layer. Returns exact zeros and values on the watched sequences."""
         before, start = self._before(old, name)
         after = new.create(name, before.shape)
         counts = [0, 0]
@@ -356,7 +354,6 @@ class Calibrator:
     def _losses(
         self, stream: tuple[np.ndarray, int], norm: torch.Tensor, head: torch.Tensor
     ) -> dict[str, tuple[float, int]]:
-        """Summed loss and number of labels of each watched source."""
         hidden, start = stream
         totals, first = {}, self._num_fit
         for source, sequences in self._watched.items():
@@ -395,5 +392,4 @@ class AttentionValues:
         self._calibrator, self._of = calibrator, (attention, streams)
 
     def values(self, site: str) -> Iterator[SiteValues]:
-        """The values of `attn_in` or `attn_out`."""
         return self._calibrator.attention_values(site, *self._of)

@@ -207,12 +207,10 @@ class LayerCalibration:
         return (expert if reason else candidate), result
 
     def _wanted(self, number: int, chunk: Inputs, token: torch.Tensor) -> torch.Tensor:
-        """Target output of one expert: its dense output plus its part of the residual-stream error."""
         dense, x = self._dense[number], chunk.x[token]
         return dense.neurons(x) @ dense.down.T + chunk.gap[token]
 
     def _rows(self, number: int, part: str) -> Iterator[tuple[Inputs, torch.Tensor, torch.Tensor]]:
-        """Chunks with the tokens of one expert that belong to a part, and their router weights."""
         for chunk in self._inputs():
             token, weight = rows_of(chunk, number, part)
             if len(token):
@@ -220,8 +218,6 @@ class LayerCalibration:
 
 
 class CalibratedSettings(MethodSettings):
-    """Settings of `calibrated_replacement`."""
-
     target_zeros: float | None = Field(
         default=None,
         gt=0,
@@ -246,7 +242,6 @@ class CalibratedReplacement:
         self.last_stage = RECONSTRUCTED
 
     def rewrite(self, layer: Layer) -> Rewritten:
-        """Every stage of the layer."""
         activation = layer.replaced[0].activation
         turn_for = activation if ACTIVATIONS[activation.name].up == "relu" else None
         return _rewritten(
@@ -263,12 +258,7 @@ class CalibratedReplacement:
 
 
 class MaskedWeights:
-    """A mask as a rewrite of weights: the activation as it is, the mask, and the reconstruction where it is wanted.
-
-    Args:
-        mask: The mask.
-        conversion: How to reconstruct.
-    """
+    """A mask as a rewrite of weights: the activation as it is, the mask, and the reconstruction where it is wanted."""
 
     def __init__(self, mask: Mask, conversion: ConversionSection) -> None:
         self.mask, self._conversion = mask, conversion
@@ -277,7 +267,6 @@ class MaskedWeights:
         self.last_stage = RECONSTRUCTED if self._reconstruct else mask.name
 
     def rewrite(self, layer: Layer) -> Rewritten:
-        """Every stage of the layer."""
         found = LayerCalibration(
             layer.dense,
             layer.replaced,
@@ -302,7 +291,6 @@ def _rewritten(found: CalibratedLayer) -> Rewritten:
 
 
 def _sentence(found: CalibratedLayer) -> str:
-    """A layer's result in one line: relative errors, and the experts that keep their weights."""
     columns = {
         "bare": "error_bare",
         "before the refit": "error_before",

@@ -96,11 +96,6 @@ def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teache
 
     After a bare replacement its weights are those that training starts from; a calibrated replacement has changed those, and the run folder has
     both. A rank loads all of it, under ZeRO-3 too: call it when no model is being partitioned.
-
-    Args:
-        recipe: The run's recipe.
-        run: Its folder.
-        device: Where to run.
     """
     settings = recipe.distillation
     if not settings.is_on:
@@ -129,12 +124,6 @@ class Distiller:
     It watches activations, never weights, so partitioned weights (ZeRO-3) do not matter to it. A block's error is taken as soon
     as the block has run: where activations are checkpointed, only the teacher's output is kept for the backward pass. What is
     computed again there is not counted again.
-
-    Args:
-        settings: The terms' weights.
-        teacher: The dense source.
-        model: The model that trains.
-        device: Where to count.
     """
 
     def __init__(

@@ -74,13 +74,11 @@ class Histogram:
         self.counts = torch.zeros(num_rows, bins.num_bins + 1, dtype=torch.int64, device=device)
 
     def add(self, values: torch.Tensor, row: int = 0) -> None:
-        """Counts values of any shape in a row."""
         entries = self.bins.entries(values).flatten()
         counted = torch.bincount(entries, minlength=self.bins.num_bins + 1)
         self.counts[row] += counted.to(self.counts.device)
 
     def total(self, row: int = 0) -> int:
-        """How many values were counted in a row."""
         return int(self.counts[row].sum())
 
     def quantile(

@@ -63,7 +63,6 @@ class Expert:
         return self.activation.gate_factor(self.seen(x) @ self.gate.T)
 
     def seen(self, x: torch.Tensor) -> torch.Tensor:
-        """The inputs after their mask."""
         return x if self.input_threshold is None else drop_small(x, self.input_threshold)
 
     def with_mask(self, site: str, threshold: torch.Tensor) -> Expert:
@@ -215,7 +214,6 @@ class Attention:
         return self._layer.post_attention_layernorm(residual).flatten(0, -2)
 
     def routes(self, x: torch.Tensor) -> Routes:
-        """Experts of inputs [tokens, hidden]."""
         if self._router is None:
             zeros = torch.zeros(len(x), 1, dtype=torch.long, device=x.device)
             return Routes(zeros, torch.ones_like(zeros, dtype=x.dtype))
@@ -224,19 +222,12 @@ class Attention:
 
 
 class _Nothing(nn.Module):
-    """Replaces the feed-forward block, so that the layer returns the residual stream before it."""
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(x)
 
 
 class LayerReader:
-    """Reads a checkpoint folder layer by layer.
-
-    Args:
-        folder: Checkpoint folder.
-        device: Where to compute.
-    """
+    """Reads a checkpoint folder layer by layer."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         checkpoint = read_checkpoint(folder)
@@ -248,7 +239,6 @@ class LayerReader:
 
     @property
     def num_experts(self) -> int:
-        """Experts of one layer; 1 in a dense model."""
         return num_experts(self.config)
 
     def attention(self, layer: int) -> Attention:
@@ -263,7 +253,6 @@ class LayerReader:
         return self._attention
 
     def experts(self, layer: int, activation: FfnActivation) -> list[Expert]:
-        """The experts of a layer, with an activation."""
         names = [ffn_names(self.config, layer, e) for e in range(self.num_experts)]
         return [
             Expert(self._read(gate), self._read(up), self._read(down), activation)
@@ -271,7 +260,6 @@ class LayerReader:
         ]
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The residual stream before the first layer."""
         return nn.functional.embedding(input_ids, self._read("model.embed_tokens.weight"))
 
     def head(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,7 +269,6 @@ class LayerReader:
         return self._read("model.norm.weight"), self._read(name)
 
     def stored_dtype(self) -> torch.dtype:
-        """Dtype of the weights on disk."""
         name = ffn_names(self.config, 0, 0)[2]
         with safe_open(self._shards[name], framework="pt") as tensors:
             return tensors.get_tensor(name).dtype
@@ -306,17 +293,12 @@ CHUNK_TOKENS = 8192
 
 
 class Streams:
-    """The residual streams before one layer, by name, [sequences, tokens, hidden] in fp32 each.
-
-    Args:
-        folder: Where the files are.
-    """
+    """The residual streams before one layer, by name, [sequences, tokens, hidden] in fp32 each."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def create(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """A new stream, to be filled."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.npy"
         stream = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
@@ -326,11 +308,9 @@ class Streams:
         return stream
 
     def open(self, name: str) -> NDArray[np.float32]:
-        """A stream that is there, for reading."""
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
 
     def remove(self) -> None:
-        """Removes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -76,12 +76,7 @@ def full_weight(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 @torch.no_grad()
 def set_full_weight(parameter: torch.nn.Parameter, value: torch.Tensor) -> None:
-    """Gives a live parameter the value that rank 0 has for it, and its master copy too; every rank calls it between two steps.
-
-    Args:
-        parameter: Of the engine's model, under any ZeRO stage.
-        value: The whole of it, in fp32, on the engine's device.
-    """
+    """Gives a live parameter the value that rank 0 has for it, and its master copy too; every rank calls it between two steps."""
     from deepspeed.runtime.zero import GatheredParameters
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 

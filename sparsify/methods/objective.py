@@ -92,12 +92,7 @@ class Objective(Protocol):
         """Before each micro-batch."""
 
     def loss(self, batch: MicroBatch, output: Any) -> torch.Tensor | None:
-        """What is added to a micro-batch's loss. []
-
-        Args:
-            batch: The micro-batch.
-            output: What the model returned for it.
-        """
+        """What is added to a micro-batch's loss. []"""
         return None
 
     def after_step(self, loss: float) -> dict[str, Any]:

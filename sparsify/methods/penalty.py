@@ -54,10 +54,6 @@ def stage_weight(stages: Sequence[PenaltyStageSection], budget_share: float) -> 
 
     Constant in the first stage; in every later one it rises from the weight of the stage before to its own as
     (sin(-pi/2 + pi x) + 1) / 2 rises from 0 to 1.
-
-    Args:
-        stages: At least one.
-        budget_share: Tokens seen as a share of the budget.
     """
     start, before = 0.0, stages[0].weight
     for stage in stages:
@@ -73,11 +69,6 @@ class PenaltyMeter:
 
     It watches activations, never weights, so partitioned weights (ZeRO-3) do not matter to it. What activation checkpointing
     computes again during the backward pass is not counted again; there the hooks only repeat what they keep for it.
-
-    Args:
-        model: The model that trains.
-        gate_share: Part of the penalty on the gate's factor, 0 to 1.
-        device: Where to count.
     """
 
     def __init__(self, model: SparseModel, gate_share: float, device: torch.device) -> None:
@@ -196,7 +187,6 @@ class Controller:
         return cls(**saved) if saved else None
 
     def saved(self) -> dict[str, float]:
-        """As numbers that JSON can hold."""
         return asdict(self)
 
 
@@ -264,7 +254,6 @@ def _wanted(controller: Controller, target: float, budget_share: float) -> float
 
 
 def _sparsity(zeros: float) -> float:
-    """-ln(1 - zeros): grows by ln 2 when half of the active neurons become inactive."""
     return -math.log1p(-min(zeros, ALMOST_ALL))
 
 

@@ -21,8 +21,6 @@ from sparsify.models import SiteRule
 
 
 class PercentileSettings(MethodSettings):
-    """Settings of `percentile`."""
-
     target_zeros: float = Field(
         ge=0,
         lt=1,
@@ -48,11 +46,9 @@ class Percentile:
 
     @property
     def sites(self) -> dict[str, SiteRule]:
-        """The product or the gate, with a threshold for the layer."""
         return {self._settings.site: SiteRule(per="layer")}
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
-        """The layer's threshold, [1]."""
         share, threshold = self._settings.target_zeros, -math.inf
         device = layer.experts[0].down.device
         if share:

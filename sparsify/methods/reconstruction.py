@@ -33,7 +33,6 @@ class Gram:
         self.hy += h.T @ y
 
     def reduce(self, reduce: Reduce) -> None:
-        """Takes in the rows of the others."""
         rows = torch.tensor([self.num_rows], device=self.hh.device)
         for sums in (rows, self.hh, self.hy):
             reduce(sums)
@@ -60,12 +59,7 @@ class Gram:
 
 
 class Errors:
-    """Squared errors of several down projections on the same rows, relative to the size of what was wanted.
-
-    Args:
-        names: The candidates.
-        device: Where to sum.
-    """
+    """Squared errors of several down projections on the same rows, relative to the size of what was wanted."""
 
     def __init__(self, names: tuple[str, ...], device: torch.device) -> None:
         self._names = names
@@ -78,7 +72,6 @@ class Errors:
             self._sums[place] += (answers[name] - y).double().square().sum()
 
     def reduce(self, reduce: Reduce) -> None:
-        """Takes in the rows of the others."""
         reduce(self._sums)
 
     def relative(self, name: str) -> float | None:

@@ -39,6 +39,7 @@ from sparsify.methods.live_model import Engine, evaluating, full_weight, set_ful
 from sparsify.methods.objective import TrainingRun, objective
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
 from sparsify.models import ACTIVATIONS, FfnActivation, SparseConfig
+from sparsify.models.masking import is_fused
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.data import wait_for_sequences
@@ -67,7 +68,6 @@ class RefitRecord:
     kept: list[dict[str, Any]]
 
     def sentence(self) -> str:
-        """The same for the log."""
         before, after = (
             "unknown" if error is None else f"{error:.3f}"
             for error in (self.error_before, self.error_after)
@@ -184,12 +184,6 @@ class _LayerInputs:
     A pass begins where the one before it ended: only the layer refitted since then and the next one run. They run inside the
     whole model, without the other layers, so that masks are made and weights are gathered as in training. All ranks make the
     same number of passes, which ZeRO-3 needs.
-
-    Args:
-        engine: The DeepSpeed engine.
-        reader: Gives the sequences.
-        sequences: Number of the first, and how many.
-        micro_batch_size: Sequences of one pass.
     """
 
     def __init__(
@@ -216,7 +210,6 @@ class _LayerInputs:
                 self._parts.append(_parts(self._batches[-1], held_out_here))
 
     def next_layer(self) -> list[_Seen]:
-        """What the feed-forward block of the next layer sees."""
         self._layer += 1
         decoder = self._engine.module.model
         layer, layers = decoder.layers[self._layer], decoder.layers
@@ -314,8 +307,7 @@ def _refit_block(
 
 
 def _experts(block: Any, config: SparseConfig, share: float) -> list[Expert]:
-    """A block's experts in fp32, each with its activation."""
-    if _is_fused(block):
+    if is_fused(block):
         gates, ups = full_weight(block.gate_up_proj).chunk(2, dim=1)
         weights = list(zip(gates, ups, full_weight(block.down_proj), strict=True))
     else:
@@ -332,26 +324,21 @@ def _experts(block: Any, config: SparseConfig, share: float) -> list[Expert]:
 
 
 def _activation(block: Any, config: SparseConfig, share: float, number: int) -> FfnActivation:
-    expert = number if _is_fused(block) else None
+    expert = number if is_fused(block) else None
     return activation_at(block.ffn_activation, config, share, expert)
-
-
-def _is_fused(block: Any) -> bool:
-    """Whether a block holds several experts in one parameter."""
-    return hasattr(block, "gate_up_proj")
 
 
 def _put(block: Any, found: CalibratedLayer) -> None:
     """Writes what was found into the live block; the same decisions on every rank."""
     experts, flipped = found.stages["refit"], bool(found.flips.any())
     if flipped:
-        if _is_fused(block):
+        if is_fused(block):
             gate_ups = torch.stack([torch.cat([each.gate, each.up]) for each in experts])
             set_full_weight(block.gate_up_proj, gate_ups)
         else:
             set_full_weight(block.up_proj.weight, experts[0].up)
     if flipped or any(result.kept_because is None for result in found.results):
-        if _is_fused(block):
+        if is_fused(block):
             set_full_weight(block.down_proj, torch.stack([each.down for each in experts]))
         else:
             set_full_weight(block.down_proj.weight, experts[0].down)

@@ -34,12 +34,7 @@ class RouterRecord:
 
 
 class RouterMeter:
-    """Adds up on the device what the routers do in one step; nothing is read before `reduce`.
-
-    Args:
-        config: The model's configuration.
-        device: Where to count.
-    """
+    """Adds up on the device what the routers do in one step; nothing is read before `reduce`."""
 
     def __init__(self, config: Any, device: torch.device) -> None:
         self._experts_per_token = config.num_experts_per_tok
@@ -69,7 +64,6 @@ class RouterMeter:
         )
 
     def reduce(self) -> RouterRecord:
-        """The step's record over all ranks; every rank calls it."""
         numbers = torch.cat([self._load.flatten(), self._entropy, self._totals])
         dist.all_reduce(numbers)
         load, entropy, (aux_loss, passes, tokens) = numbers.split(
@@ -145,7 +139,6 @@ class RouterBalance(Objective):
 
 
 def is_routed(config: Any) -> bool:
-    """Whether a model has experts."""
     return hasattr(config, "num_local_experts")
 
 

@@ -35,18 +35,12 @@ READ_SHARES: dict[str, Callable[[float], float]] = {
 
 
 class BlockValues:
-    """The values of a feed-forward block's sites, from calibration inputs (`methods.base.LayerValues`).
-
-    Args:
-        experts: With the masks fitted so far.
-        inputs: Gives the calibration tokens.
-    """
+    """The values of a feed-forward block's sites, from calibration inputs (`methods.base.LayerValues`)."""
 
     def __init__(self, experts: list[Expert], inputs: InputsOf) -> None:
         self.experts, self._inputs = experts, inputs
 
     def values(self, site: str) -> Iterator[SiteValues]:
-        """The values of `ffn_in`, `gate` or `inter` on the tokens that methods may look at."""
         for chunk in self._inputs():
             if site == "ffn_in":
                 if chunk.fit.any():
@@ -72,12 +66,6 @@ def fit_block(
     mask: Mask, experts: list[Expert], inputs: InputsOf, dtype: torch.dtype
 ) -> tuple[list[Expert], dict[str, float]]:
     """Fits a mask to the sites of a feed-forward block, in the order in which it computes them.
-
-    Args:
-        mask: The mask.
-        experts: The block's.
-        inputs: Gives the calibration tokens.
-        dtype: Dtype on disk.
 
     Returns:
         The experts with the mask, rounded as it will be stored; and what is to be recorded.

@@ -21,8 +21,6 @@ TINY = 1e-30
 
 
 class ThresholdSettings(MethodSettings):
-    """Settings of `thresholds`."""
-
     target_zeros: float = Field(
         gt=0, lt=1, description="Share of exact zeros that every layer gets, such as 0.9."
     )
@@ -42,7 +40,6 @@ class OutputNormThresholds:
 
     @property
     def sites(self) -> dict[str, SiteRule]:
-        """The product, with a threshold for every neuron."""
         return {"inter": SiteRule(per="channel")}
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:

@@ -25,23 +25,17 @@ class CettMask:
         self._norms, self._thresholds = norms, thresholds
 
     def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        """Bool [rows, neurons] for activations of that shape."""
         norms, threshold = self._norms[layer][expert], self._thresholds[layer]
         return _in_pieces(lambda rows: rows.float().abs() * norms > threshold, product)
 
 
 class TopKMask:
-    """Drops a share of every token's neurons of a block, those of the smallest |h| (arXiv 2406.05955, table 3).
-
-    Args:
-        share: Share that is dropped.
-    """
+    """Drops a share of every token's neurons of a block, those of the smallest |h| (arXiv 2406.05955, table 3)."""
 
     def __init__(self, share: float) -> None:
         self._share = share
 
     def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        """Bool [rows, neurons] for activations of that shape."""
         number = max(1, round((1 - self._share) * product.shape[-1]))
 
         def largest(rows: torch.Tensor) -> torch.Tensor:
@@ -52,17 +46,12 @@ class TopKMask:
 
 
 class LayerThresholdMask:
-    """Drops every |h| up to a threshold of its layer.
-
-    Args:
-        thresholds: One for each layer.
-    """
+    """Drops every |h| up to a threshold of its layer."""
 
     def __init__(self, thresholds: Sequence[float]) -> None:
         self._thresholds = thresholds
 
     def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:
-        """Bool [rows, neurons] for activations of that shape."""
         threshold = self._thresholds[layer]
         return _in_pieces(lambda rows: rows.float().abs() > threshold, product)
 

@@ -135,7 +135,6 @@ class Plan(BaseModel):
 
 def make_plan(
     recipe: Recipe,
-    model_config: Any = None,
     *,
     hardware: Hardware | None = None,
     tokens_per_second: float | None = None,
@@ -146,8 +145,6 @@ def make_plan(
 
     Args:
         recipe: A composed recipe with a concrete ZeRO stage.
-        model_config: The model's transformers configuration. Default: `model.source`'s config.json if it is on
-            this machine, otherwise `model.architecture`.
         hardware: Hardware to plan for; default: this machine.
         tokens_per_second: Measured throughput of all processes together, instead of the assumption about `hardware`.
         source_tokens: Training tokens that each source has, where they are known.
@@ -156,7 +153,7 @@ def make_plan(
     Raises:
         RecipeError: If the model's architecture is not known.
     """
-    architecture = architecture_of(recipe, model_config)
+    architecture = architecture_of(recipe)
     parameters = count_parameters(architecture)
     hardware = hardware or this_machine(recipe.launch.processes, recipe.launch.nodes)
     verdict = verdict_of(recipe, architecture, parameters, hardware, choice)
@@ -246,15 +243,14 @@ def _sources(
     }
 
 
-def architecture_of(recipe: Recipe, model_config: Any = None) -> Architecture:
-    """Architecture of a recipe's model.
+def architecture_of(recipe: Recipe) -> Architecture:
+    """Sizes of a recipe's model: from `model.source`'s config.json if it is on this machine, else `model.architecture`.
 
     Raises:
         RecipeError: If it is not known.
     """
     model = recipe.model
-    fields = model_config.to_dict() if model_config is not None else _local_config(model)
-    fields = fields or model.architecture
+    fields = _local_config(model) or model.architecture
     if not fields:
         raise RecipeError(
             f"Nothing here says how large {model.source} is.",

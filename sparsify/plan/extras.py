@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from sparsify.methods.layerwise import CHUNK_TOKENS
 from sparsify.mixture.sequences.shares import token_shares
+from sparsify.models.masking import num_experts
 from sparsify.plan.activation_memory import value_bytes
 from sparsify.plan.parameters import Architecture, Parameters
 from sparsify.recipe.recipe import Recipe
@@ -66,7 +67,7 @@ def plan_refits(recipe: Recipe, architecture: Architecture) -> RefitPlan | None:
     if not blending.refit_milestones:
         return None
     # Three copies of three matrices: the originals, the sign-flipped and refitted ones, and the stacked experts for writing.
-    weights = FP32_BYTES * 3 * (a.num_local_experts or 1) * 3 * a.hidden_size * a.intermediate_size
+    weights = FP32_BYTES * 3 * num_experts(a) * 3 * a.hidden_size * a.intermediate_size
     mine = -(-blending.refit_tokens // recipe.launch.total_processes)
     stream = REFIT_RESIDUALS * value_bytes(recipe) * mine * a.hidden_size
     return RefitPlan(
@@ -101,8 +102,7 @@ def plan_calibration(
     if not recipe.conversion.calibration_tokens:
         return None
     a, sequence_length = architecture, recipe.training.sequence_length
-    num_experts = a.num_local_experts or 1
-    ffn = num_experts * 3 * a.hidden_size * a.intermediate_size
+    ffn = num_experts(a) * 3 * a.hidden_size * a.intermediate_size
     attention = 2 * a.hidden_size * (a.query_size + a.key_value_size)
     # The dense block, sign-flipped up and down projections, and the refitted down projection.
     weights = FP32_BYTES * (2 * ffn + attention)

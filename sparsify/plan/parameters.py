@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
 from sparsify.errors import RecipeError
+from sparsify.models.masking import num_experts
 
 
 class Architecture(BaseModel):
@@ -95,7 +96,7 @@ class Parameters(BaseModel):
 
     def active(self, architecture: Architecture) -> int:
         """Parameters used for one token: `num_experts_per_tok` of the experts and all other parts."""
-        experts = architecture.num_local_experts or 1
+        experts = num_experts(architecture)
         ffn = (self.gate + self.up + self.down) // experts
         return self.shared + ffn * architecture.num_experts_per_tok
 
@@ -103,7 +104,7 @@ class Parameters(BaseModel):
 def count_parameters(architecture: Architecture) -> Parameters:
     """Counts parameters by formula; a test compares it with transformers' models on the meta device."""
     a = architecture
-    matrix = a.num_hidden_layers * (a.num_local_experts or 1) * a.hidden_size * a.intermediate_size
+    matrix = a.num_hidden_layers * num_experts(a) * a.hidden_size * a.intermediate_size
     return Parameters(
         embeddings=a.vocab_size * a.hidden_size,
         attention=a.num_hidden_layers * 2 * a.hidden_size * (a.query_size + a.key_value_size),

@@ -79,7 +79,6 @@ def train_predictors(
     text: str,
     state_path: Path,
     on_step: OnStep | None = None,
-    save_seconds: float = SAVE_SECONDS,
 ) -> Predictors:
     """Trains one predictor for every block, and chooses for each the rank with which a token reads least.
 
@@ -91,7 +90,6 @@ def train_predictors(
         text: Description of the batches.
         state_path: File of the training state. An existing state with the same settings is resumed.
         on_step: Progress callback.
-        save_seconds: Time between two saves of the state, seconds.
 
     Raises:
         ModelError: If the model's activations are not sparse.
@@ -114,7 +112,7 @@ def train_predictors(
         step += 1
         if on_step is not None:
             on_step(step, num_steps, training.recall)
-        if time.monotonic() - saved >= save_seconds and step < num_steps:
+        if time.monotonic() - saved >= SAVE_SECONDS and step < num_steps:
             write_state(state_path, key, *training.state(step))
             saved = time.monotonic()
     if not training.chosen:

@@ -63,11 +63,7 @@ class ConsecutiveStatistics:
         return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def chunk_unions(self, layer_neurons: int) -> list[tuple[int, float]]:
-        """Number of chunks of each length, and the mean share of all neurons that fired in one; NaN without chunks.
-
-        Args:
-            layer_neurons: Neurons of one layer, of all its experts together.
-        """
+        """Number of chunks of each length, and the mean share of all neurons that fired in one; NaN without chunks."""
         values = self.chunks * len(self.chunk_fired) * layer_neurons
         shares = self.chunk_fired.sum(0).double() / values
         return list(zip(self.chunks.tolist(), shares.tolist(), strict=True))
@@ -103,13 +99,7 @@ class ConsecutiveStatistics:
 
 
 class ConsecutiveObserver:
-    """Gathers ConsecutiveStatistics from a SparsityProbe.
-
-    Args:
-        num_layers: Layers of the model.
-        num_experts: Experts of one layer, 1 in a dense model.
-        num_neurons: Neurons of one expert.
-    """
+    """Gathers ConsecutiveStatistics from a SparsityProbe."""
 
     def __init__(self, num_layers: int, num_experts: int, num_neurons: int) -> None:
         self.statistics = ConsecutiveStatistics.empty(num_layers, num_experts, num_neurons)

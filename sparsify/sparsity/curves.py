@@ -43,8 +43,6 @@ Batch = dict[str, torch.Tensor]
 
 
 class Truncation(NamedTuple):
-    """What one threshold does to one layer."""
-
     threshold: float
     cett: float
     sparsity: float
@@ -111,11 +109,6 @@ class CettSearch:
 
     The first pass looks at a grid of thresholds; every further one looks where the line through the nearest known thresholds
     on both sides of a target meets it. All layers and targets share the passes.
-
-    Args:
-        model: A sparse model in evaluation mode.
-        batches: The text.
-        outputs: Histogram of the norms ‖n_i‖ on that text.
     """
 
     def __init__(self, model: SparseModel, batches: Sequence[Batch], outputs: Histogram) -> None:
@@ -181,7 +174,6 @@ class CettSearch:
         return Truncation(threshold, target, sparsity)
 
     def thresholds(self, target: float) -> list[float]:
-        """One interpolated threshold for each layer."""
         return [self.estimate(layer, target).threshold for layer in range(len(self._known))]
 
     @torch.no_grad()
@@ -267,7 +259,6 @@ class _Measurement:
         )
 
     def _loss(self, mask: TokenMask | None, *observers: Any) -> tuple[float, float]:
-        """Loss in nats per token and share of zeros, with what the mask keeps."""
         with SparsityProbe(self._model, *observers, mask=mask) as probe:
             total = sum(float(self._summed_loss(self._model, batch)) for batch in self._batches)
         return total / self._num_labels, probe.statistics().zero_share("product")
@@ -328,7 +319,6 @@ class _Measurement:
 def _bracket(
     tried: list[tuple[float, float, float]], allowed: float
 ) -> tuple[tuple[float, float, float], tuple[float, float, float] | None]:
-    """The last CETT before the loss first exceeds what is allowed, and the first that exceeds it."""
     points = sorted(tried)
     for before, after in zip(points, points[1:]):  # noqa: B905, RUF007
         if after[1] > allowed or math.isnan(after[1]):

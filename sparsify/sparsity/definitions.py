@@ -11,12 +11,7 @@ THRESHOLDS = {"layer": "the layer's threshold", "channel": "its neuron's thresho
 
 
 def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
-    """Formula of a neuron's activation.
-
-    Args:
-        ffn_activation: The activation's name.
-        masks: `SparsityReport.masks`.
-    """
+    """Formula of a neuron's activation."""
     parts = [ACTIVATIONS[ffn_activation].formula]
     if "gate" in masks:
         parts.append(

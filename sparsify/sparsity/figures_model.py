@@ -53,7 +53,6 @@ def draw_layers(report: SparsityReport, statistics: ActivationStatistics, theme:
 
 
 def draw_experts(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Zeros and load by expert and layer."""
     num_layers = len(report.layer_rows)
     zeros = shares(report.expert_rows, "product_zeros").reshape(num_layers, -1).T
     tokens = np.array([row.num_tokens for row in report.expert_rows], dtype=float)
@@ -70,7 +69,6 @@ def draw_experts(report: SparsityReport, statistics: ActivationStatistics, theme
 def draw_firing_rates(
     report: SparsityReport, statistics: ActivationStatistics, theme: Theme
 ) -> Figure:
-    """Firing rates of each layer's neurons, sorted from hot to cold."""
     figure = Figure(figsize=(WIDTH_INCHES, 3.9))
     axes = figure.add_subplot()
     curves = sorted_firing_rates(statistics)
@@ -137,7 +135,6 @@ def _label_cells(axes: Axes, values: np.ndarray, theme: Theme) -> None:
 
 
 def draw_causes(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Zeros by layer, split by the factor that causes them."""
     rows = report.layer_rows
     layers = np.array([row.layer for row in rows])
     figure = Figure(figsize=(WIDTH_INCHES, 3.4))
@@ -188,7 +185,6 @@ def draw_sources(report: SparsityReport, statistics: ActivationStatistics, theme
 def draw_positions(
     report: SparsityReport, statistics: ActivationStatistics, theme: Theme
 ) -> Figure:
-    """Zeros by position in the document."""
     rows = report.positions
     at = np.arange(len(rows))
     figure = Figure(figsize=(WIDTH_INCHES, 2.9))

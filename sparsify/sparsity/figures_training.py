@@ -21,7 +21,6 @@ Measure = Literal["loss", "zeros"]
 
 
 def draw_stages(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Loss and zeros by stage, on the same text."""
     stages = report.stages
     rows = np.arange(len(stages))[::-1]
     losses = np.array([stage.loss for stage in stages])
@@ -81,7 +80,6 @@ def draw_trajectory(
 def draw_layers_over_time(
     report: SparsityReport, statistics: ActivationStatistics, theme: Theme
 ) -> Figure:
-    """Zeros by layer over training tokens, as a heat map."""
     points = layer_points(report)
     zeros = np.array([point.layers for point in points]).T
     low, high = heat_range(zeros)
@@ -147,7 +145,6 @@ def _trajectory(report: SparsityReport) -> Trajectory:
 
 
 def _known(points: list[TrajectoryPoint], measure: Measure) -> list[tuple[int, float]]:
-    """(tokens, value) of the points that have the measure, sorted by tokens."""
     return sorted(
         (point.tokens, value) for point in points if (value := getattr(point, measure)) is not None
     )
@@ -163,7 +160,6 @@ def _curve(
     *,
     above: bool,
 ) -> None:
-    """Draws one curve with its last value as a label."""
     if not points:
         return
     tokens, values = zip(*points, strict=True)
@@ -185,7 +181,6 @@ def _token_axis(axes: Axes) -> None:
 
 
 def _edges(centres: np.ndarray) -> np.ndarray:
-    """Cell borders around sorted centres."""
     middles = (centres[1:] + centres[:-1]) / 2
     return np.concatenate([[centres[0]], middles, [centres[-1]]])
 

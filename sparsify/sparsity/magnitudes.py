@@ -29,7 +29,6 @@ class MagnitudeObserver:
     def add(
         self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
     ) -> None:
-        """Counts one block."""
         for rows in product.split(PIECE_ROWS):
             magnitudes = rows.float().abs()
             self.activations.add(magnitudes, layer)

@@ -89,7 +89,6 @@ class SourceCounts:
 
 
 def source_rows(sources: Mapping[str, SourceCounts]) -> list[SourceRow]:
-    """One row per source, in the order of the text."""
     rows = []
     for name, counts in sources.items():
         values, *fired = counts.values.sum(0).tolist()
@@ -110,7 +109,6 @@ def source_rows(sources: Mapping[str, SourceCounts]) -> list[SourceRow]:
 
 
 def position_rows(statistics: ActivationStatistics, model: SparseModel) -> list[PositionRow]:
-    """Zeros by position in the document."""
     per_token = experts_per_token(model.config)
     ends = dict(pairwise(POSITION_STARTS))
     return [

@@ -238,7 +238,6 @@ class SparsityProbe:
         tokens: torch.Tensor,
         rows: torch.Tensor | None,
     ) -> None:
-        """Counts some or all rows of pre-activations and product, a piece at a time to bound memory."""
         counts = self._counts_of(layer, values[2])
         positions = self._positions.to(tokens.device)[tokens]
         total = len(tokens) if rows is None else len(rows)

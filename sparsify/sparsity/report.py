@@ -85,11 +85,6 @@ def write_report(report: SparsityReport, statistics: ActivationStatistics, to: P
     The folder is written atomically. It holds report.json, per_layer.csv, index.html (self-contained) and one PNG for every
     figure on the page.
 
-    Args:
-        report: The report that `measure` returned, possibly with additions.
-        statistics: The counts that `measure` returned with it.
-        to: The output folder.
-
     Raises:
         StorageError: If the folder cannot be written, or holds something that is not a report.
     """
@@ -119,7 +114,6 @@ BAR_CELLS = 24
 
 
 def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
-    """A report's headline, its layers, and where its page lies."""
     headline = (
         f"[bold]{report.product_zeros:.1%}[/bold] exact zeros ({report.ffn_activation}: gate {report.gate_zeros:.1%}, "
         f"up {report.up_zeros:.1%}), loss {report.loss:.3f} nats per token on {escape(report.text)}"
@@ -179,7 +173,6 @@ def _rise(loss: float, untouched: float) -> str:
 
 
 def layers_table(report: SparsityReport) -> Table:
-    """Share of exact zeros of every layer, as numbers and as a bar."""
     table = Table(
         f"Exact zeros by layer (measured on {report.num_tokens:,} tokens)",
         ["layer", "gate", "up", "product", "dead", ""],

@@ -37,7 +37,6 @@ MAX_BAND_WIDTH = 1.0
 
 
 def family_of(ffn_activation: str) -> Family:
-    """The law that an activation follows."""
     return "relu" if ACTIVATIONS[ffn_activation].makes_zeros else "silu"
 
 
@@ -48,7 +47,6 @@ def relu_law(tokens: Array, log_c: float, log_alpha: float, b: float, floor: flo
 
 
 def silu_law(tokens: Array, log_c: float, log_alpha: float, ceiling: float) -> Array:
-    """-c / D^α + A0."""
     with np.errstate(over="ignore"):
         return -np.exp(log_c) * tokens ** -np.exp(log_alpha) + ceiling
 
@@ -57,8 +55,6 @@ def fit_scaling(
     tokens: Sequence[int],
     active: Sequence[float],
     family: Family,
-    *,
-    budget_tokens: int | None = None,
 ) -> ScalingFit | None:
     """Fits the law of a family to the checkpoints of one run.
 
@@ -66,7 +62,6 @@ def fit_scaling(
         tokens: Training tokens of each checkpoint, above 0.
         active: Activation ratio of each, 0 to 1.
         family: The law.
-        budget_tokens: An additional budget to predict at.
 
     Returns:
         The fit; None if there are not more distinct checkpoints than coefficients, if no fit converges, or if the band covers
@@ -83,7 +78,7 @@ def fit_scaling(
     if best is None:
         return None
     coefficients, covariance, residual = best
-    budgets = [scale * ahead for ahead in AHEAD] + ([float(budget_tokens)] if budget_tokens else [])
+    budgets = [scale * ahead for ahead in AHEAD]
     line = np.geomspace(seen[0], max(budgets), BAND_POINTS)
     freedom = len(seen) - num_coefficients
     widen = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom))
@@ -141,7 +136,6 @@ def _starts(family: Family, ratios: Array) -> list[tuple[float, ...]]:
 def _best_fit(
     law: Callable[..., Array], tokens: Array, ratios: Array, starts: Sequence[tuple[float, ...]]
 ) -> tuple[Array, Array, float] | None:
-    """Coefficients, their covariance and the squared residual of the best fit over all starts."""
     best: tuple[Array, Array, float] | None = None
     for start in starts:
         try:
@@ -162,7 +156,6 @@ def _best_fit(
 def _predict(
     law: Callable[..., Array], tokens: Array, coefficients: Array, covariance: Array
 ) -> tuple[Array, Array]:
-    """Values of the law and their standard deviations, to first order."""
     middle = law(tokens, *coefficients)
     steps = 1e-5 * np.maximum(np.abs(coefficients), 1e-3)
     columns = []

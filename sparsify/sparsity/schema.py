@@ -258,7 +258,6 @@ class SparsityReport(_Section):
     @model_validator(mode="before")
     @classmethod
     def _take_old_thresholds(cls, fields: Any) -> Any:
-        """Reports before `masks` said `ffn_thresholds: neuron`."""
         if isinstance(fields, dict) and "ffn_thresholds" in fields:
             fields = dict(fields)
             if fields.pop("ffn_thresholds") == "neuron":
@@ -311,12 +310,10 @@ class SparsityReport(_Section):
 
     @property
     def layer_rows(self) -> list[LayerRow]:
-        """One row per layer."""
         return [row for row in self.layers if row.expert is None]
 
     @property
     def expert_rows(self) -> list[LayerRow]:
-        """One row per expert, layer by layer; empty in a dense model."""
         return [row for row in self.layers if row.expert is not None]
 
 

@@ -135,12 +135,10 @@ class ActivationStatistics:
 
     @property
     def num_experts(self) -> int:
-        """Experts of one layer; 1 in a dense model."""
         return self.routed_tokens.shape[1]
 
     @property
     def num_neurons(self) -> int:
-        """Neurons of one expert."""
         return self.product_fired.shape[2]
 
     def select(self, layer: int, expert: int | None = None) -> Self:
@@ -225,7 +223,6 @@ class ActivationStatistics:
         return 1 - 0.05 ** (1 / int(routed.min())) if len(routed) else float("nan")
 
     def layer_zero_shares(self, factor: Factor = "product") -> list[float]:
-        """`zero_share` of every layer, [layers]."""
         return [self.select(layer).zero_share(factor) for layer in range(self.num_layers)]
 
     def firing_rates(self) -> torch.Tensor:
@@ -245,9 +242,6 @@ class ActivationStatistics:
 
     def zero_share_percentile(self, percent: int) -> float:
         """Percentile over routed tokens of a single token's share of zeros in one block.
-
-        Args:
-            percent: 1 to 100.
 
         Returns:
             The smallest share that at least `percent` % of the tokens do not exceed (the inverse of the empirical

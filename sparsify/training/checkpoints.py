@@ -88,8 +88,6 @@ class Keep:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint that is on the disk."""
-
     path: Path
     size_bytes: int
 
@@ -99,9 +97,6 @@ def newest_whole(checkpoints: Path) -> Path | None:
 
     Reads the whole of it. Where a damaged one is passed over, `latest` is set back, so that all ranks resume from the
     same.
-
-    Args:
-        checkpoints: Folder of the run's checkpoints.
 
     Raises:
         RunError: If none is whole.
@@ -227,7 +222,6 @@ def _reference(session: Session) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def _removed_on_failure(partial: Path) -> Iterator[None]:
-    """Gives a full disk its space back: the logs stand on it too, and have to say what went wrong."""
     try:
         yield
     except BaseException:

@@ -56,7 +56,6 @@ def largest_batch(recipe: Recipe, vocab_size: int, num_sources: int) -> Batch:
 
 
 def forget_gradients(engine: Engine) -> None:
-    """Leaves no gradient of the pass, in whatever form the ZeRO stage keeps it."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
         engine.zero_grad()

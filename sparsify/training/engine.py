@@ -64,7 +64,6 @@ def _compile_layers(model: SparseModel, recipe: Recipe) -> None:
 
 
 def init_distributed() -> None:
-    """Joins the process group that the launcher described in the environment."""
     import deepspeed
 
     device = prepare_accelerator()
@@ -74,7 +73,6 @@ def init_distributed() -> None:
 
 
 def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
-    """The DeepSpeed configuration of a recipe."""
     engine, training = recipe.engine, recipe.training
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
@@ -105,7 +103,6 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
 
 
 def load_model(recipe: Recipe, folder: Path, config: dict[str, Any]) -> SparseModel:
-    """Loads a rank's model: whole for ZeRO 0 to 2, partitioned while loading for ZeRO 3."""
     keep_alive = None
     if recipe.engine.zero_stage == 3:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -171,7 +168,6 @@ def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimize
 
 
 def set_learning_rate(engine: Engine, value: float) -> None:
-    """Sets the rate of every parameter group for the next step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = value
 

@@ -55,12 +55,10 @@ def train(session: Session) -> bool:
 
 
 def _is_due(session: Session, every_tokens: int) -> bool:
-    """Whether the step that has just ended crossed a multiple of `every_tokens`."""
     return crosses(every_tokens, session.state.seen_tokens, session.recipe.step_tokens)
 
 
 def _train_step(session: Session) -> bool:
-    """One optimiser step over a global batch. Returns whether any rank has to stop."""
     recipe, engine, state = session.recipe, session.engine, session.state
     started = time.monotonic()
     batch, stopping = next_batch(session)

@@ -54,24 +54,16 @@ def check_convertible(checkpoint: Path, saved: Shape, now: Shape) -> None:
 
 
 def _family(zero_stage: int) -> int:
-    """Stages that keep the same files: 1 and 2 do."""
     return 1 if zero_stage == 2 else zero_stage
 
 
 def conversion_folder(checkpoint: Path) -> Path:
-    """Where a checkpoint's conversion lies while the ranks load it."""
     return checkpoint.with_name(CONVERSIONS.replace("*", checkpoint.name))
 
 
 @contextmanager
 def resized(checkpoint: Path, saved: Shape, now: Shape, log: Path) -> Iterator[None]:
     """Keeps a checkpoint's conversion at hand while the block runs, where `now` needs one.
-
-    Args:
-        checkpoint: A whole checkpoint.
-        saved: The shape that wrote it.
-        now: The shape that is to resume from it.
-        log: What DeepSpeed prints in the meantime.
 
     Raises:
         RunError: If it cannot be converted.
@@ -137,7 +129,6 @@ def universal_loading(engine: Engine) -> Iterator[None]:
 
 
 def main(checkpoint: str, to: str) -> bool:
-    """Converts one checkpoint in this process and its workers."""
     exit_with_parent(whole_group=True)
     from sparsify.runs.state import prepare_accelerator
 

@@ -19,8 +19,6 @@ from sparsify.training.telemetry import Telemetry
 
 
 class Suite(Protocol):
-    """What is evaluated at checkpoints."""
-
     def measure(self, session: Session) -> bool:
         """Evaluates the newest checkpoint; False when a rank has to stop before that is done."""
         ...
@@ -57,23 +55,19 @@ class Session:
     def record(
         self, kind: str, message: str = "", *, step: int | None = None, **fields: Any
     ) -> None:
-        """Adds a line to metrics.jsonl and a sentence to the log; `step` is that of the state where it is not given."""
         state = self.state
         step = state.step if step is None else step
         self.telemetry.record(kind, step, state.seen_tokens, message, **fields)
 
     def model_changed(self) -> None:
-        """Says that the model was changed outside a step: earlier losses do not predict the next one."""
         self.state = replace(self.state, recent_losses=[])
         self.update_methods()
 
     def update_methods(self) -> None:
-        """Takes the objectives' states over into the session's."""
         methods = {one.name: state for one in self.objectives if (state := one.state())}
         self.state = replace(self.state, methods=methods)
 
     def restore(self, state: TrainingState) -> None:
-        """Takes up the state of a checkpoint, the objectives' included."""
         self.state = state
         for one in self.objectives:
             one.load_state(state.methods.get(one.name, {}))

@@ -52,7 +52,6 @@ class BadStep:
     suspects: dict[str, list[int]]
 
     def sentence(self) -> str:
-        """What is wrong, with its place."""
         what = {
             "loss_not_finite": "the loss is NaN or infinite",
             "gradient_not_finite": "the gradient is NaN or infinite, though the loss is not",
@@ -203,11 +202,6 @@ def find_bad(
 def skip_step(session: Session, bad: BadStep, seen_tokens: int) -> None:
     """Continues after a bad step; the weights are still those from before it.
 
-    Args:
-        session: The rank's.
-        bad: The step.
-        seen_tokens: Training tokens seen, its own included.
-
     Raises:
         RunError: If `stability.on_bad_step` is `stop`, or if too many recent steps were bad.
     """
@@ -255,7 +249,6 @@ def remember(
 
 
 def num_bad(state: TrainingState) -> int:
-    """Bad steps among the recent ones."""
     return sum(losses is None for losses in state.recent_losses)
 
 

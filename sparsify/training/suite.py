@@ -221,7 +221,6 @@ def as_loaded(session: Session) -> Iterator[SparseModel]:
 
 @contextmanager
 def _random_numbers() -> Iterator[None]:
-    """Restores all random number generators."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -39,7 +39,6 @@ def evaluation_folder(run: RunFolder, checkpoint: str, request: EvalRequest) -> 
 
 
 def provenance_of(run: str, recipe: Recipe, lock_file: Path, checkpoint: Path) -> Provenance:
-    """Provenance of a checkpoint, or of an exported bundle's `training/` folder."""
     identity = repr(identity_of(recipe, read_lock(lock_file)))
     shares = token_shares(recipe.mixture)
     return Provenance(
@@ -59,7 +58,6 @@ def held_out_text(
     sequence_length: int,
     cache_dir: str,
 ) -> HeldOut | None:
-    """The held-out sequences of a suite; None if it has none."""
     if not sequences_per_source:
         return None
     sequences = source_sequences(
@@ -122,7 +120,6 @@ def write_line(
 
 
 def has_line(run: RunFolder, checkpoint: Path, request: EvalRequest) -> bool:
-    """Whether a checkpoint was evaluated with a comparable request."""
     return any(
         line["checkpoint"] == checkpoint.name and line["key"] == request.key
         for line in read_lines(run.path / LINES_FILE)
@@ -130,7 +127,6 @@ def has_line(run: RunFolder, checkpoint: Path, request: EvalRequest) -> bool:
 
 
 def suite_is_due(recipe: Recipe, state: TrainingState) -> bool:
-    """Whether the suite runs after this step; a checkpoint is saved there, too."""
     if recipe.eval.suite is None or state.step == 0:
         return False
     every = recipe.eval.suite_every_tokens or recipe.checkpoint.every_tokens
@@ -139,7 +135,6 @@ def suite_is_due(recipe: Recipe, state: TrainingState) -> bool:
 
 
 def suite_is_logged(recipe: Recipe, run: RunFolder, step: int) -> bool:
-    """Whether metrics.jsonl has the recipe's suite at this step."""
     request = EvalRequest.from_recipe(recipe.eval)
     folder = evaluation_folder(run, checkpoint_name(step), request)
     where = str(folder.relative_to(run.path))
@@ -150,7 +145,6 @@ def suite_is_logged(recipe: Recipe, run: RunFolder, step: int) -> bool:
 
 
 def command_of(checkpoint: Path, request: EvalRequest) -> str:
-    """The `sparsify evaluate` command with the same result."""
     words = ["sparsify", "evaluate", str(checkpoint), "--suite", request.suite]
     if request.data_dir is not None:
         words += ["--data-dir", str(request.data_dir)]

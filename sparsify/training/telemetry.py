@@ -247,7 +247,6 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 
 def _compact(number: int) -> str:
-    """All digits, or above a hundred thousand four of them and a unit: 3,026, 204.8K, 150B."""
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if number >= max(size, COMPACT_ABOVE):
             return f"{number / size:.4g}{unit}"

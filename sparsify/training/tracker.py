@@ -17,12 +17,7 @@ CELL_PIXELS = 12
 
 
 class Tracker:
-    """A wandb run; offline unless `tracking.wandb=online`.
-
-    Args:
-        recipe: The run's recipe.
-        run: Its folder, where wandb writes.
-    """
+    """A wandb run; offline unless `tracking.wandb=online`."""
 
     def __init__(self, recipe: Recipe, run: RunFolder) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -38,33 +33,26 @@ class Tracker:
         )
 
     def numbers(self, record: dict[str, Any]) -> None:
-        """Logs every number of a line of metrics.jsonl or sparsity.jsonl, named by its path."""
         self._run.log(
             dict(_numbers(record, str(record.get("kind", "sparsity")))), step=record["step"]
         )
 
     def samples(self, step: int, pairs: list[dict[str, str]]) -> None:
-        """Logs what the model wrote at a checkpoint, as a table."""
         rows: list[Any] = [[step, pair["prompt"], pair["continuation"]] for pair in pairs]
         table = self._wandb.Table(columns=["step", "prompt", "continuation"], data=rows)
         self._run.log({"samples": table}, step=step)
 
     def heat_map(self, step: int, layers: list[list[float]]) -> None:
-        """Logs the share of zeros of every layer at every validation so far, as a picture."""
         caption = "share of zeros: layers from top to bottom, validations from left to right"
         image = self._wandb.Image(heat_map(layers), caption=caption)
         self._run.log({"sparsity/heat_map": image}, step=step)
 
     def close(self) -> None:
-        """Ends the wandb run."""
         self._run.finish()
 
 
 def heat_map(layers: list[list[float]]) -> NDArray[np.uint8]:
     """Share of zeros of every layer (rows) at every validation (columns) as a picture, white at 0 and dark at 1.
-
-    Args:
-        layers: The `layers` of sparsity.jsonl, one list a validation.
 
     Returns:
         Grey levels, with `CELL_PIXELS` a cell each way. [layers * cell, validations * cell]

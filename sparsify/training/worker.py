@@ -34,10 +34,6 @@ from sparsify.training.telemetry import RunTelemetry, Telemetry
 def main(run_dir: str, suite_worker: ModuleType) -> bool:
     """Trains one rank to the end of the budget.
 
-    Args:
-        run_dir: The run's folder.
-        suite_worker: As for `build_session`.
-
     Returns:
         False when a stop was requested before.
     """
@@ -132,7 +128,6 @@ def _suite(recipe: Recipe, run: RunFolder, worker: ModuleType | None) -> Suite |
 
 
 def _agreed(newest: Path | None) -> Path | None:
-    """Rank 0's checkpoint: another machine may still see an older `latest`."""
     names = [newest]
     dist.broadcast_object_list(names)
     return names[0]

@@ -270,7 +270,11 @@ MEASURED: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     ),
     "report of nothing": (
         lambda _: ["report", "runs/none"],
-        ["'runs/none'", "no folder here", "Give a checkpoint folder"],
+        [
+            "'runs/none'",
+            "neither a local folder nor a model on the Hub",
+            "Give a checkpoint folder",
+        ],
     ),
     "report on an empty text": (
         lambda place: report("--on", place.write("empty.txt", "\n"))(place),

@@ -48,15 +48,17 @@ def test_the_wanted_recall_is_reached_with_few_neurons_on(
 
 @pytest.mark.parametrize("stop_after", [20, 90])
 def test_an_interrupted_training_goes_on_to_the_same_predictors(
-    stop_after: int, mistral: SparseModel, tmp_path: Path
+    stop_after: int, mistral: SparseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("sparsify.predictors.train.SAVE_SECONDS", 0)
+
     def interrupt(step: int, *_: object) -> None:
         if step == stop_after:
             raise KeyboardInterrupt
 
     whole = trained(mistral, tmp_path / "other")
     with pytest.raises(KeyboardInterrupt):
-        trained(mistral, tmp_path / "state", save_seconds=0, on_step=interrupt)
+        trained(mistral, tmp_path / "state", on_step=interrupt)
     steps: list[int] = []
     resumed = trained(mistral, tmp_path / "state", on_step=lambda step, *_: steps.append(step))
     assert steps[0] == stop_after
@@ -66,7 +68,11 @@ def test_an_interrupted_training_goes_on_to_the_same_predictors(
             assert torch.equal(one, other)
 
 
-def test_a_state_of_other_settings_is_refused(mistral: SparseModel, tmp_path: Path) -> None:
+def test_a_state_of_other_settings_is_refused(
+    mistral: SparseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsify.predictors.train.SAVE_SECONDS", 0)
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -74,7 +80,6 @@ def test_a_state_of_other_settings_is_refused(mistral: SparseModel, tmp_path: Pa
         trained(
             mistral,
             tmp_path / "state",
-            save_seconds=0,
             on_step=lambda step, *_: interrupt() if step > 1 else None,
         )
     other = Settings(wanted_recall=0.8, budget_share=0.5, ranks=(12, 24), passes=3)

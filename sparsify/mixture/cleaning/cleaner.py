@@ -57,11 +57,6 @@ class Cleaner:
         """Documents dropped because an earlier one has the same content."""
         return self._seen.num_duplicates if self._seen else 0
 
-    @property
-    def num_contaminated(self) -> int:
-        """Documents dropped because they overlap with an evaluation item; their duplicates count as duplicates."""
-        return self._log.num_documents if self._log else 0
-
     def clean(self, documents: Sequence[Document]) -> list[Document]:
         """Returns the documents to train on. Must be called with every document, in the order of the source."""
         numbered = list(enumerate(documents, start=self.num_documents))

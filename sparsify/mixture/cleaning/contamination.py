@@ -95,8 +95,6 @@ class ContaminationLog:
             common_ngrams=decontaminator.num_common_ngrams,
         )
         self._examples = Counter[str]()
-        self.num_documents = 0
-        """Documents that were dropped."""
         first_line = f"{header.model_dump_json()}\n"
         if not num_documents:
             write_text(path, first_line)
@@ -105,7 +103,6 @@ class ContaminationLog:
         kept = len(first_line.encode())
         for one, line_bytes in _lines(path, num_documents):
             kept += line_bytes
-            self.num_documents += 1
             if one.example is not None:
                 self._examples[one.example.evaluation_file] += 1
         self._log = path.open("ab")
@@ -127,7 +124,6 @@ class ContaminationLog:
             )
         dropped = _DroppedDocument(document=number, items=list(overlap.items), example=example)
         self._log.write(f"{dropped.model_dump_json(exclude_none=True)}\n".encode())
-        self.num_documents += 1
 
     def commit(self) -> None:
         self._log.flush()

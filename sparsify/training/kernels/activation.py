@@ -76,18 +76,13 @@ def _gradients(
 def formulas(
     name: str,
 ) -> tuple[Callable[..., torch.Tensor], Callable[..., Backward]]:
-    """(gate, up) to the product, and (gradient of the product, gate, up) to the gradients of gate and up, by torch.
-
-    Args:
-        name: Name of an activation that has a training kernel.
-    """
+    """(gate, up) to the product, and (gradient of the product, gate, up) to the gradients of gate and up, by torch."""
     activation = ACTIVATIONS[name]
     assert activation.has_training_kernel, name
     return partial(_product, activation), partial(_gradients, activation)
 
 
 def plain_kernel(name: str) -> Kernel:
-    """The formulas by torch's own operators, which fuse nothing."""
     product_of, backward = formulas(name)
 
     def forward(gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
@@ -101,7 +96,6 @@ def plain_kernel(name: str) -> Kernel:
 
 @cache
 def inductor_kernel(name: str) -> Kernel:
-    """The formulas, each compiled to one loop."""
     product_of, backward_of = formulas(name)
 
     def counted(gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,7 +252,6 @@ def check_fusible(recipe: Recipe) -> None:
 
 
 def _implementation(recipe: Recipe, activation: FfnActivation) -> str | None:
-    """A key of KERNELS, or None for the model's own code."""
     setting = recipe.training.fused_activation
     knows = ACTIVATIONS[activation.name].has_training_kernel
     if setting == "off" or (setting == "auto" and (not knows or recipe.blending.budget_share)):
@@ -337,10 +330,6 @@ class ZeroMeter:
     """Counts exact zeros of the activations of one step, in the pass that computes them.
 
     Recomputed layers of gradient checkpointing count twice, both zeros and values, so the share is the same.
-
-    Args:
-        model: A model whose activations are fused.
-        device: Device of the model.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:

@@ -48,7 +48,6 @@ class FusedNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Normalises [..., hidden]."""
         if not self.training:
             return super().forward(hidden_states)
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -189,7 +188,6 @@ def _numbers(version: str) -> list[int]:
 
 
 def liger_sentence() -> str:
-    """The kernels in use, in one line."""
     return (
         f"Liger {installed_version()} computes norms, rotary embedding and loss in training steps; "
         "validations run the model's own code."

@@ -21,7 +21,6 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def installed_version() -> str | None:
-    """Version of Liger; None if it is not installed."""
     try:
         return metadata.version(PACKAGE)
     except metadata.PackageNotFoundError:
@@ -115,10 +114,6 @@ TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 def check_kernels(device: str, dtype: torch.dtype) -> None:
     """Checks every kernel, forward and backward, against torch's operators.
 
-    Args:
-        device: Device of the check.
-        dtype: Dtype of the check, a key of TOLERANCES.
-
     Raises:
         RunError: If one cannot be built here, or computes another value.
     """
@@ -158,7 +153,6 @@ def check_kernels(device: str, dtype: torch.dtype) -> None:
 
 
 def _with_gradients(function: Callable[..., Tensors], inputs: Tensors) -> Tensors:
-    """Outputs of a function, and the gradients of a weighted sum over them with distinct weights."""
     outputs = function(*inputs)
     weights = (torch.arange(1.0, x.numel() + 1, device=x.device).view_as(x) for x in outputs)
     total = sum((w * x).sum() for w, x in zip(weights, outputs, strict=True))
