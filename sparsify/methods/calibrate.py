@@ -42,8 +42,8 @@ from sparsify.methods.layerwise import (
     LayerReader,
     Streams,
     chunks,
-    ffn_answer,
     ffn_names,
+    ffn_output,
     stored_threshold,
     tensor,
 )
@@ -271,8 +271,8 @@ class Calibrator:
             residual = self._residual(attention, before, part, start)
             x = attention.ffn_inputs(residual)
             routes = attention.routes(x)
-            answer = ffn_answer(x, routes, experts)
-            after[part] = (residual + answer.view_as(residual)).cpu().numpy()
+            output = ffn_output(x, routes, experts)
+            after[part] = (residual + output.view_as(residual)).cpu().numpy()
             if part.stop + start > self._num_fit and name != "dense":
                 first = max(0, self._num_fit - start - part.start) * before.shape[1]
                 _count_zeros(x, routes, experts, first, counts)
@@ -304,7 +304,7 @@ class Calibrator:
             part = slice(part.start, min(part.stop, self._num_fit))
             residual = self._residual(attention, before, part, 0)
             x = attention.ffn_inputs(residual)
-            own = ffn_answer(x, attention.routes(x), dense).view_as(residual)
+            own = ffn_output(x, attention.routes(x), dense).view_as(residual)
             residuals[part] = residual.cpu().numpy()
             gap = tensor(after[part], self._device) - residual - own
             gaps[part] = (repaired * gap).cpu().numpy()
