@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from hypothesis import settings
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,6 +32,10 @@ from transformers import (
 
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.recipe.catalogue import PACKAGE
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 TOKENIZER = PACKAGE / "assets" / "quickstart_base"
 SHAPE = {

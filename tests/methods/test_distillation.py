@@ -184,9 +184,9 @@ def test_every_label_weighs_the_same_in_any_micro_batch(kind: str, stock: dict[s
 def test_a_term_without_a_weight_is_not_computed(key: str, stock: dict[str, Path]) -> None:
     settings = DistillationSection(**{key: 2.0})
     student, teacher = student_of(stock["mistral"]), teacher_of(stock["mistral"], settings)
-    answers = teacher.answer(batch()["input_ids"], batch()["position_ids"])
-    assert (answers.logits is None) == (key == "ffn_weight")
-    assert len(answers.ffn_outputs) == (0 if key == "logits_weight" else 2)
+    outputs = teacher.outputs(batch()["input_ids"], batch()["position_ids"])
+    assert (outputs.logits is None) == (key == "ffn_weight")
+    assert len(outputs.ffn_outputs) == (0 if key == "logits_weight" else 2)
     _, record, _ = distilled(student, teacher, settings)
     name = key.removesuffix("_weight")
     assert record == {name: record[name], "added": pytest.approx(2 * record[name])}
@@ -209,10 +209,10 @@ def test_the_dense_model_is_no_distance_from_itself_and_never_changes(
     ("overrides", "message"),
     [
         (["distillation.logits_weight=-1"], "distillation.logits_weight is -1"),
-        (["distillation.ffn_weight=inf"], "0 (leave it out) or above"),
+        (["distillation.ffn_weight=inf"], "Allowed: 0 or above"),
         (["distillation.ffn_weight=1", "model=quickstart_random"], "no dense model of this shape"),
         (["distillation.logits_weight=1", "+model.upcycle_experts=4"], "model.upcycle_experts=4"),
-        (["distillation.ffn_weight=1", "training.compile=true"], "a compiled layer is closed"),
+        (["distillation.ffn_weight=1", "training.compile=true"], "torch.compile bypasses them"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
