@@ -64,12 +64,6 @@ def upcycle(
     The router's weights are drawn at random; since Mixtral's router weights sum to 1 over the chosen experts and the
     experts are equal, the function is that of the dense model to rounding until training sets them apart.
 
-    Args:
-        dense: A sparse_mistral model, any activation.
-        num_experts: Experts of every layer.
-        num_experts_per_token: Experts that each token is routed to.
-        seed: Seed of the routers.
-
     Raises:
         ModelError: If the model has experts already.
     """

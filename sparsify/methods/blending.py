@@ -101,7 +101,7 @@ def activation_at(
 
 @contextmanager
 def plain(model: SparseModel) -> Iterator[None]:
-    """Has every block apply its plain activation within the block: the one that a checkpoint saved now is loaded with."""
+    """Makes every block apply its plain activation: the one that a checkpoint saved now is loaded with."""
     activations: list[FfnActivation] = [block.ffn_activation for block in model.ffn_blocks()]
     mixed = [one for one in activations if type(one) is BlendedActivation]
     for activation in mixed:
@@ -135,8 +135,6 @@ def is_blended(model: SparseModel) -> bool:
 
 @objective
 class Blending(Objective):
-    """The blending of a run, in a straight line over the tokens seen."""
-
     name: ClassVar[str] = "blending"
 
     def __init__(self, run: TrainingRun) -> None:

@@ -384,8 +384,6 @@ def _count_zeros(
 
 
 class AttentionValues:
-    """The values of a layer's attention sites (`methods.base.LayerValues`)."""
-
     experts: list[Expert] = []  # noqa: RUF012
 
     def __init__(self, calibrator: Calibrator, attention: Attention, streams: Streams) -> None:

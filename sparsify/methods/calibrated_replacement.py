@@ -65,11 +65,11 @@ class ExpertResult:
 
     Attributes:
         num_tokens: Calibration tokens that were routed to it and that the refit rests on.
-        num_flipped: Neurons whose sign was turned.
+        num_flipped: Neurons whose sign was flipped.
         error_bare: With the bare replacement.
         error_before: With signs and a mask, and the old down projection.
-        error_refitted: With the refitted one; None where none was wanted.
-        kept_because: Why the old down projection stays; None where the refitted one takes its place, or none was wanted.
+        error_refitted: With the refitted one; None without reconstruction.
+        kept_because: Why the old down projection is kept; None where the refitted one replaces it, or without reconstruction.
     """
 
     num_tokens: int
@@ -86,7 +86,7 @@ class CalibratedLayer:
 
     Attributes:
         stages: Experts by stage: `dense`, `bare replacement`, then what was done to them, the last being the result.
-        flips: Which neurons' signs were turned, bool [experts, neurons].
+        flips: Neurons with flipped signs, bool [experts, neurons].
         results: One for each expert.
         mask_record: What the mask says of itself.
     """
@@ -106,10 +106,10 @@ class LayerCalibration:
         settings: How.
         dtype: Dtype on disk: what is fitted is rounded to it before it is evaluated.
         inputs: Gives all calibration tokens, again on each call.
-        turn_for: Activation whose surviving half decides about a neuron's sign, one that rectifies up; None turns none.
+        flip_for: Activation, one that rectifies up, whose surviving half decides a neuron's sign; None flips none.
         reduce: Sums over ranks, where `inputs` gives only this one's part of the tokens. The result is the same on all.
         mask: Fitted before the reconstruction; None for none. On one rank only.
-        reconstruct: Whether the down projection is solved for.
+        reconstruct: Whether to solve for the down projection.
     """
 
     def __init__(
@@ -119,14 +119,14 @@ class LayerCalibration:
         settings: ConversionSection,
         dtype: torch.dtype,
         inputs: InputsOf,
-        turn_for: FfnActivation | None,
+        flip_for: FfnActivation | None,
         reduce: Reduce = nothing_to_reduce,
         mask: Mask | None = None,
         reconstruct: bool = True,
     ) -> None:
         self._dense, self._replaced = dense, replaced
         self._settings, self._dtype, self._inputs = settings, dtype, inputs
-        self._turn_for, self._reduce = turn_for, reduce
+        self._flip_for, self._reduce = flip_for, reduce
         self._mask, self._reconstruct = mask, reconstruct
 
     def run(self) -> CalibratedLayer:
@@ -134,7 +134,7 @@ class LayerCalibration:
         stages = {"dense": self._dense, "bare replacement": self._replaced}
         flips = self._flips()
         experts = [flip(expert, each) for expert, each in zip(self._replaced, flips, strict=True)]
-        if self._turn_for is not None:
+        if self._flip_for is not None:
             stages["signs"] = experts
         mask_record = {}
         if self._mask is not None:
@@ -152,11 +152,11 @@ class LayerCalibration:
     def _flips(self) -> torch.Tensor:
         shape = len(self._replaced), len(self._replaced[0].up)
         flips = torch.zeros(shape, dtype=torch.bool, device=self._replaced[0].up.device)
-        if self._turn_for is None:
+        if self._flip_for is None:
             return flips
         for number, expert in enumerate(self._replaced):
             energies = SignEnergies(shape[1], flips.device)
-            expert = replace(expert, activation=self._turn_for)
+            expert = replace(expert, activation=self._flip_for)
             for chunk, token, _ in self._rows(number, "fit"):
                 energies.add(expert, chunk.x[token])
             self._reduce(energies.kept)
@@ -198,7 +198,7 @@ class LayerCalibration:
             return expert, ExpertResult(gram.num_rows, num_flipped, bare, before, None, None)
         after, reason = errors.relative("refitted"), None
         if few:
-            reason = f"only {gram.num_rows} calibration tokens came to it"
+            reason = f"only {gram.num_rows} calibration tokens were routed to it"
         elif before is None or after is None:
             reason = "no held-out token to evaluate the refit on"
         elif not after < before:
@@ -243,7 +243,7 @@ class CalibratedReplacement:
 
     def rewrite(self, layer: Layer) -> Rewritten:
         activation = layer.replaced[0].activation
-        turn_for = activation if ACTIVATIONS[activation.name].up == "relu" else None
+        flip_for = activation if ACTIVATIONS[activation.name].up == "relu" else None
         return _rewritten(
             LayerCalibration(
                 layer.dense,
@@ -251,7 +251,7 @@ class CalibratedReplacement:
                 self._conversion,
                 layer.dtype,
                 layer.inputs,
-                turn_for,
+                flip_for,
                 mask=self.mask,
             ).run()
         )

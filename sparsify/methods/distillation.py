@@ -213,8 +213,6 @@ class Distiller:
 
 @objective
 class Distillation(Objective):
-    """What a run learns from its dense source."""
-
     name: ClassVar[str] = "distillation"
 
     def __init__(self, run: TrainingRun, teacher: Teacher) -> None:

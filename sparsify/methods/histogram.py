@@ -105,5 +105,4 @@ class Histogram:
         return self.bins.edge(int(torch.searchsorted(cumulative, wanted)))
 
     def above(self, index: int, row: int = 0) -> int:
-        """How many of a row's values exceed an edge."""
         return int(self.counts[row, index + 1 :].sum())

@@ -197,7 +197,7 @@ class Attention:
         return self._seen[site]
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Takes the weights of a layer, by their names inside it; those of feed-forward blocks are left alone."""
+        """Loads the weights of a layer, by their names inside it; those of feed-forward blocks are ignored."""
         for name, parameter in self._layer.named_parameters():
             parameter.data.copy_(tensors[name])
         if self._router is not None:
@@ -227,8 +227,6 @@ class _Nothing(nn.Module):
 
 
 class LayerReader:
-    """Reads a checkpoint folder layer by layer."""
-
     def __init__(self, folder: Path, device: torch.device) -> None:
         checkpoint = read_checkpoint(folder)
         name = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
@@ -315,7 +313,6 @@ class Streams:
 
 
 def chunks(num_sequences: int, sequence_length: int) -> Iterator[slice]:
-    """Slices of sequences that are computed together."""
     step = max(1, CHUNK_TOKENS // sequence_length)
     return (slice(start, start + step) for start in range(0, num_sequences, step))
 

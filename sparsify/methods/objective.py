@@ -112,7 +112,7 @@ class Objective(Protocol):
         return {}
 
     def as_saved(self) -> AbstractContextManager[object]:
-        """Has the model compute what a checkpoint saved now computes once it is loaded."""
+        """Makes the model compute what a checkpoint saved now computes after loading."""
         return nullcontext()
 
     def state(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Objective(Protocol):
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` returned; an empty dict before the first step."""
+        """Restores what `state` returned; an empty dict before the first step."""
 
 
 _OBJECTIVES: list[type[Objective]] = []
@@ -148,7 +148,7 @@ def objectives_of(run: TrainingRun) -> list[Objective]:
 
 @contextmanager
 def as_saved(objectives: Sequence[Objective]) -> Iterator[None]:
-    """Has the model compute within the block what a checkpoint saved now computes once it is loaded."""
+    """Makes the model compute, within the block, what a checkpoint saved now computes after loading."""
     with ExitStack() as stack:
         for one in objectives:
             stack.enter_context(one.as_saved())

@@ -110,7 +110,6 @@ class PenaltyMeter:
         return penalty
 
     def reduce(self) -> PenaltyRecord:
-        """The step's record over all ranks; every rank calls it."""
         dist.all_reduce(self._totals)
         penalty, passes, values, zeros, gate_zeros = self._totals.tolist()
         values = max(values, 1)
@@ -191,14 +190,7 @@ class Controller:
 
 
 def begin(budget_share: float, zeros: float, loss: float, penalty: float) -> Controller:
-    """Takes over after the first step that was measured with the plain activation.
-
-    Args:
-        budget_share: Tokens seen as a share of the budget.
-        zeros: Share of zeros of that step.
-        loss: Its loss, in nats.
-        penalty: Its penalty before any weight.
-    """
+    """Starts the controller after the first step with the plain activation; `loss` in nats, `penalty` before any weight."""
     first_weight = FIRST_LOSS_SHARE * loss / max(penalty, 1e-12)
     return Controller(budget_share, zeros, first_weight, zeros)
 

@@ -34,8 +34,6 @@ class PercentileSettings(MethodSettings):
 
 @register
 class Percentile:
-    """One threshold a layer on the magnitude of its activations."""
-
     name = "percentile"
     paper = "arXiv 2412.12178"
     Settings = PercentileSettings

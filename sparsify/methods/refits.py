@@ -99,7 +99,7 @@ class RefittedBlending(Blending):
     def between_steps(self) -> bool:
         """Refits the live model where a milestone lies before the next step.
 
-        Once begun it is brought to its end: a model of which half is refitted could not be saved.
+        Runs to its end once begun: a half-refitted model could not be saved.
         """
         run, recipe, state = self._run, self._run.recipe, self._run.state
         due = refits_due(recipe, state.seen_tokens)
@@ -158,15 +158,7 @@ def refit(
     sequences: tuple[int, int],
     shares: tuple[float, float],
 ) -> RefitRecord:
-    """Takes every block from one share of the sparse activation to another, and refits it.
-
-    Args:
-        engine: The DeepSpeed engine.
-        recipe: The run's recipe.
-        reader: Gives the sequences.
-        sequences: Number of the first, and how many.
-        shares: The share that every block has, and the one to come.
-    """
+    """Moves every block between two shares of the sparse activation (before, after), and refits it on `sequences` (first, count)."""
     config = engine.module.config
     results: list[list[ExpertResult]] = []
     inputs = _LayerInputs(engine, reader, sequences, recipe.training.micro_batch_size)

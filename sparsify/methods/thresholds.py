@@ -28,8 +28,6 @@ class ThresholdSettings(MethodSettings):
 
 @register
 class OutputNormThresholds:
-    """Zeroes the neurons that would add least to the stream."""
-
     name = "thresholds"
     paper = "arXiv 2402.03804 (the criterion)"
     Settings = ThresholdSettings

@@ -46,8 +46,6 @@ class TopKMask:
 
 
 class LayerThresholdMask:
-    """Drops every |h| up to a threshold of its layer."""
-
     def __init__(self, thresholds: Sequence[float]) -> None:
         self._thresholds = thresholds
 

@@ -21,9 +21,6 @@ class LayerAlarms:
     def check(self, layers: Sequence[float]) -> list[str]:
         """Checks one measurement.
 
-        Args:
-            layers: Share of zero products of every layer, 0 to 1.
-
         Returns:
             The new alarms, one sentence each.
         """

@@ -99,8 +99,6 @@ class ConsecutiveStatistics:
 
 
 class ConsecutiveObserver:
-    """Gathers ConsecutiveStatistics from a SparsityProbe."""
-
     def __init__(self, num_layers: int, num_experts: int, num_neurons: int) -> None:
         self.statistics = ConsecutiveStatistics.empty(num_layers, num_experts, num_neurons)
         self._sample = sampled_neurons(num_neurons, num_experts)

@@ -11,7 +11,6 @@ THRESHOLDS = {"layer": "the layer's threshold", "channel": "its neuron's thresho
 
 
 def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
-    """Formula of a neuron's activation."""
     parts = [ACTIVATIONS[ffn_activation].formula]
     if "gate" in masks:
         parts.append(

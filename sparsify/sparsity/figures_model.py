@@ -22,7 +22,6 @@ MAX_CURVE_POINTS = 300
 
 
 def draw_layers(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Zeros by layer: the product with its spread over tokens, and its two factors."""
     rows = report.layer_rows
     layers = np.array([row.layer for row in rows])
     product, low, high = (shares(rows, name) for name in ("product_zeros", "p5", "p95"))
@@ -158,7 +157,6 @@ def draw_causes(report: SparsityReport, statistics: ActivationStatistics, theme:
 
 
 def draw_sources(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Zeros by source: the mean over layers as a dot, the range over layers as a line."""
     rows = np.arange(len(report.sources))[::-1]
     figure = Figure(figsize=(WIDTH_INCHES, 0.9 + 0.42 * len(rows)))
     axes = figure.add_subplot()
@@ -207,7 +205,6 @@ def draw_positions(
 
 
 def draw_unions(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Union of the neurons that several tokens need, for consecutive and for unrelated tokens."""
     chunks = report.engine.chunks
     tokens = np.array([chunk.num_tokens for chunk in chunks])
     figure = Figure(figsize=(WIDTH_INCHES, 3.6))

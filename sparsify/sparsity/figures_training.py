@@ -55,7 +55,6 @@ def draw_stages(report: SparsityReport, statistics: ActivationStatistics, theme:
 def draw_trajectory(
     report: SparsityReport, statistics: ActivationStatistics, theme: Theme
 ) -> Figure:
-    """Validation loss and zeros over training tokens, of the sparse run and its dense baseline."""
     trajectory = _trajectory(report)
     figure = Figure(figsize=(WIDTH_INCHES, 5.0))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
@@ -108,7 +107,6 @@ def draw_layers_over_time(
 
 
 def draw_scaling(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
-    """Activation ratio over training tokens, with the fitted law and its extrapolation."""
     fit, sparse = report.scaling, _known(_trajectory(report).sparse, "zeros")
     assert fit is not None
     points = [(tokens, 1 - zeros) for tokens, zeros in sparse if tokens > 0]
@@ -135,7 +133,6 @@ def draw_scaling(report: SparsityReport, statistics: ActivationStatistics, theme
 
 
 def layer_points(report: SparsityReport) -> list[TrajectoryPoint]:
-    """Points of the sparse run with zeros by layer, sorted by tokens."""
     points = [point for point in _trajectory(report).sparse if point.layers]
     return sorted(points, key=lambda point: point.tokens)
 

@@ -37,12 +37,10 @@ CURVE_POINTS = 101
 
 
 def known(share: float) -> float | None:
-    """None instead of NaN, for JSON."""
     return None if math.isnan(share) else share
 
 
 def layer_rows(statistics: ActivationStatistics) -> list[LayerRow]:
-    """One row per layer, followed by one row for each of its experts in a mixture of experts."""
     experts = range(statistics.num_experts) if statistics.num_experts > 1 else ()
     return [
         _row(statistics.select(layer, expert), layer, expert)

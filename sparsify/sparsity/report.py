@@ -34,7 +34,6 @@ PACKAGE = "sparsify.sparsity"
 
 
 def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str:
-    """The HTML page, with all figures embedded for light and dark mode."""
     return (
         page_environment(PACKAGE)
         .get_template(TEMPLATE_FILE)
@@ -129,7 +128,6 @@ def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
 
 
 def against_table(report: SparsityReport) -> Table | None:
-    """The report's model and the other one in columns; None without another one."""
     other = report.against
     if other is None:
         return None

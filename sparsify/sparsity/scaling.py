@@ -110,7 +110,6 @@ def fit_scaling(
 
 
 def fit_trajectory(trajectory: Trajectory, ffn_activation: str) -> ScalingFit | None:
-    """Fits the measurements of a run; None if they do not determine a law."""
     points = [point for point in trajectory.sparse if point.tokens > 0 and point.zeros is not None]
     return fit_scaling(
         [point.tokens for point in points],
