@@ -94,7 +94,9 @@ def _check_fits(found: dict[str, Any], cases: list[str]) -> None:
         assert answer["num_flipped"] > 0
         # Some experts of a router that nobody trained get hardly a token.
         assert bool(answer["kept"]) == ("mixtral" in case)
-        assert all("calibration tokens were routed to it" in one["because"] for one in answer["kept"])
+        assert all(
+            "calibration tokens were routed to it" in one["because"] for one in answer["kept"]
+        )
 
 
 @pytest.mark.slow
