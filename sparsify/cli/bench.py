@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from sparsify.cli.options import AsJson, Overrides, console, numbers
+from sparsify.cli.options import AsJson, Overrides, numbers, print_result
 from sparsify.models.activations import activation_names, alternatives
 from sparsify.reporting.log_lines import error_console, print_log_lines
 
@@ -58,9 +58,7 @@ def bench_mixture(
             repeats=repeats,
             on_progress=status.update,
         )
-    console.print_json(result.model_dump_json()) if as_json else console.print(
-        mixture_table(result)
-    )
+    print_result(result.model_dump_json(), mixture_table(result), as_json)
 
 
 @bench_app.command("train")
@@ -86,9 +84,7 @@ def bench_train(
             blocks=blocks,
             on_progress=status.update,
         )
-    console.print_json(result.model_dump_json()) if as_json else console.print(
-        training_table(result)
-    )
+    print_result(result.model_dump_json(), training_table(result), as_json)
 
 
 @bench_app.command("recovery")
@@ -128,10 +124,7 @@ def bench_recovery(
     print_log_lines(to=error_console)
     result = bench_recovery(plan)
     write_recovery(result, to)
-    if as_json:
-        console.print_json(result.model_dump_json())
-    else:
-        console.print(recovery_table(result))
+    print_result(result.model_dump_json(), recovery_table(result), as_json)
 
 
 @bench_app.command("decode")
@@ -220,7 +213,7 @@ def bench_decode(
         result = run(settings, status.update)
     if plot is not None:
         write_figure(result, plot)
-    console.print_json(result.model_dump_json()) if as_json else console.print(decode_table(result))
+    print_result(result.model_dump_json(), decode_table(result), as_json)
 
 
 @bench_app.command("activation")
@@ -252,6 +245,4 @@ def bench_activation(
             repeats=repeats,
             on_progress=status.update,
         )
-    console.print_json(result.model_dump_json()) if as_json else console.print(
-        bench.activation_table(result)
-    )
+    print_result(result.model_dump_json(), bench.activation_table(result), as_json)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from sparsify.cli.options import AsJson, console
+from sparsify.cli.options import AsJson, print_result
 
 if TYPE_CHECKING:
     from sparsify.commands.generate import Generated
@@ -63,10 +63,9 @@ def generate(
         dense=dense,
         write=(lambda _: None) if as_json else _write,
     )
-    if as_json:
-        console.print_json(json.dumps(dataclasses.asdict(result)))
-    else:
-        console.print(f"\n\n[dim]{_summary(result)}[/dim]")
+    print_result(
+        json.dumps(dataclasses.asdict(result)), f"\n\n[dim]{_summary(result)}[/dim]", as_json
+    )
 
 
 def _write(text: str) -> None:

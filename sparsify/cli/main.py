@@ -17,7 +17,7 @@ from sparsify.cli.evaluate import evaluate
 from sparsify.cli.export import export_app
 from sparsify.cli.generate import generate
 from sparsify.cli.mixture import mixture_app
-from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_line
+from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_line, print_result
 from sparsify.cli.predictors import predictors_app
 from sparsify.errors import UserError
 from sparsify.models.activations import activation_names, alternatives
@@ -169,7 +169,7 @@ def plan(
         from sparsify.plan.report import write_chart
 
         write_chart(result, chart)
-    console.print_json(result.model_dump_json()) if as_json else console.print(plan_table(result))
+    print_result(result.model_dump_json(), plan_table(result), as_json)
     refuse_unfit(result)
 
 
@@ -264,10 +264,9 @@ def convert(
         result = verb.convert_model(model, chosen, to, on or "quickstart", tokens)
     else:
         result = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens)
-    if as_json:
-        console.print_json(json.dumps(verb.replacement_record(result)))
-    else:
-        console.print(verb.replacement_table(result))
+    print_result(
+        json.dumps(verb.replacement_record(result)), verb.replacement_table(result), as_json
+    )
 
 
 @app.command()
@@ -290,10 +289,7 @@ def train(
         result = verb.train(recipe, choice)
         if result is None:
             continue  # node 0 shows it
-        if as_json:
-            console.print_json(json.dumps(verb.run_record(result)))
-        else:
-            console.print(verb.run_summary(result))
+        print_result(json.dumps(verb.run_record(result)), verb.run_summary(result), as_json)
 
 
 @app.command()
@@ -332,10 +328,7 @@ def report(
     result, folder = make_report(
         model_or_run, on, tokens, to, curve_tokens=curve_tokens, against=against
     )
-    if as_json:
-        console.print_json(result.model_dump_json())
-    else:
-        console.print(report_summary(result, folder))
+    print_result(result.model_dump_json(), report_summary(result, folder), as_json)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sparsify.cli.options import AsJson, Overrides, console, log_progress
+from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_result
 
 mixture_app = typer.Typer(
     no_args_is_help=True,
@@ -60,10 +60,7 @@ def mixture_stats(
 
     log_progress(quiet=as_json)
     result = stats(mixture, tokenizer, budget_tokens, sequence_length)
-    if as_json:
-        console.print_json(result.model_dump_json())
-    else:
-        console.print(mixture_table(result))
+    print_result(result.model_dump_json(), mixture_table(result), as_json)
 
 
 @mixture_app.command("tune")
@@ -129,7 +126,4 @@ def mixture_tune(
         confirm_tokens,
     )
     found, folder = tune(request)
-    if as_json:
-        console.print_json(found.model_dump_json())
-    else:
-        console.print(tune_summary(found, folder, recipe))
+    print_result(found.model_dump_json(), tune_summary(found, folder, recipe), as_json)

@@ -6,7 +6,7 @@ import logging
 from typing import Annotated, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from sparsify.errors import RecipeError
 from sparsify.reporting.log_lines import error_console, print_log_lines
@@ -23,6 +23,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 def print_line(line: str) -> None:
     console.print(line, markup=False)
+
+
+def print_result(record: str, table: RenderableType, as_json: bool) -> None:
+    console.print_json(record) if as_json else console.print(table)
 
 
 def log_progress(*, quiet: bool = False) -> None:

@@ -168,8 +168,6 @@ def _reads(acceleration: Acceleration | None, size: ModelBytes) -> dict[str, Any
 
 
 class _Streamer(TextStreamer):
-    """Passes text on as it arrives, and records the time of the first and the last token."""
-
     def __init__(
         self, tokenizer: PreTrainedTokenizerFast, acceleration: Acceleration | None, write: Write
     ) -> None:

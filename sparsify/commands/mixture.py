@@ -110,7 +110,6 @@ def _named(name_or_path: str, tokenizer_from: str) -> tuple[MixtureSection, Toke
 
 
 def mixture_table(stats: MixtureStats) -> RenderableType:
-    """Sizes of a mixture, one source per row."""
     table = Table(
         f"{stats.mixture}: {stats.budget_tokens:,} training tokens in sequences of {stats.sequence_length:,}",
         ["source", "documents", "tokens", "tokens each", "loss on", "full", "epochs"],

@@ -113,7 +113,6 @@ def _measure(
 
 
 def _difference(ours: list[Score], theirs: list[Score]) -> PairedDifference | None:
-    """The difference of two losses, paired over the sequences that have labels."""
     first, second = (
         {str(number): score for number, score in enumerate(scores) if score.weight}
         for scores in (ours, theirs)

@@ -145,7 +145,6 @@ def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None) -> bool:
 
 
 def _open_run(recipe: Recipe, run: RunFolder) -> None:
-    """Records the recipe, or checks it against the one that the run began with."""
     if run.mixture_lock.is_file():
         check_same(run.load_recipe(), recipe, run)
     elif run.initial.is_dir():
@@ -231,7 +230,6 @@ def _keep_teacher(recipe: Recipe, run: RunFolder) -> None:
 
 
 def _base_activation(config: dict[str, Any]) -> tuple[str, float]:
-    """The converted checkpoint's activation before the activation replacement, and its gate threshold."""
     return config["base_ffn_activation"], config["base_ffn_gate_threshold"]
 
 
@@ -269,7 +267,6 @@ def check_context(recipe: Recipe, context: int) -> None:
 
 
 def _lock_data(recipe: Recipe, run: RunFolder, ingests: Mapping[str, Ingest]) -> None:
-    """Records the run's data in the lock, or checks them against the lock that the run began with."""
     lock = lock_of(recipe, open_sources(ingests))
     if run.mixture_lock.is_file():
         before = read_lock(run.mixture_lock)

@@ -78,15 +78,12 @@ def resolve_for_this_machine(recipe: Recipe) -> Recipe:
 
 
 def _begun(recipe: Recipe) -> Recipe | None:
-    """The recipe that the run began with, if it has begun to train."""
     run = RunFolder(Path(recipe.run_dir))
     return run.load_recipe() if run.mixture_lock.is_file() else None
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """A finished run, with its report and samples."""
-
     given: str
     """Recipe name or path as the user gave it."""
     run: RunFolder
@@ -145,7 +142,6 @@ def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
 
 
 def _finish(given: str, recipe: Recipe, run: RunFolder, *, trained: bool) -> RunResult:
-    """Report and export of a trained run; reused when nothing was trained since."""
     samples_path = run.path / "samples.json"
     if trained or not run.report.is_dir():
         report, _ = make_report(

@@ -133,7 +133,6 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def to_yaml(section: Section) -> str:
-    """A recipe, or a section of one, with all its settings as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(asdict(section)))  # type: ignore
 
 

@@ -19,8 +19,6 @@ TORCHRUN = "torchrun"
 
 @dataclass
 class EngineSection(Section):
-    """DeepSpeed ZeRO."""
-
     zero_stage: Annotated[
         int, Field(ge=AUTO_STAGE, le=3, description="Allowed: 0 to 3, or engine=auto.")
     ]
@@ -127,8 +125,6 @@ def check_nodes(launch: LaunchSection) -> None:
 
 @dataclass
 class TrackingSection(Section):
-    """Experiment tracking."""
-
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     """Mode of Weights & Biases. metrics.jsonl and sparsity.jsonl are always written."""
     wandb_project: str = "sparsify"

@@ -56,7 +56,6 @@ def decides(key: str) -> bool:
 
 
 def is_bookkeeping(key: str) -> bool:
-    """Whether a setting affects neither results nor speed."""
     return any(key == one or key.startswith(f"{one}.") for one in BOOKKEEPING)
 
 
@@ -122,7 +121,6 @@ def _unique_names() -> frozenset[str]:
 
 
 def override_key(override: str) -> str:
-    """The setting that an override sets, adds or deletes."""
     return override.partition("=")[0].lstrip("+~")
 
 

@@ -1,4 +1,4 @@
-"""Where the weights come from."""
+"""The section `model`."""
 
 from __future__ import annotations
 

@@ -44,8 +44,6 @@ CACHE_DIR = "~/.cache/sparsify"
 
 @dataclass(kw_only=True)
 class Recipe(Section):
-    """One experiment."""
-
     name: str
     run_dir: str = "runs/${name}"
     """Folder of the run. Overrides are added to its name, so that every variant has its own."""

@@ -41,7 +41,6 @@ class ActivationSection(Section):
 
     @property
     def model_gate_threshold(self) -> float:
-        """`ffn_gate_threshold` of the model's configuration."""
         if self.gate_threshold is not None:
             return self.gate_threshold
         return ACTIVATIONS[self.ffn_activation].gate_threshold
@@ -77,7 +76,7 @@ def check_activation(
 
 @dataclass
 class ConversionSection(Section):
-    """What the replacement of the activation does to the weights before any training (`docs/calibration.md`)."""
+    """Calibration of the model before training (`docs/calibration.md`)."""
 
     calibration_tokens: NonNegativeInt = 0
     """Training tokens of the mixture for the calibrated replacement: sign flips, thresholds and reconstruction of the down
@@ -114,11 +113,7 @@ class ConversionSection(Section):
 
 
 def check_conversion(conversion: ConversionSection) -> None:
-    """Refuses settings of the calibrated replacement that cannot be met.
-
-    Raises:
-        RecipeError: Naming the setting.
-    """
+    """Refuses values out of range, for settings that do not come from a recipe; raises `RecipeError`."""
     checked(ConversionSection, asdict(conversion), key="conversion")
 
 
@@ -179,5 +174,4 @@ class DistillationSection(Section):
 
     @property
     def is_on(self) -> bool:
-        """Whether the run has a teacher."""
         return self.logits_weight > 0 or self.ffn_weight > 0

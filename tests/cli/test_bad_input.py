@@ -166,7 +166,7 @@ def test_a_model_that_cannot_be_converted(
     assert_nothing_left(place)
 
 
-ONE_FILE = "name: one\nsources: {a: {files: a.txt}}"
+ONE_FILE = "name: one\nsources: {a: {token_share: 1, files: a.txt}}"
 TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     "unknown recipe": (
         lambda _: ["train", "quikstart"],
@@ -194,7 +194,7 @@ TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     ),
     "files that are no list": (
         lambda place: place.train(f"mixture={place.write('one.yaml', ONE_FILE)}"),
-        ["mixture=", "mixture.sources.a.files is a single value", "files: [VALUE]"],
+        ["mixture=", "mixture.sources.a.files is 'a.txt', a single value", "files: [VALUE]"],
     ),
     "empty source": (
         lambda place: place.train(place.source(files=[place.write("empty.jsonl", "")])),
