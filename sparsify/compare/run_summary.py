@@ -97,7 +97,7 @@ def read_run_summary(path: Path) -> RunSummary:
     if not path.is_dir():
         names = [folder.parent.name for folder in path.parent.glob("*/recipe.yaml")]
         raise RunError(
-            f"There is not a run folder {path}.",
+            f"There is no such run folder: {path}.",
             allowed=nearest(path.name, names) + "A folder that `sparsify train` wrote.",
             next_step="Check the spelling, and the folder that the command runs in.",
         )

@@ -246,7 +246,7 @@ def report(*arguments: str) -> Callable[[Place], list[str]]:
 MEASURED: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
     "export of no run": (
         lambda place: ["export", str(place.stock["mistral"]), "--to", OUT],
-        ["no run folder", "sparsify train", "step-"],
+        ["neither a run folder nor a checkpoint", "sparsify train", "step-"],
     ),
     "export of a run without checkpoint": (
         lambda place: ["export", place.run(), "--to", OUT],

@@ -183,7 +183,7 @@ def test_invalid_arguments_are_refused(runs: Runs, sparsify: Command, tmp_path: 
 
     assert "notes is not a run folder: it has no recipe.yaml" in refused(path, "notes")
     message = refused(path, tmp_path / "runs" / "quickstrat")
-    assert "There is not a run folder" in message
+    assert "There is no such run folder" in message
     assert "Did you mean 'quickstart'?" in message
     message = refused(path, empty)
     assert "seed=3 has no validation loss yet" in message
