@@ -84,7 +84,7 @@ def test_the_command_prints_json(
 
 
 def test_what_cannot_be_is_refused(bundle: Path, stock: dict[str, Path]) -> None:
-    with pytest.raises(RunError, match="--tokens 0"):
+    with pytest.raises(RunError, match="--tokens is 0"):
         run(bundle, num_tokens=0)
     with pytest.raises(RunError, match="--predictors would change nothing"):
         run(bundle, dense=True, predictors=bundle)
