@@ -129,7 +129,7 @@ def test_invalid_plans_are_refused_before_training(
         bench_recovery(plan)
     assert message in str(error.value)
     assert not caplog.records
-    with pytest.raises(RecipeError, match="Numbers with commas"):
+    with pytest.raises(RecipeError, match="Comma-separated numbers"):
         numbers("--rates", "1e-3;1e-4", float)
 
 

@@ -72,7 +72,7 @@ def test_models_with_different_tokenizers_are_not_compared(
 def test_impossible_numbers_of_tokens_are_refused(
     stock: dict[str, Path], text: str, tokens: int, curve_tokens: int
 ) -> None:
-    with pytest.raises(RunError, match="cannot be made"):
+    with pytest.raises(RunError, match="Invalid --tokens"):
         make_report(str(stock["mistral"]), text, tokens, None, curve_tokens=curve_tokens)
 
 
