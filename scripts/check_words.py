@@ -94,9 +94,7 @@ def _python(text: str) -> Iterator[tuple[int, str]]:
 
 def main(arguments: list[str]) -> int:
     """Prints what was found; returns the exit code."""
-    listed = subprocess.run(
-        ["git", "ls-files", *arguments], capture_output=True, text=True, check=True
-    )
+    listed = subprocess.run(["git", "ls-files", *arguments], capture_output=True, text=True, check=True)
     found = 0
     for name in listed.stdout.split("\n"):
         path = Path(name)

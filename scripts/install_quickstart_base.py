@@ -37,9 +37,7 @@ def main(run: Path) -> None:
     if trained is None:
         sys.exit(f"{run} is not a run folder; `sparsify train quickstart_base` makes one")
     sparse = load_trained(trained)
-    stock = MistralForCausalLM(
-        MistralConfig(**{field: getattr(sparse.config, field) for field in STOCK_FIELDS})
-    )
+    stock = MistralForCausalLM(MistralConfig(**{field: getattr(sparse.config, field) for field in STOCK_FIELDS}))
     stock.load_state_dict(sparse.state_dict(), strict=True)
     stock.to(dtype=torch.bfloat16).save_pretrained(PACKAGE / "assets" / "quickstart_base")  # pyright: ignore[reportCallIssue]
     print(f"{PACKAGE / 'assets' / 'quickstart_base'}: {stock.num_parameters():,} parameters")

@@ -31,7 +31,7 @@ from rich.console import Console
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from sparsify.bench.memory import peak_memory_bytes
+from sparsify.bench.mixture_speed import peak_memory_bytes
 from sparsify.conversion.convert import convert
 from sparsify.launch.child import exit_with_parent
 from sparsify.methods.objective import objectives_of
@@ -85,8 +85,7 @@ class Trial:
         """What makes the quickstart's recipe this trial."""
         shape = SHAPE | (EXPERTS if self.kind == "mixtral" else {})
         architecture = [
-            f"{'+' * key.startswith('+')}model.architecture.{key.lstrip('+')}={value}"
-            for key, value in shape.items()
+            f"{'+' * key.startswith('+')}model.architecture.{key.lstrip('+')}={value}" for key, value in shape.items()
         ]
         return [
             *architecture,

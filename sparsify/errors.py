@@ -37,9 +37,7 @@ class UserError(Exception):
     def from_json(record: Mapping[str, str]) -> UserError:
         """The error of which another process gave `to_json`."""
         classes = {kind.__name__: kind for kind in (UserError, *UserError.__subclasses__())}
-        return classes[record["class"]](
-            record["given"], allowed=record["allowed"], next_step=record["next_step"]
-        )
+        return classes[record["class"]](record["given"], allowed=record["allowed"], next_step=record["next_step"])
 
 
 class RecipeError(UserError):

@@ -113,15 +113,9 @@ def mixture_file(shared: Shared) -> Path:
 
 def _write_mixture(root: Path) -> None:
     for name in ("code", "prose"):
-        lines = [
-            json.dumps({"text": f"{name} {i}: " + f"word{i % 7} value{i % 11} " * 20})
-            for i in range(200)
-        ]
+        lines = [json.dumps({"text": f"{name} {i}: " + f"word{i % 7} value{i % 11} " * 20}) for i in range(200)]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
-    turns = [
-        json.dumps({"prompt": f"What is {i}?", "response": f"It is number {i}." * 3})
-        for i in range(300)
-    ]
+    turns = [json.dumps({"prompt": f"What is {i}?", "response": f"It is number {i}." * 3}) for i in range(300)]
     (root / "questions.jsonl").write_text("\n".join(turns))
     sources = {
         "code": {"files": [str(root / "code.jsonl")], "token_share": 0.5},

@@ -25,9 +25,7 @@ from sparsify.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
-FENCE = re.compile(
-    r"^(?:<!-- test: (?P<test>\S+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
-)
+FENCE = re.compile(r"^(?:<!-- test: (?P<test>\S+) -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 INLINE_CODE = re.compile(r"`([^`\n]+)`")
 SETTING = re.compile(r"(?<![\w./-])([a-z_]+(?:\.[a-z_]+)+)=")
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
@@ -57,9 +55,7 @@ def fences(page: Path) -> list[Fence]:
 
 
 @pytest.fixture(scope="module")
-def workplace(
-    tmp_path_factory: pytest.TempPathFactory, stock: dict[str, Path], recipe_file: Path
-) -> Iterator[Path]:
+def workplace(tmp_path_factory: pytest.TempPathFactory, stock: dict[str, Path], recipe_file: Path) -> Iterator[Path]:
     """The folder that the pages are written for, as the current and the home folder: my_model, my_text.txt, ..."""
     folder = tmp_path_factory.mktemp("workplace")
     shutil.copytree(stock["mistral"], folder / "my_model")
@@ -149,7 +145,5 @@ def test_settings_in_the_text_exist(page: Path) -> None:
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
     links = LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
-    missing = [
-        link for link in links if "://" not in link and not (page.parent / link).resolve().exists()
-    ]
+    missing = [link for link in links if "://" not in link and not (page.parent / link).resolve().exists()]
     assert not missing

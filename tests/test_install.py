@@ -37,16 +37,12 @@ def test_an_installed_copy_brings_the_whole_catalogue(tmp_path: Path) -> None:
     # Compiling kernels takes a while: tests/runtime/test_wheel.py does.
     subprocess.run(pip, env=os.environ | {"CXX": "/nowhere/c++"}, check=True, capture_output=True)
     native = Path("sparsify/runtime/native")
-    assert {path.name for path in (installed / native).iterdir()} == {
-        path.name for path in (ROOT / native).iterdir()
-    }
+    assert {path.name for path in (installed / native).iterdir()} == {path.name for path in (ROOT / native).iterdir()}
 
     def sparsify(*arguments: str) -> str:
         command = [sys.executable, "-c", SCRIPT, str(installed), *arguments]
         environment = os.environ | {"PYTHONPATH": str(installed)}
-        result = subprocess.run(
-            command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False
-        )
+        result = subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stderr
         return result.stdout
 

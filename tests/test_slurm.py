@@ -68,9 +68,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_before_the_time_limit_saves_and_requeues(
-    number: signal.Signals, cluster: Path
-) -> None:
+def test_a_signal_before_the_time_limit_saves_and_requeues(number: signal.Signals, cluster: Path) -> None:
     job = start(cluster, "recipe", "run_dir=/shared/run", SLURM_JOB_NUM_NODES="2")
     deadline = time.monotonic() + 20
     while not (cluster / "started").exists() and time.monotonic() < deadline:

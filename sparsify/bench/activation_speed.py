@@ -130,15 +130,11 @@ def _implementations(activation: str) -> dict[str, Activation]:
     return implementations
 
 
-def _forward(
-    implementation: Activation, gate: torch.Tensor, up: torch.Tensor
-) -> Callable[[], object]:
+def _forward(implementation: Activation, gate: torch.Tensor, up: torch.Tensor) -> Callable[[], object]:
     return lambda: implementation(gate, up)
 
 
-def _both(
-    implementation: Activation, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor
-) -> Callable[[], object]:
+def _both(implementation: Activation, gate: torch.Tensor, up: torch.Tensor, grad: torch.Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(implementation(gate, up), (gate, up), grad)
 
 

@@ -48,9 +48,7 @@ class Corpus:
             name: SourceSection(token_share=self.shares[name], files=[*map(str, paths)])
             for name, paths in self.paths.items()
         }
-        return MixtureSection(
-            name=self.name, sources=sources, validation_fraction=self.validation_fraction
-        )
+        return MixtureSection(name=self.name, sources=sources, validation_fraction=self.validation_fraction)
 
     @property
     def num_bytes(self) -> int:

@@ -73,13 +73,11 @@ class DecodeSettings:
         wrong = {
             f"--device {self.device} (here: {', '.join(devices())})": self.device not in devices(),
             f"--dtype {self.dtype} (allowed: {', '.join(DTYPES)})": self.dtype not in DTYPES,
-            f"--weights {self.weights} (allowed: {', '.join(WEIGHT_FORMATS)})": self.weights
-            not in WEIGHT_FORMATS,
+            f"--weights {self.weights} (allowed: {', '.join(WEIGHT_FORMATS)})": self.weights not in WEIGHT_FORMATS,
             "--sparsity outside [0, 1)": not all(0 <= one < 1 for one in self.sparsities),
             "a number below 1": min(numbers) < 1,
             "no --batch or no --threads": not self.batches or not self.threads,
-            f"--batch {tokens}, more than the width of the block or the rank": tokens
-            > min(self.hidden, self.rank),
+            f"--batch {tokens}, more than the width of the block or the rank": tokens > min(self.hidden, self.rank),
             f"--tokens {self.decode_tokens}, fewer than 4": self.decode_tokens < 4,
             "--threads, which has no effect on a GPU": self.device == "cuda"
             and self.threads != (torch.get_num_threads(),),
@@ -142,9 +140,7 @@ def _blocks(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
         if (active, gates, tokens, threads) in done:
             continue
         done.add((active, gates, tokens, threads))
-        on_progress(
-            f"{1 - active:.0%} zeros, gates positive {gates:.0%}, batch {tokens}, {threads} threads"
-        )
+        on_progress(f"{1 - active:.0%} zeros, gates positive {gates:.0%}, batch {tokens}, {threads} threads")
         torch.set_num_threads(threads)
         yield measure_point(blocks, active, gates, tokens, threads, settings.repeats)
     torch.set_num_threads(most)
@@ -193,9 +189,7 @@ def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
 
 def _tokens(loaded: Loaded, settings: DecodeSettings) -> torch.Tensor:
     """The prompt and the model's own greedy continuation. [1, tokens]"""
-    inputs = loaded.tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False).to(
-        settings.device
-    )
+    inputs = loaded.tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False).to(settings.device)
     count = settings.decode_tokens
     model: Any = loaded.model
     return model.generate(

@@ -19,14 +19,7 @@ from torch.nn.functional import linear
 from sparsify.bench.decode_result import FfnPoint, LayerRead, ModelPoint, Timing
 from sparsify.bench.timing import Clock
 from sparsify.models import ACTIVATIONS, SparseMistralConfig, SparseMistralForCausalLM
-from sparsify.runtime import (
-    Acceleration,
-    FfnWeights,
-    Predictor,
-    RowsRead,
-    accelerate,
-    sparse_ffn,
-)
+from sparsify.runtime import Acceleration, FfnWeights, Predictor, RowsRead, accelerate, sparse_ffn
 from sparsify.runtime.accelerate import model_bytes
 from sparsify.runtime.build import kernels
 from sparsify.runtime.quantised import BlockFormat, BlockMatrix, quantise
@@ -153,9 +146,7 @@ def measure_point(
     bytes_read |= {name: run(0).total * weights.row_bytes for name, run in own.items()}
     bytes_read["predictor"] += -(-tokens // 8) * weights.predictor_bytes
     variants = {"torch": lambda index: _torch_dense(blocks[index], tokens)} | own
-    rounds = {
-        name: clock.prepared(partial(_over, run, len(blocks))) for name, run in variants.items()
-    }
+    rounds = {name: clock.prepared(partial(_over, run, len(blocks))) for name, run in variants.items()}
     rounds["reading"] = clock.prepared(lambda: read_data(data, threads))
     taken: dict[str, list[float]] = {name: [] for name in rounds}
     for _ in range(repeats):
@@ -310,11 +301,7 @@ def dense_twin(model: Any) -> Any:
     """A copy of the model that shares all memory except down_proj, whose memory layout the acceleration changes."""
     twin = _sharing(model)
     for block in twin.ffn_blocks():
-        down = (
-            block.down_proj
-            if isinstance(block.down_proj, torch.nn.Parameter)
-            else block.down_proj.weight
-        )
+        down = block.down_proj if isinstance(block.down_proj, torch.nn.Parameter) else block.down_proj.weight
         down.data = down.data.clone()
     return twin
 
@@ -329,9 +316,7 @@ def _sharing(model: Any) -> Any:
     for block, forward in kept.items():
         if forward is not None:
             block.forward = forward
-    for module in (
-        twin.modules()
-    ):  # new parameters over the same memory, so that the layout of one can be changed
+    for module in twin.modules():  # new parameters over the same memory, so that the layout of one can be changed
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = torch.nn.Parameter(parameter.data, requires_grad=False)

@@ -159,16 +159,11 @@ class Interleaved:
     def dataset(self, *, tracked: bool = False) -> datasets.IterableDataset:
         """The whole pipeline; `tracked` adds a column with the document of every token."""
         sources = [
-            datasets.load_dataset(
-                "json", data_files=[*map(str, paths)], split="train", streaming=True
-            )
+            datasets.load_dataset("json", data_files=[*map(str, paths)], split="train", streaming=True)
             for paths in self.corpus.paths.values()
         ]
         mixed: Any = datasets.interleave_datasets(
-            [
-                source.shuffle(seed=self.seed, buffer_size=self.buffer_documents)
-                for source in sources
-            ],  # pyright: ignore
+            [source.shuffle(seed=self.seed, buffer_size=self.buffer_documents) for source in sources],  # pyright: ignore
             probabilities=[self.probabilities[name] for name in self.corpus.paths],
             seed=self.seed,
             stopping_strategy="all_exhausted",
@@ -236,9 +231,7 @@ State = dict[str, Any]
 """State of an IterableDataset."""
 
 
-def count_ours(
-    side: Ours, cache_dir: Path, num_sequences: int, *, stop: int
-) -> tuple[Delivered, Resumed]:
+def count_ours(side: Ours, cache_dir: Path, num_sequences: int, *, stop: int) -> tuple[Delivered, Resumed]:
     """Audits our pipeline: uninterrupted, and resumed after `stop` sequences."""
     reader = side.reader(cache_dir)
     delivered = _deliver_ours(reader, side.corpus.shares, num_sequences)
@@ -266,9 +259,7 @@ def count_interleaved(
     return (delivered, _count_resumed(_documents(sequences), _documents(resumed))), late_state
 
 
-def count_by_length(
-    side: Interleaved, sources: Mapping[str, TokenizedSource], num_sequences: int
-) -> Delivered:
+def count_by_length(side: Interleaved, sources: Mapping[str, TokenizedSource], num_sequences: int) -> Delivered:
     """Audits interleave_datasets with the probabilities that give the planned token shares on average."""
     weights = {}
     for name, source in sources.items():
@@ -289,14 +280,10 @@ def _count_resumed(whole: Counter[Hashable], resumed: Counter[Hashable]) -> Resu
 
 def _pieces(reader: SequenceReader, first: int, stop: int) -> Counter[Hashable]:
     """Occurrences of each piece in our sequences first, …, stop - 1."""
-    return Counter(
-        piece for index in range(first, stop) for piece, _, _ in pieces_of(reader, index)
-    )
+    return Counter(piece for index in range(first, stop) for piece, _, _ in pieces_of(reader, index))
 
 
-def _deliver_ours(
-    reader: SequenceReader, shares: Mapping[str, float], num_sequences: int
-) -> Delivered:
+def _deliver_ours(reader: SequenceReader, shares: Mapping[str, float], num_sequences: int) -> Delivered:
     """Audits our first sequences."""
     given = np.zeros((num_sequences, len(shares)))
     names = list(shares)

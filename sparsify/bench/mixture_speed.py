@@ -2,24 +2,30 @@
 
 Both sides use the same tokenizer, sequence length, seed and cores. Repeats of both sides are interleaved, so that other load on
 the machine slows both; ratios are medians over pairs of repeats.
+
+Peak memory of a piece of work: run in a process of its own, since a process has only one peak.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import resource
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import datasets
 
 from sparsify.bench import mixture_pipelines
 from sparsify.bench.corpus import Corpus, write_corpus
-from sparsify.bench.memory import measure_apart
 from sparsify.bench.mixture_pipelines import Interleaved, Ours
 from sparsify.bench.mixture_report import (
     Delivered,
@@ -36,6 +42,44 @@ from sparsify.mixture.tokens.encoder import Tokenizer, check_tokenizer
 from sparsify.mixture.tokens.pool import BATCH_DOCUMENTS
 from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.training import SEED
+
+STATUS = Path("/proc/self/status")
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held since it began."""
+    if STATUS.is_file():
+        # Not ru_maxrss: Linux lets a child begin with its parent's peak.
+        line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def measure_apart(works: dict[str, tuple[Any, ...]]) -> dict[str, tuple[int, int]]:
+    """Runs each work, a function with its arguments, in a fresh process; all at the same time.
+
+    Returns:
+        Peak of the process, and what of it the work added to the libraries it had imported, in bytes.
+    """
+    context = multiprocessing.get_context("spawn")
+    pools = {name: ProcessPoolExecutor(1, context) for name in works}
+    try:
+        futures: dict[str, Future[tuple[int, int]]] = {
+            name: pool.submit(_measured, *works[name]) for name, pool in pools.items()
+        }
+        return {name: future.result() for name, future in futures.items()}
+    finally:
+        for pool in pools.values():
+            pool.shutdown()
+
+
+def _measured(work: Callable[..., None], *arguments: Any) -> tuple[int, int]:
+    before = peak_memory_bytes()  # the function and its imports are here by now
+    work(*arguments)
+    peak = peak_memory_bytes()
+    return peak, peak - before
+
 
 MIN_SEQUENCES = 20
 """Minimum length of the run: it is stopped at half and resumed at 90%."""
@@ -137,22 +181,16 @@ class _Bench:
         self.half, self.late = self.num_sequences // 2, int(LATE * self.num_sequences)
         seed = SEED
         self.ours = Ours(corpus, tokenizer, sequence_length, seed, budget_tokens)
-        self.theirs = Interleaved(
-            corpus, tokenizer, sequence_length, seed, buffer_documents, corpus.shares
-        )
+        self.theirs = Interleaved(corpus, tokenizer, sequence_length, seed, buffer_documents, corpus.shares)
 
-    def run(
-        self, load_tokens: int, repeats: int, on_progress: Callable[[str], object]
-    ) -> MixtureBench:
+    def run(self, load_tokens: int, repeats: int, on_progress: Callable[[str], object]) -> MixtureBench:
         on_progress("From text to sequences: ours, the bare tokenizer, interleave_datasets")
         times, tokenized = self._time_text(repeats)
         on_progress("Loading from the cache")
         sizes = (self.ours.sequence_length, 2 * self.ours.sequence_length)
         loaded = [self._load(size, load_tokens, repeats) for size in sizes]
         on_progress("Counting what ours delivers and what a resume does to it")
-        ours_counted = mixture_pipelines.count_ours(
-            self.ours, self.cache_dir, self.num_sequences, stop=self.half
-        )
+        ours_counted = mixture_pipelines.count_ours(self.ours, self.cache_dir, self.num_sequences, stop=self.half)
         on_progress("Counting what interleave_datasets delivers and what a resume does to it")
         theirs_counted, late_state = mixture_pipelines.count_interleaved(
             self.theirs, self.num_sequences, stop=self.half, late=self.late
@@ -184,9 +222,7 @@ class _Bench:
             repeats=repeats,
             buffer_documents=self.theirs.buffer_documents,
             cpu_cores=available_cores(),
-            ours=self._side(
-                ours_counted, text_seconds, times.draw, (ours_late, None), memory["ours"]
-            ),
+            ours=self._side(ours_counted, text_seconds, times.draw, (ours_late, None), memory["ours"]),
             interleaved=self._side(
                 theirs_counted,
                 times.interleaved,
@@ -231,9 +267,7 @@ class _Bench:
             with _timed(times.ingest):
                 sources = self.ours.tokenize(self.folder / f"cache-{repeat}")
             with _timed(times.draw):
-                mixture_pipelines.draw_ours(
-                    self.ours.reader(self.folder / f"cache-{repeat}"), 0, self.num_sequences
-                )
+                mixture_pipelines.draw_ours(self.ours.reader(self.folder / f"cache-{repeat}"), 0, self.num_sequences)
             if not texts:
                 num_tokens = mixture_pipelines.tokens_in(sources)
                 for name, source in sources.items():

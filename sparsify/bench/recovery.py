@@ -217,18 +217,13 @@ def bench_recovery(plan: RecoveryPlan) -> Recovery:
     """
     names = _chosen_variants(plan)
     recipes = {  # all of them before the first is trained
-        (name, rate): _recipe(plan, name, rate, plan.seeds[0])
-        for name in names
-        for rate in plan.rates
+        (name, rate): _recipe(plan, name, rate, plan.seeds[0]) for name in names for rate in plan.rates
     }
     variants: dict[str, tuple[dict[float, float], list[RecoveryRun]]] = {}
     for name in names:
         tried = [_run(recipes[name, rate], name) for rate in plan.rates]
         best = min(tried, key=lambda run: run.last.loss)
-        others = [
-            _run(_recipe(plan, name, best.peak_learning_rate, seed), name)
-            for seed in plan.seeds[1:]
-        ]
+        others = [_run(_recipe(plan, name, best.peak_learning_rate, seed), name) for seed in plan.seeds[1:]]
         searched = {run.peak_learning_rate: run.last.loss for run in tried}
         variants[name] = searched, [best, *others]
     dense = {run.seed: run.last.loss for run in variants[DENSE][1]}
@@ -285,9 +280,7 @@ def _recipe(plan: RecoveryPlan, name: str, rate: float, seed: int) -> Recipe:
 
 
 def _run(recipe: Recipe, name: str) -> RecoveryRun:
-    logger.info(
-        f"{name}: rate {recipe.optimizer.peak_learning_rate:g}, seed {recipe.training.seed}"
-    )
+    logger.info(f"{name}: rate {recipe.optimizer.peak_learning_rate:g}, seed {recipe.training.seed}")
     run = RunFolder(Path(recipe.run_dir))
     train_run(recipe, run)
     return read_run(run, name)

@@ -60,9 +60,7 @@ def _notes(recovery: Recovery) -> str:
     if len(recovery.seeds) > 1:
         notes.append("±: half of the range over seeds.")
     if any(variant.at_edge() for variant in recovery.variants):
-        notes.append(
-            "*: the lowest or highest rate tried; a better one may be outside the range (--rates)."
-        )
+        notes.append("*: the lowest or highest rate tried; a better one may be outside the range (--rates).")
     return "\n".join(notes)
 
 
@@ -89,10 +87,7 @@ def _draw_tokens(recovery: Recovery, theme: Theme) -> Figure:
         rows = [
             (
                 points[0].tokens,
-                sum(
-                    point.loss - of_seed[point.tokens]
-                    for point, of_seed in zip(points, dense, strict=True)
-                )
+                sum(point.loss - of_seed[point.tokens] for point, of_seed in zip(points, dense, strict=True))
                 / len(points),
                 points[0].blended_share == 1,
             )
@@ -115,9 +110,7 @@ def _draw_end(recovery: Recovery, label: str, share: str, theme: Theme) -> Figur
     for index, variant in enumerate(_sparse(recovery)):
         values = [getattr(run.last, share) for run in variant.runs]
         marker = MARKERS[index % len(MARKERS)]
-        axes.plot(
-            values, variant.gaps, marker, color=_colour(index), label=variant.name, markersize=7
-        )
+        axes.plot(values, variant.gaps, marker, color=_colour(index), label=variant.name, markersize=7)
     axes.axhline(0, color=theme.baseline, linewidth=1)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlabel=label, ylabel="loss gap to the dense baseline, nats")

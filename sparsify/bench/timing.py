@@ -163,9 +163,7 @@ def run_interleaved(
         controls[name].start(loop)
     names = list(loops)
     for block in range(blocks + 1):
-        on_progress(
-            "Warming up" if block == 0 else f"Block {block} of {blocks}, {block_steps} steps each"
-        )
+        on_progress("Warming up" if block == 0 else f"Block {block} of {blocks}, {block_steps} steps each")
         shift = block % len(names)
         for name in names[shift:] + names[:shift]:
             controls[name].run_block()

@@ -143,9 +143,7 @@ def _join_alone() -> None:
     init_distributed()
 
 
-def _measure(
-    loops: Loops, block_steps: int, blocks: int, on_progress: Callable[[str], object]
-) -> TrainBench:
+def _measure(loops: Loops, block_steps: int, blocks: int, on_progress: Callable[[str], object]) -> TrainBench:
     recipe = loops.recipe
     controls = run_interleaved(
         {"bare engine": loops.bare, "sparsify": loops.ours, "Trainer": loops.trainer},
@@ -162,8 +160,7 @@ def _measure(
     return TrainBench(
         recipe=recipe.name,
         parameters=sum(
-            getattr(parameter, "ds_numel", parameter.numel())
-            for parameter in loops.session.engine.module.parameters()
+            getattr(parameter, "ds_numel", parameter.numel()) for parameter in loops.session.engine.module.parameters()
         ),
         precision=recipe.training.precision,
         zero_stage=recipe.engine.zero_stage,

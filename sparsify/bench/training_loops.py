@@ -126,9 +126,7 @@ class Loops:
             model=model,
             args=arguments,
             # The labels are already shifted; with this name transformers' loss does not shift them again.
-            train_dataset=[
-                sequence | {"shift_labels": sequence["labels"]} for sequence in self.sequences
-            ],  # pyright: ignore
+            train_dataset=[sequence | {"shift_labels": sequence["labels"]} for sequence in self.sequences],  # pyright: ignore
             callbacks=[_OnStep(control.step)],
         )
         try:

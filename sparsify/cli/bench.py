@@ -24,9 +24,7 @@ def bench_mixture(
     tokenizer: Annotated[
         str, typer.Option(help="Model folder or Hub id whose tokenizer both sides use.")
     ] = "package:sparsify/assets/quickstart_base",
-    budget_tokens: Annotated[
-        int, typer.Option(help="Training budget to draw, in tokens.")
-    ] = 2_000_000,
+    budget_tokens: Annotated[int, typer.Option(help="Training budget to draw, in tokens.")] = 2_000_000,
     sequence_length: Annotated[int, typer.Option(help="Sequence length in tokens.")] = 2048,
     buffer_documents: Annotated[
         int,
@@ -34,9 +32,7 @@ def bench_mixture(
             help="Shuffle buffer of interleave_datasets; its own default of 1000 would hold all of a short run."
         ),
     ] = 100,
-    load_tokens: Annotated[
-        int, typer.Option(help="Tokens per repeat of loading from the cache.")
-    ] = 8_000_000,
+    load_tokens: Annotated[int, typer.Option(help="Tokens per repeat of loading from the cache.")] = 8_000_000,
     repeats: Annotated[int, typer.Option(help="Repeats of each timing.")] = 3,
     as_json: AsJson = False,
 ) -> None:
@@ -90,9 +86,7 @@ def bench_train(
 @bench_app.command("recovery")
 def bench_recovery(
     overrides: Overrides = None,
-    to: Annotated[Path, typer.Option("--to", help="Folder of the runs and the result.")] = Path(
-        "recovery"
-    ),
+    to: Annotated[Path, typer.Option("--to", help="Folder of the runs and the result.")] = Path("recovery"),
     variants: Annotated[
         str,
         typer.Option(help="Recipes of recipes/recovery/, such as drelu,reglu.", show_default="all"),
@@ -100,9 +94,7 @@ def bench_recovery(
     rates: Annotated[
         str, typer.Option(help="Peak learning rates to search, for each variant.")
     ] = "3e-5,1e-4,3e-4,1e-3",
-    seeds: Annotated[
-        str, typer.Option(help="Seeds; the learning-rate search uses the first.")
-    ] = "1,2,3",
+    seeds: Annotated[str, typer.Option(help="Seeds; the learning-rate search uses the first.")] = "1,2,3",
     as_json: AsJson = False,
 ) -> None:
     """Measures the loss of each way to sparsity against the dense baseline, on the same tokens, at its best learning rate.
@@ -131,51 +123,37 @@ def bench_recovery(
 def bench_decode(
     bundle: Annotated[
         str | None,
-        typer.Option(
-            help="Bundle, model or run whose speed-up is measured, in total and by layer."
-        ),
+        typer.Option(help="Bundle, model or run whose speed-up is measured, in total and by layer."),
     ] = None,
     predictors: Annotated[
         Path | None,
         typer.Option(help="Predictors of the bundle, measured in addition to exact decoding."),
     ] = None,
-    prompt: Annotated[
-        str, typer.Option(help="Prompt of the bundle's decoding.")
-    ] = "def read_json(path):\n",
+    prompt: Annotated[str, typer.Option(help="Prompt of the bundle's decoding.")] = "def read_json(path):\n",
     tokens: Annotated[int, typer.Option(help="Tokens to decode, one by one.")] = 24,
     hidden: Annotated[int, typer.Option(help="Width of the block.")] = 4096,
     neurons: Annotated[int, typer.Option(help="Neurons of the block.")] = 14_336,
     rank: Annotated[int, typer.Option(help="Rank of the predictors.")] = 1024,
     device: Annotated[
         str | None,
-        typer.Option(
-            help="Device: cpu or cuda.", show_default="cuda if there is a GPU with Triton"
-        ),
+        typer.Option(help="Device: cpu or cuda.", show_default="cuda if there is a GPU with Triton"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Type of the weights: fp32, bf16 or fp16.")] = "bf16",
     weights: Annotated[
         str,
-        typer.Option(
-            help="Weight format of the C++ kernels: stored, int8 or int4. torch's operators use --dtype."
-        ),
+        typer.Option(help="Weight format of the C++ kernels: stored, int8 or int4. torch's operators use --dtype."),
     ] = "stored",
     sparsity: Annotated[
         str, typer.Option(help="Shares of zeros, comma-separated; empty: no blocks.")
     ] = "0.5,0.7,0.8,0.9,0.95,0.97",
-    batch: Annotated[
-        str, typer.Option(help="Batch sizes at 90% zeros, comma-separated.")
-    ] = "1,2,4,8,16,32",
+    batch: Annotated[str, typer.Option(help="Batch sizes at 90% zeros, comma-separated.")] = "1,2,4,8,16,32",
     threads: Annotated[
         str | None,
         typer.Option(help="Numbers of threads, comma-separated.", show_default="1 and torch's own"),
     ] = None,
-    layers: Annotated[
-        int, typer.Option(help="Layers of the model with random weights; 0: no such model.")
-    ] = 4,
+    layers: Annotated[int, typer.Option(help="Layers of the model with random weights; 0: no such model.")] = 4,
     repeats: Annotated[int, typer.Option(help="Repeats of each timing.")] = 9,
-    plot: Annotated[
-        Path | None, typer.Option(help="Path of a chart (.png or .svg) of speed-up against zeros.")
-    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Path of a chart (.png or .svg) of speed-up against zeros.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compares dense and sparse decoding with the same weights in one process: one block, and a whole model.

@@ -26,9 +26,7 @@ def evaluate(
     ],
     suite: Annotated[
         str,
-        typer.Option(
-            help="Suite: open_llm_v1, commonsense, perplexity, quick, or the path of a YAML file."
-        ),
+        typer.Option(help="Suite: open_llm_v1, commonsense, perplexity, quick, or the path of a YAML file."),
     ] = "quick",
     tasks: Annotated[
         str | None,
@@ -42,9 +40,7 @@ def evaluate(
             show_default="the Hub's data",
         ),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Items per task.", show_default="all")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per task.", show_default="all")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 8,
     dtype: Annotated[
         str | None,
@@ -73,9 +69,7 @@ def evaluate(
             help="Folder of `sparsify predictors`: compute only the neurons predicted to fire.",
         ),
     ] = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Evaluation processes, one per GPU if there are any.")
-    ] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Evaluation processes, one per GPU if there are any.")] = 1,
     follow: Annotated[
         bool,
         typer.Option("--follow", help="Evaluate each checkpoint of a run while it trains."),
@@ -96,9 +90,7 @@ def evaluate(
     from sparsify.training.suite_results import LINES_FILE
 
     some = tuple(tasks.split(",")) if tasks else ()
-    request = EvalRequest(
-        suite, some, data_dir, limit, batch_size, dtype, on, to, predictors, processes
-    )
+    request = EvalRequest(suite, some, data_dir, limit, batch_size, dtype, on, to, predictors, processes)
     command = " ".join(["sparsify", *sys.argv[1:]])
     log_progress(quiet=as_json)
     with _bars() as on_progress:

@@ -40,9 +40,7 @@ export_app = typer.Typer(
 def export_write(
     model_or_run: Annotated[
         str,
-        typer.Argument(
-            help="Run folder or one of its checkpoints; for PowerInfer also a model or bundle"
-        ),
+        typer.Argument(help="Run folder or one of its checkpoints; for PowerInfer also a model or bundle"),
     ],
     to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
     format: Annotated[
@@ -53,25 +51,17 @@ def export_write(
     ] = "hf",
     predictors: Annotated[
         Path | None,
-        typer.Option(
-            "--predictors", help="Folder of the predictors.", show_default="RUN/predictors"
-        ),
+        typer.Option("--predictors", help="Folder of the predictors.", show_default="RUN/predictors"),
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(
-            help="hf: type of the weights: bf16, fp16 or fp32.", show_default="as trained"
-        ),
+        typer.Option(help="hf: type of the weights: bf16, fp16 or fp32.", show_default="as trained"),
     ] = None,
     shard_gb: Annotated[
         float | None,
-        typer.Option(
-            help="hf: maximum shard size in GB; peak memory is one shard.", show_default="5"
-        ),
+        typer.Option(help="hf: maximum shard size in GB; peak memory is one shard.", show_default="5"),
     ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="hf: licence of the base model, for the model card.")
-    ] = None,
+    license: Annotated[str | None, typer.Option(help="hf: licence of the base model, for the model card.")] = None,
     evaluation: Annotated[
         list[Path] | None,
         typer.Option(help="hf: folder of `sparsify evaluate` for the model card; repeatable."),
@@ -80,14 +70,10 @@ def export_write(
         str | None,
         typer.Option("--push-to-hub", help="hf: Hub repository to publish to, as OWNER/NAME."),
     ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="hf: make a new repository private.")
-    ] = False,
+    private: Annotated[bool, typer.Option("--private", help="hf: make a new repository private.")] = False,
     unchecked: Annotated[
         bool,
-        typer.Option(
-            "--unchecked", help="hf: skip the check, which needs memory for the whole model."
-        ),
+        typer.Option("--unchecked", help="hf: skip the check, which needs memory for the whole model."),
     ] = False,
     ffn_type: Annotated[
         str | None,
@@ -133,9 +119,7 @@ def export_write(
     )
     print_line(f"{bundle.folder}: {bundle.num_files} files, {bundle.size_bytes / 1e6:.1f} MB")
     if bundle.acceptance is None:
-        print_line(
-            f"Not checked. To check it, with memory for the whole model: sparsify export verify {to}"
-        )
+        print_line(f"Not checked. To check it, with memory for the whole model: sparsify export verify {to}")
     else:
         print_line(f"Checked: {bundle.acceptance.sentence()}.")
     if bundle.has_predictors:

@@ -19,9 +19,7 @@ MEGA = 1e6
 
 
 def generate(
-    bundle: Annotated[
-        str, typer.Argument(help="Bundle, model folder, Hub id, run folder or checkpoint")
-    ],
+    bundle: Annotated[str, typer.Argument(help="Bundle, model folder, Hub id, run folder or checkpoint")],
     prompt: Annotated[str, typer.Argument(help="Text to continue")],
     tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 0.0,
@@ -37,12 +35,8 @@ def generate(
         Path | None,
         typer.Option(help="Folder with predictors.safetensors.", show_default="exact decoding"),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Number of threads.", show_default="torch's own")
-    ] = None,
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Decode without the kernels, for comparison.")
-    ] = False,
+    threads: Annotated[int | None, typer.Option(help="Number of threads.", show_default="torch's own")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Decode without the kernels, for comparison.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Continues a prompt, reading only the weights of neurons that fire; then prints the speed and the bytes read.
@@ -63,9 +57,7 @@ def generate(
         dense=dense,
         write=(lambda _: None) if as_json else _write,
     )
-    print_result(
-        json.dumps(dataclasses.asdict(result)), f"\n\n[dim]{_summary(result)}[/dim]", as_json
-    )
+    print_result(json.dumps(dataclasses.asdict(result)), f"\n\n[dim]{_summary(result)}[/dim]", as_json)
 
 
 def _write(text: str) -> None:

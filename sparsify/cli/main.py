@@ -30,9 +30,7 @@ app = typer.Typer(
     help="Turn dense SwiGLU language models into activation-sparse ones: convert, continue pretraining, measure, export."
     "\n\n[bold]sparsify train quickstart[/bold] runs all steps in five minutes on a laptop.",
 )
-recipes_app = typer.Typer(
-    no_args_is_help=True, help="The catalogue: list, show, copy, validate recipes."
-)
+recipes_app = typer.Typer(no_args_is_help=True, help="The catalogue: list, show, copy, validate recipes.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(mixture_app, name="mixture")
 app.add_typer(predictors_app, name="predictors")
@@ -56,9 +54,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            "[bold red]error[/bold red]", end=" "
-        )
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error[/bold red]", end=" ")
         print(error, file=sys.stderr)
         sys.exit(2)
     except Interrupted:
@@ -141,12 +137,8 @@ def plan(
     tokens_per_second: Annotated[
         float | None, typer.Option(help="Measured throughput of all processes together.")
     ] = None,
-    gpu_hour_price: Annotated[
-        float | None, typer.Option(help="Price of one device, in US dollars per hour.")
-    ] = None,
-    host_memory_gb: Annotated[
-        float | None, typer.Option(help="Host memory of one node in GB, for offloading.")
-    ] = None,
+    gpu_hour_price: Annotated[float | None, typer.Option(help="Price of one device, in US dollars per hour.")] = None,
+    host_memory_gb: Annotated[float | None, typer.Option(help="Host memory of one node in GB, for offloading.")] = None,
     chart: Annotated[
         Path | None,
         typer.Option("--chart", help="Path of a chart (.png or .svg) of the shares over the run."),
@@ -175,9 +167,7 @@ def plan(
 
 @app.command()
 def convert(
-    model: Annotated[
-        str, typer.Argument(help="Checkpoint folder, Hub id, GGUF file or package:NAME/PATH")
-    ],
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, Hub id, GGUF file or package:NAME/PATH")],
     to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
     activation: Annotated[
         str | None,
@@ -220,14 +210,10 @@ def convert(
             show_default="with --method, quickstart",
         ),
     ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="Calibration tokens.", show_default="131,072")
-    ] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Calibration tokens.", show_default="131,072")] = None,
     target_zeros: Annotated[
         float | None,
-        typer.Option(
-            help="Share of exact zeros that the method's mask gives every layer, such as 0.9."
-        ),
+        typer.Option(help="Share of exact zeros that the method's mask gives every layer, such as 0.9."),
     ] = None,
     on: Annotated[
         str | None,
@@ -237,9 +223,7 @@ def convert(
             show_default="quickstart",
         ),
     ] = None,
-    tokens: Annotated[
-        int, typer.Option(help="Tokens to measure the activation replacement on.")
-    ] = 8192,
+    tokens: Annotated[int, typer.Option(help="Tokens to measure the activation replacement on.")] = 8192,
     as_json: AsJson = False,
 ) -> None:
     """Converts a dense checkpoint to a sparse-activated one, and reports the change of its loss.
@@ -264,18 +248,14 @@ def convert(
         result = verb.convert_model(model, chosen, to, on or "quickstart", tokens)
     else:
         result = verb.convert_model_calibrated(model, chosen, settings, to, calibrate_on, tokens)
-    print_result(
-        json.dumps(verb.replacement_record(result)), verb.replacement_table(result), as_json
-    )
+    print_result(json.dumps(verb.replacement_record(result)), verb.replacement_table(result), as_json)
 
 
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file")],
     overrides: Overrides = None,
-    multirun: Annotated[
-        bool, typer.Option("-m", help="Train one run for each combination of key=a,b values.")
-    ] = False,
+    multirun: Annotated[bool, typer.Option("-m", help="Train one run for each combination of key=a,b values.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Runs a recipe: conversion, training, its dense baseline, report, export. The same command resumes an interrupted run.
@@ -294,9 +274,7 @@ def train(
 
 @app.command()
 def report(
-    model_or_run: Annotated[
-        str, typer.Argument(help="Model folder, Hub id, run folder or checkpoint")
-    ],
+    model_or_run: Annotated[str, typer.Argument(help="Model folder, Hub id, run folder or checkpoint")],
     on: Annotated[
         str | None,
         typer.Option("--on", help="Text file (plain, jsonl, gz) or mixture to measure on."),
@@ -306,9 +284,7 @@ def report(
         int,
         typer.Option(help="Number of these for CETT, perplexity and top-k curves; 0: no curves."),
     ] = 2_048,
-    against: Annotated[
-        str | None, typer.Option("--against", help="Another model or run to compare with.")
-    ] = None,
+    against: Annotated[str | None, typer.Option("--against", help="Another model or run to compare with.")] = None,
     to: Annotated[
         Path | None,
         typer.Option("--to", help="Folder to write.", show_default="RUN/report or reports/NAME"),
@@ -325,9 +301,7 @@ def report(
     from sparsify.sparsity.report import report_summary
 
     log_progress(quiet=as_json)
-    result, folder = make_report(
-        model_or_run, on, tokens, to, curve_tokens=curve_tokens, against=against
-    )
+    result, folder = make_report(model_or_run, on, tokens, to, curve_tokens=curve_tokens, against=against)
     print_result(result.model_dump_json(), report_summary(result, folder), as_json)
 
 
@@ -362,9 +336,7 @@ def compare(
 def reproduce(
     bundle: Annotated[Path, typer.Argument(help="Folder that `sparsify export` wrote")],
     run: Annotated[bool, typer.Option("--run", help="Run the command, and compare.")] = False,
-    to: Annotated[
-        Path | None, typer.Option("--to", help="Run folder.", show_default="reproductions/NAME")
-    ] = None,
+    to: Annotated[Path | None, typer.Option("--to", help="Run folder.", show_default="reproductions/NAME")] = None,
 ) -> None:
     """Prints the command that reproduces a bundle from its recipe; --run runs it and compares data and loss.
 

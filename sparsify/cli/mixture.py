@@ -18,17 +18,13 @@ Tokenizer = Annotated[
     str,
     typer.Option("--tokenizer", help="Tokenizer: model folder, Hub id or package:NAME/PATH."),
 ]
-SequenceLength = Annotated[
-    int, typer.Option("--sequence-length", help="Sequence length in tokens.")
-]
+SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Sequence length in tokens.")]
 
 
 @mixture_app.command("preview")
 def mixture_preview(
     mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
-    sequences: Annotated[
-        int, typer.Option("--sequences", help="Number of sequences per source.")
-    ] = 1,
+    sequences: Annotated[int, typer.Option("--sequences", help="Number of sequences per source.")] = 1,
     sequence_length: SequenceLength = 256,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
 ) -> None:
@@ -45,9 +41,7 @@ def mixture_preview(
 @mixture_app.command("stats")
 def mixture_stats(
     mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
-    budget_tokens: Annotated[
-        int, typer.Option("--budget-tokens", help="Training budget in tokens.")
-    ] = 1_000_000,
+    budget_tokens: Annotated[int, typer.Option("--budget-tokens", help="Training budget in tokens.")] = 1_000_000,
     sequence_length: SequenceLength = 2048,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
     as_json: AsJson = False,
@@ -72,31 +66,23 @@ def mixture_tune(
             help="Shares to vary: mixture.instruction_token_share=0:0.4, token_shares, or SOURCE=0.2:0.8; repeatable."
         ),
     ],
-    trials: Annotated[
-        int, typer.Option(help="Number of proxy runs, including one with the recipe's mixture.")
-    ],
+    trials: Annotated[int, typer.Option(help="Number of proxy runs, including one with the recipe's mixture.")],
     trial_tokens: Annotated[int, typer.Option(help="Training tokens of each proxy run.")],
     overrides: Overrides = None,
     weight: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Weight of a domain's loss, as DOMAIN=FACTOR times its share in the mixture; repeatable."
-        ),
+        typer.Option(help="Weight of a domain's loss, as DOMAIN=FACTOR times its share in the mixture; repeatable."),
     ] = None,
     to: Annotated[
         Path | None,
-        typer.Option(
-            "--to", help="Path of the tuned mixture's YAML file; default: in the tuning's folder."
-        ),
+        typer.Option("--to", help="Path of the tuned mixture's YAML file; default: in the tuning's folder."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Write the mixture even if the data do not support it.")
     ] = False,
     confirm: Annotated[
         bool,
-        typer.Option(
-            "--confirm", help="Train both mixtures again with another seed, and compare them."
-        ),
+        typer.Option("--confirm", help="Train both mixtures again with another seed, and compare them."),
     ] = False,
     confirm_tokens: Annotated[
         int | None,

@@ -48,6 +48,4 @@ def numbers(option: str, text: str, kind: type[Number]) -> list[Number]:
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
-        raise RecipeError(
-            f"{option} is {text!r}.", allowed="Comma-separated numbers, such as 1,2,4."
-        ) from error
+        raise RecipeError(f"{option} is {text!r}.", allowed="Comma-separated numbers, such as 1,2,4.") from error

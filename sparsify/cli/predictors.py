@@ -31,9 +31,7 @@ def predictors_train(
         int, typer.Option(help="Held-out tokens; one sequence in eight is kept for evaluation.")
     ] = 131_072,
     passes: Annotated[int, typer.Option(help="Epochs over the tokens.")] = 4,
-    recall: Annotated[
-        float, typer.Option(help="Share of the firing neurons to predict at a score of 0.")
-    ] = 0.95,
+    recall: Annotated[float, typer.Option(help="Share of the firing neurons to predict at a score of 0.")] = 0.95,
     budget_share: Annotated[
         float, typer.Option(help="Largest size of the predictors, as a share of the FFN weights.")
     ] = 0.1,
@@ -45,9 +43,7 @@ def predictors_train(
         str, typer.Option(help="Input of the predictors: residual (as in PowerInfer) or normed.")
     ] = "residual",
     learning_rate: Annotated[float, typer.Option(help="Initial learning rate.")] = 3e-3,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the initial weights and the order of sequences.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and the order of sequences.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Trains a predictor for every layer, or every expert, on held-out text. The same command resumes it.
@@ -60,9 +56,7 @@ def predictors_train(
     from sparsify.predictors.report import training_summary
     from sparsify.predictors.train import Settings
 
-    settings = Settings(
-        cast(Any, input), recall, budget_share, tuple(rank or ()), passes, learning_rate, seed
-    )
+    settings = Settings(cast(Any, input), recall, budget_share, tuple(rank or ()), passes, learning_rate, seed)
     log_progress(quiet=as_json)
     with Console(stderr=True).status("") as status:
         result, folder = train(model_or_run, on, tokens, to, settings, status.update)
@@ -77,15 +71,11 @@ def predictors_evaluate(
     model_or_run: ModelOrRun,
     predictors: Annotated[
         Path | None,
-        typer.Option(
-            "--predictors", help="Folder of the predictors; default: where `train` writes them."
-        ),
+        typer.Option("--predictors", help="Folder of the predictors; default: where `train` writes them."),
     ] = None,
     on: On = None,
     tokens: Annotated[int, typer.Option(help="Tokens to evaluate on.")] = 8_192,
-    max_loss_rise: Annotated[
-        float, typer.Option(help="Limit on the rise of the loss, nats per token.")
-    ] = 0.02,
+    max_loss_rise: Annotated[float, typer.Option(help="Limit on the rise of the loss, nats per token.")] = 0.02,
     threshold: Annotated[
         list[float] | None,
         typer.Option(help="Threshold to try (repeatable); default: ten, by recall."),

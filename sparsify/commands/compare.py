@@ -25,9 +25,7 @@ from sparsify.compare.write import (
 from sparsify.reporting.tables import Table
 
 
-def compare(
-    paths: Sequence[Path], to: Path | None, command: str
-) -> tuple[BaseModel, RenderableType]:
+def compare(paths: Sequence[Path], to: Path | None, command: str) -> tuple[BaseModel, RenderableType]:
     """Compares runs, or evaluations, and writes the comparison.
 
     Args:

@@ -61,9 +61,7 @@ class Conversion:
     calibration: Calibration | None
 
 
-def convert_model(
-    source: str, activation: ActivationSection, to: Path, on: str, num_tokens: int
-) -> Conversion:
+def convert_model(source: str, activation: ActivationSection, to: Path, on: str, num_tokens: int) -> Conversion:
     """Converts a checkpoint and measures the activation replacement on a text.
 
     Args:
@@ -120,9 +118,7 @@ def convert_model_calibrated(
     check_text_or_mixture(calibrate_on)
     measured: list[PackedSequence] = []
 
-    def sequences_for(
-        tokenizer: Tokenizer, config: SparseConfig
-    ) -> tuple[list[PackedSequence], ValidationSequences]:
+    def sequences_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[PackedSequence], ValidationSequences]:
         sequences, watched = text_or_mixture_calibration(
             calibrate_on,
             tokenizer,
@@ -146,9 +142,7 @@ def convert_model_calibrated(
     )
     stages = calibration.stages if calibration else []
     measured_tokens = sum(len(sequence.input_ids) for sequence in measured)
-    return Conversion(
-        converted, f"held out of {calibrate_on}", measured_tokens, stages, calibration
-    )
+    return Conversion(converted, f"held out of {calibrate_on}", measured_tokens, stages, calibration)
 
 
 @dataclass(frozen=True)
@@ -227,9 +221,7 @@ def conversion_settings(
 def _setting(pair: str) -> tuple[str, Any]:
     key, equals, value = pair.partition("=")
     if not (key and equals):
-        raise RecipeError(
-            f"--set {pair} is not a setting.", allowed="KEY=VALUE, such as site=gate."
-        )
+        raise RecipeError(f"--set {pair} is not a setting.", allowed="KEY=VALUE, such as site=gate.")
     return key, yaml.safe_load(value)
 
 
@@ -274,9 +266,7 @@ def replacement_table(conversion: Conversion) -> RenderableType:
     for stage in conversion.stages:
         table.add(stage.name, f"{stage.loss:.3f}", share(stage.zeros))
     layers = [_calibrated_layers(conversion.calibration)] if conversion.calibration else []
-    following = (
-        f"Next: [cyan]sparsify train RECIPE model.source={conversion.converted.folder}[/cyan]"
-    )
+    following = f"Next: [cyan]sparsify train RECIPE model.source={conversion.converted.folder}[/cyan]"
     return Group("", table, *layers, following)
 
 

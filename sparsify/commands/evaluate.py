@@ -62,9 +62,7 @@ def evaluate_model(
         ModelError, RunError: If the model cannot be loaded, or the predictors belong to another one.
     """
     if request.dtype is not None and request.dtype not in DTYPES:
-        raise EvaluationError(
-            f"Unsupported --dtype {request.dtype}.", allowed=f"{', '.join(DTYPES)}."
-        )
+        raise EvaluationError(f"Unsupported --dtype {request.dtype}.", allowed=f"{', '.join(DTYPES)}.")
     suite = load_suite(request.suite)
     if request.tasks:
         suite = only(suite, list(request.tasks))
@@ -81,9 +79,7 @@ def evaluate_model(
         )
     data_dir = None if request.data_dir is None else data_folder(request.data_dir, "--data-dir")
     sources = task_sources(suite, data_dir)
-    predictors = (
-        None if request.predictors is None else read_predictors(request.predictors.expanduser())
-    )
+    predictors = None if request.predictors is None else read_predictors(request.predictors.expanduser())
     loaded = load(model)
     if predictors is not None:
         predictors.check_model(loaded.model, str(request.predictors))
@@ -110,9 +106,7 @@ def evaluate_model(
 def _how(request: EvalRequest, predictors: Predictors | None) -> str:
     words = ""
     if predictors is not None:
-        words += (
-            f", only neurons that {request.predictors} scores above {predictors.facts.threshold:g}"
-        )
+        words += f", only neurons that {request.predictors} scores above {predictors.facts.threshold:g}"
     if request.processes > 1:
         words += f", in {request.processes} processes"
     return words
@@ -130,9 +124,7 @@ def provenance(loaded: Loaded) -> Provenance | None:
     """Provenance of a run's checkpoint or of an exported bundle; None for any other model."""
     if loaded.trained is not None:
         run = loaded.trained.run
-        return provenance_of(
-            str(run.path), run.load_recipe(), run.mixture_lock, loaded.trained.checkpoint
-        )
+        return provenance_of(str(run.path), run.load_recipe(), run.mixture_lock, loaded.trained.checkpoint)
     training = locate(loaded.name) / "training"
     recipe = training / "recipe.yaml"
     if not recipe.is_file() or not (training / STATE).is_file():
@@ -207,9 +199,7 @@ def follow(
         if last and read_state(last[0]).step >= num_steps and has_line(run, last[0], request):
             return found
         if not waiting:
-            logger.info(
-                f"Waiting for checkpoints of {run.path}; Ctrl-C stops waiting and changes nothing."
-            )
+            logger.info(f"Waiting for checkpoints of {run.path}; Ctrl-C stops waiting and changes nothing.")
             waiting = True
         time.sleep(poll_seconds)
 

@@ -11,12 +11,7 @@ from pathlib import Path
 from sparsify.commands.report import held_out_sequences
 from sparsify.errors import ExportError, check_choice
 from sparsify.export.bundle import Bundle, BundleSettings, export
-from sparsify.export.powerinfer.export import (
-    PowerInferSettings,
-    Written,
-    check,
-    export_powerinfer,
-)
+from sparsify.export.powerinfer.export import PowerInferSettings, Written, check, export_powerinfer
 from sparsify.export.powerinfer.rules import FFN_TYPES
 from sparsify.mixture.sequences.held_out import check_text_or_mixture
 from sparsify.mixture.sequences.reader import collate

@@ -136,9 +136,7 @@ def _check(num_tokens: int, temperature: float, threads: int | None) -> None:
 
 def _check_dense(dense: bool, weights: str, predictors: Path | None) -> None:
     in_blocks = block_format(weights) is not None
-    unused = [
-        name for name, given in (("--predictors", predictors), ("--weights", in_blocks)) if given
-    ]
+    unused = [name for name, given in (("--predictors", predictors), ("--weights", in_blocks)) if given]
     if dense and unused:
         raise RunError(
             f"--dense reads everything as it is stored, so {' and '.join(unused)} would change nothing.",
@@ -168,9 +166,7 @@ def _reads(acceleration: Acceleration | None, size: ModelBytes) -> dict[str, Any
 
 
 class _Streamer(TextStreamer):
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, acceleration: Acceleration | None, write: Write
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, acceleration: Acceleration | None, write: Write) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)  # pyright: ignore[reportArgumentType]
         self._acceleration, self._write = acceleration, write
         self._puts = 0

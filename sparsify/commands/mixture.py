@@ -50,9 +50,7 @@ def preview(
     sources = open_mixture(
         mixture,
         tokenizer,
-        train_tokens=dict.fromkeys(
-            mixture.sources, max(num_sequences, LEAST_SEQUENCES) * sequence_length
-        ),
+        train_tokens=dict.fromkeys(mixture.sources, max(num_sequences, LEAST_SEQUENCES) * sequence_length),
         sequence_length=sequence_length,
         cache_dir=Path(CACHE_DIR),
         on_progress=ingest_progress(),
@@ -67,9 +65,7 @@ def preview(
         )
 
 
-def stats(
-    name_or_path: str, tokenizer_from: str, budget_tokens: int, sequence_length: int
-) -> MixtureStats:
+def stats(name_or_path: str, tokenizer_from: str, budget_tokens: int, sequence_length: int) -> MixtureStats:
     """Sizes of the part of a mixture that a budget reads.
 
     Args:

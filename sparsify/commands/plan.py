@@ -54,9 +54,7 @@ def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Pla
     """
     _check(given)
     hardware = _named(given.hardware, given) if given.hardware else None
-    recipe = compose_recipe(
-        name_or_path, [*overrides, *(_alone(hardware.devices) if hardware else [])]
-    )
+    recipe = compose_recipe(name_or_path, [*overrides, *(_alone(hardware.devices) if hardware else [])])
     if recipe.launch.hostfile is not None:
         place = _alone(sum(read_hostfile(recipe.launch.hostfile).values()))
         recipe = compose_recipe(name_or_path, [*overrides, *place])
@@ -152,6 +150,4 @@ def _check(given: Assumptions) -> None:
     for option in ("tokens_per_second", "gpu_hour_price", "host_memory_gb"):
         value = getattr(given, option)
         if value is not None and not value > 0:
-            raise RecipeError(
-                f"--{option.replace('_', '-')} is {value}.", allowed="It must be above 0."
-            )
+            raise RecipeError(f"--{option.replace('_', '-')} is {value}.", allowed="It must be above 0.")

@@ -117,13 +117,9 @@ def evaluate(
     folder = predictors_folder or _default_folder(loaded)
     predictors = read_predictors(folder)
     predictors.check_model(loaded.model, str(folder))
-    sequences, text = held_out_sequences(
-        loaded, on, num_tokens * SPLIT, predictors.facts.sequence_length
-    )
+    sequences, text = held_out_sequences(loaded, on, num_tokens * SPLIT, predictors.facts.sequence_length)
     evaluated = _part(sequences, lambda place: place == EVALUATED)
-    logger.info(
-        f"Evaluating {folder} on {_count(evaluated):,} tokens that it was not trained on: {text}"
-    )
+    logger.info(f"Evaluating {folder} on {_count(evaluated):,} tokens that it was not trained on: {text}")
     evaluation = evaluate_predictors(
         loaded.model,
         predictors,
@@ -190,9 +186,7 @@ def _check(settings: Settings, num_tokens: int, on: str | None) -> None:
             raise RunError(f"{option} is {value}.", allowed=f"{option} {words}.")
 
 
-def _part(
-    sequences: Sequence[PackedSequence], wanted: Callable[[int], bool]
-) -> list[PackedSequence]:
+def _part(sequences: Sequence[PackedSequence], wanted: Callable[[int], bool]) -> list[PackedSequence]:
     """Sequences of one part of the split, numbered within each source so that more text moves no sequence."""
     seen: Counter[str] = Counter()
     chosen = []

@@ -68,9 +68,7 @@ def make_report(
         )
     sequences, text = held_out_sequences(loaded, on, num_tokens)
     text += blend_note(loaded)
-    logger.info(
-        f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}"
-    )
+    logger.info(f"Measuring {loaded.name} on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}")
     report, statistics, scores = _measure(loaded, sequences, text, curve_tokens)
     if other is not None:
         logger.info(f"Measuring {other.name} on the same tokens")
@@ -104,9 +102,7 @@ def _measure(
     if curve_tokens:
         chosen = spread(sequences, curve_tokens)
         curve_sequences = sum(len(sequence.input_ids) for sequence in chosen)
-        logger.info(
-            f"Curves on {curve_sequences:,} of them, about 35 passes; --curve-tokens 0 skips them"
-        )
+        logger.info(f"Curves on {curve_sequences:,} of them, about 35 passes; --curve-tokens 0 skips them")
         batches = (collate([sequence]) for sequence in chosen)
         report.curves = measure_curves(loaded.model, batches, summed_loss)
     return report, statistics, scores
@@ -114,15 +110,12 @@ def _measure(
 
 def _difference(ours: list[Score], theirs: list[Score]) -> PairedDifference | None:
     first, second = (
-        {str(number): score for number, score in enumerate(scores) if score.weight}
-        for scores in (ours, theirs)
+        {str(number): score for number, score in enumerate(scores) if score.weight} for scores in (ours, theirs)
     )
     paired = difference("perplexity", first, second)
     if paired is None:
         return None
-    return PairedDifference(
-        value=paired.value, low=paired.low, high=paired.high, num_sequences=paired.items
-    )
+    return PairedDifference(value=paired.value, low=paired.low, high=paired.high, num_sequences=paired.items)
 
 
 def blend_note(loaded: Loaded) -> str:

@@ -70,8 +70,7 @@ def train_run(recipe: Recipe, run: RunFolder, nodes: Nodes | None = None) -> boo
     place = recipe.launch
     if nodes is None and (place.nodes > 1 or place.rendezvous or place.hostfile):
         raise RecipeError(
-            f"launch.nodes is {place.nodes}, launch.rendezvous {place.rendezvous}, "
-            f"launch.hostfile {place.hostfile}.",
+            f"launch.nodes is {place.nodes}, launch.rendezvous {place.rendezvous}, launch.hostfile {place.hostfile}.",
             allowed="Only `sparsify train` runs on several nodes.",
             next_step="Omit these settings.",
         )
@@ -111,9 +110,7 @@ def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None) -> bool:
     newest = newest_whole(run.checkpoints)
     saved = read_state(newest) if newest else None
     step = saved.step if saved else 0
-    unasked = (
-        saved is not None and suite_is_due(recipe, saved) and not suite_is_logged(recipe, run, step)
-    )
+    unasked = saved is not None and suite_is_due(recipe, saved) and not suite_is_logged(recipe, run, step)
     if step == recipe.num_steps and not unasked:
         logger.info(f"Trained already: {run.path}")
         return False
@@ -190,9 +187,7 @@ def _convert(recipe: Recipe, to: Path) -> Converted:
     if not recipe.conversion.calibration_tokens:
         return convert(recipe.model, recipe.activation, to, seed=seed, dtype=initial_dtype)
 
-    def sequences_for(
-        tokenizer: Tokenizer, config: SparseConfig
-    ) -> tuple[list[PackedSequence], ValidationSequences]:
+    def sequences_for(tokenizer: Tokenizer, config: SparseConfig) -> tuple[list[PackedSequence], ValidationSequences]:
         check_context(recipe, config.max_position_embeddings)
         return mixture_calibration(
             recipe.mixture,

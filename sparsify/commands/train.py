@@ -175,9 +175,7 @@ def run_summary(result: RunResult) -> RenderableType:
         ["model", "validation loss", "perplexity", "exact zeros"],
     )
     for stage in result.report.stages:
-        losses.add(
-            stage.name, f"{stage.loss:.3f}", f"{math.exp(stage.loss):,.1f}", share(stage.zeros)
-        )
+        losses.add(stage.name, f"{stage.loss:.3f}", f"{math.exp(stage.loss):,.1f}", share(stage.zeros))
     parts: list[RenderableType] = ["", losses, layers_table(result.report)]
     if result.samples:
         parts += ["[bold]The exported checkpoint, in a fresh process, continues[/bold]"]
@@ -202,9 +200,7 @@ def _places(path: Path) -> RenderableType:
         "Export": path / "export",
         "Metrics": path / "metrics.jsonl",
     }
-    return "\n".join(
-        f"[bold]{name:8}[/bold] {escape(str(place))}" for name, place in places.items()
-    )
+    return "\n".join(f"[bold]{name:8}[/bold] {escape(str(place))}" for name, place in places.items())
 
 
 def next_commands(given: str, path: Path) -> str:
@@ -220,10 +216,7 @@ def next_commands(given: str, path: Path) -> str:
         "how sparse it is on your own text": f"sparsify report {path} --on YOUR_TEXT.txt",
         "a bundle to give away": f"sparsify export {path} --to my-sparse-model",
     }
-    lines = [
-        f"  [dim]# {purpose}[/dim]\n  [cyan]{escape(command)}[/cyan]"
-        for purpose, command in commands.items()
-    ]
+    lines = [f"  [dim]# {purpose}[/dim]\n  [cyan]{escape(command)}[/cyan]" for purpose, command in commands.items()]
     return "\n".join(["[bold]Next[/bold]", *lines])
 
 

@@ -29,9 +29,7 @@ def notes(comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences
     ]
 
 
-def _other_sequences(
-    comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences]]
-) -> Iterator[str]:
+def _other_sequences(comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences]]) -> Iterator[str]:
     """One caveat for each run and difference, with all sources that it concerns."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for source in comparison.sources:
@@ -71,11 +69,7 @@ def _weights(comparison: Comparison) -> Iterator[str]:
     yield (
         f"{MARK} A run's validation loss is the mean of its sources' losses, weighted by its own token shares. Losses of "
         "runs with different shares, sources or sequences are not comparable: compare the sources' losses"
-        + (
-            ", or their unweighted mean."
-            if any(run.mean_loss is not None for run in comparison.runs)
-            else "."
-        )
+        + (", or their unweighted mean." if any(run.mean_loss is not None for run in comparison.runs) else ".")
     )
 
 

@@ -76,9 +76,7 @@ def _of_model(model: EvaluatedModel) -> Iterator[str]:
         if overlap.problem
     }
     for source, problem in unread.items():
-        yield (
-            f"{model.name}: its instruction source {source} could not be searched for the items: {problem}"
-        )
+        yield (f"{model.name}: its instruction source {source} could not be searched for the items: {problem}")
 
 
 def _overlap(model: EvaluatedModel, task: str) -> Iterator[str]:
@@ -98,9 +96,7 @@ def _pairing(comparison: EvaluationComparison) -> Iterator[str]:
         if model.against is None:
             continue
         other = next(one for one in comparison.models if one.name == model.against)
-        unpaired = [
-            task for task in model.tasks if task in other.tasks and task not in model.differences
-        ]
+        unpaired = [task for task in model.tasks if task in other.tasks and task not in model.differences]
         if unpaired:
             yield (
                 f"{model.name} and {model.against} share no items of {', '.join(unpaired)}: there is no paired difference."
@@ -205,7 +201,9 @@ def _differences(comparison: EvaluationComparison) -> Table:
             row.append(f"{difference_text(one)} {SIGNS[one.verdict]}")
             row.append(f"{one.overlapping_items:,}" if one.overlaps else "–")
         rows.append(row)
-    title = "Paired differences with 95% intervals: accuracies in percentage points, perplexities in nats (lower is better)"
+    title = (
+        "Paired differences with 95% intervals: accuracies in percentage points, perplexities in nats (lower is better)"
+    )
     return Table(title, header, rows)
 
 
@@ -233,9 +231,7 @@ def draw_quality(comparison: EvaluationComparison, theme: Theme) -> Figure:
             continue
         colour = theme.baseline if model.is_dense else theme.product
         value = scale * score.value
-        low, high = (
-            scale * bound if bound is not None else value for bound in (score.low, score.high)
-        )
+        low, high = (scale * bound if bound is not None else value for bound in (score.low, score.high))
         axes.plot(
             [model.active_parameters, model.gate_first_parameters],
             [value] * 2,

@@ -143,11 +143,7 @@ def _result_folder(path: Path) -> Path | None:
 
 
 def _newest(run: Path, suite: str) -> Path:
-    found = [
-        path.parent
-        for path in run.glob(f"{EVALUATIONS}/*/{RESULTS_FILE}")
-        if read_results(path).suite == suite
-    ]
+    found = [path.parent for path in run.glob(f"{EVALUATIONS}/*/{RESULTS_FILE}") if read_results(path).suite == suite]
     if not found:
         raise EvaluationError(
             f"{run} has no evaluation of suite {suite}.",
@@ -225,8 +221,7 @@ def _differences(
         if task.name not in rows or rows[task.name].metric != task.metric:
             continue
         scores = [
-            {item: of[task.metric] for item, of in read_items(where, task.name).items()}
-            for where in (folder, other)
+            {item: of[task.metric] for item, of in read_items(where, task.name).items()} for where in (folder, other)
         ]
         paired = difference(task.score.kind, *scores)
         if paired is not None:

@@ -102,9 +102,7 @@ def _value(run: ComparedRun, key: str) -> float:
     return value
 
 
-def _line(
-    runs: Sequence[ComparedRun], key: str, loss_of: Callable[[ComparedRun], float | None]
-) -> Line:
+def _line(runs: Sequence[ComparedRun], key: str, loss_of: Callable[[ComparedRun], float | None]) -> Line:
     losses = [(_value(run, key), loss_of(run)) for run in runs]
     return [(value, loss) for value, loss in losses if loss is not None and math.isfinite(loss)]
 
@@ -228,9 +226,7 @@ FIGURES = (
         lambda comparison: (
             "Share of exact zeros among the products of gate and up, over all layers, without dense runs."
         ),
-        lambda comparison: any(
-            point.zeros for run in comparison.runs if not run.is_dense for point in run.points
-        ),
+        lambda comparison: any(point.zeros for run in comparison.runs if not run.is_dense for point in run.points),
         draw_zeros,
     ),
 )

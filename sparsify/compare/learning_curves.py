@@ -45,19 +45,13 @@ def draw_loss(comparison: Comparison, theme: Theme) -> Figure:
             _plot(axes, curve, [(point.tokens, point.loss) for point in curve.points])
         axes.set_ylabel("nats per token")
         return figure
-    sources = [
-        name
-        for name in comparison.sources
-        if any(run.sources[name].comparable for run in comparison.runs)
-    ]
+    sources = [name for name in comparison.sources if any(run.sources[name].comparable for run in comparison.runs)]
     figure, panels = _panels(len(sources), curves)
     for source, axes in zip(sources, panels, strict=True):
         axes.set_title(f"{source}, nats per token")
         for curve in curves:
             if curve.run.sources[source].comparable:
-                _plot(
-                    axes, curve, [(point.tokens, point.sources[source]) for point in curve.points]
-                )
+                _plot(axes, curve, [(point.tokens, point.sources[source]) for point in curve.points])
     return figure
 
 
@@ -83,17 +77,13 @@ def series_colours(theme: Theme, count: int) -> list[str]:
     if count <= 3:
         return [theme.product, theme.gate, theme.up][:count]
     steps = (0.25 + 0.75 * index / (count - 1) for index in range(count))
-    return [
-        "#" + "".join(f"{round(255 * part):02x}" for part in theme.heat(step)[:3]) for step in steps
-    ]
+    return ["#" + "".join(f"{round(255 * part):02x}" for part in theme.heat(step)[:3]) for step in steps]
 
 
 def _curves(comparison: Comparison, theme: Theme) -> Iterator[LearningCurve]:
     baselines = {run.baseline.path for run in comparison.runs if run.baseline is not None}
     coloured = [run for run in comparison.runs if run.path not in baselines]
-    colours = dict(
-        zip((run.path for run in coloured), series_colours(theme, len(coloured)), strict=True)
-    )
+    colours = dict(zip((run.path for run in coloured), series_colours(theme, len(coloured)), strict=True))
     paths = {run.path for run in comparison.runs}
     for index, run in enumerate(comparison.runs):
         colour = colours.get(run.path, theme.baseline)

@@ -72,9 +72,7 @@ class RunSummary:
 
     def shares(self) -> dict[str, float]:
         """Planned token share of every source."""
-        return {
-            name: rounded_share(source.token_share) for name, source in self.lock.sources.items()
-        }
+        return {name: rounded_share(source.token_share) for name, source in self.lock.sources.items()}
 
     def is_baseline_of(self, other: RunSummary) -> bool:
         """Whether this is the dense baseline of `other`: same model, tokens, order, optimiser and held-out sequences."""

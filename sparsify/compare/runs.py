@@ -24,9 +24,7 @@ from sparsify.runs.history import curve_records
 from sparsify.runs.run_folder import RunFolder
 
 
-def find_baseline(
-    summary: RunSummary, compared: Mapping[str, RunSummary]
-) -> tuple[Baseline | None, BaselineState]:
+def find_baseline(summary: RunSummary, compared: Mapping[str, RunSummary]) -> tuple[Baseline | None, BaselineState]:
     """The dense baseline of a run: the one in its own folder, otherwise one of the compared runs.
 
     Args:
@@ -72,9 +70,7 @@ def _gap(summary: RunSummary, baseline: RunSummary, name: str) -> Baseline | Non
         tokens=newest.tokens,
         loss=there.loss,
         gap=newest.loss - there.loss,
-        source_gaps={
-            source: loss - there.sources[source] for source, loss in newest.sources.items()
-        },
+        source_gaps={source: loss - there.sources[source] for source, loss in newest.sources.items()},
         points=baseline.points,
     )
 
@@ -104,9 +100,7 @@ def compare(paths: Sequence[Path]) -> Comparison:
         swept_setting=_swept(summaries),
         notes=[],
     )
-    comparison.notes = notes(
-        comparison, {name: summary.sequences() for name, summary in named.items()}
-    )
+    comparison.notes = notes(comparison, {name: summary.sequences() for name, summary in named.items()})
     return comparison
 
 
@@ -124,15 +118,11 @@ def _agreement(summaries: Mapping[str, RunSummary]) -> _Agreement:
     sequences = {name: summary.sequences() for name, summary in summaries.items()}
     shares = {name: summary.shares() for name, summary in summaries.items()}
     sources = dict.fromkeys(
-        source
-        for summary in summaries.values()
-        for source in (*summary.lock.sources, *summary.points[-1].sources)
+        source for summary in summaries.values() for source in (*summary.lock.sources, *summary.points[-1].sources)
     )
     return _Agreement(
         sources={
-            source: agreeing(
-                {name: own[source] for name, own in sequences.items() if source in own}
-            )
+            source: agreeing({name: own[source] for name, own in sequences.items() if source in own})
             for source in sources
         },
         zeros=agreeing({name: frozenset(own.items()) for name, own in sequences.items()}),
@@ -155,8 +145,7 @@ def _compared_run(
 ) -> ComparedRun:
     newest = summary.points[-1]
     sources = {
-        source: _source_of_run(summary, source, comparable=name in names)
-        for source, names in agreement.sources.items()
+        source: _source_of_run(summary, source, comparable=name in names) for source, names in agreement.sources.items()
     }
     return ComparedRun(
         name=name,
@@ -231,9 +220,5 @@ def _mean_loss(sources: Mapping[str, SourceOfRun]) -> float | None:
 
 def _swept(summaries: Sequence[RunSummary]) -> str | None:
     """The one setting that differs between the runs, without the dense baselines."""
-    series = [
-        summary
-        for summary in summaries
-        if not any(summary.is_baseline_of(other) for other in summaries)
-    ]
+    series = [summary for summary in summaries if not any(summary.is_baseline_of(other) for other in summaries)]
     return swept_setting(differing_settings(series)) if len(series) > 1 else None

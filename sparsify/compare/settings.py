@@ -54,9 +54,7 @@ def _instruction_share(summary: RunSummary, given: Setting) -> Setting:
         return given
     sources = summary.recipe.mixture.sources
     stated = sum(
-        source.token_share
-        for name, source in summary.lock.sources.items()
-        if sources[name].group == "instruction"
+        source.token_share for name, source in summary.lock.sources.items() if sources[name].group == "instruction"
     )
     return rounded_share(stated)
 
@@ -72,9 +70,7 @@ def swept_setting(settings: Sequence[Mapping[str, Setting]]) -> str | None:
     if len(keys) != 1:
         return None
     values = [one[keys[0]] for one in settings]
-    numbers = all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in values
-    )
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     return keys[0] if numbers else None
 
 

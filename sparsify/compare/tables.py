@@ -42,10 +42,7 @@ def setting_text(value: Setting) -> str:
 def _settings_table(comparison: Comparison) -> list[Table]:
     if len(comparison.settings) <= MAX_SETTING_COLUMNS:
         return []
-    rows = [
-        [key, *(setting_text(run.settings[key]) for run in comparison.runs)]
-        for key in comparison.settings
-    ]
+    rows = [[key, *(setting_text(run.settings[key]) for run in comparison.runs)] for key in comparison.settings]
     return [Table("Settings that differ", ["setting", *_names(comparison)], rows)]
 
 
@@ -87,10 +84,7 @@ def shows_mean(comparison: Comparison) -> bool:
 
 
 def _sources_table(comparison: Comparison) -> Table:
-    rows = [
-        [run.name, *(_source(run.sources[source]) for source in comparison.sources)]
-        for run in comparison.runs
-    ]
+    rows = [[run.name, *(_source(run.sources[source]) for source in comparison.sources)] for run in comparison.runs]
     return Table(
         "Validation loss of each source (and its planned token share)",
         ["run", *comparison.sources],

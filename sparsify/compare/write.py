@@ -32,15 +32,11 @@ TEMPLATE_FILE = "comparison.html.j2"
 def render_page(comparison: Comparison) -> str:
     """The HTML page, with all figures embedded for light and dark mode."""
     figures = [
-        page_figure(
-            partial(figure.draw, comparison), figure.name, figure.title, figure.caption(comparison)
-        )
+        page_figure(partial(figure.draw, comparison), figure.name, figure.title, figure.caption(comparison))
         for figure in figures_of(comparison)
     ]
     template = page_environment(PACKAGE).get_template(TEMPLATE_FILE)
-    return template.render(
-        comparison=comparison, title=title(comparison), tables=tables(comparison), figures=figures
-    )
+    return template.render(comparison=comparison, title=title(comparison), tables=tables(comparison), figures=figures)
 
 
 PAGE_FILE = "index.html"
@@ -51,9 +47,7 @@ def default_folder(comparison: Comparison) -> Path:
     """comparisons/NAME, where the name is the setting of a sweep, otherwise the names of the runs."""
     swept = (comparison.swept_setting or "").rpartition(".")[2]
     common = common_name([Path(run.path) for run in comparison.runs])
-    parts = (
-        [common, swept] if swept and common else [" vs ".join(run.name for run in comparison.runs)]
-    )
+    parts = [common, swept] if swept and common else [" vs ".join(run.name for run in comparison.runs)]
     name = re.sub("[^-+.,=0-9A-Za-z_]+", "-", ",".join(parts)).strip("-.")
     return Path("comparisons") / name[:MAX_NAME_CHARACTERS]
 
@@ -161,12 +155,8 @@ def _write_evaluation_table(comparison: EvaluationComparison, path: Path) -> Non
             for name, task in model.tasks.items():
                 score, one = task.score, model.differences.get(name)
                 paired = (
-                    [one.difference.value, one.difference.low, one.difference.high, one.verdict]
-                    if one
-                    else [None] * 4
+                    [one.difference.value, one.difference.low, one.difference.high, one.verdict] if one else [None] * 4
                 )
                 own = [score.value, score.low, score.high, score.items, task.product_zeros]
                 active = task.active_parameters.perfect_predictor
-                table.writerow(
-                    [model.name, name, task.metric, *own, active, model.against, *paired]
-                )
+                table.writerow([model.name, name, task.metric, *own, active, model.against, *paired])

@@ -56,9 +56,7 @@ def check_dense(config: SparseConfig, num_experts: int) -> None:
         )
 
 
-def upcycle(
-    dense: SparseModel, num_experts: int, num_experts_per_token: int, seed: int
-) -> SparseMixtralForCausalLM:
+def upcycle(dense: SparseModel, num_experts: int, num_experts_per_token: int, seed: int) -> SparseMixtralForCausalLM:
     """Copies every feed-forward block into `num_experts` experts (sparse upcycling, arXiv 2212.05055).
 
     The router's weights are drawn at random; since Mixtral's router weights sum to 1 over the chosen experts and the
@@ -68,12 +66,8 @@ def upcycle(
         ModelError: If the model has experts already.
     """
     check_dense(dense.config, num_experts)
-    fields = {
-        key: value for key, value in dense.config.to_dict().items() if key not in DENSE_ONLY_FIELDS
-    }
-    config = SparseMixtralConfig(
-        **fields, num_local_experts=num_experts, num_experts_per_tok=num_experts_per_token
-    )
+    fields = {key: value for key, value in dense.config.to_dict().items() if key not in DENSE_ONLY_FIELDS}
+    config = SparseMixtralConfig(**fields, num_local_experts=num_experts, num_experts_per_tok=num_experts_per_token)
     torch.manual_seed(seed)
     model = SparseMixtralForCausalLM(config)
     model.to(dtype=dense.dtype)  # pyright: ignore[reportCallIssue]
@@ -129,9 +123,7 @@ def convert(
         StorageError: If `to` cannot be written.
     """
     if to.exists():
-        raise ModelError(
-            f"{to} exists already.", next_step="Choose another folder or remove this one."
-        )
+        raise ModelError(f"{to} exists already.", next_step="Choose another folder or remove this one.")
     with atomic_folder(to) as partial:
         if model.init == "random":
             config = _write_random(model, activation, partial, seed, dtype)
@@ -149,9 +141,7 @@ def convert(
     return Converted(to, config, origin)
 
 
-def _held_as(
-    model: ModelSection, config: dict[str, Any], activation: ActivationSection, where: str
-) -> SparseConfig:
+def _held_as(model: ModelSection, config: dict[str, Any], activation: ActivationSection, where: str) -> SparseConfig:
     name, gate_threshold = activation.ffn_activation, activation.model_gate_threshold
     held = sparse_config(config, name, where, gate_threshold)
     held.base_ffn_activation = config.get("ffn_activation", STOCK_ACTIVATION)
@@ -171,9 +161,7 @@ def _tokenizer_folder(model: ModelSection, default: Path) -> Path:
     return default if model.tokenizer is None else locate(model.tokenizer)
 
 
-def _write_replaced(
-    model: ModelSection, path: Path, activation: ActivationSection, folder: Path
-) -> SparseConfig:
+def _write_replaced(model: ModelSection, path: Path, activation: ActivationSection, folder: Path) -> SparseConfig:
     checkpoint = read_checkpoint(path)
     config = _held_as(model, checkpoint.config, activation, str(path))
     expected = tensor_shapes(config)
@@ -233,9 +221,7 @@ def _load_gguf(path: Path) -> PreTrainedModel:
             next_step=f"pip install {' '.join(missing)}",
         )
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.bfloat16
-        )
+        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
     except (OSError, ValueError, struct.error) as error:
         raise ModelError(
             f"{path} is a GGUF file that cannot be read: {str(error).partition(chr(10))[0]}",
@@ -243,14 +229,10 @@ def _load_gguf(path: Path) -> PreTrainedModel:
         ) from error
 
 
-def _write_gguf(
-    model: ModelSection, path: Path, activation: ActivationSection, folder: Path
-) -> SparseConfig:
+def _write_gguf(model: ModelSection, path: Path, activation: ActivationSection, folder: Path) -> SparseConfig:
     dense = _load_gguf(path)
     fields = dense.config.to_dict()
-    fields.pop(
-        "quantization_config", None
-    )  # it says how the file was; what was loaded is full precision
+    fields.pop("quantization_config", None)  # it says how the file was; what was loaded is full precision
     config = _held_as(model, fields, activation, path.name)
     sparse = MODEL_CLASSES[config.model_type](config).to(torch.bfloat16)
     sparse.load_state_dict(dense.state_dict(), strict=True)

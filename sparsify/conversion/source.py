@@ -163,9 +163,7 @@ def check_tensors(checkpoint: SourceCheckpoint, expected: dict[str, tuple[int, .
         for key in expected.keys() & checkpoint.shapes.keys()
         if checkpoint.shapes[key] != expected[key]
     )
-    problems = Counter(
-        {"missing": len(missing), "unexpected": len(unexpected), "of another shape": len(other)}
-    )
+    problems = Counter({"missing": len(missing), "unexpected": len(unexpected), "of another shape": len(other)})
     if not any(problems.values()):
         return
     counts = ", ".join(f"{count} {kind}" for kind, count in problems.items() if count)

@@ -95,6 +95,4 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             or (activation.gate_mask is not None) != ("gate" in masked)
             or (getattr(block, "input_mask", None) is not None) != ("ffn_in" in masked)
         ):
-            raise RuntimeError(
-                f"{type(block).__name__} was patched: it does not apply {ffn_activation}"
-            )
+            raise RuntimeError(f"{type(block).__name__} was patched: it does not apply {ffn_activation}")

@@ -45,9 +45,7 @@ def load_tokenizer(folder: Path, where: str = "") -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def check_tokenizer(
-    tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, where: str
-) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig, where: str) -> None:
     """Refuses a tokenizer that can produce ids beyond the model's embedding.
 
     Raises:

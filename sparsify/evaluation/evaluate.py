@@ -93,9 +93,7 @@ def evaluate(
             model, subject.tokenizer, settings.batch_size, predictors, settings.processes
         ) as workers:
             for source in sources:
-                measure = partial(
-                    _measure, workers, subject, source, finished, settings, on_progress
-                )
+                measure = partial(_measure, workers, subject, source, finished, settings, on_progress)
                 done.append(finished.or_measure(source.name, _facts(source, settings), measure))
             prompts = [(prompt, suite.prompt_tokens) for prompt in suite.prompts]
             samples = list(workers.map("sample", prompts))
@@ -128,9 +126,7 @@ def evaluate(
     return results
 
 
-def _held_out(
-    workers: WorkerPool, subject: Subject, held_out: HeldOut, finished: _FinishedTasks
-) -> list[TaskResult]:
+def _held_out(workers: WorkerPool, subject: Subject, held_out: HeldOut, finished: _FinishedTasks) -> list[TaskResult]:
     return [
         finished.or_measure(
             PREFIX + source,
@@ -150,18 +146,14 @@ class _FinishedTasks:
     def journal(self, task: str) -> Path:
         return self.folder / JOURNAL_FOLDER / task
 
-    def or_measure(
-        self, task: str, facts: str, measure: Callable[[], tuple[TaskResult, Items]]
-    ) -> TaskResult:
+    def or_measure(self, task: str, facts: str, measure: Callable[[], tuple[TaskResult, Items]]) -> TaskResult:
         """Returns the stored result of a task if its facts are the same; otherwise measures and stores it."""
         identity = f"{self.identity} {facts}"
         result = self._read(task, identity)
         if result is None:
             result, items = measure()
             write_items(self.folder, task, items)
-            write_json(
-                self._path(task), {"facts": identity, "result": result.model_dump(mode="json")}
-            )
+            write_json(self._path(task), {"facts": identity, "result": result.model_dump(mode="json")})
             for journal in (self.folder / JOURNAL_FOLDER).glob(f"{task}.*.jsonl"):
                 journal.unlink()
         return result
@@ -180,13 +172,8 @@ class _FinishedTasks:
 
 def _facts(source: TaskSource, settings: EvalSettings) -> str:
     """What a task's numbers depend on, apart from the model. Not the batch size, which only affects rounding."""
-    files = {
-        split: (str(path), path.stat().st_size, path.stat().st_mtime_ns)
-        for split, path in source.files.items()
-    }
-    return (
-        f"{source.settings!r} {settings.limit} {source.data} {files} lm-eval {version('lm-eval')}"
-    )
+    files = {split: (str(path), path.stat().st_size, path.stat().st_mtime_ns) for split, path in source.files.items()}
+    return f"{source.settings!r} {settings.limit} {source.data} {files} lm-eval {version('lm-eval')}"
 
 
 def _measure(
@@ -254,11 +241,7 @@ def _items(samples: dict[str, list[dict[str, Any]]], tokenizer: PreTrainedTokeni
 
 
 def _texts(samples: dict[str, list[dict[str, Any]]]) -> list[str]:
-    documents = {
-        (task, record["doc_id"]): record["doc"]
-        for task, records in samples.items()
-        for record in records
-    }
+    documents = {(task, record["doc_id"]): record["doc"] for task, records in samples.items() for record in records}
     return ["\n".join(strings(document)) for document in documents.values()]
 
 

@@ -50,9 +50,7 @@ class CountingHFLM(_Harness):
     ) -> None:
         # Silences its warning about a model that it did not load itself.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        super().__init__(
-            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"
-        )
+        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
         self._sparse_model, self._counter = model, counter
         self._truncated = 0
 
@@ -85,9 +83,7 @@ class CountingHFLM(_Harness):
 
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
         # The model reads all tokens but the last, so that a request may have one more than the context.
-        self._truncated += sum(
-            len(context) + len(rest) > self.max_length + 1 for _, context, rest in requests
-        )
+        self._truncated += sum(len(context) + len(rest) > self.max_length + 1 for _, context, rest in requests)
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def _mask_padding(self, _model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -66,9 +66,7 @@ def measure_source(
     Raises:
         EvaluationError: If no sequence has a token to predict.
     """
-    scored: list[tuple[Score, Counts]] = list(
-        workers.map("sequence", [(sequence,) for sequence in sequences])
-    )
+    scored: list[tuple[Score, Counts]] = list(workers.map("sequence", [(sequence,) for sequence in sequences]))
     items = {
         f"{source}:{number}:{fingerprint([sequence])}": {METRIC: score}
         for number, (sequence, (score, _)) in enumerate(zip(sequences, scored, strict=True))

@@ -83,9 +83,7 @@ class JournaledLM(LM):
         on_progress: Receives (requests done, requests in total).
     """
 
-    def __init__(
-        self, workers: WorkerPool, journal: Path, identity: str, on_progress: Progress
-    ) -> None:
+    def __init__(self, workers: WorkerPool, journal: Path, identity: str, on_progress: Progress) -> None:
         super().__init__()
         self._workers, self._journal = workers, journal
         self._identity, self._on_progress = identity, on_progress

@@ -78,14 +78,10 @@ def metric_value(kind: Kind, scores: Sequence[Score]) -> MetricValue:
     if kind == "mean":
         return MetricValue(kind=kind, value=ratio, low=low, high=high, items=len(scores))
     bounds = [None if bound is None else _exp(bound) for bound in (low, high)]
-    return MetricValue(
-        kind=kind, value=_exp(ratio), low=bounds[0], high=bounds[1], items=len(scores)
-    )
+    return MetricValue(kind=kind, value=_exp(ratio), low=bounds[0], high=bounds[1], items=len(scores))
 
 
-def difference(
-    kind: Kind, first: Mapping[str, Score], second: Mapping[str, Score]
-) -> Difference | None:
+def difference(kind: Kind, first: Mapping[str, Score], second: Mapping[str, Score]) -> Difference | None:
     """The paired difference of two models on the items that both have; None if they share none."""
     both = sorted(first.keys() & second.keys())
     if not both:
@@ -98,17 +94,12 @@ def difference(
 
 def mean_of(parts: Sequence[MetricValue]) -> MetricValue:
     """Unweighted mean of several tasks' scores."""
-    errors = [
-        None if part.low is None or part.high is None else (part.high - part.low) / (2 * Z_95)
-        for part in parts
-    ]
+    errors = [None if part.low is None or part.high is None else (part.high - part.low) / (2 * Z_95) for part in parts]
     value = sum(part.value for part in parts) / len(parts)
     known = [error for error in errors if error is not None]
     error = math.hypot(*known) / len(parts) if len(known) == len(parts) else None
     low, high = _interval(value, error)
-    return MetricValue(
-        kind="mean", value=value, low=low, high=high, items=sum(one.items for one in parts)
-    )
+    return MetricValue(kind="mean", value=value, low=low, high=high, items=sum(one.items for one in parts))
 
 
 def scores_of(metric: str, value: Any) -> Score | None:

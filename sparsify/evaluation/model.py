@@ -197,9 +197,7 @@ def _active_count(subject: Subject, counts: Counts) -> ActiveCount:
     config = model.config
     share = experts_per_token(config) / num_experts(config)
     parts = parameters_by_part(model)
-    account = active_parameters(
-        parts, expert_share=share, gate_zeros=gate or 0.0, product_zeros=product or 0.0
-    )
+    account = active_parameters(parts, expert_share=share, gate_zeros=gate or 0.0, product_zeros=product or 0.0)
     total = sum(parts.values())
     predicted = None
     if subject.predictors is not None and counts.predicted_on is not None:

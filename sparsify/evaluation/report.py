@@ -36,9 +36,7 @@ class PublishedSuite(BaseModel):
 @cache
 def published() -> dict[str, PublishedSuite]:
     """Published rows by the name of the suite."""
-    suites = OmegaConf.to_container(
-        OmegaConf.load(folder("eval") / "published" / "turbosparse.yaml")
-    )
+    suites = OmegaConf.to_container(OmegaConf.load(folder("eval") / "published" / "turbosparse.yaml"))
     assert isinstance(suites, dict)
     return {str(name): PublishedSuite.model_validate(rows) for name, rows in suites.items()}
 

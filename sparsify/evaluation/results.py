@@ -158,10 +158,7 @@ def read_items(folder: Path, task: str) -> dict[str, dict[str, Score]]:
     path = items_path(folder, task)
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {
-            row.pop("item"): {metric: Score(*score) for metric, score in row.items()}
-            for row in rows
-        }
+        return {row.pop("item"): {metric: Score(*score) for metric, score in row.items()} for row in rows}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise EvaluationError(
             f"{path} does not hold the scores of {task}: {str(error).splitlines()[0]}",

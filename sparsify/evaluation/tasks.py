@@ -53,12 +53,8 @@ def task_sources(suite: Suite, data_dir: Path | None) -> list[TaskSource]:
     Raises:
         EvaluationError: If a task is unknown, or data is missing.
     """
-    sources = [
-        _task_source(name, settings, data_dir, suite) for name, settings in suite.tasks.items()
-    ]
-    missing = {
-        one.name: [path for path in one.files.values() if not path.is_file()] for one in sources
-    }
+    sources = [_task_source(name, settings, data_dir, suite) for name, settings in suite.tasks.items()]
+    missing = {one.name: [path for path in one.files.values() if not path.is_file()] for one in sources}
     if any(missing.values()):
         names = dict.fromkeys(path.name for paths in missing.values() for path in paths)
         there = ",".join(name for name, paths in missing.items() if not paths)
@@ -100,9 +96,7 @@ def _task_source(name: str, settings: SuiteTask, data_dir: Path | None, suite: S
     if base is None:
         return TaskSource(name, settings, None)
     files = {split: base.absolute() / file for split, file in named.items()}
-    kwargs = config["dataset_kwargs"] | {
-        "data_files": {key: str(file) for key, file in files.items()}
-    }
+    kwargs = config["dataset_kwargs"] | {"data_files": {key: str(file) for key, file in files.items()}}
     return TaskSource(name, settings, config | {"task": name, "dataset_kwargs": kwargs}, files)
 
 
@@ -117,17 +111,13 @@ def build_tasks(source: TaskSource) -> dict[str, Any]:
     """
     import datasets
 
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # its warnings refer to its own command line
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings refer to its own command line
     datasets.disable_progress_bars()
     try:
         tasks = _hub_tasks(source) if source.config is None else _local_tasks(source.config)
     except EvaluationError:
         raise
-    except (
-        Exception
-    ) as error:  # the exception for a missing network, file or column differs between tasks
+    except Exception as error:  # the exception for a missing network, file or column differs between tasks
         raise EvaluationError(
             f"Task {source.name} cannot be prepared from {source.data}: "
             f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
@@ -197,8 +187,5 @@ def _local_tasks(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _only(whole: Any, column: str, value: str) -> Callable[..., Any]:
-    indices = {
-        split: [row for row, own in enumerate(rows[column]) if own == value]
-        for split, rows in whole.items()
-    }
+    indices = {split: [row for row, own in enumerate(rows[column]) if own == value] for split, rows in whole.items()}
     return lambda **_: {split: rows.select(indices[split]) for split, rows in whole.items()}

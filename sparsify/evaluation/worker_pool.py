@@ -197,9 +197,7 @@ _worker: EvalWorker | None = None
 """The worker of a pool's process."""
 
 
-def _start_worker(
-    stop: Connection, devices: Queue[str], threads: int, arguments: tuple[Any, ...]
-) -> None:
+def _start_worker(stop: Connection, devices: Queue[str], threads: int, arguments: tuple[Any, ...]) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the first process decides
     threading.Thread(target=_exit_on_stop, args=(stop,), daemon=True).start()

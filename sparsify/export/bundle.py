@@ -137,9 +137,7 @@ def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Tra
     return trained
 
 
-def _predictors(
-    trained: Trained, weights: dict[str, StoredTensor], given: Path | None
-) -> Predictors | None:
+def _predictors(trained: Trained, weights: dict[str, StoredTensor], given: Path | None) -> Predictors | None:
     folder = given or trained.run.path / PREDICTORS_FOLDER
     if given is None and not (folder / FACTS_FILE).is_file():
         return None

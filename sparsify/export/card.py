@@ -147,9 +147,7 @@ def model_card(
 
 def _sources(recipe: Recipe, lock: MixtureLock, state: TrainingState) -> list[dict[str, object]]:
     """Every source with its planned share, and its delivered share and tokens up to this checkpoint."""
-    drawn = {
-        name: state.drawn_sequences.get(name, 0) * lock.sequence_length for name in lock.sources
-    }
+    drawn = {name: state.drawn_sequences.get(name, 0) * lock.sequence_length for name in lock.sources}
     total = max(sum(drawn.values()), 1)
     return [
         {
@@ -174,7 +172,5 @@ def base_license(source: str | None) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    found = _LICENSE.search(
-        card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0]
-    )
+    found = _LICENSE.search(card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0])
     return found[1] if found else None

@@ -85,9 +85,7 @@ def accept(
         }
         result = _run_fresh_process(request, Path(scratch))
     if any(result["loading"].values()) or result["foreign_modules"]:
-        raise ExportError(
-            f"{bundle} did not load completely: {result['loading']}, {result['foreign_modules']}"
-        )
+        raise ExportError(f"{bundle} did not load completely: {result['loading']}, {result['foreign_modules']}")
     if result["ffn_activation"] != ffn_activation:
         raise ExportError(
             f"{bundle} loads with the activation {result['ffn_activation']}; it was trained with {ffn_activation}."
@@ -113,9 +111,7 @@ def accept(
 def _run_fresh_process(request: dict[str, object], scratch: Path) -> dict:
     request_path, result_path = scratch / "request.json", scratch / "result.json"
     request_path.write_text(json.dumps(request))
-    environment = {
-        key: value for key, value in os.environ.items() if not key.startswith("PYTHON")
-    } | {
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(scratch / "modules"),  # no cached code of an older bundle
         "TOKENIZERS_PARALLELISM": "false",
@@ -129,9 +125,7 @@ def _run_fresh_process(request: dict[str, object], scratch: Path) -> dict:
         check=False,
     )
     if process.returncode != 0:
-        raise ExportError(
-            f"{request['bundle']} does not load in a fresh process:\n{process.stderr[-2000:].strip()}"
-        )
+        raise ExportError(f"{request['bundle']} does not load in a fresh process:\n{process.stderr[-2000:].strip()}")
     return json.loads(result_path.read_text())
 
 
@@ -255,9 +249,7 @@ def _hashes(bundle: Path) -> Check:
     groups = {
         "missing": sorted(sums.keys() - files),
         "added": sorted(files - sums.keys()),
-        "changed": sorted(
-            name for name in sums.keys() & files if sha256(bundle / name) != sums[name]
-        ),
+        "changed": sorted(name for name in sums.keys() & files if sha256(bundle / name) != sums[name]),
     }
     found = "; ".join(f"{kind} {_names(names)}" for kind, names in groups.items() if names)
     return Check("hashes", not found, found or f"{len(sums)} files unchanged since the export")
@@ -277,14 +269,10 @@ def _tensors(bundle: Path) -> Check:
     try:
         checkpoint = read_checkpoint(bundle)
         kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
-        check_tensors(
-            checkpoint, tensor_shapes(sparse_config(checkpoint.config, kept, str(bundle)))
-        )
+        check_tensors(checkpoint, tensor_shapes(sparse_config(checkpoint.config, kept, str(bundle))))
     except UserError as error:
         return Check("tensors", False, error.given)
-    return Check(
-        "tensors", True, f"{len(checkpoint.shapes)} with the names and shapes of the config"
-    )
+    return Check("tensors", True, f"{len(checkpoint.shapes)} with the names and shapes of the config")
 
 
 def _loaded(bundle: Path, recorded: Recorded) -> list[Check]:

@@ -31,10 +31,7 @@ def main(request_path: str, result_path: str) -> None:
         "model_class": f"{type(model).__module__}.{type(model).__name__}",
         "foreign_modules": sorted(name for name in sys.modules if name.split(".")[0] == "sparsify"),
         "ffn_activation": model.config.ffn_activation,
-        "samples": [
-            sample(model, tokenizer, prompt, request["sample_tokens"])
-            for prompt in request["prompts"]
-        ],
+        "samples": [sample(model, tokenizer, prompt, request["sample_tokens"]) for prompt in request["prompts"]],
     }
     if request["reference"]:
         reference = load_file(request["reference"])

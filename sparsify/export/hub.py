@@ -10,9 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from sparsify.errors import ExportError
 
 
-def push_to_hub(
-    bundle: Path, repository: str, *, private: bool = False, api: HfApi | None = None
-) -> str:
+def push_to_hub(bundle: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
     """Uploads a bundle as one commit, so that no partial bundle is ever visible.
 
     Args:

@@ -55,9 +55,7 @@ def write_shards(
         RunError: If a tensor is missing in `weights` or has another shape.
     """
     shapes = tensor_shapes(config)
-    planned = {
-        name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()
-    }
+    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
     split = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
     reader = _Reader(weights, config)
     for file, names in split.filename_to_tensors.items():

@@ -60,9 +60,7 @@ def placement(launch: LaunchSection, arguments: Sequence[str]) -> Iterator[NodeP
 
 def _torchrun() -> list[str]:
     try:
-        nodes, rank, local = (
-            int(os.environ[name]) for name in ("GROUP_WORLD_SIZE", "GROUP_RANK", "LOCAL_WORLD_SIZE")
-        )
+        nodes, rank, local = (int(os.environ[name]) for name in ("GROUP_WORLD_SIZE", "GROUP_RANK", "LOCAL_WORLD_SIZE"))
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     except KeyError as error:
         raise RunError(
@@ -105,9 +103,7 @@ def read_hostfile(path: str) -> dict[str, int]:
     return hosts
 
 
-def _start_others(
-    launch: LaunchSection, arguments: Sequence[str], stack: ExitStack
-) -> NodePlacement:
+def _start_others(launch: LaunchSection, arguments: Sequence[str], stack: ExitStack) -> NodePlacement:
     assert launch.hostfile is not None
     hosts = read_hostfile(launch.hostfile)
     slots = next(iter(hosts.values()))
@@ -143,9 +139,7 @@ def _start_others(
 def _command(arguments: Sequence[str]) -> str:
     """A line for a shell elsewhere: the same folder, the same Python, what of the environment matters."""
     exported = [
-        f"{name}={shlex.quote(value)}"
-        for name, value in sorted(os.environ.items())
-        if name.startswith(EXPORTED)
+        f"{name}={shlex.quote(value)}" for name, value in sorted(os.environ.items()) if name.startswith(EXPORTED)
     ]
     own = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]  # how this program was started
     program = shlex.join([sys.executable, *own, *arguments])

@@ -94,9 +94,7 @@ def serve(worker: ModuleType, nodes: Nodes) -> None:
         run_ranks(RunFolder(Path(order.run)), worker, nodes, order, lambda: None)
 
 
-def run_ranks(
-    run: RunFolder, worker: ModuleType, nodes: Nodes, order: LaunchOrder, check: Callable[[], None]
-) -> None:
+def run_ranks(run: RunFolder, worker: ModuleType, nodes: Nodes, order: LaunchOrder, check: Callable[[], None]) -> None:
     """Runs this machine's ranks to the end. Raises as `launch`."""
     ranks: list[Child] = []
     first = nodes.settings.node_rank * nodes.settings.processes
@@ -134,9 +132,7 @@ def run_ranks(
         raise Interrupted
 
 
-def _reported_elsewhere(
-    nodes: Nodes, order: LaunchOrder, mine: list[Failure]
-) -> list[dict[str, Any]]:
+def _reported_elsewhere(nodes: Nodes, order: LaunchOrder, mine: list[Failure]) -> list[dict[str, Any]]:
     """What other nodes report at the same time: what fails here may only follow from it."""
     deadline = time.monotonic() + SETTLE_SECONDS
     while mine and nodes.settings.nodes > 1 and time.monotonic() < deadline:
@@ -153,9 +149,7 @@ def _precedence(failure: Failure) -> tuple[int, float]:
 
 
 def _rank_environments(settings: LaunchSection, order: LaunchOrder) -> Iterator[dict[str, str]]:
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = settings.threads_per_process or max(1, cores // settings.processes)
     accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     # torchrun's own variables would send the ranks to its store, and not to where they meet.
@@ -188,9 +182,7 @@ def _forward_signals(ranks: list[Child]) -> Iterator[list[int]]:
             if rank.poll() is None:
                 rank.request_stop()
 
-    previous = {
-        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)
-    }
+    previous = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield forwarded
     finally:

@@ -133,9 +133,7 @@ class Nodes:
         Raises:
             RunError: If node 0 is gone, or a node that this one started ended without a word.
         """
-        gone = [
-            one for one in self._started_nodes if one.poll() not in (None, 0)
-        ]  # before the store is queried
+        gone = [one for one in self._started_nodes if one.poll() not in (None, 0)]  # before the store is queried
         # One question as long as all goes well: every launcher asks it several times a second.
         if self._store is None or not self.has(f"failed/{order.launch}"):
             if gone:
@@ -187,9 +185,7 @@ class Nodes:
 
 
 @contextmanager
-def rendezvous_of(
-    settings: LaunchSection, started_nodes: Sequence[StartedNode] = ()
-) -> Iterator[Nodes]:
+def rendezvous_of(settings: LaunchSection, started_nodes: Sequence[StartedNode] = ()) -> Iterator[Nodes]:
     """The rendezvous while a command lasts."""
     nodes = Nodes(settings, started_nodes)
     try:

@@ -236,11 +236,7 @@ def _settings(method: Method, conversion: ConversionSection) -> MethodSettings:
         name = str(first["loc"][0])
         what = fields[name].description or ""
         if first["type"] == "missing":
-            key = (
-                "conversion.target_zeros"
-                if name == "target_zeros"
-                else f"conversion.method_settings.{name}"
-            )
+            key = "conversion.target_zeros" if name == "target_zeros" else f"conversion.method_settings.{name}"
             raise RecipeError(f"{method.name} needs {key}.", allowed=what) from error
         raise RecipeError(
             f"{keys[name]} is {given[name]}: {first['msg'][:1].lower()}{first['msg'][1:]}.",

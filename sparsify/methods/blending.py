@@ -89,9 +89,7 @@ def set_share(activation: FfnActivation, config: SparseConfig, share: float) -> 
         vars(activation).pop(name, None)
 
 
-def activation_at(
-    activation: FfnActivation, config: SparseConfig, share: float, expert: int | None
-) -> FfnActivation:
+def activation_at(activation: FfnActivation, config: SparseConfig, share: float, expert: int | None) -> FfnActivation:
     """A copy of a block's activation, or of that of one of its experts, with so much of the sparse one; see `set_share`."""
     copy = FfnActivation(activation.name, activation.gate_threshold)
     copy.with_masks_of(activation, expert)
@@ -124,9 +122,7 @@ def _mix(activation: FfnActivation, config: SparseConfig, share: float) -> None:
     activation.share = share
     if "base" not in vars(activation):
         # Next to the module's own attributes, not among its children, which are part of the model.
-        vars(activation)["base"] = FfnActivation(
-            config.base_ffn_activation, config.base_ffn_gate_threshold
-        )
+        vars(activation)["base"] = FfnActivation(config.base_ffn_activation, config.base_ffn_gate_threshold)
 
 
 def is_blended(model: SparseModel) -> bool:

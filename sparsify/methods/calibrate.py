@@ -226,9 +226,7 @@ class Calibrator:
         old.remove()
         logger.info(f"Layer {layer + 1} of {num_layers}: {found.line}")
 
-    def _fit_attention(
-        self, attention: Attention, old: Streams
-    ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    def _fit_attention(self, attention: Attention, old: Streams) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Fits the mask's sites in the attention, each with those before it applied, as stored; and what is recorded."""
         record: dict[str, float] = {}
         attention.masks = {}
@@ -239,9 +237,7 @@ class Calibrator:
             attention.masks[site] = stored_threshold(fitted.threshold, self._dtype)
         return attention.masks, record
 
-    def attention_values(
-        self, site: str, attention: Attention, old: Streams
-    ) -> Iterator[SiteValues]:
+    def attention_values(self, site: str, attention: Attention, old: Streams) -> Iterator[SiteValues]:
         """The values of a site in the attention, on the tokens that methods may look at."""
         before = self._before(old, self._result)[0][: self._num_fit]
         for part in chunks(*before.shape[:2]):
@@ -261,9 +257,7 @@ class Calibrator:
         held_out = held_out.repeat_interleave(labels.shape[1]).to(self._device)
         return is_text & ~held_out, is_text & held_out
 
-    def _advance(
-        self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams
-    ) -> list[int]:
+    def _advance(self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams) -> list[int]:
         before, start = self._before(old, name)
         after = new.create(name, before.shape)
         counts = [0, 0]
@@ -285,17 +279,13 @@ class Calibrator:
             return old.open(name), start
         return old.open("dense")[start:], start  # before the first layer they are all the same
 
-    def _residual(
-        self, attention: Attention, stream: np.ndarray, part: slice, start: int
-    ) -> torch.Tensor:
+    def _residual(self, attention: Attention, stream: np.ndarray, part: slice, start: int) -> torch.Tensor:
         hidden = tensor(stream[part], self._device)
         first = part.start + start
         positions = self._batch["position_ids"][first : first + len(hidden)]
         return attention(hidden, positions.to(self._device))
 
-    def _prepare(
-        self, attention: Attention, dense: list[Expert], old: Streams, new: Streams, work: Streams
-    ) -> None:
+    def _prepare(self, attention: Attention, dense: list[Expert], old: Streams, new: Streams, work: Streams) -> None:
         """Writes the converted model's stream before the block, and what its outputs should add to the dense block's."""
         before, after = self._before(old, self._result)[0][: self._num_fit], new.open("dense")
         residuals, gaps = work.create("residual", before.shape), work.create("gap", before.shape)
@@ -363,9 +353,7 @@ class Calibrator:
                 scale = state.pow(2).mean(-1, keepdim=True) + self._reader.config.rms_norm_eps
                 logits = (state * scale.rsqrt() * norm) @ head.T
                 labels = self._batch["labels"][index].to(self._device)
-                loss = functional.cross_entropy(
-                    logits, labels, ignore_index=NO_LOSS, reduction="sum"
-                )
+                loss = functional.cross_entropy(logits, labels, ignore_index=NO_LOSS, reduction="sum")
                 total += float(loss)
                 count += int((labels != NO_LOSS).sum())
             totals[source] = total, count
@@ -373,9 +361,7 @@ class Calibrator:
         return totals
 
 
-def _count_zeros(
-    x: torch.Tensor, routes: Any, experts: list[Expert], first: int, counts: list[int]
-) -> None:
+def _count_zeros(x: torch.Tensor, routes: Any, experts: list[Expert], first: int, counts: list[int]) -> None:
     for number, expert in enumerate(experts):
         token, _ = routes.of(number)
         neurons = expert.neurons(x[token[token >= first]])

@@ -110,9 +110,7 @@ def _write_index(old: Path, homes: dict[Path, dict[str, Path]], to: Path) -> Non
 RECORD = "calibration.json"
 """In the folder of a calibrated checkpoint: what calibration found."""
 
-SequencesFor = Callable[
-    [Tokenizer, SparseConfig], tuple[Sequence[PackedSequence], Mapping[str, list[PackedSequence]]]
-]
+SequencesFor = Callable[[Tokenizer, SparseConfig], tuple[Sequence[PackedSequence], Mapping[str, list[PackedSequence]]]]
 """(tokenizer, configuration) to the sequences to calibrate on, and those to watch with by source."""
 
 
@@ -146,9 +144,7 @@ def convert_calibrated(
         StorageError: If the disk refuses.
     """
     if to.exists():
-        raise ModelError(
-            f"{to} exists already.", next_step="Choose another folder or remove this one."
-        )
+        raise ModelError(f"{to} exists already.", next_step="Choose another folder or remove this one.")
     method_of(settings)  # before anything is written
     state = to.absolute().with_name(f".{to.name}.calibration")
     bare, asked = state / "bare", state / "asked.json"
@@ -164,9 +160,7 @@ def convert_calibrated(
         converted = Converted(to, made.config, made.origin)
     calibration = None
     if _has_nothing_to_do(converted.config, settings):
-        logger.info(
-            f"Nothing to calibrate: the model has {converted.config.ffn_activation} already"
-        )
+        logger.info(f"Nothing to calibrate: the model has {converted.config.ffn_activation} already")
         replace_folder(bare, to)
     elif converted.config.sparsification:
         shutil.rmtree(state, ignore_errors=True)

@@ -175,11 +175,7 @@ class LayerCalibration:
             gram.add(expert.neurons(x) * weight[:, None], wanted * weight[:, None])
         gram.reduce(self._reduce)
         few = gram.num_rows < LEAST_ROWS
-        down = (
-            expert.down
-            if few or not self._reconstruct
-            else gram.solve(expert.down, self._settings.ridge)
-        )
+        down = expert.down if few or not self._reconstruct else gram.solve(expert.down, self._settings.ridge)
         candidate = replace(expert, down=down.to(self._dtype).float())
         errors = Errors(("bare", "before", "refitted"), expert.up.device)
         for chunk, token, weight in self._rows(number, "held_out"):

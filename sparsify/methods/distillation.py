@@ -69,14 +69,10 @@ class Teacher:
             position_ids: Position within the document. [sequences, tokens] int64
         """
         outputs = self._outputs = TeacherOutputs()
-        hidden = self._model.model(
-            input_ids=input_ids, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        hidden = self._model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         if self._logits:
             outputs.logits = self._model.lm_head(hidden)
-        self._outputs = (
-            TeacherOutputs()
-        )  # the caller's alone, who knows when they are no longer needed
+        self._outputs = TeacherOutputs()  # the caller's alone, who knows when they are no longer needed
         return outputs
 
     def _keep(self, block: nn.Module, _: object, output: torch.Tensor) -> None:

@@ -179,9 +179,7 @@ class Attention:
         self._seen: dict[str, torch.Tensor] = {}
         attention = layer.self_attn
         attention.register_forward_pre_hook(self._mask_input, with_kwargs=True)
-        attention.o_proj.register_forward_pre_hook(
-            lambda _, args: (self._masked("attn_out", args[0]),)
-        )
+        attention.o_proj.register_forward_pre_hook(lambda _, args: (self._masked("attn_out", args[0]),))
 
     def _mask_input(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         hidden = self._masked("attn_in", kwargs["hidden_states"])
@@ -205,9 +203,7 @@ class Attention:
 
     def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the feed-forward block, [sequences, tokens, hidden], from that before the layer."""
-        return self._decoder(
-            inputs_embeds=hidden, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        return self._decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
 
     def ffn_inputs(self, residual: torch.Tensor) -> torch.Tensor:
         """What the feed-forward block sees, [sequences * tokens, hidden]."""
@@ -243,19 +239,14 @@ class LayerReader:
         """The layer without its feed-forward block; one object, which holds the newest layer."""
         prefix = f"model.layers.{layer}."
         wanted = [key for key in tensor_shapes(self.config) if key.startswith(prefix)]
-        skipped = {
-            name for e in range(self.num_experts) for name in ffn_names(self.config, layer, e)
-        }
+        skipped = {name for e in range(self.num_experts) for name in ffn_names(self.config, layer, e)}
         kept = [key for key in wanted if key not in skipped]
         self._attention.load({key.removeprefix(prefix): self._read(key) for key in kept})
         return self._attention
 
     def experts(self, layer: int, activation: FfnActivation) -> list[Expert]:
         names = [ffn_names(self.config, layer, e) for e in range(self.num_experts)]
-        return [
-            Expert(self._read(gate), self._read(up), self._read(down), activation)
-            for gate, up, down in names
-        ]
+        return [Expert(self._read(gate), self._read(up), self._read(down), activation) for gate, up, down in names]
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         return nn.functional.embedding(input_ids, self._read("model.embed_tokens.weight"))

@@ -47,9 +47,7 @@ class TrainingRun(Protocol):
     state: TrainingState
     stop_requested: Callable[[], bool]
 
-    def record(
-        self, kind: str, message: str = "", *, step: int | None = None, **fields: Any
-    ) -> None:
+    def record(self, kind: str, message: str = "", *, step: int | None = None, **fields: Any) -> None:
         """Adds a line to metrics.jsonl and a sentence to the log; `step` is that of the state where it is not given."""
         ...
 

@@ -69,8 +69,7 @@ class RefitRecord:
 
     def sentence(self) -> str:
         before, after = (
-            "unknown" if error is None else f"{error:.3f}"
-            for error in (self.error_before, self.error_after)
+            "unknown" if error is None else f"{error:.3f}" for error in (self.error_before, self.error_after)
         )
         line = f"refit at blended share {self.blended_share:.2f}: relative error {before} before, {after} after"
         line += f"; {self.num_flipped:,} signs flipped" if self.num_flipped else ""
@@ -217,9 +216,7 @@ class _LayerInputs:
                 decoder.layers = layers[max(self._layer - 1, 0) : self._layer + 1]
                 for number, batch in enumerate(self._batches):
                     start = (
-                        {"inputs_embeds": self._hidden[number]}
-                        if self._hidden
-                        else {"input_ids": batch["input_ids"]}
+                        {"inputs_embeds": self._hidden[number]} if self._hidden else {"input_ids": batch["input_ids"]}
                     )
                     self._engine(
                         **start,
@@ -255,9 +252,7 @@ def _take(hidden: torch.Tensor, *routed: torch.Tensor) -> tuple[torch.Tensor, Ro
     return x, Routes(experts, torch.ones_like(experts, dtype=torch.float32))
 
 
-def _parts(
-    batch: dict[str, torch.Tensor], held_out: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _parts(batch: dict[str, torch.Tensor], held_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Which tokens are for fitting, and which are held out. Bool [tokens] each; `held_out` [sequences]"""
     # What packing could not fill is at position 0 and has no label.
     is_text = (batch["labels"] != NO_LOSS) | (batch["position_ids"] > 0)
@@ -284,8 +279,7 @@ def _refit_block(
         flip_for = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
     dense = _experts(block, config, old)
     replaced = [
-        replace(expert, activation=_activation(block, config, new, number))
-        for number, expert in enumerate(dense)
+        replace(expert, activation=_activation(block, config, new, number)) for number, expert in enumerate(dense)
     ]
     return LayerCalibration(
         dense,

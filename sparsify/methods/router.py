@@ -66,15 +66,10 @@ class RouterMeter:
     def reduce(self) -> RouterRecord:
         numbers = torch.cat([self._load.flatten(), self._entropy, self._totals])
         dist.all_reduce(numbers)
-        load, entropy, (aux_loss, passes, tokens) = numbers.split(
-            [self._load.numel(), self._entropy.numel(), 3]
-        )
+        load, entropy, (aux_loss, passes, tokens) = numbers.split([self._load.numel(), self._entropy.numel(), 3])
         load = load.view_as(self._load)
         return RouterRecord(
-            load=[
-                [round(x, LOAD_DECIMALS) for x in row]
-                for row in (load / load.sum(1, keepdim=True)).tolist()
-            ],
+            load=[[round(x, LOAD_DECIMALS) for x in row] for row in (load / load.sum(1, keepdim=True)).tolist()],
             entropy=[round(x, LOAD_DECIMALS) for x in (entropy / tokens).tolist()],
             aux_loss=float(aux_loss / passes),
         )
@@ -111,9 +106,7 @@ class RouterBalance(Objective):
     def after_step(self, loss: float) -> dict[str, Any]:
         record, settings = self._meter.reduce(), self._run.recipe.stability
         steps = settings.underused_expert_steps
-        self._underused_steps, alarms = underused_steps(
-            settings, self._underused_steps, record.load
-        )
+        self._underused_steps, alarms = underused_steps(settings, self._underused_steps, record.load)
         for layer, expert in alarms:
             load = record.load[layer][expert]
             self._run.record(
@@ -179,12 +172,8 @@ def underused_steps(
     for layer, shares in enumerate(load):
         least = settings.underused_expert_load / len(shares)
         old = before[layer] if before else [0] * len(shares)
-        counts.append(
-            [count + 1 if share < least else 0 for count, share in zip(old, shares, strict=True)]
-        )
+        counts.append([count + 1 if share < least else 0 for count, share in zip(old, shares, strict=True)])
         alarms += [
-            (layer, expert)
-            for expert, count in enumerate(counts[-1])
-            if count == settings.underused_expert_steps
+            (layer, expert) for expert, count in enumerate(counts[-1]) if count == settings.underused_expert_steps
         ]
     return counts, alarms

@@ -21,9 +21,7 @@ TINY = 1e-30
 
 
 class ThresholdSettings(MethodSettings):
-    target_zeros: float = Field(
-        gt=0, lt=1, description="Share of exact zeros that every layer gets, such as 0.9."
-    )
+    target_zeros: float = Field(gt=0, lt=1, description="Share of exact zeros that every layer gets, such as 0.9.")
 
 
 @register

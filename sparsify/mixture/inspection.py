@@ -20,16 +20,8 @@ from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, read_sequ
 from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.encoder import Tokenizer
-from sparsify.mixture.tokens.ingest import (
-    BAD_ROWS_FILE,
-    Progress,
-    bad_rows_of,
-    mixture_ingests,
-)
-from sparsify.mixture.tokens.tokenized_source import (
-    ShardDocuments,
-    TokenizedSource,
-)
+from sparsify.mixture.tokens.ingest import BAD_ROWS_FILE, Progress, bad_rows_of, mixture_ingests
+from sparsify.mixture.tokens.tokenized_source import ShardDocuments, TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 
 
@@ -59,9 +51,7 @@ class DroppedCounts(BaseModel):
             notes.append(f"{bad_rows.summary()}: {folder / BAD_ROWS_FILE}")
         duplicates = count_duplicates(folder, num_read)
         if duplicates:
-            notes.append(
-                f"{source.name}: {duplicates:,} of {num_read:,} documents are duplicates of earlier ones"
-            )
+            notes.append(f"{source.name}: {duplicates:,} of {num_read:,} documents are duplicates of earlier ones")
         report = contamination_report(folder, num_read)
         if report is not None and report.documents_dropped:
             notes.append(
@@ -169,9 +159,7 @@ def measure_mixture(
     )
 
 
-def _source_stats(
-    source: TokenizedSource, group: str, planned_tokens: float, sequence_length: int
-) -> SourceStats:
+def _source_stats(source: TokenizedSource, group: str, planned_tokens: float, sequence_length: int) -> SourceStats:
     shards = [source.train_documents(number) for number in range(source.num_shards)]
     lengths = np.concatenate([documents.lengths for documents in shards])
     num_tokens = int(lengths.sum())
@@ -250,9 +238,7 @@ def preview_sequences(
         yield SequencePreview(source.name, documents, num_tokens, sequence_length - num_tokens)
 
 
-def _spans(
-    sequence: PackedSequence, tokenizer: Tokenizer, start: int, stop: int
-) -> list[PreviewSpan]:
+def _spans(sequence: PackedSequence, tokenizer: Tokenizer, start: int, stop: int) -> list[PreviewSpan]:
     # The first token of a document is never a target.
     is_target = np.zeros(stop - start, dtype=np.bool_)
     is_target[1:] = sequence.labels[start : stop - 1] != NO_LOSS

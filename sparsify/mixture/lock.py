@@ -56,18 +56,14 @@ def make_lock(
         sequence_length=sequence_length,
         seed=seed,
         sources={
-            name: _source_lock(
-                source, shares.get(name, 0.0), planned_sequences[name] * sequence_length
-            )
+            name: _source_lock(source, shares.get(name, 0.0), planned_sequences[name] * sequence_length)
             for name, source in sources.items()
         },
     )
 
 
 def _source_lock(source: TokenizedSource, share: float, planned_tokens: int) -> SourceLock:
-    lock = SourceLock(
-        fingerprint=source.fingerprint, token_share=share, planned_tokens=planned_tokens
-    )
+    lock = SourceLock(fingerprint=source.fingerprint, token_share=share, planned_tokens=planned_tokens)
     if not source.ready:
         return lock
     counts = {

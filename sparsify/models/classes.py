@@ -10,9 +10,7 @@ from sparsify.models.modeling_sparse_mixtral import SparseMixtralForCausalLM
 SparseConfig = SparseMistralConfig | SparseMixtralConfig
 SparseModel = SparseMistralForCausalLM | SparseMixtralForCausalLM
 
-CONFIG_CLASSES = {
-    config.model_type: config for config in (SparseMistralConfig, SparseMixtralConfig)
-}
+CONFIG_CLASSES = {config.model_type: config for config in (SparseMistralConfig, SparseMixtralConfig)}
 MODEL_CLASSES = {
     SparseMistralConfig.model_type: SparseMistralForCausalLM,
     SparseMixtralConfig.model_type: SparseMixtralForCausalLM,

@@ -102,9 +102,7 @@ def mask_tensors(config: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def drop_small(
-    x: torch.Tensor, threshold: torch.Tensor, experts: int | torch.Tensor | None = None
-) -> torch.Tensor:
+def drop_small(x: torch.Tensor, threshold: torch.Tensor, experts: int | torch.Tensor | None = None) -> torch.Tensor:
     """x, set to zero where its magnitude does not exceed the threshold.
 
     Args:
@@ -117,9 +115,7 @@ def drop_small(
     """
     if threshold.dim() > 1:
         if experts is None:
-            raise ValueError(
-                "These thresholds are of experts: say which expert each row belongs to"
-            )
+            raise ValueError("These thresholds are of experts: say which expert each row belongs to")
         threshold = threshold[experts]
     return torch.where(x.detach().abs() <= threshold, 0.0, x)
 

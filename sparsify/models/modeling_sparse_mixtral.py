@@ -82,9 +82,7 @@ class SparseMixtralExperts(MixtralExperts):
             gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
             self._row_experts = expert
             answer = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
-            output.index_add_(
-                0, token, (answer * top_k_weights[token, slot, None]).to(output.dtype)
-            )
+            output.index_add_(0, token, (answer * top_k_weights[token, slot, None]).to(output.dtype))
         return output
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:

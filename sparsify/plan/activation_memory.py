@@ -36,9 +36,7 @@ class Pass:
         return self.at_loss_bytes, self.at_top_bytes, self.at_bottom_bytes, 0
 
 
-def forward_and_backward(
-    recipe: Recipe, architecture: Architecture, *, checkpointing: bool
-) -> Pass:
+def forward_and_backward(recipe: Recipe, architecture: Architecture, *, checkpointing: bool) -> Pass:
     """Bytes of one micro-batch with or without gradient checkpointing."""
     a, training = architecture, recipe.training
     value = value_bytes(recipe)

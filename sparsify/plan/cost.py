@@ -56,9 +56,7 @@ def cost(
     )
 
 
-def training_flops_per_token(
-    architecture: Architecture, parameters: Parameters, sequence_length: int
-) -> int:
+def training_flops_per_token(architecture: Architecture, parameters: Parameters, sequence_length: int) -> int:
     """FLOPs of the forward and backward pass for one token: 6 N + 12 L H Q T (PaLM, arXiv 2204.02311, appendix B).
 
     N counts the parameters that multiply a token: routed experts only, the output head, and not the embedding lookup. L layers
@@ -71,9 +69,7 @@ def training_flops_per_token(
     return 6 * multiplied + 12 * attention
 
 
-def step_seconds(
-    recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
-) -> float:
+def step_seconds(recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware) -> float:
     """Seconds of one step if compute, communication and offloading never overlap.
 
     Compute follows from `training_flops_per_token`; gradient checkpointing adds a third, a teacher's forward pass another

@@ -165,9 +165,7 @@ def make_plan(
         node_processes=hardware.node_devices,
     )
     num_sequences = recipe.num_steps * recipe.training.global_batch_size
-    sources = _sources(
-        recipe.mixture, num_sequences, recipe.training.sequence_length, source_tokens or {}
-    )
+    sources = _sources(recipe.mixture, num_sequences, recipe.training.sequence_length, source_tokens or {})
     return Plan(
         recipe=recipe.name,
         ffn_activation=recipe.activation.ffn_activation,
@@ -220,9 +218,7 @@ def _kept_for_good(recipe: Recipe) -> int:
     settings = recipe.checkpoint
     if settings.keep_every_tokens is None:
         return 0
-    older_tokens = (
-        recipe.num_steps * recipe.step_tokens - settings.keep_last * settings.every_tokens
-    )
+    older_tokens = recipe.num_steps * recipe.step_tokens - settings.keep_last * settings.every_tokens
     return max(0, older_tokens) // settings.keep_every_tokens
 
 
@@ -278,9 +274,7 @@ def _local_config(model: ModelSection) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
 
 
-def resolve_engine(
-    recipe: Recipe, *, hardware: Hardware | None = None
-) -> tuple[Recipe, EngineChoice | None]:
+def resolve_engine(recipe: Recipe, *, hardware: Hardware | None = None) -> tuple[Recipe, EngineChoice | None]:
     """Replaces `engine=auto` by concrete engine settings.
 
     Args:

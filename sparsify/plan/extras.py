@@ -79,19 +79,11 @@ def plan_refits(recipe: Recipe, architecture: Architecture) -> RefitPlan | None:
 
 def _fitting_bytes(a: Architecture, chunk_tokens: int) -> int:
     """Gram matrix of one expert, its factor and right-hand sides, and a chunk of tokens."""
-    gram = (
-        FP64_BYTES
-        * a.intermediate_size
-        * (GRAM_COPIES * a.intermediate_size + RIGHT_HAND_SIDES * a.hidden_size)
-    )
-    return gram + FP32_BYTES * chunk_tokens * (
-        NEURON_COPIES * a.intermediate_size + 8 * a.hidden_size
-    )
+    gram = FP64_BYTES * a.intermediate_size * (GRAM_COPIES * a.intermediate_size + RIGHT_HAND_SIDES * a.hidden_size)
+    return gram + FP32_BYTES * chunk_tokens * (NEURON_COPIES * a.intermediate_size + 8 * a.hidden_size)
 
 
-def plan_calibration(
-    recipe: Recipe, architecture: Architecture, model_bytes: int
-) -> CalibrationPlan | None:
+def plan_calibration(recipe: Recipe, architecture: Architecture, model_bytes: int) -> CalibrationPlan | None:
     """The calibration of a recipe, or None.
 
     Args:
@@ -131,9 +123,7 @@ class TeacherBytes:
     ffn_outputs: int = 0
 
 
-def teacher_bytes(
-    recipe: Recipe, architecture: Architecture, parameters: Parameters
-) -> TeacherBytes:
+def teacher_bytes(recipe: Recipe, architecture: Architecture, parameters: Parameters) -> TeacherBytes:
     """Memory of the teacher; zero without distillation."""
     settings, training = recipe.distillation, recipe.training
     if not settings.is_on:
@@ -143,7 +133,5 @@ def teacher_bytes(
     return TeacherBytes(
         weights=value * parameters.total,
         logits=each * architecture.vocab_size if settings.logits_weight else 0,
-        ffn_outputs=each * architecture.hidden_size * architecture.num_hidden_layers
-        if settings.ffn_weight
-        else 0,
+        ffn_outputs=each * architecture.hidden_size * architecture.num_hidden_layers if settings.ffn_weight else 0,
     )

@@ -92,9 +92,7 @@ def verdict_of(
     return Verdict(fits=False, reason=shortage, nearest=nearest)
 
 
-def needs(
-    recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware
-) -> tuple[int, int]:
+def needs(recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware) -> tuple[int, int]:
     """Bytes of one process with the allowance, and host memory of one node for offloading."""
     plan = memory(
         recipe,
@@ -160,9 +158,7 @@ def _candidates(recipe: Recipe, hardware: Hardware) -> Iterator[Recipe]:
     engines = [(stage, False, False) for stage in range(first_stage, 4)]
     if engine.auto_offload and not hardware.is_cpu:
         engines += [(stage, True, False) for stage in (1, 2, 3)] + [(3, True, True)]
-    checkpointing = (
-        (False, True) if engine.auto_checkpointing else (training.gradient_checkpointing,)
-    )
+    checkpointing = (False, True) if engine.auto_checkpointing else (training.gradient_checkpointing,)
     sequences = training.global_batch_size // recipe.launch.total_processes
     sizes = [size for size in range(1, sequences + 1) if sequences % size == 0]
     if not engine.auto_micro_batch:

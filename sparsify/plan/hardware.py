@@ -95,9 +95,7 @@ HOST_LINK_GB_PER_SECOND = 20
 """Assumed: reachable bandwidth of PCIe 4.0 x16."""
 
 
-def named_hardware(
-    text: str, *, host_bytes: int | None = None, gpu_hour_price: float | None = None
-) -> Hardware:
+def named_hardware(text: str, *, host_bytes: int | None = None, gpu_hour_price: float | None = None) -> Hardware:
     """Reads names such as `8xh100-80gb`; without a count it is one device.
 
     Args:
@@ -136,9 +134,7 @@ def named_hardware(
 def known_gpu(device_name: str) -> Gpu | None:
     """Entry of GPUS for a driver's device name, e.g. `NVIDIA H100 PCIe`; None if there is none."""
     called = device_name.lower().replace(" ", "")
-    fitting = [
-        name for name in GPUS if all(part in called for part in name.rpartition("-")[0].split("-"))
-    ]
+    fitting = [name for name in GPUS if all(part in called for part in name.rpartition("-")[0].split("-"))]
     return GPUS[max(fitting, key=len)] if fitting else None
 
 
@@ -162,10 +158,7 @@ def this_machine(processes: int, nodes: int = 1, gpu_hour_price: float | None = 
             node_devices=processes,
             peak_flops=known.peak_tflops * 1e12,
             mfu=ASSUMED_MFU,
-            link_bytes_per_second=(
-                known.link_gb_per_second if nodes == 1 else ACROSS_NODES_GB_PER_SECOND
-            )
-            * GB,
+            link_bytes_per_second=(known.link_gb_per_second if nodes == 1 else ACROSS_NODES_GB_PER_SECOND) * GB,
             host_link_bytes_per_second=HOST_LINK_GB_PER_SECOND * GB,
             gpu_hour_price=known.hour_price if gpu_hour_price is None else gpu_hour_price,
         )

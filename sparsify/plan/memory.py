@@ -130,9 +130,7 @@ def checkpoint_bytes(recipe: Recipe, num_parameters: int) -> int:
 class _Sizes:
     """Bytes per process that do not depend on the batch."""
 
-    def __init__(
-        self, recipe: Recipe, architecture: Architecture, parameters: Parameters, on_cpu: bool
-    ) -> None:
+    def __init__(self, recipe: Recipe, architecture: Architecture, parameters: Parameters, on_cpu: bool) -> None:
         self.engine, self.stage = recipe.engine, recipe.engine.zero_stage
         self.processes = recipe.launch.total_processes
         self.value_bytes, self.on_cpu = value_bytes(recipe), on_cpu
@@ -147,9 +145,7 @@ class _Sizes:
     @property
     def is_bf16_optimizer(self) -> bool:
         """Whether DeepSpeed uses its BF16_Optimizer: for stage 1 without offload."""
-        return (
-            self.stage == 1 and self.value_bytes == 2 and not self.engine.offload_optimizer_to_cpu
-        )
+        return self.stage == 1 and self.value_bytes == 2 and not self.engine.offload_optimizer_to_cpu
 
     def kept(self) -> dict[str, int]:
         held = self.own if self.stage else self.all
@@ -170,9 +166,7 @@ class _Sizes:
         if self.engine.offload_optimizer_to_cpu:
             return 0
         if self.is_bf16_optimizer:
-            return (
-                FP32_BYTES + self.value_bytes
-            ) * self.all  # of the whole batch, and of a micro-batch
+            return (FP32_BYTES + self.value_bytes) * self.all  # of the whole batch, and of a micro-batch
         if self.stage == 3:
             return FP32_BYTES * self.own
         held = self.own if self.stage == 2 else self.all
@@ -194,9 +188,7 @@ class _Sizes:
             return chunk * width if at_end and self.processes > 1 else 0
         size = bucket * self.value_bytes
         if self.stage == 3 and self.value_bytes == 2:
-            size += (
-                FP32_BYTES * self.own
-            )  # reduced gradients in the dtype in which they are accumulated
+            size += FP32_BYTES * self.own  # reduced gradients in the dtype in which they are accumulated
         if at_end:
             size += min(max(bucket, self.largest), self.all) * self.value_bytes
             if self.value_bytes == 2:
@@ -222,9 +214,7 @@ class _Sizes:
         if self.stage == 0:
             updated = self.largest if self.on_cpu else self.all
         is_flat = self.is_bf16_optimizer or (self.stage == 2 and self.value_bytes == 2)
-        flat = (
-            0 if self.stage == 0 or is_flat else updated
-        )  # otherwise gradients are flattened first
+        flat = 0 if self.stage == 0 or is_flat else updated  # otherwise gradients are flattened first
         return {"optimizer_step_bytes": FP32_BYTES * (copies * updated + flat)}
 
     def host(self, node_processes: int) -> HostMemory:

@@ -30,9 +30,7 @@ class Architecture(BaseModel):
     num_experts_per_tok: int = 1
 
     @classmethod
-    def of(
-        cls, fields: Mapping[str, Any], upcycle_experts: int | None, per_token: int
-    ) -> Architecture:
+    def of(cls, fields: Mapping[str, Any], upcycle_experts: int | None, per_token: int) -> Architecture:
         """Reads configuration fields.
 
         Args:

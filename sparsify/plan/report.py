@@ -206,9 +206,7 @@ def draw_shares(plan: Plan, theme: Theme) -> Figure:
     figure, axes = subplots(figsize=(WIDTH_INCHES, 0.42 * WIDTH_INCHES))
     axes = cast(Axes, axes)
     tokens, shares = _corners(plan, names)
-    areas = axes.stackplot(
-        tokens, shares, colors=_colours(groups, theme), edgecolor=theme.surface, linewidth=0.6
-    )
+    areas = axes.stackplot(tokens, shares, colors=_colours(groups, theme), edgecolor=theme.surface, linewidth=0.6)
     for phase in plan.phases[:-1]:
         axes.axvline(phase.until_tokens, color=theme.ink, linewidth=0.8, linestyle=(0, (4, 3)))
     axes.set_title(f"Shares of training tokens in {plan.recipe}")
@@ -249,9 +247,7 @@ def _colours(groups: Sequence[str], theme: Theme) -> list[tuple[float, float, fl
     return colours
 
 
-def _label(
-    axes: Axes, plan: Plan, names: Sequence[str], final: Sequence[float], colours: Sequence[Any]
-) -> None:
+def _label(axes: Axes, plan: Plan, names: Sequence[str], final: Sequence[float], colours: Sequence[Any]) -> None:
     """Names every source at the right edge, with its share at the beginning and at the end."""
     middles, top = [], 0.0
     for share in final:
@@ -269,9 +265,7 @@ def _label(
             linewidth=1.4,
             clip_on=False,
         )
-        axes.text(
-            1.037, height, f"{name}  {text}", transform=axes.transAxes, va="center", fontsize=8
-        )
+        axes.text(1.037, height, f"{name}  {text}", transform=axes.transAxes, va="center", fontsize=8)
 
 
 def _percent(share: float) -> str:

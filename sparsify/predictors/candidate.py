@@ -49,12 +49,8 @@ class Candidate:
         device: torch.device,
     ) -> None:
         rank, hidden, neurons = shape
-        self.A = nn.Parameter(
-            (torch.randn(rank, hidden, generator=generator) / math.sqrt(hidden)).to(device)
-        )
-        self.B = nn.Parameter(
-            (torch.randn(neurons, rank, generator=generator) * 0.1 / math.sqrt(rank)).to(device)
-        )
+        self.A = nn.Parameter((torch.randn(rank, hidden, generator=generator) / math.sqrt(hidden)).to(device))
+        self.B = nn.Parameter((torch.randn(neurons, rank, generator=generator) * 0.1 / math.sqrt(rank)).to(device))
         self.optimizer = torch.optim.Adam([self.A, self.B])
         self.log_weight: float | None = None
         self.recall = 0.0
@@ -103,15 +99,10 @@ class Candidate:
         with torch.no_grad():
             for name, parameter in (("A", self.A), ("B", self.B)):
                 parameter.copy_(tensors[name])
-                kept = {
-                    key.partition(".")[2]: value
-                    for key, value in tensors.items()
-                    if key.startswith(f"{name}.")
-                }
+                kept = {key.partition(".")[2]: value for key, value in tensors.items() if key.startswith(f"{name}.")}
                 if kept:
                     self.optimizer.state[parameter] = {
-                        key: value.to("cpu" if key == "step" else parameter.device)
-                        for key, value in kept.items()
+                        key: value.to("cpu" if key == "step" else parameter.device) for key, value in kept.items()
                     }
         self.log_weight, self.recall = numbers["log_weight"], numbers["recall"]
 
@@ -173,9 +164,7 @@ def choose_ranks(choices: Mapping[Block, list[RankCost]], budget: int) -> dict[B
     return {block: ladder[-1].rank for block, ladder in ladders.items()}
 
 
-def write_state(
-    path: Path, key: dict[str, Any], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]
-) -> None:
+def write_state(path: Path, key: dict[str, Any], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
     """Writes a state under a temporary name, then renames it.
 
     Args:
@@ -189,9 +178,7 @@ def write_state(
     write_bytes(path, save(kept, metadata=metadata))
 
 
-def read_state(
-    path: Path, key: dict[str, Any]
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+def read_state(path: Path, key: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """The state that an interrupted training with the same key saved, or None.
 
     Raises:

@@ -134,10 +134,7 @@ class Predictors(NamedTuple):
         return LayerPredictors(
             facts.input,
             [
-                [
-                    Predictor(*self.blocks[layer, expert], facts.threshold)
-                    for expert in range(facts.num_experts)
-                ]
+                [Predictor(*self.blocks[layer, expert], facts.threshold) for expert in range(facts.num_experts)]
                 for layer in range(facts.num_layers)
             ],
         )
@@ -185,8 +182,7 @@ def all_blocks(num_layers: int, num_experts: int) -> Iterator[Block]:
 def fingerprint(model: SparseModel) -> str:
     """Hash of some values of every layer's gate, rounded to bf16: the same in any dtype that holds bf16."""
     return fingerprint_of(
-        block.gate_up_proj if is_fused(block) else block.gate_proj.weight
-        for block in model.ffn_blocks()
+        block.gate_up_proj if is_fused(block) else block.gate_proj.weight for block in model.ffn_blocks()
     )
 
 
@@ -266,7 +262,5 @@ def read_predictors(folder: Path) -> Predictors:
             )
         blocks[key] = BlockPredictor(*pair)  # pyright: ignore[reportArgumentType]
     if tensors:
-        raise ModelError(
-            f"{folder / WEIGHTS_FILE} holds tensors that belong to no block: {sorted(tensors)[:3]}."
-        )
+        raise ModelError(f"{folder / WEIGHTS_FILE} holds tensors that belong to no block: {sorted(tensors)[:3]}.")
     return Predictors(facts, blocks)

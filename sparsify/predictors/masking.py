@@ -24,9 +24,7 @@ class PredictorMask:
         threshold: Replaces the predictors' own threshold.
     """
 
-    def __init__(
-        self, predictors: Predictors, inputs: BlockInputs, threshold: float | None = None
-    ) -> None:
+    def __init__(self, predictors: Predictors, inputs: BlockInputs, threshold: float | None = None) -> None:
         self._predictors, self._inputs = predictors, inputs
         self._threshold = predictors.facts.threshold if threshold is None else threshold
         self._counted: torch.Tensor | None = None
@@ -37,9 +35,7 @@ class PredictorMask:
         """Starts a forward pass with the tokens that count."""
         self._counted = tokens.counted.flatten()
 
-    def add(
-        self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
-    ) -> None:
+    def add(self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor) -> None:
         """Does nothing: `keep` counts, while the activations are not masked yet."""
 
     def keep(self, layer: int, expert: int, product: torch.Tensor) -> torch.Tensor:

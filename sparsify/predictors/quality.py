@@ -80,9 +80,7 @@ def evaluate_predictors(
     """
     predictors.check_model(model, folder)
     kept = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
-    evaluator = _Evaluator(
-        model, predictors.to(model.device), kept, on_progress or (lambda *_: None)
-    )
+    evaluator = _Evaluator(model, predictors.to(model.device), kept, on_progress or (lambda *_: None))
     return evaluator.evaluate(name, folder, text, max_loss_rise, thresholds)
 
 
@@ -99,9 +97,7 @@ class _Evaluator:
         self._num_labels = sum(int((b["labels"] != IGNORED_LABEL).sum()) for b in batches)
         self._bytes = _bytes(model, predictors)
 
-    def evaluate(
-        self, name: str, folder: str, text: str, limit: float, given: Sequence[float]
-    ) -> PredictorEvaluation:
+    def evaluate(self, name: str, folder: str, text: str, limit: float, given: Sequence[float]) -> PredictorEvaluation:
         with BlockInputs(self._model, self._predictors.facts.input) as inputs:
             reader = ScoreReader(self._predictors, inputs)
             loss, statistics = self._loss(reader)
@@ -170,9 +166,7 @@ class _Evaluator:
         return total / max(self._num_labels, 1), probe.statistics()
 
 
-def _refusal(
-    rise: float, limit: float, read: float, gate_first: float, recall: float | None, static: float
-) -> str:
+def _refusal(rise: float, limit: float, read: float, gate_first: float, recall: float | None, static: float) -> str:
     if not rise <= limit:
         return f"the loss rises by {rise:.4f}"
     if read >= gate_first:
@@ -182,9 +176,7 @@ def _refusal(
     return ""
 
 
-def _verdict(
-    best: ThresholdPoint | None, points: Sequence[ThresholdPoint], gate_first: float
-) -> str:
+def _verdict(best: ThresholdPoint | None, points: Sequence[ThresholdPoint], gate_first: float) -> str:
     if best is not None:
         return (
             f"Above {best.threshold:g} the loss rises by {best.loss_rise:.4f} nats, a token reads {best.ffn_bytes:.1%} of the "
@@ -213,9 +205,7 @@ def _layers(counts: dict[Block, torch.Tensor]) -> list[LayerPoint]:
             precision=_share(hit, on),
             on_share=_share(on, values),
         )
-        for layer, (fired, hit, on, values) in (
-            (layer, total.tolist()) for layer, total in sorted(by_layer.items())
-        )
+        for layer, (fired, hit, on, values) in ((layer, total.tolist()) for layer, total in sorted(by_layer.items()))
     ]
 
 

@@ -149,10 +149,7 @@ def write_evaluation(evaluation: PredictorEvaluation, to: Path) -> None:
 
 def render_page(evaluation: PredictorEvaluation) -> str:
     """HTML page with embedded figures in a light and a dark theme."""
-    figures = [
-        page_figure(partial(one.draw, evaluation), one.name, one.title, one.caption)
-        for one in FIGURES
-    ]
+    figures = [page_figure(partial(one.draw, evaluation), one.name, one.title, one.caption) for one in FIGURES]
     template = page_environment(PACKAGE).get_template(TEMPLATE_FILE)
     return template.render(evaluation=evaluation, figures=figures)
 
@@ -168,9 +165,7 @@ def _write_table(evaluation: PredictorEvaluation, path: Path) -> None:
 def evaluation_summary(evaluation: PredictorEvaluation, folder: Path) -> RenderableType:
     """Table of thresholds, verdict, and path of the page, for the terminal."""
     columns = ("", "recall", "precision", "on", "loss", "perplexity", "bytes", "blocks", "model")
-    table = Table(
-        f"{evaluation.model}: predictors evaluated on {evaluation.num_tokens:,} tokens", columns
-    )
+    table = Table(f"{evaluation.model}: predictors evaluated on {evaluation.num_tokens:,} tokens", columns)
     for cost in evaluation.references:
         table.add(*_cells(cost, None, None))
     table.add_rule()
@@ -217,9 +212,7 @@ def training_summary(predictors: Predictors, folder: Path, model: str) -> Render
     """
     facts = predictors.facts
     columns = ("block", "rank", "recall", "switched on", "fire")
-    table = Table(
-        f"Predictors of the {facts.input} input, at the score 0 on held-out text", columns
-    )
+    table = Table(f"Predictors of the {facts.input} input, at the score 0 on held-out text", columns)
     for name, block in list(facts.blocks.items())[:MOST_ROWS]:
         shares = (block.recall, block.on_share, block.firing_share)
         table.add(name, str(block.rank), *map(percent, shares))

@@ -105,9 +105,7 @@ def train_predictors(
     while step < num_steps:
         if step >= pilot and not training.chosen:
             training.choose(validation)
-        batch = batches[
-            _order(settings.seed, step // len(batches), len(batches))[step % len(batches)]
-        ]
+        batch = batches[_order(settings.seed, step // len(batches), len(batches))[step % len(batches)]]
         training.step(batch, settings.learning_rate * (1 - step / num_steps))
         step += 1
         if on_step is not None:
@@ -147,9 +145,7 @@ class _Training:
         generator = torch.Generator().manual_seed(settings.seed)
         self.candidates: dict[Block, dict[int, Candidate]] = {
             block: {
-                rank: Candidate(
-                    (rank, hidden, neurons), settings.wanted_recall, generator, model.device
-                )
+                rank: Candidate((rank, hidden, neurons), settings.wanted_recall, generator, model.device)
                 for rank in settings.ranks or candidate_ranks(hidden)
             }
             for block in all_blocks(self.num_layers, self.num_experts)
@@ -180,9 +176,7 @@ class _Training:
         }
         self.chosen = True
 
-    def finish(
-        self, validation: Sequence[Batch], *, text: str, tokens: int, sequence_length: int
-    ) -> Predictors:
+    def finish(self, validation: Sequence[Batch], *, text: str, tokens: int, sequence_length: int) -> Predictors:
         """The predictors of the configured input, with their metrics on the validation text."""
         histograms = self._histograms(validation)
         blocks: dict[Block, BlockPredictor] = {}
@@ -245,9 +239,7 @@ class _Training:
             layer, expert, rank = map(int, name.split("."))
             candidate = self.candidates[layer, expert][rank]
             start = f"{name}."
-            candidate.restore(
-                {key[len(start) :]: v for key, v in tensors.items() if key.startswith(start)}, own
-            )
+            candidate.restore({key[len(start) :]: v for key, v in tensors.items() if key.startswith(start)}, own)
             kept[layer, expert][rank] = candidate
         self.candidates, self.chosen = kept, numbers["chosen"]
         self._rms_sums, self._rms_counts = numbers["rms_sums"], numbers["rms_counts"]
@@ -275,11 +267,7 @@ class _Training:
         return costs
 
     def _histograms(self, batches: Sequence[Batch]) -> dict[tuple[Block, int], FiringScores]:
-        histograms = {
-            (block, rank): FiringScores()
-            for block, options in self.candidates.items()
-            for rank in options
-        }
+        histograms = {(block, rank): FiringScores() for block, options in self.candidates.items() for rank in options}
 
         def evaluate(block: Block, x: torch.Tensor, fired: torch.Tensor) -> None:
             for rank, candidate in self.candidates[block].items():
@@ -317,18 +305,14 @@ class _Training:
 class _FiringObserver:
     """Observer that passes every block's input and firing neurons to a function while the model runs."""
 
-    def __init__(
-        self, inputs: BlockInputs, use: Callable[[Block, torch.Tensor, torch.Tensor], None]
-    ) -> None:
+    def __init__(self, inputs: BlockInputs, use: Callable[[Block, torch.Tensor, torch.Tensor], None]) -> None:
         self._inputs, self._use = inputs, use
         self.rms: dict[int, tuple[float, int]] = {}
 
     def begin(self, tokens: Tokens) -> None:
         """Does nothing: every token counts."""
 
-    def add(
-        self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
-    ) -> None:
+    def add(self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor) -> None:
         if layer not in self.rms:
             self.rms[layer] = float(self._inputs.rms.double().sum()), len(self._inputs.rms)
         self._use((layer, expert), self._inputs.rows(expert), product != 0)

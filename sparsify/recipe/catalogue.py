@@ -26,9 +26,7 @@ def recipe_names() -> list[str]:
     """Names of the shipped recipes, sorted; a recipe in a sub-folder is named FOLDER/NAME."""
     root = folder("recipes")
     paths = (path.relative_to(root) for path in root.rglob("*.yaml"))
-    return sorted(
-        path.with_suffix("").as_posix() for path in paths if path.parts[0] not in RECIPE_GROUPS
-    )
+    return sorted(path.with_suffix("").as_posix() for path in paths if path.parts[0] not in RECIPE_GROUPS)
 
 
 def recipe_path(name_or_path: str) -> Path:

@@ -19,9 +19,7 @@ TORCHRUN = "torchrun"
 
 @dataclass
 class EngineSection(Section):
-    zero_stage: Annotated[
-        int, Field(ge=AUTO_STAGE, le=3, description="Allowed: 0 to 3, or engine=auto.")
-    ]
+    zero_stage: Annotated[int, Field(ge=AUTO_STAGE, le=3, description="Allowed: 0 to 3, or engine=auto.")]
     """0 to 3; AUTO_STAGE (`engine=auto`) leaves stage, offload, micro-batch and checkpointing to the plan."""
     auto_micro_batch: bool = True
     """`engine=auto` may replace training.micro_batch_size; the batch stays."""

@@ -104,9 +104,7 @@ def may_set(override: str, key: str) -> bool:
     return bool(key) and (key in override or override.partition("=")[0] == key.partition(".")[0])
 
 
-def unknown_setting(
-    key: str, siblings: Iterable[str], where: str, settings: Iterable[str]
-) -> RecipeError:
+def unknown_setting(key: str, siblings: Iterable[str], where: str, settings: Iterable[str]) -> RecipeError:
     """The error about an unknown setting.
 
     Args:
@@ -142,9 +140,7 @@ def section_type(hint: Any) -> type[Section] | None:
     return hint if isinstance(hint, type) and issubclass(hint, Section) else None
 
 
-def _refusal(
-    schema: type[Section], error: ErrorDetails, key: str, where: str, overrides: Sequence[str]
-) -> RecipeError:
+def _refusal(schema: type[Section], error: ErrorDetails, key: str, where: str, overrides: Sequence[str]) -> RecipeError:
     hint, siblings = _at(schema, error["loc"])
     key = ".".join(str(part) for part in (key, *error["loc"]) if part != "")
     override = next((override for override in overrides if may_set(override, key)), "")
@@ -161,12 +157,8 @@ def _refusal(
             allowed="It must be a list, however short.",
             next_step=f"Write {key.rpartition('.')[2]}: [VALUE].",
         )
-    kind, allowed = _allowed(
-        hint, name_type=error["type"].endswith(("_type", "_parsing", "_from_float"))
-    )
-    names = error.get("ctx", {}).get("names") or (
-        get_args(kind) if get_origin(kind) is Literal else ()
-    )
+    kind, allowed = _allowed(hint, name_type=error["type"].endswith(("_type", "_parsing", "_from_float")))
+    names = error.get("ctx", {}).get("names") or (get_args(kind) if get_origin(kind) is Literal else ())
     if names:
         words = [str(name) for name in names]
         return RecipeError(
@@ -176,12 +168,8 @@ def _refusal(
         )
     if inner := section_type(kind):
         allowed = f"A section with these settings: {', '.join(hints(inner))}."
-    next_step = (
-        "" if allowed else "`sparsify recipes show NAME` prints a recipe with all its settings."
-    )
-    return RecipeError(
-        f"{prefix}{key} is {value!r}.", allowed=allowed or f"{error['msg']}.", next_step=next_step
-    )
+    next_step = "" if allowed else "`sparsify recipes show NAME` prints a recipe with all its settings."
+    return RecipeError(f"{prefix}{key} is {value!r}.", allowed=allowed or f"{error['msg']}.", next_step=next_step)
 
 
 def _at(schema: type[Section], location: Sequence[int | str]) -> tuple[Any, list[str]]:

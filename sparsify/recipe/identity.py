@@ -87,11 +87,7 @@ def first_difference(before: Recipe, now: Recipe) -> tuple[str, Any, Any] | None
 def shared_settings(recipe: Recipe) -> tuple[dict[str, Any], ...]:
     """Settings that a run shares with its dense baseline, for each of SHARED_SECTIONS."""
     return tuple(
-        {
-            key: value
-            for key, value in asdict(getattr(recipe, name)).items()
-            if decides(f"{name}.{key}")
-        }
+        {key: value for key, value in asdict(getattr(recipe, name)).items() if decides(f"{name}.{key}")}
         for name in SHARED_SECTIONS
     )
 
@@ -135,9 +131,7 @@ def run_name(overrides: Sequence[str]) -> str:
 
 def named(overrides: Iterable[str]) -> str:
     """All of some overrides as the name of a folder; see `run_name`."""
-    name = ",".join(
-        f"{_short(override_key(one))}={_plain(one.partition('=')[2])}" for one in overrides
-    )
+    name = ",".join(f"{_short(override_key(one))}={_plain(one.partition('=')[2])}" for one in overrides)
     if len(name) <= MAX_NAME_CHARACTERS:
         return name
     return f"{name[: MAX_NAME_CHARACTERS - HASH_CHARACTERS - 1]}-{_hash(name)}"

@@ -81,9 +81,7 @@ class Recipe(Section):
 
     @property
     def accumulation_steps(self) -> int:
-        return self.training.global_batch_size // (
-            self.training.micro_batch_size * self.launch.total_processes
-        )
+        return self.training.global_batch_size // (self.training.micro_batch_size * self.launch.total_processes)
 
 
 def validate(recipe: Recipe) -> Recipe:
@@ -408,8 +406,7 @@ def _check_compile(recipe: Recipe) -> None:
         return
     if stage in (AUTO_STAGE, 3):
         raise RecipeError(
-            "training.compile is set with "
-            + ("engine=auto." if stage == AUTO_STAGE else "ZeRO-3."),
+            "training.compile is set with " + ("engine=auto." if stage == AUTO_STAGE else "ZeRO-3."),
             allowed="ZeRO stage 0 to 2: stage 3 gathers weights between any two operations, which leaves nothing to fuse.",
             next_step="Use engine=zero2, or training.compile=false.",
         )

@@ -44,9 +44,7 @@ class SourceSection(Section):
     `instruction_token_share`, it may be the share within the group instead; then the shares of each group sum to 1."""
     group: Literal["pretraining", "instruction"] = "pretraining"
     """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
-    max_epochs: (
-        Annotated[float, Field(ge=1, description="At least 1; null sets no limit.")] | None
-    ) = None
+    max_epochs: Annotated[float, Field(ge=1, description="At least 1; null sets no limit.")] | None = None
     """How often a run may see each document; null repeats the source as often as the budget needs."""
     when_exhausted: Literal["stop", "redistribute"] = "stop"
     """What happens when a source reaches `max_epochs`: `stop` refuses a run that would exceed it and names the budget that
@@ -106,9 +104,7 @@ def check_source(key: str, source: SourceSection) -> None:
     given = _given(source)
     for name, origin in ONLY_WITH.items():
         if name in given and origins != [origin]:
-            raise _ignored(
-                key, name, source, f"it belongs to {origin}, and this source has {origins[0]}"
-            )
+            raise _ignored(key, name, source, f"it belongs to {origin}, and this source has {origins[0]}")
     if source.stdlib is not None:
         _check_group(key, source, "instruction" if source.stdlib == "questions" else "pretraining")
     if source.token_files is not None:
@@ -158,9 +154,7 @@ def _check_fields(key: str, source: SourceSection, given: list[str]) -> None:
         refuse((*QUESTION_FIELDS, *CHAT_FIELDS), why)
     else:
         refuse(["document_separator"], "plain text is for pretraining sources only")
-        refuse(
-            TEXT_FIELDS, "this source is instruction text: prompt and response, or messages_column"
-        )
+        refuse(TEXT_FIELDS, "this source is instruction text: prompt and response, or messages_column")
         if source.messages_column:
             refuse(QUESTION_FIELDS, "messages_column holds the whole conversation")
     for field in TEMPLATES:

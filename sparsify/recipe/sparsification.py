@@ -25,9 +25,7 @@ CALIBRATED_REPLACEMENT = "calibrated_replacement"
 REFIT_TARGETS = {"own": 0.0, "mix": 0.5, "residual": 1.0}
 """Part of the accumulated residual-stream error that a refit corrects, in addition to reproducing the block's output."""
 
-BELOW_ONE = (
-    "0 (replace at once) or above, and below 1: the run must end with the activation itself."
-)
+BELOW_ONE = "0 (replace at once) or above, and below 1: the run must end with the activation itself."
 
 
 @dataclass
@@ -90,9 +88,7 @@ class ConversionSection(Section):
     target_zeros: (
         Annotated[
             float,
-            Field(
-                ge=0, lt=1, description="A share between 0 and 1, such as 0.9; null sets no mask."
-            ),
+            Field(ge=0, lt=1, description="A share between 0 and 1, such as 0.9; null sets no mask."),
         ]
         | None
     ) = None

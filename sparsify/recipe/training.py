@@ -36,8 +36,7 @@ class TrainingSection(Section):
     """`bf16` (with fp32 master weights; needs ZeRO stage 1 or above) or `fp32`."""
     gradient_checkpointing: bool = False
     router_aux_loss_coefficient: (
-        Annotated[float, Field(ge=0, description="0 or above; null takes the checkpoint's own.")]
-        | None
+        Annotated[float, Field(ge=0, description="0 or above; null takes the checkpoint's own.")] | None
     ) = None
     """Weight of a Mixtral's load-balancing loss; null takes the checkpoint's own."""
     seed: int = SEED

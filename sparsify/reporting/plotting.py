@@ -130,9 +130,6 @@ def image(draw: Draw, name: str, theme: Theme, kind: Literal["png", "svg"]) -> b
 
 def page_figure(draw: Draw, name: str, title: str, caption: str) -> dict[str, str]:
     """A figure for base.html.j2: title, caption, and data URLs of the light and the dark drawing."""
-    drawings = {
-        theme.name: base64.b64encode(image(draw, name, theme, "svg")).decode()
-        for theme in (LIGHT, DARK)
-    }
+    drawings = {theme.name: base64.b64encode(image(draw, name, theme, "svg")).decode() for theme in (LIGHT, DARK)}
     links = {theme: f"data:image/svg+xml;base64,{data}" for theme, data in drawings.items()}
     return {"title": title, "caption": caption, **links}

@@ -119,6 +119,4 @@ def _one_line(cell: Cell) -> str:
 
 def _html_row(tag: str, cells: Sequence[Cell]) -> Markup:
     cell = Markup(f"<{tag}>{{}}</{tag}>")
-    return Markup("<tr>{}</tr>").format(
-        Markup("").join(cell.format(escape(_one_line(one))) for one in cells)
-    )
+    return Markup("<tr>{}</tr>").format(Markup("").join(cell.format(escape(_one_line(one))) for one in cells))

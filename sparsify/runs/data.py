@@ -55,9 +55,7 @@ def shares_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> Shares:
     raise MixtureError(
         f"Source {exceeded!r} would be seen {asked_tokens / epoch_tokens:.2f} times, more than its max_epochs="
         f"{mixture.sources[exceeded].max_epochs:g}: it has {epoch_tokens:,} training tokens.",
-        allowed=f"A budget of {steps * recipe.step_tokens:,} tokens fits."
-        if steps
-        else "Not even one step fits.",
+        allowed=f"A budget of {steps * recipe.step_tokens:,} tokens fits." if steps else "Not even one step fits.",
         next_step=f"{shorter}lower its share, add text to it,{others}",
     )
 
@@ -68,8 +66,7 @@ def _capacities(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> dict[
     return {
         name: int(max_epochs * TrainingStream(source, training.sequence_length, 0).num_sequences)
         for name, source in sources.items()
-        if (max_epochs := recipe.mixture.sources[name].max_epochs) is not None
-        and source.cache.complete
+        if (max_epochs := recipe.mixture.sources[name].max_epochs) is not None and source.cache.complete
     }
 
 
@@ -100,9 +97,7 @@ def open_sources(ingests: Mapping[str, Ingest]) -> dict[str, TokenizedSource]:
     return {name: ingest.open() for name, ingest in ingests.items()}
 
 
-def wait_for_sequences(
-    reader: SequenceReader, first: int, count: int, stop_requested: Callable[[], bool]
-) -> bool:
+def wait_for_sequences(reader: SequenceReader, first: int, count: int, stop_requested: Callable[[], bool]) -> bool:
     """Waits until these training sequences are tokenised. Returns False when a stop was requested before they were."""
     while not reader.is_available(first, count):
         if stop_requested():

@@ -111,17 +111,11 @@ def stages(run: RunFolder) -> list[Stage]:
         for label, name in _stage_names(run).items()
         if label in newest
     ]
-    baseline = [
-        record for record in validation_records(run.baseline) if record["label"] == "training"
-    ]
+    baseline = [record for record in validation_records(run.baseline) if record["label"] == "training"]
     if baseline:
         recipe = run.baseline.load_recipe()
         name = f"{'dense' if recipe.is_dense else recipe.activation.ffn_activation} baseline"
-        rows.append(
-            Stage(
-                name=f"{name}, same tokens", loss=baseline[-1]["loss"], zeros=baseline[-1]["zeros"]
-            )
-        )
+        rows.append(Stage(name=f"{name}, same tokens", loss=baseline[-1]["loss"], zeros=baseline[-1]["zeros"]))
     return rows
 
 

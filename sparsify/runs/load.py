@@ -84,8 +84,7 @@ def load_trained(trained: Trained) -> SparseModel:
         expected.pop("lm_head.weight", None)
     if weights.keys() != expected.keys():
         raise RunError(
-            f"{trained.checkpoint} does not hold the model's tensors: "
-            f"{sorted(weights.keys() ^ expected.keys())[:5]}",
+            f"{trained.checkpoint} does not hold the model's tensors: {sorted(weights.keys() ^ expected.keys())[:5]}",
             next_step="Use another checkpoint of the run.",
         )
     with torch.no_grad():

@@ -47,9 +47,7 @@ def write_manifest(folder: Path) -> int:
     dist.all_gather_object(gathered, entries)
     files = {name: entry for part in gathered for name, entry in sorted(part.items())}
     if rank == 0:
-        write_json(
-            folder / MANIFEST, {"files": {name: asdict(entry) for name, entry in files.items()}}
-        )
+        write_json(folder / MANIFEST, {"files": {name: asdict(entry) for name, entry in files.items()}})
         sync_folder(folder)
     return sum(entry.size_bytes for entry in files.values())
 
@@ -78,9 +76,7 @@ def damage(checkpoint: Path, names: Collection[str] | None = None) -> str | None
             return f"{name} has {path.stat().st_size:,} bytes instead of {entry.size_bytes:,}"
     hashed = [name for name in files if names is None or name in names]
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        for name, found in zip(
-            hashed, pool.map(lambda name: _hash_or_error(checkpoint / name), hashed), strict=True
-        ):
+        for name, found in zip(hashed, pool.map(lambda name: _hash_or_error(checkpoint / name), hashed), strict=True):
             if found != files[name].xxh3_128:
                 return f"the content of {name} is not what was written ({found})"
     return None

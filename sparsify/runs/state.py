@@ -151,9 +151,7 @@ def consolidated_weights(checkpoint: Path) -> dict[str, StoredTensor]:
 
     unheard = io.StringIO()
     with unreadable_shards(checkpoint), redirect_stdout(unheard), redirect_stderr(unheard):
-        weights = get_fp32_state_dict_from_zero_checkpoint(
-            str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True
-        )
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
     assert weights is not None
     return weights
 

@@ -145,9 +145,7 @@ def block_format(weights: str) -> BlockFormat | None:
         ModelError: If the format is unknown.
     """
     if weights not in WEIGHT_FORMATS:
-        raise ModelError(
-            f"Weights cannot be read as {weights!r}.", allowed=f"{', '.join(WEIGHT_FORMATS)}."
-        )
+        raise ModelError(f"Weights cannot be read as {weights!r}.", allowed=f"{', '.join(WEIGHT_FORMATS)}.")
     return next((one for one in get_args(BlockFormat) if one == weights), None)
 
 

@@ -47,9 +47,7 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, [requested] if requested else COMPILERS)), None)
 
 
-def compile_kernels(
-    compiler: str, to: Path, choices: Sequence[Sequence[str]] = THIS_PROCESSOR
-) -> None:
+def compile_kernels(compiler: str, to: Path, choices: Sequence[Sequence[str]] = THIS_PROCESSOR) -> None:
     """Compiles the library with the first of `choices` that the compiler accepts.
 
     Raises:
@@ -126,9 +124,7 @@ def _compiled() -> ctypes.CDLL:
         return ctypes.CDLL(str(build(compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
-        raise _Unavailable(
-            f"The kernels cannot be compiled with {compiler}: {said.strip()[-500:]}."
-        ) from None
+        raise _Unavailable(f"The kernels cannot be compiled with {compiler}: {said.strip()[-500:]}.") from None
 
 
 def _prebuilt() -> ctypes.CDLL:
@@ -140,9 +136,7 @@ def _prebuilt() -> ctypes.CDLL:
         # It uses torch's OpenMP, which is already loaded: a machine without a compiler often has no other.
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise _Unavailable(
-            f"The kernels that came with the wheel cannot be loaded: {error}."
-        ) from None
+        raise _Unavailable(f"The kernels that came with the wheel cannot be loaded: {error}.") from None
 
 
 def build(compiler: str) -> Path:

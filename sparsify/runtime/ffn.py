@@ -56,9 +56,7 @@ def sparse_ffn(
     if predictor_input is None:
         predictor_input = x
     elif predictor_input.shape != x.shape or predictor_input.dtype != x.dtype:
-        raise ValueError(
-            f"predictor_input is {list(predictor_input.shape)}; it must be like x, {list(x.shape)}."
-        )
+        raise ValueError(f"predictor_input is {list(predictor_input.shape)}; it must be like x, {list(x.shape)}.")
     backend = _usable(backend, x, weights)
     tokens, seen = x.reshape(-1, x.shape[-1]), predictor_input.reshape(-1, x.shape[-1])
     parts, rows = [], RowsRead()
@@ -138,9 +136,7 @@ def _usable(backend: Backend, x: torch.Tensor, weights: FfnWeights) -> Backend:
     if backend == "auto":
         return backend_of(x, in_blocks=weights.in_blocks)
     if backend == "triton" and weights.in_blocks:
-        raise ValueError(
-            "The Triton kernels read weights as they are stored, not int8 or int4 blocks."
-        )
+        raise ValueError("The Triton kernels read weights as they are stored, not int8 or int4 blocks.")
     needs = {
         "native": "a CPU, a C++ compiler or a wheel that contains them,",
         "triton": "a GPU, Triton",

@@ -144,8 +144,7 @@ class BlockForward:
         if expert is None:
             return both
         return {
-            name: values[expert] if values is not None and values.dim() > 1 else values
-            for name, values in both.items()
+            name: values[expert] if values is not None and values.dim() > 1 else values for name, values in both.items()
         }
 
     def _masked(self, x: torch.Tensor) -> torch.Tensor:
@@ -161,14 +160,11 @@ class BlockForward:
         if one.a.dtype != x.dtype or one.a.device != x.device:
             one = replace(one, a=one.a.to(x), b=one.b.to(x))
             self.options.predictors = [
-                one if place == index else other
-                for place, other in enumerate(self.options.predictors)
+                one if place == index else other for place, other in enumerate(self.options.predictors)
             ]
         return one
 
-    def _read(
-        self, x: torch.Tensor, weights: FfnWeights, predictor_input: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _read(self, x: torch.Tensor, weights: FfnWeights, predictor_input: torch.Tensor | None) -> torch.Tensor:
         out, rows = sparse_ffn(
             x,
             weights,
@@ -269,20 +265,14 @@ class ExpertsForward(BlockForward):
         """All predictors stacked, experts first, in x's dtype and on its device. The single ones become views of the stack."""
         if self.options.predictors is None:
             return None
-        if (
-            self._stack is None
-            or self._stack.a.dtype != x.dtype
-            or self._stack.a.device != x.device
-        ):
+        if self._stack is None or self._stack.a.dtype != x.dtype or self._stack.a.device != x.device:
             single = self.options.predictors
             a, b = (
                 torch.stack([p.a.to(x) for p in single]),
                 torch.stack([p.b.to(x) for p in single]),
             )
             self._stack = Predictor(a, b, single[0].threshold)
-            self.options.predictors = [
-                replace(one, a=a[index], b=b[index]) for index, one in enumerate(single)
-            ]
+            self.options.predictors = [replace(one, a=a[index], b=b[index]) for index, one in enumerate(single)]
         return self._stack
 
     def _weights(self, expert: int, x: torch.Tensor) -> FfnWeights:

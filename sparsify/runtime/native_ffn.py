@@ -40,10 +40,7 @@ class FfnCall(ctypes.Structure):
         ("thresholds", ctypes.c_void_p),
         ("gate_thresholds", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
-        *(
-            (name, ctypes.c_int32)
-            for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")
-        ),
+        *((name, ctypes.c_int32) for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")),
         ("gate_threshold", ctypes.c_float),
         ("predictor_threshold", ctypes.c_float),
         *((name, ctypes.c_int64) for name in ("gate_rows", "up_rows", "down_rows")),

@@ -52,9 +52,7 @@ class BlockMatrix:
     def device(self) -> torch.device:
         return self.data.device
 
-    def dequantised(
-        self, rows: torch.Tensor | slice = slice(None), dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
+    def dequantised(self, rows: torch.Tensor | slice = slice(None), dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Dequantises some of the rows, [rows, columns]; exact in fp32 and fp64."""
         data = self.data[rows]
         blocks = -(-self.columns // BLOCK)
@@ -117,9 +115,7 @@ class KeptBlocks:
         self.format: BlockFormat = format
         self._cached: dict[int, tuple[object, list[BlockMatrix]]] = {}
 
-    def of(
-        self, index: int, parameters: Sequence[torch.Tensor], matrices: Matrices
-    ) -> list[BlockMatrix]:
+    def of(self, index: int, parameters: Sequence[torch.Tensor], matrices: Matrices) -> list[BlockMatrix]:
         """The blocks of expert `index`, 0 where there are no experts.
 
         Args:

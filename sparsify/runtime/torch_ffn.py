@@ -36,9 +36,7 @@ def portable_ffn(
         rows = _few(wanted, rows)
         wanted = wanted[:, rows]
     thresholds, gate_thresholds = weights.thresholds_for(x.device)
-    gate = GATE_FACTORS[activation.gate](
-        linear(x, _rows(weights.gate, rows, x)), activation.gate_threshold
-    )
+    gate = GATE_FACTORS[activation.gate](linear(x, _rows(weights.gate, rows, x)), activation.gate_threshold)
     if gate_thresholds is not None:
         gate = torch.where(gate.abs() <= gate_thresholds[rows], 0.0, gate)
     gate = gate if wanted is None else torch.where(wanted, gate, 0.0)

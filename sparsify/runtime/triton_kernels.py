@@ -58,9 +58,7 @@ def _taken(neuron, place, count, first, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _dots(
-    x, x_stride, sent, rows, there, width, T: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
-):
+def _dots(x, x_stride, sent, rows, there, width, T: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     """Dot products of rows, given by pointers, with the tokens: [T, ROWS]."""
     # Sums stay in registers over the whole row, one per element of the tile; they are reduced once, at the end.
     if T == 1:  # a 2D tile needs no layout conversion

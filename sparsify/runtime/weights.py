@@ -63,9 +63,7 @@ class FfnWeights:
     predictor: Predictor | None = None
     gate_thresholds: torch.Tensor | None = None
 
-    def thresholds_for(
-        self, device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def thresholds_for(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`thresholds` and `gate_thresholds` as the kernels read them: contiguous fp32, one per neuron."""
         shape = self.gate.shape[:-1]
 
@@ -92,10 +90,7 @@ class FfnWeights:
         """Bytes of the predictor of one block or one expert."""
         if self.predictor is None:
             return 0
-        return sum(
-            part.shape[-2:].numel() * part.element_size()
-            for part in (self.predictor.a, self.predictor.b)
-        )
+        return sum(part.shape[-2:].numel() * part.element_size() for part in (self.predictor.a, self.predictor.b))
 
     def check(self, x: torch.Tensor) -> None:
         """Checks shapes, dtypes and devices: the kernels read memory by these shapes.
@@ -119,9 +114,7 @@ class FfnWeights:
             }
         for name, part in parts.items():
             if tuple(part.shape) != expected.get(name, tuple(part.shape)):
-                raise ValueError(
-                    f"{name} is {list(part.shape)}; it must be {list(expected[name])}."
-                )
+                raise ValueError(f"{name} is {list(part.shape)}; it must be {list(expected[name])}.")
             if part.device != x.device or not self._fits(part, x.dtype):
                 raise ValueError(
                     f"{name} is {_kind(part)} on {part.device}, x is {x.dtype} on {x.device}; they must be alike."
@@ -137,9 +130,7 @@ class FfnWeights:
         """Whether a part has x's dtype or, among the three matrices, the same block format as the others."""
         if isinstance(part, BlockMatrix):
             return _kind(part) == _kind(self.gate)
-        return part.dtype == dtype and not (
-            self.in_blocks and (part is self.up or part is self.down_t)
-        )
+        return part.dtype == dtype and not (self.in_blocks and (part is self.up or part is self.down_t))
 
 
 def _kind(part: Matrix) -> str:

@@ -62,12 +62,8 @@ def active_parameters(
         ActivePart(
             part=part,
             total=parts[part],
-            perfect_predictor=round(
-                parts[part] * (expert_share * firing if part in FFN_PARTS else 1)
-            ),
-            gate_first=round(
-                parts[part] * (expert_share * gate_first[part] if part in FFN_PARTS else 1)
-            ),
+            perfect_predictor=round(parts[part] * (expert_share * firing if part in FFN_PARTS else 1)),
+            gate_first=round(parts[part] * (expert_share * gate_first[part] if part in FFN_PARTS else 1)),
         )
         for part in PARTS
     ]
@@ -125,9 +121,7 @@ def _published(
         parts = parameters_by_part(MODEL_CLASSES[config.model_type](config))
     # The paper does not give the zeros of the gate. Assume that gate and up are independent and equally sparse.
     gate_zeros = 1 - (1 - zeros) ** 0.5
-    active = active_parameters(
-        parts, expert_share=expert_share, gate_zeros=gate_zeros, product_zeros=zeros
-    )
+    active = active_parameters(parts, expert_share=expert_share, gate_zeros=gate_zeros, product_zeros=zeros)
     ffn = sum(parts[part] for part in FFN_PARTS) * expert_share
     rest = active.perfect_predictor - ffn * (1 - zeros)
     return PublishedActive(

@@ -108,9 +108,7 @@ class ConsecutiveObserver:
     def begin(self, tokens: Tokens) -> None:
         counted = tokens.counted
         follows = torch.zeros_like(counted)
-        follows[:, 1:] = (tokens.positions[:, 1:] == tokens.positions[:, :-1] + 1) & (
-            counted[:, 1:] & counted[:, :-1]
-        )
+        follows[:, 1:] = (tokens.positions[:, 1:] == tokens.positions[:, :-1] + 1) & (counted[:, 1:] & counted[:, :-1])
         self._chunk_counts = []
         for index, length in enumerate(CHUNK_TOKENS):
             whole = counted.shape[1] // length
@@ -122,9 +120,7 @@ class ConsecutiveObserver:
         runs = follows.unfold(1, back, 1).all(-1) if follows.shape[1] > back else follows[:, :0]
         self._reuse_counts = runs[:, 1:]
 
-    def add(
-        self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
-    ) -> None:
+    def add(self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor) -> None:
         """Counts one block, a piece of the tokens at a time; the counts of a layer's experts add up."""
         batch, length = self._chunk_counts[0].shape
         self.statistics.routed[layer, expert] += len(tokens)
@@ -138,9 +134,7 @@ class ConsecutiveObserver:
                 piece = slice(start, min(start + PIECE_TOKENS, length))
                 low = some.start * length + piece.start - before
                 high = (some.stop - 1) * length + piece.stop
-                low_row, high_row = torch.searchsorted(
-                    tokens, torch.tensor([low, high], device=tokens.device)
-                ).tolist()
+                low_row, high_row = torch.searchsorted(tokens, torch.tensor([low, high], device=tokens.device)).tolist()
                 inside = tokens[low_row:high_row] - low
                 fired = product.new_zeros(high - low, product.shape[1], dtype=torch.bool)
                 fired[inside] = product[low_row:high_row].bool()

@@ -9,6 +9,8 @@ CETT, the cumulative error of tail truncation (ReLU² Wins, arXiv 2402.03804), a
 Neuron i adds n_i = h_i · W_down[:, i] to a block's output. With the neurons D whose norm does not exceed a threshold dropped,
 CETT = ‖Σ_D n_i‖ / ‖Σ n_i‖, averaged over tokens, and the sparsity is |D| divided by the number of neurons. A threshold belongs to
 a layer. Every layer is evaluated on the inputs that it has in the untouched model.
+
+Activation magnitudes and output norms of every layer, counted by a probe.
 """
 
 from __future__ import annotations
@@ -21,16 +23,49 @@ import torch
 from torch import nn
 
 from sparsify.methods.base import TokenMask
-from sparsify.methods.histogram import Histogram
+from sparsify.methods.histogram import Bins, Histogram
 from sparsify.methods.token_masks import CettMask, LayerThresholdMask, TopKMask
 from sparsify.models import SparseModel
-from sparsify.sparsity.magnitudes import (
-    MagnitudeObserver,
-    down_norms,
-    down_weight,
-)
+from sparsify.models.masking import num_experts
 from sparsify.sparsity.probe import PIECE_ROWS, SparsityProbe, Tokens
 from sparsify.sparsity.schema import CettLayer, CettPoint, Curves, PplPoint, SharePoint
+
+MAGNITUDE_BINS = Bins("log2", lowest=-48, per_unit=64, num_bins=80 * 64)
+"""A bin is 1.1% wide; 2^-48 and less counts as zero."""
+
+
+class MagnitudeObserver:
+    """Gathers two histograms from a SparsityProbe: of |h|, and of the norm of what a neuron adds to the block's output."""
+
+    def __init__(self, model: SparseModel) -> None:
+        num_layers = len(model.model.layers)
+        self.activations, self.outputs = (Histogram(MAGNITUDE_BINS, num_layers) for _ in range(2))
+        self._norms = down_norms(model)
+
+    def begin(self, tokens: Tokens) -> None:
+        """Nothing depends on the tokens."""
+
+    def add(self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor) -> None:
+        for rows in product.split(PIECE_ROWS):
+            magnitudes = rows.float().abs()
+            self.activations.add(magnitudes, layer)
+            self.outputs.add(magnitudes * self._norms[layer][expert], layer)
+
+
+def down_weight(block: Any, expert: int) -> torch.Tensor:
+    """Down projection of a block or of one of its experts, [hidden, neurons]."""
+    down = block.down_proj
+    return down[expert] if isinstance(down, torch.nn.Parameter) else down.weight
+
+
+@torch.no_grad()
+def down_norms(model: SparseModel) -> list[torch.Tensor]:
+    """Norm of every neuron's column of the down projection, [experts, neurons] float32 for each layer."""
+    experts = num_experts(model.config)
+    return [
+        torch.stack([down_weight(block, e).float().norm(dim=0) for e in range(experts)]) for block in model.ffn_blocks()
+    ]
+
 
 CETT_TARGETS = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
 CETT_TOLERANCE = 0.002
@@ -56,9 +91,7 @@ class CettObserver:
         thresholds: Of every layer, [layers][any number].
     """
 
-    def __init__(
-        self, norms: Sequence[torch.Tensor], thresholds: Sequence[Sequence[float]]
-    ) -> None:
+    def __init__(self, norms: Sequence[torch.Tensor], thresholds: Sequence[Sequence[float]]) -> None:
         self._norms, self._thresholds = norms, thresholds
         self._errors = [[0.0] * len(layer) for layer in thresholds]
         self._dropped = [[0] * len(layer) for layer in thresholds]
@@ -67,18 +100,14 @@ class CettObserver:
     def begin(self, tokens: Tokens) -> None:
         """Nothing depends on the tokens."""
 
-    def add(
-        self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
-    ) -> None:
+    def add(self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor) -> None:
         """Adds the errors of one block's tokens; experts by their own outputs."""
         weight = down_weight(block, expert)
         self._rows[layer] += len(product)
         for rows in product.split(PIECE_ROWS):
             self._add_rows(layer, rows, weight, self._norms[layer][expert])
 
-    def _add_rows(
-        self, layer: int, product: torch.Tensor, weight: torch.Tensor, down: torch.Tensor
-    ) -> None:
+    def _add_rows(self, layer: int, product: torch.Tensor, weight: torch.Tensor, down: torch.Tensor) -> None:
         whole = nn.functional.linear(product, weight).float().norm(dim=-1)
         norms = product.float().abs() * down
         for index, threshold in enumerate(self._thresholds[layer]):
@@ -98,9 +127,7 @@ class CettObserver:
             ]
             if rows
             else []
-            for rows, *layer in zip(
-                self._rows, self._thresholds, self._errors, self._dropped, strict=True
-            )
+            for rows, *layer in zip(self._rows, self._thresholds, self._errors, self._dropped, strict=True)
         ]
 
 
@@ -118,10 +145,7 @@ class CettSearch:
         grid = [
             [
                 0.0,
-                *(
-                    outputs.quantile(share, layer, of_nonzero=True, rank=round)
-                    for share in GRID_SHARES
-                ),
+                *(outputs.quantile(share, layer, of_nonzero=True, rank=round) for share in GRID_SHARES),
             ]
             for layer in range(num_layers)
         ]
@@ -135,8 +159,7 @@ class CettSearch:
                 [
                     guess.threshold
                     for target in targets
-                    if abs(self.nearest(layer, target).cett - target)
-                    > max(CETT_TOLERANCE, 0.02 * target)
+                    if abs(self.nearest(layer, target).cett - target) > max(CETT_TOLERANCE, 0.02 * target)
                     and (guess := self.estimate(layer, target)).threshold
                     not in [known.threshold for known in self._known[layer]]
                 ]
@@ -244,10 +267,7 @@ class _Measurement:
         ppl = [self._ppl_point(search, percent, loss, tried) for percent in PPL_PERCENTS]
         unchanged = SharePoint(share=0.0, sparsity=zeros, loss=loss)
         top_k = [self._share_point(share, TopKMask(share)) for share in SHARES[1:]]
-        fixed = [
-            self._share_point(share, magnitude_mask(magnitudes.activations, share))
-            for share in SHARES[1:]
-        ]
+        fixed = [self._share_point(share, magnitude_mask(magnitudes.activations, share)) for share in SHARES[1:]]
         return Curves(
             num_tokens=sum(batch["input_ids"].numel() for batch in self._batches),
             num_labels=self._num_labels,
@@ -263,9 +283,7 @@ class _Measurement:
             total = sum(float(self._summed_loss(self._model, batch)) for batch in self._batches)
         return total / self._num_labels, probe.statistics().zero_share("product")
 
-    def _cett_point(
-        self, search: CettSearch, target: float, loss: float, zeros: float
-    ) -> CettPoint:
+    def _cett_point(self, search: CettSearch, target: float, loss: float, zeros: float) -> CettPoint:
         found = [search.nearest(layer, target) for layer in range(len(self._norms))]
         sparsities = [layer.sparsity for layer in found if not math.isnan(layer.sparsity)]
         if target > 0:

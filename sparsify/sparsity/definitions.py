@@ -13,9 +13,7 @@ THRESHOLDS = {"layer": "the layer's threshold", "channel": "its neuron's thresho
 def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
     parts = [ACTIVATIONS[ffn_activation].formula]
     if "gate" in masks:
-        parts.append(
-            f"with the left factor 0 where it does not exceed {THRESHOLDS[masks['gate']]} in size"
-        )
+        parts.append(f"with the left factor 0 where it does not exceed {THRESHOLDS[masks['gate']]} in size")
     if "inter" in masks:
         parts.append(f"where that exceeds {THRESHOLDS[masks['inter']]} in size, else 0")
     return ", ".join(parts)

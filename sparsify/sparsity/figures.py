@@ -219,9 +219,7 @@ FIGURES = (
         lambda report: True,
         draw_firing_rates,
     ),
-    ReportFigure(
-        "unions", "Neurons shared between tokens", _unions_caption, lambda report: True, draw_unions
-    ),
+    ReportFigure("unions", "Neurons shared between tokens", _unions_caption, lambda report: True, draw_unions),
     ReportFigure(
         "cett",
         "Sparsity at a given output error",

@@ -65,9 +65,7 @@ def draw_experts(report: SparsityReport, statistics: ActivationStatistics, theme
     return figure
 
 
-def draw_firing_rates(
-    report: SparsityReport, statistics: ActivationStatistics, theme: Theme
-) -> Figure:
+def draw_firing_rates(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, 3.9))
     axes = figure.add_subplot()
     curves = sorted_firing_rates(statistics)
@@ -100,12 +98,8 @@ def shares(rows: list[LayerRow], name: str) -> np.ndarray:
 def heat_map(figure: Figure, axes: Axes, values: np.ndarray, theme: Theme, title: str) -> None:
     """Draws shares [experts, layers]; experts without tokens are blank."""
     low, high = heat_range(values)
-    image = axes.imshow(
-        values, cmap=theme.heat, vmin=low, vmax=high, aspect="auto", interpolation="nearest"
-    )
-    bar = figure.colorbar(
-        image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.015, fraction=0.05
-    )
+    image = axes.imshow(values, cmap=theme.heat, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.015, fraction=0.05)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     axes.set_title(title)
     axes.set_ylabel("expert")
@@ -180,9 +174,7 @@ def draw_sources(report: SparsityReport, statistics: ActivationStatistics, theme
     return figure
 
 
-def draw_positions(
-    report: SparsityReport, statistics: ActivationStatistics, theme: Theme
-) -> Figure:
+def draw_positions(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
     rows = report.positions
     at = np.arange(len(rows))
     figure = Figure(figsize=(WIDTH_INCHES, 2.9))
@@ -190,11 +182,7 @@ def draw_positions(
     zeros = [row.product_zeros for row in rows]
     axes.plot(at, zeros, "o-", color=theme.product, linewidth=1.8, markersize=5)
     names = [
-        str(row.first)
-        if row.last == row.first
-        else f"{row.first}+"
-        if row.last is None
-        else f"{row.first}–{row.last}"
+        str(row.first) if row.last == row.first else f"{row.first}+" if row.last is None else f"{row.first}–{row.last}"
         for row in rows
     ]
     axes.set_xticks(at, names)

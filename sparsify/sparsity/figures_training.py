@@ -32,9 +32,7 @@ def draw_stages(report: SparsityReport, statistics: ActivationStatistics, theme:
     for row, stage in zip(rows, stages, strict=True):
         colour = theme.baseline if not stage.zeros else theme.product
         axes.plot(stage.loss, row, "o", color=colour, markersize=9)
-        axes.annotate(
-            f"{stage.loss:.3f}", (stage.loss, row), (0, 9), textcoords="offset points", ha="center"
-        )
+        axes.annotate(f"{stage.loss:.3f}", (stage.loss, row), (0, 9), textcoords="offset points", ha="center")
         if stage.zeros is not None:
             axes.annotate(
                 f"{percent(stage.zeros)} zeros",
@@ -52,17 +50,13 @@ def draw_stages(report: SparsityReport, statistics: ActivationStatistics, theme:
     return figure
 
 
-def draw_trajectory(
-    report: SparsityReport, statistics: ActivationStatistics, theme: Theme
-) -> Figure:
+def draw_trajectory(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
     trajectory = _trajectory(report)
     figure = Figure(figsize=(WIDTH_INCHES, 5.0))
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     panels: dict[Measure, Axes] = {"loss": upper, "zeros": lower}
     for measure, axes in panels.items():
-        baseline, sparse = (
-            _known(run, measure) for run in (trajectory.baseline, trajectory.sparse)
-        )
+        baseline, sparse = (_known(run, measure) for run in (trajectory.baseline, trajectory.sparse))
         above = not baseline or not sparse or sparse[-1][1] >= baseline[-1][1]
         _curve(axes, baseline, measure, theme.baseline, "dense baseline", "--", above=not above)
         _curve(axes, sparse, measure, theme.product, "sparse", "-", above=above)
@@ -76,9 +70,7 @@ def draw_trajectory(
     return figure
 
 
-def draw_layers_over_time(
-    report: SparsityReport, statistics: ActivationStatistics, theme: Theme
-) -> Figure:
+def draw_layers_over_time(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
     points = layer_points(report)
     zeros = np.array([point.layers for point in points]).T
     low, high = heat_range(zeros)
@@ -94,9 +86,7 @@ def draw_layers_over_time(
         # Adjacent cells of a vector drawing show hairlines between them; a bitmap does not.
         rasterized=True,
     )
-    bar = figure.colorbar(
-        mesh, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.015, fraction=0.05
-    )
+    bar = figure.colorbar(mesh, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.015, fraction=0.05)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     axes.set_ylabel("layer")
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
@@ -142,9 +132,7 @@ def _trajectory(report: SparsityReport) -> Trajectory:
 
 
 def _known(points: list[TrajectoryPoint], measure: Measure) -> list[tuple[int, float]]:
-    return sorted(
-        (point.tokens, value) for point in points if (value := getattr(point, measure)) is not None
-    )
+    return sorted((point.tokens, value) for point in points if (value := getattr(point, measure)) is not None)
 
 
 def _curve(
@@ -209,9 +197,7 @@ def draw_cett(report: SparsityReport, statistics: ActivationStatistics, theme: T
     return figure
 
 
-def draw_perplexity(
-    report: SparsityReport, statistics: ActivationStatistics, theme: Theme
-) -> Figure:
+def draw_perplexity(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
     """Increase of the perplexity when activations are dropped by each of three rules."""
     curves, other = _curves(report), report.against.curves if report.against else None
     figure = Figure(figsize=(WIDTH_INCHES, 4.2))
@@ -242,9 +228,7 @@ def _draw_rules(axes: Axes, curves: Curves, theme: Theme) -> None:
         highest = max(highest, float(np.nanmax(rise)))
     for point in curves.ppl:
         axes.axhline(point.percent / 100, color=theme.line, linewidth=0.9, zorder=0)
-    axes.set(
-        xlabel="zeros among the products", ylim=(-0.03 * highest, min(highest, MAX_RISE) * 1.06)
-    )
+    axes.set(xlabel="zeros among the products", ylim=(-0.03 * highest, min(highest, MAX_RISE) * 1.06))
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.grid(visible=False)

@@ -141,9 +141,7 @@ def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveSta
     """What an inference engine can exploit: unions over tokens, reuse, co-activation, weights read."""
     unions = consecutive.chunk_unions(statistics.num_experts * statistics.num_neurons)
     gap, independent = consecutive.coactivation_gap()
-    gate_first, perfect = ffn_byte_shares(
-        statistics.zero_share("gate"), statistics.zero_share("product")
-    )
+    gate_first, perfect = ffn_byte_shares(statistics.zero_share("gate"), statistics.zero_share("product"))
     return Engine(
         chunks=[
             ChunkRow(
@@ -232,18 +230,14 @@ def measure(
 
 def summed_loss(model: SparseModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy of a batch in nats, summed over its labels. [] float64"""
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).logits
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
     chunks = zip(
         logits.flatten(0, 1).split(LOSS_CHUNK_TOKENS),
         batch["labels"].flatten().split(LOSS_CHUNK_TOKENS),
         strict=True,
     )
     losses = [
-        nn.functional.cross_entropy(
-            scores.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum"
-        )
+        nn.functional.cross_entropy(scores.float(), labels, ignore_index=IGNORED_LABEL, reduction="sum")
         for scores, labels in chunks
     ]
     return torch.stack(losses).double().sum()

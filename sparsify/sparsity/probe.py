@@ -47,9 +47,7 @@ class Observer(Protocol):
     def begin(self, tokens: Tokens) -> None:
         """Called at the start of a forward pass."""
 
-    def add(
-        self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor
-    ) -> None:
+    def add(self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor) -> None:
         """Called with the activations of one block, or of one expert of a block.
 
         Args:
@@ -83,9 +81,7 @@ class SparsityProbe:
         probe.statistics().zero_share()
     """
 
-    def __init__(
-        self, model: nn.Module, *observers: Observer, mask: TokenMask | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, *observers: Observer, mask: TokenMask | None = None) -> None:
         self._model = _sparse_model(model)
         self._observers, self._mask = observers, mask
         self._blocks = self._model.ffn_blocks()
@@ -158,9 +154,7 @@ class SparsityProbe:
 
     def _run_experts_eagerly(self) -> None:
         config = self._model.config
-        self._undo.append(
-            partial(setattr, config, "_experts_implementation", config._experts_implementation)
-        )
+        self._undo.append(partial(setattr, config, "_experts_implementation", config._experts_implementation))
         config._experts_implementation = "eager"
 
     def _begin_forward(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
@@ -192,8 +186,7 @@ class SparsityProbe:
             return
         top_k_index = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]
         self._calls = deque(
-            (expert, torch.where(top_k_index == expert)[0])
-            for expert in torch.unique(top_k_index).tolist()
+            (expert, torch.where(top_k_index == expert)[0]) for expert in torch.unique(top_k_index).tolist()
         )
 
     def _count_layer(
@@ -245,9 +238,7 @@ class SparsityProbe:
         for start in range(0, total, size):
             piece = slice(start, start + size) if rows is None else rows[start : start + size]
             gate, up, product = (value[piece] for value in values)
-            counts.add(
-                0, expert, factors[0](gate), factors[1](up), product, positions=positions[piece]
-            )
+            counts.add(0, expert, factors[0](gate), factors[1](up), product, positions=positions[piece])
 
     def _counts_of(self, layer: int, product: torch.Tensor) -> ActivationStatistics:
         counts = self._layers[layer]
@@ -263,6 +254,4 @@ def _sparse_model(model: nn.Module) -> SparseModel:
     for module in model.modules():
         if isinstance(module, SparseMistralForCausalLM | SparseMixtralForCausalLM):
             return module
-    raise ValueError(
-        f"{type(model).__name__} does not contain a SparseMistralForCausalLM or SparseMixtralForCausalLM"
-    )
+    raise ValueError(f"{type(model).__name__} does not contain a SparseMistralForCausalLM or SparseMixtralForCausalLM")

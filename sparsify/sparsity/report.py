@@ -139,9 +139,7 @@ def against_table(report: SparsityReport) -> Table | None:
     table.add("loss, nats per token", f"{report.loss:.3f}", f"{other.loss:.3f}")
     table.add("perplexity", *(f"{_perplexity(loss):.2f}" for loss in (report.loss, other.loss)))
     if other.difference is not None:
-        table.add(
-            "difference of the loss, 95% interval over sequences", _interval(other.difference)
-        )
+        table.add("difference of the loss, 95% interval over sequences", _interval(other.difference))
     table.add("exact zeros", percent(report.product_zeros), percent(other.product_zeros))
     label = "active parameters, perfect predictor"
     table.add(label, count(ours.perfect_predictor), count(theirs.perfect_predictor))

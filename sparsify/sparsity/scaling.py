@@ -152,9 +152,7 @@ def _best_fit(
     return best
 
 
-def _predict(
-    law: Callable[..., Array], tokens: Array, coefficients: Array, covariance: Array
-) -> tuple[Array, Array]:
+def _predict(law: Callable[..., Array], tokens: Array, coefficients: Array, covariance: Array) -> tuple[Array, Array]:
     middle = law(tokens, *coefficients)
     steps = 1e-5 * np.maximum(np.abs(coefficients), 1e-3)
     columns = []

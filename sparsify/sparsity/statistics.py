@@ -113,9 +113,7 @@ class ActivationStatistics:
 
     def merge(self, other: Self) -> Self:
         """Statistics of both texts combined; exact, commutative and associative."""
-        return type(self)(
-            *(mine + theirs for mine, theirs in zip(self._counts(), other._counts(), strict=True))
-        )
+        return type(self)(*(mine + theirs for mine, theirs in zip(self._counts(), other._counts(), strict=True)))
 
     def reduce(self) -> Self:
         """Statistics summed over ranks, on every rank; those of this process without torch.distributed."""
@@ -164,9 +162,7 @@ class ActivationStatistics:
             too small for the dtype. NaN if no token was counted.
         """
         values = int(self.routed_tokens.sum()) * self.num_neurons
-        gate, up, product = (
-            int(count.sum()) for count in (self.gate_fired, self.up_fired, self.product_fired)
-        )
+        gate, up, product = (int(count.sum()) for count in (self.gate_fired, self.up_fired, self.product_fired))
         underflows = int(self.underflows.sum())
         both_fired = product + underflows
         zeros: dict[Cause, int] = {

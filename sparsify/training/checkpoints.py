@@ -112,9 +112,7 @@ def newest_whole(checkpoints: Path) -> Path | None:
         reason = damage(path) or _unreadable_state(path)
         if reason is None:
             for other, what in passed_over:
-                logger.warning(
-                    f"Checkpoint {other} is damaged: {what}. Continuing from {name}, the one before."
-                )
+                logger.warning(f"Checkpoint {other} is damaged: {what}. Continuing from {name}, the one before.")
             if passed_over:
                 write_text(pointer, name + "\n")
             return path
@@ -212,9 +210,7 @@ def _reference(session: Session) -> dict[str, torch.Tensor]:
     Every rank computes it, which ZeRO-3 needs.
     """
     sequence = next(iter(session.held_out.values()))[0]
-    input_ids = torch.from_numpy(sequence.input_ids[:REFERENCE_TOKENS].copy())[None].to(
-        session.engine.device
-    )
+    input_ids = torch.from_numpy(sequence.input_ids[:REFERENCE_TOKENS].copy())[None].to(session.engine.device)
     with evaluating(session.engine), as_saved(session.objectives):
         logits = session.engine(input_ids=input_ids, use_cache=False).logits
     return {"input_ids": input_ids.cpu(), "logits": logits.float().cpu()}
@@ -267,8 +263,6 @@ def load(engine: Engine, checkpoint: Path) -> TrainingState:
 
 def _load_shards(engine: Engine, folder: Path) -> None:
     with unreadable_shards(folder):
-        loaded, _ = engine.load_checkpoint(
-            str(folder.parent), tag=folder.name, load_lr_scheduler_states=False
-        )
+        loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise damaged_checkpoint(folder, "DeepSpeed found nothing to load in it")

@@ -89,11 +89,7 @@ def out_of_memory_named(recipe: Recipe) -> Iterator[None]:
         training, stage = recipe.training, recipe.engine.zero_stage
         remedies = []
         if training.micro_batch_size > 1:
-            fewer = max(
-                size
-                for size in range(1, training.micro_batch_size)
-                if training.micro_batch_size % size == 0
-            )
+            fewer = max(size for size in range(1, training.micro_batch_size) if training.micro_batch_size % size == 0)
             remedies.append(f"training.micro_batch_size={fewer}")
         if not training.gradient_checkpointing:
             remedies.append("training.gradient_checkpointing=true")

@@ -140,10 +140,7 @@ def build_engine(recipe: Recipe, folder: Path) -> Engine:
 def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimizer:
     settings = recipe.optimizer
     # A partitioned parameter is empty here; its full shape is in ds_shape.
-    shapes = {
-        parameter: getattr(parameter, "ds_shape", parameter.shape)
-        for parameter in model.parameters()
-    }
+    shapes = {parameter: getattr(parameter, "ds_shape", parameter.shape) for parameter in model.parameters()}
     groups = [
         {
             "params": [p for p, shape in shapes.items() if len(shape) >= 2],
@@ -162,9 +159,7 @@ def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimize
             eps=settings.epsilon,
             adamw_mode=True,
         )
-    return torch.optim.AdamW(
-        groups, lr=settings.peak_learning_rate, betas=betas, eps=settings.epsilon
-    )
+    return torch.optim.AdamW(groups, lr=settings.peak_learning_rate, betas=betas, eps=settings.epsilon)
 
 
 def set_learning_rate(engine: Engine, value: float) -> None:

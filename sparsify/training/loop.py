@@ -10,20 +10,9 @@ from sparsify.runs.state import crosses
 from sparsify.training.checkpoints import save_session
 from sparsify.training.engine import learning_rate, set_learning_rate
 from sparsify.training.session import Session
-from sparsify.training.stability import (
-    find_bad,
-    finish_step,
-    remember,
-    skip_step,
-    spike_rule,
-)
+from sparsify.training.stability import find_bad, finish_step, remember, skip_step, spike_rule
 from sparsify.training.step import accumulate, next_batch
-from sparsify.training.validation import (
-    evaluate_suite,
-    sample,
-    validate_session,
-    validate_start,
-)
+from sparsify.training.validation import evaluate_suite, sample, validate_session, validate_start
 
 
 def train(session: Session) -> bool:
@@ -83,9 +72,7 @@ def _train_step(session: Session) -> bool:
         sums[source] += loss
     means = {name: sums[name] / count for name, count in batch.num_labels.items() if count}
     recent_losses = remember(recipe.stability, state, means)
-    session.state = replace(
-        state, step=state.step + 1, seen_tokens=seen_tokens, recent_losses=recent_losses
-    )
+    session.state = replace(state, step=state.step + 1, seen_tokens=seen_tokens, recent_losses=recent_losses)
     fields: dict[str, Any] = {}
     for objective in session.objectives:
         fields |= objective.after_step(sum(losses) / max(num_labels, 1))

@@ -81,9 +81,7 @@ def resized(checkpoint: Path, saved: Shape, now: Shape, log: Path) -> Iterator[N
     try:
         with storage_errors(to):
             _convert(checkpoint, to, log)
-        logger.info(
-            f"Converted in {time.monotonic() - started:.0f} s; the global batches stay the same"
-        )
+        logger.info(f"Converted in {time.monotonic() - started:.0f} s; the global batches stay the same")
         yield
     finally:
         shutil.rmtree(to, ignore_errors=True)
@@ -111,10 +109,7 @@ def universal_loading(engine: Engine) -> Iterator[None]:
     same step counter, which Adam then advances once for each group.
     """
     optimizer = engine.optimizer
-    settings = [
-        {key: value for key, value in group.items() if key != "params"}
-        for group in optimizer.param_groups
-    ]
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     config = cast(Any, engine)._config
     config.load_universal_checkpoint = True
     try:

@@ -52,9 +52,7 @@ class Session:
     suite: Suite | None = None
     saved: TrainingState | None = None
 
-    def record(
-        self, kind: str, message: str = "", *, step: int | None = None, **fields: Any
-    ) -> None:
+    def record(self, kind: str, message: str = "", *, step: int | None = None, **fields: Any) -> None:
         state = self.state
         step = state.step if step is None else step
         self.telemetry.record(kind, step, state.seen_tokens, message, **fields)

@@ -64,9 +64,7 @@ class BadStep:
             + (" …" if len(numbers) > SHOWN_SEQUENCES else "")
             for source, numbers in self.suspects.items()
         )
-        where = (
-            "sources and sequences" if self.reason == "gradient_not_finite" else "in sequences of"
-        )
+        where = "sources and sequences" if self.reason == "gradient_not_finite" else "in sequences of"
         first, last = self.sequences
         return f"step {self.step:,} is bad: {what} ({where} {named}; the step is sequences {first}–{last})"
 
@@ -121,9 +119,7 @@ def spike_rule(
     return SpikeRule(frozenset(limits), limit, limited)
 
 
-def nan_if_bad(
-    sequence_losses: torch.Tensor, sources: Sequence[str], rule: SpikeRule | None
-) -> torch.Tensor:
+def nan_if_bad(sequence_losses: torch.Tensor, sources: Sequence[str], rule: SpikeRule | None) -> torch.Tensor:
     """A factor for the loss that stays on the device: 1 for a good step, NaN for a bad one. []
 
     Args:
@@ -156,9 +152,7 @@ def finish_step(engine: Engine) -> tuple[float, bool]:
         engine.step()
         return norm, True
     engine.zero_grad()
-    engine.micro_steps += (
-        1  # what its step would count: where the next global batch begins follows from it
-    )
+    engine.micro_steps += 1  # what its step would count: where the next global batch begins follows from it
     engine.global_steps += 1
     engine.skipped_steps += 1
     return norm, False
@@ -241,9 +235,7 @@ def skip_step(session: Session, bad: BadStep, seen_tokens: int) -> None:
         checkpoints.save_session(session)  # so that a resumed run finds the same sequences skipped
 
 
-def remember(
-    settings: StabilitySection, state: TrainingState, losses: Losses | None
-) -> list[Losses | None]:
+def remember(settings: StabilitySection, state: TrainingState, losses: Losses | None) -> list[Losses | None]:
     """The recent losses with those of one more step; None for a bad one."""
     return [*state.recent_losses, losses][-settings.recent_steps :]
 

@@ -239,9 +239,7 @@ def _worker_environment(engine: Engine) -> dict[str, str]:
     environment["OMP_NUM_THREADS"] = str(threads)  # those of the ranks that wait
     if not torch.cuda.is_available():
         return environment
-    size = sum(
-        getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters()
-    )
+    size = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in engine.module.parameters())
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info()
     gpus = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")

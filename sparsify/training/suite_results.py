@@ -45,9 +45,7 @@ def provenance_of(run: str, recipe: Recipe, lock_file: Path, checkpoint: Path) -
         run=run,
         identity=hashlib.blake2b(identity.encode(), digest_size=16).hexdigest(),
         tokens=read_state(checkpoint).seen_tokens,
-        instruction_sources=[
-            name for name in shares if recipe.mixture.sources[name].group == "instruction"
-        ],
+        instruction_sources=[name for name in shares if recipe.mixture.sources[name].group == "instruction"],
     )
 
 
@@ -70,9 +68,7 @@ def held_out_text(
     return HeldOut(mixture.name, sequences)
 
 
-def items_in_instructions(
-    results: EvaluationResults, folder: Path, recipe: Recipe
-) -> dict[str, list[SourceOverlap]]:
+def items_in_instructions(results: EvaluationResults, folder: Path, recipe: Recipe) -> dict[str, list[SourceOverlap]]:
     """For each task, the overlap of its items with the run's instruction sources."""
     sources = results.provenance.instruction_sources if results.provenance else []
     tasks = [task.name for task in results.tasks if not task.name.startswith(PREFIX)]
@@ -139,8 +135,7 @@ def suite_is_logged(recipe: Recipe, run: RunFolder, step: int) -> bool:
     folder = evaluation_folder(run, checkpoint_name(step), request)
     where = str(folder.relative_to(run.path))
     return any(
-        line["kind"] == "suite" and line["step"] == step and line["folder"] == where
-        for line in read_lines(run.metrics)
+        line["kind"] == "suite" and line["step"] == step and line["folder"] == where for line in read_lines(run.metrics)
     )
 
 

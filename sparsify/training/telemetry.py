@@ -1,14 +1,21 @@
-"""The records of a run: metrics.jsonl, sparsity.jsonl and samples.jsonl, a progress line, and wandb where it is set."""
+"""The records of a run: metrics.jsonl, sparsity.jsonl and samples.jsonl, a progress line, and wandb where it is set.
+
+What wandb gets of a run: every number of its lines, its samples, and a picture of the zeros.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TextColumn
 
 from sparsify.files import write_text
@@ -18,7 +25,61 @@ from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.alarms import LayerAlarms
 from sparsify.sparsity.statistics import ActivationStatistics
-from sparsify.training.tracker import Tracker
+
+CELL_PIXELS = 12
+
+
+class Tracker:
+    """A wandb run; offline unless `tracking.wandb=online`."""
+
+    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb  # takes a second, which runs without it need not wait for
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            project=recipe.tracking.wandb_project,
+            name=recipe.name,
+            dir=str(run.path),
+            mode=recipe.tracking.wandb,  # pyright: ignore[reportArgumentType]  (validated by recipe.py)
+            config=asdict(recipe),
+        )
+
+    def numbers(self, record: dict[str, Any]) -> None:
+        self._run.log(dict(_numbers(record, str(record.get("kind", "sparsity")))), step=record["step"])
+
+    def samples(self, step: int, pairs: list[dict[str, str]]) -> None:
+        rows: list[Any] = [[step, pair["prompt"], pair["continuation"]] for pair in pairs]
+        table = self._wandb.Table(columns=["step", "prompt", "continuation"], data=rows)
+        self._run.log({"samples": table}, step=step)
+
+    def heat_map(self, step: int, layers: list[list[float]]) -> None:
+        caption = "share of zeros: layers from top to bottom, validations from left to right"
+        image = self._wandb.Image(heat_map(layers), caption=caption)
+        self._run.log({"sparsity/heat_map": image}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def heat_map(layers: list[list[float]]) -> NDArray[np.uint8]:
+    """Share of zeros of every layer (rows) at every validation (columns) as a picture, white at 0 and dark at 1.
+
+    Returns:
+        Grey levels, with `CELL_PIXELS` a cell each way. [layers * cell, validations * cell]
+    """
+    grey = np.round(255 * (1 - np.array(layers).T)).astype(np.uint8)
+    return np.kron(grey, np.ones((CELL_PIXELS, CELL_PIXELS), np.uint8))
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, int | float):
+        yield name, float(value)
+    elif isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _numbers(item, f"{name}/{key}")
+
 
 logger = logging.getLogger(__name__)
 
@@ -78,9 +139,7 @@ class Telemetry:
             values: What else the line holds; what `Performance.step` measured is among it.
         """
 
-    def validation(
-        self, step: int, tokens: int, result: Validation, label: str, **fields: Any
-    ) -> None:
+    def validation(self, step: int, tokens: int, result: Validation, label: str, **fields: Any) -> None:
         """Records one validation pass.
 
         Args:
@@ -142,9 +201,7 @@ class RunTelemetry(Telemetry):
         **values: Any,
     ) -> None:
         loss = sum(loss_sums.values()) / max(sum(num_labels.values()), 1)
-        values["sources"] = {
-            source: loss_sums[source] / count for source, count in num_labels.items() if count
-        }
+        values["sources"] = {source: loss_sums[source] / count for source, count in num_labels.items() if count}
         values["source_labels"] = num_labels
         now = time.monotonic()
         record = {"kind": "train", "step": step, "tokens": tokens, "loss": loss, **values}
@@ -156,9 +213,7 @@ class RunTelemetry(Telemetry):
             self._last_line = now
             logger.info(line)
 
-    def validation(
-        self, step: int, tokens: int, result: Validation, label: str, **fields: Any
-    ) -> None:
+    def validation(self, step: int, tokens: int, result: Validation, label: str, **fields: Any) -> None:
         summary = result.statistics.summary()
         self._zeros = result.statistics.zero_share("product")
         where: dict[str, Any] = {"step": step, "tokens": tokens, "label": label, **fields}
@@ -171,9 +226,7 @@ class RunTelemetry(Telemetry):
         what = label.replace("_", " ")
         for name, value in fields.items():
             what += f", {name.replace('_', ' ')} {value:.2f}"
-        logger.info(
-            f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}"
-        )
+        logger.info(f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}")
         if self._tracker is not None:
             layers = [record["layers"] for record in read_lines(self._run.sparsity)]
             self._tracker.heat_map(step, layers)
@@ -181,10 +234,7 @@ class RunTelemetry(Telemetry):
             logger.warning(f"Alarm {alarm}")
 
     def samples(self, step: int, tokens: int, prompts: list[str], texts: list[str]) -> None:
-        pairs = [
-            {"prompt": prompt, "continuation": text}
-            for prompt, text in zip(prompts, texts, strict=True)
-        ]
+        pairs = [{"prompt": prompt, "continuation": text} for prompt, text in zip(prompts, texts, strict=True)]
         record = {"step": step, "tokens": tokens, "samples": pairs}
         with self._run.samples.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -221,9 +271,7 @@ def progress_line(record: dict[str, Any], budget_tokens: int, zeros: float | Non
         f"loss {record['loss']:.3f}",
         "" if zeros is None else f"zeros {zeros:.1%}",
         f"{_compact(round(record['tokens_per_second']))} tokens/s",
-        f"{record['flops_per_second'] / 1e9:,.0f} GFLOP/s"
-        if record["mfu"] is None
-        else f"MFU {record['mfu']:.1%}",
+        f"{record['flops_per_second'] / 1e9:,.0f} GFLOP/s" if record["mfu"] is None else f"MFU {record['mfu']:.1%}",
         f"data {record['data_share']:.0%}",
         f"{record['memory_bytes'] / 1e9:.1f} GB",
         f"{_duration(record['left_seconds'])} left",

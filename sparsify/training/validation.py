@@ -73,9 +73,7 @@ def _source_loss(
             batch["labels"].fill_(NO_LOSS)
         batch = {key: value.to(engine.device) for key, value in batch.items()}
         probe.count(torch.full_like(batch["input_ids"], bool(mine), dtype=torch.bool))
-        logits = engine(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).logits
+        logits = engine(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         totals[0] += sequence_losses(logits, batch["labels"]).double().sum()
         totals[1] += (batch["labels"] != NO_LOSS).sum()
     dist.all_reduce(totals)
@@ -83,9 +81,7 @@ def _source_loss(
 
 
 @torch.no_grad()
-def continue_prompts(
-    engine: Engine, tokenizer: PreTrainedTokenizerFast, settings: EvalSection
-) -> list[str]:
+def continue_prompts(engine: Engine, tokenizer: PreTrainedTokenizerFast, settings: EvalSection) -> list[str]:
     """Greedy continuations of `eval.sample_prompts` by the live model.
 
     Every rank calls it with the same prompts. Under ZeRO-3 each forward pass gathers weights from all ranks, so they make the

@@ -41,9 +41,7 @@ def main(run_dir: str, suite_worker: ModuleType) -> bool:
     print_log_lines()
     stop_requested = StopRequest()
     run = RunFolder(Path(run_dir))
-    with redirect_stdout(
-        sys.stderr
-    ):  # DeepSpeed prints while it is set up; that belongs in the log
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints while it is set up; that belongs in the log
         init_distributed()
         session = build_session(run, stop_requested, suite_worker)
         dry_run(session)
@@ -76,9 +74,7 @@ def build_session(
     schedule = SourceSchedule(shares_of(recipe, sources), anchor)
     reader = SequenceReader(sources, schedule, training.sequence_length, training.seed)
     held_out = {
-        name: held_out_sequences(
-            source, training.sequence_length, recipe.eval.validation_sequences_per_source
-        )
+        name: held_out_sequences(source, training.sequence_length, recipe.eval.validation_sequences_per_source)
         for name, source in sources.items()
     }
     engine = build_engine(recipe, run.initial)
@@ -120,9 +116,7 @@ def build_session(
 def _suite(recipe: Recipe, run: RunFolder, worker: ModuleType | None) -> Suite | None:
     if recipe.eval.suite is None:
         return None
-    from sparsify.training.suite import (
-        TrainingSuite,  # lm-evaluation-harness takes seconds to import
-    )
+    from sparsify.training.suite import TrainingSuite
 
     return TrainingSuite(recipe, run, worker)
 

@@ -70,9 +70,7 @@ def compare(
         num_tokens: Training tokens of each run, for the record.
         seed: Seed of both runs, for the record.
     """
-    before, after = (
-        sum(weights[name] * loss for name, loss in one.losses.items()) for one in (default, tuned)
-    )
+    before, after = (sum(weights[name] * loss for name, loss in one.losses.items()) for one in (default, tuned))
     variance = 0.0
     for name, weight in weights.items():
         gaps = np.subtract(tuned.sequence_losses[name], default.sequence_losses[name])

@@ -138,9 +138,7 @@ def choose(space: Space, fitted: Fit, outputs: FloatArray, weights: FloatArray) 
             near = np.vstack([point, near])
             point = near[int(np.argmin(objective(near)))]
         point = space.point_of(space.source_shares(point))  # rounded as in the mixture file
-        chosen = MixtureChoice(
-            point, float(difference(point[None])[0]), float(half_width(point[None])[0]), error
-        )
+        chosen = MixtureChoice(point, float(difference(point[None])[0]), float(half_width(point[None])[0]), error)
         if chosen.difference + chosen.half_width < 0:
             break
     return chosen
@@ -150,9 +148,7 @@ CURVE_POINTS = 61
 NEAR_BOUND = 2e-3
 
 
-def conclude(
-    space: Space, weights: Mapping[str, float], measured: Sequence[tuple[Proxy, Measurement]]
-) -> TuneRecord:
+def conclude(space: Space, weights: Mapping[str, float], measured: Sequence[tuple[Proxy, Measurement]]) -> TuneRecord:
     """Fits the regression to the trials and chooses a mixture.
 
     Args:
@@ -162,9 +158,7 @@ def conclude(
     """
     delivered = [proxy.delivered_shares for proxy, _ in measured]
     points = np.array([space.point_of(shares) for shares in delivered])
-    outputs = np.array(
-        [[*(one.losses[name] for name in weights), one.zeros] for _, one in measured]
-    )
+    outputs = np.array([[*(one.losses[name] for name in weights), one.zeros] for _, one in measured])
     objective = np.array([*weights.values(), 0.0])
     fitted = fit(points, outputs)
     choice = choose(space, fitted, outputs, objective)
@@ -272,9 +266,7 @@ def _curves(
                 part=space.parts[index].name,
                 shares=grid.tolist(),
                 losses={name: (fitted.predict(path) @ w).tolist() for name, w in columns.items()},
-                half_widths={
-                    name: fitted.half_width(path, w, LEVEL).tolist() for name, w in columns.items()
-                },
+                half_widths={name: fitted.half_width(path, w, LEVEL).tolist() for name, w in columns.items()},
                 trial_losses={name: (brought @ w).tolist() for name, w in columns.items()},
             )
         )

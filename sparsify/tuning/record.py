@@ -86,9 +86,7 @@ class Confirmation(BaseModel):
         if self.better:
             return f"The tuned mixture beats the default: {gap}."
         if self.difference < 0:
-            return (
-                f"The tuned mixture did not beat the default by more than the uncertainty: {gap}."
-            )
+            return f"The tuned mixture did not beat the default by more than the uncertainty: {gap}."
         return f"The tuned mixture did not beat the default: {gap}."
 
 
@@ -133,9 +131,7 @@ class TuneRecord(BaseModel):
     @property
     def verdict(self) -> str:
         if self.reason is not None:
-            found = (
-                "The trials do not support a mixture other than the default: " + self.reason + "."
-            )
+            found = "The trials do not support a mixture other than the default: " + self.reason + "."
         else:
             gap = f"{self.tuned_loss - self.default_loss:+.4f} ± {self.half_width:.4f}"
             found = f"The trials support the tuned mixture: {gap} nats per token of the weighted loss (90% interval)."

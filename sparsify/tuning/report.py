@@ -161,8 +161,7 @@ def render_page(record: TuneRecord) -> str:
         "predicts as well.",
     }
     figures = [
-        page_figure(partial(draw, record), draw.__name__, title, captions[draw])
-        for draw, title in FIGURES.items()
+        page_figure(partial(draw, record), draw.__name__, title, captions[draw]) for draw, title in FIGURES.items()
     ]
     template = page_environment(PACKAGE).get_template(TEMPLATE_FILE)
     return template.render(record=record, figures=figures)
@@ -176,9 +175,7 @@ def _share_caption(record: TuneRecord) -> str:
         else "The dots are the measured trials."
     )
     hidden = len(record.domains) + 1 - len(shown_domains(record))
-    more = (
-        f" {hidden} domains with the smallest weights are in {RECORD_FILE} only." if hidden else ""
-    )
+    more = f" {hidden} domains with the smallest weights are in {RECORD_FILE} only." if hidden else ""
     return f"Held-out loss after {record.trial_tokens:,} training tokens. {moved}{more}"
 
 

@@ -84,9 +84,7 @@ class Space:
 
     def point_of(self, shares: Mapping[str, float]) -> FloatArray:
         """Share of each part, given the shares of the sources. [P]"""
-        return np.array(
-            [sum(shares.get(name, 0.0) for name in part.members) for part in self.parts]
-        )
+        return np.array([sum(shares.get(name, 0.0) for name in part.members) for part in self.parts])
 
     def spread(self, num_points: int, seed: int) -> FloatArray:
         """Points that fill the space evenly: a scrambled Sobol sequence, mapped to the bounded simplex.
@@ -168,11 +166,7 @@ def _read(item: str) -> tuple[str, tuple[float, float] | None]:
     except ValueError:
         low, high = 1.0, 0.0
     if name == ALL_SOURCES or not 0 <= low < high <= 1:
-        example = (
-            f"--over {ALL_SOURCES} --over SOURCE=0.2:0.8"
-            if name == ALL_SOURCES
-            else f"{name}=0:0.4"
-        )
+        example = f"--over {ALL_SOURCES} --over SOURCE=0.2:0.8" if name == ALL_SOURCES else f"{name}=0:0.4"
         raise RecipeError(
             f"--over {item!r} is not a valid range.",
             allowed=GRAMMAR,
@@ -181,9 +175,7 @@ def _read(item: str) -> tuple[str, tuple[float, float] | None]:
     return name, (low, high)
 
 
-def _groups(
-    ranges: Mapping[str, tuple[float, float] | None], mixture: MixtureSection
-) -> list[Part]:
+def _groups(ranges: Mapping[str, tuple[float, float] | None], mixture: MixtureSection) -> list[Part]:
     if len(ranges) > 1:
         others = ", ".join(name for name in ranges if name != INSTRUCTION_SHARE)
         raise RecipeError(
@@ -197,11 +189,7 @@ def _groups(
     groups = {"instruction": (low, high), "pretraining": (1 - high, 1 - low)}
     parts = []
     for group, (least, most) in groups.items():
-        stated = {
-            name: source.token_share
-            for name, source in mixture.sources.items()
-            if source.group == group
-        }
+        stated = {name: source.token_share for name, source in mixture.sources.items() if source.group == group}
         if not sum(stated.values()):
             raise RecipeError(
                 f"--over varies {INSTRUCTION_SHARE}, but mixture {mixture.name!r} has no {group} source with a share.",
@@ -211,9 +199,7 @@ def _groups(
     return parts
 
 
-def _sources(
-    ranges: Mapping[str, tuple[float, float] | None], mixture: MixtureSection
-) -> list[Part]:
+def _sources(ranges: Mapping[str, tuple[float, float] | None], mixture: MixtureSection) -> list[Part]:
     for name in ranges:
         if name != ALL_SOURCES and name not in mixture.sources:
             known = [INSTRUCTION_SHARE, ALL_SOURCES, *mixture.sources]

@@ -89,9 +89,7 @@ def held_out_halves(
                 next_step="Raise mixture.validation_fraction, add documents, or lower training.sequence_length.",
             )
     # Alternate, so that both halves cover all held-out documents.
-    trial, confirmation = (
-        {name: held_out[half::2] for name, held_out in sequences.items()} for half in (0, 1)
-    )
+    trial, confirmation = ({name: held_out[half::2] for name, held_out in sequences.items()} for half in (0, 1))
     return trial, confirmation
 
 
@@ -133,9 +131,7 @@ def _sequence_sums(
     for start in range(0, len(sequences), micro_batch_size):
         batch = collate(sequences[start : start + micro_batch_size])
         batch = {key: value.to(model.device) for key, value in batch.items()}
-        logits = model(
-            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-        ).logits
+        logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
         sums.append(cross_entropies(logits, batch["labels"]).double().cpu())
         counts.append((batch["labels"] != NO_LOSS).double().sum(dim=1).cpu())
     return torch.cat(sums), torch.cat(counts)
@@ -185,9 +181,7 @@ class Proxy:
         return {name: counts.get(name, 0) / num_sequences for name in sources}
 
 
-def proxy_recipe(
-    recipe: Recipe, shares: Mapping[str, float], num_tokens: int, folder: Path, seed: int
-) -> Recipe:
+def proxy_recipe(recipe: Recipe, shares: Mapping[str, float], num_tokens: int, folder: Path, seed: int) -> Recipe:
     """The recipe with another budget and other shares.
 
     Warm-up shrinks in proportion, and the decay ends with the budget as in every run. There is no baseline, and the
@@ -255,9 +249,7 @@ def _read(result: Path) -> Measurement:
 def _measure(proxy: Proxy) -> Measurement:
     trained = find_trained(proxy.run.path)
     assert trained is not None, f"{proxy.run.path} was trained but has no recipe"
-    halves = held_out_halves(
-        proxy.recipe, load_tokenizer(proxy.run.initial), proxy.validation_sequences
-    )
+    halves = held_out_halves(proxy.recipe, load_tokenizer(proxy.run.initial), proxy.validation_sequences)
     held_out = halves[0] if proxy.half == "trial" else halves[1]
     return measure_domains(load_trained(trained), held_out, proxy.recipe.training.micro_batch_size)
 
@@ -270,9 +262,7 @@ def check_comparable(measured: Sequence[tuple[Proxy, Measurement]]) -> None:
     """
     first, reference = measured[0]
     other = [
-        str(proxy.run.path)
-        for proxy, one in measured
-        if one.held_out_fingerprint != reference.held_out_fingerprint
+        str(proxy.run.path) for proxy, one in measured if one.held_out_fingerprint != reference.held_out_fingerprint
     ]
     if other:
         raise RunError(

@@ -38,21 +38,15 @@ def check_target(to: Path) -> None:
         RecipeError: If the path is not a YAML file, or exists and was not written by this command.
     """
     if to.suffix not in YAML:
-        raise RecipeError(
-            f"--to {to} does not end in .yaml.", allowed="The path of a mixture file to write."
-        )
-    if to.exists() and not (
-        to.is_file() and to.read_text(errors="replace").startswith(FIRST_WORDS)
-    ):
+        raise RecipeError(f"--to {to} does not end in .yaml.", allowed="The path of a mixture file to write.")
+    if to.exists() and not (to.is_file() and to.read_text(errors="replace").startswith(FIRST_WORDS)):
         raise RecipeError(
             f"--to {to} already exists and was not written by this command.",
             next_step="Choose the path of a new file.",
         )
 
 
-def write_mixture(
-    mixture: MixtureSection, shares: Mapping[str, float], to: Path, how: str, name: str
-) -> None:
+def write_mixture(mixture: MixtureSection, shares: Mapping[str, float], to: Path, how: str, name: str) -> None:
     """Writes a mixture with new shares. Paths in `files:` stay relative to where commands are run.
 
     Args:
@@ -76,11 +70,7 @@ def _stated(section: Any, schema: type) -> dict[str, Any]:
     """Every setting that differs from its default, except shares."""
     excluded = {"token_share", "instruction_token_share", "phases", "sources"}
     defaults = {field.name: field.default for field in fields(schema)}
-    return {
-        key: value
-        for key, value in asdict(section).items()
-        if key not in excluded and value != defaults[key]
-    }
+    return {key: value for key, value in asdict(section).items() if key not in excluded and value != defaults[key]}
 
 
 @dataclass(frozen=True)

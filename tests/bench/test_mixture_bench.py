@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsify.bench.corpus import write_corpus
-from sparsify.bench.memory import measure_apart
 from sparsify.bench.mixture_pipelines import Interleaved, count_interleaved
 from sparsify.bench.mixture_report import MixtureBench, mixture_table
+from sparsify.bench.mixture_speed import measure_apart
 from sparsify.cli import main
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.recipe.compose import load_mixture
@@ -72,19 +72,14 @@ def test_documents_of_a_lost_shuffle_buffer_are_counted(tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text("\n".join(rows))
     (tmp_path / "two.jsonl").write_text("\n".join(rows))
     mixture = tmp_path / "mixture.yaml"
-    sources = {
-        name: {"files": [str(tmp_path / f"{name}.jsonl")], "token_share": 0.5}
-        for name in ("one", "two")
-    }
+    sources = {name: {"files": [str(tmp_path / f"{name}.jsonl")], "token_share": 0.5} for name in ("one", "two")}
     mixture.write_text(json.dumps({"name": "two", "sources": sources}))
     corpus = write_corpus(load_mixture(str(mixture)), tmp_path, budget_tokens=10**6)
     tokenizer = load_tokenizer(TOKENIZER)
     side = Interleaved(corpus, tokenizer, 64, 1, 20, corpus.shares)
     length = len(tokenizer(rows[0])["input_ids"])
     num_sequences = 1200 * length // 64
-    (delivered, resumed), _ = count_interleaved(
-        side, num_sequences, stop=num_sequences // 2, late=num_sequences // 2
-    )
+    (delivered, resumed), _ = count_interleaved(side, num_sequences, stop=num_sequences // 2, late=num_sequences // 2)
     assert resumed.lost > 0
     assert delivered.token_shares["one"] == pytest.approx(0.5, abs=0.1)
 

@@ -29,9 +29,7 @@ from tests.conftest import Setup
 
 
 def point(tokens: int, loss: float, zeros: float, gate_zeros: float) -> RecoveryPoint:
-    return RecoveryPoint(
-        tokens=tokens, loss=loss, zeros=zeros, gate_zeros=gate_zeros, blended_share=1
-    )
+    return RecoveryPoint(tokens=tokens, loss=loss, zeros=zeros, gate_zeros=gate_zeros, blended_share=1)
 
 
 def variant(name: str, losses: list[float], dense: list[float], zeros: float) -> RecoveryVariant:
@@ -64,9 +62,7 @@ def test_bytes_are_those_of_an_exact_kernel() -> None:
 
 
 @pytest.mark.slow
-def test_a_real_run_is_read_to_its_end(
-    finished: Callable[[Setup], tuple[Path, dict]], tmp_path: Path
-) -> None:
+def test_a_real_run_is_read_to_its_end(finished: Callable[[Setup], tuple[Path, dict]], tmp_path: Path) -> None:
     folder, _ = finished(Setup("mistral", 1, 1, "fp32"))
     run = RunFolder(folder)
     read = read_run(run, "drelu")

@@ -61,9 +61,7 @@ def test_only_one_loop_runs_at_a_time_and_each_gets_its_blocks() -> None:
             control.step()
             trace.append(control.name)
 
-    controls = run_interleaved(
-        {"one": loop, "two": loop}, block_steps=3, blocks=4, on_progress=lambda _: None
-    )
+    controls = run_interleaved({"one": loop, "two": loop}, block_steps=3, blocks=4, on_progress=lambda _: None)
     assert [len(control.seconds) for control in controls.values()] == [4, 4]
     assert [trace.count(name) for name in controls] == [15, 15]
     blocks = [trace[start : start + 3] for start in range(0, len(trace), 3)]

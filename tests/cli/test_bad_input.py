@@ -34,9 +34,7 @@ def place(
 
 
 @pytest.fixture
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Callable[[list[str]], str]:
+def refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[list[str]], str]:
     """Runs a command that must be refused as the user's mistake; returns the message."""
 
     def run(command: list[str]) -> str:
@@ -217,9 +215,7 @@ TRAININGS: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
         ["engine.attention is 'flash_attention_2'", "sdpa, flex_attention"],
     ),
     "upcycling a Mixtral": (
-        lambda place: place.train(
-            f"model.source={place.stock['mixtral']}", "model.upcycle_experts=4"
-        ),
+        lambda place: place.train(f"model.source={place.stock['mixtral']}", "model.upcycle_experts=4"),
         ["model.upcycle_experts is 4", "sparse_mixtral already", "Leave model.upcycle_experts out"],
     ),
 }
@@ -343,9 +339,7 @@ def bound_by_permissions() -> Iterator[None]:
         return
     libc = ctypes.CDLL(None, use_errno=True)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this thread
-    sets = (
-        ctypes.c_uint32 * 6
-    )()  # effective, permitted and inheritable, of capabilities 0 to 31 and then to 63
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, of capabilities 0 to 31 and then to 63
     assert libc.capget(header, sets) == 0
     effective = sets[0]
     sets[0] = effective & ~(1 << 1)
@@ -391,9 +385,7 @@ def mounted(folder: Path, size: str) -> Iterator[Callable[[str], object]]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("a small disk can be mounted by root only")
     try:
-        yield lambda size: subprocess.run(
-            ["mount", "-o", f"remount,size={size}", str(folder)], check=True
-        )
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}", str(folder)], check=True)
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
@@ -410,9 +402,7 @@ def test_a_full_disk(verb: str, place: Place, refused: Any) -> None:
         assert not list(disk.rglob("*partial*"))
 
 
-def test_a_disk_that_fills_up_while_training(
-    place: Place, refused: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_while_training(place: Place, refused: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = place.root / "disk"
     command = place.train(run=disk / "run")
     with mounted(disk, "5M") as resize:

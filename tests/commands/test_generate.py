@@ -43,9 +43,7 @@ def run(bundle: Path, pieces: list[str] | None = None, **changed: Any):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_it_writes_what_dense_decoding_writes_and_reads_less(
-    bundle: Path, temperature: float
-) -> None:
+def test_it_writes_what_dense_decoding_writes_and_reads_less(bundle: Path, temperature: float) -> None:
     pieces: list[str] = []
     sparse = run(bundle, pieces, temperature=temperature)
     dense = run(bundle, temperature=temperature, dense=True)

@@ -53,9 +53,7 @@ class Runs:
         recipe.run_dir = str(run.path)
         save_recipe(recipe, run.recipe)
         shares = token_shares(recipe.mixture)
-        counts = SourceSchedule(Shares.constant(shares)).counts(
-            recipe.num_steps * recipe.training.global_batch_size
-        )
+        counts = SourceSchedule(Shares.constant(shares)).counts(recipe.num_steps * recipe.training.global_batch_size)
         write_lock(_lock(recipe, shares, counts, fingerprints or {}), run.mixture_lock)
         dense = recipe.activation.ffn_activation == "swiglu"
         base = _validation(0, "base", dict.fromkeys(shares, 1.0), shares, 0.0)

@@ -41,18 +41,14 @@ def test_a_single_run_is_compared_with_its_baseline(runs: Runs) -> None:
     assert sparse.loss == pytest.approx(2.3)
     assert sparse.baseline is not None
     assert sparse.baseline.gap == pytest.approx(0.6 * 0.1 + 0.2 * 0.25)
-    assert sparse.baseline.source_gaps == pytest.approx(
-        {"code": 0.1, "prose": 0.25, "questions": 0}
-    )
+    assert sparse.baseline.source_gaps == pytest.approx({"code": 0.1, "prose": 0.25, "questions": 0})
     assert (sparse.baseline.tokens, dense.baseline, dense.baseline_state) == (
         20480,
         None,
         "is dense",
     )
     assert [point.tokens for point in sparse.points] == [0, 10240, 20480]
-    assert sparse.points[0].loss == pytest.approx(
-        2.8
-    )  # after the activation replacement, not the base before it
+    assert sparse.points[0].loss == pytest.approx(2.8)  # after the activation replacement, not the base before it
     assert comparison.losses_comparable
     assert comparison.notes == []
     assert comparison.swept_setting is None
@@ -107,9 +103,7 @@ def test_a_sweep_of_shares_is_compared_source_by_source(sweep: list[Path]) -> No
     assert "weighted by its own token shares" in weights
     assert "or their unweighted mean" in weights
     assert "not evaluated on the same sequences" in zeros
-    assert unmeasured.startswith(
-        "share=0 does not train on questions, so it was not evaluated there"
-    )
+    assert unmeasured.startswith("share=0 does not train on questions, so it was not evaluated there")
 
 
 def test_a_dense_run_of_the_same_tokens_is_the_baseline(runs: Runs) -> None:
@@ -129,9 +123,7 @@ def test_a_dense_run_of_the_same_tokens_is_the_baseline(runs: Runs) -> None:
     assert comparison.runs[0].baseline is not None
     assert comparison.runs[0].baseline.name == "activation=swiglu"
     (note,) = comparison.notes
-    assert note.startswith(
-        "No baseline for seed=2,activation=drelu: the cost of the zeros is unknown"
-    )
+    assert note.startswith("No baseline for seed=2,activation=drelu: the cost of the zeros is unknown")
 
 
 @pytest.mark.parametrize(
@@ -271,6 +263,5 @@ def test_names_always_set_runs_apart(folders: set[str]) -> None:
     names = short_names([Path("runs") / folder for folder in sorted(folders)])
     assert len(set(names)) == len(folders)
     assert all(
-        set(name.split(",")) <= set(folder.split(","))
-        for name, folder in zip(names, sorted(folders), strict=True)
+        set(name.split(",")) <= set(folder.split(",")) for name, folder in zip(names, sorted(folders), strict=True)
     )

@@ -139,9 +139,7 @@ def test_a_baseline_is_found_at_any_position(evaluations: Evaluations) -> None:
 def test_a_gain_on_items_in_the_instruction_data_is_noted(
     evaluations: Evaluations,
 ) -> None:
-    overlap = SourceOverlap(
-        source="chat", documents_read=900, documents_overlapping=7, items=200, items_found=31
-    )
+    overlap = SourceOverlap(source="chat", documents_read=900, documents_overlapping=7, items=200, items_found=31)
     baseline = evaluations("baseline", {"gsm8k": HALF}, "swiglu", identity="run 1")
     sparse = evaluations("sparse", {"gsm8k": MORE}, identity="run 1", overlaps=[overlap])
     result, notes = compared(baseline, sparse)
@@ -157,9 +155,7 @@ def test_only_common_items_are_paired(evaluations: Evaluations) -> None:
     assert result.tasks == ["piqa", "arc_easy", "winogrande"]
     assert result.models[1].differences["piqa"].difference.items == 50
     assert result.models[1].differences.keys() == {"piqa"}
-    assert (
-        "piqa: the difference is over the 50 items that two and one share, of 200 and 50." in notes
-    )
+    assert "piqa: the difference is over the 50 items that two and one share, of 200 and 50." in notes
 
 
 def test_a_run_is_replaced_by_its_newest_evaluation(
@@ -204,9 +200,7 @@ def test_evaluations_that_cannot_be_compared_are_refused(evaluations: Evaluation
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_size=60))
 def test_a_paired_difference_is_that_of_the_items(pairs: list[tuple[bool, bool]]) -> None:
-    first, second = (
-        {str(i): Score(float(pair[side]), 1.0) for i, pair in enumerate(pairs)} for side in (0, 1)
-    )
+    first, second = ({str(i): Score(float(pair[side]), 1.0) for i, pair in enumerate(pairs)} for side in (0, 1))
     found = difference("mean", first, second)
     assert found is not None
     own = np.array(pairs, dtype=float)

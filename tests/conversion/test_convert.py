@@ -29,13 +29,9 @@ def converted(source: Path, to: Path, activation: str = "drelu", **model: object
 
 
 @pytest.mark.parametrize("kind", list(STOCK))
-def test_as_swiglu_the_logits_are_those_of_the_stock_model(
-    kind: str, stock: dict[str, Path], tmp_path: Path
-) -> None:
+def test_as_swiglu_the_logits_are_those_of_the_stock_model(kind: str, stock: dict[str, Path], tmp_path: Path) -> None:
     model = load_sparse(converted(stock[kind], tmp_path / "out", "swiglu"))
-    torch.testing.assert_close(
-        model(IDS).logits, stock_model(kind)(IDS).logits, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(model(IDS).logits, stock_model(kind)(IDS).logits, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", list(STOCK))
@@ -44,9 +40,7 @@ def test_as_drelu_every_block_applies_drelu_to_the_same_weights(
 ) -> None:
     folder = converted(stock[kind], tmp_path / "out")
     sparse, dense = load_sparse(folder), load_sparse(stock[kind])
-    for (name, ours), (_, theirs) in zip(
-        sparse.named_parameters(), dense.named_parameters(), strict=True
-    ):
+    for (name, ours), (_, theirs) in zip(sparse.named_parameters(), dense.named_parameters(), strict=True):
         assert torch.equal(ours, theirs), name
     assert not torch.allclose(sparse(IDS).logits, dense(IDS).logits)
     dense.set_ffn_activation("drelu")
@@ -55,9 +49,7 @@ def test_as_drelu_every_block_applies_drelu_to_the_same_weights(
 
 
 @pytest.mark.parametrize("kind", list(STOCK))
-def test_tensor_shapes_are_those_that_transformers_writes(
-    kind: str, stock: dict[str, Path]
-) -> None:
+def test_tensor_shapes_are_those_that_transformers_writes(kind: str, stock: dict[str, Path]) -> None:
     from sparsify.conversion.architecture import sparse_config
 
     checkpoint = read_checkpoint(stock[kind])
@@ -74,9 +66,7 @@ def test_sharded_checkpoints_convert_like_single_ones(tmp_path: Path) -> None:
     torch.testing.assert_close(sparse(IDS).logits, model(IDS).logits, atol=1e-5, rtol=1e-4)
 
 
-def test_derived_tensors_of_old_checkpoints_are_left_out(
-    stock: dict[str, Path], tmp_path: Path
-) -> None:
+def test_derived_tensors_of_old_checkpoints_are_left_out(stock: dict[str, Path], tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(stock["llama"], old)
     tensors = load_file(old / "model.safetensors")
@@ -84,33 +74,22 @@ def test_derived_tensors_of_old_checkpoints_are_left_out(
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
     sparse = load_sparse(converted(old, tmp_path / "out", "swiglu"))
-    torch.testing.assert_close(
-        sparse(IDS).logits, stock_model("llama")(IDS).logits, atol=1e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(sparse(IDS).logits, stock_model("llama")(IDS).logits, atol=1e-5, rtol=1e-4)
 
 
 def test_upcycling_keeps_the_function(stock: dict[str, Path], tmp_path: Path) -> None:
     dense = load_sparse(converted(stock["mistral"], tmp_path / "dense"))
-    mixture = load_sparse(
-        converted(
-            stock["mistral"], tmp_path / "moe", upcycle_experts=4, upcycle_experts_per_token=2
-        )
-    )
+    mixture = load_sparse(converted(stock["mistral"], tmp_path / "moe", upcycle_experts=4, upcycle_experts_per_token=2))
     assert isinstance(mixture, SparseMixtralForCausalLM)
     torch.testing.assert_close(mixture(IDS).logits, dense(IDS).logits, atol=1e-5, rtol=1e-4)
     router = mixture.model.layers[0].mlp.gate.weight
     assert router.std() > 0
 
 
-def test_stock_loading_of_a_sparse_checkpoint_fails_loudly(
-    stock: dict[str, Path], tmp_path: Path
-) -> None:
+def test_stock_loading_of_a_sparse_checkpoint_fails_loudly(stock: dict[str, Path], tmp_path: Path) -> None:
     folder = converted(stock["mistral"], tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
-    assert (
-        config["auto_map"]["AutoModelForCausalLM"]
-        == "modeling_sparse_mistral.SparseMistralForCausalLM"
-    )
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_sparse_mistral.SparseMistralForCausalLM"
     assert AutoConfig.from_pretrained(folder).model_type == "sparse_mistral"
     assert config["model_type"] not in ("mistral", "mixtral", "llama")
 

@@ -70,9 +70,7 @@ def outcome(recipe: Recipe, folder: Path, is_dry: bool) -> str:
     tensors += [value for state in basic.state.values() for value in state.values()]
     digest = hashlib.sha256(repr(seen).encode())
     for tensor in [*tensors, torch.get_rng_state()]:
-        digest.update(
-            tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()
-        )
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
     engine.destroy()
     return digest.hexdigest()
 

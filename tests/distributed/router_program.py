@@ -41,9 +41,7 @@ def main(folder: str, case: str, implementation: str) -> dict[str, Any]:
     seen: set[int] = set()
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(send_to(first))
-        layer.mlp.experts.register_forward_pre_hook(
-            lambda _, inputs: seen.update(inputs[1].unique().tolist())
-        )
+        layer.mlp.experts.register_forward_pre_hook(lambda _, inputs: seen.update(inputs[1].unique().tolist()))
     train(session)
     return {"experts": sorted(seen), "steps": session.state.step}
 

@@ -39,9 +39,7 @@ def weights_hash(run: Path) -> str:
     ("kind", "stage"),
     [*FAST, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
 )
-def test_two_processes_go_all_the_way(
-    kind: str, stage: int, finished: Callable[[Setup], tuple[Path, dict]]
-) -> None:
+def test_two_processes_go_all_the_way(kind: str, stage: int, finished: Callable[[Setup], tuple[Path, dict]]) -> None:
     run, printed = finished(Setup(kind, stage, 2, "bf16"))
     steps = losses(run)
     assert [step for step, _, _ in steps] == list(range(1, STEPS + 1))
@@ -128,9 +126,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert weights_hash(run) == weights_hash(straight)
 
 
-def stopped_half_way(
-    arguments: list[str], run: Path, signal_number: signal.Signals, exit_code: int
-) -> bool:
+def stopped_half_way(arguments: list[str], run: Path, signal_number: signal.Signals, exit_code: int) -> bool:
     """Stops a run after its first checkpoint. Returns whether it had not come to its end by then."""
     process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + START_SECONDS

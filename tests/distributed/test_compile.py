@@ -76,9 +76,7 @@ def test_a_stopped_compiled_run_goes_on_to_the_same_bits(
         (["penalty.target_zeros=0.9"], "needs forward hooks"),
     ],
 )
-def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(
-    overrides: list[str], message: str
-) -> None:
+def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         compose_recipe("quickstart", ["training.compile=true", *overrides])
 

@@ -39,20 +39,14 @@ START_SECONDS = 240
 
 def losses(run: Path) -> list[tuple[int, float, float | None]]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [
-        (line["step"], line["loss"], line["gradient_norm"])
-        for line in lines
-        if line["kind"] == "train"
-    ]
+    return [(line["step"], line["loss"], line["gradient_norm"]) for line in lines if line["kind"] == "train"]
 
 
 def weights(run: Path) -> bytes:
     return (run / "export" / "model.safetensors").read_bytes()
 
 
-def wait_for(
-    moment: str, run: Path, process: subprocess.Popen[bytes], chance: random.Random
-) -> bool:
+def wait_for(moment: str, run: Path, process: subprocess.Popen[bytes], chance: random.Random) -> bool:
     """Waits for a moment of this launch. Returns False when the run ended before it came."""
     checkpoints = run / "checkpoints"
     latest = checkpoints / "latest"
@@ -115,9 +109,7 @@ def survive(moments: list[str], command: list[str], run: Path, chance: random.Ra
             break
         what = kill(process, chance)
         latest = run / "checkpoints" / "latest"
-        done.append(
-            f"{what} {moment} (latest {latest.read_text()[5:13] if latest.is_file() else None})"
-        )
+        done.append(f"{what} {moment} (latest {latest.read_text()[5:13] if latest.is_file() else None})")
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{done}\n{result.stdout}{result.stderr}"
     return done
@@ -145,9 +137,7 @@ def test_killed_while_saving_and_right_after_it(command: Command, finished: Fini
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("setup", "kills"), CAMPAIGN, ids=lambda value: str(value))
-def test_twenty_random_moments(
-    setup: Setup, kills: int, command: Command, finished: Finished
-) -> None:
+def test_twenty_random_moments(setup: Setup, kills: int, command: Command, finished: Finished) -> None:
     straight, _ = finished(setup)
     chance = random.Random(f"{SEED} {setup}")
     killed = 0

@@ -108,10 +108,7 @@ def test_two_nodes_train_what_two_processes_train(
         agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         agent += ["--rdzv-backend=c10d", f"--rdzv-endpoint={place}", "--no-python"]
         commands = [[*agent, *arguments, "launch.rendezvous=torchrun"]] * 2
-    nodes = [
-        subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for each in commands
-    ]
+    nodes = [subprocess.Popen(each, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for each in commands]
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0] * len(nodes), said
     if way == "hostfile":
@@ -122,8 +119,7 @@ def test_two_nodes_train_what_two_processes_train(
     assert json.loads(whole[whole.index("\n{") :])["stages"]
     kept = ("step", "loss", "sources", "gradient_norm")
     curves = [
-        [[line[key] for key in kept] for line in records(path) if line["kind"] == "train"]
-        for path in (run, straight)
+        [[line[key] for key in kept] for line in records(path) if line["kind"] == "train"] for path in (run, straight)
     ]
     assert curves[0] == curves[1]
 
@@ -149,9 +145,7 @@ def test_a_node_that_ended_without_a_word_is_named(tmp_path: Path) -> None:
     gone = StartedNode("Node 1 (gpu7)", lambda: 255, lambda: "ssh: Could not resolve hostname gpu7")
     nodes = Nodes(LaunchSection(processes=1, nodes=2, rendezvous=place), [gone])
     order = nodes.announce(tmp_path)
-    with pytest.raises(
-        UserError, match=r"Node 1 \(gpu7\) ended with exit code 255: ssh: Could not"
-    ):
+    with pytest.raises(UserError, match=r"Node 1 \(gpu7\) ended with exit code 255: ssh: Could not"):
         nodes.failures(order)
 
 

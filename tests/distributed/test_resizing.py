@@ -80,8 +80,6 @@ def test_what_cannot_be_converted_is_refused_before_anything_runs(
     asked = command(before._replace(stage=3), run)
     result = subprocess.run(asked, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stdout + result.stderr
-    assert (
-        "was written by 2 process(es) at ZeRO stage 2; this run has 2 process(es)" in result.stderr
-    )
+    assert "was written by 2 process(es) at ZeRO stage 2; this run has 2 process(es)" in result.stderr
     assert "at stage 1 or 2, with any number of processes" in result.stderr
     assert "Set engine.zero_stage=2" in result.stderr

@@ -44,10 +44,7 @@ def found(
         run = prepare_run(whole, root / "-".join(case), change)
         arguments += [str(run.path), *case]
     answers = run_ranks(PROGRAM, arguments)
-    return {
-        case: (answer, records(root / "-".join(case)))
-        for case, answer in zip(CASES, answers, strict=True)
-    }
+    return {case: (answer, records(root / "-".join(case))) for case, answer in zip(CASES, answers, strict=True)}
 
 
 @pytest.mark.parametrize("case", CASES[:2])

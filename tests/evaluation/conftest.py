@@ -56,10 +56,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(root / "piqa_test.jsonl.gz", choices(12, options=2))
     write_rows(
         root / "hellaswag_val_subset.jsonl.gz",
-        [
-            row | {"question": f"[header] How to {i} [title] Begin"}
-            for i, row in enumerate(choices(20))
-        ],
+        [row | {"question": f"[header] How to {i} [title] Begin"} for i, row in enumerate(choices(20))],
     )
     sentences = [
         {
@@ -73,10 +70,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subject = {"subject": lambda item: ("college_law", "anatomy")[item % 2]}
     write_rows(root / "mmlu_dev.jsonl.gz", choices(10, **subject))
     write_rows(root / "mmlu_test.jsonl.gz", choices(10, **subject))
-    sums = [
-        {"question": f"What is {i} plus 2?", "answer": f"{i}+2 = {i + 2}.\n#### {i + 2}"}
-        for i in range(12)
-    ]
+    sums = [{"question": f"What is {i} plus 2?", "answer": f"{i}+2 = {i + 2}.\n#### {i + 2}"} for i in range(12)]
     write_rows(root / "gsm8k_test.jsonl.gz", sums)
     write_rows(
         root / "sciq_test.jsonl.gz",
@@ -88,10 +82,7 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     passages = [{"text": f"The {word} was there, and then came the {word}"} for word in WORDS]
     write_rows(root / "lambada_test.jsonl.gz", passages)
-    articles = [
-        f" \n = {word.title()} = \n \n The {word} was , as said , 1 @.@ 5 m . \n"
-        for word in WORDS[:4]
-    ]
+    articles = [f" \n = {word.title()} = \n \n The {word} was , as said , 1 @.@ 5 m . \n" for word in WORDS[:4]]
     with gzip.open(root / "wikitext2_test.txt.gz", "wt") as file:
         file.write("".join(articles))
     _write_truthfulqa(root / "truthfulqa.csv.gz")
@@ -104,8 +95,6 @@ def _write_truthfulqa(path: Path) -> None:
     header = ["Type", "Category", "Question", "Best Answer", "Correct Answers", "Incorrect Answers"]
     table.writerow([*header, "Source"])
     for i in range(5):
-        table.writerow(
-            ["A", "B", f"Is {i} so?", "Yes", f"Yes {i}; It is", "No; Never; Not so", "x"]
-        )
+        table.writerow(["A", "B", f"Is {i} so?", "Yes", f"Yes {i}; It is", "No; Never; Not so", "x"])
     with gzip.open(path, "wt", encoding="utf-8-sig") as file:
         file.write(text.getvalue())

@@ -57,9 +57,7 @@ def subject(stock: dict[str, Path]) -> Subject:
 
 
 @pytest.fixture(scope="session")
-def measured(
-    subject: Subject, suite_file: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def measured(subject: Subject, suite_file: Path, data_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     suite = load_suite(str(suite_file))
     evaluate(subject, suite, task_sources(suite, data_dir), None, folder, EvalSettings(limit=6))
@@ -96,15 +94,11 @@ def test_every_task_of_the_shipped_suites_gives_a_score_with_its_zeros(measured:
     assert rows["winogrande"].score.items == 6
 
 
-def test_zeros_are_those_of_the_text_without_padding(
-    subject: Subject, data_dir: Path, tmp_path: Path
-) -> None:
+def test_zeros_are_those_of_the_text_without_padding(subject: Subject, data_dir: Path, tmp_path: Path) -> None:
     """Requests of different lengths in one batch: with another batch size, other padding, the same counts."""
     suite, sources = one_task("arc_easy", data_dir, tmp_path / "own.yaml", shots=1)
     rows = [
-        evaluate(
-            subject, suite, sources, None, tmp_path / str(size), EvalSettings(batch_size=size)
-        ).tasks[0]
+        evaluate(subject, suite, sources, None, tmp_path / str(size), EvalSettings(batch_size=size)).tasks[0]
         for size in (1, 7)
     ]
     assert rows[0].tokens == rows[1].tokens
@@ -112,9 +106,7 @@ def test_zeros_are_those_of_the_text_without_padding(
     assert rows[0].score == rows[1].score
 
 
-def test_an_accuracy_is_that_of_the_most_likely_answer(
-    subject: Subject, measured: Path, data_dir: Path
-) -> None:
+def test_an_accuracy_is_that_of_the_most_likely_answer(subject: Subject, measured: Path, data_dir: Path) -> None:
     suite = load_suite("commonsense")
     task = build_tasks(task_sources(suite, data_dir)[3])["arc_easy"]
     right = 0
@@ -126,18 +118,14 @@ def test_an_accuracy_is_that_of_the_most_likely_answer(
             ids = torch.tensor([subject.tokenizer(f"{prompt} {choice}")["input_ids"]])
             with torch.no_grad():
                 logs = subject.model(input_ids=ids).logits[0].log_softmax(-1)
-            scores.append(
-                sum(float(logs[at - 1, ids[0, at]]) for at in range(len(before), ids.shape[1]))
-            )
+            scores.append(sum(float(logs[at - 1, ids[0, at]]) for at in range(len(before), ids.shape[1])))
         right += scores.index(max(scores)) == item["gold"]
     rows = {task.name: task for task in read_results(measured).tasks}
     assert rows["arc_easy"].score.value == pytest.approx(right / 6)
 
 
 @pytest.mark.parametrize("name", ["arc_easy", "piqa", "openbookqa", "sciq", "lambada"])
-def test_prompts_are_those_of_the_standard_task(
-    name: str, data_dir: Path, tmp_path: Path, standard_tasks: Any
-) -> None:
+def test_prompts_are_those_of_the_standard_task(name: str, data_dir: Path, tmp_path: Path, standard_tasks: Any) -> None:
     """The standard task's own file, on the same items in the Hub's columns."""
     import datasets
     from lm_eval.api.task import ConfigurableTask
@@ -282,9 +270,7 @@ def test_missing_data_is_reported_before_a_model_is_loaded(
 
 
 def test_a_damaged_copy_names_its_task(subject: Subject, data_dir: Path, tmp_path: Path) -> None:
-    (tmp_path / "piqa_test.jsonl.gz").write_bytes(
-        (data_dir / "piqa_test.jsonl.gz").read_bytes()[:60]
-    )
+    (tmp_path / "piqa_test.jsonl.gz").write_bytes((data_dir / "piqa_test.jsonl.gz").read_bytes()[:60])
     _, sources = one_task("piqa", tmp_path, tmp_path / "own.yaml")
     with pytest.raises(EvaluationError, match="piqa"):
         build_tasks(sources[0])
@@ -308,9 +294,7 @@ def test_the_command_writes_table_card_and_published_rows(
         "--to",
         str(to),
     ]
-    monkeypatch.setattr(
-        "sys.argv", ["sparsify", "evaluate", str(stock["mistral"]), *arguments, "--json"]
-    )
+    monkeypatch.setattr("sys.argv", ["sparsify", "evaluate", str(stock["mistral"]), *arguments, "--json"])
     with pytest.raises(SystemExit):
         main()
     printed = json.loads(capsys.readouterr().out)

@@ -30,9 +30,7 @@ def test_every_checkpoint_of_a_run_is_evaluated_once(
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     suite = tmp_path / "own.yaml"
-    suite.write_text(
-        "name: own\ntasks: {python_functions: {limit: 4}}\nheld_out_sequences_per_source: 1\n"
-    )
+    suite.write_text("name: own\ntasks: {python_functions: {limit: 4}}\nheld_out_sequences_per_source: 1\n")
     saved = sorted(path.name for path in (run / "checkpoints").glob("step-*"))
     assert len(saved) > 1
     # The last one appears only while the others are measured, as in a run that still trains.
@@ -66,9 +64,7 @@ def test_every_checkpoint_of_a_run_is_evaluated_once(
     assert (overlap.source, overlap.items, overlap.items_found) == ("questions", 4, 0)
 
     # An exported bundle is the same model with the same provenance.
-    bundle, _ = evaluate_model(
-        str(run / "export"), EvalRequest(str(suite), to=tmp_path / "out"), "", nothing
-    )
+    bundle, _ = evaluate_model(str(run / "export"), EvalRequest(str(suite), to=tmp_path / "out"), "", nothing)
     assert bundle.model_hash == results.model_hash
     assert bundle.provenance is not None
     assert bundle.provenance.identity == results.provenance.identity

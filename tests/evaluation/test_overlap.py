@@ -26,21 +26,15 @@ def mixture(root: Path, rows: list[dict[str, str]], **settings: object) -> Path:
 
 @pytest.fixture
 def rows() -> list[dict[str, str]]:
-    other = [
-        {"prompt": f"What is {i} of a kind?", "response": f"It is {i} of it"} for i in range(40)
-    ]
+    other = [{"prompt": f"What is {i} of a kind?", "response": f"It is {i} of it"} for i in range(40)]
     copied = {"prompt": "Please solve this: " + QUESTION.format("nine"), "response": "13"}
     return [*other, copied, {**copied, "response": "thirteen"}]
 
 
 def test_items_in_the_instructions_are_counted(tmp_path: Path, rows: list[dict[str, str]]) -> None:
     write_texts(tmp_path, "gsm8k", ITEMS)
-    write_texts(
-        tmp_path, "piqa", ["How does one keep a cage of a guinea pig warm in the cold winter?"]
-    )
-    found = overlaps(
-        tmp_path, ["gsm8k", "piqa"], load_mixture(str(mixture(tmp_path, rows))), ["chat"]
-    )
+    write_texts(tmp_path, "piqa", ["How does one keep a cage of a guinea pig warm in the cold winter?"])
+    found = overlaps(tmp_path, ["gsm8k", "piqa"], load_mixture(str(mixture(tmp_path, rows))), ["chat"])
     (gsm8k,), (piqa,) = found["gsm8k"], found["piqa"]
     assert (gsm8k.documents_read, gsm8k.documents_overlapping) == (42, 2)
     # "buys four more sheep …" alone is 13 words: all three items share it with both documents.
@@ -48,9 +42,7 @@ def test_items_in_the_instructions_are_counted(tmp_path: Path, rows: list[dict[s
     assert (piqa.documents_overlapping, piqa.items_found) == (0, 0)
 
 
-def test_documents_that_the_mixture_drops_are_not_counted(
-    tmp_path: Path, rows: list[dict[str, str]]
-) -> None:
+def test_documents_that_the_mixture_drops_are_not_counted(tmp_path: Path, rows: list[dict[str, str]]) -> None:
     items = tmp_path / "gsm8k.jsonl"
     items.write_text("".join(json.dumps({"question": item}) + "\n" for item in ITEMS))
     write_texts(tmp_path, "gsm8k", ITEMS)

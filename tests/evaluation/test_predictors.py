@@ -68,9 +68,7 @@ def sequences(count: int) -> list[PackedSequence]:
     return [PackedSequence("prose", row[:-1], np.arange(32), row[1:]) for row in rows]
 
 
-def test_the_masked_loss_is_that_of_the_predictors_report(
-    subject: Subject, data_dir: Path, tmp_path: Path
-) -> None:
+def test_the_masked_loss_is_that_of_the_predictors_report(subject: Subject, data_dir: Path, tmp_path: Path) -> None:
     predictors = random_predictors(subject.model, 0.5)
     held_out = sequences(3)
     evaluation = evaluate_predictors(
@@ -83,9 +81,7 @@ def test_the_masked_loss_is_that_of_the_predictors_report(
         max_loss_rise=9.0,
         thresholds=[0.5],
     )
-    found = measured(
-        subject, data_dir, tmp_path / "out", predictors, held_out=HeldOut("own", held_out)
-    )
+    found = measured(subject, data_dir, tmp_path / "out", predictors, held_out=HeldOut("own", held_out))
     row = found.tasks[-1]
     (point,) = evaluation.points
     assert row.score.value == pytest.approx(point.perplexity, rel=1e-6)
@@ -95,13 +91,10 @@ def test_the_masked_loss_is_that_of_the_predictors_report(
     assert 0.1 < point.on_share < 0.9
 
 
-def test_padding_is_not_counted_as_switched_on(
-    subject: Subject, data_dir: Path, tmp_path: Path
-) -> None:
+def test_padding_is_not_counted_as_switched_on(subject: Subject, data_dir: Path, tmp_path: Path) -> None:
     predictors = random_predictors(subject.model, 0.5)
     one, seven = (
-        measured(subject, data_dir, tmp_path / str(size), predictors, batch_size=size).tasks[0]
-        for size in (1, 7)
+        measured(subject, data_dir, tmp_path / str(size), predictors, batch_size=size).tasks[0] for size in (1, 7)
     )
     assert one.tokens == seven.tokens
     assert one.predicted_on == pytest.approx(seven.predicted_on, abs=1e-5)
@@ -112,13 +105,9 @@ def test_padding_is_not_counted_as_switched_on(
     assert account.predicted < account.total
 
 
-def test_predictors_that_switch_everything_on_change_nothing(
-    subject: Subject, data_dir: Path, tmp_path: Path
-) -> None:
+def test_predictors_that_switch_everything_on_change_nothing(subject: Subject, data_dir: Path, tmp_path: Path) -> None:
     exact = measured(subject, data_dir, tmp_path / "exact", None)
-    on = measured(
-        subject, data_dir, tmp_path / "on", random_predictors(subject.model, EVERYTHING_ON)
-    )
+    on = measured(subject, data_dir, tmp_path / "on", random_predictors(subject.model, EVERYTHING_ON))
     assert on.tasks[0].score == exact.tasks[0].score
     assert on.tasks[0].product_zeros == exact.tasks[0].product_zeros
     assert on.samples == exact.samples
@@ -168,9 +157,7 @@ def test_the_command_reports_the_predictors_and_compares_with_the_exact_model(
     out, _ = run("my_sparse_model", "--suite", "own.yaml", "--predictors", "my_predictors")
     assert "my_predictors scores above 0.5" in out
     assert "switched on" in out
-    both = [
-        tmp_path / "evaluations" / "my_sparse_model" / name for name in ("own", "own,predictors")
-    ]
+    both = [tmp_path / "evaluations" / "my_sparse_model" / name for name in ("own", "own,predictors")]
     masked = read_results(both[1])
     assert masked.predictors is not None
     assert (masked.predictors.folder, masked.predictors.threshold) == ("my_predictors", 0.5)

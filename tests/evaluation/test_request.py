@@ -80,10 +80,7 @@ def train(
             if kind != "mistral":
                 replace_model(run, stock[kind])
         found = run_ranks(PROGRAM, [str(root / case) for case in cases])
-        return {
-            case: Trained(RunFolder(root / case), hashes)
-            for case, hashes in zip(cases, found, strict=True)
-        }
+        return {case: Trained(RunFolder(root / case), hashes) for case, hashes in zip(cases, found, strict=True)}
 
     return run_cases
 
@@ -132,10 +129,7 @@ def check_rows(run: RunFolder, steps: list[int]) -> None:
             task.name: task.score.value for task in results.tasks
         }
         assert has_line(run, Path(line["checkpoint"]), request_of(run))
-    assert (
-        result_folders([run.path / rows[-1]["folder"], run.path])
-        == [run.path / rows[-1]["folder"]] * 2
-    )
+    assert result_folders([run.path / rows[-1]["folder"], run.path]) == [run.path / rows[-1]["folder"]] * 2
 
 
 def test_live_weights_score_what_the_checkpoint_scores(
@@ -149,9 +143,7 @@ def test_live_weights_score_what_the_checkpoint_scores(
 
 def _check_against_checkpoint(run: RunFolder, step: str, to: Path) -> None:
     checkpoint = str(run.checkpoints / step)
-    apart, folder = evaluate_model(
-        checkpoint, request_of(run, to=to), "", lambda _: lambda _done, _all: None
-    )
+    apart, folder = evaluate_model(checkpoint, request_of(run, to=to), "", lambda _: lambda _done, _all: None)
     (own,) = run.path.glob(f"evaluations/own,{step}")
     check_same(read_results(own), apart)
     for task in apart.tasks:
@@ -191,18 +183,14 @@ def test_an_interrupted_suite_resumes_to_the_same_scores(trained: dict[str, Trai
         check_same(*results)
 
 
-def test_partitioned_weights_are_evaluated_from_the_checkpoint(
-    trained: dict[str, Trained], tmp_path: Path
-) -> None:
+def test_partitioned_weights_are_evaluated_from_the_checkpoint(trained: dict[str, Trained], tmp_path: Path) -> None:
     run, _ = trained["mistral-3-with"]
     check_rows(run, [8])
     _check_against_checkpoint(run, "step-00000008", tmp_path)
 
 
 @pytest.mark.slow
-def test_other_models_and_stages_do_the_same(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_models_and_stages_do_the_same(train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [f"{kind}-{stage}" for kind, stage in (("mixtral", 2), ("mistral_tied", 0))]
     found = train([f"{pair}-{how}" for pair in pairs for how in ("without", "with")])
     monkeypatch.setattr(lm_adapter, "CHUNK_REQUESTS", SMALL_CHUNKS)
@@ -251,9 +239,7 @@ def test_a_task_that_the_harness_does_not_know_is_refused_without_a_network(
 
 
 @pytest.mark.slow
-def test_an_error_on_one_rank_ends_the_command_with_its_message(
-    command: Command, tmp_path: Path
-) -> None:
+def test_an_error_on_one_rank_ends_the_command_with_its_message(command: Command, tmp_path: Path) -> None:
     """Only rank 0 raises it, after the last step was saved: the repeated command runs the suite alone."""
     suite, run = tmp_path / "own.yaml", tmp_path / "run"
     suite.write_text("name: own\ntasks: {python_functions: {limit: 8, metric: nonsense}}\n")
@@ -272,9 +258,7 @@ def test_an_error_on_one_rank_ends_the_command_with_its_message(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
-def test_ctrl_c_ends_all_ranks_and_the_same_command_resumes(
-    stage: int, command: Command, tmp_path: Path
-) -> None:
+def test_ctrl_c_ends_all_ranks_and_the_same_command_resumes(stage: int, command: Command, tmp_path: Path) -> None:
     suite, run = tmp_path / "own.yaml", tmp_path / "run"
     suite.write_text("name: own\ntasks: {python_functions: {limit: 1000}}\n")
     command_line = command(SETUP._replace(stage=stage), run)

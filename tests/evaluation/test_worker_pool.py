@@ -93,9 +93,7 @@ def test_one_process_resumes_what_two_began(measure, tmp_path: Path) -> None:
         assert same.model_dump(exclude={"seconds"}) == task.model_dump(exclude={"seconds"})
 
 
-def test_a_model_that_shared_memory_cannot_hold_is_refused(
-    measure, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_shared_memory_cannot_hold_is_refused(measure, monkeypatch: pytest.MonkeyPatch) -> None:
     full = worker_pool.shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(worker_pool.shutil, "disk_usage", lambda _: full)
     with pytest.raises(EvaluationError, match="--shm-size"):
@@ -104,9 +102,7 @@ def test_a_model_that_shared_memory_cannot_hold_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signalled", ["group", "first", "worker"])
-def test_ctrl_c_and_kills_leave_no_process(
-    signalled: str, stock: dict[str, Path], tmp_path: Path
-) -> None:
+def test_ctrl_c_and_kills_leave_no_process(signalled: str, stock: dict[str, Path], tmp_path: Path) -> None:
     """Ctrl-C reaches all processes; `kill -9` of the first is not signalled to the others; a worker may be killed for its memory."""
     suite = tmp_path / "own.yaml"
     suite.write_text("name: own\ntasks: {python_functions: {shots: 4}}\n")

@@ -39,9 +39,7 @@ class File:
         heads = [self._head() for _ in range(num_tensors)]
         start = -(-self._at // ALIGNMENT) * ALIGNMENT
         self.types = {name: kind for name, kind, _, _ in heads}
-        self.tensors = {
-            name: self._read(kind, shape, start + at) for name, kind, shape, at in heads
-        }
+        self.tensors = {name: self._read(kind, shape, start + at) for name, kind, shape, at in heads}
 
     def _scalar(self, code: str) -> Any:
         (value,) = struct.unpack_from(f"<{code}", self._data, self._at)

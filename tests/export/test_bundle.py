@@ -45,9 +45,7 @@ def trained(request: pytest.FixtureRequest, finished: Finished) -> Path:
 def run_stranger(code: str, bundle: Path, scratch: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(scratch)}
     command = [sys.executable, "-I", "-c", code, str(bundle)]
-    return subprocess.run(
-        command, env=environment, cwd=scratch, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(command, env=environment, cwd=scratch, capture_output=True, text=True, check=False)
 
 
 def test_a_fresh_process_reproduces_the_trained_logits(trained: Path, tmp_path: Path) -> None:
@@ -70,9 +68,7 @@ def test_without_remote_code_it_fails_loudly(trained: Path, tmp_path: Path) -> N
 
 def test_the_bundle_is_complete_with_its_hashes(trained: Path) -> None:
     bundle = trained / "export"
-    sums = dict(
-        reversed(line.split("  ")) for line in (bundle / "SHA256SUMS").read_text().splitlines()
-    )
+    sums = dict(reversed(line.split("  ")) for line in (bundle / "SHA256SUMS").read_text().splitlines())
     for name, expected in sums.items():
         assert hashlib.sha256((bundle / name).read_bytes()).hexdigest() == expected, name
     files = {path.relative_to(bundle).as_posix() for path in bundle.rglob("*") if path.is_file()}
@@ -116,9 +112,7 @@ def test_generation_with_cache_and_padding_equals_plain_forwards(trained: Path) 
     prompts = ["code 1: word1", "What is 7? It is a longer prompt than the other"]
     batch = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     # Without min_new_tokens a row that happens to end its document would be padded from there on.
-    together = model.generate(
-        **batch, min_new_tokens=5, max_new_tokens=5, do_sample=False, pad_token_id=2
-    )[:, -5:]
+    together = model.generate(**batch, min_new_tokens=5, max_new_tokens=5, do_sample=False, pad_token_id=2)[:, -5:]
     for row, prompt in enumerate(prompts):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         for _ in range(5):
@@ -136,9 +130,7 @@ def test_an_export_never_overwrites(trained: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["weights", "activation"])
-def test_a_bundle_with_other_outputs_is_refused(
-    damage: str, finished: Finished, tmp_path: Path
-) -> None:
+def test_a_bundle_with_other_outputs_is_refused(damage: str, finished: Finished, tmp_path: Path) -> None:
     run, _ = finished(Setup("mistral", 1, 2, "bf16"))
     bundle = tmp_path / "bundle"
     shutil.copytree(run / "export", bundle)

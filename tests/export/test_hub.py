@@ -75,12 +75,7 @@ class Handler(BaseHTTPRequestHandler):
         elif path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
             self._answer(
-                {
-                    "files": [
-                        {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                        for f in files
-                    ]
-                }
+                {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]}
             )
         elif path.endswith("/commit/main"):
             self.server.num_commits += 1
@@ -106,9 +101,7 @@ def hub() -> Iterator[Hub]:
     server.server_close()
 
 
-def test_a_bundle_is_published_completely_and_a_refusal_is_reported(
-    hub: Hub, tmp_path: Path
-) -> None:
+def test_a_bundle_is_published_completely_and_a_refusal_is_reported(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "training").mkdir()
     (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\n---\n# A card\n")
     (tmp_path / "training" / "recipe.yaml").write_text("name: tiny\n")
@@ -130,7 +123,5 @@ def test_a_bundle_is_published_completely_and_a_refusal_is_reported(
     assert created["visibility"] == "private"
     assert hub.num_commits == 1
     assert hub.files == {
-        path.relative_to(tmp_path).as_posix(): path.read_bytes()
-        for path in tmp_path.rglob("*")
-        if path.is_file()
+        path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
     }

@@ -77,14 +77,10 @@ def batches(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="module", params=["residual", "normed"])
-def predictors(
-    request: pytest.FixtureRequest, loaded: Loaded, tmp_path_factory: pytest.TempPathFactory
-) -> Predictors:
+def predictors(request: pytest.FixtureRequest, loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Predictors:
     settings = Settings(request.param, wanted_recall=0.9, budget_share=1.0, ranks=(12,), passes=2)
     state = tmp_path_factory.mktemp("state") / "state"
-    return train_predictors(
-        loaded.model, batches(30, 1), batches(4, 2), settings, text="random", state_path=state
-    )
+    return train_predictors(loaded.model, batches(30, 1), batches(4, 2), settings, text="random", state_path=state)
 
 
 def with_threshold(predictors: Predictors, threshold: float) -> Predictors:
@@ -114,9 +110,7 @@ def masked_logits(loaded: Loaded, predictors: Predictors) -> torch.Tensor:
             return loaded.model(IDS, use_cache=False).logits[0]
 
 
-def test_with_everything_on_the_file_is_the_model(
-    loaded: Loaded, predictors: Predictors, tmp_path: Path
-) -> None:
+def test_with_everything_on_the_file_is_the_model(loaded: Loaded, predictors: Predictors, tmp_path: Path) -> None:
     if predictors.facts.input == "normed":
         pytest.skip("the threshold must be 0 there")
     file, _ = exported(loaded, with_threshold(predictors, -1e9), tmp_path / "out")
@@ -131,21 +125,16 @@ def test_with_the_predictor_the_file_is_the_masked_model(
     file, _ = exported(loaded, predictors, tmp_path / "out")
     # Rounded as the file holds them; the norm of the normed input is folded before rounding, so there signs can flip.
     rounded = {
-        key: BlockPredictor(*(matrix.half().float() for matrix in block))
-        for key, block in predictors.blocks.items()
+        key: BlockPredictor(*(matrix.half().float() for matrix in block)) for key, block in predictors.blocks.items()
     }
     masked = masked_logits(loaded, predictors._replace(blocks=rounded))
     plain = plain_logits(loaded)
-    assert difference(engine_logits(file, IDS[0]), masked) < (
-        1e-3 if predictors.facts.input == "residual" else 1e-2
-    )
+    assert difference(engine_logits(file, IDS[0]), masked) < (1e-3 if predictors.facts.input == "residual" else 1e-2)
     assert difference(plain, masked) > 2e-2, "the mask does nothing, so nothing was tested"
 
 
 @torch.no_grad()
-def test_q4_0_is_only_where_the_engine_reads_it(
-    loaded: Loaded, predictors: Predictors, tmp_path: Path
-) -> None:
+def test_q4_0_is_only_where_the_engine_reads_it(loaded: Loaded, predictors: Predictors, tmp_path: Path) -> None:
     file, _ = exported(loaded, with_threshold(predictors, 0.0), tmp_path / "out", ffn_type="q4_0")
     kinds = {name.removeprefix("blk.1."): kind for name, kind in file.types.items()}
     kinds = {name: kind for name, kind in kinds.items() if not name.startswith("blk.0.")}
@@ -161,28 +150,20 @@ def test_q4_0_is_only_where_the_engine_reads_it(
     assert torch.equal(file.tensors["blk.1.ffn_down_t.weight"], torch.from_numpy(expected))
 
 
-def test_every_row_of_the_embedding_has_its_token(
-    loaded: Loaded, predictors: Predictors, tmp_path: Path
-) -> None:
+def test_every_row_of_the_embedding_has_its_token(loaded: Loaded, predictors: Predictors, tmp_path: Path) -> None:
     file, _ = exported(loaded, predictors, tmp_path / "out")
     pieces = SentencePieceProcessor(model_file=str(TOKENIZER / "tokenizer.model"))
     tokens = file.keys["tokenizer.ggml.tokens"]
     assert tokens[:2048] == [pieces.id_to_piece(i) for i in range(2048)]
     assert tokens[2048:] == ["[PAD2048]", "[PAD2049]"]
     assert len(set(tokens)) == PADDED == len(file.tensors["output.weight"])
-    assert file.keys["tokenizer.ggml.scores"][:2048] == pytest.approx(
-        [pieces.get_score(i) for i in range(2048)]
-    )
+    assert file.keys["tokenizer.ggml.scores"][:2048] == pytest.approx([pieces.get_score(i) for i in range(2048)])
     assert file.keys["tokenizer.ggml.bos_token_id"] == 1
     assert file.keys["tokenizer.ggml.token_type"][:8] == [2, 3, 3, 4, 4, 4, 4, 6]
 
 
-def test_the_split_puts_the_hottest_neurons_on_the_gpu(
-    loaded: Loaded, predictors: Predictors, tmp_path: Path
-) -> None:
-    _, written = exported(
-        loaded, predictors, tmp_path / "out", vram_bytes=int(1.5 * NEURONS * 3 * 32 * 2)
-    )
+def test_the_split_puts_the_hottest_neurons_on_the_gpu(loaded: Loaded, predictors: Predictors, tmp_path: Path) -> None:
+    _, written = exported(loaded, predictors, tmp_path / "out", vram_bytes=int(1.5 * NEURONS * 3 * 32 * 2))
     split = File(tmp_path / "out" / f"{written.model_file}.generated.gpuidx")
     assert (split.magic, split.keys["general.architecture"]) == (b"PWRI", "generic.gpu_index")
     assert split.keys["generic.gpu_index.block_count"] == 2
@@ -193,8 +174,7 @@ def test_the_split_puts_the_hottest_neurons_on_the_gpu(
         bucket = split.tensors[f"blk.{layer}.gpu_bucket"]
         assert torch.equal(split.tensors[f"blk.{layer}.gpu_idx"].nonzero().flatten(), bucket)
     counts = [
-        torch.load(tmp_path / "out" / "activation" / f"activation_{layer}.pt", weights_only=True)
-        for layer in (0, 1)
+        torch.load(tmp_path / "out" / "activation" / f"activation_{layer}.pt", weights_only=True) for layer in (0, 1)
     ]
     hotter = int(counts[1].sum() > counts[0].sum())
     assert len(split.tensors[f"blk.{hotter}.gpu_bucket"]) == NEURONS
@@ -214,9 +194,7 @@ def test_no_dropped_group_fires_more_often_than_a_chosen_one(seed: int, capacity
             assert row[taken].min() >= row[left].max()
 
 
-def test_the_layout_for_powerinfers_own_converter(
-    loaded: Loaded, predictors: Predictors, tmp_path: Path
-) -> None:
+def test_the_layout_for_powerinfers_own_converter(loaded: Loaded, predictors: Predictors, tmp_path: Path) -> None:
     settings = PowerInferSettings("tiny", layout="powerinfer_hf")
     out = tmp_path / "out"
     export_powerinfer(loaded, predictors, batches(2, 3), out, settings)
@@ -282,9 +260,7 @@ def test_unsupported_models_are_refused() -> None:
     check_holdable(sequence, "f16", 64)
 
 
-def test_predictors_that_do_not_fit_are_refused(
-    loaded: Loaded, predictors: Predictors, tmp_path: Path
-) -> None:
+def test_predictors_that_do_not_fit_are_refused(loaded: Loaded, predictors: Predictors, tmp_path: Path) -> None:
     if predictors.facts.input == "normed":
         with pytest.raises(ExportError, match="differs from token to token"):
             exported(loaded, with_threshold(predictors, 0.3), tmp_path / "out")

@@ -50,26 +50,20 @@ def predictors(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for _ in range(4)
     ]
     settings = Settings(ranks=(8,), budget_share=1.0, passes=1)
-    trained = train_predictors(
-        load_trained(found), batches, batches, settings, text="", state_path=folder / "state"
-    )
+    trained = train_predictors(load_trained(found), batches, batches, settings, text="", state_path=folder / "state")
     write_predictors(trained, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def evaluations(
-    run: Path, predictors: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[Path]:
+def evaluations(run: Path, predictors: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Evaluations of the run, and of the run with predictors in another dtype."""
     root = tmp_path_factory.mktemp("evaluations")
     suite = root / "own.yaml"
     suite.write_text("name: own\ntasks: {python_functions: {limit: 4}}\n")
     ways = {
         "exact": EvalRequest(str(suite), to=root / "exact"),
-        "masked": EvalRequest(
-            str(suite), dtype="float32", to=root / "masked", predictors=predictors
-        ),
+        "masked": EvalRequest(str(suite), dtype="float32", to=root / "masked", predictors=predictors),
     }
     for asked in ways.values():
         evaluate_model(str(run), asked, "", lambda _: lambda _done, _all: None)
@@ -132,10 +126,7 @@ def test_an_unchecked_bundle_says_so_and_can_be_checked_later(run: Path, tmp_pat
     to = tmp_path / "large"
     result = CliRunner().invoke(app, ["export", "write", str(run), "--to", str(to), "--unchecked"])
     assert result.exit_code == 0, result.output
-    assert (
-        "Not checked. To check it, with memory for the whole model: sparsify export verify"
-        in result.output
-    )
+    assert "Not checked. To check it, with memory for the whole model: sparsify export verify" in result.output
     card = (to / "README.md").read_text()
     assert "not checked at export" in " ".join(card.split())
     assert "Checked at export" not in card
@@ -147,9 +138,7 @@ def test_an_unchecked_bundle_says_so_and_can_be_checked_later(run: Path, tmp_pat
     assert "logits" in broken(verify(to))
 
 
-def test_the_card_shows_evaluations_as_the_hub_reads_them(
-    bundle: Path, evaluations: list[Path]
-) -> None:
+def test_the_card_shows_evaluations_as_the_hub_reads_them(bundle: Path, evaluations: list[Path]) -> None:
     data = ModelCard.load(bundle / "README.md").data
     shown = {result.metric_name: result for result in data.eval_results}
     exact, masked = (read_results(folder).tasks[0] for folder in evaluations)
@@ -162,9 +151,7 @@ def test_the_card_shows_evaluations_as_the_hub_reads_them(
     assert "No task suite was run" not in card
 
 
-def test_evaluations_of_other_weights_are_not_shown(
-    run: Path, evaluations: list[Path], tmp_path: Path
-) -> None:
+def test_evaluations_of_other_weights_are_not_shown(run: Path, evaluations: list[Path], tmp_path: Path) -> None:
     def refused(folder: Path, words: str) -> None:
         with pytest.raises(ExportError, match=words):
             export(run, tmp_path / "out", settings=BundleSettings(evaluations=[folder]))
@@ -178,9 +165,7 @@ def test_evaluations_of_other_weights_are_not_shown(
 
 @pytest.mark.slow
 def test_an_edit_is_found_even_with_an_updated_hash(copy: Path) -> None:
-    name = json.loads((copy / INDEX_FILE).read_text())["weight_map"][
-        "model.layers.1.mlp.down_proj.weight"
-    ]
+    name = json.loads((copy / INDEX_FILE).read_text())["weight_map"]["model.layers.1.mlp.down_proj.weight"]
     tensors = load_file(copy / name)
     tensors["model.layers.1.mlp.down_proj.weight"].neg_()
     save_file(tensors, copy / name, metadata={"format": "pt"})
@@ -188,9 +173,7 @@ def test_an_edit_is_found_even_with_an_updated_hash(copy: Path) -> None:
     checks = verify(copy)
     assert broken(checks).keys() == {"logits"}
     assert "has other logits" in broken(checks)["logits"]
-    with pytest.raises(
-        ExportError, match=r"differs from what was exported: logits: .*has other logits"
-    ):
+    with pytest.raises(ExportError, match=r"differs from what was exported: logits: .*has other logits"):
         refuse_broken(copy, checks)
 
 
@@ -202,9 +185,7 @@ def test_damaged_missing_and_added_files_are_found(copy: Path) -> None:
     (copy / "modeling_extra.py").write_text("")
     (copy / ".gitattributes").write_text("the Hub's own")
     found = broken(verify(copy))
-    assert found["hashes"] == (
-        f"missing tokenizer.json; added modeling_extra.py; changed {first.name}"
-    )
+    assert found["hashes"] == (f"missing tokenizer.json; added modeling_extra.py; changed {first.name}")
     assert f"{first.name} is truncated or corrupt" in found["tensors"]
     assert found["logits"] == "not computed, since the tensors do not match"
 
@@ -270,6 +251,4 @@ def test_a_bundle_is_reproduced_with_the_same_data_and_loss(bundle: Path, tmp_pa
     same, losses = reproduce(bundle, plan)
     assert same == "The data are the same, source by source."
     report = json.loads((bundle / "sparsity" / "report.json").read_text())
-    assert losses.startswith(
-        f"Loss {report['loss']:.4f} (the bundle's report: {report['loss']:.4f})"
-    )
+    assert losses.startswith(f"Loss {report['loss']:.4f} (the bundle's report: {report['loss']:.4f})")

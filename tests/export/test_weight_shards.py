@@ -27,9 +27,7 @@ MB = 2**20
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])
-def test_shards_load_as_the_model_that_was_written(
-    kind: str, shard_bytes: int, tmp_path: Path
-) -> None:
+def test_shards_load_as_the_model_that_was_written(kind: str, shard_bytes: int, tmp_path: Path) -> None:
     model_class, config = {
         "mistral": (SparseMistralForCausalLM, SparseMistralConfig(**SHAPE)),
         "mixtral": (SparseMixtralForCausalLM, SparseMixtralConfig(**SHAPE, num_local_experts=4)),

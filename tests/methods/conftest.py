@@ -113,7 +113,5 @@ def killed_after(line: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def calibrate(
-    mixture_file: Path, stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Calibrate:
+def calibrate(mixture_file: Path, stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Calibrate:
     return Calibrate(mixture_file, stock, tmp_path_factory.mktemp("calibration-cache"))

@@ -64,12 +64,9 @@ def compare(session: Session) -> dict[str, Any]:
     return {
         **asdict(record),
         "from_reference": max(
-            float((signless(found[name]) - signless(value)).norm() / value.norm())
-            for name, value in expected.items()
+            float((signless(found[name]) - signless(value)).norm() / value.norm()) for name, value in expected.items()
         ),
-        "live_is_master": all(
-            torch.equal(live[name], value.to(live[name].dtype)) for name, value in found.items()
-        ),
+        "live_is_master": all(torch.equal(live[name], value.to(live[name].dtype)) for name, value in found.items()),
         "stays": all(torch.equal(live[name], value) for name, value in stepped.items()),
     }
 

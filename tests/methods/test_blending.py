@@ -38,9 +38,7 @@ def logits(model: SparseModel) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name != "swiglu"])
-def test_it_begins_dense_and_ends_plain_to_the_bit(
-    kind: str, name: str, stock: dict[str, Path]
-) -> None:
+def test_it_begins_dense_and_ends_plain_to_the_bit(kind: str, name: str, stock: dict[str, Path]) -> None:
     recipe = recipe_of(0.5)
     recipe.activation.ffn_activation = name
     dense, sparse, model = (load_sparse(stock[kind], way) for way in ("swiglu", name, name))
@@ -89,9 +87,7 @@ def test_the_probe_sees_the_zeros_that_there_are(stock: dict[str, Path]) -> None
 
 
 @given(st.floats(0.01, 0.99), st.integers(0, 204_800), st.integers(0, 204_800))
-def test_the_share_only_ever_rises_and_is_whole_before_the_end(
-    share: float, seen: int, later: int
-) -> None:
+def test_the_share_only_ever_rises_and_is_whole_before_the_end(share: float, seen: int, later: int) -> None:
     recipe = deepcopy(quickstart())
     recipe.training.budget_tokens, recipe.training.global_batch_size = 204_800, 8
     recipe.training.sequence_length, recipe.blending.budget_share = 256, share

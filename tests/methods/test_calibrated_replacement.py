@@ -13,11 +13,7 @@ from sparsify.methods.histogram import Histogram
 from sparsify.methods.layerwise import Expert, Inputs, Routes
 from sparsify.methods.reconstruction import Gram
 from sparsify.methods.sites import fit_block
-from sparsify.methods.thresholds import (
-    THRESHOLD_BINS,
-    OutputNormThresholds,
-    ThresholdSettings,
-)
+from sparsify.methods.thresholds import THRESHOLD_BINS, OutputNormThresholds, ThresholdSettings
 from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
 
@@ -110,9 +106,7 @@ def test_held_out_tokens_decide_whether_a_refit_is_kept(misled: bool) -> None:
     dense = expert("swiglu")
     swapped = replace(dense, activation=FfnActivation("drelu"))
     settings = ConversionSection(calibration_tokens=1024)
-    layer = LayerCalibration(
-        [dense], [swapped], settings, torch.float32, inputs, swapped.activation
-    ).run()
+    layer = LayerCalibration([dense], [swapped], settings, torch.float32, inputs, swapped.activation).run()
     result, new = layer.results[0], layer.stages["refit"][0]
     assert result.num_tokens == 768
     if misled:

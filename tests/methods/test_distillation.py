@@ -87,15 +87,10 @@ def answer(model: SparseModel, tensors: dict[str, torch.Tensor]) -> Any:
     return model(**asked, use_cache=False)
 
 
-def outputs_of(
-    model: SparseModel, tensors: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def outputs_of(model: SparseModel, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits, and what every feed-forward block adds to the residual stream."""
     outputs: list[torch.Tensor] = []
-    handles = [
-        layer.mlp.register_forward_hook(lambda *call: outputs.append(call[-1]))
-        for layer in model.model.layers
-    ]
+    handles = [layer.mlp.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in model.model.layers]
     logits = answer(model, tensors).logits
     for handle in handles:
         handle.remove()
@@ -104,9 +99,7 @@ def outputs_of(
 
 @pytest.mark.parametrize("experts", [None, "eager", "grouped_mm"])
 @pytest.mark.parametrize("blended", [False, True])
-def test_it_is_what_the_formula_says(
-    experts: str | None, blended: bool, stock: dict[str, Path]
-) -> None:
+def test_it_is_what_the_formula_says(experts: str | None, blended: bool, stock: dict[str, Path]) -> None:
     folder = stock["mixtral" if experts else "mistral"]
     student, dense, tensors = student_of(folder), load_sparse(folder, "swiglu"), batch()
     if experts:
@@ -152,9 +145,9 @@ def test_the_divergence_s_gradient_is_exact_piece_by_piece(
     teacher = torch.randn(7, 11, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda own: divergence(own, teacher), logits)
     assert torch.equal(divergence(teacher, teacher), torch.zeros(7, dtype=torch.float64))
-    wanted = functional.kl_div(
-        logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True
-    ).sum(-1)
+    wanted = functional.kl_div(logits.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(
+        -1
+    )
     torch.testing.assert_close(divergence(logits, teacher), wanted)
 
 
@@ -226,9 +219,7 @@ def test_logits_can_be_distilled_through_compiled_layers() -> None:
     assert compose_recipe("quickstart", compiled).distillation.is_on
 
 
-def test_a_model_is_not_distilled_from_itself(
-    recipe_file: Path, mixture_file: Path, tmp_path: Path
-) -> None:
+def test_a_model_is_not_distilled_from_itself(recipe_file: Path, mixture_file: Path, tmp_path: Path) -> None:
     overrides = ["activation=swiglu", f"mixture={mixture_file}", *BOTH]
     recipe = compose_recipe(str(recipe_file), overrides)
     with pytest.raises(RecipeError, match="has nothing to learn from itself"):

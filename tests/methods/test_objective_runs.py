@@ -44,9 +44,7 @@ def runs(
             if case.startswith("mixtral"):
                 replace_model(run, stock["mixtral"])
         run_ranks(PROGRAM, [str(root / case) for case in cases])
-        return {
-            case: [*records(root / case), {"kind": "folder", "path": root / case}] for case in cases
-        }
+        return {case: [*records(root / case), {"kind": "folder", "path": root / case}] for case in cases}
 
     return train
 

@@ -59,9 +59,7 @@ def test_the_published_stages_step_by_step() -> None:
 
 @pytest.mark.parametrize("experts", [None, "eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("gate_share", [0.0, 0.25])
-def test_it_is_the_mean_of_what_fires(
-    experts: str | None, gate_share: float, stock: dict[str, Path]
-) -> None:
+def test_it_is_the_mean_of_what_fires(experts: str | None, gate_share: float, stock: dict[str, Path]) -> None:
     model = load_sparse(stock["mixtral" if experts else "mistral"], "drelu").train()
     if experts:
         model.config._experts_implementation = experts
@@ -90,9 +88,7 @@ def test_it_is_the_mean_of_what_fires(
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 @pytest.mark.parametrize("gate_share", [0.0, 0.5])
-def test_activation_checkpointing_counts_nothing_twice(
-    kind: str, gate_share: float, stock: dict[str, Path]
-) -> None:
+def test_activation_checkpointing_counts_nothing_twice(kind: str, gate_share: float, stock: dict[str, Path]) -> None:
     model = load_sparse(stock[kind], "drelu").train()
     penalty, record, gradients = passed(model, gate_share)
     model.activation_checkpointing_enable({"use_reentrant": False})
@@ -160,9 +156,7 @@ def test_thresholds_let_a_dense_activation_be_pressed() -> None:
 
 @pytest.mark.parametrize("name", ["drelu", "reglu"])
 @pytest.mark.parametrize("setting", ["blending.budget_share", "penalty.gate_share"])
-def test_the_plan_knows_what_it_keeps_for_the_backward_pass(
-    name: str, setting: str, stock: dict[str, Path]
-) -> None:
+def test_the_plan_knows_what_it_keeps_for_the_backward_pass(name: str, setting: str, stock: dict[str, Path]) -> None:
     blends = setting.startswith("blending")
     overrides = [f"activation={name}", f"{setting}=0.5", *([] if blends else [STAGES])]
     recipe = compose_recipe("quickstart", overrides)
@@ -194,9 +188,7 @@ def kept_bytes(model: SparseModel) -> int:
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_a_stored_mask_on_the_gate_counts_as_zeros_of_the_gate(
-    kind: str, stock: dict[str, Path]
-) -> None:
+def test_a_stored_mask_on_the_gate_counts_as_zeros_of_the_gate(kind: str, stock: dict[str, Path]) -> None:
     model = load_sparse(stock[kind], "swiglu").train()
     _, plain, _ = passed(model, 0.5)
     for block in model.ffn_blocks():

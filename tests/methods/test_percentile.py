@@ -34,9 +34,7 @@ def thresholds_of(model: SparseModel) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def masked(
-    calibrate: Calibrate, tmp_path_factory: pytest.TempPathFactory
-) -> dict[tuple[str, str], Calibrated]:
+def masked(calibrate: Calibrate, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Calibrated]:
     """Both kinds of model, with half of the products and with half of the gates masked."""
     root = tmp_path_factory.mktemp("percentile")
     return {
@@ -79,26 +77,20 @@ def test_held_out_text_has_the_wanted_zeros(
 def test_a_share_of_0_is_the_dense_model_bit_by_bit(
     kind: str, calibrate: Calibrate, stock: dict[str, Path], tmp_path: Path
 ) -> None:
-    found = calibrate(
-        kind, "swiglu", tmp_path / "out", tokens=640, method="percentile", target_zeros=0.0
-    )
+    found = calibrate(kind, "swiglu", tmp_path / "out", tokens=640, method="percentile", target_zeros=0.0)
     model = load_sparse(found.folder)
     assert torch.equal(model(IDS).logits, load_sparse(stock[kind])(IDS).logits)
     assert all((threshold == -torch.inf).all() for threshold in thresholds_of(model))
 
 
 def test_layers_with_enough_zeros_get_the_threshold_0(calibrate: Calibrate, tmp_path: Path) -> None:
-    found = calibrate(
-        "mistral", "drelu", tmp_path / "out", tokens=640, method="percentile", target_zeros=0.3
-    )
+    found = calibrate("mistral", "drelu", tmp_path / "out", tokens=640, method="percentile", target_zeros=0.3)
     assert [layer["threshold"] for layer in found.calibration.layers] == [0.0, 0.0]
     assert found.calibration.stages[-1].zeros > 0.6
 
 
 def test_a_reconstruction_may_follow(calibrate: Calibrate, tmp_path: Path) -> None:
-    found = calibrate(
-        "mistral", "swiglu", tmp_path / "out", method="percentile", target_zeros=0.9, refit=True
-    )
+    found = calibrate("mistral", "swiglu", tmp_path / "out", method="percentile", target_zeros=0.9, refit=True)
     stages = {stage.name: stage for stage in found.calibration.stages}
     assert list(stages) == ["dense", "percentile", "refit"]
     experts = [expert for layer in found.calibration.layers for expert in layer["experts"]]
@@ -124,9 +116,7 @@ def test_a_killed_conversion_resumes_to_the_same_thresholds(
     assert "Layer 2 of 2" in caplog.text
     whole = masked["mixtral", "inter"]
     assert again.calibration == whole.calibration
-    ours, theirs = (
-        load_file(folder / "model.safetensors") for folder in (again.folder, whole.folder)
-    )
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (again.folder, whole.folder))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

@@ -94,9 +94,7 @@ def _check_fits(found: dict[str, Any], cases: list[str]) -> None:
         assert answer["num_flipped"] > 0
         # Some experts of a router that nobody trained get hardly a token.
         assert bool(answer["kept"]) == ("mixtral" in case)
-        assert all(
-            "calibration tokens were routed to it" in one["because"] for one in answer["kept"]
-        )
+        assert all("calibration tokens were routed to it" in one["because"] for one in answer["kept"])
 
 
 @pytest.mark.slow
@@ -115,9 +113,7 @@ def test_an_offloaded_optimizer_s_weights_are_refitted_too(runs: Runs) -> None:
 
 
 def _check_trained(found: dict[str, Any], whole: str, cut: str) -> None:
-    lines = {
-        case: [line for line in found[case] if line["kind"] == "train"] for case in (whole, cut)
-    }
+    lines = {case: [line for line in found[case] if line["kind"] == "train"] for case in (whole, cut)}
     for key in ("step", "loss", "gradient_norm"):
         assert [line[key] for line in lines[whole]] == [line[key] for line in lines[cut]]
     shares = [line.get("blended_share") for line in lines[whole]]

@@ -13,9 +13,7 @@ from sparsify.methods.penalty import MAX_EXPONENT, Controller, after_step, begin
 STEPS = 400
 
 
-def run(
-    target: float, gain: float, rate: float, first: float, start: float = 0.0, stop: int = STEPS
-) -> list[float]:
+def run(target: float, gain: float, rate: float, first: float, start: float = 0.0, stop: int = STEPS) -> list[float]:
     """Zeros of every step on a plant that answers with a delay: dy/dt = rate (gain ln(weight / first weight) + y0 - y).
 
     Args:
@@ -47,9 +45,7 @@ def run(
     st.floats(0.3, 0.85),
     st.floats(0.0, 0.5),
 )
-def test_it_ends_at_the_target_without_swinging(
-    gain: float, rate: float, first: float, start: float
-) -> None:
+def test_it_ends_at_the_target_without_swinging(gain: float, rate: float, first: float, start: float) -> None:
     away = math.log((1 - first) / (1 - 0.9))
     assume(away < 0.8 * gain * MAX_EXPONENT)  # else the weight's limit is in the way
     zeros = run(0.9, gain, rate, first, start)

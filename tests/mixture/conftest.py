@@ -60,9 +60,7 @@ def documents_of(source: TokenizedSource) -> list[Tokenized]:
     found = []
     for number in range(len(source.cache.records)):
         shard = source.cache.shard(number)
-        for start, length, held_out in zip(
-            shard.starts, shard.lengths, shard.held_out, strict=True
-        ):
+        for start, length, held_out in zip(shard.starts, shard.lengths, shard.held_out, strict=True):
             place = slice(start, start + length)
             mask = [True] * length if shard.loss is None else (shard.loss[place] != 0).tolist()
             found.append((shard.tokens[place].tolist(), mask, bool(held_out)))
@@ -111,8 +109,7 @@ def stories(write_jsonl: Callable[..., str]) -> SourceSection:
 def chats(write_jsonl: Callable[..., str]) -> SourceSection:
     """40 prompts with responses."""
     rows: list[dict[str, object]] = [
-        {"prompt": f"question{n} about {WORDS[n % 12]}", "response": f"answer{n} is {story(n, 5)}"}
-        for n in range(40)
+        {"prompt": f"question{n} about {WORDS[n % 12]}", "response": f"answer{n} is {story(n, 5)}"} for n in range(40)
     ]
     files = [write_jsonl(rows, "chats.jsonl")]
     return SourceSection(token_share=0.3, group="instruction", files=files)
@@ -120,9 +117,7 @@ def chats(write_jsonl: Callable[..., str]) -> SourceSection:
 
 @pytest.fixture
 def mixture(stories: SourceSection, chats: SourceSection) -> MixtureSection:
-    return MixtureSection(
-        name="tiny", sources={"stories": stories, "chats": chats}, validation_fraction=0.2
-    )
+    return MixtureSection(name="tiny", sources={"stories": stories, "chats": chats}, validation_fraction=0.2)
 
 
 @pytest.fixture
@@ -130,10 +125,7 @@ def tokenized(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> dict[str, TokenizedSource]:
     """Both sources of `mixture`, completely tokenised."""
-    return {
-        name: ingest_of(mixture, name, tokenizer, tmp_path / "cache").run()
-        for name in mixture.sources
-    }
+    return {name: ingest_of(mixture, name, tokenizer, tmp_path / "cache").run() for name in mixture.sources}
 
 
 @pytest.fixture

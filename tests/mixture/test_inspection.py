@@ -19,9 +19,7 @@ from tests.mixture.conftest import documents_of
 def test_stats_count_what_a_budget_reads(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    stats = measure_mixture(
-        mixture, tokenizer, budget_tokens=10_000, sequence_length=32, cache_dir=tmp_path
-    )
+    stats = measure_mixture(mixture, tokenizer, budget_tokens=10_000, sequence_length=32, cache_dir=tmp_path)
     for name, share in (("stories", 0.7), ("chats", 0.3)):
         source = stats.sources[name]
         assert source.planned_tokens == round(share * 10_000)
@@ -39,9 +37,9 @@ def test_stats_of_a_source_agree_with_its_documents(
     tokenized: dict[str, TokenizedSource],
     tmp_path: Path,
 ) -> None:
-    stats = measure_mixture(
-        mixture, tokenizer, budget_tokens=10**5, sequence_length=32, cache_dir=tmp_path
-    ).sources["chats"]
+    stats = measure_mixture(mixture, tokenizer, budget_tokens=10**5, sequence_length=32, cache_dir=tmp_path).sources[
+        "chats"
+    ]
     training = [(ids, mask) for ids, mask, side in documents_of(tokenized["chats"]) if not side]
     lengths = [len(ids) for ids, _ in training]
     assert (stats.documents, stats.tokens) == (len(lengths), sum(lengths))
@@ -53,16 +51,10 @@ def test_stats_of_a_source_agree_with_its_documents(
 def test_a_preview_separates_documents_and_marks_what_carries_loss(
     tokenizer: PreTrainedTokenizerFast, tokenized: dict[str, TokenizedSource]
 ) -> None:
-    sequences = list(
-        preview_sequences(
-            tokenized["chats"], tokenizer, sequence_length=300, num_sequences=99, seed=1
-        )
-    )
+    sequences = list(preview_sequences(tokenized["chats"], tokenizer, sequence_length=300, num_sequences=99, seed=1))
     chats = documents_of(tokenized["chats"])
     texts = [str(tokenizer.decode(ids)) for ids, _, held_out in chats if not held_out]
-    shown = [
-        "".join(span.text for span in doc) for sequence in sequences for doc in sequence.documents
-    ]
+    shown = ["".join(span.text for span in doc) for sequence in sequences for doc in sequence.documents]
     assert sorted(shown) == sorted(texts)
     for sequence in sequences:
         assert sequence.num_tokens + sequence.num_empty == 300
@@ -86,9 +78,7 @@ def test_stats_count_what_is_dropped(tokenizer: PreTrainedTokenizerFast, tmp_pat
         decontaminate_against=[str(tmp_path / "items.jsonl")],
     )
     dropped = (
-        measure_mixture(
-            mixture, tokenizer, budget_tokens=100, sequence_length=32, cache_dir=tmp_path / "cache"
-        )
+        measure_mixture(mixture, tokenizer, budget_tokens=100, sequence_length=32, cache_dir=tmp_path / "cache")
         .sources["town"]
         .dropped
     )

@@ -24,9 +24,7 @@ def lock(tokenized: dict[str, TokenizedSource]) -> MixtureLock:
     return make_lock(tokenized, shares, planned_sequences=sequences, sequence_length=16, seed=1)
 
 
-def test_a_lock_counts_what_the_run_will_see(
-    lock: MixtureLock, tokenized: dict[str, TokenizedSource]
-) -> None:
+def test_a_lock_counts_what_the_run_will_see(lock: MixtureLock, tokenized: dict[str, TokenizedSource]) -> None:
     stories = lock.sources["stories"]
     assert stories.planned_tokens == 70 * 16
     assert stories.epochs == 70 * 16 / tokenized["stories"].num_train_tokens
@@ -51,9 +49,7 @@ def test_delivered_shares_are_of_what_was_drawn(lock: MixtureLock) -> None:
 def test_a_lock_survives_its_file_unchanged(lock: MixtureLock, tmp_path: Path) -> None:
     write_lock(lock, tmp_path / "mixture.lock.json")
     check_lock(read_lock(tmp_path / "mixture.lock.json"), lock)
-    assert [path.name for path in tmp_path.iterdir() if "lock" in path.name] == [
-        "mixture.lock.json"
-    ]
+    assert [path.name for path in tmp_path.iterdir() if "lock" in path.name] == ["mixture.lock.json"]
 
 
 def test_every_difference_is_named_with_its_old_and_new_value(lock: MixtureLock) -> None:
@@ -67,9 +63,7 @@ def test_every_difference_is_named_with_its_old_and_new_value(lock: MixtureLock)
     message = str(caught.value)
     assert "seed was 1, is 2" in message
     assert "source stories: token_share was 0.7, is 0.65" in message
-    assert (
-        f"source stories: fingerprint was {lock.sources['stories'].fingerprint}, is abc" in message
-    )
+    assert f"source stories: fingerprint was {lock.sources['stories'].fingerprint}, is abc" in message
     assert "source more: added" in message
     assert "source chats: removed" in message
     assert "sequence_length" not in message.partition("\n  ")[2].partition("A run is")[0]

@@ -67,9 +67,7 @@ def test_drelu_passes_no_gradient_where_it_is_zero() -> None:
 
 
 def test_unknown_activation_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="allowed: swiglu, reglu, shifted_relu, relu2, fatrelu, drelu"
-    ):
+    with pytest.raises(ValueError, match="allowed: swiglu, reglu, shifted_relu, relu2, fatrelu, drelu"):
         FfnActivation("relu")
 
 
@@ -79,19 +77,14 @@ def test_mistral_block_computes_the_formula(name: str) -> None:
     config = SparseMistralConfig(**SHAPE, ffn_activation=name, ffn_gate_threshold=T)
     mlp = SparseMistralForCausalLM(config).model.layers[0].mlp
     x = torch.randn(2, 5, SHAPE["hidden_size"])
-    expected = (
-        FORMULAS[name](x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T)
-        @ mlp.down_proj.weight.T
-    )
+    expected = FORMULAS[name](x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T) @ mlp.down_proj.weight.T
     torch.testing.assert_close(mlp(x), expected)
 
 
 @pytest.mark.parametrize("backend", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", list(ACTIVATIONS))
-def test_mixtral_experts_compute_the_formula_in_every_allowed_backend(
-    name: str, masked: bool, backend: str
-) -> None:
+def test_mixtral_experts_compute_the_formula_in_every_allowed_backend(name: str, masked: bool, backend: str) -> None:
     torch.manual_seed(0)
     config = SparseMixtralConfig(
         **SHAPE,
@@ -122,9 +115,7 @@ def test_mixtral_experts_compute_the_formula_in_every_allowed_backend(
 
 @pytest.mark.parametrize("backend", ["deepgemm", "sonicmoe"])
 def test_other_expert_backends_are_refused(backend: str) -> None:
-    config = SparseMixtralConfig(
-        **SHAPE, num_local_experts=2, num_experts_per_tok=1, ffn_activation="drelu"
-    )
+    config = SparseMixtralConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1, ffn_activation="drelu")
     model = SparseMixtralForCausalLM(config)
     model.config._experts_implementation = backend
     with pytest.raises(ValueError, match=f"{backend}.*would not apply ffn_activation='drelu'"):
@@ -136,18 +127,14 @@ def test_other_expert_backends_are_refused(backend: str) -> None:
     [
         SparseMistralForCausalLM(SparseMistralConfig(**SHAPE, ffn_activation="drelu")),
         SparseMixtralForCausalLM(
-            SparseMixtralConfig(
-                **SHAPE, num_local_experts=4, num_experts_per_tok=2, ffn_activation="drelu"
-            )
+            SparseMixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, ffn_activation="drelu")
         ),
     ],
     ids=["mistral", "mixtral"],
 )
 @pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
 @torch.no_grad()  # flex_attention has no gradient on a CPU
-def test_no_logit_depends_on_another_document_of_the_sequence(
-    model: torch.nn.Module, attention: str
-) -> None:
+def test_no_logit_depends_on_another_document_of_the_sequence(model: torch.nn.Module, attention: str) -> None:
     torch.manual_seed(0)
     model.eval()
     model.set_attn_implementation(attention)

@@ -28,9 +28,7 @@ from tests.conftest import SHAPE, TOKENIZER
 IDS = torch.tensor([[1, 5, 9, 200, 77, 1031, 3, 2]])
 CONFIGS: dict[str, Any] = {
     "mistral": SparseMistralConfig,
-    "mixtral": lambda **fields: SparseMixtralConfig(
-        **fields, num_local_experts=3, num_experts_per_tok=2
-    ),
+    "mixtral": lambda **fields: SparseMixtralConfig(**fields, num_local_experts=3, num_experts_per_tok=2),
 }
 
 
@@ -87,9 +85,7 @@ def test_every_site_is_masked_and_share_0_is_bitwise_dense(kind: str, site: str,
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_masks_are_stored_with_the_weights_and_survive_another_activation(
-    kind: str, tmp_path: Path
-) -> None:
+def test_masks_are_stored_with_the_weights_and_survive_another_activation(kind: str, tmp_path: Path) -> None:
     sites = {site: "channel" if number % 2 else "layer" for number, site in enumerate(SITES)}
     model = model_with(kind, sites)
     torch.manual_seed(1)
@@ -134,9 +130,7 @@ def test_a_bundle_that_says_ffn_thresholds_means_the_same(kind: str, tmp_path: P
         ({"inter": {"rule": "threshold", "per": "token"}}, "the granularity 'token'"),
     ],
 )
-def test_what_the_model_does_not_apply_is_refused_by_name(
-    sites: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_what_the_model_does_not_apply_is_refused_by_name(sites: dict[str, Any], message: str, tmp_path: Path) -> None:
     save(model_with("mistral", {}), tmp_path)
     config = read_checkpoint(tmp_path).config
     config["sparsification"] = {"method": "test", "sites": sites}

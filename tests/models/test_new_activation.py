@@ -52,9 +52,7 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
         (root / catalogue).symlink_to(PACKAGE.parent / catalogue)
     table = root / "sparsify" / "models" / "activations.py"
     before, after = table.read_text().split('        Activation(\n            "reglu",')
-    table.write_text(
-        before + ROW.lstrip("\n") + '        Activation(\n            "reglu",' + after
-    )
+    table.write_text(before + ROW.lstrip("\n") + '        Activation(\n            "reglu",' + after)
 
     def run(*arguments: object) -> str:
         program = "from sparsify.cli.main import main; main()"
@@ -87,9 +85,7 @@ def test_one_row_is_enough_for_every_command(
     to = tmp_path / "converted"
     chosen = ("--activation", "rectified_swiglu", "--calibrate-on", mixture_file)
     tokens = ("--calibration-tokens", 8192, "--tokens", 512)
-    converted = printed(
-        command_line("convert", stock["mistral"], *chosen, *tokens, "--to", to, "--json")
-    )
+    converted = printed(command_line("convert", stock["mistral"], *chosen, *tokens, "--to", to, "--json"))
     assert converted["ffn_activation"] == "rectified_swiglu"
     # Neurons' signs are turned for every activation that rectifies up.
     assert [stage["name"] for stage in converted["stages"]][:3] == [

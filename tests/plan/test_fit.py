@@ -55,9 +55,7 @@ def test_one_gpu_is_too_small_for_the_recipes_as_they_are(recipe: str) -> None:
         (MIXTRAL, "1xh200-141gb", 1024, 1, True),
     ],
 )
-def test_auto_chooses(
-    recipe: str, hardware: str, host_memory_gb: float | None, stage: int, offload: bool
-) -> None:
+def test_auto_chooses(recipe: str, hardware: str, host_memory_gb: float | None, stage: int, offload: bool) -> None:
     given = Assumptions(hardware, host_memory_gb=host_memory_gb)
     result = plan(recipe, ["engine=auto"], given)
     assert result.verdict.fits
@@ -113,9 +111,7 @@ def test_settings_that_would_be_ignored_are_refused(overrides: list[str], messag
         compose_recipe("quickstart", overrides)
 
 
-def test_a_run_gets_concrete_numbers_and_hears_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_gets_concrete_numbers_and_hears_why(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = compose_recipe("quickstart", ["engine=auto", f"run_dir={tmp_path}"])
     assert recipe.engine.zero_stage == AUTO_STAGE
     caplog.set_level(logging.INFO, "sparsify")
@@ -160,9 +156,7 @@ def test_epochs_stand_where_the_cache_knows_the_source(tmp_path: Path, mixture_f
     from sparsify.mixture.inspection import open_mixture
 
     overrides = [f"mixture={mixture_file}", f"cache_dir={tmp_path}"]
-    assert all(
-        one.epochs is None for one in plan("quickstart", overrides, Assumptions()).sources.values()
-    )
+    assert all(one.epochs is None for one in plan("quickstart", overrides, Assumptions()).sources.values())
     recipe = compose_recipe("quickstart", overrides)
     tokenizer = _tokenizer_here(recipe)
     assert tokenizer is not None

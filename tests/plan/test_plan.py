@@ -23,12 +23,7 @@ from transformers import (
 )
 
 from sparsify.errors import RecipeError, StorageError
-from sparsify.models import (
-    ACTIVATIONS,
-    MODEL_CLASSES,
-    SparseMistralConfig,
-    SparseMixtralConfig,
-)
+from sparsify.models import ACTIVATIONS, MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig
 from sparsify.plan import make_plan, plan_table
 from sparsify.plan.activation_memory import layer_activation_bytes
 from sparsify.plan.parameters import Architecture
@@ -63,9 +58,7 @@ def test_every_recipe_has_a_plan_that_prints(name: str) -> None:
 def test_checkpoints_kept_for_good_are_on_the_disk(recipe_file: Path) -> None:
     saving = ["training.budget_tokens=20480", "checkpoint.every_tokens=1024"]
     few = make_plan(compose_recipe(str(recipe_file), saving))
-    many = make_plan(
-        compose_recipe(str(recipe_file), [*saving, "checkpoint.keep_every_tokens=2048"])
-    )
+    many = make_plan(compose_recipe(str(recipe_file), [*saving, "checkpoint.keep_every_tokens=2048"]))
     assert few.disk_bytes == 3 * few.checkpoint_bytes
     # 20 are saved; the last two and one being written are counted already, of the 18 before them every other stays.
     assert many.disk_bytes == (3 + 9) * many.checkpoint_bytes
@@ -74,9 +67,7 @@ def test_checkpoints_kept_for_good_are_on_the_disk(recipe_file: Path) -> None:
 
 
 @pytest.mark.parametrize("experts", [None, 4])
-@pytest.mark.parametrize(
-    "name", [name for name in recipe_names() if composed(name).model.architecture]
-)
+@pytest.mark.parametrize("name", [name for name in recipe_names() if composed(name).model.architecture])
 def test_parameters_are_those_of_transformers_own_model(name: str, experts: int | None) -> None:
     recipe = deepcopy(composed(name))
     fields = dict(recipe.model.architecture)
@@ -224,11 +215,7 @@ def test_activation_bytes_are_what_autograd_keeps(
         if thresholds:
             sites = {"inter": {"rule": "threshold", "per": "channel"}}
             fields["sparsification"] = {"method": "thresholds", "sites": sites}
-        config = (
-            SparseMixtralConfig(num_local_experts=4, **fields)
-            if experts
-            else SparseMistralConfig(**fields)
-        )
+        config = SparseMixtralConfig(num_local_experts=4, **fields) if experts else SparseMistralConfig(**fields)
         model = MODEL_CLASSES[config.model_type](config)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -236,9 +223,7 @@ def test_activation_bytes_are_what_autograd_keeps(
     per_token = (measured[3] - measured[1]) / 2 / num_tokens
     architecture = Architecture.of(config.to_dict(), None, 2)
     sequence = num_tokens if documents > 1 else None
-    estimate = layer_activation_bytes(
-        architecture, activation, dtype.itemsize, sequence, thresholds=thresholds
-    )
+    estimate = layer_activation_bytes(architecture, activation, dtype.itemsize, sequence, thresholds=thresholds)
     assert estimate == pytest.approx(per_token, rel=0.03)
 
 
@@ -263,8 +248,7 @@ def test_refits_need_a_gram_matrix_and_each_process_its_part_of_the_tokens() -> 
     name = "turbosparse_mixtral_8x7b"
     assert make_plan(composed(name)).refits is None
     small, large = (
-        make_plan(composed(name, *milestones, f"blending.refit_tokens={tokens}"))
-        for tokens in (2**20, 2**24)
+        make_plan(composed(name, *milestones, f"blending.refit_tokens={tokens}")) for tokens in (2**20, 2**24)
     )
     assert small.refits
     assert large.refits
@@ -344,9 +328,7 @@ def test_the_chart_shows_every_source_at_its_share(ramped: Recipe, tmp_path: Pat
         write_chart(plan, tmp_path / "mixture.pdf")
 
 
-@given(
-    budget_tokens=st.integers(100_000, 10**12), share=st.floats(0, 1), sequence=st.integers(1, 512)
-)
+@given(budget_tokens=st.integers(100_000, 10**12), share=st.floats(0, 1), sequence=st.integers(1, 512))
 @settings(max_examples=25, deadline=None)
 def test_every_token_has_a_source(budget_tokens: int, share: float, sequence: int) -> None:
     recipe = deepcopy(composed("smollm2_135m"))

@@ -32,9 +32,7 @@ def sparse_model(kind: str, activation: str = "drelu") -> SparseModel:
     if kind == "mistral":
         model = SparseMistralForCausalLM(SparseMistralConfig(**SHAPE, ffn_activation=activation))
     else:
-        config = SparseMixtralConfig(
-            **SHAPE, ffn_activation=activation, num_local_experts=4, num_experts_per_tok=2
-        )
+        config = SparseMixtralConfig(**SHAPE, ffn_activation=activation, num_local_experts=4, num_experts_per_tok=2)
         model = SparseMixtralForCausalLM(config)
     with torch.no_grad():
         # A direction that all tokens share serves as the bias that makes firing rare.

@@ -42,9 +42,7 @@ class Recompute:
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 @pytest.mark.parametrize("residual", [False, True])
 @torch.no_grad()
-def test_rows_are_the_blocks_own_inputs(
-    kind: str, residual: bool, request: pytest.FixtureRequest
-) -> None:
+def test_rows_are_the_blocks_own_inputs(kind: str, residual: bool, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(kind)
     with BlockInputs(model, "residual" if residual else "normed") as inputs:
         recompute = Recompute(model, inputs, residual)
@@ -54,9 +52,7 @@ def test_rows_are_the_blocks_own_inputs(
 
 
 @given(st.integers(0, 10_000), st.floats(0.01, 100.0), st.floats(0.1, 10.0))
-def test_a_folded_predictor_has_the_same_signs_and_scales_with_the_token(
-    seed: int, size: float, scale: float
-) -> None:
+def test_a_folded_predictor_has_the_same_signs_and_scales_with_the_token(seed: int, size: float, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
     norm = MistralRMSNorm(16, eps=1e-6)
     norm.weight.data = torch.rand(16, generator=generator) * 3 - 0.5

@@ -40,14 +40,10 @@ def predictors(
     settings = Settings(request.param, wanted_recall=0.95, budget_share=0.5, ranks=(12,), passes=4)
     state = tmp_path_factory.mktemp("train") / "state"
     train_on, validation = random_batches(40, seed=2), random_batches(4, seed=3)
-    return train_predictors(
-        mistral, train_on, validation, settings, text="random", state_path=state
-    )
+    return train_predictors(mistral, train_on, validation, settings, text="random", state_path=state)
 
 
-def evaluate_at(
-    model: SparseModel, predictors: Predictors, limit: float, *thresholds: float
-) -> PredictorEvaluation:
+def evaluate_at(model: SparseModel, predictors: Predictors, limit: float, *thresholds: float) -> PredictorEvaluation:
     return evaluate_predictors(
         model,
         predictors,
@@ -79,16 +75,12 @@ def by_hand(model: SparseModel, predictors: Predictors, threshold: float) -> tup
             hit_sum += int(((h != 0) & on).sum())
             x = residual + layer.mlp.down_proj(h * on)
         logits = model.lm_head(model.model.norm(x)).flatten(0, 1)
-        loss += float(
-            nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum").double()
-        )
+        loss += float(nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum").double())
         labels += batch["labels"].numel()
     return loss / labels, hit_sum / fired_sum
 
 
-def test_a_point_is_what_the_masked_blocks_give(
-    mistral: SparseModel, predictors: Predictors
-) -> None:
+def test_a_point_is_what_the_masked_blocks_give(mistral: SparseModel, predictors: Predictors) -> None:
     for threshold in (0.0, 0.7):
         loss, recall = by_hand(mistral, predictors, threshold)
         (point,) = evaluate_at(mistral, predictors, 1.0, threshold).points
@@ -96,9 +88,7 @@ def test_a_point_is_what_the_masked_blocks_give(
         assert point.recall == pytest.approx(recall, abs=1e-4)
 
 
-def test_the_cheapest_threshold_within_the_limit_is_chosen(
-    mistral: SparseModel, predictors: Predictors
-) -> None:
+def test_the_cheapest_threshold_within_the_limit_is_chosen(mistral: SparseModel, predictors: Predictors) -> None:
     loose = evaluate_at(mistral, predictors, 1.0)
     strict = evaluate_at(mistral, predictors, sorted(p.loss_rise for p in loose.points)[4])
     for evaluation in (loose, strict):
@@ -116,9 +106,7 @@ def test_the_cheapest_threshold_within_the_limit_is_chosen(
     assert (dense.ffn_bytes, dense.model_speedup) == (1.0, 1.0)
 
 
-def test_predictors_that_switch_everything_on_are_caught(
-    mistral: SparseModel, predictors: Predictors
-) -> None:
+def test_predictors_that_switch_everything_on_are_caught(mistral: SparseModel, predictors: Predictors) -> None:
     evaluation = evaluate_at(mistral, predictors, 1.0, -1e9)
     (point,) = evaluation.points
     assert (point.recall, point.on_share, point.loss_rise) == (1.0, 1.0, 0.0)
@@ -126,9 +114,7 @@ def test_predictors_that_switch_everything_on_are_caught(
     assert "switch everything on" in evaluation.verdict
 
 
-def test_predictors_that_know_nothing_are_caught(
-    mistral: SparseModel, predictors: Predictors
-) -> None:
+def test_predictors_that_know_nothing_are_caught(mistral: SparseModel, predictors: Predictors) -> None:
     generator = torch.Generator().manual_seed(0)
     noise = {
         block: BlockPredictor(*(torch.randn(m.shape, generator=generator) for m in matrices))
@@ -136,10 +122,7 @@ def test_predictors_that_know_nothing_are_caught(
     }
     evaluation = evaluate_at(mistral, predictors._replace(blocks=noise), 10.0)
     assert evaluation.chosen is None
-    assert all(
-        (point.recall or 0) < point.static_recall or point.ffn_bytes > 0.6
-        for point in evaluation.points
-    )
+    assert all((point.recall or 0) < point.static_recall or point.ffn_bytes > 0.6 for point in evaluation.points)
 
 
 @pytest.fixture(scope="module")

@@ -22,12 +22,8 @@ SETTINGS = Settings(wanted_recall=0.9, budget_share=0.5, ranks=(12, 24), passes=
 BATCHES, VALIDATION = random_batches(40, seed=2), random_batches(6, seed=3)
 
 
-def trained(
-    model: SparseModel, state: Path, settings: Settings = SETTINGS, **more: object
-) -> Predictors:
-    return train_predictors(
-        model, BATCHES, VALIDATION, settings, text="random", state_path=state, **more
-    )
+def trained(model: SparseModel, state: Path, settings: Settings = SETTINGS, **more: object) -> Predictors:
+    return train_predictors(model, BATCHES, VALIDATION, settings, text="random", state_path=state, **more)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
@@ -38,8 +34,7 @@ def test_the_wanted_recall_is_reached_with_few_neurons_on(
     assert len(predictors.blocks) == (8 if kind == "mixtral" else 2)
     blocks = list(predictors.facts.blocks.values())
     recall, on_share, firing_share = (
-        sum(getattr(block, name) for block in blocks) / len(blocks)
-        for name in ("recall", "on_share", "firing_share")
+        sum(getattr(block, name) for block in blocks) / len(blocks) for name in ("recall", "on_share", "firing_share")
     )
     assert recall == pytest.approx(0.9, abs=0.04)
     # Neurons taken at random would have a recall of what is on.
@@ -92,12 +87,8 @@ def test_a_dense_model_has_nothing_to_predict(tmp_path: Path) -> None:
         trained(sparse_model("mistral", "swiglu"), tmp_path / "state")
 
 
-def test_predictors_of_other_weights_and_damaged_ones_are_refused(
-    mistral: SparseModel, tmp_path: Path
-) -> None:
-    predictors = trained(
-        mistral, tmp_path / "state", Settings(ranks=(8,), passes=1, budget_share=1)
-    )
+def test_predictors_of_other_weights_and_damaged_ones_are_refused(mistral: SparseModel, tmp_path: Path) -> None:
+    predictors = trained(mistral, tmp_path / "state", Settings(ranks=(8,), passes=1, budget_share=1))
     write_predictors(predictors, tmp_path / "predictors")
     again = read_predictors(tmp_path / "predictors")
     again.check_model(mistral, "predictors")

@@ -53,9 +53,7 @@ def test_phases_and_ramps_give_shares_over_the_run(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_phases_that_cannot_be_are_answered_with_help(
-    phases: str, words: str, tmp_path: Path
-) -> None:
+def test_phases_that_cannot_be_are_answered_with_help(phases: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"{PHASES}phases: {phases}\n")
     with pytest.raises(RecipeError, match=words):
@@ -80,9 +78,7 @@ def test_caps_that_would_be_ignored_are_refused() -> None:
 
 
 @pytest.mark.parametrize("knob", ["0.25", "null"])
-def test_shares_may_be_of_each_group_only_where_a_number_says_what_each_group_has(
-    tmp_path: Path, knob: str
-) -> None:
+def test_shares_may_be_of_each_group_only_where_a_number_says_what_each_group_has(tmp_path: Path, knob: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         f"name: x\ninstruction_token_share: {knob}\nsources:\n  web: {{files: [w.txt], token_share: 0.4}}\n"

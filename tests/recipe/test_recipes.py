@@ -204,12 +204,8 @@ def test_the_ratio_of_instructions_is_one_override() -> None:
     assert shares["code"] / shares["prose"] == pytest.approx(kept)
 
 
-def test_own_recipe_builds_on_a_shipped_one_from_anywhere(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my recipe.yaml").write_text(
-        "defaults: [quickstart, {override /engine: zero2}, _self_]\nname: mine\n"
-    )
+def test_own_recipe_builds_on_a_shipped_one_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my recipe.yaml").write_text("defaults: [quickstart, {override /engine: zero2}, _self_]\nname: mine\n")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -221,12 +217,8 @@ def test_own_recipe_builds_on_a_shipped_one_from_anywhere(
     assert recipe.mixture == load_mixture("quickstart")
 
 
-def test_own_mixture_and_evaluation_are_paths(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "my.yaml").write_text(
-        "name: mine\nsources: {books: {files: [b.txt], token_share: 1.0}}\n"
-    )
+def test_own_mixture_and_evaluation_are_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my.yaml").write_text("name: mine\nsources: {books: {files: [b.txt], token_share: 1.0}}\n")
     (tmp_path / "rare.yaml").write_text("name: rare\nevery_tokens: 5_000_000\n")
     monkeypatch.chdir(tmp_path)
     recipe = compose_recipe("quickstart", ["mixture=my.yaml", "eval=rare.yaml"])

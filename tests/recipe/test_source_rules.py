@@ -52,9 +52,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("settings", "words"), REFUSED.values(), ids=REFUSED)
-def test_settings_that_contradict_or_ignore_each_other(
-    settings: dict[str, Any], words: str
-) -> None:
+def test_settings_that_contradict_or_ignore_each_other(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError) as caught:
         check(settings)
     assert words in str(caught.value)
@@ -84,9 +82,7 @@ def test_settings_that_work_together(settings: dict[str, Any]) -> None:
         ({"chat_template": "chatml"}, "has no instruction source"),
     ],
 )
-def test_limits_and_templates_that_a_mixture_cannot_use(
-    settings: dict[str, Any], words: str
-) -> None:
+def test_limits_and_templates_that_a_mixture_cannot_use(settings: dict[str, Any], words: str) -> None:
     sources = {"web": TEXT | {"token_share": 1.0}}
     values = {"name": "tiny", "sources": sources} | settings
     with pytest.raises(RecipeError, match=words):

@@ -9,12 +9,7 @@ from typing import Any
 import torch
 
 from sparsify.models import ACTIVATIONS, Activation, FfnActivation
-from sparsify.runtime import (
-    BlockMatrix,
-    FfnWeights,
-    Predictor,
-    quantise,
-)
+from sparsify.runtime import BlockMatrix, FfnWeights, Predictor, quantise
 from sparsify.runtime.quantised import BlockFormat
 
 DRELU = ACTIVATIONS["drelu"]
@@ -99,9 +94,7 @@ def scores_of(x: torch.Tensor, chosen: Predictor) -> torch.Tensor:
     return (x @ chosen.a.to(x.dtype).T).relu() @ chosen.b.to(x.dtype).T
 
 
-def difference(
-    given: torch.Tensor, x: torch.Tensor, weights: FfnWeights, activation: Activation
-) -> float:
+def difference(given: torch.Tensor, x: torch.Tensor, weights: FfnWeights, activation: Activation) -> float:
     """Largest difference from float64, as a share of the largest sum of the sizes of what is added up."""
     product = _products_kept(x, weights, activation)
     sizes = product.abs() @ weights.down_t.double().abs()

@@ -51,9 +51,7 @@ def load(folders: dict[str, Path]) -> Callable[[str], Any]:
 
 def generate(model: Any, **options: Any) -> torch.Tensor:
     torch.manual_seed(0)
-    return model.generate(
-        IDS.repeat(3, 1), max_new_tokens=12, min_new_tokens=12, pad_token_id=2, **options
-    )
+    return model.generate(IDS.repeat(3, 1), max_new_tokens=12, min_new_tokens=12, pad_token_id=2, **options)
 
 
 @kinds
@@ -126,9 +124,7 @@ def test_moved_cast_copied_reloaded_and_saved(kind: str, load: Callable, tmp_pat
         assert decoded_logits(changed).sub(expected).abs().max() < 1e-4
         assert changed.ffn_blocks()[0].forward.tokens > model.ffn_blocks()[0].forward.tokens
     half = copy.deepcopy(model).bfloat16()
-    torch.testing.assert_close(
-        decoded_logits(half), decoded_logits(load(kind).bfloat16()), rtol=0.1, atol=0.1
-    )
+    torch.testing.assert_close(decoded_logits(half), decoded_logits(load(kind).bfloat16()), rtol=0.1, atol=0.1)
     model.save_pretrained(tmp_path)
     assert torch.equal(decoded_logits(load_sparse(tmp_path)), decoded_logits(load(kind)))
     doubled = {name: 1.1 * value for name, value in state.items()}

@@ -100,16 +100,12 @@ def rounded(model: Any, format: BlockFormat) -> Any:
 
 
 def same_logits(model: Any, reference: Any) -> None:
-    torch.testing.assert_close(
-        decoded_logits(model), decoded_logits(reference), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(decoded_logits(model), decoded_logits(reference), rtol=1e-4, atol=1e-5)
 
 
 @kinds
 @formats
-def test_decoding_is_that_of_the_rounded_weights(
-    kind: str, format: BlockFormat, load: Callable
-) -> None:
+def test_decoding_is_that_of_the_rounded_weights(kind: str, format: BlockFormat, load: Callable) -> None:
     model = load(kind)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     reference = rounded(model, format)

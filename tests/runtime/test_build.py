@@ -45,13 +45,9 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("compiler", ["", "/bin/false"])
-def test_without_a_working_compiler_torch_takes_over_and_that_is_said_once(
-    compiler: str, tmp_path: Path
-) -> None:
+def test_without_a_working_compiler_torch_takes_over_and_that_is_said_once(compiler: str, tmp_path: Path) -> None:
     path = "/nowhere" if not compiler else os.environ["PATH"]
-    result = run(
-        WITHOUT_COMPILER, CXX=compiler, PATH=path, SPARSIFY_KERNEL_CACHE=str(tmp_path / "cache")
-    )
+    result = run(WITHOUT_COMPILER, CXX=compiler, PATH=path, SPARSIFY_KERNEL_CACHE=str(tmp_path / "cache"))
     assert result.returncode == 0, result.stderr
     assert "continues with torch's operators" in result.stdout
     assert ("There is no C++ compiler" if not compiler else "cannot be compiled") in result.stdout

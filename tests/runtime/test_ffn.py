@@ -83,9 +83,7 @@ def test_only_rows_that_count_are_read(backend: str) -> None:
     assert rows.down == ((gate > 0) & (up > 0)).sum()
     chosen = dataclasses.replace(predictor(weights, 8), threshold=2.0)
     predicting = dataclasses.replace(weights, predictor=chosen)
-    on = (
-        scores_of(x, chosen) > chosen.threshold
-    )  # few enough to be gathered by torch's operators, too
+    on = scores_of(x, chosen) > chosen.threshold  # few enough to be gathered by torch's operators, too
     _, rows = sparse_ffn(x, predicting, DRELU, backend=backend)
     assert rows.gate == on.sum()
     assert rows.up == ((gate > 0) & on).sum()
@@ -129,9 +127,7 @@ def test_nan_and_inf_come_out_of_the_token_that_brought_them(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 3])
 @formats
-def test_the_number_of_threads_changes_no_bit(
-    dtype: torch.dtype, tokens: int, format: BlockFormat | None
-) -> None:
+def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, tokens: int, format: BlockFormat | None) -> None:
     x, weights = block(tokens, 200, 700, dtype, on=0.3)
     weights = dataclasses.replace(weights, predictor=predictor(weights, 24))
     weights, _ = in_format(weights, format)
@@ -149,9 +145,7 @@ def test_strides_do_not_matter(backend: str) -> None:
     wide[:, 1, 7:40] = x
     apart = torch.full((70, 90), torch.nan)
     apart[:, 11:44] = weights.gate
-    scattered = FfnWeights(
-        apart[:, 11:44], weights.up.T.contiguous().T, weights.down_t.repeat_interleave(2, 0)[::2]
-    )
+    scattered = FfnWeights(apart[:, 11:44], weights.up.T.contiguous().T, weights.down_t.repeat_interleave(2, 0)[::2])
     given, _ = sparse_ffn(wide[:, 1, 7:40], scattered, DRELU, backend=backend)
     assert torch.equal(given, expected)
     columns, _ = sparse_ffn(x.T.contiguous().T, scattered, DRELU, backend=backend)

@@ -79,9 +79,7 @@ POINTERS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
 
 @needs_triton
 @pytest.mark.skipif(triton_ffn.interpreting(), reason="the interpreter compiles nothing")
-@pytest.mark.parametrize(
-    "tokens", [pytest.param(t, marks=[pytest.mark.slow] if t in (2, 4) else []) for t in BLOCKS]
-)
+@pytest.mark.parametrize("tokens", [pytest.param(t, marks=[pytest.mark.slow] if t in (2, 4) else []) for t in BLOCKS])
 @pytest.mark.parametrize("routed", [False, True])
 def test_kernels_compile_for_hopper_and_keep_their_sums_in_registers(
     tokens: int, routed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,9 +113,7 @@ def test_without_triton_torch_takes_over_and_that_is_said_once(
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # as a GPU would, it asks for Triton
     triton_ffn.triton_kernels.cache_clear()
     x = torch.zeros(1, 4)
-    with pytest.warns(
-        UserWarning, match=r"There is no Triton here\. .*continues with torch"
-    ) as said:
+    with pytest.warns(UserWarning, match=r"There is no Triton here\. .*continues with torch") as said:
         assert not any(triton_ffn.triton_can(x) for _ in range(2))
     assert len(said) == 1
     triton_ffn.triton_kernels.cache_clear()

@@ -28,9 +28,7 @@ HASWELL = (
 )
 SKYLAKE_X = HASWELL + " avx512f avx512dq avx512cd avx512bw avx512vl"
 KNIGHTS_LANDING = HASWELL + " avx512f avx512pf avx512er avx512cd"
-BULLDOZER = (
-    "fpu sse sse2 lm pni ssse3 cx16 sse4_1 sse4_2 popcnt xsave avx f16c fma fma4 lahf_lm abm bmi1"
-)
+BULLDOZER = "fpu sse sse2 lm pni ssse3 cx16 sse4_1 sse4_2 popcnt xsave avx f16c fma fma4 lahf_lm abm bmi1"
 WITHOUT_AVX2 = HASWELL.replace(" avx2", "") + " avx512f avx512dq avx512cd avx512bw"
 
 COMPUTE = """
@@ -68,9 +66,7 @@ print(*(warning.message for warning in said))
         ("arm64", "", ["arm64"]),
     ],
 )
-def test_a_processor_gets_no_library_that_it_cannot_run(
-    machine: str, flags: str, expected: list[str]
-) -> None:
+def test_a_processor_gets_no_library_that_it_cannot_run(machine: str, flags: str, expected: list[str]) -> None:
     assert runnable_variants(machine, set(flags.split())) == expected
 
 
@@ -79,9 +75,7 @@ def build_wheel(to: Path, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps"]
     # hatchling is among the dev dependencies: no network.
     command += ["--no-build-isolation", "-w", str(to), str(ROOT)]
-    result = subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     (wheel,) = to.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -146,9 +140,7 @@ def test_every_library_of_a_wheel_computes_without_a_compiler(
 
 
 @pytest.mark.slow
-def test_where_the_compiler_fails_the_wheels_kernels_do(
-    wheel_with_kernels: Path, tmp_path: Path
-) -> None:
+def test_where_the_compiler_fails_the_wheels_kernels_do(wheel_with_kernels: Path, tmp_path: Path) -> None:
     said = compute(wheel_with_kernels, tmp_path, "native", CXX="/bin/false")
     assert "cannot be compiled with /bin/false" in said
     assert "that came with the wheel are used instead" in said
@@ -159,8 +151,6 @@ def test_a_wheel_built_without_a_compiler_is_pure_python(pure_wheel: Path, tmp_p
     assert "Root-Is-Purelib: true" in said_by(pure_wheel)
     assert "Tag: py3-none-any" in said_by(pure_wheel)
     assert not (pure_wheel / "sparsify/runtime/prebuilt").exists()
-    assert "continues with torch's operators" in compute(
-        pure_wheel, tmp_path, "auto", **NO_COMPILER
-    )
+    assert "continues with torch's operators" in compute(pure_wheel, tmp_path, "auto", **NO_COMPILER)
     if find_compiler():
         assert compute(pure_wheel, tmp_path, "native") == ""

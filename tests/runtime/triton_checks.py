@@ -62,9 +62,7 @@ def moved(weights: FfnWeights) -> FfnWeights:
     if chosen is not None:
         chosen = dataclasses.replace(chosen, a=chosen.a.to(DEVICE), b=chosen.b.to(DEVICE))
     given = (weights.gate, weights.up, weights.down_t, weights.thresholds, weights.gate_thresholds)
-    gate, up, down_t, thresholds, gate_thresholds = (
-        None if part is None else part.to(DEVICE) for part in given
-    )
+    gate, up, down_t, thresholds, gate_thresholds = (None if part is None else part.to(DEVICE) for part in given)
     return FfnWeights(gate, up, down_t, thresholds, chosen, gate_thresholds)
 
 
@@ -79,9 +77,7 @@ def counted(rows: RowsRead) -> tuple[int, ...]:
 
 @settings(max_examples=int(os.environ["TRITON_EXAMPLES"]), deadline=None)
 @given(
-    shape=st.tuples(
-        st.integers(1, 9), st.sampled_from([1, 33, 130, 530]), st.sampled_from([1, 64, 129, 150])
-    ),
+    shape=st.tuples(st.integers(1, 9), st.sampled_from([1, 33, 130, 530]), st.sampled_from([1, 64, 129, 150])),
     name=st.sampled_from(sorted(ALL)),
     dtype=st.sampled_from(DTYPES),
     on=st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]),
@@ -91,9 +87,7 @@ def counted(rows: RowsRead) -> tuple[int, ...]:
     dense=st.booleans(),
     seed=st.integers(0, 10**6),
 )
-def test_every_block_equals_float64(
-    shape, name, dtype, on, thresholded, site, rank, dense, seed
-) -> None:
+def test_every_block_equals_float64(shape, name, dtype, on, thresholded, site, rank, dense, seed) -> None:
     x, weights = block(*shape, dtype, on=on, seed=seed)
     if rank is not None and not dense:
         chosen = clear_of_ties(x, predictor(weights, rank))
@@ -128,9 +122,7 @@ def test_rows_are_counted_as_they_are_needed(tokens: int, with_predictor: bool) 
         total += rows
         total += computed(x, weights)[1]
         assert list(counted(rows)) == expected
-    assert list(counted(total)) == [
-        4 * n + extra for n, extra in zip(expected, (0, 5, 0, 0), strict=True)
-    ]
+    assert list(counted(total)) == [4 * n + extra for n, extra in zip(expected, (0, 5, 0, 0), strict=True)]
 
 
 def test_rows_that_do_not_count_are_never_touched() -> None:
@@ -182,9 +174,7 @@ def test_strides_do_not_matter() -> None:
 
 @pytest.mark.parametrize("with_predictor", [False, True])
 @pytest.mark.parametrize(("tokens", "slots"), [(1, 1), (1, 2), (5, 3), (9, 2)])
-def test_experts_equal_the_sum_of_single_ones(
-    tokens: int, slots: int, with_predictor: bool
-) -> None:
+def test_experts_equal_the_sum_of_single_ones(tokens: int, slots: int, with_predictor: bool) -> None:
     x, _ = block(tokens, 40, 70)
     blocks = [block(1, 40, 70, on=0.3, seed=seed)[1] for seed in range(5)]
     fused = torch.stack([torch.cat([one.gate, one.up]) for one in blocks]).to(DEVICE)
@@ -194,10 +184,7 @@ def test_experts_equal_the_sum_of_single_ones(
     index = torch.stack([torch.randperm(4)[:slots] for _ in range(tokens)])
     shares = torch.rand(tokens, slots)
     chosen: Predictor | None = None
-    blocks = [
-        dataclasses.replace(one, thresholds=limit)
-        for one, limit in zip(blocks, limits, strict=True)
-    ]
+    blocks = [dataclasses.replace(one, thresholds=limit) for one, limit in zip(blocks, limits, strict=True)]
     if with_predictor:
         blocks = [dataclasses.replace(one, predictor=predictor(one, 6)) for one in blocks]
         a, b = (torch.stack([getattr(one.predictor, part) for one in blocks]) for part in "ab")
@@ -223,9 +210,7 @@ def test_experts_equal_the_sum_of_single_ones(
 
 
 @pytest.mark.parametrize(("kind", "with_predictors"), [("mistral", False), ("mixtral", True)])
-def test_models_say_what_they_said(
-    kind: str, with_predictors: bool, stock: dict[str, Path]
-) -> None:
+def test_models_say_what_they_said(kind: str, with_predictors: bool, stock: dict[str, Path]) -> None:
     model = load_sparse(stock[kind], "drelu", torch.float32).to(DEVICE)
     ids = torch.arange(3, 6, device=DEVICE)[None].repeat(2, 1)
     expected, config = decoded_logits(model, ids), model.config
@@ -244,9 +229,5 @@ def test_models_say_what_they_said(
         assert passes in (range(6, 13) if kind == "mixtral" else (3,))
         predicted = passes * predictor_bytes if with_predictors else 0
         assert reads.bytes_read == reads.rows.total * row + predicted
-    torch.testing.assert_close(
-        decoded_logits(copy.deepcopy(model), ids), expected, rtol=1e-4, atol=1e-5
-    )
-    torch.testing.assert_close(
-        decoded_logits(model.bfloat16(), ids).float(), expected, rtol=0.1, atol=0.1
-    )
+    torch.testing.assert_close(decoded_logits(copy.deepcopy(model), ids), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(decoded_logits(model.bfloat16(), ids).float(), expected, rtol=0.1, atol=0.1)

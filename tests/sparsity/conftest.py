@@ -29,19 +29,13 @@ SHAPE = {
 
 @pytest.fixture
 def build_model() -> BuildModel:
-    def build(
-        kind: str = "mistral", activation: str = "drelu", dtype: torch.dtype = torch.float32
-    ) -> SparseModel:
+    def build(kind: str = "mistral", activation: str = "drelu", dtype: torch.dtype = torch.float32) -> SparseModel:
         torch.manual_seed(0)
         model: SparseModel
         if kind == "mistral":
-            model = SparseMistralForCausalLM(
-                SparseMistralConfig(**SHAPE, ffn_activation=activation)
-            )
+            model = SparseMistralForCausalLM(SparseMistralConfig(**SHAPE, ffn_activation=activation))
         else:
-            config = SparseMixtralConfig(
-                **SHAPE, ffn_activation=activation, num_local_experts=4, num_experts_per_tok=2
-            )
+            config = SparseMixtralConfig(**SHAPE, ffn_activation=activation, num_local_experts=4, num_experts_per_tok=2)
             model = SparseMixtralForCausalLM(config)
         nn.Module.to(model, dtype)
         return model.eval()

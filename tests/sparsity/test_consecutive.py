@@ -24,9 +24,7 @@ BuildModel = Callable[..., SparseModel]
 POSITIONS = torch.tensor([[*range(7), *range(5)], [*range(12)], [*range(2), *range(10)]])
 
 
-def observe(
-    model: SparseModel, batches: list[tuple[torch.Tensor, torch.Tensor]]
-) -> ConsecutiveStatistics:
+def observe(model: SparseModel, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> ConsecutiveStatistics:
     experts = getattr(model.config, "num_local_experts", 1)
     observer = ConsecutiveObserver(3, experts, model.config.intermediate_size)
     with torch.no_grad(), SparsityProbe(model, observer):
@@ -60,9 +58,7 @@ def stored_firings(model: SparseModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_unions_and_reuse_equal_brute_force(
-    build_model: BuildModel, input_ids: torch.Tensor, kind: str
-) -> None:
+def test_unions_and_reuse_equal_brute_force(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
     model, tokens = build_model(kind), input_ids[:3]
     fired = stored_firings(model, tokens)
     statistics = observe(model, [(tokens, POSITIONS)])
@@ -90,9 +86,7 @@ def test_unions_and_reuse_equal_brute_force(
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_counts_do_not_depend_on_batches_or_order(
-    build_model: BuildModel, input_ids: torch.Tensor, kind: str
-) -> None:
+def test_counts_do_not_depend_on_batches_or_order(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
     model, tokens = build_model(kind), input_ids[:3]
     whole = observe(model, [(tokens, POSITIONS)])
     rows = [(tokens[i : i + 1], POSITIONS[i : i + 1]) for i in (2, 0, 1)]
@@ -112,9 +106,7 @@ def test_counts_do_not_depend_on_batches_or_order(
     ),
     st.integers(1, 6),
 )
-def test_union_of_unrelated_tokens_is_the_mean_over_every_choice(
-    rows: list[list[float]], num_tokens: int
-) -> None:
+def test_union_of_unrelated_tokens_is_the_mean_over_every_choice(rows: list[list[float]], num_tokens: int) -> None:
     product = torch.tensor(rows)
     statistics = ActivationStatistics.empty(1, 1, 4)
     positions = torch.zeros(len(rows), dtype=torch.int64)

@@ -15,11 +15,11 @@ from sparsify.models import SparseModel
 from sparsify.sparsity import SparsityProbe
 from sparsify.sparsity.curves import (
     CETT_TARGETS,
+    MAGNITUDE_BINS,
     CettObserver,
     magnitude_mask,
     measure_curves,
 )
-from sparsify.sparsity.magnitudes import MAGNITUDE_BINS
 from sparsify.sparsity.measure import summed_loss
 from sparsify.sparsity.schema import Curves
 from tests.sparsity.test_probe import FACTORS, store_pre_activations
@@ -40,9 +40,7 @@ def curves_of(model: SparseModel, tokens: torch.Tensor, batch_size: int) -> Curv
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 @pytest.mark.parametrize("activation", ["swiglu", "reglu", "drelu"])
-def test_cett_equals_brute_force(
-    build_model: BuildModel, input_ids: torch.Tensor, kind: str, activation: str
-) -> None:
+def test_cett_equals_brute_force(build_model: BuildModel, input_ids: torch.Tensor, kind: str, activation: str) -> None:
     model = build_model(kind, activation)
     curves = curves_of(model, input_ids, batch_size=3)
     stored = store_pre_activations(model)

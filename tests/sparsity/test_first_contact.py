@@ -30,9 +30,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "llama"])
-def test_a_stock_model_has_error_curves(
-    stock: dict[str, Path], text: str, tmp_path: Path, kind: str
-) -> None:
+def test_a_stock_model_has_error_curves(stock: dict[str, Path], text: str, tmp_path: Path, kind: str) -> None:
     report, folder = make_report(str(stock[kind]), text, 256, tmp_path / "report", curve_tokens=128)
     assert report.ffn_activation == "swiglu"
     assert report.product_zeros < 0.01

@@ -20,9 +20,7 @@ def batch_of(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_measures_zeros_and_loss_in_one_pass(
-    build_model: BuildModel, input_ids: torch.Tensor, kind: str
-) -> None:
+def test_measures_zeros_and_loss_in_one_pass(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
     model = build_model(kind).train()
     scores: list[tuple[float, int]] = []
     batches = [batch_of(rows) for rows in input_ids.split(3)]
@@ -55,9 +53,7 @@ def test_packed_documents_are_independent(build_model: BuildModel, input_ids: to
     assert packed.loss == pytest.approx(separate.loss, rel=1e-5)
 
 
-def test_rows_of_experts_add_up_to_their_layer(
-    build_model: BuildModel, input_ids: torch.Tensor
-) -> None:
+def test_rows_of_experts_add_up_to_their_layer(build_model: BuildModel, input_ids: torch.Tensor) -> None:
     report, _ = measure(build_model("mixtral"), [batch_of(input_ids)], name="tiny", text="noise")
     assert report.num_experts == 4
     assert report.experts_per_token == 2
@@ -78,9 +74,7 @@ def test_text_without_labels_is_refused(build_model: BuildModel, input_ids: torc
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_sources_add_up_to_the_whole(
-    build_model: BuildModel, input_ids: torch.Tensor, kind: str
-) -> None:
+def test_sources_add_up_to_the_whole(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
     model = build_model(kind)
     batches = [batch_of(rows) for rows in input_ids.split(1)]
     names = ["code", "prose", "code", "prose"]

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from sparsify.methods.token_masks import TopKMask
 from sparsify.models import SparseMistralConfig, SparseMistralForCausalLM
-from sparsify.sparsity.magnitudes import MagnitudeObserver
+from sparsify.sparsity.curves import MagnitudeObserver
 from sparsify.sparsity.probe import SparsityProbe
 
 what, batch, tokens, passes = sys.argv[1], *map(int, sys.argv[2:])
@@ -59,9 +59,7 @@ pytestmark = [
 
 def peak_mib(what: str, *, batch: int, tokens: int = 1024, passes: int = 1) -> float:
     arguments = [what, str(batch), str(tokens), str(passes)]
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, check=True)
     return json.loads(done.stdout) / MIB
 
 

@@ -93,9 +93,7 @@ def test_counts_equal_brute_force(
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_counts_do_not_depend_on_batches(
-    build_model: BuildModel, input_ids: torch.Tensor, kind: str
-) -> None:
+def test_counts_do_not_depend_on_batches(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
     model = build_model(kind)
     whole = probe_all(model, [input_ids])
     assert_equal(probe_all(model, list(input_ids.flip(0).split(1))), whole)
@@ -104,9 +102,7 @@ def test_counts_do_not_depend_on_batches(
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_padding_does_not_count(
-    build_model: BuildModel, input_ids: torch.Tensor, kind: str
-) -> None:
+def test_padding_does_not_count(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
     model = build_model(kind)
     mask = torch.ones_like(input_ids, dtype=torch.bool)
     mask[:, 8:] = False  # causal attention: later tokens do not change earlier ones
@@ -120,9 +116,7 @@ def test_padding_does_not_count(
     assert_equal(both, masked.merge(probe_all(model, [input_ids])))  # a mask holds for one pass
 
 
-def test_mixtral_runs_eagerly_only_while_probed(
-    build_model: BuildModel, input_ids: torch.Tensor
-) -> None:
+def test_mixtral_runs_eagerly_only_while_probed(build_model: BuildModel, input_ids: torch.Tensor) -> None:
     model = build_model("mixtral")
     model.config._experts_implementation = "grouped_mm"
     with SparsityProbe(model) as probe:
@@ -134,9 +128,7 @@ def test_mixtral_runs_eagerly_only_while_probed(
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
-def test_the_probe_does_not_change_the_model(
-    build_model: BuildModel, input_ids: torch.Tensor, kind: str
-) -> None:
+def test_the_probe_does_not_change_the_model(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
     model = build_model(kind)
     model.config._experts_implementation = "eager"
     expected = model(input_ids).logits
@@ -160,9 +152,7 @@ def test_recomputation_in_the_backward_pass_does_not_count(
     assert_equal(probe.statistics(), expected)
 
 
-def test_failed_pass_does_not_leak_into_the_next(
-    build_model: BuildModel, input_ids: torch.Tensor
-) -> None:
+def test_failed_pass_does_not_leak_into_the_next(build_model: BuildModel, input_ids: torch.Tensor) -> None:
     model = build_model("mixtral")
     with torch.no_grad(), SparsityProbe(model) as probe:
         probe.count(torch.zeros_like(input_ids))

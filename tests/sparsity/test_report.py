@@ -38,9 +38,7 @@ def measured(build_model: BuildModel, input_ids: torch.Tensor) -> Measured:
 
 def _measure(model: SparseModel, input_ids: torch.Tensor) -> Measured:
     batches = [_batch(half) for half in input_ids.split(2)]
-    return measure(
-        model, batches, name="tiny <b>model</b>", text="noise & more", sources=["code", "prose"]
-    )
+    return measure(model, batches, name="tiny <b>model</b>", text="noise & more", sources=["code", "prose"])
 
 
 def _batch(input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -59,13 +57,9 @@ def _with_training(report: SparsityReport) -> SparsityReport:
         for step in range(9)
     ]
     stages = [Stage(name="dense base", loss=2.0), Stage(name="after training", loss=2.1, zeros=0.8)]
-    trajectory = Trajectory(
-        sparse=points, baseline=[TrajectoryPoint(tokens=0, loss=2.5, zeros=0.0)]
-    )
+    trajectory = Trajectory(sparse=points, baseline=[TrajectoryPoint(tokens=0, loss=2.5, zeros=0.0)])
     scaling = fit_trajectory(trajectory, "drelu")
-    return report.model_copy(
-        update={"stages": stages, "trajectory": trajectory, "scaling": scaling}
-    )
+    return report.model_copy(update={"stages": stages, "trajectory": trajectory, "scaling": scaling})
 
 
 def test_a_complete_report_of_a_mixture_of_experts(

@@ -63,9 +63,7 @@ def _change(recipe: Recipe, case: str) -> None:
 
 
 @pytest.mark.parametrize(("stage", "dtype"), ENGINES)
-def test_a_skipped_step_leaves_every_bit_on_both_ranks(
-    stage: int, dtype: str, found: Found
-) -> None:
+def test_a_skipped_step_leaves_every_bit_on_both_ranks(stage: int, dtype: str, found: Found) -> None:
     _check_skipped(found[f"skip-{stage}-{dtype}"])
 
 

@@ -86,9 +86,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(
     assert re.search(expected, warning)
 
 
-def test_whole_checkpoints_are_used_without_a_word(
-    saved: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_whole_checkpoints_are_used_without_a_word(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "sparsify")
     assert newest_whole(saved) == saved / "step-00000006"
     assert newest_whole(saved / "none") is None
@@ -109,9 +107,7 @@ def test_the_manifest_holds_every_file_with_its_size(saved: Path) -> None:
     folder = saved / "step-00000006"
     files = json.loads((folder / MANIFEST).read_text())["files"]
     assert sorted([*files, MANIFEST]) == names(folder)
-    assert all(
-        (folder / name).stat().st_size == entry["size_bytes"] for name, entry in files.items()
-    )
+    assert all((folder / name).stat().st_size == entry["size_bytes"] for name, entry in files.items())
     assert damage(folder) is None
 
 

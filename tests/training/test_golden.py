@@ -17,9 +17,7 @@ def test_the_quickstart_has_its_golden_losses(tmp_path: Path) -> None:
     found = measure(tmp_path / "run")
 
     if found["text"] != golden["text"]:
-        pytest.skip(
-            "The quickstart trains on Python's own library, and this Python has another text."
-        )
+        pytest.skip("The quickstart trains on Python's own library, and this Python has another text.")
     assert found["losses"] == pytest.approx(golden["losses"], abs=1e-4)
     assert len(found["validation"]) == len(golden["validation"])
     for now, then in zip(found["validation"], golden["validation"], strict=True):

@@ -50,9 +50,7 @@ def test_a_run_that_starts_anew_keeps_no_record(tmp_path: Path) -> None:
 def test_latest_that_names_nothing_is_said_with_what_to_do(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     (tmp_path / "latest").write_text("step-00000007\n")
-    with pytest.raises(
-        RunError, match=r"names step-00000007, which is not there(.|\n)*Write the name"
-    ):
+    with pytest.raises(RunError, match=r"names step-00000007, which is not there(.|\n)*Write the name"):
         latest_checkpoint(tmp_path)
 
 
@@ -72,9 +70,7 @@ def test_the_paper_s_recipe_becomes_the_engine_s_configuration() -> None:
     assert per_rank * 8 == 2048
 
 
-def test_gradient_checkpointing_changes_no_gradient(
-    recipe_file: Path, stock: dict[str, Path]
-) -> None:
+def test_gradient_checkpointing_changes_no_gradient(recipe_file: Path, stock: dict[str, Path]) -> None:
     ids = torch.arange(40)[None]
     gradients = []
     for switch in ("true", "false"):

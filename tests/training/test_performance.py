@@ -12,8 +12,7 @@ from sparsify.plan.cost import training_flops_per_token
 from sparsify.plan.hardware import GPUS, known_gpu
 from sparsify.plan.parameters import Architecture, count_parameters
 from sparsify.training.performance import Performance
-from sparsify.training.telemetry import progress_line
-from sparsify.training.tracker import heat_map
+from sparsify.training.telemetry import heat_map, progress_line
 from tests.conftest import stock_model
 
 SEQUENCE_TOKENS = 64
@@ -27,9 +26,7 @@ def test_counted_operations_are_those_that_the_model_does(kind: str) -> None:
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens).logits.float().logsumexp(-1).sum().backward()
     architecture = Architecture.of(model.config.to_dict(), None, 1)
-    counted = training_flops_per_token(
-        architecture, count_parameters(architecture), SEQUENCE_TOKENS
-    )
+    counted = training_flops_per_token(architecture, count_parameters(architecture), SEQUENCE_TOKENS)
     # Norms, which are counted as they multiply too, are what the counter leaves out.
     assert counted * tokens.numel() == pytest.approx(counter.get_total_flops(), rel=0.005)
 
@@ -38,9 +35,7 @@ def test_a_mixture_counts_only_the_experts_that_a_token_meets() -> None:
     dense = Architecture.of(stock_model("mistral").config.to_dict(), None, 1)
     fields = stock_model("mixtral").config.to_dict()
     one, two = (Architecture.of(fields | {"num_experts_per_tok": n}, None, 1) for n in (1, 2))
-    flops = [
-        training_flops_per_token(a, count_parameters(a), SEQUENCE_TOKENS) for a in (dense, one, two)
-    ]
+    flops = [training_flops_per_token(a, count_parameters(a), SEQUENCE_TOKENS) for a in (dense, one, two)]
     expert = 6 * dense.num_hidden_layers * 3 * dense.hidden_size * dense.intermediate_size
     router = 6 * dense.num_hidden_layers * 4 * dense.hidden_size
     assert flops[1] - flops[0] == router

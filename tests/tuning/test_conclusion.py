@@ -40,9 +40,7 @@ def record_of(recipe: Recipe, over: list[str], losses: Losses) -> TuneRecord:
         measured.append(
             (
                 proxy,
-                Measurement(
-                    losses=found, zeros=0.8, sequence_losses=sequences, held_out_fingerprint="x"
-                ),
+                Measurement(losses=found, zeros=0.8, sequence_losses=sequences, held_out_fingerprint="x"),
             )
         )
     return conclude(space, WEIGHTS, measured)

@@ -111,9 +111,7 @@ def test_r2_distinguishes_a_perfect_fit_from_a_useless_one() -> None:
     assert loo_r2(others, observed) == pytest.approx(0)
 
 
-@pytest.mark.parametrize(
-    ("degrees", "level", "limit"), [(1, 0.9, 6.3138), (3, 0.95, 3.1824), (30, 0.9, 1.6973)]
-)
+@pytest.mark.parametrize(("degrees", "level", "limit"), [(1, 0.9, 6.3138), (3, 0.95, 3.1824), (30, 0.9, 1.6973)])
 def test_student_t_limits_match_the_tables(degrees: float, level: float, limit: float) -> None:
     assert student_t_limit(degrees, level) == pytest.approx(limit, rel=1e-3)
 
@@ -121,9 +119,7 @@ def test_student_t_limits_match_the_tables(degrees: float, level: float, limit: 
 def test_a_choice_says_why_it_is_not_supported() -> None:
     point = np.array([1.0])
     assert "contains 0" in str(MixtureChoice(point, -0.01, 0.02, 0.001).reason)
-    assert "is not smaller than the improvement" in str(
-        MixtureChoice(point, -0.03, 0.02, 0.04).reason
-    )
+    assert "is not smaller than the improvement" in str(MixtureChoice(point, -0.03, 0.02, 0.04).reason)
     assert MixtureChoice(point, -0.03, 0.02, 0.01).reason is None
 
 

@@ -93,9 +93,7 @@ def spaces(draw: st.DrawFn) -> Space:
     count = draw(st.integers(2, 6))
     raw = np.array(draw(st.lists(st.floats(0.05, 1), min_size=count, max_size=count)))
     inside = raw / raw.sum()
-    margins = draw(
-        st.lists(st.tuples(st.floats(0, 1), st.floats(0.05, 1)), min_size=count, max_size=count)
-    )
+    margins = draw(st.lists(st.tuples(st.floats(0, 1), st.floats(0.05, 1)), min_size=count, max_size=count))
     parts = tuple(
         Part(f"s{i}", share * low, share + (1 - share) * high, {f"s{i}": 1.0})
         for i, (share, (low, high)) in enumerate(zip(inside, margins, strict=True))

@@ -70,10 +70,7 @@ def test_held_out_sequences_do_not_depend_on_shares(recipe: Recipe, stock: dict[
         recipe.mixture.sources[name].token_share = share
     again = held_out_halves(recipe, tokenizer, 3)
     for halves in zip(first, again, strict=True):
-        texts = [
-            [w.input_ids.tolist() for sequences in half.values() for w in sequences]
-            for half in halves
-        ]
+        texts = [[w.input_ids.tolist() for sequences in half.values() for w in sequences] for half in halves]
         assert texts[0] == texts[1]
     for name in SHARES:
         one, other = ([w.input_ids.tolist() for w in half[name]] for half in first)
@@ -81,21 +78,15 @@ def test_held_out_sequences_do_not_depend_on_shares(recipe: Recipe, stock: dict[
         assert not any(sequence in other for sequence in one)
 
 
-def test_a_domain_with_one_held_out_sequence_is_refused(
-    recipe: Recipe, stock: dict[str, Path], tmp_path: Path
-) -> None:
-    (tmp_path / "short.jsonl").write_text(
-        "\n".join(f'{{"text": "{"word " * 20}{i}"}}' for i in range(12))
-    )
+def test_a_domain_with_one_held_out_sequence_is_refused(recipe: Recipe, stock: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "short.jsonl").write_text("\n".join(f'{{"text": "{"word " * 20}{i}"}}' for i in range(12)))
     recipe.mixture.sources["prose"].files = [str(tmp_path / "short.jsonl")]
     recipe.mixture.validation_fraction = 0.3
     with pytest.raises(MixtureError, match="prose"):
         held_out_halves(recipe, load_tokenizer(stock["mistral"]), 3)
 
 
-def test_losses_of_domains_are_means_over_their_labels(
-    recipe: Recipe, stock: dict[str, Path], tmp_path: Path
-) -> None:
+def test_losses_of_domains_are_means_over_their_labels(recipe: Recipe, stock: dict[str, Path], tmp_path: Path) -> None:
     """An untrained model of 2,048 tokens is about ln 2048 from every text; dReLU zeros three quarters."""
     import torch
 
@@ -114,9 +105,7 @@ def test_losses_of_domains_are_means_over_their_labels(
 def measurement(shift: float, fingerprint: str = "x") -> Measurement:
     sequences = {"code": [2.0 + shift, 3.0 + shift], "web": [4.0, 5.0]}
     losses = {name: sum(values) / 2 for name, values in sequences.items()}
-    return Measurement(
-        losses=losses, zeros=0.5, sequence_losses=sequences, held_out_fingerprint=fingerprint
-    )
+    return Measurement(losses=losses, zeros=0.5, sequence_losses=sequences, held_out_fingerprint=fingerprint)
 
 
 def test_trials_on_different_text_are_not_compared(recipe: Recipe) -> None:

@@ -79,9 +79,7 @@ def test_mistakes_are_refused_before_any_trial(
 
 
 @pytest.fixture(scope="module")
-def arguments(
-    recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[str]:
+def arguments(recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("tune")
     program = "from sparsify.cli.main import main; main()"
     return [
@@ -152,9 +150,7 @@ def test_it_resumes_after_an_interruption_and_adds_trials(
 @pytest.mark.slow
 def test_other_settings_in_the_same_folder_are_refused(arguments: list[str]) -> None:
     command = [one if one != "1024" else "1536" for one in arguments]
-    result = subprocess.run(
-        [*command, "--trials", "4"], capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([*command, "--trials", "4"], capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "training.budget_tokens=1024" in result.stderr
     assert "run_dir=" in result.stderr

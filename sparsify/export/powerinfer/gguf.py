@@ -89,9 +89,7 @@ def write_gguf(
         file.write(MAGIC)
 
 
-def _add_facts(
-    writer: GGUFWriter, model: SparseMistralForCausalLM, vocabulary: Vocabulary, facts: Facts
-) -> None:
+def _add_facts(writer: GGUFWriter, model: SparseMistralForCausalLM, vocabulary: Vocabulary, facts: Facts) -> None:
     config = model.config
     writer.add_name(facts.name)
     writer.add_file_type(FILE_TYPES[facts.ffn_type])
@@ -184,7 +182,5 @@ def _interleaved(get: Get, heads: int) -> Get:
 def _encoded(name: str, kind: Type, tensor: torch.Tensor) -> NDArray[np.generic]:
     values = tensor.float().cpu().contiguous().numpy()
     if kind != Type.F32 and not np.abs(values).max(initial=0.0) <= LARGEST_F16:
-        raise ExportError(
-            f"{name} has values outside the range of F16: up to {np.abs(values).max():g}."
-        )
+        raise ExportError(f"{name} has values outside the range of F16: up to {np.abs(values).max():g}.")
     return quants.quantize(values, kind)

@@ -50,9 +50,7 @@ def hot_neurons(counts: torch.Tensor, capacity_neurons: int) -> list[torch.Tenso
     return [row[:number].sort().values for row, number in zip(order, chosen.tolist(), strict=True)]
 
 
-def write_split(
-    path: Path, counts: torch.Tensor, *, hidden: int, ffn_type: str, vram_bytes: int
-) -> list[int]:
+def write_split(path: Path, counts: torch.Tensor, *, hidden: int, ffn_type: str, vram_bytes: int) -> list[int]:
     """Writes the file that places the hot neurons on the GPU and replaces the engine's solver.
 
     Args:

@@ -41,8 +41,7 @@ def check_holdable(config: SparseConfig, ffn_type: str, context_tokens: int | No
     ]
     if reasons:
         raise ExportError(
-            "PowerInfer does not support this model:\n"
-            + "\n".join(f"- {reason}" for reason in reasons),
+            "PowerInfer does not support this model:\n" + "\n".join(f"- {reason}" for reason in reasons),
             allowed="A dReLU model with Mistral's architecture, without experts; see docs/powerinfer.md.",
             next_step="`sparsify export RUN --to DIR` writes the Hugging Face bundle of any model.",
         )
@@ -89,9 +88,7 @@ def _shapes(config: SparseConfig, ffn_type: str) -> list[str]:
     head = getattr(config, "head_dim", None) or hidden // heads
     reasons = []
     if head * heads != hidden:
-        reasons.append(
-            f"head_dim is {head}, but the engine assumes hidden_size / heads = {hidden / heads:g}"
-        )
+        reasons.append(f"head_dim is {head}, but the engine assumes hidden_size / heads = {hidden / heads:g}")
     if hidden % VECTOR_VALUES:
         reasons.append(
             f"hidden_size is {hidden}; the engine's down kernel reads {VECTOR_VALUES} values at once, past the end of a row"

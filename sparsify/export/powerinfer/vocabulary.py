@@ -17,7 +17,9 @@ PIECES_FILE = "tokenizer.model"
 ADDED_SCORE = -1000.0
 BPE = 2
 """The model type's number in sentencepiece."""
-DUMMY_PREFIX_NOTE = "PowerInfer adds a space before every prompt, but this tokenizer does not: the first token of a prompt differs."
+DUMMY_PREFIX_NOTE = (
+    "PowerInfer adds a space before every prompt, but this tokenizer does not: the first token of a prompt differs."
+)
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,10 @@ class Vocabulary:
     @property
     def added(self) -> dict[str, int]:
         """Ids of the tokens that are not in tokenizer.model, for added_tokens.json."""
-        return {
-            self.texts[index].decode(): index for index in range(self.num_pieces, len(self.texts))
-        }
+        return {self.texts[index].decode(): index for index in range(self.num_pieces, len(self.texts))}
 
 
-def read_vocabulary(
-    folder: Path, tokenizer: PreTrainedTokenizerFast, vocab_size: int
-) -> Vocabulary:
+def read_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> Vocabulary:
     """Reads tokenizer.model, and adds the other tokens of the tokenizer and a token for every other row of the embedding.
 
     Args:
@@ -68,9 +66,7 @@ def read_vocabulary(
     model = _read_model(path)
     pieces, size = model.pieces, len(model.pieces)
     if size > vocab_size:
-        raise ExportError(
-            f"{path} has {size:,} pieces, but the model's embedding has only {vocab_size:,} rows."
-        )
+        raise ExportError(f"{path} has {size:,} pieces, but the model's embedding has only {vocab_size:,} rows.")
     own = tokenizer.get_vocab()
     for number, piece in enumerate(pieces):
         if own.get(piece.piece) != number:
@@ -107,7 +103,5 @@ def _read_model(path: Path) -> Any:
             f"{path} is not a BPE model. PowerInfer merges pieces by score, which gives wrong tokens for other model types."
         )
     if not any(piece.type == TokenType.BYTE for piece in model.pieces):
-        raise ExportError(
-            f"{path} has no byte pieces, without which PowerInfer fails on unknown characters."
-        )
+        raise ExportError(f"{path} has no byte pieces, without which PowerInfer fails on unknown characters.")
     return model

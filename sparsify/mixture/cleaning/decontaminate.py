@@ -117,9 +117,7 @@ class Decontaminator:
         Raises:
             MixtureError: If an evaluation file is missing or cannot be read.
         """
-        files = tuple(
-            (str(path), size, time) for path, size, time in decontamination_fingerprint(mixture)
-        )
+        files = tuple((str(path), size, time) for path, size, time in decontamination_fingerprint(mixture))
         return _decontaminator(files) if files else None
 
     def overlaps(self, documents: Sequence[Document]) -> list[Overlap | None]:

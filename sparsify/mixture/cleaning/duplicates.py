@@ -154,9 +154,7 @@ def count_duplicates(folder: Path, num_documents: int) -> int | None:
     """Duplicates among the first `num_documents` of a source; None if the source was not checked for them."""
     if not (folder / DIGESTS_FILE).is_file():
         return None
-    return sum(
-        int(np.count_nonzero(digests == DUPLICATE)) for digests in _logged(folder, num_documents)
-    )
+    return sum(int(np.count_nonzero(digests == DUPLICATE)) for digests in _logged(folder, num_documents))
 
 
 def _logged(folder: Path, num_documents: int) -> Iterator[Digests]:
@@ -243,9 +241,7 @@ class _SortedFile:
 
     def blocks(self) -> Iterator[Digests]:
         for start in range(0, self.num_digests, RECENT_DIGESTS):
-            read = os.pread(
-                self._file.fileno(), RECENT_DIGESTS * DIGEST_BYTES, start * DIGEST_BYTES
-            )
+            read = os.pread(self._file.fileno(), RECENT_DIGESTS * DIGEST_BYTES, start * DIGEST_BYTES)
             yield np.frombuffer(read, dtype=np.uint64)
 
     def close(self) -> None:

@@ -71,9 +71,7 @@ def read_items(path: Path) -> Iterator[str]:
         for _, row in read_rows(file, None, partial(bad_rows.add, str(path))):
             yield "\n".join(strings(row))
     else:
-        raise MixtureError(
-            f"The evaluation file {path} has an unknown format.", allowed=f"{FORMATS}."
-        )
+        raise MixtureError(f"The evaluation file {path} has an unknown format.", allowed=f"{FORMATS}.")
     # The file must be complete: a skipped item could not be found in the training text.
     if bad_rows.num_bad_rows:
         raise MixtureError(
@@ -108,9 +106,7 @@ def _patterns(entry: str) -> list[str]:
     try:
         named = OmegaConf.to_container(OmegaConf.load(suite))
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise MixtureError(
-            f"mixture.decontaminate_against: the suite {suite} cannot be read: {error}."
-        ) from error
+        raise MixtureError(f"mixture.decontaminate_against: the suite {suite} cannot be read: {error}.") from error
     files = named.get("evaluation_files") if isinstance(named, dict) else None
     if not files or not isinstance(files, list):
         raise MixtureError(

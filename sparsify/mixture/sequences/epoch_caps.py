@@ -14,9 +14,7 @@ from sparsify.mixture.sequences.shares import Shares, ShareSegment, exact_shares
 from sparsify.recipe.mixture import MixtureSection
 
 
-def capped_shares(
-    mixture: MixtureSection, num_sequences: int, capacities: Mapping[str, int]
-) -> Shares:
+def capped_shares(mixture: MixtureSection, num_sequences: int, capacities: Mapping[str, int]) -> Shares:
     """The shares of a run, after sources with `when_exhausted: redistribute` have passed on what they cannot give."""
     redistributing = {
         name: capacity
@@ -26,9 +24,7 @@ def capped_shares(
     return redistributed(Shares.of(mixture, num_sequences), redistributing)
 
 
-def first_exceeded(
-    mixture: MixtureSection, num_sequences: int, capacities: Mapping[str, int]
-) -> str | None:
+def first_exceeded(mixture: MixtureSection, num_sequences: int, capacities: Mapping[str, int]) -> str | None:
     """The source whose capacity a run exceeds first; None if the run fits."""
     shares = capped_shares(mixture, num_sequences, capacities)
     fits = {name: last_sequence_within(shares, name, size) for name, size in capacities.items()}
@@ -59,11 +55,7 @@ def most_sequences(mixture: MixtureSection, num_sequences: int) -> dict[str, int
     Includes sources with share 0: they are validated on their held-out text.
     """
     stated = Shares.of(mixture, num_sequences)
-    redistributing = {
-        name: 0
-        for name, source in mixture.sources.items()
-        if source.when_exhausted == "redistribute"
-    }
+    redistributing = {name: 0 for name, source in mixture.sources.items() if source.when_exhausted == "redistribute"}
     most = {}
     for name in mixture.sources:
         others = {other: size for other, size in redistributing.items() if other != name}
@@ -136,18 +128,13 @@ def _interpolated(
         return first
     names = first.keys() | last.keys()
     weight = Fraction(sequence, length)
-    return {
-        name: (1 - weight) * first.get(name, Fraction(0)) + weight * last.get(name, Fraction(0))
-        for name in names
-    }
+    return {name: (1 - weight) * first.get(name, Fraction(0)) + weight * last.get(name, Fraction(0)) for name in names}
 
 
 def _without_source(
     first: dict[str, Fraction], last: dict[str, Fraction], name: str
 ) -> tuple[dict[str, Fraction], dict[str, Fraction]]:
-    ends = [
-        {other: share for other, share in end.items() if other != name} for end in (first, last)
-    ]
+    ends = [{other: share for other, share in end.items() if other != name} for end in (first, last)]
     # If the others have a share at one end only, use its proportions at both ends.
     kept = [end for end in ends if any(end.values())]
     if not kept:

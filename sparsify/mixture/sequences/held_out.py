@@ -21,11 +21,7 @@ from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.read import file_documents
 from sparsify.mixture.sources.source_files import check_format, file_state
 from sparsify.mixture.tokens.encoder import Encoder, Tokenizer, check_tokenizer
-from sparsify.mixture.tokens.ingest import (
-    Progress,
-    mixture_ingests,
-    text_documents,
-)
+from sparsify.mixture.tokens.ingest import Progress, mixture_ingests, text_documents
 from sparsify.recipe.catalogue import YAML, mixture_names
 from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.mixture import MixtureSection
@@ -103,8 +99,7 @@ def mixture_sequences(
         MixtureError: If a source has no complete held-out sequence.
     """
     wanted = {
-        name: max(1, round(num_tokens * share / sequence_length))
-        for name, share in token_shares(mixture).items()
+        name: max(1, round(num_tokens * share / sequence_length)) for name, share in token_shares(mixture).items()
     }
     return _held_out(mixture, tokenizer, wanted, sequence_length, cache_dir)
 
@@ -205,8 +200,7 @@ def mixture_calibration(
         MixtureError: If a source has no complete held-out sequence.
     """
     wanted = {
-        name: max(1, round(num_tokens * share / sequence_length))
-        for name, share in token_shares(mixture).items()
+        name: max(1, round(num_tokens * share / sequence_length)) for name, share in token_shares(mixture).items()
     }
     ingests = mixture_ingests(
         mixture,
@@ -221,9 +215,7 @@ def mixture_calibration(
     for name, count in wanted.items():
         source = ingests[name].run(on_progress)
         stream = TrainingStream(source, sequence_length, seed)
-        sequences += [
-            read_sequence(stream, rank)[0] for rank in range(min(count, stream.num_sequences))
-        ]
+        sequences += [read_sequence(stream, rank)[0] for rank in range(min(count, stream.num_sequences))]
         validation[name] = held_out_sequences(source, sequence_length, validation_sequences)
     return sequences, validation
 

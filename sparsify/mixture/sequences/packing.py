@@ -51,9 +51,7 @@ def count_sequences(lengths: IntArray, sequence_length: int) -> int:
     return int((lengths // sequence_length).sum()) + num_sequences
 
 
-def pack_documents(
-    lengths: IntArray, sequence_length: int, shuffle: np.random.RandomState
-) -> Packing:
+def pack_documents(lengths: IntArray, sequence_length: int, shuffle: np.random.RandomState) -> Packing:
     """Packs all documents of a shard; every token occurs exactly once.
 
     Args:
@@ -73,9 +71,7 @@ def pack_documents(
     document = np.concatenate([whole_document, order])
     start = np.concatenate([number_within, whole[order]]) * sequence_length
     length = np.concatenate([np.full(len(whole_document), sequence_length), rest[order]])
-    sequence = np.concatenate(
-        [np.arange(len(whole_document)), len(whole_document) + sequence_of_rest]
-    )
+    sequence = np.concatenate([np.arange(len(whole_document)), len(whole_document) + sequence_of_rest])
     num_sequences = len(whole_document) + num_packed
     place = shuffle.permutation(num_sequences)[sequence]
     # Shuffle the pieces within each sequence too, because best fit puts the longest first.

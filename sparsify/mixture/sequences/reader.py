@@ -19,10 +19,7 @@ from sparsify.mixture.sequences.packing import Packing
 from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.mixture.sequences.stream import TrainingStream
 from sparsify.mixture.tokens.shards import Shard
-from sparsify.mixture.tokens.tokenized_source import (
-    ShardDocuments,
-    TokenizedSource,
-)
+from sparsify.mixture.tokens.tokenized_source import ShardDocuments, TokenizedSource
 
 NO_LOSS = -100
 """Label of a position without loss; PyTorch's cross entropy ignores it."""
@@ -83,9 +80,7 @@ class SequenceReader:
         self.sequence_length, self.schedule = sequence_length, schedule
         self.names = list(schedule.names)
         self._end_token = sources[self.names[0]].info.end_token
-        self.streams = {
-            name: TrainingStream(sources[name], sequence_length, seed) for name in self.names
-        }
+        self.streams = {name: TrainingStream(sources[name], sequence_length, seed) for name in self.names}
 
     def is_available(self, first: int, count: int) -> bool:
         """Whether the sequences first, …, first + count - 1 can be read now."""
@@ -96,9 +91,7 @@ class SequenceReader:
         """The sequences first, …, first + count - 1 of the run; numbers are global over all ranks."""
         places = self.schedule.sequences_of(first, count)
         arrays = _empty_batch(count, self.sequence_length, self._end_token)
-        located = sorted(
-            (name, *self.streams[name].locate(rank), row) for row, (name, rank) in enumerate(places)
-        )
+        located = sorted((name, *self.streams[name].locate(rank), row) for row, (name, rank) in enumerate(places))
         for (name, epoch, shard), members in groupby(located, key=lambda place: place[:3]):
             sequences, rows = zip(*(place[3:] for place in members), strict=True)
             _fill(arrays, rows, *self.streams[name].packed(epoch, shard), sequences)
@@ -133,9 +126,7 @@ def _fill(
     slices = [packing.pieces(sequence) for sequence in sequences]
     num_pieces = np.array([piece.stop - piece.start for piece in slices])
     chosen = np.concatenate([np.arange(piece.start, piece.stop) for piece in slices])
-    document, start, length = (
-        values[chosen] for values in (packing.document, packing.start, packing.length)
-    )
+    document, start, length = (values[chosen] for values in (packing.document, packing.start, packing.length))
     # All pieces are laid out in one flat array; `begin` is a piece's offset in it, and `place` shifts each sequence to
     # the offset of its row in the flattened [B, T] arrays.
     begin = np.cumsum(length) - length
@@ -161,9 +152,7 @@ def read_sequence(stream: TrainingStream, rank: int) -> tuple[PackedSequence, in
     documents, packing = stream.packed(epoch, shard)
     arrays = _empty_batch(1, stream.sequence_length, stream.source.info.end_token)
     _fill(arrays, [0], documents, packing, [number])
-    sequence = PackedSequence(
-        stream.source.name, **{field: array[0] for field, array in arrays.items()}
-    )
+    sequence = PackedSequence(stream.source.name, **{field: array[0] for field, array in arrays.items()})
     return sequence, int(packing.length[packing.pieces(number)].sum())
 
 
@@ -203,15 +192,10 @@ def _empty_batch(num_sequences: int, sequence_length: int, end_token: int) -> di
 
 def collate(sequences: Sequence[PackedSequence]) -> dict[str, torch.Tensor]:
     """Stacks sequences of equal length into `input_ids`, `position_ids` and `labels`. [B, T] int64 each"""
-    return {
-        field: torch.from_numpy(np.stack([getattr(sequence, field) for sequence in sequences]))
-        for field in FIELDS
-    }
+    return {field: torch.from_numpy(np.stack([getattr(sequence, field) for sequence in sequences])) for field in FIELDS}
 
 
-def held_out_sequences(
-    source: TokenizedSource, sequence_length: int, num_sequences: int
-) -> list[PackedSequence]:
+def held_out_sequences(source: TokenizedSource, sequence_length: int, num_sequences: int) -> list[PackedSequence]:
     """Complete sequences of a source's held-out documents, spread evenly over those that the run reads.
 
     Returns:
@@ -224,8 +208,7 @@ def held_out_sequences(
     whole = num_tokens // sequence_length
     if whole == 0:
         raise MixtureError(
-            f"Source {source.name!r} holds out {num_tokens} token(s), less than one sequence "
-            f"of {sequence_length}.",
+            f"Source {source.name!r} holds out {num_tokens} token(s), less than one sequence of {sequence_length}.",
             next_step="Raise mixture.validation_fraction, add documents, or lower training.sequence_length.",
         )
     taken = min(num_sequences, whole)

@@ -131,10 +131,7 @@ def _is_possible(anchor: Anchor, shares: Shares) -> bool:
     return (
         anchor.given.keys() == set(shares.names)
         and sum(anchor.given.values()) == anchor.sequence
-        and all(
-            abs(count - shares.demand(name, anchor.sequence)) < 1
-            for name, count in anchor.given.items()
-        )
+        and all(abs(count - shares.demand(name, anchor.sequence)) < 1 for name, count in anchor.given.items())
     )
 
 
@@ -160,9 +157,7 @@ class _FairOrder:
 
     def __init__(self, shares: Shares, sequence: int, given: Sequence[int]) -> None:
         self.sequence, self.given = sequence, list(given)
-        slack = max(
-            2 * len(self.given) - 2, 1
-        )  # c; with one source, release and deadline coincide at x + 1
+        slack = max(2 * len(self.given) - 2, 1)  # c; with one source, release and deadline coincide at x + 1
         # `moments` yields the times at which the demand reaches numerator / slack, that + 1, that + 2, …: the release
         # times (x + 1 / c) and deadlines (x + 1 - 1 / c) of the source's sequences x, x + 1, x + 2, …
         numbered = list(enumerate(self.given))

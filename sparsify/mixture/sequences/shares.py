@@ -72,9 +72,7 @@ def _with_instructions(mixture: MixtureSection, share: float | None) -> dict[str
     for source in mixture.sources.values():
         totals[source.group] += source.token_share
     return {
-        name: source.token_share / totals[source.group] * target[source.group]
-        if totals[source.group]
-        else 0.0
+        name: source.token_share / totals[source.group] * target[source.group] if totals[source.group] else 0.0
         for name, source in mixture.sources.items()
     }
 
@@ -87,9 +85,7 @@ def rounded_share(share: float) -> float:
 def exact_shares(shares: Mapping[str, float | Fraction]) -> dict[str, Fraction]:
     """Shares as fractions that sum to 1. Floats are rounded to fractions; fractions keep their proportions."""
     exact = {
-        name: share
-        if isinstance(share, Fraction)
-        else Fraction(str(share)).limit_denominator(LARGEST_DENOMINATOR)
+        name: share if isinstance(share, Fraction) else Fraction(str(share)).limit_denominator(LARGEST_DENOMINATOR)
         for name, share in shares.items()
     }
     total = sum(exact.values())
@@ -141,12 +137,7 @@ class Shares:
     def __init__(self, segments: Sequence[ShareSegment]) -> None:
         self.segments = list(segments)
         # Sorted, so that the order in which a YAML file lists its sources does not matter.
-        named = {
-            name
-            for part in segments
-            for name, share in [*part.first.items(), *part.last.items()]
-            if share
-        }
+        named = {name for part in segments for name, share in [*part.first.items(), *part.last.items()] if share}
         self.names = sorted(named)
         self._integer_segments: list[_IntegerSegment] = []
         demand = [Fraction(0)] * len(self.names)
@@ -168,10 +159,7 @@ class Shares:
     def of(cls, mixture: MixtureSection, num_sequences: int) -> Shares:
         """The shares of a mixture over a run of `num_sequences`. The ends of its phases are rounded to sequences."""
         return cls(
-            [
-                ShareSegment(round(end * num_sequences), first, last)
-                for end, first, last in share_phases(mixture)
-            ]
+            [ShareSegment(round(end * num_sequences), first, last) for end, first, last in share_phases(mixture)]
         )
 
     @property
@@ -258,10 +246,7 @@ class Shares:
         # to m is a * m + (b - a) / (2 * L) * m², so the demand is a polynomial with the coefficients
         # (demand at the start, a, (b - a) / (2 * L)). In a constant segment the last one is 0.
         length = 1 if end is None else end - start
-        bend = [
-            (b - a) / (2 * length) if end is not None else Fraction(0)
-            for a, b in zip(first, last, strict=True)
-        ]
+        bend = [(b - a) / (2 * length) if end is not None else Fraction(0) for a, b in zip(first, last, strict=True)]
         # One common denominator makes all coefficients integers, so evaluating and comparing demands is exact and fast.
         numbers = [*first, *bend, *demand]
         denominator = math.lcm(*(number.denominator for number in numbers))
@@ -280,10 +265,7 @@ class Shares:
         self._integer_segments.append(segment)
         if end is None:
             return demand
-        return [
-            Fraction(segment.scaled_demand(source, end), denominator)
-            for source in range(len(self.names))
-        ]
+        return [Fraction(segment.scaled_demand(source, end), denominator) for source in range(len(self.names))]
 
 
 def _first_reaching(segment: _IntegerSegment, source: int, wanted: int) -> float:

@@ -16,10 +16,7 @@ from numpy.typing import NDArray
 
 from sparsify.files import storage_errors
 from sparsify.mixture.sequences.packing import Packing, count_sequences, pack_documents
-from sparsify.mixture.tokens.tokenized_source import (
-    ShardDocuments,
-    TokenizedSource,
-)
+from sparsify.mixture.tokens.tokenized_source import ShardDocuments, TokenizedSource
 
 OPEN_PACKINGS = 2
 """A batch may span two shards."""
@@ -102,9 +99,7 @@ class TrainingStream:
             counts = np.load(self._counts_path)
         except (OSError, ValueError, EOFError):
             return np.empty(0, dtype=np.int64)
-        whole = sum(
-            self.source.is_final(n) for n in range(min(len(counts), self.source.num_shards))
-        )
+        whole = sum(self.source.is_final(n) for n in range(min(len(counts), self.source.num_shards)))
         return counts[:whole]
 
     def _store_counts(self) -> None:

@@ -101,9 +101,7 @@ def _all_documents(
         check_unchanged(name, file)
 
 
-def file_documents(
-    file: SourceFile, source: SourceSection, bad_rows: BadRows
-) -> Iterator[Document]:
+def file_documents(file: SourceFile, source: SourceSection, bad_rows: BadRows) -> Iterator[Document]:
     """Documents of one file of plain text or rows; the suffix decides how it is read.
 
     Raises:
@@ -172,9 +170,7 @@ def _row_documents(
     _add_missing(missing, file, bad_rows)
 
 
-def _add_missing(
-    missing: list[tuple[int, MissingColumnError]], file: str, bad_rows: BadRows
-) -> None:
+def _add_missing(missing: list[tuple[int, MissingColumnError]], file: str, bad_rows: BadRows) -> None:
     for number, error in missing:
         bad_rows.add(file, error.reason, number, error.detail)
     missing.clear()
@@ -186,16 +182,12 @@ def _not_utf8(error: UnicodeEncodeError) -> str:
     return f"is not UTF-8 text at character {error.start:,}: {around!r}"
 
 
-def _text_documents(
-    file: SourceFile, separator: str, report: Report, bad_rows: BadRows
-) -> Iterator[Document]:
+def _text_documents(file: SourceFile, separator: str, report: Report, bad_rows: BadRows) -> Iterator[Document]:
     number = 0
     try:
         for number, text in enumerate(_split_texts(file, separator), start=1):
             try:
-                document = Document(
-                    content_origin(text), text=text, file=str(file.path), row=number
-                )
+                document = Document(content_origin(text), text=text, file=str(file.path), row=number)
             except UnicodeEncodeError as error:
                 report(Reason.INVALID_UTF8, number, _not_utf8(error))
                 continue

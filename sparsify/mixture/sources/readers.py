@@ -56,13 +56,10 @@ def json_list(chunks: Iterable[str]) -> Iterator[Any]:
     elif opening == "{":
         yield from _list_inside(text)
     elif opening:
-        raise BrokenFileError(
-            "it holds neither a list nor an object; use .jsonl for one object a line"
-        )
+        raise BrokenFileError("it holds neither a list nor an object; use .jsonl for one object a line")
     if text.peek():
         raise BrokenFileError(
-            f"it has text after its end, at character {text.position:,}; "
-            "use .jsonl for one object a line"
+            f"it has text after its end, at character {text.position:,}; use .jsonl for one object a line"
         )
 
 
@@ -128,9 +125,7 @@ class _Text:
         found = self.peek()
         if found != wanted:
             got = f"{found!r}" if found else "the end of the file"
-            raise BrokenFileError(
-                f"{wanted!r} expected, {got} found, at character {self.position:,}"
-            )
+            raise BrokenFileError(f"{wanted!r} expected, {got} found, at character {self.position:,}")
         self._at += 1
 
     def value(self) -> Any:
@@ -139,22 +134,15 @@ class _Text:
             try:
                 value, end = self._decoder.raw_decode(self._held, self._at)
             except json.JSONDecodeError as error:
-                unfinished = (
-                    error.msg.startswith("Unterminated string")
-                    or error.pos >= len(self._held) - _MARGIN
-                )
+                unfinished = error.msg.startswith("Unterminated string") or error.pos >= len(self._held) - _MARGIN
                 held = len(self._held) - self._at
                 # Double the buffer each time, so that a long value is parsed again only a few times.
                 if not (unfinished and held < MAX_VALUE_CHARACTERS and self._more(held)):
                     where = self._before + error.pos
-                    raise BrokenFileError(
-                        f"not JSON: {error.msg}, at character {where:,}"
-                    ) from error
+                    raise BrokenFileError(f"not JSON: {error.msg}, at character {where:,}") from error
                 continue
             except (ValueError, RecursionError) as error:
-                raise BrokenFileError(
-                    f"not JSON: {error}, at character {self.position:,}"
-                ) from error
+                raise BrokenFileError(f"not JSON: {error}, at character {self.position:,}") from error
             # A number at the end of the buffer may be incomplete: "1" of "1.5", or "1e-" of "1e-5".
             whole = not isinstance(value, int | float) or end < len(self._held) - len("e-")
             if whole or not self._more():
@@ -304,9 +292,7 @@ def _arrow_rows(file: SourceFile, columns: Collection[str] | None, report: Repor
             try:
                 batch = reader.get_batch(index)
             except READ_ERRORS as error:
-                report(
-                    Reason.UNREADABLE, first, f"starts batch {index}, which cannot be read: {error}"
-                )
+                report(Reason.UNREADABLE, first, f"starts batch {index}, which cannot be read: {error}")
                 continue
             yield from _batches([batch], columns, report, first)
             first += batch.num_rows

@@ -112,9 +112,7 @@ def _chat(column: str) -> Callable[[Row], Content]:
     def read(row: Row) -> Content:
         turns = _value(row, column)
         if not isinstance(turns, list):
-            raise BadRowError(
-                Reason.BAD_CHAT, f"column {column!r} holds {type(turns).__name__}, not a list"
-            )
+            raise BadRowError(Reason.BAD_CHAT, f"column {column!r} holds {type(turns).__name__}, not a list")
         messages = tuple(map(_message, turns))
         if not any(message["role"] == "assistant" for message in messages):
             raise BadRowError(Reason.BAD_CHAT, "has no response")
@@ -135,9 +133,7 @@ def _message(turn: Any) -> Message:
         known = ", ".join(ROLES)
         raise BadRowError(Reason.BAD_CHAT, f"has a turn of role {speaker!r}; known: {known}")
     if not isinstance(content, str):
-        raise BadRowError(
-            Reason.BAD_CHAT, f"has a turn of {role} that holds {type(content).__name__}, not text"
-        )
+        raise BadRowError(Reason.BAD_CHAT, f"has a turn of {role} that holds {type(content).__name__}, not text")
     if role == "assistant" and not content.strip():
         raise BadRowError(Reason.BAD_CHAT, "has an empty response")
     return {"role": role, "content": content}

@@ -102,9 +102,7 @@ def file_state(path: Path) -> SourceFile:
     # A saved data set may be a symbolic link, so its files are examined.
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [file.stat() for file in files]
-    return SourceFile(
-        path, sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)
-    )
+    return SourceFile(path, sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats))
 
 
 def check_unchanged(name: str, file: SourceFile) -> None:
@@ -157,9 +155,7 @@ def open_binary(file: SourceFile) -> io.BufferedReader:
 
 def open_text(file: SourceFile, newline: str | None = None) -> io.TextIOWrapper:
     """Opens a file as UTF-8. Invalid bytes become lone surrogates, so that their row can be identified."""
-    return io.TextIOWrapper(
-        open_binary(file), encoding="utf-8-sig", errors="surrogateescape", newline=newline
-    )
+    return io.TextIOWrapper(open_binary(file), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def text_chunks(file: SourceFile) -> Iterator[str]:
@@ -238,17 +234,13 @@ def check_format(name: str, file: SourceFile, source: SourceSection) -> None:
     """
     if source.token_files:
         known, kind = TOKEN_FORMATS, "token files"
-        allowed = (
-            f"Allowed: {' '.join(TOKEN_FORMATS)}, uncompressed, because they are memory-mapped."
-        )
+        allowed = f"Allowed: {' '.join(TOKEN_FORMATS)}, uncompressed, because they are memory-mapped."
     else:
         plain = TEXT_FORMATS if source.group == "pretraining" else ()
         known, kind = (*ROW_FORMATS, *plain, SAVED_DATASET), f"{source.group} text"
         allowed = f"Allowed: {FORMATS}; plain text is for pretraining sources only."
     if file.format not in known or (source.token_files and file.compression):
-        raise MixtureError(
-            f"{file.path} of source {name!r} cannot be read as {kind}.", allowed=allowed
-        )
+        raise MixtureError(f"{file.path} of source {name!r} cannot be read as {kind}.", allowed=allowed)
 
 
 def _sample(file: SourceFile) -> bytes:

@@ -25,9 +25,7 @@ MAX_SHOWN_LINES = 24
 MAX_ANSWER_CHARACTERS = 2_000
 
 # Some distributions remove some of these folders; the others hold data rather than text to learn from.
-SKIPPED = frozenset(
-    ("test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "__phello__")
-)
+SKIPPED = frozenset(("test", "tests", "idle_test", "encodings", "pydoc_data", "__pycache__", "__phello__"))
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
@@ -53,11 +51,7 @@ def module_paths() -> tuple[tuple[str, Path], ...]:
         for name in files:
             path = Path(folder, name)
             parts = path.relative_to(root).with_suffix("").parts
-            if (
-                path.suffix == ".py"
-                and parts[-1].isidentifier()
-                and not parts[-1].startswith("_sysconfigdata")
-            ):
+            if path.suffix == ".py" and parts[-1].isidentifier() and not parts[-1].startswith("_sysconfigdata"):
                 found.append((".".join(parts).removesuffix(".__init__"), path))
     return tuple(sorted(found, key=_drawing_order))
 
@@ -125,9 +119,7 @@ def _read(path: Path) -> str:
         return file.read()
 
 
-def _definitions(
-    node: ast.Module | ast.ClassDef, path: str, is_method: bool = False
-) -> Iterator[_Named]:
+def _definitions(node: ast.Module | ast.ClassDef, path: str, is_method: bool = False) -> Iterator[_Named]:
     for child in node.body:
         if isinstance(child, Definition):
             yield _Named(f"{path}.{child.name}", child, is_method)

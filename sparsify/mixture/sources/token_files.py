@@ -65,9 +65,7 @@ def _open(name: str, file: SourceFile, source: SourceSection) -> NDArray[np.inte
     if stated is None:
         raise _not_tokens(name, file, "has no stated number type")
     if file.num_bytes % stated.itemsize:
-        raise _not_tokens(
-            name, file, f"has {file.num_bytes:,} bytes, which is not a whole number of {stated}"
-        )
+        raise _not_tokens(name, file, f"has {file.num_bytes:,} bytes, which is not a whole number of {stated}")
     if not file.num_bytes:
         return np.empty(0, dtype=stated)
     return np.memmap(file.path, dtype=stated, mode="r")

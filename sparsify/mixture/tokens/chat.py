@@ -69,9 +69,7 @@ class ChatWriter:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str) -> None:
         self._tokenizer, self._template = tokenizer, template
 
-    def write(
-        self, messages: Sequence[Message], *, with_responses: bool
-    ) -> tuple[str, list[CharacterSpan]]:
+    def write(self, messages: Sequence[Message], *, with_responses: bool) -> tuple[str, list[CharacterSpan]]:
         """Text of a conversation, and the spans of its responses if requested.
 
         Raises:
@@ -99,9 +97,7 @@ class ChatWriter:
                 tokenize=False,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise ChatTemplateError(
-                str(error).partition("\n")[0] or type(error).__name__
-            ) from error
+            raise ChatTemplateError(str(error).partition("\n")[0] or type(error).__name__) from error
         assert isinstance(text, str)
         return text
 

@@ -194,9 +194,7 @@ class Encoder:
             backend.no_padding()
         return backend
 
-    def _frame(
-        self, documents: Iterable[Ids], inside: Sequence[NDArray[np.bool_]] | None = None
-    ) -> Encoded:
+    def _frame(self, documents: Iterable[Ids], inside: Sequence[NDArray[np.bool_]] | None = None) -> Encoded:
         """Adds bos and eos to the ids of every document; `inside` says which ids carry loss."""
         bos, eos = self._bos, self._eos
         begin, end = array("I", [bos or 0]), array("I", [eos])

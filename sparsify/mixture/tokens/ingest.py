@@ -31,19 +31,15 @@ from sparsify.mixture.tokens.encoder import (
     check_tokenizer,
     tokenizer_fingerprint,
 )
-from sparsify.mixture.tokens.fingerprint import source_fingerprint
 from sparsify.mixture.tokens.pool import batches, parts, tokenizer_threads
 from sparsify.mixture.tokens.shards import (
     Shard,
     ShardWriter,
     SourceCache,
     SourceInfo,
+    source_fingerprint,
 )
-from sparsify.mixture.tokens.tokenized_source import (
-    Need,
-    ShardDocuments,
-    TokenizedSource,
-)
+from sparsify.mixture.tokens.tokenized_source import Need, ShardDocuments, TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 
 INITIAL_TOKENS_AND_CHARACTERS = (300, 1000)
@@ -271,11 +267,7 @@ class IngestSession:
 
     def _may_be_enough(self, batch: Iterable[_Part], writer: ShardWriter) -> bool:
         """Whether this batch probably meets the need; estimates its tokens from its characters."""
-        tokens = (
-            sum(part.num_characters for part in batch)
-            * self._written_tokens
-            / self._written_characters
-        )
+        tokens = sum(part.num_characters for part in batch) * self._written_tokens / self._written_characters
         held_out = tokens * self.task.mixture.validation_fraction
         need = self.task.need
         return (
@@ -353,9 +345,7 @@ def mixture_ingests(
     }
 
 
-def text_documents(
-    documents: Iterator[Document], encoder: Encoder, num_tokens: int
-) -> ShardDocuments:
+def text_documents(documents: Iterator[Document], encoder: Encoder, num_tokens: int) -> ShardDocuments:
     """The first documents that cover `num_tokens`, tokenised in memory without a cache folder."""
     encoded: list[Encoded] = []
     for batch in batches(documents):

@@ -54,9 +54,7 @@ def _product(activation: Activation, gate: torch.Tensor, up: torch.Tensor) -> to
     return (nn.functional.silu(gate.to(wide)) * up_factor(up.to(wide))).to(gate.dtype)
 
 
-def _gradients(
-    activation: Activation, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> Backward:
+def _gradients(activation: Activation, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Backward:
     dtype, up_factor = gate.dtype, UP_FACTORS[activation.up]
     if activation.gate == "relu":
         # The gradient is zero at exactly zero, and NaN passes, as in torch's relu.
@@ -104,8 +102,7 @@ def inductor_kernel(name: str) -> Kernel:
 
     # Dynamic: the rows that an expert gets differ at every call.
     product_of, backward_of, counted = (
-        cast(Any, torch.compile(function, dynamic=True))
-        for function in (product_of, backward_of, counted)
+        cast(Any, torch.compile(function, dynamic=True)) for function in (product_of, backward_of, counted)
     )
 
     def forward(gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
@@ -221,9 +218,7 @@ def fuse(activation: FfnActivation, implementation: str) -> FusedFfnActivation:
 @contextmanager
 def unfused(model: nn.Module) -> Iterator[None]:
     """Computes every activation with the model's own code within the `with` block, as in a loaded model."""
-    fused: list[FfnActivation] = [
-        one for one in _activations(model) if type(one) is FusedFfnActivation
-    ]
+    fused: list[FfnActivation] = [one for one in _activations(model) if type(one) is FusedFfnActivation]
     for activation in fused:
         activation.__class__ = FfnActivation
     try:
@@ -335,9 +330,7 @@ class ZeroMeter:
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self._zeros = torch.zeros((), dtype=torch.int64, device=device)
         self._activations = [
-            activation
-            for activation in _activations(model)
-            if isinstance(activation, FusedFfnActivation)
+            activation for activation in _activations(model) if isinstance(activation, FusedFfnActivation)
         ]
         for activation in self._activations:
             activation.zeros, activation.num_values = self._zeros, 0

@@ -88,9 +88,7 @@ def _backward(
     tl.store(up_grad + place, du.to(up_grad.dtype.element_ty), mask=inside)
 
 
-def forward(
-    name: str, gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None
-) -> torch.Tensor:
+def forward(name: str, gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
     """Neuron activations, [..., neurons].
 
     Args:
@@ -128,9 +126,7 @@ def forward(
     return product
 
 
-def backward(
-    name: str, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def backward(name: str, grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradients of the gate and up pre-activations, from that of their product; shapes as in `forward`."""
     gate_grad = torch.empty_like(gate, memory_format=torch.contiguous_format)
     up_grad = torch.empty_like(gate_grad)

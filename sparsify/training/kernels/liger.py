@@ -129,10 +129,7 @@ def use_liger(model: SparseModel, recipe: Recipe) -> None:
             module.__class__ = fused
             replaced[fused.__name__] += 1
     layers = len(model.model.layers)
-    if (
-        sorted(replaced.values()) != [layers, 2 * layers + 1]
-        or type(model.lm_head) is not nn.Linear
-    ):
+    if sorted(replaced.values()) != [layers, 2 * layers + 1] or type(model.lm_head) is not nn.Linear:
         raise RuntimeError(f"{type(model).__name__} has unknown modules: {replaced}")
     model.lm_head.__class__ = LossHead
     cast(Any, model.lm_head).labels = None

@@ -52,9 +52,7 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
     return _liger().LigerRopeFunction.apply(query, key, cos, sin)
 
 
-def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-) -> Tensors:
+def linear_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Tensors:
     """Cross-entropy of a projection's logits, computed in chunks.
 
     Args:
@@ -76,9 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-    ) -> Tensors:
+    def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Tensors:
         from liger_kernel.ops.fused_linear_cross_entropy import (  # pyright: ignore[reportMissingImports]
             fused_linear_cross_entropy_forward,
         )

@@ -9,10 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.mixture.cleaning.cleaner import Cleaner
-from sparsify.mixture.cleaning.contamination import (
-    ContaminationReport,
-    contamination_report,
-)
+from sparsify.mixture.cleaning.contamination import ContaminationReport, contamination_report
 from sparsify.mixture.sources.documents import Document
 from sparsify.recipe.mixture import MixtureSection
 
@@ -33,9 +30,7 @@ def document(number: int) -> Document:
     return Document(f"origin {number}", text=text)
 
 
-def cleaned(
-    mixture: MixtureSection, folder: Path, numbers: list[int], start: int, batch: int
-) -> list[Document]:
+def cleaned(mixture: MixtureSection, folder: Path, numbers: list[int], start: int, batch: int) -> list[Document]:
     """What is kept of documents from `start` on."""
     kept: list[Document] = []
     with Cleaner(mixture, folder, start) as cleaner:
@@ -126,9 +121,7 @@ def test_both_filters_can_be_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("log", ["digests.bin", "contamination.jsonl"])
-def test_ingest_does_not_resume_from_a_lost_log(
-    mixture: MixtureSection, tmp_path: Path, log: str
-) -> None:
+def test_ingest_does_not_resume_from_a_lost_log(mixture: MixtureSection, tmp_path: Path, log: str) -> None:
     with Cleaner(mixture, tmp_path, 0) as cleaner:
         cleaner.clean([document(1), document(7)])
         cleaner.commit()

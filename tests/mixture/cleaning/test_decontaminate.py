@@ -13,10 +13,7 @@ from hypothesis import strategies as st
 from sparsify.errors import MixtureError
 from sparsify.mixture.cleaning import decontaminate
 from sparsify.mixture.cleaning.decontaminate import Decontaminator, Overlap
-from sparsify.mixture.cleaning.eval_items import (
-    decontamination_fingerprint,
-    evaluation_paths,
-)
+from sparsify.mixture.cleaning.eval_items import decontamination_fingerprint, evaluation_paths
 from sparsify.mixture.sources.documents import Document, conversation
 from sparsify.recipe.mixture import MixtureSection
 
@@ -59,9 +56,7 @@ def overlap(decontaminator: Decontaminator, text: str) -> Overlap | None:
         ITEM.replace("c", "ｃ"),
     ],
 )
-def test_a_planted_item_is_found_however_it_is_set(
-    decontaminator: Decontaminator, planted: str
-) -> None:
+def test_a_planted_item_is_found_however_it_is_set(decontaminator: Decontaminator, planted: str) -> None:
     found = overlap(decontaminator, f"Something before. {planted} Something after.")
     assert found is not None
     assert (found.file, found.item) == (0, 1)
@@ -82,9 +77,7 @@ def test_a_planted_item_is_found_however_it_is_set(
         " ".join(SHORT_ITEM.split()[:7]),
     ],
 )
-def test_twelve_shared_words_in_a_row_are_not_an_overlap(
-    decontaminator: Decontaminator, near: str
-) -> None:
+def test_twelve_shared_words_in_a_row_are_not_an_overlap(decontaminator: Decontaminator, near: str) -> None:
     assert overlap(decontaminator, f"Something before. {near} something after.") is None
 
 
@@ -125,9 +118,7 @@ def test_every_item_in_a_document_is_named(decontaminator: Decontaminator) -> No
 
 
 @given(seed=st.integers(0, 2**32 - 1), piece=st.integers(10, 200))
-def test_overlaps_equal_those_of_a_plain_word_search(
-    decontaminator: Decontaminator, seed: int, piece: int
-) -> None:
+def test_overlaps_equal_those_of_a_plain_word_search(decontaminator: Decontaminator, seed: int, piece: int) -> None:
     draw = random.Random(seed)
     texts = []
     for _ in range(5):
@@ -148,9 +139,7 @@ def test_overlaps_equal_those_of_a_plain_word_search(
 def test_equal_hashes_are_distinguished_by_their_words(
     decontaminator: Decontaminator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        decontaminate, "_word_hashes", lambda words: decontaminate.np.zeros(len(words), "u8")
-    )
+    monkeypatch.setattr(decontaminate, "_word_hashes", lambda words: decontaminate.np.zeros(len(words), "u8"))
     colliding = Decontaminator([write_rows(tmp_path / "a.jsonl", [{"q": ITEM}])])
     assert overlap(colliding, "word " * 20) is None
     assert overlap(colliding, "word " * 20 + ITEM) is not None
@@ -158,9 +147,7 @@ def test_equal_hashes_are_distinguished_by_their_words(
 
 def test_an_ngram_of_more_than_ten_items_is_not_compared(tmp_path: Path) -> None:
     asked = "This question refers to the following information read it and choose the best answer"
-    rows: list[dict[str, object]] = [
-        {"q": f"{asked} {n} {ITEM if n == 3 else ''}"} for n in range(11)
-    ]
+    rows: list[dict[str, object]] = [{"q": f"{asked} {n} {ITEM if n == 3 else ''}"} for n in range(11)]
     many = Decontaminator([write_rows(tmp_path / "many.jsonl", rows)])
     assert many.num_common_ngrams == 2
     assert overlap(many, asked) is None

@@ -84,20 +84,14 @@ def test_in_a_ramp_the_other_shares_stay_linear_up_to_their_last_proportions() -
 def test_one_exhausted_source_after_another_until_none_is_left() -> None:
     shares = Shares.constant({"a": 0.5, "b": 0.3, "c": 0.2})
     changed = redistributed(shares, {"a": 10, "b": 20})
-    assert [changed.share("c", sequence) for sequence in (5, 30, 400)] == pytest.approx(
-        [0.2, 0.4, 1.0]
-    )
+    assert [changed.share("c", sequence) for sequence in (5, 30, 400)] == pytest.approx([0.2, 0.4, 1.0])
     ends = redistributed(shares, {"a": 10, "b": 20, "c": 30})
-    assert (
-        min(last_sequence_within(ends, *cap) for cap in {"a": 10, "b": 20, "c": 30}.items()) == 60
-    )
+    assert min(last_sequence_within(ends, *cap) for cap in {"a": 10, "b": 20, "c": 30}.items()) == 60
 
 
 def mixture_of(when_exhausted: str, phases: list[PhaseSection]) -> MixtureSection:
     web = SourceSection(token_share=0.9, files=["web.txt"])
-    small = SourceSection(
-        token_share=0.1, files=["s.txt"], max_epochs=1, when_exhausted=when_exhausted
-    )
+    small = SourceSection(token_share=0.1, files=["s.txt"], max_epochs=1, when_exhausted=when_exhausted)
     return MixtureSection("mine", sources={"web": web, "small": small}, phases=phases)
 
 
@@ -139,9 +133,7 @@ def test_no_source_gives_more_than_is_read_ahead(parts: list[int], sizes: list[i
         for (name, share), size in zip(weighted(parts).items(), sizes, strict=False)
     }
     mixture, num_sequences = MixtureSection("mine", sources=sources), 200
-    capacities = {
-        name: size for name, size in zip(sources, sizes, strict=False) if size is not None
-    }
+    capacities = {name: size for name, size in zip(sources, sizes, strict=False) if size is not None}
     counts = SourceSchedule(capped_shares(mixture, num_sequences, capacities)).counts(num_sequences)
     most = most_sequences(mixture, num_sequences)
     assert all(count <= most[name] for name, count in counts.items())
@@ -149,9 +141,7 @@ def test_no_source_gives_more_than_is_read_ahead(parts: list[int], sizes: list[i
 
 @pytest.fixture
 def recipe(mixture: MixtureSection) -> Recipe:
-    recipe = compose_recipe(
-        "quickstart", ["training.global_batch_size=4", "training.micro_batch_size=2"]
-    )
+    recipe = compose_recipe("quickstart", ["training.global_batch_size=4", "training.micro_batch_size=2"])
     recipe.mixture, recipe.training.sequence_length = mixture, 64
     recipe.training.budget_tokens = 400 * 4 * 64
     return recipe

@@ -18,9 +18,7 @@ TEXTS = [f"story {n} about a river and a stone" for n in range(9)]
 
 
 @pytest.mark.parametrize("kind", ["txt", "txt.gz", "jsonl"])
-def test_a_text_gives_all_its_documents_in_order(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str
-) -> None:
+def test_a_text_gives_all_its_documents_in_order(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, kind: str) -> None:
     path = tmp_path / f"text.{kind}"
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
     content = (lines if kind == "jsonl" else "<|endoftext|>".join(TEXTS)).encode()
@@ -41,14 +39,10 @@ def test_a_text_gives_all_its_documents_in_order(
     assert np.array_equal(labels[~ends], ids[1:][~ends[:-1]])
 
 
-def test_a_text_is_cut_at_the_tokens_wanted(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_text_is_cut_at_the_tokens_wanted(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "text.txt"
     path.write_text(TEXTS[0] * 20)
-    sequences, _ = sequences_from(
-        str(path), tokenizer, num_tokens=50, sequence_length=20, cache_dir=tmp_path
-    )
+    sequences, _ = sequences_from(str(path), tokenizer, num_tokens=50, sequence_length=20, cache_dir=tmp_path)
     assert [len(sequence.input_ids) for sequence in sequences] == [20, 20, 10]
     assert sequences[-1].labels[-1] != NO_LOSS, "the document continues after the cut"
 
@@ -70,9 +64,7 @@ def test_a_name_that_is_neither_a_file_nor_a_mixture_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     with pytest.raises(MixtureError, match="neither a file nor a mixture") as caught:
-        sequences_from(
-            "nowhere.txt", tokenizer, num_tokens=1, sequence_length=1, cache_dir=tmp_path
-        )
+        sequences_from("nowhere.txt", tokenizer, num_tokens=1, sequence_length=1, cache_dir=tmp_path)
     assert "'nowhere.txt'" in str(caught.value)
     assert "Mixtures: " in str(caught.value)
 

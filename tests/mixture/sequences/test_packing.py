@@ -19,9 +19,7 @@ def shuffle(seed: int = 0) -> np.random.RandomState:
     sequence_length=st.integers(1, 40),
     seed=st.integers(0, 5),
 )
-def test_every_token_is_in_exactly_one_sequence(
-    lengths: list[int], sequence_length: int, seed: int
-) -> None:
+def test_every_token_is_in_exactly_one_sequence(lengths: list[int], sequence_length: int, seed: int) -> None:
     packing = pack_documents(np.array(lengths), sequence_length, shuffle(seed))
     taken = np.zeros((len(lengths), max(lengths)), dtype=int)
     for sequence in range(packing.num_sequences):

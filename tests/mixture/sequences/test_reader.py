@@ -32,14 +32,10 @@ SHARES = {"stories": 0.7, "chats": 0.3}
 Pair = tuple[int, int]
 """A token and its label."""
 
-few = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def reader_of(
-    tokenized: dict[str, TokenizedSource], sequence_length: int, seed: int = 1
-) -> SequenceReader:
+def reader_of(tokenized: dict[str, TokenizedSource], sequence_length: int, seed: int = 1) -> SequenceReader:
     return SequenceReader(tokenized, SourceSchedule(Shares.constant(SHARES)), sequence_length, seed)
 
 
@@ -123,8 +119,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(
     whole = reader_of(tokenized, 32).batch(40, 8).tensors["input_ids"]
     readers = [reader_of(tokenized, 32) for _ in range(ranks)]
     parts = [
-        readers[(first // micro_batch) % ranks].batch(40 + first, micro_batch)
-        for first in range(0, 8, micro_batch)
+        readers[(first // micro_batch) % ranks].batch(40 + first, micro_batch) for first in range(0, 8, micro_batch)
     ]
     assert torch.equal(torch.cat([part.tensors["input_ids"] for part in parts]), whole)
 
@@ -155,9 +150,7 @@ def test_a_growing_source_gives_the_sequences_of_a_complete_one(
             while not reader.is_available(index, 1):
                 waits += 1
                 if not stories.step() | chats.step():
-                    assert reader.is_available(index, 1), (
-                        "everything is cached, but the reader waits"
-                    )
+                    assert reader.is_available(index, 1), "everything is cached, but the reader waits"
             for field in ("input_ids", "position_ids", "labels"):
                 one, other = reader.sequence(index), expected.sequence(index)
                 assert getattr(one, field).tolist() == getattr(other, field).tolist()
@@ -204,9 +197,7 @@ def test_held_out_sequences_are_whole_and_spread_over_all_held_out_documents(
     every = held_out_sequences(source, 16, 10**6)
     held_out = [ids for ids, _, side in documents_of(source) if side]
     row = [token for ids in held_out for token in ids]
-    assert [w.input_ids.tolist() for w in every] == [
-        row[start : start + 16] for start in range(0, len(row) - 15, 16)
-    ]
+    assert [w.input_ids.tolist() for w in every] == [row[start : start + 16] for start in range(0, len(row) - 15, 16)]
     chosen = [
         next(i for i, w in enumerate(every) if np.array_equal(w.input_ids, s.input_ids))
         for s in held_out_sequences(source, 16, 3)
@@ -231,9 +222,7 @@ def test_held_out_sequences_keep_documents_apart(tokenized: dict[str, TokenizedS
 def test_too_little_held_out_text_is_refused_with_the_source_named(
     tokenized: dict[str, TokenizedSource],
 ) -> None:
-    with pytest.raises(
-        MixtureError, match=r"'chats' holds out .* less than one sequence of 100000"
-    ):
+    with pytest.raises(MixtureError, match=r"'chats' holds out .* less than one sequence of 100000"):
         held_out_sequences(tokenized["chats"], 100_000, 4)
 
 

@@ -56,9 +56,7 @@ def test_a_ramp_is_the_area_under_a_straight_line() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(curves(), st.lists(st.integers(0, 20_000), min_size=1, max_size=8), st.integers(0, 9_000))
-def test_the_schedule_does_not_depend_on_where_it_starts(
-    shares: Shares, indices: list[int], start: int
-) -> None:
+def test_the_schedule_does_not_depend_on_where_it_starts(shares: Shares, indices: list[int], start: int) -> None:
     in_order = SourceSchedule(shares)
     expected = {index: in_order.locate(index) for index in sorted(indices)}
     asked = SourceSchedule(shares)
@@ -71,9 +69,7 @@ def test_counts_agree_with_the_sequences_given() -> None:
     schedule = SourceSchedule(Shares.constant({"web": 0.62, "code": 0.25, "chat": 0.13}))
     for num_sequences in (0, 1, 99, 100, 101, 777):
         names = [name for name, _ in schedule.sequences_of(0, num_sequences)]
-        assert schedule.counts(num_sequences) == {
-            name: names.count(name) for name in schedule.names
-        }
+        assert schedule.counts(num_sequences) == {name: names.count(name) for name in schedule.names}
 
 
 def test_decimal_shares_are_met_exactly_after_one_period_and_far_into_a_run() -> None:
@@ -91,9 +87,7 @@ def test_shares_that_floats_cannot_represent_are_exact() -> None:
 
 
 def test_an_anchor_makes_a_late_start_with_awkward_shares_fast() -> None:
-    shares = Shares(
-        [ShareSegment(10**9, {"a": 0.123456789, "b": 0.876543211}, {"a": 0.9, "b": 0.1})]
-    )
+    shares = Shares([ShareSegment(10**9, {"a": 0.123456789, "b": 0.876543211}, {"a": 0.9, "b": 0.1})])
     sequence = 700_000_000
     given = {name: round(shares.demand(name, sequence)) for name in shares.names}
     given["b"] = sequence - given["a"]
@@ -110,9 +104,7 @@ def test_an_anchor_of_other_shares_is_ignored() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(curves(), st.integers(0, 9_000), st.integers(0, 9_000))
-def test_many_sequences_at_once_equal_those_located_one_by_one(
-    shares: Shares, start: int, count: int
-) -> None:
+def test_many_sequences_at_once_equal_those_located_one_by_one(shares: Shares, start: int, count: int) -> None:
     schedule = SourceSchedule(shares)
     sequences = schedule.sequences_of(start, count)
     assert len(sequences) == count

@@ -44,9 +44,7 @@ def files_of(*paths: Path, **fields: str) -> SourceSection:
 
 
 def lines_of(rows: list[object]) -> bytes:
-    return b"".join(
-        row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows
-    )
+    return b"".join(row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows)
 
 
 @settings(deadline=None)
@@ -66,10 +64,7 @@ def test_a_line_is_read_as_the_json_module_reads_it(
     path.write_bytes(damaged + b"\n")
     text = damaged.decode("utf-8", "surrogateescape")
     bad: list[Reason] = []
-    rows = [
-        repr(row)
-        for _, row in read_rows(file_state(path), None, lambda reason, *_, **__: bad.append(reason))
-    ]
+    rows = [repr(row) for _, row in read_rows(file_state(path), None, lambda reason, *_, **__: bad.append(reason))]
     try:
         wanted = [] if not text or text.isspace() else [repr(json.loads(text))]
     except ValueError:
@@ -99,9 +94,7 @@ def test_each_bad_line_is_dropped_and_listed_with_its_place(tmp_path: Path) -> N
     documents, bad_rows = read(files_of(path))
     assert [d.text for d in documents] == [row["text"] for row in GOOD] + ["fine", "last"]
     assert documents[-1].row == 312
-    places = {
-        reason: [bad.row for bad in bad_rows.examples[reason]] for reason in bad_rows.bad_rows
-    }
+    places = {reason: [bad.row for bad in bad_rows.examples[reason]] for reason in bad_rows.bad_rows}
     assert places == {
         Reason.NO_COLUMN: [301],
         Reason.NULL: [302],
@@ -112,9 +105,7 @@ def test_each_bad_line_is_dropped_and_listed_with_its_place(tmp_path: Path) -> N
         Reason.NOT_AN_OBJECT: [310],
     }
     assert "its columns: url" in str(bad_rows.examples[Reason.NO_COLUMN][0])
-    assert f"{path}:303 column 'text' holds list, not text" == str(
-        bad_rows.examples[Reason.NOT_TEXT][0]
-    )
+    assert f"{path}:303 column 'text' holds list, not text" == str(bad_rows.examples[Reason.NOT_TEXT][0])
     assert bad_rows.summary().startswith("web: 311 rows, 9 dropped (2 invalid UTF-8, 2 not text, ")
 
 
@@ -135,9 +126,7 @@ ARCHIVES: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("suffix", ARCHIVES)
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_a_truncated_archive_yields_its_readable_part(
-    suffix: str, kind: str, tmp_path: Path
-) -> None:
+def test_a_truncated_archive_yields_its_readable_part(suffix: str, kind: str, tmp_path: Path) -> None:
     numbers = random.Random(1)
     texts = [f"{n} {numbers.getrandbits(4000):x}" for n in range(1000)]
     plain = lines_of([{"text": t} for t in texts])
@@ -214,9 +203,7 @@ def corrupt(path: Path) -> None:
         path.write_bytes(b'{"text": \n')
 
 
-@pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv.gz", "a.parquet", "a.arrow", "a.txt"]
-)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv.gz", "a.parquet", "a.arrow", "a.txt"])
 def test_a_source_without_readable_rows_shows_the_damage(tmp_path: Path, name: str) -> None:
     corrupt(tmp_path / name)
     with pytest.raises(MixtureError, match="Source 'web' holds no document") as caught:
@@ -240,9 +227,7 @@ def test_too_many_bad_rows_stop_the_source_early_with_examples(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("bad", "fraction", "fatal"), [(1, 0.01, 0), (2, 0.01, 1), (1, 0.0, 1)])
-def test_a_small_source_is_checked_at_its_end(
-    bad: int, fraction: float, fatal: bool, tmp_path: Path
-) -> None:
+def test_a_small_source_is_checked_at_its_end(bad: int, fraction: float, fatal: bool, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines_of([*GOOD[:20], *[b"{\n"] * bad]))
     if fatal:
@@ -270,9 +255,7 @@ def test_chats_that_the_template_refuses_are_counted(tokenizer: PreTrainedTokeni
         Document("3", messages=turns, file="a.jsonl", row=3),
     ]
     bad_rows = BadRows("chat", 0.5, good_rows=3)
-    encoder = Encoder(
-        "chat", tokenizer, responses_only=True, chat_template=template, bad_rows=bad_rows
-    )
+    encoder = Encoder("chat", tokenizer, responses_only=True, chat_template=template, bad_rows=bad_rows)
     assert (encoder.encode(documents).lengths > 0).tolist() == [True, False, True]
     assert bad_rows.good_rows == 2
     (bad,) = bad_rows.examples[Reason.CHAT_TEMPLATE]

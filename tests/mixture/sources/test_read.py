@@ -29,13 +29,9 @@ from tests.mixture.conftest import ids_of
 TEXTS = ["first, with a comma", 'second "quoted"\nwith two lines', "third ünïcödé"]
 
 
-def read(
-    source: SourceSection, tokenizer: PreTrainedTokenizerFast | None = None, skip: int = 0
-) -> list[Document]:
+def read(source: SourceSection, tokenizer: PreTrainedTokenizerFast | None = None, skip: int = 0) -> list[Document]:
     bad_rows = BadRows("web", 0.01)
-    documents = list(
-        read_documents("web", source, bad_rows, tokenizer=tokenizer, skip_documents=skip)
-    )
+    documents = list(read_documents("web", source, bad_rows, tokenizer=tokenizer, skip_documents=skip))
     assert not bad_rows.num_bad_rows
     return documents
 
@@ -110,9 +106,7 @@ def test_a_saved_dataset_is_read_as_it_was_saved(tmp_path: Path) -> None:
     assert texts_of(files_of(tmp_path / "splits" / "train")) == TEXTS
 
 
-def test_a_glob_reads_each_file_once_in_order(
-    write_jsonl: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_glob_reads_each_file_once_in_order(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.gz", "c.jsonl"):
         write_jsonl([{"text": name}], name)
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl.gz")
@@ -120,9 +114,7 @@ def test_a_glob_reads_each_file_once_in_order(
     assert texts_of(source) == ["a.jsonl.gz", "b.jsonl", "c.jsonl"]
 
 
-def test_a_copy_of_a_file_is_skipped_and_noted(
-    write_jsonl: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_copy_of_a_file_is_skipped_and_noted(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
         write_jsonl([{"text": text}], f"{name}.jsonl")
     bad_rows = BadRows("web", 0.0)
@@ -133,9 +125,7 @@ def test_a_copy_of_a_file_is_skipped_and_noted(
     assert bad_rows.summary() == "web: 2 rows, 1 duplicate file(s) skipped"
 
 
-def test_a_file_that_changes_while_it_is_read_is_named(
-    write_jsonl: Callable[..., str], tmp_path: Path
-) -> None:
+def test_a_file_that_changes_while_it_is_read_is_named(write_jsonl: Callable[..., str], tmp_path: Path) -> None:
     path = Path(write_jsonl([{"text": "x"}, {"text": "y"}]))
     documents = read_documents("web", files_of(path), BadRows("web", 0.01))
     next(documents)
@@ -155,18 +145,14 @@ def test_skipped_documents_are_counted_but_not_yielded(write_jsonl: Callable[...
 
     def read_from(skip: int) -> tuple[list[Document], str]:
         bad_rows = BadRows("web", 0.5)
-        return list(
-            read_documents("web", source, bad_rows, skip_documents=skip)
-        ), bad_rows.to_json()
+        return list(read_documents("web", source, bad_rows, skip_documents=skip)), bad_rows.to_json()
 
     whole, counts = read_from(0)
     assert read_from(17) == (whole[17:], counts)
     assert read_from(40) == ([], counts)
 
 
-def test_text_longer_than_a_chunk_is_split_at_separators_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_longer_than_a_chunk_is_split_at_separators_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.txt"
     path.write_text("one two three<|endoftext|>four<|endoftext|>\n<|endoftext|>five six")
     for size in (1, 5, 13, 14, 1000):

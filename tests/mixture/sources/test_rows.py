@@ -19,7 +19,7 @@ from sparsify.mixture.sources.rows import BadRowError, FieldReader
 from sparsify.mixture.sources.source_files import BrokenFileError
 from sparsify.mixture.tokens.chat import CHATML, chat_template_text
 from sparsify.mixture.tokens.encoder import Encoder
-from sparsify.mixture.tokens.fingerprint import source_fingerprint
+from sparsify.mixture.tokens.shards import source_fingerprint
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.source import SourceSection
 
@@ -101,9 +101,7 @@ def test_rows_become_conversations(
 
 
 def test_a_text_template_sees_the_row_and_renders_null_as_nothing() -> None:
-    read = reader(
-        "pretraining", text_template="# {{ title }}\n{% if body %}\n{{ body }}{% endif %}"
-    ).read
+    read = reader("pretraining", text_template="# {{ title }}\n{% if body %}\n{{ body }}{% endif %}").read
     assert read({"title": "A", "body": "b"}) == "# A\nb"
     assert read({"title": None, "body": None}) == "# \n"
 
@@ -153,9 +151,7 @@ BAD: dict[str, tuple[dict[str, str], Any, Reason, str]] = {
 
 
 @pytest.mark.parametrize(("fields", "row", "reason", "words"), BAD.values(), ids=BAD)
-def test_a_row_that_is_not_a_document_says_why(
-    fields: dict[str, str], row: Any, reason: Reason, words: str
-) -> None:
+def test_a_row_that_is_not_a_document_says_why(fields: dict[str, str], row: Any, reason: Reason, words: str) -> None:
     with pytest.raises(BadRowError) as caught:
         reader(**fields).read(row)
     assert caught.value.reason is reason
@@ -230,19 +226,14 @@ def test_a_given_template_writes_the_documents_and_marks_the_responses(
     encoded = encoder.encode([Document("1", messages=messages)])
     ids, mask = encoded.ids, encoded.carries_loss
     assert tokenizer.decode(ids) == "<s>[u] How? [a] So. [u] Why? [a] Thus.</s>"
-    assert tokenizer.decode(ids[mask]) == " So.  Thus.</s>", (
-        "what the template puts after an answer ends it"
-    )
+    assert tokenizer.decode(ids[mask]) == " So.  Thus.</s>", "what the template puts after an answer ends it"
 
 
 def test_the_fingerprint_depends_on_the_chat_template_of_instructions_only(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     def fingerprints() -> dict[str, str]:
-        return {
-            name: source_fingerprint(name, source, mixture, tokenizer)
-            for name, source in mixture.sources.items()
-        }
+        return {name: source_fingerprint(name, source, mixture, tokenizer) for name, source in mixture.sources.items()}
 
     before = fingerprints()
     mixture.chat_template = "{{ messages }}"
@@ -257,9 +248,7 @@ def test_the_fingerprint_depends_on_the_chat_template_of_instructions_only(
 def test_prompts_and_messages_of_the_same_words_have_the_same_origin(
     write_jsonl: Callable[..., str],
 ) -> None:
-    rows = [
-        {"prompt": "q", "response": "a", "messages": list(chat(("user", "q"), ("assistant", "a")))}
-    ]
+    rows = [{"prompt": "q", "response": "a", "messages": list(chat(("user", "q"), ("assistant", "a")))}]
     path = write_jsonl(rows)
 
     def origin(**fields: str) -> str:

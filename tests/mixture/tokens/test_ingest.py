@@ -84,9 +84,7 @@ def test_instruction_loss_all_masks_nothing(
 def test_the_tokenizers_template_is_used_without_doubled_ends(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    own = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>"
-    )
+    own = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, bos_token="<s>", eos_token="</s>")
     own.chat_template = (
         "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[Q] {{ m['content'] }} [A]"
         "{% else %} {{ m['content'] }}{{ eos_token }}\n{% endif %}{% endfor %}"
@@ -161,11 +159,7 @@ def shard_files(source: TokenizedSource) -> dict[str, int]:
     """When each file of a closed shard was written."""
     closed = [f"-{number:05d}." for number in range(source.cache.num_closed)]
     files = source.cache.folder.iterdir()
-    return {
-        path.name: path.stat().st_mtime_ns
-        for path in files
-        if any(number in path.name for number in closed)
-    }
+    return {path.name: path.stat().st_mtime_ns for path in files if any(number in path.name for number in closed)}
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -261,9 +255,7 @@ def test_concurrent_ingests_give_the_same_tokens(
     task = ingest_of(mixture, "stories", tokenizer, tmp_path / "c")
     with context.Manager() as manager:
         results = manager.list()
-        children = [
-            context.Process(target=_ingest_in_child, args=(task, results)) for _ in range(4)
-        ]
+        children = [context.Process(target=_ingest_in_child, args=(task, results)) for _ in range(4)]
         for child in children:
             child.start()
         for child in children:
@@ -277,9 +269,7 @@ def test_duplicates_fall_on_the_same_side(
 ) -> None:
     rows = [{"text": f"river {n % 20}"} for n in range(60)]
     source = SourceSection(token_share=1.0, files=[write_jsonl(rows)])
-    mixture = MixtureSection(
-        name="m", sources={"web": source}, validation_fraction=0.5, remove_duplicates=False
-    )
+    mixture = MixtureSection(name="m", sources={"web": source}, validation_fraction=0.5, remove_duplicates=False)
     web = ingest_of(mixture, "web", tokenizer, tmp_path / "c").run()
     sides = [held_out for _, _, held_out in documents_of(web)]
     assert sides[:20] == sides[20:40] == sides[40:]
@@ -318,9 +308,7 @@ def test_an_overlap_with_an_evaluation_set_is_dropped_and_listed(
     assert "word0 word1" in report
 
 
-@pytest.mark.parametrize(
-    ("fraction", "side", "change"), [(1e-9, "held-out", "raise"), (1 - 1e-9, "training", "lower")]
-)
+@pytest.mark.parametrize(("fraction", "side", "change"), [(1e-9, "held-out", "raise"), (1 - 1e-9, "training", "lower")])
 def test_a_split_that_leaves_one_side_empty_says_what_to_change(
     mixture: MixtureSection,
     tokenizer: PreTrainedTokenizerFast,

@@ -49,9 +49,7 @@ def pre_activations(dtype: torch.dtype, neurons: int) -> tuple[torch.Tensor, ...
     return torch.randn(5, neurons).to(dtype), gate, up
 
 
-def check_kernel(
-    name: str, forward: Forward, backward: Backward, neurons: int, exact: tuple[torch.dtype, ...]
-) -> None:
+def check_kernel(name: str, forward: Forward, backward: Backward, neurons: int, exact: tuple[torch.dtype, ...]) -> None:
     """Values, gradients, counts and NaN; in the dtypes of `exact` also the very bits of eager torch."""
     for dtype in TOLERANCES:
         grad, gate, up = pre_activations(dtype, neurons)
@@ -69,9 +67,7 @@ def check_kernel(
     _check_nan(forward, backward, neurons)
 
 
-def _check_against_eager(
-    name: str, got: tuple[torch.Tensor, ...], given: tuple[torch.Tensor, ...]
-) -> None:
+def _check_against_eager(name: str, got: tuple[torch.Tensor, ...], given: tuple[torch.Tensor, ...]) -> None:
     grad, gate, up = given
     gate, up = gate.clone().requires_grad_(), up.clone().requires_grad_()
     product = EAGER[name](gate, up)

@@ -50,9 +50,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {key: value.to(DEVICE) for key, value in tensors.items()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "checkpointing"), [("mistral", False), ("mixtral", True), ("llama", False)]
-)
+@pytest.mark.parametrize(("kind", "checkpointing"), [("mistral", False), ("mixtral", True), ("llama", False)])
 def test_losses_and_gradients_are_those_of_the_models_own_code(
     kind: str, checkpointing: bool, stock: dict[str, Path]
 ) -> None:
@@ -128,16 +126,10 @@ def test_plan_knows_what_a_layer_keeps(experts: bool) -> None:
     num_tokens, measured = 8, {}
     for layers in (1, 2):
         fields = {**TINY, "num_hidden_layers": layers, "ffn_activation": "drelu"}
-        config = (
-            SparseMixtralConfig(num_local_experts=4, **fields)
-            if experts
-            else SparseMistralConfig(**fields)
-        )
+        config = SparseMixtralConfig(num_local_experts=4, **fields) if experts else SparseMistralConfig(**fields)
         model = MODEL_CLASSES[config.model_type](config).train()
         use_liger(model, RECIPE)
-        model.to(
-            torch.bfloat16
-        )  # of what comes out here, the interpreter has the sizes right, not the values
+        model.to(torch.bfloat16)  # of what comes out here, the interpreter has the sizes right, not the values
         measured[layers] = kept_for_backward(model, num_tokens, 2)
     architecture = Architecture.of(config.to_dict(), None, 2)
     estimate = layer_activation_bytes(architecture, "drelu", 2, num_tokens, liger=True)

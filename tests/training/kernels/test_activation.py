@@ -87,15 +87,11 @@ def test_training_step_is_the_same_bit_for_bit_and_guard_and_probe_see_the_activ
     (plain, zeros, _), (fused, fused_zeros, model) = results
     assert all(map(torch.equal, plain, fused))
     assert zeros == fused_zeros > 0.5
-    assert {type(m) for m in model.modules() if isinstance(m, FfnActivation)} == {
-        FusedFfnActivation
-    }
+    assert {type(m) for m in model.modules() if isinstance(m, FfnActivation)} == {FusedFfnActivation}
     assert set(model.state_dict()) == set(results[0][2].state_dict())
 
 
-def test_meter_counts_the_steps_zeros_and_nothing_else(
-    stock: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_meter_counts_the_steps_zeros_and_nothing_else(stock: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)  # one rank
     model = load_sparse(stock["mistral"], "drelu", torch.float32)
     fuse_activation(model, recipe_with(count_zeros=True))
@@ -116,15 +112,11 @@ def test_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.Mon
         activation.checked_kernel("triton", "drelu")
 
 
-def test_settings_that_would_be_ignored_are_refused(
-    stock: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_that_would_be_ignored_are_refused(stock: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match="nothing counts them"):
         recipe_with(fused_activation="off", count_zeros=True)
     with pytest.raises(RecipeError, match=r"blending.budget_share, and there is no kernel"):
-        compose_recipe(
-            "quickstart", ["training.fused_activation=inductor", "blending.budget_share=0.1"]
-        )
+        compose_recipe("quickstart", ["training.fused_activation=inductor", "blending.budget_share=0.1"])
     with pytest.raises(RecipeError, match="inductor"):
         recipe_with(fused_activation="inducto")
     if not torch.cuda.is_available():
