@@ -12,8 +12,8 @@ import pytest
 
 from sparsify.errors import RecipeError
 from sparsify.recipe.compose import compose_recipe
+from sparsify.training import engine
 from sparsify.training.engine import check_machine
-from sparsify.training.kernels import compile
 from sparsify.training.kernels.activation import has_compiler
 from tests.conftest import Command, Setup
 from tests.distributed.test_all_the_way import (
@@ -82,6 +82,6 @@ def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(overrides: list[
 
 
 def test_a_machine_without_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "has_compiler", lambda: False)
+    monkeypatch.setattr(engine, "has_compiler", lambda: False)
     with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
         check_machine(compose_recipe("quickstart", ["training.compile=true"]))

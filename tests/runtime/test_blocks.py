@@ -166,12 +166,14 @@ def test_copies_make_their_own_blocks(kind: str, load: Callable) -> None:
     acceleration = accelerate(model, weights="int4")
     expected = decoded_logits(model)
     twin = copy.deepcopy(model)
-    assert torch.equal(decoded_logits(twin), expected)
-    assert torch.equal(decoded_logits(pickle.loads(pickle.dumps(model))), expected)
+    # Not to the bit: on some processors torch's dense layers round by the alignment of a copy's memory.
+    torch.testing.assert_close(decoded_logits(twin), expected, rtol=0, atol=1e-5)
+    unpickled = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(decoded_logits(unpickled), expected, rtol=0, atol=1e-5)
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.mul_(1.1)
-    assert not torch.equal(decoded_logits(twin), expected)
+    assert not torch.allclose(decoded_logits(twin), expected, atol=1e-2)
     assert torch.equal(decoded_logits(model), expected)
     acceleration.remove()
     assert not torch.equal(decoded_logits(model), expected)
