@@ -28,8 +28,8 @@ ALLOCATED_BYTES = 200_000_000
 def bench(mixture_file: Path) -> MixtureBench:
     """What the command prints as JSON on a small mixture."""
     arguments = ["bench", "mixture", "--on", str(mixture_file), "--json"]
-    sizes = {"budget": 6_000, "sequence": 128, "load": 20_000}
-    arguments += [word for key, size in sizes.items() for word in (f"--{key}-tokens", str(size))]
+    sizes = {"budget-tokens": 6_000, "sequence-length": 128, "load-tokens": 20_000}
+    arguments += [word for key, size in sizes.items() for word in (f"--{key}", str(size))]
     arguments += ["--buffer-documents", "10", "--repeats", "1"]
     result = CliRunner().invoke(main.app, arguments, catch_exceptions=False)
     return MixtureBench.model_validate_json(result.stdout)

@@ -22,7 +22,7 @@ def bench(recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPa
     arguments = [str(recipe_file), f"mixture={mixture_file}"]
     arguments += [f"cache_dir={tmp_path_factory.mktemp('cache')}"]
     arguments += ["--blocks", str(BLOCKS), "--block-steps", str(BLOCK_STEPS), "--json"]
-    program = "from sparsify.cli import main; main()"
+    program = "from sparsify.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", program, "bench", "train", *arguments],
         capture_output=True,
