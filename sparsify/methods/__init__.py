@@ -1,1 +1,12 @@
 """How a model becomes sparse: one method, one paper, one file."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+
+def import_all() -> None:
+    """Imports every module of this package, so that each method registers itself: no list names them."""
+    for module in pkgutil.iter_modules(__path__):
+        import_module(f"{__name__}.{module.name}")

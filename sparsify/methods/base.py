@@ -7,17 +7,15 @@ settings are the fields of a pydantic model: `sparsify convert --method NAME --s
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-import sparsify.methods as package
 from sparsify.errors import RecipeError, nearest
+from sparsify.methods import import_all
 from sparsify.methods.layerwise import Expert, Layer
 from sparsify.models import SiteRule
 from sparsify.recipe.sparsification import ConversionSection
@@ -163,8 +161,7 @@ def register(method: Method) -> Method:
 
 def methods() -> dict[str, Method]:
     """Every method by its name: the modules of this package are imported to find them."""
-    for module in pkgutil.iter_modules(package.__path__):
-        import_module(f"{package.__name__}.{module.name}")
+    import_all()
     return dict(sorted(_METHODS.items()))
 
 

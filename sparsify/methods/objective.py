@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 import torch
 
-import sparsify.methods as package
+from sparsify.methods import import_all
 from sparsify.methods.live_model import Engine
 from sparsify.mixture.sequences.reader import SequenceReader
 from sparsify.recipe.recipe import Recipe
@@ -135,8 +133,7 @@ def objective(kind: Kind) -> Kind:
 
 def objectives_of(run: TrainingRun) -> list[Objective]:
     """The objectives that a run's recipe asks for, by name, with the state of the run's newest checkpoint."""
-    for module in pkgutil.iter_modules(package.__path__):
-        import_module(f"{package.__name__}.{module.name}")
+    import_all()
     found = [one for kind in _OBJECTIVES if (one := kind.of(run)) is not None]
     found.sort(key=lambda one: one.name)
     for one in found:

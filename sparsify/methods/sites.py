@@ -15,7 +15,7 @@ In a mixture of experts the router sees its input unmasked, and `ffn_in` is one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
@@ -24,14 +24,6 @@ from sparsify.methods.layerwise import Expert, Inputs, InputsOf, stored_threshol
 from sparsify.models import SITES
 
 ATTENTION_SITES = ("attn_in", "attn_out")
-READ_SHARES: dict[str, Callable[[float], float]] = {
-    "attn_in": lambda kept: 1.0,
-    "attn_out": lambda kept: 1.0,
-    "ffn_in": lambda kept: (2 * kept + 1) / 3,
-    "gate": lambda kept: (1 + 2 * kept) / 3,
-    "inter": lambda kept: (2 + kept) / 3,
-}
-"""Share of a feed-forward block's weights that must be read when that share of a site's elements is kept."""
 
 
 class BlockValues:
