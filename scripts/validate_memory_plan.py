@@ -13,8 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
@@ -33,7 +31,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from sparsify.bench.mixture_speed import peak_memory_bytes
 from sparsify.conversion.convert import convert
-from sparsify.launch.child import exit_with_parent
+from sparsify.launch.child import Child, lifeline_arguments
+from sparsify.launch.nodes import free_port
 from sparsify.methods.objective import objectives_of
 from sparsify.mixture.sequences.reader import Batch
 from sparsify.plan.estimate import architecture_of
@@ -45,7 +44,7 @@ from sparsify.recipe.sparsification import DistillationSection
 from sparsify.reporting.tables import Table
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import TrainingState
-from sparsify.training.engine import build_engine, init_distributed
+from sparsify.training.deepspeed_engine import build_engine, init_distributed
 from sparsify.training.session import Session
 from sparsify.training.stability import finish_step
 from sparsify.training.step import accumulate
@@ -170,7 +169,7 @@ def validate(trials: Sequence[Trial], on_progress: Callable[[str], object]) -> l
     """Measures each trial.
 
     Raises:
-        RuntimeError: If a process failed, with the end of what it printed.
+        RuntimeError: If a process failed, with the end of its log.
     """
     results = []
     for number, trial in enumerate(trials, start=1):
@@ -201,35 +200,32 @@ def _measure(trial: Trial, run: RunFolder) -> Measured:
 
 
 def _ranks(recipe: Recipe, run: RunFolder) -> list[dict[str, int]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     world = recipe.launch.processes
     common = os.environ | {
         "WORLD_SIZE": str(world),
         "LOCAL_SIZE": str(world),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": "1",
         # Resident memory then falls when a tensor is freed, so that its peak is that of what lives.
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
-    command = [sys.executable, __file__, "--rank-of", str(run.path)]
+    command = [sys.executable, "-m", *lifeline_arguments(__file__), "--rank-of", str(run.path)]
     ranks = [
-        subprocess.Popen(
+        Child(
+            f"rank {rank} of a memory trial",
             command,
-            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            run.path / f"rank{rank}.log",
+            environment=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            output="pipe",
         )
         for rank in range(world)
     ]
-    outcomes = [rank.communicate() for rank in ranks]
-    for rank, (_, complaint) in zip(ranks, outcomes, strict=True):
-        if rank.returncode:
-            raise RuntimeError(f"a memory trial failed:\n{complaint[-2000:]}")
-    return [json.loads(printed.splitlines()[-1]) for printed, _ in outcomes]
+    printed = [rank.stdout.read() for rank in ranks]
+    for rank in ranks:
+        if rank.wait():
+            raise rank.error()
+    return [json.loads(lines.splitlines()[-1]) for lines in printed]
 
 
 def memory_table(results: Sequence[Measured]) -> Table:
@@ -257,7 +253,6 @@ TRAINING = "sparsify training"
 
 def run_rank(run_dir: str) -> None:
     """Runs one rank and prints what it measured as a line of JSON."""
-    exit_with_parent()
     run = RunFolder(Path(run_dir))
     recipe = run.load_recipe()
     with redirect_stdout(sys.stderr):

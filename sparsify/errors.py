@@ -35,7 +35,6 @@ class UserError(Exception):
 
     @staticmethod
     def from_json(record: Mapping[str, str]) -> UserError:
-        """The error of which another process gave `to_json`."""
         classes = {kind.__name__: kind for kind in (UserError, *UserError.__subclasses__())}
         return classes[record["class"]](record["given"], allowed=record["allowed"], next_step=record["next_step"])
 
@@ -72,6 +71,11 @@ def nearest(word: str, names: Iterable[str]) -> str:
     """Returns "Did you mean 'x'? " for the closest of `names`, or "" when none is close."""
     close = difflib.get_close_matches(word, list(names), n=1, cutoff=0.5)
     return f"Did you mean {close[0]!r}? " if close else ""
+
+
+def bound(value: float) -> str:
+    """A bound of a number, as messages say it: 1,000,000 whether it is an integer or not."""
+    return f"{int(value):,}" if value == int(value) else f"{value:,}"
 
 
 def check_choice(key: str, value: str | None, allowed: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ os.environ.setdefault("SPARSIFY_KERNEL_CACHE", str(Path("~/.cache/sparsify/kerne
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from filelock import FileLock
 from hypothesis import settings
@@ -162,6 +163,10 @@ eval: {{every_tokens: 1536, validation_sequences_per_source: 3, report_tokens: 5
 STEPS = 8
 
 
+SPARSIFY = [sys.executable, "-c", "from sparsify.cli.main import main; main()"]
+"""The command, of the package that Python finds: `sparsify` itself may not be on the path."""
+
+
 class Setup(NamedTuple):
     """One way to train the small model."""
 
@@ -178,7 +183,6 @@ class Command:
         self._recipe, self._mixture, self._stock, self.root = recipe, mixture, stock, root
 
     def __call__(self, setup: Setup, run: Path) -> list[str]:
-        program = "from sparsify.cli.main import main; main()"
         overrides = [
             f"mixture={self._mixture}",
             f"model.source={self._stock[setup.kind]}",
@@ -193,7 +197,16 @@ class Command:
             f"training.count_zeros={setup.processes == 2}",
             f"tracking.wandb={'offline' if setup.processes == 1 else 'disabled'}",
         ]
-        return [sys.executable, "-c", program, "train", str(self._recipe), "--json", *overrides]
+        return [*SPARSIFY, "train", str(self._recipe), "--json", *overrides]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """This process as the only rank of a group."""
+    store = tmp_path_factory.mktemp("rank") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Two ranks of a test's own program, on whole run folders, without the launcher."""
+"""Two ranks, or others, of a test's own program, on whole run folders, without the launcher."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def tokenise(run: RunFolder) -> None:
     dist.barrier()
 
 
-def run_ranks(program: Path, arguments: Sequence[str]) -> list[list[dict[str, Any]]]:
+def run_ranks(program: Path, arguments: Sequence[str], processes: int = RANKS) -> list[list[dict[str, Any]]]:
     """What the program printed after FOUND, one for each case; each has an answer of every rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    place = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    place |= {"LOCAL_RANK": "0", "LOCAL_SIZE": str(RANKS), "DS_ACCELERATOR": "cpu"}
+    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place |= {"LOCAL_RANK": "0", "LOCAL_SIZE": str(processes), "DS_ACCELERATOR": "cpu"}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(program), *arguments],
@@ -73,14 +73,14 @@ def run_ranks(program: Path, arguments: Sequence[str]) -> list[list[dict[str, An
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for rank in range(RANKS)
+        for rank in range(processes)
     ]
     try:
         said = [rank.communicate(timeout=SECONDS)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(said)[-6000:]
+    assert [rank.returncode for rank in ranks] == [0] * processes, "\n".join(said)[-6000:]
     return [json.loads(line[6:]) for line in said[0].splitlines() if line.startswith("FOUND ")]
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,3 +148,16 @@ def test_links_lead_somewhere(page: Path) -> None:
     links = LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
     missing = [link for link in links if "://" not in link and not (page.parent / link).resolve().exists()]
     assert not missing
+
+
+def test_extras_that_are_named_exist() -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    files = [*PAGES, *(ROOT / "recipes").glob("*.yaml"), *(ROOT / "sparsify").rglob("*.py")]
+    named = {
+        extra.strip(): file.name
+        for file in files
+        for extras in re.findall(r"(?:sparsify-lm|-e '?\.)\[([a-z0-9, -]+)\]", file.read_text())
+        for extra in extras.split(",")
+    }
+    assert "eval" in named
+    assert {extra: file for extra, file in named.items() if extra not in known} == {}

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from sparsify.bench.timing import paired_ratios, quartiles, work_seconds
 from sparsify.bench.training_report import QuartileRatio
@@ -27,8 +28,6 @@ GPU_CALLS = 20
 
 
 class ImplementationTiming(BaseModel):
-    """Timing of one implementation of the activation."""
-
     name: str
     forward_seconds: float
     both_seconds: float
@@ -42,8 +41,6 @@ class ImplementationTiming(BaseModel):
 
 
 class ActivationBench(BaseModel):
-    """Timings of all implementations on the same pre-activations."""
-
     activation: str
     tokens: int
     neurons: int
@@ -65,18 +62,8 @@ def bench_activation(
     repeats: int,
     on_progress: Callable[[str], object],
 ) -> ActivationBench:
-    """Measures one activation.
-
-    Args:
-        activation: Name of one that has a training kernel.
-        tokens: Rows of the pre-activations.
-        neurons: Columns.
-        dtype: `bf16` or `fp32`.
-        repeats: Measured rounds, after one warm-up round.
-        on_progress: Receives the name of each step.
-
-    Raises:
-        UserError: If an argument is not allowed, or the kernel does not work on this machine.
+    """Measures one activation on pre-activations [tokens, neurons], `repeats` rounds after one warm-up round. Raises
+    UserError if the kernel does not work on this machine.
     """
     with_kernel = activation_names(lambda row: row.has_training_kernel)
     check_choice("--activation", activation, with_kernel)
@@ -180,7 +167,6 @@ def _speed(eager: list[float], own: list[float]) -> QuartileRatio:
 
 
 def activation_table(bench: ActivationBench) -> RenderableType:
-    """The timings as a table, with the measurement's conditions."""
     table = Table(
         f"{bench.activation} of {bench.tokens:,} × {bench.neurons:,} {bench.dtype}",
         ["", "time", "× eager", "interquartile range", "of a copy"],
@@ -198,11 +184,12 @@ def activation_table(bench: ActivationBench) -> RenderableType:
             *_cells(implementation.both_speed),
             f"{implementation.both_bandwidth_share:.0%}",
         )
-    rests_on = (
-        f"[dim]{bench.device}, {bench.threads} CPU thread(s). Clock: {bench.clock}. Medians of {bench.repeats} interleaved "
+    rests_on = Text(
+        f"{bench.device}, {bench.threads} CPU thread(s). Clock: {bench.clock}. Medians of {bench.repeats} interleaved "
         "round(s).\n"
         "of a copy: bandwidth if every tensor is read or written once, as a share of the "
-        f"{bench.copy_bytes_per_second / 1e9:,.1f} GB/s of a copy into new memory.[/dim]"
+        f"{bench.copy_bytes_per_second / 1e9:,.1f} GB/s of a copy into new memory.",
+        "dim",
     )
     return Group("", table, rests_on)
 

@@ -26,8 +26,6 @@ class Corpus:
     """The files of a benchmark, with rows of `document` (a unique number) and `text`.
 
     Attributes:
-        name: Name of the mixture.
-        folder: Folder of the files, also used for caches.
         paths: Files of each source with a share above 0, in order.
         shares: Planned token share of each source; they sum to 1.
         first_document: Number of each source's first document; a source's documents are numbered consecutively.
@@ -43,7 +41,6 @@ class Corpus:
 
     @property
     def mixture(self) -> MixtureSection:
-        """The corpus as a mixture."""
         sources = {
             name: SourceSection(token_share=self.shares[name], files=[*map(str, paths)])
             for name, paths in self.paths.items()
@@ -55,7 +52,6 @@ class Corpus:
         return sum(path.stat().st_size for paths in self.paths.values() for path in paths)
 
     def texts(self, name: str, num_documents: int) -> list[str]:
-        """The first texts of a source."""
         rows = (json.loads(line) for path in self.paths[name] for line in _lines(path))
         return [row["text"] for row in islice(rows, num_documents)]
 

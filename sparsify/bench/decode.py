@@ -29,21 +29,17 @@ class DecodeSettings:
     """Settings of the benchmark.
 
     Args:
-        hidden: Width of the block.
-        neurons: Neurons of the block.
-        rank: Rank of the predictors.
         device: `cpu` or `cuda`.
         dtype: A key of DTYPES, for hidden states, predictors and torch's dense block.
         weights: Format of the feed-forward weights for the C++ kernels: stored, int8 or int4.
         sparsities: Shares of neurons that do not fire.
         batches: Batch sizes in tokens.
-        threads: Numbers of threads.
-        repeats: Interleaved repeats of every measurement.
         layers: Layers of a model with random weights and Mistral-7B's shape; 0 for none.
         bundle: A model of the user to decode with; None for none.
         predictors: Predictors of that model; None for exact decoding only.
         prompt: Prompt for that model.
         decode_tokens: Tokens that models decode one by one.
+        llamacpp: Whether models are also measured in llama.cpp, if it is installed and holds a dense model of their shape.
     """
 
     hidden: int
@@ -61,13 +57,10 @@ class DecodeSettings:
     predictors: Path | None
     prompt: str
     decode_tokens: int
+    llamacpp: bool = True
 
     def check(self) -> None:
-        """Checks that the settings can be measured.
-
-        Raises:
-            RunError: With the settings that cannot.
-        """
+        """Raises RunError for settings that cannot be measured."""
         tokens = max(self.batches, default=1)
         numbers = (*self.batches, *self.threads, self.repeats, self.neurons)
         wrong = {
@@ -184,6 +177,7 @@ def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
     yield measure_model(
         *(model, name, predictors, ids, settings.decode_tokens, settings.repeats, on_progress),
         weights=settings.weights,
+        llamacpp=settings.device == "cpu" and settings.llamacpp,
     )
 
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch.nn.functional import linear
 
-from sparsify.bench.decode_result import FfnPoint, LayerRead, ModelPoint, Timing
+from sparsify.bench.decode_result import VARIANTS, FfnPoint, LayerRead, ModelPoint, Timing
+from sparsify.bench.llamacpp import LlamaCpp, missing
 from sparsify.bench.timing import Clock
 from sparsify.models import ACTIVATIONS, SparseMistralConfig, SparseMistralForCausalLM
 from sparsify.runtime import Acceleration, FfnWeights, Predictor, RowsRead, accelerate, sparse_ffn
@@ -39,8 +42,7 @@ class Block:
 
     Args:
         x: Hidden states, [tokens, hidden].
-        gate: [neurons, hidden].
-        up: [neurons, hidden].
+        gate, up: [neurons, hidden].
         down_t: [neurons, hidden], stored or in quantised blocks, for the kernels.
         down: [hidden, neurons], for the dense model.
         predictor: A perfect predictor.
@@ -66,7 +68,6 @@ class Block:
             self.predictor.b[:, token] = both_on
 
     def weights(self) -> FfnWeights:
-        """The weights for the kernels, with the predictor."""
         gate, up = self.gate, self.up
         if isinstance(self.down_t, BlockMatrix):
             gate, up = (quantise(one, self.down_t.format) for one in (gate, up))
@@ -81,12 +82,13 @@ def make_blocks(
     dtype: torch.dtype,
     format: BlockFormat | None = None,
     device: str = "cpu",
+    out_of_cache_bytes: int = OUT_OF_CACHE_BYTES,
 ) -> list[Block]:
-    """Blocks with random weights, enough of them to exceed a processor's cache; quantised for the kernels if `format` is given."""
+    """Blocks with random weights, `out_of_cache_bytes` of them; quantised for the kernels if `format` is given."""
     generator = torch.Generator().manual_seed(0)
     blocks = [_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device)]
     size = 3 * blocks[0].down_t.nbytes
-    while len(blocks) < round(OUT_OF_CACHE_BYTES / size):
+    while len(blocks) < round(out_of_cache_bytes / size):
         blocks.append(_make_block(hidden, neurons, rank, tokens, dtype, format, generator, device))
     return blocks
 
@@ -119,13 +121,19 @@ def _make_block(
 
 
 def measure_point(
-    blocks: Sequence[Block], active: float, gates: float, tokens: int, threads: int, repeats: int
+    blocks: Sequence[Block],
+    active: float,
+    gates: float,
+    tokens: int,
+    threads: int,
+    repeats: int,
+    out_of_cache_bytes: int = OUT_OF_CACHE_BYTES,
 ) -> FfnPoint:
     """Times all variants, interleaved, on the first `tokens` of each block's tokens."""
     generator = torch.Generator().manual_seed(1)
     device = blocks[0].x.device.type
     clock = Clock(device)
-    data = torch.ones(OUT_OF_CACHE_BYTES // 4, device=device)
+    data = torch.ones(out_of_cache_bytes // 4, device=device)
     for block in blocks:
         block.fire(active, gates, generator)
     predicted = [block.weights() for block in blocks]
@@ -213,6 +221,8 @@ def random_model(
         torch.set_default_dtype(before)
     model.get_input_embeddings().weight.data[:, 0] = 100.0
     predictors = []
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data[0] = 0.0
     for block in model.ffn_blocks():
         neurons = config.intermediate_size
         order = torch.randperm(neurons)
@@ -220,12 +230,60 @@ def random_model(
             column = torch.full((neurons,), -SIGN)
             column[order[: round(share * neurons)]] = SIGN
             projection.weight.data[:, 0] = column
+        # What a block adds stays small, and nothing is added to channel 0: its sign decides in every layer.
+        block.down_proj.weight.data.mul_(1e-4)[0] = 0.0
         a = torch.rand(rank, config.hidden_size, dtype=dtype) * 1e-4
         a[0, 0] = 1.0
         b = torch.rand(neurons, rank, dtype=dtype) * 1e-4
         b[:, 0] = block.up_proj.weight.data[:, 0]
         predictors.append([Predictor(a, b, 0.0)])
     return model, LayerPredictors("normed", predictors)
+
+
+@dataclass
+class Variant:
+    """One way to decode the same weights.
+
+    Attributes:
+        model: Its model; None for llama.cpp.
+        acceleration: Handle of an accelerated model.
+        llamacpp: The engine, if it is that.
+        decode: Seconds per token of each repeat.
+        prompt: Seconds for the prompt of each repeat.
+        parts: Seconds per token by part of the model, summed over the repeats.
+    """
+
+    model: Any = None
+    acceleration: Acceleration | None = None
+    llamacpp: LlamaCpp | None = None
+    decode: list[float] = field(default_factory=list)
+    prompt: list[float] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def run(self, ids: torch.Tensor, decode_tokens: int, counts: bool) -> None:
+        """Decodes once; the first time only warms up."""
+        if self.llamacpp is not None:
+            prompt, seconds = self.llamacpp.decode(ids, decode_tokens, WARM_UP_TOKENS)
+            parts: dict[str, float] = {}
+        else:
+            prompt, seconds, parts = _decode(self.model, self.acceleration, ids, decode_tokens)
+        if not counts:
+            return
+        self.prompt.append(prompt)
+        self.decode.append(seconds)
+        if parts:
+            parts |= {"overhead": max(0.0, seconds - sum(parts.values()))}
+        for name, value in parts.items():
+            self.parts[name] = self.parts.get(name, 0.0) + value
+
+    def bytes_read(self) -> float:
+        """Bytes of weights that a token reads."""
+        if self.llamacpp is not None:
+            return self.llamacpp.bytes_read
+        if self.acceleration is None:
+            return model_bytes(self.model).total
+        reads = self.acceleration.reads
+        return self.acceleration.other_bytes + sum(one.bytes_read / max(one.tokens, 1) for one in reads)
 
 
 def measure_model(
@@ -237,55 +295,58 @@ def measure_model(
     repeats: int,
     on_progress: Callable[[str], object],
     weights: str = "stored",
+    *,
+    llamacpp: bool = False,
 ) -> ModelPoint:
-    """Decodes the same tokens with a model and with its accelerated versions.
+    """Decodes the last `decode_tokens` of `ids` [1, tokens] one by one with a model in several ways; the others are the prompt.
 
-    Args:
-        model: A sparse model. It is accelerated afterwards.
-        name: Name in the result.
-        predictors: Predictors to measure in addition to exact decoding; None for none.
-        ids: Prompt and continuation, [1, tokens].
-        decode_tokens: Tokens at the end of `ids` that are decoded one by one; the others are the prompt.
-        repeats: Repeats of every measurement.
-        on_progress: Receives the name of each step.
-        weights: Format of the feed-forward weights for the kernels: stored, int8 or int4.
+    The ways are torch, llama.cpp on request, our kernels reading every row, exactly, and with predictors; `weights` is the format of
+    our kernels and llama.cpp's. The model stays accelerated.
     """
-    variants: dict[str, Any] = {"torch": dense_twin(model)}
-    accelerations = {"exact": accelerate(model, weights=weights)}
-    variants["exact"] = model
-    if predictors is not None:
-        variants["predictor"] = predicting = _sharing(model)
-        accelerations["predictor"] = accelerate(predicting, weights=weights, predictors=predictors)
-    decode: dict[str, list[float]] = {key: [] for key in variants}
-    prompt: dict[str, list[float]] = {key: [] for key in variants}
-    outside = dict.fromkeys(variants, 0.0)
-    for repeat in range(repeats + 1):
-        for key, one in variants.items():
-            on_progress(f"{name}: {key}, repeat {repeat} of {repeats}")
-            acceleration = accelerations.get(key)
-            prompt_seconds, seconds, ffn = _decode(one, acceleration, ids, decode_tokens)
-            if repeat:  # the first warms up
-                prompt[key].append(prompt_seconds)
-                decode[key].append(seconds)
-                outside[key] += (1 - ffn / seconds) / repeats
-    size = model_bytes(variants["torch"])
-    bytes_read = {"torch": size.total} | {
-        key: size.other + sum(one.bytes_read / one.tokens for one in acceleration.reads)
-        for key, acceleration in accelerations.items()
-    }
-    reads = accelerations["exact"].reads
+    variants = {"torch": Variant(dense_twin(model))}
+    with TemporaryDirectory() as folder:
+        without = missing(model, weights) if llamacpp else "not requested"
+        if without is None:
+            on_progress(f"{name}: writing a file for llama.cpp")
+            engine = LlamaCpp(variants["torch"].model, weights, torch.get_num_threads(), ids.shape[1], Path(folder))
+            variants["llama.cpp"] = Variant(llamacpp=engine)
+        exact = accelerate(model, weights=weights)
+        others: dict[str, dict[str, Any]] = {"dense": {"dense": True}}
+        if predictors is not None:
+            others["predictor"] = {"predictors": predictors}
+        made = {"exact": Variant(model, exact)}
+        for key, options in others.items():
+            twin = _sharing(model)
+            made[key] = Variant(twin, accelerate(twin, weights=weights, **options))
+        variants |= {key: made[key] for key in VARIANTS if key in made}
+        reading: list[float] = []
+        data = torch.ones(OUT_OF_CACHE_BYTES // 4, device=ids.device)
+        clock = Clock(ids.device.type)
+        for repeat in range(repeats + 1):
+            for key, one in variants.items():
+                on_progress(f"{name}: {key}, repeat {repeat} of {repeats}")
+                one.run(ids, decode_tokens, repeat > 0)
+            start = clock.mark()
+            read_data(data, torch.get_num_threads())
+            reading.append(clock.seconds(start, clock.mark()))
+        for one in variants.values():
+            if one.llamacpp is not None:
+                one.llamacpp.close()
+    reads = exact.reads
     return ModelPoint(
         model=name,
         weights=weights,
+        without_llamacpp=without,
         dtype=str(model.dtype).removeprefix("torch."),
         layers=len(reads),
         prompt_tokens=ids.shape[1] - decode_tokens,
         threads=torch.get_num_threads(),
         active_share=sum(one.rows.down for one in reads) / sum(one.offered for one in reads),
-        decode_seconds={key: Timing(seconds=times) for key, times in decode.items()},
-        prompt_seconds={key: Timing(seconds=times) for key, times in prompt.items()},
-        outside_share=outside,
-        bytes_read=bytes_read,
+        decode_seconds={key: Timing(seconds=one.decode) for key, one in variants.items()},
+        prompt_seconds={key: Timing(seconds=one.prompt) for key, one in variants.items()},
+        parts={key: {part: total / repeats for part, total in one.parts.items()} for key, one in variants.items()},
+        bytes_read={key: one.bytes_read() for key, one in variants.items()},
+        read_bytes_per_second=data.nbytes / median(reading[1:]),
         reads=[
             LayerRead(
                 layer=layer,
@@ -310,16 +371,18 @@ def _sharing(model: Any) -> Any:
     """A copy of the model whose parameters share its memory."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
-    for block in model.ffn_blocks():
-        kept[block] = vars(block).pop("forward", None)
+    for module in (model, *model.ffn_blocks()):
+        kept[module] = vars(module).pop("forward", None)
     twin = copy.deepcopy(model, memo)
-    for block, forward in kept.items():
+    for module, forward in kept.items():
         if forward is not None:
-            block.forward = forward
-    for module in twin.modules():  # new parameters over the same memory, so that the layout of one can be changed
+            module.forward = forward
+    # New parameters over the same memory, so that the layout of one can be changed. They keep requires_grad: without it torch copies
+    # the output layer for a token that is a slice of a prompt.
+    for module in twin.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = torch.nn.Parameter(parameter.data, requires_grad=False)
+                module._parameters[name] = torch.nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
     twin.tie_weights()
     return twin
 
@@ -327,25 +390,34 @@ def _sharing(model: Any) -> Any:
 @torch.no_grad()
 def _decode(
     model: Any, acceleration: Acceleration | None, ids: torch.Tensor, decode_tokens: int
-) -> tuple[float, float, float]:
-    """Seconds for the prompt, for one token, and for the feed-forward blocks of one token."""
+) -> tuple[float, float, dict[str, float]]:
+    """Seconds for the prompt, for one token, and for the parts of the model in one token.
+
+    Native steps say where their time goes; of others only the feed-forward blocks are known, by hooks that mark their calls.
+    """
     clock = Clock(ids.device.type)
+    native = acceleration is not None and acceleration.backend == "native"
     start = clock.mark()
-    cache = model(ids[:, :-decode_tokens], use_cache=True).past_key_values
+    cache = model(ids[:, :-decode_tokens], use_cache=True, logits_to_keep=1).past_key_values
     prompt_seconds = clock.seconds(start, clock.mark())
-    with _marked_blocks(model, clock) as marks:
+    with nullcontext([]) if native else _marked_blocks(model, clock) as marks:
         for token in ids[0, -decode_tokens:][:WARM_UP_TOKENS]:
             cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
         marks.clear()
+        before: dict[str, float] = {}
         if acceleration is not None:
             acceleration.reset()
+            before = acceleration.seconds or {}
         start = clock.mark()
         rest = ids[0, -decode_tokens:][WARM_UP_TOKENS:]
         for token in rest:
             cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
         seconds = clock.seconds(start, clock.mark())
-    inside = sum(clock.seconds(*pair) for pair in zip(marks[::2], marks[1::2], strict=True))
-    return prompt_seconds, seconds / len(rest), inside / len(rest)
+    if native and acceleration is not None and acceleration.seconds is not None:
+        parts = {part: total - before[part] for part, total in acceleration.seconds.items()}
+    else:
+        parts = {"ffn": sum(clock.seconds(*pair) for pair in zip(marks[::2], marks[1::2], strict=True))}
+    return prompt_seconds, seconds / len(rest), {part: total / len(rest) for part, total in parts.items()}
 
 
 @contextmanager

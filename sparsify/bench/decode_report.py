@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.pyplot import subplots
 from matplotlib.ticker import PercentFormatter
 from rich.console import Group, RenderableType
-from rich.markup import escape
+from rich.text import Text
 
 from sparsify.bench.decode_result import (
     VARIANTS,
@@ -33,14 +33,13 @@ WHERE = ("zeros", "gates on", "batch", "threads")
 
 
 def decode_table(bench: DecodeBench) -> RenderableType:
-    """Tables of blocks and models, with the measurement's conditions."""
     parts: list[RenderableType] = [""]
     if bench.ffn:
         parts += [_speed(bench), _bytes(bench)]
         several_batches = len({one.tokens for one in bench.ffn}) > 1
         parts += [_crossover(bench), ""] if several_batches else []
     for model in bench.models:
-        parts += [_model(model), _layers(model)]
+        parts += [one for one in (_model(model), _parts(model), _layers(model)) if one is not None]
     return Group(*parts, _rests_on(bench))
 
 
@@ -103,27 +102,50 @@ def _where(point: FfnPoint) -> list[str]:
     ]
 
 
+NAMES = {
+    "torch": "dense, torch",
+    "llama.cpp": "dense, llama.cpp",
+    "dense": "dense, our kernels",
+    "exact": "exact",
+    "predictor": "predictor",
+}
+
+
 def _model(model: ModelPoint) -> Table:
+    """Speed of each way to decode: against llama.cpp if it was measured, otherwise against torch."""
+    baseline = "llama.cpp" if "llama.cpp" in model.decode_seconds else "torch"
     table = Table(
         f"{model.model}: {model.layers} layers, {formats(model.dtype, model.weights)}, {model.threads} thread(s); "
         f"{model.active_share:.1%} of the neurons fire",
         _headings(
-            ["decoding", "tokens/s", "speed-up", "limit by", "MB per", "outside", "prompt"],
-            ["", "", "", "bytes", "token", "blocks", f"of {model.prompt_tokens}"],
+            ["decoding", "tokens/s", "speed-up", "limit by", "MB per", "% of", "prompt"],
+            ["", "", f"over {baseline}", "bytes", "token", "bandwidth", f"of {model.prompt_tokens}"],
         ),
     )
-    dense_bytes = model.bytes_read["torch"]
     for name, timing in model.decode_seconds.items():
         prompt = model.prompt_seconds
         table.add(
-            "dense (torch)" if name == "torch" else name,
+            NAMES[name],
             f"{1 / timing.median:.1f}",
-            str(model.ratio(name)),
-            f"{dense_bytes / model.bytes_read[name]:.2f}",
+            str(model.ratio(name, baseline)),
+            f"{model.bytes_read[baseline] / model.bytes_read[name]:.2f}",
             f"{model.bytes_read[name] / MEGA:,.0f}",
-            f"{model.outside_share[name]:.0%}",
-            f"{prompt['torch'].median / prompt[name].median:.2f}",
+            f"{model.read_share(name):.0%}",
+            f"{prompt[baseline].median / prompt[name].median:.2f}",
         )
+    return table
+
+
+def _parts(model: ModelPoint) -> Table | None:
+    """Where the time of a native step goes."""
+    native = {name: parts for name, parts in model.parts.items() if len(parts) > 2}
+    if not native:
+        return None
+    names = list(next(iter(native.values())))
+    table = Table("Share of a token's time by part of the model", ["decoding", *names])
+    for name, parts in native.items():
+        total = sum(parts.values())
+        table.add(NAMES[name], *(f"{parts[part] / total:.1%}" for part in names))
     return table
 
 
@@ -143,19 +165,32 @@ def _layers(model: ModelPoint) -> Table:
     return table
 
 
-def _rests_on(bench: DecodeBench) -> str:
+def _rests_on(bench: DecodeBench) -> Text:
     busy = bench.load_before > 0.5
     warning = (
         f" The load average was {bench.load_before:.1f} before the start: other processes were running, so use only the ratios."
         if busy
         else ""
     )
-    return (
-        f"[dim]{escape(bench.processor)}; {_reading(bench)}{warning}\n"
+    return Text(
+        f"{'; '.join(filter(None, (bench.processor, _reading(bench))))}{warning}\n"
         f"dense: our {'Triton' if bench.device == 'cuda' else 'C++'} kernel, reading every row{_rounded(bench)}. Medians of "
         f"{bench.repeats} interleaved repeats; ratios are medians over pairs; same weights, same process.\n"
         f"Predictor: rank {bench.rank}, perfect by construction, including its own cost. Gates on: share of neurons whose gate "
-        "is positive, which decides how many rows of the up projection exact decoding skips.[/dim]"
+        f"is positive, which decides how many rows of the up projection exact decoding skips.{_baselines(bench)}",
+        "dim",
+    )
+
+
+def _baselines(bench: DecodeBench) -> str:
+    """What the rows of whole models are, and why llama.cpp is not among them."""
+    if not bench.models:
+        return ""
+    reasons = {one.without_llamacpp for one in bench.models} - {None}
+    without = "".join(f" llama.cpp was not measured: {reason}." for reason in reasons)
+    return (
+        "\nWhole models: the prompt's columns and rows are of the same tokens; llama.cpp has silu in place of the activation, and "
+        f"weights of as many bits.{without}"
     )
 
 
@@ -195,11 +230,6 @@ def check_figure(path: Path, sparsities: Sequence[float]) -> None:
 
 
 def write_figure(bench: DecodeBench, path: Path) -> None:
-    """Writes the figure as PNG or SVG.
-
-    Raises:
-        StorageError: If writing fails.
-    """
     kind = "svg" if path.suffix == ".svg" else "png"
     write_bytes(path, image(partial(draw, bench), "decoding", LIGHT, kind))
 

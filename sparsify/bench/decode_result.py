@@ -30,7 +30,6 @@ class SpeedUp(BaseModel):
 
     @classmethod
     def of(cls, slower: Timing, faster: Timing) -> SpeedUp:
-        """The speed-up of one variant over another that was measured interleaved with it."""
         pairs = sorted(a / b for a, b in zip(slower.seconds, faster.seconds, strict=True))
         quarter = len(pairs) // 4
         return cls(median=median(pairs), low=pairs[quarter], high=pairs[-1 - quarter])
@@ -60,7 +59,6 @@ class FfnPoint(BaseModel):
     seconds: dict[str, Timing]
 
     def ratio(self, variant: str, baseline: str) -> SpeedUp:
-        """Speed-up of one variant over another."""
         return SpeedUp.of(self.seconds[baseline], self.seconds[variant])
 
     def ideal(self, variant: str) -> float:
@@ -68,14 +66,11 @@ class FfnPoint(BaseModel):
         return self.bytes_read["dense"] / self.bytes_read[variant]
 
     def read_share(self, variant: str) -> float:
-        """Achieved share of the memory bandwidth."""
         speed = self.bytes_read[variant] / self.seconds[variant].median
         return speed / self.read_bytes_per_second
 
 
 class LayerRead(BaseModel):
-    """Weights that decoding read of one layer."""
-
     layer: int
     fired_share: float
     touched_share: float
@@ -90,13 +85,15 @@ class ModelPoint(BaseModel):
     """Timings of a whole model that decodes the same tokens densely and sparsely.
 
     Attributes:
-        model: Name of the model.
         weights: Format of the feed-forward weights for the kernels: stored, int8 or int4.
         decode_seconds: Seconds per token, by variant.
         prompt_seconds: Seconds for the prompt, by variant. All variants compute prompts densely; the sparse ones with
             down_proj in the kernels' memory layout.
-        outside_share: Share of a token's time outside the feed-forward blocks, by variant.
+        without_llamacpp: Why llama.cpp was not measured; None if it was.
+        parts: Seconds per token by part of the model, by variant. Native steps name all parts; `overhead` is Python and everything
+            else between steps. Of others only `ffn` is known, and of llama.cpp nothing.
         bytes_read: Bytes of weights read per token, by variant.
+        read_bytes_per_second: Memory bandwidth, measured interleaved with the variants.
     """
 
     model: str
@@ -108,13 +105,18 @@ class ModelPoint(BaseModel):
     active_share: float
     decode_seconds: dict[str, Timing]
     prompt_seconds: dict[str, Timing]
-    outside_share: dict[str, float]
+    without_llamacpp: str | None
+    parts: dict[str, dict[str, float]]
     bytes_read: dict[str, float]
+    read_bytes_per_second: float
     reads: list[LayerRead]
 
-    def ratio(self, variant: str) -> SpeedUp:
-        """Speed-up of decoding over the dense model."""
-        return SpeedUp.of(self.decode_seconds["torch"], self.decode_seconds[variant])
+    def ratio(self, variant: str, baseline: str = "torch") -> SpeedUp:
+        return SpeedUp.of(self.decode_seconds[baseline], self.decode_seconds[variant])
+
+    def read_share(self, variant: str) -> float:
+        """Share of the memory bandwidth that a variant reads weights with."""
+        return self.bytes_read[variant] / self.decode_seconds[variant].median / self.read_bytes_per_second
 
 
 class DecodeBench(BaseModel):
@@ -140,7 +142,6 @@ class DecodeBench(BaseModel):
 
 
 def formats(dtype: str, weights: str) -> str:
-    """Description of the format of weights and computation."""
     return dtype if weights == "stored" else f"{weights} weight blocks on {dtype}"
 
 

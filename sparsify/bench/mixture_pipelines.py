@@ -39,15 +39,7 @@ Piece = tuple[str, int, int, int]
 
 @dataclass(frozen=True)
 class Ours:
-    """Our pipeline over the corpus.
-
-    Args:
-        corpus: The files.
-        tokenizer: A fast tokenizer.
-        sequence_length: Tokens per sequence.
-        seed: Seed of the order.
-        budget_tokens: Tokens of the run, which limit how much of each source is read.
-    """
+    """Our pipeline over the corpus; the budget limits how much of each source is read."""
 
     corpus: Corpus
     tokenizer: Tokenizer
@@ -88,7 +80,6 @@ class Ours:
         )
 
     def tokenize(self, cache_dir: Path) -> dict[str, TokenizedSource]:
-        """Tokenises all text into the cache, in this process."""
         return {name: ingest.run() for name, ingest in self.ingests(cache_dir).items()}
 
     def reader(
@@ -101,7 +92,6 @@ class Ours:
 
 
 def draw_ours(reader: SequenceReader, first: int, count: int) -> None:
-    """Draws sequences in batches, like training."""
     for start in range(first, first + count, GLOBAL_BATCH_SIZE):
         reader.batch(start, min(GLOBAL_BATCH_SIZE, first + count - start))
 
@@ -123,7 +113,6 @@ def pieces_of(reader: SequenceReader, index: int) -> list[tuple[Piece, int, bool
 
 
 def tokens_in(sources: dict[str, TokenizedSource]) -> int:
-    """Number of tokens in the cache."""
     records = (record for source in sources.values() for record in source.cache.records)
     return sum(record.train_tokens + record.held_out_tokens for record in records)
 
@@ -141,10 +130,7 @@ class Interleaved:
     """The pipeline with `interleave_datasets` over the corpus.
 
     Args:
-        corpus: The files.
         tokenizer: The same tokenizer as ours.
-        sequence_length: Tokens per sequence.
-        seed: Seed of the shuffle buffers and of the draws.
         buffer_documents: Documents in each source's shuffle buffer.
         probabilities: Probability of each source; usually set to the planned token shares.
     """
@@ -204,11 +190,7 @@ def take(rows: Iterator[Row], num_sequences: int) -> list[NDArray[np.int64]]:
 
 
 def draw_interleaved(rows: Iterator[Row], num_sequences: int) -> None:
-    """Draws sequences as tensors, like training.
-
-    Raises:
-        MixtureError: If the stream ends too early.
-    """
+    """Draws sequences as tensors, like training."""
     drawn = 0
     for row in islice(rows, num_sequences):
         # Like transformers' collator: with_format("torch") is several times slower for lists.
@@ -284,7 +266,6 @@ def _pieces(reader: SequenceReader, first: int, stop: int) -> Counter[Hashable]:
 
 
 def _deliver_ours(reader: SequenceReader, shares: Mapping[str, float], num_sequences: int) -> Delivered:
-    """Audits our first sequences."""
     given = np.zeros((num_sequences, len(shares)))
     names = list(shares)
     text_tokens = num_cut = 0
@@ -315,7 +296,6 @@ def _deliver_interleaved(sequences: Sequence[IntArray], corpus: Corpus) -> Deliv
 
 
 def _documents(sequences: Sequence[IntArray]) -> Counter[Hashable]:
-    """Occurrences of each document in sequences of interleave_datasets."""
     tokens = np.concatenate(sequences)
     return Counter(tokens[_runs(tokens)[0]].tolist())
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from sparsify.reporting.tables import Table
 
@@ -64,8 +65,6 @@ class Tokenized(BaseModel):
 
 
 class LoadingSpeed(BaseModel):
-    """Speed of loading sequences from a filled cache in one process."""
-
     sequence_length: int
     num_tokens: int
     """Tokens per repeat."""
@@ -112,7 +111,6 @@ MEGA = 1e6
 
 
 def mixture_table(bench: MixtureBench) -> RenderableType:
-    """Tables of both sides, ingest and loading, with the measurement's conditions."""
     return Group(
         "",
         _shares_table(bench),
@@ -218,16 +216,17 @@ def _speed_table(tokenized: Tokenized, loaded: Sequence[LoadingSpeed]) -> Table:
     return table
 
 
-def _rests_on(bench: MixtureBench) -> str:
+def _rests_on(bench: MixtureBench) -> Text:
     loaded = bench.loaded[0]
-    return (
-        f"[dim]Mixture {bench.mixture}: {bench.text_bytes / MEGA:.1f} MB of JSON lines in the file cache. Tokenizer "
+    return Text(
+        f"Mixture {bench.mixture}: {bench.text_bytes / MEGA:.1f} MB of JSON lines in the file cache. Tokenizer "
         f"{bench.tokenizer}, {bench.vocabulary_size:,} entries. Seed {bench.seed}; {bench.cpu_cores} core(s).\n"
         f"Times are medians of {bench.repeats} interleaved repeat(s), ratios are medians over pairs; one repeat of "
         f"loading is {loaded.num_tokens / MEGA:.1f}M tokens.\n"
         f"interleave_datasets: shuffle buffers of {bench.buffer_documents:,} documents, probabilities = requested shares, "
         "state_dict() and load_state_dict().\n"
-        "* probabilities divided by each source's mean document length in tokens, which is known only after tokenising.[/dim]"
+        "* probabilities divided by each source's mean document length in tokens, which is known only after tokenising.",
+        "dim",
     )
 
 

@@ -35,11 +35,11 @@ from sparsify.bench.mixture_report import (
     Side,
     Tokenized,
 )
-from sparsify.conversion.source import locate
+from sparsify.conversion.source_checkpoint import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError
 from sparsify.mixture.tokens.encoder import Tokenizer, check_tokenizer
-from sparsify.mixture.tokens.pool import BATCH_DOCUMENTS
+from sparsify.mixture.tokens.pool import SIZES
 from sparsify.recipe.compose import load_mixture
 from sparsify.recipe.training import SEED
 
@@ -99,20 +99,8 @@ def bench_mixture(
     repeats: int,
     on_progress: Callable[[str], object],
 ) -> MixtureBench:
-    """Measures both sides.
-
-    Args:
-        name_or_path: Name or path of a mixture; its text is written to a temporary folder as JSON lines.
-        tokenizer_source: Model folder, Hub id or package:NAME/PATH.
-        budget_tokens: Tokens of the run.
-        sequence_length: Tokens per sequence.
-        buffer_documents: Documents in each shuffle buffer of interleave_datasets.
-        load_tokens: Tokens per repeat of loading from the cache.
-        repeats: Repeats of every measurement.
-        on_progress: Receives the name of each step.
-
-    Raises:
-        UserError: If the mixture or the tokenizer cannot be read, a number is not allowed, or there is too little text.
+    """Measures both sides on the mixture's text, which is written to a temporary folder as JSON lines. Raises UserError
+    if the mixture or tokenizer cannot be read, or there is too little text.
     """
     mixture = load_mixture(name_or_path)
     tokenizer = load_tokenizer(locate(tokenizer_source), tokenizer_source)
@@ -257,7 +245,6 @@ class _Bench:
 
     @property
     def cache_dir(self) -> Path:
-        """The cache that the first repeat filled."""
         return self.folder / "cache-0"
 
     def _time_text(self, repeats: int) -> tuple[_Times, Tokenized]:
@@ -287,9 +274,9 @@ class _Bench:
 
     def _tokenize_bare(self, texts: list[str]) -> int:
         backend = self.tokenizer.backend_tokenizer
-        num_tokens = 0
-        for start in range(0, len(texts), BATCH_DOCUMENTS):
-            batch = texts[start : start + BATCH_DOCUMENTS]
+        num_tokens, size = 0, SIZES.batch_documents
+        for start in range(0, len(texts), size):
+            batch = texts[start : start + size]
             encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
             num_tokens += sum(map(len, encoded))
         return num_tokens
@@ -359,7 +346,6 @@ def _ratio(slower: list[float], faster: list[float]) -> float:
 
 
 def available_cores() -> int:
-    """Number of cores that this process can use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

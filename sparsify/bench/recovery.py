@@ -33,7 +33,6 @@ class RecoveryPoint(BaseModel):
     """One validation of a run.
 
     Attributes:
-        tokens: Training tokens seen.
         loss: Mean of the sources' losses by token share, nats per token.
         zeros: Share of products that are exactly zero.
         gate_zeros: Share of gate factors that are exactly zero.
@@ -64,8 +63,6 @@ class RecoveryPoint(BaseModel):
 
 
 class RecoveryRun(BaseModel):
-    """One finished run of a variant."""
-
     model_config = ConfigDict(frozen=True)
 
     variant: str
@@ -108,7 +105,6 @@ class RecoveryVariant(BaseModel):
         return fmean(self.gaps)
 
     def mean(self, figure: str) -> float:
-        """Mean over seeds of one field of the last point."""
         return fmean(getattr(run.last, figure) for run in self.runs)
 
     def at_edge(self) -> bool:
@@ -120,8 +116,6 @@ class RecoveryVariant(BaseModel):
 
 
 class Recovery(BaseModel):
-    """The benchmark's result."""
-
     model_config = ConfigDict(frozen=True)
 
     budget_tokens: int
@@ -187,7 +181,6 @@ class RecoveryPlan:
     Attributes:
         to: Folder of the runs and of the result; an interrupted benchmark resumes there.
         variants: Names of recipes in `recipes/recovery/`; empty for all of them.
-        rates: Peak learning rates to search.
         seeds: Seeds; the learning-rate search uses the first.
         overrides: Overrides for every variant, e.g. `model.source=…` and `mixture=…`.
     """
@@ -207,9 +200,6 @@ def variant_names() -> list[str]:
 
 def bench_recovery(plan: RecoveryPlan) -> Recovery:
     """Trains the runs that are not finished yet, and compares the variants.
-
-    Args:
-        plan: Settings of the benchmark.
 
     Raises:
         RecipeError: If a variant does not exist, there are no rates or seeds, or a recipe is invalid.

@@ -30,7 +30,6 @@ PICTURES: dict[str, tuple[str, str]] = {
 
 
 def recovery_table(recovery: Recovery) -> RenderableType:
-    """One row per variant, sorted by gap, with notes."""
     seeds = ", ".join(map(str, recovery.seeds))
     variants = sorted(recovery.variants, key=lambda variant: (variant.name != DENSE, variant.gap))
     title = f"After {recovery.budget_tokens:,} tokens, mean of seeds {seeds}"
@@ -65,11 +64,6 @@ def _notes(recovery: Recovery) -> str:
 
 
 def write_recovery(recovery: Recovery, folder: Path) -> None:
-    """Writes recovery.json and the figures.
-
-    Raises:
-        StorageError: If writing fails.
-    """
     write_text(folder / "recovery.json", recovery.model_dump_json(indent=1) + "\n")
     draws: dict[str, Callable[[Theme], Figure]] = {"tokens": partial(_draw_tokens, recovery)}
     for name, (label, figure) in PICTURES.items():

@@ -16,11 +16,7 @@ import torch
 
 
 class Clock:
-    """Marks moments in the order of the work on a device.
-
-    Args:
-        device: `cpu` or `cuda`.
-    """
+    """Marks moments in the order of the work on a device."""
 
     def __init__(self, device: str) -> None:
         self._gpu = device == "cuda"
@@ -70,13 +66,7 @@ def work_seconds() -> float:
 
 
 class InterleavedLoop:
-    """Control of one loop that runs alternately with others.
-
-    Args:
-        name: Name of the loop.
-        block_steps: Steps per block.
-        blocks: Number of measured blocks, after a warm-up block.
-    """
+    """Control of one loop that runs alternately with others."""
 
     def __init__(self, name: str, block_steps: int, blocks: int) -> None:
         self.name = name
@@ -114,8 +104,6 @@ class InterleavedLoop:
         self._started = work_seconds()
 
     def start(self, loop: TrainingLoop) -> None:
-        """Runs the loop's set-up, up to its first step."""
-
         def run() -> None:
             self._go.acquire()
             try:
@@ -131,7 +119,6 @@ class InterleavedLoop:
         self.run_block()
 
     def run_block(self) -> None:
-        """Runs one block of the loop."""
         if self._ended:
             return
         self._go.release()
@@ -146,17 +133,7 @@ def run_interleaved(
     blocks: int,
     on_progress: Callable[[str], object],
 ) -> dict[str, InterleavedLoop]:
-    """Runs the loops alternately, block by block, in changing order.
-
-    Args:
-        loops: Functions that train until `InterleavedLoop.step` raises.
-        block_steps: Steps per block.
-        blocks: Measured blocks of each loop.
-        on_progress: Receives the name of each step.
-
-    Returns:
-        The loops' controls, with the seconds per step in each block.
-    """
+    """Runs the loops alternately, block by block, in changing order; each trains until `InterleavedLoop.step` raises."""
     controls = {name: InterleavedLoop(name, block_steps, blocks) for name in loops}
     for name, loop in loops.items():
         on_progress(f"Setting up: {name}")

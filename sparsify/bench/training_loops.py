@@ -17,7 +17,7 @@ from sparsify.bench.timing import Finished, InterleavedLoop
 from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.engine import build_engine, deepspeed_config, load_model
+from sparsify.training.deepspeed_engine import build_engine, deepspeed_config, load_model
 from sparsify.training.loop import train
 from sparsify.training.session import Session
 from sparsify.training.worker import build_session
@@ -30,7 +30,6 @@ class Loops:
     """The loops over one prepared run.
 
     Args:
-        recipe: The run's recipe, with a constant learning rate.
         run: The run's folder, with weights, tokenised sources and lock.
         sequences: The sequences of all steps, in memory, for the bare engine and the Trainer.
     """

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from pydantic import BaseModel
 from rich.console import Group, RenderableType
+from rich.text import Text
 
 from sparsify.reporting.tables import Table
 
 
 class QuartileRatio(BaseModel):
-    """Median and quartiles of a ratio over pairs of blocks."""
-
     median: float
     lower_quartile: float
     upper_quartile: float
 
 
 class Loop(BaseModel):
-    """Timing of one training loop."""
-
     tokens_per_second: float
     """Median over blocks."""
     step_seconds: list[float]
@@ -66,7 +63,6 @@ class TrainBench(BaseModel):
 
 
 def training_table(bench: TrainBench) -> RenderableType:
-    """Tables of loops and validation, with the measurement's conditions."""
     return Group("", _loops_table(bench), _probe_table(bench), _rests_on(bench))
 
 
@@ -109,12 +105,13 @@ def _probe_table(bench: TrainBench) -> Table:
     return table
 
 
-def _rests_on(bench: TrainBench) -> str:
-    return (
-        f"[dim]Recipe {bench.recipe}: {bench.parameters / 1e6:,.1f}M parameters, {bench.precision}, ZeRO stage "
+def _rests_on(bench: TrainBench) -> Text:
+    return Text(
+        f"Recipe {bench.recipe}: {bench.parameters / 1e6:,.1f}M parameters, {bench.precision}, ZeRO stage "
         f"{bench.zero_stage}, one process; {bench.step_tokens:,} tokens a step in sequences of {bench.sequence_length:,}.\n"
         f"{bench.device}, {bench.threads} CPU thread(s). Clock: {bench.clock}. {bench.blocks} interleaved block(s) of "
         f"{bench.block_steps} step(s) of each loop, after one warm-up block.\n"
         "Medians; ratios are medians over pairs of blocks. All loops have the same weights, sequences and DeepSpeed "
-        "configuration.[/dim]"
+        "configuration.",
+        "dim",
     )

@@ -6,9 +6,22 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from sparsify.cli.options import AsJson, Overrides, numbers, print_result
+from sparsify.cli.bounds import (
+    BATCH,
+    COUNT,
+    LAYERS_OR_NONE,
+    LEARNING_RATE,
+    NEW_TOKENS,
+    REPEATS,
+    SEED,
+    SEQUENCE_LENGTH,
+    SHARE,
+    THREADS,
+    TOKENS,
+    WIDTH,
+)
+from sparsify.cli.options import AsJson, Overrides, print_result, status_line
 from sparsify.models.activations import activation_names, alternatives
 from sparsify.reporting.log_lines import error_console, print_log_lines
 
@@ -24,16 +37,23 @@ def bench_mixture(
     tokenizer: Annotated[
         str, typer.Option(help="Model folder or Hub id whose tokenizer both sides use.")
     ] = "package:sparsify/assets/quickstart_base",
-    budget_tokens: Annotated[int, typer.Option(help="Training budget to draw, in tokens.")] = 2_000_000,
-    sequence_length: Annotated[int, typer.Option(help="Sequence length in tokens.")] = 2048,
+    budget_tokens: Annotated[
+        int, typer.Option(callback=TOKENS.check, help="Training budget to draw, in tokens.")
+    ] = 2_000_000,
+    sequence_length: Annotated[
+        int, typer.Option(callback=SEQUENCE_LENGTH.check, help="Sequence length in tokens.")
+    ] = 2048,
     buffer_documents: Annotated[
         int,
         typer.Option(
-            help="Shuffle buffer of interleave_datasets; its own default of 1000 would hold all of a short run."
+            callback=COUNT.check,
+            help="Shuffle buffer of interleave_datasets; its own default of 1000 would hold all of a short run.",
         ),
     ] = 100,
-    load_tokens: Annotated[int, typer.Option(help="Tokens per repeat of loading from the cache.")] = 8_000_000,
-    repeats: Annotated[int, typer.Option(help="Repeats of each timing.")] = 3,
+    load_tokens: Annotated[
+        int, typer.Option(callback=TOKENS.check, help="Tokens per repeat of loading from the cache.")
+    ] = 8_000_000,
+    repeats: Annotated[int, typer.Option(callback=REPEATS.check, help="Repeats of each timing.")] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Compares our data path with datasets.interleave_datasets on the same files: shares, resume, speed, memory.
@@ -43,7 +63,7 @@ def bench_mixture(
     from sparsify.bench import mixture_speed
     from sparsify.bench.mixture_report import mixture_table
 
-    with Console(stderr=True).status("") as status:
+    with status_line() as on_progress:
         result = mixture_speed.bench_mixture(
             on,
             tokenizer,
@@ -52,7 +72,7 @@ def bench_mixture(
             buffer_documents=buffer_documents,
             load_tokens=load_tokens,
             repeats=repeats,
-            on_progress=status.update,
+            on_progress=on_progress,
         )
     print_result(result.model_dump_json(), mixture_table(result), as_json)
 
@@ -61,24 +81,24 @@ def bench_mixture(
 def bench_train(
     recipe: Annotated[str, typer.Argument(help="Recipe: a name or a YAML file.")] = "quickstart",
     overrides: Overrides = None,
-    block_steps: Annotated[int, typer.Option(help="Training steps per measured block.")] = 3,
-    blocks: Annotated[int, typer.Option(help="Measured blocks per loop.")] = 9,
+    block_steps: Annotated[int, typer.Option(callback=REPEATS.check, help="Training steps per measured block.")] = 3,
+    blocks: Annotated[int, typer.Option(callback=REPEATS.check, help="Measured blocks per loop.")] = 9,
     as_json: AsJson = False,
 ) -> None:
     """Compares our training loop with the bare DeepSpeed engine and transformers.Trainer; measures the cost of validation.
 
     Example: sparsify bench train quickstart engine=zero2 --blocks 15
     """
-    from sparsify.bench import training
+    from sparsify.bench import training_speed
     from sparsify.bench.training_report import training_table
 
-    with Console(stderr=True).status("") as status:
-        result = training.bench_train(
+    with status_line() as on_progress:
+        result = training_speed.bench_train(
             recipe,
             overrides or [],
             block_steps=block_steps,
             blocks=blocks,
-            on_progress=status.update,
+            on_progress=on_progress,
         )
     print_result(result.model_dump_json(), training_table(result), as_json)
 
@@ -109,14 +129,35 @@ def bench_recovery(
     plan = RecoveryPlan(
         to,
         [name.strip() for name in variants.split(",") if name.strip()],
-        numbers("--rates", rates, float),
-        numbers("--seeds", seeds, int),
+        LEARNING_RATE.parse_list("--rates", rates),
+        SEED.parse_list("--seeds", seeds),
         overrides or [],
     )
     print_log_lines(to=error_console)
     result = bench_recovery(plan)
     write_recovery(result, to)
     print_result(result.model_dump_json(), recovery_table(result), as_json)
+
+
+@bench_app.command("spikes")
+def bench_spikes(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of runs that were trained; all of their steps count as healthy."),
+    ] = None,
+    steps: Annotated[int, typer.Option(callback=COUNT.check, help="Steps of each synthetic run.")] = 10_000,
+    batches: Annotated[str, typer.Option(help="Sequences a step of the synthetic runs.")] = "1,8,64,512,2048",
+    seed: Annotated[int, typer.Option(callback=SEED.check, help="Seed of the synthetic runs.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Counts the false alarms of the spike rule on healthy runs, and what it finds of planted spikes and divergence.
+
+    Example: sparsify bench spikes --steps 4000 --batches 1,64
+    """
+    from sparsify.bench.spikes import bench_spikes, spikes_table
+
+    result = bench_spikes(steps, BATCH.parse_list("--batches", batches), runs or [], seed)
+    print_result(result.model_dump_json(), spikes_table(result), as_json)
 
 
 @bench_app.command("decode")
@@ -130,10 +171,10 @@ def bench_decode(
         typer.Option(help="Predictors of the bundle, measured in addition to exact decoding."),
     ] = None,
     prompt: Annotated[str, typer.Option(help="Prompt of the bundle's decoding.")] = "def read_json(path):\n",
-    tokens: Annotated[int, typer.Option(help="Tokens to decode, one by one.")] = 24,
-    hidden: Annotated[int, typer.Option(help="Width of the block.")] = 4096,
-    neurons: Annotated[int, typer.Option(help="Neurons of the block.")] = 14_336,
-    rank: Annotated[int, typer.Option(help="Rank of the predictors.")] = 1024,
+    tokens: Annotated[int, typer.Option(callback=NEW_TOKENS.check, help="Tokens to decode, one by one.")] = 24,
+    hidden: Annotated[int, typer.Option(callback=WIDTH.check, help="Width of the block.")] = 4096,
+    neurons: Annotated[int, typer.Option(callback=WIDTH.check, help="Neurons of the block.")] = 14_336,
+    rank: Annotated[int, typer.Option(callback=WIDTH.check, help="Rank of the predictors.")] = 1024,
     device: Annotated[
         str | None,
         typer.Option(help="Device: cpu or cuda.", show_default="cuda if there is a GPU with Triton"),
@@ -151,8 +192,14 @@ def bench_decode(
         str | None,
         typer.Option(help="Numbers of threads, comma-separated.", show_default="1 and torch's own"),
     ] = None,
-    layers: Annotated[int, typer.Option(help="Layers of the model with random weights; 0: no such model.")] = 4,
-    repeats: Annotated[int, typer.Option(help="Repeats of each timing.")] = 9,
+    layers: Annotated[
+        int,
+        typer.Option(callback=LAYERS_OR_NONE.check, help="Layers of the model with random weights; 0: no such model."),
+    ] = 4,
+    llamacpp: Annotated[
+        bool, typer.Option(help="Measure models in llama.cpp, too, if llama-cpp-python is installed (CPU only).")
+    ] = True,
+    repeats: Annotated[int, typer.Option(callback=REPEATS.check, help="Repeats of each timing.")] = 9,
     plot: Annotated[Path | None, typer.Option(help="Path of a chart (.png or .svg) of speed-up against zeros.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -175,20 +222,21 @@ def bench_decode(
         device=device,
         dtype=dtype,
         weights=weights,
-        sparsities=tuple(numbers("--sparsity", sparsity, float)),
-        batches=tuple(numbers("--batch", batch, int)),
-        threads=tuple(own if threads is None else numbers("--threads", threads, int)),
+        sparsities=tuple(SHARE.parse_list("--sparsity", sparsity)),
+        batches=tuple(BATCH.parse_list("--batch", batch)),
+        threads=tuple(own if threads is None else THREADS.parse_list("--threads", threads)),
         repeats=repeats,
         layers=layers,
         bundle=bundle,
         predictors=predictors,
         prompt=prompt,
         decode_tokens=tokens,
+        llamacpp=llamacpp,
     )
     if plot is not None:
         check_figure(plot, settings.sparsities)
-    with Console(stderr=True).status("") as status:
-        result = run(settings, status.update)
+    with status_line() as on_progress:
+        result = run(settings, on_progress)
     if plot is not None:
         write_figure(result, plot)
     print_result(result.model_dump_json(), decode_table(result), as_json)
@@ -202,10 +250,10 @@ def bench_activation(
             help=f"Activation to measure: {alternatives(activation_names(lambda row: row.has_training_kernel))}."
         ),
     ] = "drelu",
-    tokens: Annotated[int, typer.Option(help="Rows of the pre-activations.")] = 4096,
-    neurons: Annotated[int, typer.Option(help="Columns: neurons of a layer.")] = 14_336,
+    tokens: Annotated[int, typer.Option(callback=NEW_TOKENS.check, help="Rows of the pre-activations.")] = 4096,
+    neurons: Annotated[int, typer.Option(callback=WIDTH.check, help="Columns: neurons of a layer.")] = 14_336,
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
-    repeats: Annotated[int, typer.Option(help="Measured rounds.")] = 15,
+    repeats: Annotated[int, typer.Option(callback=REPEATS.check, help="Measured rounds.")] = 15,
     as_json: AsJson = False,
 ) -> None:
     """Compares the fused activation with eager torch and a plain copy: forward, and forward with backward.
@@ -214,13 +262,13 @@ def bench_activation(
     """
     from sparsify.bench import activation_speed as bench
 
-    with Console(stderr=True).status("") as status:
+    with status_line() as on_progress:
         result = bench.bench_activation(
             activation,
             tokens=tokens,
             neurons=neurons,
             dtype=dtype,
             repeats=repeats,
-            on_progress=status.update,
+            on_progress=on_progress,
         )
     print_result(result.model_dump_json(), bench.activation_table(result), as_json)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from sparsify.cli.options import AsJson, console, log_progress, print_line
+from sparsify.cli.bounds import BATCH, COUNT, PROCESSES
+from sparsify.cli.options import AsJson, TrustCode, console, log_progress, print_line
+from sparsify.reporting.terminal import PlainConsole
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,8 +41,8 @@ def evaluate(
             show_default="the Hub's data",
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items per task.", show_default="all")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Requests per forward pass.")] = 8,
+    limit: Annotated[int | None, typer.Option(callback=COUNT.check, help="Items per task.", show_default="all")] = None,
+    batch_size: Annotated[int, typer.Option(callback=BATCH.check, help="Requests per forward pass.")] = 8,
     dtype: Annotated[
         str | None,
         typer.Option(help="Compute type: float32 or bfloat16.", show_default="as stored"),
@@ -69,11 +70,14 @@ def evaluate(
             help="Folder of `sparsify predictors`: compute only the neurons predicted to fire.",
         ),
     ] = None,
-    processes: Annotated[int, typer.Option(min=1, help="Evaluation processes, one per GPU if there are any.")] = 1,
+    processes: Annotated[
+        int, typer.Option(callback=PROCESSES.check, help="Evaluation processes, one per GPU if there are any.")
+    ] = 1,
     follow: Annotated[
         bool,
         typer.Option("--follow", help="Evaluate each checkpoint of a run while it trains."),
     ] = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Runs a suite of tasks on a model; measures exact zeros and active parameters in the same pass. Writes JSON, Markdown and
@@ -116,8 +120,8 @@ def evaluate(
 
 @contextmanager
 def _bars() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=PlainConsole(stderr=True)) as progress:
 
         def begin(task: str) -> Callable[[int, int], None]:
             bar = progress.add_task(task, total=None)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
-from sparsify.cli.options import AsJson, console, print_line
+from sparsify.cli.bounds import MEMORY_GB, MEMORY_GB_OR_NONE, SEQUENCE_LENGTH, TOKENS
+from sparsify.cli.options import AsJson, TrustCode, console, print_line, status_line
+from sparsify.metadata import user_path
 
 WRITE = "write"
 
@@ -40,13 +41,16 @@ export_app = typer.Typer(
 def export_write(
     model_or_run: Annotated[
         str,
-        typer.Argument(help="Run folder or one of its checkpoints; for PowerInfer also a model or bundle"),
+        typer.Argument(
+            help="Run folder or one of its checkpoints; for llama.cpp and PowerInfer also a model or bundle"
+        ),
     ],
     to: Annotated[Path, typer.Option("--to", help="Folder to write; must not exist.")],
     format: Annotated[
         str,
         typer.Option(
-            help="Format: hf (a transformers bundle), powerinfer (GGUF) or powerinfer_hf (input of PowerInfer's converter)."
+            help="Format: hf (a transformers bundle), llamacpp (GGUF of dense and ReGLU models), powerinfer (GGUF) or powerinfer_hf "
+            "(input of PowerInfer's converter)."
         ),
     ] = "hf",
     predictors: Annotated[
@@ -55,11 +59,16 @@ def export_write(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option(help="hf: type of the weights: bf16, fp16 or fp32.", show_default="as trained"),
+        typer.Option(
+            help="hf, llama.cpp: type of the weights: bf16, fp16 or fp32; llama.cpp also q8_0 or q4_0.",
+            show_default="as trained",
+        ),
     ] = None,
     shard_gb: Annotated[
         float | None,
-        typer.Option(help="hf: maximum shard size in GB; peak memory is one shard.", show_default="5"),
+        typer.Option(
+            callback=MEMORY_GB.check, help="hf: maximum shard size in GB; peak memory is one shard.", show_default="5"
+        ),
     ] = None,
     license: Annotated[str | None, typer.Option(help="hf: licence of the base model, for the model card.")] = None,
     evaluation: Annotated[
@@ -79,13 +88,26 @@ def export_write(
         str | None,
         typer.Option(help="PowerInfer: type of the FFN weights: f16 or q4_0.", show_default="f16"),
     ] = None,
+    rest_type: Annotated[
+        str | None,
+        typer.Option(
+            help="PowerInfer: type of attention, embedding and head: f16, q8_0 or q4_0.", show_default="as --ffn-type"
+        ),
+    ] = None,
     context_tokens: Annotated[
         int | None,
-        typer.Option(help="PowerInfer: maximum context length.", show_default="the model's own"),
+        typer.Option(
+            callback=SEQUENCE_LENGTH.check,
+            help="llama.cpp, PowerInfer: maximum context length.",
+            show_default="the model's own",
+        ),
     ] = None,
     vram_gb: Annotated[
         float | None,
-        typer.Option(help="PowerInfer: GPU memory for hot neurons in GB; writes the split file."),
+        typer.Option(
+            callback=MEMORY_GB_OR_NONE.check,
+            help="PowerInfer: GPU memory for hot neurons in GB; writes the split file.",
+        ),
     ] = None,
     on: Annotated[
         str | None,
@@ -93,26 +115,43 @@ def export_write(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="PowerInfer: tokens to count firing neurons on.", show_default="16,384"),
+        typer.Option(
+            callback=TOKENS.check, help="PowerInfer: tokens to count firing neurons on.", show_default="16,384"
+        ),
     ] = None,
 ) -> None:
-    """Writes a bundle that loads with transformers alone, after checking it in a fresh offline process; or a PowerInfer file.
+    """Writes a bundle that loads with transformers alone, after checking it in a fresh offline process; or a file for
+    llama.cpp or PowerInfer.
 
     Example: sparsify export runs/quickstart --to my-sparse-model
     """
     from sparsify.commands.export import PowerInferOptions, check_options, to_bundle, to_powerinfer
+    from sparsify.predictors.engines import OWN
 
-    options = PowerInferOptions(predictors, ffn_type, context_tokens, vram_gb, on, tokens)
+    options = PowerInferOptions(predictors, ffn_type, rest_type, context_tokens, vram_gb, on, tokens)
     hub = {"--push-to-hub": push_to_hub, "--private": private or None}
     bundle_options = {"--dtype": dtype, "--shard-gb": shard_gb, "--license": license} | hub
     bundle_options |= {"--evaluation": evaluation, "--unchecked": unchecked}
     check_options(format, options, [name for name, value in bundle_options.items() if value])
+    if format == "llamacpp":
+        from sparsify.export.llamacpp.export import export_llamacpp
+
+        with status_line() as on_progress:
+            file = export_llamacpp(model_or_run, to, dtype, context_tokens, on_progress)
+        print_line(f"{to / file.model_file}: {file.size_bytes / 1e6:.1f} MB in total")
+        for note in file.notes:
+            print_line(f"Note: {note}")
+        return
     if format != "hf":
         written = to_powerinfer(model_or_run, to, format, options)
         print_line(f"{to / written.model_file}: {written.size_bytes / 1e6:.1f} MB in total")
         for note in written.notes:
             print_line(f"Note: {note}")
         return
+    if push_to_hub is not None:
+        from sparsify.export.bundle import check_repository
+
+        check_repository(push_to_hub)
     bundle = to_bundle(
         *(model_or_run, to, predictors, dtype, shard_gb, license, evaluation or []),
         checked=not unchecked,
@@ -122,10 +161,10 @@ def export_write(
         print_line(f"Not checked. To check it, with memory for the whole model: sparsify export verify {to}")
     else:
         print_line(f"Checked: {bundle.acceptance.sentence()}.")
-    if bundle.has_predictors:
-        print_line("Predictors are in predictors/.")
+    if bundle.predictors is not None:
+        print_line(f"Predictors are in predictors/. {bundle.predictors.open_question(OWN)}".rstrip())
     if push_to_hub is not None:
-        from sparsify.export.hub import push_to_hub as publish
+        from sparsify.export.bundle import push_to_hub as publish
 
         print_line(f"Published: {publish(bundle.folder, push_to_hub, private=private)}")
 
@@ -133,9 +172,10 @@ def export_write(
 @export_app.command("verify")
 def export_verify(
     bundle: Annotated[Path, typer.Argument(help="Folder that `sparsify export` wrote")],
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Checks a bundle: hashes, names and shapes of tensors, logits against those of the trained model, zeros, predictors.
+    """Checks a bundle: hashes, code, names and shapes of tensors, logits against those of the trained model, zeros, predictors.
 
     Exits with 2 if it was damaged or edited, and lists the failed checks.
 
@@ -143,8 +183,8 @@ def export_verify(
     """
     from sparsify.export.check import refuse_broken, verify
 
-    with Console(stderr=True).status("") as status:
-        checks = verify(bundle.expanduser(), status.update)
+    with status_line() as on_progress:
+        checks = verify(user_path(bundle), on_progress)
     if as_json:
         console.print_json(json.dumps([vars(check) for check in checks]))
     else:

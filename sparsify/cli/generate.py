@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
+from sparsify.cli.bounds import NEW_TOKENS, SEED, TEMPERATURE, THREADS
 from sparsify.cli.options import AsJson, print_result
+from sparsify.reporting.terminal import plain
 
 if TYPE_CHECKING:
     from sparsify.commands.generate import Generated
@@ -21,9 +24,16 @@ MEGA = 1e6
 def generate(
     bundle: Annotated[str, typer.Argument(help="Bundle, model folder, Hub id, run folder or checkpoint")],
     prompt: Annotated[str, typer.Argument(help="Text to continue")],
-    tokens: Annotated[int, typer.Option(help="Maximum number of new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 = greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Random seed for sampling.")] = 1,
+    tokens: Annotated[
+        int,
+        typer.Option(
+            callback=NEW_TOKENS.check, help="Maximum number of new tokens; the model's context ends a text too."
+        ),
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(callback=TEMPERATURE.check, help="Sampling temperature; 0 = greedy.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(callback=SEED.check, help="Random seed for sampling.")] = 1,
     weights: Annotated[
         str,
         typer.Option(
@@ -35,7 +45,9 @@ def generate(
         Path | None,
         typer.Option(help="Folder with predictors.safetensors.", show_default="exact decoding"),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Number of threads.", show_default="torch's own")] = None,
+    threads: Annotated[
+        int | None, typer.Option(callback=THREADS.check, help="Number of threads.", show_default="torch's own")
+    ] = None,
     dense: Annotated[bool, typer.Option("--dense", help="Decode without the kernels, for comparison.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -57,17 +69,17 @@ def generate(
         dense=dense,
         write=(lambda _: None) if as_json else _write,
     )
-    print_result(json.dumps(dataclasses.asdict(result)), f"\n\n[dim]{_summary(result)}[/dim]", as_json)
+    print_result(json.dumps(dataclasses.asdict(result)), Text(f"\n\n{_summary(result)}", "dim"), as_json)
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(plain(text))
     sys.stdout.flush()
 
 
 def _summary(result: Generated) -> str:
     ffn, other = result.ffn_bytes_per_token / MEGA, result.other_bytes_per_token / MEGA
-    dense = result.dense_ffn_bytes_per_token / MEGA
+    dense = (result.dense_ffn_bytes_per_token + result.dense_other_bytes_per_token) / MEGA
     speed = result.tokens_per_second
     lines = [
         f"{result.new_tokens} tokens"
@@ -75,9 +87,7 @@ def _summary(result: Generated) -> str:
         + f" after a prompt of {result.prompt_tokens} tokens ({result.prompt_seconds:.2f} s); {_BACKENDS[result.backend]}"
     ]
     if result.kept_bytes:
-        lines.append(
-            f"feed-forward weights in blocks of {result.weights}: {result.kept_bytes / MEGA:,.1f} MB in addition to the stored ones"
-        )
+        lines.append(f"weights held in blocks of {result.weights}: {result.kept_bytes / MEGA:,.1f} MB")
     if result.touched_share is not None and result.fired_share is not None:
         lines.append(
             f"{result.fired_share:.1%} of the neurons fired; {result.touched_share:.1%} of the rows of the feed-forward "
@@ -85,7 +95,7 @@ def _summary(result: Generated) -> str:
         )
     lines.append(
         f"weights read per token: {ffn + other:,.1f} MB ({ffn:,.1f} feed-forward, {other:,.1f} other); "
-        f"dense: {dense + other:,.1f} MB"
+        f"stored and dense: {dense:,.1f} MB"
     )
     return "\n".join(lines)
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from sparsify.cli.bench import bench_app
+from sparsify.cli.bounds import GATE_THRESHOLD, MEMORY_GB, PRICE, SHARE_BELOW_ONE, THROUGHPUT, TOKENS, TOKENS_OR_NONE
 from sparsify.cli.evaluate import evaluate
 from sparsify.cli.export import export_app
 from sparsify.cli.generate import generate
 from sparsify.cli.mixture import mixture_app
-from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_line, print_result
+from sparsify.cli.options import AsJson, Overrides, TrustCode, console, log_progress, print_line, print_result
 from sparsify.cli.predictors import predictors_app
 from sparsify.errors import UserError
+from sparsify.metadata import user_path
 from sparsify.models.activations import activation_names, alternatives
+from sparsify.reporting.terminal import PlainConsole, plain
 
 app = typer.Typer(
     add_completion=False,
@@ -40,6 +44,8 @@ app.command()(evaluate)
 app.command()(generate)
 
 INTERRUPTED = 130
+UNUSABLE_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
+"""Errors of a path that was named; what is wrong with the disk is said where it is read or written."""
 
 
 def main() -> None:
@@ -51,11 +57,19 @@ def main() -> None:
     log_progress()
     from sparsify.launch.launcher import Interrupted
 
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _interrupt)
     try:
+        _check_characters(sys.argv[1:])
         app()
+    except OSError as error:
+        if error.errno not in UNUSABLE_PATHS or error.filename is None:
+            raise
+        refused = UserError(f"{error.filename} cannot be used: {error.strerror}.", next_step="Give another path.")
+        _print_error(refused)
+        sys.exit(2)
     except UserError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print("[bold red]error[/bold red]", end=" ")
-        print(error, file=sys.stderr)
+        _print_error(error)
         sys.exit(2)
     except Interrupted:
         print(
@@ -63,9 +77,34 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(INTERRUPTED)
-    except KeyboardInterrupt:
+    except _Interruption:
         print("Interrupted.", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _print_error(error: UserError) -> None:
+    PlainConsole(stderr=True, soft_wrap=True).print(Text("error", "bold red"), end=" ")
+    print(plain(str(error)), file=sys.stderr)
+
+
+def _check_characters(arguments: list[str]) -> None:
+    for argument in arguments:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{argument.encode('utf-8', 'backslashreplace').decode()[:80]!r} is not UTF-8 text.",
+                next_step="Type it again, or rename the file.",
+            ) from error
+
+
+class _Interruption(SystemExit):
+    """Ctrl-C or SIGTERM. typer would end a KeyboardInterrupt without a word."""
+
+
+def _interrupt(*_: object) -> None:
+    """Ends a command: what it has half written and the processes that it started go with it."""
+    raise _Interruption(INTERRUPTED)
 
 
 @recipes_app.command("list")
@@ -109,18 +148,24 @@ def recipes_copy(recipe: str, to: Path) -> None:
 
 
 @recipes_app.command("validate")
-def recipes_validate(paths: Annotated[list[str] | None, typer.Argument()] = None) -> None:
+def recipes_validate(
+    given: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="Names or paths, and overrides for all of them."),
+    ] = None,
+) -> None:
     """Composes and checks recipes; without names, all shipped ones.
 
-    Example: sparsify recipes validate my_recipe.yaml
+    Example: sparsify recipes validate my_recipe.yaml mixture=my_mixture.yaml
     """
-    from sparsify.evaluation.request import suite_of
+    from sparsify.evaluation.request import suite_code
     from sparsify.recipe.catalogue import recipe_names
     from sparsify.recipe.compose import compose_recipe
 
-    for name in paths or recipe_names():
-        suite_of(compose_recipe(name).eval)
-        print_line(f"{name}: valid")
+    overrides = [one for one in given or [] if "=" in one and not user_path(one).exists()]
+    for name in [one for one in given or [] if one not in overrides] or recipe_names():
+        code = suite_code(compose_recipe(name, overrides).eval)
+        print_line(f"{name}: valid. {code}" if code else f"{name}: valid")
 
 
 @app.command()
@@ -135,10 +180,14 @@ def plan(
         ),
     ] = None,
     tokens_per_second: Annotated[
-        float | None, typer.Option(help="Measured throughput of all processes together.")
+        float | None, typer.Option(callback=THROUGHPUT.check, help="Measured throughput of all processes together.")
     ] = None,
-    gpu_hour_price: Annotated[float | None, typer.Option(help="Price of one device, in US dollars per hour.")] = None,
-    host_memory_gb: Annotated[float | None, typer.Option(help="Host memory of one node in GB, for offloading.")] = None,
+    gpu_hour_price: Annotated[
+        float | None, typer.Option(callback=PRICE.check, help="Price of one device, in US dollars per hour.")
+    ] = None,
+    host_memory_gb: Annotated[
+        float | None, typer.Option(callback=MEMORY_GB.check, help="Host memory of one node in GB, for offloading.")
+    ] = None,
     chart: Annotated[
         Path | None,
         typer.Option("--chart", help="Path of a chart (.png or .svg) of the shares over the run."),
@@ -155,6 +204,7 @@ def plan(
     from sparsify.commands.plan import plan as plan_recipe
     from sparsify.plan import plan_table
 
+    log_progress(quiet=as_json)
     given = Assumptions(hardware, tokens_per_second, gpu_hour_price, host_memory_gb)
     result = plan_recipe(recipe, overrides or [], given)
     if chart is not None:
@@ -179,6 +229,7 @@ def convert(
     gate_threshold: Annotated[
         float | None,
         typer.Option(
+            callback=GATE_THRESHOLD.check,
             help="Gate threshold of an activation that has one: "
             f"{alternatives(activation_names(lambda row: row.has_gate_threshold))}.",
             show_default="the published one",
@@ -210,10 +261,15 @@ def convert(
             show_default="with --method, quickstart",
         ),
     ] = None,
-    calibration_tokens: Annotated[int | None, typer.Option(help="Calibration tokens.", show_default="131,072")] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(callback=TOKENS.check, help="Calibration tokens.", show_default="131,072")
+    ] = None,
     target_zeros: Annotated[
         float | None,
-        typer.Option(help="Share of exact zeros that the method's mask gives every layer, such as 0.9."),
+        typer.Option(
+            callback=SHARE_BELOW_ONE.check,
+            help="Share of exact zeros that the method's mask gives every layer, such as 0.9.",
+        ),
     ] = None,
     on: Annotated[
         str | None,
@@ -223,7 +279,9 @@ def convert(
             show_default="quickstart",
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to measure the activation replacement on.")] = 8192,
+    tokens: Annotated[
+        int, typer.Option(callback=TOKENS.check, help="Tokens to measure the activation replacement on.")
+    ] = 8192,
     as_json: AsJson = False,
 ) -> None:
     """Converts a dense checkpoint to a sparse-activated one, and reports the change of its loss.
@@ -256,6 +314,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file")],
     overrides: Overrides = None,
     multirun: Annotated[bool, typer.Option("-m", help="Train one run for each combination of key=a,b values.")] = False,
+    trust_code: TrustCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Runs a recipe: conversion, training, its dense baseline, report, export. The same command resumes an interrupted run.
@@ -265,8 +324,11 @@ def train(
     from sparsify.commands import train as verb
     from sparsify.recipe.compose import sweep
 
-    for choice in sweep(overrides or []) if multirun else [overrides or []]:
-        result = verb.train(recipe, choice)
+    points = sweep(overrides or []) if multirun else [overrides or []]
+    if multirun:
+        verb.check_sweep(recipe, points)
+    for point in points:
+        result = verb.train(recipe, point)
         if result is None:
             continue  # node 0 shows it
         print_result(json.dumps(verb.run_record(result)), verb.run_summary(result), as_json)
@@ -279,10 +341,12 @@ def report(
         str | None,
         typer.Option("--on", help="Text file (plain, jsonl, gz) or mixture to measure on."),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to measure on.")] = 32_768,
+    tokens: Annotated[int, typer.Option(callback=TOKENS.check, help="Tokens to measure on.")] = 32_768,
     curve_tokens: Annotated[
         int,
-        typer.Option(help="Number of these for CETT, perplexity and top-k curves; 0: no curves."),
+        typer.Option(
+            callback=TOKENS_OR_NONE.check, help="Number of these for CETT, perplexity and top-k curves; 0: no curves."
+        ),
     ] = 2_048,
     against: Annotated[str | None, typer.Option("--against", help="Another model or run to compare with.")] = None,
     to: Annotated[
@@ -326,7 +390,7 @@ def compare(
 
     Example: sparsify compare runs/quickstart runs/quickstart,activation=reglu
     """
-    from sparsify.commands.compare import compare as compare_paths
+    from sparsify.compare.write import compare as compare_paths
 
     result, summary = compare_paths(runs, to, " ".join(["sparsify", *sys.argv[1:]]))
     console.print_json(result.model_dump_json()) if as_json else console.print(summary)
@@ -337,6 +401,7 @@ def reproduce(
     bundle: Annotated[Path, typer.Argument(help="Folder that `sparsify export` wrote")],
     run: Annotated[bool, typer.Option("--run", help="Run the command, and compare.")] = False,
     to: Annotated[Path | None, typer.Option("--to", help="Run folder.", show_default="reproductions/NAME")] = None,
+    trust_code: TrustCode = False,
 ) -> None:
     """Prints the command that reproduces a bundle from its recipe; --run runs it and compares data and loss.
 
@@ -345,10 +410,10 @@ def reproduce(
     from sparsify.commands.reproduce import reproduce as run_again
     from sparsify.commands.reproduce import reproduction
 
-    plan = reproduction(bundle.expanduser(), to)
+    plan = reproduction(user_path(bundle), to)
     for difference in plan.differences:
         print_line(f"Note: {difference}.")
     print_line(plan.command)
     if run:
-        for sentence in run_again(bundle.expanduser(), plan):
+        for sentence in run_again(user_path(bundle), plan):
             print_line(sentence)

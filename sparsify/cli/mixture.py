@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from sparsify.cli.bounds import COUNT, SEQUENCE_LENGTH, TOKENS, TRIALS
 from sparsify.cli.options import AsJson, Overrides, console, log_progress, print_result
 
 mixture_app = typer.Typer(
@@ -18,13 +19,17 @@ Tokenizer = Annotated[
     str,
     typer.Option("--tokenizer", help="Tokenizer: model folder, Hub id or package:NAME/PATH."),
 ]
-SequenceLength = Annotated[int, typer.Option("--sequence-length", help="Sequence length in tokens.")]
+SequenceLength = Annotated[
+    int, typer.Option("--sequence-length", callback=SEQUENCE_LENGTH.check, help="Sequence length in tokens.")
+]
 
 
 @mixture_app.command("preview")
 def mixture_preview(
     mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
-    sequences: Annotated[int, typer.Option("--sequences", help="Number of sequences per source.")] = 1,
+    sequences: Annotated[
+        int, typer.Option("--sequences", callback=COUNT.check, help="Number of sequences per source.")
+    ] = 1,
     sequence_length: SequenceLength = 256,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
 ) -> None:
@@ -35,13 +40,16 @@ def mixture_preview(
     from sparsify.commands.mixture import preview, sequence_preview
 
     for sequence in preview(mixture, tokenizer, sequences, sequence_length):
-        console.print(sequence_preview(sequence))
+        styled = console.color_system is not None
+        console.print(sequence_preview(sequence, styled=styled), soft_wrap=False)
 
 
 @mixture_app.command("stats")
 def mixture_stats(
     mixture: Annotated[str, typer.Argument(help="Mixture name or path of a YAML file")],
-    budget_tokens: Annotated[int, typer.Option("--budget-tokens", help="Training budget in tokens.")] = 1_000_000,
+    budget_tokens: Annotated[
+        int, typer.Option("--budget-tokens", callback=TOKENS.check, help="Training budget in tokens.")
+    ] = 1_000_000,
     sequence_length: SequenceLength = 2048,
     tokenizer: Tokenizer = DEFAULT_TOKENIZER,
     as_json: AsJson = False,
@@ -66,8 +74,10 @@ def mixture_tune(
             help="Shares to vary: mixture.instruction_token_share=0:0.4, token_shares, or SOURCE=0.2:0.8; repeatable."
         ),
     ],
-    trials: Annotated[int, typer.Option(help="Number of proxy runs, including one with the recipe's mixture.")],
-    trial_tokens: Annotated[int, typer.Option(help="Training tokens of each proxy run.")],
+    trials: Annotated[
+        int, typer.Option(callback=TRIALS.check, help="Number of proxy runs, including one with the recipe's mixture.")
+    ],
+    trial_tokens: Annotated[int, typer.Option(callback=TOKENS.check, help="Training tokens of each proxy run.")],
     overrides: Overrides = None,
     weight: Annotated[
         list[str] | None,
@@ -86,7 +96,9 @@ def mixture_tune(
     ] = False,
     confirm_tokens: Annotated[
         int | None,
-        typer.Option(help="Training tokens of the confirmation's runs; default: --trial-tokens."),
+        typer.Option(
+            callback=TOKENS.check, help="Training tokens of the confirmation's runs; default: --trial-tokens."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

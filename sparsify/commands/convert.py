@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 import yaml
 from rich.console import Group, RenderableType
 
-from sparsify.conversion.convert import Converted, convert
-from sparsify.conversion.source import locate, read_checkpoint
+from sparsify.conversion.convert import Converted, conversion
+from sparsify.conversion.source_checkpoint import locate, read_checkpoint
+from sparsify.conversion.source_tensors import check_base_loss
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError
 from sparsify.methods.base import Mask, method_of
-from sparsify.methods.calibrate import Calibration, Stage
+from sparsify.methods.calibrate import Calibration, CalibrationStage
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.mixture.sequences.held_out import (
     ValidationSequences,
@@ -27,8 +28,9 @@ from sparsify.mixture.sequences.held_out import (
 )
 from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.mixture.tokens.encoder import Tokenizer
-from sparsify.models import ACTIVATIONS, SparseConfig
-from sparsify.models.activations import STOCK_ACTIVATION
+from sparsify.models import ACTIVATIONS, SparseConfig, site_rules
+from sparsify.models.activations import STOCK_ACTIVATION, activation_words
+from sparsify.models.masking import INPUT_SITES
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.recipe import CACHE_DIR
 from sparsify.recipe.sparsification import (
@@ -40,6 +42,7 @@ from sparsify.recipe.sparsification import (
 from sparsify.recipe.training import SEED
 from sparsify.reporting.numbers import share
 from sparsify.reporting.tables import Table
+from sparsify.reporting.terminal import marked
 from sparsify.sparsity.report import measure
 
 CALIBRATION_TOKENS = 131_072
@@ -50,50 +53,44 @@ CALIBRATE_ON = "quickstart"
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion, and the loss at each of its stages."""
-
     converted: Converted
     text: str
     num_tokens: int
     """Tokens that the stages were measured on."""
-    stages: list[Stage]
-    """`dense` and `bare replacement`; of a calibrated replacement all of its stages."""
+    stages: list[CalibrationStage]
+    """What the source is, as `dense`, and `bare replacement`; of a calibrated replacement all of its stages."""
     calibration: Calibration | None
 
 
 def convert_model(source: str, activation: ActivationSection, to: Path, on: str, num_tokens: int) -> Conversion:
-    """Converts a checkpoint and measures the activation replacement on a text.
-
-    Args:
-        source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
-        activation: The activation to convert to.
-        to: Folder to write.
-        on: Text file, mixture name or mixture path.
-        num_tokens: Tokens to measure on.
-    """
+    """Converts a checkpoint, and measures the activation replacement on `num_tokens` of a text or a mixture."""
     check_activation(activation, "--activation", "--gate-threshold")
     check_text_or_mixture(on)
     model = ModelSection(source=source)
-    converted = convert(model, activation, to, seed=0, dtype=torch.bfloat16)  # nothing is drawn
-    config = converted.config
-    sequences, text = sequences_from(
-        on,
-        load_tokenizer(to),
-        num_tokens=num_tokens,
-        sequence_length=_sequence_length(config),
-        cache_dir=_cache(),
-    )
     stages, measured_tokens = [], 0
-    for stage, name, threshold in (
-        ("dense", config.base_ffn_activation, config.base_ffn_gate_threshold),
-        ("bare replacement", config.ffn_activation, config.ffn_gate_threshold),
-    ):
-        model_of_stage = load_sparse(to, name, gate_threshold=threshold)
-        batches = (collate([sequence]) for sequence in sequences)
-        report, _ = measure(model_of_stage, batches, name=str(to), text=text)
-        stages.append(Stage(stage, {text: report.loss}, report.loss, report.product_zeros))
-        measured_tokens = report.num_tokens
-    return Conversion(converted, text, measured_tokens, stages, None)
+    # Where it cannot be measured, nothing remains that the next try would find in its way.
+    with conversion(model, activation, to, seed=0, dtype=torch.bfloat16) as made:  # nothing is drawn
+        config = made.config
+        sequences, text = sequences_from(
+            on,
+            load_tokenizer(made.folder),
+            num_tokens=num_tokens,
+            sequence_length=_sequence_length(config),
+            cache_dir=_cache(),
+        )
+        source_words = activation_words(config.base_ffn_activation, is_masked=bool(config.sparsification))
+        for stage, name, threshold in (
+            (source_words, config.base_ffn_activation, config.base_ffn_gate_threshold),
+            ("bare replacement", config.ffn_activation, config.ffn_gate_threshold),
+        ):
+            model_of_stage = load_sparse(made.folder, name, gate_threshold=threshold)
+            batches = (collate([sequence]) for sequence in sequences)
+            report, _ = measure(model_of_stage, batches, name=str(to), text=text)
+            if not stages:
+                check_base_loss(report.loss, source)
+            stages.append(CalibrationStage(stage, {text: report.loss}, report.loss, report.product_zeros))
+            measured_tokens = report.num_tokens
+    return Conversion(replace(made, folder=to), text, measured_tokens, stages, None)
 
 
 def convert_model_calibrated(
@@ -104,15 +101,8 @@ def convert_model_calibrated(
     calibrate_on: str,
     num_tokens: int,
 ) -> Conversion:
-    """Converts a checkpoint with a method, the calibrated replacement or another, and measures each stage.
-
-    Args:
-        source: Checkpoint folder, Hub id, GGUF file or package:NAME/PATH.
-        activation: The activation to convert to.
-        settings: The method and its calibration.
-        to: Folder to write.
-        calibrate_on: Text file, mixture name or mixture path.
-        num_tokens: Tokens to measure on: of a text those after the calibration tokens, of a mixture held-out ones.
+    """Converts a checkpoint with a method, and measures each stage on `num_tokens`: of a text those after the
+    calibration tokens, of a mixture held-out ones.
     """
     check_activation(activation, "--activation", "--gate-threshold")
     check_text_or_mixture(calibrate_on)
@@ -151,14 +141,8 @@ class ConvertOptions:
 
     Attributes:
         activation: `--activation`; None for the model's own if a mask is fitted, and drelu otherwise.
-        gate_threshold: `--gate-threshold`.
         method: `--method`; None for the calibrated replacement, or for the bare one without `calibrate_on`.
         method_settings: `--set`, each KEY=VALUE.
-        refit: `--refit` or `--no-refit`.
-        calibrate_on: `--calibrate-on`.
-        calibration_tokens: `--calibration-tokens`.
-        target_zeros: `--target-zeros`.
-        on: `--on`.
     """
 
     activation: str | None = None
@@ -256,7 +240,6 @@ def replacement_record(conversion: Conversion) -> dict[str, Any]:
 
 
 def replacement_table(conversion: Conversion) -> RenderableType:
-    """A conversion as tables: its stages, and the errors of each calibrated layer."""
     config = conversion.converted.config
     table = Table(
         f"{conversion.converted.folder}, {config.base_ffn_activation} to {config.ffn_activation}, "
@@ -266,8 +249,11 @@ def replacement_table(conversion: Conversion) -> RenderableType:
     for stage in conversion.stages:
         table.add(stage.name, f"{stage.loss:.3f}", share(stage.zeros))
     layers = [_calibrated_layers(conversion.calibration)] if conversion.calibration else []
-    following = f"Next: [cyan]sparsify train RECIPE model.source={conversion.converted.folder}[/cyan]"
-    return Group("", table, *layers, following)
+    folder = conversion.converted.folder
+    following = marked("Next: [cyan]sparsify train RECIPE model.source={}[/cyan]", folder)
+    inputs = [site for site in site_rules(config) if site in INPUT_SITES]
+    where = marked("Zeros at {}: [cyan]sparsify report {}[/cyan]", ", ".join(inputs), folder)
+    return Group("", table, *layers, *([where] if inputs else []), following)
 
 
 def _calibrated_layers(calibration: Calibration) -> RenderableType:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sparsify.conversion.source import locate
+from sparsify.conversion.source_checkpoint import locate
 from sparsify.errors import EvaluationError, ModelError, RunError
 from sparsify.evaluation.held_out_perplexity import HeldOut
 from sparsify.evaluation.request import EvalRequest, check_installed, data_folder
 from sparsify.evaluation.results import EvaluationResults, Provenance
 from sparsify.evaluation.suite import Suite, load_suite, only
+from sparsify.metadata import user_path
 from sparsify.predictors import Predictors, read_predictors
 from sparsify.recipe.compose import load_mixture, load_recipe
 from sparsify.recipe.recipe import CACHE_DIR, Recipe
@@ -54,9 +55,6 @@ def evaluate_model(
 ) -> tuple[EvaluationResults, Path]:
     """Runs a suite on a model and writes the results.
 
-    Returns:
-        The results and their folder.
-
     Raises:
         EvaluationError: If the suite, a task or its data is missing; if possible, before the model is loaded.
         ModelError, RunError: If the model cannot be loaded, or the predictors belong to another one.
@@ -68,9 +66,9 @@ def evaluate_model(
         suite = only(suite, list(request.tasks))
     check_installed()
     from sparsify.evaluation.evaluate import EvalSettings, evaluate
-    from sparsify.evaluation.model import Subject
     from sparsify.evaluation.report import write_results
-    from sparsify.evaluation.tasks import task_sources
+    from sparsify.evaluation.subject import Subject
+    from sparsify.evaluation.tasks import check_code, task_sources
 
     if request.on is not None and not suite.held_out_sequences_per_source:
         raise EvaluationError(
@@ -79,7 +77,8 @@ def evaluate_model(
         )
     data_dir = None if request.data_dir is None else data_folder(request.data_dir, "--data-dir")
     sources = task_sources(suite, data_dir)
-    predictors = None if request.predictors is None else read_predictors(request.predictors.expanduser())
+    check_code(sources)
+    predictors = None if request.predictors is None else read_predictors(user_path(request.predictors))
     loaded = load(model)
     if predictors is not None:
         predictors.check_model(loaded.model, str(request.predictors))
@@ -121,7 +120,6 @@ def default_folder(loaded: Loaded, request: EvalRequest) -> Path:
 
 
 def provenance(loaded: Loaded) -> Provenance | None:
-    """Provenance of a run's checkpoint or of an exported bundle; None for any other model."""
     if loaded.trained is not None:
         run = loaded.trained.run
         return provenance_of(str(run.path), run.load_recipe(), run.mixture_lock, loaded.trained.checkpoint)
@@ -166,13 +164,10 @@ def follow(
 
     Every evaluation adds a line to RUN/evaluations.jsonl and a folder to RUN/evaluations/.
 
-    Returns:
-        The new results, by step.
-
     Raises:
         EvaluationError: If the folder is not a run folder, or the request has an output folder or predictors.
     """
-    run = RunFolder(Path(run_folder).expanduser())
+    run = RunFolder(user_path(run_folder))
     if not run.recipe.is_file():
         raise EvaluationError(
             f"{run_folder} is not a run folder: there are no checkpoints to follow.",

@@ -8,11 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify.commands.report import held_out_sequences
+from sparsify.commands.report import held_out_sequences, spread
 from sparsify.errors import ExportError, check_choice
-from sparsify.export.bundle import Bundle, BundleSettings, export
-from sparsify.export.powerinfer.export import PowerInferSettings, Written, check, export_powerinfer
-from sparsify.export.powerinfer.rules import FFN_TYPES
+from sparsify.export.bundle import Bundle, BundleSettings, check_links, export
+from sparsify.export.powerinfer.export import (
+    PowerInferSettings,
+    Written,
+    check_model,
+    check_predictors,
+    export_powerinfer,
+)
+from sparsify.export.powerinfer.rules import FFN_TYPES, REST_TYPES
+from sparsify.metadata import user_path
 from sparsify.mixture.sequences.held_out import check_text_or_mixture
 from sparsify.mixture.sequences.reader import collate
 from sparsify.predictors import read_predictors
@@ -20,17 +27,17 @@ from sparsify.runs.load import load
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("hf", "powerinfer", "powerinfer_hf")
+FORMATS = ("hf", "llamacpp", "powerinfer", "powerinfer_hf")
+LLAMACPP_OPTIONS = ("--dtype", "--context-tokens")
 STATISTICS_TOKENS = 16_384
 """Default number of tokens on which firing neurons are counted."""
 
 
 @dataclass(frozen=True)
 class PowerInferOptions:
-    """Options of the PowerInfer formats; None if not given."""
-
     predictors: Path | None = None
     ffn_type: str | None = None
+    rest_type: str | None = None
     context_tokens: int | None = None
     vram_gb: float | None = None
     on: str | None = None
@@ -38,25 +45,19 @@ class PowerInferOptions:
 
 
 def check_options(layout: str, options: PowerInferOptions, bundle_options: Sequence[str]) -> None:
-    """Refuses an unknown format, and options that it would ignore.
-
-    Args:
-        layout: Value of --format.
-        options: Options of the PowerInfer formats.
-        bundle_options: Names of the given options that only the Hugging Face bundle takes.
-
-    Raises:
-        RecipeError: If the format is unknown.
-        ExportError: If an option does not belong to it.
-    """
+    """Refuses an unknown format (RecipeError), and options that it would ignore (ExportError)."""
     check_choice("--format", layout, FORMATS)
     given = list(bundle_options)
     if layout == "hf":
         # A bundle takes predictors along.
         names = [name for name in vars(options) if name != "predictors"]
         given = [f"--{name.replace('_', '-')}" for name in names if vars(options)[name] is not None]
+    elif layout == "llamacpp":
+        names = [name for name in vars(options) if vars(options)[name] is not None]
+        given += [f"--{name.replace('_', '-')}" for name in names]
+        given = [option for option in given if option not in LLAMACPP_OPTIONS]
     elif layout == "powerinfer_hf":
-        alone = [name for name in ("ffn_type", "vram_gb") if vars(options)[name] is not None]
+        alone = [name for name in ("ffn_type", "rest_type", "vram_gb") if vars(options)[name] is not None]
         given += [f"--{name.replace('_', '-')}" for name in alone]
     if given:
         raise ExportError(
@@ -83,23 +84,19 @@ def to_bundle(
         evaluations=evaluations,
         checked=checked,
     )
-    return export(Path(run).expanduser(), to, settings=settings)
+    return export(user_path(run), to, settings=settings)
 
 
 def to_powerinfer(model_or_run: str, to: Path, layout: str, options: PowerInferOptions) -> Written:
     """Writes a folder for PowerInfer.
-
-    Args:
-        model_or_run: Model folder, Hub id, bundle, run folder or checkpoint.
-        to: Folder to write; must not exist.
-        layout: `powerinfer` or `powerinfer_hf`.
-        options: Its options.
 
     Raises:
         ExportError: If the format does not support the model.
     """
     ffn_type = options.ffn_type or FFN_TYPES[0]
     check_choice("--ffn-type", ffn_type, FFN_TYPES)
+    if options.rest_type is not None:
+        check_choice("--rest-type", options.rest_type, REST_TYPES)
     if options.on is not None:
         check_text_or_mixture(options.on)
     num_tokens = STATISTICS_TOKENS if options.tokens is None else options.tokens
@@ -109,22 +106,29 @@ def to_powerinfer(model_or_run: str, to: Path, layout: str, options: PowerInferO
             allowed="--tokens 1 or more, --vram-gb 0 or more.",
         )
     loaded = load(model_or_run)
-    folder = options.predictors or _predictors_folder(Path(model_or_run).expanduser())
+    if loaded.trained is not None:
+        check_links(loaded.trained)
+    rest_type = options.rest_type or ffn_type
+    # Before it needs predictors, which take long to train.
+    vocabulary = check_model(loaded, ffn_type, options.context_tokens, rest_type, layout)
+    folder = options.predictors or _predictors_folder(user_path(model_or_run))
     predictors = read_predictors(folder)
     settings = PowerInferSettings(
         name=re.sub("[^-.0-9A-Za-z_]+", "-", to.name),
         ffn_type=ffn_type,
+        rest_type=rest_type,
         context_tokens=options.context_tokens,
         vram_bytes=None if options.vram_gb is None else int(options.vram_gb * 1e9),
         layout=layout,
     )
-    check(loaded, predictors, settings)
+    check_predictors(loaded, predictors, settings)
     sequences, text = held_out_sequences(loaded, options.on, num_tokens)
+    sequences = spread(sequences, num_tokens)  # a mixture gives at least one of every source
     logger.info(
         f"Counting which neurons of {loaded.name} fire on {sum(len(w.input_ids) for w in sequences):,} tokens: {text}"
     )
     batches = (collate([sequence]) for sequence in sequences)
-    return export_powerinfer(loaded, predictors, batches, to, settings)
+    return export_powerinfer(loaded, predictors, batches, to, settings, vocabulary)
 
 
 def _predictors_folder(given: Path) -> Path:

@@ -25,13 +25,14 @@ class Generated:
     """A continuation, and what decoding it took. Shares and bytes are of decoding alone, without the prompt.
 
     Attributes:
-        weights: How decoding read the feed-forward weights: stored, int8 or int4.
-        kept_bytes: Memory of int8 or int4 blocks, in addition to the stored weights.
+        weights: How decoding read the weights: stored, int8 or int4.
+        kept_bytes: Memory of int8 or int4 blocks, which are held instead of the stored weights.
         fired_share: Share of the neurons whose product was kept for a token, over all layers; None if dense.
         touched_share: Share of the rows of the three projections that were read; None if dense.
         ffn_bytes_per_token: Bytes read of the feed-forward weights, predictors included.
         other_bytes_per_token: Bytes of the other weights; the cache and the input embedding are not counted.
-        dense_ffn_bytes_per_token: Bytes that the dense feed-forward blocks read.
+        dense_ffn_bytes_per_token: Bytes that the stored feed-forward blocks have.
+        dense_other_bytes_per_token: Bytes of the other weights as stored.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Generated:
     ffn_bytes_per_token: float
     other_bytes_per_token: float
     dense_ffn_bytes_per_token: float
+    dense_other_bytes_per_token: float
 
 
 def generate(
@@ -64,23 +66,8 @@ def generate(
     dense: bool,
     write: Write,
 ) -> Generated:
-    """Continues a prompt.
-
-    Args:
-        model_or_run: Bundle, model folder, Hub id, run folder or checkpoint.
-        prompt: Text to continue.
-        num_tokens: Maximum number of new tokens.
-        temperature: Sampling temperature; 0 takes the most likely token.
-        seed: Random seed for sampling.
-        weights: How to read the feed-forward weights: stored, int8 or int4.
-        predictors: Folder of predictors; None for exact decoding.
-        threads: Threads of torch and of the kernels; None for torch's own number.
-        dense: Decode without the kernels.
-        write: Called with each piece of the text as it comes.
-
-    Raises:
-        ModelError: If the model cannot be loaded or has nothing to skip, or weights is none of the three.
-        RunError: If a number is out of range.
+    """Continues a prompt, and calls `write` with each piece of the text; temperature 0 takes the most likely token.
+    Raises ModelError if the model has nothing to skip, RunError if a number is out of range.
     """
     _check(num_tokens, temperature, threads)
     _check_dense(dense, weights, predictors)
@@ -91,22 +78,28 @@ def generate(
     own = None
     if predictors is not None:
         own = read_predictors(predictors).for_decoding(model, str(predictors))
-    acceleration = None if dense else accelerate(model, weights=weights, predictors=own)
+    acceleration = None if dense else accelerate(model, weights=weights, predictors=own, keep_weights=False)
     streamer = _Streamer(loaded.tokenizer, acceleration, write)
     inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if not inputs["input_ids"].numel():
+    prompt_tokens, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
+    if not prompt_tokens:
         raise RunError("The prompt has no tokens.", next_step="Give some text to continue.")
+    if prompt_tokens >= context:
+        raise RunError(
+            f"The prompt has {prompt_tokens:,} tokens.",
+            allowed=f"Fewer than the model's context, {context:,} tokens.",
+            next_step="Give a shorter text to continue.",
+        )
     torch.manual_seed(seed)
     start = time.perf_counter()
     output = model.generate(
         **inputs,
-        max_new_tokens=num_tokens,
+        max_new_tokens=min(num_tokens, context - prompt_tokens),
         do_sample=temperature > 0,
         **({"temperature": temperature} if temperature > 0 else {}),
         pad_token_id=loaded.tokenizer.eos_token_id,
         streamer=streamer,
     )
-    prompt_tokens = inputs["input_ids"].shape[1]
     decoded = output.shape[1] - prompt_tokens - 1
     seconds = streamer.last_seconds - streamer.first_seconds
     return Generated(
@@ -146,8 +139,9 @@ def _check_dense(dense: bool, weights: str, predictors: Path | None) -> None:
 
 def _reads(acceleration: Acceleration | None, size: ModelBytes) -> dict[str, Any]:
     given = {
-        "other_bytes_per_token": size.other,
+        "other_bytes_per_token": size.other if acceleration is None else acceleration.other_bytes,
         "dense_ffn_bytes_per_token": size.ffn_per_token,
+        "dense_other_bytes_per_token": size.other,
     }
     reads = [] if acceleration is None else acceleration.reads
     tokens = reads[0].tokens if reads else 0

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.rule import Rule
 from rich.text import Text
 
-from sparsify.conversion.source import locate
+from sparsify.conversion.source_checkpoint import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.mixture.inspection import (
     MixtureStats,
@@ -30,6 +30,7 @@ from sparsify.reporting.tables import Table
 
 logger = logging.getLogger(__name__)
 
+NO_LOSS_BRACKETS = "⟦", "⟧"
 LEAST_SEQUENCES = 64
 """Fewer sequences would be packed less densely than in training."""
 
@@ -37,14 +38,7 @@ LEAST_SEQUENCES = 64
 def preview(
     name_or_path: str, tokenizer_from: str, num_sequences: int, sequence_length: int
 ) -> Iterator[SequencePreview]:
-    """The first training sequences of every source of a mixture, for the default seed.
-
-    Args:
-        name_or_path: Mixture name or path of a YAML file.
-        tokenizer_from: Folder, Hub id or package:NAME/PATH that has the tokenizer.
-        num_sequences: Sequences of each source.
-        sequence_length: Length of a sequence.
-    """
+    """The first training sequences of every source of a mixture, for the default seed."""
     mixture, tokenizer = _named(name_or_path, tokenizer_from)
     # Each source gets the whole budget, so that a rare one is shown too.
     sources = open_mixture(
@@ -66,14 +60,7 @@ def preview(
 
 
 def stats(name_or_path: str, tokenizer_from: str, budget_tokens: int, sequence_length: int) -> MixtureStats:
-    """Sizes of the part of a mixture that a budget reads.
-
-    Args:
-        name_or_path: Mixture name or path of a YAML file.
-        tokenizer_from: Folder, Hub id or package:NAME/PATH that has the tokenizer.
-        budget_tokens: Training tokens over all sources.
-        sequence_length: Length of a sequence.
-    """
+    """Sizes of the part of a mixture that a budget reads."""
     mixture, tokenizer = _named(name_or_path, tokenizer_from)
     return measure_mixture(
         mixture,
@@ -130,19 +117,23 @@ def mixture_table(stats: MixtureStats) -> RenderableType:
     return Group("", table, Text(notes, style="dim"), *dropped)
 
 
-def sequence_preview(sequence: SequencePreview) -> RenderableType:
-    """One sequence with its documents between rules; tokens without loss are dim."""
+def sequence_preview(sequence: SequencePreview, *, styled: bool) -> RenderableType:
+    """One sequence with its documents between rules; tokens without loss are dim, or where nothing is `styled`, in brackets."""
+    begin, end = ("", "") if styled else NO_LOSS_BRACKETS
     parts: list[RenderableType] = []
     for number, document in enumerate(sequence.documents, start=1):
         of = f"document {number} of {len(sequence.documents)} in this sequence"
         text = Text()
         for span in document:
-            text.append(span.text, style="default" if span.carries_loss else "dim italic")
+            if span.carries_loss:
+                text.append(span.text, style="default")
+            else:
+                text.append(f"{begin}{span.text}{end}", style="dim italic")
         parts += [Rule(Text(of, style="dim"), align="left", style="dim"), text]
     return Panel(
         Group(*parts),
-        title=f"{sequence.source}: {sequence.num_tokens:,} tokens, {sequence.num_empty:,} left empty",
-        subtitle="dim italic: no loss",
+        title=Text(f"{sequence.source}: {sequence.num_tokens:,} tokens, {sequence.num_empty:,} left empty"),
+        subtitle=f"{'dim italic' if styled else f'{begin} {end}'}: no loss",
         title_align="left",
         subtitle_align="right",
     )

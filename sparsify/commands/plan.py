@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsify.conversion.source import locate
+from sparsify.conversion.source_checkpoint import locate
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError, UserError
-from sparsify.evaluation.request import suite_of
+from sparsify.evaluation.request import suite_code
 from sparsify.launch.hosts import read_hostfile
 from sparsify.methods.base import check_method
 from sparsify.mixture.sequences.shares import token_shares
 from sparsify.mixture.tokens.encoder import Tokenizer
-from sparsify.mixture.tokens.ingest import mixture_ingests
+from sparsify.mixture.tokens.ingest import bad_rows_of, mixture_ingests
 from sparsify.plan import Hardware, Plan, make_plan, named_hardware, resolve_engine, this_machine
 from sparsify.plan.estimate import is_local
 from sparsify.plan.report import nearest_sentence
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
+
+logger = logging.getLogger(__name__)
 
 ALL_TOKENS = 2**62
 
@@ -31,7 +34,6 @@ class Assumptions:
     Attributes:
         hardware: COUNTxGPU; every device gets one process.
         tokens_per_second: Measured throughput of all processes together.
-        gpu_hour_price: US dollars.
         host_memory_gb: Memory of one node.
     """
 
@@ -42,23 +44,15 @@ class Assumptions:
 
 
 def plan(name_or_path: str, overrides: Sequence[str], given: Assumptions) -> Plan:
-    """Plans a recipe.
-
-    Args:
-        name_or_path: Recipe name or path.
-        overrides: Hydra overrides.
-        given: Values that override the hardware table.
-
-    Raises:
-        UserError: If the recipe is wrong, or `engine=auto` finds nothing that fits.
-    """
+    """Plans a recipe. Raises UserError if it is wrong, or `engine=auto` finds nothing that fits."""
     _check(given)
     hardware = _named(given.hardware, given) if given.hardware else None
     recipe = compose_recipe(name_or_path, [*overrides, *(_alone(hardware.devices) if hardware else [])])
     if recipe.launch.hostfile is not None:
         place = _alone(sum(read_hostfile(recipe.launch.hostfile).values()))
         recipe = compose_recipe(name_or_path, [*overrides, *place])
-    suite_of(recipe.eval)
+    if code := suite_code(recipe.eval):
+        logger.warning(code)
     check_method(recipe.conversion)
     hardware = hardware or hardware_of(recipe, given)
     recipe, choice = resolve_engine(recipe, hardware=hardware)
@@ -82,11 +76,7 @@ def hardware_of(recipe: Recipe, given: Assumptions) -> Hardware:
 
 
 def refuse_unfit(plan: Plan) -> None:
-    """Refuses a plan that cannot work.
-
-    Raises:
-        RecipeError: With the reason and the nearest settings that fit.
-    """
+    """Raises RecipeError with the reason and the nearest settings that fit, if a plan cannot work."""
     if plan.verdict.fits:
         return
     raise RecipeError(
@@ -97,7 +87,9 @@ def refuse_unfit(plan: Plan) -> None:
 
 
 def known_tokens(recipe: Recipe) -> dict[str, int]:
-    """Training tokens of the sources that are completely cached. Reads no text and uses no network."""
+    """Training tokens of the sources that are completely cached; warns of turns that the chat template drops from them. Reads
+    no text and uses no network.
+    """
     tokenizer = _tokenizer_here(recipe)
     if tokenizer is None:
         return {}
@@ -113,10 +105,14 @@ def known_tokens(recipe: Recipe) -> dict[str, int]:
     for name, ingest in ingests.items():
         try:
             source = ingest.open()
+            if not source.cache.complete:
+                continue
+            bad_rows = bad_rows_of(source)
         except UserError:
             continue  # `train` and `mixture stats` report errors of a source; a plan does without it
-        if source.cache.complete:
-            known[name] = source.num_train_tokens
+        known[name] = source.num_train_tokens
+        if bad_rows is not None and bad_rows.dropped_turns:
+            logger.warning(bad_rows.summary())
     return known
 
 

@@ -9,14 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sparsify.commands.report import held_out_sequences
-from sparsify.errors import RunError, check_choice
+from sparsify.commands.report import held_out_sequences, spread
+from sparsify.errors import ExportError, RunError, check_choice
+from sparsify.export.powerinfer.export import check_model
+from sparsify.export.powerinfer.rules import FFN_TYPES, supported_context
 from sparsify.files import refuse_foreign_folder
 from sparsify.mixture.sequences.held_out import check_text_or_mixture
 from sparsify.mixture.sequences.reader import PackedSequence, collate
+from sparsify.predictors.engines import ENGINES, OWN, POWERINFER
 from sparsify.predictors.format import (
     FACTS_FILE,
     INPUTS,
+    EvaluationFacts,
     Predictors,
     read_predictors,
     write_predictors,
@@ -24,7 +28,7 @@ from sparsify.predictors.format import (
 from sparsify.predictors.quality import evaluate_predictors
 from sparsify.predictors.report import write_evaluation
 from sparsify.predictors.schema import PredictorEvaluation
-from sparsify.predictors.train import Settings, train_predictors
+from sparsify.predictors.trainer import Settings, train_predictors
 from sparsify.runs.load import Loaded, load
 
 logger = logging.getLogger(__name__)
@@ -42,23 +46,16 @@ def train(
     settings: Settings,
     on_progress: Callable[[str], None],
 ) -> tuple[Predictors, Path]:
-    """Trains the predictors of a model or a run and writes them.
-
-    Args:
-        model_or_run: Model folder, Hub id, run folder or checkpoint.
-        on: Text file, mixture name or mixture path; default: the run's own mixture, or the quickstart's.
-        num_tokens: Held-out tokens to use, including those kept for evaluation.
-        to: Output folder; default: RUN/predictors or predictors/NAME.
-        settings: Training settings.
-        on_progress: Called often with a line of progress.
-
-    Raises:
-        RunError: If a setting is out of range, or the text is too short.
+    """Trains the predictors of a model or a run and writes them; `num_tokens` includes those kept for evaluation.
+    Without `on`: the run's own mixture, or the quickstart's. Raises RunError if a setting is out of range, or the text
+    is too short.
     """
     _check(settings, num_tokens, on)
     loaded = load(model_or_run)
     folder = to or _default_folder(loaded)
     refuse_foreign_folder(folder, FACTS_FILE, "folder of predictors")
+    if settings.input == "residual":
+        _warn_of_powerinfer(loaded)
     sequences, text = held_out_sequences(loaded, on, num_tokens)
     trained = _part(sequences, lambda place: place not in (VALIDATED, EVALUATED))
     validation = _part(sequences, lambda place: place == VALIDATED)
@@ -83,6 +80,14 @@ def train(
     return predictors, folder
 
 
+def _warn_of_powerinfer(loaded: Loaded) -> None:
+    """Says before the training that an export for PowerInfer would refuse the model."""
+    try:
+        check_model(loaded, FFN_TYPES[0], supported_context(loaded.model.config))
+    except ExportError as error:
+        logger.warning(f"{error.given}\nThe predictors serve `sparsify generate` and `evaluate` only.")
+
+
 def evaluate(
     model_or_run: str,
     predictors_folder: Path | None,
@@ -90,22 +95,14 @@ def evaluate(
     num_tokens: int,
     max_loss_rise: float,
     thresholds: Sequence[float],
+    engine: str,
     on_progress: Callable[[str], None],
 ) -> tuple[PredictorEvaluation, Path]:
-    """Evaluates predictors, writes the evaluation next to their folder, and sets their threshold to the chosen one.
-
-    Args:
-        model_or_run: The model that they were trained for.
-        predictors_folder: Folder of the predictors; default: where `train` writes them.
-        on: Text as in `train`. Only sequences that training does not use are evaluated.
-        num_tokens: Approximate number of tokens to evaluate on.
-        max_loss_rise: Limit on the rise of the loss, nats per token.
-        thresholds: Thresholds to try; by default chosen by recall.
-        on_progress: Called often with a line of progress.
-
-    Raises:
-        RunError: If a number is out of range, or the text is too short.
+    """Evaluates predictors for an engine on sequences that training did not use, writes the evaluation next to their folder,
+    and its result into their facts, with the chosen threshold. Raises RunError if a number is out of range, or the text is
+    too short; ExportError if the engine does not support the model.
     """
+    check_choice("--engine", engine, tuple(ENGINES))
     if num_tokens < 1 or max_loss_rise < 0:
         raise RunError(
             f"Predictors cannot be evaluated on {num_tokens} tokens with a limit of {max_loss_rise} nats.",
@@ -114,11 +111,18 @@ def evaluate(
     if on is not None:
         check_text_or_mixture(on)
     loaded = load(model_or_run)
+    if engine == POWERINFER:
+        check_model(loaded, FFN_TYPES[0], supported_context(loaded.model.config))
     folder = predictors_folder or _default_folder(loaded)
     predictors = read_predictors(folder)
     predictors.check_model(loaded.model, str(folder))
+    if engine == POWERINFER and predictors.facts.input == "normed" and set(thresholds) - {0.0}:
+        raise RunError(
+            "--threshold: PowerInfer's input is the residual, for which predictors of the normed input are exact at 0 alone.",
+            next_step="Omit --threshold, or train predictors with --input residual.",
+        )
     sequences, text = held_out_sequences(loaded, on, num_tokens * SPLIT, predictors.facts.sequence_length)
-    evaluated = _part(sequences, lambda place: place == EVALUATED)
+    evaluated = spread(_part(sequences, lambda place: place == EVALUATED), num_tokens)
     logger.info(f"Evaluating {folder} on {_count(evaluated):,} tokens that it was not trained on: {text}")
     evaluation = evaluate_predictors(
         loaded.model,
@@ -129,37 +133,51 @@ def evaluate(
         text=text,
         max_loss_rise=max_loss_rise,
         thresholds=thresholds,
+        engine=engine,
         on_progress=lambda done, of: on_progress(f"pass {done} of {of}"),
     )
     evaluation.command = " ".join(["sparsify", *sys.argv[1:]])
-    page = _evaluation_folder(folder)
+    page = _evaluation_folder(folder, engine)
     write_evaluation(evaluation, page)
-    if evaluation.chosen is not None:
+    predictors.facts.evaluations[engine] = _facts(evaluation)
+    if engine == OWN and evaluation.chosen is not None:
         predictors.facts.threshold = evaluation.chosen
         predictors.facts.threshold_reason = evaluation.verdict
-        write_predictors(predictors, folder)
+    write_predictors(predictors, folder)
     return evaluation, page
 
 
-def refuse_useless(evaluation: PredictorEvaluation) -> None:
-    """Refuses predictors without a usable threshold.
+def _facts(evaluation: PredictorEvaluation) -> EvaluationFacts:
+    chosen = evaluation.chosen_point
+    return EvaluationFacts(
+        threshold=evaluation.chosen,
+        verdict=evaluation.verdict,
+        loss=evaluation.references[0].loss,
+        loss_rise=None if chosen is None else chosen.loss_rise,
+        dropped_thresholds=evaluation.dropped_thresholds,
+        num_tokens=evaluation.num_tokens,
+        text=evaluation.text,
+    )
 
-    Raises:
-        RunError: If no threshold could be chosen, with the reason.
-    """
+
+def refuse_useless(evaluation: PredictorEvaluation) -> None:
+    """Raises RunError with the reason if no threshold could be chosen."""
     if evaluation.chosen is None:
+        kept = "The predictors keep the threshold that they had."
+        if evaluation.engine == POWERINFER:
+            kept = "`sparsify export --format powerinfer` refuses these predictors."
+        reads = "an exact kernel" if ENGINES[evaluation.engine].gate_first else "a dense one"
         raise RunError(
             evaluation.verdict,
-            allowed="A threshold with a rise of the loss of at most "
-            f"{evaluation.max_loss_rise} nats that reads less than an exact kernel.",
+            allowed=f"A threshold with a rise of the loss of at most {evaluation.max_loss_rise} nats that reads less than {reads}.",
             next_step="Train longer or with more text (--tokens, --passes), with another --recall or --rank; "
-            "or raise --max-loss-rise. The predictors keep the threshold that they had.",
+            f"or raise --max-loss-rise. {kept}",
         )
 
 
-def _evaluation_folder(folder: Path) -> Path:
+def _evaluation_folder(folder: Path, engine: str) -> Path:
     # Next to the predictors, not inside: their folder is replaced as a whole.
-    return folder.with_name(f"{folder.name}-evaluated")
+    return folder.with_name(f"{folder.name}-evaluated" + ("" if engine == OWN else f"-{engine}"))
 
 
 def _default_folder(loaded: Loaded) -> Path:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsify.errors import RunError
 from sparsify.evaluation.metrics import Score, difference
+from sparsify.metadata import user_path
 from sparsify.methods.blending import Blending, blended_share
 from sparsify.mixture.sequences.held_out import (
     check_text_or_mixture,
@@ -40,21 +41,9 @@ def make_report(
     curve_tokens: int = 0,
     against: str | None = None,
 ) -> tuple[SparsityReport, Path]:
-    """Measures a model or a run on held-out text and writes its report.
-
-    Args:
-        model_or_run: Model folder, Hub id, run folder or checkpoint.
-        on: Text file, mixture name or mixture path; None for the run's own mixture, or the quickstart's.
-        num_tokens: Tokens to measure on.
-        to: Folder of the report; None for RUN/report or reports/NAME.
-        curve_tokens: Of the tokens, how many to measure curves on; 0 for no curves.
-        against: Another model, run or checkpoint, to measure on the same sequences.
-
-    Returns:
-        The report and the folder that holds it.
-
-    Raises:
-        RunError: If a number of tokens is out of range, or the other model has another tokenizer.
+    """Measures a model or a run, and another one on the same sequences if `against` names it, and writes its report.
+    Without `on`: the run's own mixture, or the quickstart's. Raises RunError if a number of tokens is out of range, or
+    the other model has another tokenizer.
     """
     _check_tokens(num_tokens, curve_tokens)
     if on is not None:
@@ -151,13 +140,8 @@ def spread(sequences: list[PackedSequence], num_tokens: int) -> list[PackedSeque
 def held_out_sequences(
     loaded: Loaded, on: str | None, num_tokens: int, sequence_length: int | None = None
 ) -> tuple[list[PackedSequence], str]:
-    """Sequences to measure a model or a run on, and a phrase that says what they are.
-
-    Args:
-        loaded: The model, and its run if it has one.
-        on: Text file, mixture name or mixture path; None for the run's own mixture, or the quickstart's.
-        num_tokens: Tokens wanted; fewer come if there are fewer.
-        sequence_length: Length of a sequence; the run's, or 512, unless given.
+    """Sequences to measure a model or a run on, about `num_tokens` or fewer if there are fewer, and a phrase that says
+    what they are.
     """
     recipe = loaded.trained.run.load_recipe() if loaded.trained else None
     if sequence_length is None:
@@ -167,7 +151,7 @@ def held_out_sequences(
     settings: dict[str, Any] = {
         "num_tokens": num_tokens,
         "sequence_length": sequence_length,
-        "cache_dir": Path(recipe.cache_dir if recipe else CACHE_DIR).expanduser(),
+        "cache_dir": user_path(recipe.cache_dir if recipe else CACHE_DIR),
     }
     if on is None and recipe is not None:
         sequences = mixture_sequences(recipe.mixture, loaded.tokenizer, **settings)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsify.commands.train import RunResult, train
 from sparsify.errors import ExportError
+from sparsify.metadata import read_json, user_path
 from sparsify.mixture.lock import MixtureLock, read_lock
 from sparsify.recipe.compose import load_recipe
+from sparsify.sparsity.report import read_report
 
 WATCHED = ("torch", "transformers", "deepspeed", "datasets")
 
@@ -21,8 +22,6 @@ class Reproduction:
     """How to reproduce a bundle.
 
     Attributes:
-        arguments: Arguments of `sparsify`.
-        run_dir: Folder of the new run.
         differences: Differences between this environment and the recorded one.
     """
 
@@ -38,10 +37,6 @@ class Reproduction:
 def reproduction(bundle: Path, to: Path | None) -> Reproduction:
     """Plans the reproduction of a bundle from its recipe.
 
-    Args:
-        bundle: Folder that `export` wrote.
-        to: Folder of the new run; None for reproductions/NAME.
-
     Raises:
         ExportError: If the folder is not a bundle.
     """
@@ -56,7 +51,7 @@ def reproduction(bundle: Path, to: Path | None) -> Reproduction:
     arguments = ["train", str(path), f"run_dir={run_dir}"]
     differences = _software(bundle / "training" / "environment.json")
     source = recipe.model.source
-    if source and source.startswith(("/", ".", "~")) and not Path(source).expanduser().exists():
+    if source and source.startswith(("/", ".", "~")) and not user_path(source).exists():
         differences.append(f"model.source {source} is not here: add model.source=… to the command")
     return Reproduction(arguments, run_dir, differences)
 
@@ -64,7 +59,9 @@ def reproduction(bundle: Path, to: Path | None) -> Reproduction:
 def _software(path: Path) -> list[str]:
     if not path.is_file():
         return []
-    recorded = json.loads(path.read_text()).get("packages", {})
+    recorded = read_json(path, ExportError).get("packages")
+    if not isinstance(recorded, dict):
+        raise ExportError(f"{path} names no packages.", next_step="Copy or download the bundle again.")
     return [
         f"{name} is {here} here and was {recorded[name]}"
         for name in WATCHED
@@ -73,15 +70,7 @@ def _software(path: Path) -> list[str]:
 
 
 def reproduce(bundle: Path, plan: Reproduction) -> list[str]:
-    """Runs the reproduction, and compares the new run with the bundle.
-
-    Args:
-        bundle: The bundle.
-        plan: What `reproduction` gave.
-
-    Returns:
-        Sentences: whether the data are the same, and both losses.
-    """
+    """Runs the reproduction; returns sentences that say whether the data are the same, and both losses."""
     result = train(str(bundle / "training" / "recipe.yaml"), plan.arguments[2:])
     if result is None:
         return []
@@ -100,8 +89,8 @@ def _losses(bundle: Path, result: RunResult) -> str:
     kept = bundle / "sparsity" / "report.json"
     if not kept.is_file():
         return f"Loss {result.report.loss:.4f}; the bundle has no report to compare with."
-    before = json.loads(kept.read_text())
+    before = read_report(kept.parent)
     return (
-        f"Loss {result.report.loss:.4f} (the bundle's report: {before['loss']:.4f}), exact zeros "
-        f"{result.report.product_zeros:.2%} ({before['product_zeros']:.2%}). New run: {result.run.path}"
+        f"Loss {result.report.loss:.4f} (the bundle's report: {before.loss:.4f}), exact zeros "
+        f"{result.report.product_zeros:.2%} ({before.product_zeros:.2%}). New run: {result.run.path}"
     )

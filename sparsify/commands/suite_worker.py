@@ -7,14 +7,13 @@ from pathlib import Path
 
 from sparsify.commands.evaluate import evaluate_model
 from sparsify.evaluation.request import EvalRequest
-from sparsify.launch.child import exit_with_parent, run_child
+from sparsify.launch.child import run_child
 from sparsify.reporting.log_lines import print_log_lines
 from sparsify.runs.load import find_trained
 from sparsify.training.suite_results import command_of
 
 
 def main(checkpoint: str) -> bool:
-    exit_with_parent()
     print_log_lines()
     trained = find_trained(Path(checkpoint))
     assert trained is not None

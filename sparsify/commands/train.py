@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import shutil
@@ -15,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from sparsify.commands import rank
 from sparsify.commands.report import make_report
-from sparsify.commands.run import train_run
+from sparsify.commands.run import BUNDLE_MARK, check_start, refuse_foreign_run, source_stores_mask, train_run
+from sparsify.errors import RunError, UserError
 from sparsify.export.bundle import export
-from sparsify.files import write_json
+from sparsify.export.check import check_hashes
+from sparsify.files import refuse_foreign_folder, write_json
 from sparsify.launch.hosts import placement
 from sparsify.launch.launcher import serve
 from sparsify.launch.nodes import rendezvous_of
+from sparsify.metadata import read_json
 from sparsify.methods.base import check_method
 from sparsify.plan import auto_sentence, resolve_engine, this_machine
 from sparsify.recipe.compose import compose_recipe
@@ -40,7 +41,10 @@ from sparsify.recipe.sparsification import (
 )
 from sparsify.reporting.numbers import share
 from sparsify.reporting.tables import Table
+from sparsify.reporting.terminal import marked
+from sparsify.runs.history import has_trained
 from sparsify.runs.run_folder import RunFolder
+from sparsify.runs.run_lock import RunLock
 from sparsify.sparsity.report import SparsityReport, layers_table, read_report
 
 logger = logging.getLogger(__name__)
@@ -51,9 +55,6 @@ TRAINING_SETTINGS = ("micro_batch_size", "gradient_checkpointing")
 
 def resolve_for_this_machine(recipe: Recipe) -> Recipe:
     """Resolves `engine=auto`: to the settings that the run began with, or to the cheapest that fit.
-
-    Args:
-        recipe: A composed recipe; one with a concrete stage is returned as it is.
 
     Raises:
         RecipeError: If nothing fits this machine.
@@ -79,7 +80,7 @@ def resolve_for_this_machine(recipe: Recipe) -> Recipe:
 
 def _begun(recipe: Recipe) -> Recipe | None:
     run = RunFolder(Path(recipe.run_dir))
-    return run.load_recipe() if run.mixture_lock.is_file() else None
+    return run.load_recipe() if run.mixture_lock.is_file() and has_trained(run) else None
 
 
 @dataclass(frozen=True)
@@ -98,10 +99,6 @@ class RunResult:
 def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
     """Runs or resumes a recipe: the run, its baseline, report and export.
 
-    Args:
-        name_or_path: Recipe name or path.
-        overrides: Hydra overrides.
-
     Returns:
         None on any node but the first, which has the result.
 
@@ -111,29 +108,66 @@ def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
     """
     recipe = compose_recipe(name_or_path, overrides)
     check_method(recipe.conversion)
-    with ExitStack() as stack:
-        place = stack.enter_context(placement(recipe.launch, ["train", name_or_path, *overrides]))
-        if place.overrides:
-            recipe = compose_recipe(name_or_path, [*overrides, *place.overrides])
-        nodes = stack.enter_context(rendezvous_of(recipe.launch, place.started_nodes))
-        if recipe.launch.node_rank > 0:
-            logger.info(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
-            serve(rank, nodes)
-            return None
-        recipe = resolve_for_this_machine(recipe)
-        run = RunFolder(Path(recipe.run_dir))
-        trained = train_run(recipe, run, nodes)
-        if recipe.baseline.ffn_activation is not None:
-            logger.info(f"Baseline: {recipe.baseline.ffn_activation} on the same tokens")
-            trained |= train_run(_baseline_recipe(recipe, run), run.baseline, nodes)
-    return _finish(name_or_path, recipe, run, trained=trained)
+    with ExitStack() as held:
+        with ExitStack() as stack:
+            place = stack.enter_context(placement(recipe.launch, ["train", name_or_path, *overrides]))
+            if place.overrides:
+                recipe = compose_recipe(name_or_path, [*overrides, *place.overrides])
+            nodes = stack.enter_context(rendezvous_of(recipe.launch, place.started_nodes))
+            if recipe.launch.node_rank > 0:
+                logger.info(f"Node {recipe.launch.node_rank} of {recipe.launch.nodes} follows node 0")
+                serve(rank, nodes)
+                return None
+            recipe = resolve_for_this_machine(recipe)
+            run = RunFolder(Path(recipe.run_dir))
+            held.enter_context(RunLock(run.path))
+            for folder in (run, run.baseline):
+                refuse_foreign_run(folder)
+            trained = train_run(recipe, run, nodes)
+            baseline = baseline_recipe(recipe, run)
+            if baseline is not None:
+                logger.info(f"Baseline: {baseline.activation.ffn_activation} on the same tokens")
+                trained |= train_run(baseline, run.baseline, nodes)
+        return _finish(name_or_path, recipe, run, trained=trained)
 
 
-def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
+def check_sweep(name_or_path: str, points: Sequence[Sequence[str]]) -> None:
+    """Composes and checks every point of a sweep, before the first one trains.
+
+    Raises:
+        UserError: The first point's that cannot be trained, with its overrides.
+    """
+    common = set(points[0]).intersection(*points)
+    for point in points:
+        try:
+            recipe = compose_recipe(name_or_path, point)
+            check_method(recipe.conversion)
+            check_start(resolve_for_this_machine(recipe), RunFolder(Path(recipe.run_dir)))
+        except UserError as error:
+            own = " ".join(override for override in point if override not in common) or " ".join(point)
+            raise type(error)(
+                f"{own}: {error.given}",
+                allowed=error.allowed,
+                next_step=f"{error.next_step} None of the {len(points)} runs was started.".lstrip(),
+            ) from error
+
+
+def baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe | None:
+    """The recipe of a run's baseline: its activation, and no mask.
+
+    Args:
+        recipe: The run's recipe.
+        run: Its folder, with the checkpoint that training starts from.
+
+    Returns:
+        None if no baseline is wanted, or if it would repeat the run itself.
+    """
+    name = recipe.baseline.ffn_activation
+    if name is None or (name == recipe.activation.ffn_activation and not run.is_masked):
+        return None
     baseline = deepcopy(recipe)
-    assert recipe.baseline.ffn_activation is not None
-    baseline.activation = ActivationSection(recipe.baseline.ffn_activation)
-    baseline.conversion = ConversionSection()
+    baseline.activation = ActivationSection(name)
+    baseline.conversion = ConversionSection(drop_source_mask=source_stores_mask(recipe, run))
     baseline.baseline.ffn_activation = None
     baseline.blending, baseline.penalty = BlendingSection(), PenaltySection()
     baseline.distillation = DistillationSection()
@@ -143,7 +177,8 @@ def _baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe:
 
 def _finish(given: str, recipe: Recipe, run: RunFolder, *, trained: bool) -> RunResult:
     samples_path = run.path / "samples.json"
-    if trained or not run.report.is_dir():
+    report = None if trained else _kept_report(run)
+    if report is None:
         report, _ = make_report(
             str(run.path),
             None,
@@ -151,23 +186,52 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, *, trained: bool) -> Run
             run.report,
             curve_tokens=recipe.eval.report_curve_tokens,
         )
-    else:
-        report = read_report(run.report)
-    if trained or not run.export.is_dir() or not samples_path.is_file():
-        shutil.rmtree(run.export, ignore_errors=True)  # ours, of an earlier checkpoint of this run
+    written = None if trained else _kept_samples(run, samples_path)
+    if written is None:
+        refuse_foreign_folder(run.export, BUNDLE_MARK, "export bundle")
+        shutil.rmtree(run.export, ignore_errors=True)  # ours, of an earlier checkpoint of this run or damaged
         bundle = export(run.path, run.export, recipe.eval.sample_prompts, recipe.eval.sample_tokens)
         assert bundle.acceptance is not None
-        write_json(
-            samples_path,
-            {"checked": bundle.acceptance.sentence(), "samples": bundle.acceptance.samples},
-        )
-    written = json.loads(samples_path.read_text())
+        written = {"checked": bundle.acceptance.sentence(), "samples": bundle.acceptance.samples}
+        write_json(samples_path, written)
     samples = list(zip(recipe.eval.sample_prompts, written["samples"], strict=False))
     return RunResult(given, run, recipe, report, samples, written["checked"])
 
 
+def _kept_report(run: RunFolder) -> SparsityReport | None:
+    """The report of a run that was trained before; None if there is none, or a damaged one, which is said."""
+    if not run.report.is_dir():
+        return None
+    try:
+        return read_report(run.report)
+    except UserError as error:
+        logger.warning(f"{error.given} The report is written again.")
+        return None
+
+
+def _kept_samples(run: RunFolder, path: Path) -> dict[str, Any] | None:
+    """What the check of a run's export gave; None if the export or that is missing or damaged, which is said."""
+    if not run.export.is_dir() or not path.is_file():
+        return None
+    hashes = check_hashes(run.export)
+    if not hashes.holds:
+        logger.warning(f"{run.export} is not as it was written: {hashes.found}. It is written again.")
+        return None
+    try:
+        written = read_json(path, RunError)
+        if isinstance(written.get("checked"), str) and _are_texts(written.get("samples")):
+            return written
+        logger.warning(f"{path} is not as it was written. The export is written again.")
+    except RunError as error:
+        logger.warning(f"{error.given} The export is written again.")
+    return None
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
+
+
 def run_summary(result: RunResult) -> RenderableType:
-    """The summary of a run for the terminal, with the next commands."""
     recipe, run = result.recipe, result.run
     budget_tokens = recipe.num_steps * recipe.step_tokens
     losses = Table(
@@ -178,14 +242,14 @@ def run_summary(result: RunResult) -> RenderableType:
         losses.add(stage.name, f"{stage.loss:.3f}", f"{math.exp(stage.loss):,.1f}", share(stage.zeros))
     parts: list[RenderableType] = ["", losses, layers_table(result.report)]
     if result.samples:
-        parts += ["[bold]The exported checkpoint, in a fresh process, continues[/bold]"]
+        parts += [Text("The exported checkpoint, in a fresh process, continues", "bold")]
         for prompt, continuation in result.samples:
             parts += [
                 Text(prompt, style="bold cyan") + Text(continuation.rstrip(), style="default"),
                 "",
             ]
     parts += [
-        f"Export: {escape(result.checked)}.",
+        f"Export: {result.checked}.",
         "",
         _places(run.path),
         "",
@@ -200,11 +264,10 @@ def _places(path: Path) -> RenderableType:
         "Export": path / "export",
         "Metrics": path / "metrics.jsonl",
     }
-    return "\n".join(f"[bold]{name:8}[/bold] {escape(str(place))}" for name, place in places.items())
+    return Text("\n").join(marked("[bold]{}[/bold] {}", f"{name:8}", place) for name, place in places.items())
 
 
-def next_commands(given: str, path: Path) -> str:
-    """The next commands after a run, given the recipe as the user named it and the run's folder."""
+def next_commands(given: str, path: Path) -> Text:
     ratio = f"sparsify train {given} mixture.instruction_token_share=0.3"
     # `make quickstart` calls the command by its path; the next one is typed by the user.
     commands = {}
@@ -216,8 +279,8 @@ def next_commands(given: str, path: Path) -> str:
         "how sparse it is on your own text": f"sparsify report {path} --on YOUR_TEXT.txt",
         "a bundle to give away": f"sparsify export {path} --to my-sparse-model",
     }
-    lines = [f"  [dim]# {purpose}[/dim]\n  [cyan]{escape(command)}[/cyan]" for purpose, command in commands.items()]
-    return "\n".join(["[bold]Next[/bold]", *lines])
+    lines = [marked("  [dim]# {}[/dim]\n  [cyan]{}[/cyan]", *item) for item in commands.items()]
+    return Text("\n").join([Text("Next", "bold"), *lines])
 
 
 def run_record(result: RunResult) -> dict[str, Any]:

@@ -13,12 +13,7 @@ MARK = "†"
 
 
 def notes(comparison: Comparison, sequences: Mapping[str, Mapping[str, Sequences]]) -> list[str]:
-    """The caveats of a comparison; those that explain marks come first.
-
-    Args:
-        comparison: The comparison, without its notes.
-        sequences: The held-out sequences of each source, by run.
-    """
+    """The caveats of a comparison; those that explain marks come first."""
     return [
         *_other_sequences(comparison, sequences),
         *_weights(comparison),

@@ -24,7 +24,6 @@ MANY_TASKS = 4
 
 
 def evaluation_notes(comparison: EvaluationComparison) -> list[str]:
-    """The caveats of a comparison, most important first."""
     notes: list[str] = []
     for model in comparison.models:
         notes += _of_model(model)
@@ -119,12 +118,10 @@ SIGNS = {"better": "▲", "worse": "▼", "within noise": "≈"}
 
 
 def evaluation_title(comparison: EvaluationComparison) -> str:
-    """Title of a comparison: suite and models."""
     return f"{comparison.suite}: {' · '.join(model.name for model in comparison.models)}"
 
 
 def evaluation_tables(comparison: EvaluationComparison) -> list[Table]:
-    """Tables of models, scores, differences and samples."""
     tables = [_models(comparison), _scores(comparison)]
     if any(model.differences for model in comparison.models):
         tables.append(_differences(comparison))
@@ -212,7 +209,6 @@ TITLE = "Quality against active parameters"
 
 
 def quality_caption(comparison: EvaluationComparison) -> str:
-    """Caption of the figure."""
     return (
         f"{_what(comparison)} with its 95% interval over items, against the active parameters of one token: with a perfect "
         "predictor (dot) and with an exact gate-first kernel (end of the bar). Rings: dense models. A model that predictors "

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
-
 from sparsify.compare.settings import short_names
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.metrics import Difference, MetricValue, difference
@@ -19,20 +17,18 @@ from sparsify.evaluation.results import (
     Sample,
     SourceOverlap,
     TaskResult,
-    read_items,
     read_results,
+    read_scores,
 )
+from sparsify.files import JsonRecord
+from sparsify.metadata import user_path
 from sparsify.training.suite_results import EVALUATIONS
 
 Against = Literal["itself without predictors", "its dense baseline", "another model", "nothing"]
 Verdict = Literal["better", "worse", "within noise"]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-
-class TaskDifference(_Section):
+class TaskDifference(JsonRecord):
     """The difference of two models on one task, over the items that both have."""
 
     metric: str
@@ -47,9 +43,7 @@ class TaskDifference(_Section):
         return max((one.items_found for one in self.overlaps), default=0)
 
 
-class EvaluatedModel(_Section):
-    """One evaluation: a column of the table."""
-
+class EvaluatedModel(JsonRecord):
     name: str
     """The shortest name that differs from the others'."""
     path: str
@@ -76,9 +70,7 @@ class EvaluatedModel(_Section):
     samples: list[Sample]
 
 
-class EvaluationComparison(_Section):
-    """A comparison of evaluations of one suite."""
-
+class EvaluationComparison(JsonRecord):
     schema_version: Literal[1] = 1
     kind: Literal["evaluations"] = "evaluations"
     suite: str
@@ -96,11 +88,11 @@ def result_folders(paths: Sequence[Path]) -> list[Path] | None:
     Raises:
         EvaluationError: If a run has no such evaluation.
     """
-    own = [_result_folder(path.expanduser()) for path in paths]
+    own = [_result_folder(user_path(path)) for path in paths]
     if not any(own):
         return None
     suite = read_results(next(one for one in own if one is not None)).suite
-    return [one or _newest(path.expanduser(), suite) for path, one in zip(paths, own, strict=True)]
+    return [one or _newest(user_path(path), suite) for path, one in zip(paths, own, strict=True)]
 
 
 def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
@@ -132,7 +124,7 @@ def compare_evaluations(folders: Sequence[Path]) -> EvaluationComparison:
 
 def _names(folders: Sequence[Path], results: Sequence[EvaluationResults]) -> list[str]:
     """Names by model if the models differ, otherwise by folder."""
-    models = [Path(one.model).expanduser() for one in results]
+    models = [user_path(one.model) for one in results]
     return short_names(models if len(set(models)) == len(models) else folders)
 
 
@@ -220,9 +212,7 @@ def _differences(
     for task in own.tasks:
         if task.name not in rows or rows[task.name].metric != task.metric:
             continue
-        scores = [
-            {item: of[task.metric] for item, of in read_items(where, task.name).items()} for where in (folder, other)
-        ]
+        scores = [read_scores(where, task.name, task.metric) for where in (folder, other)]
         paired = difference(task.score.kind, *scores)
         if paired is not None:
             found[task.name] = TaskDifference(

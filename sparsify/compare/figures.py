@@ -47,12 +47,10 @@ def has_series(comparison: Comparison) -> bool:
 
 
 def repeats(runs: Sequence[ComparedRun], key: str) -> bool:
-    """Whether several runs have the same value of the setting."""
     return len({_value(run, key) for run in runs}) < len(runs)
 
 
 def by_value(line: Line) -> Line:
-    """Mean loss at each value of the setting."""
     values = sorted({value for value, _ in line})
     return [(value, fmean(loss for one, loss in line if one == value)) for value in values]
 
@@ -163,16 +161,6 @@ def _setting_axis(axes: Axes, values: Sequence[float], label: str) -> None:
 
 @dataclass(frozen=True)
 class ComparisonFigure:
-    """One figure.
-
-    Attributes:
-        name: File name without extension.
-        title: Heading on the page.
-        caption: Caption, from the comparison.
-        applies: Whether the comparison has the data.
-        draw: The drawing function.
-    """
-
     name: str
     title: str
     caption: Callable[[Comparison], str]
@@ -181,7 +169,6 @@ class ComparisonFigure:
 
 
 def figures_of(comparison: Comparison) -> list[ComparisonFigure]:
-    """The figures that apply to a comparison."""
     return [figure for figure in FIGURES if figure.applies(comparison)]
 
 

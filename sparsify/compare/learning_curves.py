@@ -67,7 +67,6 @@ def draw_zeros(comparison: Comparison, theme: Theme) -> Figure:
 
 
 def has_loss(comparison: Comparison) -> bool:
-    """Whether any loss is comparable between runs."""
     comparable = (source.comparable for run in comparison.runs for source in run.sources.values())
     return comparison.losses_comparable or any(comparable)
 

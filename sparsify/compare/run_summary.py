@@ -33,8 +33,6 @@ class Sequences(NamedTuple):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """Summary of one run folder, of a run or of a baseline."""
-
     run: RunFolder
     recipe: Recipe
     lock: MixtureLock
@@ -51,10 +49,9 @@ class RunSummary:
 
     @property
     def is_dense(self) -> bool:
-        return self.recipe.is_dense
+        return self.recipe.is_dense and not self.run.is_masked
 
     def sequences(self) -> dict[str, Sequences]:
-        """The held-out sequences of every evaluated source."""
         lock, wanted = self.lock, self.recipe.eval.validation_sequences_per_source
         return {
             name: Sequences(
@@ -71,7 +68,6 @@ class RunSummary:
         }
 
     def shares(self) -> dict[str, float]:
-        """Planned token share of every source."""
         return {name: rounded_share(source.token_share) for name, source in self.lock.sources.items()}
 
     def is_baseline_of(self, other: RunSummary) -> bool:
@@ -108,7 +104,7 @@ def read_run_summary(path: Path) -> RunSummary:
         )
     trained = [record for record in read_lines(run.metrics) if record.get("kind") == "train"]
     newest = trained[-1] if trained else {}
-    losses = [record["loss"] for record in trained if "loss" in record]
+    losses = [record["loss"] for record in trained if record.get("loss") is not None]
     return RunSummary(
         run=run,
         recipe=recipe,
@@ -125,7 +121,8 @@ def _point(run: RunFolder, record: dict[str, Any]) -> ValidationPoint:
         return ValidationPoint(
             tokens=record["tokens"],
             loss=record["loss"],
-            sources=record["sources"],
+            # A source whose sequences have no label has no loss.
+            sources={name: loss for name, loss in record["sources"].items() if loss is not None},
             zeros=record["zeros"],
         )
     except (KeyError, ValueError) as error:

@@ -20,20 +20,13 @@ from sparsify.compare.schema import (
 )
 from sparsify.compare.settings import differing_settings, short_names, swept_setting
 from sparsify.errors import RunError
+from sparsify.metadata import user_path
 from sparsify.runs.history import curve_records
 from sparsify.runs.run_folder import RunFolder
 
 
 def find_baseline(summary: RunSummary, compared: Mapping[str, RunSummary]) -> tuple[Baseline | None, BaselineState]:
-    """The dense baseline of a run: the one in its own folder, otherwise one of the compared runs.
-
-    Args:
-        summary: The run.
-        compared: All runs of the comparison, by name.
-
-    Returns:
-        The baseline if there is one, and its state.
-    """
+    """The dense baseline of a run: the one in its own folder, otherwise one of the compared runs."""
     if summary.is_dense:
         return None, "is dense"
     own, state = _own_baseline(summary)
@@ -49,7 +42,7 @@ def find_baseline(summary: RunSummary, compared: Mapping[str, RunSummary]) -> tu
 
 def _own_baseline(summary: RunSummary) -> tuple[RunSummary | None, BaselineState]:
     folder = summary.run.baseline
-    if not folder.recipe.is_file() or not folder.load_recipe().is_dense:
+    if not folder.recipe.is_file() or not folder.is_dense:
         return None, "no baseline"
     if not curve_records(folder):
         return None, "not measured yet"
@@ -77,9 +70,6 @@ def _gap(summary: RunSummary, baseline: RunSummary, name: str) -> Baseline | Non
 
 def compare(paths: Sequence[Path]) -> Comparison:
     """Reads and compares runs.
-
-    Args:
-        paths: Run folders, in the order of the table. A single run is compared with its baseline.
 
     Raises:
         RunError: If there is nothing to compare, a run is given twice, or one cannot be read.
@@ -171,7 +161,7 @@ def _compared_run(
 
 def _with_baseline(paths: Sequence[Path]) -> list[Path]:
     """The paths, checked for duplicates; the path of its baseline is added to a single run."""
-    paths = [path.expanduser() for path in paths]
+    paths = [user_path(path) for path in paths]
     counts = Counter(path.resolve() for path in paths)
     twice = next((path for path in paths if counts[path.resolve()] > 1), None)
     if twice is not None:

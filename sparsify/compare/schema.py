@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-
 from sparsify.errors import RunError
+from sparsify.files import JsonRecord
+from sparsify.metadata import read_record
 
 COMPARISON_FILE = "comparison.json"
 
@@ -15,12 +15,7 @@ BaselineState = Literal["compared", "is dense", "no baseline", "not measured yet
 Setting = str | int | float | bool | None
 
 
-class _Section(BaseModel):
-    # A diverged run has a loss of NaN or infinity; JSON has neither, and null would mean "not measured".
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-
-class ValidationPoint(_Section):
+class ValidationPoint(JsonRecord):
     """One validation pass. Losses are nats per token."""
 
     tokens: int
@@ -33,9 +28,7 @@ class ValidationPoint(_Section):
     """Share of exact zeros among the products of gate and up, 0 to 1."""
 
 
-class SourceOfRun(_Section):
-    """One source of one run."""
-
+class SourceOfRun(JsonRecord):
     token_share: float
     """Planned share of the run's training tokens."""
     planned_tokens: int
@@ -45,7 +38,7 @@ class SourceOfRun(_Section):
     """Whether the loss is on the same sequences as that of the other runs."""
 
 
-class Baseline(_Section):
+class Baseline(JsonRecord):
     """The dense baseline of a run: same model, data, budget and optimiser, and no zeros."""
 
     name: str
@@ -61,9 +54,7 @@ class Baseline(_Section):
     points: list[ValidationPoint]
 
 
-class ComparedRun(_Section):
-    """One run: a row of the table."""
-
+class ComparedRun(JsonRecord):
     name: str
     """The shortest name that differs from the others'."""
     path: str
@@ -96,7 +87,6 @@ class ComparedRun(_Section):
 
     @property
     def measured_tokens(self) -> int:
-        """Training tokens at the newest validation."""
         return self.points[-1].tokens
 
     @property
@@ -105,7 +95,7 @@ class ComparedRun(_Section):
         return self.measured_tokens >= self.budget_tokens
 
 
-class Comparison(_Section):
+class Comparison(JsonRecord):
     """A comparison of runs. Losses are nats per token on held-out text; shares are 0 to 1."""
 
     schema_version: Literal[1] = 1
@@ -128,16 +118,7 @@ class Comparison(_Section):
 
 
 def read_comparison(folder: Path) -> Comparison:
-    """Reads the comparison that `write_comparison` wrote to a folder.
-
-    Raises:
-        RunError: If there is none, or it is damaged or of another schema version.
-    """
+    """Raises RunError if there is none, or it is damaged or of another schema version."""
     path = folder / COMPARISON_FILE
-    try:
-        return Comparison.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise RunError(
-            f"{path} is not a comparison of schema version 1: {str(error).splitlines()[0]}.",
-            next_step="Create it again with `sparsify compare RUN RUN …`.",
-        ) from error
+    again = "Create it again with `sparsify compare RUN RUN …`."
+    return read_record(path, Comparison, "a comparison of schema version 1", RunError, again)

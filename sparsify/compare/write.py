@@ -1,36 +1,44 @@
-"""Writes a comparison of runs or of evaluations: comparison.json, comparison.csv, figures, and a self-contained page."""
+"""`sparsify compare`: writes a comparison of runs or of evaluations: comparison.json, comparison.csv, figures, and a self-contained page."""
 
 from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+from pydantic import BaseModel
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from sparsify.compare.comparison_tables import tables, title
 from sparsify.compare.evaluation_report import (
     NAME,
     TITLE,
     draw_quality,
+    evaluation_notes,
     evaluation_tables,
     evaluation_title,
     quality_caption,
 )
-from sparsify.compare.evaluations import EvaluationComparison
+from sparsify.compare.evaluations import EvaluationComparison, compare_evaluations, result_folders
 from sparsify.compare.figures import figures_of
+from sparsify.compare.runs import compare as compare_runs
 from sparsify.compare.schema import COMPARISON_FILE, ComparedRun, Comparison
 from sparsify.compare.settings import common_name
-from sparsify.compare.tables import tables, title
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.recipe.identity import MAX_NAME_CHARACTERS
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.plotting import LIGHT, image, page_figure
+from sparsify.reporting.tables import Table
+from sparsify.reporting.terminal import marked
 
 PACKAGE = "sparsify.compare"
 TEMPLATE_FILE = "comparison.html.j2"
 
 
 def render_page(comparison: Comparison) -> str:
-    """The HTML page, with all figures embedded for light and dark mode."""
     figures = [
         page_figure(partial(figure.draw, comparison), figure.name, figure.title, figure.caption(comparison))
         for figure in figures_of(comparison)
@@ -53,11 +61,7 @@ def default_folder(comparison: Comparison) -> Path:
 
 
 def check_folder(to: Path) -> None:
-    """Checks that a folder is empty or holds a comparison.
-
-    Raises:
-        StorageError: If it holds other files.
-    """
+    """Raises StorageError unless a folder is empty or holds a comparison."""
     refuse_foreign_folder(to, COMPARISON_FILE, "comparison")
 
 
@@ -112,18 +116,13 @@ def _row(run: ComparedRun) -> dict[str, object]:
 
 
 def evaluations_folder(comparison: EvaluationComparison) -> Path:
-    """comparisons/SUITE,MODEL vs MODEL."""
     models = " vs ".join(model.name for model in comparison.models)
     name = re.sub("[^-+.,=0-9A-Za-z_]+", "-", f"{comparison.suite},{models}").strip("-.")
     return Path("comparisons") / name[:MAX_NAME_CHARACTERS]
 
 
 def write_evaluations(comparison: EvaluationComparison, to: Path) -> None:
-    """Writes the comparison into a folder and replaces a comparison that is already there.
-
-    Raises:
-        StorageError: If the folder cannot be written, or holds something that is not a comparison.
-    """
+    """Writes the comparison into a folder, in place of one that is already there."""
     check_folder(to)
     draw = partial(draw_quality, comparison)
     figure = page_figure(draw, NAME, TITLE, quality_caption(comparison))
@@ -160,3 +159,33 @@ def _write_evaluation_table(comparison: EvaluationComparison, path: Path) -> Non
                 own = [score.value, score.low, score.high, score.items, task.product_zeros]
                 active = task.active_parameters.perfect_predictor
                 table.writerow([model.name, name, task.metric, *own, active, model.against, *paired])
+
+
+def compare(paths: Sequence[Path], to: Path | None, command: str) -> tuple[BaseModel, RenderableType]:
+    """Compares runs, or evaluations, and writes the comparison; a run among results is replaced by its newest
+    evaluation of the suite. Raises UserError if there is nothing to compare, or something cannot be read or written.
+    """
+    if to is not None:
+        check_folder(to)
+    folders = result_folders(paths)
+    if folders is None:
+        runs = compare_runs(paths)
+        runs.command = command
+        folder = to or default_folder(runs)
+        write_comparison(runs, folder)
+        return runs, _summary(tables(runs), runs.notes, folder)
+    evaluations = compare_evaluations(folders)
+    evaluations.notes, evaluations.command = evaluation_notes(evaluations), command
+    folder = to or evaluations_folder(evaluations)
+    write_evaluations(evaluations, folder)
+    return evaluations, _summary(evaluation_tables(evaluations), evaluations.notes, folder)
+
+
+def _summary(tables: list[Table], notes: list[str], folder: Path) -> RenderableType:
+    return Group(
+        "",
+        *tables,
+        *(Text(note) for note in notes),
+        *([""] if notes else []),
+        marked("[bold]Comparison[/bold]  {}", folder / PAGE_FILE),
+    )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any
 
-from huggingface_hub.errors import StrictDataclassError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import LlamaConfig, MistralConfig, MixtralConfig
 
 from sparsify.errors import ModelError, nearest
 from sparsify.models import (
@@ -21,6 +25,8 @@ HELD_AS = {
     "mixtral": SparseMixtralConfig,
     **CONFIG_CLASSES,
 }
+OWN_CLASSES = {"mistral": MistralConfig, "llama": LlamaConfig, "mixtral": MixtralConfig, **CONFIG_CLASSES}
+"""The classes whose defaults apply to the fields that a config.json does not have."""
 DROPPED_FIELDS = (
     "model_type",
     "architectures",
@@ -33,7 +39,91 @@ DROPPED_FIELDS = (
     "attention_bias",
     "mlp_bias",
     "layer_types",
+    "transformers_weights",
 )
+
+
+_Size = Annotated[int, Field(ge=1, le=10_000_000, strict=True)]
+_Number = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+MAX_BLOCKS = 1_000_000
+ROPE_NUMBERS = ("short_factor", "long_factor")
+"""Settings of the rotary embedding that are lists of numbers, one for each frequency; the others are single ones."""
+
+
+class _Sizes(BaseModel):
+    """The fields of a config.json that memory and time follow from, and others that transformers does not check."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    vocab_size: _Size | None = None
+    hidden_size: _Size | None = None
+    intermediate_size: _Size | None = None
+    num_hidden_layers: Annotated[int, Field(ge=1, le=10_000, strict=True)] | None = None
+    num_attention_heads: _Size | None = None
+    num_key_value_heads: _Size | None = None
+    head_dim: _Size | None = None
+    num_local_experts: Annotated[int, Field(ge=0, le=65_536, strict=True)] | None = None
+    num_experts_per_tok: Annotated[int, Field(ge=0, le=65_536, strict=True)] | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 40, strict=True)] | None = None
+    sliding_window: Annotated[int, Field(ge=1, le=1 << 40, strict=True)] | None = None
+    pad_token_id: Annotated[int, Field(strict=True)] | None = None
+    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] | None = None
+    initializer_range: Annotated[float, Field(ge=0, le=1e6)] | None = None
+    rope_theta: _Number | None = None
+    rope_scaling: dict[str, Any] | None = None
+    rope_parameters: dict[str, Any] | None = None
+    quantization_config: dict[str, Any] | None = None
+    sparsification: dict[str, Any] | None = None
+    ffn_activation: str | None = None
+    ffn_gate_threshold: Annotated[float, Field(ge=0, le=1e6)] | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> _Sizes:
+        hidden, heads = self.hidden_size, self.num_attention_heads
+        if hidden and heads and not self.head_dim and hidden % heads:
+            raise ValueError(f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        if heads and self.num_key_value_heads and heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of {self.num_key_value_heads} key-value heads"
+            )
+        blocks = (self.num_hidden_layers or 1) * (self.num_local_experts or 1)
+        if blocks > MAX_BLOCKS:
+            raise ValueError(f"layers x experts is {blocks:,}, more than {MAX_BLOCKS:,}")
+        vocabulary, pad = self.vocab_size, self.pad_token_id
+        if vocabulary and pad is not None and not -vocabulary <= pad < vocabulary:
+            raise ValueError(f"pad_token_id {pad} is not one of {vocabulary} tokens")
+        for name in ("rope_scaling", "rope_parameters"):
+            for key, value in (getattr(self, name) or {}).items():
+                numbers = value if key in ROPE_NUMBERS and isinstance(value, list) else [value]
+                named = key in ("type", "rope_type")
+                if named and not isinstance(value, str):
+                    raise ValueError(f"{name}.{key} is {value!r}, not a name")
+                if not named and not all(isinstance(one, bool) or _is_number(one) for one in numbers):
+                    raise ValueError(f"{name}.{key} is {value!r}, not a number above 0")
+        return self
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and 0 < value <= 1e12
+
+
+def check_fields(config: Mapping[str, Any], where: str) -> None:
+    """Refuses sizes that no model has, and fields of another kind than transformers computes with.
+
+    Raises:
+        ModelError: Naming the first such field of config.json, or of model.architecture.
+    """
+    try:
+        _Sizes.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        said = first["msg"].removeprefix("Value error, ")
+        raise ModelError(
+            f"{where} is not configured as any model can be: "
+            + (f"{field} is {str(first['input'])[:80]!r}: {said}." if field else f"{said}."),
+            next_step="Correct that field in config.json or model.architecture.",
+        ) from error
 
 
 def sparse_config(
@@ -44,28 +134,62 @@ def sparse_config(
     Raises:
         ModelError: If the architecture cannot be held, with the reason.
     """
-    model_type = str(config.get("model_type"))
-    if model_type not in HELD_AS:
-        raise ModelError(
-            f"{where} has model_type {model_type!r}, an architecture that cannot be held.",
-            allowed=f"{nearest(model_type, HELD_AS)}Held: mistral, mixtral, and llama without biases.",
-        )
-    reasons = _obstacles(config, model_type)
-    if reasons:
-        raise ModelError(
-            f"{where} ({model_type}) cannot be held: {'; '.join(reasons)}.",
-            allowed="Mistral, Mixtral, and Llama checkpoints with SwiGLU, without biases, in full precision.",
-        )
+    config = held_fields(config, where)
+    model_type = config["model_type"]
     fields = {key: value for key, value in config.items() if key not in DROPPED_FIELDS}
     fields["ffn_activation"] = ffn_activation
     if gate_threshold is not None:
         fields["ffn_gate_threshold"] = gate_threshold
     if model_type == "llama":
         fields["sliding_window"] = None
-    try:
+    with _config_errors(model_type, where):
         return HELD_AS[model_type](**fields)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+
+
+def held_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config.json that can be held here, with its own class's defaults for what it does not have.
+
+    Raises:
+        ModelError: If the architecture cannot be held, with the reason.
+    """
+    check_fields(config, where)
+    model_type = str(config.get("model_type"))
+    if model_type not in HELD_AS:
+        raise ModelError(
+            f"{where} has model_type {model_type!r}, an architecture that cannot be held.",
+            allowed=f"{nearest(model_type, HELD_AS)}Held: mistral, mixtral, and llama without biases.",
+        )
+    config = complete_fields(config, where) | {"model_type": model_type}
+    reasons = _obstacles(config, model_type)
+    if reasons:
+        raise ModelError(
+            f"{where} ({model_type}) cannot be held: {'; '.join(reasons)}.",
+            allowed="Mistral, Mixtral, and Llama checkpoints with SwiGLU, without biases, in full precision.",
+        )
+    return config
+
+
+def complete_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A config.json with the defaults of its own configuration class for the fields that it does not have; any other architecture's as it is.
+
+    Raises:
+        ModelError: If no such model can have these fields.
+    """
+    own = OWN_CLASSES.get(str(config.get("model_type")))
+    if own is None:
+        return dict(config)
+    quantised = {key: value for key, value in config.items() if key == "quantization_config" and value}
+    given = {key: value for key, value in config.items() if key != "quantization_config"}
+    with _config_errors(own.model_type, where):
+        return own.from_dict(given).to_dict() | quantised
+
+
+@contextmanager
+def _config_errors(model_type: str, where: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers computes with fields of any type before it checks them
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
         raise ModelError(
             f"{where} ({model_type}) is not configured as any such model can be: {reason}",
             next_step="Correct the field that the message names in config.json or model.architecture.",

@@ -1,29 +1,32 @@
 """Dense checkpoint → sparse-activated checkpoint, on disk.
 
-An activation replacement changes no weight: the shards are copied as they are and config.json names the activation. So it needs no
-memory to speak of, whatever the model's size. Upcycling, GGUF and random weights are built in memory.
+An activation replacement changes no weight: the shards are copied and config.json names the activation; where they are stored in
+another layout, or hold needless tensors, they are rewritten one at a time. So it needs memory for at most one shard, whatever the
+model's size, from a GGUF file too. Upcycling and random weights are built in memory.
 
 Dense Mistral → Mixtral, without changing its function.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
-import struct
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sparsify.conversion.architecture import sparse_config, tensor_shapes
-from sparsify.conversion.source import SourceCheckpoint, check_tensors, locate, read_checkpoint
+from sparsify.conversion.gguf_file import gguf_tokenizer, read_gguf
+from sparsify.conversion.manifest import record_folder
+from sparsify.conversion.source_checkpoint import SourceCheckpoint, locate, read_checkpoint
+from sparsify.conversion.source_tensors import DTYPES, HEAD, check_finite, check_tensors
 from sparsify.conversion.sparse_folder import load_sparse, write_config
-from sparsify.conversion.tokenizer import check_tokenizer, copy_tokenizer, load_tokenizer
+from sparsify.conversion.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer, write_tokenizer
+from sparsify.conversion.weight_files import copy_shards, write_shards
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder
 from sparsify.models import (
@@ -39,15 +42,14 @@ from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection
 
+logger = logging.getLogger(__name__)
+
+GENERATION = "generation_config.json"
 DENSE_ONLY_FIELDS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version")
 
 
 def check_dense(config: SparseConfig, num_experts: int) -> None:
-    """Refuses to upcycle what has experts already.
-
-    Raises:
-        ModelError: If the configuration is that of a Mixtral.
-    """
+    """Raises ModelError if what is to be upcycled has experts already."""
     if not isinstance(config, SparseMistralConfig):
         raise ModelError(
             f"model.upcycle_experts is {num_experts}, but the model is {config.model_type} already.",
@@ -86,14 +88,6 @@ def upcycle(dense: SparseModel, num_experts: int, num_experts_per_token: int, se
     return model.eval()
 
 
-TIED = "lm_head.weight"
-"""Not stored when the embedding is tied, though some checkpoints have it."""
-GGUF_MAGIC = b"GGUF"
-GGUF_PACKAGES = ("gguf", "accelerate")
-DERIVED = ".rotary_emb.inv_freq"
-"""Stored by old Llama checkpoints, computed here."""
-
-
 @dataclass(frozen=True)
 class Converted:
     folder: Path
@@ -108,6 +102,7 @@ def convert(
     *,
     seed: int,
     dtype: torch.dtype,
+    drop_mask: bool = False,
 ) -> Converted:
     """Writes the sparse-activated checkpoint that a recipe's model section describes.
 
@@ -117,28 +112,69 @@ def convert(
         to: Folder to write; must not exist.
         seed: Seed of random weights and of an upcycled router.
         dtype: Dtype of weights that are built here; copied shards keep theirs.
+        drop_mask: Remove the mask that the source stores.
 
     Raises:
-        ModelError: If the source is missing, damaged, or cannot be held.
+        ModelError: If the source is missing, damaged, or cannot be held, or has no mask to remove.
         StorageError: If `to` cannot be written.
+    """
+    with conversion(model, activation, to, seed=seed, dtype=dtype, drop_mask=drop_mask) as made:
+        pass
+    return replace(made, folder=to)
+
+
+@contextmanager
+def conversion(
+    model: ModelSection,
+    activation: ActivationSection,
+    to: Path,
+    *,
+    seed: int,
+    dtype: torch.dtype,
+    drop_mask: bool = False,
+) -> Iterator[Converted]:
+    """Like `convert`, for what must succeed before the result may be seen: the checkpoint has a temporary name in the
+    block, and is removed if the block fails.
     """
     if to.exists():
         raise ModelError(f"{to} exists already.", next_step="Choose another folder or remove this one.")
     with atomic_folder(to) as partial:
-        if model.init == "random":
-            config = _write_random(model, activation, partial, seed, dtype)
-            origin = f"random weights, seed {seed}"
-        else:
+        path, origin = None, f"random weights, seed {seed}"
+        if model.init != "random":
             assert model.source is not None
-            path = locate(model.source, model.revision)
-            write = _write_gguf if path.is_file() else _write_replaced
-            config = write(model, path, activation, partial)
-            origin = model.source
-        _check_tokenizer(model, config, partial, origin)
+            path, origin = locate(model.source, model.revision), model.source
+        config, has_mask = _write(model, path, activation, partial, seed, dtype, drop_mask=drop_mask)
+        if drop_mask and not has_mask:
+            raise ModelError(
+                f"conversion.drop_source_mask=true would be ignored: {origin} stores no mask.",
+                next_step="Omit it.",
+            )
+        where = model.tokenizer or origin
+        check_tokenizer(load_tokenizer(partial, where), config, where)
         if model.upcycle_experts is not None:
             config = _write_upcycled(model, partial, seed)
             origin += f", upcycled to {model.upcycle_experts} experts"
-    return Converted(to, config, origin)
+        check_tensors(partial, read_checkpoint(partial).shapes, tensor_shapes(config))
+        record_folder(partial)
+        yield Converted(partial, config, origin)
+
+
+def _write(
+    model: ModelSection,
+    path: Path | None,
+    activation: ActivationSection,
+    folder: Path,
+    seed: int,
+    dtype: torch.dtype,
+    *,
+    drop_mask: bool,
+) -> tuple[SparseConfig, bool]:
+    """Writes the checkpoint without upcycling; the second result says whether the source stores a mask."""
+    if path is None:
+        return _write_random(model, activation, folder, seed, dtype), False
+    if path.is_file():
+        return _write_gguf(model, path, activation, folder), False
+    return _write_replaced(model, path, activation, folder, drop_mask=drop_mask)
 
 
 def _held_as(model: ModelSection, config: dict[str, Any], activation: ActivationSection, where: str) -> SparseConfig:
@@ -152,45 +188,36 @@ def _held_as(model: ModelSection, config: dict[str, Any], activation: Activation
     return held
 
 
-def _check_tokenizer(model: ModelSection, config: SparseConfig, folder: Path, origin: str) -> None:
-    where = model.tokenizer or origin
-    check_tokenizer(load_tokenizer(folder, where), config, where)
-
-
-def _tokenizer_folder(model: ModelSection, default: Path) -> Path:
-    return default if model.tokenizer is None else locate(model.tokenizer)
-
-
-def _write_replaced(model: ModelSection, path: Path, activation: ActivationSection, folder: Path) -> SparseConfig:
+def _write_replaced(
+    model: ModelSection, path: Path, activation: ActivationSection, folder: Path, *, drop_mask: bool
+) -> tuple[SparseConfig, bool]:
     checkpoint = read_checkpoint(path)
+    for note in checkpoint.notes:
+        logger.info(note)
     config = _held_as(model, checkpoint.config, activation, str(path))
+    stored, has_mask = tensor_shapes(config), bool(config.sparsification)
+    if drop_mask:
+        config.sparsification = None
     expected = tensor_shapes(config)
-    needless = {
-        key
-        for key in checkpoint.shapes.keys() - expected.keys()
-        if key.endswith(DERIVED) or (key == TIED and config.tie_word_embeddings)
-    }
-    kept = {key: shape for key, shape in checkpoint.shapes.items() if key not in needless}
-    check_tensors(SourceCheckpoint(path, checkpoint.config, checkpoint.shards, kept), expected)
-    for shard in checkpoint.shards:
-        if needless:
-            tensors = {key: value for key, value in load_file(shard).items() if key not in needless}
-            save_file(tensors, folder / shard.name, metadata={"format": "pt"})
-        else:
-            shutil.copyfile(shard, folder / shard.name)
-    index = path / "model.safetensors.index.json"
-    if index.is_file() and not needless:
-        shutil.copyfile(index, folder / index.name)
-    if (path / "generation_config.json").is_file():
-        shutil.copyfile(path / "generation_config.json", folder / "generation_config.json")
-    write_config(config, folder, _stored_dtype(checkpoint.shards[0]))
-    copy_tokenizer(_tokenizer_folder(model, path), folder)
-    return config
+    needless = stored.keys() - expected.keys()
+    if config.tie_word_embeddings:
+        needless |= {HEAD}  # equal to the embedding
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in needless}
+    check_tensors(path, {name: tensor.shape for name, tensor in kept.items()}, expected)
+    copy_shards(checkpoint.shards, kept, folder)
+    if (path / GENERATION).is_file():
+        shutil.copyfile(path / GENERATION, folder / GENERATION)
+    write_config(config, folder, _dtype(checkpoint))
+    write_tokenizer(path if model.tokenizer is None else locate(model.tokenizer), folder)
+    return config, has_mask
 
 
-def _stored_dtype(shard: Path) -> torch.dtype:
-    with safe_open(shard, framework="pt") as tensors:
-        return tensors.get_tensor(next(iter(tensors.keys()))).dtype
+def _dtype(checkpoint: SourceCheckpoint) -> torch.dtype:
+    """The dtype that transformers would load: the configuration's, otherwise that of the first tensor."""
+    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    stored = next(iter(checkpoint.tensors.values())).dtype
+    named_dtypes = DTYPES | {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    return named_dtypes.get(str(named)) or DTYPES[stored]
 
 
 def _check_architecture(model: ModelSection, config: dict[str, Any]) -> None:
@@ -207,41 +234,23 @@ def _check_architecture(model: ModelSection, config: dict[str, Any]) -> None:
         )
 
 
-def _load_gguf(path: Path) -> PreTrainedModel:
-    with path.open("rb") as file:
-        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
-            raise ModelError(
-                f"{path} is a file, but no GGUF file.",
-                allowed="A checkpoint folder or a GGUF file.",
-            )
-    missing = [name for name in GGUF_PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ModelError(
-            f"{path} is a GGUF file; reading one needs {' and '.join(missing)}, not installed here.",
-            next_step=f"pip install {' '.join(missing)}",
-        )
-    try:
-        return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16)
-    except (OSError, ValueError, struct.error) as error:
-        raise ModelError(
-            f"{path} is a GGUF file that cannot be read: {str(error).partition(chr(10))[0]}",
-            next_step="Download or copy this file again, or give the safetensors checkpoint that it was made from.",
-        ) from error
-
-
 def _write_gguf(model: ModelSection, path: Path, activation: ActivationSection, folder: Path) -> SparseConfig:
-    dense = _load_gguf(path)
-    fields = dense.config.to_dict()
-    fields.pop("quantization_config", None)  # it says how the file was; what was loaded is full precision
-    config = _held_as(model, fields, activation, path.name)
-    sparse = MODEL_CLASSES[config.model_type](config).to(torch.bfloat16)
-    sparse.load_state_dict(dense.state_dict(), strict=True)
-    sparse.save_pretrained(folder)
-    write_config(config, folder, torch.bfloat16)
+    source = read_gguf(path)
+    config = _held_as(model, source.config, activation, path.name)
+    shapes = tensor_shapes(config)
+    check_tensors(path, {name: tensor.shape for name, tensor in source.tensors.items()}, shapes)
+
+    def read(name: str) -> torch.Tensor:
+        values = source.tensors[name].read()
+        check_finite(name, [values])
+        return values.to(source.dtype)
+
+    write_shards(shapes, source.dtype, read, folder)
+    write_config(config, folder, source.dtype)
     if model.tokenizer is None:
-        AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        save_tokenizer(gguf_tokenizer(path), folder)
     else:
-        copy_tokenizer(locate(model.tokenizer), folder)
+        write_tokenizer(locate(model.tokenizer), folder)
     return config
 
 
@@ -253,7 +262,7 @@ def _write_random(
     torch.manual_seed(seed)
     MODEL_CLASSES[config.model_type](config).to(dtype).save_pretrained(folder)
     write_config(config, folder, dtype)
-    copy_tokenizer(locate(model.tokenizer), folder)
+    write_tokenizer(locate(model.tokenizer), folder)
     return config
 
 

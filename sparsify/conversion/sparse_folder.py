@@ -4,36 +4,52 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparsify import models
 from sparsify.conversion.architecture import sparse_config
-from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.errors import ModelError
 from sparsify.files import write_json
-from sparsify.models import MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel, site_rules
+from sparsify.models import BASE_CLASSES, MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel, site_rules
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.modeling_sparse_mistral import SparseMistralMLP
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 
 
 def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None:
-    """Writes config.json with `auto_map`, and the modeling files that it points to."""
+    """Writes config.json with `auto_map`, and the modeling files that it points to.
+
+    What older versions of transformers, and engines that read the file themselves, look for under other names is there too.
+    """
     kind = config.model_type
     config_file, model_file = f"configuration_{kind}", f"modeling_{kind}"
-    model_class, config_class = MODEL_CLASSES[kind].__name__, type(config).__name__
+    name = str(dtype).removeprefix("torch.")
+    rope: Any = config.rope_parameters
     fields = config.to_dict() | {
-        "architectures": [model_class],
-        "auto_map": {
-            "AutoConfig": f"{config_file}.{config_class}",
-            "AutoModelForCausalLM": f"{model_file}.{model_class}",
-        },
-        "dtype": str(dtype).removeprefix("torch."),
+        "architectures": [MODEL_CLASSES[kind].__name__],
+        "auto_map": auto_map(kind),
+        "dtype": name,
+        "torch_dtype": name,
+        "rope_theta": rope["rope_theta"],
     }
+    if rope.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     write_json(folder / "config.json", fields)
     for name in (config_file, model_file, "ffn_activation", "activations", "masking"):
         shutil.copyfile(Path(models.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """Where transformers finds the classes of a model type of ours, in the files next to config.json."""
+    model_class = MODEL_CLASSES[model_type]
+    return {
+        "AutoConfig": f"configuration_{model_type}.{model_class.config_class.__name__}",
+        "AutoModel": f"modeling_{model_type}.{BASE_CLASSES[model_type].__name__}",
+        "AutoModelForCausalLM": f"modeling_{model_type}.{model_class.__name__}",
+    }
 
 
 def load_sparse(
@@ -45,11 +61,7 @@ def load_sparse(
 ) -> SparseModel:
     """Loads a checkpoint folder as a sparse model: a sparse checkpoint, or a stock one that can be held.
 
-    Args:
-        folder: Checkpoint folder.
-        ffn_activation: Activation to load it with; the folder's own unless given (STOCK_ACTIVATION for a stock checkpoint).
-        dtype: Dtype of the weights; the stored one unless given.
-        gate_threshold: Of that activation; the folder's own unless given.
+    Activation, threshold and dtype are the stored ones unless given.
 
     Raises:
         ModelError: If the folder is not a whole checkpoint, is not supported, or any key is missing or unexpected.
@@ -57,9 +69,20 @@ def load_sparse(
     checkpoint = read_checkpoint(folder)
     kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
     config = sparse_config(checkpoint.config, ffn_activation or kept, str(folder), gate_threshold)
-    model, info = MODEL_CLASSES[config.model_type].from_pretrained(
-        folder, config=config, dtype=dtype or "auto", output_loading_info=True
-    )
+    try:
+        model, info = MODEL_CLASSES[config.model_type].from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            output_loading_info=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (RuntimeError, ValueError, TypeError, LookupError, OSError) as error:
+        raise ModelError(
+            f"{folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}",
+            next_step="Check that config.json and generation_config.json belong to these weights.",
+        ) from error
     problems = {key: sorted(value) for key, value in info.items() if value}
     if problems:
         raise ModelError(

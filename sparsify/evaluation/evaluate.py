@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,14 +9,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.held_out_perplexity import PREFIX, HeldOut, fingerprint, measure_source
 from sparsify.evaluation.lm_adapter import JournaledLM, Progress
 from sparsify.evaluation.metrics import Score, kind_of, mean_of, metric_value, scores_of
-from sparsify.evaluation.model import Subject, counted_fields, model_hash
 from sparsify.evaluation.overlap import write_texts
 from sparsify.evaluation.results import (
     RESULTS_FILE,
@@ -26,10 +24,12 @@ from sparsify.evaluation.results import (
     items_path,
     write_items,
 )
+from sparsify.evaluation.subject import Subject, counted_fields, model_hash
 from sparsify.evaluation.suite import Suite
 from sparsify.evaluation.tasks import FEWSHOT_SEED, TaskSource, build_tasks
 from sparsify.evaluation.worker_pool import ProcessPool, WorkerPool
 from sparsify.files import write_json, write_text
+from sparsify.metadata import read_record
 from sparsify.mixture.cleaning.eval_items import strings
 
 PACKAGES = ("sparsify-lm", "lm-eval", "transformers", "torch", "datasets")
@@ -41,14 +41,6 @@ Items = dict[str, dict[str, Score]]
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """Settings of an evaluation.
-
-    Attributes:
-        limit: Maximum number of items per task; None for all.
-        batch_size: Requests per forward pass.
-        processes: Number of processes, each with its own model.
-    """
-
     limit: int | None = None
     batch_size: int = 8
     processes: int = 1
@@ -65,21 +57,9 @@ def evaluate(
     on_progress: Callable[[str], Progress] = lambda _: lambda _done, _all: None,
     pool: WorkerPool | None = None,
 ) -> EvaluationResults:
-    """Runs every task of a suite and writes results.json and the score of each item.
-
-    Args:
-        subject: The model, with predictors if they mask it. Its training mode is restored afterwards.
-        suite: The suite.
-        sources: The tasks of the suite.
-        held_out: Held-out sequences of a mixture; None for none.
-        folder: Output folder of results, items and journal. Results that an earlier launch wrote there for the same
-            model, tasks and settings are reused.
-        settings: Batch size, limits and number of processes.
-        on_progress: Given a task's name, returns a callback that receives (requests done, requests in total).
-        pool: Runs the requests, on this model; None starts `settings.processes` processes.
-
-    Raises:
-        EvaluationError: If a task cannot be prepared, or a process is killed.
+    """Runs every task of a suite and writes results.json and the score of each item; results that an earlier launch
+    wrote for the same model, tasks and settings are reused. Raises EvaluationError if a task cannot be prepared, or a
+    process is killed.
     """
     model, was_training = subject.model, subject.model.training
     masks = subject.masks
@@ -137,6 +117,11 @@ def _held_out(workers: WorkerPool, subject: Subject, held_out: HeldOut, finished
     ]
 
 
+class _Finished(BaseModel):
+    facts: str
+    result: TaskResult
+
+
 class _FinishedTasks:
     """Results of finished tasks in one folder, each valid for one model, one set of items and one set of settings."""
 
@@ -160,11 +145,10 @@ class _FinishedTasks:
 
     def _read(self, task: str, identity: str) -> TaskResult | None:
         try:
-            kept = json.loads(self._path(task).read_text(encoding="utf-8"))
-            same = kept["facts"] == identity and items_path(self.folder, task).is_file()
-            return TaskResult.model_validate(kept["result"]) if same else None
-        except (OSError, ValueError, KeyError, ValidationError):
+            kept = read_record(self._path(task), _Finished, "a task's result", EvaluationError)
+        except EvaluationError:
             return None
+        return kept.result if kept.facts == identity and items_path(self.folder, task).is_file() else None
 
     def _path(self, task: str) -> Path:
         return self.folder / TASKS_FOLDER / f"{task.replace('/', '.')}.json"
@@ -189,7 +173,7 @@ def _measure(
     tasks = build_tasks(source)
     limits = [one for one in (settings.limit, source.settings.limit) if one is not None]
     journal = finished.journal(source.name)
-    lm = JournaledLM(workers, journal, finished.identity, on_progress(source.name))
+    lm = JournaledLM(workers, journal, finished.identity, settings.batch_size, on_progress(source.name))
     output: Any = run_harness(
         lm=lm,
         task_dict={"tasks": tasks, "groups": {}, "group_map": {}},

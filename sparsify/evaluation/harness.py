@@ -10,7 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.evaluation.model import Counter, Counts
+from sparsify.evaluation.subject import Counter, Counts
 from sparsify.models import SparseModel
 
 
@@ -32,14 +32,7 @@ _Harness: Any = HFLM  # its decorator hides the class from type checkers
 
 
 class CountingHFLM(_Harness):
-    """Runs requests of lm-evaluation-harness on a model and counts its zeros.
-
-    Args:
-        model: A sparse model in evaluation mode.
-        tokenizer: Its tokenizer.
-        counter: Counter of the model, entered by the caller.
-        batch_size: Requests per forward pass.
-    """
+    """Runs requests of lm-evaluation-harness on a model and counts its zeros."""
 
     def __init__(
         self,
@@ -56,16 +49,9 @@ class CountingHFLM(_Harness):
 
     @property
     def max_gen_toks(self) -> int:
-        """Maximum number of generated tokens."""
         return min(MAX_GENERATED_TOKENS, self.max_length // 2)
 
     def chunk(self, kind: str, arguments: Sequence[tuple[Any, ...]]) -> Chunk:
-        """Runs some requests.
-
-        Args:
-            kind: `loglikelihood`, `loglikelihood_rolling` or `generate_until`.
-            arguments: `Instance.args` of each request.
-        """
         requests = [Instance(kind, {}, given, index) for index, given in enumerate(arguments)]  # pyright: ignore[reportArgumentType]
         self._truncated = 0
         if kind == "generate_until":

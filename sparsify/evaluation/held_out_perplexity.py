@@ -11,8 +11,8 @@ import xxhash
 
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.metrics import Score, metric_value
-from sparsify.evaluation.model import Counts, Subject, counted_fields, sum_counts
 from sparsify.evaluation.results import TaskResult
+from sparsify.evaluation.subject import Counts, Subject, counted_fields, sum_counts
 from sparsify.mixture.sequences.reader import PackedSequence
 
 if TYPE_CHECKING:
@@ -24,13 +24,6 @@ PREFIX = "held-out/"
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out sequences of a mixture.
-
-    Attributes:
-        mixture: Name of the mixture.
-        sequences: The sequences, in the order of their sources.
-    """
-
     mixture: str
     sequences: Sequence[PackedSequence]
 
@@ -55,13 +48,6 @@ def measure_source(
     sequences: Sequence[PackedSequence],
 ) -> tuple[TaskResult, dict[str, dict[str, Score]]]:
     """The result of one source, and its items: one per sequence.
-
-    Args:
-        workers: Compute the loss of each sequence.
-        subject: The model under evaluation.
-        mixture: Name of the mixture.
-        source: Name of the source.
-        sequences: Its sequences.
 
     Raises:
         EvaluationError: If no sequence has a token to predict.

@@ -12,12 +12,14 @@ from typing import Any
 from lm_eval.api.model import LM
 
 from sparsify.evaluation.harness import Chunk
-from sparsify.evaluation.model import Counts, sum_counts
+from sparsify.evaluation.subject import Counts, sum_counts
 from sparsify.evaluation.worker_pool import WorkerPool
 from sparsify.files import write_text
+from sparsify.metadata import parse_json
 
-CHUNK_REQUESTS = {"loglikelihood": 64, "loglikelihood_rolling": 2, "generate_until": 16}
-"""Requests per journal entry; a killed evaluation loses at most this many for each process."""
+CHUNK_BATCHES = {"loglikelihood": 8, "generate_until": 2}
+CHUNK_TEXTS = 2
+"""Batches, or whole texts, per journal entry; a killed evaluation loses at most this many for each process."""
 
 Progress = Callable[[int, int], None]
 
@@ -26,7 +28,6 @@ class Journal:
     """Append-only file of finished chunks. A truncated last line is discarded.
 
     Args:
-        path: The file.
         identity: Hash of model and requests. A file with a different identity is overwritten.
     """
 
@@ -65,7 +66,7 @@ def _chunk(line: bytes) -> Chunk | None:
     try:
         if not line.endswith(b"\n"):
             return None
-        outputs, counts, truncated_requests = json.loads(line)
+        outputs, counts, truncated_requests = parse_json(line)
         return Chunk(outputs, Counts(*counts), truncated_requests)
     except (ValueError, TypeError):
         return None
@@ -74,24 +75,24 @@ def _chunk(line: bytes) -> Chunk | None:
 class JournaledLM(LM):
     """Runs one task's requests on a pool of workers.
 
-    The chunks do not depend on the number of workers, so that every batch, and with it every output, is the same.
+    The chunks do not depend on the number of workers, so that every batch, and with it every output, is the same. They hold
+    whole batches, except for the last one.
 
     Args:
-        workers: The pool.
         journal: Path of the journal, to which the kind of request and a suffix are added.
         identity: Hash of the model.
-        on_progress: Receives (requests done, requests in total).
     """
 
-    def __init__(self, workers: WorkerPool, journal: Path, identity: str, on_progress: Progress) -> None:
+    def __init__(
+        self, workers: WorkerPool, journal: Path, identity: str, batch_size: int, on_progress: Progress
+    ) -> None:
         super().__init__()
-        self._workers, self._journal = workers, journal
+        self._workers, self._journal, self._batch_size = workers, journal, batch_size
         self._identity, self._on_progress = identity, on_progress
         self._chunks: list[Chunk] = []
 
     @property
     def counts(self) -> Counts:
-        """Counts of all requests, including those of earlier launches."""
         return sum_counts(chunk.counts for chunk in self._chunks)
 
     @property
@@ -120,7 +121,7 @@ class JournaledLM(LM):
         journal = Journal(path, identity.hexdigest())
         outputs = [output for chunk in journal.chunks for output in chunk.outputs]
         arguments = [request.args for request in requests]
-        size = CHUNK_REQUESTS[kind]
+        size = CHUNK_BATCHES[kind] * self._batch_size if kind in CHUNK_BATCHES else CHUNK_TEXTS
         rest = [arguments[at : at + size] for at in range(len(outputs), len(arguments), size)]
         self._on_progress(len(outputs), len(arguments))
         try:

@@ -22,16 +22,12 @@ PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "token_perpl
 
 
 class Score(NamedTuple):
-    """The contribution of one item to a metric."""
-
     value: float
     """The item's score for a mean; its negative log-likelihood in nats for a perplexity."""
     weight: float
 
 
 class MetricValue(BaseModel):
-    """The value of a metric with its interval."""
-
     kind: Kind
     value: float
     low: float | None
@@ -62,16 +58,11 @@ class Difference(BaseModel):
 
 
 def kind_of(metric: str) -> Kind:
-    """Whether a metric is a perplexity or a mean, by its name."""
     return "perplexity" if metric.partition(",")[0] in PERPLEXITIES else "mean"
 
 
 def metric_value(kind: Kind, scores: Sequence[Score]) -> MetricValue:
-    """The value of a metric over some items, with its 95% interval.
-
-    Raises:
-        ValueError: If there are no items.
-    """
+    """The value of a metric over some items, with its 95% interval."""
     ratio, residuals = _ratio(scores)
     error = _standard_error(residuals)
     low, high = _interval(ratio, error)

@@ -22,7 +22,6 @@ MAX_DOCUMENTS = 100_000
 
 
 def write_texts(folder: Path, task: str, texts: Sequence[str]) -> None:
-    """Writes the text of a task's items, for `overlaps`."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     write_text(_texts_path(folder, task), lines)
 
@@ -33,12 +32,6 @@ def overlaps(
     """For each task, the overlap of its items with each given source of a mixture.
 
     Documents that the mixture holds out or drops as contaminated are not counted: nothing was trained on them.
-
-    Args:
-        folder: Folder that `write_texts` wrote to.
-        tasks: Names of the tasks.
-        mixture: The mixture that the model was trained on.
-        sources: Names of the sources to search.
     """
     paths = {task: _texts_path(folder, task) for task in tasks}
     paths = {task: path for task, path in paths.items() if path.is_file()}

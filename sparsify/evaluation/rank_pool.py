@@ -3,23 +3,32 @@
 Rank 0 distributes requests and collects outputs, like `ProcessPool` does with processes. The ranks communicate through the
 key-value store of the process group rather than by collectives: every wait polls the store, so that no collective times out
 while rank 0 reads data or searches for overlaps, and so that a stop request on any rank reaches all of them.
+
+The store has no password: whoever reaches its port can write to it. So values are JSON, of which only the named methods are
+called, and no pickle.
 """
 
 from __future__ import annotations
 
 import itertools
-import pickle
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Self
+from typing import Any, Self, get_args
 
+import numpy as np
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import (
     PrefixStore,
     _get_default_store,  # pyright: ignore[reportPrivateUsage]
 )
 
+from sparsify.evaluation.harness import Chunk
+from sparsify.evaluation.metrics import Score
+from sparsify.evaluation.results import Sample
+from sparsify.evaluation.subject import Counts
 from sparsify.evaluation.worker_pool import EvalWorker, Method
+from sparsify.mixture.sequences.reader import FIELDS, PackedSequence
 from sparsify.runs.run_folder import POLL_SECONDS
 
 AHEAD = 2
@@ -32,11 +41,7 @@ class Stopped(Exception):
 
 
 class RankQueue:
-    """Work queue of one suite over the process group. Every rank creates its queues in the same order.
-
-    Args:
-        stop_requested: Whether this rank received a stop request.
-    """
+    """Work queue of one suite over the process group. Every rank creates its queues in the same order."""
 
     def __init__(self, stop_requested: Callable[[], bool]) -> None:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -53,8 +58,8 @@ class RankQueue:
             raise Stopped
 
     def put(self, key: str, value: Any) -> None:
-        """Stores a value for another rank. Only ranks of this run write to the store, so unpickling is safe."""
-        self._store.set(key, pickle.dumps(value))
+        """Stores a JSON value for another rank."""
+        self._store.set(key, json.dumps(value))
 
     def take(self, key: str) -> Any:
         """Waits for a value of another rank and removes it from the store.
@@ -88,10 +93,10 @@ class RankQueue:
                 number += 1
             else:
                 time.sleep(POLL_SECONDS)
-        return pickle.loads(self._store.get("end"))
+        return json.loads(self._store.get("end")) is True
 
     def _pop(self, key: str) -> Any:
-        value = pickle.loads(self._store.get(key))
+        value = json.loads(self._store.get(key))
         self._store.delete_key(key)
         return value
 
@@ -101,8 +106,6 @@ class RankPool:
 
     Args:
         queue: The queue; each other rank calls `queue.serve(run_on(worker))`.
-        worker: Rank 0's own worker.
-        device: Type of device of all ranks.
     """
 
     def __init__(self, queue: RankQueue, worker: EvalWorker, device: str) -> None:
@@ -117,11 +120,6 @@ class RankPool:
         self._own.__exit__()
 
     def map(self, method: Method, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Results of a method of EvalWorker for the arguments of each item, in order.
-
-        Raises:
-            Stopped: If a rank received a stop request.
-        """
         # Items go round-robin over the ranks, up to AHEAD rounds ahead of the one whose result is yielded.
         world, sent = self._queue.world, 0
         for index, item in enumerate(items):
@@ -130,11 +128,11 @@ class RankPool:
                 sent += 1
             self._queue.check()
             rank = index % world
-            yield self._take(rank) if rank else getattr(self._own, method)(*item)
+            yield _output(method, self._take(rank)) if rank else getattr(self._own, method)(*item)
 
     def _send(self, rank: int, request: tuple[Method, tuple[Any, ...]]) -> None:
         if rank:
-            self._queue.put(f"request/{rank}/{self._sent[rank]}", request)
+            self._queue.put(f"request/{rank}/{self._sent[rank]}", _plain_request(*request))
             self._sent[rank] += 1
 
     def _take(self, rank: int) -> Any:
@@ -143,6 +141,46 @@ class RankPool:
         return output
 
 
-def run_on(worker: EvalWorker) -> Callable[[tuple[Method, tuple[Any, ...]]], Any]:
-    """The function that `RankQueue.serve` runs each request with."""
-    return lambda request: getattr(worker, request[0])(*request[1])
+def run_on(worker: EvalWorker) -> Callable[[Any], Any]:
+    """Runs requests as they come from the queue, and returns outputs for it."""
+
+    def run(plain: Any) -> Any:
+        method, item = _request(plain)
+        return _plain_output(method, getattr(worker, method)(*item))
+
+    return run
+
+
+def _plain_request(method: Method, item: tuple[Any, ...]) -> list[Any]:
+    if method == "sequence":
+        (sequence,) = item
+        return [method, sequence.source, *(getattr(sequence, field).tolist() for field in FIELDS)]
+    return [method, *item]
+
+
+def _request(plain: Any) -> tuple[Method, tuple[Any, ...]]:
+    method, *item = plain
+    if method not in get_args(Method):
+        raise ValueError(f"{method!r} is not a request of a rank")
+    if method == "sequence":
+        source, *arrays = item
+        fields = {field: np.array(values, dtype=np.int64) for field, values in zip(FIELDS, arrays, strict=True)}
+        return method, (PackedSequence(source, **fields),)
+    if method == "chunk":
+        kind, arguments = item
+        return method, (kind, [tuple(one) for one in arguments])
+    return method, tuple(item)
+
+
+def _plain_output(method: Method, output: Any) -> Any:
+    return output.model_dump() if method == "sample" else output  # the others are named tuples
+
+
+def _output(method: Method, plain: Any) -> Any:
+    if method == "sample":
+        return Sample(**plain)
+    if method == "sequence":
+        score, counts = plain
+        return Score(*score), Counts(*counts)
+    outputs, counts, truncated_requests = plain
+    return Chunk(outputs, Counts(*counts), truncated_requests)

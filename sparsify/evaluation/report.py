@@ -35,7 +35,6 @@ class PublishedSuite(BaseModel):
 
 @cache
 def published() -> dict[str, PublishedSuite]:
-    """Published rows by the name of the suite."""
     suites = OmegaConf.to_container(OmegaConf.load(folder("eval") / "published" / "turbosparse.yaml"))
     assert isinstance(suites, dict)
     return {str(name): PublishedSuite.model_validate(rows) for name, rows in suites.items()}
@@ -150,11 +149,6 @@ TABLE_FILE, CARD_FILE = "results.md", "model-index.yaml"
 
 
 def write_results(results: EvaluationResults, folder: Path) -> None:
-    """Writes results.json, results.md and model-index.yaml.
-
-    Raises:
-        StorageError: If writing fails.
-    """
     write_text(folder / RESULTS_FILE, results.model_dump_json(indent=2) + "\n")
     tables = [results_table(results), published_table(results)]
     text = markdown_page(table for table in tables if table is not None)
@@ -168,11 +162,8 @@ def write_results(results: EvaluationResults, folder: Path) -> None:
 
 
 def model_index(name: str, evaluations: Sequence[EvaluationResults]) -> list[dict[str, Any]]:
-    """The `model-index` of a model card, which the Hub shows as evaluation results.
-
-    Args:
-        name: Name of the model on the Hub.
-        evaluations: Evaluations of that model; those with predictors become separate metrics.
+    """The `model-index` of a model card, which the Hub shows as evaluation results; evaluations with predictors become
+    separate metrics.
     """
     entries = [_entry(results, task) for results in evaluations for task in results.tasks]
     return eval_results_to_model_index(model_name=name, eval_results=entries)

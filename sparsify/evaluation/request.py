@@ -9,18 +9,15 @@ from pathlib import Path
 
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.suite import Suite, load_suite
-from sparsify.evaluation.tasks import TaskSource, check_hub_names, task_sources
+from sparsify.evaluation.tasks import TaskSource, check_code, check_hub_names, task_sources
+from sparsify.metadata import user_path
 from sparsify.recipe.evaluation import EvalSection
 
 DATA_VARIABLE = "SPARSIFY_EVAL_DATA"
 
 
 def check_installed() -> None:
-    """Checks that lm-evaluation-harness is installed.
-
-    Raises:
-        EvaluationError: If it is not, with the command that installs it.
-    """
+    """Raises EvaluationError, with the command that installs it, if lm-evaluation-harness is missing."""
     if importlib.util.find_spec("lm_eval") is None:
         raise EvaluationError(
             "Evaluation needs lm-evaluation-harness, which is not installed.",
@@ -29,16 +26,8 @@ def check_installed() -> None:
 
 
 def data_folder(given: Path, setting: str) -> Path:
-    """The folder of local copies of evaluation sets.
-
-    Args:
-        given: The path that the user gave.
-        setting: Name of the setting that holds it, for the error message.
-
-    Raises:
-        EvaluationError: If the folder does not exist.
-    """
-    folder = given.expanduser()
+    """The folder of local copies of evaluation sets. Raises EvaluationError, naming `setting`, if it does not exist."""
+    folder = user_path(given)
     if not folder.is_dir():
         raise EvaluationError(
             f"There is no folder {given} with evaluation data.",
@@ -72,22 +61,31 @@ def suite_of(settings: EvalSection) -> tuple[Suite, list[TaskSource]] | None:
     return suite, sources
 
 
+def check_suite_code(settings: EvalSection) -> None:
+    """Raises EvaluationError if a recipe's suite cannot be read, or runs code that the user did not trust."""
+    found = suite_of(settings)
+    if found is not None:
+        check_code(found[1])
+
+
+def suite_code(settings: EvalSection) -> str:
+    """A sentence on what a recipe's suite would import, for who only reads the recipe; empty if it imports nothing."""
+    found = suite_of(settings)
+    code = [name for source in found[1] for name in source.code] if found else []
+    return f"The suite runs Python code of its own, which needs --trust-code: {'; '.join(code)}." if code else ""
+
+
 @dataclass(frozen=True)
 class EvalRequest:
     """Arguments of one evaluation.
 
     Attributes:
-        suite: Name or path of a suite.
         tasks: Tasks to run; empty for all tasks and the suite's held-out text.
-        data_dir: Folder of local copies; None for the Hub's data.
         limit: Maximum number of items per task; None for all.
-        batch_size: Requests per forward pass.
         dtype: Type to convert the weights to; None to keep theirs.
         on: Mixture whose held-out text is evaluated; None for the mixture of the run, or of the quickstart if the model
             is not a run.
-        to: Output folder; None for the default.
         predictors: Folder of predictors that mask the model; None to compute every neuron.
-        processes: Number of processes.
     """
 
     suite: str
@@ -103,11 +101,6 @@ class EvalRequest:
 
     @classmethod
     def from_recipe(cls, settings: EvalSection) -> EvalRequest:
-        """The request of a recipe, which must name a suite.
-
-        Raises:
-            EvaluationError: If the recipe's folder of local copies does not exist.
-        """
         assert settings.suite is not None
         return cls(
             settings.suite,
@@ -118,7 +111,6 @@ class EvalRequest:
 
     @property
     def name(self) -> str:
-        """Name of the results' folder, without the model."""
         name = ",".join([Path(self.suite).stem, *self.tasks])
         if self.limit is not None:
             name += f",limit={self.limit}"

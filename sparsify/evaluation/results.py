@@ -5,26 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.metrics import MetricValue, Score
-from sparsify.files import write_text
+from sparsify.files import JsonRecord, write_text
+from sparsify.metadata import parse_json, read_record, text_lines
 from sparsify.models.activations import is_dense
 
 RESULTS_FILE = "results.json"
 ITEMS_FOLDER, TEXTS_FOLDER = "items", "texts"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-
-class Provenance(_Section):
-    """The run that trained a model."""
-
+class Provenance(JsonRecord):
     run: str
     identity: str
     """Hash of what a run and its baseline must share: model, tokens and their order, optimiser, budget."""
@@ -33,7 +28,7 @@ class Provenance(_Section):
     instruction_sources: list[str]
 
 
-class ActiveCount(_Section):
+class ActiveCount(JsonRecord):
     """Parameters that one token needs, of the whole model with embeddings."""
 
     total: int
@@ -45,7 +40,7 @@ class ActiveCount(_Section):
     """The neurons that the predictors switch on, plus the predictors themselves; None without predictors."""
 
 
-class PredictorMasks(_Section):
+class PredictorMasks(JsonRecord):
     """Predictors that masked the model: each block computed only the neurons that they switch on."""
 
     folder: str
@@ -57,7 +52,7 @@ class PredictorMasks(_Section):
     parameters: int
 
 
-class SourceOverlap(_Section):
+class SourceOverlap(JsonRecord):
     """Overlap of one source of a run's mixture with the items of one task: 13 words in a row."""
 
     source: str
@@ -69,9 +64,7 @@ class SourceOverlap(_Section):
     """Why the source could not be read completely; None if it could."""
 
 
-class TaskResult(_Section):
-    """The result of one task."""
-
+class TaskResult(JsonRecord):
     name: str
     shots: int
     data: str
@@ -96,20 +89,16 @@ class TaskResult(_Section):
     """Requests longer than the context, whose beginning was cut off."""
     seconds: float
     """Compute time, summed over processes."""
-    overlaps: list[SourceOverlap] = []
+    overlaps: list[SourceOverlap] = Field(default_factory=list)
     """Overlap of these items with each instruction source that the model was trained on."""
 
 
-class Sample(_Section):
-    """A model's continuation of a prompt."""
-
+class Sample(JsonRecord):
     prompt: str
     text: str
 
 
-class EvaluationResults(_Section):
-    """Results of a suite on one model."""
-
+class EvaluationResults(JsonRecord):
     schema_version: Literal[1] = 1
     model: str
     model_hash: str
@@ -133,7 +122,7 @@ class EvaluationResults(_Section):
     tasks: list[TaskResult]
     average: MetricValue | None
     """Mean over the tasks whose score is a mean; None if there are fewer than two."""
-    samples: list[Sample] = []
+    samples: list[Sample] = Field(default_factory=list)
     notes: list[str]
     command: str | None = None
 
@@ -155,15 +144,38 @@ def read_items(folder: Path, task: str) -> dict[str, dict[str, Score]]:
     Raises:
         EvaluationError: If it is missing or damaged.
     """
-    path = items_path(folder, task)
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {row.pop("item"): {metric: Score(*score) for metric, score in row.items()} for row in rows}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    path, again = items_path(folder, task), f"Remove {folder} and evaluate again."
+    items: dict[str, dict[str, Score]] = {}
+    for number, line in enumerate(text_lines(path, EvaluationError, again), start=1):
+        try:
+            if line:
+                item, scores = _item(parse_json(line))
+                items[item] = scores
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise EvaluationError(
+                f"{path} does not hold the scores of {task}: line {number}: {error}", next_step=again
+            ) from error
+    return items
+
+
+def read_scores(folder: Path, task: str, metric: str) -> dict[str, Score]:
+    """One metric of every item of a task.
+
+    Raises:
+        EvaluationError: If the scores are missing or damaged, or an item has no such metric.
+    """
+    items = read_items(folder, task)
+    without = next((item for item, scores in items.items() if metric not in scores), None)
+    if without is not None:
         raise EvaluationError(
-            f"{path} does not hold the scores of {task}: {str(error).splitlines()[0]}",
+            f"{items_path(folder, task)} does not hold the scores of {task}: {without[:80]!r} has no {metric}",
             next_step=f"Remove {folder} and evaluate again.",
-        ) from error
+        )
+    return {item: scores[metric] for item, scores in items.items()}
+
+
+def _item(row: dict[str, Any]) -> tuple[str, dict[str, Score]]:
+    return str(row.pop("item")), {metric: Score(float(value), float(weight)) for metric, (value, weight) in row.items()}
 
 
 def read_results(folder: Path) -> EvaluationResults:
@@ -173,15 +185,9 @@ def read_results(folder: Path) -> EvaluationResults:
         EvaluationError: If there are none, or they are damaged or of another version.
     """
     path = folder if folder.is_file() else folder / RESULTS_FILE
-    try:
-        return EvaluationResults.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise EvaluationError(
-            f"{path} does not hold a finished evaluation of schema version 1: {str(error).splitlines()[0]}",
-            next_step="Run `sparsify evaluate MODEL --suite NAME`; the same command resumes an interrupted evaluation.",
-        ) from error
+    again = "Run `sparsify evaluate MODEL --suite NAME`; the same command resumes an interrupted evaluation."
+    return read_record(path, EvaluationResults, "a finished evaluation of schema version 1", EvaluationError, again)
 
 
 def items_path(folder: Path, task: str) -> Path:
-    """Path of the scores of a task's items."""
     return folder / ITEMS_FOLDER / f"{task.replace('/', '.')}.jsonl"

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from yaml import YAMLError
 
 from sparsify.errors import EvaluationError, nearest
+from sparsify.metadata import read_yaml, user_path
 from sparsify.recipe.catalogue import YAML, folder
 
 
 class SuiteTask(BaseModel):
-    """One task of a suite."""
-
     model_config = ConfigDict(extra="forbid")
 
     shots: int = Field(0, ge=0)
@@ -45,7 +39,6 @@ class Suite(BaseModel):
 
 
 def suite_names() -> list[str]:
-    """Sorted names of the shipped suites."""
     return sorted(path.stem for path in (folder("eval") / "suites").glob("*.yaml"))
 
 
@@ -55,7 +48,7 @@ def load_suite(name_or_path: str) -> Suite:
     Raises:
         EvaluationError: If it does not exist or is not a valid suite.
     """
-    own = Path(name_or_path).expanduser()
+    own = user_path(name_or_path)
     path = own if own.suffix in YAML else folder("eval") / "suites" / f"{name_or_path}.yaml"
     if not path.is_file():
         raise EvaluationError(
@@ -64,8 +57,8 @@ def load_suite(name_or_path: str) -> Suite:
             "or the path of a YAML file.",
         )
     try:
-        suite = Suite.model_validate(OmegaConf.to_container(OmegaConf.load(path)))
-    except (OSError, YAMLError, OmegaConfBaseException, ValidationError) as error:
+        suite = Suite.model_validate(read_yaml(path, EvaluationError))
+    except ValidationError as error:
         raise EvaluationError(
             f"{path} is not a valid suite: {_reason(error)}.",
             allowed="name, description, tasks (each with shots, metric, limit, task), held_out_sequences_per_source, prompts, prompt_tokens.",
@@ -78,7 +71,7 @@ def load_suite(name_or_path: str) -> Suite:
         )
     for task in suite.tasks.values():
         if task.task is not None:
-            task.task = str(path.parent / Path(task.task).expanduser())
+            task.task = str(path.parent / user_path(task.task))
     return suite
 
 
@@ -98,8 +91,6 @@ def only(suite: Suite, names: list[str]) -> Suite:
     return suite.model_copy(update={"tasks": chosen, "held_out_sequences_per_source": 0})
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
-    return str(error).splitlines()[0]
+def _reason(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -10,7 +10,11 @@ from typing import Any
 
 from sparsify.errors import EvaluationError, nearest
 from sparsify.evaluation.suite import Suite, SuiteTask
+from sparsify.evaluation.task_file import foreign_code, read_task_file, with_functions
 from sparsify.recipe.catalogue import folder
+from sparsify.trust import code_is_trusted, forget_secrets
+
+logger = logging.getLogger(__name__)
 
 HUB_TASKS = {"truthfulqa": "truthfulqa_mc2", "lambada": "lambada_openai", "wikitext2": "wikitext"}
 """Our name of a task -> the harness's name, where they differ."""
@@ -23,20 +27,19 @@ class TaskSource:
     """Where one task of a suite comes from.
 
     Attributes:
-        name: Name of the task in the suite.
-        settings: The suite's settings for the task.
         config: Content of the task file, with absolute paths of data files; None for the Hub's standard task.
         files: Local data files, by split.
+        code: What running it imports that is neither ours nor of lm-evaluation-harness, one name each.
     """
 
     name: str
     settings: SuiteTask
     config: dict[str, Any] | None
     files: dict[str, Path] = field(default_factory=dict)
+    code: list[str] = field(default_factory=list)
 
     @property
     def data(self) -> str:
-        """Description of where the items come from."""
         if self.config is None:
             return f"the Hub's {HUB_TASKS.get(self.name, self.name)}"
         names = ", ".join(path.name for path in self.files.values())
@@ -45,10 +48,6 @@ class TaskSource:
 
 def task_sources(suite: Suite, data_dir: Path | None) -> list[TaskSource]:
     """Finds every task of a suite and its data, without reading the data.
-
-    Args:
-        suite: The suite.
-        data_dir: Folder of local copies; None uses the Hub's standard tasks where a task needs files.
 
     Raises:
         EvaluationError: If a task is unknown, or data is missing.
@@ -69,13 +68,10 @@ def task_sources(suite: Suite, data_dir: Path | None) -> list[TaskSource]:
 
 
 def task_names() -> list[str]:
-    """Sorted names of the task files in `eval/tasks`."""
     return sorted(path.stem for path in (folder("eval") / "tasks").glob("*.yaml"))
 
 
 def _task_source(name: str, settings: SuiteTask, data_dir: Path | None, suite: Suite) -> TaskSource:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     path = Path(settings.task) if settings.task else folder("eval") / "tasks" / f"{name}.yaml"
     if not path.is_file():
         if settings.task is None and data_dir is None:
@@ -85,31 +81,61 @@ def _task_source(name: str, settings: SuiteTask, data_dir: Path | None, suite: S
             allowed=f"{nearest(name, task_names())}Tasks: {', '.join(task_names())}; without --data-dir, any standard "
             "task of lm-evaluation-harness.",
         )
-    try:
-        config = load_yaml(path)
-    except Exception as error:  # whatever a user's task file makes Python raise
-        raise EvaluationError(f"{path} is not a valid task file: {error}") from error
-    named = (config.get("dataset_kwargs") or {}).get("data_files")
+    config = read_task_file(path) | {"task": name}
+    code = foreign_code(config)
+    kwargs: Any = config.get("dataset_kwargs") or {}
+    named: Any = kwargs.get("data_files") if isinstance(kwargs, dict) else kwargs
     if not named:
-        return TaskSource(name, settings, config | {"task": name})
+        return TaskSource(name, settings, config, code=code)
+    if not isinstance(named, dict) or not all(isinstance(file, str) for file in named.values()):
+        raise EvaluationError(
+            f"{path} is not a valid task file: its dataset_kwargs are {str(kwargs)[:80]}.",
+            allowed="dataset_kwargs: {data_files: {SPLIT: FILE}}.",
+        )
     base = data_dir if data_dir is not None else path.parent if settings.task else None
     if base is None:
         return TaskSource(name, settings, None)
     files = {split: base.absolute() / file for split, file in named.items()}
-    kwargs = config["dataset_kwargs"] | {"data_files": {key: str(file) for key, file in files.items()}}
-    return TaskSource(name, settings, config | {"task": name, "dataset_kwargs": kwargs}, files)
+    kwargs = kwargs | {"data_files": {key: str(file) for key, file in files.items()}}
+    return TaskSource(name, settings, config | {"dataset_kwargs": kwargs}, files, code)
+
+
+def check_code(sources: Sequence[TaskSource]) -> None:
+    """Refuses tasks that run code of whoever wrote them, unless the user gave their word for it.
+
+    Raises:
+        EvaluationError: Naming the functions, and the files that name them.
+    """
+    code = [name for source in sources for name in source.code]
+    if not code:
+        return
+    if not code_is_trusted():
+        raise EvaluationError(
+            f"The suite runs Python code of its own: {'; '.join(code)}.",
+            allowed="Without your word, only tasks of plain YAML, and those that came with this package or with "
+            "lm-evaluation-harness.",
+            next_step="Read that code. If you trust it, add --trust-code to sparsify train, evaluate or reproduce --run.",
+        )
+    logger.warning(f"--trust-code: the suite runs {'; '.join(code)}")
 
 
 def build_tasks(source: TaskSource) -> dict[str, Any]:
-    """Loads the data of a task and prepares its items.
+    """Loads the data of a task and prepares its items. A task with code that the user trusts is prepared, and from then on
+    everything in this process runs, without the secrets of the environment.
 
     Returns:
         lm-evaluation-harness's tasks by name: one, or one per subject (MMLU).
 
     Raises:
-        EvaluationError: If the data cannot be loaded, or does not have the task's format.
+        EvaluationError: If the data cannot be loaded, or does not have the task's format, or the task runs code that
+            the user did not trust.
     """
     import datasets
+
+    check_code([source])
+    if source.code:
+        forget_secrets()
+    _sandbox_templates()
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # its warnings refer to its own command line
     datasets.disable_progress_bars()
@@ -132,11 +158,7 @@ def build_tasks(source: TaskSource) -> dict[str, Any]:
 
 
 def check_hub_names(sources: Sequence[TaskSource]) -> None:
-    """Refuses Hub tasks that lm-evaluation-harness does not know, without network access.
-
-    Raises:
-        EvaluationError: With the nearest known name.
-    """
+    """Raises EvaluationError for Hub tasks that lm-evaluation-harness does not know; needs no network."""
     from lm_eval.tasks import TaskManager
 
     hub = [source.name for source in sources if source.config is None]
@@ -166,6 +188,7 @@ def _known(manager: Any, name: str) -> str:
 def _local_tasks(config: dict[str, Any]) -> dict[str, Any]:
     from lm_eval.api.task import ConfigurableTask
 
+    config = with_functions(config)
     metadata = config.get("metadata") or {}
     column = metadata.get("split_by")
     if column is None:
@@ -184,6 +207,19 @@ def _local_tasks(config: dict[str, Any]) -> dict[str, Any]:
         }
         tasks[name] = ConfigurableTask(config=config | own)
     return tasks
+
+
+def _sandbox_templates() -> None:
+    """Lets templates of tasks compute with their item alone; the harness would let them call anything in Python."""
+    import lm_eval.utils
+    from jinja2.sandbox import SandboxedEnvironment
+
+    own = lm_eval.utils.env
+    if not isinstance(own, SandboxedEnvironment):
+        settings = {name: getattr(own, name) for name in ("loader", "undefined", "keep_trailing_newline")}
+        sandbox = SandboxedEnvironment(**settings)
+        sandbox.filters |= own.filters
+        lm_eval.utils.env = sandbox
 
 
 def _only(whole: Any, column: str, value: str) -> Callable[..., Any]:

@@ -28,8 +28,8 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.harness import Chunk, CountingHFLM
 from sparsify.evaluation.metrics import Score
-from sparsify.evaluation.model import Counter, Counts
 from sparsify.evaluation.results import Sample
+from sparsify.evaluation.subject import Counter, Counts
 from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.models import SparseModel
 from sparsify.predictors import Predictors
@@ -43,9 +43,6 @@ class EvalWorker:
     """Context manager around a model that runs requests, held-out sequences and samples, and counts zeros in all of them.
 
     Args:
-        model: A sparse model in evaluation mode.
-        tokenizer: Its tokenizer.
-        batch_size: Requests per forward pass.
         predictors: Predictors that mask every forward pass; None to compute every neuron.
     """
 
@@ -69,7 +66,6 @@ class EvalWorker:
 
     @torch.no_grad()
     def chunk(self, kind: str, arguments: Sequence[tuple[Any, ...]]) -> Chunk:
-        """Runs requests of lm-evaluation-harness."""
         return self._harness.chunk(kind, arguments)
 
     @torch.no_grad()
@@ -112,9 +108,7 @@ class WorkerPool(Protocol):
 
     def __exit__(self, kind: object, error: object, trace: object, /) -> None: ...
 
-    def map(self, method: Method, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Results of a method of EvalWorker for the arguments of each item, in order."""
-        ...
+    def map(self, method: Method, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]: ...
 
 
 class ProcessPool:
@@ -122,9 +116,6 @@ class ProcessPool:
 
     Args:
         model: A sparse model in evaluation mode; on the CPU if there are several processes.
-        tokenizer: Its tokenizer.
-        batch_size: Requests per forward pass.
-        predictors: Predictors that mask every forward pass; None to compute every neuron.
         processes: Number of processes; 1 computes in this one.
 
     Raises:
@@ -174,11 +165,7 @@ class ProcessPool:
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, method: Method, items: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Results of a method of EvalWorker for the arguments of each item, in order.
-
-        Raises:
-            EvaluationError: If a process was killed.
-        """
+        """Results of a method of EvalWorker for the arguments of each item, in order."""
         if self._own is not None:
             yield from (getattr(self._own, method)(*item) for item in items)
             return

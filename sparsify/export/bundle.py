@@ -7,20 +7,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.utils import validate_repo_id
 from transformers import GenerationConfig
 
 from sparsify.conversion.architecture import sparse_config
-from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import write_config
-from sparsify.conversion.tokenizer import copy_tokenizer
+from sparsify.conversion.tokenizer import copy_tokenizer, set_chat_template
 from sparsify.errors import ExportError, ModelError, RunError, check_choice
 from sparsify.export.card import card_evaluations, model_card, read_evaluations
 from sparsify.export.check import RECORDED_FILE, REFERENCE_FILE, Acceptance, Recorded, accept
 from sparsify.export.weight_shards import DTYPES, write_shards, write_sums
 from sparsify.files import atomic_folder, write_json
 from sparsify.methods.calibrated_checkpoint import RECORD
+from sparsify.mixture.lock import read_lock
 from sparsify.models import SparseConfig
-from sparsify.predictors import Predictors, read_predictors, write_predictors
+from sparsify.predictors import PredictorFacts, Predictors, read_predictors, write_predictors
 from sparsify.predictors.format import FACTS_FILE, fingerprint_of
 from sparsify.runs.load import Trained, find_trained
 from sparsify.runs.state import REFERENCE, STATE, StoredTensor, consolidated_weights
@@ -39,7 +44,6 @@ class BundleSettings:
         shard_gb: Maximum shard size in GB.
         predictors: Folder of predictors; None for those in the run's folder, if they fit the checkpoint.
         license: Licence identifier of the base model for the card; None for the one in the base model's card.
-        evaluations: Result folders of `sparsify evaluate` on this checkpoint, for the card.
         checked: Whether a fresh process loads the bundle, which needs memory for the whole model.
     """
 
@@ -59,7 +63,7 @@ class Bundle:
     num_files: int
     size_bytes: int
     acceptance: Acceptance | None
-    has_predictors: bool
+    predictors: PredictorFacts | None
 
 
 def export(
@@ -70,20 +74,8 @@ def export(
     settings: BundleSettings | None = None,
 ) -> Bundle:
     """Writes the bundle of a run's newest checkpoint, or of one checkpoint, and checks it before moving it into place.
-
-    Args:
-        run_or_checkpoint: Run folder, or a folder in its checkpoints/.
-        to: Output folder; must not exist.
-        prompts: Prompts that the fresh process continues.
-        sample_tokens: Length of each continuation in tokens.
-        settings: The settings; None for the defaults.
-
-    Raises:
-        EvaluationError: If an evaluation cannot be read.
-        ExportError: If `to` exists, an evaluation is of other weights, or the bundle's logits differ from the trained model's.
-        ModelError: If the given predictors belong to another checkpoint.
-        RunError: If the run or the checkpoint does not exist.
-        StorageError: If writing fails.
+    Raises ExportError if `to` exists, an evaluation is of other weights, or the bundle's logits differ from the trained
+    model's; ModelError if the predictors belong to another checkpoint; RunError if there is no such run.
     """
     settings = settings or BundleSettings()
     trained = _checked(run_or_checkpoint, to, settings)
@@ -115,7 +107,7 @@ def export(
         (partial / "README.md").write_text(card, encoding="utf-8")
         files = write_sums(partial)
         size_bytes = sum(file.stat().st_size for file in files)
-    return Bundle(to, len(files), size_bytes, acceptance, predictors is not None)
+    return Bundle(to, len(files), size_bytes, acceptance, facts)
 
 
 def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Trained:
@@ -134,7 +126,25 @@ def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Tra
             f"{run_or_checkpoint} is neither a run folder nor a checkpoint of a run.",
             allowed="A folder that `sparsify train` wrote, e.g. runs/quickstart, or a step-… folder in its checkpoints/.",
         )
+    check_links(trained)
     return trained
+
+
+def check_links(trained: Trained) -> None:
+    """Refuses a run with links out of its folder: an export would publish whatever they lead to.
+
+    Raises:
+        ExportError: Naming the first.
+    """
+    run, checkpoint = trained.run, trained.checkpoint
+    roots = [run.path.resolve(), checkpoint.resolve()]
+    copied = [run.recipe, run.mixture_lock, run.metrics, run.sparsity, run.environment, run.initial, run.report]
+    for path in [*copied, *run.initial.glob("*"), *run.report.rglob("*"), *checkpoint.glob("*")]:
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in roots):
+            raise ExportError(
+                f"{path} is a link to {path.resolve()}, which is not in the run's folder and would be published.",
+                next_step="If that file belongs to the run, replace the link by a copy.",
+            )
 
 
 def _predictors(trained: Trained, weights: dict[str, StoredTensor], given: Path | None) -> Predictors | None:
@@ -153,7 +163,8 @@ def _predictors(trained: Trained, weights: dict[str, StoredTensor], given: Path 
     return predictors
 
 
-def _config(trained: Trained) -> SparseConfig:
+def trained_config(trained: Trained) -> SparseConfig:
+    """The configuration of a run's model."""
     initial, recipe = trained.run.initial, trained.run.load_recipe()
     kept = read_checkpoint(initial).config
     return sparse_config(kept, recipe.activation.ffn_activation, str(initial))
@@ -166,7 +177,7 @@ def _write_model(
     dtype: str,
     settings: BundleSettings,
 ) -> None:
-    config, initial = _config(trained), trained.run.initial
+    config, initial = trained_config(trained), trained.run.initial
     write_shards(weights, config, folder, DTYPES[dtype], int(settings.shard_gb * GB))
     write_config(config, folder, DTYPES[dtype])
     if (initial / GENERATION_FILE).is_file():
@@ -174,6 +185,9 @@ def _write_model(
     else:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
     copy_tokenizer(initial, folder)
+    template = read_lock(trained.run.mixture_lock).chat_template
+    if template is not None:
+        set_chat_template(folder, template)
 
 
 def _write_history(trained: Trained, folder: Path) -> None:
@@ -208,3 +222,55 @@ def _record(trained: Trained, acceptance: Acceptance | None, dtype: str, folder:
         reference_tokens=acceptance.reference_tokens if acceptance else 0,
     )
     write_json(folder / "training" / RECORDED_FILE, recorded.model_dump())
+
+
+PUBLISHING_ERRORS = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError, OSError)
+PUBLISHING_NEEDS = "OWNER/NAME, with a token that can write there (`hf auth login`, or HF_TOKEN)."
+
+
+def check_repository(repository: str, api: HfApi | None = None) -> None:
+    """Refuses, before anything is exported, a repository that the bundle could not be published to.
+
+    Raises:
+        ExportError: If the name is not valid, the Hub is not reached, or the token is missing or of another owner.
+    """
+    try:
+        validate_repo_id(repository)
+        user = (api or HfApi()).whoami()
+    except PUBLISHING_ERRORS as error:
+        raise ExportError(
+            f"--push-to-hub {repository} would fail: {str(error).strip().splitlines()[0]}",
+            allowed=PUBLISHING_NEEDS,
+            next_step="Correct it, or omit --push-to-hub; `hf upload REPO FOLDER` publishes the bundle later.",
+        ) from error
+    owner, slash, _ = repository.partition("/")
+    owners = [user["name"], *(organisation["name"] for organisation in user.get("orgs", []))]
+    if slash and owner not in owners:
+        raise ExportError(
+            f"--push-to-hub {repository} would fail: the token is of {user['name']}.",
+            allowed=f"Owners: {', '.join(owners)}.",
+        )
+
+
+def push_to_hub(bundle: Path, repository: str, *, private: bool = False, api: HfApi | None = None) -> str:
+    """Uploads a bundle as one commit, so that no partial bundle is ever visible; returns the repository's URL."""
+    api = api or HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        # Not upload_folder, which splits large folders into several commits.
+        api.create_commit(
+            repo_id=address.repo_id,
+            operations=[
+                CommitOperationAdd(path.relative_to(bundle).as_posix(), path)
+                for path in sorted(bundle.rglob("*"))
+                if path.is_file()
+            ],
+            commit_message="Add the bundle that `sparsify export` wrote",
+        )
+    except PUBLISHING_ERRORS as error:
+        raise ExportError(
+            f"{bundle} was not published as {repository}: {str(error).strip().splitlines()[0]}",
+            allowed=PUBLISHING_NEEDS,
+            next_step="The bundle itself is complete; `hf upload REPO FOLDER` also publishes it.",
+        ) from error
+    return str(address)

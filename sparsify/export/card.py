@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,19 +11,22 @@ import jinja2
 import torch
 from omegaconf import OmegaConf
 
-from sparsify.conversion.source import locate
+from sparsify.conversion.source_checkpoint import locate
 from sparsify.errors import ExportError, ModelError
-from sparsify.evaluation.model import model_hash, predictors_hash
 from sparsify.evaluation.report import model_index, results_table
 from sparsify.evaluation.results import EvaluationResults, read_results
+from sparsify.evaluation.subject import model_hash, predictors_hash
 from sparsify.export.check import Acceptance
+from sparsify.metadata import user_path
 from sparsify.mixture.lock import MixtureLock, read_lock
 from sparsify.predictors import PredictorFacts, Predictors
 from sparsify.recipe.recipe import Recipe
 from sparsify.reporting.numbers import count, percent
+from sparsify.reporting.tables import markdown_text
 from sparsify.runs.history import stages
 from sparsify.runs.load import Trained, load_trained
 from sparsify.runs.state import TrainingState, read_state
+from sparsify.sparsity.definitions import INPUTS
 from sparsify.sparsity.report import read_report
 
 
@@ -39,18 +41,10 @@ class CardEvaluations:
 def read_evaluations(
     folders: Sequence[Path], trained: Trained, predictors: Predictors | None
 ) -> list[EvaluationResults]:
-    """Reads evaluations and checks that they are of this checkpoint.
-
-    Args:
-        folders: Result folders of `sparsify evaluate`.
-        trained: The checkpoint.
-        predictors: The predictors in the bundle.
-
-    Raises:
-        EvaluationError: If one cannot be read.
-        ExportError: If one is of other weights, or of predictors that are not in the bundle.
+    """Reads evaluations of a checkpoint. Raises ExportError if one is of other weights, or of predictors that are not
+    in the bundle.
     """
-    found = [read_results(folder.expanduser()) for folder in folders]
+    found = [read_results(user_path(folder)) for folder in folders]
     hashes = {dtype: _hash(trained, dtype) for dtype in {results.dtype for results in found}}
     for folder, results in zip(folders, found, strict=True):
         if results.model_hash != hashes[results.dtype]:
@@ -70,12 +64,6 @@ def read_evaluations(
 
 
 def card_evaluations(name: str, found: Sequence[EvaluationResults]) -> CardEvaluations:
-    """Evaluations as a card shows them.
-
-    Args:
-        name: Name of the model on the Hub.
-        found: The evaluations.
-    """
     tables = []
     for results in found:
         title = f"Suite {results.suite}, {results.dtype}"
@@ -107,16 +95,7 @@ def model_card(
     license: str | None,
     evaluations: CardEvaluations | None = None,
 ) -> str:
-    """The model card of a checkpoint.
-
-    Args:
-        trained: The checkpoint.
-        dtype: Dtype of the bundle's weights.
-        acceptance: Result of the fresh process; None if the bundle was not checked.
-        predictors: Facts of the predictors in the bundle; None for none.
-        license: Licence identifier of the base model; None for the one in the base model's card.
-        evaluations: Evaluations of this checkpoint; None for none.
-    """
+    """The model card of a checkpoint; without `license` it names that of the base model's own card."""
     run = trained.run
     recipe, state, lock = (
         run.load_recipe(),
@@ -127,7 +106,7 @@ def model_card(
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "count": count}
+    environment.filters |= {"percent": percent, "count": count, "text": markdown_text}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         recipe=recipe,
         state=state,
@@ -135,12 +114,14 @@ def model_card(
         acceptance=acceptance,
         predictors=predictors,
         license=license or base_license(recipe.model.source),
-        config=json.loads((run.initial / "config.json").read_text()),
+        config=run.initial_config(),
         origin=recipe.model.source or "random weights",
         report=report,
+        inputs=INPUTS,
         stages=stages(run),
         evaluations=evaluations,
         has_baseline=run.baseline.metrics.is_file(),
+        chat_template=lock.chat_template,
         sources=_sources(recipe, lock, state),
     )
 

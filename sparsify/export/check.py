@@ -13,19 +13,26 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version as package_version
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
+from sparsify import models
 from sparsify.conversion.architecture import sparse_config, tensor_shapes
-from sparsify.conversion.source import check_tensors, read_checkpoint
-from sparsify.conversion.sparse_folder import load_sparse
+from sparsify.conversion.source_checkpoint import read_checkpoint
+from sparsify.conversion.source_tensors import check_tensors
+from sparsify.conversion.sparse_folder import auto_map, load_sparse
 from sparsify.errors import ExportError, UserError
 from sparsify.export import fresh_process
 from sparsify.export.weight_shards import SUMS, read_sums, sha256
+from sparsify.launch import lifeline
+from sparsify.metadata import read_json, read_record
+from sparsify.models import MODEL_CLASSES
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.predictors import read_predictors
 from sparsify.sparsity.report import read_report
+from sparsify.trust import code_is_trusted, without_secrets
 
 TOLERANCES = {"bf16": 2e-2, "fp16": 5e-3, "fp32": 1e-4}
 """Largest allowed logit difference, as a share of the largest logit, by the coarser of the training dtype and the stored
@@ -34,8 +41,6 @@ dtype. On the machine that trained the model it is 0; other devices, thread coun
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Result of the fresh process."""
-
     samples: list[str]
     logits_difference: float | None
     model_class: str
@@ -63,18 +68,9 @@ def accept(
     prompts: Sequence[str] = (),
     sample_tokens: int = 48,
 ) -> Acceptance:
-    """Loads a bundle in a fresh process and compares it with the trained model.
-
-    Args:
-        bundle: Folder to check.
-        ffn_activation: The activation that it must have.
-        precisions: Keys of TOLERANCES: dtypes of the training and of the stored weights. The coarser one decides.
-        reference: reference.safetensors of the checkpoint; None to skip the comparison of logits.
-        prompts: Prompts to continue.
-        sample_tokens: Length of each continuation in tokens.
-
-    Raises:
-        ExportError: If it does not load, or its activation or logits differ.
+    """Loads a bundle in a fresh process and compares it with the trained model's `reference`; None skips the logits.
+    The coarser of the precisions decides the tolerance. Raises ExportError if it does not load, or its activation or
+    logits differ.
     """
     with tempfile.TemporaryDirectory() as scratch:
         request = {
@@ -111,15 +107,26 @@ def accept(
 def _run_fresh_process(request: dict[str, object], scratch: Path) -> dict:
     request_path, result_path = scratch / "request.json", scratch / "result.json"
     request_path.write_text(json.dumps(request))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")} | {
+    inherited = without_secrets(os.environ)
+    environment = {key: value for key, value in inherited.items() if not key.startswith("PYTHON")} | {
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
         "HF_HUB_OFFLINE": "1",
         "HF_MODULES_CACHE": str(scratch / "modules"),  # no cached code of an older bundle
         "TOKENIZERS_PARALLELISM": "false",
     }
     process = subprocess.run(
-        [sys.executable, "-I", fresh_process.__file__, str(request_path), str(result_path)],
+        [
+            sys.executable,
+            "-I",
+            lifeline.__file__,
+            str(os.getpid()),
+            fresh_process.__file__,
+            str(request_path),
+            str(result_path),
+        ],
         cwd=scratch,
         env=environment,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
@@ -137,13 +144,9 @@ class Recorded(BaseModel):
     """What the fresh process measured at export; the measured fields are None if the bundle was not checked.
 
     Attributes:
-        checkpoint: Name of the checkpoint in its run.
-        ffn_activation: The activation that the model was trained with.
         precision: Training dtype, bf16 or fp32.
-        dtype: Dtype of the bundle's weights.
         logits_difference: Largest difference from the live model's logits, as a share of the largest logit.
         zeros: Share of exact zeros of the activations on the reference tokens.
-        reference_tokens: Number of reference tokens.
     """
 
     checkpoint: str
@@ -156,19 +159,9 @@ class Recorded(BaseModel):
 
 
 def read_recorded(bundle: Path) -> Recorded:
-    """Reads the record of a bundle.
-
-    Raises:
-        ExportError: If it is missing or damaged.
-    """
-    path = bundle / "training" / RECORDED_FILE
-    try:
-        return Recorded.model_validate(json.loads(path.read_text()))
-    except (OSError, ValueError, ValidationError) as error:
-        raise ExportError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}",
-            next_step="Export the run again, or copy the bundle again.",
-        ) from error
+    """Raises ExportError if it is missing or damaged."""
+    again = "Export the run again, or copy the bundle again."
+    return read_record(bundle / "training" / RECORDED_FILE, Recorded, "what an export measured", ExportError, again)
 
 
 ZEROS_TOLERANCE = 0.01
@@ -176,12 +169,12 @@ ZEROS_TOLERANCE = 0.01
 REPORT_TOLERANCE = 0.15
 """Largest allowed difference from the report's zeros, which are on a different text than the few reference tokens."""
 MOST_NAMES = 5
+CODE_SUFFIXES = (".py", ".pyc", ".pyd", ".so", ".pth", ".bin", ".pt", ".pkl", ".pickle", ".ckpt")
+"""Files that Python imports or unpickles."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Result of one check."""
-
     name: str
     holds: bool
     found: str
@@ -190,12 +183,9 @@ class Check:
 def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) -> list[Check]:
     """Checks a bundle from its bytes to its logits. Where possible, later checks run even if earlier ones fail.
 
-    Hashes find damage and edits. Edits with updated hashes are found by the logits, which are compared with those of the live
-    model, and by the zeros.
-
-    Args:
-        bundle: Folder that `export` wrote.
-        on_progress: Receives the name of each step.
+    Hashes find damage. They are in the bundle, so whoever edits it can write them again: that is found by the logits, which are
+    compared with those of the live model, and by the zeros. Code that is not this package's own is not run without the user's
+    word.
 
     Raises:
         ExportError: If the folder is not a bundle.
@@ -206,7 +196,8 @@ def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) 
             allowed="A folder that `sparsify export RUN --to DIR` wrote.",
         )
     on_progress("Hashing")
-    checks = [_hashes(bundle)]
+    code = _code(bundle)
+    checks = [check_hashes(bundle), code]
     tensors = _tensors(bundle)
     checks.append(tensors)
     try:
@@ -215,6 +206,8 @@ def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) 
         return [*checks, Check("logits", False, str(error))]
     if not tensors.holds:
         return [*checks, Check("logits", False, "not computed, since the tensors do not match")]
+    if not code.holds:
+        return [*checks, Check("logits", False, "not computed, since that would run this code")]
     on_progress("Loading it in a fresh process")
     checks += _loaded(bundle, recorded)
     if (bundle / "predictors").is_dir():
@@ -223,11 +216,7 @@ def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) 
 
 
 def refuse_broken(bundle: Path, checks: list[Check]) -> None:
-    """Raises the failed checks, if any.
-
-    Raises:
-        ExportError: If a check failed.
-    """
+    """Raises ExportError with the failed checks, if any."""
     broken = [check for check in checks if not check.holds]
     if broken:
         raise ExportError(
@@ -237,7 +226,8 @@ def refuse_broken(bundle: Path, checks: list[Check]) -> None:
         )
 
 
-def _hashes(bundle: Path) -> Check:
+def check_hashes(bundle: Path) -> Check:
+    """Compares the files of a bundle with its SHA256SUMS."""
     sums = read_sums(bundle)
     if not sums:
         return Check("hashes", False, f"there is no {SUMS}")
@@ -255,6 +245,51 @@ def _hashes(bundle: Path) -> Check:
     return Check("hashes", not found, found or f"{len(sums)} files unchanged since the export")
 
 
+def _code(bundle: Path) -> Check:
+    """Whether loading the bundle runs only code of this version of this package."""
+    foreign, version = foreign_code(bundle), package_version("sparsify-lm")
+    if not foreign:
+        return Check("code", True, f"its Python files are those of sparsify {version}, which checks it, byte for byte")
+    found = f"not those of sparsify {version}, which checks it and knows no other version: {_names(foreign)}"
+    if code_is_trusted():
+        return Check("code", True, f"{found}; run because of --trust-code")
+    return Check(
+        "code", False, f"{found}. Read it; --trust-code runs it, as does from_pretrained(trust_remote_code=True)"
+    )
+
+
+def foreign_code(bundle: Path) -> list[str]:
+    """What transformers would run, or fetch from elsewhere and run, besides the files that an export writes."""
+    own = {path.name: path.read_bytes() for path in Path(models.__file__).parent.glob("*.py")}
+    found = [
+        str(path.relative_to(bundle))
+        for path in sorted(bundle.rglob("*"))
+        if path.suffix in CODE_SUFFIXES
+        and not _hub_file(path.relative_to(bundle))
+        and (path.parent != bundle or not _equals(path, own.get(path.name)))
+    ]
+    for name in ("adapter_config.json", "custom_generate"):
+        if (bundle / name).exists():
+            found.append(name)
+    config = read_json(bundle / "config.json", ExportError)
+    kind = config.get("model_type")
+    known = auto_map(kind) if isinstance(kind, str) and kind in MODEL_CLASSES else {}
+    given = config.get("auto_map", {})
+    if not isinstance(given, dict) or any(known.get(name) != place for name, place in given.items()):
+        found.append("auto_map in config.json")
+    for field in ("attn_implementation", "_attn_implementation", "experts_implementation"):
+        if "/" in str(config.get(field)):
+            found.append(f"{field} in config.json")
+    tokenizer = bundle / "tokenizer_config.json"
+    if tokenizer.is_file() and "auto_map" in read_json(tokenizer, ExportError):
+        found.append("auto_map in tokenizer_config.json")
+    return found
+
+
+def _equals(path: Path, content: bytes | None) -> bool:
+    return content is not None and path.is_file() and not path.is_symlink() and path.read_bytes() == content
+
+
 def _hub_file(path: Path) -> bool:
     """Whether the Hub or its client added the file to a download."""
     return path.name == ".gitattributes" or path.parts[0] in (".cache", ".git")
@@ -269,7 +304,7 @@ def _tensors(bundle: Path) -> Check:
     try:
         checkpoint = read_checkpoint(bundle)
         kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
-        check_tensors(checkpoint, tensor_shapes(sparse_config(checkpoint.config, kept, str(bundle))))
+        check_tensors(bundle, checkpoint.shapes, tensor_shapes(sparse_config(checkpoint.config, kept, str(bundle))))
     except UserError as error:
         return Check("tensors", False, error.given)
     return Check("tensors", True, f"{len(checkpoint.shapes)} with the names and shapes of the config")

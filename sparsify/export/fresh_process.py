@@ -15,17 +15,16 @@ from transformers.utils import logging
 
 
 def main(request_path: str, result_path: str) -> None:
-    """Runs the request: compares logits with the reference, counts zeros, and generates samples."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     request = json.loads(Path(request_path).read_text())
     bundle = request["bundle"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        bundle, trust_remote_code=True, dtype="auto", output_loading_info=True
+        bundle, trust_remote_code=True, use_safetensors=True, dtype="auto", output_loading_info=True
     )
     model, info = loaded
     model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(bundle)
+    tokenizer = AutoTokenizer.from_pretrained(bundle, trust_remote_code=False)
     result = {
         "loading": {key: sorted(map(str, value)) for key, value in info.items()},
         "model_class": f"{type(model).__module__}.{type(model).__name__}",
@@ -60,8 +59,10 @@ def count_zeros(model: Any) -> dict[str, int]:
 
 
 def sample(model: Any, tokenizer: Any, prompt: str, sample_tokens: int) -> str:
-    """Continues a prompt greedily with a mild repetition penalty."""
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if inputs["input_ids"].shape[1] > 1 and inputs["input_ids"][0, -1] == tokenizer.eos_token_id:
+        # A tokenizer that appends </s> would end the prompt, and the model would begin another document.
+        inputs = {name: value[:, :-1] for name, value in inputs.items()}
     output = model.generate(
         **inputs,
         max_new_tokens=sample_tokens,

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 
+from sparsify.conversion import weight_files
 from sparsify.conversion.architecture import tensor_shapes
 from sparsify.errors import RunError
-from sparsify.files import write_json
 from sparsify.models import SparseConfig
 from sparsify.runs.state import StoredTensor
 
-INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _EXPERT = re.compile(r"(.*)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
 _ROUTER = re.compile(r"(.*)block_sparse_moe\.gate\.weight")
@@ -26,8 +23,6 @@ _MASK = re.compile(r"(.*)block_sparse_moe\.(experts\..*threshold)")
 
 
 class _LiveTensor(NamedTuple):
-    """Location of a tensor of the stored layout in the live model."""
-
     name: str
     expert: int | None = None
     matrix: str = ""
@@ -44,27 +39,23 @@ def write_shards(
 
     Peak memory is one shard, plus one layer's fused experts for Mixtral.
 
-    Args:
-        weights: The live model's tensors by name, read on access.
-        config: Config of the model.
-        folder: Output folder.
-        dtype: Dtype of the written tensors.
-        shard_bytes: Maximum shard size. A larger tensor gets its own shard.
-
     Raises:
         RunError: If a tensor is missing in `weights` or has another shape.
     """
-    shapes = tensor_shapes(config)
-    planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    split = split_torch_state_dict_into_shards(planned, max_shard_size=shard_bytes)
-    reader = _Reader(weights, config)
-    for file, names in split.filename_to_tensors.items():
-        tensors = {name: reader.read(name, shapes[name], dtype) for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        del tensors
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        write_json(folder / INDEX_FILE, index)
+    read = stock_reader(weights, config, dtype)
+    weight_files.write_shards(tensor_shapes(config), dtype, read, folder, shard_bytes)
+
+
+def stock_reader(
+    weights: Mapping[str, StoredTensor], config: SparseConfig, dtype: torch.dtype
+) -> Callable[[str], torch.Tensor]:
+    """A function that reads a run's tensor by its name in stock Mistral and Mixtral checkpoints; it keeps the last fused experts.
+
+    Raises:
+        RunError: When called, if a tensor is missing in `weights` or has another shape.
+    """
+    shapes, reader = tensor_shapes(config), _Reader(weights, config)
+    return lambda name: reader.read(name, shapes[name], dtype)
 
 
 class _Reader:
@@ -132,7 +123,7 @@ def read_sums(folder: Path) -> dict[str, str]:
     path = folder / SUMS
     if not path.is_file():
         return {}
-    pairs = (line.split("  ", 1) for line in path.read_text().splitlines() if "  " in line)
+    pairs = (line.split("  ", 1) for line in path.read_text(errors="replace").splitlines() if "  " in line)
     return {name: digest for digest, name in pairs}
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +19,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, Literal
 
-from sparsify.errors import UserError
+from sparsify.errors import RunError, UserError
 from sparsify.files import storage_errors, write_json
+from sparsify.launch import lifeline
 
 DONE = 0
 FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
-WATCH_SECONDS = 0.5
 LOG_TAIL_LINES = 30
 ERROR_FILE = "SPARSIFY_ERROR_FILE"
 """Environment variable of a child: the file for its error."""
@@ -37,10 +36,8 @@ class Child:
     """A process in a session of its own, so that the terminal's Ctrl-C reaches it only through its parent.
 
     Args:
-        name: What to call it in messages.
-        command: Its command line; `module_command` gives that of a module.
-        log: File for its standard error.
         environment: Its environment; this process's own unless given.
+        kept_open: Open files that it keeps open with this process: locks that must outlive this process.
         output: Where its standard output goes: into the log, to this process's own, or into the pipe `stdout`.
 
     Raises:
@@ -54,6 +51,7 @@ class Child:
         log: Path,
         *,
         environment: Mapping[str, str] | None = None,
+        kept_open: Sequence[int] = (),
         output: Literal["log", "terminal", "pipe"] = "log",
     ) -> None:
         self.name, self.log = name, log
@@ -72,7 +70,12 @@ class Child:
                 stderr=file,
                 text=True,
                 start_new_session=True,
+                pass_fds=kept_open,
             )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def stdout(self) -> IO[str]:
@@ -85,7 +88,6 @@ class Child:
         return self._process.poll()
 
     def wait(self) -> int:
-        """Waits for its end; returns its exit code."""
         return self._process.wait()
 
     def request_stop(self) -> None:
@@ -105,7 +107,6 @@ class Child:
         self.kill()
 
     def log_tail(self) -> str:
-        """The last lines of its log."""
         return _last_lines(self.log.read_text(errors="replace"))
 
     def failure_time(self) -> float:
@@ -115,11 +116,9 @@ class Child:
     def error(self, when: str = "") -> Exception:
         """What it failed with, to be raised here.
 
-        Args:
-            when: Where in the run that was, for the message about a defect.
-
         Returns:
-            The `UserError` that it raised, or a `RuntimeError` with its traceback, or with the end of its log.
+            The `UserError` that it raised, or one that names the signal that killed it, or a `RuntimeError` with its
+            traceback, or with the end of its log.
         """
         record, code = self._record(), self.poll()
         if "class" in record:
@@ -127,6 +126,8 @@ class Child:
         if code == USER_ERROR:  # it could not write the file
             return UserError(self.log_tail())
         what = record.get("traceback") or self.log_tail()
+        if code is not None and code < 0:
+            return killed(self.name, code, when)
         where = " ".join(part for part in (f"exit code {code}", when) if part)
         return RuntimeError(f"{self.name} failed with {where} (whole log: {self.log}):\n{what}")
 
@@ -137,10 +138,30 @@ class Child:
             return {}
 
 
+def killed(name: str, code: int, when: str = "") -> RunError:
+    """The error of a process that a signal killed, whose exit code is below 0."""
+    signal_name = signal.Signals(-code).name
+    said = " ".join(part for part in (f"{name[:1].upper()}{name[1:]} was killed by {signal_name}", when) if part)
+    return RunError(
+        f"{said}.", next_step=f"{_CAUSES.get(signal_name, '')}The same command continues from what was saved."
+    )
+
+
+_CAUSES = {
+    "SIGKILL": "SIGKILL often means that memory ran out. ",
+    "SIGBUS": "SIGBUS means that a file could not be read from its disk, or became shorter while it was read. ",
+}
+
+
 def module_command(module: ModuleType, *arguments: str) -> list[str]:
-    """The command line that runs a module as a program."""
+    """The command of a module's program, which ends with this process."""
     assert module.__spec__ is not None
-    return [sys.executable, "-m", module.__spec__.name, *arguments]
+    return [sys.executable, "-m", *lifeline_arguments(module.__spec__.name), *arguments]
+
+
+def lifeline_arguments(program: str) -> list[str]:
+    assert lifeline.__spec__ is not None
+    return [lifeline.__spec__.name, str(os.getpid()), program]
 
 
 def run_child(work: Callable[[], bool]) -> int:
@@ -148,9 +169,6 @@ def run_child(work: Callable[[], bool]) -> int:
 
     Args:
         work: Returns False if a stop was requested before its end.
-
-    Returns:
-        The exit code of the process.
     """
     error_file = os.environ.pop(ERROR_FILE, None)  # not for its own children
     try:
@@ -180,24 +198,6 @@ class StopRequest:
 
     def __call__(self) -> bool:
         return self.came
-
-
-def exit_with_parent(*, whole_group: bool = False) -> None:
-    """Ends this process soon after its parent is gone, so that no orphan writes into a run that is started again.
-
-    Args:
-        whole_group: End its process group with it, for one that has workers of its own.
-    """
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(WATCH_SECONDS)
-        if whole_group:
-            os.killpg(0, signal.SIGKILL)
-        os._exit(FAILED)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _last_lines(text: str) -> str:

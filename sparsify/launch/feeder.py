@@ -11,7 +11,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Self
 
 from sparsify.launch import ingest_worker
@@ -27,9 +26,6 @@ class Feeder:
 
     Args:
         run: The run's folder; its recipe is written and its tokenizer lies in `initial/`.
-        ingests: What it needs of each source.
-        num_processes: Most processes to tokenise with.
-        on_progress: Called now and then with how far a source is.
     """
 
     def __init__(
@@ -69,37 +65,20 @@ class Feeder:
                 continue
             self._on_progress(name, done, need)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for child in self._children:
             child.request_stop()
         for child in self._children:
             child.join(GRACE_SECONDS)
 
     def check(self) -> None:
-        """Raises what an ingest process failed with.
-
-        Raises:
-            UserError: If a source cannot supply its tokens.
-            RuntimeError: If it failed otherwise; the message is its own.
-        """
+        """Raises what an ingest process failed with."""
         for child in self._children:
             if child.poll():
                 raise child.error()
 
     def wait_until(self, enough: Callable[[Ingest], bool]) -> None:
-        """Waits until enough of every source is there.
-
-        Args:
-            enough: Whether a source is far enough.
-
-        Raises:
-            UserError: If a source cannot supply its tokens.
-        """
+        """Waits until enough of every source is there; raises what an ingest process failed with."""
         waiting = list(self._ingests.values())
         while waiting := [ingest for ingest in waiting if not enough(ingest)]:
             self.check()
@@ -119,5 +98,4 @@ def can_start(ingest: Ingest) -> bool:
 
 
 def is_ready(ingest: Ingest) -> bool:
-    """Whether everything that the run needs of a source is there."""
     return ingest.open().ready

@@ -6,6 +6,7 @@ A hostfile starts the other nodes by ssh, with this command. Under torchrun ever
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -19,9 +20,12 @@ from sparsify.errors import RunError
 from sparsify.launch.child import Child
 from sparsify.launch.nodes import StartedNode, free_port
 from sparsify.recipe.engine import TORCHRUN, LaunchSection
+from sparsify.trust import without_secrets
 
 EXPORTED = ("CUDA_", "HF_", "LD_LIBRARY_PATH", "NCCL_", "OMP_", "PYTHON", "UCX_", "WANDB_")
-"""Environment variables that other nodes are given: those whose name begins so."""
+"""Environment variables that other nodes are given: those whose name begins so, but no secrets. The line with them can be
+read in the list of processes of both machines, and only node 0 speaks with the Hub and the tracker."""
+_HOST = re.compile(r"(?:\w[\w.-]*@)?[\w\[][\w.:\]-]*", re.ASCII)
 GRACE_SECONDS = 20.0
 
 
@@ -41,10 +45,6 @@ class NodePlacement:
 @contextmanager
 def placement(launch: LaunchSection, arguments: Sequence[str]) -> Iterator[NodePlacement]:
     """Finds this process's place, and keeps the other nodes of a hostfile running while the block runs.
-
-    Args:
-        launch: As the command says it.
-        arguments: The command's own, after `sparsify`; the other nodes get them too.
 
     Raises:
         RunError: If the hostfile cannot be used, or torchrun did not start this process as it should.
@@ -92,6 +92,14 @@ def read_hostfile(path: str) -> dict[str, int]:
         hosts: dict[str, int] = fetch_hostfile(path) or {}
     except ValueError as error:
         raise RunError(f"{path}: {error}.", allowed="Lines of: HOST slots=N") from error
+    strange = [host for host in hosts if not _HOST.fullmatch(host)]
+    if strange:
+        raise RunError(
+            f"{path}: {strange[0]!r} is not the name of a host.",
+            allowed="[USER@]HOST of letters, digits, dots, colons, underscores and hyphens; neither begins with a hyphen, "
+            "which ssh would take for an option.",
+            next_step="Correct that line, and ask who wrote the file.",
+        )
     if not hosts:
         raise RunError(f"{path} names no host.", allowed="Lines of: HOST slots=N")
     if len(set(hosts.values())) > 1:
@@ -128,7 +136,7 @@ def _start_others(launch: LaunchSection, arguments: Sequence[str], stack: ExitSt
         command = _command([*arguments, *common, f"launch.node_rank={rank}"])
         child = Child(
             f"Node {rank} ({host})",
-            ["ssh", "-o", "BatchMode=yes", host, command],
+            ["ssh", "-o", "BatchMode=yes", "--", host, command],
             logs / f"node-{rank}.log",
         )
         stack.callback(child.join, GRACE_SECONDS)  # by now node 0 has ended the others, or is gone
@@ -138,9 +146,8 @@ def _start_others(launch: LaunchSection, arguments: Sequence[str], stack: ExitSt
 
 def _command(arguments: Sequence[str]) -> str:
     """A line for a shell elsewhere: the same folder, the same Python, what of the environment matters."""
-    exported = [
-        f"{name}={shlex.quote(value)}" for name, value in sorted(os.environ.items()) if name.startswith(EXPORTED)
-    ]
+    known = sorted(without_secrets(os.environ).items())
+    exported = [f"{name}={shlex.quote(value)}" for name, value in known if name.startswith(EXPORTED)]
     own = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv[1:])]  # how this program was started
     program = shlex.join([sys.executable, *own, *arguments])
     return f"cd {shlex.quote(str(Path.cwd()))} && exec env {' '.join(exported)} {program}"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
-from sparsify.launch.child import StopRequest, exit_with_parent, run_child
+from sparsify.launch.child import StopRequest, run_child
 from sparsify.mixture.tokens.ingest import Ingest, IngestSession
 from sparsify.reporting.log_lines import error_console, print_log_lines
 from sparsify.runs.data import ingests_of
@@ -25,8 +25,6 @@ RETRY_SECONDS = 0.2
 
 
 def main(run_dir: str, part: int, parts: int) -> bool:
-    """Tokenises to the end of the run's need. Returns False when a stop was requested before."""
-    exit_with_parent()
     print_log_lines(to=error_console)  # standard output is for the launcher
     stop_requested = StopRequest()
     run = RunFolder(Path(run_dir))

@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +25,12 @@ from typing import Any
 import torch
 
 from sparsify.errors import RunError, StorageError, UserError
-from sparsify.launch.child import INTERRUPTED, USER_ERROR, Child, module_command
+from sparsify.launch.child import INTERRUPTED, USER_ERROR, Child, killed, module_command
 from sparsify.launch.nodes import LaunchOrder, Nodes
 from sparsify.recipe.engine import LaunchSection
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import POLL_SECONDS, RunFolder
+from sparsify.runs.run_lock import RunLock
 
 SETTLE_SECONDS = 1.0
 """After a rank failed, the others are given this long to say what they met before they are ended."""
@@ -60,27 +61,18 @@ class Failure:
     error: dict[str, str]
 
     def exception(self) -> Exception:
-        """The error that the command ends with."""
         if "class" in self.error:
             return UserError.from_json(self.error)
         return RuntimeError(self.error["message"])
 
 
-def launch(run: RunFolder, worker: ModuleType, nodes: Nodes, check: Callable[[], None]) -> None:
-    """Node 0: runs all ranks to the end. Rank 0 speaks on this terminal, the others into logs/.
-
-    Args:
-        run: The run's folder.
-        worker: The program of a rank.
-        nodes: This machine and the others.
-        check: Called again and again; when it raises, the ranks save their state and end, and then it is raised.
-
-    Raises:
-        UserError: What a rank, or `check`, found wrong with what the user gave, or a signal that killed a rank.
-        Interrupted: If the run was interrupted, after its state was saved.
-        RuntimeError: If a rank failed otherwise; the message is that rank's own.
+def launch(run: RunFolder, worker: ModuleType, nodes: Nodes, check: Callable[[], None], lock: RunLock) -> None:
+    """Node 0: runs all ranks to the end; rank 0 prints to this terminal, the others into logs/. When `check` raises,
+    the ranks save their state and end, and then it is raised. A rank's UserError is raised here, Interrupted after a
+    clean save, RuntimeError for a defect. The ranks hold `lock` too: if this process is killed, nobody else can begin
+    to write into the run before the last of them is gone.
     """
-    run_ranks(run, worker, nodes, nodes.announce(run.path), check)
+    run_ranks(run, worker, nodes, nodes.announce(run.path), check, [lock.descriptor])
 
 
 def serve(worker: ModuleType, nodes: Nodes) -> None:
@@ -94,7 +86,14 @@ def serve(worker: ModuleType, nodes: Nodes) -> None:
         run_ranks(RunFolder(Path(order.run)), worker, nodes, order, lambda: None)
 
 
-def run_ranks(run: RunFolder, worker: ModuleType, nodes: Nodes, order: LaunchOrder, check: Callable[[], None]) -> None:
+def run_ranks(
+    run: RunFolder,
+    worker: ModuleType,
+    nodes: Nodes,
+    order: LaunchOrder,
+    check: Callable[[], None],
+    kept_open: Sequence[int] = (),
+) -> None:
     """Runs this machine's ranks to the end. Raises as `launch`."""
     ranks: list[Child] = []
     first = nodes.settings.node_rank * nodes.settings.processes
@@ -105,6 +104,7 @@ def run_ranks(run: RunFolder, worker: ModuleType, nodes: Nodes, order: LaunchOrd
                 module_command(worker, str(run.path)),
                 run.logs / f"rank-{rank}.log",
                 environment=environment,
+                kept_open=kept_open,
                 output="log" if rank else "terminal",
             )
         )
@@ -244,11 +244,10 @@ def _error(run: RunFolder, code: int, rank: Child) -> Exception:
         return rank.error()
     where = f"after step {_last_step(run)}"
     if code < 0:
-        name = signal.Signals(-code).name
         return RunError(
-            f"{rank.name.capitalize()} was killed by {name} {where}.",
+            killed(rank.name, code, where).given,
             next_step=f"SIGKILL often means that memory ran out: lower training.micro_batch_size. {CONTINUES}"
-            if name == "SIGKILL"
+            if code == -signal.SIGKILL
             else f"{CONTINUES} Its log is {rank.log}.",
         )
     if shutil.disk_usage(rank.log).free < LEAST_FREE_BYTES:

@@ -20,6 +20,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sparsify.errors import RunError
+from sparsify.launch.meeting import meeting_store
 from sparsify.recipe.engine import LaunchSection
 from sparsify.runs.run_folder import POLL_SECONDS
 
@@ -54,7 +55,6 @@ class StartedNode:
     """Another node that this one started.
 
     Attributes:
-        name: What to call it.
         poll: Its exit code; None while it runs.
         output_tail: What it printed at the end.
     """
@@ -65,12 +65,7 @@ class StartedNode:
 
 
 class Nodes:
-    """This node's end of the rendezvous; on a single machine there is nobody to talk to.
-
-    Args:
-        settings: Which node this is, and where they meet.
-        started_nodes: The others, where this one started them.
-    """
+    """This node's end of the rendezvous; on a single machine there is nobody to talk to."""
 
     def __init__(self, settings: LaunchSection, started_nodes: Sequence[StartedNode] = ()) -> None:
         self.settings, self._started_nodes, self._launch = settings, started_nodes, 0
@@ -122,7 +117,6 @@ class Nodes:
             yield order
 
     def report(self, order: LaunchOrder, failures: list[dict[str, Any]]) -> None:
-        """Tells the others that ranks of this node failed."""
         if failures:
             self._set(f"failed/{order.launch}/{self.settings.node_rank}", failures)
             self._set(f"failed/{order.launch}", True)
@@ -161,7 +155,6 @@ class Nodes:
             time.sleep(POLL_SECONDS)
 
     def has(self, key: str) -> bool:
-        """Whether a key was set."""
         return self._query(lambda store: store.check([key]))
 
     def _get(self, key: str) -> Any:
@@ -186,7 +179,6 @@ class Nodes:
 
 @contextmanager
 def rendezvous_of(settings: LaunchSection, started_nodes: Sequence[StartedNode] = ()) -> Iterator[Nodes]:
-    """The rendezvous while a command lasts."""
     nodes = Nodes(settings, started_nodes)
     try:
         yield nodes
@@ -201,14 +193,9 @@ def _meet(settings: LaunchSection) -> Any:
         settings.rendezvous == f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     )
     try:
-        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
-            host,
-            port,
-            is_master=settings.node_rank == 0 and not is_served,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=MEET_SECONDS),
-        )
-    except RuntimeError as error:
+        is_master = settings.node_rank == 0 and not is_served
+        store = meeting_store(host, port, is_master=is_master, timeout=timedelta(seconds=MEET_SECONDS))
+    except (RuntimeError, OSError) as error:
         role = "serve" if settings.node_rank == 0 else "reach"
         raise RunError(
             f"Node {settings.node_rank} cannot {role} launch.rendezvous={settings.rendezvous}: "

@@ -45,9 +45,15 @@ class SiteValues:
 
 
 class LayerValues(Protocol):
-    """What a mask is fitted to: one layer and the calibration tokens that reach it. Padding is skipped."""
+    """What a mask is fitted to: one layer and the calibration tokens that reach it. Padding is skipped.
+
+    Attributes:
+        experts: The layer's experts, one in a dense block; none at the sites of the attention.
+        device: Where the values are.
+    """
 
     experts: list[Expert]
+    device: torch.device
 
     def values(self, site: str) -> Iterator[SiteValues]:
         """The values of a site, some rows at a time; may be iterated repeatedly."""
@@ -104,7 +110,7 @@ class LayerRewrite(Protocol):
     @property
     def last_stage(self) -> str: ...
 
-    def rewrite(self, layer: Layer) -> Rewritten: ...
+    def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten: ...
 
 
 class WeightMethod(LayerRewrite, Protocol):
@@ -120,7 +126,7 @@ class WeightMethod(LayerRewrite, Protocol):
     paper: ClassVar[str]
     Settings: ClassVar[type[MethodSettings]]
 
-    def __init__(self, settings: Any, conversion: ConversionSection) -> None: ...
+    def __init__(self, settings: Any) -> None: ...
 
 
 class TokenMask(Protocol):
@@ -140,7 +146,6 @@ class Rewritten:
     Attributes:
         stages: Experts by stage: `dense` first, the result last.
         record: The layer's entry in `calibration.json`; `experts` in it has one for each.
-        line: The same in one line.
     """
 
     stages: dict[str, list[Expert]]
@@ -178,16 +183,13 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
             f"conversion.method is {name!r}.",
             allowed=f"{nearest(name, known)}Methods: {', '.join(known)}.",
         )
-    method = known[name]
-    settings = _settings(method, conversion)
-    if hasattr(method, "fit"):
-        return method(settings)
-    if conversion.refit is not None:
+    method = known[name](_settings(known[name], conversion))
+    if conversion.refit is not None and not isinstance(method, Mask):
         raise RecipeError(
             f"conversion.refit={str(conversion.refit).lower()} would be ignored: {name} reconstructs in its own way.",
             next_step="Leave it out, or choose a mask as conversion.method.",
         )
-    return method(settings, conversion)
+    return method
 
 
 def check_method(conversion: ConversionSection) -> None:
@@ -206,7 +208,6 @@ def makes_masks(conversion: ConversionSection) -> bool:
 
 
 def sparsification(mask: Mask) -> dict[str, Any]:
-    """`config.sparsification` of a model with this mask."""
     return {
         "method": mask.name,
         "sites": {site: asdict(rule) for site, rule in mask.sites.items()},

@@ -74,13 +74,7 @@ def blend(model: SparseModel, recipe: Recipe, seen_tokens: int, refits: int = 0)
 
 
 def set_share(activation: FfnActivation, config: SparseConfig, share: float) -> None:
-    """Gives one block the mixture with so much of the sparse activation; at 1 its plain one.
-
-    Args:
-        activation: The block's, in place.
-        config: Of its model: it says what the dense activation is.
-        share: 0 to 1.
-    """
+    """Gives one block the mixture with so much of the sparse activation; at 1 its plain one."""
     if share < 1:
         _mix(activation, config, share)
         return

@@ -8,7 +8,6 @@ and the results for those before it, so that an interrupted calibration resumes 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -23,8 +22,10 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 from sparsify.conversion.architecture import mask_name
-from sparsify.errors import MixtureError
+from sparsify.conversion.source_tensors import check_base_loss
+from sparsify.errors import MixtureError, StorageError
 from sparsify.files import atomic_folder, storage_errors, write_json
+from sparsify.metadata import holds_json, read_json
 from sparsify.methods.base import (
     LayerRewrite,
     Mask,
@@ -56,18 +57,16 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Stage:
+class CalibrationStage:
     """One stage of the activation replacement, measured on the watched sequences.
 
     Attributes:
         name: `dense`, `bare replacement`, then what the method's steps are called.
         losses: Nats per token of each source.
-        loss: Of all tokens together.
-        zeros: Share of exact zeros.
     """
 
     name: str
-    losses: dict[str, float]
+    losses: dict[str, float | None]
     loss: float
     zeros: float
 
@@ -77,13 +76,11 @@ class Calibration:
     """What a calibration found.
 
     Attributes:
-        stages: In order.
         layers: What each layer's record says: `layer`, `zeros`, and what the method says of it.
         num_tokens: Calibration tokens, held-out ones included.
-        method: Name of the method.
     """
 
-    stages: list[Stage]
+    stages: list[CalibrationStage]
     layers: list[dict[str, Any]]
     num_tokens: int
     method: str = "calibrated_replacement"
@@ -96,7 +93,7 @@ def rewrite_of(conversion: ConversionSection) -> LayerRewrite:
         RecipeError: If there is no such method, or a setting is invalid.
     """
     method = method_of(conversion)
-    return MaskedWeights(method, conversion) if isinstance(method, Mask) else method
+    return MaskedWeights(method, conversion.refit) if isinstance(method, Mask) else method
 
 
 class Calibrator:
@@ -107,7 +104,6 @@ class Calibrator:
         state: Folder for the state of an interrupted run; the caller removes it once the result is written.
         sequences: Calibration sequences, all of one length.
         watched: Sequences to measure the stages on, of the same length, by source.
-        settings: How.
 
     Raises:
         MixtureError: If there are too few sequences.
@@ -121,8 +117,8 @@ class Calibrator:
         watched: dict[str, list[PackedSequence]],
         settings: ConversionSection,
     ) -> None:
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._reader = LayerReader(folder, self._device)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._reader = LayerReader(folder, self.device)
         self._state, self._settings = state, settings
         self.method = rewrite_of(settings)
         self._result, self._mask = self.method.last_stage, self.method.mask
@@ -156,7 +152,8 @@ class Calibrator:
             for layer in range(num_layers):
                 if not self._record(layer).is_file():
                     self._calibrate(layer, num_layers)
-            records = [json.loads(self._record(n).read_text()) for n in range(num_layers)]
+            again = f"Remove {self._state}, then run the same command again."
+            records = [read_json(self._record(n), StorageError, again) for n in range(num_layers)]
             stages = self._stages(records)
         tokens = self._num_fit * self._sequence_length
         return Calibration(stages, records, tokens, self._settings.method)
@@ -188,7 +185,7 @@ class Calibrator:
 
     def _begin(self) -> None:
         identity = self._state / "identity.json"
-        if identity.is_file() and json.loads(identity.read_text()) == self._identity():
+        if holds_json(identity, self._identity()):
             return
         for old in [*self._state.glob("layer-*"), *self._state.glob("streams-*")]:
             Streams(old).remove() if old.is_dir() else old.unlink()
@@ -196,7 +193,7 @@ class Calibrator:
         with atomic_folder(self._streams(0).folder) as partial_folder:
             stream = Streams(partial_folder).create("dense", shape)
             for part in chunks(shape[0], shape[1]):
-                ids = self._batch["input_ids"][part].to(self._device)
+                ids = self._batch["input_ids"][part].to(self.device)
                 stream[part] = self._reader.embed(ids).cpu().numpy()
         write_json(identity, self._identity())
 
@@ -214,7 +211,7 @@ class Calibrator:
             attention.masks = masks
             self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
-            found = self.method.rewrite(Layer(dense, replaced, self._dtype, inputs))
+            found = self.method.rewrite(Layer(dense, replaced, self._dtype, inputs), self._settings)
             zeros, masked = {"dense": [0, 1]}, False
             for name, experts in found.stages.items():
                 if name != "dense":
@@ -242,8 +239,8 @@ class Calibrator:
         before = self._before(old, self._result)[0][: self._num_fit]
         for part in chunks(*before.shape[:2]):
             part = slice(part.start, min(part.stop, self._num_fit))
-            hidden = tensor(before[part], self._device)
-            positions = self._batch["position_ids"][part].to(self._device)
+            hidden = tensor(before[part], self.device)
+            positions = self._batch["position_ids"][part].to(self.device)
             values = attention.values(site, hidden, positions).flatten(0, -2)
             values = values[self._parts(part)[0]]
             yield SiteValues(values, values.new_ones(len(values)), 0, None)
@@ -252,9 +249,9 @@ class Calibrator:
         """Which tokens of some sequences methods may look at, and which are held out. Bool [tokens] each."""
         # Padding has position 0 and no label.
         labels, positions = (self._batch[key][part] for key in ("labels", "position_ids"))
-        is_text = ((labels != NO_LOSS) | (positions > 0)).flatten().to(self._device)
+        is_text = ((labels != NO_LOSS) | (positions > 0)).flatten().to(self.device)
         held_out = torch.arange(part.start, part.stop) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-        held_out = held_out.repeat_interleave(labels.shape[1]).to(self._device)
+        held_out = held_out.repeat_interleave(labels.shape[1]).to(self.device)
         return is_text & ~held_out, is_text & held_out
 
     def _advance(self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams) -> list[int]:
@@ -280,10 +277,10 @@ class Calibrator:
         return old.open("dense")[start:], start  # before the first layer they are all the same
 
     def _residual(self, attention: Attention, stream: np.ndarray, part: slice, start: int) -> torch.Tensor:
-        hidden = tensor(stream[part], self._device)
+        hidden = tensor(stream[part], self.device)
         first = part.start + start
         positions = self._batch["position_ids"][first : first + len(hidden)]
-        return attention(hidden, positions.to(self._device))
+        return attention(hidden, positions.to(self.device))
 
     def _prepare(self, attention: Attention, dense: list[Expert], old: Streams, new: Streams, work: Streams) -> None:
         """Writes the converted model's stream before the block, and what its outputs should add to the dense block's."""
@@ -296,15 +293,15 @@ class Calibrator:
             x = attention.ffn_inputs(residual)
             own = ffn_output(x, attention.routes(x), dense).view_as(residual)
             residuals[part] = residual.cpu().numpy()
-            gap = tensor(after[part], self._device) - residual - own
+            gap = tensor(after[part], self.device) - residual - own
             gaps[part] = (repaired * gap).cpu().numpy()
 
     def _inputs(self, attention: Attention, work: Streams) -> Iterator[Inputs]:
         residuals, gaps = work.open("residual"), work.open("gap")
         for part in chunks(*residuals.shape[:2]):
             part = slice(part.start, min(part.stop, self._num_fit))
-            x = attention.ffn_inputs(tensor(residuals[part], self._device))
-            gap = tensor(gaps[part], self._device).flatten(0, 1)
+            x = attention.ffn_inputs(tensor(residuals[part], self.device))
+            gap = tensor(gaps[part], self.device).flatten(0, 1)
             yield Inputs(x, attention.routes(x), gap, *self._parts(part))
 
     def _save(
@@ -329,16 +326,19 @@ class Calibrator:
         record = {"layer": layer, "zeros": zeros, **mask_record, **found.record}
         write_json(self._record(layer), record)
 
-    def _stages(self, records: list[dict[str, Any]]) -> list[Stage]:
+    def _stages(self, records: list[dict[str, Any]]) -> list[CalibrationStage]:
         streams = self._streams(len(records))
         norm, head = self._reader.head()
         stages = []
         for name in records[0]["zeros"]:
             zero, values = (sum(record["zeros"][name][i] for record in records) for i in (0, 1))
             totals = self._losses(self._before(streams, name), norm, head)
-            losses = {source: total / max(labels, 1) for source, (total, labels) in totals.items()}
+            losses = {source: total / labels if labels else None for source, (total, labels) in totals.items()}
             loss_sum, labels = (sum(column) for column in zip(*totals.values(), strict=True))
-            stages.append(Stage(name, losses, loss_sum / max(labels, 1), zero / values))
+            loss = loss_sum / max(labels, 1)
+            if not stages:
+                check_base_loss(loss, "the dense model")
+            stages.append(CalibrationStage(name, losses, loss, zero / values))
         return stages
 
     def _losses(
@@ -349,10 +349,10 @@ class Calibrator:
         for source, sequences in self._watched.items():
             total, count = 0.0, 0
             for index in range(first, first + len(sequences)):
-                state = tensor(hidden[index - start], self._device)
+                state = tensor(hidden[index - start], self.device)
                 scale = state.pow(2).mean(-1, keepdim=True) + self._reader.config.rms_norm_eps
                 logits = (state * scale.rsqrt() * norm) @ head.T
-                labels = self._batch["labels"][index].to(self._device)
+                labels = self._batch["labels"][index].to(self.device)
                 loss = functional.cross_entropy(logits, labels, ignore_index=NO_LOSS, reduction="sum")
                 total += float(loss)
                 count += int((labels != NO_LOSS).sum())
@@ -370,9 +370,11 @@ def _count_zeros(x: torch.Tensor, routes: Any, experts: list[Expert], first: int
 
 
 class AttentionValues:
-    experts: list[Expert] = []  # noqa: RUF012
+    """The values of the attention's sites, from calibration inputs (`methods.base.LayerValues`)."""
 
     def __init__(self, calibrator: Calibrator, attention: Attention, streams: Streams) -> None:
+        self.experts: list[Expert] = []
+        self.device = calibrator.device
         self._calibrator, self._of = calibrator, (attention, streams)
 
     def values(self, site: str) -> Iterator[SiteValues]:

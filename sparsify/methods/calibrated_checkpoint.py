@@ -5,7 +5,6 @@ Writes the checkpoint of a calibrated replacement: the bare replacement's shards
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from sparsify.conversion.architecture import sparse_config
 from sparsify.conversion.convert import Converted, convert
-from sparsify.conversion.source import SourceCheckpoint, read_checkpoint, read_shapes
+from sparsify.conversion.manifest import record_folder
+from sparsify.conversion.source_checkpoint import SourceCheckpoint, read_checkpoint
+from sparsify.conversion.source_tensors import read_shapes
 from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.conversion.weight_files import write_index
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, replace_folder, write_json
+from sparsify.metadata import holds_json, read_record
 from sparsify.methods.base import Mask, makes_masks, method_of, sparsification
 from sparsify.methods.calibrate import Calibration, Calibrator
 from sparsify.mixture.sequences.reader import PackedSequence
@@ -33,8 +36,6 @@ from sparsify.recipe.sparsification import ActivationSection, ConversionSection
 
 logger = logging.getLogger(__name__)
 
-INDEX = "model.safetensors.index.json"
-
 
 def write_calibrated(
     folder: Path,
@@ -44,17 +45,8 @@ def write_calibrated(
     mask: Mask | None,
     record: tuple[str, dict[str, Any]],
 ) -> None:
-    """Writes a checkpoint folder, a shard at a time.
-
-    Args:
-        folder: The bare replacement's checkpoint.
-        tensors_of: File with the new tensors of a layer, by their names on disk.
-        to: Folder to write.
-        mask: Its thresholds are among them; None for none.
-        record: Name and content of a JSON file to write next to them.
-
-    Raises:
-        StorageError: If `to` cannot be written.
+    """Writes a checkpoint folder, a shard at a time: that of the bare replacement with the new tensors of each layer,
+    and a JSON file of that name and content. Thresholds of the mask are among the tensors.
     """
     checkpoint = read_checkpoint(folder)
     name = checkpoint.config["ffn_activation"]
@@ -67,10 +59,10 @@ def write_calibrated(
             if file.suffix != ".safetensors":
                 shutil.copyfile(file, partial / file.name)
         dtypes = [_rewrite(shard, homes[shard], partial) for shard in checkpoint.shards]
-        if (folder / INDEX).is_file():
-            _write_index(folder / INDEX, homes, partial / INDEX)
+        write_index(partial, [shard.name for shard in checkpoint.shards])
         write_config(config, partial, dtypes[0])
         write_json(partial / record[0], record[1])
+        record_folder(partial)
 
 
 def _homes(
@@ -100,13 +92,6 @@ def _rewrite(shard: Path, changed: dict[str, Path], folder: Path) -> torch.dtype
     return dtype
 
 
-def _write_index(old: Path, homes: dict[Path, dict[str, Path]], to: Path) -> None:
-    index = json.loads(old.read_text(encoding="utf-8"))
-    for shard, names in homes.items():
-        index["weight_map"] |= dict.fromkeys(names, shard.name)
-    write_json(to, index)
-
-
 RECORD = "calibration.json"
 """In the folder of a calibrated checkpoint: what calibration found."""
 
@@ -126,14 +111,7 @@ def convert_calibrated(
 ) -> tuple[Converted, Calibration | None]:
     """Writes a checkpoint with the calibrated replacement. The same call resumes an interrupted one.
 
-    Args:
-        model: Where the weights come from.
-        activation: The activation to give it.
-        settings: How to calibrate.
-        to: Folder to write; must not exist. A hidden folder next to it holds the state until then.
-        sequences_for: Gives the sequences.
-        seed: Seed of an upcycled router.
-        dtype: Dtype of weights that are built here; copied shards keep theirs.
+    `to` must not exist. A hidden folder next to it holds the state until then.
 
     Returns:
         What was written and what was found; None for the latter where the activation stays and no thresholds are wanted.
@@ -148,15 +126,20 @@ def convert_calibrated(
     method_of(settings)  # before anything is written
     state = to.absolute().with_name(f".{to.name}.calibration")
     bare, asked = state / "bare", state / "asked.json"
-    wanted = {"model": asdict(model), "activation": asdict(activation), "seed": seed}
-    if not asked.is_file() or json.loads(asked.read_text()) != wanted:
+    wanted = {
+        "model": asdict(model),
+        "activation": asdict(activation),
+        "seed": seed,
+        "drop_mask": settings.drop_source_mask,
+    }
+    if not holds_json(asked, wanted):
         shutil.rmtree(state, ignore_errors=True)
         write_json(asked, wanted)
     if bare.is_dir():
         config = _config(bare)
         converted = Converted(to, config, model.source or "")
     else:
-        made = convert(model, activation, bare, seed=seed, dtype=dtype)
+        made = convert(model, activation, bare, seed=seed, dtype=dtype, drop_mask=settings.drop_source_mask)
         converted = Converted(to, made.config, made.origin)
     calibration = None
     if _has_nothing_to_do(converted.config, settings):
@@ -167,7 +150,8 @@ def convert_calibrated(
         raise ModelError(
             f"{converted.origin} stores a mask already, of {converted.config.sparsification['method']}.",
             allowed="Methods start from a model without a mask.",
-            next_step="Convert the dense model, or train this one as it is, without a calibration.",
+            next_step="Convert the dense model, or train this one as it is, without a calibration. A recipe can also leave "
+            "that mask out: conversion.drop_source_mask=true.",
         )
     else:
         sequences, watched = sequences_for(load_tokenizer(bare), converted.config)
@@ -185,10 +169,10 @@ def convert_calibrated(
     return converted, calibration
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
-    """What calibration found for a checkpoint; None where there was none."""
+def read_calibration(folder: Path) -> Calibration | None:
+    """What the calibration of a converted model found; None if it had none. Raises ModelError if that is damaged."""
     path = folder / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_record(path, Calibration, "the record of a calibration", ModelError) if path.is_file() else None
 
 
 def _config(folder: Path) -> SparseConfig:

@@ -17,7 +17,7 @@ from pydantic import Field
 from sparsify.methods.base import Mask, MethodSettings, Rewritten, register
 from sparsify.methods.layerwise import Expert, Inputs, InputsOf, Layer
 from sparsify.methods.reconstruction import Errors, Gram, Reduce, nothing_to_reduce
-from sparsify.methods.sites import fit_block, rows_of
+from sparsify.methods.sites import ATTENTION_SITES, fit_block, rows_of
 from sparsify.methods.thresholds import OutputNormThresholds, ThresholdSettings
 from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
@@ -41,12 +41,7 @@ class SignEnergies:
 
 
 def flip(expert: Expert, flips: torch.Tensor) -> Expert:
-    """The expert with up row and down column of the chosen neurons negated.
-
-    Args:
-        expert: Any.
-        flips: Bool [neurons].
-    """
+    """The expert with up row and down column of the chosen neurons (bool [neurons]) negated."""
     sign = 1 - 2 * flips.to(expert.up.dtype)
     return replace(expert, up=expert.up * sign[:, None], down=expert.down * sign)
 
@@ -87,7 +82,6 @@ class CalibratedLayer:
     Attributes:
         stages: Experts by stage: `dense`, `bare replacement`, then what was done to them, the last being the result.
         flips: Neurons with flipped signs, bool [experts, neurons].
-        results: One for each expert.
         mask_record: What the mask says of itself.
     """
 
@@ -103,7 +97,6 @@ class LayerCalibration:
     Args:
         dense: Its experts with the activation that they were trained with.
         replaced: The same with the new one.
-        settings: How.
         dtype: Dtype on disk: what is fitted is rounded to it before it is evaluated.
         inputs: Gives all calibration tokens, again on each call.
         flip_for: Activation, one that rectifies up, whose surviving half decides a neuron's sign; None flips none.
@@ -230,21 +223,20 @@ class CalibratedReplacement:
     paper = "none: ours"
     Settings = CalibratedSettings
 
-    def __init__(self, settings: CalibratedSettings, conversion: ConversionSection) -> None:
-        self._conversion = conversion
+    def __init__(self, settings: CalibratedSettings) -> None:
         self.mask: Mask | None = None
         if settings.target_zeros is not None:
             self.mask = OutputNormThresholds(ThresholdSettings(target_zeros=settings.target_zeros))
         self.last_stage = RECONSTRUCTED
 
-    def rewrite(self, layer: Layer) -> Rewritten:
+    def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten:
         activation = layer.replaced[0].activation
         flip_for = activation if ACTIVATIONS[activation.name].up == "relu" else None
         return _rewritten(
             LayerCalibration(
                 layer.dense,
                 layer.replaced,
-                self._conversion,
+                conversion,
                 layer.dtype,
                 layer.inputs,
                 flip_for,
@@ -256,17 +248,16 @@ class CalibratedReplacement:
 class MaskedWeights:
     """A mask as a rewrite of weights: the activation as it is, the mask, and the reconstruction where it is wanted."""
 
-    def __init__(self, mask: Mask, conversion: ConversionSection) -> None:
-        self.mask, self._conversion = mask, conversion
-        wanted = conversion.refit
-        self._reconstruct = mask.reconstructs if wanted is None else wanted
+    def __init__(self, mask: Mask, refit: bool | None) -> None:
+        self.mask = mask
+        self._reconstruct = mask.reconstructs if refit is None else refit
         self.last_stage = RECONSTRUCTED if self._reconstruct else mask.name
 
-    def rewrite(self, layer: Layer) -> Rewritten:
+    def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten:
         found = LayerCalibration(
             layer.dense,
             layer.replaced,
-            self._conversion,
+            conversion,
             layer.dtype,
             layer.inputs,
             None,
@@ -275,18 +266,20 @@ class MaskedWeights:
         ).run()
         if repr(layer.dense[0].activation) == repr(layer.replaced[0].activation):
             del found.stages["bare replacement"]
-        return _rewritten(found)
+        # Masks of the attention are applied before the block is measured, with and without what is done to it.
+        in_block = any(site not in ATTENTION_SITES for site in self.mask.sites)
+        return _rewritten(found, in_block=in_block)
 
 
-def _rewritten(found: CalibratedLayer) -> Rewritten:
+def _rewritten(found: CalibratedLayer, *, in_block: bool = True) -> Rewritten:
     record = {
         **found.mask_record,
         "experts": [asdict(result) for result in found.results],
     }
-    return Rewritten(found.stages, record, _sentence(found))
+    return Rewritten(found.stages, record, _sentence(found, in_block=in_block))
 
 
-def _sentence(found: CalibratedLayer) -> str:
+def _sentence(found: CalibratedLayer, *, in_block: bool) -> str:
     columns = {
         "bare": "error_bare",
         "before the refit": "error_before",
@@ -294,6 +287,7 @@ def _sentence(found: CalibratedLayer) -> str:
     }
     if RECONSTRUCTED not in found.stages:
         columns = {"before the mask": "error_bare", "with it": "error_before"}
+        columns = columns if in_block else {"with the mask": "error_before"}
     means = []
     for said, name in columns.items():
         values: list[Any] = [getattr(result, name) for result in found.results]

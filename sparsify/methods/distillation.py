@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse
-from sparsify.methods.calibrated_checkpoint import read_record
+from sparsify.methods.calibrated_checkpoint import read_calibration
 from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.mixture.sequences.reader import NO_LOSS
 from sparsify.models import SparseModel
@@ -45,13 +45,7 @@ class TeacherOutputs:
 
 
 class Teacher:
-    """The frozen dense source.
-
-    Args:
-        model: The dense source, in the precision and on the device that it is to work in; frozen here.
-        logits: Whether its logits are needed.
-        ffn_outputs: Whether the outputs of its feed-forward blocks are.
-    """
+    """The dense source in the precision and on the device that it is to work in; its weights are frozen here."""
 
     def __init__(self, model: SparseModel, *, logits: bool, ffn_outputs: bool) -> None:
         self._model, self._logits = model.eval().requires_grad_(False), logits
@@ -62,11 +56,8 @@ class Teacher:
 
     @torch.no_grad()
     def outputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> TeacherOutputs:
-        """Its outputs for a micro-batch, with the documents of a sequence kept apart as the run keeps them.
-
-        Args:
-            input_ids: [sequences, tokens] int64
-            position_ids: Position within the document. [sequences, tokens] int64
+        """Its outputs for a micro-batch [sequences, tokens]; by the positions it keeps the documents of a sequence
+        apart as the run does.
         """
         outputs = self._outputs = TeacherOutputs()
         hidden = self._model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
@@ -87,17 +78,21 @@ def output_blocks(model: SparseModel) -> list[nn.Module]:
     return [layer.mlp for layer in model.model.layers]  # pyright: ignore[reportReturnType]
 
 
-def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teacher | None:
-    """Loads the dense source with its own activation; None where the recipe distils nothing.
+def has_own_teacher(run: RunFolder) -> bool:
+    """Whether the dense source is not what training starts from: a calibration changed its weights, or it stores a mask."""
+    return read_calibration(run.initial) is not None or run.has_source_mask
 
-    After a bare replacement its weights are those that training starts from; a calibrated replacement has changed those, and the run folder has
-    both. A rank loads all of it, under ZeRO-3 too: call it when no model is being partitioned.
+
+def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teacher | None:
+    """Loads the dense source with its own activation and without a mask; None where the recipe distils nothing.
+
+    After a bare replacement its weights are those that training starts from; otherwise the run folder has both. A rank
+    loads all of it, under ZeRO-3 too: call it when no model is being partitioned.
     """
     settings = recipe.distillation
     if not settings.is_on:
         return None
-    is_calibrated = read_record(run.initial) is not None
-    folder = run.teacher if is_calibrated else run.initial
+    folder = run.teacher if has_own_teacher(run) else run.initial
     config = read_checkpoint(folder).config
     model = load_sparse(
         folder,
@@ -108,10 +103,6 @@ def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teache
     model.set_attn_implementation(recipe.engine.attention)
     model.to(device=device)  # pyright: ignore[reportCallIssue]
     return Teacher(model, logits=settings.logits_weight > 0, ffn_outputs=settings.ffn_weight > 0)
-
-
-CHUNK_VALUES = 1 << 22
-"""Logits that are widened at a time: 16 MB for each copy in fp32."""
 
 
 class Distiller:
@@ -151,10 +142,8 @@ class Distiller:
         self._outputs, self._errors = TeacherOutputs(), []
 
     def run_teacher(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Runs the teacher on the micro-batch that the model is about to see.
-
-        Args:
-            tensors: `input_ids`, `position_ids` and `labels`, [sequences, tokens] each, on the model's device.
+        """Runs the teacher on the micro-batch that the model is about to see: `input_ids`, `position_ids` and `labels`,
+        [sequences, tokens].
         """
         self._outputs, self._errors = (
             TeacherOutputs(),
@@ -165,10 +154,8 @@ class Distiller:
         self._in_forward = True
 
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
-        """Both terms of the forward pass that has just ended, weighted, and summed over its labels. []
-
-        Args:
-            logits: The model's. [sequences, tokens, vocabulary]
+        """Both terms of the forward pass that has just ended, weighted, and summed over its labels, from the model's
+        logits [sequences, tokens, vocabulary]. []
         """
         self._in_forward = False
         total = torch.zeros((), device=self._totals.device)
@@ -255,7 +242,7 @@ def relative_error(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     return (output.to(wide) - wanted).square().sum(-1) / size
 
 
-def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, chunk_values: int = 1 << 22) -> torch.Tensor:
     """Kullback-Leibler divergence of each token's distribution from the teacher's, in nats. [tokens]
 
     Widened piece by piece, forward and back, so that in addition to the two logits only their gradient is ever whole.
@@ -263,17 +250,19 @@ def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tens
     Args:
         logits: [tokens, vocabulary]
         teacher_logits: [tokens, vocabulary], without a gradient.
+        chunk_values: Logits that are widened at a time; by default 16 MB for each copy in fp32.
     """
-    return cast(torch.Tensor, _Divergence.apply(logits, teacher_logits))
+    return cast(torch.Tensor, _Divergence.apply(logits, teacher_logits, chunk_values))
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, logits: torch.Tensor, teacher_logits: torch.Tensor, chunk_values: int) -> torch.Tensor:
         ctx.save_for_backward(logits, teacher_logits)
+        ctx.chunk_values = chunk_values
         wide = torch.promote_types(logits.dtype, torch.float32)
         nats = torch.empty(len(logits), dtype=wide, device=logits.device)
-        for rows in _pieces(logits):
+        for rows in _pieces(logits, chunk_values):
             own = logits[rows].to(wide).log_softmax(-1)
             wanted = teacher_logits[rows].to(wide).log_softmax(-1)
             nats[rows] = (wanted.exp() * (wanted - own)).sum(-1)
@@ -284,13 +273,13 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         logits, teacher_logits = ctx.saved_tensors
         logits_grad = torch.empty_like(logits)
-        for rows in _pieces(logits):
+        for rows in _pieces(logits, ctx.chunk_values):
             difference = logits[rows].to(grad.dtype).softmax(-1)
             difference -= teacher_logits[rows].to(grad.dtype).softmax(-1)
             logits_grad[rows] = (difference * grad[rows, None]).to(logits.dtype)
-        return logits_grad, None
+        return logits_grad, None, None
 
 
-def _pieces(logits: torch.Tensor) -> Iterator[slice]:
-    rows = max(1, CHUNK_VALUES // logits.shape[1])
+def _pieces(logits: torch.Tensor, chunk_values: int) -> Iterator[slice]:
+    rows = max(1, chunk_values // logits.shape[1])
     return (slice(start, start + rows) for start in range(0, len(logits), rows))

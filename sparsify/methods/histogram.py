@@ -22,6 +22,8 @@ _FROM_SCALE: dict[Scale, Callable[[float], float]] = {
     "log2": lambda place: 2.0**place,
 }
 
+PIECE_VALUES = 1 << 20
+
 
 @dataclass(frozen=True)
 class Bins:
@@ -32,7 +34,6 @@ class Bins:
         scale: On which the bins are equally wide; values on a logarithmic one are magnitudes.
         lowest: Edge 0, on the scale.
         per_unit: Bins of one unit of the scale.
-        num_bins: How many.
         includes_upper: Whether a value on an edge belongs below it.
     """
 
@@ -57,16 +58,15 @@ class Bins:
         return places.clamp(-1, self.num_bins - 1).floor().long() + 1
 
 
+THRESHOLD_BINS = Bins("log", lowest=-60.0, per_unit=200, num_bins=24_000, includes_upper=False)
+"""A bin is half a per cent wide; e^-60 and less counts as zero."""
+
+
 class Histogram:
     """One or several rows of counts.
 
     Attributes:
         counts: int64 [rows, bins + 1].
-
-    Args:
-        bins: Where they lie.
-        num_rows: Distributions that are counted apart.
-        device: Where the counts are kept.
     """
 
     def __init__(self, bins: Bins, num_rows: int = 1, device: torch.device | str = "cpu") -> None:
@@ -74,9 +74,10 @@ class Histogram:
         self.counts = torch.zeros(num_rows, bins.num_bins + 1, dtype=torch.int64, device=device)
 
     def add(self, values: torch.Tensor, row: int = 0) -> None:
-        entries = self.bins.entries(values).flatten()
-        counted = torch.bincount(entries, minlength=self.bins.num_bins + 1)
-        self.counts[row] += counted.to(self.counts.device)
+        # In pieces: the entries of all values at once would take several times the memory of the values.
+        pieces = values.flatten().split(PIECE_VALUES)
+        counted = [torch.bincount(self.bins.entries(piece), minlength=self.bins.num_bins + 1) for piece in pieces]
+        self.counts[row] += torch.stack(counted).sum(0).to(self.counts.device)
 
     def total(self, row: int = 0) -> int:
         return int(self.counts[row].sum())
@@ -89,13 +90,8 @@ class Histogram:
         of_nonzero: bool = False,
         rank: Callable[[float], int] = math.ceil,
     ) -> float:
-        """The lowest edge that at least `share` of a row's values do not exceed.
-
-        Args:
-            share: 0 to 1.
-            row: Which row.
-            of_nonzero: Whether the share is one of the values outside entry 0.
-            rank: Makes a whole number of values of the share.
+        """The lowest edge that at least `share` of a row's values, or of those outside entry 0, do not exceed; `rank`
+        makes a whole number of values of the share.
         """
         counts = self.counts[row].clone()
         if of_nonzero:

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import nn
 
 from sparsify.conversion.architecture import sparse_config, tensor_shapes
-from sparsify.conversion.source import read_checkpoint, read_shapes
+from sparsify.conversion.source_checkpoint import read_checkpoint
+from sparsify.conversion.source_tensors import read_shapes
 from sparsify.models import (
     MODEL_CLASSES,
     FfnActivation,
@@ -66,12 +67,7 @@ class Expert:
         return x if self.input_threshold is None else drop_small(x, self.input_threshold)
 
     def with_mask(self, site: str, threshold: torch.Tensor) -> Expert:
-        """The expert with a mask on one of its sites: `ffn_in`, `gate` or `inter`.
-
-        Args:
-            site: The site.
-            threshold: [1] or [channels].
-        """
+        """The expert with a mask on one of its sites, `ffn_in`, `gate` or `inter`: a threshold [1] or [channels]."""
         if site == "ffn_in":
             return replace(self, input_threshold=threshold)
         old = self.activation
@@ -117,7 +113,6 @@ class Inputs:
 
     Attributes:
         x: Its inputs, [tokens, hidden].
-        routes: Their experts.
         gap: What every expert should add to what it computed when dense, [tokens, hidden].
         fit: Tokens that a method may look at, bool [tokens].
         held_out: Held-out tokens, bool [tokens].
@@ -138,8 +133,6 @@ class Layer:
     """A layer as a method rewrites it.
 
     Attributes:
-        dense: Its experts with the activation that they were trained with.
-        replaced: The same with the new one.
         dtype: Dtype on disk: what is fitted is rounded to it before it is evaluated.
         inputs: Gives all calibration tokens, again on each call.
     """
@@ -173,6 +166,8 @@ class Attention:
         layer.to_empty(device=device)
         if self._router is not None:
             self._router.to_empty(device=device)
+        # Without a feed-forward block it applies no activation: the model's own check of its experts has nothing to look at.
+        decoder.config.ffn_activation, decoder.config.sparsification = STOCK_ACTIVATION, None
         decoder.rotary_emb = type(decoder.rotary_emb)(config=one_layer).to(device)
         self._decoder, self._layer = decoder.float().eval(), layer
         self.masks: dict[str, torch.Tensor] = {}

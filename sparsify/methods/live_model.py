@@ -16,7 +16,6 @@ class Engine(Protocol):
     """What is used of `deepspeed.DeepSpeedEngine`.
 
     Attributes:
-        module: The model.
         optimizer: DeepSpeed's, around the one that was built for the model.
         micro_steps: Micro-batches so far; where a global batch begins follows from it.
     """
@@ -24,6 +23,7 @@ class Engine(Protocol):
     optimizer: Any
     micro_steps: int
     global_steps: int
+    global_samples: int
     skipped_steps: int
 
     @property

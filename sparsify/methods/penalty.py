@@ -147,7 +147,7 @@ class PenaltyMeter:
             self._totals[4] += (gate_factor == 0).sum()
 
     def _experts_of(self, layer: int) -> int | torch.Tensor | None:
-        """The expert of each row of the call that runs; None in a dense block."""
+        """The expert of each row of the call that runs; None in a dense block and without masks."""
         return getattr(self._model.ffn_blocks()[layer], "_row_experts", None)
 
 
@@ -203,14 +203,8 @@ def weight(controller: Controller, target: float, budget_share: float) -> float:
 def after_step(
     controller: Controller, target: float, zeros: float, budget_share: float, step_share: float
 ) -> Controller:
-    """Takes in one step.
-
-    Args:
-        controller: The state before it.
-        target: Share of zeros that is wanted at the end.
-        zeros: Share of zeros of the step.
-        budget_share: Tokens seen at its end, as a share of the budget.
-        step_share: Its tokens as a share of the budget.
+    """Takes in one step. `zeros` is the step's share; `budget_share` that of the tokens seen at its end, `step_share`
+    of its own tokens.
     """
     now = replace(controller, zeros=zeros)
     error = _error(now, target, budget_share)
@@ -219,11 +213,6 @@ def after_step(
         return now  # winding the integral up further would only delay the way back
     left = max(1 - controller.begun_at, step_share)
     return replace(now, integral=controller.integral + error * step_share / left)
-
-
-def path(controller: Controller, target: float, budget_share: float) -> float:
-    """Share of zeros that is wanted at this share of the budget."""
-    return 1 - math.exp(-_wanted(controller, target, budget_share))
 
 
 def _exponent(controller: Controller, target: float, budget_share: float) -> float:

@@ -15,8 +15,7 @@ import torch
 from pydantic import Field
 
 from sparsify.methods.base import Fitted, LayerValues, MethodSettings, register
-from sparsify.methods.histogram import Histogram
-from sparsify.methods.thresholds import THRESHOLD_BINS
+from sparsify.methods.histogram import THRESHOLD_BINS, Histogram
 from sparsify.models import SiteRule
 
 
@@ -48,11 +47,10 @@ class Percentile:
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
         share, threshold = self._settings.target_zeros, -math.inf
-        device = layer.experts[0].down.device
         if share:
-            magnitudes = Histogram(THRESHOLD_BINS, device=device)
+            magnitudes = Histogram(THRESHOLD_BINS, device=layer.device)
             for chunk in layer.values(site):
                 magnitudes.add(chunk.values.abs())
             threshold = magnitudes.quantile(share)
         record = {"threshold": threshold} if share else {}
-        return Fitted(torch.tensor([threshold], device=device), record)
+        return Fitted(torch.tensor([threshold], device=layer.device), record)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sparsify.errors import RecipeError
 from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
+from sparsify.models.masking import num_experts
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import StabilitySection
 
@@ -38,19 +39,14 @@ class RouterMeter:
 
     def __init__(self, config: Any, device: torch.device) -> None:
         self._experts_per_token = config.num_experts_per_tok
-        shape = config.num_hidden_layers, config.num_local_experts
+        shape = config.num_hidden_layers, num_experts(config)
         self._load = torch.zeros(shape, dtype=torch.float64, device=device)
         self._entropy = torch.zeros(shape[0], dtype=torch.float64, device=device)
         self._totals = torch.zeros(3, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, router_logits: Sequence[torch.Tensor], aux_loss: torch.Tensor) -> None:
-        """Counts one micro-batch.
-
-        Args:
-            router_logits: Of each layer. [tokens, experts] each
-            aux_loss: The model's load-balancing loss. []
-        """
+        """Counts one micro-batch from the logits of each layer, [tokens, experts] each, and the model's balancing loss."""
         log_shares = torch.stack([logits.float() for logits in router_logits]).log_softmax(-1)
         chosen = log_shares.topk(self._experts_per_token, dim=-1).indices.flatten(1)
         self._load.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=torch.float64))

@@ -31,6 +31,7 @@ class BlockValues:
 
     def __init__(self, experts: list[Expert], inputs: InputsOf) -> None:
         self.experts, self._inputs = experts, inputs
+        self.device = experts[0].down.device
 
     def values(self, site: str) -> Iterator[SiteValues]:
         for chunk in self._inputs():

@@ -11,11 +11,9 @@ import torch
 from pydantic import Field
 
 from sparsify.methods.base import Fitted, LayerValues, MethodSettings, register
-from sparsify.methods.histogram import Bins, Histogram
+from sparsify.methods.histogram import THRESHOLD_BINS, Histogram
 from sparsify.models import SiteRule
 
-THRESHOLD_BINS = Bins("log", lowest=-60.0, per_unit=200, num_bins=24_000, includes_upper=False)
-"""A bin is half a per cent wide; e^-60 and less counts as zero."""
 TINY = 1e-30
 """Norm of a column that is all zeros: its neuron adds nothing and is always zeroed."""
 
@@ -40,7 +38,7 @@ class OutputNormThresholds:
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
         """T / |w_down,i| of every neuron, [experts, neurons]."""
-        norms = Histogram(THRESHOLD_BINS, device=layer.experts[0].down.device)
+        norms = Histogram(THRESHOLD_BINS, device=layer.device)
         for chunk in layer.values(site):
             assert chunk.expert is not None
             norms.add(chunk.values.abs() * chunk.expert.down.norm(dim=0))

@@ -55,6 +55,8 @@ class LayerThresholdMask:
 
 
 def _in_pieces(rule: Callable[[torch.Tensor], torch.Tensor], product: torch.Tensor) -> torch.Tensor:
-    if not len(product):
-        return torch.ones_like(product, dtype=torch.bool)
-    return torch.cat([rule(rows) for rows in product.split(PIECE_ROWS)])
+    keep = torch.ones_like(product, dtype=torch.bool)
+    if len(product):
+        for rows, kept in zip(product.split(PIECE_ROWS), keep.split(PIECE_ROWS), strict=True):
+            kept.copy_(rule(rows))
+    return keep

@@ -24,6 +24,8 @@ from sparsify.mixture.tokens.ingest import BAD_ROWS_FILE, Progress, bad_rows_of,
 from sparsify.mixture.tokens.tokenized_source import ShardDocuments, TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 
+FEW_LABELS = 0.01
+
 
 class DroppedCounts(BaseModel):
     """Rows and documents that were dropped from the part of a source read so far.
@@ -32,7 +34,6 @@ class DroppedCounts(BaseModel):
         bad_rows: Rows that could not be used; None until the source was read as far as a run needed it.
         duplicates: Documents with the same content as an earlier one; None if duplicates are kept.
         contaminated: Documents that overlap with an evaluation item; None without evaluation sets.
-        notes: One line for each kind, with the file that has the details.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -43,15 +44,21 @@ class DroppedCounts(BaseModel):
     notes: list[str]
 
     @classmethod
-    def of(cls, source: TokenizedSource) -> DroppedCounts:
+    def of(cls, source: TokenizedSource, share: float) -> DroppedCounts:
+        """Counts of a source whose `loss_share` is `share`."""
         folder, notes = source.cache.folder, []
         num_read = source.cache.records[-1].read_documents
         bad_rows = bad_rows_of(source)
-        if bad_rows is not None and (bad_rows.num_bad_rows or bad_rows.duplicate_files):
+        if bad_rows is not None and (bad_rows.num_bad_rows or bad_rows.duplicate_files or bad_rows.dropped_turns):
             notes.append(f"{bad_rows.summary()}: {folder / BAD_ROWS_FILE}")
         duplicates = count_duplicates(folder, num_read)
         if duplicates:
             notes.append(f"{source.name}: {duplicates:,} of {num_read:,} documents are duplicates of earlier ones")
+        if share < FEW_LABELS:
+            notes.append(
+                f"{source.name}: only {share:.2%} of the tokens carry loss, so it trains on little or nothing: its answers are "
+                "short for their prompts. mixture.instruction_loss=all puts loss on every token"
+            )
         report = contamination_report(folder, num_read)
         if report is not None and report.documents_dropped:
             notes.append(
@@ -164,6 +171,7 @@ def _source_stats(source: TokenizedSource, group: str, planned_tokens: float, se
     lengths = np.concatenate([documents.lengths for documents in shards])
     num_tokens = int(lengths.sum())
     sequences = TrainingStream(source, sequence_length, seed=0).num_sequences
+    share = loss_share(source)
     p5, p50, p95 = np.percentile(lengths, [5, 50, 95], method="inverted_cdf").tolist()
     return SourceStats(
         group=group,
@@ -171,16 +179,22 @@ def _source_stats(source: TokenizedSource, group: str, planned_tokens: float, se
         documents=len(lengths),
         tokens=num_tokens,
         held_out_tokens=source.num_held_out_tokens,
-        complete=source.cache.complete and source.num_shards == len(source.cache.records),
+        complete=source.cache.complete and num_tokens == sum(record.train_tokens for record in source.cache.records),
         tokens_per_document_p5=p5,
         tokens_per_document_p50=p50,
         tokens_per_document_p95=p95,
         sequences=sequences,
         packing_efficiency=num_tokens / (sequences * sequence_length),
-        loss_share=sum(map(_tokens_with_loss, shards)) / num_tokens,
+        loss_share=share,
         epochs=planned_tokens / (sequences * sequence_length),
-        dropped=DroppedCounts.of(source),
+        dropped=DroppedCounts.of(source, share),
     )
+
+
+def loss_share(source: TokenizedSource) -> float:
+    """Share of the training tokens that carry loss."""
+    shards = [source.train_documents(number) for number in range(source.num_shards)]
+    return sum(map(_tokens_with_loss, shards)) / max(1, sum(int(one.lengths.sum()) for one in shards))
 
 
 def _tokens_with_loss(documents: ShardDocuments) -> int:
@@ -193,12 +207,7 @@ def _tokens_with_loss(documents: ShardDocuments) -> int:
 
 @dataclass(frozen=True)
 class PreviewSpan:
-    """Consecutive tokens of one document in a sequence.
-
-    Attributes:
-        text: The decoded tokens.
-        carries_loss: Whether the tokens are targets of the loss.
-    """
+    """Consecutive tokens of one document in a sequence."""
 
     text: str
     carries_loss: bool
@@ -209,9 +218,7 @@ class SequencePreview:
     """One training sequence as text.
 
     Attributes:
-        source: Name of the source.
         documents: The documents, or pieces of documents, each as spans with and without loss.
-        num_tokens: Positions that hold tokens.
         num_empty: Positions that packing left empty.
     """
 

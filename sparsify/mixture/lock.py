@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from sparsify.errors import RunError
 from sparsify.files import write_text
+from sparsify.metadata import read_record
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 
 
@@ -32,6 +33,19 @@ class SourceLock(BaseModel):
     delivered_share: float | None = None
 
 
+BUDGET_FIELDS = ("planned_tokens", "documents", "train_tokens", "held_out_tokens", "epochs")
+"""Fields of a source that follow from its fingerprint and the budget."""
+
+
+class Extension(BaseModel):
+    """A longer budget that a run was given after it began."""
+
+    step: int
+    """Steps that it had trained by then."""
+    from_budget_tokens: int
+    to_budget_tokens: int
+
+
 class MixtureLock(BaseModel):
     """Everything that determines which token comes at which position of the run."""
 
@@ -39,6 +53,9 @@ class MixtureLock(BaseModel):
     sequence_length: int
     seed: int
     sources: dict[str, SourceLock]
+    chat_template: str | None = None
+    """The Jinja text that rendered the instruction sources; None without any."""
+    extensions: list[Extension] = Field(default_factory=list)
     accepted_changes: list[str] = Field(default_factory=list)
     """Differences that the user accepted when resuming on other data (launch.accept_changed_data)."""
 
@@ -55,6 +72,7 @@ def make_lock(
         tokenizer_fingerprint=next(iter(sources.values())).info.tokenizer,
         sequence_length=sequence_length,
         seed=seed,
+        chat_template=next((text for one in sources.values() if (text := one.info.chat_template)), None),
         sources={
             name: _source_lock(source, shares.get(name, 0.0), planned_sequences[name] * sequence_length)
             for name, source in sources.items()
@@ -90,27 +108,13 @@ def with_delivered(lock: MixtureLock, sequences: Mapping[str, int]) -> MixtureLo
 
 
 def write_lock(lock: MixtureLock, path: Path) -> None:
-    """Writes a lock as JSON.
-
-    Raises:
-        StorageError: If the disk or the folder refuses.
-    """
     write_text(path, lock.model_dump_json(indent=2) + "\n")
 
 
 def read_lock(path: Path) -> MixtureLock:
-    """Reads a lock that `write_lock` wrote.
-
-    Raises:
-        RunError: If the file is missing or damaged.
-    """
-    try:
-        return MixtureLock.model_validate_json(path.read_text())
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"The mixture lock {path} cannot be read: {str(error).splitlines()[0]}.",
-            next_step="Restore it from a copy of the run folder, or start a new run.",
-        ) from error
+    """Raises RunError if the lock is missing or damaged."""
+    restore = "Restore it from a copy of the run folder, or start a new run."
+    return read_record(path, MixtureLock, "a mixture lock", RunError, restore)
 
 
 def check_lock(previous: MixtureLock, current: MixtureLock) -> None:
@@ -144,7 +148,7 @@ def _differences(previous: MixtureLock, current: MixtureLock) -> Iterator[str]:
             yield f"source {name}: {'added' if old is None else 'removed'}"
             continue
         for field in SourceLock.model_fields:
-            if not field.startswith("delivered"):
+            if not field.startswith("delivered") and not (previous.extensions and field in BUDGET_FIELDS):
                 values = getattr(old, field), getattr(new, field)
                 yield from _changed(f"source {name}: {field}", *values)
 

@@ -7,49 +7,14 @@ imported when one of them is first used: recipes and help texts read the table a
 
 from typing import TYPE_CHECKING, Any
 
-from sparsify.models.activations import ACTIVATIONS, Activation
+from sparsify.models.activations import ACTIVATIONS as ACTIVATIONS
+from sparsify.models.activations import Activation as Activation
 
 if TYPE_CHECKING:
-    from sparsify.models.classes import (
-        CONFIG_CLASSES,
-        MODEL_CLASSES,
-        SITES,
-        FfnActivation,
-        SiteRule,
-        SparseConfig,
-        SparseMistralConfig,
-        SparseMistralForCausalLM,
-        SparseMixtralConfig,
-        SparseMixtralForCausalLM,
-        SparseModel,
-        ThresholdMask,
-        mask_tensors,
-        site_rules,
-    )
-
-__all__ = [
-    "ACTIVATIONS",
-    "CONFIG_CLASSES",
-    "MODEL_CLASSES",
-    "SITES",
-    "Activation",
-    "FfnActivation",
-    "SiteRule",
-    "SparseConfig",
-    "SparseMistralConfig",
-    "SparseMistralForCausalLM",
-    "SparseMixtralConfig",
-    "SparseMixtralForCausalLM",
-    "SparseModel",
-    "ThresholdMask",
-    "mask_tensors",
-    "site_rules",
-]
+    from sparsify.models.classes import *  # noqa: F403
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from sparsify.models import classes
+    import sparsify.models.classes as classes
 
     return getattr(classes, name)

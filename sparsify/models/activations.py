@@ -30,7 +30,6 @@ class Activation:
         gate: Kind of the factor of gate pre-activations.
         up: Kind of the factor of up pre-activations.
         formula: The product, as reports print it; t is the gate threshold.
-        paper: Where it was published.
         gate_threshold: The published value of what `shifted_relu` subtracts from the gate and of what `fatrelu` compares it
             with; of a model's own activation (`with_threshold`), that model's value. 0 for every other kind.
         saved_values: Values of one neuron that autograd saves for the backward pass, in a dense block and in fused experts,
@@ -139,3 +138,10 @@ def alternatives(names: Sequence[str]) -> str:
 def is_dense(ffn_activation: str, *, is_masked: bool = False) -> bool:
     """Whether a model makes no exact zeros: neither its activation nor a stored mask does."""
     return not ACTIVATIONS[ffn_activation].makes_zeros and not is_masked
+
+
+def activation_words(ffn_activation: str, *, is_masked: bool) -> str:
+    """What tables call a model: `dense`, `drelu`, or `masked swiglu`."""
+    if is_masked:
+        return f"masked {ffn_activation}"
+    return "dense" if is_dense(ffn_activation) else ffn_activation

@@ -2,10 +2,14 @@
 
 from sparsify.models.configuration_sparse_mistral import SparseMistralConfig
 from sparsify.models.configuration_sparse_mixtral import SparseMixtralConfig
-from sparsify.models.ffn_activation import FfnActivation
-from sparsify.models.masking import SITES, SiteRule, ThresholdMask, mask_tensors, site_rules
-from sparsify.models.modeling_sparse_mistral import SparseMistralForCausalLM
-from sparsify.models.modeling_sparse_mixtral import SparseMixtralForCausalLM
+from sparsify.models.ffn_activation import FfnActivation as FfnActivation
+from sparsify.models.masking import SITES as SITES
+from sparsify.models.masking import SiteRule as SiteRule
+from sparsify.models.masking import ThresholdMask as ThresholdMask
+from sparsify.models.masking import mask_tensors as mask_tensors
+from sparsify.models.masking import site_rules as site_rules
+from sparsify.models.modeling_sparse_mistral import SparseMistralForCausalLM, SparseMistralModel
+from sparsify.models.modeling_sparse_mixtral import SparseMixtralForCausalLM, SparseMixtralModel
 
 SparseConfig = SparseMistralConfig | SparseMixtralConfig
 SparseModel = SparseMistralForCausalLM | SparseMixtralForCausalLM
@@ -15,20 +19,8 @@ MODEL_CLASSES = {
     SparseMistralConfig.model_type: SparseMistralForCausalLM,
     SparseMixtralConfig.model_type: SparseMixtralForCausalLM,
 }
-
-__all__ = [
-    "CONFIG_CLASSES",
-    "MODEL_CLASSES",
-    "SITES",
-    "FfnActivation",
-    "SiteRule",
-    "SparseConfig",
-    "SparseMistralConfig",
-    "SparseMistralForCausalLM",
-    "SparseMixtralConfig",
-    "SparseMixtralForCausalLM",
-    "SparseModel",
-    "ThresholdMask",
-    "mask_tensors",
-    "site_rules",
-]
+BASE_CLASSES = {
+    SparseMistralConfig.model_type: SparseMistralModel,
+    SparseMixtralConfig.model_type: SparseMixtralModel,
+}
+"""The models without their heads, which inference engines build their own on."""

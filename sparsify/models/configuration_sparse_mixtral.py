@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, MixtralConfig
 
 from .activations import STOCK_ACTIVATION
-from .masking import site_rules
+from .masking import read_mask
 
 
 @strict
@@ -27,14 +27,7 @@ class SparseMixtralConfig(MixtralConfig):
     base_ffn_gate_threshold: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Older bundles have `ffn_thresholds: neuron` for thresholds of each neuron on the product.
-        old = kwargs.pop("ffn_thresholds", "none")
-        if old not in ("none", "neuron"):
-            raise ValueError(f"ffn_thresholds is {old!r}; allowed: none, neuron")
-        if old == "neuron":
-            sites = {"inter": {"rule": "threshold", "per": "channel"}}
-            self.sparsification = {"method": "thresholds", "sites": sites}
-        site_rules(self)
+        read_mask(self, kwargs)
         super().__post_init__(**kwargs)
 
 

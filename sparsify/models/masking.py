@@ -20,6 +20,8 @@ from torch import nn
 SITES = ("attn_in", "attn_out", "ffn_in", "gate", "inter")
 """In the order in which a layer computes them: input of the query, key and value projections, input of the output
 projection, input of the gate and up projections, the gate's factor, and the product of both factors."""
+INPUT_SITES = ("attn_in", "attn_out", "ffn_in")
+"""Those that are inputs of linear projections; a `ThresholdMask` masks each. The others are inside `FfnActivation`."""
 RULES = ("threshold",)
 GRANULARITIES = ("layer", "channel")
 
@@ -60,6 +62,20 @@ def site_rules(config: Any) -> dict[str, SiteRule]:
                 )
         rules[site] = rule
     return {site: rules[site] for site in SITES if site in rules}
+
+
+def read_mask(config: Any, other_fields: dict[str, Any]) -> None:
+    """Checks a configuration's mask, which older bundles write as `ffn_thresholds: neuron`; takes that out of the other fields.
+
+    Raises:
+        ValueError: If this code does not apply it.
+    """
+    old = other_fields.pop("ffn_thresholds", "none")
+    if old not in ("none", "neuron"):
+        raise ValueError(f"ffn_thresholds is {old!r}; allowed: none, neuron")
+    if old == "neuron":
+        config.sparsification = {"method": "thresholds", "sites": {"inter": {"rule": "threshold", "per": "channel"}}}
+    site_rules(config)
 
 
 def num_experts(config: Any) -> int:

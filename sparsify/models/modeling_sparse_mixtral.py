@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, MixtralModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -20,6 +20,7 @@ from transformers.conversion_mapping import (
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+from .activations import STOCK_ACTIVATION
 from .configuration_sparse_mixtral import SparseMixtralConfig
 from .ffn_activation import FfnActivation
 from .masking import ThresholdMask, install_input_masks
@@ -36,7 +37,7 @@ class SparseMixtralExperts(MixtralExperts):
     config: SparseMixtralConfig
     ffn_activation: FfnActivation
     input_mask: ThresholdMask | None
-    _row_experts: int | torch.Tensor
+    _row_experts: int | torch.Tensor | None = None
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
 
@@ -66,9 +67,11 @@ class SparseMixtralExperts(MixtralExperts):
             hidden_states = self.input_mask(hidden_states)
         if implementation == "eager":
             return self._loop_over_experts(hidden_states, top_k_index, top_k_weights)
-        # Both keep one row for each slot: batched_mm in the order of slots, grouped_mm sorted by expert.
-        slots = top_k_index.reshape(-1)
-        self._row_experts = slots if implementation == "batched_mm" else slots.sort().values
+        if self.ffn_activation.is_masked:
+            # Only masks need it: an attribute set inside a checkpointed layer keeps torch.compile from compiling the layer.
+            # Both keep one row for each slot: batched_mm in the order of slots, grouped_mm sorted by expert.
+            slots = top_k_index.reshape(-1)
+            self._row_experts = slots if implementation == "batched_mm" else slots.sort().values
         forward = ALL_EXPERTS_FUNCTIONS[implementation]
         return forward(self, hidden_states, top_k_index, top_k_weights)
 
@@ -80,7 +83,8 @@ class SparseMixtralExperts(MixtralExperts):
         for expert in torch.unique(top_k_index).tolist():
             token, slot = torch.where(top_k_index == expert)
             gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
-            self._row_experts = expert
+            if self.ffn_activation.is_masked:
+                self._row_experts = expert
             answer = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
             output.index_add_(0, token, (answer * top_k_weights[token, slot, None]).to(output.dtype))
         return output
@@ -91,6 +95,40 @@ class SparseMixtralExperts(MixtralExperts):
         return self.ffn_activation(gate, up, experts=self._row_experts)
 
 
+def install_activation(model: MixtralModel, config: SparseMixtralConfig) -> None:
+    """Gives the experts of every layer of a finished stock model the activation and the masks of a configuration."""
+    for layer in model.layers:
+        block: Any = layer.mlp.experts  # pyright: ignore[reportAttributeAccessIssue]
+        block.__class__ = SparseMixtralExperts
+        block.ffn_activation = FfnActivation.from_config(config)
+        del block.act_fn
+        install_input_masks(layer, block, config)
+    model.register_forward_pre_hook(_refuse_other_experts)
+
+
+def _refuse_other_experts(model: Any, args: tuple[Any, ...]) -> None:
+    """Inference engines replace a module called `experts` by one of their own, which computes silu whatever the activation."""
+    if model.config.ffn_activation == STOCK_ACTIVATION and not model.config.sparsification:
+        return
+    for layer in model.layers:
+        if not hasattr(layer.mlp.experts, "ffn_activation"):
+            raise ValueError(
+                f"The experts were replaced by {type(layer.mlp.experts).__name__}, which does not apply ffn_activation="
+                f"{model.config.ffn_activation!r}"
+            )
+
+
+class SparseMixtralModel(MixtralModel):
+    """Mixtral without its head, with `config.ffn_activation` in every expert: what inference engines build on."""
+
+    config_class = SparseMixtralConfig
+    config: SparseMixtralConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+
+    def __init__(self, config: SparseMixtralConfig) -> None:
+        super().__init__(config)
+        install_activation(self, config)
+
+
 class SparseMixtralForCausalLM(MixtralForCausalLM):
     """Mixtral for causal language modelling, with `config.ffn_activation` in every expert."""
 
@@ -99,11 +137,7 @@ class SparseMixtralForCausalLM(MixtralForCausalLM):
 
     def __init__(self, config: SparseMixtralConfig) -> None:
         super().__init__(config)
-        for layer, block in zip(self.model.layers, self.ffn_blocks(), strict=True):
-            block.__class__ = SparseMixtralExperts
-            block.ffn_activation = FfnActivation.from_config(config)
-            del block.act_fn
-            install_input_masks(layer, block, config)
+        install_activation(self.model, config)
 
     def ffn_blocks(self) -> list[Any]:
         """The module of every layer that holds `ffn_activation`, in order."""
@@ -124,6 +158,7 @@ register_checkpoint_conversion_mapping(
     get_checkpoint_conversion_mapping("mixtral") or [],
     overwrite=True,
 )
+AutoModel.register(SparseMixtralConfig, SparseMixtralModel, exist_ok=True)
 AutoModelForCausalLM.register(SparseMixtralConfig, SparseMixtralForCausalLM, exist_ok=True)
 
-__all__ = ["SparseMixtralForCausalLM"]
+__all__ = ["SparseMixtralForCausalLM", "SparseMixtralModel"]

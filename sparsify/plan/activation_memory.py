@@ -112,15 +112,9 @@ def layer_activation_bytes(
     attention recomputes. Counted are each norm's input, normalised value and output; queries, keys, values, the attention
     output and the log-sum-exp of each head; and `Activation.saved_values` of the feed-forward block.
 
-    Args:
-        architecture: The model.
-        ffn_activation: The model's activation.
-        value_bytes: Bytes of one value.
-        sequence_length: Length of sequences that hold several documents: their attention mask is kept by every layer,
-            and keys and values are repeated for every query head. None for one document a sequence.
-        thresholds: Whether neurons have thresholds.
-        one_pass: Whether a fused kernel computes the activation; it saves gate, up and their product.
-        liger: Whether Liger computes the norms.
+    `sequence_length` is that of sequences that hold several documents: their attention mask is kept by every layer, and keys
+    and values are repeated for every query head. With `one_pass` a fused kernel computes the activation; it saves gate, up and
+    their product.
     """
     a = architecture
     norms = 2 * norm_bytes(a, value_bytes, liger=liger)

@@ -40,7 +40,6 @@ def cost(
     hardware: Hardware,
     tokens_per_second: float | None,
 ) -> Cost:
-    """Time and price of a whole run."""
     assumed = tokens_per_second is None
     if tokens_per_second is None:
         seconds = step_seconds(recipe, architecture, parameters, hardware)

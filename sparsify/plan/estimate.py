@@ -5,18 +5,19 @@ Computed from the recipe and the model's configuration: no weights, no GPU, no n
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from copy import deepcopy
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from sparsify.errors import RecipeError
+from sparsify.conversion.architecture import held_fields, sparse_config
+from sparsify.conversion.source_checkpoint import PACKAGE_PREFIX, locate
+from sparsify.errors import ModelError, RecipeError
+from sparsify.metadata import read_json, user_path
 from sparsify.mixture.sequences.shares import Shares, share_phases
+from sparsify.models.masking import mask_tensors
 from sparsify.plan.activation_memory import value_bytes
 from sparsify.plan.cost import Cost, cost
 from sparsify.plan.extras import CalibrationPlan, RefitPlan, plan_calibration, plan_refits
@@ -34,7 +35,6 @@ class SourcePlan(BaseModel):
     """What a run reads of one source.
 
     Attributes:
-        group: `pretraining` or `instruction`.
         tokens: Tokens of the whole run; a source with a limit may give less.
         epochs: Epochs over the source; None if it is not tokenised to its end yet.
         max_epochs: Limit on the epochs; None without one.
@@ -51,13 +51,7 @@ class SourcePlan(BaseModel):
 
 
 class PhasePlan(BaseModel):
-    """A part of the run over which the shares of tokens are constant or change linearly.
-
-    Attributes:
-        until_tokens: Tokens of the run at its end.
-        first: Share of each source at its beginning.
-        last: Share of each source at its end.
-    """
+    """A part of the run over which the shares of tokens are constant or change linearly."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -70,15 +64,12 @@ class Plan(BaseModel):
     """An estimate; `plan_table` formats it, `model_dump()` is its JSON.
 
     Attributes:
-        parameters: Parameters by part of the model.
         active_parameters: Parameters used for one token; fewer than all in a mixture of experts.
-        hardware: The planned hardware.
         device: Bytes of each process's tensors at the fullest moment of a step, on its GPU (on a CPU machine: in its memory).
         host: Bytes in one node's memory for what ZeRO-Offload moves there, all its processes together.
         activations_with_checkpointing_bytes: Activations at that moment with `training.gradient_checkpointing`.
         activations_without_checkpointing_bytes: Activations at that moment without it.
         allowance_bytes: Added to `device` for the framework and fragmentation, an assumption.
-        verdict: Whether it fits, and what would.
         calibration: Memory and disk of the calibrated replacement; None without one.
         refits: Memory of refits at milestones of a blending schedule; None without any.
         cost: Time and price, from a throughput that was given or from `hardware`.
@@ -125,6 +116,7 @@ class Plan(BaseModel):
     final_learning_rate: float
     sources: dict[str, SourcePlan]
     phases: list[PhasePlan]
+    cache_dir: str
 
     @computed_field
     @property
@@ -142,13 +134,6 @@ def make_plan(
     choice: EngineChoice | None = None,
 ) -> Plan:
     """Estimates a recipe's memory, time and price, and computes its steps and tokens.
-
-    Args:
-        recipe: A composed recipe with a concrete ZeRO stage.
-        hardware: Hardware to plan for; default: this machine.
-        tokens_per_second: Measured throughput of all processes together, instead of the assumption about `hardware`.
-        source_tokens: Training tokens that each source has, where they are known.
-        choice: Settings that `engine=auto` chose, if it did.
 
     Raises:
         RecipeError: If the model's architecture is not known.
@@ -186,7 +171,7 @@ def make_plan(
         calibration=plan_calibration(recipe, architecture, value_bytes(recipe) * parameters.total),
         refits=plan_refits(recipe, architecture),
         cost=cost(recipe, architecture, parameters, hardware, tokens_per_second),
-        checkpoint_bytes=checkpoint_bytes(recipe, parameters.total),
+        checkpoint_bytes=checkpoint_bytes(recipe, parameters.total) + value_bytes(recipe) * architecture.mask_values,
         keep_checkpoints=recipe.checkpoint.keep_last,
         kept_for_good=_kept_for_good(recipe),
         num_steps=recipe.num_steps,
@@ -200,6 +185,7 @@ def make_plan(
         final_learning_rate=recipe.optimizer.final_learning_rate,
         sources=sources,
         phases=_phases(recipe, num_sequences, sources),
+        cache_dir=recipe.cache_dir,
     )
 
 
@@ -243,35 +229,52 @@ def architecture_of(recipe: Recipe) -> Architecture:
     """Sizes of a recipe's model: from `model.source`'s config.json if it is on this machine, else `model.architecture`.
 
     Raises:
-        RecipeError: If it is not known.
+        RecipeError: If it is not known, or its context is shorter than a training sequence.
     """
     model = recipe.model
-    fields = _local_config(model) or model.architecture
+    fields = local_config(model) or model.architecture
     if not fields:
         raise RecipeError(
             f"Nothing here says how large {model.source} is.",
             allowed="A local checkpoint folder, or the fields of its config.json under model.architecture.",
             next_step="Download the checkpoint and set model.source to its folder, or set model.architecture.",
         )
-    return Architecture.of(fields, model.upcycle_experts, model.upcycle_experts_per_token)
+    where = model.source or "model.architecture"
+    fields = held_fields(fields, where)
+    if (context := fields.get("max_position_embeddings")) is not None:
+        check_context(recipe, context)
+    mask_values = 0
+    if fields.get("sparsification") and not recipe.conversion.drop_source_mask:
+        config = sparse_config(fields, recipe.activation.ffn_activation, where)
+        mask_values = config.num_hidden_layers * sum(math.prod(shape) for _, shape in mask_tensors(config).values())
+    sizes = fields | {"mask_values": mask_values}
+    return Architecture.of(sizes, model.upcycle_experts, model.upcycle_experts_per_token)
+
+
+def check_context(recipe: Recipe, context: int) -> None:
+    """Raises RecipeError if a training sequence is longer than the model's context."""
+    if recipe.training.sequence_length > context:
+        raise RecipeError(
+            f"training.sequence_length is {recipe.training.sequence_length}, longer than the model's context.",
+            allowed=f"At most {context} tokens for this model.",
+            next_step=f"Set training.sequence_length={context} or less.",
+        )
 
 
 def is_local(source: str) -> bool:
     """Whether a model's `source` can be read without a network."""
-    return source.startswith("package:") or Path(source).expanduser().exists()
+    return source.startswith(PACKAGE_PREFIX) or user_path(source).exists()
 
 
-def _local_config(model: ModelSection) -> dict[str, Any]:
+def local_config(model: ModelSection) -> dict[str, Any]:
     """Content of the config.json that `source` has on this machine; empty when there is none."""
-    source = model.source or ""
-    folder = Path(source).expanduser()
-    if source.startswith("package:"):
-        package, _, inside = source.removeprefix("package:").partition("/")
-        spec = find_spec(package)  # finds without importing
-        places = spec.submodule_search_locations if spec else None
-        folder = Path(next(iter(places))) / inside if places else folder
-    path = folder / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
+    if not model.source or not is_local(model.source):
+        return {}
+    try:
+        path = locate(model.source) / "config.json"
+    except ModelError:
+        return {}  # a package that is not installed yet
+    return read_json(path, ModelError) if path.is_file() else {}
 
 
 def resolve_engine(recipe: Recipe, *, hardware: Hardware | None = None) -> tuple[Recipe, EngineChoice | None]:
@@ -304,7 +307,6 @@ def resolve_engine(recipe: Recipe, *, hardware: Hardware | None = None) -> tuple
 
 
 def with_choice(recipe: Recipe, choice: EngineChoice) -> Recipe:
-    """A copy of a recipe with the chosen settings."""
     resolved = deepcopy(recipe)
     resolved.engine.zero_stage = choice.zero_stage
     resolved.engine.offload_optimizer_to_cpu = choice.offload_optimizer_to_cpu

@@ -50,7 +50,6 @@ class RefitPlan(BaseModel):
     Attributes:
         memory_bytes: Memory of each process between two steps: one layer's feed-forward weights, the Gram matrix of one expert,
             a chunk of tokens, and the process's part of the residual stream; on the GPU if there is one.
-        num_refits: Number of milestones.
         num_tokens: Tokens that each refit runs through every layer, over all processes.
     """
 
@@ -62,7 +61,6 @@ class RefitPlan(BaseModel):
 
 
 def plan_refits(recipe: Recipe, architecture: Architecture) -> RefitPlan | None:
-    """The refits of a recipe, or None."""
     blending, a = recipe.blending, architecture
     if not blending.refit_milestones:
         return None
@@ -84,13 +82,6 @@ def _fitting_bytes(a: Architecture, chunk_tokens: int) -> int:
 
 
 def plan_calibration(recipe: Recipe, architecture: Architecture, model_bytes: int) -> CalibrationPlan | None:
-    """The calibration of a recipe, or None.
-
-    Args:
-        recipe: The recipe.
-        architecture: The model.
-        model_bytes: Size of its checkpoint on the disk.
-    """
     if not recipe.conversion.calibration_tokens:
         return None
     a, sequence_length = architecture, recipe.training.sequence_length

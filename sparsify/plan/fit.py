@@ -38,7 +38,6 @@ class EngineChoice(BaseModel):
     @computed_field
     @property
     def overrides(self) -> list[str]:
-        """The settings as command line overrides."""
         engine = ("zero_stage", "offload_optimizer_to_cpu", "offload_parameters_to_cpu")
         training = ("micro_batch_size", "gradient_checkpointing")
         return [
@@ -52,7 +51,6 @@ class Verdict(BaseModel):
     """Whether a recipe fits.
 
     Attributes:
-        fits: Whether it fits.
         reason: Memory needed and memory available.
         nearest: The cheapest settings that fit if these do not; None if none do.
         chosen: Whether `engine=auto` chose the settings.
@@ -73,15 +71,6 @@ def verdict_of(
     hardware: Hardware,
     choice: EngineChoice | None = None,
 ) -> Verdict:
-    """Compares the memory that a recipe needs with the hardware's.
-
-    Args:
-        recipe: A recipe with a concrete ZeRO stage.
-        architecture: Its model.
-        parameters: Its model's parameters.
-        hardware: Hardware of the run.
-        choice: Settings that `engine=auto` chose, if it did.
-    """
     device_bytes, host_bytes = needs(recipe, architecture, parameters, hardware)
     shortage = _shortage(device_bytes, host_bytes, hardware)
     if shortage is None:

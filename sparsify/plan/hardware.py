@@ -57,10 +57,6 @@ class Hardware(BaseModel):
     gpu_hour_price: float
     is_cpu: bool = False
 
-    @property
-    def nodes(self) -> int:
-        return -(-self.devices // self.node_devices)
-
     def allowance_bytes(self, tensor_bytes: int) -> int:
         """Assumed memory of a process in addition to its tensors: framework and fragmentation."""
         fixed = CPU_FRAMEWORK_BYTES if self.is_cpu else GPU_FRAMEWORK_BYTES
@@ -98,11 +94,6 @@ HOST_LINK_GB_PER_SECOND = 20
 def named_hardware(text: str, *, host_bytes: int | None = None, gpu_hour_price: float | None = None) -> Hardware:
     """Reads names such as `8xh100-80gb`; without a count it is one device.
 
-    Args:
-        text: COUNTxGPU, with GPU a key of GPUS.
-        host_bytes: Memory of one node, instead of the assumption.
-        gpu_hour_price: Price of one device for an hour, instead of the assumption.
-
     Raises:
         RecipeError: If there is no such GPU.
     """
@@ -139,13 +130,7 @@ def known_gpu(device_name: str) -> Gpu | None:
 
 
 def this_machine(processes: int, nodes: int = 1, gpu_hour_price: float | None = None) -> Hardware:
-    """This machine: its GPUs, or its memory shared by the processes.
-
-    Args:
-        processes: Processes on each node.
-        nodes: Number of machines like this one.
-        gpu_hour_price: Price of one device for an hour, instead of the assumption.
-    """
+    """This machine: its GPUs, or its memory shared by the processes."""
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)

@@ -65,6 +65,8 @@ class DeviceMemory(HostMemory):
     logits_bytes: int = 0
     optimizer_step_bytes: int = 0
     """Temporary copies that AdamW makes."""
+    mask_bytes: int = 0
+    """Thresholds of the source's mask."""
     teacher_weights_bytes: int = 0
     """Distillation only: the dense source."""
     teacher_outputs_bytes: int = 0
@@ -77,7 +79,6 @@ class MemoryPlan:
 
     Attributes:
         device: Tensors of each process at the peak of a step.
-        host: Host memory of one node, for all its processes.
         with_checkpointing_bytes: Activations at that moment if `training.gradient_checkpointing` is set.
         without_checkpointing_bytes: Activations at that moment if it is not.
     """
@@ -102,12 +103,7 @@ def memory(
     and master weights with Adam's two moments. Here it is 2 + 4 + 12, because the engine accumulates gradients in fp32.
     Stage 1 divides the 12 by the processes, stage 2 gradients too, stage 3 weights too (section 5).
 
-    Args:
-        recipe: A recipe with a concrete ZeRO stage.
-        architecture: Architecture of its model.
-        parameters: Parameter counts of its model.
-        on_cpu: Whether the processes run on a CPU, where PyTorch's AdamW makes more copies.
-        node_processes: Processes of one node; default: all.
+    On a CPU, PyTorch's AdamW makes more copies.
     """
     passes = [forward_and_backward(recipe, architecture, checkpointing=on) for on in (True, False)]
     checkpointing = recipe.training.gradient_checkpointing
@@ -141,6 +137,7 @@ class _Sizes:
         self.largest = largest_tensor(architecture)
         experts = parameters.gate + parameters.up + parameters.down
         self.layer = experts // architecture.num_hidden_layers
+        self.mask_values = architecture.mask_values
 
     @property
     def is_bf16_optimizer(self) -> bool:
@@ -155,14 +152,10 @@ class _Sizes:
             parts = {}
         if not self.engine.offload_parameters_to_cpu:
             parts["weights_bytes"] = self.value_bytes * (self.own if self.stage == 3 else self.all)
-        return parts
+        return parts | {"mask_bytes": self.value_bytes * self.mask_values}
 
     def gradients(self, *, begun: bool) -> int:
-        """Accumulated gradients.
-
-        Args:
-            begun: Whether a backward pass of this step has run already.
-        """
+        """Accumulated gradients; `begun` after a backward pass of this step."""
         if self.engine.offload_optimizer_to_cpu:
             return 0
         if self.is_bf16_optimizer:
@@ -269,6 +262,5 @@ def _moments(sizes: _Sizes, micro_batch: Pass, teacher: TeacherBytes) -> Iterato
 
 
 def largest_tensor(a: Architecture) -> int:
-    """Parameters of the model's largest tensor."""
     fused_experts = 2 * a.num_local_experts * a.intermediate_size
     return a.hidden_size * max(a.vocab_size, a.intermediate_size, fused_experts)

@@ -28,18 +28,13 @@ class Architecture(BaseModel):
     num_local_experts: int = 0
     """0 for a dense model."""
     num_experts_per_tok: int = 1
+    mask_values: int = 0
+    """Thresholds of the mask that the source stores: buffers, of which every process has its own."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], upcycle_experts: int | None, per_token: int) -> Architecture:
-        """Reads configuration fields.
-
-        Args:
-            fields: transformers config fields of a Mistral, Mixtral or Llama.
-            upcycle_experts: `model.upcycle_experts`: copies of a dense model's FFN, each an expert.
-            per_token: `model.upcycle_experts_per_token`.
-
-        Raises:
-            RecipeError: If a field is missing or of the wrong type.
+        """Reads transformers' config fields of a Mistral, Mixtral or Llama, upcycled into copies of its FFN if that is
+        given. Raises RecipeError if a field is missing or of the wrong type.
         """
         known = {key: value for key, value in fields.items() if value is not None}
         if not str(known.get("model_type", "")).endswith("mixtral"):
@@ -47,7 +42,7 @@ class Architecture(BaseModel):
         if upcycle_experts:
             known |= {"num_local_experts": upcycle_experts, "num_experts_per_tok": per_token}
         if {"hidden_size", "num_attention_heads"} <= known.keys():
-            known.setdefault("head_dim", known["hidden_size"] // known["num_attention_heads"])
+            known.setdefault("head_dim", max(1, known["hidden_size"] // known["num_attention_heads"]))
         try:
             return cls(**known)
         except ValidationError as error:
@@ -59,7 +54,6 @@ class Architecture(BaseModel):
 
     @property
     def query_size(self) -> int:
-        """Width of all query heads together."""
         return self.num_attention_heads * self.head_dim
 
     @property
@@ -89,7 +83,6 @@ class Parameters(BaseModel):
 
     @property
     def shared(self) -> int:
-        """Parameters outside of the feed-forward blocks."""
         return self.embeddings + self.attention + self.router + self.norms + self.head
 
     def active(self, architecture: Architecture) -> int:

@@ -20,12 +20,12 @@ from sparsify.files import write_bytes
 from sparsify.plan.estimate import Plan, SourcePlan
 from sparsify.plan.fit import Verdict, gb
 from sparsify.plan.memory import DeviceMemory, HostMemory
+from sparsify.recipe.recipe import CACHE_DIR
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image
 from sparsify.reporting.tables import Table
 
 
 def plan_table(plan: Plan) -> Table:
-    """The plan as a table for the terminal."""
     rows = [[name, value, Text(remark, "dim")] for name, value, remark in _rows(plan)]
     return Table(f"Plan of {plan.recipe}, an estimate", None, rows, left=(0, 2))
 
@@ -56,7 +56,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     for name, source in plan.sources.items():
         yield f"  {name}", f"{source.tokens:,}", _shares_of(plan, name) + _epochs(source)
     if any(source.epochs is None for source in plan.sources.values()):
-        yield "", "", "epochs: unknown without tokenised text; `sparsify mixture stats` tokenises"
+        yield "", "", f"epochs: unknown unless the whole source is tokenised in {plan.cache_dir}"
+        if plan.cache_dir == CACHE_DIR:
+            yield "", "", "`sparsify mixture stats` tokenises there as much as its --budget-tokens needs"
     if len(plan.phases) > 1:
         yield "phases", f"{len(plan.phases)}", "each source's shares above are in this order"
         yield from _phases(plan)
@@ -123,7 +125,6 @@ def _outcome(plan: Plan) -> Iterator[tuple[str, str, str]]:
 
 
 def nearest_sentence(verdict: Verdict) -> str:
-    """The settings that would fit, in one line."""
     if verdict.nearest is None:
         return "no ZeRO stage, micro-batch or offload fits: use more or larger devices"
     return f"{' '.join(verdict.nearest.overrides)} ({gb(verdict.nearest.device_bytes)})"
@@ -175,25 +176,16 @@ LABEL_SPACING = 0.043
 
 
 def check_chart_path(path: Path) -> None:
-    """Refuses a file that cannot hold the chart.
-
-    Raises:
-        StorageError: If its suffix is of another format.
-    """
+    """Raises StorageError for a suffix that no chart has."""
     if path.suffix not in FORMATS:
         raise StorageError(
             f"{path} is not a picture.",
             allowed=f"A name that ends in {' or '.join(FORMATS)}.",
-            next_step=f"For example: --chart {path.with_suffix('.png').name}",
+            next_step=f"For example: --chart {path.stem or 'shares'}.png",
         )
 
 
 def write_chart(plan: Plan, path: Path) -> None:
-    """Writes `draw_shares` as a PNG or SVG file.
-
-    Raises:
-        StorageError: If the path has another suffix, or the file cannot be written.
-    """
     check_chart_path(path)
     kind = "svg" if path.suffix == ".svg" else "png"
     write_bytes(path, image(partial(draw_shares, plan), "mixture", LIGHT, kind))

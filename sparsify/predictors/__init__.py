@@ -2,6 +2,7 @@
 
 from sparsify.predictors.format import (
     BlockPredictor,
+    EvaluationFacts,
     PredictorFacts,
     Predictors,
     read_predictors,
@@ -10,6 +11,7 @@ from sparsify.predictors.format import (
 
 __all__ = [
     "BlockPredictor",
+    "EvaluationFacts",
     "PredictorFacts",
     "Predictors",
     "read_predictors",

@@ -16,6 +16,7 @@ from torch import nn
 
 from sparsify.errors import RunError
 from sparsify.files import write_bytes
+from sparsify.metadata import parse_json
 from sparsify.predictors.format import Block, BlockPredictor
 
 RECALL_GAIN = 0.5
@@ -34,11 +35,7 @@ class Candidate:
     weight in the cross-entropy. The weight is adjusted after every batch so that the wanted recall is reached at a score of
     0. The threshold 0 is then right in every layer, and an engine needs only the signs of the scores.
 
-    Args:
-        shape: Rank, hidden size and neurons.
-        wanted_recall: Share of firing neurons to predict.
-        generator: Draws the initial weights.
-        device: Device of the weights.
+    `shape` is rank, hidden size and neurons.
     """
 
     def __init__(
@@ -61,13 +58,7 @@ class Candidate:
         return BlockPredictor(self.A.detach(), self.B.detach())
 
     def step(self, x: torch.Tensor, fired: torch.Tensor, learning_rate: float) -> None:
-        """Makes one optimiser step on the rows of a batch.
-
-        Args:
-            x: Normed inputs of the block, [rows, hidden].
-            fired: Which neurons fired, bool [rows, neurons].
-            learning_rate: Of this step.
-        """
+        """Makes one optimiser step on normed inputs [rows, hidden] and which neurons fired, bool [rows, neurons]."""
         num_fired = int(fired.sum())
         if self.log_weight is None:  # start with the weight that balances the two classes
             share = min(max(num_fired / fired.numel(), 1e-4), 1 - 1e-4)
@@ -88,7 +79,6 @@ class Candidate:
             self.log_weight = min(max(moved, WEIGHT_NATS[0]), WEIGHT_NATS[1])
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Tensors and numbers that `restore` takes."""
         tensors = {"A": self.A.detach(), "B": self.B.detach()}
         for name, parameter in (("A", self.A), ("B", self.B)):
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -118,7 +108,6 @@ class RankCost:
     """Size and reading cost of one rank for one block.
 
     Attributes:
-        rank: The rank.
         predictor: Parameters of the predictor.
         read: Mean parameters that a token reads: the predictor's and those of the neurons it switches on.
     """
@@ -132,10 +121,6 @@ def choose_ranks(choices: Mapping[Block, list[RankCost]], budget: int) -> dict[B
     """Ranks with which a token reads least while all predictors together stay within the budget.
 
     Greedy: starts with every block's best rank, and lowers the rank where each parameter saved adds the least reading.
-
-    Args:
-        choices: Costs of the candidate ranks of every block.
-        budget: Parameters that all predictors may have together.
 
     Raises:
         RunError: If the smallest ranks exceed the budget already.
@@ -165,14 +150,7 @@ def choose_ranks(choices: Mapping[Block, list[RankCost]], budget: int) -> dict[B
 
 
 def write_state(path: Path, key: dict[str, Any], tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
-    """Writes a state under a temporary name, then renames it.
-
-    Args:
-        path: The file.
-        key: Identity of the training.
-        tensors: Tensors by name.
-        numbers: Values that JSON can hold.
-    """
+    """Writes a state under a temporary name, then renames it; `key` is the identity of the training."""
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"key": json.dumps(key), "numbers": json.dumps(numbers)}
     write_bytes(path, save(kept, metadata=metadata))
@@ -188,19 +166,20 @@ def read_state(path: Path, key: dict[str, Any]) -> tuple[dict[str, torch.Tensor]
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        there, numbers = parse_json(metadata["key"]), parse_json(metadata["numbers"])
+        wanted = json.loads(json.dumps(key))
+        other = [name for name in wanted if there.get(name) != wanted[name]]
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise RunError(
             f"The state of an interrupted training, {path}, is damaged: {error}",
             next_step="Remove it to start over.",
         ) from error
-    there, wanted = json.loads(metadata["key"]), json.loads(json.dumps(key))
-    if there != wanted:
-        other = [name for name in wanted if there.get(name) != wanted[name]]
+    if other:
         raise RunError(
             f"{path} is the state of a training with another {', '.join(other)}.",
             allowed="The same settings, model and text, to resume it.",
             next_step="Remove it to start over, or choose another folder with --to.",
         )
-    return tensors, json.loads(metadata["numbers"])
+    return tensors, numbers

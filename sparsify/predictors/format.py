@@ -7,20 +7,20 @@ of the neurons that it switches on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, refuse_foreign_folder
+from sparsify.metadata import read_record
 from sparsify.models import SparseModel
 from sparsify.models.masking import is_fused, num_experts
 from sparsify.runtime.weights import LayerPredictors, Predictor
@@ -43,18 +43,12 @@ class BlockPredictor(NamedTuple):
     B: torch.Tensor
 
     @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
     def num_parameters(self) -> int:
         return self.A.numel() + self.B.numel()
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Scores of the neurons, [rows, neurons]; a neuron is predicted to fire where its score exceeds the threshold.
-
-        Args:
-            x: Input of the predictor, [rows, hidden].
+        """Scores of the neurons, [rows, neurons], for inputs [rows, hidden]; one is predicted to fire where its score
+        exceeds the threshold.
         """
         return torch.relu(x.to(self.A.dtype) @ self.A.T) @ self.B.T
 
@@ -68,16 +62,37 @@ class BlockFacts(BaseModel):
     firing_share: float | None
 
 
+class EvaluationFacts(BaseModel):
+    """Result of the last evaluation for one engine.
+
+    Attributes:
+        threshold: The chosen one; None if none could be chosen.
+        verdict: What was chosen and why, or why not.
+        loss: Of the model as trained, nats per token.
+        loss_rise: With predicted masks at the chosen threshold, in the engine's arithmetic, above that.
+        dropped_thresholds: Whether the model stores thresholds that the engine does not apply.
+        num_tokens: Tokens measured on.
+        text: What they are.
+    """
+
+    threshold: float | None
+    verdict: str
+    loss: float
+    loss_rise: float | None
+    dropped_thresholds: bool
+    num_tokens: int
+    text: str
+
+
 class PredictorFacts(BaseModel):
-    """Contents of predictors.json. Only `input`, `threshold` and `rank` matter to an engine.
+    """Contents of predictors.json. Only `input`, `threshold`, `rank` and `evaluations` matter to an engine.
 
     Attributes:
         input: `normed`: the input of the feed-forward block; `residual`: the input of its RMS norm.
-        threshold: A neuron is predicted to fire where its score exceeds it.
+        threshold: A neuron is predicted to fire where its score exceeds it; other engines have their own in `evaluations`.
         rank: Rank of every predictor, by the prefix of its tensors.
-        fingerprint: Fingerprint of the model that the predictors belong to.
         blocks: Metrics of each predictor on validation text, by the same prefix.
-        threshold_reason: How the threshold was chosen.
+        evaluations: The last evaluation for each engine, by its key in ENGINES.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -98,12 +113,20 @@ class PredictorFacts(BaseModel):
     wanted_recall: float
     blocks: dict[str, BlockFacts]
     threshold_reason: str
+    evaluations: dict[str, EvaluationFacts] = {}
     command: str = ""
+
+    def open_question(self, engine: str) -> str:
+        """Why no evaluation for an engine supports a threshold of these predictors; empty if one does."""
+        evaluation = self.evaluations.get(engine)
+        if evaluation is None:
+            return "They were not evaluated: how much they raise the loss is not known."
+        if evaluation.threshold is None:
+            return f"Their evaluation refused every threshold: {evaluation.verdict}"
+        return ""
 
 
 class Predictors(NamedTuple):
-    """The predictors of a whole model."""
-
     facts: PredictorFacts
     blocks: dict[Block, BlockPredictor]
 
@@ -120,14 +143,8 @@ class Predictors(NamedTuple):
         return self._replace(blocks=moved)
 
     def for_decoding(self, model: SparseModel, where: str) -> LayerPredictors:
-        """Converts to the structure that the decoding kernels take.
-
-        Args:
-            model: The model that is to be accelerated.
-            where: Name of these predictors in an error message.
-
-        Raises:
-            ModelError: If they were trained for another model.
+        """Converts to the structure that the decoding kernels take. Raises ModelError if they were trained for another
+        model.
         """
         self.check_model(model, where)
         facts = self.facts
@@ -140,11 +157,7 @@ class Predictors(NamedTuple):
         )
 
     def check_model(self, model: SparseModel, where: str) -> None:
-        """Refuses a model that these predictors were not trained for.
-
-        Raises:
-            ModelError: If shapes or weights differ.
-        """
+        """Raises ModelError if these predictors were not trained for a model: shapes or weights differ."""
         config, facts = model.config, self.facts
         shape = [len(model.model.layers), num_experts(model.config)]
         shape += [config.hidden_size, config.intermediate_size]
@@ -157,11 +170,7 @@ class Predictors(NamedTuple):
         self.check_fingerprint(fingerprint(model), where)
 
     def check_fingerprint(self, of_model: str, where: str) -> None:
-        """Refuses the weights that these predictors were not trained for.
-
-        Raises:
-            ModelError: If the fingerprints differ.
-        """
+        """Raises ModelError if these predictors were not trained for the weights."""
         if self.facts.fingerprint != of_model:
             raise ModelError(
                 f"{where} was trained for other weights of the same shape than these: it would switch the wrong neurons off.",
@@ -175,7 +184,6 @@ def prefix(block: Block, num_experts: int) -> str:
 
 
 def all_blocks(num_layers: int, num_experts: int) -> Iterator[Block]:
-    """All blocks of a model, layer by layer."""
     return ((layer, expert) for layer in range(num_layers) for expert in range(num_experts))
 
 
@@ -201,22 +209,13 @@ def folded(predictor: BlockPredictor, norm: nn.Module, scale: float) -> BlockPre
 
     The norm multiplies by its weight and divides by a positive number of the token. Without biases that number goes through both
     matrices, so the sign of every score stays exactly what it was; a score of s becomes s times the token's RMS over `scale`.
-
-    Args:
-        predictor: A predictor of the normed input.
-        norm: The RMS norm before the block.
-        scale: A typical RMS of the layer, so that scores keep their size.
     """
     weight: torch.Tensor = norm.weight.detach().float().to(predictor.A.device)  # pyright: ignore[reportAssignmentType, reportCallIssue]
     return BlockPredictor(predictor.A * weight / scale, predictor.B)
 
 
 def write_predictors(predictors: Predictors, to: Path) -> None:
-    """Writes predictors.safetensors and predictors.json, in place of predictors that are there already.
-
-    Raises:
-        StorageError: If the folder cannot be written, or holds other files.
-    """
+    """Writes predictors.safetensors and predictors.json, in place of predictors that are there already."""
     refuse_foreign_folder(to, FACTS_FILE, "folder of predictors")
     experts = predictors.facts.num_experts
     tensors = {
@@ -231,24 +230,18 @@ def write_predictors(predictors: Predictors, to: Path) -> None:
 
 
 def read_predictors(folder: Path) -> Predictors:
-    """Reads what `write_predictors` wrote.
-
-    Raises:
-        ModelError: If the folder holds no predictors, or damaged ones.
-    """
+    """Raises ModelError if the folder holds no predictors, or damaged ones."""
     if not (folder / FACTS_FILE).is_file():
         raise ModelError(
             f"{folder} holds no predictors: it has no {FACTS_FILE}.",
             next_step="`sparsify predictors train CHECKPOINT` makes them.",
         )
+    again = "Copy the folder again, or train the predictors again."
+    facts = read_record(folder / FACTS_FILE, PredictorFacts, "what predictors say of themselves", ModelError, again)
     try:
-        facts = PredictorFacts.model_validate(json.loads((folder / FACTS_FILE).read_text()))
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (ValueError, ValidationError, OSError, SafetensorError) as error:
-        raise ModelError(
-            f"The predictors in {folder} cannot be read: {error}",
-            next_step="Copy the folder again, or train the predictors again.",
-        ) from error
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ModelError(f"{folder / WEIGHTS_FILE} cannot be read: {error}", next_step=again) from error
     blocks: dict[Block, BlockPredictor] = {}
     for key in all_blocks(facts.num_layers, facts.num_experts):
         name = prefix(key, facts.num_experts)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from sparsify.models import SparseModel
 from sparsify.models.masking import experts_per_token
+from sparsify.predictors.engines import ENGINES, OWN, POWERINFER, WithoutThresholds, as_held
 from sparsify.predictors.format import Block, Predictors
 from sparsify.predictors.inputs import BlockInputs
-from sparsify.predictors.masking import PredictorMask, ScoreReader
+from sparsify.predictors.predictor_mask import PredictorMask, ScoreReader
 from sparsify.predictors.schema import LayerPoint, PredictorEvaluation, ReadingCost, ThresholdPoint
 from sparsify.sparsity.active_parameters import FFN_PARTS, ffn_byte_shares, parameters_by_part
 from sparsify.sparsity.measure import IGNORED_LABEL, summed_loss
@@ -55,33 +57,33 @@ def evaluate_predictors(
     text: str,
     max_loss_rise: float,
     thresholds: Sequence[float] = (),
+    engine: str = OWN,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PredictorEvaluation:
-    """Measures the loss of the exact model, and of the masked model at every threshold.
+    """Measures the loss of the exact model, and of the masked model in an engine's arithmetic at every threshold.
 
-    A threshold can be chosen if the loss rises by no more than the limit, a token reads fewer bytes than with an exact kernel
-    that reads the gate first (which needs no predictor), and the recall is at least that of a fixed mask of the neurons that
-    fire most often. The one that reads least is chosen. A predictor that switches everything on has perfect recall and no
-    rise of the loss, and fails the second rule.
+    A threshold can be chosen if the loss rises by no more than the limit, a token reads fewer bytes than with the engine's exact
+    kernel that reads the gate first (which needs no predictor) or, if it has none, than dense, and the recall is at least that
+    of a fixed mask of the neurons that fire most often. The one that reads least is chosen. A predictor that switches
+    everything on has perfect recall and no rise of the loss, and fails the second rule. The exact model is the one that was
+    trained, with its thresholds, also where the engine does not apply them.
 
-    Args:
-        model: The model that the predictors were trained for.
-        predictors: Predictors to evaluate.
-        batches: input_ids, position_ids and shifted labels, [1, tokens] each, of text that was not trained on.
-        name: Name of the model.
-        folder: Folder of the predictors.
-        text: Description of the batches.
-        max_loss_rise: Limit on the rise of the loss, nats per token.
-        thresholds: Thresholds to try; by default chosen by recall.
-        on_progress: Called with the passes done and the total.
+    Batches hold input_ids, position_ids and shifted labels, [1, tokens] each, of text that was not trained on; the limit is in
+    nats per token. Thresholds are chosen by recall unless given. PowerInfer's input is the residual, for which predictors of
+    the normed input are exact at 0 alone: no other threshold is tried with them.
 
     Raises:
         ModelError: If the predictors belong to another model.
     """
     predictors.check_model(model, folder)
     kept = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
-    evaluator = _Evaluator(model, predictors.to(model.device), kept, on_progress or (lambda *_: None))
-    return evaluator.evaluate(name, folder, text, max_loss_rise, thresholds)
+    folds = engine == POWERINFER and predictors.facts.input == "normed"
+    tried = (0.0,) if folds else thresholds
+    held = as_held(predictors, model, engine).to(model.device)
+    evaluator = _Evaluator(model, held, kept, engine, on_progress or (lambda *_: None))
+    evaluation = evaluator.evaluate(name, folder, text, max_loss_rise, tried)
+    evaluation.input = predictors.facts.input
+    return evaluation
 
 
 class _Evaluator:
@@ -90,9 +92,13 @@ class _Evaluator:
         model: SparseModel,
         predictors: Predictors,
         batches: Sequence[Batch],
+        engine: str,
         on_progress: Callable[[int, int], None],
     ) -> None:
         self._model, self._predictors, self._batches = model, predictors, batches
+        self._engine, self._arithmetic = engine, ENGINES[engine]
+        masked = any(block.ffn_activation.is_masked for block in model.ffn_blocks())
+        self._drops_thresholds = masked and not self._arithmetic.keeps_thresholds
         self._on_progress = on_progress
         self._num_labels = sum(int((b["labels"] != IGNORED_LABEL).sum()) for b in batches)
         self._bytes = _bytes(model, predictors)
@@ -103,33 +109,36 @@ class _Evaluator:
             loss, statistics = self._loss(reader)
         gate_zeros, zeros = statistics.zero_share("gate"), statistics.zero_share("product")
         gate_first, perfect = ffn_byte_shares(gate_zeros, zeros)
+        exact = gate_first if self._arithmetic.gate_first else None
         own = self._predictors.facts.threshold
         found = (round(reader.histogram.threshold(recall), STEP_DIGITS) for recall in RECALLS)
         tried = sorted(set(given) or {own, *found})
         points = []
         for number, threshold in enumerate(tried, start=1):
             self._on_progress(number, len(tried) + 1)
-            points.append(self._point(threshold, loss, statistics, gate_first, limit))
+            points.append(self._point(threshold, loss, statistics, exact, limit))
         usable = [point for point in points if not point.refusal]
         best = min(usable, key=lambda point: point.ffn_bytes, default=None)
         cost = self._bytes.cost
+        references = [cost("dense: all neurons", loss, 1.0, 1.0)]
+        if exact is not None:
+            references.append(cost("exact: gate first, no predictor", loss, 1 - gate_zeros, exact))
+        references.append(cost("perfect predictor of size 0", loss, 1 - zeros, max(perfect, 1e-9)))
         return PredictorEvaluation(
             model=name,
             predictors=folder,
+            engine=self._engine,
+            dropped_thresholds=self._drops_thresholds,
             input=self._predictors.facts.input,
             text=text,
             num_tokens=sum(batch["input_ids"].numel() for batch in self._batches),
             num_labels=self._num_labels,
             max_loss_rise=limit,
             predictor_share=self._bytes.predictors / self._bytes.ffn,
-            references=[
-                cost("dense: all neurons", loss, 1.0, 1.0),
-                cost("exact: gate first, no predictor", loss, 1 - gate_zeros, gate_first),
-                cost("perfect predictor of size 0", loss, 1 - zeros, max(perfect, 1e-9)),
-            ],
+            references=references,
             points=points,
             chosen=best.threshold if best else None,
-            verdict=_verdict(best, points, gate_first),
+            verdict=_verdict(best, points, exact, self._drops_thresholds),
         )
 
     def _point(
@@ -137,11 +146,14 @@ class _Evaluator:
         threshold: float,
         loss: float,
         statistics: ActivationStatistics,
-        gate_first: float,
+        gate_first: float | None,
         limit: float,
     ) -> ThresholdPoint:
-        with BlockInputs(self._model, self._predictors.facts.input) as inputs:
-            mask = PredictorMask(self._predictors, inputs, threshold)
+        with ExitStack() as entered:
+            inputs = entered.enter_context(BlockInputs(self._model, self._predictors.facts.input))
+            mask = PredictorMask(self._predictors, inputs, threshold, at_threshold=self._arithmetic.at_threshold)
+            if self._drops_thresholds:
+                mask.fired = entered.enter_context(WithoutThresholds(self._model)).fired
             masked_loss, _ = self._loss(mask)
         fired, hit, on, values = torch.stack(list(mask.counts.values())).sum(0).tolist()
         on_share, rise = on / values, masked_loss - loss
@@ -166,28 +178,33 @@ class _Evaluator:
         return total / max(self._num_labels, 1), probe.statistics()
 
 
-def _refusal(rise: float, limit: float, read: float, gate_first: float, recall: float | None, static: float) -> str:
+def _refusal(
+    rise: float, limit: float, read: float, gate_first: float | None, recall: float | None, static: float
+) -> str:
     if not rise <= limit:
         return f"the loss rises by {rise:.4f}"
-    if read >= gate_first:
+    if gate_first is not None and read >= gate_first:
         return f"reads {read:.0%} of the bytes; gate first reads {gate_first:.0%} and is exact"
+    if read >= 1:
+        return f"reads {read:.0%} of the bytes, no fewer than dense"
     if recall is not None and recall < static:
         return f"a fixed mask of the same size has a recall of {static:.1%}"
     return ""
 
 
-def _verdict(best: ThresholdPoint | None, points: Sequence[ThresholdPoint], gate_first: float) -> str:
+def _verdict(
+    best: ThresholdPoint | None, points: Sequence[ThresholdPoint], gate_first: float | None, dropped_thresholds: bool
+) -> str:
+    without = ", without the thresholds that the model stores," if dropped_thresholds else ""
     if best is not None:
         return (
-            f"Above {best.threshold:g} the loss rises by {best.loss_rise:.4f} nats, a token reads {best.ffn_bytes:.1%} of the "
+            f"Above {best.threshold:g}{without} the loss rises by {best.loss_rise:.4f} nats, a token reads {best.ffn_bytes:.1%} of the "
             f"feed-forward bytes, and the predicted speed-up of the model over dense is {best.model_speedup:.2f}, if time is proportional to bytes read."
         )
     if all(point.on_share > 0.99 for point in points):
         return "These predictors switch everything on: recall is perfect, and nothing is saved."
-    return (
-        f"No threshold keeps the loss within the limit and reads less than gate first ({gate_first:.1%} of the bytes, exact, "
-        "without a predictor)."
-    )
+    dense = "dense" if gate_first is None else f"gate first ({gate_first:.1%} of the bytes, exact, without a predictor)"
+    return f"No threshold{without} keeps the loss within the limit and reads less than {dense}."
 
 
 def _share(part: int, whole: int) -> float | None:

@@ -12,10 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from sparsify.files import atomic_folder, refuse_foreign_folder
+from sparsify.predictors.engines import ENGINES
 from sparsify.predictors.format import Predictors
 from sparsify.predictors.schema import (
     EVALUATION_FILE,
@@ -27,6 +27,7 @@ from sparsify.reporting.html import page_environment
 from sparsify.reporting.numbers import count, percent
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image, page_figure
 from sparsify.reporting.tables import Table
+from sparsify.reporting.terminal import marked
 
 MAX_RISE = 1.0
 """Upper end of the loss axis, nats."""
@@ -34,8 +35,6 @@ MAX_RISE = 1.0
 
 @dataclass(frozen=True)
 class EvaluationFigure:
-    """A figure with its title and caption."""
-
     name: str
     title: str
     caption: str
@@ -43,7 +42,6 @@ class EvaluationFigure:
 
 
 def draw_cost(evaluation: PredictorEvaluation, theme: Theme) -> Figure:
-    """Loss against the bytes that a token reads."""
     figure = Figure(figsize=(WIDTH_INCHES, 4.2))
     axes = figure.add_subplot()
     points = evaluation.points
@@ -76,8 +74,9 @@ def draw_cost(evaluation: PredictorEvaluation, theme: Theme) -> Figure:
 
 
 def _references(axes: Axes, evaluation: PredictorEvaluation, theme: Theme) -> None:
-    marks = zip(evaluation.references, "sD^", (theme.baseline, theme.gate, theme.ink), strict=True)
-    for cost, mark, colour in marks:
+    marks = {"dense": ("s", theme.baseline), "exact": ("D", theme.gate), "perfect": ("^", theme.ink)}
+    for cost in evaluation.references:
+        mark, colour = next(marks[word] for word in marks if cost.name.startswith(word))
         axes.plot([cost.ffn_bytes], [0.0], mark, color=colour, label=cost.name, markersize=7)
 
 
@@ -113,7 +112,8 @@ FIGURES = (
         "cost",
         "Loss against bytes read",
         "Further left, fewer bytes are read; further down, the loss is closer to the exact model. The line is the limit on "
-        "the loss. Gate first is exact and needs no predictor, so a threshold to its right saves nothing.",
+        "the loss. A threshold to the right of gate first, which is exact and needs no predictor, saves nothing; an engine "
+        "without it has no such mark.",
         draw_cost,
     ),
     EvaluationFigure(
@@ -131,11 +131,6 @@ PACKAGE, TEMPLATE_FILE = "sparsify.predictors", "page.html.j2"
 
 
 def write_evaluation(evaluation: PredictorEvaluation, to: Path) -> None:
-    """Writes an evaluation into a folder, replacing an earlier one.
-
-    Raises:
-        StorageError: If the folder cannot be written, or holds other files.
-    """
     refuse_foreign_folder(to, EVALUATION_FILE, "evaluation")
     with atomic_folder(to) as fresh:
         text = evaluation.model_dump_json(indent=2) + "\n"
@@ -148,10 +143,10 @@ def write_evaluation(evaluation: PredictorEvaluation, to: Path) -> None:
 
 
 def render_page(evaluation: PredictorEvaluation) -> str:
-    """HTML page with embedded figures in a light and a dark theme."""
     figures = [page_figure(partial(one.draw, evaluation), one.name, one.title, one.caption) for one in FIGURES]
     template = page_environment(PACKAGE).get_template(TEMPLATE_FILE)
-    return template.render(evaluation=evaluation, figures=figures)
+    engine = ENGINES[evaluation.engine].title
+    return template.render(evaluation=evaluation, engine=engine, figures=figures)
 
 
 def _write_table(evaluation: PredictorEvaluation, path: Path) -> None:
@@ -163,9 +158,9 @@ def _write_table(evaluation: PredictorEvaluation, path: Path) -> None:
 
 
 def evaluation_summary(evaluation: PredictorEvaluation, folder: Path) -> RenderableType:
-    """Table of thresholds, verdict, and path of the page, for the terminal."""
     columns = ("", "recall", "precision", "on", "loss", "perplexity", "bytes", "blocks", "model")
-    table = Table(f"{evaluation.model}: predictors evaluated on {evaluation.num_tokens:,} tokens", columns)
+    engine = ENGINES[evaluation.engine].title
+    table = Table(f"{evaluation.model}: predictors evaluated for {engine} on {evaluation.num_tokens:,} tokens", columns)
     for cost in evaluation.references:
         table.add(*_cells(cost, None, None))
     table.add_rule()
@@ -179,9 +174,9 @@ def evaluation_summary(evaluation: PredictorEvaluation, folder: Path) -> Rendera
     return Group(
         "",
         table,
-        f"[dim]{notes}[/dim]",
-        f"[bold]{escape(evaluation.verdict)}[/bold]",
-        f"[bold]Page[/bold]  {escape(str(folder / PAGE_FILE))}",
+        Text(notes, "dim"),
+        Text(evaluation.verdict, "bold"),
+        marked("[bold]Page[/bold]  {}", folder / PAGE_FILE),
     )
 
 
@@ -203,13 +198,6 @@ MOST_ROWS = 40
 
 
 def training_summary(predictors: Predictors, folder: Path, model: str) -> RenderableType:
-    """Rank, recall and shares of every block, and the next command, for the terminal.
-
-    Args:
-        predictors: The trained predictors.
-        folder: Their folder.
-        model: The model as given on the command line.
-    """
     facts = predictors.facts
     columns = ("block", "rank", "recall", "switched on", "fire")
     table = Table(f"Predictors of the {facts.input} input, at the score 0 on held-out text", columns)
@@ -224,6 +212,6 @@ def training_summary(predictors: Predictors, folder: Path, model: str) -> Render
         table,
         *([f"and {left} more in predictors.json"] if left > 0 else []),
         f"{count(size)} parameters, {size / ffn:.1%} of the feed-forward weights.",
-        f"[bold]Predictors[/bold]  {escape(str(folder))}",
-        f"Next: [cyan]sparsify predictors evaluate {escape(model)} --predictors {escape(str(folder))}[/cyan]",
+        marked("[bold]Predictors[/bold]  {}", folder),
+        marked("Next: [cyan]sparsify predictors evaluate {} --predictors {}[/cyan]", model, folder),
     )

@@ -6,6 +6,8 @@ import math
 
 from pydantic import BaseModel
 
+from sparsify.predictors.engines import OWN
+
 EVALUATION_FILE = "evaluation.json"
 
 
@@ -34,8 +36,6 @@ class ReadingCost(BaseModel):
 
 
 class LayerPoint(BaseModel):
-    """Metrics of one layer at one threshold."""
-
     layer: int
     recall: float | None
     precision: float | None
@@ -46,13 +46,11 @@ class ThresholdPoint(ReadingCost):
     """Metrics at one threshold.
 
     Attributes:
-        threshold: A neuron is on where its score exceeds it.
         recall: Share of the neurons that fire in the masked model which are on.
         precision: Share of the neurons that are on which fire.
         static_recall: Recall of a fixed mask of the same size, with the neurons of every block that fire most often.
         loss_rise: Loss above the exact model, nats per token.
         refusal: Reason why this threshold cannot be chosen; empty if it can.
-        layers: Metrics by layer.
     """
 
     threshold: float
@@ -68,23 +66,21 @@ class PredictorEvaluation(BaseModel):
     """Result of evaluating the predictors of one model.
 
     Attributes:
-        model: Name of the model.
-        predictors: Folder of the predictors.
+        engine: The engine whose arithmetic was measured, a key of ENGINES.
+        dropped_thresholds: Whether the model stores thresholds that this engine does not apply.
         input: Input of the predictors: residual or normed.
-        text: Description of the evaluation text.
-        num_tokens: Tokens of the text.
         num_labels: Tokens that carry loss.
         max_loss_rise: The limit, nats per token.
         predictor_share: Size of the predictors as a share of the feed-forward weights that a token computes with.
-        references: Dense, exact with the gate first, and perfect prediction.
+        references: Dense, exact with the gate first if the engine can do that, and perfect prediction.
         points: Metrics from the lowest threshold to the highest.
         chosen: The threshold that reads least within the limit, or None.
-        verdict: Conclusion in a sentence or two.
-        command: The command line.
     """
 
     model: str
     predictors: str
+    engine: str = OWN
+    dropped_thresholds: bool = False
     input: str
     text: str
     num_tokens: int

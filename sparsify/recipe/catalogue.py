@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
+import yaml
+
 from sparsify.errors import RecipeError, nearest
 from sparsify.files import write_text
+from sparsify.metadata import checked_yaml, user_path
 
 YAML = (".yaml", ".yml")
 PACKAGE = Path(__file__).parents[1]
@@ -35,7 +39,7 @@ def recipe_path(name_or_path: str) -> Path:
     Raises:
         RecipeError: If there is no such recipe.
     """
-    own = Path(name_or_path).expanduser()
+    own = user_path(name_or_path)
     if own.suffix == ".yaml" and own.is_file():
         return own.resolve()
     names = recipe_names()
@@ -70,9 +74,11 @@ def copy_recipe(name_or_path: str, to: Path) -> None:
             allowed="The path of a new .yaml file.",
             next_step=f"For example: sparsify recipes copy {name_or_path} my_{source.stem}.yaml",
         )
-    text = source.read_text(encoding="utf-8")
-    text = re.sub(r"\A# sparsify train .*", f"# sparsify train {to}", text)
-    write_text(to, re.sub(r"(?m)^name: .*", f"name: {to.stem}", text))
+    text = checked_yaml(source, RecipeError)
+    name = to.stem if yaml.safe_load(to.stem) == to.stem else json.dumps(to.stem)
+    # Not as a pattern's replacement: there a backslash has a meaning.
+    text = re.sub(r"\A# sparsify train .*", lambda _: f"# sparsify train {to}", text)
+    write_text(to, re.sub(r"(?m)^name: .*", lambda _: f"name: {name}", text))
 
 
 def mixture_names() -> list[str]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, field, fields, make_dataclass
 from functools import cache
 from pathlib import Path
@@ -23,9 +24,11 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.resolvers import oc
 
-from sparsify.errors import RecipeError, nearest
+from sparsify.errors import RecipeError, UserError, nearest
 from sparsify.files import write_text
+from sparsify.metadata import read_yaml, user_path
 from sparsify.recipe.catalogue import (
     GROUPS,
     RECIPE_GROUPS,
@@ -53,14 +56,13 @@ OWN_FILE = "own_file"
 """Name under which a user's own file is registered as an option."""
 
 
+_composing = ContextVar("composing", default=False)
+
+
 @contextmanager
 def recipe_errors(where: str, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Turns what Hydra, OmegaConf and YAML raise inside the block into a `RecipeError`.
-
-    Args:
-        where: Name of the file that is read, for messages.
-        overrides: Overrides that may cause the error.
-    """
+    """Turns what Hydra, OmegaConf and YAML raise inside the block into a `RecipeError`. `${oc.env:…}` is refused there."""
+    composing = _composing.set(True)
     try:
         yield
     except OverrideParseException as error:
@@ -73,10 +75,46 @@ def recipe_errors(where: str, overrides: Sequence[str] = ()) -> Iterator[None]:
         raise _missing_option(error, where) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{where} is not YAML: {error}", next_step="Fix the line named above.") from error
+    except UserError:
+        raise
     except (HydraException, OmegaConfBaseException) as error:
         chain = (error, error.__cause__, error.__context__)
+        if refused := _refusal(error):
+            raise RecipeError(
+                f"{where}: {refused.given}", allowed=refused.allowed, next_step=refused.next_step
+            ) from error
         cause = next((link for link in chain if isinstance(link, OmegaConfBaseException)), error)
         raise _setting_error(cause, where, overrides) from error
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError, OSError) as error:
+        # Hydra asserts the form of overrides and defaults in many ways.
+        said = "it nests too deep" if isinstance(error, RecursionError) else str(error).strip().partition("\n")[0]
+        raise RecipeError(
+            f"{where} and the overrides cannot be composed: {said or type(error).__name__}.",
+            allowed="Overrides are KEY=VALUE: activation=swiglu, training.seed=2, mixture=my_mixture.yaml.",
+        ) from error
+    finally:
+        _composing.reset(composing)
+
+
+def _environment(name: str, *default: Any) -> Any:
+    if not _composing.get():
+        return oc.env(name, *default)
+    raise RecipeError(
+        f"${{oc.env:{name}}} would put a variable of your environment into the recipe, and so on the screen, into the run "
+        "folder and into the bundle.",
+        allowed="Interpolations of the recipe's own settings: ${training.seed}.",
+        next_step="Write the value itself; no setting needs a secret.",
+    )
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
+
+
+def _refusal(error: BaseException | None) -> UserError | None:
+    """The `UserError` that a resolver raised, wherever Hydra and OmegaConf wrapped it."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _missing_option(error: MissingConfigException, where: str) -> RecipeError:
@@ -178,12 +216,18 @@ def compose_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: On unknown keys, wrong types, missing values and impossible combinations.
     """
     path = recipe_path(name_or_path)
-    with recipe_errors(path.name, overrides):
-        taken = [_register_own_file(_quoted(override)) for override in overrides]
-        _register_groups()
-        with _hydra(path.parent):
-            config = compose(config_name=path.stem, overrides=[*taken, *_search_path(path)])
-        recipe = validate(_typed(Recipe, config, path.name, overrides))
+
+    def composed(aside: _Aside) -> Any:
+        with recipe_errors(path.name, overrides):
+            taken = [_register_own_file(_quoted(override), aside) for override in overrides]
+            _register_groups()
+            _check_files(path, path.parent)
+            with _hydra(path.parent):
+                return _plain(compose(config_name=path.stem, overrides=[*taken, *_search_path(path)]))
+
+    plain = _with_sources(composed, overrides)
+    recipe = validate(_typed(Recipe, plain, path.name, overrides))
+    recipe.run_dir = str(user_path(recipe.run_dir))
     telling = run_name(overrides)
     if telling and not any(override.startswith("run_dir=") for override in overrides):
         recipe.run_dir = f"{recipe.run_dir},{telling}"
@@ -196,7 +240,7 @@ def load_mixture(name_or_path: str) -> MixtureSection:
     Raises:
         RecipeError: If there is no such mixture, or it is not valid.
     """
-    own = Path(name_or_path).expanduser()
+    own = user_path(name_or_path)
     path = own if own.suffix in YAML else folder("data_mixtures") / f"{name_or_path}.yaml"
     if not path.is_file():
         names = mixture_names()
@@ -204,22 +248,21 @@ def load_mixture(name_or_path: str) -> MixtureSection:
             f"There is no mixture {name_or_path!r}.",
             allowed=f"{nearest(name_or_path, names)}Mixtures: {', '.join(names)}; or the path of a YAML file.",
         )
-    with recipe_errors(path.name):
-        option = _register_own_file(f"mixture={path}")
-        _register_groups()
-        with _hydra(folder("recipes").resolve()):
-            config = compose(overrides=[f"+{option}"])
-        mixture = _typed(MixtureSection, config.mixture, path.name)
+
+    def composed(aside: _Aside) -> Any:
+        with recipe_errors(path.name):
+            option = _register_own_file(f"mixture={path}", aside)
+            _register_groups()
+            with _hydra(folder("recipes").resolve()):
+                return _plain(compose(overrides=[f"+{option}"]))
+
+    mixture = _typed(MixtureSection, _with_sources(composed, ())["mixture"], path.name)
     check_mixture(mixture)
     return mixture
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes a composed recipe as YAML that `load_recipe` reads back.
-
-    Raises:
-        StorageError: If the disk or the folder refuses.
-    """
+    """Writes a composed recipe as YAML that `load_recipe` reads back."""
     write_text(path, to_yaml(recipe))
 
 
@@ -236,12 +279,17 @@ def load_recipe(path: Path) -> Recipe:
     if not path.is_file():
         raise RecipeError(f"There is no recipe {path}.", next_step="Give a run folder that `sparsify train` made.")
     with recipe_errors(str(path)):
-        return _typed(Recipe, OmegaConf.load(path), str(path))
+        fields = read_yaml(path, RecipeError)
+        plain = fields if _is_literal(fields) else _plain(OmegaConf.create(fields))
+    return _typed(Recipe, plain, str(path))
 
 
-def _typed(schema: type[AnySection], config: Any, where: str, overrides: Sequence[str] = ()) -> AnySection:
+def _plain(config: Any) -> Any:
+    return _without_missing(OmegaConf.to_container(config, resolve=True))
+
+
+def _typed(schema: type[AnySection], plain: Any, where: str, overrides: Sequence[str] = ()) -> AnySection:
     """Checks every key and value that Hydra composed."""
-    plain = _without_missing(OmegaConf.to_container(config, resolve=True))
     key = "" if schema is Recipe else "mixture"
     if not isinstance(plain, dict):
         raise RecipeError(f"{where} is a list.", allowed="Settings: KEY: VALUE.")
@@ -280,6 +328,35 @@ def _hydra(config_dir: Path) -> Iterator[None]:
         yield
 
 
+def _check_files(path: Path, root: Path, checked_before: frozenset[Path] = frozenset()) -> None:
+    """Refuses a recipe that cannot be parsed within the limits, before Hydra parses it, with the files that it builds on."""
+    if path in checked_before or not path.is_file():
+        return
+    fields = read_yaml(path, RecipeError)
+    if "hydra" in fields:
+        raise RecipeError(
+            f"{path.name} has settings of Hydra itself, which can import code (hydra.searchpath).",
+            allowed=f"Sections of a recipe: {', '.join(hints(Recipe))}.",
+            next_step="Remove the section hydra.",
+        )
+    defaults = fields.get("defaults", [])
+    if not isinstance(defaults, list):
+        raise RecipeError(
+            f"{path.name}: defaults is {str(defaults)[:80]!r}.",
+            allowed="A list: [recipe_schema, activation: drelu, mixture: quickstart, engine: zero1, _self_].",
+        )
+    for default in defaults:
+        named = default.items() if isinstance(default, dict) else [("", default)]
+        for group, option in named:
+            group = str(group).removeprefix("override ").removeprefix("optional ").partition("@")[0]
+            if f"{group or option}".strip().lstrip("/").startswith("hydra"):
+                raise RecipeError(
+                    f"{path.name}: defaults has {group or option!r}, an option of Hydra itself.",
+                    allowed=f"Groups: {', '.join((*RECIPE_GROUPS, *GROUPS))}.",
+                )
+            _check_files(root / group / f"{option}.yaml", root, checked_before | {path})
+
+
 def _search_path(path: Path) -> list[str]:
     """Lets a recipe outside of the catalogue use the catalogue's recipes and groups."""
     root = folder("recipes").resolve()
@@ -296,17 +373,74 @@ def _register_groups() -> None:
             store.store(group=group, name=path.stem, node=OmegaConf.load(path))
 
 
-def _register_own_file(override: str) -> str:
+class _Aside:
+    """Sources of a user's own mixture file that nothing changes while Hydra composes. Hydra copies every value a dozen
+    times, which costs seconds for thousands of sources, so it composes without them.
+    """
+
+    def __init__(self, overrides: Sequence[str], *, takes: bool) -> None:
+        keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+        self._takes = takes and "mixture.sources" not in keys and keys.count("mixture") <= 1
+        self._overrides = "\n".join(overrides)
+        self._order: list[str] = []
+        self.sources: dict[str, Any] = {}
+
+    def take(self, mixture: dict[str, Any]) -> dict[str, Any]:
+        """A mixture file's content without those sources."""
+        sources = mixture.get("sources")
+        if not self._takes or not isinstance(sources, dict) or "defaults" in mixture:
+            return mixture
+        self._order = list(sources)
+        self.sources = {
+            name: source
+            for name, source in sources.items()
+            if isinstance(source, dict) and name not in self._overrides and _is_literal(source)
+        }
+        return mixture | {"sources": {name: one for name, one in sources.items() if name not in self.sources}}
+
+    def put_back(self, mixture: Any) -> bool:
+        """Adds them to the composed mixture, in the order of the file; not if the recipe changes one of them."""
+        composed = mixture.get("sources") if isinstance(mixture, dict) else None
+        if not isinstance(composed, dict) or composed.keys() & self.sources.keys():
+            return False
+        merged = composed | self.sources
+        mixture["sources"] = {name: merged[name] for name in dict.fromkeys([*self._order, *merged]) if name in merged}
+        return True
+
+
+def _with_sources(composed: Callable[[_Aside], Any], overrides: Sequence[str]) -> Any:
+    """What a composition gives, with the sources that it could do without. It is repeated with them where it could not."""
+    aside = _Aside(overrides, takes=True)
+    try:
+        plain = composed(aside)
+        if not aside.sources or aside.put_back(plain.get("mixture")):
+            return plain
+    except RecipeError:
+        if not aside.sources:
+            raise
+    return composed(_Aside(overrides, takes=False))
+
+
+def _is_literal(value: Any) -> bool:
+    """Whether a value means what it says: it has no interpolation, and nothing is missing."""
+    if isinstance(value, dict | list):
+        return all(map(_is_literal, value.values() if isinstance(value, dict) else value))
+    return not isinstance(value, str) or ("${" not in value and value != "???")
+
+
+def _register_own_file(override: str, aside: _Aside) -> str:
     """Lets `mixture=` and `eval=` take a path: registers the file as an option and names that option instead."""
     group, _, value = override.partition("=")
     if group not in GROUPS or not value.endswith(YAML):
         return override
-    path = Path(value).expanduser()
+    path = user_path(value)
     if not path.is_file():
         raise RecipeError(
             f"{override}: there is no such file.",
             allowed=f"A path of a YAML file, or a name in {GROUPS[group]}/.",
         )
     with recipe_errors(path.name):
-        ConfigStore.instance().store(group=group, name=OWN_FILE, node=OmegaConf.load(path))
+        fields = read_yaml(path, RecipeError)
+        node = OmegaConf.create(aside.take(fields) if group == "mixture" else fields)
+        ConfigStore.instance().store(group=group, name=OWN_FILE, node=node)
     return f"{group}={OWN_FILE}"

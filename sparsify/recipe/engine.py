@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from sparsify.errors import RecipeError
-from sparsify.recipe.fields import NonNegativeInt, PositiveInt, Section
+from sparsify.recipe.fields import NonNegativeInt, Processes, Section
 
 AUTO_STAGE = -1
 Attention = Literal["sdpa", "flex_attention"]
 """Not flash_attention_2: transformers tells documents apart there only when a forward pass has one sequence."""
-ATTENTION_IMPLEMENTATIONS: tuple[str, ...] = get_args(Attention)
 TORCHRUN = "torchrun"
 
 
@@ -34,10 +33,10 @@ class EngineSection(Section):
     """ZeRO stage 1 or above; needs a C++ compiler for DeepSpeed's CPU Adam."""
     offload_parameters_to_cpu: bool = False
     """ZeRO stage 3 only."""
-    reduce_bucket_elements: PositiveInt = 50_000_000
+    reduce_bucket_elements: Annotated[int, Field(ge=1, le=2**31 - 1)] = 50_000_000
     attention: Attention = "sdpa"
-    """One of ATTENTION_IMPLEMENTATIONS. Neither attends across the documents of a sequence; flex_attention skips blocks between
-    documents instead of masking them, and trains on a GPU only."""
+    """Neither attends across the documents of a sequence; flex_attention skips blocks between documents instead of
+    masking them, and trains on a GPU only."""
 
 
 def check_auto(engine: EngineSection) -> None:
@@ -62,9 +61,9 @@ def check_auto(engine: EngineSection) -> None:
 class LaunchSection(Section):
     """Processes and machines; no setting changes what is trained."""
 
-    processes: PositiveInt = 1
+    processes: Processes = 1
     """Training processes on each machine, one GPU each where there are GPUs."""
-    nodes: PositiveInt = 1
+    nodes: Annotated[int, Field(ge=1, le=65_536)] = 1
     """Number of machines. Each runs the same command except for `node_rank`, with a shared `run_dir` and `cache_dir`."""
     node_rank: NonNegativeInt = 0
     """Index of this machine, from 0. Node 0 resolves the recipe, converts and tokenises; the others follow it."""
@@ -73,9 +72,9 @@ class LaunchSection(Section):
     hostfile: str | None = None
     """A DeepSpeed hostfile, lines of `HOST slots=N`. The command runs on the first host and starts the others by ssh; nodes and
     processes are the file's."""
-    threads_per_process: PositiveInt | None = None
+    threads_per_process: Processes | None = None
     """CPU threads per process; null divides the machine's cores evenly."""
-    ingest_processes: PositiveInt = 1
+    ingest_processes: Processes = 1
     """Background ingest processes, which tokenise ahead of training."""
     accept_changed_data: bool = False
     """Resume a run even if its text or tokenizer has changed since it began; the lock records it."""
@@ -124,5 +123,6 @@ def check_nodes(launch: LaunchSection) -> None:
 @dataclass
 class TrackingSection(Section):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    """Mode of Weights & Biases. metrics.jsonl and sparsity.jsonl are always written."""
+    """Mode of Weights & Biases. metrics.jsonl and sparsity.jsonl are always written. No error of the tracker ends a run;
+    `online` needs a key, and becomes `offline` where the server cannot be reached."""
     wandb_project: str = "sparsify"

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from typing import Annotated
+
+from pydantic import Field
 
 from sparsify.errors import RecipeError
 from sparsify.recipe.fields import NonNegativeInt, PositiveInt, Section
@@ -19,14 +22,14 @@ class EvalSection(Section):
     evaluation_files: list[str] = field(default_factory=list)
     """Paths or globs of evaluation sets, formats as in `SourceSection.files`: what `mixture.decontaminate_against` means
     by this suite's name."""
-    validation_sequences_per_source: PositiveInt = 16
+    validation_sequences_per_source: Annotated[int, Field(ge=1, le=1_000_000)] = 16
     report_tokens: PositiveInt = 32_768
     """Held-out tokens of the sparsity report."""
     report_curve_tokens: NonNegativeInt = 0
     """Of these, tokens for CETT, CETT-PPL and top-k curves, which need about 35 passes over them; 0: no curves."""
     sample_prompts: list[str] = field(default_factory=list)
     """Pretraining-style prompts that the exported checkpoint continues in a fresh process."""
-    sample_tokens: NonNegativeInt = 48
+    sample_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 48
     suite: str | None = None
     """Suite of lm-evaluation-harness tasks to evaluate during training: a name in `eval/suites`, or the path of a .yaml."""
     suite_every_tokens: PositiveInt | None = None
@@ -36,7 +39,7 @@ class EvalSection(Section):
     """Number of items of each task, the first ones; null evaluates all."""
     suite_data_dir: str | None = None
     """Folder of local copies of the evaluation sets; null takes $SPARSIFY_EVAL_DATA if it is set, and the Hub's data otherwise."""
-    suite_batch_size: PositiveInt = 8
+    suite_batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Requests per forward pass."""
 
 

@@ -7,6 +7,7 @@ allowed values, and the nearest name.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cache
 from types import NoneType, UnionType
@@ -26,12 +27,18 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from sparsify.errors import RecipeError, nearest
+from sparsify.errors import RecipeError, bound, nearest
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
+MOST = 10**15
+"""Largest integer of a recipe: no corpus has so many tokens, and sums of positions stay below 64 bits."""
+PositiveInt = Annotated[int, Field(ge=1, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
+Processes = Annotated[int, Field(ge=1, le=4096)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+"""What both numpy and torch accept."""
+PositiveFloat = Annotated[float, Field(gt=0, le=1e6)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=1e6)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 TYPES = {int: "Integer", float: "Number", bool: "true or false", str: "Text"}
@@ -43,6 +50,15 @@ ADVICE = {
     "mixture.sources": "Sources are added in a mixture file: mixture=PATH.yaml.",
 }
 """Sections with names chosen by the user → how to add a name."""
+OLD_NAMES = {
+    "window_tokens": "sequence_length",
+    "batch_windows": "global_batch_size",
+    "micro_batch_windows": "micro_batch_size",
+    "swap": "blending",
+    "sparsity": "penalty",
+    "control": "baseline",
+}
+"""What sections and settings were called before → what they are called."""
 AnySection = TypeVar("AnySection", bound="Section")
 
 
@@ -52,6 +68,25 @@ class Section:
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
         extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True
     )
+
+
+_NOT_IN_NAMES = re.compile("[/\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+MAX_NAME_BYTES = 120
+
+
+def check_name(key: str, name: str) -> None:
+    """Refuses a name that cannot be that of a folder, or that a terminal would obey.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    size = len(name.encode("utf-8", "replace"))
+    if not 1 <= size <= MAX_NAME_BYTES or name != name.strip() or name in (".", "..") or _NOT_IN_NAMES.search(name):
+        raise RecipeError(
+            f"{key} is {name[:MAX_NAME_BYTES]!r}.",
+            allowed=f"1 to {MAX_NAME_BYTES} bytes, without / and control characters, and no spaces at its ends: folders are "
+            "named after it.",
+        )
 
 
 def one_of(names: Collection[str]) -> AfterValidator:
@@ -78,17 +113,8 @@ def checked(
     where: str = "",
     overrides: Sequence[str] = (),
 ) -> AnySection:
-    """Builds a section from plain values.
-
-    Args:
-        schema: The section's class.
-        values: Its fields, and those of the sections inside it.
-        key: The section's own key, for messages.
-        where: Name of the file that the values come from, for messages.
-        overrides: Overrides that may cause the error.
-
-    Raises:
-        RecipeError: On an unknown key, a missing one, a wrong type or a value that is not allowed.
+    """Builds a section and those inside it from plain values; `key`, `where` and the overrides name them in errors.
+    Raises RecipeError on an unknown key, a missing one, a wrong type or a value that is not allowed.
     """
     try:
         return _adapter(schema).validate_python(dict(values))
@@ -105,20 +131,17 @@ def may_set(override: str, key: str) -> bool:
 
 
 def unknown_setting(key: str, siblings: Iterable[str], where: str, settings: Iterable[str]) -> RecipeError:
-    """The error about an unknown setting.
-
-    Args:
-        key: What was given.
-        siblings: The settings of the section that it was given in.
-        where: The file or the override that gives it.
-        settings: All settings of a recipe, by which one in the wrong section is found.
+    """The error about an unknown setting; it names the nearest of the section's or, from another section, of all
+    settings.
     """
     parent, _, leaf = key.rpartition(".")
     siblings = list(siblings)
+    now = ".".join(OLD_NAMES.get(part, part) for part in key.split("."))
+    renamed = "" if now == key else f"It is called {now} now. "
     elsewhere = [name for name in settings if name.rpartition(".")[2] == leaf]
     return RecipeError(
         f"{where}: there is no setting {key!r}.",
-        allowed=f"{nearest(key, elsewhere) or nearest(leaf, siblings)}"
+        allowed=f"{renamed or nearest(key, elsewhere) or nearest(leaf, siblings)}"
         f"Settings{parent and f' of {parent}'}: {', '.join(siblings) or 'none yet'}.",
         next_step=ADVICE.get(parent, "").format(key=key),
     )
@@ -215,15 +238,17 @@ def _allowed(hint: Any, *, name_type: bool) -> tuple[Any, str]:
     }
     match bounds:
         case {"ge": lowest, "le": highest}:
-            words = f"{lowest} to {highest}"
+            words = f"{bound(lowest)} to {bound(highest)}"
         case {"gt": lowest, "lt": highest}:
-            words = f"above {lowest} and below {highest}"
+            words = f"above {bound(lowest)} and below {bound(highest)}"
+        case {"gt": lowest, "le": highest}:
+            words = f"above {bound(lowest)}, up to {bound(highest)}"
         case {"ge": lowest, "lt": highest}:
-            words = f"{lowest} or above, and below {highest}"
+            words = f"{bound(lowest)} or above, and below {bound(highest)}"
         case {"ge": lowest}:
-            words = f"{lowest} or above"
+            words = f"{bound(lowest)} or above"
         case {"gt": lowest}:
-            words = f"above {lowest}"
+            words = f"above {bound(lowest)}"
         case _:
             words = ""
     name = TYPES.get(kind, "") if name_type or not words else ""

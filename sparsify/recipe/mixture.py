@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sparsify.errors import RecipeError, nearest
-from sparsify.recipe.fields import Section, Share
+from sparsify.recipe.fields import Section, Share, check_name
 from sparsify.recipe.source import SourceSection, check_source
 
 SHARE_TOLERANCE = 1e-6
@@ -70,7 +70,9 @@ def check_mixture(mixture: MixtureSection) -> None:
             f"Mixture {mixture.name!r} has no sources.",
             next_step="Add at least one entry under mixture.sources.",
         )
+    check_name("mixture.name", mixture.name)
     for name, source in mixture.sources.items():
+        check_name("The name of a source in mixture.sources", name)
         check_source(f"mixture.sources.{name}", source)
     check_chat_template(mixture)
     if mixture.instruction_token_share is None or not _groups_sum_to_one(mixture):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from sparsify.errors import RecipeError
-from sparsify.recipe.fields import PositiveInt, Section
+from sparsify.recipe.fields import Section
 
 
 @dataclass
@@ -24,9 +26,9 @@ class ModelSection(Section):
     it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is downloaded."""
     tokenizer: str | None = None
     """Where the tokenizer comes from; null takes `source`."""
-    upcycle_experts: PositiveInt | None = None
+    upcycle_experts: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
-    upcycle_experts_per_token: PositiveInt = 2
+    upcycle_experts_per_token: Annotated[int, Field(ge=1, le=4096)] = 2
 
 
 def check_model(model: ModelSection) -> None:

@@ -19,7 +19,7 @@ from sparsify.recipe.engine import (
     check_nodes,
 )
 from sparsify.recipe.evaluation import EvalSection, check_suite
-from sparsify.recipe.fields import Section, checked
+from sparsify.recipe.fields import Section, check_name, checked
 from sparsify.recipe.mixture import MixtureSection, check_mixture
 from sparsify.recipe.model import ModelSection, check_model
 from sparsify.recipe.sparsification import (
@@ -88,12 +88,14 @@ def validate(recipe: Recipe) -> Recipe:
     """Refuses settings that cannot work together.
 
     Returns:
-        The same recipe; without a baseline where it would repeat the run itself.
+        The same recipe.
 
     Raises:
         RecipeError: Naming the setting, its value, what is allowed and what to change.
     """
     checked(Recipe, asdict(recipe))
+    for part in recipe.name.split("/"):  # a recipe of a sub-folder is named FOLDER/NAME
+        check_name("name", part)
     check_activation(recipe.activation)
     _check_numbers(recipe)
     check_model(recipe.model)
@@ -111,9 +113,6 @@ def validate(recipe: Recipe) -> Recipe:
     _check_compile(recipe)
     _check_liger(recipe)
     check_suite(recipe.eval, recipe.checkpoint.every_tokens)
-    same = recipe.baseline.ffn_activation == recipe.activation.ffn_activation
-    if same and not recipe.conversion.makes_mask:
-        recipe.baseline.ffn_activation = None
     return recipe
 
 
@@ -152,6 +151,7 @@ def _check_conversion(recipe: Recipe) -> None:
     conversion, least = recipe.conversion, 8 * recipe.training.sequence_length
     if conversion.calibration_tokens == 0:
         settings, defaults = asdict(conversion), asdict(ConversionSection())
+        del settings["drop_source_mask"]
         if recipe.blending.refit_milestones:
             check_conversion(conversion)
             del settings["ridge"]
@@ -342,20 +342,20 @@ def _check_distillation(recipe: Recipe) -> None:
             )
 
 
-def check_teacher(recipe: Recipe, base: tuple[str, float], *, is_calibrated: bool) -> None:
+def check_teacher(recipe: Recipe, base: tuple[str, float], *, differs: bool) -> None:
     """Refuses distillation from the very model that is trained, once the checkpoint is known.
 
     Args:
         recipe: What to train.
         base: Activation of the checkpoint that was converted, and its gate threshold.
-        is_calibrated: Whether the conversion changed weights or set thresholds.
+        differs: Whether training starts from other weights than the dense source's, or under a mask.
 
     Raises:
         RecipeError: Naming the setting.
     """
     activation = recipe.activation
     same = base == (activation.ffn_activation, activation.model_gate_threshold)
-    if recipe.distillation.is_on and same and not is_calibrated:
+    if recipe.distillation.is_on and same and not differs:
         raise RecipeError(
             f"{_distillation_key(recipe)} is set, and the checkpoint has {activation.ffn_activation} already: "
             "a model has nothing to learn from itself.",

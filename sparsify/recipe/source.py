@@ -11,6 +11,7 @@ from pydantic import Field
 
 from sparsify.errors import RecipeError
 from sparsify.recipe.fields import Section, Share
+from sparsify.recipe.templates import LimitedEnvironment, compiled
 
 ORIGINS = ("files", "hub", "stdlib", "token_files")
 ONLY_WITH = {
@@ -44,7 +45,7 @@ class SourceSection(Section):
     `instruction_token_share`, it may be the share within the group instead; then the shares of each group sum to 1."""
     group: Literal["pretraining", "instruction"] = "pretraining"
     """`pretraining` or `instruction`: the two sides of `instruction_token_share`."""
-    max_epochs: Annotated[float, Field(ge=1, description="At least 1; null sets no limit.")] | None = None
+    max_epochs: Annotated[float, Field(ge=1, le=1e9, description="At least 1; null sets no limit.")] | None = None
     """How often a run may see each document; null repeats the source as often as the budget needs."""
     when_exhausted: Literal["stop", "redistribute"] = "stop"
     """What happens when a source reaches `max_epochs`: `stop` refuses a run that would exceed it and names the budget that
@@ -85,15 +86,7 @@ class SourceSection(Section):
 
 
 def check_source(key: str, source: SourceSection) -> None:
-    """Refuses a source whose settings contradict or ignore each other.
-
-    Args:
-        key: The source's key in the recipe, for messages.
-        source: The source.
-
-    Raises:
-        RecipeError: Naming the setting.
-    """
+    """Raises RecipeError if a source's settings contradict or ignore each other."""
     origins = [name for name in ORIGINS if getattr(source, name)]
     if len(origins) != 1:
         raise RecipeError(
@@ -163,7 +156,7 @@ def _check_fields(key: str, source: SourceSection, given: list[str]) -> None:
             continue
         refuse([f"{field}_column"], f"{field}_template takes its place")
         try:
-            jinja2.Environment().parse(text)
+            compiled(text, LimitedEnvironment())
         except jinja2.TemplateSyntaxError as error:
             raise RecipeError(
                 f"{key}.{field}_template is not Jinja: {error.message} (line {error.lineno}).",

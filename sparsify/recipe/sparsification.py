@@ -49,16 +49,7 @@ def check_activation(
     name_key: str = "activation.ffn_activation",
     threshold_key: str = "activation.gate_threshold",
 ) -> None:
-    """Refuses an unknown activation, and a gate threshold that it would ignore.
-
-    Args:
-        activation: The settings.
-        name_key: Setting or option of the name, for messages.
-        threshold_key: Setting or option of the threshold, for messages.
-
-    Raises:
-        RecipeError: Naming the setting.
-    """
+    """Raises RecipeError for an unknown activation, and for a gate threshold that it would ignore; the keys name both."""
     name, threshold = activation.ffn_activation, activation.gate_threshold
     check_choice(name_key, name, tuple(ACTIVATIONS))
     if threshold is not None and not ACTIVATIONS[name].has_gate_threshold:
@@ -100,6 +91,8 @@ class ConversionSection(Section):
     """Settings of the method other than `target_zeros`."""
     refit: bool | None = None
     """Whether to reconstruct the layer's output matrix under the mask; null takes the method's own default."""
+    drop_source_mask: bool = False
+    """Whether to remove the mask that the source stores, with or without a calibration. The weights stay as they are."""
 
     @property
     def makes_mask(self) -> bool:
@@ -120,7 +113,7 @@ class BlendingSection(Section):
     budget_share: Annotated[float, Field(ge=0, lt=1, description=BELOW_ONE)] = 0.0
     """Share of the budget over which the dense activation is blended linearly into the sparse one: below 1, so that the run
     ends with the sparse one itself. 0 replaces it before the first step."""
-    refit_milestones: NonNegativeInt = 0
+    refit_milestones: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Number of equal steps of the blending, from the first token on. Each step refits every down projection, so that blocks
     reproduce their output under the blend before. 0 blends linearly, without refits."""
     refit_tokens: NonNegativeInt = 0

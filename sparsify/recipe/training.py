@@ -9,11 +9,13 @@ from pydantic import Field
 
 from sparsify.models.activations import ACTIVATIONS
 from sparsify.recipe.fields import (
+    LearningRate,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     Section,
+    Seed,
     one_of,
 )
 
@@ -26,20 +28,20 @@ class TrainingSection(Section):
 
     budget_tokens: PositiveInt
     """Tokens to train on, rounded down to whole steps."""
-    sequence_length: PositiveInt
+    sequence_length: Annotated[int, Field(ge=1, le=1 << 24)]
     """Length of one packed training sequence; at most the model's context."""
-    global_batch_size: PositiveInt
+    global_batch_size: Annotated[int, Field(ge=1, le=10_000_000)]
     """Sequences per optimiser step, over all processes."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: Annotated[int, Field(ge=1, le=65_536)]
     """Sequences per forward pass and process."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """`bf16` (with fp32 master weights; needs ZeRO stage 1 or above) or `fp32`."""
     gradient_checkpointing: bool = False
     router_aux_loss_coefficient: (
-        Annotated[float, Field(ge=0, description="0 or above; null takes the checkpoint's own.")] | None
+        Annotated[float, Field(ge=0, le=1000, description="0 to 1000; null takes the checkpoint's own.")] | None
     ) = None
     """Weight of a Mixtral's load-balancing loss; null takes the checkpoint's own."""
-    seed: int = SEED
+    seed: Seed = SEED
     fused_activation: Literal["auto", "triton", "inductor", "off"] = "auto"
     """Kernel of the activation's forward and backward pass: `triton` (needs a GPU), `inductor` (compiled in up to a minute at
     the start), or `off` for the model's own code. `auto` is triton where it is available, and off otherwise. The values
@@ -57,13 +59,13 @@ class TrainingSection(Section):
 class OptimizerSection(Section):
     """AdamW with linear warm-up and cosine decay, as functions of the tokens seen."""
 
-    peak_learning_rate: PositiveFloat
+    peak_learning_rate: LearningRate
     final_learning_rate: NonNegativeFloat
     warmup_tokens: NonNegativeInt
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    epsilon: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.1
+    epsilon: Annotated[float, Field(ge=1e-20, le=1)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.1
     """Applied to matrices only, not to norms."""
     max_gradient_norm: PositiveFloat = 1.0
 
@@ -79,12 +81,13 @@ class StabilitySection(Section):
     """`skip` continues with the next batch; `rollback` also reverts every step since the last checkpoint and skips their
     sequences; `stop` saves the state from before the step and ends the run with a report."""
     spike_deviations: PositiveFloat | None = 8.0
-    """A loss is a spike if it is this many robust standard deviations above the value expected from its sources' recent
-    losses; null detects only NaN and infinity."""
-    recent_steps: PositiveInt = 64
-    """Recent steps from which the expected loss is computed. A source counts once it has a quarter of them."""
+    """A loss is a spike if the mean of it and the steps before it is this many standard deviations of such means above the value
+    expected from its sources' recent losses, and above what a few odd sequences could add; null detects only NaN and infinity."""
+    recent_steps: Annotated[int, Field(ge=1, le=1_000_000)] = 128
+    """Recent steps from which the expected loss and its deviation are computed."""
     max_bad_steps: PositiveInt = 8
-    """Bad steps allowed among the recent ones; with more the run stops with a report."""
+    """Bad steps allowed among the recent ones. With more the run stops with a report, unless they were spikes and the held-out
+    loss shows that the text became harder, not the model worse."""
     underused_expert_load: PositiveFloat = 0.1
     """A Mixtral's expert is under-utilised below this fraction of an even share of its layer's tokens."""
     underused_expert_steps: PositiveInt = 100
@@ -107,5 +110,5 @@ class BaselineSection(Section):
     """A second run on the same tokens that differs in its activation only."""
 
     ffn_activation: Annotated[str, one_of(ACTIVATIONS)] | None = None
-    """`swiglu` trains the dense baseline after the sparse run; null trains none. A run that has this activation itself
-    (`activation=swiglu`) is the baseline: `validate` sets null."""
+    """`swiglu` trains the dense baseline, without any mask, after the sparse run; null trains none. A run that has this
+    activation itself (`activation=swiglu`) and no mask is the baseline and trains no other."""

@@ -6,9 +6,11 @@ import logging
 
 from rich.console import Console
 
-console = Console(highlight=False)
+from sparsify.reporting.terminal import PlainConsole
+
+console = PlainConsole()
 """Standard output, as it is when a line is printed. What draws a progress bar there draws it on this console."""
-error_console = Console(highlight=False, stderr=True)
+error_console = PlainConsole(stderr=True)
 
 
 class LineHandler(logging.Handler):
@@ -21,18 +23,13 @@ class LineHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         style = "red" if record.levelno >= logging.WARNING else None
         try:
-            self._console.print(self.format(record), style=style, markup=False, soft_wrap=True)
+            self._console.print(self.format(record), style=style, soft_wrap=True)
         except Exception:
             self.handleError(record)
 
 
 def print_log_lines(level: int = logging.INFO, *, to: Console = console) -> None:
-    """Prints what this package logs in this process, from now on and instead of what was said before.
-
-    Args:
-        level: The lowest level that is printed.
-        to: Where.
-    """
+    """Prints what this package logs in this process from `level` on, instead of what was said before."""
     logger = logging.getLogger("sparsify")
     logger.setLevel(level)
     for handler in [one for one in logger.handlers if isinstance(one, LineHandler)]:

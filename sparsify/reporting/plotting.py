@@ -36,7 +36,6 @@ class Theme:
         return LinearSegmentedColormap.from_list(f"{self.name}_heat", self.heat_stops)
 
     def rc(self) -> dict[str, Any]:
-        """matplotlib settings."""
         return {
             "figure.facecolor": self.surface,
             "figure.constrained_layout.use": True,
@@ -66,6 +65,7 @@ class Theme:
             "ytick.major.size": 0,
             "legend.frameon": False,
             "legend.labelcolor": self.ink,
+            "text.parse_math": False,  # a name may have dollar signs
             "font.family": "sans-serif",
             "font.sans-serif": ["DejaVu Sans"],
             "font.size": 9,
@@ -110,14 +110,7 @@ Draw = Callable[[Theme], Figure]
 
 
 def image(draw: Draw, name: str, theme: Theme, kind: Literal["png", "svg"]) -> bytes:
-    """Renders a figure; the same `draw` and `name` give the same bytes.
-
-    Args:
-        draw: Draws the figure in a theme.
-        name: Name of the figure, unique on its page.
-        theme: The theme.
-        kind: The file format.
-    """
+    """Renders a figure; the same `draw` and `name`, unique on its page, give the same bytes."""
     # Ids inside an SVG are hashes; the salt keeps ids of different figures on one page different.
     settings: dict[Any, Any] = theme.rc() | {"svg.hashsalt": f"{name}-{theme.name}"}
     metadata = {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}

@@ -24,7 +24,6 @@ class Table:
     """A table of text.
 
     Args:
-        title: Shown above the table.
         header: Headings; a newline in one breaks the line. None: no headings and no rules.
         rows: Cells of each row; a row may be shorter than the header. A `Text` keeps its style in the terminal.
         notes: What a reader must know, shown below the table in Markdown; a terminal prints them itself.
@@ -44,7 +43,6 @@ class Table:
         self._rules: set[int] = set()
 
     def add(self, *cells: Cell) -> None:
-        """Adds a row."""
         self.rows.append(cells)
 
     def add_rule(self) -> None:
@@ -52,7 +50,6 @@ class Table:
         self._rules.add(len(self.rows))
 
     def __rich__(self) -> rich.table.Table:
-        """The table for a terminal."""
         table = rich.table.Table(
             title=Text(self.title, "bold") if self.title else None,
             title_justify="left",
@@ -80,8 +77,8 @@ class Table:
         header = self.header if self.header is not None else [""] * self._width()
         marks = ["---" if index in self.left else "---:" for index in range(len(header))]
         lines = [header, marks, *self._whole_rows()]
-        table = "\n".join(f"| {' | '.join(map(_one_line, line))} |" for line in lines)
-        title = [f"{'#' * level} {self.title}"] if self.title else []
+        table = "\n".join(f"| {' | '.join(map(markdown_text, line))} |" for line in lines)
+        title = [f"{'#' * level} {markdown_text(self.title)}"] if self.title else []
         return "\n\n".join([*title, table, *self.notes]) + "\n"
 
     def __html__(self) -> Markup:
@@ -109,8 +106,12 @@ class Table:
 
 
 def markdown_page(tables: Iterable[Table]) -> str:
-    """Tables one below the other."""
     return "\n".join(table.markdown() for table in tables)
+
+
+def markdown_text(value: object) -> str:
+    """Text in one line that Markdown shows as it is, also in the cell of a table."""
+    return re.sub(r"([\\|`\[\]])", r"\\\1", _one_line(str(value))).replace("<", "&lt;")
 
 
 def _one_line(cell: Cell) -> str:

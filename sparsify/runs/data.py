@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError
-from sparsify.mixture.lock import MixtureLock, make_lock
+from sparsify.mixture.lock import MixtureLock, make_lock, read_lock
 from sparsify.mixture.sequences.epoch_caps import (
     capped_shares,
     first_exceeded,
@@ -71,30 +71,31 @@ def _capacities(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> dict[
 
 
 def ingests_of(recipe: Recipe, run: RunFolder) -> dict[str, Ingest]:
-    """What a run needs of each source.
-
-    Raises:
-        MixtureError: If the tokenizer cannot serve.
-    """
+    """What a run needs of each source; of one that was extended, also what it needed before."""
     training = recipe.training
-    sequences = most_sequences(recipe.mixture, recipe.num_steps * training.global_batch_size)
+    earlier = [] if not run.mixture_lock.is_file() else read_lock(run.mixture_lock).extensions
+
+    def needed(budget_tokens: int) -> dict[str, int]:
+        num_steps = budget_tokens // recipe.step_tokens
+        sequences = most_sequences(recipe.mixture, num_steps * training.global_batch_size)
+        return {name: count * training.sequence_length for name, count in sequences.items()}
+
     return mixture_ingests(
         recipe.mixture,
         load_tokenizer(run.initial),
-        train_tokens={name: count * training.sequence_length for name, count in sequences.items()},
+        train_tokens=needed(training.budget_tokens),
         held_out_tokens=recipe.eval.validation_sequences_per_source * training.sequence_length,
         sequence_length=training.sequence_length,
         cache_dir=Path(recipe.cache_dir),
+        earlier_train_tokens=[needed(one.from_budget_tokens) for one in earlier],
     )
 
 
-def open_sources(ingests: Mapping[str, Ingest]) -> dict[str, TokenizedSource]:
-    """The sources as far as they are tokenised.
-
-    Raises:
-        MixtureError: If a file is missing, or a source lies on one side of the held-out split.
+def open_sources(ingests: Mapping[str, Ingest], *, verify: bool = True) -> dict[str, TokenizedSource]:
+    """The sources as far as they are tokenised (see `Ingest.open`). Raises MixtureError if a file is missing, or a source
+    lies on one side of the held-out split.
     """
-    return {name: ingest.open() for name, ingest in ingests.items()}
+    return {name: ingest.open(verify=verify) for name, ingest in ingests.items()}
 
 
 def wait_for_sequences(reader: SequenceReader, first: int, count: int, stop_requested: Callable[[], bool]) -> bool:
@@ -107,7 +108,6 @@ def wait_for_sequences(reader: SequenceReader, first: int, count: int, stop_requ
 
 
 def lock_of(recipe: Recipe, sources: Mapping[str, TokenizedSource]) -> MixtureLock:
-    """The lock that these sources give this run."""
     shares = shares_of(recipe, sources)
     planned = shares.planned(recipe.num_steps * recipe.training.global_batch_size)
     return make_lock(

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from sparsify.errors import RunError
-from sparsify.models.activations import is_dense
+from sparsify.files import JsonRecord
+from sparsify.metadata import parse_json, text_lines
+from sparsify.models.activations import activation_words
 from sparsify.runs.run_folder import RunFolder
+from sparsify.runs.state import checkpoint_names
 
 
-class _Section(BaseModel):
-    # A diverged model has a loss of NaN or infinity; JSON has neither, and null would mean "not measured".
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-
-class Stage(_Section):
+class Stage(JsonRecord):
     """One model on the way, measured on the same text."""
 
     name: str
@@ -27,7 +24,7 @@ class Stage(_Section):
     zeros: float | None = None
 
 
-class TrajectoryPoint(_Section):
+class TrajectoryPoint(JsonRecord):
     """One measurement during training; what was not measured at that moment is None."""
 
     tokens: int
@@ -39,42 +36,89 @@ class TrajectoryPoint(_Section):
     """Share of zero products of every layer."""
 
 
-class Trajectory(_Section):
+class Trajectory(JsonRecord):
     """Training of the sparse model and, where there is one, of its dense baseline on the same tokens."""
 
     sparse: list[TrajectoryPoint]
     baseline: list[TrajectoryPoint] = Field(default_factory=list)
 
 
+class _Line(BaseModel):
+    """What is read of any line of a run; the others of its fields may be anything."""
+
+    step: int = 0
+    tokens: int = 0
+
+
+class _TrainLine(_Line):
+    loss: float | None = None
+    tokens_per_second: float | None = None
+
+
+class _ValidationLine(_Line):
+    label: str
+    loss: float | None
+    zeros: float | None
+    sources: dict[str, float | None]
+
+
+class _GapLine(_Line):
+    first_step: int
+    last_step: int
+
+
+class _LayersLine(_Line):
+    label: str
+    layers: list[float]
+
+
+_LINES = {"train": _TrainLine, "validation": _ValidationLine, "gap": _GapLine}
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Records of a JSON-lines file; none when it is not there yet.
+    """Records of a JSON-lines file; none when it is not there yet. Fields of a run's lines are of their types.
 
     Half a line at the end is skipped: it is being written at this moment, or a killed run left it.
 
     Raises:
-        RunError: If another line is not a JSON object.
+        RunError: If another line is not a JSON object, or a field of it has a wrong type.
     """
-    if not path.is_file():
+    if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    records = [_record(line) for line in lines]
-    if records[-1] is None:
-        del records[-1]
-    if None in records:
-        number = records.index(None)
-        raise RunError(
-            f"Line {number + 1} of {path} is not a JSON object: {lines[number][:80]!r}.",
-            next_step="Restore the file from a copy of the run folder, or remove that line.",
-        )
-    return [record for record in records if record is not None]
+    restore = "Restore the file from a copy of the run folder, or remove that line."
+    lines = text_lines(path, RunError, "Restore the file from a copy of the run folder.")
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = parse_json(line)
+            if not isinstance(record, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise RunError(
+                f"Line {number} of {path} is not a JSON object: {line[:80]!r}.", next_step=restore
+            ) from error
+        try:
+            _schema_of(record).model_validate(record)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RunError(
+                f"Line {number} of {path} is not as it was written: {where[:80]}: {first['msg']}.", next_step=restore
+            ) from error
+        records.append(record)
+    return records
 
 
-def _record(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+def _schema_of(record: dict[str, Any]) -> type[_Line]:
+    return _LayersLine if "layers" in record else _LINES.get(str(record.get("kind")), _Line)
+
+
+def has_trained(run: RunFolder) -> bool:
+    """Whether a run has trained a step, as its results or its metrics say. Raises RunError if its metrics.jsonl is damaged."""
+    has_results = run.export.is_dir() or bool(checkpoint_names(run.checkpoints))
+    return has_results or any(line.get("step") for line in read_lines(run.metrics))
 
 
 def validation_records(run: RunFolder) -> list[dict[str, Any]]:
@@ -113,9 +157,9 @@ def stages(run: RunFolder) -> list[Stage]:
     ]
     baseline = [record for record in validation_records(run.baseline) if record["label"] == "training"]
     if baseline:
-        recipe = run.baseline.load_recipe()
-        name = f"{'dense' if recipe.is_dense else recipe.activation.ffn_activation} baseline"
-        rows.append(Stage(name=f"{name}, same tokens", loss=baseline[-1]["loss"], zeros=baseline[-1]["zeros"]))
+        activation = run.baseline.load_recipe().activation.ffn_activation
+        name = activation_words(activation, is_masked=run.baseline.is_masked)
+        rows.append(Stage(name=f"{name} baseline, same tokens", loss=baseline[-1]["loss"], zeros=baseline[-1]["zeros"]))
     return rows
 
 
@@ -125,12 +169,12 @@ def trajectory(run: RunFolder) -> Trajectory:
 
 
 def _stage_names(run: RunFolder) -> dict[str, str]:
-    if not run.initial.is_dir():
+    config = run.initial_config()
+    if not config:
         return {}
-    config = json.loads((run.initial / "config.json").read_text(encoding="utf-8"))
-    base = config["base_ffn_activation"]
+    base = activation_words(config["base_ffn_activation"], is_masked=run.has_source_mask)
     return {
-        "base": f"{'dense' if is_dense(base) else base} base",
+        "base": f"{base} base",
         "after_replacement": "what the bare replacement would be"
         if is_blended(run)
         else "right after the activation replacement",

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.conversion.source import locate
+from sparsify.conversion.manifest import MANIFEST, damage
+from sparsify.conversion.source_checkpoint import locate
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.conversion.tokenizer import check_tokenizer, load_tokenizer
 from sparsify.errors import RunError
+from sparsify.metadata import user_path
 from sparsify.models import SparseModel
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import STATE, consolidated_weights, latest_checkpoint
@@ -19,8 +21,6 @@ from sparsify.runs.state import STATE, consolidated_weights, latest_checkpoint
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint of a run."""
-
     run: RunFolder
     checkpoint: Path
 
@@ -39,10 +39,10 @@ def find_trained(path: Path) -> Trained | None:
     """The run and checkpoint that a path names, or None when it names no run.
 
     Raises:
-        RunError: If the run has no checkpoint yet.
+        RunError: If the run has no checkpoint yet, or the tokenizer and configuration that it began with are damaged.
     """
     if (path / STATE).is_file():
-        return Trained(RunFolder(path.parent.parent), path)
+        return _undamaged(Trained(RunFolder(path.parent.parent), path))
     run = RunFolder(path)
     if not run.recipe.is_file():
         return None
@@ -52,7 +52,21 @@ def find_trained(path: Path) -> Trained | None:
             f"{path} has no checkpoint yet.",
             next_step="`sparsify train` with the same recipe continues to the first one.",
         )
-    return Trained(run, checkpoint)
+    return _undamaged(Trained(run, checkpoint))
+
+
+def _undamaged(trained: Trained) -> Trained:
+    """Checks what is read from `initial` besides the weights, which are the checkpoint's."""
+    initial = trained.run.initial
+    if not (initial / MANIFEST).is_file():
+        return trained
+    reason = damage(initial, {path.name for path in initial.iterdir() if path.suffix != ".safetensors"})
+    if reason is not None:
+        raise RunError(
+            f"{initial} is damaged: {reason}.",
+            next_step="Restore it from a copy. `sparsify train` with the same recipe makes it again, if its source is still there.",
+        )
+    return trained
 
 
 def load(model_or_run: str) -> Loaded:
@@ -62,7 +76,7 @@ def load(model_or_run: str) -> Loaded:
         ModelError: If it is none of these, or damaged.
         RunError: If it is a run without a checkpoint.
     """
-    trained = find_trained(Path(model_or_run).expanduser())
+    trained = find_trained(user_path(model_or_run))
     if trained is not None:
         model = load_trained(trained)
         return Loaded(model, load_tokenizer(trained.run.initial), model_or_run, trained)

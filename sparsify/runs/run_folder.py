@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparsify.errors import RunError
+from sparsify.metadata import read_json
 from sparsify.recipe.compose import load_recipe
 from sparsify.recipe.recipe import Recipe
 
@@ -74,6 +76,41 @@ class RunFolder:
     def baseline(self) -> RunFolder:
         """The baseline's own run folder."""
         return RunFolder(self.path / "baseline")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether `sparsify train` wrote this folder, as one of two files shows that are not in anybody else's."""
+        for path, key in ((self.environment, "packages"), (self.mixture_lock, "tokenizer_fingerprint")):
+            try:
+                if path.is_file() and key in read_json(path, RunError):
+                    return True
+            except RunError:  # damaged; the other one may tell
+                continue
+        return False
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the model that is trained makes no exact zeros.
+
+        Raises:
+            RunError: If this is not a run folder.
+        """
+        return self.load_recipe().is_dense and not self.is_masked
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the checkpoint that training starts from stores a mask; False before there is one."""
+        return bool(self.initial_config().get("sparsification"))
+
+    @property
+    def has_source_mask(self) -> bool:
+        """Whether that mask is the source's own, and not of the run's conversion."""
+        return self.is_masked and not self.load_recipe().conversion.makes_mask
+
+    def initial_config(self) -> dict[str, Any]:
+        """The configuration of the checkpoint that training starts from; empty before there is one."""
+        path = self.initial / "config.json"
+        return read_json(path, RunError) if path.is_file() else {}
 
     def load_recipe(self) -> Recipe:
         """The recipe as it was resolved when the run was launched.

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import io
-import json
 import os
-import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+import re
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from pydantic import ConfigDict
 
+from sparsify.conversion.manifest import damage
 from sparsify.errors import RunError
-from sparsify.runs.manifest import damage
+from sparsify.metadata import read_record
+from sparsify.runs.shards import LATEST as LATEST
+from sparsify.runs.shards import damaged_checkpoint, plain_shards
 
-LATEST = "latest"
 STATE = "state.json"
 REFERENCE = "reference.safetensors"
+_NAME = re.compile(r"step-\d{8,}")
 
 
 class Shape(NamedTuple):
@@ -36,6 +38,8 @@ class Shape(NamedTuple):
 class TrainingState:
     """Everything that passes from one step to the next besides the engine's own tensors."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
     step: int
     seen_tokens: int
     processes: int
@@ -44,6 +48,10 @@ class TrainingState:
     """Sequences of each source so far: what was delivered, and where the schedule resumes without counting again."""
     recent_losses: list[dict[str, float] | None] = field(default_factory=list)
     """Loss of each source at the newest steps, None where a step was bad: what the next step is compared with."""
+    recent_rises: list[float | None] = field(default_factory=list)
+    """How far the loss of each of these steps was above what was expected of it, in nats; None where it was not finite."""
+    held_out_loss: float | None = None
+    """Of the newest validation, in nats."""
     skipped_sequences: list[list[int]] = field(default_factory=list)
     """First and last sequence of each range that did not go into the weights, because its steps were bad or rolled back."""
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,16 +72,32 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def checkpoint_names(checkpoints: Path) -> list[str]:
+    """Names of the checkpoint folders, the newest first, whole or not."""
+    return sorted((path.name for path in checkpoints.glob("step-*") if _NAME.fullmatch(path.name)), reverse=True)
+
+
+def named_checkpoint(checkpoints: Path) -> str | None:
+    """What `latest` names; None if it is missing or not a file, or names none."""
+    pointer = checkpoints / LATEST
+    name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    return name if _NAME.fullmatch(name) else None
+
+
 def latest_checkpoint(checkpoints: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None when there is none yet. Only its being there is looked at.
+    """The checkpoint that `latest` names, or None when there is none yet. Only its being there is looked at. Where
+    `latest` names none, it is the newest.
 
     Raises:
         RunError: If `latest` names a checkpoint that is not there.
     """
-    pointer = checkpoints / LATEST
-    if not pointer.is_file():
-        return None
-    path = checkpoints / pointer.read_text().strip()
+    named = named_checkpoint(checkpoints)
+    if named is None:
+        whole = (name for name in checkpoint_names(checkpoints) if (checkpoints / name / STATE).is_file())
+        named = next(whole, None)
+        if named is None:
+            return None
+    pointer, path = checkpoints / LATEST, checkpoints / named
     if not (path / STATE).is_file():
         raise RunError(
             f"{pointer} names {path.name}, which is not there or not whole.",
@@ -83,48 +107,20 @@ def latest_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> TrainingState:
-    """Reads a checkpoint's counters.
-
-    Raises:
-        RunError: If they are missing or damaged.
-    """
+    """Raises RunError if a checkpoint's counters are missing or damaged."""
     try:
-        return TrainingState(**json.loads((checkpoint / STATE).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise damaged_checkpoint(checkpoint, f"{STATE}: {error}") from error
-
-
-def damaged_checkpoint(checkpoint: Path, reason: str) -> RunError:
-    """The error for a checkpoint that cannot be used, with the way out of it."""
-    return RunError(
-        f"{checkpoint} is not whole: {reason}.",
-        next_step=f"Write the name of another checkpoint into {checkpoint.parent / LATEST}.",
-    )
-
-
-@contextmanager
-def unreadable_shards(checkpoint: Path) -> Iterator[None]:
-    """Says which checkpoint it is when torch meets a shard that is missing or was cut off."""
-    try:
-        yield
-    except (OSError, EOFError, pickle.UnpicklingError, RuntimeError) as error:
-        said = str(error)
-        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in said:
-            raise
-        raise damaged_checkpoint(checkpoint, said.partition("\n")[0]) from error
+        return read_record(checkpoint / STATE, TrainingState, "the counters of a checkpoint", RunError)
+    except RunError as error:
+        raise damaged_checkpoint(checkpoint, error.given.removeprefix(f"{checkpoint}/").rstrip(".")) from error
 
 
 class StoredTensor(Protocol):
     """A tensor that is still on the disk."""
 
     @property
-    def shape(self) -> torch.Size:
-        """Its shape."""
-        ...
+    def shape(self) -> torch.Size: ...
 
-    def contiguous(self) -> torch.Tensor:
-        """Reads it."""
-        ...
+    def contiguous(self) -> torch.Tensor: ...
 
 
 def consolidated_weights(checkpoint: Path) -> dict[str, StoredTensor]:
@@ -144,13 +140,12 @@ def consolidated_weights(checkpoint: Path) -> dict[str, StoredTensor]:
     if reason is not None:
         raise damaged_checkpoint(checkpoint, reason)
     if whole_model:
-        # DeepSpeed's own shard of the user's own run: the one pickle that is trusted here.
-        with unreadable_shards(checkpoint):
-            return torch.load(shard, map_location="cpu", mmap=True, weights_only=False)["module"]
+        with plain_shards(checkpoint):
+            return torch.load(shard, map_location="cpu", mmap=True, weights_only=True)["module"]
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     unheard = io.StringIO()
-    with unreadable_shards(checkpoint), redirect_stdout(unheard), redirect_stderr(unheard):
+    with plain_shards(checkpoint), redirect_stdout(unheard), redirect_stderr(unheard):
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name, lazy_mode=True)
     assert weights is not None
     return weights

@@ -1,9 +1,9 @@
 """Makes decoding read only the weights of neurons that fire; counts the bytes that dense decoding reads.
 
-`generate()`, its cache and its sampling are unchanged. A block's forward is replaced by one that calls the kernels for a few
-tokens, and the class's forward otherwise: long prompts, training, blocks whose activation has hooks. Nothing is copied: weights
-keep their names, shapes and values, and down_proj gets another order in memory (a neuron's column becomes contiguous), which
-moving and casting keep. Only int8 and int4 blocks are copies, in addition to the stored weights.
+`generate()`, its cache and its sampling are unchanged. A decoding step on a CPU is one call of the C++ kernels for the whole model
+(`step.py`). Otherwise a block's forward calls the kernels for a few tokens, and the class's forward for long prompts, training, and
+blocks whose activation has hooks. Nothing is copied: weights keep their names, shapes and values, and down_proj gets another order in
+memory (a neuron's column becomes contiguous), which moving and casting keep. Only int8 and int4 blocks are copies.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ from torch import nn
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, activation_names
 from sparsify.models.masking import experts_per_token, is_fused, num_experts
+from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
 from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
+from sparsify.runtime.native_step import projections
 from sparsify.runtime.quantised import BlockFormat
+from sparsify.runtime.step import StepForward
 from sparsify.runtime.weights import LayerPredictors, RowsRead
 
 WEIGHT_FORMATS = ("stored", *get_args(BlockFormat))
@@ -51,11 +54,7 @@ class BlockReads:
 
 
 class Acceleration:
-    """Handle of an accelerated model: counts its reads, and undoes the acceleration.
-
-    Args:
-        model: The accelerated model.
-    """
+    """Handle of an accelerated model: counts its reads, and undoes the acceleration."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -72,23 +71,42 @@ class Acceleration:
 
     @property
     def backend(self) -> str:
-        """`triton`, `native` (C++) or `torch`, whichever computes the blocks."""
         in_blocks = any(one.kept is not None for one in self.forwards)
         return backend_of(next(self._model.parameters()), in_blocks=in_blocks)
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of int8 or int4 blocks, in addition to the stored weights."""
-        return sum(one.kept.num_bytes for one in self.forwards if one.kept is not None)
+        """Memory of int8 or int4 blocks, in addition to the stored weights if these were kept."""
+        ffn = sum(one.kept.num_bytes for one in self.forwards if one.kept is not None)
+        return ffn + self._model.forward.projections.num_bytes
+
+    @property
+    def other_bytes(self) -> int:
+        """Bytes of weights that a decoding step reads outside the feed-forward blocks."""
+        stored, blocks = model_bytes(self._model).other, self._model.forward.projections.num_bytes
+        if not blocks:
+            return stored
+        return stored + blocks - sum(one.weight.nbytes for one in projections(self._model).values())
+
+    @property
+    def seconds(self) -> dict[str, float] | None:
+        """Seconds of all native steps since the weights last changed, by part of the model; None before the first."""
+        return self._model.forward.seconds()
 
     def reset(self) -> None:
         for forward in self.forwards:
             forward.reset()
 
     def remove(self) -> None:
-        """Restores the model's own forward. The order of down_proj in memory stays."""
+        """Restores the model's own forward. The order of down_proj in memory stays.
+
+        Raises:
+            ModelError: If the stored weights were freed.
+        """
+        check_not_dropped(self._model)
         for forward in self.forwards:
             forward.remove()
+        del self._model.forward
 
 
 def accelerate(
@@ -98,8 +116,13 @@ def accelerate(
     predictors: LayerPredictors | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
+    keep_weights: bool = True,
+    dense: bool = False,
 ) -> Acceleration:
     """Makes the decoding of a sparse model read only the rows it needs.
+
+    On a CPU with the compiled kernels, a step of one token for each sequence is one call that computes the whole model; all other
+    calls go through the model's own forward, whose blocks skip rows where they can.
 
     Masks that the model stores are applied on every path. Those on `gate` and `inter` save rows of up and down projections; those on
     the inputs of projections save nothing here, as the kernels read whole rows.
@@ -107,21 +130,25 @@ def accelerate(
     Args:
         model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
         weights: One of WEIGHT_FORMATS. `stored` reads the model's own weights; `int8` and `int4` round them into blocks of
-            32 for decoding, which takes another 8.5 or 4.5 bits a weight. After a change, move or cast of the weights the next
-            step makes new blocks; writes through `.data` are not noticed.
+            32 for decoding, 8.5 or 4.5 bits a weight; the output layer is int8 in both. After a change, move or cast of the
+            weights the next step makes new blocks; writes through `.data` are not noticed.
         predictors: Predictors of this model: `read_predictors(folder).for_decoding(model, where)`. Exact decoding without.
         max_tokens: Largest number of tokens of a step, over the whole batch, for which the kernels are used. Default: 8, or 4
             on a CPU with stored bf16 weights, where torch's dense product is faster from about six tokens on.
         threads: Threads of the C++ kernels; default: torch's number.
+        keep_weights: Whether the stored weights stay in addition to int8 or int4 blocks. Without them prompts are multiplied with the
+            blocks, too, and the model can be neither saved, moved nor trained. It changes nothing for `stored`.
+        dense: Read every row: the baseline of speed-ups. A dense model is accepted, too.
 
     Returns:
         A handle that counts the reads. The model itself is changed in place.
 
     Raises:
         ModelError: If the model is not a Sparse Mistral or Mixtral, or makes no zeros, or int8 or int4 blocks are requested for a
-            model that is not on a CPU.
+            model that is not on a CPU, or its stored weights were freed before.
     """
-    check_acceleratable(model)
+    check_acceleratable(model, dense=dense)
+    check_not_dropped(model)
     blocks = block_format(weights)
     if blocks is not None:
         _check_device(model, weights)
@@ -129,21 +156,25 @@ def accelerate(
         if "forward" in vars(block):
             vars(block)["forward"].remove()
         own = None if predictors is None else predictors.layers[layer]
-        options = Options(max_tokens, threads, own, blocks)
+        options = Options(max_tokens, threads, own, blocks, dense)
         kind = ExpertsForward if is_fused(block) else MlpForward
         block.forward = kind(block, options)
         block.forward.prepare()
+        if blocks is not None and not keep_weights:
+            drop_block(block.forward)
         if predictors is not None and predictors.input == "residual":
             block.forward.watch(model.model.layers[layer].post_attention_layernorm)
+    forwards = [vars(block)["forward"] for block in model.ffn_blocks()]
+    model.forward = StepForward(model, forwards, blocks, threads)
+    if blocks is not None and keep_weights:
+        model.forward.prepare()
+    elif blocks is not None:
+        drop_projections(model, model.forward.projections)
     return Acceleration(model)
 
 
 def block_format(weights: str) -> BlockFormat | None:
-    """The block format of one of WEIGHT_FORMATS; None for stored weights.
-
-    Raises:
-        ModelError: If the format is unknown.
-    """
+    """The block format of one of WEIGHT_FORMATS; None for stored weights."""
     if weights not in WEIGHT_FORMATS:
         raise ModelError(f"Weights cannot be read as {weights!r}.", allowed=f"{', '.join(WEIGHT_FORMATS)}.")
     return next((one for one in get_args(BlockFormat) if one == weights), None)
@@ -158,11 +189,9 @@ def _check_device(model: Any, weights: str) -> None:
         )
 
 
-def check_acceleratable(model: Any) -> None:
-    """Refuses a model that the kernels cannot decode.
-
-    Raises:
-        ModelError: If the model is not sparse, not of a known type, or has layers that the kernels cannot read.
+def check_acceleratable(model: Any, *, dense: bool = False) -> None:
+    """Raises ModelError if a model is not sparse (allowed if `dense`), not of a known type, or has layers that the kernels
+    cannot read.
     """
     if not hasattr(model, "ffn_blocks"):
         raise ModelError(
@@ -180,14 +209,20 @@ def check_acceleratable(model: Any) -> None:
         # Bundles from older versions have only `threshold`.
         masks = [getattr(activation, name, None) for name in ("threshold", "gate_mask")]
         row = ACTIVATIONS[activation.name]
-        if not row.makes_zeros and masks == [None, None]:
+        if not dense and not row.makes_zeros and masks == [None, None]:
             sparse = activation_names(lambda row: row.makes_zeros)
-            stored = getattr(model.config, "sparsification", None) or {"sites": {}}
-            elsewhere = f" Its masks on {', '.join(stored['sites'])} save no rows in these kernels."
+            allowed = f"{', '.join(sparse)}, or a mask on `inter` or `gate`."
+            stored = getattr(model.config, "sparsification", None)
+            if stored:
+                raise ModelError(
+                    f"{row.name} makes no zeros, and a mask on {', '.join(stored['sites'])} saves no rows in these kernels: "
+                    "there is nothing to skip.",
+                    allowed=allowed,
+                    next_step="Decode it as it is, under its mask: sparsify generate --dense, or model.generate() alone.",
+                )
             raise ModelError(
-                f"The model is dense: {row.name} makes no zeros, so there is nothing to skip."
-                + (elsewhere if stored["sites"] else ""),
-                allowed=f"{', '.join(sparse)}, or a mask on `inter` or `gate`.",
+                f"The model is dense: {row.name} makes no zeros, so there is nothing to skip.",
+                allowed=allowed,
                 next_step="Convert it and train it first: sparsify train RECIPE",
             )
         for name, part in block.named_children():

@@ -1,8 +1,9 @@
 """Compiles and loads the C++ kernels: for this processor at their first use, otherwise from the wheel.
 
 No headers of torch or Python are needed: the library takes addresses. Compiled libraries are in ~/.cache/sparsify/kernels or
-SPARSIFY_KERNEL_CACHE. Their name is a hash of sources, compiler and processor, so that nodes with a shared home folder never load
-each other's. A wheel that was built with a compiler contains libraries for several kinds of processors.
+SPARSIFY_KERNEL_CACHE, a folder that only its owner can use. Their name is a hash of sources, compiler, flags and processor, so that
+nodes with a shared home folder never load each other's, and a hash of their own content. A wheel that was built with a compiler
+contains libraries for several kinds of processors.
 
 hatch_build.py loads this file alone, so it imports nothing but the standard library.
 """
@@ -15,6 +16,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -54,7 +56,7 @@ def compile_kernels(compiler: str, to: Path, choices: Sequence[Sequence[str]] = 
         subprocess.CalledProcessError: If it accepts none of them.
     """
     for last, choice in enumerate(choices, start=1 - len(choices)):
-        command = [compiler, *FLAGS, *choice, str(SOURCES / "sparse_ffn.cpp"), "-o", str(to)]
+        command = [compiler, *FLAGS, *choice, str(SOURCES / "kernels.cpp"), "-o", str(to)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
         if result.returncode == 0:
             return
@@ -77,7 +79,7 @@ def runnable_variants(machine: str, flags: Set[str]) -> list[str]:
 
 
 def library_name(variant: str) -> str:
-    return f"sparse_ffn-{variant}.so"
+    return f"kernels-{variant}.so"
 
 
 PREBUILT = Path(__file__).parent / "prebuilt"
@@ -110,7 +112,8 @@ def kernels() -> ctypes.CDLL | None:
         if find_compiler():
             warnings.warn(INSTEAD.format(reason=not_compiled), stacklevel=2)
     library.sparsify_start()
-    library.sparsify_call_bytes.restype = ctypes.c_int64
+    for name in ("sparsify_call_bytes", "sparsify_step_bytes"):
+        getattr(library, name).restype = ctypes.c_int64
     library.sparsify_read.restype = ctypes.c_double
     library.sparsify_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
     return library
@@ -144,26 +147,61 @@ def build(compiler: str) -> Path:
 
     Raises:
         subprocess.CalledProcessError: If the compiler fails with every choice of flags.
-        OSError: If the cache cannot be written.
+        OSError: If the cache cannot be written, or somebody else can write to it.
     """
-    folder = cache_folder()
-    library = folder / f"sparse_ffn-{_fingerprint(compiler)}.so"
-    if library.is_file():
-        return library
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _own_folder(cache_folder())
+    name = f"kernels-{_fingerprint(compiler)}"
+    for library in folder.glob(f"{name}-*.so"):
+        if _is_whole(library):
+            return library
     print(
-        f"sparsify: compiling the decoding kernels for this processor with {compiler}; about 15 seconds, once.",
+        f"sparsify: compiling the decoding kernels for this processor with {compiler}; about 20 seconds, once.",
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # two processes may compile at once
-        compiled = Path(scratch) / library.name
+        compiled = Path(scratch) / f"{name}.so"
         compile_kernels(compiler, compiled)
+        library = folder / f"{name}-{hashlib.sha256(compiled.read_bytes()).hexdigest()}.so"
+        compiled.chmod(0o700)
         compiled.replace(library)
     return library
 
 
+def _own_folder(folder: Path) -> Path:
+    """Makes the cache folder, or takes one that nobody but this user can have written to: what is in it is executed.
+
+    Raises:
+        OSError: If it is a link, belongs to somebody else, or others may write to it or replace it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise OSError(f"the cache {folder} is a link or a file")
+    if found.st_uid != os.getuid():
+        raise OSError(f"the cache {folder} belongs to another user")
+    if found.st_mode & 0o022:
+        raise OSError(f"others may write to the cache {folder}; remove it, or name another by SPARSIFY_KERNEL_CACHE")
+    for parent in folder.resolve().parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise OSError(f"others may replace the cache {folder}, since they may write to {parent}")
+    if found.st_mode & 0o077:
+        folder.chmod(0o700)
+    return folder
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a file of the cache is this user's own, and has the content that its name says."""
+    try:
+        with os.fdopen(os.open(library, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+            found = os.fstat(file.fileno())
+            own = stat.S_ISREG(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+            return own and hashlib.sha256(file.read()).hexdigest() == library.stem.rpartition("-")[2]
+    except OSError:
+        return False
+
+
 def cache_folder() -> Path:
-    """Folder of compiled kernels."""
     return Path(os.environ.get("SPARSIFY_KERNEL_CACHE", "~/.cache/sparsify/kernels")).expanduser()
 
 

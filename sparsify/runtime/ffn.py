@@ -99,9 +99,6 @@ def sparse_experts(
 
     Returns:
         [tokens, hidden] of x's dtype, and the rows read, as `sparse_ffn` counts them for each expert.
-
-    Raises:
-        ValueError: If shapes, dtypes or devices do not fit, or the Triton kernels cannot be used.
     """
     weights.check(x)
     _usable("triton", x, weights)
@@ -121,11 +118,8 @@ def _joined(parts: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
 
 
 def backend_of(x: torch.Tensor, *, in_blocks: bool = False) -> Backend:
-    """Backend for tensors of this kind on this machine: `triton` on a GPU, `native` on a CPU, otherwise `torch`.
-
-    Args:
-        x: Input of a block.
-        in_blocks: Whether its weights are int8 or int4 blocks, which the Triton kernels do not read.
+    """Backend for tensors of this kind on this machine: `triton` on a GPU unless weights are int8 or int4 blocks,
+    `native` on a CPU, otherwise `torch`.
     """
     if triton_can(x) and not in_blocks:
         return "triton"

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, Activation
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
-from sparsify.runtime.quantised import BlockFormat, KeptBlocks
+from sparsify.runtime.quantised import BlockFormat, BlockMatrix, KeptBlocks, rounded_states
 from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
@@ -26,15 +27,16 @@ class Options:
 
     Args:
         max_tokens: Largest number of tokens of a call for which the kernels are used; None for the dtype's default.
-        threads: Threads of the kernels; None for torch's number.
         predictors: One for the block, or one for each of its experts; None for exact decoding.
-        blocks: Format of weight blocks; None for stored weights.
+        blocks: Format of the weights; None as stored.
+        dense: Read every row.
     """
 
     max_tokens: int | None
     threads: int | None
     predictors: Sequence[Predictor] | None
     blocks: BlockFormat | None = None
+    dense: bool = False
 
 
 class BlockForward:
@@ -49,14 +51,39 @@ class BlockForward:
         self._norm_input: torch.Tensor | None = None
         self._watching: Any = None
         self._stack: Predictor | None = None
+        self.step: Any = None
+        self.in_blocks_alone = False
         self.reset()
 
     def reset(self) -> None:
-        self.tokens, self._read_of = 0, dict[tuple[int, float], RowsRead]()
+        self._fetch()
+        self._tokens, self._read_of = 0, dict[tuple[int, float], RowsRead]()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the kernels computed."""
+        self._fetch()
+        return self._tokens
+
+    @property
+    def reads_residual(self) -> bool:
+        """Whether predictors read the input of the block's norm."""
+        return self._watching is not None
+
+    def _fetch(self) -> None:
+        """Takes the counts of native steps, which add up in C++."""
+        if self.step is not None:
+            self.step.hand_over_counts()
+
+    def count_step(self, tokens: int, rows: RowsRead, weights: FfnWeights) -> None:
+        """Adds what native steps computed and read."""
+        self._tokens += tokens
+        self._add(rows, weights)
 
     @property
     def rows(self) -> RowsRead:
         """Rows read. On a GPU this synchronises with the device."""
+        self._fetch()
         total = RowsRead()
         for rows in self._read_of.values():
             total += rows
@@ -64,7 +91,7 @@ class BlockForward:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights read, predictors included."""
+        self._fetch()
         return round(
             sum(
                 rows.total * row_bytes + rows.offered * predictor_bytes
@@ -85,8 +112,30 @@ class BlockForward:
     def _keep_norm_input(self, _norm: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
         self._norm_input = arguments[0]
 
+    def freeze(self) -> None:
+        """Keeps the blocks, and reads nothing else from now on: the stored weights may be freed."""
+        assert self.kept is not None
+        self.kept.freeze()
+        self.in_blocks_alone = True
+
     def _dense(self, *arguments: Any) -> Any:
+        if self.in_blocks_alone:
+            return self._from_blocks(*arguments)
         return type(self.block).forward(self.block, *arguments)
+
+    def _from_blocks(self, *arguments: torch.Tensor) -> torch.Tensor:
+        """As the class's forward, by torch's products with what the blocks stand for."""
+        raise NotImplementedError
+
+    def _products(self, x: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """The block's output, or an expert's, for masked states [..., hidden]."""
+        gate, up, down_t = (one.dequantised(dtype=x.dtype) for one in self._blocks(index))
+        seen = rounded_states(x).to(x.dtype)
+        return self.block.ffn_activation(linear(seen, gate), linear(seen, up), experts=index) @ down_t
+
+    def _blocks(self, index: int) -> Sequence[BlockMatrix]:
+        assert self.kept is not None
+        return self.kept.of(index, tuple(self.block.parameters()), lambda: self._stored(index))
 
     def _can(self, x: torch.Tensor) -> bool:
         """Whether this call can use the kernels: few tokens, no gradients, no hooks on the activation."""
@@ -96,22 +145,24 @@ class BlockForward:
                 f"The model is on {x.device}, and {self.kept.format} blocks can only be read on a CPU.",
                 next_step="Move the model back to the CPU, or accelerate it again without weights=.",
             )
-        usual = WORTHWHILE_TOKENS.get((x.device.type, x.dtype), 8) if self.kept is None else 8
-        most = self.options.max_tokens or usual
         watched = (block.ffn_activation, *block.children())
         return (
             x.device.type in ("cpu", "cuda")
-            and 0 < x.numel() <= most * x.shape[-1]
+            and 0 < x.numel() <= self.most_tokens(x) * x.shape[-1]
             and not (torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()))
             and not any(m._forward_hooks or m._forward_pre_hooks for m in watched)
         )
 
+    def most_tokens(self, like: torch.Tensor) -> int:
+        """Largest number of tokens of a step, over the batch, that the kernels compute for tensors of this kind."""
+        usual = WORTHWHILE_TOKENS.get((like.device.type, like.dtype), 8) if self.kept is None else 8
+        return self.options.max_tokens or usual
+
     def prepare(self) -> None:
-        """Makes all weight blocks in advance."""
-        for index in range(self._count() if self.kept is not None else 0):
+        for index in range(self.count() if self.kept is not None else 0):
             self._matrices(index)
 
-    def _count(self) -> int:
+    def count(self) -> int:
         """Number of weight sets: one, or one for each expert."""
         return 1
 
@@ -121,15 +172,19 @@ class BlockForward:
 
     def _matrices(self, index: int) -> Sequence[Matrix]:
         """The same in the format in which the kernels read them."""
-        if self.kept is None:
-            return self._stored(index)
-        return self.kept.of(index, tuple(self.block.parameters()), lambda: self._stored(index))
+        return self._stored(index) if self.kept is None else self._blocks(index)
+
+    def weights(self, index: int, like: torch.Tensor) -> FfnWeights:
+        """The weights of the block, or of an expert, with the predictor in the dtype and on the device of `like`."""
+        gate, up, down_t = self._matrices(index)
+        expert = index if self.count() > 1 else None
+        return FfnWeights(gate, up, down_t, **self._thresholds(expert), predictor=self._predictor(index, like))
 
     def _down_t(self, down: nn.Parameter) -> torch.Tensor:
         """Transpose of a down projection; its memory is reordered only if the kernels read it directly."""
         return neurons_first(down) if self.kept is None else down.detach().mT
 
-    def _activation(self) -> Activation:
+    def activation(self) -> Activation:
         own = self.block.ffn_activation
         return ACTIVATIONS[own.name].with_threshold(getattr(own, "gate_threshold", 0.0))
 
@@ -168,8 +223,9 @@ class BlockForward:
         out, rows = sparse_ffn(
             x,
             weights,
-            self._activation(),
+            self.activation(),
             predictor_input=predictor_input,
+            dense=self.options.dense,
             threads=self.options.threads,
         )
         self._add(rows, weights)
@@ -189,19 +245,15 @@ class MlpForward(BlockForward):
         """Maps hidden states [batch, tokens, hidden] to the same shape."""
         if not self._can(x):
             return self._dense(x)
-        gate, up, down_t = self._matrices(0)
-        weights = FfnWeights(
-            gate,
-            up,
-            down_t,
-            **self._thresholds(),
-            predictor=self._predictor(0, x),
-        )
+        weights = self.weights(0, x)
         # Predictors take the input before its mask.
         seen = x if self._norm_input is None else self._norm_input
         seen = seen if weights.predictor is not None else None
-        self.tokens += x.shape[:-1].numel()
+        self._tokens += x.shape[:-1].numel()
         return self._read(self._masked(x), weights, seen)
+
+    def _from_blocks(self, *arguments: torch.Tensor) -> torch.Tensor:
+        return self._products(self._masked(arguments[0]))
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block = self.block
@@ -218,7 +270,7 @@ class ExpertsForward(BlockForward):
         """Maps [tokens, hidden] to the same shape; see SparseMixtralExperts."""
         if not self._can(hidden_states):
             return self._dense(hidden_states, top_k_index, top_k_weights)
-        self.tokens += len(hidden_states)
+        self._tokens += len(hidden_states)
         seen = hidden_states if self._norm_input is None else self._norm_input
         hidden_states = self._masked(hidden_states)
         backend = backend_of(hidden_states, in_blocks=self.kept is not None)
@@ -227,7 +279,7 @@ class ExpertsForward(BlockForward):
         output = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             token, slot = torch.where(top_k_index == expert)
-            weights = self._weights(expert, hidden_states)
+            weights = self.weights(expert, hidden_states)
             chosen = None
             if weights.predictor is not None:
                 chosen = seen.reshape(hidden_states.shape)[token]
@@ -250,7 +302,7 @@ class ExpertsForward(BlockForward):
         out, rows = sparse_experts(
             x,
             weights,
-            self._activation(),
+            self.activation(),
             routing,
             predictor_input=seen if weights.predictor is not None else None,
         )
@@ -275,17 +327,17 @@ class ExpertsForward(BlockForward):
             self.options.predictors = [replace(one, a=a[index], b=b[index]) for index, one in enumerate(single)]
         return self._stack
 
-    def _weights(self, expert: int, x: torch.Tensor) -> FfnWeights:
-        gate, up, down_t = self._matrices(expert)
-        return FfnWeights(
-            gate,
-            up,
-            down_t,
-            **self._thresholds(expert),
-            predictor=self._predictor(expert, x),
-        )
+    def _from_blocks(self, *arguments: torch.Tensor) -> torch.Tensor:
+        hidden_states, top_k_index, top_k_weights = arguments
+        hidden_states = self._masked(hidden_states)
+        output = torch.zeros_like(hidden_states)
+        for expert in torch.unique(top_k_index).tolist():
+            token, slot = torch.where(top_k_index == expert)
+            share = top_k_weights[token, slot, None]
+            output.index_add_(0, token, (self._products(hidden_states[token], expert) * share).to(output.dtype))
+        return output
 
-    def _count(self) -> int:
+    def count(self) -> int:
         return len(self.block.gate_up_proj)
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import torch
 
@@ -12,7 +13,7 @@ from sparsify.runtime.quantised import BlockMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 MAX_TOKENS = 8
-"""Largest number of tokens of one call; equals MAX_TOKENS in sparse_ffn.cpp."""
+"""Largest number of tokens of one call; equals MAX_TOKENS in native/rows.h."""
 
 NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GATE_KINDS: dict[GateKind, int] = {
@@ -26,24 +27,24 @@ _UP_KINDS: dict[UpKind, int] = {"identity": 0, "relu": 1}
 _BLOCK_FORMATS = {"int8": 1, "int4": 2}
 
 
-class _Matrix(ctypes.Structure):
+class CMatrix(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64))
 
 
 class FfnCall(ctypes.Structure):
-    """Arguments and results of a call; mirrors FfnCall in sparse_ffn.cpp."""
+    """Arguments and results of a call; mirrors FfnCall in native/ffn.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank")),
-        *((name, _Matrix) for name in ("x", "gate", "up", "down_t")),
-        *((name, _Matrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
+        *((name, CMatrix) for name in ("x", "gate", "up", "down_t")),
+        *((name, CMatrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
         ("thresholds", ctypes.c_void_p),
         ("gate_thresholds", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")),
         ("gate_threshold", ctypes.c_float),
         ("predictor_threshold", ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ("gate_rows", "up_rows", "down_rows")),
+        *((name, ctypes.c_int64) for name in ("offered", "gate_rows", "up_rows", "down_rows")),
     )
 
 
@@ -61,42 +62,61 @@ def native_ffn(
     """
     library = kernels()
     assert library is not None, "there is no compiler; sparse_ffn chooses torch then"
-    predictor = None if dense else weights.predictor
-    parts = {"x": x, "gate": weights.gate, "up": weights.up, "down_t": weights.down_t}
-    if predictor is not None:
-        parts |= {
-            "predictor_x": predictor_x,
-            "predictor_a": predictor.a,
-            "predictor_b": predictor.b,
-        }
-    parts = {name: _whole_rows(part) for name, part in parts.items()}
-    thresholds, gate_thresholds = weights.thresholds_for(x.device)
+    if dense:
+        weights = replace(weights, predictor=None)
+    call, held = ffn_call(weights, activation, x.dtype, threads=threads)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    given = {"x": x} | ({} if weights.predictor is None else {"predictor_x": predictor_x})
+    for name, part in given.items():
+        held.append(part := _whole_rows(part))
+        setattr(call, name, CMatrix(part.data_ptr(), part.stride(0)))
+    call.tokens, call.out, call.dense = x.shape[0], out.data_ptr(), dense
+    assert library.sparsify_call_bytes() == ctypes.sizeof(FfnCall)
+    error = library.sparsify_ffn(ctypes.byref(call))
+    assert error == 0, f"sparsify_ffn refused its arguments: {error}"
+    return out, RowsRead(call.gate_rows, call.up_rows, call.down_rows, offered=call.offered)
+
+
+def ffn_call(
+    weights: FfnWeights, activation: Activation, dtype: torch.dtype, *, threads: int = 1
+) -> tuple[FfnCall, list[torch.Tensor]]:
+    """A block's weights as C++ reads them, without tokens, and the tensors that must live as long as the call is used.
+
+    Rows need not be adjacent (a slice of a larger matrix). Elements of a row must be; otherwise the matrix is copied first.
+    """
+    parts: dict[str, Matrix] = {"gate": weights.gate, "up": weights.up, "down_t": weights.down_t}
+    predictor = weights.predictor
+    if predictor is not None:
+        parts |= {"predictor_a": predictor.a, "predictor_b": predictor.b}
+    rows = {name: _whole_rows(part) for name, part in parts.items()}
+    thresholds, gate_thresholds = weights.thresholds_for(weights.gate.device)
     call = FfnCall(
-        tokens=x.shape[0],
-        hidden=x.shape[1],
+        hidden=weights.gate.shape[1],
         neurons=weights.gate.shape[0],
         rank=0 if predictor is None else predictor.a.shape[0],
         thresholds=None if thresholds is None else thresholds.data_ptr(),
         gate_thresholds=None if gate_thresholds is None else gate_thresholds.data_ptr(),
-        out=out.data_ptr(),
-        dtype=NATIVE_DTYPES[x.dtype],
+        dtype=NATIVE_DTYPES[dtype],
         gate_kind=_GATE_KINDS[activation.gate],
         up_kind=_UP_KINDS[activation.up],
-        dense=dense,
         threads=threads,
-        weight_format=_weight_format(weights.gate),
+        weight_format=weight_format(weights.gate),
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
-        **{name: _Matrix(part.data_ptr(), part.stride(0)) for name, part in parts.items()},
+        **{name: CMatrix(part.data_ptr(), part.stride(0)) for name, part in rows.items()},
     )
-    assert library.sparsify_call_bytes() == ctypes.sizeof(FfnCall)
-    error = library.sparsify_ffn(ctypes.byref(call))
-    assert error == 0, f"sparsify_ffn refused its arguments: {error}"
-    return out, RowsRead(call.gate_rows, call.up_rows, call.down_rows, offered=call.neurons)
+    held = [*rows.values(), *(one for one in (thresholds, gate_thresholds) if one is not None)]
+    return call, held
 
 
-def _weight_format(matrix: Matrix) -> int:
+def c_matrix(matrix: Matrix) -> tuple[CMatrix, torch.Tensor]:
+    """A matrix as C++ reads it, and the tensor that must live as long."""
+    rows = _whole_rows(matrix)
+    return CMatrix(rows.data_ptr(), rows.stride(0)), rows
+
+
+def weight_format(matrix: Matrix) -> int:
+    """Number of a matrix's format in C++: 0 as stored."""
     return _BLOCK_FORMATS[matrix.format] if isinstance(matrix, BlockMatrix) else 0
 
 

@@ -31,7 +31,6 @@ class BlockMatrix:
     Args:
         data: uint8 [rows, bytes of a row]. In int4, byte i of a block has its element i in the low four bits and element
             16 + i in the high ones, 8 added to both.
-        format: Format of the values.
         columns: Elements of a row; the last block is padded with zeros.
     """
 
@@ -41,7 +40,6 @@ class BlockMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the matrix."""
         return self.data.shape[0], self.columns
 
     @property
@@ -101,28 +99,41 @@ def _quantise(weight: torch.Tensor, format: BlockFormat) -> torch.Tensor:
     return torch.cat([stored.flatten(1), scales.contiguous().view(torch.uint8)], 1)
 
 
+def rounded_states(x: torch.Tensor) -> torch.Tensor:
+    """Hidden states [..., columns] as products with blocks read them: multiples of a 127th of the largest in their block.
+
+    A block of BLOCK elements with one that is not finite becomes NaN. Mirrors native/levels.h, bit by bit in fp32.
+    """
+    columns = x.shape[-1]
+    blocks = pad(x.float(), (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    largest = torch.where(largest.isfinite(), largest, torch.nan)
+    inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
+    rounded = (blocks * inverse).clamp(-127, 127).round() * (largest / 127.0)
+    return torch.where(largest.isnan(), torch.nan, rounded).flatten(-2)[..., :columns]
+
+
 Matrices = Callable[[], Sequence[torch.Tensor]]
 
 
 class KeptBlocks:
-    """Weight blocks of one feed-forward block, or of each of its experts.
-
-    Args:
-        format: Format of the values.
-    """
+    """Weight blocks of one feed-forward block, or of each of its experts."""
 
     def __init__(self, format: BlockFormat) -> None:
         self.format: BlockFormat = format
         self._cached: dict[int, tuple[object, list[BlockMatrix]]] = {}
+        self._frozen = False
+
+    def freeze(self) -> None:
+        """Keeps the blocks whatever happens to the weights, which may be freed."""
+        self._frozen = True
 
     def of(self, index: int, parameters: Sequence[torch.Tensor], matrices: Matrices) -> list[BlockMatrix]:
-        """The blocks of expert `index`, 0 where there are no experts.
-
-        Args:
-            index: Index of the expert.
-            parameters: Parameters that the weights are views of.
-            matrices: Returns the weights, each [rows, columns]; called if there are no current blocks.
+        """The blocks of expert `index` (0 where there are none), made from `matrices` unless those of its parameters
+        are current.
         """
+        if self._frozen:
+            return self._cached[index][1]
         now = [_state(one) for one in parameters]
         if index not in self._cached or self._cached[index][0] != now:
             self._cached.pop(index, None)  # frees the old blocks before new ones are made
@@ -134,8 +145,9 @@ class KeptBlocks:
         return sum(one.nbytes for _, matrices in self._cached.values() for one in matrices)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and other processes make their own blocks, since they have their own weights."""
-        return {"format": self.format, "_cached": {}}
+        """Copies and other processes make their own blocks, since they have their own weights; unless these are freed."""
+        kept = {index: (None, blocks) for index, (_, blocks) in self._cached.items()} if self._frozen else {}
+        return vars(self) | {"_cached": kept}
 
 
 def _state(parameter: torch.Tensor) -> tuple[object, ...]:

@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from sparsify.models.activations import Activation
 from sparsify.models.ffn_activation import GATE_FACTORS, UP_FACTORS
-from sparsify.runtime.quantised import BlockMatrix
+from sparsify.runtime.quantised import BlockMatrix, rounded_states
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 GATHER_SHARE = 0.2
@@ -28,7 +28,7 @@ def portable_ffn(
     """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes in fp32 at least."""
     dtype = x.dtype
     if weights.in_blocks:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = rounded_states(x).to(torch.promote_types(x.dtype, torch.float32))
     rows: Rows = ALL_ROWS
     wanted = None
     if weights.predictor is not None and not dense:

@@ -1,4 +1,4 @@
-"""A block, or all experts of a layer, by Triton on a GPU, or in tests by Triton's interpreter.
+"""A block, or all experts of a layer, by Triton on a GPU, or by its interpreter.
 
 Get the kernels from `triton_kernels`, which checks that they compute correct values on this device.
 """

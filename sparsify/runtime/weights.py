@@ -76,18 +76,15 @@ class FfnWeights:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether the weights are int8 or int4 blocks."""
         return isinstance(self.gate, BlockMatrix)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of one projection."""
         row = self.gate.data if isinstance(self.gate, BlockMatrix) else self.gate
         return row.shape[-1] * row.element_size()
 
     @property
     def predictor_bytes(self) -> int:
-        """Bytes of the predictor of one block or one expert."""
         if self.predictor is None:
             return 0
         return sum(part.shape[-2:].numel() * part.element_size() for part in (self.predictor.a, self.predictor.b))
@@ -143,9 +140,6 @@ class RowsRead:
     Counts of kernels on a GPU stay there until one of them is read, so that decoding never synchronises for them.
 
     Args:
-        gate: Rows of the gate projection.
-        up: Rows of the up projection.
-        down: Rows of the transposed down projection.
         offered: Neurons of the blocks and experts that tokens were routed to: rows of each projection that could be read. Counted,
             like rows read, once for every eight tokens.
         counts: Further counts on a device: offered, gate, up, down, int64 [4].
@@ -177,27 +171,22 @@ class RowsRead:
 
     @property
     def offered(self) -> int:
-        """Neurons of the blocks and experts that tokens were routed to."""
         return self._fetched()[0]
 
     @property
     def gate(self) -> int:
-        """Rows of the gate projection."""
         return self._fetched()[1]
 
     @property
     def up(self) -> int:
-        """Rows of the up projection."""
         return self._fetched()[2]
 
     @property
     def down(self) -> int:
-        """Rows of the down projection, transposed."""
         return self._fetched()[3]
 
     @property
     def total(self) -> int:
-        """Rows of all three."""
         return self.gate + self.up + self.down
 
 

@@ -48,14 +48,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 def active_parameters(
     parts: dict[str, int], *, expert_share: float, gate_zeros: float, product_zeros: float
 ) -> ActiveParameters:
-    """The active parameters of one token.
-
-    Args:
-        parts: Parameters by part, from `parameters_by_part`.
-        expert_share: Share of the experts that compute a token; 1 in a dense model.
-        gate_zeros: Share of zeros of the gate factor, in the chosen experts.
-        product_zeros: Share of zeros of the product, in the chosen experts.
-    """
+    """The active parameters of one token: `expert_share` of the experts compute it, and zeros are shares in these."""
     firing = 1 - product_zeros
     gate_first = {"gate": 1.0, "up": 1 - gate_zeros, "down": firing}
     lines = [

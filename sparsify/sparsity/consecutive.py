@@ -1,12 +1,12 @@
 """Neurons shared by consecutive tokens: unions over chunks, reuse from token to token, co-activation.
 
-Exact integer counts, like ActivationStatistics: they do not depend on how sequences are batched, and they merge by addition.
+Exact integer counts, like ActivationStatistics: they do not depend on how sequences are batched.
 Only adjacent tokens of one document are consecutive.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
@@ -56,11 +56,6 @@ class ConsecutiveStatistics:
             (num_layers, num_experts),
         )
         return cls(*(torch.zeros(shape, dtype=torch.int64) for shape in shapes))
-
-    def merge(self, other: Self) -> Self:
-        """Statistics of both texts combined; exact, commutative and associative."""
-        names = [field.name for field in fields(self)]
-        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
 
     def chunk_unions(self, layer_neurons: int) -> list[tuple[int, float]]:
         """Number of chunks of each length, and the mean share of all neurons that fired in one; NaN without chunks."""

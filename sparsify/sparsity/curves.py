@@ -229,12 +229,8 @@ def measure_curves(
     batches: Iterable[Batch],
     summed_loss: SummedLoss,
 ) -> Curves:
-    """Measures all curves on one text, in about thirty passes over it.
-
-    Args:
-        model: A sparse model; it is left in the mode that it was in.
-        batches: As for `measure`; they are kept in memory.
-        summed_loss: Cross-entropy of a batch, summed over its labels.
+    """Measures all curves on one text, in about thirty passes over it; the batches are as for `measure`, and kept in
+    memory.
     """
     was_training = model.training
     model.eval()

@@ -8,6 +8,12 @@ from sparsify.models.activations import ACTIVATIONS
 
 THRESHOLDS = {"layer": "the layer's threshold", "channel": "its neuron's threshold"}
 """`per` of a mask in words."""
+INPUTS = {
+    "attn_in": "the input of the query, key and value projections",
+    "attn_out": "the input of the attention's output projection",
+    "ffn_in": "the input of the gate and up projections",
+}
+"""INPUT_SITES in words."""
 
 
 def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
@@ -37,6 +43,13 @@ def definitions(
         "as non-zero.",
         "Share of zeros": "Zero values divided by all values; every token has the same weight.",
         "p5, p50, p95": "Percentiles over tokens of a single token's share of zeros in that block.",
+        **{
+            f"{site} zeros": f"Share of exact zeros in {INPUTS[site]}, after the mask that the model stores: an element is "
+            f"dropped where it does not exceed the {'layer' if per == 'layer' else 'channel'}'s threshold in size. Counted once "
+            "for a token and layer."
+            for site, per in masks.items()
+            if site in INPUTS
+        },
         "Firing": "A neuron fires on a token when its activation is not an exact zero.",
         "Dead neuron": f"A neuron that fired on none of the tokens routed to it. Measured on {num_tokens:,} tokens: "
         f"a rare neuron may fire on a longer text. With 95% confidence a dead neuron fires on less than {dead_rate_bound:.2g} of "

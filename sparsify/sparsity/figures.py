@@ -10,11 +10,13 @@ from matplotlib.figure import Figure
 
 from sparsify.reporting.numbers import percent
 from sparsify.reporting.plotting import Theme
+from sparsify.sparsity.definitions import INPUTS
 from sparsify.sparsity.figures_model import (
     draw_causes,
     draw_experts,
     draw_firing_rates,
     draw_layers,
+    draw_masked_inputs,
     draw_positions,
     draw_sources,
     draw_unions,
@@ -35,16 +37,6 @@ from sparsify.sparsity.statistics import ActivationStatistics
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """One figure.
-
-    Attributes:
-        name: File name without extension.
-        title: Heading on the page.
-        caption: Caption, from the report and its counts.
-        applies: Whether the report has the data.
-        draw: The drawing function.
-    """
-
     name: str
     title: str
     caption: Callable[[SparsityReport, ActivationStatistics], str]
@@ -65,6 +57,11 @@ def _layers_caption(report: SparsityReport, statistics: ActivationStatistics) ->
         f"Bars: share of neuron activations of a layer that are exactly zero, {extent}. Thin lines: 5th to 95th percentile "
         "over tokens. Marks: share of zeros of each factor."
     )
+
+
+def _masked_inputs_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    found = "; ".join(f"{site}, {INPUTS[site]}: {percent(zeros)}" for site, zeros in report.site_zeros.items())
+    return f"Share of exact zeros at the inputs that the model's stored mask drops elements of, by layer. {found}."
 
 
 def _experts_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
@@ -89,10 +86,15 @@ def _firing_caption(report: SparsityReport, statistics: ActivationStatistics) ->
 
 def _causes_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     causes = statistics.zero_causes()
+    neither = (
+        f", and {percent(causes['underflow'])} because of neither: they do not exceed a threshold, or underflow"
+        if causes["underflow"]
+        else ""
+    )
     return (
         f"{percent(causes['gate_only'])} of all neuron activations are zero because of the gate alone, "
-        f"{percent(causes['up_only'])} because of up alone, {percent(causes['both'])} because of both. An exact kernel that "
-        "computes the gate first skips up and down where the gate is zero; where only up is zero, it skips only down."
+        f"{percent(causes['up_only'])} because of up alone, {percent(causes['both'])} because of both{neither}. An exact kernel "
+        "that computes the gate first skips up and down where the gate is zero; where only up is zero, it skips only down."
     )
 
 
@@ -190,6 +192,13 @@ FIGURES = (
         draw_stages,
     ),
     ReportFigure("layers", "Zeros by layer", _layers_caption, lambda report: True, draw_layers),
+    ReportFigure(
+        "masked_inputs",
+        "Zeros at masked inputs",
+        _masked_inputs_caption,
+        lambda report: bool(report.site_zeros),
+        draw_masked_inputs,
+    ),
     ReportFigure(
         "experts",
         "Experts: zeros and load",

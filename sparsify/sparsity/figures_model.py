@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
+from sparsify.models.masking import INPUT_SITES
 from sparsify.reporting.numbers import percent
 from sparsify.reporting.plotting import WIDTH_INCHES, Theme
 from sparsify.sparsity.measure import sorted_firing_rates
@@ -48,6 +49,22 @@ def draw_layers(report: SparsityReport, statistics: ActivationStatistics, theme:
         ncols=4,
         columnspacing=1.8,
     )
+    return figure
+
+
+def draw_masked_inputs(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
+    layers = [row.layer for row in report.layer_rows]
+    figure = Figure(figsize=(WIDTH_INCHES, 3.2))
+    axes = figure.add_subplot()
+    styles = zip(INPUT_SITES, ("o-", "s--", "D:"), (theme.gate, theme.product, theme.up), strict=True)
+    for site, dashes, colour in styles:
+        if site in report.site_zeros:
+            zeros = [row.site_zeros[site] for row in report.layer_rows]
+            axes.plot(layers, zeros, dashes, color=colour, label=site, markersize=5, clip_on=False)
+    axes.set(xlabel="layer", ylim=(0, 1), xlim=(layers[0] - 0.7, layers[-1] + 0.7))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    figure.legend(loc="outside upper left", ncols=len(INPUT_SITES))
     return figure
 
 

@@ -25,7 +25,7 @@ from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.schema import (
     Against,
     ChunkRow,
-    Engine,
+    EngineStatistics,
     LayerRow,
     PositionRow,
     SourceRow,
@@ -69,6 +69,7 @@ def _row(block: ActivationStatistics, layer: int, expert: int | None) -> LayerRo
         dead_neurons=int(block.dead_neurons().sum()),
         always_on_neurons=int(block.always_on_neurons().sum()),
         firing_rate_bound=known(block.firing_rate_bound()),
+        site_zeros=block.site_zero_shares() if expert is None else {},
     )
 
 
@@ -137,12 +138,12 @@ def firing_curves(statistics: ActivationStatistics) -> list[list[float]]:
     return rates[:, at].tolist()
 
 
-def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveStatistics) -> Engine:
+def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveStatistics) -> EngineStatistics:
     """What an inference engine can exploit: unions over tokens, reuse, co-activation, weights read."""
     unions = consecutive.chunk_unions(statistics.num_experts * statistics.num_neurons)
     gap, independent = consecutive.coactivation_gap()
     gate_first, perfect = ffn_byte_shares(statistics.zero_share("gate"), statistics.zero_share("product"))
-    return Engine(
+    return EngineStatistics(
         chunks=[
             ChunkRow(
                 num_tokens=length,
@@ -268,6 +269,7 @@ def _report(
         gate_zeros=statistics.zero_share("gate"),
         up_zeros=statistics.zero_share("up"),
         product_zeros=statistics.zero_share("product"),
+        site_zeros=statistics.site_zero_shares(),
         num_neurons=statistics.product_fired.numel(),
         dead_neurons=int(statistics.dead_neurons().sum()),
         always_on_neurons=int(statistics.always_on_neurons().sum()),
@@ -296,6 +298,7 @@ def as_against(report: SparsityReport) -> Against:
         loss=report.loss,
         product_zeros=report.product_zeros,
         layers=[row.product_zeros or 0.0 for row in report.layer_rows],
+        site_zeros=report.site_zeros,
         active_parameters=report.active_parameters,
         curves=report.curves,
     )

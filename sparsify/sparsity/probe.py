@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol, Self
@@ -18,7 +18,7 @@ from sparsify.models import (
     SparseMixtralForCausalLM,
     SparseModel,
 )
-from sparsify.models.masking import num_experts
+from sparsify.models.masking import INPUT_SITES, mask_tensors, num_experts
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 from sparsify.sparsity.statistics import MAX_BYTE, ActivationStatistics
 
@@ -60,7 +60,8 @@ class Observer(Protocol):
 
 
 class SparsityProbe:
-    """Context manager that counts which neurons fire in every forward pass of a model.
+    """Context manager that counts which neurons fire in every forward pass of a model, and the zeros that its stored mask
+    leaves at the inputs of projections.
 
     It reads activations only, so it works with partitioned weights (ZeRO-3). Recomputation by gradient checkpointing in the
     backward pass is not counted. Mixtral's experts run in eager mode while the probe is active, because only then does each
@@ -100,7 +101,11 @@ class SparsityProbe:
         decoder = self._model.model
         self._hook(decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
         self._hook(decoder.register_forward_hook(self._end_forward, always_call=True))
+        masks = {site: name.rpartition(".")[0] for site, (name, _) in mask_tensors(self._model.config).items()}
         for index, layer in enumerate(decoder.layers):
+            for site in (site for site in INPUT_SITES if site in masks):
+                mask = layer.get_submodule(masks[site])
+                self._hook(mask.register_forward_hook(partial(self._count_site, index, site)))
             for module in layer.modules():
                 if isinstance(module, SparseMixtralExperts):
                     read = module.register_forward_pre_hook(self._read_routing, with_kwargs=True)
@@ -114,11 +119,7 @@ class SparsityProbe:
             self._undo.pop()()
 
     def count(self, token_mask: torch.Tensor | None) -> None:
-        """Sets which tokens of the next forward pass count; without a call all tokens count.
-
-        Args:
-            token_mask: Bool [batch, tokens], True where a token counts (not padding); None for all.
-        """
+        """Sets which tokens of the next forward pass count, bool [batch, tokens]; without a call all tokens count."""
         self._token_mask = None if token_mask is None else token_mask.bool().flatten()
 
     def statistics(self) -> ActivationStatistics:
@@ -209,11 +210,8 @@ class SparsityProbe:
             with torch.no_grad():
                 product = product.mul_(self._mask.keep(layer, expert, product))
             edited = product.view(shape)
-        rows = None
         with torch.no_grad():
-            if self._token_mask is not None:
-                keep = self._token_mask.to(tokens.device)[tokens]
-                rows = None if keep.all() else keep.nonzero().squeeze(1)
+            rows = self._counted_rows(tokens)
             factors = partial(activation.masked_gate, experts=expert), activation.up_factor
             self._add_rows(layer, expert, factors, (gate, up, product), tokens, rows)
             if rows is not None and self._observers:
@@ -231,23 +229,43 @@ class SparsityProbe:
         tokens: torch.Tensor,
         rows: torch.Tensor | None,
     ) -> None:
-        counts = self._counts_of(layer, values[2])
+        counts = self._counts_of(layer, tokens.device)
         positions = self._positions.to(tokens.device)[tokens]
-        total = len(tokens) if rows is None else len(rows)
-        size = CPU_PIECE_ROWS if values[2].device.type == "cpu" else PIECE_ROWS
-        for start in range(0, total, size):
-            piece = slice(start, start + size) if rows is None else rows[start : start + size]
+        for piece in _pieces(tokens, rows):
             gate, up, product = (value[piece] for value in values)
             counts.add(0, expert, factors[0](gate), factors[1](up), product, positions=positions[piece])
 
-    def _counts_of(self, layer: int, product: torch.Tensor) -> ActivationStatistics:
+    @torch.no_grad()
+    def _count_site(self, layer: int, site: str, mask: nn.Module, args: Any, output: torch.Tensor) -> None:
+        if not self._in_forward:
+            return
+        tokens = torch.arange(len(self._positions), device=output.device)
+        counts, values = self._counts_of(layer, output.device), output.flatten(0, -2)
+        for piece in _pieces(tokens, self._counted_rows(tokens)):
+            counts.add_site(0, site, values[piece])
+
+    def _counted_rows(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Which of some rows count, from the tokens that they belong to; None for all."""
+        if self._token_mask is None:
+            return None
+        keep = self._token_mask.to(tokens.device)[tokens]
+        return None if keep.all() else keep.nonzero().squeeze(1)
+
+    def _counts_of(self, layer: int, device: torch.device) -> ActivationStatistics:
         counts = self._layers[layer]
         if counts is None:
             # Created here because the layer's device is known only now.
-            experts = num_experts(self._model.config)
-            counts = ActivationStatistics.empty(1, experts, product.shape[-1], product.device)
+            config = self._model.config
+            counts = ActivationStatistics.empty(1, num_experts(config), config.intermediate_size, device)
             self._layers[layer] = counts
         return counts
+
+
+def _pieces(tokens: torch.Tensor, rows: torch.Tensor | None) -> Iterator[slice | torch.Tensor]:
+    total = len(tokens) if rows is None else len(rows)
+    size = CPU_PIECE_ROWS if tokens.device.type == "cpu" else PIECE_ROWS
+    for start in range(0, total, size):
+        yield slice(start, start + size) if rows is None else rows[start : start + size]
 
 
 def _sparse_model(model: nn.Module) -> SparseModel:

@@ -8,16 +8,17 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.text import Text
 
 from sparsify.files import atomic_folder, refuse_foreign_folder
+from sparsify.models.masking import INPUT_SITES
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.numbers import count, percent, share
 from sparsify.reporting.plotting import LIGHT, image, page_figure
 from sparsify.reporting.tables import Table
+from sparsify.reporting.terminal import marked
 from sparsify.sparsity.active_parameters import published
-from sparsify.sparsity.definitions import formula
+from sparsify.sparsity.definitions import INPUTS, formula
 from sparsify.sparsity.figures import FIGURES
 from sparsify.sparsity.measure import measure
 from sparsify.sparsity.schema import (
@@ -40,6 +41,7 @@ def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str
         .render(
             report=report,
             formula=formula(report.ffn_activation, report.masks),
+            inputs=INPUTS,
             perplexity=_perplexity(report.loss),
             against=against_table(report),
             published=published(),
@@ -104,18 +106,22 @@ def _write_files(report: SparsityReport, statistics: ActivationStatistics, folde
 
 def _write_table(report: SparsityReport, path: Path) -> None:
     with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, list(LayerRow.model_fields))
+        columns = [name for name in LayerRow.model_fields if name != "site_zeros"]
+        table = csv.DictWriter(file, columns + [f"{site}_zeros" for site in report.site_zeros])
         table.writeheader()
-        table.writerows(row.model_dump() for row in report.layers)
+        for row in report.layers:
+            sites = {f"{site}_zeros": zeros for site, zeros in row.site_zeros.items()}
+            table.writerow(row.model_dump(exclude={"site_zeros"}) | sites)
 
 
 BAR_CELLS = 24
 
 
 def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
-    headline = (
-        f"[bold]{report.product_zeros:.1%}[/bold] exact zeros ({report.ffn_activation}: gate {report.gate_zeros:.1%}, "
-        f"up {report.up_zeros:.1%}), loss {report.loss:.3f} nats per token on {escape(report.text)}"
+    headline = Text(f"{report.product_zeros:.1%}", "bold") + Text(
+        f" exact zeros ({report.ffn_activation}: gate {report.gate_zeros:.1%}, up {report.up_zeros:.1%})"
+        f"{_masked_inputs(report)}, loss {report.loss:.3f} nats per token on {report.text}",
+        "default",
     )
     against = against_table(report)
     return Group(
@@ -123,8 +129,12 @@ def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
         headline,
         layers_table(report),
         *([against] if against else []),
-        f"[bold]Report[/bold]  {folder / 'index.html'}",
+        marked("[bold]Report[/bold]  {}", folder / "index.html"),
     )
+
+
+def _masked_inputs(report: SparsityReport) -> str:
+    return "".join(f", {zeros:.1%} at {site}" for site, zeros in report.site_zeros.items())
 
 
 def against_table(report: SparsityReport) -> Table | None:
@@ -141,6 +151,8 @@ def against_table(report: SparsityReport) -> Table | None:
     if other.difference is not None:
         table.add("difference of the loss, 95% interval over sequences", _interval(other.difference))
     table.add("exact zeros", percent(report.product_zeros), percent(other.product_zeros))
+    for site in (site for site in INPUT_SITES if site in report.site_zeros | other.site_zeros):
+        table.add(f"zeros at {site}", *(percent(one.site_zeros.get(site, 0.0)) for one in (report, other)))
     label = "active parameters, perfect predictor"
     table.add(label, count(ours.perfect_predictor), count(theirs.perfect_predictor))
     if report.curves and other.curves:
@@ -171,8 +183,8 @@ def _rise(loss: float, untouched: float) -> str:
 def layers_table(report: SparsityReport) -> Table:
     table = Table(
         f"Exact zeros by layer (measured on {report.num_tokens:,} tokens)",
-        ["layer", "gate", "up", "product", "dead", ""],
-        left=(0, 5),
+        ["layer", "gate", "up", "product", *report.site_zeros, "dead", ""],
+        left=(0, 5 + len(report.site_zeros)),
     )
     for row in report.layer_rows:
         table.add(
@@ -180,6 +192,7 @@ def layers_table(report: SparsityReport) -> Table:
             share(row.gate_zeros),
             share(row.up_zeros),
             share(row.product_zeros),
+            *(share(row.site_zeros.get(site)) for site in report.site_zeros),
             f"{row.dead_neurons:,} of {row.num_neurons:,}",
             _bar(row),
         )

@@ -58,11 +58,6 @@ def fit_scaling(
 ) -> ScalingFit | None:
     """Fits the law of a family to the checkpoints of one run.
 
-    Args:
-        tokens: Training tokens of each checkpoint, above 0.
-        active: Activation ratio of each, 0 to 1.
-        family: The law.
-
     Returns:
         The fit; None if there are not more distinct checkpoints than coefficients, if no fit converges, or if the band covers
         every ratio.

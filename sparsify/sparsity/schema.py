@@ -5,20 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from sparsify.errors import RunError
+from sparsify.files import JsonRecord
+from sparsify.metadata import read_record
 from sparsify.runs.history import Stage, Trajectory
 
 REPORT_FILE = "report.json"
 
 
-class _Section(BaseModel):
-    # A diverged model has a loss of NaN or infinity; JSON has neither, and null would mean "not measured".
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
-
-
-class LayerRow(_Section):
+class LayerRow(JsonRecord):
     """One layer, or one expert of one layer. Shares are between 0 and 1, and None if no token was routed."""
 
     layer: int
@@ -45,9 +42,11 @@ class LayerRow(_Section):
     always_on_neurons: int
     firing_rate_bound: float | None
     """95% bound on a dead neuron's firing rate, and on the share of tokens on which an always-on neuron does not fire."""
+    site_zeros: dict[str, float] = Field(default_factory=dict)
+    """Share of exact zeros at each masked input of the layer's projections (INPUT_SITES); empty in the rows of experts."""
 
 
-class SourceRow(_Section):
+class SourceRow(JsonRecord):
     """One source of the text. Shares are between 0 and 1."""
 
     source: str
@@ -62,7 +61,7 @@ class SourceRow(_Section):
     """Share of zero products of every layer."""
 
 
-class PositionRow(_Section):
+class PositionRow(JsonRecord):
     """Tokens in a range of positions in their document, or in the sequence if the document continues from the previous one."""
 
     first: int
@@ -72,7 +71,7 @@ class PositionRow(_Section):
     product_zeros: float
 
 
-class ChunkRow(_Section):
+class ChunkRow(JsonRecord):
     """Neurons that fire on at least one of several tokens, as a share of all neurons (of all experts)."""
 
     num_tokens: int
@@ -83,7 +82,7 @@ class ChunkRow(_Section):
     """Mean over every choice of that many different tokens of the text."""
 
 
-class Engine(_Section):
+class EngineStatistics(JsonRecord):
     """What an inference engine that skips neurons can exploit. All are shares between 0 and 1."""
 
     chunks: list[ChunkRow]
@@ -99,7 +98,7 @@ class Engine(_Section):
     """Weights of the computed blocks that one token reads."""
 
 
-class ActivePart(_Section):
+class ActivePart(JsonRecord):
     """Parameters of one part of the model: in total, and needed by one token."""
 
     part: str
@@ -108,7 +107,7 @@ class ActivePart(_Section):
     gate_first: int
 
 
-class ActiveParameters(_Section):
+class ActiveParameters(JsonRecord):
     """Parameters that one token needs, counted in two ways."""
 
     parts: list[ActivePart]
@@ -130,9 +129,7 @@ class ActiveParameters(_Section):
         return sum(part.total for part in self.parts if part.part == "embeddings")
 
 
-class PublishedActive(_Section):
-    """A published number of active parameters, and ours at the published zeros."""
-
+class PublishedActive(JsonRecord):
     name: str
     claimed: int
     zeros: float
@@ -142,7 +139,7 @@ class PublishedActive(_Section):
     """Zeros at which a perfect predictor would need the published number."""
 
 
-class CettLayer(_Section):
+class CettLayer(JsonRecord):
     """One layer with its threshold on the norm of a neuron's output, on the inputs of the unmodified model."""
 
     threshold: float
@@ -150,7 +147,7 @@ class CettLayer(_Section):
     sparsity: float
 
 
-class CettPoint(_Section):
+class CettPoint(JsonRecord):
     """Thresholds of every layer at one target error."""
 
     target: float
@@ -163,7 +160,7 @@ class CettPoint(_Section):
     layers: list[CettLayer]
 
 
-class PplPoint(_Section):
+class PplPoint(JsonRecord):
     """Highest CETT at which the perplexity increases by at most `percent` %."""
 
     percent: int
@@ -174,7 +171,7 @@ class PplPoint(_Section):
     """Whether the perplexity did not increase that much at the highest CETT tried."""
 
 
-class SharePoint(_Section):
+class SharePoint(JsonRecord):
     """Loss with a share of activations dropped; a model with more exact zeros than that is unchanged."""
 
     share: float
@@ -183,7 +180,7 @@ class SharePoint(_Section):
     loss: float
 
 
-class Curves(_Section):
+class Curves(JsonRecord):
     """Loss when small activations are dropped, on a part of the text."""
 
     num_tokens: int
@@ -196,7 +193,7 @@ class Curves(_Section):
     magnitude: list[SharePoint]
 
 
-class PairedDifference(_Section):
+class PairedDifference(JsonRecord):
     """Loss of the report's model minus the other's, nats per token, with a 95% interval over sequences."""
 
     value: float
@@ -206,23 +203,20 @@ class PairedDifference(_Section):
     num_sequences: int
 
 
-class Against(_Section):
-    """Another model on the same sequences."""
-
+class Against(JsonRecord):
     model: str
     ffn_activation: str
     loss: float
     product_zeros: float
     layers: list[float]
     """Share of zero products of every layer."""
+    site_zeros: dict[str, float] = Field(default_factory=dict)
     active_parameters: ActiveParameters
     curves: Curves | None = None
     difference: PairedDifference | None = None
 
 
-class ScalingPoint(_Section):
-    """The law at some number of training tokens."""
-
+class ScalingPoint(JsonRecord):
     tokens: int
     active: float
     """Activation ratio, 1 - zeros."""
@@ -231,7 +225,7 @@ class ScalingPoint(_Section):
     """Bounds of the confidence band of the law, not of a single measurement."""
 
 
-class ScalingFit(_Section):
+class ScalingFit(JsonRecord):
     """Sparsing Law fitted to the checkpoints of this run; D in billions of training tokens."""
 
     family: Literal["relu", "silu"]
@@ -250,7 +244,7 @@ class ScalingFit(_Section):
     band: list[ScalingPoint]
 
 
-class SparsityReport(_Section):
+class SparsityReport(JsonRecord):
     """Sparsity of a model on one text. Losses are nats per token; shares are 0 to 1."""
 
     schema_version: Literal[2] = 2
@@ -267,7 +261,7 @@ class SparsityReport(_Section):
     model: str
     model_type: str
     ffn_activation: str
-    masks: dict[str, str] = {}
+    masks: dict[str, str] = Field(default_factory=dict)
     """Sites that the model itself masks: what does not exceed a threshold there is an exact zero too. `layer` where the
     threshold is the layer's, `channel` where every neuron has its own."""
     text: str
@@ -282,6 +276,9 @@ class SparsityReport(_Section):
     gate_zeros: float
     up_zeros: float
     product_zeros: float
+    site_zeros: dict[str, float] = Field(default_factory=dict)
+    """Share of exact zeros at each input of projections that the model masks (INPUT_SITES), over all layers. The masked
+    sites `gate` and `inter` are `gate_zeros` and `product_zeros`."""
     num_neurons: int
     dead_neurons: int
     always_on_neurons: int
@@ -291,7 +288,7 @@ class SparsityReport(_Section):
     positions: list[PositionRow]
     firing_curves: list[list[float]]
     """Firing rates of each layer's neurons (of all experts) in descending order, at evenly spaced neurons."""
-    engine: Engine
+    engine: EngineStatistics
     active_parameters: ActiveParameters
     definitions: dict[str, str]
     """Term to definition."""
@@ -318,21 +315,12 @@ class SparsityReport(_Section):
 
 
 def read_report(folder: Path) -> SparsityReport:
-    """Reads the report that `write_report` wrote to a folder.
-
-    Raises:
-        RunError: If there is none, or it is damaged or of another schema version.
-    """
+    """Raises RunError if there is no report, or it is damaged or of another schema version."""
     path = folder / REPORT_FILE
-    try:
-        return SparsityReport.model_validate_json(path.read_bytes())
-    except FileNotFoundError as error:
+    if not path.exists():
         raise RunError(
             f"{folder} does not hold a sparsity report ({REPORT_FILE} is missing).",
             next_step="Create one with `sparsify report RUN_OR_CHECKPOINT`.",
-        ) from error
-    except ValidationError as error:
-        raise RunError(
-            f"{path} is not a sparsity report of schema version 2: {error.errors()[0]['msg']}.",
-            next_step="Create it again with `sparsify report RUN_OR_CHECKPOINT`.",
-        ) from error
+        )
+    again = "Create it again with `sparsify report RUN_OR_CHECKPOINT`."
+    return read_record(path, SparsityReport, "a sparsity report of schema version 2", RunError, again)

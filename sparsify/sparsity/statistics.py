@@ -7,10 +7,12 @@ they sum over ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.distributed as dist
+
+from sparsify.models.masking import INPUT_SITES
 
 Factor = Literal["gate", "up", "product"]
 Cause = Literal["gate_only", "up_only", "both", "underflow"]
@@ -20,6 +22,8 @@ POSITION_STARTS = (0, *(2**power for power in range(20)))
 MAX_BYTE = 255
 BYTE_SUM = 128
 """Values added by one sum in bytes: a power of two within MAX_BYTE."""
+OF_LAYERS = ("site_values", "site_zeros")
+"""Counts of a layer, which its experts share."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class ActivationStatistics:
         underflows: Zero products of two factors that are not zero, [layers, experts].
         position_tokens: Tokens by their position in the document, [layers, experts, buckets] as in POSITION_STARTS.
         position_fired: Products of these tokens that were not zero, [layers, experts, buckets].
+        site_values: Values at each of INPUT_SITES, 0 where the model has no mask there, [layers, sites].
+        site_zeros: Those of them that were zero after the mask.
     """
 
     num_tokens: torch.Tensor
@@ -49,6 +55,8 @@ class ActivationStatistics:
     underflows: torch.Tensor
     position_tokens: torch.Tensor
     position_fired: torch.Tensor
+    site_values: torch.Tensor
+    site_zeros: torch.Tensor
 
     @classmethod
     def empty(
@@ -74,6 +82,8 @@ class ActivationStatistics:
             underflows=counts(*per_expert),
             position_tokens=counts(*per_expert, len(POSITION_STARTS)),
             position_fired=counts(*per_expert, len(POSITION_STARTS)),
+            site_values=counts(num_layers, len(INPUT_SITES)),
+            site_zeros=counts(num_layers, len(INPUT_SITES)),
         )
 
     def add(
@@ -85,15 +95,8 @@ class ActivationStatistics:
         product: torch.Tensor,
         positions: torch.Tensor,
     ) -> None:
-        """Counts the tokens of one block in place. `num_tokens` does not change, since every layer sees the same text.
-
-        Args:
-            layer: Index of the layer.
-            expert: Index of the expert, 0 in a dense model.
-            gate: Gate factors, [tokens, neurons].
-            up: Up factors, [tokens, neurons].
-            product: Their product, [tokens, neurons].
-            positions: Position of each token in its document, [tokens].
+        """Counts the tokens of one block in place: gate and up factors and their product, [tokens, neurons], and each
+        token's position in its document. `num_tokens` does not change, since every layer sees the same text.
         """
         # A cast to torch.bool is the same as `!= 0`, and many times faster on a CPU.
         fired, gate_fired, up_fired = product.bool(), gate.bool(), up.bool()
@@ -110,6 +113,12 @@ class ActivationStatistics:
         self.underflows[layer, expert] += count_rows(underflow).sum()
         self.position_tokens[layer, expert].index_add_(0, bucket, torch.ones_like(zeros))
         self.position_fired[layer, expert].index_add_(0, bucket, fired_of_token)
+
+    def add_site(self, layer: int, site: str, values: torch.Tensor) -> None:
+        """Counts the values at one of INPUT_SITES, after its mask, in place; of any shape."""
+        column = INPUT_SITES.index(site)
+        self.site_values[layer, column] += values.numel()
+        self.site_zeros[layer, column] += values.numel() - values.count_nonzero()
 
     def merge(self, other: Self) -> Self:
         """Statistics of both texts combined; exact, commutative and associative."""
@@ -142,8 +151,10 @@ class ActivationStatistics:
     def select(self, layer: int, expert: int | None = None) -> Self:
         """Statistics of one layer, or of one expert of a layer, in the shape of a model with one layer."""
         experts = slice(None) if expert is None else slice(expert, expert + 1)
-        per_expert = (count[layer : layer + 1, experts] for count in self._counts()[1:])
-        return type(self)(self.num_tokens, *per_expert)
+        counts = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        of_layer = {name: count[layer : layer + 1] for name, count in counts.items()}
+        selected = {name: count if name in OF_LAYERS else count[:, experts] for name, count in of_layer.items()}
+        return type(self)(self.num_tokens, **selected)
 
     def zero_share(self, factor: Factor = "product") -> float:
         """Share of exact zeros among all computed values; experts are weighted by their routed tokens.
@@ -221,6 +232,11 @@ class ActivationStatistics:
     def layer_zero_shares(self, factor: Factor = "product") -> list[float]:
         return [self.select(layer).zero_share(factor) for layer in range(self.num_layers)]
 
+    def site_zero_shares(self) -> dict[str, float]:
+        """Share of exact zeros at each of INPUT_SITES that the model masks; empty without such a mask."""
+        values, zeros = (count.sum(0).tolist() for count in (self.site_values, self.site_zeros))
+        return {site: zeros[i] / values[i] for i, site in enumerate(INPUT_SITES) if values[i]}
+
     def firing_rates(self) -> torch.Tensor:
         """Share of its routed tokens on which each neuron fired, float64 [layers, experts, neurons]; NaN for experts
         that no token was routed to.
@@ -250,14 +266,16 @@ class ActivationStatistics:
         rank = -(-total * percent // 100)
         return int(torch.searchsorted(cumulative, rank)) / self.num_neurons
 
-    def summary(self) -> dict[str, float | int | list[float]]:
+    def summary(self) -> dict[str, Any]:
         """The numbers of a line of sparsity.jsonl; shares are between 0 and 1."""
+        sites = [self.select(layer).site_zero_shares() for layer in range(self.num_layers)]
         return {
             "num_tokens": int(self.num_tokens),
             "zeros": self.zero_share("product"),
             "gate_zeros": self.zero_share("gate"),
             "up_zeros": self.zero_share("up"),
             "layers": self.layer_zero_shares("product"),
+            "sites": {site: [layer[site] for layer in sites] for site in self.site_zero_shares()},
             "dead_neurons": int(self.dead_neurons().sum()),
         }
 

@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,12 +23,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
+from sparsify.conversion.manifest import MANIFEST, damage
 from sparsify.errors import RunError
-from sparsify.files import replace_folder, storage_errors, write_json, write_text
+from sparsify.files import replace_folder, storage_errors, sync_folder, write_json, write_text
 from sparsify.methods.live_model import Engine, evaluating
 from sparsify.methods.objective import as_saved
 from sparsify.recipe.training import CheckpointSection
-from sparsify.runs.manifest import damage, sync_folder, write_manifest
+from sparsify.runs.manifest import write_manifest
+from sparsify.runs.shards import damaged_checkpoint, plain_shards
 from sparsify.runs.state import (
     LATEST,
     REFERENCE,
@@ -36,24 +38,25 @@ from sparsify.runs.state import (
     Shape,
     TrainingState,
     checkpoint_name,
+    checkpoint_names,
     crosses,
-    damaged_checkpoint,
+    named_checkpoint,
     read_state,
-    unreadable_shards,
 )
 from sparsify.training.resize import (
     CONVERSIONS,
-    check_convertible,
     conversion_folder,
     needs_conversion,
+    own_adam,
     universal_loading,
 )
 from sparsify.training.session import Session
+from sparsify.training.universal import load_universal
 
 logger = logging.getLogger(__name__)
 
 REFERENCE_TOKENS = 32
-HIDDEN = (".partial-*", ".step-*", CONVERSIONS)
+HIDDEN = (".partial-step-*", ".step-*.replaced-*", CONVERSIONS)
 """What no longer serves after a save: remains of a run that was killed while it saved, and what a resized run began from."""
 
 
@@ -62,9 +65,7 @@ class Keep:
     """Which checkpoints stay on the disk.
 
     Args:
-        last: How many of the newest.
         every_tokens: Besides them, the one at each multiple of so many tokens; None for no others.
-        step_tokens: Tokens of one step.
     """
 
     last: int
@@ -95,32 +96,43 @@ class Saved:
 def newest_whole(checkpoints: Path) -> Path | None:
     """The newest checkpoint that is as it was written, or None when nothing was saved yet.
 
-    Reads the whole of it. Where a damaged one is passed over, `latest` is set back, so that all ranks resume from the
-    same.
+    Reads the whole of it. Where a damaged one is passed over, or `latest` names none, `latest` is written again, so that
+    all ranks resume from the same.
 
     Raises:
-        RunError: If none is whole.
+        RunError: If there are checkpoints and none is whole.
     """
     pointer = checkpoints / LATEST
-    if not pointer.is_file():
-        return None
-    named = pointer.read_text().strip()
-    earlier = sorted((path.name for path in checkpoints.glob("step-*")), reverse=True)
+    if pointer.exists() and not pointer.is_file():
+        aside = pointer.with_name(f"{LATEST}.set-aside-{time.time_ns()}")
+        logger.warning(f"{pointer} is not a file; it is now {aside.name}.")
+        pointer.rename(aside)
+    named, names = named_checkpoint(checkpoints), checkpoint_names(checkpoints)
+    candidates = names
+    if named is not None:
+        # Later ones are of a course that was given up when `latest` was set back.
+        later = [name for name in names if name > named]
+        candidates = [named, *(name for name in names if name < named), *later]
+    elif names:
+        logger.warning(f"{pointer} names no checkpoint: looking for the newest whole one in {checkpoints}.")
     passed_over = []
-    for name in [named, *(name for name in earlier if name < named)]:
+    for name in candidates:
         path = checkpoints / name
         reason = damage(path) or _unreadable_state(path)
         if reason is None:
             for other, what in passed_over:
-                logger.warning(f"Checkpoint {other} is damaged: {what}. Continuing from {name}, the one before.")
-            if passed_over:
+                place = "the one before" if name < other else "which is later"
+                logger.warning(f"Checkpoint {other} is damaged: {what}. Continuing from {name}, {place}.")
+            if named is None:
+                logger.warning(f"Continuing from {name}, the newest whole checkpoint.")
+            if name != named:
                 write_text(pointer, name + "\n")
             return path
         passed_over.append((name, reason))
+    if not passed_over:
+        return None
     raise RunError(
-        f"No checkpoint in {checkpoints} is whole: "
-        + "; ".join(f"{name or 'latest'}: {what}" for name, what in passed_over)
-        + ".",
+        f"No checkpoint in {checkpoints} is whole: " + "; ".join(f"{name}: {what}" for name, what in passed_over) + ".",
         next_step=f"Restore one from a copy, or remove {checkpoints} to train from the beginning.",
     )
 
@@ -140,17 +152,8 @@ def save(
     keep: Keep,
     reference: dict[str, torch.Tensor],
 ) -> Saved:
-    """Saves a checkpoint; every rank calls it. `latest` moves only after all of it is on disk.
-
-    Args:
-        engine: The DeepSpeed engine.
-        state: Counters after the last finished step.
-        checkpoints: Folder of the run's checkpoints.
-        keep: Which checkpoints stay; the others are removed afterwards.
-        reference: Tensors that rank 0 stores as reference.safetensors.
-
-    Raises:
-        StorageError: If the disk is full or refuses; the checkpoint before stays the latest.
+    """Saves a checkpoint after the last finished step, with `reference` from rank 0; every rank calls it. `latest`
+    moves only after all of it is on disk: on a StorageError the checkpoint before stays the latest.
     """
     final = checkpoints / checkpoint_name(state.step)
     partial = checkpoints / f".partial-{final.name}"
@@ -231,8 +234,15 @@ def _prune(checkpoints: Path, keep: Keep, newest: str) -> None:
     earlier = [path for path in saved if path.name <= newest]
     kept = earlier[-keep.last :] + [path for path in earlier if keep.always(path)]
     hidden = (path for pattern in HIDDEN for path in checkpoints.glob(pattern))
-    for path in {*checkpoints.glob("step-*"), *hidden} - set(kept):
+    ours = (checkpoints / name for name in checkpoint_names(checkpoints) if _is_ours(checkpoints / name))
+    for path in {*ours, *hidden} - set(kept):
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_ours(checkpoint: Path) -> bool:
+    """Whether a folder with a checkpoint's name holds one, or nothing."""
+    files = {path.name for path in checkpoint.iterdir()} if checkpoint.is_dir() else set()
+    return not files or bool(files & {MANIFEST, STATE, "mp_rank_00_model_states.pt"})
 
 
 def load(engine: Engine, checkpoint: Path) -> TrainingState:
@@ -249,20 +259,23 @@ def load(engine: Engine, checkpoint: Path) -> TrainingState:
     if not needs_conversion(state.shape, now):
         _load_shards(engine, checkpoint)
         return state
-    check_convertible(checkpoint, state.shape, now)
     conversion = conversion_folder(checkpoint)
     if not conversion.is_dir():
         raise RunError(
             f"{checkpoint} was written by {state.shape}; this run has {now}, and nothing converted it.",
             next_step="Start the run with `sparsify train`.",
         )
+    if now.zero_stage == 0:
+        load_universal(engine, conversion / checkpoint.name)
+        return state
     with universal_loading(engine):
         _load_shards(engine, conversion / checkpoint.name)
     return state
 
 
 def _load_shards(engine: Engine, folder: Path) -> None:
-    with unreadable_shards(folder):
+    is_wrapped = engine.zero_optimization_stage() > 0
+    with plain_shards(folder), own_adam(engine) if is_wrapped else nullcontext():
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
     if loaded is None:
         raise damaged_checkpoint(folder, "DeepSpeed found nothing to load in it")

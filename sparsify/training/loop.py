@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from sparsify.runs.state import crosses
 from sparsify.training.checkpoints import save_session
-from sparsify.training.engine import learning_rate, set_learning_rate
+from sparsify.training.deepspeed_engine import learning_rate, set_learning_rate
 from sparsify.training.session import Session
-from sparsify.training.stability import find_bad, finish_step, remember, skip_step, spike_rule
+from sparsify.training.spikes import spike_rule
+from sparsify.training.stability import find_bad, finish_step, limited_sum, remember, skip_step
 from sparsify.training.step import accumulate, next_batch
 from sparsify.training.validation import evaluate_suite, sample, validate_session, validate_start
 
@@ -59,7 +61,8 @@ def _train_step(session: Session) -> bool:
     rate = learning_rate(recipe.optimizer, seen_tokens, recipe.num_steps * recipe.step_tokens)
     set_learning_rate(engine, rate)
     num_labels, sources = sum(batch.num_labels.values()), batch.sources
-    rule = spike_rule(recipe.stability, state.recent_losses, batch.num_labels)
+    num_sequences = Counter(sources)
+    rule = spike_rule(recipe.stability, state.recent_losses, state.recent_rises, batch.num_labels, num_sequences)
     losses = accumulate(session, batch.micro_batches, sources, num_labels, rule).tolist()
     norm, applied = finish_step(engine)
     if not applied:
@@ -71,8 +74,14 @@ def _train_step(session: Session) -> bool:
     for source, loss in zip(sources, losses, strict=True):
         sums[source] += loss
     means = {name: sums[name] / count for name, count in batch.num_labels.items() if count}
-    recent_losses = remember(recipe.stability, state, means)
-    session.state = replace(state, step=state.step + 1, seen_tokens=seen_tokens, recent_losses=recent_losses)
+    rise = 0.0 if rule is None else limited_sum(losses, sources, rule) / rule.num_labels - rule.expected
+    session.state = replace(
+        state,
+        step=state.step + 1,
+        seen_tokens=seen_tokens,
+        recent_losses=remember(recipe.stability, state.recent_losses, means),
+        recent_rises=remember(recipe.stability, state.recent_rises, rise),
+    )
     fields: dict[str, Any] = {}
     for objective in session.objectives:
         fields |= objective.after_step(sum(losses) / max(num_labels, 1))

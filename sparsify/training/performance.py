@@ -23,10 +23,6 @@ class Performance:
     """Measures of this rank's steps and what the whole run makes of them.
 
     Args:
-        model: The model that trains; only its configuration is read.
-        sequence_length: Tokens of a sequence.
-        num_devices: Ranks of the run.
-        precision: `training.precision`.
         left_tokens: Training tokens that this launch has before it.
     """
 

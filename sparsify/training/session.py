@@ -18,7 +18,7 @@ from sparsify.training.performance import Performance
 from sparsify.training.telemetry import Telemetry
 
 
-class Suite(Protocol):
+class SuiteRunner(Protocol):
     def measure(self, session: Session) -> bool:
         """Evaluates the newest checkpoint; False when a rank has to stop before that is done."""
         ...
@@ -49,7 +49,7 @@ class Session:
     performance: Performance
     tokenizer: PreTrainedTokenizerFast
     objectives: list[Objective] = field(default_factory=list)
-    suite: Suite | None = None
+    suite: SuiteRunner | None = None
     saved: TrainingState | None = None
 
     def record(self, kind: str, message: str = "", *, step: int | None = None, **fields: Any) -> None:
@@ -58,7 +58,7 @@ class Session:
         self.telemetry.record(kind, step, state.seen_tokens, message, **fields)
 
     def model_changed(self) -> None:
-        self.state = replace(self.state, recent_losses=[])
+        self.state = replace(self.state, recent_losses=[], recent_rises=[])
         self.update_methods()
 
     def update_methods(self) -> None:

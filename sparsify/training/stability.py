@@ -1,16 +1,16 @@
 """Bad steps: which they are, how to leave the weights as they were, and what to say.
 
-A step is bad when a sequence's loss or the gradient is NaN or infinite, or when its loss is a spike. Whether a loss is a spike is known
-before the last backward pass, on every rank and without waiting for the device: the loss is then multiplied by NaN, and
+A step is bad when a sequence's loss or the gradient is NaN or infinite, or when its loss is a spike (`sparsify.training.spikes`). Whether
+a loss is a spike is known before the last backward pass, on every rank and without waiting for the device: the loss is then multiplied by NaN, and
 DeepSpeed discards the step as it discards every step whose gradient norm is not finite.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from statistics import median
+from typing import TypeVar
 
 import torch
 
@@ -20,15 +20,13 @@ from sparsify.recipe.training import StabilitySection
 from sparsify.runs.state import TrainingState, latest_checkpoint
 from sparsify.training import checkpoints
 from sparsify.training.session import Session
+from sparsify.training.spikes import SpikeRule
+from sparsify.training.validation import validate_session
 
-DEVIATIONS_PER_MAD = 1.4826
-"""Standard deviations of a normal distribution in its median absolute deviation."""
-LEAST_DEVIATION = 0.01
-"""Of the median: what the losses of a source vary by at least, so that a run of equal losses makes no spikes."""
+WORSE_SHARE, WORSE_NATS = 0.25, 0.25
+"""A model is worse than at the last validation if its held-out loss has risen by this share of it and so many nats."""
 SHOWN_SEQUENCES = 8
 SHOWN_RANGES = 8
-
-Losses = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,7 @@ class BadStep:
         reason: `loss_not_finite`, `gradient_not_finite` or `spike`.
         loss: Mean cross-entropy of the labels that have a limit, in nats; None where there is none.
         limit: What that could at most be, in nats; None where there are too few steps to tell.
+        rise: How far it was above the expected loss, in nats; 0 where that is not known, None where it is not finite.
         sequences: First and last of its sequences, by their global numbers.
         suspects: Numbers of the sequences whose loss is not finite, or of those with the highest loss at a spike, by source.
     """
@@ -48,6 +47,7 @@ class BadStep:
     reason: str
     loss: float | None
     limit: float | None
+    rise: float | None
     sequences: tuple[int, int]
     suspects: dict[str, list[int]]
 
@@ -69,63 +69,9 @@ class BadStep:
         return f"step {self.step:,} is bad: {what} ({where} {named}; the step is sequences {first}–{last})"
 
 
-@dataclass(frozen=True)
-class SpikeRule:
-    """How high the loss of the next step may be.
-
-    Attributes:
-        sources: Sources that were seen often enough to have a limit.
-        limit: Highest mean loss of those sequences' labels that is no spike, in nats.
-        num_labels: Those labels.
-    """
-
-    sources: frozenset[str]
-    limit: float
-    num_labels: int
-
-
-def spike_rule(
-    settings: StabilitySection,
-    recent: Sequence[Mapping[str, float] | None],
-    num_labels: Mapping[str, int],
-) -> SpikeRule | None:
-    """What recent losses let expect of a step.
-
-    A source's limit is the median of its recent losses plus `spike_deviations` robust standard deviations of them; a step's is
-    their mean, weighted by its labels. Limits by source keep a change of the mixture's shares from looking like a spike.
-
-    Args:
-        settings: The rule's numbers.
-        recent: Losses of the sources at recent steps in nats; None for bad steps.
-        num_labels: Labels of each source in this step.
-
-    Returns:
-        None when half of the labels or more are of sources that were not seen often enough.
-    """
-    if settings.spike_deviations is None:
-        return None
-    limits: Losses = {}
-    for source, count in num_labels.items():
-        losses = [step[source] for step in recent if step is not None and source in step]
-        if count and len(losses) >= max(2, settings.recent_steps // 4):
-            middle = median(losses)
-            deviation = DEVIATIONS_PER_MAD * median(abs(loss - middle) for loss in losses)
-            deviation = max(deviation, LEAST_DEVIATION * abs(middle))
-            limits[source] = middle + settings.spike_deviations * deviation
-    limited = sum(num_labels[source] for source in limits)
-    if 2 * limited <= sum(num_labels.values()):
-        return None
-    limit = sum(num_labels[source] * limit for source, limit in limits.items()) / limited
-    return SpikeRule(frozenset(limits), limit, limited)
-
-
 def nan_if_bad(sequence_losses: torch.Tensor, sources: Sequence[str], rule: SpikeRule | None) -> torch.Tensor:
-    """A factor for the loss that stays on the device: 1 for a good step, NaN for a bad one. []
-
-    Args:
-        sequence_losses: Summed cross-entropy of each sequence of the global batch, in nats. [sequences]
-        sources: Source of each sequence.
-        rule: What the loss may be.
+    """A factor for the loss that stays on the device: 1 for a good step, NaN for a bad one, by the summed cross-entropy
+    of each sequence of the global batch in nats, [sequences]. []
     """
     good = torch.isfinite(sequence_losses).all()
     if rule is not None:
@@ -158,6 +104,11 @@ def finish_step(engine: Engine) -> tuple[float, bool]:
     return norm, False
 
 
+def limited_sum(sequence_losses: Sequence[float], sources: Sequence[str], rule: SpikeRule) -> float:
+    """Sum of the losses of the sequences that the rule is about, in nats."""
+    return sum(loss for loss, source in zip(sequence_losses, sources, strict=True) if source in rule.sources)
+
+
 def find_bad(
     step: int,
     sequence_losses: Sequence[float],
@@ -165,23 +116,15 @@ def find_bad(
     first_sequence: int,
     rule: SpikeRule | None,
 ) -> BadStep:
-    """Says what was wrong with a step that was not applied.
-
-    Args:
-        step: Its number.
-        sequence_losses: Summed cross-entropy of each sequence of the global batch, in nats.
-        sources: Source of each sequence.
-        first_sequence: Global number of the first.
-        rule: What the loss might have been.
-    """
+    """Says what was wrong with a step that was not applied, by the summed cross-entropy of each sequence in nats."""
     numbered = list(zip(sequence_losses, sources, strict=True))
     bad = [index for index, (loss, _) in enumerate(numbered) if not math.isfinite(loss)]
-    reason, mean, limit = "loss_not_finite", None, None
+    reason, mean, limit, rise = "loss_not_finite", None, None, None
     if not bad and rule is not None:
-        limited = sum(loss for loss, source in numbered if source in rule.sources)
+        limited = limited_sum(sequence_losses, sources, rule)
         mean, limit = limited / rule.num_labels, rule.limit
-        if limited > rule.limit * rule.num_labels:
-            reason = "spike"
+        if limited > limit * rule.num_labels:
+            reason, rise = "spike", mean - rule.expected
             order = sorted(range(len(numbered)), key=lambda index: -sequence_losses[index])
             bad = sorted(order[: max(1, len(order) // 8)])
     if not bad:
@@ -190,7 +133,7 @@ def find_bad(
     for index in bad:
         suspects.setdefault(sources[index], []).append(first_sequence + index)
     sequences = (first_sequence, first_sequence + len(numbered) - 1)
-    return BadStep(step, reason, mean, limit, sequences, suspects)
+    return BadStep(step, reason, mean, limit, rise, sequences, suspects)
 
 
 def skip_step(session: Session, bad: BadStep, seen_tokens: int) -> None:
@@ -220,11 +163,12 @@ def skip_step(session: Session, bad: BadStep, seen_tokens: int) -> None:
         before,
         step=bad.step,
         seen_tokens=seen_tokens,
-        recent_losses=remember(settings, before, None),
+        recent_losses=remember(settings, before.recent_losses, None),
+        recent_rises=remember(settings, before.recent_rises, bad.rise),
         skipped_sequences=with_range(before.skipped_sequences, first, last),
     )
     if num_bad(session.state) > settings.max_bad_steps:
-        raise not_recovering(settings, session.state, bad)
+        _continue_if_sound(session, bad)
     if newest is not None:
         session.record(
             "rollback",
@@ -235,9 +179,37 @@ def skip_step(session: Session, bad: BadStep, seen_tokens: int) -> None:
         checkpoints.save_session(session)  # so that a resumed run finds the same sequences skipped
 
 
-def remember(settings: StabilitySection, state: TrainingState, losses: Losses | None) -> list[Losses | None]:
-    """The recent losses with those of one more step; None for a bad one."""
-    return [*state.recent_losses, losses][-settings.recent_steps :]
+def _continue_if_sound(session: Session, bad: BadStep) -> None:
+    """After too many bad steps, tells text that became harder from a model that became worse: on held-out text.
+
+    Raises:
+        RunError: If the model became worse, or if that many losses or gradients were not finite.
+    """
+    settings, state = session.recipe.stability, session.state
+    if sum(rise is None for rise in state.recent_rises) > settings.max_bad_steps:
+        raise not_recovering(settings, state, bad)
+    before = state.held_out_loss
+    validate_session(session)
+    now = session.state.held_out_loss
+    assert now is not None
+    if before is not None and not now <= before * (1 + WORSE_SHARE) + WORSE_NATS:
+        raise not_recovering(settings, state, bad, f" The held-out loss rose from {before:.3f} to {now:.3f}.")
+    session.state = replace(session.state, recent_losses=[], recent_rises=[])
+    session.record(
+        "harder_text",
+        f"the loss stays high, and the held-out loss, {now:.3f}, has not risen with it: the text became harder, not the model "
+        "worse. Training continues on it",
+        held_out_loss=now,
+        held_out_loss_before=before,
+    )
+
+
+Remembered = TypeVar("Remembered")
+
+
+def remember(settings: StabilitySection, recent: list[Remembered], newest: Remembered) -> list[Remembered]:
+    """What is known of recent steps, with one more step."""
+    return [*recent, newest][-settings.recent_steps :]
 
 
 def num_bad(state: TrainingState) -> int:
@@ -251,13 +223,13 @@ def with_range(ranges: list[list[int]], first: int, last: int) -> list[list[int]
     return [*ranges, [first, last]]
 
 
-def not_recovering(settings: StabilitySection, state: TrainingState, bad: BadStep) -> RunError:
+def not_recovering(settings: StabilitySection, state: TrainingState, bad: BadStep, also: str = "") -> RunError:
     """The report of a run that meets one bad step after the other; `state` is the one after the newest of them."""
     ranges = state.skipped_sequences[-SHOWN_RANGES:]
     skipped = ", ".join(f"{first}–{last}" for first, last in ranges)
     return RunError(
         f"The run does not recover: {bad.sentence()}. It is bad step {num_bad(state)} of the last "
-        f"{len(state.recent_losses)}. It skipped the sequences {skipped}.",
+        f"{len(state.recent_losses)}. It skipped the sequences {skipped}.{also}",
         allowed=f"At most stability.max_bad_steps={settings.max_bad_steps} among stability.recent_steps="
         f"{settings.recent_steps}. None of them changed the weights; metrics.jsonl names the sequences of each.",
         next_step="If the same source is named repeatedly, its text is to blame: clean or remove it, and start "

@@ -14,7 +14,8 @@ from sparsify.mixture.sequences.reader import NO_LOSS, Batch
 from sparsify.runs.data import wait_for_sequences
 from sparsify.training.kernels.liger import LossHead
 from sparsify.training.session import Session
-from sparsify.training.stability import SpikeRule, nan_if_bad
+from sparsify.training.spikes import SpikeRule
+from sparsify.training.stability import nan_if_bad
 from sparsify.training.validation import sequence_losses
 
 

@@ -17,6 +17,7 @@ from sparsify.evaluation.overlap import overlaps
 from sparsify.evaluation.request import EvalRequest
 from sparsify.evaluation.results import EvaluationResults, Provenance, SourceOverlap
 from sparsify.files import storage_errors
+from sparsify.metadata import user_path
 from sparsify.mixture.lock import read_lock
 from sparsify.mixture.sequences.held_out import source_sequences
 from sparsify.mixture.sequences.shares import token_shares
@@ -63,7 +64,7 @@ def held_out_text(
         tokenizer,
         sequences_per_source=sequences_per_source,
         sequence_length=sequence_length,
-        cache_dir=Path(cache_dir).expanduser(),
+        cache_dir=user_path(cache_dir),
     )
     return HeldOut(mixture.name, sequences)
 

@@ -1,85 +1,28 @@
-"""The records of a run: metrics.jsonl, sparsity.jsonl and samples.jsonl, a progress line, and wandb where it is set.
-
-What wandb gets of a run: every number of its lines, its samples, and a picture of the zeros.
-"""
+"""The records of a run: metrics.jsonl, sparsity.jsonl and samples.jsonl, a progress line, alarms, and a tracker where it is set."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.progress import BarColumn, Progress, TextColumn
 
+from sparsify.errors import RunError
 from sparsify.files import write_text
+from sparsify.metadata import parse_json, text_lines
 from sparsify.recipe.recipe import Recipe
 from sparsify.reporting.log_lines import console
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
-from sparsify.sparsity.alarms import LayerAlarms
 from sparsify.sparsity.statistics import ActivationStatistics
-
-CELL_PIXELS = 12
-
-
-class Tracker:
-    """A wandb run; offline unless `tracking.wandb=online`."""
-
-    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        import wandb  # takes a second, which runs without it need not wait for
-
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=recipe.tracking.wandb_project,
-            name=recipe.name,
-            dir=str(run.path),
-            mode=recipe.tracking.wandb,  # pyright: ignore[reportArgumentType]  (validated by recipe.py)
-            config=asdict(recipe),
-        )
-
-    def numbers(self, record: dict[str, Any]) -> None:
-        self._run.log(dict(_numbers(record, str(record.get("kind", "sparsity")))), step=record["step"])
-
-    def samples(self, step: int, pairs: list[dict[str, str]]) -> None:
-        rows: list[Any] = [[step, pair["prompt"], pair["continuation"]] for pair in pairs]
-        table = self._wandb.Table(columns=["step", "prompt", "continuation"], data=rows)
-        self._run.log({"samples": table}, step=step)
-
-    def heat_map(self, step: int, layers: list[list[float]]) -> None:
-        caption = "share of zeros: layers from top to bottom, validations from left to right"
-        image = self._wandb.Image(heat_map(layers), caption=caption)
-        self._run.log({"sparsity/heat_map": image}, step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-def heat_map(layers: list[list[float]]) -> NDArray[np.uint8]:
-    """Share of zeros of every layer (rows) at every validation (columns) as a picture, white at 0 and dark at 1.
-
-    Returns:
-        Grey levels, with `CELL_PIXELS` a cell each way. [layers * cell, validations * cell]
-    """
-    grey = np.round(255 * (1 - np.array(layers).T)).astype(np.uint8)
-    return np.kron(grey, np.ones((CELL_PIXELS, CELL_PIXELS), np.uint8))
-
-
-def _numbers(value: Any, name: str) -> Iterator[tuple[str, float]]:
-    if isinstance(value, int | float):
-        yield name, float(value)
-    elif isinstance(value, dict | list | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, item in items:
-            yield from _numbers(item, f"{name}/{key}")
-
+from sparsify.training.tracker import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -95,16 +38,60 @@ class Validation:
     """What one validation pass found.
 
     Attributes:
-        loss: Mean of the sources' losses, weighted by their token shares. Nats per token.
-        losses: Loss of each source of the mixture, those without a share among them. Nats per token.
+        loss: Mean of the sources' losses, weighted by their token shares. Nats per token; None if nothing has a label.
+        losses: Loss of each source of the mixture, those without a share among them. Nats per token; None without a label.
         zeros: Share of exact zeros of each source.
         statistics: Which neurons fired on all these sequences.
     """
 
-    loss: float
-    losses: dict[str, float]
+    loss: float | None
+    losses: dict[str, float | None]
     zeros: dict[str, float]
     statistics: ActivationStatistics
+
+
+DEAD_ZEROS = 0.999
+"""A layer with more zeros than this adds almost nothing to the residual stream."""
+DENSIFIED_BY = 0.10
+"""Absolute drop of a layer's share of zeros below its maximum at which it counts as densifying."""
+
+
+class LayerAlarms:
+    """Checks the zeros of every layer at each measurement. An alarm is repeated only after the layer has recovered."""
+
+    def __init__(self) -> None:
+        self._highest: dict[int, float] = {}
+        self._raised: set[tuple[int, str]] = set()
+
+    def check(self, layers: Sequence[float]) -> list[str]:
+        """Checks one measurement.
+
+        Returns:
+            The new alarms, one sentence each.
+        """
+        alarms = []
+        for layer, zeros in enumerate(layers):
+            if math.isnan(zeros):
+                continue
+            highest = max(self._highest.get(layer, 0.0), zeros)
+            self._highest[layer] = highest
+            states = {
+                "dies": (
+                    zeros > DEAD_ZEROS,
+                    f"layer {layer} dies: {zeros:.2%} of its activations are zero",
+                ),
+                "densifies": (
+                    highest - zeros > DENSIFIED_BY,
+                    f"layer {layer} densifies: {zeros:.1%} zeros, down from {highest:.1%}",
+                ),
+            }
+            for state, (holds, sentence) in states.items():
+                if holds and (layer, state) not in self._raised:
+                    alarms.append(sentence)
+                    self._raised.add((layer, state))
+                elif not holds:
+                    self._raised.discard((layer, state))
+        return alarms
 
 
 class Telemetry:
@@ -176,15 +163,24 @@ class RunTelemetry(Telemetry):
         self._tracker: Tracker | None = None
         for path in (run.metrics, run.sparsity, run.samples):
             drop_lines_after(path, first_step)
+        self._note_gaps(first_step)
         for record in read_lines(run.sparsity):
             self._check_layers(record["layers"], record["label"])  # said before the interruption
         if recipe.tracking.wandb != "disabled":
             self._tracker = Tracker(recipe, run)
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=BAR_COLUMNS))
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(bar_width=BAR_COLUMNS))
             self._progress = Progress(*columns, console=console)
             self._progress.start()
             self._task = self._progress.add_task("", total=recipe.num_steps, completed=first_step)
+
+    def _note_gaps(self, first_step: int) -> None:
+        """Says in the log and in metrics.jsonl which finished steps have no line: the file was cut off or edited."""
+        for first, last in missing_steps(read_lines(self._run.metrics), first_step):
+            message = f"{self._run.metrics} has no lines of steps {first:,} to {last:,}, which are in the weights."
+            logger.warning(message)
+            fields = {"kind": "gap", "step": first_step, "tokens": first_step * self._recipe.step_tokens}
+            self._append(self._run.metrics, fields | {"first_step": first, "last_step": last})
 
     def record(self, kind: str, step: int, tokens: int, message: str = "", **fields: Any) -> None:
         line = {"kind": kind, "step": step, "tokens": tokens}
@@ -200,7 +196,8 @@ class RunTelemetry(Telemetry):
         num_labels: dict[str, int],
         **values: Any,
     ) -> None:
-        loss = sum(loss_sums.values()) / max(sum(num_labels.values()), 1)
+        labels = sum(num_labels.values())
+        loss = sum(loss_sums.values()) / labels if labels else None
         values["sources"] = {source: loss_sums[source] / count for source, count in num_labels.items() if count}
         values["source_labels"] = num_labels
         now = time.monotonic()
@@ -219,14 +216,16 @@ class RunTelemetry(Telemetry):
         where: dict[str, Any] = {"step": step, "tokens": tokens, "label": label, **fields}
         losses = {"loss": result.loss, "sources": result.losses, "zeros": self._zeros}
         losses["source_zeros"] = result.zeros
+        losses["site_zeros"] = sites = result.statistics.site_zero_shares()
         self._append(self._run.metrics, {"kind": "validation", **where, **losses})
         alarms = self._check_layers(result.statistics.layer_zero_shares(), label)
         self._append(self._run.sparsity, where | summary | {"alarms": alarms})
-        parts = "  ".join(f"{name} {loss:.3f}" for name, loss in result.losses.items())
+        parts = "  ".join(f"{name} {loss_words(loss)}" for name, loss in result.losses.items())
+        masked = "".join(f"  {site} {zeros:.1%}" for site, zeros in sites.items())
         what = label.replace("_", " ")
         for name, value in fields.items():
             what += f", {name.replace('_', ' ')} {value:.2f}"
-        logger.info(f"validation {what}: loss {result.loss:.3f}  ({parts})  zeros {self._zeros:.1%}")
+        logger.info(f"validation {what}: loss {loss_words(result.loss)}  ({parts})  zeros {self._zeros:.1%}{masked}")
         if self._tracker is not None:
             layers = [record["layers"] for record in read_lines(self._run.sparsity)]
             self._tracker.heat_map(step, layers)
@@ -258,6 +257,10 @@ class RunTelemetry(Telemetry):
             self._tracker.numbers(record)
 
 
+def loss_words(loss: float | None) -> str:
+    return "no labels" if loss is None else f"{loss:.3f}"
+
+
 def progress_line(record: dict[str, Any], budget_tokens: int, zeros: float | None) -> str:
     """A train record for people: at most 120 columns with the bar.
 
@@ -268,7 +271,7 @@ def progress_line(record: dict[str, Any], budget_tokens: int, zeros: float | Non
     """
     parts = [
         f"{record['tokens'] / budget_tokens:4.0%} of {_compact(budget_tokens)} tokens",
-        f"loss {record['loss']:.3f}",
+        f"loss {loss_words(record['loss'])}",
         "" if zeros is None else f"zeros {zeros:.1%}",
         f"{_compact(round(record['tokens_per_second']))} tokens/s",
         f"{record['flops_per_second'] / 1e9:,.0f} GFLOP/s" if record["mfu"] is None else f"MFU {record['mfu']:.1%}",
@@ -279,17 +282,32 @@ def progress_line(record: dict[str, Any], budget_tokens: int, zeros: float | Non
     return "  ".join(part for part in parts if part)
 
 
+def missing_steps(records: Iterable[dict[str, Any]], last_step: int) -> list[tuple[int, int]]:
+    """First and last of each range of steps, from 1 to `last_step`, of which neither a line nor a noted gap tells."""
+    told = np.zeros(last_step + 2, dtype=np.bool_)
+    told[[0, -1]] = True
+    for record in records:
+        first = last = record["step"]
+        if record.get("kind") == "gap":
+            first, last = record["first_step"], record["last_step"]
+        elif record.get("kind") not in ("train", "bad_step"):
+            continue
+        told[min(max(first, 0), last_step + 1) : min(last, last_step) + 1] = True
+    changes = np.flatnonzero(np.diff(told.astype(np.int8)))
+    return [(int(start) + 1, int(stop)) for start, stop in changes.reshape(-1, 2)]
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Removes the lines of a JSON-lines file that belong to later steps, and a last line that was cut off."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text_lines(path, RunError):
         try:
-            record = json.loads(line)
-        except ValueError:
+            written = parse_json(line)["step"]
+        except (ValueError, TypeError, KeyError):
             continue
-        if record["step"] < step or (record["step"] == step and step > 0):
+        if written < step or (written == step and step > 0):
             kept.append(line)
     write_text(path, "".join(line + "\n" for line in kept))
 

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch.distributed as dist
 
 from sparsify.conversion.tokenizer import load_tokenizer
-from sparsify.launch.child import StopRequest, exit_with_parent
+from sparsify.launch.child import StopRequest
 from sparsify.methods.objective import objectives_of
 from sparsify.mixture.lock import check_lock, read_lock
 from sparsify.mixture.sequences.reader import SequenceReader, held_out_sequences
@@ -20,14 +20,15 @@ from sparsify.mixture.sequences.shares import token_shares
 from sparsify.recipe.recipe import Recipe
 from sparsify.reporting.log_lines import print_log_lines
 from sparsify.runs.data import ingests_of, lock_of, open_sources, shares_of
+from sparsify.runs.manifest import gather_values
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import TrainingState, latest_checkpoint, read_state
 from sparsify.training import checkpoints
+from sparsify.training.deepspeed_engine import build_engine, init_distributed
 from sparsify.training.dry_run import dry_run
-from sparsify.training.engine import build_engine, init_distributed
 from sparsify.training.loop import train
 from sparsify.training.performance import Performance
-from sparsify.training.session import Session, Suite
+from sparsify.training.session import Session, SuiteRunner
 from sparsify.training.telemetry import RunTelemetry, Telemetry
 
 
@@ -37,7 +38,6 @@ def main(run_dir: str, suite_worker: ModuleType) -> bool:
     Returns:
         False when a stop was requested before.
     """
-    exit_with_parent()
     print_log_lines()
     stop_requested = StopRequest()
     run = RunFolder(Path(run_dir))
@@ -55,18 +55,12 @@ def main(run_dir: str, suite_worker: ModuleType) -> bool:
 def build_session(
     run: RunFolder, stop_requested: Callable[[], bool], suite_worker: ModuleType | None = None
 ) -> Session:
-    """Opens the data that the launcher prepared, builds the engine, and resumes from the newest checkpoint.
-
-    Args:
-        run: The run's folder.
-        stop_requested: Whether training is to save and stop.
-        suite_worker: Program that evaluates a checkpoint, for a recipe with a suite under ZeRO 3.
-    """
+    """Opens the data that the launcher prepared, builds the engine, and resumes from the newest checkpoint."""
     recipe = run.load_recipe()
     training = recipe.training
-    sources = open_sources(ingests_of(recipe, run))
+    sources = open_sources(ingests_of(recipe, run), verify=False)  # the launcher did; each shard is when it is opened
     check_lock(read_lock(run.mixture_lock), lock_of(recipe, sources))
-    newest = _agreed(latest_checkpoint(run.checkpoints))
+    newest = _newest_of_rank_0(run)
     anchor = None
     if newest is not None:
         saved = read_state(newest)
@@ -113,15 +107,15 @@ def build_session(
     return session
 
 
-def _suite(recipe: Recipe, run: RunFolder, worker: ModuleType | None) -> Suite | None:
+def _suite(recipe: Recipe, run: RunFolder, worker: ModuleType | None) -> SuiteRunner | None:
     if recipe.eval.suite is None:
         return None
-    from sparsify.training.suite import TrainingSuite
+    from sparsify.training.suite_runner import TrainingSuite
 
     return TrainingSuite(recipe, run, worker)
 
 
-def _agreed(newest: Path | None) -> Path | None:
-    names = [newest]
-    dist.broadcast_object_list(names)
-    return names[0]
+def _newest_of_rank_0(run: RunFolder) -> Path | None:
+    newest = latest_checkpoint(run.checkpoints)
+    name = gather_values(None if newest is None else newest.name)[0]
+    return None if name is None else run.checkpoints / name

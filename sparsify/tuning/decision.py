@@ -57,15 +57,9 @@ class MixtureChoice:
 def objective_weights(
     domains: Sequence[str], default_shares: Mapping[str, float], given: Sequence[str]
 ) -> dict[str, float]:
-    """Weight of each domain's loss in the objective, which is minimised. The weights sum to 1.
-
-    Args:
-        domains: All sources of the mixture.
-        default_shares: Token shares of the recipe's mixture: the default weights.
-        given: `DOMAIN=FACTOR`: multiplies the weight of a domain.
-
-    Raises:
-        RecipeError: If a domain is unknown, a factor is not a number, or all weights are 0.
+    """Weight of each domain's loss in the objective, which is minimised: the default shares times the given
+    `DOMAIN=FACTOR`; they sum to 1. Raises RecipeError if a domain is unknown, a factor is not a number, or all weights
+    are 0.
     """
     factors: dict[str, float] = {}
     for item in given:
@@ -149,13 +143,7 @@ NEAR_BOUND = 2e-3
 
 
 def conclude(space: Space, weights: Mapping[str, float], measured: Sequence[tuple[Proxy, Measurement]]) -> TuneRecord:
-    """Fits the regression to the trials and chooses a mixture.
-
-    Args:
-        space: The search space.
-        weights: Weight of each domain's loss; they sum to 1.
-        measured: The trials; the first is the default mixture.
-    """
+    """Fits the regression to the trials, of which the first is the default mixture, and chooses a mixture."""
     delivered = [proxy.delivered_shares for proxy, _ in measured]
     points = np.array([space.point_of(shares) for shares in delivered])
     outputs = np.array([[*(one.losses[name] for name in weights), one.zeros] for _, one in measured])

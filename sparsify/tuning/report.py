@@ -11,12 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.console import Group, RenderableType
-from rich.markup import escape
+from rich.text import Text
 
 from sparsify.files import storage_errors, write_text
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.plotting import LIGHT, WIDTH_INCHES, Theme, image, page_figure
 from sparsify.reporting.tables import Table
+from sparsify.reporting.terminal import marked
 from sparsify.tuning.record import RECORD_FILE, WEIGHTED, ShareCurve, TuneRecord
 
 MOST_COLUMNS = 6
@@ -27,7 +28,6 @@ Draw = Callable[[TuneRecord, Theme], Figure]
 
 
 def loss_against_share(record: TuneRecord, theme: Theme) -> Figure:
-    """Predicted loss of every domain against every varied share, with interval and trials."""
     names = shown_domains(record)
     curves = record.curves[:MOST_COLUMNS]
     if len(curves) == 1:
@@ -139,11 +139,6 @@ FIGURES: dict[Draw, str] = {
 
 
 def write_page(record: TuneRecord, folder: Path) -> None:
-    """Writes the record, its figures and its page.
-
-    Raises:
-        StorageError: If a file cannot be written.
-    """
     write_text(folder / RECORD_FILE, record.model_dump_json(indent=2) + "\n")
     for draw in FIGURES:
         path = folder / f"{draw.__name__}.png"
@@ -153,7 +148,6 @@ def write_page(record: TuneRecord, folder: Path) -> None:
 
 
 def render_page(record: TuneRecord) -> str:
-    """The page as HTML text with embedded figures, in a light and a dark theme."""
     captions: dict[Draw, str] = {
         loss_against_share: _share_caption(record),
         observed_against_predicted: "Each trial's loss against the prediction of the regression fitted to all other "
@@ -183,13 +177,6 @@ COLUMNS = ("domain", "weight", "token share", "loss", "error", "R²")
 
 
 def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType:
-    """Tables for the terminal: shares and predicted losses of both mixtures, the verdict, the next command.
-
-    Args:
-        record: Result of the tuning.
-        folder: Folder of its page.
-        given: Recipe name or path as the user gave it.
-    """
     table = Table(
         f"{record.recipe}: predicted after {record.trial_tokens:,} tokens, from {len(record.trials)} trials",
         COLUMNS,
@@ -219,7 +206,7 @@ def tune_summary(record: TuneRecord, folder: Path, given: str) -> RenderableType
     ]
     if record.confirmation is not None:
         parts += ["", _confirmation_table(record)]
-    parts += ["", f"[bold]{escape(record.verdict)}[/bold]", *_places(record, folder, given)]
+    parts += ["", Text(record.verdict, "bold"), *_places(record, folder, given)]
     return Group(*parts)
 
 
@@ -239,12 +226,11 @@ def _confirmation_table(record: TuneRecord) -> Table:
     return table
 
 
-def _places(record: TuneRecord, folder: Path, given: str) -> list[str]:
-    lines = [f"[bold]Page[/bold]     {escape(str(folder / PAGE_FILE))}"]
+def _places(record: TuneRecord, folder: Path, given: str) -> list[RenderableType]:
+    lines: list[RenderableType] = [marked("[bold]Page[/bold]     {}", folder / PAGE_FILE)]
     if record.mixture_file is None:
         lines.append("No mixture was written; --force writes the predicted one anyway.")
         return lines
-    mixture = escape(record.mixture_file)
-    lines.append(f"[bold]Mixture[/bold]  {mixture}")
-    lines.append(f"Next: [cyan]sparsify plan {escape(given)} mixture={mixture}[/cyan]")
+    lines.append(marked("[bold]Mixture[/bold]  {}", record.mixture_file))
+    lines.append(marked("Next: [cyan]sparsify plan {} mixture={}[/cyan]", given, record.mixture_file))
     return lines

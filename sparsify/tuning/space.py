@@ -39,7 +39,6 @@ class Part:
     """Sources that are varied together.
 
     Args:
-        name: Name of a source or a group, or OTHERS.
         low: Lower bound of the share of all tokens.
         high: Upper bound of the share of all tokens.
         members: Share of each source within the part; they sum to 1.
@@ -123,14 +122,8 @@ class Space:
 
 
 def parse_space(over: Sequence[str], mixture: MixtureSection) -> Space:
-    """Parses the values of `--over`.
-
-    Args:
-        over: `NAME` or `NAME=LOW:HIGH` each.
-        mixture: The recipe's mixture.
-
-    Raises:
-        RecipeError: If a value is invalid, values contradict each other, or nothing remains to vary.
+    """Parses the values of `--over`, `NAME` or `NAME=LOW:HIGH` each. Raises RecipeError if one is invalid, they
+    contradict each other, or nothing remains to vary.
     """
     if mixture.phases:
         raise RecipeError(

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.commands.run import check_same, train_run
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import MixtureError, RecipeError, RunError
 from sparsify.files import write_text
+from sparsify.metadata import read_record, user_path
 from sparsify.mixture.sequences.held_out import mixture_sequences
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.mixture.sequences.schedule import SourceSchedule
@@ -43,7 +44,6 @@ class Measurement(BaseModel):
     """Losses of one model, in nats per token.
 
     Attributes:
-        losses: Mean loss on each domain.
         zeros: Share of exact zeros among the neuron activations, over all domains' sequences.
         sequence_losses: Mean loss of each sequence of each domain, without sequences that have no labels.
         held_out_fingerprint: Hash of the sequences. Only measurements with equal hashes can be compared.
@@ -78,7 +78,7 @@ def held_out_halves(
         tokenizer,
         num_tokens=wanted * sequence_length,
         sequence_length=sequence_length,
-        cache_dir=Path(recipe.cache_dir).expanduser(),
+        cache_dir=user_path(recipe.cache_dir),
     ):
         sequences[sequence.source].append(sequence)
     for name, held_out in sequences.items():
@@ -95,10 +95,8 @@ def held_out_halves(
 
 @torch.no_grad()
 def measure_domains(model: SparseModel, held_out: HeldOut, micro_batch_size: int) -> Measurement:
-    """Loss of a model on every domain, and its share of exact zeros, in one pass.
-
-    Raises:
-        MixtureError: If a domain's sequences have no labels.
+    """Loss of a model on every domain, and its share of exact zeros, in one pass. Raises MixtureError if a domain's
+    sequences have no labels.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers decorates `to`)
@@ -152,14 +150,7 @@ Half = Literal["trial", "confirmation"]
 
 @dataclass(frozen=True)
 class Proxy:
-    """One proxy run.
-
-    Args:
-        title: Name of the run in messages.
-        recipe: The proxy run's recipe.
-        validation_sequences: Number of held-out sequences of each domain to evaluate on.
-        half: Which half of the held-out sequences to evaluate on.
-    """
+    """One proxy run."""
 
     title: str
     recipe: Recipe
@@ -237,13 +228,8 @@ def run_proxy(proxy: Proxy) -> Measurement:
 
 
 def _read(result: Path) -> Measurement:
-    try:
-        return Measurement.model_validate_json(result.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise RunError(
-            f"{result} cannot be read: {str(error).splitlines()[0]}.",
-            next_step=f"Remove {result.parent} and run the same command again: it repeats that trial.",
-        ) from error
+    again = f"Remove {result.parent} and run the same command again: it repeats that trial."
+    return read_record(result, Measurement, "what a trial measured", RunError, again)
 
 
 def _measure(proxy: Proxy) -> Measurement:
@@ -255,11 +241,7 @@ def _measure(proxy: Proxy) -> Measurement:
 
 
 def check_comparable(measured: Sequence[tuple[Proxy, Measurement]]) -> None:
-    """Raises if proxy runs were evaluated on different text.
-
-    Raises:
-        RunError: Lists the runs that differ from the first.
-    """
+    """Raises RunError, listing the runs that differ from the first, if proxy runs were evaluated on different text."""
     first, reference = measured[0]
     other = [
         str(proxy.run.path) for proxy, one in measured if one.held_out_fingerprint != reference.held_out_fingerprint

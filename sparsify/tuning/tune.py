@@ -1,14 +1,18 @@
-"""`sparsify mixture tune`: runs trials, fits the regression, decides, and writes the tuned mixture as YAML."""
+"""`sparsify mixture tune`: runs trials, fits the regression, decides, confirms, and writes the tuned mixture as YAML."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
+import numpy as np
 import yaml
 
 from sparsify.errors import RecipeError
@@ -18,12 +22,11 @@ from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.source import SourceSection
-from sparsify.tuning.confirmation import confirm
-from sparsify.tuning.decision import conclude, objective_weights
-from sparsify.tuning.record import TuneRecord
+from sparsify.tuning.decision import LEVEL, conclude, objective_weights
+from sparsify.tuning.record import Confirmation, TuneRecord
 from sparsify.tuning.report import write_page
 from sparsify.tuning.space import Space, parse_space
-from sparsify.tuning.trials import Proxy, check_comparable, proxy_recipe, run_proxy
+from sparsify.tuning.trials import Measurement, Proxy, check_comparable, proxy_recipe, run_proxy
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +35,7 @@ YAML = (".yaml", ".yml")
 
 
 def check_target(to: Path) -> None:
-    """Raises early if the tuned mixture must not be written to a path.
-
-    Raises:
-        RecipeError: If the path is not a YAML file, or exists and was not written by this command.
-    """
+    """Raises RecipeError if the path is not a YAML file, or exists and was not written by this command."""
     if to.suffix not in YAML:
         raise RecipeError(f"--to {to} does not end in .yaml.", allowed="The path of a mixture file to write.")
     if to.exists() and not (to.is_file() and to.read_text(errors="replace").startswith(FIRST_WORDS)):
@@ -47,14 +46,8 @@ def check_target(to: Path) -> None:
 
 
 def write_mixture(mixture: MixtureSection, shares: Mapping[str, float], to: Path, how: str, name: str) -> None:
-    """Writes a mixture with new shares. Paths in `files:` stay relative to where commands are run.
-
-    Args:
-        mixture: The mixture that was tuned.
-        shares: The new token share of each source; they sum to 1.
-        to: The file to write.
-        how: Provenance, one fact per line.
-        name: Name of the new mixture.
+    """Writes a mixture with new shares, and one line of provenance per fact. Paths in `files:` stay relative to where
+    commands are run.
     """
     sources = {
         source: {"token_share": shares[source], **_stated(section, SourceSection)}
@@ -78,15 +71,11 @@ class TuneRequest:
     """Arguments of a tuning.
 
     Args:
-        recipe: Recipe name or path.
-        overrides: Hydra overrides.
         over: The shares to vary (`sparsify.tuning.space`).
         weights: `DOMAIN=FACTOR` each, multiplies the weight of a domain.
         num_trials: Proxy runs, including that of the recipe's own mixture.
         trial_tokens: Training tokens of each proxy run.
         to: Path of the tuned mixture; default: in the folder of the tuning.
-        force: Write the tuned mixture even if it is not recommended.
-        confirm: Train default and tuned mixture again with another seed.
         confirm_tokens: Training tokens of the confirmation's runs; default: `trial_tokens`.
     """
 
@@ -104,9 +93,6 @@ class TuneRequest:
 
 def tune(request: TuneRequest) -> tuple[TuneRecord, Path]:
     """Tunes a recipe's mixture. The same command resumes an interrupted tuning.
-
-    Returns:
-        The result, and the folder with tune.json, index.html and the figures.
 
     Raises:
         UserError: If the request, the recipe or the data are invalid, or a file cannot be written.
@@ -178,3 +164,61 @@ def _proxies(recipe: Recipe, space: Space, request: TuneRequest, folder: Path) -
         )
         for number, one in enumerate(shares)
     ]
+
+
+def confirm(
+    recipe: Recipe,
+    tuned: Mapping[str, float],
+    weights: Mapping[str, float],
+    num_tokens: int,
+    folder: Path,
+) -> Confirmation:
+    """Trains both mixtures and compares them on held-out sequences that no trial was evaluated on."""
+    seed = recipe.training.seed + 1
+    # The shares are part of the folder's name, because more trials may lead to another choice.
+    key = hashlib.blake2b(json.dumps(tuned, sort_keys=True).encode(), digest_size=3).hexdigest()
+    variants = {"default": token_shares(recipe.mixture), f"tuned-{key}": tuned}
+    measured = []
+    for name, shares in variants.items():
+        place = folder / f"confirm-{num_tokens}" / name
+        proxy = Proxy(
+            f"Confirmation, {name.partition('-')[0]} mixture",
+            proxy_recipe(recipe, shares, num_tokens, place, seed),
+            recipe.eval.validation_sequences_per_source,
+            "confirmation",
+        )
+        measured.append((proxy, run_proxy(proxy)))
+    check_comparable(measured)
+    (proxy, default), (_, better) = measured
+    budget_tokens = proxy.recipe.num_steps * proxy.recipe.step_tokens
+    return compare(default, better, weights, num_tokens=budget_tokens, seed=seed)
+
+
+def compare(
+    default: Measurement,
+    tuned: Measurement,
+    weights: Mapping[str, float],
+    *,
+    num_tokens: int,
+    seed: int,
+) -> Confirmation:
+    """Compares two models sequence by sequence."""
+    before, after = (sum(weights[name] * loss for name, loss in one.losses.items()) for one in (default, tuned))
+    variance = 0.0
+    for name, weight in weights.items():
+        gaps = np.subtract(tuned.sequence_losses[name], default.sequence_losses[name])
+        # The variance of a single sequence is unknown; it is counted as 0.
+        variance += weight**2 * float(gaps.var(ddof=1)) / len(gaps) if len(gaps) > 1 else 0.0
+    limit = NormalDist().inv_cdf((1 + LEVEL) / 2)
+    return Confirmation(
+        num_tokens=num_tokens,
+        seed=seed,
+        default_losses=default.losses,
+        tuned_losses=tuned.losses,
+        default_loss=before,
+        tuned_loss=after,
+        difference=after - before,
+        half_width=limit * variance**0.5,
+        default_zeros=default.zeros,
+        tuned_zeros=tuned.zeros,
+    )

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from numpy.ctypeslib import as_array
 from torch.nn.functional import linear
 
-from sparsify.bench import decode_measure
 from sparsify.bench.decode_measure import dense_twin, make_blocks, measure_model, measure_point
 from sparsify.bench.decode_result import FfnPoint, SpeedUp, Timing, crossover
+from sparsify.bench.llamacpp import LlamaCpp
 from sparsify.cli import main
 from sparsify.conversion.convert import convert
 from sparsify.conversion.sparse_folder import load_sparse
@@ -20,17 +21,13 @@ from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection
 
 HIDDEN, NEURONS, RANK = 64, 500, 16
-
-
-@pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_measure, "OUT_OF_CACHE_BYTES", 1 << 20)
+IN_CACHE = 1 << 20
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_blocks_have_the_given_sparsity_and_bytes_are_counted_by_rows(tokens: int) -> None:
-    blocks = make_blocks(HIDDEN, NEURONS, RANK, 3, torch.bfloat16)[:2]
-    point = measure_point(blocks, 0.1, 0.3, tokens, threads=1, repeats=2)
+    blocks = make_blocks(HIDDEN, NEURONS, RANK, 3, torch.bfloat16, out_of_cache_bytes=IN_CACHE)
+    point = measure_point(blocks[:2], 0.1, 0.3, tokens, threads=1, repeats=2, out_of_cache_bytes=IN_CACHE)
     block = blocks[0]
     x = block.x[:tokens]
     gate, up = linear(x, block.gate) > 0, linear(x, block.up) > 0
@@ -50,8 +47,8 @@ def test_blocks_have_the_given_sparsity_and_bytes_are_counted_by_rows(tokens: in
 
 
 def test_only_the_kernels_read_int4_blocks() -> None:
-    blocks = make_blocks(HIDDEN, NEURONS, RANK, 2, torch.bfloat16, "int4")
-    point = measure_point(blocks[:2], 0.1, 0.3, 2, threads=1, repeats=1)
+    blocks = make_blocks(HIDDEN, NEURONS, RANK, 2, torch.bfloat16, "int4", out_of_cache_bytes=IN_CACHE)
+    point = measure_point(blocks[:2], 0.1, 0.3, 2, threads=1, repeats=1, out_of_cache_bytes=IN_CACHE)
     x, block = blocks[0].x, blocks[0]
     gate, up = (linear(x, one) > 0 for one in (block.gate, block.up))
     row = HIDDEN // 2 + 2 * HIDDEN // 32
@@ -105,9 +102,31 @@ def test_the_dense_twin_is_the_same_model_and_shares_its_memory(bundle: Path) ->
         if one.data_ptr() != other.data_ptr()
     ]
     assert all("down_proj" in name for name in shared)
-    assert not any("forward" in vars(block) for block in twin.ffn_blocks())
+    assert not any("forward" in vars(block) for block in (twin, *twin.ffn_blocks()))
     assert point.bytes_read["exact"] < point.bytes_read["torch"]
-    assert 0 < point.outside_share["exact"] < 1
+    assert point.bytes_read["dense"] == point.bytes_read["torch"]
+    assert point.parts["exact"].keys() == {"projections", "attention", "ffn", "head", "rest", "overhead"}
+    seconds = point.decode_seconds["exact"].median
+    assert sum(point.parts["exact"].values()) == pytest.approx(seconds, rel=1e-3)
+    assert point.without_llamacpp == "not requested"
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+@pytest.mark.parametrize("weights", ["stored", "int4"])
+def test_llamacpp_decodes_the_dense_model_of_the_same_weights(
+    kind: str, weights: str, stock: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp")
+    model = load_sparse(stock[kind], "swiglu")
+    ids = torch.arange(3, 30)[None]
+    engine = LlamaCpp(model, weights, 1, 64, tmp_path)
+    engine.decode(ids, 8, 2)
+    scores = torch.from_numpy(as_array(engine._engine._ctx.get_logits(), (model.config.vocab_size,)).copy())
+    engine.close()
+    with torch.no_grad():
+        expected = model(ids).logits[0, -1]
+    close = 1e-3 if weights == "stored" else 0.3
+    assert (scores - expected).abs().max() < close * expected.abs().max()
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -117,7 +136,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(end.value.code or 0)
 
 
-SMALL = ("--hidden", "64", "--neurons", "96", "--rank", "16", "--batch", "1,9", "--repeats", "2")
+SMALL = ("--hidden", "1024", "--neurons", "2048", "--dtype", "fp32", "--rank", "16", "--batch", "1,9", "--repeats", "2")
 
 
 def test_the_command_measures_a_bundle_and_draws(
@@ -147,9 +166,9 @@ def test_the_command_measures_a_bundle_and_draws(
         (("--dtype", "fp8"), "--dtype fp8"),
         (("--weights", "int3"), "--weights int3 (allowed: stored, int8, int4)"),
         (("--device", "tpu"), "--device tpu (here: cpu"),
-        (("--sparsity", "1.5"), "--sparsity outside"),
-        (("--batch", "1,x"), "--batch is '1,x'"),
-        (("--batch", "0"), "a number below 1"),
+        (("--sparsity", "1.5"), "--sparsity is '1.5'"),
+        (("--batch", "1,x"), "--batch is 'x'"),
+        (("--batch", "0"), "integers from 1 to"),
         (("--plot", "picture.pdf"), "picture.pdf is not a supported image format"),
         (("--predictors", "somewhere"), "--predictors without --bundle"),
     ],

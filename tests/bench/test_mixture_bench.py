@@ -97,7 +97,7 @@ def test_added_memory_is_that_of_the_work() -> None:
     ("options", "said"),
     [
         (["--budget-tokens", "1000"], "At least 20 sequences"),
-        (["--repeats", "0"], "--repeats is 0"),
+        (["--repeats", "0"], "--repeats is '0'"),
         (["--on", "quickstrat"], "Did you mean 'quickstart'"),
         (["--tokenizer", "no/such/folder"], "no/such/folder"),
     ],

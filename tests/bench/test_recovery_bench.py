@@ -21,7 +21,7 @@ from sparsify.bench.recovery import (
     variant_names,
 )
 from sparsify.bench.recovery_report import recovery_table, write_recovery
-from sparsify.cli.options import numbers
+from sparsify.cli.bounds import LEARNING_RATE
 from sparsify.errors import RecipeError, RunError
 from sparsify.recipe.compose import save_recipe
 from sparsify.runs.run_folder import RunFolder
@@ -125,8 +125,8 @@ def test_invalid_plans_are_refused_before_training(
         bench_recovery(plan)
     assert message in str(error.value)
     assert not caplog.records
-    with pytest.raises(RecipeError, match="Comma-separated numbers"):
-        numbers("--rates", "1e-3;1e-4", float)
+    with pytest.raises(RecipeError, match="--rates is '1e-3;1e-4'"):
+        LEARNING_RATE.parse_list("--rates", "1e-3;1e-4")
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from sparsify.bench.timing import InterleavedLoop, run_interleaved
 from sparsify.bench.training_report import TrainBench, training_table
 from sparsify.cli import main
+from tests.conftest import SPARSIFY
 
 BLOCKS, BLOCK_STEPS = 2, 2
 
@@ -22,9 +22,8 @@ def bench(recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPa
     arguments = [str(recipe_file), f"mixture={mixture_file}"]
     arguments += [f"cache_dir={tmp_path_factory.mktemp('cache')}"]
     arguments += ["--blocks", str(BLOCKS), "--block-steps", str(BLOCK_STEPS), "--json"]
-    program = "from sparsify.cli.main import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", program, "bench", "train", *arguments],
+        [*SPARSIFY, "bench", "train", *arguments],
         capture_output=True,
         text=True,
         check=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -61,6 +62,11 @@ def assert_nothing_left(place: Place) -> None:
     assert not left
 
 
+def link(place: Place, name: str, target: str) -> Path:
+    (place.root / name).symlink_to(target)
+    return place.root / name
+
+
 NORM = "model.norm.weight"
 MODELS: dict[str, tuple[Callable[[Place], object], list[str]]] = {
     "missing path": (
@@ -70,6 +76,10 @@ MODELS: dict[str, tuple[Callable[[Place], object], list[str]]] = {
     "Hub id offline": (
         lambda _: "someone/some-model",
         ["'someone/some-model'", "HF_HUB_OFFLINE=1", "Give a checkpoint folder"],
+    ),
+    "link in a circle": (
+        lambda place: link(place, "circle", "circle"),
+        ["circle is a link that leads to no file: circle", "Correct the link"],
     ),
     "bare word": (lambda _: "mistral", ["no checkpoint at mistral", "Give a checkpoint folder"]),
     "no checkpoint": (
@@ -94,7 +104,7 @@ MODELS: dict[str, tuple[Callable[[Place], object], list[str]]] = {
     ),
     "impossible config": (
         lambda place: place.checkpoint(hidden_size="wide"),
-        ["'hidden_size' expected int", "'wide'", "config.json"],
+        ["hidden_size is 'wide'", "valid integer", "config.json"],
     ),
     "broken config": (
         damage.broken_config,
@@ -305,7 +315,9 @@ def test_what_cannot_be_measured_or_exported(
 
 def test_a_run_goes_on_only_as_it_began(place: Place, refused: Any) -> None:
     run = place.root / place.run()
+    place.write("run/environment.json", '{"packages": {}}')
     place.write("run/mixture.lock.json", "{}")  # written last before training begins
+    place.write("run/metrics.jsonl", '{"kind": "train", "step": 1}\n')
     before = contents(run)
     message = refused(place.train("training.seed=7"))
     for words in ("begun with training.seed=1", "says 7", "run_dir="):
@@ -329,6 +341,20 @@ def test_a_destination_inside_a_file(verb: str, place: Place, refused: Any) -> N
     assert "is a file, not a folder" in message
     assert (place.root / "notes").read_text() == "mine"
     assert_nothing_left(place)
+
+
+@pytest.mark.parametrize("verb", WRITERS)
+def test_a_destination_that_is_a_link_to_nothing(verb: str, place: Place, refused: Any) -> None:
+    link(place, "away", "nowhere")
+    message = refused(WRITERS[verb](place, f"away/{OUT}"))
+    assert re.search(r"away is a link that leads to no file \(nowhere\)", message)
+    assert not (place.root / "nowhere").exists()
+    assert_nothing_left(place)
+
+
+def test_overrides_are_validated_with_a_recipe(place: Place, refused: Any) -> None:
+    message = refused(["recipes", "validate", str(place.recipe), f"mixture={place.mixture}", "training.seed=-1"])
+    assert "training.seed is -1" in message
 
 
 @contextlib.contextmanager

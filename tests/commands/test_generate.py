@@ -67,7 +67,13 @@ def test_blocks_are_what_a_token_reads(bundle: Path, weights: str, bits: float) 
     assert result.touched_share is not None
     of_two_experts = 2 * 3 * 64 * 32 * bits / 8 * 2
     assert result.ffn_bytes_per_token == pytest.approx(result.touched_share * of_two_experts)
-    assert (result.kept_bytes, stored.kept_bytes) == (2 * of_two_experts, 0)
+    # All four experts, the attention's projections, and the output layer, which is int8 in both.
+    attention = 2 * (2 * 32 * 32 + 2 * 32 * 16) * bits / 8
+    head = result.kept_bytes - 2 * of_two_experts - attention
+    assert head > 0
+    assert head % (32 * 8.5 / 8) == 0
+    assert stored.kept_bytes == 0
+    assert result.other_bytes_per_token < 0.5 * stored.other_bytes_per_token == 0.5 * result.dense_other_bytes_per_token
     assert result.dense_ffn_bytes_per_token == stored.dense_ffn_bytes_per_token
 
 
@@ -92,3 +98,28 @@ def test_what_cannot_be_is_refused(bundle: Path, stock: dict[str, Path]) -> None
         run(bundle, weights="int3")
     with pytest.raises(ModelError, match="swiglu makes no zeros"):
         run(stock["mistral"])
+
+
+def test_the_context_ends_a_text_and_refuses_a_longer_prompt(bundle: Path) -> None:
+    context = 128
+    long = run(bundle, num_tokens=10_000)
+    assert long.prompt_tokens + long.new_tokens <= context
+    with pytest.raises(RunError, match=r"The prompt has [\d,]+ tokens\.\nFewer than the model's context, 128"):
+        generate(
+            str(bundle),
+            PROMPT * 100,
+            **{"num_tokens": 1, "temperature": 0.0, "seed": 1, "weights": "stored", "predictors": None},
+            threads=None,
+            dense=False,
+            write=lambda _: None,
+        )
+
+
+def test_a_prompt_that_is_no_text_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparsify", "generate", "somewhere", "\udcff"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert ended.value.code == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err

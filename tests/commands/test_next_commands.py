@@ -19,12 +19,12 @@ def test_activating_the_environment_is_suggested_only_while_its_commands_are_not
     command.chmod(0o755)
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setenv("PATH", "/nowhere")
-    text = next_commands("quickstart", Path("runs/quickstart"))
+    text = next_commands("quickstart", Path("runs/quickstart")).plain
     activate = f"source {tmp_path / 'bin' / 'activate'}"
     assert text.index(activate) < text.index("sparsify train quickstart")
     assert "sparsify report runs/quickstart" in text
     monkeypatch.setenv("PATH", str(command.parent))
-    assert "source" not in next_commands("quickstart", Path("runs/quickstart"))
+    assert "source" not in next_commands("quickstart", Path("runs/quickstart")).plain
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
-    assert "source" not in next_commands("quickstart", Path("runs/quickstart"))
+    assert "source" not in next_commands("quickstart", Path("runs/quickstart")).plain

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsify.compare import Comparison, compare
+from sparsify.compare.comparison_tables import tables
 from sparsify.compare.settings import short_names
-from sparsify.compare.tables import tables
 from sparsify.errors import RunError
 from tests.compare.conftest import Runs
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from sparsify.conversion.architecture import tensor_shapes
 from sparsify.conversion.convert import convert
-from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.models import SparseMixtralForCausalLM
 from sparsify.recipe.model import ModelSection

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
+from sparsify.training.deepspeed_engine import build_engine, init_distributed, set_learning_rate
 from sparsify.training.dry_run import dry_run, largest_batch
-from sparsify.training.engine import build_engine, init_distributed, set_learning_rate
 from sparsify.training.session import Session
 from sparsify.training.stability import finish_step
 from sparsify.training.step import accumulate

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.engine import init_distributed
+from sparsify.training.deepspeed_engine import init_distributed
 from sparsify.training.loop import train
 from sparsify.training.worker import build_session
 

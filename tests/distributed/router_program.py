@@ -13,7 +13,7 @@ import torch.distributed as dist
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.engine import init_distributed
+from sparsify.training.deepspeed_engine import init_distributed
 from sparsify.training.loop import train
 from sparsify.training.worker import build_session
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import Setup
+from tests.conftest import SPARSIFY, Setup
 
 
 @pytest.mark.slow
@@ -29,8 +28,7 @@ def test_changed_text_is_refused_by_name_and_accepted_on_record(
     overrides = [f"mixture={folder / 'own.yaml'}", f"run_dir={run}", f"cache_dir={tmp_path / 'c'}"]
 
     def train(*more: str) -> subprocess.CompletedProcess[str]:
-        program = "from sparsify.cli.main import main; main()"
-        command = [sys.executable, "-c", program, "train", str(recipe_file), *overrides, *more]
+        command = [*SPARSIFY, "train", str(recipe_file), *overrides, *more]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     first = train()
@@ -40,7 +38,7 @@ def test_changed_text_is_refused_by_name_and_accepted_on_record(
     assert delivered == {"code": 1536, "prose": 768, "questions": 768}
     assert lock["accepted_changes"] == []
 
-    (run / "checkpoints" / "latest").unlink()  # go back to the beginning
+    shutil.rmtree(run / "checkpoints")  # go back to the beginning
     with (folder / "code.jsonl").open("a") as file:
         file.write("\n" + json.dumps({"text": "one more document"}))
     refused = train()

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparsify.errors import RecipeError
+from sparsify.models import SparseMixtralConfig, SparseMixtralForCausalLM
 from sparsify.recipe.compose import compose_recipe
-from sparsify.training import engine
-from sparsify.training.engine import check_machine
+from sparsify.training.deepspeed_engine import check_machine, load_model
 from sparsify.training.kernels.activation import has_compiler
 from tests.conftest import Command, Setup
 from tests.distributed.test_all_the_way import (
@@ -37,7 +38,7 @@ def test_a_stopped_compiled_run_goes_on_to_the_same_bits(
 ) -> None:
     setup = Setup(kind, 1, 1, "bf16")
     eager, _ = finished(setup)
-    compiles = ["training.compile=true", "training.gradient_checkpointing=true"]
+    compiles = ["training.compile=true", f"training.gradient_checkpointing={str(kind == 'mistral').lower()}"]
 
     def in_new_cache(name: str) -> None:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
@@ -81,7 +82,25 @@ def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(overrides: list[
         compose_recipe("quickstart", ["training.compile=true", *overrides])
 
 
+def test_a_checkpointed_mixture_of_experts_would_not_be_compiled(tmp_path: Path) -> None:
+    config = SparseMixtralConfig(
+        vocab_size=16,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        num_local_experts=2,
+        ffn_activation="drelu",
+    )
+    SparseMixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    overrides = ["training.compile=true", "training.gradient_checkpointing=true"]
+    with pytest.raises(RecipeError, match="mixture of experts"):
+        load_model(compose_recipe("quickstart", overrides), tmp_path, {})
+
+
 def test_a_machine_without_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "has_compiler", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CXX", "not-installed")
     with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
         check_machine(compose_recipe("quickstart", ["training.compile=true"]))

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from sparsify.conversion.convert import convert
 from sparsify.errors import RunError
@@ -60,13 +59,13 @@ def test_a_run_with_a_dry_run_is_bit_equal_to_one_without(tmp_path: Path, proces
         assert not differ
 
 
-def test_exhausted_memory_names_what_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("one_rank")
+def test_exhausted_memory_names_what_takes_less() -> None:
     recipe = compose_recipe("quickstart", ["engine=zero2"])
-    monkeypatch.setattr(dist, "get_rank", lambda: 1)
     with pytest.raises(RunError) as caught, out_of_memory_named(recipe):
         torch.empty(2**55)  # what PyTorch's own allocator says
     message = str(caught.value)
-    assert message.startswith("Rank 1 ran out of memory in the dry run before step 1")
+    assert message.startswith("Rank 0 ran out of memory in the dry run before step 1")
     for remedy in ("micro_batch_size=2", "gradient_checkpointing=true", "engine=zero3"):
         assert remedy in message
     with pytest.raises(RuntimeError, match="shape"), out_of_memory_named(recipe):

@@ -18,6 +18,7 @@ from sparsify.launch.hosts import placement, read_hostfile
 from sparsify.launch.launcher import launch
 from sparsify.launch.nodes import Nodes, StartedNode, free_port
 from sparsify.recipe.engine import LaunchSection
+from sparsify.runs.run_lock import RunLock
 from tests.conftest import Command, Setup
 from tests.ranks import prepare_run, records
 
@@ -58,8 +59,8 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(
     (tmp_path / "sitecustomize.py").write_text(DYING_RANK.format(deed=code))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setenv("DIED", str(tmp_path / "died"))
-    with pytest.raises(error) as raised:
-        launch(run, rank, Nodes(LaunchSection(processes=2)), lambda: None)
+    with RunLock(run.path) as lock, pytest.raises(error) as raised:
+        launch(run, rank, Nodes(LaunchSection(processes=2)), lambda: None, lock)
     assert time.time() - float((tmp_path / "died").read_text()) < MOST_SECONDS
     said = str(raised.value)
     assert said.startswith(message)
@@ -72,8 +73,9 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_error(
 
 SSH = """#!/bin/sh
 # What ssh would do, on this machine: the last argument goes to a shell.
-echo "$3" >> "{hosts}"
-exec sh -c "$4"
+[ "$3" = -- ] || exit 64
+echo "$4" >> "{hosts}"
+exec sh -c "$5"
 """
 
 
@@ -117,11 +119,12 @@ def test_two_nodes_train_what_two_processes_train(
         assert "Node 1 of 2 follows node 0" in "".join(said)
     whole = next(text for text in said if "\n{" in text)
     assert json.loads(whole[whole.index("\n{") :])["stages"]
-    kept = ("step", "loss", "sources", "gradient_norm")
-    curves = [
-        [[line[key] for key in kept] for line in records(path) if line["kind"] == "train"] for path in (run, straight)
-    ]
-    assert curves[0] == curves[1]
+    curves = [[line for line in records(path) if line["kind"] == "train"] for path in (run, straight)]
+    assert [line["step"] for line in curves[0]] == [line["step"] for line in curves[1]]
+    # Not to the bit: on some processors torch's products round by the alignment of memory.
+    for one, other in zip(*curves, strict=True):
+        for key in ("loss", "sources", "gradient_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5), (one["step"], key)
 
 
 def test_nodes_that_were_given_other_numbers_are_told(command: Command, tmp_path: Path) -> None:
@@ -155,6 +158,8 @@ def test_a_node_that_ended_without_a_word_is_named(tmp_path: Path) -> None:
         ("gpu1 slots=8\ngpu2 slots=4\n", "differ in their slots: gpu1 8, gpu2 4"),
         ("gpu1 slots=8\ngpu1 slots=8\n", "HOST slots=N"),
         ("gpu1\n", "HOST slots=N"),
+        ("gpu1 slots=1\n-oProxyCommand=touch slots=1\n", "'-oProxyCommand=touch' is not the name of a host"),
+        ("gpu1 slots=1\nme@-oProxyCommand=touch slots=1\n", "is not the name of a host"),
         ("# nothing\n", "names no host|HOST slots=N"),
     ],
 )

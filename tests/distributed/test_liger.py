@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from sparsify.recipe.recipe import Recipe
 from sparsify.training.kernels.liger_ops import installed_version
 from tests.conftest import Command, Setup
 from tests.ranks import prepare_run, records, run_ranks
+from tests.triton import interpreter_environment
 
 PROGRAM = Path(__file__).with_name("liger_program.py")
 STEPS, STEP_TOKENS = 2, 4 * 8
@@ -48,14 +50,18 @@ def figures(run: Path) -> list[tuple[float, ...]]:
 def test_liger_runs_have_the_losses_of_plain_ones_and_go_on_to_the_same_bits(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for name, value in interpreter_environment().items():
+        monkeypatch.setenv(name, value)
     alone = tmp_path / "alone"
     settings = [f"{key}={value}" for key, value in SETTINGS.items()]
     arguments = command(Setup("mixtral", 2, 1, "fp32"), alone) + settings
     said = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert said.returncode == 0, said.stdout + said.stderr
     assert f"Liger {installed_version()} computes" in said.stdout + said.stderr
-    assert "logits equal the trained model's" in said.stdout
+    # Liger's norms round differently from the exported code's: 2.7e-07 on one processor, 0 on another.
+    assert re.search(
+        r"logits (equal the trained|differ from the trained model's by \d\.\de-(0[6-9]|\d\d) )", said.stdout
+    )
     packages = json.loads((alone / "environment.json").read_text())["packages"]
     assert packages["liger-kernel"] == installed_version()
 

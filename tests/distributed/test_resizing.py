@@ -46,6 +46,12 @@ SLOW = [
     (Setup("mixtral", 3, 2, "bf16"), Setup("mixtral", 3, 1, "bf16")),
     (Setup("mixtral", 1, 1, "fp32"), Setup("mixtral", 1, 2, "fp32")),
     (Setup("mistral", 0, 2, "fp32"), Setup("mistral", 0, 1, "fp32")),
+    (Setup("mistral", 1, 1, "fp32"), Setup("mistral", 3, 2, "fp32")),
+    (Setup("mistral", 2, 2, "bf16"), Setup("mistral", 3, 2, "bf16")),
+    (Setup("mistral", 3, 1, "fp32"), Setup("mistral", 1, 1, "fp32")),
+    (Setup("mixtral", 3, 2, "bf16"), Setup("mixtral", 2, 1, "bf16")),
+    (Setup("mistral", 0, 1, "fp32"), Setup("mistral", 3, 1, "fp32")),
+    (Setup("mistral", 1, 1, "fp32"), Setup("mistral", 0, 2, "fp32")),
 ]
 
 
@@ -59,8 +65,10 @@ def test_losses_agree_with_the_uninterrupted_run(
 ) -> None:
     straight, _ = finished(before)
     run = half_way(straight, tmp_path / "run")
+    for killed in ("", ".partial"):  # while it was converted, or while it was loaded
+        (run / "checkpoints" / f".universal-step-{HALF:08d}{killed}" / "zero").mkdir(parents=True)
     said = go_on(command, now, run)
-    if before.stage:
+    if before.stage or now.stage:
         assert f"was saved by {before.processes} process(es) at ZeRO stage {before.stage}" in said
         assert f"this run has {now.processes} process(es) at ZeRO stage {now.stage}" in said
     assert losses(run)[:HALF] == losses(straight)[:HALF]
@@ -70,16 +78,3 @@ def test_losses_agree_with_the_uninterrupted_run(
     state = json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "state.json").read_text())
     assert (state["processes"], state["zero_stage"]) == (now.processes, now.stage)
     assert not list((run / "checkpoints").glob(".*")), "the conversion was left behind"
-
-
-def test_what_cannot_be_converted_is_refused_before_anything_runs(
-    command: Command, finished: Finished, tmp_path: Path
-) -> None:
-    before = Setup("mistral", 2, 2, "bf16")
-    run = half_way(finished(before)[0], tmp_path / "run")
-    asked = command(before._replace(stage=3), run)
-    result = subprocess.run(asked, capture_output=True, text=True, check=False)
-    assert result.returncode == 2, result.stdout + result.stderr
-    assert "was written by 2 process(es) at ZeRO stage 2; this run has 2 process(es)" in result.stderr
-    assert "at stage 1 or 2, with any number of processes" in result.stderr
-    assert "Set engine.zero_stage=2" in result.stderr

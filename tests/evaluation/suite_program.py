@@ -16,15 +16,12 @@ import torch.distributed as dist
 import xxhash
 
 from sparsify.commands import suite_worker
-from sparsify.evaluation import lm_adapter
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.engine import init_distributed
+from sparsify.training.deepspeed_engine import init_distributed
 from sparsify.training.loop import train
 from sparsify.training.session import Session
 from sparsify.training.worker import build_session
 from tests.training.bad_step_program import everything
-
-SMALL_CHUNKS = {"loglikelihood": 8, "loglikelihood_rolling": 1, "generate_until": 1}
 
 
 def digest(session: Session) -> str:
@@ -61,7 +58,6 @@ def journal_lines(run: RunFolder) -> list[str]:
 
 
 if __name__ == "__main__":
-    lm_adapter.CHUNK_REQUESTS.update(SMALL_CHUNKS)
     init_distributed()
     for name in sys.argv[1:]:
         hashes = main(RunFolder(Path(name)))

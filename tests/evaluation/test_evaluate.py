@@ -17,8 +17,8 @@ from sparsify.errors import EvaluationError
 from sparsify.evaluation import evaluate as evaluation
 from sparsify.evaluation.evaluate import EvalSettings, evaluate
 from sparsify.evaluation.harness import CountingHFLM
-from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import read_items, read_results
+from sparsify.evaluation.subject import Subject
 from sparsify.evaluation.suite import load_suite, suite_names
 from sparsify.evaluation.tasks import build_tasks, task_names, task_sources
 
@@ -169,27 +169,24 @@ HUB_ROWS = {
 def test_an_interrupted_evaluation_resumes(
     subject: Subject, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "sparsify.evaluation.lm_adapter.CHUNK_REQUESTS",
-        {"loglikelihood": 8, "loglikelihood_rolling": 1, "generate_until": 4},
-    )
+    settings = EvalSettings(batch_size=2)  # and with it chunks of 16 requests
     suite_file = tmp_path / "own.yaml"
     tasks = {name: {"shots": 0} for name in ("arc_easy", "piqa")}
     suite_file.write_text(yaml.safe_dump({"name": "own", "tasks": tasks}))
     suite = load_suite(str(suite_file))
     sources = task_sources(suite, data_dir)
-    whole = evaluate(subject, suite, sources, None, tmp_path / "whole", EvalSettings())
+    whole = evaluate(subject, suite, sources, None, tmp_path / "whole", settings)
     evaluated = 0
 
     def stop(task: str) -> Any:
         def at(done: int, _total: int) -> None:
-            if task == "piqa" and done >= 8:
+            if task == "piqa" and done >= 16:
                 raise KeyboardInterrupt
 
         return at
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(subject, suite, sources, None, tmp_path / "cut", EvalSettings(), on_progress=stop)
+        evaluate(subject, suite, sources, None, tmp_path / "cut", settings, on_progress=stop)
     original = CountingHFLM._loglikelihood_tokens
 
     def count(self: CountingHFLM, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -198,8 +195,8 @@ def test_an_interrupted_evaluation_resumes(
         return original(self, requests, *args, **kwargs)
 
     monkeypatch.setattr(CountingHFLM, "_loglikelihood_tokens", count)
-    rest = evaluate(subject, suite, sources, None, tmp_path / "cut", EvalSettings())
-    assert evaluated == 2 * 12 - 8
+    rest = evaluate(subject, suite, sources, None, tmp_path / "cut", settings)
+    assert evaluated == 2 * 12 - 16
     for task, again in zip(whole.tasks, rest.tasks, strict=True):
         assert again.model_dump(exclude={"seconds"}) == task.model_dump(exclude={"seconds"})
     assert not list((tmp_path / "cut" / evaluation.JOURNAL_FOLDER).iterdir())

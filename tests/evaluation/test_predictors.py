@@ -16,8 +16,8 @@ from sparsify.conversion.tokenizer import copy_tokenizer, load_tokenizer
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.evaluate import EvalSettings, evaluate
 from sparsify.evaluation.held_out_perplexity import HeldOut
-from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import EvaluationResults, read_results
+from sparsify.evaluation.subject import Subject
 from sparsify.evaluation.suite import load_suite
 from sparsify.evaluation.tasks import task_sources
 from sparsify.mixture.sequences.reader import PackedSequence, collate

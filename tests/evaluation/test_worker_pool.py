@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,10 +16,11 @@ from sparsify.errors import EvaluationError
 from sparsify.evaluation import worker_pool
 from sparsify.evaluation.evaluate import EvalSettings, evaluate
 from sparsify.evaluation.held_out_perplexity import HeldOut
-from sparsify.evaluation.model import Subject
 from sparsify.evaluation.results import EvaluationResults, read_items
+from sparsify.evaluation.subject import Subject
 from sparsify.evaluation.suite import load_suite
 from sparsify.evaluation.tasks import task_sources
+from tests.conftest import SPARSIFY
 from tests.evaluation.test_predictors import random_predictors, sequences
 
 SUITE = """name: own
@@ -34,11 +34,7 @@ prompt_tokens: 6
 
 
 @pytest.fixture
-def measure(stock: dict[str, Path], data_dir: Path, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(
-        "sparsify.evaluation.lm_adapter.CHUNK_REQUESTS",
-        {"loglikelihood": 8, "loglikelihood_rolling": 1, "generate_until": 1},
-    )
+def measure(stock: dict[str, Path], data_dir: Path, tmp_path: Path):
     suite_file = tmp_path / "own.yaml"
     suite_file.write_text(SUITE)
     suite = load_suite(str(suite_file))
@@ -53,7 +49,7 @@ def measure(stock: dict[str, Path], data_dir: Path, tmp_path: Path, monkeypatch)
             task_sources(suite, data_dir),
             HeldOut("own", sequences(3)),
             tmp_path / name,
-            EvalSettings(processes=processes),
+            EvalSettings(batch_size=2, processes=processes),  # small batches make several chunks
             **more,
         )
 
@@ -106,8 +102,7 @@ def test_ctrl_c_and_kills_leave_no_process(signalled: str, stock: dict[str, Path
     """Ctrl-C reaches all processes; `kill -9` of the first is not signalled to the others; a worker may be killed for its memory."""
     suite = tmp_path / "own.yaml"
     suite.write_text("name: own\ntasks: {python_functions: {shots: 4}}\n")
-    command = [sys.executable, "-c", "from sparsify.cli.main import main; main()"]
-    command += ["evaluate", str(stock["mistral"])]
+    command = [*SPARSIFY, "evaluate", str(stock["mistral"])]
     command += ["--suite", str(suite), "--to", str(tmp_path / "out"), "--processes", "2"]
     launched = subprocess.Popen(
         command,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ SCALARS = {
     12: "d",
 }
 TEXT, ARRAY = 8, 9
-F32, F16, Q4_0, I32_OF_POWERINFER = 0, 1, 2, 18
+F32, F16, Q4_0, Q8_0, I32_OF_POWERINFER = 0, 1, 2, 8, 18
 ALIGNMENT = 32
 
 
@@ -39,6 +40,9 @@ class File:
         heads = [self._head() for _ in range(num_tensors)]
         start = -(-self._at // ALIGNMENT) * ALIGNMENT
         self.types = {name: kind for name, kind, _, _ in heads}
+        self.num_bytes = dict(
+            zip(self.types, np.diff([*(at for *_, at in heads), len(self._data) - start]), strict=True)
+        )
         self.tensors = {name: self._read(kind, shape, start + at) for name, kind, shape, at in heads}
 
     def _scalar(self, code: str) -> Any:
@@ -71,11 +75,22 @@ class File:
             scale = blocks[:, :2].copy().view(np.float16).astype(np.float32)
             nibbles = np.concatenate([blocks[:, 2:] & 15, blocks[:, 2:] >> 4], axis=1)
             values = scale * (nibbles.astype(np.float32) - 8)
+        elif kind == Q8_0:
+            blocks = np.frombuffer(self._data, np.uint8, count // 32 * 34, at).reshape(-1, 34)
+            values = blocks[:, :2].copy().view(np.float16).astype(np.float32) * blocks[:, 2:].copy().view(np.int8)
         else:
             dtype = {F32: np.float32, F16: np.float16, I32_OF_POWERINFER: np.int32}[kind]
             values = np.frombuffer(self._data, dtype, count, at)
         wanted = np.int64 if kind == I32_OF_POWERINFER else np.float32
         return torch.from_numpy(values.reshape(shape).astype(wanted))
+
+
+def gpu_bytes_left(file: File, budget_gb: float, context: int) -> int:
+    """What the engine has left for neurons of a --vram-budget, after everything else that it moves to a GPU."""
+    keys = file.keys
+    moved = (name for name in file.types if not re.search("token_embd|ffn_(gate|up|down_t)", name))
+    values = keys["bamboo.rope.dimension_count"] * keys["bamboo.attention.head_count_kv"] * keys["bamboo.block_count"]
+    return int(budget_gb * 2**30) - sum(int(file.num_bytes[name]) for name in moved) - 2 * 2 * values * context
 
 
 @torch.no_grad()

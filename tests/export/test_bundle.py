@@ -15,13 +15,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsify.conversion.manifest import record_folder
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import ExportError
-from sparsify.export.bundle import export
+from sparsify.export.bundle import BundleSettings, export
 from sparsify.export.check import accept
+from sparsify.mixture.lock import make_lock, read_lock, write_lock
+from sparsify.mixture.tokens.chat_template import chat_template_text
+from sparsify.recipe.compose import load_mixture
 from sparsify.runs.load import find_trained, load_trained
 from tests.conftest import Setup
+from tests.mixture.conftest import ingest_of
 
 Finished = Callable[[Setup], tuple[Path, dict]]
 
@@ -57,6 +62,40 @@ def test_a_fresh_process_reproduces_the_trained_logits(trained: Path, tmp_path: 
     expected = load_trained(found)(torch.arange(3, 43)[None]).logits.double()
     assert torch.equal(torch.tensor(answer["logits"], dtype=torch.float64), expected)
     assert answer["text"].startswith("code 1:")
+
+
+BASE_MODEL = """
+import json, sys, torch
+from transformers import AutoModel, AutoModelForCausalLM
+bundle, ids = sys.argv[1], torch.arange(3, 43)[None]
+base, info = AutoModel.from_pretrained(bundle, trust_remote_code=True, output_loading_info=True)
+whole = AutoModelForCausalLM.from_pretrained(bundle, trust_remote_code=True)
+built = AutoModel.from_config(whole.config, trust_remote_code=True)
+assert not any(name.split(".")[0] == "sparsify" for name in sys.modules)
+with torch.no_grad():
+    same = torch.equal(base(ids).last_hidden_state, whole.model(ids).last_hidden_state)
+names = [type(model).__name__ for model in (base, built)]
+blocks = [[getattr(layer.mlp, "experts", layer.mlp) for layer in model.layers] for model in (base, built)]
+activations = [[block.ffn_activation.name for block in own] for own in blocks]
+print(json.dumps([same, names, activations, sorted(info["missing_keys"])]))
+"""
+
+
+def test_engines_that_build_on_the_base_model_get_its_activation(trained: Path, tmp_path: Path) -> None:
+    result = run_stranger(BASE_MODEL, trained / "export", tmp_path)
+    assert result.returncode == 0, result.stderr
+    same, names, activations, missing = json.loads(result.stdout.splitlines()[-1])
+    assert same
+    assert len(set(names)) == 1
+    assert names[0] in ("SparseMistralModel", "SparseMixtralModel")
+    assert activations == [["drelu", "drelu"]] * 2
+    assert missing == []
+
+
+def test_readers_of_older_configurations_find_their_fields(trained: Path) -> None:
+    config = json.loads((trained / "export" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
 
 
 def test_without_remote_code_it_fails_loudly(trained: Path, tmp_path: Path) -> None:
@@ -120,6 +159,46 @@ def test_generation_with_cache_and_padding_equals_plain_forwards(trained: Path) 
             logits[:, tokenizer.eos_token_id] = -torch.inf  # as min_new_tokens forbids it
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
         assert torch.equal(ids[0, -5:], together[row])
+
+
+TOKENIZER_ALONE = """
+import json, os, sys
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=False)
+chat = [{"role": "user", "content": "code 1:"}]
+print(json.dumps([tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True), os.listdir(sys.argv[2])]))
+"""
+
+
+def test_the_tokenizer_loads_without_code_with_the_template_that_trained(trained: Path, tmp_path: Path) -> None:
+    code = TOKENIZER_ALONE.replace("sys.argv[2]", repr(str(tmp_path)))
+    result = run_stranger(code, trained / "export", tmp_path)
+    assert result.returncode == 0, result.stderr
+    text, modules = json.loads(result.stdout.splitlines()[-1])
+    assert text == "<|user|>\ncode 1:<|end|>\n<|assistant|>\n"
+    assert modules == [], "the bundle's code was copied to be run"
+    assert "chat template in `chat_template.jinja`" in (trained / "export" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("setting", [None, "chatml", "{% for m in messages %}{{ m['content'] }}{% endfor %}"])
+def test_the_template_of_the_data_replaces_the_bases(
+    setting: str | None, finished: Finished, mixture_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished(Setup("mistral", 1, 2, "bf16"))[0], run)
+    (run / "initial" / "chat_template.jinja").unlink()  # a base without one
+    record_folder(run / "initial")
+    recipe = load_mixture(str(mixture_file))
+    recipe.chat_template = setting
+    tokenizer = load_tokenizer(run / "initial")
+    source = ingest_of(recipe, "questions", tokenizer, tmp_path / "cache").run()
+    lock = make_lock(
+        {"questions": source}, {"questions": 1.0}, planned_sequences={"questions": 1}, sequence_length=8, seed=0
+    )
+    kept = read_lock(run / "mixture.lock.json")
+    write_lock(kept.model_copy(update={"chat_template": lock.chat_template}), run / "mixture.lock.json")
+    export(run, tmp_path / "bundle", settings=BundleSettings(checked=False))
+    assert load_tokenizer(tmp_path / "bundle").chat_template == chat_template_text(setting, tokenizer)
 
 
 def test_an_export_never_overwrites(trained: Path) -> None:

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 
+from sparsify.cli.main import app
+from sparsify.errors import ExportError
+
 PUBLISH = """
 import sys
 from pathlib import Path
 from huggingface_hub import HfApi
 from sparsify.errors import ExportError
-from sparsify.export.hub import push_to_hub
+from sparsify.export.bundle import push_to_hub
 api = HfApi(endpoint=sys.argv[1], token="hf_test")
 for repository in sys.argv[3:]:
     try:
@@ -58,6 +61,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self) -> None:
+        if self.path == "/api/whoami-v2":
+            if self.headers["Authorization"] != "Bearer hf_test":
+                self._answer({"error": "Invalid token"}, 401)
+                return
+            self._answer({"name": "owner", "type": "user", "orgs": [{"name": "lab"}]})
+            return
         self._answer({"error": "not found"}, 404)
 
     def do_POST(self) -> None:
@@ -88,6 +97,21 @@ class Handler(BaseHTTPRequestHandler):
             self._answer({"success": True, "commitOid": "0" * 40, "commitUrl": commit})
         else:
             self._answer({"error": path}, 404)
+
+
+CHECK = """
+import sys
+from huggingface_hub import HfApi
+from sparsify.errors import ExportError
+from sparsify.export.bundle import check_repository
+for pair in sys.argv[2:]:
+    token, repository = pair.split(":")
+    try:
+        check_repository(repository, HfApi(endpoint=sys.argv[1], token=token))
+        print("possible:", repository)
+    except ExportError as error:
+        print("refused:", str(error).replace(chr(10), " "))
+"""
 
 
 @pytest.fixture
@@ -125,3 +149,20 @@ def test_a_bundle_is_published_completely_and_a_refusal_is_reported(hub: Hub, tm
     assert hub.files == {
         path.relative_to(tmp_path).as_posix(): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()
     }
+
+
+def test_where_a_bundle_cannot_be_published_is_known_before_it_is_written(hub: Hub, tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    pairs = ["hf_test:owner/mine", "hf_test:lab/mine", "hf_test:mine", "hf_test:other/mine", "hf_old:owner/mine"]
+    result = subprocess.run(
+        [sys.executable, "-c", CHECK, hub.address, *pairs], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    *possible, other, old = result.stdout.splitlines()
+    assert possible == ["possible: owner/mine", "possible: lab/mine", "possible: mine"]
+    assert "the token is of owner" in other
+    assert "hf auth login" in old
+    for repository in ("owner/two words", "owner/mine"):  # no name, and no network
+        with pytest.raises(ExportError, match="--push-to-hub owner"):
+            app(["export", "no_such_run", "--to", str(tmp_path / "out"), "--push-to-hub", repository])
+    assert not hub.created

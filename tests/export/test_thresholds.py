@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from sparsify.conversion.architecture import tensor_shapes
-from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.export.check import accept

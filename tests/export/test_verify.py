@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 from sparsify.cli.main import app
 from sparsify.commands.evaluate import EvalRequest, evaluate_model
 from sparsify.commands.reproduce import reproduce, reproduction
+from sparsify.conversion.source_checkpoint import INDEX
 from sparsify.errors import ExportError, ModelError
 from sparsify.evaluation.results import RESULTS_FILE, read_results
 from sparsify.export.bundle import BundleSettings, export
 from sparsify.export.check import Check, refuse_broken, verify
-from sparsify.export.weight_shards import INDEX_FILE, SUMS, write_sums
+from sparsify.export.weight_shards import SUMS, write_sums
 from sparsify.predictors import read_predictors, write_predictors
-from sparsify.predictors.train import Settings, train_predictors
+from sparsify.predictors.trainer import Settings, train_predictors
 from sparsify.recipe.compose import compose_recipe
 from sparsify.runs.load import find_trained, load_trained
 from tests.conftest import Setup
@@ -101,7 +102,7 @@ def broken(checks: list[Check]) -> dict[str, str]:
 
 
 def test_a_complete_bundle_passes_with_any_dtype_and_shards(bundle: Path) -> None:
-    index = json.loads((bundle / INDEX_FILE).read_text())
+    index = json.loads((bundle / INDEX).read_text())
     shards = set(index["weight_map"].values())
     assert len(shards) > 1
     tensors = load_file(bundle / min(shards))
@@ -109,6 +110,7 @@ def test_a_complete_bundle_passes_with_any_dtype_and_shards(bundle: Path) -> Non
     checks = verify(bundle)
     assert [check.name for check in checks] == [
         "hashes",
+        "code",
         "tensors",
         "logits",
         "sparsity",
@@ -165,7 +167,7 @@ def test_evaluations_of_other_weights_are_not_shown(run: Path, evaluations: list
 
 @pytest.mark.slow
 def test_an_edit_is_found_even_with_an_updated_hash(copy: Path) -> None:
-    name = json.loads((copy / INDEX_FILE).read_text())["weight_map"]["model.layers.1.mlp.down_proj.weight"]
+    name = json.loads((copy / INDEX).read_text())["weight_map"]["model.layers.1.mlp.down_proj.weight"]
     tensors = load_file(copy / name)
     tensors["model.layers.1.mlp.down_proj.weight"].neg_()
     save_file(tensors, copy / name, metadata={"format": "pt"})
@@ -195,7 +197,7 @@ def test_a_folder_without_hashes_or_records_does_not_pass(copy: Path, tmp_path: 
     (copy / "training" / "recorded.json").write_text("{}")
     found = broken(verify(copy))
     assert found["hashes"] == f"there is no {SUMS}"
-    assert "recorded.json cannot be read" in found["logits"]
+    assert "recorded.json is not what an export measured" in found["logits"]
     with pytest.raises(ExportError, match="is not a bundle"):
         verify(tmp_path)
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sparsify.conversion.source_checkpoint import INDEX
 from sparsify.errors import RunError
-from sparsify.export.weight_shards import INDEX_FILE, write_shards
+from sparsify.export.weight_shards import write_shards
 from sparsify.models import (
     SparseMistralConfig,
     SparseMistralForCausalLM,
@@ -44,7 +45,7 @@ def test_shards_load_as_the_model_that_was_written(kind: str, shard_bytes: int, 
     if shard_bytes == 10**9:
         assert files == ["model.safetensors"]
         return
-    index = json.loads((tmp_path / INDEX_FILE).read_text())
+    index = json.loads((tmp_path / INDEX).read_text())
     assert sorted(set(index["weight_map"].values())) == files
     for file in files:
         tensors = load_file(tmp_path / file).values()

@@ -6,11 +6,10 @@ import sys
 import time
 
 from sparsify.errors import MixtureError
-from sparsify.launch.child import StopRequest, exit_with_parent, run_child
+from sparsify.launch.child import StopRequest, run_child
 
 
 def main(deed: str) -> bool:
-    exit_with_parent()
     stop_requested = StopRequest()
     if deed == "mistake":
         raise MixtureError("text.jsonl is empty.", allowed="Some text.", next_step="Add text.")

@@ -46,13 +46,16 @@ def test_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
     assert message.endswith("LookupError: no such neuron")
 
 
-def test_an_error_of_an_earlier_start_is_not_reported_again(tmp_path: Path) -> None:
+def test_a_child_that_was_killed_is_named_with_the_signal_and_not_an_earlier_error(tmp_path: Path) -> None:
     start("mistake", tmp_path).wait()
     child = start("deaf", tmp_path)
     assert child.stdout.readline() == "ready\n"
     child.kill()
     assert child.poll() == -signal.SIGKILL
-    assert type(child.error()) is RuntimeError
+    error = child.error("after step 3")
+    assert type(error) is RunError
+    assert error.given == "The program was killed by SIGKILL after step 3."
+    assert "memory" in error.next_step
 
 
 def test_a_child_that_stops_in_time_is_not_killed(tmp_path: Path) -> None:

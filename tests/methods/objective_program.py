@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from sparsify.methods.objective import Objective, TrainingRun, objective
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.engine import init_distributed
+from sparsify.training.deepspeed_engine import init_distributed
 from sparsify.training.loop import train
 from sparsify.training.worker import build_session
 from tests.ranks import tokenise

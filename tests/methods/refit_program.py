@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from sparsify.methods.calibrate import Calibrator
 from sparsify.methods.live_model import full_weight
 from sparsify.methods.refits import refit, refit_sequences
+from sparsify.mixture.sequences.reader import read_sequence
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.run_folder import RunFolder
-from sparsify.training.engine import init_distributed, set_learning_rate
+from sparsify.training.deepspeed_engine import init_distributed, set_learning_rate
 from sparsify.training.loop import train
 from sparsify.training.session import Session
 from sparsify.training.worker import build_session
@@ -39,7 +40,7 @@ def main(run: RunFolder) -> Any:
         assert not train(session)
         session = build_session(run, lambda: False)
         assert session.state.step == 1
-        assert session.state.methods == {"blending": {"refits": 1}}
+        assert session.state.methods["blending"] == {"refits": 1}
     assert train(session)
     return None
 
@@ -73,7 +74,8 @@ def compare(session: Session) -> dict[str, Any]:
 
 def reference(session: Session, sequences: tuple[int, int]) -> dict[str, torch.Tensor]:
     first, count = sequences
-    chosen = [session.reader.sequence(first + index) for index in range(count)]
+    reader = session.reader
+    chosen = [read_sequence(reader.streams[name], rank)[0] for name, rank in reader.schedule.sequences_of(first, count)]
     settings = ConversionSection(calibration_tokens=1, refit_target="own")
     state = session.run.path / f"reference-{dist.get_rank()}"
     calibrator = Calibrator(session.run.initial, state, chosen, {"some": chosen[:1]}, settings)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import MixtureError, ModelError
-from sparsify.methods.calibrated_checkpoint import read_record
+from sparsify.methods.calibrated_checkpoint import read_calibration
 from sparsify.models import SiteRule, site_rules
 from tests.conftest import stock_model
 from tests.methods.conftest import Calibrate, killed_after, measured
@@ -57,7 +57,9 @@ def test_every_stage_is_what_the_whole_model_would_measure(
         for expert in layer["experts"]:
             if expert["kept_because"] is None:
                 assert expert["error_refitted"] < expert["error_before"]
-    assert read_record(found.folder)["stages"][-1]["name"] == "refit"
+    calibration = read_calibration(found.folder)
+    assert calibration is not None
+    assert calibration.stages[-1].name == "refit"
     assert not list(tmp_path.glob(".*")), "the state is removed at the end"
 
 

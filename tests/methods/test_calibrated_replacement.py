@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sparsify.methods.calibrated_replacement import LayerCalibration, SignEnergies, flip
-from sparsify.methods.histogram import Histogram
+from sparsify.methods.histogram import THRESHOLD_BINS, Histogram
 from sparsify.methods.layerwise import Expert, Inputs, Routes
 from sparsify.methods.reconstruction import Gram
 from sparsify.methods.sites import fit_block
-from sparsify.methods.thresholds import THRESHOLD_BINS, OutputNormThresholds, ThresholdSettings
+from sparsify.methods.thresholds import OutputNormThresholds, ThresholdSettings
 from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
 

@@ -12,7 +12,7 @@ from sparsify.cli.main import main
 REFUSED = {
     "--target-zeros 0.9": ["--target-zeros 0.9 would be ignored", "--calibrate-on"],
     "--calibrate-on quickstart --on quickstart": ["--on quickstart would be ignored"],
-    "--calibrate-on quickstart --target-zeros 90": ["target_zeros is 90", "such as 0.9"],
+    "--calibrate-on quickstart --target-zeros 90": ["--target-zeros is '90.0'", "numbers from 0 to 0.9999"],
     "--method percentil --target-zeros 0.5": ["conversion.method is 'percentil'", "Methods:"],
     "--method thresholds": ["thresholds needs conversion.target_zeros", "such as 0.9"],
     "--method thresholds --target-zeros 0": ["conversion.target_zeros is 0.0", "greater than 0"],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,17 @@ from sparsify.errors import RecipeError
 from sparsify.export.check import accept
 from sparsify.methods.base import method_of
 from sparsify.models import SparseModel
+from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection
+from sparsify.runs.load import load
 from sparsify.runtime import accelerate
 from sparsify.sparsity.probe import SparsityProbe
-from tests.conftest import Command, Setup
+from tests.conftest import SPARSIFY, Command, Setup
 from tests.methods.conftest import Calibrate, Calibrated, killed_after, measured
+from tests.ranks import prepare_run, records, run_ranks
 from tests.runtime.blocks import IDS, decoded_logits
 
+OBJECTIVE_PROGRAM = Path(__file__).with_name("objective_program.py")
 KINDS = ("mistral", "mixtral")
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -175,8 +181,7 @@ def test_training_keeps_the_mask_to_the_export_and_a_command_decodes_it(
     report = json.loads((run / "report" / "report.json").read_text())
     assert report["masks"] == {"inter": "layer"}
     assert report["product_zeros"] == pytest.approx(0.5, abs=0.1)
-    program = "from sparsify.cli.main import main; main()"
-    generate = [sys.executable, "-c", program, "generate", str(run / "export")]
+    generate = [*SPARSIFY, "generate", str(run / "export")]
     result = subprocess.run(
         [*generate, "code 1", "--tokens", "4", "--json"],
         capture_output=True,
@@ -186,6 +191,42 @@ def test_training_keeps_the_mask_to_the_export_and_a_command_decodes_it(
     assert result.returncode == 0, result.stdout + result.stderr
     said = json.loads(result.stdout)
     assert said["backend"] != "dense"
+
+
+def test_an_interrupted_training_under_a_mask_ends_with_the_same_bits(
+    masked: dict[tuple[str, str], Calibrated],
+    finished: Callable[[Setup], tuple[Path, dict]],
+    tmp_path: Path,
+) -> None:
+    """The dense kind on its product, fused experts on their gates; each straight through, and stopped after a sixth."""
+    whole, _ = finished(Setup("mistral", 1, 1, "fp32"))
+    starts = {"mistral": masked["mistral", "inter"].folder, "mixtral": masked["mixtral", "gate"].folder}
+    cases = [f"{kind}-{way}" for kind in starts for way in ("straight", "cut")]
+    for case in cases:
+        kind = case.partition("-")[0]
+        run = prepare_run(whole, tmp_path / case, partial(_twelve_steps, stage={"mistral": 1, "mixtral": 3}[kind]))
+        shutil.rmtree(run.initial)
+        shutil.copytree(starts[kind], run.initial)
+    run_ranks(OBJECTIVE_PROGRAM, [str(tmp_path / case) for case in cases])
+    for kind, start in starts.items():
+        straight, cut = (records(tmp_path / f"{kind}-{way}") for way in ("straight", "cut"))
+        assert [line["step"] for line in cut if line["kind"] == "checkpoint"] == [2, 12]
+        for key in ("step", "loss", "gradient_norm"):
+            assert [line[key] for line in cut if line["kind"] == "train"] == [
+                line[key] for line in straight if line["kind"] == "train"
+            ]
+        models = [load(str(tmp_path / f"{kind}-{way}")).model for way in ("straight", "cut")]
+        ours, theirs = (model.state_dict() for model in models)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        before = load_sparse(start)
+        assert not torch.equal(before.lm_head.weight, models[0].lm_head.weight)
+        assert all(map(torch.equal, thresholds_of(before), thresholds_of(models[0])))
+
+
+def _twelve_steps(recipe: Recipe, stage: int) -> None:
+    recipe.activation.ffn_activation, recipe.engine.zero_stage = "swiglu", stage
+    recipe.checkpoint.every_tokens = 1_000_000
+    recipe.training.budget_tokens = recipe.eval.every_tokens = 12 * recipe.step_tokens
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsify.mixture.tokens.encoder import Encoded
 from sparsify.mixture.tokens.ingest import Ingest
+from sparsify.mixture.tokens.pool import SIZES, IngestSizes
 from sparsify.mixture.tokens.tokenized_source import Need, TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.source import SourceSection
@@ -32,6 +33,9 @@ WORDS = [
     "copper",
 ]
 
+SMALL = IngestSizes(shard_tokens=100, batch_documents=4)
+"""Batches of four documents and shards of about a hundred tokens."""
+
 
 def story(number: int, num_words: int) -> str:
     """A document whose words `marker<number>` occur in no other document."""
@@ -50,9 +54,10 @@ def ingest_of(
     cache_dir: Path,
     train_tokens: int = 10**9,
     held_out_tokens: int = 10**9,
+    sizes: IngestSizes = SIZES,
 ) -> Ingest:
     """What to tokenise of one source; to its end unless stated otherwise."""
-    return Ingest(name, mixture, tokenizer, Need(train_tokens, held_out_tokens), cache_dir)
+    return Ingest(name, mixture, tokenizer, Need(train_tokens, held_out_tokens), cache_dir, sizes)
 
 
 def documents_of(source: TokenizedSource) -> list[Tokenized]:
@@ -126,10 +131,3 @@ def tokenized(
 ) -> dict[str, TokenizedSource]:
     """Both sources of `mixture`, completely tokenised."""
     return {name: ingest_of(mixture, name, tokenizer, tmp_path / "cache").run() for name in mixture.sources}
-
-
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of four documents and shards of about a hundred tokens."""
-    monkeypatch.setattr("sparsify.mixture.tokens.pool.BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr("sparsify.mixture.tokens.shards.SHARD_TOKENS", 100)

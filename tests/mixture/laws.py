@@ -14,6 +14,10 @@ def weighted(parts: list[int]) -> dict[str, float]:
     return {f"source{i}": part / sum(parts) for i, part in enumerate(parts)}
 
 
+def share_at(shares: Shares, source: str, sequence: int) -> float:
+    return float(shares.demand(source, sequence + 1) - shares.demand(source, sequence))
+
+
 @st.composite
 def curves(draw: st.DrawFn) -> Shares:
     """Up to five segments of constant or changing shares; sources may start and stop."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.mixture.inspection import measure_mixture, preview_sequences
+from sparsify.commands.mixture import sequence_preview
+from sparsify.mixture.inspection import PreviewSpan, SequencePreview, measure_mixture, preview_sequences
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.source import SourceSection
@@ -29,6 +32,25 @@ def test_stats_count_what_a_budget_reads(
         assert source.epochs == pytest.approx(share * 10_000 / (source.sequences * 32))
     assert stats.sources["stories"].loss_share == 1
     assert 0.3 < stats.sources["chats"].loss_share < 0.9
+
+
+def test_a_source_that_the_budget_reads_in_part_is_not_complete(
+    mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Also where the cache holds all of it, from an earlier command with a larger budget."""
+    for budget_tokens, complete in ((200, False), (10**5, True), (200, False)):
+        stats = measure_mixture(mixture, tokenizer, budget_tokens=budget_tokens, sequence_length=32, cache_dir=tmp_path)
+        assert [source.complete for source in stats.sources.values()] == [complete] * 2
+
+
+def test_a_preview_says_what_carries_no_loss_where_nothing_can_be_dim() -> None:
+    spans = [PreviewSpan("the question", False), PreviewSpan("the answer", True)]
+    sequence = SequencePreview("chats", [spans], 5, 0)
+    for styled, shown in ((False, "⟦the question⟧the answer"), (True, "the questionthe answer")):
+        out = io.StringIO()
+        Console(file=out, width=80).print(sequence_preview(sequence, styled=styled))
+        assert shown in out.getvalue()
+        assert ("⟦ ⟧: no loss" in out.getvalue()) is not styled
 
 
 def test_stats_of_a_source_agree_with_its_documents(

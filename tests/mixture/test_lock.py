@@ -72,5 +72,5 @@ def test_every_difference_is_named_with_its_old_and_new_value(lock: MixtureLock)
 def test_a_damaged_lock_is_named(tmp_path: Path) -> None:
     path = tmp_path / "mixture.lock.json"
     path.write_text("{")
-    with pytest.raises(RunError, match=r"mixture\.lock\.json cannot be read"):
+    with pytest.raises(RunError, match=r"mixture\.lock\.json is not a mixture lock: Expecting"):
         read_lock(path)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModel
 
 from sparsify.models import (
     ACTIVATIONS,
     FfnActivation,
     SparseMistralConfig,
     SparseMistralForCausalLM,
+    SparseMistralModel,
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
+    SparseMixtralModel,
 )
-from sparsify.recipe.engine import ATTENTION_IMPLEMENTATIONS
+from sparsify.recipe.engine import Attention
 from tests.conftest import SHAPE
 from tests.models.formulas import FORMULAS, T
 
@@ -122,6 +127,49 @@ def test_other_expert_backends_are_refused(backend: str) -> None:
         model(torch.zeros(1, 3, dtype=torch.long))
 
 
+class SomebodysExperts(torch.nn.Module):
+    """What inference engines put in the place of a module called `experts`."""
+
+    def forward(self, hidden_states: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+@pytest.mark.parametrize("name", ["drelu", "swiglu"])
+def test_experts_that_an_engine_replaced_are_refused_unless_they_compute_the_same(name: str) -> None:
+    config = SparseMixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, ffn_activation=name)
+    model = SparseMixtralModel(config)
+    ids = torch.arange(3, 13)[None]
+    model(ids)
+    model.layers[1].mlp.experts = SomebodysExperts()
+    if name == "swiglu":
+        model(ids)
+    else:
+        with pytest.raises(
+            ValueError, match="replaced by SomebodysExperts, which does not apply ffn_activation='drelu'"
+        ):
+            model(ids)
+
+
+@pytest.mark.parametrize(
+    ("base_class", "whole_class", "config"),
+    [
+        (SparseMistralModel, SparseMistralForCausalLM, SparseMistralConfig(**SHAPE, ffn_activation="drelu")),
+        (SparseMixtralModel, SparseMixtralForCausalLM, SparseMixtralConfig(**SHAPE, ffn_activation="drelu")),
+    ],
+)
+def test_a_base_model_computes_what_the_whole_model_does_below_its_head(
+    base_class: type, whole_class: type, config: SparseMistralConfig
+) -> None:
+    whole = whole_class(config).eval()
+    base = AutoModel.from_config(config).eval()
+    assert type(base) is base_class
+    base.load_state_dict(whole.model.state_dict())
+    ids = torch.arange(3, 43)[None]
+    recorded = [model(ids, output_hidden_states=True).hidden_states for model in (base, whole)]
+    assert all(torch.equal(one, other) for one, other in zip(*recorded, strict=True))
+    assert torch.equal(whole.lm_head(base(ids).last_hidden_state), whole(ids).logits)
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -132,7 +180,7 @@ def test_other_expert_backends_are_refused(backend: str) -> None:
     ],
     ids=["mistral", "mixtral"],
 )
-@pytest.mark.parametrize("attention", ATTENTION_IMPLEMENTATIONS)
+@pytest.mark.parametrize("attention", get_args(Attention))
 @torch.no_grad()  # flex_attention has no gradient on a CPU
 def test_no_logit_depends_on_another_document_of_the_sequence(model: torch.nn.Module, attention: str) -> None:
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsify.conversion.architecture import tensor_shapes
-from sparsify.conversion.source import read_checkpoint
+from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ModelError

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import sparsify
+from tests.conftest import SPARSIFY
 
 PACKAGE = Path(sparsify.__file__).parent
 ROW = """
@@ -55,9 +56,8 @@ def command_line(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
     table.write_text(before + ROW.lstrip("\n") + '        Activation(\n            "reglu",' + after)
 
     def run(*arguments: object) -> str:
-        program = "from sparsify.cli.main import main; main()"
         result = subprocess.run(
-            [sys.executable, "-c", program, *map(str, arguments)],
+            [*SPARSIFY, *map(str, arguments)],
             env=os.environ | {"PYTHONPATH": str(root), "COLUMNS": "200"},
             cwd=root,
             capture_output=True,
@@ -74,6 +74,7 @@ def printed(output: str) -> dict[str, Any]:
     return json.loads(output[output.index("{") :])
 
 
+@pytest.mark.slow
 def test_one_row_is_enough_for_every_command(
     command_line: CommandLine,
     stock: dict[str, Path],

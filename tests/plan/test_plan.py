@@ -22,10 +22,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparsify.errors import RecipeError, StorageError
+from sparsify.commands.plan import Assumptions, plan
+from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.errors import ModelError, RecipeError, StorageError
+from sparsify.mixture.inspection import open_mixture
 from sparsify.models import ACTIVATIONS, MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig
 from sparsify.plan import make_plan, plan_table
 from sparsify.plan.activation_memory import layer_activation_bytes
+from sparsify.plan.estimate import architecture_of
 from sparsify.plan.parameters import Architecture
 from sparsify.plan.report import draw_shares, write_chart
 from sparsify.recipe.catalogue import recipe_names
@@ -103,7 +107,7 @@ def test_a_checkpoint_on_this_machine_counts_instead_of_the_architecture(
     folder = tmp_path / "carrier" / "model"
     folder.mkdir(parents=True)
     (tmp_path / "carrier" / "__init__.py").touch()
-    fields = {**composed("quickstart_base").model.architecture, "vocab_size": 7}
+    fields = {**composed("quickstart_base").model.architecture, "vocab_size": 7, "max_position_embeddings": 4096}
     (folder / "config.json").write_text(json.dumps(fields))
     monkeypatch.syspath_prepend(tmp_path)
     recipe = deepcopy(composed("turbosparse_mistral_7b"))
@@ -121,7 +125,7 @@ def test_without_any_architecture_the_user_is_told_what_to_do() -> None:
         make_plan(recipe)
     assert "model.architecture" in str(caught.value)
     recipe.model.architecture = {"model_type": "mistral", "hidden_size": "wide"}
-    with pytest.raises(RecipeError, match="hidden_size"):
+    with pytest.raises(ModelError, match="hidden_size is 'wide'"):
         make_plan(recipe)
 
 
@@ -339,3 +343,62 @@ def test_every_token_has_a_source(budget_tokens: int, share: float, sequence: in
     assert sum(tokens) == plan.num_tokens <= budget_tokens
     assert budget_tokens - plan.num_tokens < recipe.step_tokens
     assert min(tokens) >= 0
+
+
+def test_what_cannot_be_converted_has_no_plan(tmp_path: Path) -> None:
+    config = MistralConfig(hidden_act="gelu").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    recipe = composed("quickstart", f"model.source={tmp_path}", "model.init=pretrained")
+    with pytest.raises(ModelError, match="hidden_act is 'gelu', not silu"):
+        make_plan(recipe)
+
+
+def test_thresholds_of_a_masked_source_are_in_the_plan(tmp_path: Path) -> None:
+    """As many as the model has in its buffers; none if the recipe drops the mask."""
+    sites = {"attn_in": {"rule": "threshold", "per": "layer"}, "inter": {"rule": "threshold", "per": "channel"}}
+    mask = {"method": "thresholds", "sites": sites}
+    config = SparseMistralConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=96, sparsification=mask)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        buffers = dict(MODEL_CLASSES["sparse_mistral"](config).named_buffers())
+    expected = sum(value.numel() for name, value in buffers.items() if name.endswith("threshold"))
+    assert expected > 2 * 96
+    source = [f"model.source={tmp_path}", "model.init=pretrained", "training.precision=fp32"]
+    assert make_plan(composed("quickstart", *source)).device.mask_bytes == 4 * expected
+    assert not make_plan(composed("quickstart", *source, "conversion.drop_source_mask=true")).device.mask_bytes
+
+
+def test_a_plan_warns_of_turns_that_the_chat_template_drops(
+    recipe_file: Path, stock: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where the source is in the cache: a plan itself reads no text."""
+    turns = [{"role": role, "content": f"{role} words"} for role in ("system", "user", "assistant")]
+    rows = [{"messages": [*turns[:2], {"role": "assistant", "content": f"answer {n}"}]} for n in range(40)]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    template = "{% for m in messages if m['role'] != 'system' %}[{{ m['role'] }}] {{ m['content'] }}\\n{% endfor %}"
+    source = {"files": [str(tmp_path / "chats.jsonl")], "token_share": 1.0, "group": "instruction"}
+    source["messages_column"] = "messages"
+    mixture = {"name": "chats", "chat_template": template, "sources": {"chats": source}}
+    (tmp_path / "chats.yaml").write_text(json.dumps(mixture))
+    overrides = [f"mixture={tmp_path / 'chats.yaml'}", f"cache_dir={tmp_path / 'cache'}"]
+    recipe = compose_recipe(str(recipe_file), overrides)
+    open_mixture(
+        recipe.mixture,
+        load_tokenizer(stock["mistral"]),
+        train_tokens={"chats": 10**6},
+        sequence_length=recipe.training.sequence_length,
+        cache_dir=tmp_path / "cache",
+    )
+    plan(str(recipe_file), overrides, Assumptions(hardware="1xh100-80gb"))
+    assert "chats: 40 rows, turns that the chat template drops: 40 system" in caplog.text
+
+
+def test_a_plan_fills_in_what_a_llama_config_does_not_say(tmp_path: Path) -> None:
+    # Of a Mistral, these would be 8 key-value heads and a context of 131,072.
+    fields = {"model_type": "llama", "vocab_size": 2048, "hidden_size": 32, "num_attention_heads": 4}
+    fields |= {"intermediate_size": 64, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    source = f"model.source={tmp_path}"
+    assert architecture_of(compose_recipe("quickstart", [source])).num_key_value_heads == 4
+    with pytest.raises(RecipeError, match=r"sequence_length is 4096.*\n.*2048"):
+        architecture_of(compose_recipe("quickstart", [source, "training.sequence_length=4096"]))

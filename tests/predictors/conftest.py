@@ -26,11 +26,11 @@ SHAPE = {
 Batch = dict[str, torch.Tensor]
 
 
-def sparse_model(kind: str, activation: str = "drelu") -> SparseModel:
+def sparse_model(kind: str, activation: str = "drelu", **more: Any) -> SparseModel:
     torch.manual_seed(0)
     model: SparseModel
     if kind == "mistral":
-        model = SparseMistralForCausalLM(SparseMistralConfig(**SHAPE, ffn_activation=activation))
+        model = SparseMistralForCausalLM(SparseMistralConfig(**SHAPE | more, ffn_activation=activation))
     else:
         config = SparseMixtralConfig(**SHAPE, ffn_activation=activation, num_local_experts=4, num_experts_per_tok=2)
         model = SparseMixtralForCausalLM(config)

@@ -14,13 +14,16 @@ from sparsify.cli import main
 from sparsify.commands.predictors import evaluate, train
 from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
+from sparsify.errors import ExportError
 from sparsify.models import SparseModel
 from sparsify.predictors import BlockPredictor, Predictors, read_predictors, write_predictors
+from sparsify.predictors.engines import as_held
+from sparsify.predictors.format import PredictorInput
 from sparsify.predictors.quality import evaluate_predictors
 from sparsify.predictors.schema import PredictorEvaluation
-from sparsify.predictors.train import Settings, train_predictors
+from sparsify.predictors.trainer import Settings, train_predictors
 from tests.conftest import TOKENIZER, stock_model
-from tests.predictors.conftest import random_batches
+from tests.predictors.conftest import random_batches, sparse_model
 
 BATCHES = random_batches(3, seed=4)
 
@@ -37,13 +40,18 @@ def _labels_that_the_model_expects(mistral: SparseModel) -> None:
 def predictors(
     request: pytest.FixtureRequest, mistral: SparseModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Predictors:
-    settings = Settings(request.param, wanted_recall=0.95, budget_share=0.5, ranks=(12,), passes=4)
-    state = tmp_path_factory.mktemp("train") / "state"
+    return trained(mistral, request.param, tmp_path_factory.mktemp("train") / "state")
+
+
+def trained(model: SparseModel, kind: PredictorInput, state: Path) -> Predictors:
+    settings = Settings(kind, wanted_recall=0.95, budget_share=0.5, ranks=(12,), passes=4)
     train_on, validation = random_batches(40, seed=2), random_batches(4, seed=3)
-    return train_predictors(mistral, train_on, validation, settings, text="random", state_path=state)
+    return train_predictors(model, train_on, validation, settings, text="random", state_path=state)
 
 
-def evaluate_at(model: SparseModel, predictors: Predictors, limit: float, *thresholds: float) -> PredictorEvaluation:
+def evaluate_at(
+    model: SparseModel, predictors: Predictors, limit: float, *thresholds: float, engine: str = "sparsify"
+) -> PredictorEvaluation:
     return evaluate_predictors(
         model,
         predictors,
@@ -53,6 +61,7 @@ def evaluate_at(model: SparseModel, predictors: Predictors, limit: float, *thres
         text="random",
         max_loss_rise=limit,
         thresholds=thresholds,
+        engine=engine,
     )
 
 
@@ -70,9 +79,11 @@ def by_hand(model: SparseModel, predictors: Predictors, threshold: float) -> tup
             A, B = predictors.blocks[index, 0]
             z = normed if predictors.facts.input == "normed" else residual
             on = torch.relu(z @ A.T) @ B.T > threshold
-            h = torch.relu(layer.mlp.gate_proj(normed)) * torch.relu(layer.mlp.up_proj(normed))
-            fired_sum += int((h != 0).sum())
-            hit_sum += int(((h != 0) & on).sum())
+            gate, up = layer.mlp.gate_proj(normed), layer.mlp.up_proj(normed)
+            h = torch.relu(gate) * torch.relu(up)
+            fires = layer.mlp.ffn_activation(gate, up) != 0
+            fired_sum += int(fires.sum())
+            hit_sum += int((fires & on).sum())
             x = residual + layer.mlp.down_proj(h * on)
         logits = model.lm_head(model.model.norm(x)).flatten(0, 1)
         loss += float(nn.functional.cross_entropy(logits, batch["labels"].flatten(), reduction="sum").double())
@@ -86,6 +97,61 @@ def test_a_point_is_what_the_masked_blocks_give(mistral: SparseModel, predictors
         (point,) = evaluate_at(mistral, predictors, 1.0, threshold).points
         assert point.loss == pytest.approx(loss, rel=1e-5)
         assert point.recall == pytest.approx(recall, abs=1e-4)
+
+
+SITES = {"inter": {"per": "channel"}, "gate": {"per": "layer"}}
+
+
+@pytest.fixture(scope="module", params=["inter", "gate"])
+def thresholded(request: pytest.FixtureRequest) -> SparseModel:
+    """A model whose stored thresholds remove a third of the neurons that would fire."""
+    stored = {"method": "thresholds", "sites": {request.param: SITES[request.param]}}
+    model = sparse_model("mistral", sparsification=stored)
+    for block in model.ffn_blocks():
+        mask = block.ffn_activation if request.param == "inter" else block.ffn_activation.gate_mask
+        mask.threshold.fill_(0.4 if request.param == "inter" else 0.5)
+    return model
+
+
+def test_an_engine_without_thresholds_is_measured_without_them(thresholded: SparseModel, tmp_path: Path) -> None:
+    predictors = as_held(trained(thresholded, "residual", tmp_path / "state"), thresholded, "powerinfer")
+    loss, recall = by_hand(thresholded, predictors, 0.0)
+    evaluation = evaluate_at(thresholded, predictors, 10.0, 0.0, engine="powerinfer")
+    own = evaluate_at(thresholded, predictors, 10.0, 0.0)
+    (point,), (own_point,) = evaluation.points, own.points
+    assert point.loss == pytest.approx(loss, rel=1e-5)
+    assert point.recall == pytest.approx(recall, abs=1e-4), "of the neurons that fire in the model as trained"
+    assert abs(own_point.loss - loss) > 1e-4, "the thresholds do nothing, so nothing was tested"
+    assert evaluation.references[0].loss == own.references[0].loss, "the model as trained keeps its thresholds"
+    assert point.loss_rise == pytest.approx(loss - own.references[0].loss, abs=1e-5)
+    assert (evaluation.dropped_thresholds, own.dropped_thresholds) == (True, False)
+    assert "without the thresholds that the model stores" in evaluation.verdict
+    assert evaluate_at(thresholded, predictors, 10.0, 0.0) == own, "the thresholds are back"
+
+
+def test_predictors_need_not_beat_a_kernel_that_the_engine_does_not_have(
+    mistral: SparseModel, predictors: Predictors
+) -> None:
+    """Between gate first and dense, a threshold saves bytes in PowerInfer and none here."""
+    own = evaluate_at(mistral, predictors, 10.0, 0.0)
+    gate_first = own.references[1].ffn_bytes
+    padded = {
+        block: BlockPredictor(torch.cat([A] * 3), torch.cat([B] * 3, dim=1) / 3)
+        for block, (A, B) in predictors.blocks.items()
+    }
+    large = predictors._replace(blocks=padded)
+    own, theirs = (evaluate_at(mistral, large, 10.0, 0.0, engine=engine) for engine in ("sparsify", "powerinfer"))
+    assert gate_first < theirs.points[0].ffn_bytes < 1
+    assert "gate first reads" in own.points[0].refusal
+    assert (own.chosen, theirs.chosen) == (None, 0.0)
+    assert not any("gate first" in cost.name for cost in theirs.references)
+    everything = evaluate_at(
+        mistral, predictors, 10.0, *([] if predictors.facts.input == "normed" else [-1e9]), engine="powerinfer"
+    )
+    if predictors.facts.input == "residual":
+        assert "switch everything on" in everything.verdict
+    else:
+        assert [point.threshold for point in everything.points] == [0.0], "folding is exact at 0 alone"
 
 
 def test_the_cheapest_threshold_within_the_limit_is_chosen(mistral: SparseModel, predictors: Predictors) -> None:
@@ -142,14 +208,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_the_verbs_write_predictors_with_the_chosen_threshold(folder: Path) -> None:
+def test_the_verbs_write_predictors_with_the_chosen_threshold(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     model, text, to = str(folder / "model"), str(folder / "text.txt"), folder / "predictors"
     settings = Settings(wanted_recall=0.9, budget_share=0.3, ranks=(8,), passes=3)
-    train(model, text, 4096, to, settings, lambda _: None)
+    with caplog.at_level("INFO", logger="sparsify"):
+        train(model, text, 4096, to, settings, lambda _: None)
+    first, training = [record.getMessage() for record in caplog.records][:2]
+    assert "PowerInfer does not support this model" in first
+    assert "intermediate_size is" in first
+    assert "Training predictors" in training, "the warning comes before the training"
     assert sorted(path.name for path in folder.glob(".*")) == []
-    evaluation, page = evaluate(model, to, text, 512, 0.5, [], lambda _: None)
+    assert "were not evaluated" in read_predictors(to).facts.open_question("sparsify")
+    evaluation, page = evaluate(model, to, text, 512, 0.5, [], "sparsify", lambda _: None)
     assert evaluation.chosen is not None
-    assert read_predictors(to).facts.threshold == evaluation.chosen
+    facts = read_predictors(to).facts
+    assert (facts.threshold, facts.evaluations["sparsify"].threshold) == (evaluation.chosen, evaluation.chosen)
+    assert not facts.open_question("sparsify")
     assert {path.name for path in page.iterdir()} == {
         "evaluation.json",
         "evaluation.csv",
@@ -162,11 +236,14 @@ def test_the_verbs_write_predictors_with_the_chosen_threshold(folder: Path) -> N
 
 
 def test_the_command_ends_with_2_where_no_threshold_may_be_chosen(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    test_the_verbs_write_predictors_with_the_chosen_threshold(folder)
-    before = (folder / "predictors" / "predictors.json").read_bytes()
-    options = ["--on", str(folder / "text.txt"), "--tokens", "256", "--threshold", "-1e9"]
+    test_the_verbs_write_predictors_with_the_chosen_threshold(folder, caplog)
+    before = read_predictors(folder / "predictors").facts
+    options = ["--on", str(folder / "text.txt"), "--tokens", "256", "--threshold", "-1e6"]
     command = [
         "predictors",
         "evaluate",
@@ -179,7 +256,14 @@ def test_the_command_ends_with_2_where_no_threshold_may_be_chosen(
         main.main()
     assert end.value.code == 2
     assert "switch everything on" in capsys.readouterr().err
-    assert (folder / "predictors" / "predictors.json").read_bytes() == before
+    facts = read_predictors(folder / "predictors").facts
+    assert (facts.threshold, facts.threshold_reason) == (before.threshold, before.threshold_reason)
+    assert "refused every threshold: These predictors switch everything on" in facts.open_question("sparsify")
+
+
+def test_a_model_that_the_engine_does_not_hold_is_refused_before_the_evaluation(folder: Path) -> None:
+    with pytest.raises(ExportError, match="intermediate_size is"):
+        evaluate(str(folder / "model"), folder / "none", None, 512, 0.5, [], "powerinfer", lambda _: None)
 
 
 def test_written_predictors_come_back(predictors: Predictors, tmp_path: Path) -> None:

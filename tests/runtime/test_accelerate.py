@@ -74,11 +74,10 @@ def test_generate_is_unchanged(kind: str, options: dict, load: Callable) -> None
 STRANGER = """
 import sys, torch
 from transformers import AutoModelForCausalLM
-from sparsify.predictors import read_predictors, write_predictors
-from sparsify.predictors.format import PredictorInput
+# Before this package is imported: it registers its own classes, which transformers then prefers to the bundle's.
+models = [AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval() for folder in sys.argv[1:]]
 from sparsify.runtime import accelerate
-for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+for model in models:
     assert type(model).__module__.startswith("transformers_modules")
     options = {"max_new_tokens": 9, "min_new_tokens": 9, "do_sample": False, "pad_token_id": 2}
     expected = model.generate(torch.arange(3, 15)[None], **options)

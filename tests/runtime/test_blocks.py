@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import ModelError
 from sparsify.runtime import accelerate, quantise
-from sparsify.runtime.quantised import BlockFormat
+from sparsify.runtime.quantised import BlockFormat, rounded_states
 from tests.runtime.test_accelerate import decoded_logits, generate
 
 BITS = {"int8": 8.5, "int4": 4.5}
@@ -79,23 +79,33 @@ def load(stock: dict[str, Path]) -> Callable[[str], Any]:
     return lambda kind: load_sparse(stock[kind], "drelu")
 
 
+def round_input(_module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (rounded_states(arguments[0]).to(arguments[0]), *arguments[1:])
+
+
 @torch.no_grad()
 def rounded(model: Any, format: BlockFormat) -> Any:
-    """The model with weights that are what their blocks stand for."""
+    """The model with weights that are what their blocks stand for, and with the states that these are multiplied with."""
     model = copy.deepcopy(model)
 
-    def of(weight: torch.Tensor) -> torch.Tensor:
+    def of(weight: torch.Tensor, format: BlockFormat = format) -> torch.Tensor:
         return quantise(weight, format).dequantised(dtype=weight.dtype)
 
+    linears = [getattr(layer.self_attn, f"{one}_proj") for layer in model.model.layers for one in "qkvo"]
     for block in model.ffn_blocks():
         if hasattr(block, "gate_up_proj"):
             for gate_up, down in zip(block.gate_up_proj, block.down_proj, strict=True):
                 gate_up.copy_(of(gate_up))
                 down.copy_(of(down.T).T)
+            block.register_forward_pre_hook(round_input)
         else:
-            for part in (block.gate_proj, block.up_proj):
-                part.weight.copy_(of(part.weight))
+            linears += [block.gate_proj, block.up_proj]
             block.down_proj.weight.copy_(of(block.down_proj.weight.T).T)
+    for linear in linears:
+        linear.weight.copy_(of(linear.weight))
+    model.lm_head.weight.copy_(of(model.lm_head.weight, "int8"))
+    for linear in (*linears, model.lm_head):
+        linear.register_forward_pre_hook(round_input)
     return model
 
 
@@ -116,8 +126,11 @@ def test_decoding_is_that_of_the_rounded_weights(kind: str, format: BlockFormat,
     for reads in acceleration.reads:
         assert reads.rows.down < reads.rows.up < reads.rows.gate == reads.offered
         assert reads.bytes_read == reads.rows.total * model.config.hidden_size * BITS[format] / 8
-    ffn = sum(p.numel() for block in model.ffn_blocks() for p in block.parameters())
-    assert acceleration.kept_bytes == ffn * BITS[format] / 8
+    head = model.lm_head.weight.numel()
+    small = model.model.embed_tokens.weight.numel() + sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
+    small += sum(p.numel() for n, p in model.named_parameters() if n.endswith("mlp.gate.weight"))
+    rest = sum(p.numel() for p in model.parameters()) - head - small
+    assert acceleration.kept_bytes == (rest * BITS[format] + head * BITS["int8"]) / 8
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
@@ -189,3 +202,46 @@ def test_blocks_elsewhere_than_on_a_cpu_are_refused(load: Callable) -> None:
         accelerate(moved, weights="int4")
     with pytest.raises(ModelError, match="'fp8'"):
         accelerate(load("mistral"), weights="fp8")
+
+
+@kinds
+@formats
+def test_blocks_alone_give_the_same_and_hold_the_weights_once(kind: str, format: BlockFormat, load: Callable) -> None:
+    model, beside = load(kind), load(kind)
+    reference = rounded(model, format)
+    accelerate(model, weights=format, keep_weights=False)
+    accelerate(beside, weights=format)
+    same_logits(model, reference)
+    assert torch.equal(decoded_logits(model), decoded_logits(beside))
+    ids = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-4, atol=1e-5)
+    left = [name for name, parameter in model.named_parameters() if parameter.device.type != "meta"]
+    assert all("norm" in name or "embed_tokens" in name or name.endswith("mlp.gate.weight") for name in left)
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(decoded_logits(twin), decoded_logits(model), rtol=0, atol=1e-5)
+
+
+def test_blocks_alone_can_be_neither_saved_nor_undone(load: Callable, tmp_path: Path) -> None:
+    model = load("mistral")
+    acceleration = accelerate(model, weights="int8", keep_weights=False)
+    for attempt in (
+        acceleration.remove,
+        lambda: accelerate(model),
+        lambda: model.save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(ModelError, match="holds its weights in blocks alone"):
+            attempt()
+    assert not (tmp_path / "saved").exists()
+
+
+def test_rounded_states_keep_what_is_not_finite_in_its_block() -> None:
+    x = torch.randn(2, 70)
+    x[0, 40], x[1, 69] = torch.inf, torch.nan
+    rounded_x = rounded_states(x)
+    assert rounded_x[0, 32:64].isnan().all()
+    assert rounded_x[1, 64:].isnan().all()
+    assert rounded_x.isnan().sum() == 32 + 6
+    clean = rounded_states(torch.randn(3, 64))
+    torch.testing.assert_close(rounded_states(clean), clean)
+    assert torch.equal(rounded_states(torch.zeros(1, 40)), torch.zeros(1, 40))

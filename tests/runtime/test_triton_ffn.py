@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="no Triton
 
 
 @needs_triton
-@pytest.mark.parametrize("examples", ["8", pytest.param("200", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", ["8", pytest.param("100", marks=pytest.mark.slow)])
 def test_kernels_do_what_they_must(examples: str) -> None:
     """On the GPU, or in Triton's interpreter."""
     run_checks(CHECKS, TRITON_EXAMPLES=examples)

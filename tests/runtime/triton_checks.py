@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.conversion.sparse_folder import load_sparse
-from sparsify.runtime import FfnWeights, Predictor, RowsRead, accelerate, sparse_ffn, triton_ffn
+from sparsify.runtime import FfnWeights, Predictor, RowsRead, accelerate, sparse_ffn
 from sparsify.runtime.ffn import Routing, sparse_experts
 from tests.predictors.untrained import random_predictors
 from tests.runtime.blocks import (
@@ -35,26 +34,7 @@ from tests.runtime.blocks import (
     with_thresholds,
 )
 
-HARDWARE_BLOCKS = dict(triton_ffn.BLOCKS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _large_blocks() -> Iterator[None]:
-    """The interpreter takes its time for each program, however large its blocks are."""
-    usual = triton_ffn.BLOCKS
-    if DEVICE == "cpu":
-        triton_ffn.BLOCKS = dict.fromkeys(usual, (32, 128))
-    yield
-    triton_ffn.BLOCKS = usual
-
-
-@pytest.mark.parametrize("tokens", [1, 8])
-def test_blocks_that_a_gpu_uses(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_ffn, "BLOCKS", HARDWARE_BLOCKS)
-    x, weights = block(tokens, 600, 20, on=0.3)
-    weights = dataclasses.replace(weights, predictor=clear_of_ties(x, predictor(weights, 9)))
-    assert difference(computed(x, weights)[0], x, weights, DRELU) < TOLERANCES[torch.float32]
 
 
 def moved(weights: FfnWeights) -> FfnWeights:
@@ -212,7 +192,8 @@ def test_experts_equal_the_sum_of_single_ones(tokens: int, slots: int, with_pred
 @pytest.mark.parametrize(("kind", "with_predictors"), [("mistral", False), ("mixtral", True)])
 def test_models_say_what_they_said(kind: str, with_predictors: bool, stock: dict[str, Path]) -> None:
     model = load_sparse(stock[kind], "drelu", torch.float32).to(DEVICE)
-    ids = torch.arange(3, 6, device=DEVICE)[None].repeat(2, 1)
+    rows = 1 if kind == "mixtral" else 2  # the interpreter takes its time for each expert
+    ids = torch.arange(3, 6, device=DEVICE)[None].repeat(rows, 1)
     expected, config = decoded_logits(model, ids), model.config
     predictors = None
     if with_predictors:  # they want all

@@ -91,10 +91,8 @@ def test_counts_do_not_depend_on_batches_or_order(build_model: BuildModel, input
     whole = observe(model, [(tokens, POSITIONS)])
     rows = [(tokens[i : i + 1], POSITIONS[i : i + 1]) for i in (2, 0, 1)]
     single = observe(model, rows)
-    merged = observe(model, rows[:1]).merge(observe(model, rows[1:]))
     for name, count in vars(whole).items():
         assert torch.equal(count, getattr(single, name)), name
-        assert torch.equal(count, getattr(merged, name)), name
 
 
 @settings(deadline=None, max_examples=30)

@@ -131,12 +131,14 @@ def test_mixtral_runs_eagerly_only_while_probed(build_model: BuildModel, input_i
 def test_the_probe_does_not_change_the_model(build_model: BuildModel, input_ids: torch.Tensor, kind: str) -> None:
     model = build_model(kind)
     model.config._experts_implementation = "eager"
+    hooks = [hooks for one in model.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks)]
+    before = [list(one.values()) for one in hooks]
     expected = model(input_ids).logits
     with SparsityProbe(model) as probe:
         assert torch.equal(model(input_ids).logits, expected)
     model(input_ids)
     assert int(probe.statistics().num_tokens) == input_ids.numel()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [list(one.values()) for one in hooks] == before
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])

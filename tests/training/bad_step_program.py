@@ -18,22 +18,22 @@ import torch.distributed as dist
 from sparsify.errors import RunError
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import latest_checkpoint
-from sparsify.training.engine import init_distributed
+from sparsify.training.deepspeed_engine import init_distributed
 from sparsify.training.loop import train
 from sparsify.training.session import Session
 from sparsify.training.worker import build_session
 
 
 class Poison:
-    """Spoils the output of the last norm, or its gradient, at the given steps."""
+    """Spoils the output of the last norm, or its gradient, at the given steps; in evaluation too where it says so."""
 
-    def __init__(self, session: Session, kinds: dict[int, str]) -> None:
-        self.session, self.kinds = session, kinds
+    def __init__(self, session: Session, kinds: dict[int, str], *, evaluation: bool = False) -> None:
+        self.session, self.kinds, self.evaluation = session, kinds, evaluation
         session.engine.module.model.norm.register_forward_hook(self)
 
     def __call__(self, module: torch.nn.Module, _: object, output: torch.Tensor) -> torch.Tensor:
         kind = self.kinds.get(self.session.state.step + 1)
-        if kind is None or dist.get_rank() == 0 or not module.training:
+        if kind is None or not (dist.get_rank() == 1 if module.training else self.evaluation):
             return output
         if kind == "gradient":
             output.register_hook(lambda gradient: gradient * float("nan"))
@@ -86,7 +86,9 @@ def main(folder: Path) -> dict[str, Any]:
         kinds = {5: "nan"}
     if "never" in folder.name:
         kinds = dict.fromkeys(range(3, 9), "nan")
-    Poison(session, kinds)
+    if "harder" in folder.name or "worse" in folder.name:
+        kinds = dict.fromkeys(range(4, 10), "spike")
+    Poison(session, kinds, evaluation="worse" in folder.name)
     found: dict[str, Any] = {}
     if "skip" not in folder.name:
         try:

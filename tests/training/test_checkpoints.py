@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparsify.conversion.manifest import MANIFEST, damage
 from sparsify.errors import RunError
-from sparsify.runs.manifest import MANIFEST, damage
-from sparsify.runs.state import TrainingState, crosses
+from sparsify.runs.state import TrainingState, crosses, latest_checkpoint
 from sparsify.training.checkpoints import Keep, newest_whole, save
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
@@ -28,14 +29,6 @@ class Engine:
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         (Path(folder) / tag / SHARD).write_bytes(tag.encode() * 1000)
         (Path(folder) / tag / "mp_rank_00_model_states.pt").write_bytes(b"weights" * 1000)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -69,7 +62,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "one bit flipped": (flip_a_bit, f"the content of {SHARD} is not what was written"),
     "a shard gone": (Path.unlink, f"{SHARD} is missing"),
     "no manifest": (lambda shard: (shard.parent / MANIFEST).unlink(), f"{MANIFEST} is missing"),
-    "half a manifest": (lambda shard: cut_off(shard.parent / MANIFEST), f"{MANIFEST} cannot be"),
+    "half a manifest": (lambda shard: cut_off(shard.parent / MANIFEST), f"{MANIFEST} is not"),
 }
 
 
@@ -101,6 +94,49 @@ def test_no_whole_checkpoint_at_all_is_an_error_that_names_each(saved: Path) -> 
     message = str(error.value)
     assert all(f"step-{step:08d}: {SHARD} has" in message for step in (2, 4, 6))
     assert f"remove {saved} to train from the beginning" in message
+
+
+NO_LATEST: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda latest: latest.write_text(""),
+    "garbage": lambda latest: latest.write_bytes(b"\xff\xfe"),
+    "a folder": lambda latest: (latest.unlink(), latest.mkdir(), (latest / "own.txt").write_text("mine")),
+    "a name of none": lambda latest: latest.write_text("initial\n"),
+}
+
+
+@pytest.mark.parametrize("what", NO_LATEST)
+def test_without_latest_the_newest_whole_checkpoint_is_used_and_said(
+    what: str, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    NO_LATEST[what](saved / "latest")
+    flip_a_bit(saved / "step-00000006" / SHARD)
+    assert latest_checkpoint(saved) == saved / "step-00000006"
+    assert newest_whole(saved) == saved / "step-00000004"
+    assert (saved / "latest").read_text() == "step-00000004\n"
+    assert "Continuing from step-00000004, the newest whole checkpoint." in caplog.messages
+    assert what != "a folder" or [path.read_text() for path in saved.glob("latest.*/own.txt")] == ["mine"]
+
+
+def test_checkpoints_without_latest_and_none_whole_are_an_error(saved: Path) -> None:
+    (saved / "latest").unlink()
+    for step in (2, 4, 6):
+        cut_off(saved / f"step-{step:08d}" / SHARD)
+    with pytest.raises(RunError, match=f"step-00000002: {SHARD} has"):
+        newest_whole(saved)
+
+
+def test_a_checkpoint_that_is_not_there_is_passed_over_for_any_that_is(saved: Path) -> None:
+    (saved / "latest").write_text("step-00000001\n")
+    assert newest_whole(saved) == saved / "step-00000006"
+
+
+def test_folders_of_others_stay(saved: Path) -> None:
+    for name in ("step-5000", "step-00000003", "step-best"):
+        (saved / name).mkdir()
+        (saved / name / "model.bin").write_text("mine")
+    save_steps(saved, [8], Keep(1, None, 10))
+    assert names(saved) == ["latest", "step-00000003", "step-00000008", "step-5000", "step-best"]
 
 
 def test_the_manifest_holds_every_file_with_its_size(saved: Path) -> None:

@@ -14,7 +14,7 @@ from sparsify.errors import RunError
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.training import OptimizerSection
 from sparsify.runs.state import latest_checkpoint
-from sparsify.training.engine import deepspeed_config, learning_rate, load_model
+from sparsify.training.deepspeed_engine import deepspeed_config, learning_rate, load_model
 from sparsify.training.telemetry import drop_lines_after
 from sparsify.training.validation import sequence_losses
 

@@ -12,7 +12,8 @@ from sparsify.plan.cost import training_flops_per_token
 from sparsify.plan.hardware import GPUS, known_gpu
 from sparsify.plan.parameters import Architecture, count_parameters
 from sparsify.training.performance import Performance
-from sparsify.training.telemetry import heat_map, progress_line
+from sparsify.training.telemetry import progress_line
+from sparsify.training.tracker import heat_map
 from tests.conftest import stock_model
 
 SEQUENCE_TOKENS = 64

@@ -15,7 +15,6 @@ from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ActivationSection
-from sparsify.tuning.confirmation import compare
 from sparsify.tuning.trials import (
     Measurement,
     Proxy,
@@ -24,6 +23,7 @@ from sparsify.tuning.trials import (
     measure_domains,
     proxy_recipe,
 )
+from sparsify.tuning.tune import compare
 
 SHARES = {"code": 0.7, "prose": 0.3, "questions": 0.0}
 

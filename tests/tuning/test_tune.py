@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from sparsify.errors import RecipeError
 from sparsify.recipe.compose import load_mixture
 from sparsify.tuning.record import TuneRecord
 from sparsify.tuning.tune import FIRST_WORDS, TuneRequest, check_target, tune, write_mixture
+from tests.conftest import SPARSIFY
 
 INSTRUCTION_SHARE = "mixture.instruction_token_share=0:0.6"
 START_SECONDS = 240
@@ -81,9 +81,8 @@ def test_mistakes_are_refused_before_any_trial(
 @pytest.fixture(scope="module")
 def arguments(recipe_file: Path, mixture_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     root = tmp_path_factory.mktemp("tune")
-    program = "from sparsify.cli.main import main; main()"
     return [
-        *(sys.executable, "-c", program, "mixture", "tune", str(recipe_file)),
+        *(*SPARSIFY, "mixture", "tune", str(recipe_file)),
         *(f"mixture={mixture_file}", f"run_dir={root / 'run'}", f"cache_dir={root / 'cache'}"),
         *("--over", INSTRUCTION_SHARE, "--trial-tokens", "1024", "--force", "--json"),
     ]

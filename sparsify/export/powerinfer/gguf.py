@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from gguf import GGUFWriter, quants
-from numpy.typing import NDArray
 
-from sparsify.errors import ExportError
+from sparsify.export.gguf_tensors import Entry, Get, interleaved, write_tensors
 from sparsify.export.powerinfer.vocabulary import Vocabulary
 from sparsify.models import SparseMistralForCausalLM
 from sparsify.predictors import BlockPredictor
 
 MAGIC = b"PWRI"
+NO_TOKEN = 2**32 - 1
+"""The engine reads it as -1."""
 ARCHITECTURE = "bamboo"
 FILE_TYPES = {"f16": 1, "q4_0": 2}
-TYPES = {"f16": Type.F16, "q4_0": Type.Q4_0}
-LARGEST_F16 = 65504.0
-
-Get = Callable[[], torch.Tensor]
+TYPES = {"f16": Type.F16, "q4_0": Type.Q4_0, "q8_0": Type.Q8_0}
+BYTES_PER_VALUE = {"f16": 2.0, "q4_0": 18 / 32}
+FFN_NAMES, PREDICTOR_NAMES = ("ffn_gate", "ffn_up", "ffn_down_t"), ("fc1", "fc2")
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,46 @@ class Facts:
     """Metadata of a file.
 
     Attributes:
-        name: Name of the model.
-        ffn_type: Type of gate, up and down, `f16` or `q4_0`. Other matrices are F16, one-dimensional tensors F32.
-        context_tokens: Maximum context.
+        ffn_type: Type of gate, up and down, `f16` or `q4_0`.
+        rest_type: Type of attention, embedding and head, a key of TYPES. Predictors are F16, one-dimensional tensors F32.
         threshold: A neuron is computed if its score reaches this.
         bos, eos, unk: Token ids; None if the tokenizer has no such token.
     """
 
     name: str
     ffn_type: str
+    rest_type: str
     context_tokens: int
     threshold: float
     bos: int | None
     eos: int | None
     unk: int | None
+
+
+@dataclass
+class Sizes:
+    """Bytes of a file's tensors: feed-forward weights, predictors, embedding, and the rest (attention, head and norms)."""
+
+    ffn: int = 0
+    predictors: int = 0
+    embedding: int = 0
+    rest: int = 0
+
+    @property
+    def on_gpu(self) -> int:
+        """What the engine moves to a GPU before any neuron."""
+        return self.predictors + self.rest
+
+    def add(self, name: str, num_bytes: int) -> None:
+        part = name.removesuffix(".weight").rpartition(".")[2]
+        if part in FFN_NAMES:
+            self.ffn += num_bytes
+        elif part in PREDICTOR_NAMES:
+            self.predictors += num_bytes
+        elif part == "token_embd":
+            self.embedding += num_bytes
+        else:
+            self.rest += num_bytes
 
 
 def write_gguf(
@@ -54,39 +80,20 @@ def write_gguf(
     predictors: list[BlockPredictor],
     vocabulary: Vocabulary,
     facts: Facts,
-) -> None:
-    """Writes the file, one tensor at a time.
-
-    Args:
-        path: The file.
-        model: The model.
-        predictors: Predictors of every layer, for the residual.
-        vocabulary: A token for every row of the embedding.
-        facts: Metadata of the file.
-
-    Raises:
-        ExportError: If a weight is too large for F16.
-    """
+) -> Sizes:
+    """Writes the file, one tensor at a time. Raises ExportError if a weight is too large for F16."""
     writer = GGUFWriter(path, ARCHITECTURE)
     _add_facts(writer, model, vocabulary, facts)
-    tensors = [*_tensors(model, predictors, TYPES[facts.ffn_type])]
-    for name, kind, get in tensors:
-        shape = tuple(get().shape)
-        if kind == Type.Q4_0:
-            shape = quants.quant_shape_to_byte_shape(shape, kind)
-            writer.add_tensor_info(name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
-        else:
-            dtype = np.dtype(np.float32 if kind == Type.F32 else np.float16)
-            writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, kind, get in tensors:
-        writer.write_tensor_data(_encoded(name, kind, get()))
-    writer.close()
+    tensors = _tensors(model, predictors, TYPES[facts.ffn_type], TYPES[facts.rest_type])
+    entries = [Entry(name, kind, tuple(get().shape), [get]) for name, kind, get in tensors]
+    write_tensors(writer, entries)
     # Only these four bytes tell the engine that the file is sparse and not a dense file of the same architecture.
     with path.open("r+b") as file:
         file.write(MAGIC)
+    sizes = Sizes()
+    for name, kind, shape, _ in entries:
+        sizes.add(name, math.prod(quants.quant_shape_to_byte_shape(shape, kind)))
+    return sizes
 
 
 def _add_facts(writer: GGUFWriter, model: SparseMistralForCausalLM, vocabulary: Vocabulary, facts: Facts) -> None:
@@ -103,17 +110,20 @@ def _add_facts(writer: GGUFWriter, model: SparseMistralForCausalLM, vocabulary: 
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope_theta(model))
     writer.add_float32("powerinfer.sparse_threshold", facts.threshold)
-    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_model(vocabulary.model)
     writer.add_token_list(vocabulary.texts)
-    writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
+    if vocabulary.scores:
+        writer.add_token_scores(vocabulary.scores)
+    if vocabulary.merges:
+        writer.add_token_merges(vocabulary.merges)
     for add, number in (
         (writer.add_bos_token_id, facts.bos),
         (writer.add_eos_token_id, facts.eos),
         (writer.add_unk_token_id, facts.unk),
     ):
-        if number is not None:
-            add(number)
+        # The engine's defaults are tokens of Llama or of Falcon.
+        add(NO_TOKEN if number is None else number)
 
 
 def rope_theta(model: SparseMistralForCausalLM) -> float:
@@ -123,7 +133,7 @@ def rope_theta(model: SparseMistralForCausalLM) -> float:
 
 
 def _tensors(
-    model: SparseMistralForCausalLM, predictors: list[BlockPredictor], ffn: Type
+    model: SparseMistralForCausalLM, predictors: list[BlockPredictor], ffn: Type, rest: Type
 ) -> Iterator[tuple[str, Type, Get]]:
     """Name, type and values of every tensor, in the order of the file."""
     config, decoder = model.config, model.model
@@ -132,10 +142,10 @@ def _tensors(
     def weight(name: str) -> Get:
         return lambda: weights[name].detach()
 
-    yield "token_embd.weight", Type.F16, weight("model.embed_tokens.weight")
+    yield "token_embd.weight", rest, weight("model.embed_tokens.weight")
     yield "output_norm.weight", Type.F32, weight("model.norm.weight")
     # The engine does not support tied heads, so a tied head is written as a copy.
-    yield "output.weight", Type.F16, weight("lm_head.weight")
+    yield "output.weight", rest, weight("lm_head.weight")
     for index in range(len(decoder.layers)):
         theirs, ours = f"blk.{index}", f"model.layers.{index}"
         yield f"{theirs}.attn_norm.weight", Type.F32, weight(f"{ours}.input_layernorm.weight")
@@ -146,9 +156,9 @@ def _tensors(
         )
         for name, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
             get = weight(f"{ours}.self_attn.{name}_proj.weight")
-            yield f"{theirs}.attn_{name}.weight", Type.F16, _interleaved(get, heads)
-        yield f"{theirs}.attn_v.weight", Type.F16, weight(f"{ours}.self_attn.v_proj.weight")
-        yield f"{theirs}.attn_output.weight", Type.F16, weight(f"{ours}.self_attn.o_proj.weight")
+            yield f"{theirs}.attn_{name}.weight", rest, interleaved(get, heads)
+        yield f"{theirs}.attn_v.weight", rest, weight(f"{ours}.self_attn.v_proj.weight")
+        yield f"{theirs}.attn_output.weight", rest, weight(f"{ours}.self_attn.o_proj.weight")
         yield f"{theirs}.ffn_gate.weight", ffn, weight(f"{ours}.mlp.gate_proj.weight")
         yield f"{theirs}.ffn_up.weight", ffn, weight(f"{ours}.mlp.up_proj.weight")
         yield (
@@ -167,20 +177,3 @@ def _value(tensor: torch.Tensor) -> Get:
 
 def _transposed(get: Get) -> Get:
     return lambda: get().T
-
-
-def _interleaved(get: Get, heads: int) -> Get:
-    """Reorders rows to ggml's rotary pairs (0, 1), (2, 3), … from (0, half), (1, half + 1), …"""
-
-    def permuted() -> torch.Tensor:
-        rows = get()
-        return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
-
-    return permuted
-
-
-def _encoded(name: str, kind: Type, tensor: torch.Tensor) -> NDArray[np.generic]:
-    values = tensor.float().cpu().contiguous().numpy()
-    if kind != Type.F32 and not np.abs(values).max(initial=0.0) <= LARGEST_F16:
-        raise ExportError(f"{name} has values outside the range of F16: up to {np.abs(values).max():g}.")
-    return quants.quantize(values, kind)

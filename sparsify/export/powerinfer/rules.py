@@ -9,34 +9,65 @@ from __future__ import annotations
 from typing import Any
 
 from sparsify.errors import ExportError
+from sparsify.export.context import context_reasons
 from sparsify.models import ACTIVATIONS, SparseConfig, SparseMistralConfig, site_rules
 
 FFN_TYPES = ("f16", "q4_0")
 """Types of ffn_down_t that the engine's kernel reads; it reads any other type as F16 and generates garbage."""
 BLOCK_VALUES = 32
-"""Values in one block of Q4_0."""
+"""Values in one block of Q4_0 or Q8_0."""
+REST_TYPES = ("f16", "q8_0", "q4_0")
+"""Types of attention, embedding and head, whose kernels read any type."""
 VECTOR_VALUES = 8
 SPLIT_NEURONS = 256
 """Number of neurons that the engine moves to a GPU at once."""
-FAST_NEURONS = 1000
-"""Up to this many neurons, the engine treats a block like an attention head and does not skip rows of up and gate."""
+SMALL_NEURONS = 1000
+"""Up to this many neurons, the engine takes another kernel, which drops blocks of 128 rows of up and gate by the scores of
+the first neurons on the first token: a perplexity of 72.3 where the model has 33.3."""
+
+NEURON_SITES = ("gate", "inter")
+"""Sites whose thresholds the engine drops: its predictors switch the neurons off instead."""
+LARGEST_PRODUCT = {"f16": 65504.0, "q4_0": 65504.0 * 127}
+"""Of both factors of a neuron, by the type of the down projection: its kernel rounds products to F16, or to blocks of Q8_0
+whose scale is in F16. Beyond it, the outputs are not numbers."""
 
 
-def check_holdable(config: SparseConfig, ffn_type: str, context_tokens: int | None) -> None:
-    """Checks that the engine supports a model.
-
-    Args:
-        config: Config of the model.
-        ffn_type: One of FFN_TYPES.
-        context_tokens: Maximum context of the file; None for the model's.
+def check_largest_product(largest: float, ffn_type: str) -> list[str]:
+    """A note if the largest product of some text is near the limit of the engine's kernel.
 
     Raises:
-        ExportError: With the reasons, if it does not.
+        ExportError: If it is beyond it, or not a number.
     """
+    limit = LARGEST_PRODUCT[ffn_type]
+    if not largest <= limit:
+        raise ExportError(
+            f"A neuron's product of gate and up reaches {largest:,.0f}, beyond the {limit:,.0f} that PowerInfer's kernel holds with "
+            f"--ffn-type {ffn_type}: its outputs would not be numbers.",
+            next_step="Use --ffn-type q4_0."
+            if ffn_type == "f16" and largest <= LARGEST_PRODUCT["q4_0"]
+            else "`sparsify export RUN --to DIR` writes the Hugging Face bundle of any model.",
+        )
+    if largest > limit / 4:
+        return [
+            f"The largest product of a neuron's gate and up is {largest:,.0f}. Beyond {limit:,.0f}, which other text may reach, "
+            "PowerInfer's outputs are not numbers."
+        ]
+    return []
+
+
+def supported_context(config: SparseConfig) -> int:
+    """The longest context in which the engine, which attends to all tokens, agrees with a model."""
+    return min(
+        getattr(config, "sliding_window", None) or config.max_position_embeddings, config.max_position_embeddings
+    )
+
+
+def check_holdable(config: SparseConfig, ffn_type: str, context_tokens: int | None, rest_type: str = "f16") -> None:
+    """Raises ExportError, with the reasons, if the engine does not support a model."""
     reasons = [
         *_architecture(config),
         *_activation(config),
-        *_shapes(config, ffn_type),
+        *_shapes(config, ffn_type, rest_type),
         *_positions(config, context_tokens),
     ]
     if reasons:
@@ -47,14 +78,10 @@ def check_holdable(config: SparseConfig, ffn_type: str, context_tokens: int | No
         )
 
 
-def notes(config: SparseConfig) -> list[str]:
-    """Notes on what the engine computes correctly but not fast."""
-    if config.intermediate_size > FAST_NEURONS:
-        return []
-    return [
-        f"The layers have only {config.intermediate_size} neurons: up to {FAST_NEURONS}, the engine computes correctly but does "
-        "not skip rows of up and gate."
-    ]
+def stored_thresholds(config: SparseConfig) -> str:
+    """What a model stores of thresholds on its neurons, in words; empty if it stores none."""
+    sites = [site for site in site_rules(config) if site in NEURON_SITES]
+    return f"thresholds of {(config.sparsification or {})['method']} on {', '.join(sites)}" if sites else ""
 
 
 def _architecture(config: SparseConfig) -> list[str]:
@@ -71,15 +98,14 @@ def _activation(config: SparseConfig) -> list[str]:
             f"its activation is {activation.name}, {activation.formula}, which the bamboo architecture would compute as "
             "dReLU"
         )
-    if config.sparsification:
-        sites = ", ".join(site_rules(config))
-        reasons.append(
-            f"it stores a mask of {config.sparsification['method']} on {sites}, which the engine does not support"
-        )
+    other = [site for site in site_rules(config) if site not in NEURON_SITES]
+    if other:
+        method = (config.sparsification or {})["method"]
+        reasons.append(f"it stores a mask of {method} on {', '.join(other)}, which the engine does not support")
     return reasons
 
 
-def _shapes(config: SparseConfig, ffn_type: str) -> list[str]:
+def _shapes(config: SparseConfig, ffn_type: str, rest_type: str) -> list[str]:
     hidden, neurons, heads = (
         config.hidden_size,
         config.intermediate_size,
@@ -87,6 +113,10 @@ def _shapes(config: SparseConfig, ffn_type: str) -> list[str]:
     )
     head = getattr(config, "head_dim", None) or hidden // heads
     reasons = []
+    if neurons <= SMALL_NEURONS:
+        reasons.append(
+            f"intermediate_size is {neurons}; up to {SMALL_NEURONS:,}, the engine takes another kernel, which gives wrong results"
+        )
     if head * heads != hidden:
         reasons.append(f"head_dim is {head}, but the engine assumes hidden_size / heads = {hidden / heads:g}")
     if hidden % VECTOR_VALUES:
@@ -97,22 +127,15 @@ def _shapes(config: SparseConfig, ffn_type: str) -> list[str]:
         reasons.append(
             f"q4_0 has blocks of {BLOCK_VALUES} values; hidden_size {hidden} and intermediate_size {neurons} must be multiples of that"
         )
+    elif rest_type != "f16" and hidden % BLOCK_VALUES:
+        reasons.append(
+            f"{rest_type} has blocks of {BLOCK_VALUES} values; hidden_size {hidden} must be a multiple of that"
+        )
     return reasons
 
 
 def _positions(config: SparseConfig, context_tokens: int | None) -> list[str]:
-    reasons = []
-    context = context_tokens or config.max_position_embeddings
-    sequence = getattr(config, "sliding_window", None)
-    if sequence is not None and sequence < context:
-        reasons.append(
-            f"it attends to the last {sequence:,} of {context:,} tokens, but the engine to all of them; up to {sequence:,} tokens "
-            f"they agree: --context-tokens {sequence}"
-        )
-    if context > config.max_position_embeddings:
-        reasons.append(
-            f"--context-tokens is {context:,}, but the model's maximum is {config.max_position_embeddings:,}"
-        )
+    reasons = context_reasons(config, context_tokens)
     rope: dict[str, Any] = config.rope_parameters or {}  # pyright: ignore[reportAssignmentType]
     if rope.get("rope_type", "default") != "default":
         reasons.append(f"its rotary positions are scaled ({rope['rope_type']})")

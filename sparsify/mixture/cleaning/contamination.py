@@ -35,8 +35,6 @@ class ContaminationExample(BaseModel):
 
 
 class EvaluationFileReport(BaseModel):
-    """Overlaps of a source with one evaluation file."""
-
     path: str
     items: int
     short_items: int
@@ -73,12 +71,7 @@ class _DroppedDocument(BaseModel):
 
 
 class ContaminationLog:
-    """Writes the log of one source.
-
-    Args:
-        folder: The source's cache folder.
-        decontaminator: Finds the overlaps. Another decontaminator needs another folder.
-        num_documents: Continue after this many documents of the source.
+    """Writes the log of one source. Another decontaminator needs another folder.
 
     Raises:
         ValueError: If the log of these documents is missing. Then the source must be read from its start.
@@ -134,15 +127,7 @@ class ContaminationLog:
 
 
 def contamination_report(folder: Path, num_documents: int) -> ContaminationReport | None:
-    """Reports what decontamination dropped from the first `num_documents` documents of a source.
-
-    Args:
-        folder: The source's cache folder.
-        num_documents: Documents to report on.
-
-    Returns:
-        The report; None if the source is not compared with any evaluation set.
-    """
+    """What decontamination dropped from the first documents of a source; None if it is compared with no evaluation set."""
     path = folder / LOG_FILE
     if not path.exists():
         return None

@@ -23,14 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.mixture.cleaning.eval_items import decontamination_fingerprint, read_items
-from sparsify.mixture.sources.documents import Document
+from sparsify.mixture.sources.documents import Document, message_text
 from sparsify.recipe.mixture import MixtureSection
 
 NGRAM_WORDS = 13
 SHORT_NGRAM_WORDS = 8
 """Items with fewer words are too short to distinguish a copy from a coincidence."""
 EXCERPT_WORDS = 12
-PIECE_CHARACTERS = 1 << 20
 MAX_NGRAM_ITEMS = 10
 """An n-gram in more items than this is a common phrase: "this question refers to the following information"."""
 FILTER_SLOTS_PER_NGRAM = 8
@@ -49,7 +48,6 @@ class Overlap:
 
     Args:
         items: (file, item) of every overlapping item, both numbered from 0, in order.
-        ngram: The first shared n-gram in the document.
         file: Number of the evaluation file that contains `ngram`.
         item: Number of the item in that file.
         excerpt: The document's words around the n-gram.
@@ -67,8 +65,6 @@ class EvaluationFile:
     """One evaluation file.
 
     Args:
-        path: The file.
-        num_items: Number of items.
         num_short_items: Items of fewer than SHORT_NGRAM_WORDS words, which are not compared.
     """
 
@@ -80,14 +76,12 @@ class EvaluationFile:
 class Decontaminator:
     """Finds evaluation items in training documents.
 
-    Args:
-        paths: The evaluation files.
-
     Raises:
         MixtureError: If a file cannot be read.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+    def __init__(self, paths: Iterable[Path], piece_characters: int = 1 << 20) -> None:
+        self._piece_characters = piece_characters
         self.files: list[EvaluationFile] = []
         self._items: list[tuple[int, int, str]] = []  # file, item, its words between spaces
         long_grams, short_grams = _NgramTable(), _NgramTable()
@@ -112,11 +106,7 @@ class Decontaminator:
 
     @staticmethod
     def of(mixture: MixtureSection) -> Decontaminator | None:
-        """The decontaminator of a mixture; None if the mixture names no evaluation set.
-
-        Raises:
-            MixtureError: If an evaluation file is missing or cannot be read.
-        """
+        """The decontaminator of a mixture; None if it names no evaluation set."""
         files = tuple((str(path), size, time) for path, size, time in decontamination_fingerprint(mixture))
         return _decontaminator(files) if files else None
 
@@ -124,7 +114,7 @@ class Decontaminator:
         """For each document, its overlap with evaluation items; None if there is none."""
         if not documents:
             return []
-        hashes = [_text_hashes(_text(document)) for document in documents]
+        hashes = [_text_hashes(_text(document), self._piece_characters) for document in documents]
         ends = np.cumsum([len(one) for one in hashes])
         # N-grams across the boundary of two documents are hashed too; comparing the words rejects them.
         suspects = [set[int]() for _ in documents]
@@ -201,7 +191,6 @@ class _NgramTable:
         return self
 
     def candidates(self, grams: Hashes) -> NDArray[np.int64]:
-        """Indices of the n-grams whose hash is in the table."""
         places = np.flatnonzero(self._slots[grams >> self._shift])
         if not len(places) or not len(self._grams):
             return places[:0]
@@ -216,7 +205,7 @@ class _NgramTable:
 
 def _text(document: Document) -> str:
     if document.messages is not None:
-        return "\n".join(message["content"] for message in document.messages)
+        return "\n".join(map(message_text, document.messages))
     return document.text or ""
 
 
@@ -229,15 +218,15 @@ def _word_hashes(words: list[str]) -> Hashes:
     return np.fromiter(map(hash, words), np.int64, len(words)).view(np.uint64)
 
 
-def _text_hashes(text: str) -> Hashes:
+def _text_hashes(text: str, piece_characters: int) -> Hashes:
     """Hash of every word, in pieces: the list of all words of a long text would take ten times its memory."""
-    return np.concatenate([_word_hashes(_words(piece)) for piece in _pieces(text)])
+    return np.concatenate([_word_hashes(_words(piece)) for piece in _pieces(text, piece_characters)])
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _pieces(text: str, num_characters: int) -> Iterator[str]:
     start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        cut = _SPACE.search(text, start + PIECE_CHARACTERS)
+    while len(text) - start > num_characters:
+        cut = _SPACE.search(text, start + num_characters)
         if cut is None:
             break
         yield text[start : cut.start()]

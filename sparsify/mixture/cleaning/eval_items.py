@@ -7,11 +7,8 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from sparsify.errors import MixtureError, nearest
+from sparsify.metadata import read_yaml, user_path
 from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.read import file_documents
 from sparsify.mixture.sources.readers import read_rows
@@ -30,7 +27,7 @@ def evaluation_paths(mixture: MixtureSection) -> list[Path]:
     paths: list[Path] = []
     for entry in mixture.decontaminate_against:
         for pattern in _patterns(entry):
-            matches = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+            matches = sorted(glob.glob(str(user_path(pattern)), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
             found = [Path(match) for match in matches if Path(match).is_file()]
             if not found:
                 raise MixtureError(
@@ -45,11 +42,7 @@ def evaluation_paths(mixture: MixtureSection) -> list[Path]:
 
 
 def decontamination_fingerprint(mixture: MixtureSection) -> list[list[str | int]]:
-    """Path, size and time of every evaluation file: they decide which documents are dropped.
-
-    Raises:
-        MixtureError: If a file is missing.
-    """
+    """Path, size and time of every evaluation file: they decide which documents are dropped."""
     stats = [(path, path.stat()) for path in evaluation_paths(mixture)]
     return [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
 
@@ -81,7 +74,6 @@ def read_items(path: Path) -> Iterator[str]:
 
 
 def strings(value: object) -> Iterator[str]:
-    """All strings of a row in order, including those in lists and objects."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -100,14 +92,13 @@ def _patterns(entry: str) -> list[str]:
     if entry in _suites():
         suite = folder("eval") / f"{entry}.yaml"
     elif entry.endswith(YAML):
-        suite = Path(entry).expanduser()
+        suite = user_path(entry)
     else:
         return [entry]
     try:
-        named = OmegaConf.to_container(OmegaConf.load(suite))
-    except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise MixtureError(f"mixture.decontaminate_against: the suite {suite} cannot be read: {error}.") from error
-    files = named.get("evaluation_files") if isinstance(named, dict) else None
+        files = read_yaml(suite, MixtureError).get("evaluation_files")
+    except MixtureError as error:
+        raise MixtureError(f"mixture.decontaminate_against: {error.given}", next_step=error.next_step) from error
     if not files or not isinstance(files, list):
         raise MixtureError(
             f"mixture.decontaminate_against: suite {entry!r} names no evaluation_files.",

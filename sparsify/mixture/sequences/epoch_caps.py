@@ -81,10 +81,6 @@ def redistributed(shares: Shares, capacities: Mapping[str, int]) -> Shares:
     From that sequence on, the others take the share in proportion to theirs; in a ramp, at both ends of it, with a
     straight line between. If there are no others, the source keeps its share, and `last_sequence_within` says how long
     that can last.
-
-    Args:
-        shares: The shares without capacities.
-        capacities: Largest number of sequences that each source may give.
     """
     remaining = set(capacities) & set(shares.names)
     while remaining:

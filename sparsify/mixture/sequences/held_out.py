@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from sparsify.errors import MixtureError, nearest
+from sparsify.metadata import user_path
 from sparsify.mixture.sequences.reader import (
     PackedSequence,
     cut_sequences,
@@ -36,24 +37,12 @@ def sequences_from(
     sequence_length: int,
     cache_dir: Path,
 ) -> tuple[list[PackedSequence], str]:
-    """Sequences to evaluate a model on.
-
-    Args:
-        text_or_mixture: Path of plain text or .jsonl (column `text`), plain or .gz; or a mixture's name or YAML path.
-        tokenizer: A fast Hugging Face tokenizer.
-        num_tokens: Tokens wanted; fewer are returned if there are fewer.
-        sequence_length: Tokens per sequence. Only the last one of a text file may be shorter.
-        cache_dir: Where tokenised sources are kept.
-
-    Returns:
-        The sequences, and a phrase that describes them.
-
-    Raises:
-        MixtureError: If `text_or_mixture` is neither a file nor a mixture, or holds no text.
-        RecipeError: If the mixture is invalid.
+    """Sequences to evaluate a model on, fewer than `num_tokens` if there are fewer, and a phrase that describes them.
+    Only the last one of a text file may be shorter. Raises MixtureError if the argument is neither a file nor a
+    mixture, or holds no text.
     """
     check_text_or_mixture(text_or_mixture)
-    path = Path(text_or_mixture).expanduser()
+    path = user_path(text_or_mixture)
     if path.suffix not in YAML and path.is_file():
         return _text_sequences(path, tokenizer, num_tokens, sequence_length)
     mixture = load_mixture(text_or_mixture)
@@ -68,12 +57,8 @@ def sequences_from(
 
 
 def check_text_or_mixture(text_or_mixture: str) -> None:
-    """Raises early if the argument is neither a file nor the name of a mixture.
-
-    Raises:
-        MixtureError: Names the most similar mixture.
-    """
-    if Path(text_or_mixture).expanduser().is_file() or text_or_mixture in mixture_names():
+    """Raises MixtureError, naming the most similar mixture, if the argument is neither a file nor a mixture."""
+    if user_path(text_or_mixture).is_file() or text_or_mixture in mixture_names():
         return
     raise MixtureError(
         f"{text_or_mixture!r} is neither a file nor a mixture.",
@@ -94,9 +79,6 @@ def mixture_sequences(
     """Held-out sequences of every source of a mixture, in proportion to the token shares.
 
     Each source gives at least one sequence, so that rare sources are evaluated too.
-
-    Raises:
-        MixtureError: If a source has no complete held-out sequence.
     """
     wanted = {
         name: max(1, round(num_tokens * share / sequence_length)) for name, share in token_shares(mixture).items()
@@ -182,22 +164,9 @@ def mixture_calibration(
     cache_dir: Path,
     on_progress: Progress | None = None,
 ) -> tuple[list[PackedSequence], ValidationSequences]:
-    """Calibration sequences of a mixture and held-out sequences to validate with.
-
-    Calibration uses the first training sequences of every source, in proportion to the token shares.
-
-    Args:
-        mixture: The sources.
-        tokenizer: A fast Hugging Face tokenizer.
-        num_tokens: Tokens to calibrate on. Each source gives at least one sequence.
-        validation_sequences: Held-out sequences of each source.
-        sequence_length: Tokens per sequence.
-        seed: Decides the order of training sequences.
-        cache_dir: Where tokenised sources are kept.
-        on_progress: Progress callback of tokenising.
-
-    Raises:
-        MixtureError: If a source has no complete held-out sequence.
+    """Calibration sequences of a mixture, and held-out ones of each source to validate with. Calibration uses the first
+    training sequences of every source, in proportion to the token shares, at least one of each. Raises MixtureError if
+    a source has no complete held-out sequence.
     """
     wanted = {
         name: max(1, round(num_tokens * share / sequence_length)) for name, share in token_shares(mixture).items()
@@ -230,22 +199,11 @@ def text_or_mixture_calibration(
     seed: int,
     cache_dir: Path,
 ) -> tuple[list[PackedSequence], ValidationSequences]:
-    """Calibration and validation sequences of a text file or of a mixture.
-
-    Args:
-        text_or_mixture: Path of plain text or .jsonl, plain or .gz; or a mixture's name or YAML path.
-        tokenizer: A fast Hugging Face tokenizer.
-        num_tokens: Tokens to calibrate on; fewer are used if the text has fewer.
-        validation_tokens: Tokens to validate with: the last ones of a text, held-out ones of a mixture.
-        sequence_length: Tokens per sequence.
-        seed: Decides the order of a mixture's training sequences.
-        cache_dir: Where tokenised sources are kept.
-
-    Raises:
-        MixtureError: If `text_or_mixture` is neither a file nor a mixture, or too short.
+    """Calibration and validation sequences of a text file or of a mixture; a text is validated on its last tokens.
+    Raises MixtureError if it is neither a file nor a mixture, or too short.
     """
     check_text_or_mixture(text_or_mixture)
-    path = Path(text_or_mixture).expanduser()
+    path = user_path(text_or_mixture)
     if path.suffix in YAML or not path.is_file():
         mixture = load_mixture(text_or_mixture)
         each = max(1, validation_tokens // sequence_length // len(token_shares(mixture)))

@@ -34,12 +34,7 @@ class Packing:
     length: IntArray
     ends: IntArray
 
-    @property
-    def num_sequences(self) -> int:
-        return len(self.ends)
-
     def pieces(self, sequence: int) -> slice:
-        """The pieces of one sequence in the arrays."""
         return slice(int(self.ends[sequence - 1]) if sequence else 0, int(self.ends[sequence]))
 
 
@@ -52,12 +47,8 @@ def count_sequences(lengths: IntArray, sequence_length: int) -> int:
 
 
 def pack_documents(lengths: IntArray, sequence_length: int, shuffle: np.random.RandomState) -> Packing:
-    """Packs all documents of a shard; every token occurs exactly once.
-
-    Args:
-        lengths: Tokens of each document. [D] int64
-        sequence_length: Tokens per sequence.
-        shuffle: Decides the order of equally long pieces, and the order of sequences.
+    """Packs all documents of a shard, of these lengths [D]; every token occurs exactly once. `shuffle` decides the
+    order of equally long pieces, and of sequences.
     """
     # Pieces that fill a whole sequence need no packing; the remainders do.
     whole, rest = np.divmod(lengths, sequence_length)

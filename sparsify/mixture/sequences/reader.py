@@ -61,14 +61,7 @@ class Batch:
 
 
 class SequenceReader:
-    """Reads any training sequence of a run by its number.
-
-    Args:
-        sources: The tokenised sources; those without a share are not read.
-        schedule: Maps sequence numbers to sources.
-        sequence_length: T, tokens per sequence.
-        seed: Decides the order of documents.
-    """
+    """Reads any training sequence of a run by its number."""
 
     def __init__(
         self,
@@ -101,10 +94,6 @@ class SequenceReader:
             torch.tensor([indices[name] for name, _ in places]),
         )
 
-    def sequence(self, index: int) -> PackedSequence:
-        name, rank = self.schedule.locate(index)
-        return read_sequence(self.streams[name], rank)[0]
-
 
 def _fill(
     arrays: dict[str, IntArray],
@@ -113,15 +102,7 @@ def _fill(
     packing: Packing,
     sequences: Sequence[int],
 ) -> None:
-    """Writes sequences of one shard into rows of the arrays.
-
-    Args:
-        arrays: FIELDS by name; [B, T] each.
-        rows: The row of each sequence. [S]
-        documents: The shard's documents.
-        packing: The shard's packing.
-        sequences: Indices of the sequences in the packing. [S]
-    """
+    """Writes sequences [S] of one shard, by their indices in the packing, into rows [S] of the arrays [B, T]."""
     sequence_length = arrays["input_ids"].shape[1]
     slices = [packing.pieces(sequence) for sequence in sequences]
     num_pieces = np.array([piece.stop - piece.start for piece in slices])
@@ -142,12 +123,7 @@ def _fill(
 
 
 def read_sequence(stream: TrainingStream, rank: int) -> tuple[PackedSequence, int]:
-    """One training sequence of one source, and the number of its positions that hold tokens.
-
-    Args:
-        stream: The source's sequences.
-        rank: Index of the sequence within the source.
-    """
+    """One training sequence of one source, and the number of its positions that hold tokens."""
     epoch, shard, number = stream.locate(rank)
     documents, packing = stream.packed(epoch, shard)
     arrays = _empty_batch(1, stream.sequence_length, stream.source.info.end_token)
@@ -220,13 +196,7 @@ def held_out_sequences(source: TokenizedSource, sequence_length: int, num_sequen
 def cut_sequences(
     name: str, documents: Sequence[ShardDocuments], spans: Iterable[tuple[int, int]]
 ) -> list[PackedSequence]:
-    """Cuts sequences from concatenated documents.
-
-    Args:
-        name: Name of the source.
-        documents: The documents, shard by shard.
-        spans: (first token, one past the last) of each sequence in the concatenated documents.
-    """
+    """Cuts sequences from concatenated documents: from the first token of each span to one before its end."""
     parts: dict[str, list[IntArray]] = {field: [] for field in FIELDS}
     for part in documents:
         begin = np.cumsum(part.lengths) - part.lengths

@@ -79,7 +79,6 @@ class SourceSchedule:
         return found
 
     def anchor(self, sequence: int) -> Anchor:
-        """Number of sequences of each source among the first `sequence`."""
         order = self._order_before(sequence)
         while order.sequence < sequence:
             order.next_sequences(min(sequence - order.sequence, CHUNK_SEQUENCES))

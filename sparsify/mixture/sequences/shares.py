@@ -26,8 +26,6 @@ class Phase(NamedTuple):
 
     Attributes:
         end: End of the phase as a share of the budget.
-        first: Token share of every source at the start of the phase.
-        last: Token share of every source at its end.
     """
 
     end: float
@@ -99,7 +97,6 @@ class ShareSegment:
     Attributes:
         end: Number of sequences from the run's start to the segment's end; None for an endless last segment.
         first: Share of each source at the start of the segment, at least 0.
-        last: Share of each source at the end of the segment.
     """
 
     end: int | None
@@ -193,13 +190,7 @@ class Shares:
         return planned | {name: planned[name] + 1 for name in nearest[:missing]}
 
     def reaches(self, source: int, numerator: int, denominator: int) -> float:
-        """The first sequence n with demand(n) >= numerator / denominator; infinity if there is none.
-
-        Args:
-            source: Index in `names`.
-            numerator: Numerator of the demand to reach.
-            denominator: Its denominator, above 0.
-        """
+        """The first sequence n with demand(n) >= numerator / denominator; infinity if there is none."""
         return next(self.moments(source, numerator, denominator))
 
     def moments(self, source: int, numerator: int, denominator: int) -> Iterator[float]:
@@ -214,9 +205,6 @@ class Shares:
                     break
                 yield found
                 numerator += denominator
-
-    def share(self, source: str, sequence: int) -> float:
-        return float(self.demand(source, sequence + 1) - self.demand(source, sequence))
 
     def _segment_at(self, sequence: int) -> _IntegerSegment:
         return next(segment for segment in self._integer_segments if sequence <= segment.end)
@@ -233,15 +221,7 @@ class Shares:
         last: list[Fraction],
         demand: list[Fraction],
     ) -> list[Fraction]:
-        """Adds a segment; returns the demand of each source at its end.
-
-        Args:
-            start: Number of sequences before the segment.
-            end: Number of sequences at its end; None if it is endless.
-            first: Share of each source at its start.
-            last: Share of each source at its end.
-            demand: Demand of each source at its start.
-        """
+        """Adds a segment from `start` to `end` (None: endless); returns the demand of each source at its end."""
         # A share that moves from a to b over L sequences is a + (b - a) * t / L after t of them. Its integral from 0
         # to m is a * m + (b - a) / (2 * L) * m², so the demand is a polynomial with the coefficients
         # (demand at the start, a, (b - a) / (2 * L)). In a constant segment the last one is 0.

@@ -2,7 +2,8 @@
 
 The first epoch reads the shards in the order in which they were tokenised, so that it can start before the last shard
 exists; later epochs shuffle the shards. Within a shard, documents are packed and sequences shuffled with a new order in
-each epoch. Every document occurs exactly once per epoch.
+each epoch. Every document occurs exactly once per epoch. A run whose budget was extended packs what the earlier budget reached of
+a shard by itself, as it did before, and then the rest of the shard.
 """
 
 from __future__ import annotations
@@ -29,13 +30,12 @@ class TrainingStream:
 
     Args:
         source: The tokenised source, which may still grow.
-        sequence_length: Tokens per sequence.
-        seed: Decides the order.
     """
 
     def __init__(self, source: TokenizedSource, sequence_length: int, seed: int) -> None:
         self.source, self.sequence_length, self.seed = source, sequence_length, seed
-        self._counts = self._stored_counts()[: source.num_shards]
+        self._pieces = source.pieces()
+        self._counts = self._stored_counts()[: len(self._pieces)]
         self._train_ready = False
         self.packed = lru_cache(maxsize=OPEN_PACKINGS)(self._packed)
         self._epoch = lru_cache(maxsize=OPEN_PACKINGS)(self._order_of_epoch)
@@ -63,23 +63,24 @@ class TrainingStream:
 
     def _count(self) -> None:
         known, self._train_ready = len(self._counts), self.source.train_ready
+        self._pieces = self.source.pieces()
         new = [
-            count_sequences(self.source.train_documents(number).lengths, self.sequence_length)
-            for number in range(known, self.source.num_shards)
+            count_sequences(self.source.piece_documents(self._pieces, place).lengths, self.sequence_length)
+            for place in range(known, len(self._pieces))
         ]
         self._counts = np.array([*self._counts, *new], dtype=np.int64)
         if new:
             self._store_counts()
 
-    def _order_of_epoch(self, epoch: int, num_shards: int) -> tuple[IntArray, IntArray]:
-        order = np.arange(num_shards)
+    def _order_of_epoch(self, epoch: int, num_pieces: int) -> tuple[IntArray, IntArray]:
+        order = np.arange(num_pieces)
         if epoch:
             order = self._shuffle(epoch).permutation(order)
         return order, np.cumsum(self._counts[order])
 
-    def _packed(self, epoch: int, shard: int) -> tuple[ShardDocuments, Packing]:
-        documents = self.source.train_documents(shard)
-        shuffle = self._shuffle(epoch, shard)
+    def _packed(self, epoch: int, place: int) -> tuple[ShardDocuments, Packing]:
+        documents = self.source.piece_documents(self._pieces, place)
+        shuffle = self._shuffle(epoch, place)
         return documents, pack_documents(documents.lengths, self.sequence_length, shuffle)
 
     def _shuffle(self, *place: int) -> np.random.RandomState:
@@ -91,26 +92,36 @@ class TrainingStream:
 
     @property
     def _counts_path(self) -> Path:
-        return self.source.cache.folder / f"sequences-{self.sequence_length}.npy"
+        earlier = "".join(f"-{tokens}" for tokens in sorted(self.source.need.earlier_train_tokens))
+        return self.source.cache.folder / f"sequences-{self.sequence_length}{earlier}.npy"
 
     def _stored_counts(self) -> IntArray:
         """Numbers of sequences of the first shards, stored by an earlier run, so that late resumes are fast."""
         try:
-            counts = np.load(self._counts_path)
-        except (OSError, ValueError, EOFError):
+            stored = np.load(self._counts_path)
+            counts = stored[:-1]
+            if stored[-1] != hash_of_counts(counts):
+                raise ValueError("damaged")
+        except (OSError, ValueError, EOFError, IndexError):  # then they are counted again
             return np.empty(0, dtype=np.int64)
-        whole = sum(self.source.is_final(n) for n in range(min(len(counts), self.source.num_shards)))
+        whole = sum(self.source.is_final(number) for number, _ in self._pieces[: len(counts)])
         return counts[:whole]
 
     def _store_counts(self) -> None:
-        whole = sum(self.source.is_final(number) for number in range(len(self._counts)))
+        whole = sum(self.source.is_final(number) for number, _ in self._pieces[: len(self._counts)])
         if whole <= len(self._stored_counts()):
             return
         partial = self._counts_path.with_suffix(f".partial-{np.random.SeedSequence().entropy:x}")
         with storage_errors(self._counts_path):
             try:
                 with partial.open("wb") as file:
-                    np.save(file, self._counts[:whole])
+                    counts = self._counts[:whole]
+                    np.save(file, np.append(counts, hash_of_counts(counts)))
                 partial.replace(self._counts_path)
             finally:
                 partial.unlink(missing_ok=True)
+
+
+def hash_of_counts(counts: IntArray) -> np.int64:
+    """A hash of the counts, which is stored after them."""
+    return np.frombuffer(hashlib.blake2b(counts.tobytes(), digest_size=8).digest(), dtype=np.int64)[0]

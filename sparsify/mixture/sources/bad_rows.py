@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from pydantic import TypeAdapter
 
 from sparsify.errors import MixtureError
+from sparsify.metadata import parse_record
 
 EXAMPLES_PER_REASON = 20
 MIN_ROWS = 1_000
@@ -25,6 +26,7 @@ class Reason(StrEnum):
     NULL = "null"
     NOT_TEXT = "not text"
     INVALID_UTF8 = "invalid UTF-8"
+    NUL = "NUL characters"
     EMPTY = "empty"
     TOO_LONG = "too long"
     BROKEN_FILE = "broken file"
@@ -45,7 +47,6 @@ class BadRow:
     Args:
         file: The file, or the data set's id.
         row: The line in .jsonl, .csv and .tsv; otherwise the row or document, from 1.
-        detail: What is wrong with the row.
     """
 
     file: str
@@ -58,8 +59,6 @@ class BadRow:
 
 @dataclass(frozen=True)
 class DuplicateFile:
-    """A file that was skipped because an earlier one has the same content."""
-
     file: str
     same_as: str
 
@@ -69,7 +68,6 @@ class BadRows:
     """Counts the good and the bad rows of one source.
 
     Args:
-        source: Name of the source, for messages.
         max_bad_fraction: Share of bad rows above which the source is refused. One bad row is always allowed, unless
             this is 0.
     """
@@ -80,6 +78,8 @@ class BadRows:
     bad_rows: dict[Reason, int] = field(default_factory=dict)
     examples: dict[Reason, list[BadRow]] = field(default_factory=dict)
     duplicate_files: list[DuplicateFile] = field(default_factory=list)
+    dropped_turns: dict[str, int] = field(default_factory=dict)
+    """Turns of good rows that the chat template does not write, by role; `answer` for those of the assistant."""
 
     @property
     def num_bad_rows(self) -> int:
@@ -102,19 +102,21 @@ class BadRows:
             self.check()
 
     def refuse(self, file: str, reason: Reason, row: int, detail: str) -> None:
-        """Counts a row as bad that was counted as good before.
-
-        Raises:
-            MixtureError: If the source exceeds the limit.
-        """
+        """Counts a row as bad that was counted as good before; raises MixtureError if the source exceeds the limit."""
         self.good_rows -= 1
         self.add(file, reason, row, detail)
 
+    def add_dropped_turns(self, turns: Mapping[str, int]) -> None:
+        """Counts turns that the chat template does not write."""
+        for role, number in turns.items():
+            self.dropped_turns[role] = self.dropped_turns.get(role, 0) + number
+
     def carry_refusals(self, previous: BadRows) -> None:
-        """Adds the chat-template refusals of documents that a resumed ingest skips.
+        """Adds what the chat template refused and dropped of documents that a resumed ingest skips.
 
         A resumed ingest reads these documents again, and counts every other reason again, but does not encode them.
         """
+        self.add_dropped_turns(previous.dropped_turns)
         reason = Reason.CHAT_TEMPLATE
         if reason in previous.bad_rows:
             self.bad_rows[reason] = previous.bad_rows[reason]
@@ -122,11 +124,7 @@ class BadRows:
             self.good_rows -= previous.bad_rows[reason]
 
     def check(self) -> None:
-        """Raises if the source has too many bad rows.
-
-        Raises:
-            MixtureError: With the counts and examples of each reason.
-        """
+        """Raises MixtureError, with the counts and examples of each reason, if the source has too many bad rows."""
         harmful = sum(rows for reason, rows in self.bad_rows.items() if reason not in HARMLESS)
         allowed = self.max_bad_fraction * (self.good_rows + harmful)
         if self.max_bad_fraction > 0:
@@ -146,20 +144,15 @@ class BadRows:
             yield f"  {reason} ({rows:,}):"
             yield from (f"    {example}" for example in shown)
 
-    def merge(self, other: BadRows) -> None:
-        self.good_rows += other.good_rows
-        for reason, rows in other.bad_rows.items():
-            self.bad_rows[reason] = self.bad_rows.get(reason, 0) + rows
-            both = self.examples.get(reason, []) + other.examples[reason]
-            self.examples[reason] = both[:EXAMPLES_PER_REASON]
-        self.duplicate_files += [f for f in other.duplicate_files if f not in self.duplicate_files]
-
     def summary(self) -> str:
         """One line: number of rows, and how many were dropped for which reason."""
         text = f"{self.source}: {self.good_rows + self.num_bad_rows:,} rows"
         if self.bad_rows:
             reasons = ", ".join(f"{rows:,} {reason}" for reason, rows in self._by_count())
             text += f", {self.num_bad_rows:,} dropped ({reasons})"
+        if self.dropped_turns:
+            turns = ", ".join(f"{number:,} {role}" for role, number in sorted(self.dropped_turns.items()))
+            text += f", turns that the chat template drops: {turns}"
         if self.duplicate_files:
             text += f", {len(self.duplicate_files):,} duplicate file(s) skipped"
         return text
@@ -172,9 +165,9 @@ class BadRows:
         """Reads the output of `to_json`.
 
         Raises:
-            pydantic.ValidationError: If the text is not such output.
+            ValueError: If the text is not such output.
         """
-        return _ADAPTER.validate_json(text)
+        return parse_record(text, BadRows)
 
     def _by_count(self) -> list[tuple[Reason, int]]:
         return sorted(self.bad_rows.items(), key=lambda item: (-item[1], item[0]))

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Message = dict[str, str]
-"""`{"role": "system" | "user" | "assistant", "content": ...}`, the form that chat templates take."""
+Message = dict[str, Any]
+"""One turn in the form that chat templates take: `role`, `content` (a text), and where the data has them `tool_calls`,
+`tool_call_id`, `name` and the reasoning."""
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which chat templates read the reasoning of a turn."""
+
+
+def message_text(message: Message) -> str:
+    """Everything that a turn says: its reasoning, its content and its tool calls."""
+    said = [message[key] for key in REASONING_KEYS if message.get(key)] + [message["content"]]
+    if message.get("tool_calls"):
+        said.append(json.dumps(message["tool_calls"], sort_keys=True, ensure_ascii=False))
+    return "\n".join(said) if len(said) > 1 else said[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,16 +32,15 @@ class Document:
 
     Args:
         origin: Decides the held-out split. Documents of one origin always fall on the same side.
-        text: The text of a pretraining document.
-        messages: The turns of an instruction document.
+        tools: Tools that the conversation may call, as JSON schemas.
         token_ids: Tokens of a pre-tokenised document, without the end-of-sequence token. [T] unsigned
-        file: The file or data set that the document comes from.
         row: Its line or row in the file, from 1.
     """
 
     origin: str
     text: str | None = None
     messages: tuple[Message, ...] | None = None
+    tools: tuple[dict[str, Any], ...] | None = None
     token_ids: NDArray[np.unsignedinteger] | None = field(default=None, compare=False)
     file: str = field(default="", compare=False)
     row: int = field(default=0, compare=False)
@@ -36,14 +49,13 @@ class Document:
     def num_characters(self) -> int:
         """Characters of the text or of all messages; for token ids, the number of ids."""
         if self.messages is not None:
-            return sum(len(message["content"]) for message in self.messages)
+            return sum(len(message_text(message)) for message in self.messages)
         if self.token_ids is not None:
             return len(self.token_ids)
         return len(self.text or "")
 
 
 def conversation(origin: str, prompt: str, response: str) -> Document:
-    """A document with one prompt and one response."""
     turns = (
         {"role": "user", "content": prompt},
         {"role": "assistant", "content": response},

@@ -6,6 +6,7 @@ documents are counted (`bad_rows.BadRows`) instead of raised.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -13,29 +14,34 @@ from typing import Any
 
 import datasets
 import httpx
+import numpy as np
 from datasets.exceptions import DatasetsError
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError
 from sparsify.mixture.sources.bad_rows import BadRows, Reason
-from sparsify.mixture.sources.documents import Document, content_origin
+from sparsify.mixture.sources.documents import Document, content_origin, message_text
 from sparsify.mixture.sources.readers import Report, read_rows
-from sparsify.mixture.sources.rows import BadRowError, FieldReader, MissingColumnError
+from sparsify.mixture.sources.rows import BadRowError, FieldReader, MissingColumnError, tools_of
 from sparsify.mixture.sources.source_files import (
     READ_ERRORS,
     TEXT_FORMATS,
     SourceFile,
     check_unchanged,
+    damage,
+    disk_errors,
     source_files,
     text_chunks,
     without_duplicates,
 )
 from sparsify.mixture.sources.stdlib_text import stdlib_documents
-from sparsify.mixture.sources.token_files import token_documents
 from sparsify.recipe.source import SourceSection
 
 MAX_TEXT_CHARACTERS = 1 << 26
 """Plain text that is longer than this without a separator becomes several documents."""
+UTF16_NULS = 0.25
+"""Share of NUL characters from which a text is taken for UTF-16; of English it is a half."""
 FIRST_ROWS = 100
 """A column that is missing in all of these first rows of a file is an error, not a series of bad rows."""
 
@@ -49,19 +55,9 @@ def read_documents(
     files: Sequence[SourceFile] | None = None,
     skip_documents: int = 0,
 ) -> Iterator[Document]:
-    """Documents of one source, in the order of the source.
-
-    Args:
-        name: Name of the source in its mixture, for messages.
-        source: Where the text is and which columns hold it.
-        bad_rows: Counts the rows from the start of the source, including skipped documents.
-        tokenizer: Needed for `token_files` only: its end-of-sequence token ends a document.
-        files: The files as they were when the fingerprint was computed; default: as they are now.
-        skip_documents: Documents at the start that are read but not yielded.
-
-    Raises:
-        MixtureError: If the source cannot be reached, lacks a column, holds no document or too many bad rows, or one of
-            its files changes.
+    """Documents of one source, in its order; the first `skip_documents` are read, so that their bad rows count, but not
+    yielded. `files` are as they were when the fingerprint was computed. Raises MixtureError if the source cannot be
+    reached or read, lacks a column, holds no document or too many bad rows, or one of its files changes.
     """
     documents = _all_documents(name, source, bad_rows, tokenizer, files)
     yield from islice(documents, skip_documents, None)
@@ -95,26 +91,26 @@ def _all_documents(
         check_unchanged(name, file)
         if source.token_files:
             assert tokenizer is not None, "token files are cut into documents by their tokenizer"
-            yield from _counted(token_documents(name, file, source, tokenizer), bad_rows)
+            with disk_errors(file.path):
+                yield from _counted(token_documents(name, file, source, tokenizer), bad_rows)
         else:
             yield from file_documents(file, source, bad_rows)
         check_unchanged(name, file)
 
 
 def file_documents(file: SourceFile, source: SourceSection, bad_rows: BadRows) -> Iterator[Document]:
-    """Documents of one file of plain text or rows; the suffix decides how it is read.
-
-    Raises:
-        MixtureError: If the file lacks a column, or has too many bad rows.
+    """Documents of one file of plain text or rows; the suffix decides how it is read. Raises MixtureError if it lacks a
+    column, or has too many bad rows.
     """
     report = partial(bad_rows.add, str(file.path))
-    if file.format in TEXT_FORMATS:
-        yield from _text_documents(file, source.document_separator, report, bad_rows)
-    else:
-        where = f"{file.path} of source {bad_rows.source!r}"
-        fields = FieldReader(source)
-        rows = read_rows(file, fields.columns, report)
-        yield from _row_documents(rows, fields, str(file.path), where, bad_rows)
+    with disk_errors(file.path):
+        if file.format in TEXT_FORMATS:
+            yield from _text_documents(file, source.document_separator, report, bad_rows)
+        else:
+            where = f"{file.path} of source {bad_rows.source!r}"
+            fields = FieldReader(source)
+            rows = read_rows(file, fields.columns, report)
+            yield from _row_documents(rows, fields, str(file.path), where, bad_rows)
 
 
 def _counted(documents: Iterable[Document], bad_rows: BadRows) -> Iterator[Document]:
@@ -137,11 +133,13 @@ def _row_documents(
     for number, row in rows:
         try:
             content = fields.read(row)
+            _check_nul(content if isinstance(content, str) else "".join(map(message_text, content)))
             if isinstance(content, str):
                 document = Document(content_origin(content), text=content, file=file, row=number)
             else:
-                origin = content_origin(*(message["content"] for message in content))
-                document = Document(origin, messages=content, file=file, row=number)
+                tools = tools_of(row) if fields.reads_tools else None
+                origin = content_origin(*map(message_text, content))
+                document = Document(origin, messages=content, tools=tools, file=file, row=number)
         except BadRowError as error:
             if isinstance(error, MissingColumnError) and not columns_seen:
                 missing.append((number, error))
@@ -176,34 +174,49 @@ def _add_missing(missing: list[tuple[int, MissingColumnError]], file: str, bad_r
     missing.clear()
 
 
+def _check_nul(text: str) -> None:
+    nuls = text.count("\0")
+    if nuls:
+        advice = "remove them, for example with tr -d '\\000'"
+        if nuls >= UTF16_NULS * len(text):
+            order = "LE" if text[1::2].count("\0") > text[::2].count("\0") else "BE"
+            advice = f"UTF-16 without a byte order mark? Convert it to UTF-8: iconv -f UTF-16{order} -t UTF-8"
+        raise BadRowError(Reason.NUL, f"has {nuls:,} NUL character(s) among {len(text):,}: {advice}")
+
+
 def _not_utf8(error: UnicodeEncodeError) -> str:
-    # A lone surrogate is an invalid byte, or was escaped in JSON.
-    around = error.object[max(0, error.start - 20) : error.start + 20]
-    return f"is not UTF-8 text at character {error.start:,}: {around!r}"
+    at, before = f"is not UTF-8 text at character {error.start:,}", error.object[max(0, error.start - 20) : error.start]
+    code = ord(error.object[error.start])
+    if 0xDC80 <= code <= 0xDCFF:  # the invalid byte 0x80 to 0xFF of a file
+        return f"{at}: byte 0x{code - 0xDC00:02X} after {before!r}. If it is Latin-1: iconv -f LATIN1 -t UTF-8"
+    return f"{at}: half of a surrogate pair, \\u{code:04x}, after {before!r}"
 
 
 def _text_documents(file: SourceFile, separator: str, report: Report, bad_rows: BadRows) -> Iterator[Document]:
     number = 0
     try:
-        for number, text in enumerate(_split_texts(file, separator), start=1):
+        for number, text in enumerate(split_texts(text_chunks(file), separator), start=1):
             try:
+                _check_nul(text)
                 document = Document(content_origin(text), text=text, file=str(file.path), row=number)
             except UnicodeEncodeError as error:
                 report(Reason.INVALID_UTF8, number, _not_utf8(error))
                 continue
+            except BadRowError as error:
+                report(error.reason, number, error.detail)
+                continue
             bad_rows.good_rows += 1
             yield document
     except READ_ERRORS as error:
-        cause = str(error) or type(error).__name__
-        report(Reason.BROKEN_FILE, number, f"is the last readable document: {cause}")
+        report(Reason.BROKEN_FILE, number, f"is the last readable document: {damage(error)}")
 
 
-def _split_texts(file: SourceFile, separator: str) -> Iterator[str]:
-    """Documents of plain text, read in chunks: a file may be larger than memory."""
+def split_texts(chunks: Iterable[str], separator: str) -> Iterator[str]:
+    """Documents of plain text that comes in chunks: a file may be larger than memory."""
     pieces: list[str] = []
     held = 0
     tail = ""  # may be the start of a separator that the next chunk completes
-    for chunk in text_chunks(file):
+    for chunk in chunks:
         *complete, rest = (tail + chunk).split(separator)
         for text in complete:
             yield from _nonempty("".join([*pieces, text]))
@@ -244,3 +257,93 @@ def _hub_rows(name: str, source: SourceSection) -> Iterator[Any]:
             allowed="A public dataset id, or a private one after `hf auth login`; only cached ones with HF_HUB_OFFLINE=1.",
             next_step="Check hub, hub_config, hub_split and hub_revision, or use local files.",
         ) from error
+
+
+Ids = NDArray[np.integer]
+
+
+def token_documents(
+    name: str,
+    file: SourceFile,
+    source: SourceSection,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    chunk_tokens: int = 1 << 20,
+    max_document_tokens: int = 1 << 25,
+) -> Iterator[Document]:
+    """Documents of one file of token ids: `.npy`, or `.bin` with raw ids of type `source.token_dtype`.
+
+    More than `max_document_tokens` without an end show that another tokenizer made the file.
+
+    Raises:
+        MixtureError: If the file has another type, or holds ids that the tokenizer does not have.
+    """
+    ids = _open(name, file, source)
+    end = tokenizer.eos_token_id
+    pieces: list[Ids] = []
+    held = number = 0
+    for start in range(0, len(ids), chunk_tokens):
+        chunk = np.array(ids[start : start + chunk_tokens])
+        _check_vocabulary(name, file, chunk, start, len(tokenizer))
+        first = 0
+        for stop in np.flatnonzero(chunk == end).tolist():
+            number += 1
+            pieces.append(chunk[first:stop])
+            yield from _document(pieces, file, number)
+            pieces, held, first = [], 0, stop + 1
+        pieces.append(chunk[first:])
+        held += len(chunk) - first
+        if held > max_document_tokens:
+            raise MixtureError(
+                f"Source {name!r}: {file.path} has {held:,} tokens in a row without the end-of-sequence token {end}.",
+                allowed=f"Documents of at most {max_document_tokens:,} tokens, each ended by it.",
+                next_step="Use the tokenizer that the file was made with, or check token_dtype.",
+            )
+    yield from _document(pieces, file, number + 1)
+
+
+def _open(name: str, file: SourceFile, source: SourceSection) -> NDArray[np.integer]:
+    stated = np.dtype(source.token_dtype) if source.token_dtype else None
+    if file.format == ".npy":
+        try:
+            ids = np.load(file.path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise _not_tokens(name, file, f"cannot be read: {error}") from error
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or stated not in (None, ids.dtype):
+            raise _not_tokens(name, file, f"holds an array {list(ids.shape)} of {ids.dtype}")
+        return ids
+    if stated is None:
+        raise _not_tokens(name, file, "has no stated number type")
+    if file.num_bytes % stated.itemsize:
+        raise _not_tokens(name, file, f"has {file.num_bytes:,} bytes, which is not a whole number of {stated}")
+    if not file.num_bytes:
+        return np.empty(0, dtype=stated)
+    return np.memmap(file.path, dtype=stated, mode="r")
+
+
+def _not_tokens(name: str, file: SourceFile, what: str) -> MixtureError:
+    return MixtureError(
+        f"Source {name!r}: {file.path} {what}.",
+        allowed=".npy with a one-dimensional array of integers, or .bin with token_dtype uint16 or uint32.",
+        next_step=f"Set mixture.sources.{name}.token_dtype, or write the file again.",
+    )
+
+
+def _check_vocabulary(
+    name: str, file: SourceFile, chunk: NDArray[np.integer], start: int, vocabulary_size: int
+) -> None:
+    wrong = np.flatnonzero((chunk < 0) | (chunk >= vocabulary_size))
+    if len(wrong):
+        place = int(wrong[0])
+        raise MixtureError(
+            f"Source {name!r}: token {start + place:,} of {file.path} is {int(chunk[place]):,}.",
+            allowed=f"The tokenizer has ids 0 to {vocabulary_size - 1:,}.",
+            next_step="Use the tokenizer that the file was made with, or check token_dtype.",
+        )
+
+
+def _document(pieces: list[Ids], file: SourceFile, number: int) -> Iterator[Document]:
+    ids = np.concatenate(pieces).astype(np.uint32) if pieces else np.empty(0, dtype=np.uint32)
+    if len(ids):
+        origin = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+        yield Document(origin, token_ids=ids, file=str(file.path), row=number)

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import datasets
 import pyarrow
@@ -20,18 +20,22 @@ from datasets.exceptions import DatasetsError
 from pydantic_core import from_json
 
 from sparsify.mixture.sources.bad_rows import Reason
+from sparsify.mixture.sources.rows import TOOLS_COLUMN
 from sparsify.mixture.sources.source_files import (
+    MAX_ROW_BYTES,
+    READ_BYTES,
     READ_ERRORS,
     SAVED_DATASET,
     BrokenFileError,
     SourceFile,
+    damage,
     open_binary,
     open_seekable,
     open_text,
     text_chunks,
 )
 
-MAX_VALUE_CHARACTERS = 1 << 28
+MAX_VALUE_CHARACTERS = MAX_ROW_BYTES
 _SPACE = re.compile(r"[ \t\n\r]*")
 # An error this close to the end of the buffer may be due to text that is not read yet. The longest token that the
 # parser reports at its start is a surrogate pair, "\\ud83d\\ude00".
@@ -164,7 +168,6 @@ class _Text:
         return read > 0
 
 
-MAX_ROW_BYTES = 1 << 28
 BATCH_BYTES = 1 << 25
 MAX_BATCH_ROWS = 1024
 BOM = b"\xef\xbb\xbf"
@@ -180,20 +183,13 @@ class Report(Protocol):
 
 
 def read_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
-    """Rows of a file of any row format.
-
-    Args:
-        file: A file of one of ROW_FORMATS, or a saved data set.
-        columns: The columns that are needed; None if they are not known.
-        report: Called for each row that cannot be read, and for a truncated file.
-    """
+    """Rows of a file of any row format."""
     number = 0
     try:
         for number, row in _READERS[file.format](file, columns, report):
             yield number, row
     except READ_ERRORS as error:
-        cause = str(error).strip().partition("\n")[0] or type(error).__name__
-        report(Reason.BROKEN_FILE, number, f"is the last readable row: {cause}")
+        report(Reason.BROKEN_FILE, number, f"is the last readable row: {damage(error)}")
 
 
 def _jsonl_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
@@ -255,7 +251,7 @@ def _csv_rows(file: SourceFile, columns: Collection[str] | None, report: Report)
 
 
 def _parquet_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
-    with open_seekable(file) as stream, pyarrow.parquet.ParquetFile(stream) as parquet:
+    with open_seekable(file) as stream, pyarrow.parquet.ParquetFile(stream, buffer_size=READ_BYTES) as parquet:
         wanted = _projection(parquet.schema_arrow.names, columns)
         first = 1
         for index in range(parquet.num_row_groups):
@@ -267,8 +263,7 @@ def _parquet_rows(file: SourceFile, columns: Collection[str] | None, report: Rep
                     yield from _batch(batch, first + read, report)
                     read += batch.num_rows
             except READ_ERRORS as error:
-                cause = str(error).partition("\n")[0]
-                detail = f"starts rows of row group {index} that cannot be read: {cause}"
+                detail = f"starts rows of row group {index} that cannot be read: {damage(error)}"
                 report(Reason.UNREADABLE, first + read, detail, rows=group.num_rows - read)
             first += group.num_rows
 
@@ -292,7 +287,7 @@ def _arrow_rows(file: SourceFile, columns: Collection[str] | None, report: Repor
             try:
                 batch = reader.get_batch(index)
             except READ_ERRORS as error:
-                report(Reason.UNREADABLE, first, f"starts batch {index}, which cannot be read: {error}")
+                report(Reason.UNREADABLE, first, f"starts batch {index}, which cannot be read: {damage(error)}")
                 continue
             yield from _batches([batch], columns, report, first)
             first += batch.num_rows
@@ -301,9 +296,10 @@ def _arrow_rows(file: SourceFile, columns: Collection[str] | None, report: Repor
 def _saved_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
     try:
         saved = datasets.Dataset.load_from_disk(str(file.path))
-    except (ValueError, LookupError, DatasetsError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, DatasetsError) as error:
         raise BrokenFileError(f"is not a data set that can be loaded: {error}") from error
-    yield from _batches(saved.with_format("arrow").iter(batch_size=64), columns, report)
+    tables = saved.with_format("arrow").iter(batch_size=64)
+    yield from _batches((batch for table in tables for batch in cast(Any, table).to_batches()), columns, report)
 
 
 def _batches(batches: Any, columns: Collection[str] | None, report: Report, first: int = 1) -> Rows:
@@ -317,6 +313,7 @@ def _batches(batches: Any, columns: Collection[str] | None, report: Report, firs
 
 def _batch(batch: Any, first: int, report: Report) -> Rows:
     try:
+        _check_layout(batch)
         rows = batch.to_pylist()
     except (ValueError, pyarrow.ArrowException):
         yield from _one_by_one(batch, first, report)
@@ -326,8 +323,10 @@ def _batch(batch: Any, first: int, report: Report) -> Rows:
 
 def _one_by_one(batch: Any, first: int, report: Report) -> Rows:
     for index in range(batch.num_rows):
+        one = batch.slice(index, 1)
         try:
-            (row,) = batch.slice(index, 1).to_pylist()
+            _check_layout(one)
+            (row,) = one.to_pylist()
         except UnicodeDecodeError as error:
             report(Reason.INVALID_UTF8, first + index, f"holds a text that is not UTF-8: {error}")
         except (ValueError, pyarrow.ArrowException) as error:
@@ -336,11 +335,40 @@ def _one_by_one(batch: Any, first: int, report: Report) -> Rows:
             yield first + index, row
 
 
+def _check_layout(batch: Any) -> None:
+    """Raises ArrowInvalid if a batch refers to places outside of its buffers, as in a damaged .arrow file: Arrow itself would
+    read there, and may end the process.
+    """
+    for column in batch.columns:
+        try:
+            # As bytes, so that only the layout is checked: a text that is not UTF-8 costs its own row alone.
+            bare = column.view(_as_bytes(column.type))
+        except pyarrow.ArrowNotImplementedError:
+            bare = column
+        bare.validate(full=True)
+
+
+def _as_bytes(type_: Any) -> Any:
+    """An Arrow type of the same layout with bytes in place of each text."""
+    types = pyarrow.types
+    if types.is_string(type_):
+        return pyarrow.binary()
+    if types.is_large_string(type_):
+        return pyarrow.large_binary()
+    if types.is_struct(type_):
+        return pyarrow.struct([field.with_type(_as_bytes(field.type)) for field in type_])
+    if types.is_list(type_):
+        return pyarrow.list_(type_.value_field.with_type(_as_bytes(type_.value_type)))
+    if types.is_large_list(type_):
+        return pyarrow.large_list(type_.value_field.with_type(_as_bytes(type_.value_type)))
+    return type_
+
+
 def _projection(names: list[str], columns: Collection[str] | None) -> list[str] | None:
     """The columns to read: those needed, or all if one is missing, so that the error can list them."""
     if columns is None or not set(columns) <= set(names):
         return None
-    return sorted(columns)
+    return sorted({*columns, *({TOOLS_COLUMN} & set(names))})
 
 
 _READERS: dict[str, Callable[[SourceFile, Collection[str] | None, Report], Rows]] = {

@@ -7,30 +7,40 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sparsify.metadata import MAX_DEPTH, parse_json
 from sparsify.mixture.sources.bad_rows import Reason
-from sparsify.mixture.sources.documents import Message
+from sparsify.mixture.sources.documents import REASONING_KEYS, Message
+from sparsify.mixture.sources.source_files import MAX_ROW_BYTES
 from sparsify.recipe.source import SourceSection
+from sparsify.recipe.templates import LimitedEnvironment, TemplateLimitError, compiled
 
 Row = Mapping[str, Any]
 Content = str | tuple[Message, ...]
 
 ROLES = {
     "system": "system",
+    "developer": "developer",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
 }
-"""Role names of chat templates and of ShareGPT, mapped to those of chat templates."""
+"""Role names of chat templates, of OpenAI's messages and of ShareGPT, mapped to those of chat templates."""
+
+TOOLS_COLUMN = "tools"
+"""Column with the tools that a conversation may call, read where a row has it."""
+KEPT_KEYS = ("name", "tool_call_id", *REASONING_KEYS)
+"""Other texts of a turn that chat templates read."""
 
 
 class BadRowError(Exception):
     """A row that cannot become a document.
 
     Args:
-        reason: The reason under which the row is counted.
         detail: What is wrong; a predicate whose subject is the row.
     """
 
@@ -53,12 +63,14 @@ class FieldReader:
         self._read: Callable[[Row], Content]
         self.columns: frozenset[str] | None = None
         """The columns that are read; None if templates choose them."""
+        self.reads_tools = False
         if source.group == "pretraining":
             self._read = _field(source.text_column, source.text_template)
             columns, templates = [source.text_column], [source.text_template]
         elif source.messages_column:
             self._read = _chat(source.messages_column)
             columns, templates = [source.messages_column], []
+            self.reads_tools = True
         else:
             self._read = _question(source)
             columns = [source.prompt_column, source.response_column]
@@ -68,16 +80,15 @@ class FieldReader:
             self.columns = frozenset(columns)
 
     def read(self, row: Any) -> Content:
-        """The text of a pretraining row, or the messages of an instruction row.
-
-        Raises:
-            BadRowError: If the row holds neither.
-        """
+        """The text of a pretraining row, or the messages of an instruction row; raises BadRowError if it holds neither."""
         if not isinstance(row, Mapping):
             raise BadRowError(Reason.NOT_AN_OBJECT, f"is {type(row).__name__}, not an object")
         content = self._read(row)
         if isinstance(content, str) and not content.strip():
             raise BadRowError(Reason.EMPTY, "is empty")
+        size = len(content) if isinstance(content, str) else sum(len(str(turn["content"])) for turn in content)
+        if size > MAX_ROW_BYTES:
+            raise BadRowError(Reason.TOO_LONG, f"holds {size:,} characters, more than {MAX_ROW_BYTES:,}")
         return content
 
 
@@ -110,7 +121,7 @@ def _question(source: SourceSection) -> Callable[[Row], Content]:
 
 def _chat(column: str) -> Callable[[Row], Content]:
     def read(row: Row) -> Content:
-        turns = _value(row, column)
+        turns = _parsed(_value(row, column))
         if not isinstance(turns, list):
             raise BadRowError(Reason.BAD_CHAT, f"column {column!r} holds {type(turns).__name__}, not a list")
         messages = tuple(map(_message, turns))
@@ -119,6 +130,18 @@ def _chat(column: str) -> Callable[[Row], Content]:
         return messages
 
     return read
+
+
+def tools_of(row: Row) -> tuple[dict[str, Any], ...] | None:
+    """The tools that a conversation may call, as JSON schemas; None without any. Raises BadRowError if it holds something different."""
+    tools = _parsed(row.get(TOOLS_COLUMN))
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRowError(
+            Reason.BAD_CHAT, f"column {TOOLS_COLUMN!r} holds {type(tools).__name__}, not a list of objects"
+        )
+    return tuple(_without_null(tool) for tool in tools)
 
 
 def _message(turn: Any) -> Message:
@@ -132,11 +155,72 @@ def _message(turn: Any) -> Message:
     if role is None:
         known = ", ".join(ROLES)
         raise BadRowError(Reason.BAD_CHAT, f"has a turn of role {speaker!r}; known: {known}")
+    calls = _tool_calls(turn) if role == "assistant" else []
+    if content is None and calls:
+        content = ""
+    if isinstance(content, list):
+        content = "".join(map(_part, content))
     if not isinstance(content, str):
         raise BadRowError(Reason.BAD_CHAT, f"has a turn of {role} that holds {type(content).__name__}, not text")
-    if role == "assistant" and not content.strip():
+    if role == "assistant" and not content.strip() and not calls:
         raise BadRowError(Reason.BAD_CHAT, "has an empty response")
-    return {"role": role, "content": content}
+    message: Message = {"role": role, "content": content}
+    if calls:
+        message["tool_calls"] = calls
+    message |= {key: turn[key] for key in KEPT_KEYS if isinstance(turn.get(key), str)}
+    return message
+
+
+def _part(part: Any) -> str:
+    """Text of a content part, `{"type": "text", "text": ...}`."""
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, Mapping) or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise BadRowError(Reason.BAD_CHAT, f"has a content part of type {kind}; only text is known")
+    return part["text"]
+
+
+def _tool_calls(turn: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Tool calls in the form of chat templates: `function` with `name` and `arguments`, an object."""
+    calls = _parsed(turn.get("tool_calls")) or []
+    if turn.get("function_call"):  # the older form, of one call
+        calls = [{"type": "function", "function": _parsed(turn["function_call"])}]
+    if not isinstance(calls, list):
+        raise BadRowError(Reason.BAD_CHAT, f"has tool_calls that are {type(calls).__name__}, not a list")
+    read = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(name, str):
+            raise BadRowError(Reason.BAD_CHAT, "has a tool call without function.name")
+        # A JSON text in OpenAI's messages; chat templates take the object.
+        arguments = _without_null(_parsed(function.get("arguments")))
+        function = {"name": name, "arguments": {} if arguments is None else arguments}
+        others = {key: call[key] for key in ("id", "type") if isinstance(call.get(key), str)}
+        read.append({"type": "function", **others, "function": function})
+    return read
+
+
+def _parsed(value: Any) -> Any:
+    """The list or object that a JSON text holds; every other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return parse_json(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _without_null(value: Any, depth: int = 0) -> Any:
+    """A value without the null fields that a Parquet file gives every object. Raises BadRowError if it nests too deep."""
+    if depth > MAX_DEPTH:
+        raise BadRowError(Reason.BAD_CHAT, f"has a tool or a call that nests deeper than {MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        return {key: _without_null(one, depth + 1) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_null(one, depth + 1) for one in value]
+    return value
 
 
 def _value(row: Row, column: str) -> Any:
@@ -173,23 +257,21 @@ class RowTemplate:
     """
 
     def __init__(self, text: str) -> None:
-        environment = ImmutableSandboxedEnvironment(
+        environment = LimitedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
             finalize=lambda value: "" if value is None else value,
         )
-        self._template = environment.from_string(text)
+        self._template = compiled(text, environment)
         self._variables = jinja2.meta.find_undeclared_variables(environment.parse(text)) - {"row"}
 
     def render(self, row: Row) -> str:
-        """Renders one row.
-
-        Raises:
-            BadRowError: If the template fails on the row.
-        """
+        """Raises BadRowError if the template fails on the row, TemplateLimitError if it would not end."""
         try:
             return self._template.render({**row, "row": row})
+        except TemplateLimitError:
+            raise
         except Exception as error:  # a template may apply any operation to the row's values
             missing = sorted(self._variables - row.keys())
             if missing and isinstance(error, jinja2.UndefinedError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import glob
 import gzip
 import hashlib
 import io
 import lzma
-import shutil
+import os
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,8 @@ from typing import IO, BinaryIO, cast
 import pyarrow
 
 from sparsify.errors import MixtureError
+from sparsify.files import storage_errors
+from sparsify.metadata import user_path
 from sparsify.mixture.sources.bad_rows import BadRows, DuplicateFile
 from sparsify.recipe.source import SourceSection
 
@@ -32,10 +35,24 @@ FORMATS = (
     f"{' '.join(ROW_FORMATS)} {' '.join(TEXT_FORMATS)}, each plain or {' '.join(COMPRESSIONS)}, "
     "and folders that datasets.save_to_disk wrote"
 )
-READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException)
-"""Errors that a damaged file raises: truncated archives, invalid Parquet and Arrow files."""
+READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError, pyarrow.ArrowException, UnicodeDecodeError)
+"""Errors that a damaged file raises: truncated archives, invalid Parquet and Arrow files, names of columns that are no text. `damage` tells them from those of
+the disk."""
+CONTENT_ERRNOS = (None, errno.EINVAL)
+"""Error numbers of an OSError that damaged content leads to: none at all, or that of a place before the file's start."""
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),  # begins with the one of UTF-16
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 SAMPLED_BYTES = 1 << 20
 READ_BYTES = 1 << 20
+MAX_ROW_BYTES = 1 << 26
+"""Of one row: one of this size needs 1 GB of memory until it is tokenised, and no book is as long."""
+MAX_RATIO = 1000
+MAX_SMALL_BYTES = 1 << 28
+"""Limits on what a compressed file unpacks to."""
 # Small, because the decompressor discards the current buffer when it reaches damaged data.
 DECOMPRESSED_BYTES = 1 << 16
 
@@ -44,14 +61,43 @@ class BrokenFileError(OSError):
     """A file whose content does not match its format."""
 
 
+def damage(error: Exception) -> str:
+    """What is wrong with a file's content, from one of the READ_ERRORS, as one line.
+
+    Raises:
+        OSError, MemoryError: The same error, if the disk, the network or the memory failed instead. A row that was not
+            read because of that is not a bad row.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno not in CONTENT_ERRNOS):
+        raise error
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns an error of the disk, the network or the memory while a source's file is read into a MixtureError that names it."""
+    try:
+        yield
+    except MemoryError as error:
+        raise MixtureError(
+            f"{path} cannot be read: it needs more memory than there is{f' ({error})' if str(error) else ''}.",
+            allowed="No row was dropped because of it: it can also be that other programs have the memory.",
+            next_step="If the size is beyond what the file can hold, it is damaged: write it again. Otherwise free memory.",
+        ) from error
+    except OSError as error:
+        raise MixtureError(
+            f"{path} cannot be read: {os.strerror(error.errno) if error.errno else error}.",
+            allowed="No row was dropped because of it: an error of the disk or the network is not one of the text.",
+            next_step="Check the disk or the mount, then run the same command again: it continues with what is tokenised.",
+        ) from error
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """One file (or saved data set) of a source, with its size and time when it was found.
 
     Args:
-        path: The path that the pattern matched.
         num_bytes: Size of the file; of a saved data set, the sum over its files.
-        modified_ns: Time of the last modification, in nanoseconds.
     """
 
     path: Path
@@ -106,11 +152,7 @@ def file_state(path: Path) -> SourceFile:
 
 
 def check_unchanged(name: str, file: SourceFile) -> None:
-    """Raises if a file has changed since it was found.
-
-    Raises:
-        MixtureError: Says what changed.
-    """
+    """Raises MixtureError, saying what changed, if a file has changed since it was found."""
     try:
         now = file_state(file.path)
     except OSError as error:
@@ -143,13 +185,21 @@ def without_duplicates(files: Sequence[SourceFile], bad_rows: BadRows) -> Iterat
 
 
 def open_binary(file: SourceFile) -> io.BufferedReader:
+    """The bytes of a file, unpacked; text in UTF-16 or UTF-32 with a byte order mark becomes UTF-8."""
+    stream = _unpacked(file)
+    head = stream.peek(4)[:4]
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if head.startswith(mark)), None)
+    return stream if encoding is None else io.BufferedReader(_Transcoded(stream, encoding), READ_BYTES)
+
+
+def _unpacked(file: SourceFile) -> io.BufferedReader:
     if file.compression == ".gz":
-        return io.BufferedReader(_ReadOnce(gzip.open(file.path)), DECOMPRESSED_BYTES)
+        return io.BufferedReader(_ReadOnce(gzip.open(file.path), file), DECOMPRESSED_BYTES)
     if file.compression == ".xz":
-        return io.BufferedReader(_ReadOnce(lzma.open(file.path)), DECOMPRESSED_BYTES)
+        return io.BufferedReader(_ReadOnce(lzma.open(file.path), file), DECOMPRESSED_BYTES)
     if file.compression == ".zst":
         stream = pyarrow.CompressedInputStream(pyarrow.OSFile(str(file.path)), "zstd")
-        return io.BufferedReader(cast(io.RawIOBase, stream), DECOMPRESSED_BYTES)
+        return io.BufferedReader(_ReadOnce(cast(IO[bytes], stream), file), DECOMPRESSED_BYTES)
     return io.BufferedReader(io.FileIO(file.path), READ_BYTES)
 
 
@@ -170,22 +220,33 @@ def text_chunks(file: SourceFile) -> Iterator[str]:
 
 @contextmanager
 def open_seekable(file: SourceFile) -> Iterator[pyarrow.NativeFile]:
-    """Opens a file for random access (Parquet has its index at the end). A compressed one is unpacked to disk."""
+    """Opens a file for random access (Parquet has its index at the end). A compressed one is unpacked to disk.
+
+    Raises:
+        StorageError: If the temporary folder cannot hold what is unpacked.
+    """
     if not file.compression:
-        with pyarrow.memory_map(str(file.path)) as mapped:
-            yield mapped
+        # Not mapped: an error of the disk would kill the process by SIGBUS.
+        with pyarrow.OSFile(str(file.path)) as stream:
+            yield stream
         return
+    folder = Path(tempfile.gettempdir())
     with tempfile.TemporaryFile() as unpacked, open_binary(file) as packed:
-        shutil.copyfileobj(packed, unpacked, READ_BYTES)
-        unpacked.seek(0)
+        while chunk := packed.read(READ_BYTES):
+            with storage_errors(folder):
+                unpacked.write(chunk)
+        with storage_errors(folder):
+            unpacked.seek(0)
         yield pyarrow.PythonFile(unpacked, mode="r")
 
 
 class _ReadOnce(io.RawIOBase):
-    """A stream that reads its archive once per buffer, so that data before a damaged place is not lost."""
+    """A stream that reads its archive once per buffer, so that data before a damaged place is not lost, and that ends an
+    archive whose size once unpacked no text explains.
+    """
 
-    def __init__(self, archive: IO[bytes] | gzip.GzipFile | lzma.LZMAFile) -> None:
-        self._archive = cast(io.BufferedReader, archive)
+    def __init__(self, archive: IO[bytes] | gzip.GzipFile | lzma.LZMAFile, file: SourceFile) -> None:
+        self._archive, self._file, self._unpacked_bytes = cast(io.BufferedReader, archive), file, 0
 
     def readable(self) -> bool:
         return True
@@ -193,6 +254,13 @@ class _ReadOnce(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
         data = self._archive.read1(len(buffer))
         buffer[: len(data)] = data
+        self._unpacked_bytes += len(data)
+        if self._unpacked_bytes > max(MAX_SMALL_BYTES, MAX_RATIO * self._file.num_bytes):
+            raise MixtureError(
+                f"{self._file.path} unpacks to more than {self._unpacked_bytes:,} bytes, from {self._file.num_bytes:,}.",
+                allowed=f"{MAX_RATIO} times the size of the file, or {MAX_SMALL_BYTES:,} bytes: text never compresses better.",
+                next_step="Unpack it yourself if it is what you expect, and name the unpacked file.",
+            )
         return len(data)
 
     def close(self) -> None:
@@ -200,8 +268,49 @@ class _ReadOnce(io.RawIOBase):
         super().close()
 
 
+class _Transcoded(io.RawIOBase):
+    """A stream of text in another encoding as UTF-8."""
+
+    def __init__(self, stream: io.BufferedReader, encoding: str) -> None:
+        self._stream, self._encoding, self._held = stream, encoding, b""
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._begun = self._ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def _check_order(self, text: str) -> None:
+        """Refuses a text of the other byte order than its mark says: its letters have become signs of other scripts."""
+        swapped = sum(ord(one) > 0 and ord(one) & 0xFF == 0 for one in text)
+        if self._encoding == "UTF-16" and swapped > len(text) // 2:
+            raise BrokenFileError(
+                "its byte order mark says another order than its text has: remove the mark, its first two bytes, and "
+                "convert the rest with iconv -f UTF-16LE -t UTF-8, or with UTF-16BE"
+            )
+
+    def readinto(self, buffer: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        while not self._held and not self._ended:
+            chunk = self._stream.read1()
+            self._ended = not chunk
+            try:
+                self._held = self._decoder.decode(chunk, final=self._ended).encode()
+            except UnicodeDecodeError as error:
+                raise BrokenFileError(f"it is not valid {self._encoding}: {error.reason}") from error
+            if not self._begun:
+                self._begun = bool(self._held)
+                self._check_order(self._held.decode())
+        size = min(len(buffer), len(self._held))
+        buffer[:size] = self._held[:size]
+        self._held = self._held[size:]
+        return size
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
 def _matches(pattern: str) -> list[Path]:
-    found = sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
+    found = sorted(glob.glob(str(user_path(pattern)), recursive=True))  # noqa: PTH207  (Path.glob takes no absolute pattern)
     return [Path(match) for match in found]
 
 
@@ -227,11 +336,7 @@ def _no_match(name: str, key: str, pattern: str) -> MixtureError:
 
 
 def check_format(name: str, file: SourceFile, source: SourceSection) -> None:
-    """Raises if a file has a format that the source cannot use.
-
-    Raises:
-        MixtureError: Lists the formats that it can use.
-    """
+    """Raises MixtureError if a file has a format that the source cannot use."""
     if source.token_files:
         known, kind = TOKEN_FORMATS, "token files"
         allowed = f"Allowed: {' '.join(TOKEN_FORMATS)}, uncompressed, because they are memory-mapped."
@@ -244,7 +349,7 @@ def check_format(name: str, file: SourceFile, source: SourceSection) -> None:
 
 
 def _sample(file: SourceFile) -> bytes:
-    with file.path.open("rb") as stream:
+    with disk_errors(file.path), file.path.open("rb") as stream:
         digest = hashlib.blake2b(str(file.num_bytes).encode(), digest_size=16)
         digest.update(cast(BinaryIO, stream).read(SAMPLED_BYTES))
         stream.seek(max(0, file.num_bytes - SAMPLED_BYTES))

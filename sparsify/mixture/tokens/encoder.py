@@ -19,19 +19,14 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.errors import MixtureError
 from sparsify.mixture.sources.bad_rows import BadRows, Reason
 from sparsify.mixture.sources.documents import Document
-from sparsify.mixture.tokens.chat import (
-    CharacterSpan,
-    ChatTemplateError,
-    ChatWriter,
-    chat_template_text,
-)
+from sparsify.mixture.tokens.chat import ChatWriter, WrittenChat
+from sparsify.mixture.tokens.chat_marks import CharacterSpan
+from sparsify.mixture.tokens.chat_template import ChatTemplateError, chat_template_text
 from sparsify.mixture.tokens.pool import tokenizer_threads
 from sparsify.recipe.mixture import MixtureSection
 
 Tokenizer = PreTrainedTokenizerFast
 
-PIECE_CHARACTERS = 1 << 20
-"""Longer documents are tokenised in pieces of this length."""
 PIECES_AT_ONCE = 2
 """Pieces of a long document per call: a tokenizer needs more than a hundred bytes for each token of a call."""
 
@@ -74,11 +69,9 @@ class Encoder:
     """Encodes documents of one source.
 
     Args:
-        name: Name of the source, for messages.
         tokenizer: A fast Hugging Face tokenizer with an end-of-sequence token.
         responses_only: Only the responses of instruction documents, and the token after each, carry loss.
-        chat_template: `mixture.chat_template`.
-        bad_rows: Counts the documents that the chat template refuses.
+        piece_characters: Longer documents are tokenised in pieces of this length.
 
     Raises:
         MixtureError: If the tokenizer is slow or has no end-of-sequence token, or the chat template cannot be read.
@@ -92,6 +85,7 @@ class Encoder:
         responses_only: bool,
         chat_template: str | None = None,
         bad_rows: BadRows | None = None,
+        piece_characters: int = 1 << 20,
     ) -> None:
         check_tokenizer(tokenizer)
         self.name, self.tokenizer, self.responses_only = name, tokenizer, responses_only
@@ -99,6 +93,7 @@ class Encoder:
         self._bos, self._eos = cast(tuple[int | None, int], ends)
         self.token_dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         self.bad_rows = bad_rows or BadRows(name, MixtureSection.max_bad_fraction)
+        self._piece_characters = piece_characters
         self._chat = ChatWriter(tokenizer, chat_template_text(chat_template, tokenizer))
 
     def encode(self, documents: Sequence[Document]) -> Encoded:
@@ -111,8 +106,8 @@ class Encoder:
         document is the text of the chat template, framed in the same way unless the template writes bos or eos itself.
 
         Returns:
-            A function that waits for the tokens. It counts the documents that the chat template refuses, and raises
-            MixtureError if there are too many.
+            A function that waits for the tokens. It counts the documents that the chat template refuses and the turns
+            that it drops, and raises MixtureError if it refuses too many.
         """
         if not documents:
             return lambda: self._frame([], [] if self.responses_only else None)
@@ -130,14 +125,13 @@ class Encoder:
         return tokenizer_threads().submit(self._encode_texts, backend, texts)
 
     def _encode_texts(self, backend: tokenizers.Tokenizer, texts: list[str]) -> Encoded:
-        if max(map(len, texts), default=0) > PIECE_CHARACTERS:
+        if max(map(len, texts), default=0) > self._piece_characters:
             return self._frame([self._encode_long(backend, text) for text in texts])
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
         return self._frame(encoding.ids for encoding in encodings)
 
-    @staticmethod
-    def _encode_long(backend: tokenizers.Tokenizer, text: str) -> Ids:
-        pieces, ids = list(_pieces(text)), array("I")
+    def _encode_long(self, backend: tokenizers.Tokenizer, text: str) -> Ids:
+        pieces, ids = list(_pieces(text, self._piece_characters)), array("I")
         for start in range(0, len(pieces), PIECES_AT_ONCE):
             some = pieces[start : start + PIECES_AT_ONCE]
             for encoding in backend.encode_batch_fast(some, add_special_tokens=False):
@@ -149,11 +143,11 @@ class Encoder:
         for document in documents:
             assert document.messages is not None
             try:
-                text = self._chat.write(document.messages, with_responses=self.responses_only)
+                chat = self._chat.write(document.messages, document.tools)
             except ChatTemplateError as error:
                 refused.append((document, error))
-                text = "", []
-            written.append(text)
+                chat = WrittenChat("", [])
+            written.append(chat)
         backend = self._backend(parse_special_tokens=True)
         tokenized = tokenizer_threads().submit(self._encode_chats, backend, written)
 
@@ -162,23 +156,22 @@ class Encoder:
             for document, error in refused:
                 detail = f"the chat template fails: {error}"
                 self.bad_rows.refuse(document.file, Reason.CHAT_TEMPLATE, document.row, detail)
+            for chat in written:
+                self.bad_rows.add_dropped_turns(chat.dropped_turns)
             return tokenized()
 
         return result
 
-    def _encode_chats(
-        self, backend: tokenizers.Tokenizer, written: Sequence[tuple[str, list[CharacterSpan]]]
-    ) -> Encoded:
+    def _encode_chats(self, backend: tokenizers.Tokenizer, written: Sequence[WrittenChat]) -> Encoded:
         encode = backend.encode_batch if self.responses_only else backend.encode_batch_fast
-        given = [(text, responses) for text, responses in written if text]
-        encodings = encode([text for text, _ in given], add_special_tokens=False)
+        given = [chat for chat in written if chat.text]
+        encodings = encode([chat.text for chat in given], add_special_tokens=False)
         inside = None
         if self.responses_only:
-            pairs = zip(encodings, given, strict=True)
-            inside = [_inside(encoding, responses) for encoding, (_, responses) in pairs]
+            inside = [_inside(encoding, chat.answers) for encoding, chat in zip(encodings, given, strict=True)]
         encoded = self._frame((encoding.ids for encoding in encodings), inside)
         lengths = np.zeros(len(written), dtype=np.int64)
-        lengths[[bool(text) for text, _ in written]] = encoded.lengths
+        lengths[[bool(chat.text) for chat in written]] = encoded.lengths
         return replace(encoded, lengths=lengths)
 
     def _backend(self, *, parse_special_tokens: bool) -> tokenizers.Tokenizer:
@@ -199,7 +192,7 @@ class Encoder:
         bos, eos = self._bos, self._eos
         begin, end = array("I", [bos or 0]), array("I", [eos])
         # bos is never a target, because no token of its document precedes it.
-        no_loss, loss = np.zeros(1, dtype=np.bool_), np.ones(1, dtype=np.bool_)
+        no_loss = np.zeros(1, dtype=np.bool_)
         pieces, masks, lengths = [], [], []
         # One long array instead of one per document: numpy's overhead for short arrays adds up over a run.
         for place, ids in enumerate(documents):
@@ -213,7 +206,8 @@ class Encoder:
                 pieces.append(end)
             lengths.append(before + len(ids) + after)
             if inside is not None:
-                masks += [no_loss] * before + [inside[place]] + [loss] * after
+                # eos belongs to the answer that it follows, and to no other turn.
+                masks += [no_loss] * before + [inside[place]] + [inside[place][-1:]] * after
         flat = np.frombuffer(b"".join(pieces), dtype=np.uint32)
         return Encoded(
             flat.astype(self.token_dtype, copy=False),
@@ -237,13 +231,13 @@ def check_tokenizer(tokenizer: Tokenizer) -> None:
         )
 
 
-def _pieces(text: str) -> Iterator[str]:
+def _pieces(text: str, num_characters: int) -> Iterator[str]:
     start = 0
     while start < len(text):
         # Cut after a line break: hardly any tokenizer merges across one.
-        stop = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-        if stop <= start or start + PIECE_CHARACTERS >= len(text):
-            stop = start + PIECE_CHARACTERS
+        stop = text.rfind("\n", start, start + num_characters) + 1
+        if stop <= start or start + num_characters >= len(text):
+            stop = start + num_characters
         yield text[start:stop]
         start = stop
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -19,11 +18,19 @@ from filelock import FileLock
 
 from sparsify.errors import MixtureError
 from sparsify.files import storage_errors, write_text
-from sparsify.mixture.cleaning.cleaner import Cleaner
+from sparsify.metadata import user_path
+from sparsify.mixture.cleaning.contamination import (
+    REPORT_FILE,
+    ContaminationLog,
+    contamination_report,
+)
+from sparsify.mixture.cleaning.decontaminate import Decontaminator
+from sparsify.mixture.cleaning.duplicates import SeenDocuments
 from sparsify.mixture.sources.bad_rows import BadRows
 from sparsify.mixture.sources.documents import Document, is_held_out
 from sparsify.mixture.sources.read import read_documents
 from sparsify.mixture.sources.source_files import SourceFile, source_files
+from sparsify.mixture.tokens.chat_template import chat_template_text
 from sparsify.mixture.tokens.encoder import (
     Encoded,
     Encoder,
@@ -31,7 +38,7 @@ from sparsify.mixture.tokens.encoder import (
     check_tokenizer,
     tokenizer_fingerprint,
 )
-from sparsify.mixture.tokens.pool import batches, parts, tokenizer_threads
+from sparsify.mixture.tokens.pool import SIZES, IngestSizes, batches, parts, tokenizer_threads
 from sparsify.mixture.tokens.shards import (
     Shard,
     ShardWriter,
@@ -55,35 +62,26 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Ingest:
-    """What to tokenise for one source of a mixture, and where to store it.
-
-    Args:
-        name: Name of the source in its mixture.
-        mixture: The mixture.
-        tokenizer: A fast Hugging Face tokenizer.
-        need: How far to read.
-        cache_dir: Where tokenised sources are kept.
-    """
+    """What to tokenise for one source of a mixture, and where to store it."""
 
     name: str
     mixture: MixtureSection
     tokenizer: Tokenizer
     need: Need
     cache_dir: Path
+    sizes: IngestSizes = SIZES
 
-    def open(self, files: Sequence[SourceFile] | None = None) -> TokenizedSource:
-        """The source as far as it is in the cache.
-
-        Args:
-            files: Its files as they were found earlier; default: as they are now.
-
-        Raises:
-            MixtureError: If a file is missing, or all documents fall on one side of the held-out split.
+    def open(self, files: Sequence[SourceFile] | None = None, *, verify: bool = True) -> TokenizedSource:
+        """The source as far as it is in the cache; `files` are those found earlier. With `verify`, what is damaged of
+        what the run needs is not counted as being there; without it, a damaged shard is an error when it is read.
+        Raises MixtureError if a file is missing, or all documents fall on one side of the held-out split.
         """
         source = self.mixture.sources[self.name]
         fingerprint = source_fingerprint(self.name, source, self.mixture, self.tokenizer, files)
-        cache = SourceCache(self.cache_dir.expanduser() / fingerprint)
+        cache = SourceCache(user_path(self.cache_dir) / fingerprint)
         found = TokenizedSource(self.name, cache, self.need)
+        if verify:
+            found.verify()
         if found.ready:
             _check_split(found, self.mixture.validation_fraction)
         return found
@@ -106,16 +104,21 @@ class Ingest:
 
 
 def bad_rows_of(source: TokenizedSource) -> BadRows | None:
-    """Bad rows of a source; None until it was read as far as some run needed it."""
+    """None until the source was read as far as some run needed it."""
     path = source.cache.folder / BAD_ROWS_FILE
-    return BadRows.from_json(path.read_bytes()) if path.is_file() else None
+    try:
+        return BadRows.from_json(path.read_bytes()) if path.is_file() else None
+    except ValueError as error:
+        raise MixtureError(
+            f"{path} cannot be read: it is not as it was written.",
+            next_step=f"Remove {source.cache.folder}, then run the same command again: it tokenises the source again.",
+        ) from error
 
 
 class IngestSession:
     """One source while it is tokenised. Holds the lock of the source's cache folder.
 
     Args:
-        task: What to tokenise.
         wait: Whether to wait for another process that holds the lock; otherwise entering raises filelock.Timeout.
     """
 
@@ -135,6 +138,9 @@ class IngestSession:
             token_dtype=self._encoder.token_dtype.name,
             has_loss_mask=responses_only,
             tokenizer=tokenizer_fingerprint(task.tokenizer),
+            chat_template=(
+                chat_template_text(mixture.chat_template, task.tokenizer) if source.group == "instruction" else None
+            ),
             end_token=int(task.tokenizer.eos_token_id),  # pyright: ignore[reportArgumentType]
         )
         # Replaced by the source's own ratio as documents are written.
@@ -163,16 +169,16 @@ class IngestSession:
 
     def _begin(self, folder: Path) -> None:
         task = self.task
-        writer = ShardWriter(folder, self._info)
+        writer = ShardWriter(folder, self._info, task.sizes.shard_tokens)
         try:
             cleaner = Cleaner(task.mixture, folder, writer.read_documents)
-        except ValueError:  # the logs are gone: without them, duplicates cannot be detected
+            if writer.read_documents:
+                previous = (folder / REFUSALS_FILE).read_bytes()
+                self._bad_rows.carry_refusals(BadRows.from_json(previous))
+        except (FileNotFoundError, ValueError):  # the logs are gone: without them, duplicates cannot be detected
             writer.clear()
             cleaner = Cleaner(task.mixture, folder, 0)
         self._writer, self._cleaner = writer, cleaner
-        if writer.read_documents:
-            previous = (folder / REFUSALS_FILE).read_bytes()
-            self._bad_rows.carry_refusals(BadRows.from_json(previous))
         documents = read_documents(
             task.name,
             task.mixture.sources[task.name],
@@ -182,16 +188,11 @@ class IngestSession:
             skip_documents=writer.read_documents,
         )
         self._read_documents = writer.read_documents
-        self._parts = parts(documents)
+        self._parts = parts(documents, task.sizes)
         # Empty: the first step only reads.
         self._batch: deque[_Part] | None = deque()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -317,19 +318,10 @@ def mixture_ingests(
     held_out_tokens: int,
     sequence_length: int,
     cache_dir: Path,
+    earlier_train_tokens: Sequence[Mapping[str, int]] = (),
 ) -> dict[str, Ingest]:
-    """What to tokenise for each source in `train_tokens`.
-
-    Args:
-        mixture: The sources.
-        tokenizer: A fast Hugging Face tokenizer.
-        train_tokens: Training tokens needed from each source.
-        held_out_tokens: Held-out tokens wanted from each source; a smaller source gives what it has.
-        sequence_length: Tokens per sequence. At least one training and one held-out sequence is read.
-        cache_dir: Where tokenised sources are kept.
-
-    Raises:
-        MixtureError: If the tokenizer is unsuitable.
+    """What to tokenise for each source in `train_tokens`: at least one training and one held-out sequence. A source
+    with fewer than `held_out_tokens` gives what it has. `earlier_train_tokens` are those of shorter budgets that the run had before.
     """
     check_tokenizer(tokenizer)
     least = Need(sequence_length, max(held_out_tokens, sequence_length))
@@ -338,7 +330,11 @@ def mixture_ingests(
             name,
             mixture,
             tokenizer,
-            replace(least, train_tokens=max(tokens, least.train_tokens)),
+            replace(
+                least,
+                train_tokens=max(tokens, least.train_tokens),
+                earlier_train_tokens=tuple(max(one[name], least.train_tokens) for one in earlier_train_tokens),
+            ),
             cache_dir,
         )
         for name, tokens in train_tokens.items()
@@ -356,7 +352,7 @@ def text_documents(documents: Iterator[Document], encoder: Encoder, num_tokens: 
     flat = np.concatenate([none.astype(encoder.token_dtype), *(one.ids for one in encoded)])
     lengths = np.concatenate([none, *(one.lengths for one in encoded)])
     lengths = lengths[lengths > 0]
-    shard = Shard(flat, None, lengths, np.ones(len(lengths), dtype=np.bool_))
+    shard = Shard(flat, None, -lengths)
     return ShardDocuments(shard, shard.starts, lengths)
 
 
@@ -375,3 +371,59 @@ def _check_split(source: TokenizedSource, validation_fraction: float) -> Tokeniz
                 next_step=f"Add documents, or {change} mixture.validation_fraction.",
             )
     return source
+
+
+class Cleaner:
+    """Filters the documents of one source as they are read; can resume after any number of documents.
+
+    Raises:
+        MixtureError: If an evaluation file is missing or cannot be read.
+        ValueError: If a log is missing. Then the source must be read from its start.
+    """
+
+    def __init__(self, mixture: MixtureSection, folder: Path, num_documents: int) -> None:
+        self._folder = folder
+        self.num_documents = num_documents
+        self._decontaminator = Decontaminator.of(mixture)
+        self._seen = SeenDocuments(folder, num_documents) if mixture.remove_duplicates else None
+        self._log = None
+        if self._decontaminator is not None:
+            self._log = ContaminationLog(folder, self._decontaminator, num_documents)
+
+    def clean(self, documents: Sequence[Document]) -> list[Document]:
+        """Returns the documents to train on. Must be called with every document, in the order of the source."""
+        numbered = list(enumerate(documents, start=self.num_documents))
+        self.num_documents += len(documents)
+        if self._seen is not None:
+            new = self._seen.add(documents)
+            numbered = [one for one, is_new in zip(numbered, new, strict=True) if is_new]
+        if self._decontaminator is None or self._log is None:
+            return [document for _, document in numbered]
+        kept = []
+        overlaps = self._decontaminator.overlaps([document for _, document in numbered])
+        for (number, document), overlap in zip(numbered, overlaps, strict=True):
+            if overlap is None:
+                kept.append(document)
+            else:
+                self._log.add(document, number, overlap)
+        return kept
+
+    def commit(self) -> None:
+        """Flushes the logs to disk. Call it before recording elsewhere that these documents were read."""
+        if self._seen is not None:
+            self._seen.commit()
+        if self._log is not None:
+            self._log.commit()
+
+    def finish(self, num_documents: int) -> None:
+        """Commits, and writes the `ContaminationReport` of the first documents if there are evaluation sets."""
+        self.commit()
+        report = contamination_report(self._folder, num_documents) if self._log else None
+        if report is not None:
+            write_text(self._folder / REPORT_FILE, report.model_dump_json(indent=2) + "\n")
+
+    def close(self) -> None:
+        if self._seen is not None:
+            self._seen.close()
+        if self._log is not None:
+            self._log.close()

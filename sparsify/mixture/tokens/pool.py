@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ParamSpec, TypeVar
 from weakref import WeakSet
@@ -62,24 +63,36 @@ def _threads_of(process_id: int) -> TokenizerThreads:
     return TokenizerThreads()
 
 
-BATCH_DOCUMENTS = 256
-BATCH_CHARACTERS = 1 << 22
-"""Limits of a batch. A shard ends at the end of a batch, so these values affect which documents a shard holds."""
-PART_DOCUMENTS, PART_CHARACTERS = 64, 1 << 18
-"""Limits of a part, which is one tokenizer task. They affect speed only."""
+@dataclass(frozen=True)
+class IngestSizes:
+    """Sizes of what ingest holds and writes at a time.
+
+    A shard ends at the end of a batch, so the sizes of both decide which documents a shard holds. The size of a part, which
+    is one tokenizer task, affects speed only.
+    """
+
+    shard_tokens: int = 1 << 23
+    """Size at which a shard is closed: large enough to shuffle and pack within, small enough to wait for."""
+    batch_documents: int = 256
+    batch_characters: int = 1 << 22
+    part_documents: int = 64
+    part_characters: int = 1 << 18
+
+
+SIZES = IngestSizes()
 
 
 def batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Groups documents in batches that fit in memory whatever the documents' lengths."""
     batch: list[Document] = []
-    for part, ends_batch in parts(documents):
+    for part, ends_batch in parts(documents, SIZES):
         batch += part
         if ends_batch:
             yield batch
             batch = []
 
 
-def parts(documents: Iterator[Document]) -> Iterator[tuple[list[Document], bool]]:
+def parts(documents: Iterator[Document], sizes: IngestSizes) -> Iterator[tuple[list[Document], bool]]:
     """Yields the parts of batches, and whether a part ends its batch. One part is tokenised while the next is read."""
     part: list[Document] = []
     num_documents = num_characters = 0
@@ -88,11 +101,11 @@ def parts(documents: Iterator[Document]) -> Iterator[tuple[list[Document], bool]
         part.append(document)
         num_documents += 1
         num_characters += document.num_characters
-        ends_batch = num_documents == BATCH_DOCUMENTS or num_characters >= BATCH_CHARACTERS
+        ends_batch = num_documents == sizes.batch_documents or num_characters >= sizes.batch_characters
         if (
             ends_batch
-            or num_documents - part_documents == PART_DOCUMENTS
-            or num_characters - part_characters >= PART_CHARACTERS
+            or num_documents - part_documents == sizes.part_documents
+            or num_characters - part_characters >= sizes.part_characters
         ):
             yield part, ends_batch
             part = []

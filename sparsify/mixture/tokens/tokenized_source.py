@@ -16,6 +16,7 @@ How far ingest has come, everywhere in the package:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ class Need:
 
     train_tokens: int
     held_out_tokens: int = 1
+    earlier_train_tokens: tuple[int, ...] = ()
+    """The same of shorter budgets that the run had before: the documents that each of them reached stay packed as they were."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,7 @@ class TokenizedSource:
     """The tokens of one source, limited to what a run needs.
 
     Args:
-        name: Name of the source in the mixture.
         cache: The source's cache folder, which may still grow.
-        need: How much the run reads.
     """
 
     def __init__(self, name: str, cache: SourceCache, need: Need) -> None:
@@ -76,6 +77,21 @@ class TokenizedSource:
         self.cache.refresh()
         self._train_ends = np.cumsum([record.train_tokens for record in self.cache.records])
 
+    def verify(self) -> None:
+        """Forgets shards that are not as they were written, and those after them: ingest writes them again."""
+        self.cache.verify(self._num_needed)
+        self._train_ends = np.cumsum([record.train_tokens for record in self.cache.records])
+
+    @property
+    def _num_needed(self) -> int:
+        """Shards that the run reads, as far as they are there."""
+        train = held_out = 0
+        for number, record in enumerate(self.cache.records):
+            if train >= self.need.train_tokens and held_out >= self.need.held_out_tokens:
+                return number
+            train, held_out = train + record.train_tokens, held_out + record.held_out_tokens
+        return len(self.cache.records)
+
     @property
     def train_ready(self) -> bool:
         """Whether the cache holds all training tokens that the run needs."""
@@ -83,7 +99,6 @@ class TokenizedSource:
 
     @property
     def held_out_ready(self) -> bool:
-        """Whether the cache holds all held-out tokens that the run needs."""
         cached = sum(record.held_out_tokens for record in self.cache.records)
         return self.cache.complete or cached >= self.need.held_out_tokens
 
@@ -110,6 +125,41 @@ class TokenizedSource:
         chosen = chosen[:taken]
         return ShardDocuments(shard, shard.starts[chosen], shard.lengths[chosen])
 
+    def pieces(self) -> list[tuple[int, int]]:
+        """What is packed at a time, as the shard and the last training token of each piece: a shard, or what one of the run's budgets
+        reached of it.
+        """
+        found = []
+        for number in range(self.num_shards):
+            end = int(self._train_ends[number])
+            before = int(self._train_ends[number - 1]) if number else 0
+            reached = [tokens for tokens in sorted(self.need.earlier_train_tokens) if before < tokens < end]
+            lengths = self._train_lengths(number) if reached else None
+            last = before
+            for tokens in reached:
+                assert lengths is not None
+                ends = before + np.cumsum(lengths)
+                place = int(ends[np.searchsorted(ends, tokens)])
+                if last < place < end:
+                    found.append((number, place))
+                    last = place
+            found.append((number, end))
+        return found
+
+    def piece_documents(self, pieces: Sequence[tuple[int, int]], place: int) -> ShardDocuments:
+        """The training documents of one of `pieces`, up to the end of the need."""
+        number, end = pieces[place]
+        documents = self.train_documents(number)
+        before = int(self._train_ends[number - 1]) if number else 0
+        start = pieces[place - 1][1] if place and pieces[place - 1][0] == number else before
+        ends = before + np.cumsum(documents.lengths)
+        chosen = (ends > start) & (ends <= end)
+        return ShardDocuments(documents.shard, documents.starts[chosen], documents.lengths[chosen])
+
+    def _train_lengths(self, number: int) -> IntArray:
+        shard = self.cache.shard(number)
+        return shard.lengths[~shard.held_out]
+
     def is_final(self, number: int) -> bool:
         """Whether training reads all documents of a shard, and the shard will not change."""
         closed = number < self.cache.num_closed
@@ -131,7 +181,7 @@ class TokenizedSource:
 
     @property
     def num_documents(self) -> int:
-        """Number of training documents that the run sees; final once `train_ready`."""
+        """Training documents that the run sees; final once `train_ready`."""
         return sum(len(self.train_documents(number).lengths) for number in range(self.num_shards))
 
     @property
@@ -145,7 +195,6 @@ class TokenizedSource:
 
     @property
     def num_held_out_tokens(self) -> int:
-        """Held-out tokens that the run evaluates on."""
         return sum(int(documents.lengths.sum()) for documents in self.held_out_documents())
 
     @property

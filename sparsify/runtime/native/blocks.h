@@ -4,7 +4,7 @@
 // has at most 15 significant bits, so a dequantised weight is exact in fp32. Mirrors sparsify/runtime/quantised.py.
 #pragma once
 
-#include "lanes.h"
+#include "levels.h"
 
 namespace sparsify {
 
@@ -65,9 +65,10 @@ inline Lanes load_int4(const uint8_t* p, int half, Lanes scale) {
 #endif
 
 // The interface is that of F32 in lanes.h.
-template <int BITS>
+template <int NUM_BITS>
 struct Blocks {
     using Stored = uint8_t;
+    static constexpr int BITS = NUM_BITS;
     static constexpr int VECTORS = 2;
     static int64_t width(int64_t hidden) { return (hidden + BLOCK - 1) / BLOCK * BLOCK; }
     static const Stored* value(const Stored* row, int64_t i) { return row + (i * BITS >> 3); }

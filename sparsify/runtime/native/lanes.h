@@ -159,10 +159,10 @@ inline void prefetch_near(const void* data) {
 
 // Interface of a format: VECTORS are read together, aligned to as many vectors; a row of `hidden` elements is stored as
 // width(hidden) elements; lanes(row, i, k, width) is vector k after element i; ask() prefetches `count` elements; at() and from()
-// convert one element.
+// convert one element. BITS is that of a weight in blocks, 0 for stored weights.
 template <class T>
 struct Plain {
-    static constexpr int VECTORS = 1;
+    static constexpr int VECTORS = 1, BITS = 0;
     static int64_t width(int64_t hidden) { return hidden; }
     static void ask(const T* row, int64_t i, int64_t count, int64_t) { prefetch(row + i, count * sizeof(T)); }
 };

@@ -89,13 +89,8 @@ def _backward(
 
 
 def forward(name: str, gate: torch.Tensor, up: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
-    """Neuron activations, [..., neurons].
-
-    Args:
-        name: Name of an activation that has a training kernel.
-        gate: Gate pre-activations of any float dtype but float64, [..., neurons].
-        up: Up pre-activations, of the same shape and dtype.
-        zeros: Counter to which the exact zeros of the result are added, int64 []; None to skip counting.
+    """Neuron activations of pre-activations of the same shape [..., neurons] and any float dtype but float64; their
+    exact zeros are added to `zeros`, int64 [].
     """
     product = torch.empty_like(gate, memory_format=torch.contiguous_format)
     gate_rows, up_rows = _rows(gate), _rows(up)

@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from sparsify.errors import RunError
 from sparsify.mixture.sequences.reader import NO_LOSS
-from sparsify.runtime.triton_ffn import interpreting
 
 PACKAGE = "liger-kernel"
 
@@ -28,16 +27,9 @@ def installed_version() -> str | None:
 
 
 def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Root mean square norm as in Llama: fp32 up to the product with the weight. [..., hidden]
-
-    Args:
-        hidden: [..., hidden].
-        weight: [hidden].
-        epsilon: Added to the mean square.
-    """
+    """Root mean square norm as in Llama: fp32 up to the product with the weight [hidden]. [..., hidden]"""
     # Not in place: the output's gradient belongs to autograd.
-    function = _liger().LigerRMSNormFunction
-    return function.apply(hidden, weight, _scalar(epsilon), _scalar(0.0), "llama", False)
+    return _liger().LigerRMSNormFunction.apply(hidden, weight, epsilon, 0.0, "llama", False)
 
 
 def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
@@ -171,24 +163,7 @@ def _rotated_half(x: torch.Tensor) -> torch.Tensor:
     return torch.cat((-right, left), dim=-1)
 
 
-@cache
 def _liger() -> Any:
     from liger_kernel import ops  # pyright: ignore[reportMissingImports]
 
-    if interpreting():
-        from liger_kernel.ops import rms_norm as norm  # pyright: ignore[reportMissingImports]
-        from triton import language
-
-        # The interpreter has no libdevice: CUDA's rsqrt returns None.
-        norm.rsqrt = lambda x: language.math.rsqrt(x)
     return ops
-
-
-class _Scalar(float):
-    def to(self, _: object) -> _Scalar:
-        return self
-
-
-def _scalar(value: float) -> float:
-    """A scalar argument of a kernel. Compiled Triton gives it a method `to`; in the interpreter it is a plain float without."""
-    return _Scalar(value) if interpreting() else value

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,21 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsify.mixture.cleaning import duplicates
-from sparsify.mixture.cleaning.duplicates import SeenDocuments
+from sparsify.mixture.cleaning.duplicates import DigestSizes, SeenDocuments, count_duplicates
 from sparsify.mixture.sources.documents import Document, conversation
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_files() -> Iterator[None]:
-    """Sorted files, merges and larger filters after a few documents instead of a million."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(duplicates, "RECENT_DIGESTS", 8)
-        patch.setattr(duplicates, "BLOCK_DIGESTS", 16)
-        patch.setattr(duplicates, "PAGE_DIGESTS", 4)
-        patch.setattr(duplicates, "FIRST_FILTER_BITS", 64)
-        patch.setattr(duplicates, "LAST_FILTER_BITS", 512)
-        yield
+SMALL = DigestSizes(recent=8, block=16, page=4, first_filter_bits=64, last_filter_bits=512)
+"""Sorted files, merges and larger filters after a few documents instead of a million."""
 
 
 def texts(numbers: list[int]) -> list[Document]:
@@ -55,18 +45,17 @@ def test_every_content_is_new_once_even_after_a_kill_at_any_document(
     kept = data.draw(st.integers(0, len(numbers)), "documents whose tokens were committed")
     expected = first_times(numbers)
     with TemporaryDirectory() as folder:
-        with SeenDocuments(Path(folder)) as seen:
+        with closing(SeenDocuments(Path(folder), sizes=SMALL)) as seen:
             assert added(seen, numbers, batches[0]) == expected
-        with SeenDocuments(Path(folder), kept) as seen:
-            assert seen.num_duplicates == kept - sum(expected[:kept])
+        with closing(SeenDocuments(Path(folder), kept, SMALL)) as seen:
             assert added(seen, numbers[kept:], batches[1]) == expected[kept:]
-            assert seen.num_duplicates == len(numbers) - sum(expected)
+            assert count_duplicates(Path(folder), len(numbers)) == len(numbers) - sum(expected)
             assert seen.num_documents == len(numbers)
 
 
 def test_a_full_filter_makes_no_document_a_duplicate(tmp_path: Path) -> None:
     numbers = np.random.RandomState(0).permutation(3000).tolist()
-    with SeenDocuments(tmp_path) as seen:
+    with closing(SeenDocuments(tmp_path, sizes=SMALL)) as seen:
         assert all(added(seen, numbers, 100))
         assert not any(added(seen, numbers[::-1], 100))
 
@@ -82,26 +71,26 @@ def test_a_conversation_is_compared_with_all_its_turns(tmp_path: Path) -> None:
         Document("g", messages=({"role": "system", "content": "one"},)),
         Document("h", text="\ud800 lone surrogate"),
     ]
-    with SeenDocuments(tmp_path) as seen:
+    with closing(SeenDocuments(tmp_path, sizes=SMALL)) as seen:
         new = seen.add(documents)
     assert new.tolist() == [document.origin != "d" for document in documents]
 
 
 def test_only_an_equal_text_is_a_duplicate(tmp_path: Path) -> None:
     near = [Document("", text=text) for text in ("Same", "same", "Same ", "Same", "")]
-    with SeenDocuments(tmp_path) as seen:
+    with closing(SeenDocuments(tmp_path, sizes=SMALL)) as seen:
         assert seen.add(near).tolist() == [True, True, True, False, True]
 
 
 def test_a_log_that_lost_documents_is_not_resumed(tmp_path: Path) -> None:
-    with SeenDocuments(tmp_path) as seen:
+    with closing(SeenDocuments(tmp_path, sizes=SMALL)) as seen:
         seen.add(texts([1, 2, 3]))
     with pytest.raises(ValueError, match="knows fewer than 4 documents"):
-        SeenDocuments(tmp_path, 4)
+        SeenDocuments(tmp_path, 4, SMALL)
 
 
 def test_only_the_log_remains(tmp_path: Path) -> None:
-    with SeenDocuments(tmp_path) as seen:
+    with closing(SeenDocuments(tmp_path, sizes=SMALL)) as seen:
         added(seen, list(range(100)), 10)
         assert [path.name for path in tmp_path.iterdir()] == ["digests.bin"]
     assert (tmp_path / "digests.bin").stat().st_size == 800

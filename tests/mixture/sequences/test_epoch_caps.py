@@ -27,7 +27,7 @@ from sparsify.recipe.mixture import MixtureSection, PhaseSection
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.source import SourceSection
 from sparsify.runs.data import shares_of
-from tests.mixture.laws import assert_law, curves, weighted
+from tests.mixture.laws import assert_law, curves, share_at, weighted
 
 capacities_of_12 = st.lists(st.none() | st.integers(0, 80), min_size=12, max_size=12)
 
@@ -47,7 +47,7 @@ def test_an_exhausted_source_gives_no_more_than_it_has_and_shares_stay_exact(
     assert all(counts.get(name, 0) <= size for name, size in capacities.items())
     if fits < 400:  # only if no other source is left
         after = int(fits) + 1
-        with_share = {name for name in changed.names if changed.share(name, after) > 0}
+        with_share = {name for name in changed.names if share_at(changed, name, after) > 0}
         assert with_share <= capacities.keys()
 
 
@@ -65,8 +65,8 @@ def test_a_source_can_give_everything_it_has(shares: Shares, capacity: int) -> N
 def test_a_share_is_given_to_the_others_in_proportion() -> None:
     shares = Shares.constant({"small": 0.5, "web": 0.4, "code": 0.1})
     changed = redistributed(shares, {"small": 10})
-    assert [changed.share("small", sequence) for sequence in (19, 21)] == [0.5, 0]
-    assert changed.share("web", 25) == pytest.approx(0.8)
+    assert [share_at(changed, "small", sequence) for sequence in (19, 21)] == [0.5, 0]
+    assert share_at(changed, "web", 25) == pytest.approx(0.8)
     assert SourceSchedule(changed).counts(1000)["small"] == 10
 
 
@@ -74,17 +74,17 @@ def test_in_a_ramp_the_other_shares_stay_linear_up_to_their_last_proportions() -
     first, last = {"small": 0.5, "web": 0.5, "chat": 0.0}, {"small": 0.2, "web": 0.4, "chat": 0.4}
     changed = redistributed(Shares([ShareSegment(1000, first, last)]), {"small": 60})
     turn = int(last_sequence_within(Shares([ShareSegment(1000, first, last)]), "small", 60))
-    assert changed.share("small", turn + 1) == 0
-    assert changed.share("web", 999) == pytest.approx(0.5, abs=1e-3)
-    assert changed.share("chat", (turn + 1000) // 2) == pytest.approx(
-        (changed.share("chat", turn) + changed.share("chat", 999)) / 2, abs=1e-3
+    assert share_at(changed, "small", turn + 1) == 0
+    assert share_at(changed, "web", 999) == pytest.approx(0.5, abs=1e-3)
+    assert share_at(changed, "chat", (turn + 1000) // 2) == pytest.approx(
+        (share_at(changed, "chat", turn) + share_at(changed, "chat", 999)) / 2, abs=1e-3
     )
 
 
 def test_one_exhausted_source_after_another_until_none_is_left() -> None:
     shares = Shares.constant({"a": 0.5, "b": 0.3, "c": 0.2})
     changed = redistributed(shares, {"a": 10, "b": 20})
-    assert [changed.share("c", sequence) for sequence in (5, 30, 400)] == pytest.approx([0.2, 0.4, 1.0])
+    assert [share_at(changed, "c", sequence) for sequence in (5, 30, 400)] == pytest.approx([0.2, 0.4, 1.0])
     ends = redistributed(shares, {"a": 10, "b": 20, "c": 30})
     assert min(last_sequence_within(ends, *cap) for cap in {"a": 10, "b": 20, "c": 30}.items()) == 60
 

@@ -22,7 +22,7 @@ def shuffle(seed: int = 0) -> np.random.RandomState:
 def test_every_token_is_in_exactly_one_sequence(lengths: list[int], sequence_length: int, seed: int) -> None:
     packing = pack_documents(np.array(lengths), sequence_length, shuffle(seed))
     taken = np.zeros((len(lengths), max(lengths)), dtype=int)
-    for sequence in range(packing.num_sequences):
+    for sequence in range(len(packing.ends)):
         pieces = packing.pieces(sequence)
         assert 0 < packing.length[pieces].sum() <= sequence_length
         for document, start, length in zip(
@@ -46,7 +46,7 @@ def test_the_number_of_sequences_does_not_depend_on_any_order(
 ) -> None:
     order = shuffle(seed).permutation(len(lengths))
     packing = pack_documents(np.array(lengths)[order], sequence_length, shuffle(seed + 1))
-    assert packing.num_sequences == count_sequences(np.array(lengths), sequence_length)
+    assert len(packing.ends) == count_sequences(np.array(lengths), sequence_length)
 
 
 def test_sequences_of_text_like_lengths_are_at_least_99_percent_full() -> None:
@@ -61,8 +61,7 @@ def test_another_shuffle_packs_other_neighbours_in_another_order() -> None:
     lengths = np.full(64, 5)
     one, other = (pack_documents(lengths, 20, shuffle(seed)) for seed in (1, 2))
     groups = [
-        {frozenset(p.document[p.pieces(sequence)].tolist()) for sequence in range(p.num_sequences)}
-        for p in (one, other)
+        {frozenset(p.document[p.pieces(sequence)].tolist()) for sequence in range(len(p.ends))} for p in (one, other)
     ]
     assert groups[0] != groups[1]
     assert one.document.tolist() != other.document.tolist()

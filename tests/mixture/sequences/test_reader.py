@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +20,16 @@ from sparsify.mixture.sequences.reader import (
     SequenceReader,
     collate,
     held_out_sequences,
+    read_sequence,
 )
 from sparsify.mixture.sequences.schedule import SourceSchedule
 from sparsify.mixture.sequences.shares import Shares
-from sparsify.mixture.sequences.stream import TrainingStream
+from sparsify.mixture.sequences.stream import TrainingStream, hash_of_counts
 from sparsify.mixture.tokens.ingest import IngestSession
-from sparsify.mixture.tokens.tokenized_source import TokenizedSource
+from sparsify.mixture.tokens.pool import IngestSizes
+from sparsify.mixture.tokens.tokenized_source import ShardDocuments, TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
-from tests.mixture.conftest import documents_of, ingest_of
+from tests.mixture.conftest import SMALL, documents_of, ingest_of
 
 SHARES = {"stories": 0.7, "chats": 0.3}
 Pair = tuple[int, int]
@@ -37,6 +40,11 @@ few = settings(max_examples=25, deadline=None, suppress_health_check=[HealthChec
 
 def reader_of(tokenized: dict[str, TokenizedSource], sequence_length: int, seed: int = 1) -> SequenceReader:
     return SequenceReader(tokenized, SourceSchedule(Shares.constant(SHARES)), sequence_length, seed)
+
+
+def sequence_of(reader: SequenceReader, index: int) -> PackedSequence:
+    name, rank = reader.schedule.locate(index)
+    return read_sequence(reader.streams[name], rank)[0]
 
 
 def training_documents(source: TokenizedSource) -> list[list[Pair]]:
@@ -56,7 +64,7 @@ def epoch_sequences(reader: SequenceReader, name: str, epoch: int) -> list[Packe
     while len(found) < per_epoch:
         source, rank = reader.schedule.locate(index)
         if source == name and rank in wanted:
-            found.append(reader.sequence(index))
+            found.append(sequence_of(reader, index))
         index += 1
     return found
 
@@ -102,9 +110,9 @@ def test_every_training_document_occurs_exactly_once_per_epoch(
 def test_a_sequence_does_not_depend_on_what_was_read_before(
     tokenized: dict[str, TokenizedSource], index: int, sequence_length: int, seed: int
 ) -> None:
-    sequence = reader_of(tokenized, sequence_length, seed).sequence(index)
+    sequence = sequence_of(reader_of(tokenized, sequence_length, seed), index)
     again = reader_of(tokenized, sequence_length, seed)
-    again.sequence(index + 13)
+    sequence_of(again, index + 13)
     batch = again.batch(max(0, index - 5), 11)
     row = index - max(0, index - 5)
     assert again.names[int(batch.sources[row])] == sequence.source
@@ -128,13 +136,11 @@ def test_a_growing_source_gives_the_sequences_of_a_complete_one(
     mixture: MixtureSection,
     tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sparsify.mixture.tokens.pool.BATCH_DOCUMENTS", 3)
-    monkeypatch.setattr("sparsify.mixture.tokens.shards.SHARD_TOKENS", 120)
+    sizes = IngestSizes(shard_tokens=120, batch_documents=3)
     cold, warm = (
         {
-            name: ingest_of(mixture, name, tokenizer, tmp_path / folder, tokens, 40)
+            name: ingest_of(mixture, name, tokenizer, tmp_path / folder, tokens, 40, sizes)
             for name, tokens in {"stories": 900, "chats": 500}.items()
         }
         for folder in ("cold", "warm")
@@ -152,25 +158,24 @@ def test_a_growing_source_gives_the_sequences_of_a_complete_one(
                 if not stories.step() | chats.step():
                     assert reader.is_available(index, 1), "everything is cached, but the reader waits"
             for field in ("input_ids", "position_ids", "labels"):
-                one, other = reader.sequence(index), expected.sequence(index)
+                one, other = sequence_of(reader, index), sequence_of(expected, index)
                 assert getattr(one, field).tolist() == getattr(other, field).tolist()
     assert waits > 5
     last = reader.schedule.locate(199)
     assert reader.streams[last[0]].locate(last[1])[0] > 0, "later epochs were compared as well"
 
 
-@pytest.mark.usefixtures("small_pieces")
 def test_counted_sequences_are_stored(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    source = ingest_of(mixture, "stories", tokenizer, tmp_path / "cache").run()
+    source = ingest_of(mixture, "stories", tokenizer, tmp_path / "cache", sizes=SMALL).run()
     counted = TrainingStream(source, 32, 1).num_sequences
     stored = source.cache.folder / "sequences-32.npy"
-    counts = np.load(stored)
-    assert 1 < len(counts) <= source.num_shards
-    # Another number in the file is believed: the shards are not packed again.
+    counts = np.load(stored)[:-1]
+    assert 0 < len(counts) <= source.num_shards
+    # Another number in the file is believed, with its hash: the shards are not packed again.
     counts[0] += 1000
-    np.save(stored, counts)
+    np.save(stored, np.append(counts, hash_of_counts(counts)))
     assert TrainingStream(source, 32, 1).num_sequences == counted + 1000
     assert TrainingStream(source, 33, 1).num_sequences < counted + 1000
 
@@ -228,7 +233,7 @@ def test_too_little_held_out_text_is_refused_with_the_source_named(
 
 def test_collate_gives_long_tensors(tokenized: dict[str, TokenizedSource]) -> None:
     reader = reader_of(tokenized, 8)
-    sequences = [reader.sequence(i) for i in range(3)]
+    sequences = [sequence_of(reader, i) for i in range(3)]
     batch = collate(sequences)
     assert {name: (tuple(t.shape), t.dtype) for name, t in batch.items()} == dict.fromkeys(
         ("input_ids", "position_ids", "labels"), ((3, 8), torch.int64)
@@ -238,4 +243,42 @@ def test_collate_gives_long_tensors(tokenized: dict[str, TokenizedSource]) -> No
 
 def test_another_seed_gives_another_order(tokenized: dict[str, TokenizedSource]) -> None:
     one, other = (reader_of(tokenized, 64, seed) for seed in (1, 2))
-    assert not np.array_equal(one.sequence(0).input_ids, other.sequence(0).input_ids)
+    assert not np.array_equal(sequence_of(one, 0).input_ids, sequence_of(other, 0).input_ids)
+
+
+@pytest.mark.parametrize("budgets", [(150, 700), (40, 330, 331, 2000), (100, 10**9)])
+def test_an_extended_run_continues_its_stream_and_repeats_nothing(
+    budgets: tuple[int, ...], mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def stream_of(place: int) -> TrainingStream:
+        task = ingest_of(mixture, "stories", tokenizer, tmp_path, budgets[place], 1, SMALL)
+        need = replace(task.need, earlier_train_tokens=budgets[:place])
+        return TrainingStream(replace(task, need=need).run(), 16, seed=1)
+
+    delivered: list[PackedSequence] = []
+    for place, budget in enumerate(budgets):
+        stream = stream_of(place)
+        # What was trained on under the shorter budgets is where it was, and the stream continues behind it.
+        count = min(budget // 16, stream.num_sequences)
+        found = [read_sequence(stream, rank)[0] for rank in range(count)]
+        for old, new in zip(delivered, found, strict=False):
+            assert np.array_equal(old.input_ids, new.input_ids)
+        delivered = found
+    stream = stream_of(len(budgets) - 1)
+    whole = [read_sequence(stream, rank)[0] for rank in range(stream.num_sequences)]
+    padding = tokenizer.eos_token_id
+    tokens = Counter(token for sequence in whole for token in sequence.input_ids.tolist())
+    wanted = Counter(
+        token
+        for number in range(stream.source.num_shards)
+        for token in tokens_of(stream.source.train_documents(number))
+    )
+    assert {token: count for token, count in tokens.items() if count != wanted[token] and token != padding} == {}
+
+
+def tokens_of(documents: ShardDocuments) -> list[int]:
+    return [
+        token
+        for start, length in zip(documents.starts, documents.lengths, strict=True)
+        for token in documents.shard.tokens[start : start + length].tolist()
+    ]

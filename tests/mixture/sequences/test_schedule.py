@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from sparsify.mixture.sequences.schedule import Anchor, SourceSchedule
 from sparsify.mixture.sequences.shares import Shares, ShareSegment
-from tests.mixture.laws import assert_law, curves, weighted
+from tests.mixture.laws import assert_law, curves, share_at, weighted
 
 weights = st.lists(st.integers(1, 10_000), min_size=1, max_size=12)
 
@@ -51,7 +51,7 @@ def test_a_ramp_is_the_area_under_a_straight_line() -> None:
     assert shares.demand("chat", 150) == 10 + 50 * Fraction(15, 100)
     assert shares.demand("chat", 200) == 10 + 100 * Fraction(20, 100)
     assert shares.demand("chat", 300) == 30 + 30, "beyond its end a run keeps its last shares"
-    assert shares.share("chat", 149) == pytest.approx(0.199)
+    assert share_at(shares, "chat", 149) == pytest.approx(0.199)
 
 
 @settings(max_examples=30, deadline=None)

@@ -17,9 +17,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sparsify.errors import MixtureError
-from sparsify.mixture.sources.bad_rows import BadRows
+from sparsify.mixture.sources.bad_rows import BadRows, Reason
 from sparsify.mixture.sources.documents import Document
-from sparsify.mixture.sources.read import read_documents
+from sparsify.mixture.sources.read import read_documents, split_texts, token_documents
 from sparsify.mixture.sources.source_files import source_files
 from sparsify.mixture.sources.stdlib_text import module_paths, module_questions
 from sparsify.mixture.tokens.encoder import Encoder
@@ -152,12 +152,15 @@ def test_skipped_documents_are_counted_but_not_yielded(write_jsonl: Callable[...
     assert read_from(40) == ([], counts)
 
 
-def test_text_longer_than_a_chunk_is_split_at_separators_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("one two three<|endoftext|>four<|endoftext|>\n<|endoftext|>five six")
+def test_text_longer_than_a_chunk_is_split_at_separators_only(tmp_path: Path) -> None:
+    text = "one two three<|endoftext|>four<|endoftext|>\n<|endoftext|>five six"
+    texts = ["one two three", "four", "five six"]
     for size in (1, 5, 13, 14, 1000):
-        monkeypatch.setattr("sparsify.mixture.sources.source_files.READ_BYTES", size)
-        assert texts_of(files_of(path)) == ["one two three", "four", "five six"]
+        chunks = [text[start : start + size] for start in range(0, len(text), size)]
+        assert list(split_texts(chunks, "<|endoftext|>")) == texts
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    assert texts_of(files_of(path)) == texts
 
 
 def test_plain_text_is_split_at_the_separator_of_its_source(tmp_path: Path) -> None:
@@ -185,33 +188,34 @@ def token_source(path: Path, dtype: str | None = None) -> SourceSection:
 
 @pytest.mark.parametrize("kind", ["npy", "bin"])
 def test_token_files_give_the_same_documents_as_their_texts(
-    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    monkeypatch.setattr("sparsify.mixture.sources.token_files.CHUNK_TOKENS", 7)
     encoder = Encoder("web", tokenizer, responses_only=False)
     wanted = ids_of(encoder.encode([Document("", text=text) for text in TEXTS]))
     ids = np.concatenate([ids[1:] for ids in wanted])  # as others write it: without a bos
     path = tmp_path / f"a.{kind}"
     np.save(path, ids) if kind == "npy" else ids.tofile(path)
-    documents = read(token_source(path, "uint16" if kind == "bin" else None), tokenizer)
-    found = ids_of(encoder.encode(documents))
-    assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert len({document.origin for document in documents}) == 3
+    source = token_source(path, "uint16" if kind == "bin" else None)
+    (file,) = source_files("web", source)
+    whole, in_chunks = read(source, tokenizer), list(token_documents("web", file, source, tokenizer, chunk_tokens=7))
+    for documents in (whole, in_chunks):
+        found = ids_of(encoder.encode(documents))
+        assert all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+        assert len({document.origin for document in documents}) == 3
 
 
-def test_tokens_of_another_tokenizer_are_refused(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_of_another_tokenizer_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "a.bin"
     np.array([5, 6, 40_000, 7], dtype=np.uint16).tofile(path)
     message = message_of(token_source(path, "uint16"), tokenizer)
     assert f"token 2 of {path} is 40,000" in message
     assert f"ids 0 to {len(tokenizer) - 1}" in message
     assert "has no stated number type" in message_of(token_source(path), tokenizer)
-    monkeypatch.setattr("sparsify.mixture.sources.token_files.MAX_DOCUMENT_TOKENS", 3)
     np.array([5, 6, 8, 7], dtype=np.uint16).tofile(path)
-    message = message_of(token_source(path, "uint16"), tokenizer)
-    assert "without the end-of-sequence token" in message
+    source = token_source(path, "uint16")
+    (file,) = source_files("web", source)
+    with pytest.raises(MixtureError, match="4 tokens in a row without the end-of-sequence token"):
+        list(token_documents("web", file, source, tokenizer, max_document_tokens=3))
 
 
 def message_of(source: SourceSection, tokenizer: PreTrainedTokenizerFast | None = None) -> str:
@@ -280,3 +284,81 @@ def test_stdlib_questions_are_answered_from_their_module() -> None:
     assert "Serialize ``obj`` to a JSON formatted ``str``" in text
     assert "json.dumps(obj, *, skipkeys=False" in text
     assert {document.origin for document in documents} == {"json"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "utf-8"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
+def test_text_with_a_byte_order_mark_is_read(tmp_path: Path, name: str, encoding: str) -> None:
+    texts = ["rivière 河 one", "stone 🪨 two"]
+    written = {
+        "txt": "<|endoftext|>".join(texts),
+        "jsonl": "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts),
+        "json": json.dumps([{"text": text} for text in texts], ensure_ascii=False),
+        "csv": "\n".join(["text", *texts]) + "\n",
+    }
+    data = ("\ufeff" + written[name.split(".")[1]]).encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    bad_rows = BadRows("web", 0.0)
+    source = SourceSection(token_share=1.0, files=[str(path)])
+    assert [document.text for document in read_documents("web", source, bad_rows)] == texts
+    assert not bad_rows.bad_rows
+
+
+def test_text_that_is_cut_within_a_character_of_utf_16_is_a_broken_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('\ufeff{"text": "one"}\n'.encode("utf-16-le") + b"x")
+    bad_rows = BadRows("web", 0.5)
+    assert [one.text for one in read_documents("web", SourceSection(token_share=1.0, files=[str(path)]), bad_rows)] == [
+        "one"
+    ]
+    assert bad_rows.bad_rows == {Reason.BROKEN_FILE: 1}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_nul_characters_are_a_reason_of_their_own(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "a.txt":
+        path.write_bytes("river stone".encode("utf-16-le"))
+    else:
+        path.write_text(json.dumps({"text": "river".encode("utf-16-be").decode("latin-1")}) + "\n")
+    order = "LE" if name == "a.txt" else "BE"
+    message, bad_rows = refusal(path)
+    assert f"UTF-16 without a byte order mark? Convert it to UTF-8: iconv -f UTF-16{order}" in message
+    assert bad_rows == {Reason.NUL: 1}
+
+
+def refusal(path: Path) -> tuple[str, dict[Reason, int]]:
+    bad_rows = BadRows("web", 0.0)
+    with pytest.raises(MixtureError) as caught:
+        list(read_documents("web", SourceSection(token_share=1.0, files=[str(path)]), bad_rows))
+    return str(caught.value), bad_rows.bad_rows
+
+
+def test_a_few_nul_characters_are_not_taken_for_utf_16(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("river\0 stone\0 " + "cloud " * 60)
+    message, bad_rows = refusal(path)
+    assert "2 NUL character(s) among 374: remove them" in message
+    assert "UTF-16" not in message
+    assert bad_rows == {Reason.NUL: 1}
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_text_in_latin_1_is_named_with_the_way_to_convert_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    text = "un café noir"
+    path.write_bytes((text if name == "a.txt" else json.dumps({"text": text}, ensure_ascii=False)).encode("latin-1"))
+    message, bad_rows = refusal(path)
+    assert "at character 6: byte 0xE9 after 'un caf'. If it is Latin-1: iconv -f LATIN1 -t UTF-8" in message
+    assert bad_rows == {Reason.INVALID_UTF8: 1}
+
+
+@pytest.mark.parametrize("orders", [("utf-16-be", "utf-16-le"), ("utf-16-le", "utf-16-be")])
+def test_a_text_of_another_byte_order_than_its_mark_is_a_broken_file(tmp_path: Path, orders: tuple[str, str]) -> None:
+    """Its letters would become signs of other scripts, which train as text."""
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeff".encode(orders[0]) + "river stone".encode(orders[1]))
+    message, bad_rows = refusal(path)
+    assert "byte order mark says another order than its text has" in message
+    assert bad_rows == {Reason.BROKEN_FILE: 1}

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +19,7 @@ from sparsify.mixture.sources.read import read_documents
 from sparsify.mixture.sources.readers import json_list
 from sparsify.mixture.sources.rows import BadRowError, FieldReader
 from sparsify.mixture.sources.source_files import BrokenFileError
-from sparsify.mixture.tokens.chat import CHATML, chat_template_text
+from sparsify.mixture.tokens.chat_template import CHATML, chat_template_text
 from sparsify.mixture.tokens.encoder import Encoder
 from sparsify.mixture.tokens.shards import source_fingerprint
 from sparsify.recipe.mixture import MixtureSection
@@ -90,6 +92,22 @@ ROWS: dict[str, tuple[dict[str, str], dict[str, Any], tuple[tuple[str, str], ...
         },
         (("system", "Be brief."), QUESTION, ANSWER),
     ),
+    "content parts": (
+        {"messages_column": "messages"},
+        {
+            "messages": [
+                {"role": "developer", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Ho"}, {"type": "text", "text": "w?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "So."}]},
+            ]
+        },
+        (("developer", "Be brief."), QUESTION, ANSWER),
+    ),
+    "messages as JSON text": (
+        {"messages_column": "messages"},
+        {"messages": '[{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]'},
+        (QUESTION, ANSWER),
+    ),
 }
 
 
@@ -98,6 +116,42 @@ def test_rows_become_conversations(
     fields: dict[str, str], row: dict[str, Any], turns: tuple[tuple[str, str], ...]
 ) -> None:
     assert reader(**fields).read(row) == chat(*turns)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"tool_calls": [{"id": "c0", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]},
+        {"tool_calls": [{"id": "c0", "function": {"name": "f", "arguments": {"a": 1, "b": None}}}]},
+        {"tool_calls": '[{"id": "c0", "function": {"name": "f", "arguments": {"a": 1}}}]'},
+        {"function_call": {"name": "f", "arguments": '{"a": 1}'}, "tool_calls": None},
+    ],
+    ids=["OpenAI", "Parquet", "text", "the older form"],
+)
+def test_tool_calls_have_the_form_of_chat_templates(said: dict[str, Any]) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, **said}]
+    turns.append({"role": "tool", "tool_call_id": "c0", "name": None, "content": "7"})
+    _, call, result = reader(messages_column="m").read({"m": turns})
+    assert isinstance(call, dict)
+    assert call["content"] == ""
+    (read,) = call["tool_calls"]
+    assert read["function"] == {"name": "f", "arguments": {"a": 1}}
+    assert result == {"role": "tool", "content": "7", "tool_call_id": "c0"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_the_tools_of_a_conversation_are_read(tmp_path: Path, kind: str) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows = [{"m": turns, "tools": tools, "other": 1}, {"m": turns, "tools": None, "other": 2}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    source = SourceSection(token_share=1.0, group="instruction", messages_column="m", files=[str(path)])
+    documents = list(read_documents("chat", source, BadRows("chat", 0.0)))
+    assert [document.tools for document in documents] == [tuple(tools), None]
 
 
 def test_a_text_template_sees_the_row_and_renders_null_as_nothing() -> None:
@@ -114,7 +168,7 @@ BAD: dict[str, tuple[dict[str, str], Any, Reason, str]] = {
         {"messages_column": "m"},
         {"m": [{"role": "narrator", "content": "x"}]},
         Reason.BAD_CHAT,
-        "role 'narrator'; known: system, user, human, assistant, gpt",
+        "role 'narrator'; known: system, developer, user, human, assistant, gpt, tool",
     ),
     "unanswered": (
         {"messages_column": "m"},
@@ -127,7 +181,7 @@ BAD: dict[str, tuple[dict[str, str], Any, Reason, str]] = {
         {"messages_column": "m"},
         {"m": [{"role": "user", "content": [{"type": "image"}]}]},
         Reason.BAD_CHAT,
-        "holds list, not text",
+        "content part of type image; only text is known",
     ),
     "template": (
         {"prompt_template": "{{ choices[9] + 1 }}"},
@@ -257,3 +311,22 @@ def test_prompts_and_messages_of_the_same_words_have_the_same_origin(
         return document.origin
 
     assert origin() == origin(messages_column="messages")
+
+
+@pytest.mark.parametrize("place", ["arguments", "parameters"])
+def test_a_tool_that_nests_too_deep_is_a_bad_row(place: str, tmp_path: Path) -> None:
+    deep: Any = []
+    for _ in range(500):
+        deep = [deep]
+    values = {"arguments": {}, "parameters": {}} | {place: {"a": deep}}
+    call = {"type": "function", "function": {"name": "f", "arguments": values["arguments"]}}
+    turns = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So.", "tool_calls": [call]}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": values["parameters"]}}]
+    path = tmp_path / "a.jsonl"
+    good = [turns[0], {"role": "assistant", "content": "So."}]
+    rows = [{"messages": turns, "tools": tools}, {"messages": good}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    bad_rows = BadRows("chats", 1.0)
+    source = SourceSection(token_share=1.0, group="instruction", files=[str(path)], messages_column="messages")
+    assert len(list(read_documents("chats", source, bad_rows))) == 1
+    assert bad_rows.bad_rows == {Reason.BAD_CHAT: 1}

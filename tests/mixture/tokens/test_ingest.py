@@ -20,7 +20,7 @@ from sparsify.mixture.tokens.ingest import Ingest, IngestSession, mixture_ingest
 from sparsify.mixture.tokens.tokenized_source import TokenizedSource
 from sparsify.recipe.mixture import MixtureSection
 from sparsify.recipe.source import SourceSection
-from tests.mixture.conftest import documents_of, ids_of, ingest_of, story
+from tests.mixture.conftest import SMALL, documents_of, ids_of, ingest_of, story
 
 BOS, EOS = 0, 1  # the fixture's tokenizer numbers its special tokens first
 
@@ -45,15 +45,16 @@ def test_a_pretraining_document_is_its_ids_between_bos_and_eos(
         assert all(mask)
 
 
-def test_a_long_document_is_tokenised_in_pieces_without_loss(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_document_is_tokenised_in_pieces_without_loss(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [story(1, 40) + "\n" + story(2, 200), "short", "no line end " * 30]
     documents = [Document(text, text=text) for text in texts]
-    encoder = Encoder("web", tokenizer, responses_only=False)
-    whole = [ids.tolist() for ids in ids_of(encoder.encode(documents))]
-    monkeypatch.setattr("sparsify.mixture.tokens.encoder.PIECE_CHARACTERS", 64)
-    pieces = [ids.tolist() for ids in ids_of(encoder.encode(documents))]
+    whole, pieces = (
+        [ids.tolist() for ids in ids_of(encoder.encode(documents))]
+        for encoder in (
+            Encoder("web", tokenizer, responses_only=False),
+            Encoder("web", tokenizer, responses_only=False, piece_characters=64),
+        )
+    )
     for text, ids in zip(texts, pieces, strict=True):
         assert text_of(tokenizer, ids) == f"<s>{text}</s>"
     assert pieces[1] == whole[1]
@@ -125,12 +126,11 @@ def test_a_second_run_reuses_the_cache(
     assert time.perf_counter() - started < 1
 
 
-@pytest.mark.usefixtures("small_pieces")
 def test_a_larger_need_continues_and_a_smaller_one_sees_the_same_as_before(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     def read(train_tokens: int) -> TokenizedSource:
-        return ingest_of(mixture, "stories", tokenizer, tmp_path / "c", train_tokens, 1).run()
+        return ingest_of(mixture, "stories", tokenizer, tmp_path / "c", train_tokens, 1, SMALL).run()
 
     small = read(300)
     assert 300 <= small.num_train_tokens < 345, "the document that meets the need is the last"
@@ -162,12 +162,11 @@ def shard_files(source: TokenizedSource) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in files if any(number in path.name for number in closed)}
 
 
-@pytest.mark.usefixtures("small_pieces")
 def test_a_killed_ingest_resumes_where_it_was(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    straight = documents_of(ingest_of(mixture, "stories", tokenizer, tmp_path / "straight").run())
-    task = ingest_of(mixture, "stories", tokenizer, tmp_path / "killed")
+    straight = documents_of(ingest_of(mixture, "stories", tokenizer, tmp_path / "straight", sizes=SMALL).run())
+    task = ingest_of(mixture, "stories", tokenizer, tmp_path / "killed", sizes=SMALL)
 
     def tokenize_and_die() -> None:
         with IngestSession(task) as ingesting:
@@ -229,12 +228,11 @@ def test_another_share_or_cap_does_not_tokenise_again(
     assert fingerprint() == before
 
 
-@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("number", [0, 2])
 def test_a_damaged_shard_and_those_after_it_are_written_again(
     mixture: MixtureSection, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, number: int
 ) -> None:
-    task = ingest_of(mixture, "stories", tokenizer, tmp_path)
+    task = ingest_of(mixture, "stories", tokenizer, tmp_path, sizes=SMALL)
     before = documents_of(task.run())
     shard = task.open().cache.folder / f"tokens-{number:05d}.bin"
     whole = shard.read_bytes()
@@ -275,7 +273,6 @@ def test_duplicates_fall_on_the_same_side(
     assert sides[:20] == sides[20:40] == sides[40:]
 
 
-@pytest.mark.usefixtures("small_pieces")
 def test_duplicates_are_dropped_even_after_a_pause(
     write_jsonl: Callable[..., str], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -283,7 +280,7 @@ def test_duplicates_are_dropped_even_after_a_pause(
     source = SourceSection(token_share=1.0, files=[write_jsonl(rows)])
     mixture = MixtureSection(name="m", sources={"web": source}, validation_fraction=0.3)
     for need in (100, 250, 10**9):
-        web = ingest_of(mixture, "web", tokenizer, tmp_path / "c", need, 1).run()
+        web = ingest_of(mixture, "web", tokenizer, tmp_path / "c", need, 1, SMALL).run()
     assert web.cache.complete
     documents = [tuple(ids) for ids, _, _ in documents_of(web)]
     assert len(documents) == len(set(documents)) == 20

@@ -19,7 +19,7 @@ from sparsify.models.activations import activation_names
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.sparsity.probe import SparsityProbe
-from sparsify.training.engine import check_machine
+from sparsify.training.deepspeed_engine import check_machine
 from sparsify.training.kernels import activation
 from sparsify.training.kernels.activation import (
     KERNELS,
@@ -91,8 +91,8 @@ def test_training_step_is_the_same_bit_for_bit_and_guard_and_probe_see_the_activ
     assert set(model.state_dict()) == set(results[0][2].state_dict())
 
 
-def test_meter_counts_the_steps_zeros_and_nothing_else(stock: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda _: None)  # one rank
+@pytest.mark.usefixtures("one_rank")
+def test_meter_counts_the_steps_zeros_and_nothing_else(stock: dict[str, Path]) -> None:
     model = load_sparse(stock["mistral"], "drelu", torch.float32)
     fuse_activation(model, recipe_with(count_zeros=True))
     ids = torch.randint(0, 2048, (2, 24), generator=torch.Generator().manual_seed(0))
@@ -119,10 +119,10 @@ def test_settings_that_would_be_ignored_are_refused(stock: dict[str, Path], monk
         compose_recipe("quickstart", ["training.fused_activation=inductor", "blending.budget_share=0.1"])
     with pytest.raises(RecipeError, match="inductor"):
         recipe_with(fused_activation="inducto")
-    if not torch.cuda.is_available():
-        with pytest.raises(RecipeError, match="no GPU"):
-            check_machine(recipe_with(fused_activation="triton"))
-    monkeypatch.setattr(activation, "has_compiler", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RecipeError, match="no GPU"):
+        check_machine(recipe_with(fused_activation="triton"))
+    monkeypatch.setenv("CXX", "not-installed")
     with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
         check_machine(recipe_with(fused_activation="inductor"))
     model = load_sparse(stock["mistral"], "drelu", torch.float32)

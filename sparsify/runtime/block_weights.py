@@ -1,0 +1,78 @@
+"""Models that hold their weights only in blocks: for decoding alone, the stored weights need not stay in memory.
+
+Prompts multiply with what the blocks stand for, and round the states as decoding does, so `model(ids)` measures what the blocks
+cost. Embeddings, norms and routers stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from sparsify.errors import ModelError
+from sparsify.runtime.forwards import BlockForward
+from sparsify.runtime.native_step import Projections, projections
+from sparsify.runtime.quantised import BlockMatrix, rounded_states
+
+
+class BlockProduct:
+    """Forward of a linear layer whose weight is only in blocks."""
+
+    def __init__(self, matrix: BlockMatrix) -> None:
+        self.matrix = matrix
+
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        """Maps [..., columns] to [..., rows]."""
+        rows = (
+            rounded_states(input).to(input.dtype).reshape(-1, input.shape[-1])
+        )  # torch copies weights for a slice of a batch
+        return linear(rows, self.matrix.dequantised(dtype=input.dtype)).unflatten(0, input.shape[:-1])
+
+
+def drop_block(forward: BlockForward) -> None:
+    """Frees the weights of a feed-forward block. What is left of each has its shape, on the device `meta`."""
+    forward.freeze()
+    for part in forward.block.modules():
+        for name in [one for one, _ in part.named_parameters(recurse=False)]:
+            _empty(part, name)
+
+
+def drop_projections(model: Any, given: Projections) -> None:
+    """Frees the weights of the attention's projections and of the output layer, one after the other."""
+    for name, module in projections(model).items():
+        matrix = given.matrix(name, module)
+        assert isinstance(matrix, BlockMatrix)
+        module.forward = BlockProduct(matrix)
+        _empty(module, "weight")
+        given.freeze(name)
+    model.save_pretrained = _refuse_to_save
+
+
+def are_dropped(model: Any) -> bool:
+    """Whether a model's stored weights were freed."""
+    return vars(model).get("save_pretrained") is _refuse_to_save
+
+
+def check_not_dropped(model: Any) -> None:
+    """Raises ModelError if a model's stored weights were freed: then there is nothing to make other blocks of."""
+    if are_dropped(model):
+        raise ModelError(
+            "The model holds its weights in blocks alone.",
+            next_step="Load it again, or accelerate it with keep_weights=True.",
+        )
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise ModelError(
+        "The model holds its weights in blocks alone, so it cannot be saved.",
+        next_step="Load it again and save that, or accelerate it with keep_weights=True.",
+    )
+
+
+def _empty(module: nn.Module, name: str) -> None:
+    weight = getattr(module, name)
+    empty = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    setattr(module, name, nn.Parameter(empty, requires_grad=False))

@@ -1,0 +1,102 @@
+// What Python calls: one feed-forward block for a few tokens, and one decoding step of a whole model.
+
+#include "step.h"
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace sparsify {
+namespace {
+
+// [B, width] in fp32, padded with zeros.
+template <class T, int B>
+void widen(const FfnCall& call, const Matrix& from, Input& to) {
+    float* values = to.prepare<T, B>(call.hidden);
+    with_dtype(call.dtype, [&](auto format) {
+        using X = decltype(format);
+        for (int b = 0; b < call.tokens; ++b)
+            for (int64_t i = 0; i < call.hidden; ++i) values[b * to.width + i] = X::at(row<X>(from, b), i);
+    });
+    to.finish<T, B>();
+}
+
+template <class T, int B>
+void run(FfnCall& call) {
+    static thread_local FfnScratch kept;
+    static thread_local Input x, predictor_x;
+    FfnScratch& scratch = kept;  // inside the region the thread_local name would mean each thread's own object
+    reserve<T, B>(call, scratch);
+    widen<T, B>(call, call.x, x);
+    if (call.predictor_a.data) widen<F32, B>(call, call.predictor_x, predictor_x);
+    bool active[MAX_TOKENS] = {};
+    std::fill(active, active + call.tokens, true);
+    const FfnTokens in{&x, &predictor_x, active, nullptr, nullptr};
+    in_parallel(call.threads, [&](int thread, int threads) { phases<T, B>(call, in, scratch, thread, threads); });
+}
+
+// Other numbers of tokens are padded with inactive ones: a kernel for each would take twice as long to compile.
+template <class F>
+bool with_batch(int64_t tokens, const F& f) {
+    if (tokens < 1 || tokens > MAX_TOKENS) return false;
+    if (tokens == 1) f(std::integral_constant<int, 1>());
+    else if (tokens == 2) f(std::integral_constant<int, 2>());
+    else if (tokens <= 4) f(std::integral_constant<int, 4>());
+    else f(std::integral_constant<int, 8>());
+    return true;
+}
+
+}  // namespace
+}  // namespace sparsify
+
+extern "C" {
+
+int sparsify_ffn(sparsify::FfnCall* call) {
+    using namespace sparsify;
+    if (call->dtype < FP32 || call->dtype > FP16) return 2;
+    if (call->weight_format < STORED || call->weight_format > INT4) return 3;
+    const bool fits = with_batch(call->tokens, [&](auto batch) {
+        step::with_format(call->weight_format, call->dtype, [&](auto format) { run<decltype(format), decltype(batch)::value>(*call); });
+    });
+    return fits ? 0 : 1;
+}
+
+int sparsify_step(sparsify::StepCall* call) {
+    using namespace sparsify;
+    if (call->dtype < FP32 || call->dtype > FP16) return 2;
+    return with_batch(call->attention.tokens, [&](auto batch) { step::run<decltype(batch)::value>(*call); }) ? 0 : 1;
+}
+
+int64_t sparsify_call_bytes() { return sizeof(sparsify::FfnCall); }
+int64_t sparsify_step_bytes() { return sizeof(sparsify::StepCall) + sizeof(sparsify::StepLayer); }
+
+int sparsify_is_parallel() {
+#if defined(_OPENMP)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+void sparsify_start() {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { sparsify::forked = true; });
+#endif
+}
+
+// Reads memory as the kernels do, so that a benchmark knows this machine's bandwidth.
+double sparsify_read(const float* data, int64_t count, int threads) {
+    double total = 0.0;
+#pragma omp parallel for num_threads(threads) reduction(+ : total) schedule(static)
+    for (int64_t block = 0; block < count / 1024; ++block) {
+        sparsify::Lanes sums[4] = {sparsify::zeros(), sparsify::zeros(), sparsify::zeros(), sparsify::zeros()};
+        for (int i = 0; i < 1024; i += 64) {
+            sparsify::prefetch(data + std::min((block + 4) * 1024 + i, count - 64), 64 * sizeof(float));
+            for (int k = 0; k < 4; ++k)
+                sums[k] = sparsify::add(sums[k], sparsify::load_f32(data + block * 1024 + i + k * 16));
+        }
+        total += sparsify::sum(sparsify::add(sparsify::add(sums[0], sums[1]), sparsify::add(sums[2], sums[3])));
+    }
+    return total;
+}
+}

@@ -1,0 +1,162 @@
+// Dot products of a few tokens with rows of a weight matrix, in the format in which the rows are stored.
+//
+// Every dot product is summed in one fixed order, so that the result is the same bits for any number of threads.
+#pragma once
+
+#include "blocks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace sparsify {
+
+enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
+enum WeightFormat : int32_t { STORED = 0, INT8 = 1, INT4 = 2 };  // STORED: of the dtype of the hidden states
+
+struct Matrix {
+    const void* data;
+    int64_t row_stride;  // in elements, or in bytes of blocks
+};
+
+constexpr int MAX_TOKENS = 8;
+constexpr int ROWS = 4;             // rows of one pass: so many concurrent streams saturate the memory bandwidth
+constexpr int64_t BLOCK_ROWS = 64;  // rows that a thread takes at once
+
+inline bool forked = false;  // the threads of OpenMP do not survive a fork, and waiting for them would never end
+
+// Waits for all threads of the enclosing parallel region; outside of one it does nothing.
+inline void barrier() {
+#pragma omp barrier
+}
+
+// Calls f with the format of hidden states and predictors.
+template <class F>
+void with_dtype(int32_t dtype, const F& f) {
+    if (dtype == FP32) f(F32());
+    else if (dtype == BF16) f(Bf16());
+    else f(F16());
+}
+
+template <class T>
+const typename T::Stored* row(const Matrix& m, int64_t n) {
+    return static_cast<const typename T::Stored*>(m.data) + n * m.row_stride;
+}
+
+// B tokens as the rows of a format read them: fp32 values [B, width], and for blocks also whole numbers (see Levels).
+struct Input {
+    std::vector<float> values;
+    Levels levels;
+    int64_t width = 0;
+
+    // Room for B tokens of `count` elements, padded with zeros. The caller writes values, then calls finish.
+    template <class T, int B>
+    float* prepare(int64_t count) {
+        width = T::width(count);
+        values.assign(B * width, 0.0f);
+        return values.data();
+    }
+    template <class T, int B>
+    void finish() {
+        if constexpr (T::BITS != 0) levels.round(values.data(), B, width, T::BITS);
+    }
+};
+
+// R rows times B tokens: out[r][b] = dot(rows[r], x[b]). The next rows are prefetched while these are read, since the hardware
+// prefetcher stops at the end of a row.
+template <class T, int R, int B>
+void dot(const typename T::Stored* const* rows, const typename T::Stored* const* next, const float* x, int64_t width,
+         float (*out)[MAX_TOKENS]) {
+    constexpr int SUMS = B <= 2 ? 2 : 1;  // independent sums of each dot product: enough to hide the latency of additions, few enough for the registers
+    constexpr int VECTORS = SUMS > T::VECTORS ? SUMS : T::VECTORS;
+    Lanes total[R][B][SUMS];  // partial sums: k-th vector of a step goes to sum k % SUMS, in the same order for any thread count
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b)
+            for (int k = 0; k < SUMS; ++k) total[r][b][k] = zeros();
+    int64_t i = 0;
+    for (; i + VECTORS * LANES <= width; i += VECTORS * LANES) {
+        for (int r = 0; r < R; ++r) T::ask(next[r], i, VECTORS * LANES, width);
+#pragma GCC unroll 2
+        for (int k = 0; k < VECTORS; ++k) {
+            Lanes weights[R];  // loaded and widened once, used for all B tokens
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) weights[r] = T::lanes(rows[r], i, k, width);
+#pragma GCC unroll 8
+            for (int b = 0; b < B; ++b) {
+                const Lanes token = load_f32(x + b * width + i + k * LANES);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) total[r][b][k % SUMS] = multiply_add(weights[r], token, total[r][b][k % SUMS]);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b) {
+            float result = sum(SUMS == 2 ? add(total[r][b][0], total[r][b][SUMS - 1]) : total[r][b][0]);
+            for (int64_t j = i; j < width; ++j) result += T::at(rows[r], j) * x[b * width + j];
+            out[r][b] = result;
+        }
+}
+
+// The same for an Input: blocks are multiplied as whole numbers where the processor has an instruction for it.
+template <class T, int R, int B>
+void dot_input(const typename T::Stored* const* rows, const typename T::Stored* const* next, const Input& x,
+               float (*out)[MAX_TOKENS]) {
+#if defined(SPARSIFY_LEVELS)
+    if constexpr (T::BITS != 0) return dot_levels<T::BITS, R, B>(rows, next, x.levels, x.width, out);
+#endif
+    dot<T, R, B>(rows, next, x.values.data(), x.width, out);
+}
+
+// Dot products of `count` listed rows (or of rows first, first + 1, ... without a list); calls take(n, values over tokens).
+template <class T, int R, int B, class Take>
+void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count, const Input& x, const Take& take) {
+    float out[R][MAX_TOKENS];
+    const typename T::Stored *rows[R], *next[R];
+    const auto nth = [&](int64_t i) { return list ? static_cast<int64_t>(list[i]) : first + i; };
+    int64_t i = 0;
+    for (; i + R <= count; i += R) {
+        for (int r = 0; r < R; ++r) {
+            rows[r] = row<T>(m, nth(i + r));
+            next[r] = row<T>(m, nth(std::min(i + R + r, count - 1)));
+        }
+        dot_input<T, R, B>(rows, next, x, out);
+        for (int r = 0; r < R; ++r) take(nth(i + r), out[r]);
+    }
+    for (; i < count; ++i) {
+        rows[0] = row<T>(m, nth(i));
+        dot_input<T, 1, B>(rows, rows, x, out);
+        take(nth(i), out[0]);
+    }
+}
+
+// All of `count` rows, distributed over the threads of the enclosing parallel region, without waiting for the other threads.
+template <class T, int B, class Take>
+void all_dots(const Matrix& m, const int32_t* list, int64_t count, const Input& x, const Take& take) {
+    constexpr int R = B <= 4 ? ROWS : 2;
+    const int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t begin = block * BLOCK_ROWS, size = std::min(BLOCK_ROWS, count - begin);
+        dot_rows<T, R, B>(m, list ? list + begin : nullptr, begin, size, x, take);
+    }
+}
+
+// Runs f(thread, threads) on so many threads, which all see the same barriers.
+template <class F>
+void in_parallel(int wanted, const F& f) {
+#if defined(_OPENMP)
+    const int threads = forked ? 1 : std::max(1, wanted);
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        f(omp_get_thread_num(), omp_get_num_threads());
+        return;
+    }
+#endif
+    f(0, 1);
+}
+
+}  // namespace sparsify

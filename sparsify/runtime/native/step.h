@@ -1,0 +1,281 @@
+// One decoding step of a whole model: one new token of each of one to eight sequences, from its embedding to its logits.
+//
+// All threads run the whole step together and wait for each other only where one needs what another computed: six times a layer,
+// or eight with a predictor. Norms and roundings are repeated by every thread, which is faster than waiting for one. Sums and the
+// residual stream are fp32; what a linear projection reads is rounded to the model's dtype, as its own code rounds it.
+#pragma once
+
+#include "attention.h"
+#include "ffn.h"
+
+#include <array>
+#include <chrono>
+#include <cstring>
+
+namespace sparsify {
+
+// A linear projection: [rows, columns] of this format.
+struct Linear {
+    Matrix weight;
+    int64_t rows;
+    int32_t format, unused;
+};
+
+// Where the time goes, as the first thread sees it.
+enum Part { PROJECTIONS = 0, ATTENTION = 1, FFN = 2, HEAD = 3, REST = 4, PARTS = 5 };
+
+struct StepLayer {
+    const void *attention_norm, *ffn_norm;  // [hidden], of the model's dtype
+    Linear q, k, v, o;
+    const float *attn_in, *attn_out, *ffn_in;  // thresholds of masks, one for each element; null without one
+    void *keys, *values;
+    const void* router;  // [experts, hidden], of the model's dtype; null in a dense model
+    FfnCall* experts;    // one, or one for each expert
+    int64_t tokens;      // result, added up over steps
+};
+
+// Mirrors sparsify/runtime/native_step.py.
+struct StepCall {
+    Attention attention;
+    int64_t hidden, layers, num_experts, experts_per_token;
+    const int64_t* ids;     // [tokens]
+    const void* embedding;  // [vocabulary, hidden]
+    const void* final_norm;
+    Linear head;
+    StepLayer* layer;
+    void* logits;  // [tokens, vocabulary], of the model's dtype
+    float norm_epsilon;
+    int32_t dtype, threads, predictor_reads_residual;
+    double seconds[PARTS];  // results, added up over steps
+};
+
+namespace step {
+
+struct Shared {
+    std::vector<float> residual;  // [tokens, hidden]
+    AttentionScratch attention;
+    FfnScratch ffn;
+};
+
+// What every thread makes for itself.
+struct Own {
+    Input x, predictor_x;
+    std::vector<float> normed, combined, probabilities;
+};
+
+class Clock {
+public:
+    Clock(double* seconds, bool on) : seconds_(on ? seconds : nullptr), last_(now()) {}
+    void book(Part part) {
+        if (!seconds_) return;
+        const auto time = now();
+        seconds_[part] += std::chrono::duration<double>(time - last_).count();
+        last_ = time;
+    }
+
+private:
+    using Time = std::chrono::steady_clock::time_point;
+    static Time now() { return std::chrono::steady_clock::now(); }
+    double* seconds_;
+    Time last_;
+};
+
+// Values as the model's dtype holds them.
+template <class X>
+float rounded(float value) {
+    return X::at(std::array<typename X::Stored, 1>{X::from(value)}.data(), 0);
+}
+
+// RMS norm of each token (arXiv 1910.07467), rounded where the model's own code rounds.
+template <class X>
+void norm(const float* residual, const void* weight, int64_t tokens, int64_t hidden, float epsilon, std::vector<float>& out) {
+    const auto* w = static_cast<const typename X::Stored*>(weight);
+    out.resize(tokens * hidden);
+    for (int64_t b = 0; b < tokens; ++b) {
+        const float* x = residual + b * hidden;
+        Lanes squares[4] = {zeros(), zeros(), zeros(), zeros()};
+        int64_t i = 0;
+        for (; i + 4 * LANES <= hidden; i += 4 * LANES)
+            for (int k = 0; k < 4; ++k) {
+                const Lanes value = load_f32(x + i + k * LANES);
+                squares[k] = multiply_add(value, value, squares[k]);
+            }
+        float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+        for (; i < hidden; ++i) total += x[i] * x[i];
+        const float scale = 1.0f / std::sqrt(total / static_cast<float>(hidden) + epsilon);
+        for (int64_t j = 0; j < hidden; ++j) out[b * hidden + j] = rounded<X>(rounded<X>(x[j] * scale) * X::at(w, j));
+    }
+}
+
+// The vectors `from` [tokens, count] as the rows of a projection read them, after a mask.
+template <class T, int B>
+void give(const float* from, int64_t tokens, int64_t count, const float* thresholds, Input& to) {
+    float* values = to.prepare<T, B>(count);
+    for (int64_t b = 0; b < tokens; ++b)
+        for (int64_t i = 0; i < count; ++i) {
+            const float value = from[b * count + i];
+            values[b * to.width + i] = thresholds && std::fabs(value) <= thresholds[i] ? 0.0f : value;
+        }
+    to.finish<T, B>();
+}
+
+// to[b * stride + n] = dot(row n, x[b]) for all rows, without waiting for the other threads.
+template <class T, int B>
+void project(const Linear& linear, const Input& x, int64_t tokens, float* to, int64_t stride, bool adding) {
+    all_dots<T, B>(linear.weight, nullptr, linear.rows, x, [=](int64_t n, const float* dots) {
+        for (int64_t b = 0; b < tokens; ++b) to[b * stride + n] = adding ? to[b * stride + n] + dots[b] : dots[b];
+    });
+}
+
+// Router weight of every expert for every token, 0 for those that it is not routed to: [tokens, experts].
+template <class X>
+void route(const StepCall& call, const StepLayer& layer, const std::vector<float>& x, std::vector<float>& shares) {
+    const int64_t experts = call.num_experts, hidden = call.hidden, tokens = call.attention.tokens;
+    const Matrix router{layer.router, hidden};
+    shares.assign(tokens * experts, 0.0f);
+    std::vector<float> probability(experts);
+    for (int64_t b = 0; b < tokens; ++b) {
+        float largest = -std::numeric_limits<float>::infinity(), total = 0.0f, chosen = 0.0f;
+        for (int64_t e = 0; e < experts; ++e) {
+            float out[1][MAX_TOKENS];
+            const typename X::Stored* rows[1] = {row<X>(router, e)};
+            dot<X, 1, 1>(rows, rows, x.data() + b * hidden, hidden, out);
+            probability[e] = rounded<X>(out[0][0]);
+            largest = std::max(largest, probability[e]);
+        }
+        for (float& one : probability) total += one = std::exp(one - largest);
+        for (int64_t slot = 0; slot < call.experts_per_token; ++slot) {
+            int64_t best = -1;
+            for (int64_t e = 0; e < experts; ++e)
+                if (shares[b * experts + e] == 0.0f && (best < 0 || !(probability[e] <= probability[best]))) best = e;
+            // A token must count as routed even where its weight is 0: the smallest number is as good.
+            shares[b * experts + best] = std::max(probability[best] / total, std::numeric_limits<float>::min());
+            chosen += shares[b * experts + best];
+        }
+        for (int64_t e = 0; e < experts; ++e) shares[b * experts + e] /= chosen;
+    }
+}
+
+template <class F>
+void with_format(int32_t format, int32_t dtype, const F& f) {
+    if (format == INT8) f(Int8Blocks());
+    else if (format == INT4) f(Int4Blocks());
+    else with_dtype(dtype, f);
+}
+
+template <int B>
+void attention_block(const StepCall& call, const StepLayer& layer, Shared& s, Own& own, Clock& clock) {
+    const Attention& a = call.attention;
+    const int64_t width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim;
+    with_dtype(call.dtype, [&](auto dtype) {
+        norm<decltype(dtype)>(s.residual.data(), layer.attention_norm, a.tokens, call.hidden, call.norm_epsilon, own.normed);
+    });
+    clock.book(REST);
+    with_format(layer.q.format, call.dtype, [&](auto format) {
+        using T = decltype(format);
+        give<T, B>(own.normed.data(), a.tokens, call.hidden, layer.attn_in, own.x);
+        project<T, B>(layer.q, own.x, a.tokens, s.attention.q.data(), width, false);
+        project<T, B>(layer.k, own.x, a.tokens, s.attention.k.data(), kv_width, false);
+        project<T, B>(layer.v, own.x, a.tokens, s.attention.v.data(), kv_width, false);
+    });
+    barrier();
+    clock.book(PROJECTIONS);
+    with_dtype(a.dtype, [&](auto dtype) { attention<decltype(dtype)>(a, s.attention, layer.keys, layer.values); });
+    own.combined.resize(a.tokens * width);
+    combine(a, s.attention, own.combined.data(), width);
+    with_dtype(call.dtype, [&](auto dtype) {
+        for (float& one : own.combined) one = rounded<decltype(dtype)>(one);
+    });
+    clock.book(ATTENTION);
+    with_format(layer.o.format, call.dtype, [&](auto format) {
+        using T = decltype(format);
+        give<T, B>(own.combined.data(), a.tokens, width, layer.attn_out, own.x);
+        project<T, B>(layer.o, own.x, a.tokens, s.residual.data(), call.hidden, true);
+    });
+    barrier();
+    clock.book(PROJECTIONS);
+}
+
+template <int B>
+void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Clock& clock, int thread, int threads) {
+    const int64_t tokens = call.attention.tokens;
+    const bool predicts = layer.experts->predictor_a.data != nullptr;
+    with_dtype(call.dtype, [&](auto dtype) {
+        using X = decltype(dtype);
+        norm<X>(s.residual.data(), layer.ffn_norm, tokens, call.hidden, call.norm_epsilon, own.normed);
+        if (layer.router) route<X>(call, layer, own.normed, own.probabilities);
+        if (!predicts) return;
+        const bool residual = call.predictor_reads_residual != 0;
+        give<X, B>(residual ? s.residual.data() : own.normed.data(), tokens, call.hidden, nullptr, own.predictor_x);
+    });
+    const int64_t experts = layer.router ? call.num_experts : 1;
+    with_format(layer.experts->weight_format, call.dtype, [&](auto format) {
+        using T = decltype(format);
+        give<T, B>(own.normed.data(), tokens, call.hidden, layer.ffn_in, own.x);
+        clock.book(REST);
+        for (int64_t e = 0; e < experts; ++e) {
+            bool active[MAX_TOKENS] = {};
+            float shares[MAX_TOKENS] = {};
+            bool any = false;
+            for (int64_t b = 0; b < tokens; ++b) {
+                shares[b] = layer.router ? own.probabilities[b * experts + e] : 1.0f;
+                any |= active[b] = shares[b] != 0.0f;
+            }
+            if (!any) continue;
+            FfnCall& expert = layer.experts[e];
+            const FfnTokens in{&own.x, predicts ? &own.predictor_x : nullptr, active, s.residual.data(), shares};
+            phases<T, B>(expert, in, s.ffn, thread, threads);
+        }
+    });
+    barrier();
+    clock.book(FFN);
+}
+
+template <int B>
+void run(StepCall& call) {
+    static thread_local Shared kept;
+    Shared& s = kept;  // inside the region the thread_local name would mean each thread's own object
+    const Attention& a = call.attention;
+    s.residual.resize(a.tokens * call.hidden);
+    s.attention.reserve(a);
+    for (int64_t l = 0; l < call.layers; ++l) {
+        call.layer[l].tokens += a.tokens;
+        for (int64_t e = 0; e < std::max<int64_t>(1, call.num_experts); ++e) {
+            FfnCall& expert = call.layer[l].experts[e];
+            expert.tokens = a.tokens;
+            with_format(expert.weight_format, call.dtype, [&](auto format) { reserve<decltype(format), B>(expert, s.ffn); });
+        }
+    }
+    with_dtype(call.dtype, [&](auto dtype) {
+        using X = decltype(dtype);
+        for (int64_t b = 0; b < a.tokens; ++b)
+            for (int64_t i = 0; i < call.hidden; ++i)
+                s.residual[b * call.hidden + i] = X::at(row<X>({call.embedding, call.hidden}, call.ids[b]), i);
+    });
+    in_parallel(call.threads, [&](int thread, int threads) {
+        static thread_local Own own;
+        Clock clock(call.seconds, thread == 0);
+        for (int64_t l = 0; l < call.layers; ++l) {
+            attention_block<B>(call, call.layer[l], s, own, clock);
+            ffn_block<B>(call, call.layer[l], s, own, clock, thread, threads);
+        }
+        with_dtype(call.dtype, [&](auto dtype) {
+            using X = decltype(dtype);
+            norm<X>(s.residual.data(), call.final_norm, a.tokens, call.hidden, call.norm_epsilon, own.normed);
+            with_format(call.head.format, call.dtype, [&](auto format) {
+                using T = decltype(format);
+                give<T, B>(own.normed.data(), a.tokens, call.hidden, nullptr, own.x);
+                auto* logits = static_cast<typename X::Stored*>(call.logits);
+                const int64_t vocabulary = call.head.rows, tokens = a.tokens;
+                all_dots<T, B>(call.head.weight, nullptr, vocabulary, own.x, [=](int64_t n, const float* dots) {
+                    for (int64_t b = 0; b < tokens; ++b) logits[b * vocabulary + n] = X::from(dots[b]);
+                });
+            });
+        });
+        barrier();
+        clock.book(HEAD);
+    });
+}
+
+}  // namespace step
+}  // namespace sparsify

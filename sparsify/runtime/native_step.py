@@ -1,0 +1,246 @@
+"""Describes a whole model to the C++ kernels, which then compute one decoding step in one call."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.models.masking import experts_per_token, is_fused, num_experts
+from sparsify.runtime.build import kernels
+from sparsify.runtime.forwards import BlockForward
+from sparsify.runtime.native_ffn import NATIVE_DTYPES, CMatrix, FfnCall, c_matrix, ffn_call, weight_format
+from sparsify.runtime.quantised import BlockFormat, KeptBlocks
+from sparsify.runtime.weights import Matrix
+
+PARTS = ("projections", "attention", "ffn", "head", "rest")
+"""Where the time of a step goes, as `Part` in native/step.h."""
+THREAD_BYTES = 1 << 19
+"""A step has one thread for each THREAD_BYTES of a layer's weights, at most torch's number: synchronising costs time."""
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", CMatrix),
+        ("rows", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("unused", ctypes.c_int32),
+    )
+
+
+class StepLayer(ctypes.Structure):
+    """One layer; mirrors StepLayer in native/step.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm")),
+        *((name, _Linear) for name in ("q", "k", "v", "o")),
+        *((name, ctypes.c_void_p) for name in ("attn_in", "attn_out", "ffn_in")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "router")),
+        ("experts", ctypes.POINTER(FfnCall)),
+        ("tokens", ctypes.c_int64),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("tokens", "heads", "kv_heads", "head_dim")),
+        *((name, ctypes.c_int64) for name in ("cached", "batch_stride", "head_stride")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "visible")),
+        ("scaling", ctypes.c_float),
+        ("dtype", ctypes.c_int32),
+    )
+
+
+class StepCall(ctypes.Structure):
+    """Arguments of a step; mirrors StepCall in native/step.h."""
+
+    _fields_ = (
+        ("attention", _Attention),
+        *((name, ctypes.c_int64) for name in ("hidden", "layers", "num_experts", "experts_per_token")),
+        *((name, ctypes.c_void_p) for name in ("ids", "embedding", "final_norm")),
+        ("head", _Linear),
+        ("layer", ctypes.POINTER(StepLayer)),
+        ("logits", ctypes.c_void_p),
+        ("norm_epsilon", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("dtype", "threads", "predictor_reads_residual")),
+        ("seconds", ctypes.c_double * len(PARTS)),
+    )
+
+
+HEAD = "lm_head"
+
+
+def projections(model: Any) -> dict[str, nn.Linear]:
+    """The attention's projections and the output layer, by names that a plan uses."""
+    named = {
+        f"layers.{index}.{one}": getattr(layer.self_attn, f"{one}_proj")
+        for index, layer in enumerate(model.model.layers)
+        for one in "qkvo"
+    }
+    return named | {HEAD: model.lm_head}
+
+
+def head_format(blocks: BlockFormat) -> BlockFormat:
+    """Format of the output layer, whose rounding costs more than that of any other matrix: int8 also among int4."""
+    return "int8" if blocks == "int4" else blocks
+
+
+class Projections:
+    """The attention's projections and the output layer as C++ reads them: stored, or in blocks."""
+
+    def __init__(self, blocks: BlockFormat | None) -> None:
+        self._blocks: BlockFormat | None = blocks
+        self._kept: dict[str, KeptBlocks] = {}
+
+    def matrix(self, name: str, linear: nn.Linear) -> Matrix:
+        """The weight of one of `projections`."""
+        if self._blocks is None:
+            return linear.weight.detach()
+        format = head_format(self._blocks) if name == HEAD else self._blocks
+        kept = self._kept.setdefault(name, KeptBlocks(format))
+        return kept.of(0, (linear.weight,), lambda: (linear.weight,))[0]
+
+    def freeze(self, name: str) -> None:
+        """Keeps the blocks of one of them, whatever happens to its weight."""
+        self._kept[name].freeze()
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of blocks."""
+        return sum(one.num_bytes for one in self._kept.values())
+
+
+class StepPlan:
+    """All addresses of a model's weights. It holds the tensors that they belong to; the caller watches for changes.
+
+    Args:
+        model: A Sparse Mistral or Mixtral on a CPU.
+        forwards: The forward of each layer's block.
+        given: What the attention's projections and the output layer are read from.
+        threads: Threads of a step; default: see THREAD_BYTES.
+    """
+
+    def __init__(self, model: Any, forwards: Sequence[BlockForward], given: Projections, threads: int | None) -> None:
+        library = kernels()
+        assert library is not None, "the caller checks native_can"
+        self._library = library
+        self._held: list[Any] = []
+        self._projections = given
+        config, layers = model.config, model.model.layers
+        self.dtype = model.model.embed_tokens.weight.dtype
+        self.layers = (StepLayer * len(layers))()
+        for index, (layer, forward) in enumerate(zip(layers, forwards, strict=True)):
+            self._fill(self.layers[index], index, layer, forward)
+        attention = layers[0].self_attn
+        self.call = StepCall(
+            attention=_Attention(
+                heads=config.num_attention_heads,
+                kv_heads=config.num_key_value_heads,
+                head_dim=attention.head_dim,
+                scaling=attention.scaling,
+                dtype=NATIVE_DTYPES[self.dtype],
+            ),
+            hidden=config.hidden_size,
+            layers=len(layers),
+            num_experts=num_experts(config) if is_fused(forwards[0].block) else 0,
+            experts_per_token=experts_per_token(config),
+            embedding=self._address(model.model.embed_tokens.weight),
+            final_norm=self._address(model.model.norm.weight),
+            head=self._linear(HEAD, model.lm_head),
+            layer=ctypes.cast(self.layers, ctypes.POINTER(StepLayer)),
+            norm_epsilon=model.model.norm.variance_epsilon,
+            dtype=NATIVE_DTYPES[self.dtype],
+            threads=threads or self._default_threads(),
+            predictor_reads_residual=forwards[0].reads_residual,
+        )
+        assert library.sparsify_step_bytes() == ctypes.sizeof(StepCall) + ctypes.sizeof(StepLayer)
+
+    def _fill(self, to: StepLayer, index: int, layer: Any, forward: BlockForward) -> None:
+        attention = layer.self_attn
+        to.attention_norm = self._address(layer.input_layernorm.weight)
+        to.ffn_norm = self._address(layer.post_attention_layernorm.weight)
+        for name in ("q", "k", "v", "o"):
+            setattr(to, name, self._linear(f"layers.{index}.{name}", getattr(attention, f"{name}_proj")))
+        masks = {"attn_in": attention, "attn_out": attention.o_proj, "ffn_in": forward.block}
+        for name, module in masks.items():
+            mask = getattr(module, "input_mask", None)
+            columns = attention.o_proj.in_features if name == "attn_out" else attention.q_proj.in_features
+            if mask is not None:
+                setattr(to, name, self._address(mask.threshold.float().expand(columns).contiguous()))
+        if is_fused(forward.block):
+            to.router = self._address(layer.mlp.gate.weight)
+        experts = (FfnCall * forward.count())()
+        for expert in range(len(experts)):
+            weights = forward.weights(expert, layer.input_layernorm.weight)
+            if forward.options.dense:
+                weights = replace(weights, predictor=None)
+            experts[expert], held = ffn_call(weights, forward.activation(), self.dtype)
+            experts[expert].dense = forward.options.dense
+            self._held += [*held, weights]
+        self._held.append(experts)
+        to.experts = ctypes.cast(experts, ctypes.POINTER(FfnCall))
+
+    def _linear(self, name: str, linear: nn.Linear) -> _Linear:
+        matrix = self._projections.matrix(name, linear)
+        read, held = c_matrix(matrix)
+        self._held.append(held)
+        return _Linear(weight=read, rows=matrix.shape[0], format=weight_format(matrix))
+
+    def _address(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def _default_threads(self) -> int:
+        layer = self.layers[0]
+        size = sum(one.rows * one.weight.row_stride for one in (layer.q, layer.k, layer.v, layer.o))
+        size += 3 * layer.experts[0].neurons * layer.experts[0].gate.row_stride
+        enough = size * (1 if layer.q.format else self.dtype.itemsize) // THREAD_BYTES
+        return max(1, min(torch.get_num_threads(), enough))
+
+    def run(
+        self,
+        ids: torch.Tensor,
+        keys: Sequence[int],
+        values: Sequence[int],
+        cached: int,
+        strides: tuple[int, int],
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        visible: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """One step.
+
+        Args:
+            ids: Token of each sequence, int64 [tokens], contiguous.
+            keys: Address of each layer's cache of keys, [tokens, kv_heads, positions, head_dim].
+            values: The same for values.
+            cached: Positions that the caches hold; the new ones are written behind them.
+            strides: Elements from one sequence, and from one head, to the next.
+            cos: fp32 [tokens, head_dim], contiguous, of each sequence's position.
+            sin: The same.
+            visible: uint8 [tokens, cached + 1], contiguous; None if every position is visible.
+
+        Returns:
+            Logits, [tokens, vocabulary], of the model's dtype.
+        """
+        call, attention = self.call, self.call.attention
+        attention.tokens, attention.cached = len(ids), cached
+        attention.batch_stride, attention.head_stride = strides
+        attention.cos, attention.sin = cos.data_ptr(), sin.data_ptr()
+        attention.visible = None if visible is None else visible.data_ptr()
+        for layer, key, value in zip(self.layers, keys, values, strict=True):
+            layer.keys, layer.values = key, value
+        logits = torch.empty(len(ids), call.head.rows, dtype=self.dtype)
+        call.ids, call.logits = ids.data_ptr(), logits.data_ptr()
+        error = self._library.sparsify_step(ctypes.byref(call))
+        assert error == 0, f"sparsify_step refused its arguments: {error}"
+        return logits
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of all steps so far by PARTS."""
+        return dict(zip(PARTS, self.call.seconds, strict=True))
