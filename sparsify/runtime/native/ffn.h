@@ -68,40 +68,6 @@ void compact(const std::vector<int32_t>* list, int64_t neurons, std::vector<int3
     kept.resize(num_kept);
 }
 
-// Each sum adds its R terms in ascending order of neurons.
-// sums[b][columns] += product[b][n] * down_t[n][columns], over R listed neurons, for one thread's columns.
-template <class T, int R, int B>
-void add_rows(const FfnCall& call, const int32_t* list, int64_t left, const float* product, float* sums, int64_t width,
-              int64_t begin, int64_t end) {
-    constexpr int STEP = T::VECTORS * LANES;
-    const typename T::Stored *rows[R], *next[R];
-    float factors[R][B];
-    for (int r = 0; r < R; ++r) {
-        next[r] = row<T>(call.down_t, list[std::min<int64_t>(R + r, left - 1)]);
-        rows[r] = row<T>(call.down_t, list[r]);
-        for (int b = 0; b < B; ++b) factors[r][b] = product[static_cast<int64_t>(list[r]) * B + b];
-    }
-    int64_t i = begin;
-    for (; i + STEP <= end; i += STEP) {
-        Lanes weights[T::VECTORS][R];
-        for (int r = 0; r < R; ++r) {
-            for (int k = 0; k < T::VECTORS; ++k) weights[k][r] = T::lanes(rows[r], i, k, width);
-            T::ask(next[r], i, STEP, width);
-        }
-        for (int b = 0; b < B; ++b)
-            for (int k = 0; k < T::VECTORS; ++k) {
-                float* place = sums + b * width + i + k * LANES;
-                Lanes total = load_f32(place);
-                for (int r = 0; r < R; ++r) total = multiply_add(weights[k][r], broadcast(factors[r][b]), total);
-                store(place, total);
-            }
-    }
-    for (; i < end; ++i)
-        for (int b = 0; b < B; ++b)
-            for (int r = 0; r < R; ++r)
-                sums[b * width + i] = std::fma(T::at(rows[r], i), factors[r][b], sums[b * width + i]);
-}
-
 template <class T, int B>
 void down(const FfnCall& call, const FfnTokens& in, FfnScratch& s, const std::vector<int32_t>& listed, int thread, int threads) {
     // Each thread gets whole vectors or pairs of them, so that no two threads write to the same cache line.
@@ -111,11 +77,7 @@ void down(const FfnCall& call, const FfnTokens& in, FfnScratch& s, const std::ve
     const int64_t end = std::min(width, steps * (thread + 1) / threads * STEP);
     if (begin == end) return;
     float *sums = s.sums.data(), *product = s.product.data();
-    for (int b = 0; b < B; ++b) std::fill(sums + b * width + begin, sums + b * width + end, 0.0f);
-    const int64_t count = static_cast<int64_t>(listed.size());
-    int64_t i = 0;
-    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(call, listed.data() + i, count - i, product, sums, width, begin, end);
-    for (; i < count; ++i) add_rows<T, 1, B>(call, listed.data() + i, count - i, product, sums, width, begin, end);
+    add_listed<T, B>(call.down_t, listed, product, sums, width, begin, end);
     if (in.residual) {
         for (int b = 0; b < call.tokens; ++b)
             for (int64_t j = begin; in.active[b] && j < std::min(end, call.hidden); ++j)

@@ -1,4 +1,4 @@
-// Dot products of a few tokens with rows of a weight matrix, in the format in which the rows are stored.
+// Dot products of a few tokens with rows of a weight matrix, and sums of rows, in the format in which the rows are stored.
 //
 // Every dot product is summed in one fixed order, so that the result is the same bits for any number of threads.
 #pragma once
@@ -143,6 +143,50 @@ void all_dots(const Matrix& m, const int32_t* list, int64_t count, const Input& 
         const int64_t begin = block * BLOCK_ROWS, size = std::min(BLOCK_ROWS, count - begin);
         dot_rows<T, R, B>(m, list ? list + begin : nullptr, begin, size, x, take);
     }
+}
+
+// sums[b][columns] += factors[row][b] * m[row][columns], over R listed rows in their order, for one thread's columns.
+template <class T, int R, int B>
+void add_rows(const Matrix& m, const int32_t* list, int64_t left, const float* factors, float* sums, int64_t width, int64_t begin,
+              int64_t end) {
+    constexpr int STEP = T::VECTORS * LANES;
+    const typename T::Stored *rows[R], *next[R];
+    float own[R][B];
+    for (int r = 0; r < R; ++r) {
+        next[r] = row<T>(m, list[std::min<int64_t>(R + r, left - 1)]);
+        rows[r] = row<T>(m, list[r]);
+        for (int b = 0; b < B; ++b) own[r][b] = factors[static_cast<int64_t>(list[r]) * B + b];
+    }
+    int64_t i = begin;
+    for (; i + STEP <= end; i += STEP) {
+        Lanes weights[T::VECTORS][R];
+        for (int r = 0; r < R; ++r) {
+            for (int k = 0; k < T::VECTORS; ++k) weights[k][r] = T::lanes(rows[r], i, k, width);
+            T::ask(next[r], i, STEP, width);
+        }
+        for (int b = 0; b < B; ++b)
+            for (int k = 0; k < T::VECTORS; ++k) {
+                float* place = sums + b * width + i + k * LANES;
+                Lanes total = load_f32(place);
+                for (int r = 0; r < R; ++r) total = multiply_add(weights[k][r], broadcast(own[r][b]), total);
+                store(place, total);
+            }
+    }
+    for (; i < end; ++i)
+        for (int b = 0; b < B; ++b)
+            for (int r = 0; r < R; ++r)
+                sums[b * width + i] = std::fma(T::at(rows[r], i), own[r][b], sums[b * width + i]);
+}
+
+// sums[b][columns] = the sum of factors[row][b] * m[row][columns] over all listed rows in their order, for one thread's columns.
+template <class T, int B>
+void add_listed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
+                int64_t end) {
+    for (int b = 0; b < B; ++b) std::fill(sums + b * width + begin, sums + b * width + end, 0.0f);
+    const int64_t count = static_cast<int64_t>(list.size());
+    int64_t i = 0;
+    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(m, list.data() + i, count - i, factors, sums, width, begin, end);
+    for (; i < count; ++i) add_rows<T, 1, B>(m, list.data() + i, count - i, factors, sums, width, begin, end);
 }
 
 // Runs f(thread, threads) on so many threads, which all see the same barriers.
