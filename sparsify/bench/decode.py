@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from sparsify.bench.decode_measure import make_blocks, measure_model, measure_point, random_model
+from sparsify.bench.decode_blocks import make_blocks, measure_point
+from sparsify.bench.decode_models import measure_model
 from sparsify.bench.decode_result import DecodeBench, FfnPoint, ModelPoint
+from sparsify.bench.decode_shapes import SHAPES, random_model
 from sparsify.errors import RunError
 from sparsify.predictors import read_predictors
 from sparsify.runs.load import Loaded, load
@@ -34,7 +36,10 @@ class DecodeSettings:
         weights: Format of the feed-forward weights for the C++ kernels: stored, int8 or int4.
         sparsities: Shares of neurons that do not fire.
         batches: Batch sizes in tokens.
-        layers: Layers of a model with random weights and Mistral-7B's shape; 0 for none.
+        rank: Rank of predictors; None for a quarter of the hidden size.
+        shape: A key of SHAPES: the model with random weights; None for the first.
+        layers: Its layers; 0 for no such model, None for the shape's own number.
+        gates: Share of its gates that are positive; None if the gate alone decides which neurons fire.
         bundle: A model of the user to decode with; None for none.
         predictors: Predictors of that model; None for exact decoding only.
         prompt: Prompt for that model.
@@ -44,7 +49,7 @@ class DecodeSettings:
 
     hidden: int
     neurons: int
-    rank: int
+    rank: int | None
     device: str
     dtype: str
     weights: str
@@ -52,7 +57,9 @@ class DecodeSettings:
     batches: tuple[int, ...]
     threads: tuple[int, ...]
     repeats: int
-    layers: int
+    shape: str | None
+    layers: int | None
+    gates: float | None
     bundle: str | None
     predictors: Path | None
     prompt: str
@@ -62,6 +69,9 @@ class DecodeSettings:
     def check(self) -> None:
         """Raises RunError for settings that cannot be measured."""
         tokens = max(self.batches, default=1)
+        rank = self.rank or rank_of(self.hidden)
+        random = {"--shape": self.shape, "--layers": self.layers or None, "--gates": self.gates}
+        unused = ", ".join(name for name, given in random.items() if given is not None)
         numbers = (*self.batches, *self.threads, self.repeats, self.neurons)
         wrong = {
             f"--device {self.device} (here: {', '.join(devices())})": self.device not in devices(),
@@ -70,14 +80,23 @@ class DecodeSettings:
             "--sparsity outside [0, 1)": not all(0 <= one < 1 for one in self.sparsities),
             "a number below 1": min(numbers) < 1,
             "no --batch or no --threads": not self.batches or not self.threads,
-            f"--batch {tokens}, more than the width of the block or the rank": tokens > min(self.hidden, self.rank),
+            f"--batch {tokens}, more than the width of the block or the rank": tokens > min(self.hidden, rank),
             f"--tokens {self.decode_tokens}, fewer than 4": self.decode_tokens < 4,
             "--threads, which has no effect on a GPU": self.device == "cuda"
             and self.threads != (torch.get_num_threads(),),
+            f"--shape {self.shape} (allowed: {', '.join(SHAPES)})": self.shape is not None and self.shape not in SHAPES,
+            f"--gates {self.gates}, fewer than the {USUAL_ACTIVE} of the neurons that fire": self.gates is not None
+            and self.gates < USUAL_ACTIVE,
+            f"{unused} of a model with random weights, with --bundle": self.bundle is not None and bool(unused),
             "--predictors without --bundle": self.predictors is not None and self.bundle is None,
         }
         if found := [text for text, so in wrong.items() if so]:
             raise RunError(f"This cannot be measured: {'; '.join(found)}.")
+
+
+def rank_of(hidden: int) -> int:
+    """Rank of predictors for states of a width, unless one is requested."""
+    return max(1, hidden // 4)
 
 
 def bench_decode(settings: DecodeSettings, on_progress: Callable[[str], object]) -> DecodeBench:
@@ -122,7 +141,7 @@ def _blocks(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
     blocks = make_blocks(
         settings.hidden,
         settings.neurons,
-        settings.rank,
+        settings.rank or rank_of(settings.hidden),
         max(settings.batches),
         DTYPES[settings.dtype],
         block_format(settings.weights),
@@ -164,12 +183,15 @@ def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
             own = read_predictors(settings.predictors)
             predictors = own.for_decoding(model, str(settings.predictors))
         ids = _tokens(loaded, settings)
-    elif settings.layers:
-        name = f"random weights, {settings.layers} layers of Mistral-7B's shape"
+    elif settings.layers != 0:
+        key = settings.shape or next(iter(SHAPES))
+        shape = SHAPES[key]
+        layers = settings.layers or shape.layers
+        gates = settings.gates or USUAL_ACTIVE
+        name = f"random weights of {key}'s shape, gates positive for {gates:.0%}"
         on_progress("making a model of random weights")
-        model, predictors = random_model(
-            settings.layers, USUAL_ACTIVE, USUAL_ACTIVE, settings.rank, DTYPES[settings.dtype]
-        )
+        rank = settings.rank or rank_of(shape.hidden)
+        model, predictors = random_model(shape, layers, USUAL_ACTIVE, gates, rank, DTYPES[settings.dtype])
         model.to(settings.device)
         ids = torch.arange(100, 164 + settings.decode_tokens, device=settings.device)[None]
     else:

@@ -142,10 +142,11 @@ def _parts(model: ModelPoint) -> Table | None:
     if not native:
         return None
     names = list(next(iter(native.values())))
-    table = Table("Share of a token's time by part of the model", ["decoding", *names])
+    table = Table("Milliseconds of a token by part of the model, and their shares", ["decoding", "all", *names])
     for name, parts in native.items():
         total = sum(parts.values())
-        table.add(NAMES[name], *(f"{parts[part] / total:.1%}" for part in names))
+        each = (f"{1000 * parts[part]:.2f}\n{parts[part] / total:.1%}" for part in names)
+        table.add(NAMES[name], f"{1000 * total:.2f}", *each)
     return table
 
 
@@ -176,7 +177,7 @@ def _rests_on(bench: DecodeBench) -> Text:
         f"{'; '.join(filter(None, (bench.processor, _reading(bench))))}{warning}\n"
         f"dense: our {'Triton' if bench.device == 'cuda' else 'C++'} kernel, reading every row{_rounded(bench)}. Medians of "
         f"{bench.repeats} interleaved repeats; ratios are medians over pairs; same weights, same process.\n"
-        f"Predictor: rank {bench.rank}, perfect by construction, including its own cost. Gates on: share of neurons whose gate "
+        f"Predictor: rank {bench.rank or 'a quarter of the hidden size'}, perfect by construction, including its own cost. Gates on: share of neurons whose gate "
         f"is positive, which decides how many rows of the up projection exact decoding skips.{_baselines(bench)}",
         "dim",
     )
@@ -202,6 +203,7 @@ def _rounded(bench: DecodeBench) -> str:
 
 def _reading(bench: DecodeBench) -> str:
     speeds = [one.read_bytes_per_second / GIGA for one in bench.ffn if one.threads == bench.threads]
+    speeds += [one.read_bytes_per_second / GIGA for one in bench.models]
     if not speeds:
         return ""
     return f"{min(speeds):.0f} to {max(speeds):.0f} GB/s memory bandwidth with {bench.threads} thread(s), measured interleaved."

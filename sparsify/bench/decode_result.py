@@ -125,11 +125,12 @@ class DecodeBench(BaseModel):
     Attributes:
         dtype: Dtype of hidden states, torch's dense block and predictors.
         weights: Format of the weights for the C++ kernels: stored (in `dtype`), int8 or int4.
+        rank: Rank of predictors; None for a quarter of the hidden size.
     """
 
     hidden: int
     neurons: int
-    rank: int
+    rank: int | None
     dtype: str
     weights: str
     threads: int

@@ -16,6 +16,7 @@ from sparsify.export.gguf_tokens import Tokens
 from sparsify.export.llamacpp.model_file import Facts, write_gguf
 from sparsify.export.llamacpp.rules import check_holdable
 from sparsify.export.weight_shards import stock_reader
+from sparsify.models.masking import experts_per_token, num_experts
 
 FILE_TYPES = {
     ("stored", torch.float32): "fp32",
@@ -64,8 +65,7 @@ class LlamaCpp:
         RunError: If llama.cpp does not load the file.
 
     Attributes:
-        bytes_read: Bytes that a token of a dense model reads: the file without the input embedding. In a mixture of experts a token
-            reads fewer.
+        bytes_read: Bytes that a token reads: the file without the input embedding, and without experts that it is not routed to.
     """
 
     def __init__(self, model: Any, weights: str, threads: int, context_tokens: int, folder: Path) -> None:
@@ -86,7 +86,10 @@ class LlamaCpp:
         embedding = model.get_input_embeddings().weight
         tied = model.get_output_embeddings().weight is embedding
         bits = {"fp32": 32, "fp16": 16, "q8_0": 8.5, "q4_0": 4.5}[facts.dtype]
-        self.bytes_read = path.stat().st_size - (0 if tied else embedding.numel() * bits / 8)
+        experts = num_experts(config)
+        unread = 1 - experts_per_token(config) / experts
+        values = sum(one.numel() for block in model.ffn_blocks() for one in block.parameters()) * unread
+        self.bytes_read = path.stat().st_size - (values + (0 if tied else embedding.numel())) * bits / 8
 
     def close(self) -> None:
         """Frees the engine's memory."""

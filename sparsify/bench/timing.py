@@ -14,6 +14,11 @@ from statistics import median
 
 import torch
 
+from sparsify.runtime.build import kernels
+
+OUT_OF_CACHE_BYTES = 256 << 20
+"""Size of the weights that one round reads, so that none of them are still in the cache."""
+
 
 class Clock:
     """Marks moments in the order of the work on a device."""
@@ -48,6 +53,15 @@ class Clock:
         with torch.cuda.graph(graph):
             run()
         return graph.replay
+
+
+def read_data(data: torch.Tensor, threads: int) -> None:
+    """Reads memory as fast as possible: every thread only sums what it reads."""
+    library = None if data.is_cuda else kernels()
+    if library is None:
+        data.sum()
+    else:
+        library.sparsify_read(data.data_ptr(), data.numel(), threads)
 
 
 TrainingLoop = Callable[["InterleavedLoop"], None]

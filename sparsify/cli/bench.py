@@ -174,7 +174,10 @@ def bench_decode(
     tokens: Annotated[int, typer.Option(callback=NEW_TOKENS.check, help="Tokens to decode, one by one.")] = 24,
     hidden: Annotated[int, typer.Option(callback=WIDTH.check, help="Width of the block.")] = 4096,
     neurons: Annotated[int, typer.Option(callback=WIDTH.check, help="Neurons of the block.")] = 14_336,
-    rank: Annotated[int, typer.Option(callback=WIDTH.check, help="Rank of the predictors.")] = 1024,
+    rank: Annotated[
+        int | None,
+        typer.Option(callback=WIDTH.check, help="Rank of the predictors.", show_default="a quarter of the hidden size"),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(help="Device: cpu or cuda.", show_default="cuda if there is a GPU with Triton"),
@@ -192,10 +195,29 @@ def bench_decode(
         str | None,
         typer.Option(help="Numbers of threads, comma-separated.", show_default="1 and torch's own"),
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape of a model with random weights: mistral-7b, mixtral-8x7b, llama-3.2-1b or smollm2-135m.",
+            show_default="mistral-7b",
+        ),
+    ] = None,
     layers: Annotated[
-        int,
-        typer.Option(callback=LAYERS_OR_NONE.check, help="Layers of the model with random weights; 0: no such model."),
-    ] = 4,
+        int | None,
+        typer.Option(
+            callback=LAYERS_OR_NONE.check,
+            help="Layers of that model; 0: no such model.",
+            show_default="4 and 1 of the 7B shapes, all of the others",
+        ),
+    ] = None,
+    gates: Annotated[
+        float | None,
+        typer.Option(
+            callback=SHARE.check,
+            help="Share of that model's gates that are positive; 10% of its neurons fire.",
+            show_default="0.1: the gate alone decides",
+        ),
+    ] = None,
     llamacpp: Annotated[
         bool, typer.Option(help="Measure models in llama.cpp, too, if llama-cpp-python is installed (CPU only).")
     ] = True,
@@ -226,7 +248,9 @@ def bench_decode(
         batches=tuple(BATCH.parse_list("--batch", batch)),
         threads=tuple(own if threads is None else THREADS.parse_list("--threads", threads)),
         repeats=repeats,
+        shape=shape,
         layers=layers,
+        gates=gates,
         bundle=bundle,
         predictors=predictors,
         prompt=prompt,

@@ -11,8 +11,10 @@ import torch
 from numpy.ctypeslib import as_array
 from torch.nn.functional import linear
 
-from sparsify.bench.decode_measure import dense_twin, make_blocks, measure_model, measure_point
+from sparsify.bench.decode_blocks import make_blocks, measure_point
+from sparsify.bench.decode_models import dense_twin, measure_model
 from sparsify.bench.decode_result import FfnPoint, SpeedUp, Timing, crossover
+from sparsify.bench.decode_shapes import Shape, random_model
 from sparsify.bench.llamacpp import LlamaCpp
 from sparsify.cli import main
 from sparsify.conversion.convert import convert
@@ -111,6 +113,19 @@ def test_the_dense_twin_is_the_same_model_and_shares_its_memory(bundle: Path) ->
     assert point.without_llamacpp == "not requested"
 
 
+@pytest.mark.parametrize("experts", [None, (4, 2)])
+def test_a_random_model_has_the_given_shares_in_every_layer(experts: tuple[int, int] | None) -> None:
+    model, predictors = random_model(Shape(64, 300, 9, (4, 2), 50, experts), 2, 0.1, 0.25, 16, torch.float32)
+    ids = torch.arange(3, 30)[None]
+    point = measure_model(model, "one", predictors, ids, 8, 1, lambda _: None)
+    used = 1 if experts is None else experts[1] / experts[0]
+    ffn = sum(one.numel() * 4 for block in model.ffn_blocks() for one in block.parameters())
+    assert point.active_share == pytest.approx(0.1)
+    assert [one.touched_share for one in point.reads] == [pytest.approx((1 + 0.25 + 0.1) / 3)] * 2
+    saved = point.bytes_read["torch"] - point.bytes_read["exact"]
+    assert saved == pytest.approx(ffn * used * (1 - 0.45))
+
+
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 @pytest.mark.parametrize("weights", ["stored", "int4"])
 def test_llamacpp_decodes_the_dense_model_of_the_same_weights(
@@ -158,6 +173,7 @@ def test_the_command_measures_a_bundle_and_draws(
     assert "Layers that limit the speed-up most" in shown
     assert "exact" in shown
     assert "2 layers, int8 weight blocks on float32" in shown
+    assert "Milliseconds of a token by part of the model" in shown
 
 
 @pytest.mark.parametrize(
@@ -171,6 +187,9 @@ def test_the_command_measures_a_bundle_and_draws(
         (("--batch", "0"), "integers from 1 to"),
         (("--plot", "picture.pdf"), "picture.pdf is not a supported image format"),
         (("--predictors", "somewhere"), "--predictors without --bundle"),
+        (("--shape", "gpt-5"), "--shape gpt-5 (allowed: mistral-7b, mixtral-8x7b"),
+        (("--gates", "0.05"), "--gates 0.05, fewer than the 0.1"),
+        (("--bundle", "somewhere", "--layers", "2"), "--layers of a model with random weights, with --bundle"),
     ],
 )
 def test_invalid_settings_are_refused(
