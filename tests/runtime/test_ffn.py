@@ -76,6 +76,25 @@ def test_every_block_equals_float64(
         assert rows.down <= rows.up <= rows.gate
 
 
+@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("hidden", [32, 64, 96, 160, 1024])
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+def test_the_largest_products_of_blocks_overflow_nothing(format: BlockFormat, hidden: int, tokens: int) -> None:
+    """All states are 127 steps of their blocks, and all weights -8 or 7, or 127 or -127, steps of theirs."""
+    low, high = (-8.0, 7.0) if format == "int4" else (-127.0, 127.0)
+    signs = torch.randint(2, (hidden,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+    x = torch.where(torch.arange(tokens)[:, None] % 2 == 1, -127.0 * signs, 127.0 * signs)
+    along, against = torch.where(signs > 0, high, low), torch.where(signs > 0, low, high)
+    gate = torch.stack([along, against]).repeat_interleave(8, 0)
+    up = torch.stack([along, against, torch.full_like(signs, low), torch.full_like(signs, high)]).repeat(4, 1)
+    down_t = torch.randn(16, hidden, generator=torch.Generator().manual_seed(1))
+    read, weights = in_format(FfnWeights(gate, up, down_t), format)
+    assert torch.equal(rounded_states(x), x)
+    out, rows = sparse_ffn(x, read, ALL["reglu"], backend="native")
+    assert difference(out, x, weights, ALL["reglu"]) < TOLERANCES[torch.float32]
+    assert rows.down >= 8
+
+
 @backends
 def test_only_rows_that_count_are_read(backend: str) -> None:
     x, weights = block(1, 64, 200, on=0.1)

@@ -4,7 +4,7 @@
 // has at most 15 significant bits, so a dequantised weight is exact in fp32. Mirrors sparsify/runtime/quantised.py.
 #pragma once
 
-#include "levels.h"
+#include "level_dots.h"
 
 namespace sparsify {
 
