@@ -232,15 +232,21 @@ def tensor_shapes(config: SparseConfig) -> dict[str, tuple[int, ...]]:
             f"{prefix}self_attn.o_proj.weight": (hidden, queries),
         }
         shapes |= _ffn_shapes(config, prefix)
-        masks = mask_tensors(config)
-        shapes |= {mask_name(config, layer, site): shape for site, (_, shape) in masks.items()}
+        names = mask_names(config, layer)
+        for site, parts in mask_tensors(config).items():
+            shapes |= {names[site][part]: shape for part, (_, shape) in parts.items()}
     return shapes
 
 
-def mask_name(config: SparseConfig, layer: int, site: str) -> str:
-    """Name on disk of the thresholds of a masked site of a layer."""
-    name = mask_tensors(config)[site][0]
-    return f"model.layers.{layer}.{name.replace('mlp.experts.', 'block_sparse_moe.experts.')}"
+def mask_names(config: SparseConfig, layer: int) -> dict[str, dict[str, str]]:
+    """Names on disk of what a layer stores of each masked site, by part."""
+
+    def on_disk(name: str) -> str:
+        return f"model.layers.{layer}.{name.replace('mlp.experts.', 'block_sparse_moe.experts.')}"
+
+    return {
+        site: {part: on_disk(name) for part, (name, _) in parts.items()} for site, parts in mask_tensors(config).items()
+    }
 
 
 def _ffn_shapes(config: SparseConfig, prefix: str) -> dict[str, tuple[int, ...]]:

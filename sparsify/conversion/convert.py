@@ -81,9 +81,11 @@ def upcycle(dense: SparseModel, num_experts: int, num_experts_per_token: int, se
         old, new = f"model.layers.{layer}.mlp.", f"model.layers.{layer}.mlp.experts."
         gate_up = torch.cat([source[f"{old}gate_proj.weight"], source[f"{old}up_proj.weight"]])
         state[f"{new}gate_up_proj"].copy_(gate_up.expand(num_experts, -1, -1))
-        for site, (name, _) in mask_tensors(dense.config).items():
-            target = state[f"model.layers.{layer}.{mask_tensors(config)[site][0]}"]
-            target.copy_(source[f"model.layers.{layer}.{name}"].expand_as(target))
+        targets = mask_tensors(config)
+        for site, parts in mask_tensors(dense.config).items():
+            for part, (name, _) in parts.items():
+                target = state[f"model.layers.{layer}.{targets[site][part][0]}"]
+                target.copy_(source[f"model.layers.{layer}.{name}"].expand_as(target))
         state[f"{new}down_proj"].copy_(source[f"{old}down_proj.weight"].expand(num_experts, -1, -1))
     return model.eval()
 

@@ -15,6 +15,7 @@ from sparsify.errors import ModelError
 from sparsify.files import write_json
 from sparsify.models import BASE_CLASSES, MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel, site_rules
 from sparsify.models.activations import STOCK_ACTIVATION
+from sparsify.models.ffn_activation import FACTOR_SITES
 from sparsify.models.modeling_sparse_mistral import SparseMistralMLP
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 
@@ -100,6 +101,8 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
         RuntimeError: If any feed-forward block would not apply `ffn_activation`.
     """
     masked = site_rules(model.config)
+    by_threshold = "inter" in masked and masked["inter"].rule == "threshold"
+    in_activation = {site for site in FACTOR_SITES if site in masked and not (site == "inter" and by_threshold)}
     for block in model.ffn_blocks():
         own = "forward" not in vars(block) and type(block) in (
             SparseMistralMLP,
@@ -114,8 +117,8 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             or type(activation).up_factor is not FfnActivation.up_factor
             or activation.name != ffn_activation
             or activation.gate_threshold != model.config.ffn_gate_threshold
-            or (activation.threshold is not None) != ("inter" in masked)
-            or (activation.gate_mask is not None) != ("gate" in masked)
+            or {site for site, mask in activation.masks.items() if mask is not None} != in_activation
+            or (activation.threshold is not None) != by_threshold
             or (getattr(block, "input_mask", None) is not None) != ("ffn_in" in masked)
         ):
             raise RuntimeError(f"{type(block).__name__} was patched: it does not apply {ffn_activation}")

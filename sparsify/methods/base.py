@@ -47,6 +47,8 @@ class SiteValues:
 class LayerValues(Protocol):
     """What a mask is fitted to: one layer and the calibration tokens that reach it. Padding is skipped.
 
+    The sites that a mask was fitted to before are masked.
+
     Attributes:
         experts: The layer's experts, one in a dense block; none at the sites of the attention.
         device: Where the values are.
@@ -56,26 +58,33 @@ class LayerValues(Protocol):
     device: torch.device
 
     def values(self, site: str) -> Iterator[SiteValues]:
-        """The values of a site, some rows at a time; may be iterated repeatedly."""
+        """The values of a site before its mask, some rows at a time; may be iterated repeatedly. What a projection of an expert reads
+        comes for each expert, with the tokens routed to it; `ffn_in` comes once, with all tokens.
+        """
+        ...
+
+    def weights(self, site: str) -> dict[str, list[torch.Tensor]]:
+        """The weights [outputs, channels] of the projections that read a site, by name: one for each expert, or one alone."""
         ...
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A site's thresholds in one layer.
+    """What was fitted to one site in one layer.
 
     Attributes:
-        threshold: [1], [channels] or [experts, channels], as the site's rule says.
+        parts: What is stored, by the names and of the shapes of `models.masking.site_parts`: of a threshold `threshold`, [1],
+            [channels] or [experts, channels]. A dense block may be given as one expert.
         record: Its entry in `calibration.json`.
     """
 
-    threshold: torch.Tensor
+    parts: dict[str, torch.Tensor]
     record: dict[str, float] = field(default_factory=dict)
 
 
 @runtime_checkable
 class Mask(Protocol):
-    """Which elements of which vectors are dropped for a token: thresholds that are fitted once and stored with the model.
+    """Which elements of which vectors are dropped for a token: fitted once and stored with the model.
 
     Attributes:
         name: What users call it; `config.sparsification` says it.
@@ -95,7 +104,7 @@ class Mask(Protocol):
     def sites(self) -> dict[str, SiteRule]: ...
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
-        """Thresholds of one site in one layer; called for each site in the order in which the layer computes them."""
+        """One site of one layer; called for each site in the order in which the layer computes them."""
         ...
 
 
@@ -146,11 +155,14 @@ class Rewritten:
     Attributes:
         stages: Experts by stage: `dense` first, the result last.
         record: The layer's entry in `calibration.json`; `experts` in it has one for each.
+        line: What is said of it when it is done.
+        masks: What is stored of the masks inside the block, by site and part.
     """
 
     stages: dict[str, list[Expert]]
     record: dict[str, Any]
     line: str
+    masks: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
 _METHODS: dict[str, type[Any]] = {}
@@ -210,8 +222,14 @@ def makes_masks(conversion: ConversionSection) -> bool:
 def sparsification(mask: Mask) -> dict[str, Any]:
     return {
         "method": mask.name,
-        "sites": {site: asdict(rule) for site, rule in mask.sites.items()},
+        "sites": {site: _stored_rule(rule) for site, rule in mask.sites.items()},
     }
+
+
+def _stored_rule(rule: SiteRule) -> dict[str, Any]:
+    """A rule as config.json has it: what it is, and what differs from a plain one."""
+    plain = asdict(SiteRule())
+    return {key: value for key, value in asdict(rule).items() if key in ("rule", "per") or value != plain[key]}
 
 
 def _settings(method: Method, conversion: ConversionSection) -> MethodSettings:

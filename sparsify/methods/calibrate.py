@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from sparsify.conversion.architecture import mask_name
+from sparsify.conversion.architecture import mask_names
 from sparsify.conversion.source_tensors import check_base_loss
 from sparsify.errors import MixtureError, StorageError
 from sparsify.files import atomic_folder, storage_errors, write_json
@@ -42,15 +42,16 @@ from sparsify.methods.layerwise import (
     Layer,
     LayerReader,
     Streams,
+    as_stored,
     chunks,
     ffn_names,
     ffn_output,
-    stored_threshold,
     tensor,
 )
-from sparsify.methods.sites import ATTENTION_SITES, block_thresholds
+from sparsify.methods.sites import ATTENTION_SITES, Parts
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.models import FfnActivation
+from sparsify.models.masking import READERS
 from sparsify.recipe.sparsification import REFIT_TARGETS, ConversionSection
 
 logger = logging.getLogger(__name__)
@@ -118,10 +119,11 @@ class Calibrator:
         settings: ConversionSection,
     ) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._reader = LayerReader(folder, self.device)
         self._state, self._settings = state, settings
         self.method = rewrite_of(settings)
         self._result, self._mask = self.method.last_stage, self.method.mask
+        stored_mask = None if self._mask is None else sparsification(self._mask)
+        self._reader = LayerReader(folder, stored_mask, self.device)
         self._watched = watched
         self._num_fit = len(sequences)
         if self._num_fit < HELD_OUT_EVERY:
@@ -135,8 +137,7 @@ class Calibrator:
         self._dense = FfnActivation(config.base_ffn_activation, config.base_ffn_gate_threshold)
         self._replaced = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
         self._masked_config = deepcopy(config)
-        if self._mask is not None:
-            self._masked_config.sparsification = sparsification(self._mask)
+        self._masked_config.sparsification = stored_mask
         self._dtype = self._reader.stored_dtype()
 
     @torch.no_grad()
@@ -205,10 +206,9 @@ class Calibrator:
         replaced = [replace(expert, activation=self._replaced) for expert in dense]
         with atomic_folder(self._streams(layer + 1).folder) as partial_folder:
             new = Streams(partial_folder)
-            attention.masks = {}
             self._advance(attention, dense, old, "dense", new)
             masks, mask_record = self._fit_attention(attention, old)
-            attention.masks = masks
+            attention.masked = True
             self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
             found = self.method.rewrite(Layer(dense, replaced, self._dtype, inputs), self._settings)
@@ -216,23 +216,24 @@ class Calibrator:
             for name, experts in found.stages.items():
                 if name != "dense":
                     masked = masked or (self._mask is not None and name == self._mask.name)
-                    attention.masks = masks if masked else {}
+                    attention.masked = masked
                     zeros[name] = self._advance(attention, experts, old, name, new)
-        self._save(layer, found, zeros, masks, mask_record)
+        self._save(layer, found, zeros, attention, masks, mask_record)
         work.remove()
         old.remove()
         logger.info(f"Layer {layer + 1} of {num_layers}: {found.line}")
 
-    def _fit_attention(self, attention: Attention, old: Streams) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    def _fit_attention(self, attention: Attention, old: Streams) -> tuple[Parts, dict[str, float]]:
         """Fits the mask's sites in the attention, each with those before it applied, as stored; and what is recorded."""
         record: dict[str, float] = {}
-        attention.masks = {}
+        masks: Parts = {}
         for site in (site for site in ATTENTION_SITES if self._mask and site in self._mask.sites):
             assert self._mask is not None
             fitted = self._mask.fit(site, AttentionValues(self, attention, old))
             record |= fitted.record
-            attention.masks[site] = stored_threshold(fitted.threshold, self._dtype)
-        return attention.masks, record
+            masks[site] = as_stored(fitted.parts, self._dtype)
+            attention.fit(site, masks[site], self._dtype)
+        return masks, record
 
     def attention_values(self, site: str, attention: Attention, old: Streams) -> Iterator[SiteValues]:
         """The values of a site in the attention, on the tokens that methods may look at."""
@@ -309,18 +310,21 @@ class Calibrator:
         layer: int,
         found: Rewritten,
         zeros: dict[str, list[int]],
-        attention_masks: dict[str, torch.Tensor],
+        attention: Attention,
+        attention_masks: Parts,
         mask_record: dict[str, float],
     ) -> None:
         config, tensors = self._masked_config, {}
-        for number, expert in enumerate(found.stages[self._result]):
-            _, up, down = ffn_names(config, layer, number)
+        for number, (old, expert) in enumerate(zip(found.stages["dense"], found.stages[self._result], strict=True)):
+            gate, up, down = ffn_names(config, layer, number)
             tensors[up], tensors[down] = expert.up, expert.down
-        thresholds = dict(attention_masks)
-        if self._mask is not None:
-            thresholds |= block_thresholds(self._mask, found.stages[self._result])
-        for site, threshold in thresholds.items():
-            tensors[mask_name(config, layer, site)] = threshold
+            if expert.gate is not old.gate:
+                tensors[gate] = expert.gate
+        for name, weight in attention.changed.items():
+            tensors[f"model.layers.{layer}.self_attn.{name}.weight"] = weight
+        names = mask_names(config, layer)
+        for site, parts in (attention_masks | found.masks).items():
+            tensors |= {names[site][part]: values for part, values in parts.items()}
         stored = {k: v.to(self._dtype).cpu().contiguous() for k, v in tensors.items()}
         save_file(stored, self.tensors_of(layer))
         record = {"layer": layer, "zeros": zeros, **mask_record, **found.record}
@@ -379,3 +383,6 @@ class AttentionValues:
 
     def values(self, site: str) -> Iterator[SiteValues]:
         return self._calibrator.attention_values(site, *self._of)
+
+    def weights(self, site: str) -> dict[str, list[torch.Tensor]]:
+        return {name: [self._of[0].weight(name)] for name in READERS[site]}

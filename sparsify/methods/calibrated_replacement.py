@@ -17,7 +17,7 @@ from pydantic import Field
 from sparsify.methods.base import Mask, MethodSettings, Rewritten, register
 from sparsify.methods.layerwise import Expert, Inputs, InputsOf, Layer
 from sparsify.methods.reconstruction import Errors, Gram, Reduce, nothing_to_reduce
-from sparsify.methods.sites import ATTENTION_SITES, fit_block, rows_of
+from sparsify.methods.sites import ATTENTION_SITES, Parts, fit_block, rows_of
 from sparsify.methods.thresholds import OutputNormThresholds, ThresholdSettings
 from sparsify.models import ACTIVATIONS, FfnActivation
 from sparsify.recipe.sparsification import ConversionSection
@@ -83,12 +83,14 @@ class CalibratedLayer:
         stages: Experts by stage: `dense`, `bare replacement`, then what was done to them, the last being the result.
         flips: Neurons with flipped signs, bool [experts, neurons].
         mask_record: What the mask says of itself.
+        masks: What is stored of the mask.
     """
 
     stages: dict[str, list[Expert]]
     flips: torch.Tensor
     results: list[ExpertResult]
     mask_record: dict[str, float] = field(default_factory=dict)
+    masks: Parts = field(default_factory=dict)
 
 
 class LayerCalibration:
@@ -129,9 +131,9 @@ class LayerCalibration:
         experts = [flip(expert, each) for expert, each in zip(self._replaced, flips, strict=True)]
         if self._flip_for is not None:
             stages["signs"] = experts
-        mask_record = {}
+        mask_record, masks = {}, {}
         if self._mask is not None:
-            experts, mask_record = fit_block(self._mask, experts, self._inputs, self._dtype)
+            experts, masks, mask_record = fit_block(self._mask, experts, self._inputs, self._dtype)
             stages[self._mask.name] = experts
         refitted, results = [], []
         for number, expert in enumerate(experts):
@@ -140,7 +142,7 @@ class LayerCalibration:
             results.append(result)
         if self._reconstruct:
             stages[RECONSTRUCTED] = refitted
-        return CalibratedLayer(stages, flips, results, mask_record)
+        return CalibratedLayer(stages, flips, results, mask_record, masks)
 
     def _flips(self) -> torch.Tensor:
         shape = len(self._replaced), len(self._replaced[0].up)
@@ -164,7 +166,7 @@ class LayerCalibration:
             if not self._reconstruct:
                 gram.num_rows += len(token)
                 continue
-            wanted = self._wanted(number, chunk, token)
+            wanted = self._wanted(number, chunk, token) - expert.constant
             gram.add(expert.neurons(x) * weight[:, None], wanted * weight[:, None])
         gram.reduce(self._reduce)
         few = gram.num_rows < LEAST_ROWS
@@ -174,12 +176,11 @@ class LayerCalibration:
         for chunk, token, weight in self._rows(number, "held_out"):
             x, weight = chunk.x[token], weight[:, None]
             h = expert.neurons(x)
-            bare = self._replaced[number]
             errors.add(
                 self._wanted(number, chunk, token) * weight,
-                bare=bare.neurons(x) @ bare.down.T * weight,
-                before=h @ expert.down.T * weight,
-                refitted=h @ candidate.down.T * weight,
+                bare=self._replaced[number].output(x) * weight,
+                before=expert.project("down_proj", h) * weight,
+                refitted=candidate.project("down_proj", h) * weight,
             )
         errors.reduce(self._reduce)
         bare, before = errors.relative("bare"), errors.relative("before")
@@ -197,7 +198,7 @@ class LayerCalibration:
 
     def _wanted(self, number: int, chunk: Inputs, token: torch.Tensor) -> torch.Tensor:
         dense, x = self._dense[number], chunk.x[token]
-        return dense.neurons(x) @ dense.down.T + chunk.gap[token]
+        return dense.output(x) + chunk.gap[token]
 
     def _rows(self, number: int, part: str) -> Iterator[tuple[Inputs, torch.Tensor, torch.Tensor]]:
         for chunk in self._inputs():
@@ -276,7 +277,7 @@ def _rewritten(found: CalibratedLayer, *, in_block: bool = True) -> Rewritten:
         **found.mask_record,
         "experts": [asdict(result) for result in found.results],
     }
-    return Rewritten(found.stages, record, _sentence(found, in_block=in_block))
+    return Rewritten(found.stages, record, _sentence(found, in_block=in_block), found.masks)
 
 
 def _sentence(found: CalibratedLayer, *, in_block: bool) -> str:

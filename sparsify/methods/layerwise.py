@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from sparsify.models import (
     FfnActivation,
     SparseConfig,
     SparseMistralConfig,
-    ThresholdMask,
 )
 from sparsify.models.activations import STOCK_ACTIVATION
-from sparsify.models.masking import drop_small, num_experts
+from sparsify.models.masking import INPUTS, READERS, ProjectionMask, SiteMask, SiteRule, num_experts
+
+ATTENTION_SITES = tuple(site for site in INPUTS if site.startswith("attn"))
+"""The sites of the attention, in the order in which it computes them."""
 
 
 @dataclass(frozen=True)
@@ -44,40 +46,90 @@ class Expert:
         gate: [neurons, hidden].
         up: [neurons, hidden].
         down: [hidden, neurons].
-        activation: Its thresholds, if any, are this expert's: [1] or [neurons].
-        input_threshold: Of a mask on its inputs, [1] or [hidden].
+        activation: Its masks, if any, are this expert's.
+        input_mask: The mask on the input of both its first projections.
+        projections: Masks on what single projections read, and remainders, by the projection's name.
     """
 
     gate: torch.Tensor
     up: torch.Tensor
     down: torch.Tensor
     activation: FfnActivation
-    input_threshold: torch.Tensor | None = None
+    input_mask: SiteMask | None = None
+    projections: Mapping[str, ProjectionMask] = field(default_factory=dict)
 
     def neurons(self, x: torch.Tensor) -> torch.Tensor:
         """Neuron activations [rows, neurons] of inputs [rows, hidden]."""
-        x = self.seen(x)
-        return self.activation(x @ self.gate.T, x @ self.up.T)
+        return self.activation(self._multiply("gate_proj", x), self._multiply("up_proj", x))
 
     def gates(self, x: torch.Tensor) -> torch.Tensor:
         """The gate's factor before its mask, [rows, neurons]."""
-        return self.activation.gate_factor(self.seen(x) @ self.gate.T)
+        return self.activation.gate_factor(self._multiply("gate_proj", x))
 
-    def seen(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.input_threshold is None else drop_small(x, self.input_threshold)
+    def ups(self, x: torch.Tensor) -> torch.Tensor:
+        """The up factor before its mask, [rows, neurons]."""
+        return self.activation.up_factor(self._multiply("up_proj", x))
 
-    def with_mask(self, site: str, threshold: torch.Tensor) -> Expert:
-        """The expert with a mask on one of its sites, `ffn_in`, `gate` or `inter`: a threshold [1] or [channels]."""
-        if site == "ffn_in":
-            return replace(self, input_threshold=threshold)
-        old = self.activation
-        new = FfnActivation(old.name, old.gate_threshold).with_masks_of(old)
-        if site == "gate":
-            new.gate_mask = ThresholdMask(tuple(threshold.shape))
-            new.gate_mask.threshold = threshold
-        else:
-            new.threshold = threshold
-        return replace(self, activation=new)
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        """What it adds to the residual stream, [rows, hidden] from inputs of that shape."""
+        return self.project("down_proj", self.neurons(x))
+
+    def project(self, projection: str, x: torch.Tensor) -> torch.Tensor:
+        """A projection's output for what it reads, with its own mask and remainder."""
+        own = self.projections.get(projection)
+        weight = self.weight(projection)
+        return x @ weight.T if own is None else own(x, lambda masked: masked @ weight.T)
+
+    @property
+    def constant(self) -> torch.Tensor | float:
+        """What replaces dropped neurons in its output, [hidden]; 0 for nothing."""
+        own = self.projections.get("down_proj")
+        return 0.0 if own is None or own.remainder_constant is None else own.remainder_constant
+
+    def weight(self, projection: str) -> torch.Tensor:
+        return {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}[projection]
+
+    def _multiply(self, projection: str, x: torch.Tensor) -> torch.Tensor:
+        return self.project(projection, x if self.input_mask is None else self.input_mask(x))
+
+    def with_mask(self, site: str, rule: SiteRule, parts: Mapping[str, torch.Tensor]) -> Expert:
+        """The expert with a mask on one of its sites; `parts` are this expert's own, by the names of `site_parts`.
+
+        Of a rotated site the projections that read it get the inverse rotation.
+        """
+        own = {part: values for part, values in parts.items() if "." not in part}
+        mask = _site_mask(rule, own)
+        new = self
+        if "basis" in own:
+            turned = {name.removesuffix("_proj"): self.weight(name) @ own["basis"] for name in READERS[site]}
+            new = replace(new, **turned)
+        activation = FfnActivation(self.activation.name, self.activation.gate_threshold).with_masks_of(self.activation)
+        if site == "inter" and rule.rule == "threshold":
+            activation.threshold = own["threshold"]
+        elif site in ("gate", "up", "inter"):
+            setattr(activation, f"{site}_mask", mask)
+        elif site == "ffn_in":
+            new = replace(new, input_mask=mask)
+        projections = dict(self.projections)
+        for name in READERS.get(site, ()):
+            remainders = {part.partition(".")[2]: parts[part] for part in parts if part.startswith(f"{name}.")}
+            alone = site in INPUTS and len(READERS[site]) == 1
+            if remainders or alone:
+                projections[name] = _projection_mask(mask if alone else None, remainders)
+        return replace(new, activation=activation, projections=projections)
+
+
+def _site_mask(rule: SiteRule, parts: Mapping[str, torch.Tensor]) -> SiteMask:
+    shapes = {part: tuple(values.shape) for part, values in parts.items()}
+    return SiteMask(rule, shapes).put(parts)
+
+
+def _projection_mask(mask: SiteMask | None, remainders: Mapping[str, torch.Tensor]) -> ProjectionMask:
+    made = ProjectionMask(SiteRule(), {}, "", own_input=False)
+    made.input_mask = mask
+    for part, values in remainders.items():
+        setattr(made, f"remainder_{part}", values)
+    return made
 
 
 @dataclass(frozen=True)
@@ -143,66 +195,85 @@ class Layer:
     inputs: InputsOf
 
 
-def stored_threshold(threshold: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A threshold in fp32, rounded as it will be stored."""
-    return threshold.clamp(max=torch.finfo(dtype).max).to(dtype).float()
+def as_stored(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A mask's parts in fp32, rounded as they will be stored."""
+    return {part: values.clamp(max=torch.finfo(dtype).max).to(dtype).float() for part, values in parts.items()}
 
 
 class Attention:
     """A layer without its feed-forward block, and the router of that.
 
+    It holds the layer twice: as it is, and with the masks that are fitted to it and the weights that these change.
+
+    Args:
+        config: Of the model.
+        mask: `config.sparsification` of the masks to fit; None for none.
+        device: Where to compute.
+
     Attributes:
-        masks: Thresholds of the sites `attn_in` and `attn_out`; empty for none.
+        masked: Which of the two is computed.
+        changed: Weights of projections that differ from the checkpoint's, by the projection's name.
     """
 
-    def __init__(self, config: SparseConfig, device: torch.device) -> None:
-        one_layer = deepcopy(config)
-        one_layer.num_hidden_layers = 1
-        with torch.device("meta"):
-            decoder: Any = MODEL_CLASSES[config.model_type](one_layer).model
-        layer = decoder.layers[0]
-        self._router = getattr(layer.mlp, "gate", None)
-        layer.mlp, decoder.norm, decoder.embed_tokens = _Nothing(), nn.Identity(), nn.Identity()
-        layer.to_empty(device=device)
-        if self._router is not None:
-            self._router.to_empty(device=device)
-        # Without a feed-forward block it applies no activation: the model's own check of its experts has nothing to look at.
-        decoder.config.ffn_activation, decoder.config.sparsification = STOCK_ACTIVATION, None
-        decoder.rotary_emb = type(decoder.rotary_emb)(config=one_layer).to(device)
-        self._decoder, self._layer = decoder.float().eval(), layer
-        self.masks: dict[str, torch.Tensor] = {}
-        self._seen: dict[str, torch.Tensor] = {}
-        attention = layer.self_attn
-        attention.register_forward_pre_hook(self._mask_input, with_kwargs=True)
-        attention.o_proj.register_forward_pre_hook(lambda _, args: (self._masked("attn_out", args[0]),))
-
-    def _mask_input(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        hidden = self._masked("attn_in", kwargs["hidden_states"])
-        return args, kwargs | {"hidden_states": hidden}
-
-    def _masked(self, site: str, values: torch.Tensor) -> torch.Tensor:
-        self._seen[site] = values
-        return drop_small(values, self.masks[site]) if site in self.masks else values
-
-    def values(self, site: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """The values of `attn_in` or `attn_out` before their mask, [sequences, tokens, channels]; arguments as of a call."""
-        self(hidden, position_ids)
-        return self._seen[site]
+    def __init__(self, config: SparseConfig, mask: dict[str, Any] | None, device: torch.device) -> None:
+        self._decoder, self._router = _without_block(config, None, device)
+        self._masked = self._decoder if mask is None else _without_block(config, mask, device)[0]
+        self.masked = False
+        self.changed: dict[str, torch.Tensor] = {}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Loads the weights of a layer, by their names inside it; those of feed-forward blocks are ignored."""
-        for name, parameter in self._layer.named_parameters():
-            parameter.data.copy_(tensors[name])
+        """Loads the weights of a layer, by their names inside it; those of feed-forward blocks are ignored. Masks keep all."""
+        for decoder in {self._decoder, self._masked}:
+            for name, parameter in decoder.layers[0].named_parameters():
+                parameter.data.copy_(tensors[name])
+            for module in decoder.modules():
+                if isinstance(module, SiteMask):
+                    module.keep_all()
+                for part in ("constant", "left", "right"):
+                    if getattr(module, f"remainder_{part}", None) is not None:
+                        getattr(module, f"remainder_{part}").zero_()
         if self._router is not None:
             self._router.float().weight.data.copy_(tensors["block_sparse_moe.gate.weight"])
+        self.masked, self.changed = False, {}
+
+    def fit(self, site: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """Applies a fitted mask: its parts, by the names of `site_parts`, and the rotation of the weights that read it."""
+        self._mask(site).put({part: values for part, values in parts.items() if "." not in part})
+        for name in READERS[site]:
+            for part in (part for part in parts if part.startswith(f"{name}.")):
+                setattr(self._projection(name), f"remainder_{part.partition('.')[2]}", parts[part])
+            if "basis" in parts:
+                self.change(name, self.weight(name) @ parts["basis"], dtype)
+
+    def weight(self, projection: str) -> torch.Tensor:
+        """Of q_proj, k_proj, v_proj or o_proj as it is with the masks, [outputs, inputs]."""
+        return self._projection(projection).weight.data
+
+    def change(self, projection: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        """Gives a projection another weight where masks are applied, rounded as it will be stored."""
+        self.changed[projection] = weight.to(dtype).float()
+        self.weight(projection).copy_(self.changed[projection])
+
+    def values(self, site: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The values of a site before its mask, [sequences, tokens, channels]; arguments as of a call."""
+        seen: list[torch.Tensor] = []
+        hook = self._mask(site).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        masked, self.masked = self.masked, True
+        try:
+            self(hidden, position_ids)
+        finally:
+            hook.remove()
+            self.masked = masked
+        return seen[0]
 
     def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the feed-forward block, [sequences, tokens, hidden], from that before the layer."""
-        return self._decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
+        decoder = self._masked if self.masked else self._decoder
+        return decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
 
     def ffn_inputs(self, residual: torch.Tensor) -> torch.Tensor:
         """What the feed-forward block sees, [sequences * tokens, hidden]."""
-        return self._layer.post_attention_layernorm(residual).flatten(0, -2)
+        return self._decoder.layers[0].post_attention_layernorm(residual).flatten(0, -2)
 
     def routes(self, x: torch.Tensor) -> Routes:
         if self._router is None:
@@ -211,6 +282,31 @@ class Attention:
         _, weights, experts = self._router(x)
         return Routes(experts, weights)
 
+    def _projection(self, name: str) -> Any:
+        return getattr(self._masked.layers[0].self_attn, name)
+
+    def _mask(self, site: str) -> SiteMask:
+        attention = self._masked.layers[0].self_attn
+        return attention.input_mask if site == "attn_in" else self._projection(READERS[site][0]).input_mask
+
+
+def _without_block(config: SparseConfig, mask: dict[str, Any] | None, device: torch.device) -> tuple[Any, Any]:
+    """A decoder of one layer without a feed-forward block, norm and embedding, in fp32; and the block's router."""
+    one_layer = deepcopy(config)
+    one_layer.num_hidden_layers, one_layer.sparsification = 1, mask
+    with torch.device("meta"):
+        decoder: Any = MODEL_CLASSES[config.model_type](one_layer).model
+    layer = decoder.layers[0]
+    router = getattr(layer.mlp, "gate", None)
+    layer.mlp, decoder.norm, decoder.embed_tokens = _Nothing(), nn.Identity(), nn.Identity()
+    layer.to_empty(device=device)
+    if router is not None:
+        router.to_empty(device=device)
+    # Without a feed-forward block it applies no activation: the model's own check of its experts has nothing to look at.
+    decoder.config.ffn_activation, decoder.config.sparsification = STOCK_ACTIVATION, None
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=one_layer).to(device)
+    return decoder.float().eval(), router
+
 
 class _Nothing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -218,13 +314,21 @@ class _Nothing(nn.Module):
 
 
 class LayerReader:
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    """Reads a checkpoint's layers.
+
+    Args:
+        folder: The checkpoint.
+        mask: `config.sparsification` of the masks to fit; None for none.
+        device: Where to compute.
+    """
+
+    def __init__(self, folder: Path, mask: dict[str, Any] | None, device: torch.device) -> None:
         checkpoint = read_checkpoint(folder)
         name = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
         self.config = sparse_config(checkpoint.config, name, str(folder))
         self.device = device
         self._shards = {key: shard for shard in checkpoint.shards for key in read_shapes(shard)}
-        self._attention = Attention(self.config, device)
+        self._attention = Attention(self.config, mask, device)
 
     @property
     def num_experts(self) -> int:
@@ -268,7 +372,7 @@ def ffn_output(x: torch.Tensor, routes: Routes, experts: Sequence[Expert]) -> to
     for number, expert in enumerate(experts):
         token, weight = routes.of(number)
         if len(token):
-            output.index_add_(0, token, expert.neurons(x[token]) @ expert.down.T * weight[:, None])
+            output.index_add_(0, token, expert.output(x[token]) * weight[:, None])
     return output
 
 

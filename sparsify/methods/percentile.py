@@ -53,4 +53,4 @@ class Percentile:
                 magnitudes.add(chunk.values.abs())
             threshold = magnitudes.quantile(share)
         record = {"threshold": threshold} if share else {}
-        return Fitted(torch.tensor([threshold], device=layer.device), record)
+        return Fitted({"threshold": torch.tensor([threshold], device=layer.device)}, record)

@@ -39,7 +39,7 @@ from sparsify.methods.live_model import Engine, evaluating, full_weight, set_ful
 from sparsify.methods.objective import TrainingRun, objective
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
 from sparsify.models import ACTIVATIONS, FfnActivation, SparseConfig
-from sparsify.models.masking import is_fused
+from sparsify.models.masking import READERS, MaskedLinear, ProjectionMask, is_fused
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.data import wait_for_sequences
@@ -299,14 +299,23 @@ def _experts(block: Any, config: SparseConfig, share: float) -> list[Expert]:
     else:
         gate, up = full_weight(block.gate_proj.weight), full_weight(block.up_proj.weight)
         weights = [(gate, up, full_weight(block.down_proj.weight))]
-    mask = block.input_mask
     return [
         Expert(
             *(gate, up, down, _activation(block, config, share, number)),
-            input_threshold=None if mask is None else mask.threshold,
+            input_mask=block.input_mask,
+            projections=_projection_masks(block, number),
         )
         for number, (gate, up, down) in enumerate(weights)
     ]
+
+
+def _projection_masks(block: Any, number: int) -> dict[str, ProjectionMask]:
+    names = READERS["ffn_in"] + READERS["inter"]
+    if is_fused(block):
+        masks = {name: getattr(block, f"{name}_mask") for name in names}
+        return {name: mask.of_expert(number) for name, mask in masks.items() if mask is not None}
+    linears = {name: getattr(block, name) for name in names}
+    return {name: ProjectionMask.of(linear) for name, linear in linears.items() if isinstance(linear, MaskedLinear)}
 
 
 def _activation(block: Any, config: SparseConfig, share: float, number: int) -> FfnActivation:

@@ -8,22 +8,29 @@ With hidden size d, f neurons, and a share ρ of a site's elements kept, a SwiGL
 | `attn_out` | input of o                           | columns of W_o                           | 1                        |
 | `ffn_in`   | input of gate and up                 | columns of W_gate, W_up                  | (2ρ + 1) / 3             |
 | `gate`     | the gate's factor                    | rows of W_up, columns of W_down          | (1 + 2ρ) / 3             |
+| `up`       | the up factor                        | rows of W_gate, columns of W_down        | (1 + 2ρ) / 3             |
 | `inter`    | the product                          | columns of W_down                        | (2 + ρ) / 3              |
 
-In a mixture of experts the router sees its input unmasked, and `ffn_in` is one mask for all experts of a token.
+`attn_in.q`, `attn_in.k`, `attn_in.v`, `ffn_in.gate` and `ffn_in.up` mask what one projection reads, each by itself.
+
+In a mixture of experts the router sees its input unmasked, and `ffn_in` is one mask for all experts of a token; `ffn_in.gate` and
+`ffn_in.up` may differ between experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from sparsify.methods.base import Fitted, Mask, SiteValues
-from sparsify.methods.layerwise import Expert, Inputs, InputsOf, stored_threshold
+from sparsify.methods.layerwise import ATTENTION_SITES, Expert, Inputs, InputsOf, as_stored
 from sparsify.models import SITES
+from sparsify.models.masking import READERS
 
-ATTENTION_SITES = ("attn_in", "attn_out")
+Parts = dict[str, dict[str, torch.Tensor]]
+"""What is stored of each masked site of a layer, by the names of `models.masking.site_parts`."""
 
 
 class BlockValues:
@@ -43,9 +50,18 @@ class BlockValues:
             for number, expert in enumerate(self.experts):
                 token, weight = rows_of(chunk, number)
                 if len(token):
-                    x = chunk.x[token]
-                    values = expert.gates(x) if site == "gate" else expert.neurons(x)
-                    yield SiteValues(values, weight, number, expert)
+                    yield SiteValues(_values(site, expert, chunk.x[token]), weight, number, expert)
+
+    def weights(self, site: str) -> dict[str, list[torch.Tensor]]:
+        return {name: [expert.weight(name) for expert in self.experts] for name in READERS.get(site, ())}
+
+
+def _values(site: str, expert: Expert, x: torch.Tensor) -> torch.Tensor:
+    if site == "gate":
+        return expert.gates(x)
+    if site == "up":
+        return expert.ups(x)
+    return expert.neurons(x) if site == "inter" else x
 
 
 def rows_of(chunk: Inputs, number: int, part: str = "fit") -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,40 +73,37 @@ def rows_of(chunk: Inputs, number: int, part: str = "fit") -> tuple[torch.Tensor
 
 def fit_block(
     mask: Mask, experts: list[Expert], inputs: InputsOf, dtype: torch.dtype
-) -> tuple[list[Expert], dict[str, float]]:
+) -> tuple[list[Expert], Parts, dict[str, float]]:
     """Fits a mask to the sites of a feed-forward block, in the order in which it computes them.
 
     Returns:
-        The experts with the mask, rounded as it will be stored; and what is to be recorded.
+        The experts with the mask, rounded as it will be stored; what is to be stored; and what is to be recorded.
     """
     record: dict[str, float] = {}
+    stored: Parts = {}
     for site in (site for site in SITES if site in mask.sites and site not in ATTENTION_SITES):
         fitted: Fitted = mask.fit(site, BlockValues(experts, inputs))
         record |= fitted.record
-        threshold = stored_threshold(fitted.threshold, dtype)
+        rule, parts = mask.sites[site], as_stored(fitted.parts, dtype)
+        stored[site] = parts
         experts = [
-            expert.with_mask(site, threshold[number] if threshold.dim() > 1 else threshold)
+            expert.with_mask(site, rule, {part: _own(part, values, number) for part, values in parts.items()})
             for number, expert in enumerate(experts)
         ]
-    return experts, record
+        if "basis" in parts:
+            experts = [_rounded(expert, dtype) for expert in experts]
+    if len(experts) == 1:  # a dense block stores them without a dimension for experts
+        stored = {
+            site: {part: _own(part, values, 0) for part, values in parts.items()} for site, parts in stored.items()
+        }
+    return experts, stored, record
 
 
-def block_thresholds(mask: Mask, experts: list[Expert]) -> dict[str, torch.Tensor]:
-    """The thresholds of a block's sites as they are stored: of all experts together where each has its own."""
-    found = {}
-    for site, rule in mask.sites.items():
-        if site in ATTENTION_SITES:
-            continue
-        own = [_threshold(expert, site) for expert in experts]
-        of_all = rule.per == "layer" or site == "ffn_in" or len(own) == 1
-        found[site] = own[0] if of_all else torch.stack(own)
-    return found
+def _own(part: str, values: torch.Tensor, number: int) -> torch.Tensor:
+    """The part of one expert, where it has one of its own."""
+    is_matrix = part.rpartition(".")[2] in ("basis", "left", "right")
+    return values[number] if values.dim() > 1 + is_matrix else values
 
 
-def _threshold(expert: Expert, site: str) -> torch.Tensor:
-    activation = expert.activation
-    if site == "gate" and activation.gate_mask is not None:
-        return activation.gate_mask.threshold
-    found = {"ffn_in": expert.input_threshold, "inter": activation.threshold}.get(site)
-    assert found is not None, site
-    return found
+def _rounded(expert: Expert, dtype: torch.dtype) -> Expert:
+    return replace(expert, gate=expert.gate.to(dtype).float(), up=expert.up.to(dtype).float())

@@ -44,4 +44,4 @@ class OutputNormThresholds:
             norms.add(chunk.values.abs() * chunk.expert.down.norm(dim=0))
         scale = norms.quantile(self._share)
         columns = [expert.down.norm(dim=0).clamp(min=TINY) for expert in layer.experts]
-        return Fitted(torch.stack([scale / norm for norm in columns]), {"threshold_scale": scale})
+        return Fitted({"threshold": torch.stack([scale / norm for norm in columns])}, {"threshold_scale": scale})

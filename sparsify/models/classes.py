@@ -4,8 +4,8 @@ from sparsify.models.configuration_sparse_mistral import SparseMistralConfig
 from sparsify.models.configuration_sparse_mixtral import SparseMixtralConfig
 from sparsify.models.ffn_activation import FfnActivation as FfnActivation
 from sparsify.models.masking import SITES as SITES
+from sparsify.models.masking import SiteMask as SiteMask
 from sparsify.models.masking import SiteRule as SiteRule
-from sparsify.models.masking import ThresholdMask as ThresholdMask
 from sparsify.models.masking import mask_tensors as mask_tensors
 from sparsify.models.masking import site_rules as site_rules
 from sparsify.models.modeling_sparse_mistral import SparseMistralForCausalLM, SparseMistralModel

@@ -1,29 +1,53 @@
-"""Masks that a model stores: which elements of which vector are set to zero for a token.
+"""Masks that a model stores: which elements of which vector are set to zero for a token, and what takes their place.
 
 `config.sparsification` names the method that fitted them and, for each site, the rule:
 
     {"method": "percentile", "sites": {"inter": {"rule": "threshold", "per": "layer"}}}
 
-A site is the vector that a mask multiplies. The rule `threshold` keeps an element where its magnitude exceeds a stored number
-(`per: layer`) or a number of its own (`per: channel`; in fused experts, of its expert and its own). The numbers are buffers:
-stored with the weights, never trained. A threshold of -inf keeps everything, bit by bit; NaN is kept, so that it shows.
+A site is the vector that a mask multiplies. Rules, for an element x and its weight w (1 unless `weighted`):
+
+- `threshold` keeps an element where |x| exceeds a stored number (`per: layer`) or a number of its own (`per: channel`; in fused
+  experts, of its expert and its own). A threshold of -inf keeps everything, bit by bit.
+- `top_k` keeps a stored share of the elements, at least one: those with the largest |x| · w.
+- `top_p` keeps the fewest elements, largest |x| · w first, whose scores add up to a stored share of the sum of all.
+
+NaN is kept, so that it shows. With `rotated` the vector is multiplied by a stored orthogonal matrix first; the projections that read
+it have the inverse in their weights. What was dropped may be replaced (`remainder`): `constant` adds a stored vector to the output of
+the projections that read the site, `low_rank` adds left @ right @ (dropped elements).
+
+All numbers are buffers: stored with the weights, never trained.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-SITES = ("attn_in", "attn_out", "ffn_in", "gate", "inter")
-"""In the order in which a layer computes them: input of the query, key and value projections, input of the output
-projection, input of the gate and up projections, the gate's factor, and the product of both factors."""
-INPUT_SITES = ("attn_in", "attn_out", "ffn_in")
-"""Those that are inputs of linear projections; a `ThresholdMask` masks each. The others are inside `FfnActivation`."""
-RULES = ("threshold",)
+INPUTS = {
+    "attn_in": ("q_proj", "k_proj", "v_proj"),
+    "attn_in.q": ("q_proj",),
+    "attn_in.k": ("k_proj",),
+    "attn_in.v": ("v_proj",),
+    "attn_out": ("o_proj",),
+    "ffn_in": ("gate_proj", "up_proj"),
+    "ffn_in.gate": ("gate_proj",),
+    "ffn_in.up": ("up_proj",),
+}
+"""Sites that are inputs of linear projections, in the order in which a layer computes them, and the projections that read them."""
+INPUT_SITES = tuple(INPUTS)
+SITES = (*INPUT_SITES, "gate", "up", "inter")
+"""All sites: the inputs, then inside a feed-forward block the gate's factor, the up factor, and the product of both."""
+READERS = {**INPUTS, "inter": ("down_proj",)}
+"""The projections that read a site; the factors are not read by any."""
+RULES = ("threshold", "top_k", "top_p")
+NUMBERS = {"threshold": "threshold", "top_k": "kept_share", "top_p": "kept_mass"}
+"""What the number of each rule is called."""
 GRANULARITIES = ("layer", "channel")
+REMAINDERS = ("none", "constant", "low_rank")
 
 
 @dataclass(frozen=True)
@@ -32,11 +56,48 @@ class SiteRule:
 
     Attributes:
         rule: One of RULES.
-        per: `layer` for one number, `channel` for one for each element (of each expert, inside experts).
+        per: `layer` for one number, `channel` for one for each element (of each expert, inside experts). Thresholds only.
+        weighted: Whether scores are multiplied by a stored weight for each element. Thresholds need none: theirs is in `per: channel`.
+        rotated: Whether the site is masked in coordinates of its own. Inputs only.
+        remainder: One of REMAINDERS.
+        rank: Of a `low_rank` remainder.
     """
 
     rule: str = "threshold"
     per: str = "layer"
+    weighted: bool = False
+    rotated: bool = False
+    remainder: str = "none"
+    rank: int = 0
+
+    @property
+    def words(self) -> str:
+        """What reports call it: the granularity of a threshold, or the rule."""
+        return self.per if self.rule == "threshold" else self.rule
+
+    def problem(self, site: str) -> str:
+        """Why this rule cannot be applied to a site, or nothing."""
+        for what, given, known in (
+            ("site", site, SITES),
+            ("rule", self.rule, RULES),
+            ("granularity", self.per, GRANULARITIES),
+            ("remainder", self.remainder, REMAINDERS),
+        ):
+            if given not in known:
+                return f"the {what} {given!r}, which this model does not apply; known: {', '.join(known)}"
+        if self.rule == "threshold" and self.weighted:
+            return "weighted thresholds, which are thresholds per channel"
+        if self.rule != "threshold" and self.per != "layer":
+            return f"{self.rule} per channel; its number is one of a layer"
+        if self.rotated and site not in INPUT_SITES:
+            return f"a rotation of {site}, which is not the input of a projection"
+        if self.remainder != "none" and site not in READERS:
+            return f"a remainder at {site}, which no projection reads"
+        if self.remainder == "low_rank" and (site not in INPUT_SITES or len(INPUTS[site]) > 1 or self.rotated):
+            return f"a low-rank remainder at {site}; it needs an unrotated input of one projection"
+        if (self.remainder == "low_rank") != (self.rank > 0):
+            return f"a {self.remainder} remainder of rank {self.rank}"
+        return ""
 
 
 def site_rules(config: Any) -> dict[str, SiteRule]:
@@ -48,19 +109,13 @@ def site_rules(config: Any) -> dict[str, SiteRule]:
     stored = getattr(config, "sparsification", None)
     if not stored:
         return {}
-    rules = {}
-    for site, fields in stored["sites"].items():
-        rule = SiteRule(**fields)
-        for what, given, known in (
-            ("site", site, SITES),
-            ("rule", rule.rule, RULES),
-            ("granularity", rule.per, GRANULARITIES),
-        ):
-            if given not in known:
-                raise ValueError(
-                    f"sparsification has the {what} {given!r}, which this model does not apply; known: {', '.join(known)}"
-                )
-        rules[site] = rule
+    rules = {site: SiteRule(**fields) for site, fields in stored["sites"].items()}
+    problems = [problem for site, rule in rules.items() if (problem := rule.problem(site))]
+    shared = [site for site in rules if "." in site and site.partition(".")[0] in rules]
+    if shared:
+        problems.append(f"masks on {shared[0]} and on {shared[0].partition('.')[0]}, which holds it")
+    if problems:
+        raise ValueError(f"sparsification has {problems[0]}")
     return {site: rules[site] for site in SITES if site in rules}
 
 
@@ -93,29 +148,81 @@ def is_fused(block: Any) -> bool:
     return hasattr(block, "gate_up_proj")
 
 
-def mask_tensors(config: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name inside a layer, and shape, of the thresholds of each masked site."""
-    experts = getattr(config, "num_local_experts", None)
-    ffn = "mlp.experts." if experts else "mlp."
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    per_expert = (experts,) if experts else ()
-    places = {
-        "attn_in": ("self_attn.input_mask.threshold", (config.hidden_size,)),
-        "attn_out": (
-            "self_attn.o_proj.input_mask.threshold",
-            (config.num_attention_heads * head_dim,),
-        ),
-        "ffn_in": (f"{ffn}input_mask.threshold", (config.hidden_size,)),
-        "gate": (
-            f"{ffn}ffn_activation.gate_mask.threshold",
-            (*per_expert, config.intermediate_size),
-        ),
-        "inter": (f"{ffn}ffn_activation.threshold", (*per_expert, config.intermediate_size)),
-    }
+def projection_shapes(config: Any) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of each projection of a layer; in a mixture of experts, of one expert."""
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    head_dim = config.head_dim or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     return {
-        site: (places[site][0], places[site][1] if rule.per == "channel" else (1,))
-        for site, rule in site_rules(config).items()
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+        "gate_proj": (neurons, hidden),
+        "up_proj": (neurons, hidden),
+        "down_proj": (hidden, neurons),
     }
+
+
+def site_parts(config: Any, site: str, rule: SiteRule) -> dict[str, tuple[int, ...]]:
+    """Shape of each stored part of one site of one layer, by its name: the mask's own, and `PROJECTION.PART` of remainders.
+
+    Parts: `threshold`, `kept_share` or `kept_mass` as the rule says; `weight`; `basis`; `constant`; `left` and `right`.
+    """
+    projections = projection_shapes(config)
+    channels = projections[READERS[site][0]][1] if site in READERS else config.intermediate_size
+    experts = getattr(config, "num_local_experts", None)
+    # The input of all experts has one mask; what one expert computes, or reads by itself, has one for each.
+    own = (experts,) if experts and site not in ("attn_out", "ffn_in") and not site.startswith("attn_in") else ()
+    per_channel = (*own, channels)
+    parts: dict[str, tuple[int, ...]] = {NUMBERS[rule.rule]: per_channel if rule.per == "channel" else (1,)}
+    if rule.weighted:
+        parts["weight"] = per_channel
+    if rule.rotated:
+        parts["basis"] = (channels, channels)
+    for name in READERS.get(site, ()):
+        rows, columns = projections[name]
+        of_expert = (experts,) if experts and name in ("gate_proj", "up_proj", "down_proj") else ()
+        if rule.remainder == "constant":
+            parts[f"{name}.constant"] = (*of_expert, rows)
+        elif rule.remainder == "low_rank":
+            parts[f"{name}.left"], parts[f"{name}.right"] = (
+                (*of_expert, rows, rule.rank),
+                (*of_expert, rule.rank, columns),
+            )
+    return parts
+
+
+def mask_tensors(config: Any) -> dict[str, dict[str, tuple[str, tuple[int, ...]]]]:
+    """For each masked site, the parts that are stored (see `site_parts`): name inside a layer, and shape."""
+    found = {}
+    for site, rule in site_rules(config).items():
+        mask = mask_name(config, site, rule)
+        found[site] = {}
+        for part, shape in site_parts(config, site, rule).items():
+            projection, _, own = part.rpartition(".")
+            name = f"{_projection_name(config, projection)}.remainder_{own}" if projection else f"{mask}{part}"
+            found[site][part] = (name, shape)
+    return found
+
+
+def mask_name(config: Any, site: str, rule: SiteRule) -> str:
+    """What the names of a mask's own tensors begin with, inside a layer."""
+    block = "mlp.experts." if getattr(config, "num_local_experts", None) else "mlp."
+    if site == "inter" and rule.rule == "threshold":
+        return f"{block}ffn_activation."
+    if site in ("gate", "up", "inter"):
+        return f"{block}ffn_activation.{site}_mask."
+    if site in ("attn_in", "ffn_in"):
+        return f"{'self_attn.' if site == 'attn_in' else block}input_mask."
+    return f"{_projection_name(config, INPUTS[site][0])}.input_mask."
+
+
+def _projection_name(config: Any, projection: str) -> str:
+    if projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        return f"self_attn.{projection}"
+    # Experts are one parameter, which holds no modules: what masks their projections is next to it.
+    return f"mlp.experts.{projection}_mask" if getattr(config, "num_local_experts", None) else f"mlp.{projection}"
 
 
 def drop_small(x: torch.Tensor, threshold: torch.Tensor, experts: int | torch.Tensor | None = None) -> torch.Tensor:
@@ -129,49 +236,228 @@ def drop_small(x: torch.Tensor, threshold: torch.Tensor, experts: int | torch.Te
     Raises:
         ValueError: If it is needed and not given.
     """
-    if threshold.dim() > 1:
-        if experts is None:
-            raise ValueError("These thresholds are of experts: say which expert each row belongs to")
-        threshold = threshold[experts]
-    return torch.where(x.detach().abs() <= threshold, 0.0, x)
+    return torch.where(x.detach().abs() <= of_experts(threshold, 1, experts), 0.0, x)
 
 
-class ThresholdMask(nn.Module):
-    """Sets a vector to zero where its magnitude does not exceed a stored threshold."""
+def of_experts(tensor: torch.Tensor, dimensions: int, experts: int | torch.Tensor | None) -> torch.Tensor:
+    """Those of a tensor's values that belong to an expert, where it has some for each: then it has more than so many dimensions.
+
+    Raises:
+        ValueError: If experts are needed and not given.
+    """
+    if tensor.dim() <= dimensions:
+        return tensor
+    if experts is None:
+        raise ValueError("These thresholds are of experts: say which expert each row belongs to")
+    return tensor[experts]
+
+
+class SiteMask(nn.Module):
+    """Sets the elements of a vector to zero that a rule does not keep (see the module's text).
+
+    It keeps everything until its buffers are filled.
+    """
 
     threshold: torch.Tensor
+    kept_share: torch.Tensor
+    kept_mass: torch.Tensor
+    weight: torch.Tensor | None
+    basis: torch.Tensor | None
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, rule: SiteRule, parts: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__()
-        self.register_buffer("threshold", torch.zeros(shape))
+        self.rule = rule
+        number = NUMBERS[rule.rule]
+        # Not -inf: what a checkpoint lacks is filled by this, and must not pass for a mask that keeps everything.
+        self.register_buffer(number, torch.full(parts[number], 0.0 if number == "threshold" else 1.0))
+        self.register_buffer("weight", torch.ones(parts["weight"]) if rule.weighted else None)
+        self.register_buffer("basis", torch.eye(*parts["basis"]) if rule.rotated else None)
 
     def forward(self, x: torch.Tensor, experts: int | torch.Tensor | None = None) -> torch.Tensor:
-        """The masked vector, of the shape of x; see `drop_small`."""
-        return drop_small(x, self.threshold, experts)
+        """The masked vector, of the shape of x, [..., channels], in its rotated coordinates if there are any.
+
+        Args:
+            x: The vector as the layer computes it.
+            experts: The expert of all rows, or of each row: [rows]. Needed for numbers of experts.
+        """
+        return self.choose(self.rotate(x), experts)
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.basis is None else x @ self.basis
+
+    def choose(self, x: torch.Tensor, experts: int | torch.Tensor | None = None) -> torch.Tensor:
+        """`forward` for a vector that is rotated already."""
+        if self.rule.rule == "threshold":
+            return drop_small(x, self.threshold, experts)
+        scores = x.detach().abs()
+        if self.weight is not None:
+            scores = scores * of_experts(self.weight, 1, experts)
+        if self.rule.rule == "top_k":
+            kept = largest(scores, kept_count(float(self.kept_share), x.shape[-1]))
+        else:
+            kept = _heaviest(scores, float(self.kept_mass))
+        return torch.where(kept | scores.isnan(), x, 0.0)
+
+    def of_expert(self, expert: int) -> SiteMask:
+        """The mask of one expert, on the same tensors."""
+        own = SiteMask.__new__(SiteMask)
+        nn.Module.__init__(own)
+        own.rule = self.rule
+        for name, values in self._buffers.items():
+            own.register_buffer(name, values if values is None else _own(name, values, expert))
+        return own
+
+    def keep_all(self) -> SiteMask:
+        """Fills its buffers so that it keeps every element, in the coordinates in which it is given; returns itself."""
+        for name, value in (("threshold", -torch.inf), ("kept_share", 1.0), ("kept_mass", 1.0), ("weight", 1.0)):
+            if getattr(self, name, None) is not None:
+                getattr(self, name).fill_(value)
+        if self.basis is not None:
+            nn.init.eye_(self.basis)
+        return self
+
+    def put(self, parts: Mapping[str, torch.Tensor]) -> SiteMask:
+        """Replaces its tensors by those of these names; returns itself."""
+        for name, values in parts.items():
+            setattr(self, name, values)
+        return self
 
 
-def install_input_masks(layer: nn.Module, block: Any, config: Any) -> None:
-    """Gives a layer the masks on the inputs of its linear projections, as the configuration says.
+def _own(name: str, values: torch.Tensor, expert: int) -> torch.Tensor:
+    return values[expert] if values.dim() > (2 if name == "basis" else 1) else values
 
-    The attention's own code stays: hooks mask what its projections get. A block's input is masked by the block.
+
+def kept_count(share: float, channels: int) -> int:
+    """How many of so many elements `top_k` keeps: the share of them, rounded, and at least one."""
+    return min(channels, max(1, round(share * channels)))
+
+
+def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Bool of the shape of scores: the so many largest of each row; NaN counts as largest."""
+    if count == scores.shape[-1]:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
+
+
+def _heaviest(scores: torch.Tensor, mass: float) -> torch.Tensor:
+    if mass >= 1.0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    ordered, places = scores.float().sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    kept = before < mass * ordered.sum(-1, keepdim=True)
+    return torch.zeros_like(kept).scatter_(-1, places, kept)
+
+
+class ProjectionMask(nn.Module):
+    """What masks do to one projection: a mask of its own on its input, and what replaces the dropped elements.
+
+    Args:
+        rule: Of the site that the projection reads; None where only an earlier site is masked.
+        parts: The site's parts (`site_parts`); those of the mask itself only if it is the projection's own.
+        projection: Name of the projection.
+        own_input: Whether the mask on the input belongs to this projection alone.
     """
-    shapes = {site: shape for site, (_, shape) in mask_tensors(config).items()}
-    attention: Any = layer.self_attn
-    if "attn_in" in shapes:
-        attention.input_mask = ThresholdMask(shapes["attn_in"])
-        attention.register_forward_pre_hook(_mask_attention, with_kwargs=True)
-    if "attn_out" in shapes:
-        attention.o_proj.input_mask = ThresholdMask(shapes["attn_out"])
-        attention.o_proj.register_forward_pre_hook(_mask_projection)
-    block.input_mask = ThresholdMask(shapes["ffn_in"]) if "ffn_in" in shapes else None
+
+    input_mask: SiteMask | None
+    remainder_constant: torch.Tensor | None
+    remainder_left: torch.Tensor | None
+    remainder_right: torch.Tensor | None
+
+    def __init__(self, rule: SiteRule, parts: Mapping[str, tuple[int, ...]], projection: str, own_input: bool) -> None:
+        super().__init__()
+        add_projection_mask(self, rule, parts, projection, own_input)
+
+    @classmethod
+    def of(cls, module: Any) -> ProjectionMask:
+        """The same mask and remainder as a module has."""
+        own = cls(SiteRule(), {}, "", own_input=False)
+        own.input_mask = module.input_mask
+        for part in ("constant", "left", "right"):
+            setattr(own, f"remainder_{part}", getattr(module, f"remainder_{part}"))
+        return own
+
+    def of_expert(self, expert: int) -> ProjectionMask:
+        """Those of one expert, on the same tensors."""
+        own = ProjectionMask.of(self)
+        own.input_mask = self.input_mask if self.input_mask is None else self.input_mask.of_expert(expert)
+        for part in ("constant", "left", "right"):
+            values = getattr(self, f"remainder_{part}")
+            if values is not None:
+                setattr(own, f"remainder_{part}", values[expert])
+        return own
+
+    def forward(
+        self, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], experts: int | None = None
+    ) -> torch.Tensor:
+        """`product` of the masked input, and the remainder."""
+        return masked_product(self, x, product, experts)
 
 
-# The hooks take their mask from the module that they are called with: a copy of the model must not share it.
+class MaskedLinear(nn.Linear):
+    """A linear projection with a `ProjectionMask`'s attributes."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return masked_product(self, input, super().forward)
+
+
+def add_projection_mask(
+    module: Any, rule: SiteRule, parts: Mapping[str, tuple[int, ...]], projection: str, own_input: bool
+) -> None:
+    """Gives a module the attributes of a `ProjectionMask`; arguments as there."""
+    module.input_mask = SiteMask(rule, parts) if own_input else None
+    for part in ("constant", "left", "right"):
+        shape = parts.get(f"{projection}.{part}")
+        module.register_buffer(f"remainder_{part}", None if shape is None else torch.zeros(shape))
+
+
+def masked_product(
+    module: Any, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], experts: int | None = None
+) -> torch.Tensor:
+    mask = module.input_mask
+    masked = x if mask is None else mask(x, experts)
+    output = product(masked)
+    if module.remainder_left is not None:
+        left, right = (of_experts(one, 2, experts) for one in (module.remainder_left, module.remainder_right))
+        output = output + (x - masked) @ right.T @ left.T
+    if module.remainder_constant is not None:
+        output = output + of_experts(module.remainder_constant, 1, experts)
+    return output
+
+
+def install_input_masks(layer: Any, block: Any, config: Any) -> None:
+    """Gives a layer the masks on the inputs of its linear projections, and their remainders, as the configuration says.
+
+    The attention's own code stays. A block masks by itself what its projections share; those that have something of their own
+    become `MaskedLinear`s. Fused experts get a `ProjectionMask` for each projection of which that holds.
+    """
+    block.input_mask = None
+    if is_fused(block):
+        block.gate_proj_mask = block.up_proj_mask = block.down_proj_mask = None
+    for site, rule in site_rules(config).items():
+        if site not in READERS:
+            continue
+        parts = site_parts(config, site, rule)
+        own_input = site in INPUT_SITES and len(READERS[site]) == 1
+        if site == "attn_in":
+            layer.self_attn.input_mask = SiteMask(rule, parts)
+            layer.self_attn.register_forward_pre_hook(_mask_attention, with_kwargs=True)
+        elif site == "ffn_in":
+            block.input_mask = SiteMask(rule, parts)
+        for projection in READERS[site]:
+            if not own_input and rule.remainder == "none":
+                continue
+            if is_fused(block) and projection in ("gate_proj", "up_proj", "down_proj"):
+                setattr(block, f"{projection}_mask", ProjectionMask(rule, parts, projection, own_input))
+                continue
+            home: Any = layer.self_attn if hasattr(layer.self_attn, projection) else block
+            linear = getattr(home, projection)
+            # Re-classing keeps the parameter, under meta-device loading and ZeRO-3 partitioned construction alike.
+            linear.__class__ = MaskedLinear
+            add_projection_mask(linear, rule, parts, projection, own_input)
+
+
+# The hook takes its mask from the module that it is called with: a copy of the model must not share it.
 def _mask_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if args:
         return (attention.input_mask(args[0]), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": attention.input_mask(kwargs["hidden_states"])}
-
-
-def _mask_projection(projection: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return (projection.input_mask(args[0]), *args[1:])

@@ -8,6 +8,7 @@ activation, so it is refused. transformers decides whether a model may choose at
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from .activations import STOCK_ACTIVATION
 from .configuration_sparse_mixtral import SparseMixtralConfig
 from .ffn_activation import FfnActivation
-from .masking import ThresholdMask, install_input_masks
+from .masking import ProjectionMask, SiteMask, install_input_masks
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -36,7 +37,10 @@ class SparseMixtralExperts(MixtralExperts):
 
     config: SparseMixtralConfig
     ffn_activation: FfnActivation
-    input_mask: ThresholdMask | None
+    input_mask: SiteMask | None
+    gate_proj_mask: ProjectionMask | None
+    up_proj_mask: ProjectionMask | None
+    down_proj_mask: ProjectionMask | None
     _row_experts: int | torch.Tensor | None = None
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
@@ -65,7 +69,8 @@ class SparseMixtralExperts(MixtralExperts):
             )
         if self.input_mask is not None:
             hidden_states = self.input_mask(hidden_states)
-        if implementation == "eager":
+        # The other implementations multiply by gate and up at once, and have no place for what is masked for one of them.
+        if implementation == "eager" or any(self.projection_masks):
             return self._loop_over_experts(hidden_states, top_k_index, top_k_weights)
         if self.ffn_activation.is_masked:
             # Only masks need it: an attribute set inside a checkpointed layer keeps torch.compile from compiling the layer.
@@ -82,12 +87,30 @@ class SparseMixtralExperts(MixtralExperts):
         output = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             token, slot = torch.where(top_k_index == expert)
-            gate_up = nn.functional.linear(hidden_states[token], self.gate_up_proj[expert])
             if self.ffn_activation.is_masked:
                 self._row_experts = expert
-            answer = nn.functional.linear(self._apply_gate(gate_up), self.down_proj[expert])
+            answer = self._compute(expert, hidden_states[token])
             output.index_add_(0, token, (answer * top_k_weights[token, slot, None]).to(output.dtype))
         return output
+
+    @property
+    def projection_masks(self) -> tuple[ProjectionMask | None, ...]:
+        return self.gate_proj_mask, self.up_proj_mask, self.down_proj_mask
+
+    def _compute(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """One expert's output [rows, hidden] for its inputs of that shape."""
+        gate_up, down = self.gate_up_proj[expert], self.down_proj[expert]
+        if not any(self.projection_masks):
+            return nn.functional.linear(self._apply_gate(nn.functional.linear(x, gate_up)), down)
+
+        def multiply(mask: ProjectionMask | None, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            if mask is None:
+                return nn.functional.linear(states, weight)
+            return mask(states, partial(nn.functional.linear, weight=weight), expert)
+
+        gate, up = gate_up.chunk(2)
+        factors = [multiply(self.gate_proj_mask, x, gate), multiply(self.up_proj_mask, x, up)]
+        return multiply(self.down_proj_mask, self._apply_gate(torch.cat(factors, dim=-1)), down)
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """[slots, 2 * neurons] to [slots, neurons]."""

@@ -246,7 +246,9 @@ def architecture_of(recipe: Recipe) -> Architecture:
     mask_values = 0
     if fields.get("sparsification") and not recipe.conversion.drop_source_mask:
         config = sparse_config(fields, recipe.activation.ffn_activation, where)
-        mask_values = config.num_hidden_layers * sum(math.prod(shape) for _, shape in mask_tensors(config).values())
+        mask_values = config.num_hidden_layers * sum(
+            math.prod(shape) for parts in mask_tensors(config).values() for _, shape in parts.values()
+        )
     sizes = fields | {"mask_values": mask_values}
     return Architecture.of(sizes, model.upcycle_experts, model.upcycle_experts_per_token)
 

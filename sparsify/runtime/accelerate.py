@@ -11,14 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from torch import nn
-
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, activation_names
 from sparsify.models.masking import experts_per_token, is_fused, num_experts
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
 from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
+from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES, is_readable, unknown_to_blocks
 from sparsify.runtime.native_step import projections
 from sparsify.runtime.quantised import BlockFormat
 from sparsify.runtime.step import StepForward
@@ -206,6 +205,12 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
                 f"Layer {layer} has the activation {activation.name!r}, which no kernel knows.",
                 allowed=f"Activations: {', '.join(ACTIVATIONS)}.",
             )
+        if unknown := unknown_to_blocks(model.config):
+            raise ModelError(
+                f"The model stores {unknown}, which the kernels do not apply.",
+                allowed=f"Thresholds at {', '.join((*STEP_SITES, *BLOCK_SITES))}.",
+                next_step="Decode it as it is, under its mask: sparsify generate --dense, or model.generate() alone.",
+            )
         # Bundles from older versions have only `threshold`.
         masks = [getattr(activation, name, None) for name in ("threshold", "gate_mask")]
         row = ACTIVATIONS[activation.name]
@@ -226,7 +231,7 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
                 next_step="Convert it and train it first: sparsify train RECIPE",
             )
         for name, part in block.named_children():
-            if name.endswith("_proj") and (type(part) is not nn.Linear or part.bias is not None):
+            if name.endswith("_proj") and not is_readable(part):
                 raise ModelError(
                     f"{name} of layer {layer} is {part}, which the kernels cannot read.",
                     allowed="Plain linear layers without biases in fp32, bf16 or fp16.",

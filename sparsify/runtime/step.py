@@ -21,6 +21,7 @@ from sparsify.runtime.block_weights import BlockProduct
 from sparsify.runtime.cache_store import Place, advance, place, positions, refusal
 from sparsify.runtime.ffn import native_can
 from sparsify.runtime.forwards import BlockForward
+from sparsify.runtime.masks import is_readable, unknown_to_steps
 from sparsify.runtime.native_ffn import MAX_TOKENS
 from sparsify.runtime.native_step import Projections, StepPlan, projections
 from sparsify.runtime.quantised import BlockFormat
@@ -144,11 +145,13 @@ class StepForward:
         dtypes = {parameter.dtype for parameter in model.parameters()}
         if len(dtypes) > 1:
             return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})"
+        if unknown := unknown_to_steps(model.config):
+            return unknown
         for index, layer in enumerate(model.model.layers):
             attention = layer.self_attn
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 part = getattr(attention, name)
-                if type(part) is not nn.Linear or part.bias is not None:
+                if not is_readable(part):
                     return f"{name} of layer {index}, which is {part}"
         if type(model.lm_head) is not nn.Linear or model.lm_head.bias is not None:
             return f"the output layer {model.lm_head}"

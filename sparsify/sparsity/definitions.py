@@ -6,12 +6,22 @@ from collections.abc import Mapping
 
 from sparsify.models.activations import ACTIVATIONS
 
-THRESHOLDS = {"layer": "the layer's threshold", "channel": "its neuron's threshold"}
-"""`per` of a mask in words."""
+KEPT = {
+    "layer": "exceeds the layer's threshold in size",
+    "channel": "exceeds a threshold of its own in size",
+    "top_k": "is among the stored share of the largest of its token",
+    "top_p": "is among the largest of its token that make up the stored share of their sum",
+}
+"""Which elements a mask keeps, in words, by what reports call it (`masks`)."""
 INPUTS = {
     "attn_in": "the input of the query, key and value projections",
+    "attn_in.q": "the input of the query projection",
+    "attn_in.k": "the input of the key projection",
+    "attn_in.v": "the input of the value projection",
     "attn_out": "the input of the attention's output projection",
     "ffn_in": "the input of the gate and up projections",
+    "ffn_in.gate": "the input of the gate projection",
+    "ffn_in.up": "the input of the up projection",
 }
 """INPUT_SITES in words."""
 
@@ -19,9 +29,11 @@ INPUTS = {
 def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
     parts = [ACTIVATIONS[ffn_activation].formula]
     if "gate" in masks:
-        parts.append(f"with the left factor 0 where it does not exceed {THRESHOLDS[masks['gate']]} in size")
+        parts.append(f"with the left factor 0 unless it {KEPT[masks['gate']]}")
+    if "up" in masks:
+        parts.append(f"with the right factor 0 unless it {KEPT[masks['up']]}")
     if "inter" in masks:
-        parts.append(f"where that exceeds {THRESHOLDS[masks['inter']]} in size, else 0")
+        parts.append(f"where that {KEPT[masks['inter']]}, else 0")
     return ", ".join(parts)
 
 
@@ -45,9 +57,8 @@ def definitions(
         "p5, p50, p95": "Percentiles over tokens of a single token's share of zeros in that block.",
         **{
             f"{site} zeros": f"Share of exact zeros in {INPUTS[site]}, after the mask that the model stores: an element is "
-            f"dropped where it does not exceed the {'layer' if per == 'layer' else 'channel'}'s threshold in size. Counted once "
-            "for a token and layer."
-            for site, per in masks.items()
+            f"kept where it {KEPT[kept]}. Counted once for a token and layer."
+            for site, kept in masks.items()
             if site in INPUTS
         },
         "Firing": "A neuron fires on a token when its activation is not an exact zero.",

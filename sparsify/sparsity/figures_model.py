@@ -56,15 +56,15 @@ def draw_masked_inputs(report: SparsityReport, statistics: ActivationStatistics,
     layers = [row.layer for row in report.layer_rows]
     figure = Figure(figsize=(WIDTH_INCHES, 3.2))
     axes = figure.add_subplot()
-    styles = zip(INPUT_SITES, ("o-", "s--", "D:"), (theme.gate, theme.product, theme.up), strict=True)
-    for site, dashes, colour in styles:
-        if site in report.site_zeros:
-            zeros = [row.site_zeros[site] for row in report.layer_rows]
-            axes.plot(layers, zeros, dashes, color=colour, label=site, markersize=5, clip_on=False)
+    colours = (theme.gate, theme.product, theme.up)
+    for number, site in enumerate(site for site in INPUT_SITES if site in report.site_zeros):
+        zeros = [row.site_zeros[site] for row in report.layer_rows]
+        style = ("o-", "s--", "D:", "^-", "v--", "x:", "+-")[number]
+        axes.plot(layers, zeros, style, color=colours[number % 3], label=site, markersize=5, clip_on=False)
     axes.set(xlabel="layer", ylim=(0, 1), xlim=(layers[0] - 0.7, layers[-1] + 0.7))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(loc="outside upper left", ncols=len(INPUT_SITES))
+    figure.legend(loc="outside upper left", ncols=4)
     return figure
 
 

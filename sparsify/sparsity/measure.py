@@ -255,7 +255,7 @@ def _report(
     num_labels = sum(counts.num_labels for counts in by_source.values())
     facts = {
         "ffn_activation": model.config.ffn_activation,
-        "masks": {site: rule.per for site, rule in site_rules(model.config).items()},
+        "masks": {site: rule.words for site, rule in site_rules(model.config).items()},
         "dtype": str(model.dtype).removeprefix("torch."),
         "num_tokens": int(statistics.num_tokens),
         "num_experts": statistics.num_experts,

@@ -18,7 +18,7 @@ from sparsify.models import (
     SparseMixtralForCausalLM,
     SparseModel,
 )
-from sparsify.models.masking import INPUT_SITES, mask_tensors, num_experts
+from sparsify.models.masking import INPUT_SITES, mask_name, num_experts, site_rules
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 from sparsify.sparsity.statistics import MAX_BYTE, ActivationStatistics
 
@@ -101,10 +101,11 @@ class SparsityProbe:
         decoder = self._model.model
         self._hook(decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
         self._hook(decoder.register_forward_hook(self._end_forward, always_call=True))
-        masks = {site: name.rpartition(".")[0] for site, (name, _) in mask_tensors(self._model.config).items()}
+        config = self._model.config
+        masks = {site: mask_name(config, site, rule) for site, rule in site_rules(config).items()}
         for index, layer in enumerate(decoder.layers):
             for site in (site for site in INPUT_SITES if site in masks):
-                mask = layer.get_submodule(masks[site])
+                mask = layer.get_submodule(masks[site].rstrip("."))
                 self._hook(mask.register_forward_hook(partial(self._count_site, index, site)))
             for module in layer.modules():
                 if isinstance(module, SparseMixtralExperts):
@@ -212,7 +213,7 @@ class SparsityProbe:
             edited = product.view(shape)
         with torch.no_grad():
             rows = self._counted_rows(tokens)
-            factors = partial(activation.masked_gate, experts=expert), activation.up_factor
+            factors = partial(activation.masked_gate, experts=expert), partial(activation.masked_up, experts=expert)
             self._add_rows(layer, expert, factors, (gate, up, product), tokens, rows)
             if rows is not None and self._observers:
                 tokens, product = tokens[rows], product[rows]
@@ -240,6 +241,8 @@ class SparsityProbe:
         if not self._in_forward:
             return
         tokens = torch.arange(len(self._positions), device=output.device)
+        if self._calls and site.startswith("ffn_in."):
+            tokens = self._calls[0][1]  # what one expert's projection reads, before that expert's activation
         counts, values = self._counts_of(layer, output.device), output.flatten(0, -2)
         for piece in _pieces(tokens, self._counted_rows(tokens)):
             counts.add_site(0, site, values[piece])

@@ -58,7 +58,7 @@ class AttentionQuantile:
         for chunk in layer.values(site):
             magnitudes.add(chunk.values.abs())
         threshold = magnitudes.quantile(self._share)
-        return Fitted(torch.tensor([threshold], device=layer.device), {"threshold": threshold})
+        return Fitted({"threshold": torch.tensor([threshold], device=layer.device)}, {"threshold": threshold})
 """
 CALIBRATION = ["--calibration-tokens", "2048"]
 SHARE = 0.5

@@ -12,7 +12,7 @@ from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods.blending import blend
 from sparsify.methods.penalty import PenaltyMeter, PenaltyRecord, stage_weight
-from sparsify.models import SparseModel, ThresholdMask
+from sparsify.models import SiteMask, SiteRule, SparseModel
 from sparsify.plan.activation_memory import extra_neuron_values
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.sparsification import PenaltyStageSection
@@ -189,7 +189,7 @@ def test_a_stored_mask_on_the_gate_counts_as_zeros_of_the_gate(kind: str, stock:
     _, plain, _ = passed(model, 0.5)
     for block in model.ffn_blocks():
         experts = (len(block.gate_up_proj),) if kind == "mixtral" else ()
-        mask = ThresholdMask((*experts, model.config.intermediate_size))
+        mask = SiteMask(SiteRule(per="channel"), {"threshold": (*experts, model.config.intermediate_size)})
         mask.threshold.fill_(0.05)
         block.ffn_activation.gate_mask = mask
     _, masked, _ = passed(model, 0.5)

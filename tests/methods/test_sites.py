@@ -1,4 +1,7 @@
-"""A method that this package does not know: it masks every site, and convert, storage and loading carry it."""
+"""Methods that this package does not know: they mask every site by every rule, and convert, storage and loading carry it.
+
+The calibration computes layers by itself; the loaded model, from the stored mask, must give the same loss.
+"""
 
 from __future__ import annotations
 
@@ -6,69 +9,105 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.methods import base
 from sparsify.methods.base import Fitted, LayerValues, MethodSettings
 from sparsify.models import SITES, SiteRule, mask_tensors
+from sparsify.models.masking import INPUTS, site_parts
+from sparsify.sparsity.probe import SparsityProbe
 from tests.methods.conftest import Calibrate, measured
 
-
-class Settings(MethodSettings):
-    """A share for every site."""
-
-    share: float = 0.3
+SHARED = [site for site in SITES if "." not in site]
+ALONE = [site for site in SITES if site not in ("attn_in", "ffn_in")]
+ARRANGEMENTS = {
+    "thresholds": {
+        site: SiteRule(per="channel" if site in ("gate", "up", "inter") else "layer", remainder=remainder)
+        for site in SHARED
+        for remainder in ["none" if site in ("gate", "up") else "constant"]
+    },
+    "projections": {
+        **{site: SiteRule(per="channel", remainder="low_rank", rank=3) for site in INPUTS if site in ALONE},
+        "inter": SiteRule(rule="top_k", weighted=True, remainder="constant"),
+    },
+    "rotated": {
+        "attn_in": SiteRule(rule="top_k", weighted=True, rotated=True),
+        "ffn_in": SiteRule(rule="threshold", per="channel", rotated=True),
+        "gate": SiteRule(rule="top_p"),
+        "up": SiteRule(rule="top_k"),
+        "inter": SiteRule(rule="top_p", weighted=True),
+    },
+}
 
 
 class EverySite:
-    """A quantile at each site: one number on inputs, one for each channel (of each expert) inside blocks."""
+    """A quantile of 0.3 at each site, and arbitrary numbers for all else that its rules store."""
 
     name = "every_site"
     paper = "none"
-    Settings = Settings
+    Settings = MethodSettings
     reconstructs = True
+    sites: dict[str, SiteRule]
+    config: object
 
-    def __init__(self, settings: Settings) -> None:
-        self._share = settings.share
-
-    @property
-    def sites(self) -> dict[str, SiteRule]:
-        inside = ("gate", "inter")
-        return {site: SiteRule(per="channel" if site in inside else "layer") for site in SITES}
+    def __init__(self, settings: MethodSettings) -> None: ...
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
-        values: dict[int, list[torch.Tensor]] = {}
-        for chunk in layer.values(site):
-            values.setdefault(chunk.number, []).append(chunk.values.abs())
-        found = {number: torch.cat(parts) for number, parts in values.items()}
-        if self.sites[site].per == "layer":
-            return Fitted(found[0].flatten().quantile(self._share)[None])
-        width = next(iter(found.values())).shape[1]
-        unseen = torch.zeros(width)
-        experts = [
-            found[number].quantile(self._share, dim=0) if number in found else unseen
-            for number in range(len(layer.experts))
-        ]
-        return Fitted(torch.stack(experts))
+        rule, parts = self.sites[site], {}
+        torch.manual_seed(len(site))
+        for part, shape in site_parts(self.config, site, rule).items():
+            kind = part.rpartition(".")[2]
+            if kind == "threshold":
+                parts[part] = self._quantiles(site, layer, shape)
+            elif kind == "basis":
+                parts[part] = torch.linalg.qr(torch.randn(shape)).Q
+            elif kind in ("kept_share", "kept_mass"):
+                parts[part] = torch.full(shape, 0.7)
+            else:
+                parts[part] = torch.rand(shape) + 0.5 if kind == "weight" else 0.02 * torch.randn(shape)
+        assert all(
+            len(matrices) == max(1, len(layer.experts)) for matrices in layer.weights(site).values()
+        ) or site in (
+            "gate",
+            "up",
+        )
+        return Fitted(parts)
+
+    def _quantiles(self, site: str, layer: LayerValues, shape: tuple[int, ...]) -> torch.Tensor:
+        chunks = [(chunk.number, chunk.values.abs()) for chunk in layer.values(site)]
+        if shape == (1,):
+            return torch.cat([values for _, values in chunks]).flatten().quantile(0.3)[None]
+        if len(shape) == 1:
+            return torch.cat([values for _, values in chunks]).quantile(0.3, dim=0)
+        own = [[values for number, values in chunks if number == expert] for expert in range(shape[0])]
+        return torch.stack([torch.cat(one).quantile(0.3, dim=0) if one else torch.zeros(shape[1]) for one in own])
 
 
-@pytest.fixture
-def every_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base._METHODS, EverySite.name, EverySite)
-
-
+@pytest.mark.parametrize("arrangement", list(ARRANGEMENTS))
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 def test_a_method_masks_every_site_of_a_layer(
-    kind: str, calibrate: Calibrate, every_site: None, stock: dict[str, Path], tmp_path: Path
+    kind: str,
+    arrangement: str,
+    calibrate: Calibrate,
+    stock: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setitem(base._METHODS, EverySite.name, EverySite)
+    sites = ARRANGEMENTS[arrangement]
+    monkeypatch.setattr(EverySite, "sites", sites, raising=False)
+    monkeypatch.setattr(EverySite, "config", AutoConfig.from_pretrained(stock[kind]), raising=False)
     found = calibrate(kind, "swiglu", tmp_path / "out", method="every_site")
     model = load_sparse(found.folder)
-    assert list(mask_tensors(model.config)) == list(SITES)
+    stored = mask_tensors(model.config)
+    assert list(stored) == [site for site in SITES if site in sites]
     buffers = dict(model.named_buffers())
-    for name, shape in mask_tensors(model.config).values():
-        threshold = buffers[f"model.layers.1.{name}"]
-        assert threshold.shape == shape
-        assert (threshold > 0).any()
+    for site, parts in stored.items():
+        for name, shape in parts.values():
+            assert buffers[f"model.layers.1.{name}"].shape == shape
+            # Masked factors make more zeros in the product than its own threshold would.
+            assert site == "inter" or (buffers[f"model.layers.1.{name}"] != 0).any()
     loss, zeros = measured(model, found)
     last = found.calibration.stages[-1]
     assert [stage.name for stage in found.calibration.stages] == ["dense", "every_site", "refit"]
@@ -76,3 +115,8 @@ def test_a_method_masks_every_site_of_a_layer(
     assert last.zeros == pytest.approx(zeros, abs=2e-3)
     dense, _ = measured(load_sparse(stock[kind]), found)
     assert abs(loss - dense) > 1e-3
+    with torch.no_grad(), SparsityProbe(model) as probe:
+        model(torch.arange(3, 43).view(1, -1))
+    seen = probe.statistics().site_zero_shares()
+    assert list(seen) == [site for site in INPUTS if site in sites]
+    assert all(0.1 < share < 0.5 for share in seen.values())

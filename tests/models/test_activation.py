@@ -41,7 +41,7 @@ def test_thresholds_zero_what_does_not_exceed_them_and_keep_the_rest(
 ) -> None:
     gate, up, threshold = torch.tensor(rows, dtype=torch.float64).unbind(-1)
     for name in ACTIVATIONS:
-        activation = FfnActivation(name, T, (len(rows),)).double()
+        activation = FfnActivation(name, T).double()
         activation.threshold = threshold
         expected = FORMULAS[name](gate, up)
         expected = torch.where(expected.abs() > threshold, expected, 0.0)
@@ -58,7 +58,7 @@ def test_gradients_equal_finite_differences(thresholded: bool) -> None:
     torch.manual_seed(0)
     gate, up = torch.randn(2, 50, dtype=torch.float64).requires_grad_().unbind(0)
     for name in ACTIVATIONS:
-        activation = FfnActivation(name, T, (50,) if thresholded else None).double()
+        activation = FfnActivation(name, T).double()
         if thresholded:
             activation.threshold = torch.rand(50, dtype=torch.float64)
         assert torch.autograd.gradcheck(activation, (gate, up))

@@ -5,8 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from sparsify.conversion.architecture import tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
@@ -17,6 +21,8 @@ from sparsify.files import write_json
 from sparsify.models import (
     MODEL_CLASSES,
     SITES,
+    SiteMask,
+    SiteRule,
     SparseMistralConfig,
     SparseMixtralConfig,
     SparseModel,
@@ -81,12 +87,47 @@ def test_every_site_is_masked_and_share_0_is_bitwise_dense(kind: str, site: str,
             buffer.fill_(torch.inf)
     part.register_forward_hook(lambda _, __, output: outputs.append(output))
     closed(IDS)
-    assert not outputs[0].any()
+    # Queries and keys of zero make every token attend to all before it.
+    assert outputs[0].any() == (site in ("attn_in.q", "attn_in.k"))
+
+
+VECTORS = arrays(np.float32, st.integers(1, 40), elements=st.floats(-4, 4, width=32))
+
+
+@given(VECTORS, st.floats(0, 1, width=16))
+def test_top_k_keeps_the_share_of_the_largest_and_top_p_the_fewest_that_make_up_the_mass(x: Any, share: float) -> None:
+    values = torch.from_numpy(x)
+    top_k = SiteMask(SiteRule(rule="top_k"), {"kept_share": (1,)}).put({"kept_share": torch.tensor([share])})
+    count = min(len(x), max(1, round(share * len(x))))
+    kept = top_k(values)
+    assert torch.equal(
+        kept.abs().sort(descending=True).values[:count], values.abs().sort(descending=True).values[:count]
+    )
+    assert not kept.abs().sort(descending=True).values[count:].any()
+    assert torch.equal(kept[kept != 0], values[kept != 0])
+    top_p = SiteMask(SiteRule(rule="top_p"), {"kept_mass": (1,)}).put({"kept_mass": torch.tensor([share])})
+    heavy = top_p(values).abs()
+    total = values.abs().double().sum()
+    assert heavy.double().sum() >= share * total - 1e-4
+    if heavy.any() and share < 1:
+        assert heavy.double().sum() - heavy[heavy > 0].min() <= share * total + 1e-4
+
+
+def test_weights_decide_what_is_largest_nan_is_kept_and_a_share_of_1_keeps_every_bit() -> None:
+    parts = {"kept_share": (1,), "weight": (3, 4)}
+    mask = SiteMask(SiteRule(rule="top_k", weighted=True), parts)
+    mask.put({"kept_share": torch.tensor([0.25]), "weight": torch.tensor([[1.0, 1, 1, 1], [9, 1, 1, 1], [1, 1, 0, 1]])})
+    x = torch.tensor([[1.0, -2.0, 3.0, torch.nan]]).expand(3, -1)
+    assert mask(x[:, :3].repeat(1, 2)[:, :4], torch.arange(3)).tolist() == [[0, 0, 3, 0], [1, 0, 0, 0], [0, -2, 0, 0]]
+    assert mask(x, 0)[0, 3].isnan()
+    whole = SiteMask(SiteRule(rule="top_k"), {"kept_share": (1,)})
+    assert torch.equal(whole(x).view(torch.int32), x.contiguous().view(torch.int32))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_masks_are_stored_with_the_weights_and_survive_another_activation(kind: str, tmp_path: Path) -> None:
-    sites = {site: "channel" if number % 2 else "layer" for number, site in enumerate(SITES)}
+    shared = [site for site in SITES if "." not in site]
+    sites = {site: "channel" if number % 2 else "layer" for number, site in enumerate(shared)}
     model = model_with(kind, sites)
     torch.manual_seed(1)
     for name, buffer in model.named_buffers():
@@ -99,8 +140,9 @@ def test_masks_are_stored_with_the_weights_and_survive_another_activation(kind: 
     before = dict(loaded.named_buffers())
     loaded.set_ffn_activation("reglu")
     after = dict(loaded.named_buffers())
-    for name, _ in mask_tensors(model.config).values():
-        assert torch.equal(before[f"model.layers.0.{name}"], after[f"model.layers.0.{name}"])
+    for parts in mask_tensors(model.config).values():
+        for name, _ in parts.values():
+            assert torch.equal(before[f"model.layers.0.{name}"], after[f"model.layers.0.{name}"])
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -125,8 +167,15 @@ def test_a_bundle_that_says_ffn_thresholds_means_the_same(kind: str, tmp_path: P
 @pytest.mark.parametrize(
     ("sites", "message"),
     [
-        ({"up": {"rule": "threshold", "per": "layer"}}, "the site 'up'"),
-        ({"inter": {"rule": "top_k", "per": "layer"}}, "the rule 'top_k'"),
+        ({"elsewhere": {"rule": "threshold", "per": "layer"}}, "the site 'elsewhere'"),
+        ({"inter": {"rule": "largest", "per": "layer"}}, "the rule 'largest'"),
+        ({"attn_in": {}, "attn_in.q": {}}, "masks on attn_in.q and on attn_in"),
+        ({"inter": {"rotated": True}}, "a rotation of inter"),
+        ({"gate": {"remainder": "constant"}}, "a remainder at gate"),
+        ({"ffn_in": {"remainder": "low_rank", "rank": 2}}, "a low-rank remainder at ffn_in"),
+        ({"attn_out": {"remainder": "low_rank"}}, "a low_rank remainder of rank 0"),
+        ({"inter": {"rule": "top_k", "per": "channel"}}, "top_k per channel"),
+        ({"inter": {"weighted": True}}, "weighted thresholds"),
         ({"inter": {"rule": "threshold", "per": "token"}}, "the granularity 'token'"),
     ],
 )
