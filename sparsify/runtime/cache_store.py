@@ -6,6 +6,7 @@ Whatever else changes a layer (beam search, cropping, a prompt) gives it other t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,19 @@ class Store:
     first: int
     length: int
     views: list[torch.Tensor]
+    _addresses: tuple[list[int], list[int]] | None = None
+    _addresses_of: tuple[int, int] | None = None
+
+    def addresses(self) -> tuple[list[int], list[int]]:
+        """Of each layer's keys and values at `first`; the same lists until they change."""
+        buffer, half = self.buffer, len(self.buffer) // 2
+        now = buffer.data_ptr(), self.first  # a copy of the cache has another buffer
+        if self._addresses is None or self._addresses_of != now:
+            start = now[0] + self.first * buffer.stride(3) * buffer.itemsize
+            step = buffer.stride(0) * buffer.itemsize
+            every = [start + index * step for index in range(2 * half)]
+            self._addresses, self._addresses_of = (every[:half], every[half:]), now
+        return self._addresses
 
     def fits(self, layers: list[Any]) -> bool:
         half = len(layers)
@@ -81,7 +95,7 @@ def positions(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
-def place(cache: Cache, empty: torch.Tensor) -> Place:
+def place(cache: Cache, empty: Callable[[], torch.Tensor]) -> Place:
     """Makes room for one more position in every layer; one that has none yet starts with `empty` [batch, kv_heads, 0, head_dim]."""
     layers: list[Any] = cache.layers
     if isinstance(layers[0], StaticLayer):
@@ -96,11 +110,9 @@ def place(cache: Cache, empty: torch.Tensor) -> Place:
     if store is None or not store.fits(layers):
         store = _store(layers, empty)
         setattr(cache, _STORE, store)
-    buffer, half = store.buffer, len(layers)
-    start = buffer.data_ptr() + store.first * buffer.stride(3) * buffer.itemsize
-    step = buffer.stride(0) * buffer.itemsize
-    addresses = [start + index * step for index in range(2 * half)]
-    return Place(addresses[:half], addresses[half:], store.length, (buffer.stride(1), buffer.stride(2)))
+    buffer = store.buffer
+    own_keys, own_values = store.addresses()
+    return Place(own_keys, own_values, store.length, (buffer.stride(1), buffer.stride(2)))
 
 
 def advance(cache: Cache) -> None:
@@ -120,11 +132,12 @@ def advance(cache: Cache) -> None:
     _show(store, layers)
 
 
-def _store(layers: list[Any], empty: torch.Tensor) -> Store:
+def _store(layers: list[Any], empty: Callable[[], torch.Tensor]) -> Store:
     for layer in layers:
         if not layer.is_initialized:
-            layer.lazy_initialization(empty, empty)
-            layer.keys = layer.values = empty
+            first = empty()
+            layer.lazy_initialization(first, first)
+            layer.keys = layer.values = first
     keys = layers[0].keys
     batch, heads, length, width = keys.shape
     capacity = length + max(SPARE_POSITIONS, length // 2)

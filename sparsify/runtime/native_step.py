@@ -157,6 +157,8 @@ class StepPlan:
             threads=threads or self._default_threads(),
             predictor_reads_residual=forwards[0].reads_residual,
         )
+        self._keys: Sequence[int] | None = None
+        self._values: Sequence[int] | None = None
         assert library.sparsify_step_bytes() == ctypes.sizeof(StepCall) + ctypes.sizeof(StepLayer)
 
     def _fill(self, to: StepLayer, index: int, layer: Any, forward: BlockForward) -> None:
@@ -217,7 +219,8 @@ class StepPlan:
 
         Args:
             ids: Token of each sequence, int64 [tokens], contiguous.
-            keys: Address of each layer's cache of keys, [tokens, kv_heads, positions, head_dim].
+            keys: Address of each layer's cache of keys, [tokens, kv_heads, positions, head_dim]. A list that was given before must
+                not have changed.
             values: The same for values.
             cached: Positions that the caches hold; the new ones are written behind them.
             strides: Elements from one sequence, and from one head, to the next.
@@ -233,13 +236,20 @@ class StepPlan:
         attention.batch_stride, attention.head_stride = strides
         attention.cos, attention.sin = cos.data_ptr(), sin.data_ptr()
         attention.visible = None if visible is None else visible.data_ptr()
-        for layer, key, value in zip(self.layers, keys, values, strict=True):
-            layer.keys, layer.values = key, value
+        if keys is not self._keys or values is not self._values:
+            for layer, key, value in zip(self.layers, keys, values, strict=True):
+                layer.keys, layer.values = key, value
+            self._keys, self._values = keys, values
         logits = torch.empty(len(ids), call.head.rows, dtype=self.dtype)
         call.ids, call.logits = ids.data_ptr(), logits.data_ptr()
         error = self._library.sparsify_step(ctypes.byref(call))
         assert error == 0, f"sparsify_step refused its arguments: {error}"
         return logits
+
+    def no_positions(self, batch: int) -> torch.Tensor:
+        """What a layer's cache holds of keys or of values before its first step: [batch, kv_heads, 0, head_dim]."""
+        attention = self.call.attention
+        return torch.empty(batch, attention.kv_heads, 0, attention.head_dim, dtype=self.dtype)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of all steps so far by PARTS."""

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,6 +37,23 @@ requested, masks are applied in C++, and the others are checks and inputs of pre
 PLAIN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
 """Arguments that a step takes. `logits_to_keep` changes nothing for one token; all others must be absent or false."""
 IGNORED = frozenset({"return_dict", "logits_to_keep", "cache_position"})
+
+
+class _Request(NamedTuple):
+    """A call that C++ computes.
+
+    Attributes:
+        ids: Token of each sequence, int64 [tokens].
+        cached: Positions that the cache holds.
+        visible: bool [batch, cached + 1]; None if every position is visible.
+        positions: Of each sequence; one number if they are the same.
+    """
+
+    ids: torch.Tensor
+    cache: Any
+    cached: int
+    visible: torch.Tensor | None
+    positions: list[int]
 
 
 class StepForward:
@@ -81,53 +99,53 @@ class StepForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and "input_ids" not in kwargs:
             args, kwargs = (), {"input_ids": args[0], **kwargs}
-        if not args and self._is_step(kwargs):
-            return self._step(
-                kwargs["input_ids"],
-                kwargs.get("past_key_values"),
-                kwargs.get("attention_mask"),
-                kwargs.get("position_ids"),
-            )
+        if not args and (request := self._request(kwargs)) is not None:
+            return self._step(request)
         return type(self.model).forward(self.model, *args, **kwargs)
 
-    def _is_step(self, kwargs: dict[str, Any]) -> bool:
-        """Whether C++ computes this call."""
+    def _request(self, kwargs: dict[str, Any]) -> _Request | None:
+        """What C++ computes of this call; None if that is nothing."""
         model, ids, cache = self.model, kwargs.get("input_ids"), kwargs.get("past_key_values")
-        most = self.forwards[0].most_tokens(model.model.embed_tokens.weight)
+        if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
+            return None
+        embedding, config = model.model.embed_tokens.weight, model.config
         if (
-            ids is None
-            or ids.dim() != 2
-            or ids.shape[1] != 1
-            or not 0 < len(ids) <= min(most, MAX_TOKENS)
+            not 0 < len(ids) <= min(self.forwards[0].most_tokens(embedding), MAX_TOKENS)
             or model.training
             or kwargs.get("use_cache") is False
             or kwargs.get("return_dict") is False
             or any(kwargs[name] for name in kwargs.keys() - PLAIN - IGNORED)
-            or (kwargs.get("use_cache") is None and not model.config.use_cache)
-            or model.config.output_attentions
-            or model.config.output_hidden_states
-            or getattr(model.config, "output_router_logits", False)
+            or (kwargs.get("use_cache") is None and not config.use_cache)
+            or config.output_attentions
+            or config.output_hidden_states
+            or getattr(config, "output_router_logits", False)
             or not self._unwatched()
         ):
-            return False
-        embedding = model.model.embed_tokens.weight
+            return None
         if embedding.device.type != "cpu" or not native_can(embedding):
-            return False
+            return None
         if torch.is_grad_enabled() and embedding.requires_grad:
-            return False
-        if int(ids.min()) < 0 or int(ids.max()) >= len(embedding):
-            return False  # torch raises its own error; C++ would read other memory
+            return None
+        tokens = ids[:, 0].tolist()
+        if min(tokens) < 0 or max(tokens) >= len(embedding):
+            return None  # torch raises its own error; C++ would read other memory
         reason = self._model_refusal()
         if reason is None and cache is not None:
             reason = refusal(cache, len(ids), embedding.dtype, len(self.forwards))
+        cached = 0 if cache is None or reason is not None else positions(cache)
+        visible = None
         if reason is None:
             try:
-                _shown(kwargs.get("attention_mask"), 0 if cache is None else positions(cache))
+                visible = _shown(kwargs.get("attention_mask"), cached)
             except ValueError as error:
                 reason = str(error)
         if reason:
             self._tell(reason)
-        return reason is None
+        if reason is not None:
+            return None
+        given = kwargs.get("position_ids")
+        places = [cached] if given is None else given.expand(len(ids), 1)[:, 0].tolist()
+        return _Request(ids[:, 0].long().contiguous(), cache, cached, visible, places)
 
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
@@ -167,61 +185,52 @@ class StepForward:
             self._plan, self._parts = None, _Parts(self.model)
         return self._parts.are_unwatched()
 
-    def _step(
-        self,
-        input_ids: torch.Tensor,
-        past_key_values: Any,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-    ) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
-        plan = self._current_plan()
-        past_key_values = DynamicCache(config=self.model.config) if past_key_values is None else past_key_values
-        cached = positions(past_key_values)
-        attention = plan.call.attention
-        empty = torch.empty(len(input_ids), attention.kv_heads, 0, attention.head_dim, dtype=plan.dtype)
-        where = place(past_key_values, empty)
-        window = self.model.config.sliding_window
+    def _step(self, request: _Request) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+        plan, model, batch = self._current_plan(), self.model, len(request.ids)
+        cache = DynamicCache(config=model.config) if request.cache is None else request.cache
+        where = place(cache, lambda: plan.no_positions(batch))
+        window = model.config.sliding_window
         hidden_by_window = 0 if window is None else max(0, where.cached - (window - 1))
         where = _later(where, hidden_by_window, plan)
-        if position_ids is None:
-            position_ids = torch.tensor([[cached]])
-        cos, sin = self._rotations(position_ids.expand(len(input_ids), 1))
         logits = plan.run(
-            input_ids[:, 0].long().contiguous(),
+            request.ids,
             where.keys,
             where.values,
             where.cached,
             where.strides,
-            cos,
-            sin,
-            _visible(_shown(attention_mask, cached), cached + 1, where.cached + 1, len(input_ids)),
+            *self._rotations(request.positions, batch),
+            _visible(request.visible, request.cached + 1, where.cached + 1, batch),
         )
-        advance(past_key_values)
+        advance(cache)
         self.steps += 1
         kind = MoeCausalLMOutputWithPast if is_fused(self.forwards[0].block) else CausalLMOutputWithPast
-        return kind(logits=logits[:, None], past_key_values=past_key_values)
+        return kind(logits=logits[:, None], past_key_values=cache)
 
     def _current_plan(self) -> StepPlan:
         assert self._parts is not None
-        now = [self.threads or torch.get_num_threads(), *self._parts.tensors()]
+        now = [self.threads or torch.get_num_threads(), *self._parts.state()]
         if self._plan is None or now != self._made_from:
             self.hand_over_counts()
             self._plan, self._rope = StepPlan(self.model, self.forwards, self.projections, self.threads), None
             # Making it may reorder the memory of a down projection.
-            self._made_from = [now[0], *self._parts.tensors()]
+            self._made_from = [now[0], *self._parts.state()]
         return self._plan
 
-    def _rotations(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of each sequence's position, fp32 [tokens, head_dim], as the model computes them in its dtype."""
+    def _rotations(self, positions: list[int], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of each sequence's position, fp32 [batch, head_dim], as the model computes them in its dtype."""
         rotary, like = self.model.model.rotary_emb, self.model.model.norm.weight
         if rotary.rope_type in MOVING_ROPE:
-            cos, sin = rotary(like, position_ids)
+            cos, sin = rotary(like, torch.tensor(positions)[:, None].expand(batch, 1))
             return cos[:, 0].float().contiguous(), sin[:, 0].float().contiguous()
-        last = int(position_ids.max())
+        last = max(positions)
         if self._rope is None or last >= len(self._rope[0]):
             cos, sin = rotary(like, torch.arange(last + ROPE_POSITIONS)[None])
             self._rope = cos[0].float(), sin[0].float()
-        return self._rope[0][position_ids[:, 0]], self._rope[1][position_ids[:, 0]]
+        cos, sin = self._rope
+        if batch == 1:
+            return cos[last : last + 1], sin[last : last + 1]
+        rows = torch.tensor(positions).expand(batch)
+        return cos[rows], sin[rows]
 
     def hand_over_counts(self) -> None:
         """Moves what C++ counted to the forwards of the blocks."""
@@ -243,23 +252,29 @@ class StepForward:
 
 
 class _Parts:
-    """A model's modules, tensors and hooks as they were found, to notice cheaply that one was replaced, changed or added."""
+    """A model's modules, tensors and hooks as they were found, to notice cheaply that one was replaced, changed or added.
+
+    A step looks at hundreds of them, in loops of the interpreter's C code: a loop in Python takes four times as long.
+    """
 
     def __init__(self, model: Any) -> None:
         modules = [model.model, *model.model.modules(), model.lm_head]
         children = [(one._modules, name) for one in (model, *modules) for name, child in one._modules.items() if child]
-        self._children = list({(id(table), name): (table, name) for table, name in children}.values())
-        self._found = [table[name] for table, name in self._children]
+        self._children = _places(children)
+        self._found = list(map(dict.get, *self._children))
         kinds = [kind for one in modules for kind in (one._parameters, one._buffers)]
-        tensors = [(table, name) for table in kinds for name, tensor in table.items() if tensor is not None]
-        self._tensors = list({(id(table), name): (table, name) for table, name in tensors}.values())
+        # Those on `meta` were freed: blocks that nothing changes stand for them.
+        tensors = [(table, name) for table in kinds for name, tensor in table.items() if _is_held(tensor)]
+        self._tensors = _places(tensors)
         self._hooks = [kind for one in modules for kind in (one._forward_hooks, one._forward_pre_hooks)]
         self._inert = [0] * len(self._hooks)
 
     def are_current(self) -> bool:
-        return [table.get(name) for table, name in self._children] == self._found
+        return list(map(dict.get, *self._children)) == self._found
 
     def are_unwatched(self) -> bool:
+        if not any(self._hooks):
+            return True
         counts = list(map(len, self._hooks))
         if counts != self._inert:
             hooks = (hook for table in self._hooks for hook in table.values())
@@ -268,15 +283,29 @@ class _Parts:
             self._inert = counts
         return True
 
-    def tensors(self) -> Iterator[tuple[int, int | None]]:
-        """Address and version of every tensor: they differ after every change that torch counts."""
-        for table, name in self._tensors:
-            tensor = table[name]
-            yield tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+    def state(self) -> list[int | None]:
+        """Addresses and versions of all tensors: they differ after every change that torch counts."""
+        tensors = list(map(dict.__getitem__, *self._tensors))
+        try:
+            versions = list(map(attrgetter("_version"), tensors))
+        except RuntimeError:  # tensors made in inference mode have none
+            versions = [None if one.is_inference() else one._version for one in tensors]
+        return [*map(torch.Tensor.data_ptr, tensors), *versions]
+
+
+def _is_held(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and not tensor.is_meta
+
+
+def _places(pairs: Sequence[tuple[dict[str, Any], str]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Tables and names of (table, name) pairs, each once."""
+    once = {(id(table), name): (table, name) for table, name in pairs}.values()
+    return [table for table, _ in once], [name for _, name in once]
 
 
 def _shown(mask: torch.Tensor | None, cached: int) -> torch.Tensor | None:
-    """An attention mask as bool [batch, positions]: what generate() passes, or what it makes of that for a static cache.
+    """An attention mask as bool [batch, positions]: what generate() passes, or what it makes of that for a static cache. None if it
+    hides nothing.
 
     Raises:
         ValueError: If it is anything else, e.g. adds numbers to scores.
@@ -286,7 +315,7 @@ def _shown(mask: torch.Tensor | None, cached: int) -> torch.Tensor | None:
     flat = mask[:, 0, 0] if mask.dim() == 4 and mask.shape[1:3] == (1, 1) else mask
     if flat.dim() == 2 and flat.shape[1] > cached:
         if flat is mask or mask.dtype == torch.bool:
-            return flat.bool()
+            return None if bool(flat.all()) else flat.bool()
         if ((flat == 0) | (flat <= torch.finfo(flat.dtype).min)).all():
             return flat == 0
     raise ValueError(f"an attention mask of {mask.dtype} of shape {list(mask.shape)}")
