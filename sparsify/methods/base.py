@@ -67,6 +67,18 @@ class LayerValues(Protocol):
         """The weights [outputs, channels] of the projections that read a site, by name: one for each expert, or one alone."""
         ...
 
+    def output(self, masks: Mapping[str, Mapping[str, torch.Tensor]], num_tokens: int) -> torch.Tensor:
+        """What the layer computes with the masks fitted so far and these on later sites, so that choices among them can be compared.
+
+        Args:
+            masks: Parts by site, as `Fitted` has them. Sites that are not named keep every element.
+            num_tokens: On the first so many calibration tokens, or somewhat fewer.
+
+        Returns:
+            [tokens, hidden]: at a site of the attention the stream after the layer, inside a block the block's output.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Fitted:

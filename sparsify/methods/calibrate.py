@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ from sparsify.methods.layerwise import (
     ffn_output,
     tensor,
 )
-from sparsify.methods.sites import ATTENTION_SITES, Parts
+from sparsify.methods.sites import ATTENTION_SITES, MaskParts, Parts, with_masks
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.models import FfnActivation
 from sparsify.models.masking import READERS
@@ -207,7 +208,7 @@ class Calibrator:
         with atomic_folder(self._streams(layer + 1).folder) as partial_folder:
             new = Streams(partial_folder)
             self._advance(attention, dense, old, "dense", new)
-            masks, mask_record = self._fit_attention(attention, old)
+            masks, mask_record = self._fit_attention(attention, replaced, old)
             attention.masked = True
             self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
@@ -223,13 +224,15 @@ class Calibrator:
         old.remove()
         logger.info(f"Layer {layer + 1} of {num_layers}: {found.line}")
 
-    def _fit_attention(self, attention: Attention, old: Streams) -> tuple[Parts, dict[str, float]]:
+    def _fit_attention(
+        self, attention: Attention, experts: list[Expert], old: Streams
+    ) -> tuple[Parts, dict[str, float]]:
         """Fits the mask's sites in the attention, each with those before it applied, as stored; and what is recorded."""
         record: dict[str, float] = {}
         masks: Parts = {}
         for site in (site for site in ATTENTION_SITES if self._mask and site in self._mask.sites):
             assert self._mask is not None
-            fitted = self._mask.fit(site, AttentionValues(self, attention, old))
+            fitted = self._mask.fit(site, AttentionValues(self, attention, experts, old))
             record |= fitted.record
             masks[site] = as_stored(fitted.parts, self._dtype)
             attention.fit(site, masks[site], self._dtype)
@@ -245,6 +248,24 @@ class Calibrator:
             values = attention.values(site, hidden, positions).flatten(0, -2)
             values = values[self._parts(part)[0]]
             yield SiteValues(values, values.new_ones(len(values)), 0, None)
+
+    def layer_output(
+        self, attention: Attention, experts: list[Expert], old: Streams, masks: MaskParts, num_tokens: int
+    ) -> torch.Tensor:
+        """The stream after a layer with these masks, [tokens, hidden], on the first tokens that methods may look at."""
+        assert self._mask is not None
+        before = self._before(old, self._result)[0]
+        before = before[: min(self._num_fit, ceil(num_tokens / before.shape[1]))]
+        experts = with_masks(experts, self._mask.sites, masks)
+        outputs: list[torch.Tensor] = []
+        with attention.trying({site: masks[site] for site in ATTENTION_SITES if site in masks}, self._dtype):
+            for part in chunks(*before.shape[:2]):
+                part = slice(part.start, min(part.stop, len(before)))
+                residual = self._residual(attention, before, part, 0)
+                x = attention.ffn_inputs(residual)
+                output = residual.flatten(0, 1) + ffn_output(x, attention.routes(x), experts)
+                outputs.append(output[self._parts(part)[0]])
+        return torch.cat(outputs)[:num_tokens]
 
     def _parts(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens of some sequences methods may look at, and which are held out. Bool [tokens] each."""
@@ -376,13 +397,16 @@ def _count_zeros(x: torch.Tensor, routes: Any, experts: list[Expert], first: int
 class AttentionValues:
     """The values of the attention's sites, from calibration inputs (`methods.base.LayerValues`)."""
 
-    def __init__(self, calibrator: Calibrator, attention: Attention, streams: Streams) -> None:
+    def __init__(self, calibrator: Calibrator, attention: Attention, behind: list[Expert], streams: Streams) -> None:
         self.experts: list[Expert] = []
         self.device = calibrator.device
-        self._calibrator, self._of = calibrator, (attention, streams)
+        self._calibrator, self._attention, self._behind, self._streams = calibrator, attention, behind, streams
 
     def values(self, site: str) -> Iterator[SiteValues]:
-        return self._calibrator.attention_values(site, *self._of)
+        return self._calibrator.attention_values(site, self._attention, self._streams)
 
     def weights(self, site: str) -> dict[str, list[torch.Tensor]]:
-        return {name: [self._of[0].weight(name)] for name in READERS[site]}
+        return {name: [self._attention.weight(name)] for name in READERS[site]}
+
+    def output(self, masks: MaskParts, num_tokens: int) -> torch.Tensor:
+        return self._calibrator.layer_output(self._attention, self._behind, self._streams, masks, num_tokens)

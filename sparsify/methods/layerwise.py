@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -244,6 +245,25 @@ class Attention:
                 setattr(self._projection(name), f"remainder_{part.partition('.')[2]}", parts[part])
             if "basis" in parts:
                 self.change(name, self.weight(name) @ parts["basis"], dtype)
+
+    @contextmanager
+    def trying(self, masks: Mapping[str, Mapping[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[None]:
+        """Computes with these masks, parts by site, on top of those fitted so far, until the block ends."""
+        buffers = [(module, dict(module._buffers)) for module in self._masked.modules()]
+        turned = [name for site in masks if "basis" in masks[site] for name in READERS[site]]
+        weights = {name: self.weight(name).clone() for name in turned}
+        masked, changed = self.masked, self.changed
+        self.masked, self.changed = True, dict(changed)
+        try:
+            for site, parts in masks.items():
+                self.fit(site, parts, dtype)
+            yield
+        finally:
+            self.masked, self.changed = masked, changed
+            for name, weight in weights.items():
+                self.weight(name).copy_(weight)
+            for module, old in buffers:
+                module._buffers.update(old)
 
     def weight(self, projection: str) -> torch.Tensor:
         """Of q_proj, k_proj, v_proj or o_proj as it is with the masks, [outputs, inputs]."""

@@ -19,16 +19,17 @@ In a mixture of experts the router sees its input unmasked, and `ffn_in` is one 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
 
 from sparsify.methods.base import Fitted, Mask, SiteValues
-from sparsify.methods.layerwise import ATTENTION_SITES, Expert, Inputs, InputsOf, as_stored
-from sparsify.models import SITES
+from sparsify.methods.layerwise import ATTENTION_SITES, Expert, Inputs, InputsOf, Routes, as_stored, ffn_output
+from sparsify.models import SITES, SiteRule
 from sparsify.models.masking import READERS
 
+MaskParts = Mapping[str, Mapping[str, torch.Tensor]]
 Parts = dict[str, dict[str, torch.Tensor]]
 """What is stored of each masked site of a layer, by the names of `models.masking.site_parts`."""
 
@@ -36,8 +37,8 @@ Parts = dict[str, dict[str, torch.Tensor]]
 class BlockValues:
     """The values of a feed-forward block's sites, from calibration inputs (`methods.base.LayerValues`)."""
 
-    def __init__(self, experts: list[Expert], inputs: InputsOf) -> None:
-        self.experts, self._inputs = experts, inputs
+    def __init__(self, experts: list[Expert], inputs: InputsOf, rules: Mapping[str, SiteRule]) -> None:
+        self.experts, self._inputs, self._rules = experts, inputs, rules
         self.device = experts[0].down.device
 
     def values(self, site: str) -> Iterator[SiteValues]:
@@ -54,6 +55,28 @@ class BlockValues:
 
     def weights(self, site: str) -> dict[str, list[torch.Tensor]]:
         return {name: [expert.weight(name) for expert in self.experts] for name in READERS.get(site, ())}
+
+    def output(self, masks: MaskParts, num_tokens: int) -> torch.Tensor:
+        experts = with_masks(self.experts, self._rules, masks)
+        outputs: list[torch.Tensor] = []
+        for chunk in self._inputs():
+            chosen = torch.where(chunk.fit)[0][:num_tokens]
+            routes = Routes(chunk.routes.experts[chosen], chunk.routes.weights[chosen])
+            outputs.append(ffn_output(chunk.x[chosen], routes, experts))
+            num_tokens -= len(chosen)
+            if not num_tokens:
+                break
+        return torch.cat(outputs)
+
+
+def with_masks(experts: list[Expert], rules: Mapping[str, SiteRule], masks: MaskParts) -> list[Expert]:
+    """Experts with masks on sites of their block: parts by site, those of all experts together."""
+    for site in (site for site in SITES if site in masks and site not in ATTENTION_SITES):
+        experts = [
+            expert.with_mask(site, rules[site], {part: _own(part, values, n) for part, values in masks[site].items()})
+            for n, expert in enumerate(experts)
+        ]
+    return experts
 
 
 def _values(site: str, expert: Expert, x: torch.Tensor) -> torch.Tensor:
@@ -82,14 +105,11 @@ def fit_block(
     record: dict[str, float] = {}
     stored: Parts = {}
     for site in (site for site in SITES if site in mask.sites and site not in ATTENTION_SITES):
-        fitted: Fitted = mask.fit(site, BlockValues(experts, inputs))
+        fitted: Fitted = mask.fit(site, BlockValues(experts, inputs, mask.sites))
         record |= fitted.record
-        rule, parts = mask.sites[site], as_stored(fitted.parts, dtype)
+        parts = as_stored(fitted.parts, dtype)
         stored[site] = parts
-        experts = [
-            expert.with_mask(site, rule, {part: _own(part, values, number) for part, values in parts.items()})
-            for number, expert in enumerate(experts)
-        ]
+        experts = with_masks(experts, mask.sites, {site: parts})
         if "basis" in parts:
             experts = [_rounded(expert, dtype) for expert in experts]
     if len(experts) == 1:  # a dense block stores them without a dimension for experts

@@ -5,6 +5,7 @@ The calibration computes layers by itself; the loaded model, from the stored mas
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,64 @@ def test_a_method_masks_every_site_of_a_layer(
     seen = probe.statistics().site_zero_shares()
     assert list(seen) == [site for site in INPUTS if site in sites]
     assert all(0.1 < share < 0.5 for share in seen.values())
+
+
+class Comparing(EverySite):
+    """Parts that depend on no values; before each site it computes the layer with and without masks on the sites that remain."""
+
+    name = "comparing"
+    outputs: list[dict[str, torch.Tensor]]
+
+    def fit(self, site: str, layer: LayerValues) -> Fitted:
+        remaining = {other: self._parts(other) for other in list(self.sites)[list(self.sites).index(site) :]}
+        before = layer.output({}, 100)
+        self.outputs.append(
+            {"all": layer.output(remaining, 100), "none": before, "site": layer.output({site: remaining[site]}, 100)}
+        )
+        assert torch.equal(layer.output({}, 100), before)
+        return Fitted(remaining[site])
+
+    def _parts(self, site: str) -> dict[str, torch.Tensor]:
+        parts = {}
+        torch.manual_seed(len(site))
+        for part, shape in site_parts(self.config, site, self.sites[site]).items():
+            kind = part.rpartition(".")[2]
+            if kind == "threshold":
+                parts[part] = torch.full(shape, 0.02)
+            elif kind == "basis":
+                parts[part] = torch.linalg.qr(torch.randn(shape)).Q
+            else:
+                parts[part] = torch.rand(shape) * 0.1 + 0.6
+        return parts
+
+
+@pytest.mark.parametrize("arrangement", ["thresholds", "rotated"])
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_a_layer_computes_with_masks_that_are_not_fitted_yet_as_with_fitted_ones(
+    kind: str,
+    arrangement: str,
+    calibrate: Calibrate,
+    stock: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(base._METHODS, Comparing.name, Comparing)
+    sites = {site: ARRANGEMENTS[arrangement][site] for site in SITES if site in ARRANGEMENTS[arrangement]}
+    monkeypatch.setattr(Comparing, "sites", sites, raising=False)
+    monkeypatch.setattr(Comparing, "config", AutoConfig.from_pretrained(stock[kind]), raising=False)
+    monkeypatch.setattr(Comparing, "outputs", [], raising=False)
+    found = calibrate(kind, "swiglu", tmp_path / "out", tokens=640, method="comparing", refit=False)
+    first_layer = dict(zip(sites, Comparing.outputs, strict=False))
+    attention = [site for site in sites if site.startswith("attn")]
+    inside = [site for site in sites if site not in attention]
+    for group in (attention, inside):
+        for site, after in pairwise(group):
+            torch.testing.assert_close(first_layer[site]["all"], first_layer[after]["all"])
+            torch.testing.assert_close(first_layer[site]["site"], first_layer[after]["none"])
+    # What the block's masks change is the same from in front of the attention and from inside the block.
+    last, behind = first_layer[attention[-1]], first_layer[inside[0]]
+    torch.testing.assert_close(last["all"] - last["site"], behind["all"] - behind["none"], atol=1e-5, rtol=1e-4)
+    assert len(last["all"]) == 100
+    assert (last["all"] - last["site"]).abs().max() > 1e-3
+    loss, _ = measured(load_sparse(found.folder), found)
+    assert found.calibration.stages[-1].loss == pytest.approx(loss, abs=2e-4)
