@@ -90,8 +90,8 @@ def _summary(result: Generated) -> str:
         lines.append(f"weights held in blocks of {result.weights}: {result.kept_bytes / MEGA:,.1f} MB")
     if result.touched_share is not None and result.fired_share is not None:
         lines.append(
-            f"{result.fired_share:.1%} of the neurons fired; {result.touched_share:.1%} of the rows of the feed-forward "
-            "weights were read"
+            f"{result.fired_share:.1%} of the neurons fired; {result.touched_share:.1%} of the feed-forward weights "
+            "were read"
         )
     lines.append(
         f"weights read per token: {ffn + other:,.1f} MB ({ffn:,.1f} feed-forward, {other:,.1f} other); "

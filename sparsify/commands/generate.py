@@ -28,7 +28,7 @@ class Generated:
         weights: How decoding read the weights: stored, int8 or int4.
         kept_bytes: Memory of int8 or int4 blocks, which are held instead of the stored weights.
         fired_share: Share of the neurons whose product was kept for a token, over all layers; None if dense.
-        touched_share: Share of the rows of the three projections that were read; None if dense.
+        touched_share: Share of the bytes of the three projections that were read; None if dense.
         ffn_bytes_per_token: Bytes read of the feed-forward weights, predictors included.
         other_bytes_per_token: Bytes of the other weights; the cache and the input embedding are not counted.
         dense_ffn_bytes_per_token: Bytes that the stored feed-forward blocks have.
@@ -155,7 +155,7 @@ def _reads(acceleration: Acceleration | None, size: ModelBytes) -> dict[str, Any
     return given | {
         "ffn_bytes_per_token": sum(one.bytes_read for one in reads) / tokens,
         "fired_share": sum(one.rows.down for one in reads) / offered,
-        "touched_share": sum(one.rows.total for one in reads) / (3 * offered),
+        "touched_share": sum(one.touched_share * one.offered for one in reads) / offered,
     }
 
 

@@ -3,7 +3,8 @@
 `generate()`, its cache and its sampling are unchanged. A decoding step on a CPU is one call of the C++ kernels for the whole model
 (`step.py`). Otherwise a block's forward calls the kernels for a few tokens, and the class's forward for long prompts, training, and
 blocks whose activation has hooks. Nothing is copied: weights keep their names, shapes and values, and down_proj gets another order in
-memory (a neuron's column becomes contiguous), which moving and casting keep. Only int8 and int4 blocks are copies.
+memory (a neuron's column becomes contiguous), as do projections whose input is masked; moving and casting keep it. Only int8 and int4
+blocks are copies.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from typing import Any, get_args
 
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, activation_names
-from sparsify.models.masking import experts_per_token, is_fused, num_experts
+from sparsify.models.masking import experts_per_token, is_fused, num_experts, site_rules
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
+from sparsify.runtime.columns import held_by_columns
 from sparsify.runtime.ffn import backend_of
-from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward, Options
+from sparsify.runtime.forwards import AttentionReads, BlockForward, ExpertsForward, MlpForward, Options
 from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES, is_readable, unknown_to_blocks
-from sparsify.runtime.native_step import projections
+from sparsify.runtime.native_step import Projections, projections
 from sparsify.runtime.quantised import BlockFormat
 from sparsify.runtime.step import StepForward
 from sparsify.runtime.weights import LayerPredictors, RowsRead
@@ -33,23 +35,22 @@ class BlockReads:
 
     Args:
         tokens: Tokens that the block, or all its experts together, computed.
-        bytes_read: Bytes of weights read, predictors included.
+        bytes_read: Bytes of weights that the block read, predictors included.
         rows: Rows read and rows offered.
+        touched_share: Share of the bytes of the block's three projections that were read.
+        attention: What native steps read of the attention's projections.
     """
 
     tokens: int = 0
     bytes_read: int = 0
     rows: RowsRead = field(default_factory=RowsRead)
+    touched_share: float = 0.0
+    attention: AttentionReads = field(default_factory=AttentionReads)
 
     @property
     def offered(self) -> int:
         """Rows of one projection that could have been read."""
         return self.rows.offered
-
-    @property
-    def touched_share(self) -> float:
-        """Share of the rows of all three projections that were read."""
-        return self.rows.total / max(3 * self.offered, 1)
 
 
 class Acceleration:
@@ -66,7 +67,9 @@ class Acceleration:
     @property
     def reads(self) -> list[BlockReads]:
         """Reads of every layer since `reset`. On a GPU this synchronises with the device."""
-        return [BlockReads(one.tokens, one.bytes_read, one.rows) for one in self.forwards]
+        return [
+            BlockReads(one.tokens, one.bytes_read, one.rows, one.touched_share, one.attention) for one in self.forwards
+        ]
 
     @property
     def backend(self) -> str:
@@ -81,11 +84,15 @@ class Acceleration:
 
     @property
     def other_bytes(self) -> int:
-        """Bytes of weights that a decoding step reads outside the feed-forward blocks."""
-        stored, blocks = model_bytes(self._model).other, self._model.forward.projections.num_bytes
-        if not blocks:
-            return stored
-        return stored + blocks - sum(one.weight.nbytes for one in projections(self._model).values())
+        """Bytes of weights that a decoding step reads outside the feed-forward blocks: the mean of native steps since `reset`, where
+        inputs of the attention's projections are masked.
+        """
+        everything, blocks = model_bytes(self._model).other, self._model.forward.projections.num_bytes
+        if blocks:
+            everything += blocks - sum(one.weight.nbytes for one in projections(self._model).values())
+        reads = [one.attention for one in self.forwards]
+        skipped = sum((one.bytes_offered - one.bytes_read) / max(one.steps, 1) for one in reads)
+        return round(everything - skipped)
 
     @property
     def seconds(self) -> dict[str, float] | None:
@@ -97,7 +104,7 @@ class Acceleration:
             forward.reset()
 
     def remove(self) -> None:
-        """Restores the model's own forward. The order of down_proj in memory stays.
+        """Restores the model's own forward. The order of projections in memory stays.
 
         Raises:
             ModelError: If the stored weights were freed.
@@ -123,8 +130,8 @@ def accelerate(
     On a CPU with the compiled kernels, a step of one token for each sequence is one call that computes the whole model; all other
     calls go through the model's own forward, whose blocks skip rows where they can.
 
-    Masks that the model stores are applied on every path. Those on `gate` and `inter` save rows of up and down projections; those on
-    the inputs of projections save nothing here, as the kernels read whole rows.
+    Masks that the model stores are applied on every path. Those on `gate` and `inter` save rows of up and down projections, those on
+    the inputs of projections save columns of these.
 
     Args:
         model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
@@ -151,11 +158,13 @@ def accelerate(
     blocks = block_format(weights)
     if blocks is not None:
         _check_device(model, weights)
+    held = frozenset() if dense else held_by_columns(model, in_blocks=blocks is not None)
     for layer, block in enumerate(model.ffn_blocks()):
         if "forward" in vars(block):
             vars(block)["forward"].remove()
         own = None if predictors is None else predictors.layers[layer]
-        options = Options(max_tokens, threads, own, blocks, dense)
+        # Of predicted neurons alone, rows are fewer bytes than columns.
+        options = Options(max_tokens, threads, own, blocks, dense, held if own is None else frozenset())
         kind = ExpertsForward if is_fused(block) else MlpForward
         block.forward = kind(block, options)
         block.forward.prepare()
@@ -164,7 +173,7 @@ def accelerate(
         if predictors is not None and predictors.input == "residual":
             block.forward.watch(model.model.layers[layer].post_attention_layernorm)
     forwards = [vars(block)["forward"] for block in model.ffn_blocks()]
-    model.forward = StepForward(model, forwards, blocks, threads)
+    model.forward = StepForward(model, forwards, Projections(blocks, held), threads)
     if blocks is not None and keep_weights:
         model.forward.prepare()
     elif blocks is not None:
@@ -214,20 +223,11 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
         # Bundles from older versions have only `threshold`.
         masks = [getattr(activation, name, None) for name in ("threshold", "gate_mask")]
         row = ACTIVATIONS[activation.name]
-        if not dense and not row.makes_zeros and masks == [None, None]:
+        if not dense and not row.makes_zeros and masks == [None, None] and not site_rules(model.config):
             sparse = activation_names(lambda row: row.makes_zeros)
-            allowed = f"{', '.join(sparse)}, or a mask on `inter` or `gate`."
-            stored = getattr(model.config, "sparsification", None)
-            if stored:
-                raise ModelError(
-                    f"{row.name} makes no zeros, and a mask on {', '.join(stored['sites'])} saves no rows in these kernels: "
-                    "there is nothing to skip.",
-                    allowed=allowed,
-                    next_step="Decode it as it is, under its mask: sparsify generate --dense, or model.generate() alone.",
-                )
             raise ModelError(
                 f"The model is dense: {row.name} makes no zeros, so there is nothing to skip.",
-                allowed=allowed,
+                allowed=f"{', '.join(sparse)}, or a mask.",
                 next_step="Convert it and train it first: sparsify train RECIPE",
             )
         for name, part in block.named_children():

@@ -10,34 +10,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from sparsify.errors import ModelError
 from sparsify.models.masking import masked_product
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import is_masked_linear
 from sparsify.runtime.native_step import Projections, projections
-from sparsify.runtime.quantised import BlockMatrix, rounded_states
+from sparsify.runtime.quantised import BlockMatrix, product
 
 
 class BlockProduct:
     """Forward of a linear layer whose weight is only in blocks; its mask and remainder, if it has any, stay."""
 
-    def __init__(self, matrix: BlockMatrix, module: nn.Module) -> None:
-        self.matrix = matrix
+    def __init__(self, matrix: BlockMatrix, module: nn.Module, *, by_columns: bool) -> None:
+        self.matrix, self.by_columns = matrix, by_columns
         self._masked = module if is_masked_linear(module) else None
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
-        """Maps [..., columns] to [..., rows]."""
+        """Maps [..., inputs] to [..., outputs]."""
         if self._masked is None:
             return self._multiply(input)
         return masked_product(self._masked, input, self._multiply)
 
     def _multiply(self, input: torch.Tensor) -> torch.Tensor:
-        rows = (
-            rounded_states(input).to(input.dtype).reshape(-1, input.shape[-1])
-        )  # torch copies weights for a slice of a batch
-        return linear(rows, self.matrix.dequantised(dtype=input.dtype)).unflatten(0, input.shape[:-1])
+        return product(input, self.matrix, by_columns=self.by_columns)
 
 
 def drop_block(forward: BlockForward) -> None:
@@ -53,7 +49,7 @@ def drop_projections(model: Any, given: Projections) -> None:
     for name, module in projections(model).items():
         matrix = given.matrix(name, module)
         assert isinstance(matrix, BlockMatrix)
-        module.forward = BlockProduct(matrix, module)
+        module.forward = BlockProduct(matrix, module, by_columns=given.by_columns(name))
         _empty(module, "weight")
         given.freeze(name)
     model.save_pretrained = _refuse_to_save

@@ -76,7 +76,7 @@ def sparse_ffn(
 
 def default_threads(weights: FfnWeights) -> int:
     """torch's number of threads, but at most one for each THREAD_BYTES of gate rows: synchronising costs time."""
-    enough = weights.row_bytes * weights.gate.shape[0] // THREAD_BYTES
+    enough = weights.row_bytes * weights.neurons // THREAD_BYTES
     return max(1, min(torch.get_num_threads(), enough))
 
 

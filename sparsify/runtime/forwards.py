@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, Activation
+from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
-from sparsify.runtime.quantised import BlockFormat, BlockMatrix, KeptBlocks, rounded_states
-from sparsify.runtime.weights import FfnWeights, Matrix, Predictor, RowsRead
+from sparsify.runtime.quantised import BlockFormat, BlockMatrix, KeptBlocks, product
+from sparsify.runtime.weights import FfnWeights, LineBytes, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
 """Default limit on the tokens of a call with stored weights, where it is not 8: with more tokens torch's dense product,
@@ -30,6 +30,7 @@ class Options:
         predictors: One for the block, or one for each of its experts; None for exact decoding.
         blocks: Format of the weights; None as stored.
         dense: Read every row.
+        by_columns: Projections that are held by columns, of `held_by_columns`.
     """
 
     max_tokens: int | None
@@ -37,6 +38,22 @@ class Options:
     predictors: Sequence[Predictor] | None
     blocks: BlockFormat | None = None
     dense: bool = False
+    by_columns: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class AttentionReads:
+    """What native steps read of one layer's query, key, value and output projections.
+
+    Args:
+        steps: Number of steps.
+        bytes_read: Bytes of weights read.
+        bytes_offered: Bytes that dense steps read.
+    """
+
+    steps: int = 0
+    bytes_read: int = 0
+    bytes_offered: int = 0
 
 
 class BlockForward:
@@ -57,7 +74,8 @@ class BlockForward:
 
     def reset(self) -> None:
         self._fetch()
-        self._tokens, self._read_of = 0, dict[tuple[int, float], RowsRead]()
+        self._tokens, self._read_of = 0, dict[LineBytes, RowsRead]()
+        self._attention = AttentionReads()
 
     @property
     def tokens(self) -> int:
@@ -91,13 +109,27 @@ class BlockForward:
 
     @property
     def bytes_read(self) -> int:
+        """Bytes of weights read, predictors included."""
         self._fetch()
-        return round(
-            sum(
-                rows.total * row_bytes + rows.offered * predictor_bytes
-                for (row_bytes, predictor_bytes), rows in self._read_of.items()
-            )
-        )
+        return round(sum(one.weights(rows) + rows.offered * one.predictor for one, rows in self._read_of.items()))
+
+    @property
+    def touched_share(self) -> float:
+        """Share of the bytes of all three projections that were read."""
+        self._fetch()
+        offered = sum(rows.offered * one.dense for one, rows in self._read_of.items())
+        return sum(one.weights(rows) for one, rows in self._read_of.items()) / max(offered, 1)
+
+    @property
+    def attention(self) -> AttentionReads:
+        """What native steps read of the projections of the attention in the same layer."""
+        self._fetch()
+        return self._attention
+
+    def count_attention(self, steps: int, read: int, offered: int) -> None:
+        """Adds steps, and bytes of the attention's projections that they read and could have read."""
+        own = self._attention
+        self._attention = AttentionReads(own.steps + steps, own.bytes_read + read, own.bytes_offered + offered)
 
     def remove(self) -> None:
         """Restores the forward of the block's class."""
@@ -129,9 +161,14 @@ class BlockForward:
 
     def _products(self, x: torch.Tensor, index: int = 0) -> torch.Tensor:
         """The block's output, or an expert's, for masked states [..., hidden]."""
-        gate, up, down_t = (one.dequantised(dtype=x.dtype) for one in self._blocks(index))
-        seen = rounded_states(x).to(x.dtype)
-        return self.block.ffn_activation(linear(seen, gate), linear(seen, up), experts=index) @ down_t
+        gate, up, down_t = self._blocks(index)
+        factors = (product(x, one, by_columns=name in self.by_columns) for name, one in (("gate", gate), ("up", up)))
+        return self.block.ffn_activation(*factors, experts=index) @ down_t.dequantised(dtype=x.dtype)
+
+    @property
+    def by_columns(self) -> frozenset[str]:
+        """Which of `gate` and `up` are held by columns."""
+        return self.options.by_columns & {"gate", "up"}
 
     def _blocks(self, index: int) -> Sequence[BlockMatrix]:
         assert self.kept is not None
@@ -167,7 +204,7 @@ class BlockForward:
         return 1
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """gate, up and down_t of the block, or of an expert."""
+        """gate, up and down_t of the block, or of an expert, as `FfnWeights` holds them."""
         raise NotImplementedError
 
     def _matrices(self, index: int) -> Sequence[Matrix]:
@@ -178,11 +215,15 @@ class BlockForward:
         """The weights of the block, or of an expert, with the predictor in the dtype and on the device of `like`."""
         gate, up, down_t = self._matrices(index)
         expert = index if self.count() > 1 else None
-        return FfnWeights(gate, up, down_t, **self._thresholds(expert), predictor=self._predictor(index, like))
+        predictor = self._predictor(index, like)
+        return FfnWeights(gate, up, down_t, **self._thresholds(expert), predictor=predictor, by_columns=self.by_columns)
 
-    def _down_t(self, down: nn.Parameter) -> torch.Tensor:
-        """Transpose of a down projection; its memory is reordered only if the kernels read it directly."""
-        return neurons_first(down) if self.kept is None else down.detach().mT
+    def _held(self, name: str, weight: nn.Parameter) -> torch.Tensor:
+        """A projection's weight, or its transpose: its memory is reordered only if the kernels read it directly."""
+        by_columns = name == "down" or name in self.by_columns
+        if self.kept is None:
+            return columns_first(weight) if by_columns else rows_first(weight)
+        return weight.detach().mT if by_columns else weight.detach()
 
     def activation(self) -> Activation:
         own = self.block.ffn_activation
@@ -203,7 +244,7 @@ class BlockForward:
         }
 
     def _masked(self, x: torch.Tensor) -> torch.Tensor:
-        """The block's input after its own mask, which saves no rows: the kernels read whole rows of gate and up."""
+        """The block's input after its own mask."""
         mask = getattr(self.block, "input_mask", None)
         return x if mask is None else mask(x)
 
@@ -233,7 +274,7 @@ class BlockForward:
 
     def _add(self, rows: RowsRead, weights: FfnWeights) -> None:
         """Adds the rows read, grouped by their bytes: a model may be cast between two steps."""
-        sizes = weights.row_bytes, weights.predictor_bytes / weights.gate.shape[-2]
+        sizes = weights.read_bytes
         self._read_of.setdefault(sizes, RowsRead())
         self._read_of[sizes] += rows
 
@@ -257,8 +298,8 @@ class MlpForward(BlockForward):
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block = self.block
-        gate, up = block.gate_proj.weight.detach(), block.up_proj.weight.detach()
-        return gate, up, self._down_t(block.down_proj.weight)
+        gate, up = self._held("gate", block.gate_proj.weight), self._held("up", block.up_proj.weight)
+        return gate, up, self._held("down", block.down_proj.weight)
 
 
 class ExpertsForward(BlockForward):
@@ -290,14 +331,14 @@ class ExpertsForward(BlockForward):
 
     def _on_device(self, x: torch.Tensor, seen: torch.Tensor, routing: Routing) -> torch.Tensor:
         """All experts at once: only the device knows which are used, and a synchronisation takes time."""
-        block = self.block
-        gate, up = block.gate_up_proj.detach().chunk(2, dim=1)
+        gate, up = self._gate_and_up()
         weights = FfnWeights(
             gate,
             up,
-            neurons_first(block.down_proj),
+            self._held("down", self.block.down_proj),
             **self._thresholds(),
             predictor=self._stacked(x),
+            by_columns=self.by_columns,
         )
         out, rows = sparse_experts(
             x,
@@ -341,15 +382,15 @@ class ExpertsForward(BlockForward):
         return len(self.block.gate_up_proj)
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        gate, up = self.block.gate_up_proj.detach()[index].chunk(2)
-        return gate, up, self._down_t(self.block.down_proj)[index]
+        gate, up = self._gate_and_up()
+        return gate[index], up[index], self._held("down", self.block.down_proj)[index]
 
-
-def neurons_first(down: nn.Parameter) -> torch.Tensor:
-    """The transpose of a down projection [..., hidden, neurons], contiguous: [..., neurons, hidden].
-
-    Reorders the parameter's memory if needed; its shape and name stay, and moving, casting and loading keep its strides.
-    """
-    if not down.data.mT.is_contiguous():
-        down.data = down.data.mT.contiguous().mT
-    return down.data.mT
+    def _gate_and_up(self) -> list[torch.Tensor]:
+        """Of all experts, each as `FfnWeights` holds it."""
+        weight = self.block.gate_up_proj
+        neurons = weight.shape[1] // 2
+        halves = []
+        for name, part in (("gate", slice(neurons)), ("up", slice(neurons, None))):
+            held = self._held(name, weight)
+            halves.append(held[..., part] if name in self.by_columns else held[:, part])
+        return halves

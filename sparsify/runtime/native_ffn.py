@@ -26,9 +26,17 @@ _GATE_KINDS: dict[GateKind, int] = {
 _UP_KINDS: dict[UpKind, int] = {"identity": 0, "relu": 1}
 _BLOCK_FORMATS = {"int8": 1, "int4": 2}
 
+COUNTS = ("offered", "gate_rows", "up_rows", "down_rows", "gate_columns", "up_columns")
+
 
 class CMatrix(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64))
+
+
+class InputMask(ctypes.Structure):
+    """How the input of a projection is masked; mirrors InputMask in native/columns.h."""
+
+    _fields_ = (("thresholds", ctypes.c_void_p),)
 
 
 class FfnCall(ctypes.Structure):
@@ -36,15 +44,16 @@ class FfnCall(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank")),
-        *((name, CMatrix) for name in ("x", "gate", "up", "down_t")),
+        *((name, CMatrix) for name in ("x", "up_x", "gate", "up", "down_t")),
         *((name, CMatrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
         ("thresholds", ctypes.c_void_p),
         ("gate_thresholds", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")),
+        *((name, ctypes.c_int32) for name in ("gate_by_columns", "up_by_columns")),
         ("gate_threshold", ctypes.c_float),
         ("predictor_threshold", ctypes.c_float),
-        *((name, ctypes.c_int64) for name in ("offered", "gate_rows", "up_rows", "down_rows")),
+        *((name, ctypes.c_int64) for name in COUNTS),
     )
 
 
@@ -74,7 +83,16 @@ def native_ffn(
     assert library.sparsify_call_bytes() == ctypes.sizeof(FfnCall)
     error = library.sparsify_ffn(ctypes.byref(call))
     assert error == 0, f"sparsify_ffn refused its arguments: {error}"
-    return out, RowsRead(call.gate_rows, call.up_rows, call.down_rows, offered=call.offered)
+    return out, take_rows(call)
+
+
+def take_rows(call: FfnCall) -> RowsRead:
+    """What a call, or all calls with it since the last time, counted."""
+    counts = [getattr(call, name) for name in COUNTS]
+    for name in COUNTS:
+        setattr(call, name, 0)
+    offered, *read = counts
+    return RowsRead(*read[:3], offered=offered, gate_columns=read[3], up_columns=read[4])
 
 
 def ffn_call(
@@ -91,8 +109,8 @@ def ffn_call(
     rows = {name: _whole_rows(part) for name, part in parts.items()}
     thresholds, gate_thresholds = weights.thresholds_for(weights.gate.device)
     call = FfnCall(
-        hidden=weights.gate.shape[1],
-        neurons=weights.gate.shape[0],
+        hidden=weights.hidden,
+        neurons=weights.neurons,
         rank=0 if predictor is None else predictor.a.shape[0],
         thresholds=None if thresholds is None else thresholds.data_ptr(),
         gate_thresholds=None if gate_thresholds is None else gate_thresholds.data_ptr(),
@@ -101,6 +119,8 @@ def ffn_call(
         up_kind=_UP_KINDS[activation.up],
         threads=threads,
         weight_format=weight_format(weights.gate),
+        gate_by_columns="gate" in weights.by_columns,
+        up_by_columns="up" in weights.by_columns,
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
         **{name: CMatrix(part.data_ptr(), part.stride(0)) for name, part in rows.items()},

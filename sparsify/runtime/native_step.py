@@ -12,10 +12,11 @@ from torch import nn
 
 from sparsify.models.masking import experts_per_token, is_fused, num_experts
 from sparsify.runtime.build import kernels
+from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.forwards import BlockForward
-from sparsify.runtime.native_ffn import NATIVE_DTYPES, CMatrix, FfnCall, c_matrix, ffn_call, weight_format
+from sparsify.runtime.native_ffn import NATIVE_DTYPES, CMatrix, FfnCall, InputMask, c_matrix, ffn_call, weight_format
 from sparsify.runtime.quantised import BlockFormat, KeptBlocks
-from sparsify.runtime.weights import Matrix
+from sparsify.runtime.weights import Matrix, line_bytes
 
 PARTS = ("projections", "attention", "ffn", "head", "rest")
 """Where the time of a step goes, as `Part` in native/step.h."""
@@ -26,9 +27,11 @@ THREAD_BYTES = 1 << 19
 class _Linear(ctypes.Structure):
     _fields_ = (
         ("weight", CMatrix),
-        ("rows", ctypes.c_int64),
+        ("outputs", ctypes.c_int64),
+        ("mask", ctypes.POINTER(InputMask)),
         ("format", ctypes.c_int32),
-        ("unused", ctypes.c_int32),
+        ("by_columns", ctypes.c_int32),
+        ("columns_read", ctypes.c_int64),
     )
 
 
@@ -38,7 +41,7 @@ class StepLayer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm")),
         *((name, _Linear) for name in ("q", "k", "v", "o")),
-        *((name, ctypes.c_void_p) for name in ("attn_in", "attn_out", "ffn_in")),
+        *((name, ctypes.POINTER(InputMask)) for name in ("gate_mask", "up_mask")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "router")),
         ("experts", ctypes.POINTER(FfnCall)),
         ("tokens", ctypes.c_int64),
@@ -72,6 +75,7 @@ class StepCall(ctypes.Structure):
 
 
 HEAD = "lm_head"
+ATTENTION = ("q", "k", "v", "o")
 
 
 def projections(model: Any) -> dict[str, nn.Linear]:
@@ -79,7 +83,7 @@ def projections(model: Any) -> dict[str, nn.Linear]:
     named = {
         f"layers.{index}.{one}": getattr(layer.self_attn, f"{one}_proj")
         for index, layer in enumerate(model.model.layers)
-        for one in "qkvo"
+        for one in ATTENTION
     }
     return named | {HEAD: model.lm_head}
 
@@ -90,19 +94,30 @@ def head_format(blocks: BlockFormat) -> BlockFormat:
 
 
 class Projections:
-    """The attention's projections and the output layer as C++ reads them: stored, or in blocks."""
+    """The attention's projections and the output layer as C++ reads them: stored or in blocks, by rows or by columns.
 
-    def __init__(self, blocks: BlockFormat | None) -> None:
+    Args:
+        blocks: Format of the blocks; None as stored.
+        held: Projections that are held by columns, of `held_by_columns`.
+    """
+
+    def __init__(self, blocks: BlockFormat | None, held: frozenset[str] = frozenset()) -> None:
         self._blocks: BlockFormat | None = blocks
+        self._held = held
         self._kept: dict[str, KeptBlocks] = {}
 
+    def by_columns(self, name: str) -> bool:
+        """Whether one of `projections` is held by columns."""
+        return name.rpartition(".")[2] in self._held
+
     def matrix(self, name: str, linear: nn.Linear) -> Matrix:
-        """The weight of one of `projections`."""
+        """The weight of one of `projections`, [outputs, inputs], or its transpose if it is held by columns."""
+        weight, by_columns = linear.weight, self.by_columns(name)
         if self._blocks is None:
-            return linear.weight.detach()
+            return columns_first(weight) if by_columns else rows_first(weight)
         format = head_format(self._blocks) if name == HEAD else self._blocks
         kept = self._kept.setdefault(name, KeptBlocks(format))
-        return kept.of(0, (linear.weight,), lambda: (linear.weight,))[0]
+        return kept.of(0, (weight,), lambda: (weight.mT if by_columns else weight,))[0]
 
     def freeze(self, name: str) -> None:
         """Keeps the blocks of one of them, whatever happens to its weight."""
@@ -130,6 +145,8 @@ class StepPlan:
         self._library = library
         self._held: list[Any] = []
         self._projections = given
+        self._masks: dict[int, InputMask] = {}
+        self._lines: dict[str, tuple[int, int]] = {}
         config, layers = model.config, model.model.layers
         self.dtype = model.model.embed_tokens.weight.dtype
         self.layers = (StepLayer * len(layers))()
@@ -154,7 +171,7 @@ class StepPlan:
             layer=ctypes.cast(self.layers, ctypes.POINTER(StepLayer)),
             norm_epsilon=model.model.norm.variance_epsilon,
             dtype=NATIVE_DTYPES[self.dtype],
-            threads=threads or self._default_threads(),
+            threads=threads or self._default_threads(model),
             predictor_reads_residual=forwards[0].reads_residual,
         )
         self._keys: Sequence[int] | None = None
@@ -165,14 +182,12 @@ class StepPlan:
         attention = layer.self_attn
         to.attention_norm = self._address(layer.input_layernorm.weight)
         to.ffn_norm = self._address(layer.post_attention_layernorm.weight)
-        for name in ("q", "k", "v", "o"):
-            setattr(to, name, self._linear(f"layers.{index}.{name}", getattr(attention, f"{name}_proj")))
-        masks = {"attn_in": attention, "attn_out": attention.o_proj, "ffn_in": forward.block}
-        for name, module in masks.items():
-            mask = getattr(module, "input_mask", None)
-            columns = attention.o_proj.in_features if name == "attn_out" else attention.q_proj.in_features
-            if mask is not None:
-                setattr(to, name, self._address(mask.threshold.float().expand(columns).contiguous()))
+        for name in ATTENTION:
+            mask = getattr(attention.o_proj if name == "o" else attention, "input_mask", None)
+            linear = getattr(attention, f"{name}_proj")
+            setattr(to, name, self._linear(f"layers.{index}.{name}", linear, mask))
+        mask = self._mask(getattr(forward.block, "input_mask", None), attention.q_proj.in_features)
+        to.gate_mask = to.up_mask = mask
         if is_fused(forward.block):
             to.router = self._address(layer.mlp.gate.weight)
         experts = (FfnCall * forward.count())()
@@ -186,23 +201,50 @@ class StepPlan:
         self._held.append(experts)
         to.experts = ctypes.cast(experts, ctypes.POINTER(FfnCall))
 
-    def _linear(self, name: str, linear: nn.Linear) -> _Linear:
+    def _linear(self, name: str, linear: nn.Linear, mask: Any = None) -> _Linear:
         matrix = self._projections.matrix(name, linear)
         read, held = c_matrix(matrix)
         self._held.append(held)
-        return _Linear(weight=read, rows=matrix.shape[0], format=weight_format(matrix))
+        self._lines[name] = matrix.shape[0], line_bytes(matrix)
+        return _Linear(
+            weight=read,
+            outputs=linear.out_features,
+            mask=self._mask(mask, linear.in_features),
+            format=weight_format(matrix),
+            by_columns=self._projections.by_columns(name),
+        )
+
+    def _mask(self, module: Any, inputs: int) -> Any:
+        """The mask of an input of so many elements; the same for all projections that share it."""
+        if module is None:
+            return None
+        if id(module) not in self._masks:
+            thresholds = module.threshold.float().expand(inputs).contiguous()
+            self._masks[id(module)] = InputMask(thresholds=self._address(thresholds))
+        return ctypes.pointer(self._masks[id(module)])
 
     def _address(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()
         self._held.append(tensor)
         return tensor.data_ptr()
 
-    def _default_threads(self) -> int:
-        layer = self.layers[0]
-        size = sum(one.rows * one.weight.row_stride for one in (layer.q, layer.k, layer.v, layer.o))
-        size += 3 * layer.experts[0].neurons * layer.experts[0].gate.row_stride
-        enough = size * (1 if layer.q.format else self.dtype.itemsize) // THREAD_BYTES
-        return max(1, min(torch.get_num_threads(), enough))
+    def _default_threads(self, model: Any) -> int:
+        layer, hidden = self.layers[0], model.config.hidden_size
+        attention = model.model.layers[0].self_attn
+        weights = sum(getattr(attention, f"{name}_proj").weight.numel() for name in ATTENTION)
+        weights += 3 * layer.experts[0].neurons * hidden
+        line = layer.experts[0].down_t.row_stride * (1 if layer.q.format else self.dtype.itemsize)
+        return max(1, min(torch.get_num_threads(), weights * line // hidden // THREAD_BYTES))
+
+    def attention_reads(self, index: int, steps: int) -> tuple[int, int]:
+        """Bytes of a layer's attention projections that so many steps read, all since the last call, and could have read."""
+        read = offered = 0
+        for name in ATTENTION:
+            linear, (lines, line) = getattr(self.layers[index], name), self._lines[f"layers.{index}.{name}"]
+            offered += steps * lines * line
+            read += (linear.columns_read if linear.by_columns else steps * lines) * line
+            linear.columns_read = 0
+        return read, offered
 
     def run(
         self,
@@ -240,7 +282,7 @@ class StepPlan:
             for layer, key, value in zip(self.layers, keys, values, strict=True):
                 layer.keys, layer.values = key, value
             self._keys, self._values = keys, values
-        logits = torch.empty(len(ids), call.head.rows, dtype=self.dtype)
+        logits = torch.empty(len(ids), call.head.outputs, dtype=self.dtype)
         call.ids, call.logits = ids.data_ptr(), logits.data_ptr()
         error = self._library.sparsify_step(ctypes.byref(call))
         assert error == 0, f"sparsify_step refused its arguments: {error}"

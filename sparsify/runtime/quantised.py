@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
 BlockFormat = Literal["int8", "int4"]
 BLOCK = 32
@@ -111,6 +111,19 @@ def rounded_states(x: torch.Tensor) -> torch.Tensor:
     inverse = torch.where(largest > 0, 127.0 / largest, 0.0)
     rounded = (blocks * inverse).clamp(-127, 127).round() * (largest / 127.0)
     return torch.where(largest.isnan(), torch.nan, rounded).flatten(-2)[..., :columns]
+
+
+def product(x: torch.Tensor, matrix: BlockMatrix, *, by_columns: bool) -> torch.Tensor:
+    """[..., outputs] of x [..., inputs] and a matrix [outputs, inputs], or [inputs, outputs] if it is held by columns.
+
+    As decoding computes it: sums of columns do not round x.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # torch copies weights for a slice of a batch
+    if by_columns:
+        outputs = rows @ matrix.dequantised(dtype=x.dtype)
+    else:
+        outputs = linear(rounded_states(rows).to(x.dtype), matrix.dequantised(dtype=x.dtype))
+    return outputs.unflatten(0, x.shape[:-1])
 
 
 Matrices = Callable[[], Sequence[torch.Tensor]]

@@ -23,10 +23,8 @@ from sparsify.runtime.cache_store import Place, advance, place, positions, refus
 from sparsify.runtime.ffn import native_can
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import is_readable, unknown_to_steps
-from sparsify.runtime.native_ffn import MAX_TOKENS
+from sparsify.runtime.native_ffn import MAX_TOKENS, take_rows
 from sparsify.runtime.native_step import Projections, StepPlan, projections
-from sparsify.runtime.quantised import BlockFormat
-from sparsify.runtime.weights import RowsRead
 
 MOVING_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the sequence."""
@@ -62,16 +60,14 @@ class StepForward:
     Args:
         model: A Sparse Mistral or Mixtral.
         forwards: The forward of each layer's block.
-        blocks: Format of the attention's projections and of the output layer; None as stored.
+        given: What the attention's projections and the output layer are read from.
         threads: Threads of a step; None for as many as pay off.
     """
 
-    def __init__(
-        self, model: Any, forwards: Sequence[BlockForward], blocks: BlockFormat | None, threads: int | None
-    ) -> None:
+    def __init__(self, model: Any, forwards: Sequence[BlockForward], given: Projections, threads: int | None) -> None:
         self.model, self.forwards, self.threads = model, list(forwards), threads
-        self.projections = Projections(blocks)
-        self.steps = 0
+        self.projections = given
+        self.steps = self._counted_steps = 0
         self._told: set[str] = set()
         self._plan: StepPlan | None = None
         self._made_from: Any = None
@@ -212,7 +208,7 @@ class StepForward:
         if self._plan is None or now != self._made_from:
             self.hand_over_counts()
             self._plan, self._rope = StepPlan(self.model, self.forwards, self.projections, self.threads), None
-            # Making it may reorder the memory of a down projection.
+            # Making it may reorder the memory of projections.
             self._made_from = [now[0], *self._parts.state()]
         return self._plan
 
@@ -236,12 +232,13 @@ class StepForward:
         """Moves what C++ counted to the forwards of the blocks."""
         if self._plan is None:
             return
-        for layer, forward in zip(self._plan.layers, self.forwards, strict=True):
+        steps, self._counted_steps = self.steps - self._counted_steps, self.steps
+        for number, (layer, forward) in enumerate(zip(self._plan.layers, self.forwards, strict=True)):
+            forward.count_attention(steps, *self._plan.attention_reads(number, steps))
             tokens, layer.tokens = layer.tokens, 0
             for index in range(forward.count() if tokens else 0):
                 one = layer.experts[index]
-                rows = RowsRead(one.gate_rows, one.up_rows, one.down_rows, offered=one.offered)
-                one.offered = one.gate_rows = one.up_rows = one.down_rows = 0
+                rows = take_rows(one)
                 if rows.offered:
                     forward.count_step(tokens, rows, forward.weights(index, self.model.model.norm.weight))
                     tokens = 0

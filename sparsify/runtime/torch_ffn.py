@@ -27,8 +27,10 @@ def portable_ffn(
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes in fp32 at least."""
     dtype = x.dtype
+    own = x  # as sums of columns read it
     if weights.in_blocks:
-        x = rounded_states(x).to(torch.promote_types(x.dtype, torch.float32))
+        own = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = rounded_states(x).to(own.dtype)
     rows: Rows = ALL_ROWS
     wanted = None
     if weights.predictor is not None and not dense:
@@ -36,29 +38,52 @@ def portable_ffn(
         rows = _few(wanted, rows)
         wanted = wanted[:, rows]
     thresholds, gate_thresholds = weights.thresholds_for(x.device)
-    gate = GATE_FACTORS[activation.gate](linear(x, _rows(weights.gate, rows, x)), activation.gate_threshold)
+    gate_columns = up_columns = 0
+    if "gate" in weights.by_columns:
+        gate, gate_columns = _column_sums(own, weights.gate, dense)
+        gate = gate[:, rows]
+    else:
+        gate = linear(x, _rows(weights.gate, rows, x))
+    gate = GATE_FACTORS[activation.gate](gate, activation.gate_threshold)
     if gate_thresholds is not None:
         gate = torch.where(gate.abs() <= gate_thresholds[rows], 0.0, gate)
     gate = gate if wanted is None else torch.where(wanted, gate, 0.0)
-    gate_rows = gate.shape[1]
+    gate_rows = 0 if "gate" in weights.by_columns else gate.shape[1]
     if not dense:
         kept = _few(gate != 0, rows)
         rows, gate = _narrow(rows, kept), gate[:, kept]
-    up = UP_FACTORS[activation.up](linear(x, _rows(weights.up, rows, x)))
+    if "up" in weights.by_columns:
+        up, up_columns = _column_sums(own, weights.up, dense)
+        up = up[:, rows]
+    else:
+        up = linear(x, _rows(weights.up, rows, x))
+    up = UP_FACTORS[activation.up](up)
     product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
-    up_rows = product.shape[1]
+    up_rows = 0 if "up" in weights.by_columns else product.shape[1]
     if thresholds is not None:
         product = torch.where(product.abs() <= thresholds[rows], 0.0, product)
     if not dense:
         kept = _few(product != 0, rows)
         rows, product = _narrow(rows, kept), product[:, kept]
-    read = RowsRead(gate_rows, up_rows, product.shape[1], offered=weights.gate.shape[0])
+    read = RowsRead(
+        *(gate_rows, up_rows, product.shape[1]),
+        offered=weights.neurons,
+        gate_columns=gate_columns,
+        up_columns=up_columns,
+    )
     return (product @ _rows(weights.down_t, rows, x)).to(dtype), read
 
 
 def _rows(matrix: Matrix, rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """The selected rows, in x's dtype."""
     return matrix.dequantised(rows, x.dtype) if isinstance(matrix, BlockMatrix) else matrix[rows]
+
+
+def _column_sums(x: torch.Tensor, matrix: Matrix, dense: bool) -> tuple[torch.Tensor, int]:
+    """The product of x [tokens, inputs] and a matrix [inputs, outputs], and how many of its lines were read."""
+    kept = ALL_ROWS if dense else _few(x != 0, ALL_ROWS)
+    seen = x[:, kept]
+    return seen @ _rows(matrix, kept, x), seen.shape[1]
 
 
 def _predicted(x: torch.Tensor, weights: FfnWeights) -> torch.Tensor:

@@ -119,7 +119,8 @@ def launch(
     routing: Routing | None,
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `triton_ffn`, with the kernels given."""
-    gate, up, down_t = (_experts(part, 3) for part in (weights.gate, weights.up, weights.down_t))
+    by_rows = [_by_rows(weights, name) for name in ("gate", "up")]
+    gate, up, down_t = (_experts(part, 3) for part in (*by_rows, weights.down_t))
     thresholds, gate_thresholds = weights.thresholds_for(x.device)
     (tokens, hidden), (experts, neurons, _) = x.shape, gate.shape
     x, predictor_x = _experts(x, 2), _experts(predictor_x, 2)
@@ -135,7 +136,7 @@ def launch(
         "num_warps": NUM_WARPS,
     }
     factors, product = x.new_zeros(2, experts, tokens, neurons, dtype=torch.float32)
-    counts = torch.zeros(4, dtype=torch.int64, device=x.device)
+    counts = torch.zeros(6, dtype=torch.int64, device=x.device)
     chunks, columns = -(-neurons // CHUNK), -(-hidden // width)
     partial = x.new_empty(experts, chunks, tokens, hidden, dtype=torch.float32)
     out = x.new_empty(tokens, hidden)
@@ -203,6 +204,11 @@ def _predict(
             **{"WANTED": out is wanted} | block,
         )
     return wanted
+
+
+def _by_rows(weights: FfnWeights, name: str) -> Matrix:
+    part = getattr(weights, name)
+    return part.mT if name in weights.by_columns else part
 
 
 def _experts(part: Matrix, dimensions: int) -> torch.Tensor:

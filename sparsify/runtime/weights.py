@@ -48,12 +48,13 @@ class FfnWeights:
     of every tensor.
 
     Args:
-        gate: [neurons, hidden], as stored or in blocks, all three alike.
-        up: [neurons, hidden].
+        gate: [neurons, hidden], as stored or in blocks, all three alike. [hidden, neurons] if held by columns.
+        up: The same.
         down_t: [neurons, hidden]: down_proj.weight transposed, so that a neuron is one row of it.
         thresholds: A product is kept where its magnitude is larger; [neurons], or [1] for all neurons.
         predictor: Neurons that it does not predict are not read.
         gate_thresholds: A neuron is skipped unless the magnitude of its gate factor is larger; of the same shapes.
+        by_columns: Which of `gate` and `up` are held by columns: of these, columns of inputs that are zero are not read.
     """
 
     gate: Matrix
@@ -62,10 +63,19 @@ class FfnWeights:
     thresholds: torch.Tensor | None = None
     predictor: Predictor | None = None
     gate_thresholds: torch.Tensor | None = None
+    by_columns: frozenset[str] = frozenset()
+
+    @property
+    def neurons(self) -> int:
+        return self.down_t.shape[-2]
+
+    @property
+    def hidden(self) -> int:
+        return self.down_t.shape[-1]
 
     def thresholds_for(self, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """`thresholds` and `gate_thresholds` as the kernels read them: contiguous fp32, one per neuron."""
-        shape = self.gate.shape[:-1]
+        shape = self.down_t.shape[:-1]
 
         def read(values: torch.Tensor | None) -> torch.Tensor | None:
             if values is None:
@@ -80,8 +90,16 @@ class FfnWeights:
 
     @property
     def row_bytes(self) -> int:
-        row = self.gate.data if isinstance(self.gate, BlockMatrix) else self.gate
-        return row.shape[-1] * row.element_size()
+        return line_bytes(self.down_t)
+
+    @property
+    def read_bytes(self) -> LineBytes:
+        """Bytes of what is counted when it is read."""
+        held = [getattr(self, name) for name in sorted(self.by_columns)]
+        column = line_bytes(held[0]) if held else 0
+        rows, columns = (3 - len(held)) * self.row_bytes, len(held) * column * self.hidden
+        predictor = self.predictor_bytes / self.neurons
+        return LineBytes(self.row_bytes, column, predictor, rows + columns / self.neurons)
 
     @property
     def predictor_bytes(self) -> int:
@@ -96,8 +114,10 @@ class FfnWeights:
             ValueError: If one of them does not fit, with its name and both values.
         """
         *experts, neurons, hidden = self.gate.shape
+        if "gate" in self.by_columns:
+            neurons, hidden = hidden, neurons
         expected = {
-            "up": (*experts, neurons, hidden),
+            "up": (*experts, hidden, neurons) if "up" in self.by_columns else (*experts, neurons, hidden),
             "down_t": (*experts, neurons, hidden),
             "x": (*x.shape[:-1], hidden),
         }
@@ -130,6 +150,33 @@ class FfnWeights:
         return part.dtype == dtype and not (self.in_blocks and (part is self.up or part is self.down_t))
 
 
+def line_bytes(matrix: Matrix) -> int:
+    """Bytes of a row in memory."""
+    lines = matrix.data if isinstance(matrix, BlockMatrix) else matrix
+    return lines.shape[-1] * lines.element_size()
+
+
+@dataclass(frozen=True)
+class LineBytes:
+    """Bytes of a block's rows and columns.
+
+    Args:
+        row: Of a row of any projection.
+        column: Of a column of those that are held by columns.
+        predictor: Of the predictor, for each neuron.
+        dense: Of all three projections, for each neuron.
+    """
+
+    row: int
+    column: int
+    predictor: float
+    dense: float
+
+    def weights(self, rows: RowsRead) -> int:
+        """Bytes of the projections that were read."""
+        return rows.total * self.row + rows.columns * self.column
+
+
 def _kind(part: Matrix) -> str:
     return f"{part.format} blocks" if isinstance(part, BlockMatrix) else str(part.dtype)
 
@@ -142,7 +189,9 @@ class RowsRead:
     Args:
         offered: Neurons of the blocks and experts that tokens were routed to: rows of each projection that could be read. Counted,
             like rows read, once for every eight tokens.
-        counts: Further counts on a device: offered, gate, up, down, int64 [4].
+        gate_columns: Columns read of the gate projection, if it is held by columns; then no rows of it are counted.
+        up_columns: The same for the up projection.
+        counts: Further counts on a device: offered, gate, up, down, gate columns, up columns, int64 [6].
     """
 
     def __init__(
@@ -151,9 +200,11 @@ class RowsRead:
         up: int = 0,
         down: int = 0,
         offered: int = 0,
+        gate_columns: int = 0,
+        up_columns: int = 0,
         counts: torch.Tensor | None = None,
     ) -> None:
-        self._known, self._counts = (offered, gate, up, down), counts
+        self._known, self._counts = (offered, gate, up, down, gate_columns, up_columns), counts
 
     def __iadd__(self, other: RowsRead) -> RowsRead:
         self._known = _sums(self._known, other._known)
@@ -186,8 +237,21 @@ class RowsRead:
         return self._fetched()[3]
 
     @property
+    def gate_columns(self) -> int:
+        return self._fetched()[4]
+
+    @property
+    def up_columns(self) -> int:
+        return self._fetched()[5]
+
+    @property
     def total(self) -> int:
+        """Rows of all projections; columns are not among them."""
         return self.gate + self.up + self.down
+
+    @property
+    def columns(self) -> int:
+        return self.gate_columns + self.up_columns
 
 
 def _sums(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:

@@ -9,29 +9,34 @@
 namespace sparsify {
 namespace {
 
-// [B, width] in fp32, padded with zeros.
-template <class T, int B>
-void widen(const FfnCall& call, const Matrix& from, Input& to) {
-    float* values = to.prepare<T, B>(call.hidden);
+// [tokens, hidden] in fp32.
+const float* widen(const FfnCall& call, const Matrix& from, std::vector<float>& to) {
+    to.resize(call.tokens * call.hidden);
     with_dtype(call.dtype, [&](auto format) {
         using X = decltype(format);
         for (int b = 0; b < call.tokens; ++b)
-            for (int64_t i = 0; i < call.hidden; ++i) values[b * to.width + i] = X::at(row<X>(from, b), i);
+            for (int64_t i = 0; i < call.hidden; ++i) to[b * call.hidden + i] = X::at(row<X>(from, b), i);
     });
-    to.finish<T, B>();
+    return to.data();
 }
 
 template <class T, int B>
 void run(FfnCall& call) {
     static thread_local FfnScratch kept;
-    static thread_local Input x, predictor_x;
+    static thread_local FfnInputs x;
+    static thread_local Input predictor_x;
+    static thread_local std::vector<float> values, up_values;
     FfnScratch& scratch = kept;  // inside the region the thread_local name would mean each thread's own object
     reserve<T, B>(call, scratch);
-    widen<T, B>(call, call.x, x);
-    if (call.predictor_a.data) widen<F32, B>(call, call.predictor_x, predictor_x);
+    if (call.predictor_a.data) fill_rows<F32, B>(nullptr, widen(call, call.predictor_x, values), call.tokens, call.hidden, predictor_x);
+    const float* seen = widen(call, call.x, values);
+    const float* seen_by_up = call.up_x.data ? widen(call, call.up_x, up_values) : seen;
     bool active[MAX_TOKENS] = {};
     std::fill(active, active + call.tokens, true);
-    const FfnTokens in{&x, &predictor_x, active, nullptr, nullptr};
+    FfnTokens in{};
+    x.fill<T, B>(call, seen, nullptr, seen_by_up, nullptr, call.tokens, in);
+    in.predictor_x = &predictor_x;
+    in.active = active;
     in_parallel(call.threads, [&](int thread, int threads) { phases<T, B>(call, in, scratch, thread, threads); });
 }
 

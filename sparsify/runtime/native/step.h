@@ -14,11 +14,13 @@
 
 namespace sparsify {
 
-// A linear projection: [rows, columns] of this format.
+// A linear projection: [outputs, inputs] of this format, or [inputs, outputs] if it is held by columns.
 struct Linear {
     Matrix weight;
-    int64_t rows;
-    int32_t format, unused;
+    int64_t outputs;
+    const InputMask* mask;  // null without one
+    int32_t format, by_columns;
+    int64_t columns_read;  // result, added up over steps: columns, if it is held by them
 };
 
 // Where the time goes, as the first thread sees it.
@@ -27,7 +29,7 @@ enum Part { PROJECTIONS = 0, ATTENTION = 1, FFN = 2, HEAD = 3, REST = 4, PARTS =
 struct StepLayer {
     const void *attention_norm, *ffn_norm;  // [hidden], of the model's dtype
     Linear q, k, v, o;
-    const float *attn_in, *attn_out, *ffn_in;  // thresholds of masks, one for each element; null without one
+    const InputMask *gate_mask, *up_mask;  // of the inputs of gate and up; null without one
     void *keys, *values;
     const void* router;  // [experts, hidden], of the model's dtype; null in a dense model
     FfnCall* experts;    // one, or one for each expert
@@ -60,7 +62,10 @@ struct Shared {
 // What every thread makes for itself.
 struct Own {
     Input x, predictor_x;
-    std::vector<float> normed, combined, probabilities;
+    Factors factors;
+    FfnInputs ffn;
+    std::vector<int32_t> listed;
+    std::vector<float> normed, combined, probabilities, sums;
 };
 
 class Clock {
@@ -107,24 +112,49 @@ void norm(const float* residual, const void* weight, int64_t tokens, int64_t hid
     }
 }
 
-// The vectors `from` [tokens, count] as the rows of a projection read them, after a mask.
-template <class T, int B>
-void give(const float* from, int64_t tokens, int64_t count, const float* thresholds, Input& to) {
-    float* values = to.prepare<T, B>(count);
-    for (int64_t b = 0; b < tokens; ++b)
-        for (int64_t i = 0; i < count; ++i) {
-            const float value = from[b * count + i];
-            values[b * to.width + i] = thresholds && std::fabs(value) <= thresholds[i] ? 0.0f : value;
-        }
-    to.finish<T, B>();
-}
+// One projection of several that read the same vectors: to[b * stride + n] = (or +=) output n of token b.
+struct Product {
+    Linear* linear;
+    float* to;
+    int64_t stride;
+    bool adding;
+};
 
-// to[b * stride + n] = dot(row n, x[b]) for all rows, without waiting for the other threads.
-template <class T, int B>
-void project(const Linear& linear, const Input& x, int64_t tokens, float* to, int64_t stride, bool adding) {
-    all_dots<T, B>(linear.weight, nullptr, linear.rows, x, [=](int64_t n, const float* dots) {
-        for (int64_t b = 0; b < tokens; ++b) to[b * stride + n] = adding ? to[b * stride + n] + dots[b] : dots[b];
-    });
+// All of them, without waiting for the other threads. Outputs of matrices that are held by columns are one range, of which each
+// thread takes one part: its runs through memory are longer than with a part of each matrix.
+template <class T, int B, size_t N>
+void project(const std::array<Product, N>& products, const float* from, int64_t tokens, int64_t inputs, Own& own, int thread, int threads) {
+    int64_t width = 0, before = 0;
+    for (const Product& one : products) width += one.linear->by_columns ? T::width(one.linear->outputs) : 0;
+    const auto put = [&](const Product& one) {
+        return [=](int64_t n, const float* values) {
+            for (int64_t b = 0; b < tokens; ++b) {
+                float& place = one.to[b * one.stride + n];
+                place = one.adding ? place + values[b] : values[b];
+            }
+        };
+    };
+    const Span span = part_of<T>(width, thread, threads);
+    const Linear *listed = nullptr, *filled = nullptr;
+    for (const Product& one : products) {
+        Linear& linear = *one.linear;
+        if (!linear.by_columns) {
+            if (!filled || filled->mask != linear.mask) fill_rows<T, B>(linear.mask, from, tokens, inputs, own.x);
+            filled = &linear;
+            all_dots<T, B>(linear.weight, nullptr, linear.outputs, own.x, put(one));
+            continue;
+        }
+        const Span part{std::max<int64_t>(0, span.begin - before), std::min(T::width(linear.outputs), span.end - before)};
+        before += T::width(linear.outputs);
+        if (part.empty()) continue;
+        if (!listed || listed->mask != linear.mask) {
+            own.factors.fill<B>(linear.mask, from, tokens, inputs);
+            own.factors.list<B>(nullptr, false, own.listed);
+        }
+        listed = &linear;
+        column_sums<T, B>(linear.weight, linear.outputs, own.factors, own.listed, part, own.sums, put(one));
+        if (part.begin == 0) linear.columns_read += static_cast<int64_t>(own.listed.size());
+    }
 }
 
 // Router weight of every expert for every token, 0 for those that it is not routed to: [tokens, experts].
@@ -164,7 +194,7 @@ void with_format(int32_t format, int32_t dtype, const F& f) {
 }
 
 template <int B>
-void attention_block(const StepCall& call, const StepLayer& layer, Shared& s, Own& own, Clock& clock) {
+void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Clock& clock, int thread, int threads) {
     const Attention& a = call.attention;
     const int64_t width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim;
     with_dtype(call.dtype, [&](auto dtype) {
@@ -173,10 +203,10 @@ void attention_block(const StepCall& call, const StepLayer& layer, Shared& s, Ow
     clock.book(REST);
     with_format(layer.q.format, call.dtype, [&](auto format) {
         using T = decltype(format);
-        give<T, B>(own.normed.data(), a.tokens, call.hidden, layer.attn_in, own.x);
-        project<T, B>(layer.q, own.x, a.tokens, s.attention.q.data(), width, false);
-        project<T, B>(layer.k, own.x, a.tokens, s.attention.k.data(), kv_width, false);
-        project<T, B>(layer.v, own.x, a.tokens, s.attention.v.data(), kv_width, false);
+        const std::array<Product, 3> products{{{&layer.q, s.attention.q.data(), width, false},
+                                               {&layer.k, s.attention.k.data(), kv_width, false},
+                                               {&layer.v, s.attention.v.data(), kv_width, false}}};
+        project<T, B>(products, own.normed.data(), a.tokens, call.hidden, own, thread, threads);
     });
     barrier();
     clock.book(PROJECTIONS);
@@ -189,8 +219,8 @@ void attention_block(const StepCall& call, const StepLayer& layer, Shared& s, Ow
     clock.book(ATTENTION);
     with_format(layer.o.format, call.dtype, [&](auto format) {
         using T = decltype(format);
-        give<T, B>(own.combined.data(), a.tokens, width, layer.attn_out, own.x);
-        project<T, B>(layer.o, own.x, a.tokens, s.residual.data(), call.hidden, true);
+        const std::array<Product, 1> product{{{&layer.o, s.residual.data(), call.hidden, true}}};
+        project<T, B>(product, own.combined.data(), a.tokens, width, own, thread, threads);
     });
     barrier();
     clock.book(PROJECTIONS);
@@ -206,12 +236,14 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
         if (layer.router) route<X>(call, layer, own.normed, own.probabilities);
         if (!predicts) return;
         const bool residual = call.predictor_reads_residual != 0;
-        give<X, B>(residual ? s.residual.data() : own.normed.data(), tokens, call.hidden, nullptr, own.predictor_x);
+        fill_rows<X, B>(nullptr, residual ? s.residual.data() : own.normed.data(), tokens, call.hidden, own.predictor_x);
     });
     const int64_t experts = layer.router ? call.num_experts : 1;
     with_format(layer.experts->weight_format, call.dtype, [&](auto format) {
         using T = decltype(format);
-        give<T, B>(own.normed.data(), tokens, call.hidden, layer.ffn_in, own.x);
+        FfnTokens in{};
+        const float* x = own.normed.data();
+        own.ffn.fill<T, B>(layer.experts[0], x, layer.gate_mask, x, layer.up_mask, tokens, in);
         clock.book(REST);
         for (int64_t e = 0; e < experts; ++e) {
             bool active[MAX_TOKENS] = {};
@@ -223,7 +255,10 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
             }
             if (!any) continue;
             FfnCall& expert = layer.experts[e];
-            const FfnTokens in{&own.x, predicts ? &own.predictor_x : nullptr, active, s.residual.data(), shares};
+            in.predictor_x = predicts ? &own.predictor_x : nullptr;
+            in.active = active;
+            in.residual = s.residual.data();
+            in.shares = shares;
             phases<T, B>(expert, in, s.ffn, thread, threads);
         }
     });
@@ -256,7 +291,7 @@ void run(StepCall& call) {
         static thread_local Own own;
         Clock clock(call.seconds, thread == 0);
         for (int64_t l = 0; l < call.layers; ++l) {
-            attention_block<B>(call, call.layer[l], s, own, clock);
+            attention_block<B>(call, call.layer[l], s, own, clock, thread, threads);
             ffn_block<B>(call, call.layer[l], s, own, clock, thread, threads);
         }
         with_dtype(call.dtype, [&](auto dtype) {
@@ -264,9 +299,9 @@ void run(StepCall& call) {
             norm<X>(s.residual.data(), call.final_norm, a.tokens, call.hidden, call.norm_epsilon, own.normed);
             with_format(call.head.format, call.dtype, [&](auto format) {
                 using T = decltype(format);
-                give<T, B>(own.normed.data(), a.tokens, call.hidden, nullptr, own.x);
+                fill_rows<T, B>(nullptr, own.normed.data(), a.tokens, call.hidden, own.x);
                 auto* logits = static_cast<typename X::Stored*>(call.logits);
-                const int64_t vocabulary = call.head.rows, tokens = a.tokens;
+                const int64_t vocabulary = call.head.outputs, tokens = a.tokens;
                 all_dots<T, B>(call.head.weight, nullptr, vocabulary, own.x, [=](int64_t n, const float* dots) {
                     for (int64_t b = 0; b < tokens; ++b) logits[b * vocabulary + n] = X::from(dots[b]);
                 });

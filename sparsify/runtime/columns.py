@@ -1,0 +1,50 @@
+"""Which projections are held by columns: those whose input is masked, so that columns of inputs that are zero are not read.
+
+A projection [outputs, inputs] that is held by columns lies transposed in memory, so that a column is one contiguous run. Its name,
+shape and values stay; moving, casting and loading keep its strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sparsify.models.activations import ACTIVATIONS, GATES_WITHOUT_ZEROS
+from sparsify.models.masking import is_fused, site_rules
+
+READERS = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "ffn_in": ("gate", "up")}
+"""The projections that read each masked input."""
+
+
+def held_by_columns(model: Any, *, in_blocks: bool) -> frozenset[str]:
+    """Names of the projections that are held by columns: of `q`, `k`, `v`, `o`, `gate` and `up`.
+
+    Up is held by rows where the gate makes zeros: then a step reads fewer rows than columns. Fused experts store gate and up as
+    one parameter, which has one order; int8 and int4 blocks of them are two.
+    """
+    masked = {name for site in site_rules(model.config) for name in READERS.get(site, ())}
+    block = model.ffn_blocks()[0]
+    own = block.ffn_activation
+    gate = ACTIVATIONS[own.name].gate
+    gate_makes_zeros = gate not in GATES_WITHOUT_ZEROS or getattr(own, "gate_mask", None) is not None
+    ffn = masked & {"gate", "up"}
+    if is_fused(block) and not in_blocks:
+        ffn = {"gate", "up"} if len(ffn) == 2 or (ffn and not gate_makes_zeros) else set()
+    elif gate_makes_zeros:
+        ffn -= {"up"}
+    return frozenset(masked - {"gate", "up"} | ffn)
+
+
+def columns_first(weight: torch.Tensor) -> torch.Tensor:
+    """The transpose of a projection [..., outputs, inputs], contiguous: [..., inputs, outputs]. Reorders its memory if needed."""
+    if not weight.data.mT.is_contiguous():
+        weight.data = weight.data.mT.contiguous().mT
+    return weight.data.mT
+
+
+def rows_first(weight: torch.Tensor) -> torch.Tensor:
+    """A projection [..., outputs, inputs], contiguous again if `columns_first` reordered its memory."""
+    if weight.data.mT.is_contiguous() and not weight.data.is_contiguous():
+        weight.data = weight.data.contiguous()
+    return weight.data

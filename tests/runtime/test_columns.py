@@ -1,0 +1,318 @@
+"""Columns of inputs that a mask dropped are not read, and what is computed is the masked dense product."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sparsify.models.masking import site_rules
+from sparsify.runtime import BlockMatrix, FfnWeights, accelerate, quantise, sparse_ffn
+from sparsify.runtime.quantised import BlockFormat, rounded_states
+from tests.runtime.blocks import ALL, DTYPES, FORMATS, TOLERANCES, block, decoded_logits, difference, predictor
+from tests.runtime.test_step import decoded, made
+
+HELD = [frozenset(one) for one in (["gate"], ["up"], ["gate", "up"])]
+backends = pytest.mark.parametrize("backend", ["native", "torch"])
+formats = pytest.mark.parametrize("format", FORMATS)
+
+
+@pytest.fixture(autouse=True)
+def _compiled(native: str) -> None:
+    """Every test here may ask for the compiled kernels."""
+
+
+def masked_block(
+    shape: tuple[int, int, int], dtype: torch.dtype, kept: float, seed: int = 0, on: float = 0.6
+) -> tuple[torch.Tensor, FfnWeights]:
+    """As `block`, with a share of the elements of x kept for each token."""
+    x, weights = block(*shape, dtype, on=on, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.where(torch.rand(x.shape, generator=generator) < kept, x, 0.0), weights
+
+
+def by_columns(
+    weights: FfnWeights, held: frozenset[str], format: BlockFormat | None = None
+) -> tuple[FfnWeights, FfnWeights]:
+    """The weights with some projections held by columns, and, by rows in fp32, what they stand for."""
+    read, plain = {}, {}
+    for name in ("gate", "up", "down_t"):
+        part = getattr(weights, name)
+        part = part.T.contiguous() if name in held else part
+        read[name] = part if format is None else quantise(part, format)
+        plain[name] = part if format is None else read[name].dequantised()
+        plain[name] = plain[name].T if name in held else plain[name]
+    return dataclasses.replace(weights, by_columns=held, **read), dataclasses.replace(weights, **plain)
+
+
+@backends
+@settings(max_examples=200, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 10), st.integers(1, 150), st.integers(1, 150)),
+    name=st.sampled_from(sorted(ALL.keys() - {"fatrelu"})),
+    dtype=st.sampled_from(DTYPES),
+    format=st.sampled_from(FORMATS),
+    held=st.sampled_from(HELD),
+    kept=st.sampled_from([0.0, 0.01, 0.3, 0.5, 1.0]),
+    on=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
+    threads=st.integers(1, 4),
+    dense=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_every_block_equals_float64(backend, shape, name, dtype, format, held, kept, on, threads, dense, seed) -> None:
+    x, weights = masked_block(shape, dtype, kept, seed, on)
+    read, plain = by_columns(weights, held, format)
+    out, rows = sparse_ffn(x, read, ALL[name], backend=backend, threads=threads, dense=dense)
+    assert out.dtype == dtype
+    rounded = x if format is None else rounded_states(x)
+    states = {one: x if one in held else rounded for one in ("gate", "up")}
+    gate, up = (states[one].double() @ getattr(plain, one).double().T for one in ("gate", "up"))
+    # Where both read the same, `difference` knows the products; otherwise up is folded into a block that reads gate's input.
+    if states["gate"] is states["up"]:
+        assert difference(out, x, plain, ALL[name], states["gate"]) < TOLERANCES[dtype]
+    else:
+        eye = torch.eye(weights.neurons, dtype=torch.float64)
+        both = torch.cat([gate, up], 1)
+        zero = torch.zeros_like(eye)
+        folded = FfnWeights(torch.cat([eye, zero], 1), torch.cat([zero, eye], 1), plain.down_t.double())
+        assert difference(out, both, folded, ALL[name]) < TOLERANCES[dtype]
+    assert (rows.gate == 0) == ("gate" in held)
+    assert rows.up == 0 or "up" not in held
+
+
+@backends
+@pytest.mark.parametrize("held", HELD)
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+def test_columns_are_counted_once_for_all_tokens(backend: str, held: frozenset[str], tokens: int) -> None:
+    x, weights = masked_block((tokens, 200, 70), torch.float32, 0.02)
+    read, _ = by_columns(weights, held)
+    _, rows = sparse_ffn(x, read, ALL["swiglu"], backend=backend)
+    needed = int((x != 0).any(0).sum())
+    assert 0 < needed < 100
+    assert rows.gate_columns == (needed if "gate" in held else 0)
+    assert rows.up_columns == (needed if "up" in held else 0)
+    assert rows.columns == needed * len(held)
+    sizes = read.read_bytes
+    assert sizes.weights(rows) == 4 * (rows.columns * 70 + rows.total * 200)
+    assert sizes.dense == 3 * 200 * 4
+
+
+@formats
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_number_of_threads_changes_no_bit(tokens: int, dtype: torch.dtype, format: BlockFormat | None) -> None:
+    x, weights = masked_block((tokens, 300, 700), dtype, 0.5)
+    read, _ = by_columns(weights, HELD[2], format)
+    one, _ = sparse_ffn(x, read, ALL["swiglu"], backend="native", threads=1)
+    for threads in (2, 3, 7, 40):
+        more, _ = sparse_ffn(x, read, ALL["swiglu"], backend="native", threads=threads)
+        assert torch.equal(one, more)
+
+
+@backends
+@formats
+def test_columns_that_no_token_needs_are_never_touched(backend: str, format: BlockFormat | None) -> None:
+    """What is not a number in a skipped column would show."""
+    x, weights = masked_block((2, 96, 130), torch.float32, 0.05)
+    read, _ = by_columns(weights, HELD[2], format)
+    expected, _ = sparse_ffn(x, read, ALL["swiglu"], backend=backend)
+    skipped = (x == 0).all(0)
+    for part in (read.gate, read.up):
+        if isinstance(part, BlockMatrix):
+            part.data[skipped] = 0xFF  # a scale of 0xFFFF is a NaN
+        else:
+            part[skipped] = torch.nan
+    given, _ = sparse_ffn(x, read, ALL["swiglu"], backend=backend)
+    assert torch.equal(given, expected)
+
+
+@backends
+@formats
+def test_nan_and_inf_come_out_of_the_token_that_brought_them(backend: str, format: BlockFormat | None) -> None:
+    x, weights = masked_block((3, 64, 100), torch.float32, 0.3)
+    read, _ = by_columns(weights, HELD[2], format)
+    clean, _ = sparse_ffn(x, read, ALL["swiglu"], backend=backend)
+    for strange in (torch.nan, torch.inf):
+        x[1, 5] = strange
+        out, _ = sparse_ffn(x, read, ALL["swiglu"], backend=backend)
+        assert not out[1].isfinite().any()
+        torch.testing.assert_close(out[[0, 2]], clean[[0, 2]])
+
+
+def test_a_predictor_may_be_used_with_columns() -> None:
+    x, weights = masked_block((3, 64, 100), torch.float32, 0.3)
+    weights = dataclasses.replace(weights, predictor=predictor(weights, 8))
+    expected, _ = sparse_ffn(x, weights, ALL["reglu"])
+    for held in HELD:
+        given, _ = sparse_ffn(x, by_columns(weights, held)[0], ALL["reglu"])
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
+INPUTS = {site: {"rule": "threshold", "per": "layer"} for site in ("attn_in", "attn_out", "ffn_in")}
+TEAL = {"sparsification": {"method": "percentile", "sites": INPUTS | {"inter": INPUTS["attn_in"]}}}
+BITS = {"int8": 8.5, "int4": 4.5}
+kinds = pytest.mark.parametrize("experts", [0, 3])
+
+
+def masked_model(experts: int, share: float = 0.5, **fields: Any) -> Any:
+    """A model whose inputs are masked to about half; thresholds that no rounding can cross."""
+    model = made(
+        experts=experts, **{"ffn_activation": "swiglu", "hidden_size": 64, "intermediate_size": 96} | TEAL | fields
+    )
+    for name, buffer in model.named_buffers():
+        if name.endswith("input_mask.threshold"):
+            buffer.fill_(share)
+    return model
+
+
+@torch.no_grad()
+def rounded(model: Any, format: BlockFormat) -> Any:
+    """The model with weights that are what its blocks stand for: blocks of columns where the input is masked."""
+    model = copy.deepcopy(model)
+    sites = site_rules(model.config)
+
+    def of(weight: torch.Tensor, by_columns: bool, format: BlockFormat = format) -> torch.Tensor:
+        lines = weight.T if by_columns else weight
+        read = quantise(lines, format).dequantised(dtype=weight.dtype)
+        return read.T if by_columns else read
+
+    def round_states(_module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (rounded_states(arguments[0]).to(arguments[0]), *arguments[1:])
+
+    def linear(module: nn.Linear, by_columns: bool, format: BlockFormat = format) -> None:
+        module.weight.copy_(of(module.weight, by_columns, format))
+        if not by_columns:
+            module.register_forward_pre_hook(round_states)
+
+    for layer, ffn in zip(model.model.layers, model.ffn_blocks(), strict=True):
+        for name in "qkvo":
+            site = "attn_out" if name == "o" else "attn_in"
+            linear(getattr(layer.self_attn, f"{name}_proj"), site in sites)
+        assert "ffn_in" in sites
+        if hasattr(ffn, "gate_up_proj"):
+            for gate_up, down in zip(ffn.gate_up_proj, ffn.down_proj, strict=True):
+                for half in gate_up.chunk(2):
+                    half.copy_(of(half, True))
+                down.copy_(of(down, True))
+        else:
+            linear(ffn.gate_proj, True)
+            linear(ffn.up_proj, True)
+            ffn.down_proj.weight.copy_(of(ffn.down_proj.weight, True))
+    linear(model.lm_head, False, "int8")
+    return model
+
+
+@kinds
+@formats
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_skips_columns_of_all_projections(experts: int, format: BlockFormat | None, batch: int) -> None:
+    model = masked_model(experts)
+    reference = model if format is None else rounded(model, format)
+    ids = torch.arange(3, 3 + 6 * batch).view(batch, 6)
+    expected = decoded_logits(reference, ids)
+    acceleration = accelerate(model, weights=format or "stored")
+    given = decoded_logits(model, ids)
+    assert model.forward.steps == 6
+    torch.testing.assert_close(given, expected, rtol=2e-4, atol=2e-4 * expected.abs().max().item())
+    bits = 32 if format is None else BITS[format]
+    for reads in acceleration.reads:
+        assert reads.rows.gate == reads.rows.up == 0
+        assert 0 < reads.rows.gate_columns == reads.rows.up_columns
+        assert reads.bytes_read == (reads.rows.columns * 96 + reads.rows.down * 64) * bits / 8
+        assert reads.touched_share == reads.bytes_read / (3 * 64 * reads.offered * bits / 8)
+        assert reads.touched_share < (0.8 if batch == 1 else 1.0)
+        assert reads.attention.steps == 6
+        assert reads.attention.bytes_offered == 6 * (2 * 64 * 64 + 2 * 64 * 32) * bits / 8
+        assert 0 < reads.attention.bytes_read < reads.attention.bytes_offered
+    skipped = sum(one.attention.bytes_offered - one.attention.bytes_read for one in acceleration.reads) / 6
+    decoding = acceleration.other_bytes
+    acceleration.reset()
+    assert decoding == acceleration.other_bytes - round(skipped)
+
+
+@kinds
+def test_weights_keep_names_shapes_and_values(experts: int) -> None:
+    model = masked_model(experts)
+    before = {name: (value.clone(), value.stride()) for name, value in model.state_dict().items()}
+    expected = decoded(model, 1, 3)
+    accelerate(model)
+    decoded(model, 1, 2)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, (value, _) in before.items())
+    moved = {name.split(".")[-2] for name, (_, stride) in before.items() if after[name].stride() != stride}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert moved == attention | ({"experts"} if experts else {"gate_proj", "up_proj", "down_proj"})
+    twin = copy.deepcopy(model).double().float()
+    torch.testing.assert_close(decoded(twin, 1, 3), expected, rtol=1e-4, atol=1e-4)
+    # The baseline of speed-ups reads rows, so their order comes back.
+    dense = accelerate(model, dense=True)
+    torch.testing.assert_close(decoded(model, 1, 3), expected, rtol=1e-4, atol=1e-4)
+    assert model.model.layers[0].self_attn.q_proj.weight.is_contiguous()
+    assert all(reads.rows.gate == reads.offered for reads in dense.reads)
+
+
+def test_without_a_mask_on_inputs_nothing_changes() -> None:
+    model = made()
+    accelerate(model)
+    decoded(model, 1, 1)
+    kept = [parameter for name, parameter in model.named_parameters() if "down_proj" not in name]
+    assert all(parameter.is_contiguous() for parameter in kept)
+
+
+@pytest.mark.parametrize(
+    ("fields", "columns"),
+    [
+        ({"ffn_activation": "swiglu"}, {"gate", "up"}),
+        ({"ffn_activation": "drelu"}, {"gate"}),  # fewer rows of up than columns
+    ],
+)
+def test_up_is_read_by_rows_where_the_gate_makes_zeros(fields: dict[str, Any], columns: set[str]) -> None:
+    model = masked_model(0, **fields)
+    expected = decoded(model, 1, 3)
+    acceleration = accelerate(model)
+    torch.testing.assert_close(decoded(model, 1, 3), expected, rtol=1e-4, atol=1e-4)
+    rows = acceleration.reads[0].rows
+    assert {name for name in ("gate", "up") if getattr(rows, f"{name}_columns")} == columns
+
+
+@kinds
+@pytest.mark.parametrize("share", [0.0, 1e9])
+def test_inputs_that_are_kept_or_dropped_altogether(experts: int, share: float) -> None:
+    model = masked_model(experts, share)
+    expected = decoded(model, 2, 3)
+    acceleration = accelerate(model)
+    torch.testing.assert_close(decoded(model, 2, 3), expected, rtol=1e-4, atol=1e-4)
+    for reads in acceleration.reads:
+        if share:
+            assert reads.bytes_read == reads.attention.bytes_read == 0
+        else:
+            assert reads.attention.bytes_read == reads.attention.bytes_offered
+
+
+@formats
+def test_any_number_of_threads_gives_the_same_bits(format: BlockFormat | None) -> None:
+    for experts in (0, 4):
+        model = masked_model(experts, hidden_size=256, intermediate_size=704, dtype=torch.bfloat16)
+        outputs = []
+        for threads in (1, 2, 3):
+            accelerate(model, weights=format or "stored", threads=threads)
+            outputs.append(decoded(model, 3, 4))
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[0], outputs[2])
+
+
+def test_a_prompt_and_blocks_alone_compute_the_same_model() -> None:
+    for experts in (0, 3):
+        model = masked_model(experts)
+        reference = rounded(model, "int4")
+        accelerate(model, weights="int4", keep_weights=False)
+        ids = torch.arange(3, 43)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-4, atol=1e-4)
