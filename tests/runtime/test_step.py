@@ -19,9 +19,9 @@ from sparsify.models import (
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
 )
-from sparsify.models.masking import SITES
 from sparsify.predictors import read_predictors, write_predictors
 from sparsify.runtime import accelerate
+from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES
 from tests.predictors.untrained import random_predictors
 
 
@@ -98,7 +98,7 @@ def close(model: Any, expected: torch.Tensor, given: torch.Tensor, steps: int) -
     batch=st.integers(1, 8),
     window=st.sampled_from([None, None, 2, 4, 7]),
     activation=st.sampled_from(["drelu", "reglu", "relu2", "swiglu"]),
-    sites=st.sets(st.sampled_from(SITES)),
+    sites=st.sets(st.sampled_from((*STEP_SITES, *BLOCK_SITES))),
     per=st.sampled_from(["layer", "channel"]),
     cache=st.sampled_from(["own", "plain", "static"]),
     mask=st.booleans(),
@@ -126,7 +126,7 @@ def test_every_model_decodes_as_its_own_forward_does(
 ) -> None:
     if activation == "swiglu" and not sites & {"gate", "inter"}:
         sites = {*sites, "inter"}
-    masks = {site: {"rule": "threshold", "per": per} for site in SITES if site in sites}
+    masks = {site: {"rule": "threshold", "per": per} for site in sites}
     model = made(
         seed,
         experts=experts,
