@@ -14,7 +14,16 @@ import typer
 from rich.text import Text
 
 from sparsify.cli.bench import bench_app
-from sparsify.cli.bounds import GATE_THRESHOLD, MEMORY_GB, PRICE, SHARE_BELOW_ONE, THROUGHPUT, TOKENS, TOKENS_OR_NONE
+from sparsify.cli.bounds import (
+    DENSITY,
+    GATE_THRESHOLD,
+    MEMORY_GB,
+    PRICE,
+    SHARE_BELOW_ONE,
+    THROUGHPUT,
+    TOKENS,
+    TOKENS_OR_NONE,
+)
 from sparsify.cli.evaluate import evaluate
 from sparsify.cli.export import export_app
 from sparsify.cli.generate import generate
@@ -271,6 +280,13 @@ def convert(
             help="Share of exact zeros that the method's mask gives every layer, such as 0.9.",
         ),
     ] = None,
+    target_density: Annotated[
+        float | None,
+        typer.Option(
+            callback=DENSITY.check,
+            help="Share of the weights of all linear projections that a token may read; the mask's zeros follow from it.",
+        ),
+    ] = None,
     on: Annotated[
         str | None,
         typer.Option(
@@ -299,6 +315,7 @@ def convert(
         calibrate_on,
         calibration_tokens,
         target_zeros,
+        target_density,
         on,
     )
     chosen, settings, calibrate_on = verb.conversion_settings(model, options)

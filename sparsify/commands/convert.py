@@ -153,6 +153,7 @@ class ConvertOptions:
     calibrate_on: str | None = None
     calibration_tokens: int | None = None
     target_zeros: float | None = None
+    target_density: float | None = None
     on: str | None = None
 
 
@@ -169,6 +170,7 @@ def conversion_settings(
         for name, value in (
             ("calibration-tokens", options.calibration_tokens),
             ("target-zeros", options.target_zeros),
+            ("target-density", options.target_density),
             ("set", " ".join(options.method_settings) or None),
             ("refit", options.refit),
         ):
@@ -188,6 +190,7 @@ def conversion_settings(
     settings = ConversionSection(
         calibration_tokens=CALIBRATION_TOKENS if tokens is None else tokens,
         target_zeros=options.target_zeros,
+        target_density=options.target_density,
         method=options.method or ConversionSection().method,
         method_settings=dict(_setting(pair) for pair in options.method_settings),
         refit=options.refit,

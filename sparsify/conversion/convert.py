@@ -68,8 +68,7 @@ def upcycle(dense: SparseModel, num_experts: int, num_experts_per_token: int, se
         ModelError: If the model has experts already.
     """
     check_dense(dense.config, num_experts)
-    fields = {key: value for key, value in dense.config.to_dict().items() if key not in DENSE_ONLY_FIELDS}
-    config = SparseMixtralConfig(**fields, num_local_experts=num_experts, num_experts_per_tok=num_experts_per_token)
+    config = _upcycled_config(dense.config, num_experts, num_experts_per_token)
     torch.manual_seed(seed)
     model = SparseMixtralForCausalLM(config)
     model.to(dtype=dense.dtype)  # pyright: ignore[reportCallIssue]
@@ -88,6 +87,11 @@ def upcycle(dense: SparseModel, num_experts: int, num_experts_per_token: int, se
                 target.copy_(source[f"model.layers.{layer}.{name}"].expand_as(target))
         state[f"{new}down_proj"].copy_(source[f"{old}down_proj.weight"].expand(num_experts, -1, -1))
     return model.eval()
+
+
+def _upcycled_config(dense: SparseConfig, num_experts: int, num_experts_per_token: int) -> SparseMixtralConfig:
+    fields = {key: value for key, value in dense.to_dict().items() if key not in DENSE_ONLY_FIELDS}
+    return SparseMixtralConfig(**fields, num_local_experts=num_experts, num_experts_per_tok=num_experts_per_token)
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,25 @@ def convert(
     with conversion(model, activation, to, seed=seed, dtype=dtype, drop_mask=drop_mask) as made:
         pass
     return replace(made, folder=to)
+
+
+def config_of(model: ModelSection, activation: ActivationSection) -> SparseConfig:
+    """The configuration of the checkpoint that `convert` writes; no weights are read.
+
+    Raises:
+        ModelError: If the source is missing, damaged, or cannot be held.
+    """
+    if model.init == "random":
+        config, where = dict(model.architecture), "model.architecture"
+    else:
+        assert model.source is not None
+        path = locate(model.source, model.revision)
+        where = str(path)
+        config = read_gguf(path).config if path.is_file() else read_checkpoint(path).config
+    held = _held_as(model, config, activation, where)
+    if model.upcycle_experts is None:
+        return held
+    return _upcycled_config(held, model.upcycle_experts, model.upcycle_experts_per_token)
 
 
 @contextmanager

@@ -20,9 +20,14 @@ from sparsify.methods.layerwise import Expert, Layer
 from sparsify.models import SiteRule
 from sparsify.recipe.sparsification import ConversionSection
 
+UNSOLVED_ZEROS = 0.5
+"""Used as `target_zeros` where a target density is given and the model's shapes are not known yet, so that all else is checked."""
+
 
 class MethodSettings(BaseModel):
-    """Base of a method's settings. A field `target_zeros` is set by `conversion.target_zeros` and `--target-zeros`."""
+    """Base of a method's settings. A field `target_zeros` is set by `conversion.target_zeros` and `--target-zeros`, or solved for
+    `conversion.target_density` (`methods/density.py`).
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -97,6 +102,8 @@ class Fitted:
 @runtime_checkable
 class Mask(Protocol):
     """Which elements of which vectors are dropped for a token: fitted once and stored with the model.
+
+    One that does not keep the same share, 1 - target_zeros, at each of its sites also has a property `kept_shares`, the share by site.
 
     Attributes:
         name: What users call it; `config.sparsification` says it.
@@ -213,6 +220,11 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
             f"conversion.refit={str(conversion.refit).lower()} would be ignored: {name} reconstructs in its own way.",
             next_step="Leave it out, or choose a mask as conversion.method.",
         )
+    if conversion.target_density is not None and not isinstance(method, Mask):
+        raise RecipeError(
+            f"conversion.target_density={conversion.target_density:g} is set with {name}, whose activation makes zeros of its own.",
+            next_step="Set conversion.target_zeros, or choose a mask as conversion.method (--method).",
+        )
     return method
 
 
@@ -251,6 +263,20 @@ def _settings(method: Method, conversion: ConversionSection) -> MethodSettings:
         given = {**given, "target_zeros": conversion.target_zeros}
         keys["target_zeros"] = "conversion.target_zeros"
     fields = method.Settings.model_fields
+    if conversion.target_density is not None:
+        if conversion.target_zeros is not None:
+            raise RecipeError(
+                f"conversion.target_density={conversion.target_density:g} and conversion.target_zeros={conversion.target_zeros:g} "
+                "both say how much is dropped.",
+                next_step="Omit one of them.",
+            )
+        if "target_zeros" not in fields:
+            raise RecipeError(
+                f"conversion.target_density={conversion.target_density:g} would be ignored: {method.name} has no target_zeros.",
+                next_step="Omit it, or choose another method.",
+            )
+        given = {**given, "target_zeros": UNSOLVED_ZEROS}
+        keys["target_zeros"] = "conversion.target_zeros"
     for name in given:
         if name not in fields:
             raise RecipeError(

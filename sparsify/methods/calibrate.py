@@ -94,6 +94,7 @@ def rewrite_of(conversion: ConversionSection) -> LayerRewrite:
     Raises:
         RecipeError: If there is no such method, or a setting is invalid.
     """
+    assert conversion.target_density is None, "not solved for target_zeros"
     method = method_of(conversion)
     return MaskedWeights(method, conversion.refit) if isinstance(method, Mask) else method
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsify.conversion.architecture import sparse_config
-from sparsify.conversion.convert import Converted, convert
+from sparsify.conversion.convert import Converted, config_of, convert
 from sparsify.conversion.manifest import record_folder
 from sparsify.conversion.source_checkpoint import SourceCheckpoint, read_checkpoint
 from sparsify.conversion.source_tensors import read_shapes
@@ -28,6 +28,7 @@ from sparsify.files import atomic_folder, replace_folder, write_json
 from sparsify.metadata import holds_json, read_record
 from sparsify.methods.base import Mask, makes_masks, method_of, sparsification
 from sparsify.methods.calibrate import Calibration, Calibrator
+from sparsify.methods.density import with_target_zeros
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig
@@ -126,6 +127,8 @@ def convert_calibrated(
     method_of(settings)  # before anything is written
     state = to.absolute().with_name(f".{to.name}.calibration")
     bare, asked = state / "bare", state / "asked.json"
+    if settings.target_density is not None:
+        settings = with_target_zeros(settings, config_of(model, activation))
     wanted = {
         "model": asdict(model),
         "activation": asdict(activation),

@@ -383,6 +383,7 @@ def _check_fused(recipe: Recipe) -> None:
     for key, without_kernel in {
         "blending.budget_share": recipe.blending.budget_share > 0,
         "conversion.target_zeros": recipe.conversion.target_zeros is not None,
+        "conversion.target_density": recipe.conversion.target_density is not None,
     }.items():
         if without_kernel:
             raise RecipeError(

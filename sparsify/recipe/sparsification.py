@@ -84,6 +84,15 @@ class ConversionSection(Section):
         | None
     ) = None
     """Share of exact zeros that the method's mask gives every layer on the calibration tokens; null sets none."""
+    target_density: (
+        Annotated[
+            float,
+            Field(gt=0, le=1, description="Above 0, up to 1, such as 0.5; null leaves it to target_zeros."),
+        ]
+        | None
+    ) = None
+    """Share of the weights of all linear projections that a token may read under the method's mask: `target_zeros` is solved for it
+    from the model's shapes. null takes `target_zeros` as it is."""
     method: str = CALIBRATED_REPLACEMENT
     """Method that runs on the calibration tokens: a name of `docs/methods.md`. `calibrated_replacement` replaces the
     activation and sets thresholds if `target_zeros` is given; the others are masks on the unchanged activation."""

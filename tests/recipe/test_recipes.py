@@ -299,6 +299,8 @@ BAD_OVERRIDES = {
         "conversion.target_zeros=0.9 would be ignored",
         "calibration_t",
     ],
+    "conversion.target_density=0.9": ["conversion.target_density=0.9 would be ignored"],
+    "conversion.calibration_tokens=9999 conversion.target_density=1.2": ["is 1.2.", "such as 0.5"],
     "conversion.calibration_tokens=300": ["at least eight sequences: 2048"],
     "conversion.calibration_tokens=9999 conversion.target_zeros=90": ["is 90.", "such as 0.9"],
     "conversion.calibration_tokens=9999 conversion.refit_target=mx": ["Did you mean 'mix'?"],
