@@ -94,6 +94,10 @@ def definitions(
         "Active parameters": "Parameters that one token needs. Perfect predictor: gate, up and down of the neurons that fire. "
         "Gate first: the whole gate of the computed experts, up where the gate is not zero, down where the product is not. A "
         "tied head counts once, as the embedding.",
+        "Weight density": "Share of the weights of the linear projections of all layers (attention and feed-forward blocks, of a "
+        "mixture the experts that a token is routed to) that one token reads, if what an exact zero multiplies is not read: a "
+        "projection's columns for zeros of its input, rows of up for zeros of the gate (or of the gate for zeros of up, whichever "
+        "has more), columns of down for zeros of the product. What a mask reads in addition counts. Every token is masked.",
         "Tokens": f"{num_tokens:,}: every position of the measured sequences, with or without a label.",
         "Loss": "Cross-entropy of the next token, computed in float32, in nats per token; "
         "perplexity is its exponential.",

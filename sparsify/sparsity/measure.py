@@ -6,13 +6,15 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise, repeat
+from statistics import fmean
 
 import numpy as np
 import torch
 from torch import nn
 
 from sparsify.errors import RunError
-from sparsify.models import SparseModel, site_rules
+from sparsify.methods.density import weight_density
+from sparsify.models import SparseConfig, SparseModel, site_rules
 from sparsify.models.masking import experts_per_token, num_experts
 from sparsify.sparsity.active_parameters import (
     active_parameters,
@@ -31,9 +33,11 @@ from sparsify.sparsity.schema import (
     SourceRow,
     SparsityReport,
 )
-from sparsify.sparsity.statistics import POSITION_STARTS, ActivationStatistics
+from sparsify.sparsity.statistics import POSITION_STARTS, ActivationStatistics, Factor
 
 CURVE_POINTS = 101
+FACTORS: dict[str, Factor] = {"gate": "gate", "up": "up", "inter": "product"}
+"""What counts the zeros of the sites inside a block."""
 
 
 def known(share: float) -> float | None:
@@ -136,6 +140,19 @@ def firing_curves(statistics: ActivationStatistics) -> list[list[float]]:
     rates = sorted_firing_rates(statistics)
     at = np.unique(np.linspace(0, rates.shape[1] - 1, CURVE_POINTS).round().astype(int))
     return rates[:, at].tolist()
+
+
+def realised_density(statistics: ActivationStatistics, config: SparseConfig) -> float:
+    """Weight density (`methods/density.py`) from the zeros that were counted at each site of each layer, whatever made them; mean over
+    layers.
+    """
+    layers = [statistics.select(layer) for layer in range(statistics.num_layers)]
+    zeros = [
+        {site: layer.zero_share(factor) for site, factor in FACTORS.items()} | layer.site_zero_shares()
+        for layer in layers
+    ]
+    rules = site_rules(config)
+    return fmean(weight_density(config, {site: 1 - share for site, share in one.items()}, rules) for one in zeros)
 
 
 def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveStatistics) -> EngineStatistics:
@@ -270,6 +287,7 @@ def _report(
         up_zeros=statistics.zero_share("up"),
         product_zeros=statistics.zero_share("product"),
         site_zeros=statistics.site_zero_shares(),
+        weight_density=realised_density(statistics, model.config),
         num_neurons=statistics.product_fired.numel(),
         dead_neurons=int(statistics.dead_neurons().sum()),
         always_on_neurons=int(statistics.always_on_neurons().sum()),
@@ -299,6 +317,7 @@ def as_against(report: SparsityReport) -> Against:
         product_zeros=report.product_zeros,
         layers=[row.product_zeros or 0.0 for row in report.layer_rows],
         site_zeros=report.site_zeros,
+        weight_density=report.weight_density,
         active_parameters=report.active_parameters,
         curves=report.curves,
     )

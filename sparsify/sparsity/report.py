@@ -120,7 +120,7 @@ BAR_CELLS = 24
 def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
     headline = Text(f"{report.product_zeros:.1%}", "bold") + Text(
         f" exact zeros ({report.ffn_activation}: gate {report.gate_zeros:.1%}, up {report.up_zeros:.1%})"
-        f"{_masked_inputs(report)}, loss {report.loss:.3f} nats per token on {report.text}",
+        f"{_masked_inputs(report)}, weight density {percent(report.weight_density)}, loss {report.loss:.3f} nats per token on {report.text}",
         "default",
     )
     against = against_table(report)
@@ -153,6 +153,7 @@ def against_table(report: SparsityReport) -> Table | None:
     table.add("exact zeros", percent(report.product_zeros), percent(other.product_zeros))
     for site in (site for site in INPUT_SITES if site in report.site_zeros | other.site_zeros):
         table.add(f"zeros at {site}", *(percent(one.site_zeros.get(site, 0.0)) for one in (report, other)))
+    table.add("weight density", percent(report.weight_density), percent(other.weight_density))
     label = "active parameters, perfect predictor"
     table.add(label, count(ours.perfect_predictor), count(theirs.perfect_predictor))
     if report.curves and other.curves:

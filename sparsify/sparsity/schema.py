@@ -211,6 +211,7 @@ class Against(JsonRecord):
     layers: list[float]
     """Share of zero products of every layer."""
     site_zeros: dict[str, float] = Field(default_factory=dict)
+    weight_density: float | None = None
     active_parameters: ActiveParameters
     curves: Curves | None = None
     difference: PairedDifference | None = None
@@ -279,6 +280,9 @@ class SparsityReport(JsonRecord):
     site_zeros: dict[str, float] = Field(default_factory=dict)
     """Share of exact zeros at each input of projections that the model masks (INPUT_SITES), over all layers. The masked
     sites `gate` and `inter` are `gate_zeros` and `product_zeros`."""
+    weight_density: float | None = None
+    """Share of the weights of the linear projections that a token reads (methods/density.py), from the zeros of each layer; None in
+    reports of older versions."""
     num_neurons: int
     dead_neurons: int
     always_on_neurons: int

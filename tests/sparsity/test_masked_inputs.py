@@ -59,6 +59,9 @@ def test_the_planted_share_is_in_every_form_of_the_report(kind: str, input_ids: 
 
     said = json.loads((tmp_path / "report.json").read_text())
     assert said["site_zeros"] == TOTALS
+    assert said["weight_density"] == pytest.approx(_density_by_hand(kind))
+    assert said["against"]["weight_density"] == 1.0
+    assert "Weight density" in said["definitions"]
     layers = [row for row in said["layers"] if row["expert"] is None]
     assert {site: [row["site_zeros"][site] for row in layers] for site in PLANTED} == SHARES
     assert all(not row["site_zeros"] for row in said["layers"] if row["expert"] is not None)
@@ -78,6 +81,9 @@ def test_the_planted_share_is_in_every_form_of_the_report(kind: str, input_ids: 
     expected = [["12.5%", "25.0%", "6.2%"], ["18.8%", "50.0%", "0.0%"], ["25.0%", "75.0%", "100.0%"]]
     assert [row[4:7] for row in cells] == expected
     assert any(line.split() == ["zeros", "at", "ffn_in", "35.4%", "0%"] for line in lines)
+    density = percent(said["weight_density"])
+    assert f"weight density {density}" in headline
+    assert any(line.split() == ["weight", "density", density, "100%"] for line in lines)
 
     page = (tmp_path / "index.html").read_text()
     assert "Zeros at masked inputs" in page
@@ -85,6 +91,18 @@ def test_the_planted_share_is_in_every_form_of_the_report(kind: str, input_ids: 
     assert all(f"<th>{site} zeros</th>" in page for site in PLANTED)
     for share in SHARES["attn_out"]:
         assert f"<td>{percent(share)}</td>" in page
+
+
+def _density_by_hand(kind: str) -> float:
+    hidden, neurons, keys = SHAPE["hidden_size"], SHAPE["intermediate_size"], SHAPE["hidden_size"] // 2
+    experts = 2 if kind == "mixtral" else 1
+    whole = 2 * hidden * hidden + 2 * hidden * keys + 3 * experts * hidden * neurons
+    read = 0.0
+    for attn_in, attn_out, ffn_in in zip(*SHARES.values(), strict=True):
+        read += (1 - attn_in) * (hidden * hidden + 2 * hidden * keys) + (1 - attn_out) * hidden * hidden
+        # Where its whole input is dropped, a block computes zeros: its gate saves the rest.
+        read += experts * hidden * neurons * (2 * (1 - ffn_in) + 1 if ffn_in < 1 else 0)
+    return read / (3 * whole)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
