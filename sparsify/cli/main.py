@@ -259,8 +259,15 @@ def convert(
         bool | None,
         typer.Option(
             "--refit/--no-refit",
-            help="Reconstruct the output matrix under the mask.",
+            help="Reconstruct the output matrices under the mask.",
             show_default="the method's own choice",
+        ),
+    ] = None,
+    remainder: Annotated[
+        str | None,
+        typer.Option(
+            help="What replaces the dropped elements: none, or constant, their mean.",
+            show_default="none",
         ),
     ] = None,
     calibrate_on: Annotated[
@@ -312,6 +319,7 @@ def convert(
         method,
         method_settings or (),
         refit,
+        remainder,
         calibrate_on,
         calibration_tokens,
         target_zeros,

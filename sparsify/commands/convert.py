@@ -150,6 +150,7 @@ class ConvertOptions:
     method: str | None = None
     method_settings: Sequence[str] = ()
     refit: bool | None = None
+    remainder: str | None = None
     calibrate_on: str | None = None
     calibration_tokens: int | None = None
     target_zeros: float | None = None
@@ -173,6 +174,7 @@ def conversion_settings(
             ("target-density", options.target_density),
             ("set", " ".join(options.method_settings) or None),
             ("refit", options.refit),
+            ("remainder", options.remainder),
         ):
             if value is not None:
                 raise RecipeError(
@@ -194,6 +196,7 @@ def conversion_settings(
         method=options.method or ConversionSection().method,
         method_settings=dict(_setting(pair) for pair in options.method_settings),
         refit=options.refit,
+        remainder=options.remainder or ConversionSection().remainder,
     )
     check_conversion(settings)
     name, threshold = options.activation, options.gate_threshold

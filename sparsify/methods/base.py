@@ -138,6 +138,11 @@ class LayerRewrite(Protocol):
     @property
     def last_stage(self) -> str: ...
 
+    @property
+    def refits_attention(self) -> bool:
+        """Whether the attention's output projection is reconstructed under the mask."""
+        ...
+
     def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten: ...
 
 
@@ -224,6 +229,11 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
         raise RecipeError(
             f"conversion.target_density={conversion.target_density:g} is set with {name}, whose activation makes zeros of its own.",
             next_step="Set conversion.target_zeros, or choose a mask as conversion.method (--method).",
+        )
+    if conversion.remainder != "none" and not isinstance(method, Mask):
+        raise RecipeError(
+            f"conversion.remainder={conversion.remainder} would be ignored: {name} is not a mask.",
+            next_step="Leave it out, or choose a mask as conversion.method.",
         )
     return method
 

@@ -27,6 +27,7 @@ from sparsify.conversion.source_tensors import check_base_loss
 from sparsify.errors import MixtureError, StorageError
 from sparsify.files import atomic_folder, storage_errors, write_json
 from sparsify.metadata import holds_json, read_json
+from sparsify.methods.attention_refit import Sequences, refit_output
 from sparsify.methods.base import (
     LayerRewrite,
     Mask,
@@ -49,6 +50,7 @@ from sparsify.methods.layerwise import (
     ffn_output,
     tensor,
 )
+from sparsify.methods.remainder import ConstantRemainder
 from sparsify.methods.sites import ATTENTION_SITES, MaskParts, Parts, with_masks
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.models import FfnActivation
@@ -96,7 +98,10 @@ def rewrite_of(conversion: ConversionSection) -> LayerRewrite:
     """
     assert conversion.target_density is None, "not solved for target_zeros"
     method = method_of(conversion)
-    return MaskedWeights(method, conversion.refit) if isinstance(method, Mask) else method
+    if not isinstance(method, Mask):
+        return method
+    mask: Any = ConstantRemainder(method) if conversion.remainder == "constant" else method
+    return MaskedWeights(mask, conversion.refit)
 
 
 class Calibrator:
@@ -210,7 +215,9 @@ class Calibrator:
             new = Streams(partial_folder)
             self._advance(attention, dense, old, "dense", new)
             masks, mask_record = self._fit_attention(attention, replaced, old)
-            attention.masked = True
+            if self.method.refits_attention:
+                mask_record["attention"] = self._refit_attention(attention, old)
+            attention.use(masks=True, refits=True)
             self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
             found = self.method.rewrite(Layer(dense, replaced, self._dtype, inputs), self._settings)
@@ -218,18 +225,18 @@ class Calibrator:
             for name, experts in found.stages.items():
                 if name != "dense":
                     masked = masked or (self._mask is not None and name == self._mask.name)
-                    attention.masked = masked
+                    attention.use(masks=masked, refits=name == self._result)
                     zeros[name] = self._advance(attention, experts, old, name, new)
         self._save(layer, found, zeros, attention, masks, mask_record)
         work.remove()
         old.remove()
-        logger.info(f"Layer {layer + 1} of {num_layers}: {found.line}")
+        kept = mask_record.get("attention", {}).get("kept_because")
+        line = f"{found.line}; the attention keeps its output projection: {kept}" if kept else found.line
+        logger.info(f"Layer {layer + 1} of {num_layers}: {line}")
 
-    def _fit_attention(
-        self, attention: Attention, experts: list[Expert], old: Streams
-    ) -> tuple[Parts, dict[str, float]]:
+    def _fit_attention(self, attention: Attention, experts: list[Expert], old: Streams) -> tuple[Parts, dict[str, Any]]:
         """Fits the mask's sites in the attention, each with those before it applied, as stored; and what is recorded."""
-        record: dict[str, float] = {}
+        record: dict[str, Any] = {}
         masks: Parts = {}
         for site in (site for site in ATTENTION_SITES if self._mask and site in self._mask.sites):
             assert self._mask is not None
@@ -238,6 +245,23 @@ class Calibrator:
             masks[site] = as_stored(fitted.parts, self._dtype)
             attention.fit(site, masks[site], self._dtype)
         return masks, record
+
+    def _refit_attention(self, attention: Attention, old: Streams) -> dict[str, float | str | None]:
+        dense, converted = (self._before(old, name)[0][: self._num_fit] for name in ("dense", self._result))
+
+        def sequences() -> Iterator[Sequences]:
+            for part in chunks(*converted.shape[:2]):
+                part = slice(part.start, min(part.stop, self._num_fit))
+                yield Sequences(
+                    tensor(dense[part], self.device),
+                    tensor(converted[part], self.device),
+                    self._batch["position_ids"][part].to(self.device),
+                    *self._parts(part),
+                )
+
+        settings = self._settings
+        repaired = REFIT_TARGETS[settings.refit_target]
+        return refit_output(attention, sequences, ridge=settings.ridge, repaired=repaired, dtype=self._dtype)
 
     def attention_values(self, site: str, attention: Attention, old: Streams) -> Iterator[SiteValues]:
         """The values of a site in the attention, on the tokens that methods may look at."""
@@ -334,7 +358,7 @@ class Calibrator:
         zeros: dict[str, list[int]],
         attention: Attention,
         attention_masks: Parts,
-        mask_record: dict[str, float],
+        mask_record: dict[str, Any],
     ) -> None:
         config, tensors = self._masked_config, {}
         for number, (old, expert) in enumerate(zip(found.stages["dense"], found.stages[self._result], strict=True)):

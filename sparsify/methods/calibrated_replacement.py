@@ -223,6 +223,7 @@ class CalibratedReplacement:
     name = "calibrated_replacement"
     paper = "none: ours"
     Settings = CalibratedSettings
+    refits_attention = False
 
     def __init__(self, settings: CalibratedSettings) -> None:
         self.mask: Mask | None = None
@@ -253,6 +254,7 @@ class MaskedWeights:
         self.mask = mask
         self._reconstruct = mask.reconstructs if refit is None else refit
         self.last_stage = RECONSTRUCTED if self._reconstruct else mask.name
+        self.refits_attention = self._reconstruct and any(site in ATTENTION_SITES for site in mask.sites)
 
     def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten:
         found = LayerCalibration(

@@ -212,7 +212,7 @@ class Attention:
         device: Where to compute.
 
     Attributes:
-        masked: Which of the two is computed.
+        masked: Whether masks are computed.
         changed: Weights of projections that differ from the checkpoint's, by the projection's name.
     """
 
@@ -221,6 +221,7 @@ class Attention:
         self._masked = self._decoder if mask is None else _without_block(config, mask, device)[0]
         self.masked = False
         self.changed: dict[str, torch.Tensor] = {}
+        self._before_refit: dict[str, torch.Tensor] = {}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
         """Loads the weights of a layer, by their names inside it; those of feed-forward blocks are ignored. Masks keep all."""
@@ -235,7 +236,7 @@ class Attention:
                         getattr(module, f"remainder_{part}").zero_()
         if self._router is not None:
             self._router.float().weight.data.copy_(tensors["block_sparse_moe.gate.weight"])
-        self.masked, self.changed = False, {}
+        self.masked, self.changed, self._before_refit = False, {}, {}
 
     def fit(self, site: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
         """Applies a fitted mask: its parts, by the names of `site_parts`, and the rotation of the weights that read it."""
@@ -273,6 +274,36 @@ class Attention:
         """Gives a projection another weight where masks are applied, rounded as it will be stored."""
         self.changed[projection] = weight.to(dtype).float()
         self.weight(projection).copy_(self.changed[projection])
+
+    def refit(self, projection: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
+        """`change` for a reconstruction, which `use` can switch off."""
+        self._before_refit[projection] = self.weight(projection).clone()
+        self.change(projection, weight, dtype)
+
+    def use(self, *, masks: bool, refits: bool) -> None:
+        """Which of its masks and reconstructions are computed from here on."""
+        self.masked = masks
+        for name, old in self._before_refit.items():
+            self.weight(name).copy_(self.changed[name] if refits else old)
+
+    def constant(self, projection: str) -> torch.Tensor | float:
+        """What is added to a projection's output in place of dropped inputs; 0 for nothing."""
+        constant = getattr(self._projection(projection), "remainder_constant", None)
+        return 0.0 if constant is None else constant
+
+    def read_by(self, projection: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What a projection reads with all masks, its own included, [sequences, tokens, channels]; arguments as of a call."""
+        seen: list[torch.Tensor] = []
+        linear = self._projection(projection)
+        hook = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        masked, self.masked = self.masked, True
+        try:
+            self(hidden, position_ids)
+        finally:
+            hook.remove()
+            self.masked = masked
+        mask = getattr(linear, "input_mask", None)
+        return seen[0] if mask is None else mask(seen[0])
 
     def values(self, site: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The values of a site before its mask, [sequences, tokens, channels]; arguments as of a call."""

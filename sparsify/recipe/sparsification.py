@@ -100,6 +100,9 @@ class ConversionSection(Section):
     """Settings of the method other than `target_zeros`."""
     refit: bool | None = None
     """Whether to reconstruct the layer's output matrix under the mask; null takes the method's own default."""
+    remainder: Annotated[str, one_of(("none", "constant"))] = "none"
+    """What replaces the elements that a mask drops, in the output of the projections that read them: `constant`, their mean over
+    the calibration tokens; `none`, nothing, or what the method itself says."""
     drop_source_mask: bool = False
     """Whether to remove the mask that the source stores, with or without a calibration. The weights stay as they are."""
 
