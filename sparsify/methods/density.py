@@ -56,7 +56,7 @@ def weight_density(config: Any, kept: Mapping[str, float], rules: Mapping[str, S
         if rule.rotated:
             read += shapes[READERS[site][0]][1] ** 2
         if rule.remainder == "low_rank":
-            read += sum(times[name] * rule.rank * sum(shapes[name]) for name in READERS[site])
+            read += sum(times[name] * rule.rank_of(*shapes[name]) * sum(shapes[name]) for name in READERS[site])
     return read / sum(sizes.values())
 
 

@@ -94,6 +94,24 @@ def rows_of(chunk: Inputs, number: int, part: str = "fit") -> tuple[torch.Tensor
     return token[counted], weight[counted]
 
 
+def column_norms(weights: Mapping[str, list[torch.Tensor]]) -> torch.Tensor:
+    """Norm of the weights that a channel of a site is multiplied by, in all projections that read it: [experts, channels].
+
+    Args:
+        weights: As `LayerValues.weights` gives them.
+    """
+    energies = [torch.stack([matrix.square().sum(0) for matrix in own]) for own in zip(*weights.values(), strict=True)]
+    return torch.stack([energy.sum(0) for energy in energies]).sqrt()
+
+
+def principal_axes(gram: torch.Tensor) -> torch.Tensor:
+    """Eigenvectors of a symmetric matrix [channels, channels], those of the largest eigenvalues first, one in each column.
+
+    They are orthogonal whatever the matrix's rank is. Computed in float64, returned in float32.
+    """
+    return torch.linalg.eigh(gram.double()).eigenvectors.flip(1).float().contiguous()
+
+
 def fit_block(
     mask: Mask, experts: list[Expert], inputs: InputsOf, dtype: torch.dtype
 ) -> tuple[list[Expert], Parts, dict[str, float]]:

@@ -61,6 +61,8 @@ class SiteRule:
         rotated: Whether the site is masked in coordinates of its own. Inputs only.
         remainder: One of REMAINDERS.
         rank: Of a `low_rank` remainder.
+        rank_share: Instead of a rank: the share of a projection's weights that both factors together hold at most. It makes a rank for
+            each projection, of its own shape.
     """
 
     rule: str = "threshold"
@@ -69,6 +71,11 @@ class SiteRule:
     rotated: bool = False
     remainder: str = "none"
     rank: int = 0
+    rank_share: float = 0.0
+
+    def rank_of(self, rows: int, columns: int) -> int:
+        """Rank of the remainder of a projection of that shape, at least 1."""
+        return self.rank or max(1, int(self.rank_share * rows * columns / (rows + columns)))
 
     @property
     def words(self) -> str:
@@ -95,8 +102,8 @@ class SiteRule:
             return f"a remainder at {site}, which no projection reads"
         if self.remainder == "low_rank" and (site not in INPUT_SITES or len(INPUTS[site]) > 1 or self.rotated):
             return f"a low-rank remainder at {site}; it needs an unrotated input of one projection"
-        if (self.remainder == "low_rank") != (self.rank > 0):
-            return f"a {self.remainder} remainder of rank {self.rank}"
+        if (self.remainder == "low_rank") != (self.rank > 0 or self.rank_share > 0) or (self.rank and self.rank_share):
+            return f"a {self.remainder} remainder of rank {self.rank} and of a share of {self.rank_share:g}"
         return ""
 
 
@@ -187,8 +194,8 @@ def site_parts(config: Any, site: str, rule: SiteRule) -> dict[str, tuple[int, .
             parts[f"{name}.constant"] = (*of_expert, rows)
         elif rule.remainder == "low_rank":
             parts[f"{name}.left"], parts[f"{name}.right"] = (
-                (*of_expert, rows, rule.rank),
-                (*of_expert, rule.rank, columns),
+                (*of_expert, rows, rule.rank_of(rows, columns)),
+                (*of_expert, rule.rank_of(rows, columns), columns),
             )
     return parts
 
