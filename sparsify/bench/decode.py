@@ -13,12 +13,14 @@ import torch
 
 from sparsify.bench.decode_blocks import make_blocks, measure_point
 from sparsify.bench.decode_models import measure_model
-from sparsify.bench.decode_result import DecodeBench, FfnPoint, ModelPoint
+from sparsify.bench.decode_result import DecodeBench, FfnPoint, ModelPoint, SpeculationPoint
 from sparsify.bench.decode_shapes import SHAPES, random_model
+from sparsify.bench.decode_speculation import measure_speculation
 from sparsify.errors import RunError
 from sparsify.predictors import read_predictors
 from sparsify.runs.load import Loaded, load
 from sparsify.runtime.accelerate import WEIGHT_FORMATS, block_format, check_acceleratable
+from sparsify.runtime.native_ffn import MAX_TOKENS
 from sparsify.runtime.triton_ffn import triton_can
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,6 +42,8 @@ class DecodeSettings:
         shape: A key of SHAPES: the model with random weights; None for the first.
         layers: Its layers; 0 for no such model, None for the shape's own number.
         gates: Share of its gates that are positive; None if the gate alone decides which neurons fire.
+        together: Numbers of tokens whose verification in one step of that model is measured, instead of the model; empty for none.
+        overlaps: Shares of the firing neurons that these tokens have in common.
         bundle: A model of the user to decode with; None for none.
         predictors: Predictors of that model; None for exact decoding only.
         prompt: Prompt for that model.
@@ -60,6 +64,8 @@ class DecodeSettings:
     shape: str | None
     layers: int | None
     gates: float | None
+    together: tuple[int, ...]
+    overlaps: tuple[float, ...]
     bundle: str | None
     predictors: Path | None
     prompt: str
@@ -71,6 +77,7 @@ class DecodeSettings:
         tokens = max(self.batches, default=1)
         rank = self.rank or rank_of(self.hidden)
         random = {"--shape": self.shape, "--layers": self.layers or None, "--gates": self.gates}
+        random |= {"--together": self.together or None}
         unused = ", ".join(name for name, given in random.items() if given is not None)
         numbers = (*self.batches, *self.threads, self.repeats, self.neurons)
         wrong = {
@@ -87,6 +94,9 @@ class DecodeSettings:
             f"--shape {self.shape} (allowed: {', '.join(SHAPES)})": self.shape is not None and self.shape not in SHAPES,
             f"--gates {self.gates}, fewer than the {USUAL_ACTIVE} of the neurons that fire": self.gates is not None
             and self.gates < USUAL_ACTIVE,
+            f"--together {max(self.together, default=1)}, more than {MAX_TOKENS} or on a GPU": bool(self.together)
+            and (max(self.together) > MAX_TOKENS or self.device != "cpu"),
+            "--together without layers": bool(self.together) and self.layers == 0,
             f"{unused} of a model with random weights, with --bundle": self.bundle is not None and bool(unused),
             "--predictors without --bundle": self.predictors is not None and self.bundle is None,
         }
@@ -115,6 +125,7 @@ def bench_decode(settings: DecodeSettings, on_progress: Callable[[str], object])
         models = list(_models(settings, on_progress)) if settings.bundle else []
         ffn = list(_blocks(settings, on_progress))
         models += [] if settings.bundle else list(_models(settings, on_progress))
+        speculation = list(_speculation(settings, on_progress))
     finally:
         torch.set_num_threads(before)
     return DecodeBench(
@@ -130,6 +141,7 @@ def bench_decode(settings: DecodeSettings, on_progress: Callable[[str], object])
         load_before=load_before,
         ffn=ffn,
         models=models,
+        speculation=speculation,
     )
 
 
@@ -183,7 +195,7 @@ def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
             own = read_predictors(settings.predictors)
             predictors = own.for_decoding(model, str(settings.predictors))
         ids = _tokens(loaded, settings)
-    elif settings.layers != 0:
+    elif settings.layers != 0 and not settings.together:
         key = settings.shape or next(iter(SHAPES))
         shape = SHAPES[key]
         layers = settings.layers or shape.layers
@@ -201,6 +213,15 @@ def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
         weights=settings.weights,
         llamacpp=settings.device == "cpu" and settings.llamacpp,
     )
+
+
+def _speculation(settings: DecodeSettings, on_progress: Callable[[str], object]) -> Iterator[SpeculationPoint]:
+    shape = SHAPES[settings.shape or next(iter(SHAPES))]
+    for overlap in settings.overlaps if settings.together else ():
+        yield from measure_speculation(
+            *(shape, settings.layers or shape.layers, USUAL_ACTIVE, settings.gates or USUAL_ACTIVE, overlap),
+            *(settings.together, DTYPES[settings.dtype], settings.weights, settings.repeats, on_progress),
+        )
 
 
 def _tokens(loaded: Loaded, settings: DecodeSettings) -> torch.Tensor:

@@ -99,7 +99,7 @@ def measure_model(
             others["predictor"] = {"predictors": predictors}
         made = {"exact": Variant(model, exact)}
         for key, options in others.items():
-            twin = _sharing(model)
+            twin = sharing(model)
             made[key] = Variant(twin, accelerate(twin, weights=weights, **options))
         variants |= {key: made[key] for key in VARIANTS if key in made}
         reading: list[float] = []
@@ -143,14 +143,14 @@ def measure_model(
 
 def dense_twin(model: Any) -> Any:
     """A copy of the model that shares all memory except down_proj, whose memory layout the acceleration changes."""
-    twin = _sharing(model)
+    twin = sharing(model)
     for block in twin.ffn_blocks():
         down = block.down_proj if isinstance(block.down_proj, torch.nn.Parameter) else block.down_proj.weight
         down.data = down.data.clone()
     return twin
 
 
-def _sharing(model: Any) -> Any:
+def sharing(model: Any) -> Any:
     """A copy of the model whose parameters share its memory."""
     memo = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     kept = {}

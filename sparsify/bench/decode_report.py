@@ -40,6 +40,7 @@ def decode_table(bench: DecodeBench) -> RenderableType:
         parts += [_crossover(bench), ""] if several_batches else []
     for model in bench.models:
         parts += [one for one in (_model(model), _parts(model), _layers(model)) if one is not None]
+    parts += [_speculation(bench)] if bench.speculation else []
     return Group(*parts, _rests_on(bench))
 
 
@@ -147,6 +148,17 @@ def _parts(model: ModelPoint) -> Table | None:
         total = sum(parts.values())
         each = (f"{1000 * parts[part]:.2f}\n{parts[part] / total:.1%}" for part in names)
         table.add(NAMES[name], f"{1000 * total:.2f}", *each)
+    return table
+
+
+def _speculation(bench: DecodeBench) -> Table:
+    table = Table(
+        "Steps of several tokens, in steps of one, and the share of drafts to accept before free drafts pay",
+        ["decoding", "neurons in common", "tokens", "cost", "acceptance"],
+    )
+    for one in bench.speculation:
+        needed = "never" if one.break_even is None else f"{one.break_even:.0%}"
+        table.add(NAMES[one.variant], f"{one.overlap:.0%}", str(one.tokens), str(one.cost), needed)
     return table
 
 

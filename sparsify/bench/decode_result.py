@@ -119,6 +119,43 @@ class ModelPoint(BaseModel):
         return self.bytes_read[variant] / self.decode_seconds[variant].median / self.read_bytes_per_second
 
 
+class SpeculationPoint(BaseModel):
+    """A step of several tokens against a step of one.
+
+    Attributes:
+        variant: `dense` or `exact`.
+        overlap: Share of the firing neurons that all tokens have in common.
+        one: Timing of one token, in the same repeats.
+    """
+
+    variant: str
+    tokens: int
+    overlap: float
+    seconds: Timing
+    one: Timing
+
+    @property
+    def cost(self) -> SpeedUp:
+        """Time of the step in steps of one token."""
+        return SpeedUp.of(self.seconds, self.one)
+
+    @property
+    def break_even(self) -> float | None:
+        """Share of the drafted tokens that must be accepted for drafts that cost nothing to pay; None if even all would not do.
+
+        A step of n tokens verifies n - 1 drafts. If each is accepted with the same probability a, given those before it, it yields
+        1 + a + ... + a^(n-1) tokens (arXiv 2211.17192, equation 1).
+        """
+        cost, low, high = self.cost.median, 0.0, 1.0
+        if cost > self.tokens:
+            return None
+        for _ in range(40):
+            middle = (low + high) / 2
+            enough = sum(middle**power for power in range(self.tokens)) >= cost
+            low, high = (low, middle) if enough else (middle, high)
+        return high
+
+
 class DecodeBench(BaseModel):
     """The result of the benchmark.
 
@@ -140,6 +177,7 @@ class DecodeBench(BaseModel):
     load_before: float
     ffn: list[FfnPoint]
     models: list[ModelPoint]
+    speculation: list[SpeculationPoint] = []
 
 
 def formats(dtype: str, weights: str) -> str:

@@ -14,8 +14,9 @@ from sparsify.models.masking import is_fused
 from sparsify.runtime import Predictor
 from sparsify.runtime.weights import LayerPredictors
 
-ALWAYS_LARGE = 100.0
-"""Channel 0 of every hidden state, far larger than the others, so that column 0 of a projection decides the signs."""
+LARGE = 100.0
+"""One channel of every hidden state, far larger than the others: the column of a projection for it decides the signs. It is channel 0
+or, with several kinds of tokens, that of the token's kind."""
 
 
 SIZE, PERIOD = 0.001, 4_194_301
@@ -53,11 +54,20 @@ HuggingFaceTB/SmolLM2-135M."""
 
 
 def random_model(
-    shape: Shape, layers: int, active: float, gates: float, rank: int, dtype: torch.dtype
+    shape: Shape,
+    layers: int,
+    active: float,
+    gates: float,
+    rank: int,
+    dtype: torch.dtype,
+    *,
+    kinds: int = 1,
+    overlap: float = 0.0,
 ) -> tuple[Any, LayerPredictors]:
     """A model of random weights in which the shares `active` of the neurons and `gates` of the gates are positive, with predictors.
 
-    In a mixture of experts the router is random, so that tokens have different experts.
+    In a mixture of experts the router is random, so that tokens have different experts. A token's kind, its id modulo `kinds`, decides
+    which neurons fire; the share `overlap` of them is common to all kinds, and the others are drawn independently.
     """
     torch.manual_seed(0)
     before = torch.get_default_dtype()
@@ -72,16 +82,19 @@ def random_model(
     for matrix in (one.data.view(-1) for one in model.parameters() if one.dim() > 1):
         for piece in matrix.split(PERIOD):
             piece.copy_(drawn[: len(piece)])
-    model.get_input_embeddings().weight.data[:, 0] = ALWAYS_LARGE
+    embedding = model.get_input_embeddings().weight.data
+    embedding[:, :kinds] = 0.0
+    for kind in range(kinds):
+        embedding[kind::kinds, kind] = LARGE
     predictors = []
     for layer in model.model.layers:
-        layer.self_attn.o_proj.weight.data[0] = 0.0
+        layer.self_attn.o_proj.weight.data[:kinds] = 0.0
     for block in model.ffn_blocks():
         experts = [_matrices(block, index) for index in range(len(block.gate_up_proj) if is_fused(block) else 1)]
-        predictors.append([_fire(*matrices, active, gates, rank) for matrices in experts])
+        predictors.append([_fire(*matrices, active, gates, rank, kinds, overlap) for matrices in experts])
     if shape.experts:
         for layer in model.model.layers:
-            layer.mlp.gate.weight.data[:, 0] = 0.0
+            layer.mlp.gate.weight.data[:, :kinds] = 0.0
     return model, LayerPredictors("normed", predictors)
 
 
@@ -116,19 +129,29 @@ def _matrices(block: Any, expert: int) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def _fire(
-    gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor, active: float, gates: float, rank: int
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    down: torch.Tensor,
+    active: float,
+    gates: float,
+    rank: int,
+    kinds: int,
+    overlap: float,
 ) -> Predictor:
-    """Decides which gates and neurons of a block are positive; its perfect predictor."""
+    """Decides which gates and neurons of a block are positive for each kind of tokens; its perfect predictor."""
     neurons, hidden = gate.shape
-    order = torch.randperm(neurons)
-    for projection, share in ((gate, gates), (up, active)):
-        column = torch.full((neurons,), -SIGN)
-        column[order[: round(share * neurons)]] = SIGN
-        projection[:, 0] = column
-    # What a block adds stays small, and nothing is added to channel 0: its sign decides in every layer.
-    down.mul_(1e-4)[0] = 0.0
+    common = torch.randperm(neurons)[: round(overlap * active * neurons)]
+    for kind in range(kinds):
+        drawn = torch.randperm(neurons)
+        order = torch.cat([common, drawn[~torch.isin(drawn, common)]])
+        for projection, share in ((gate, gates), (up, active)):
+            column = torch.full((neurons,), -SIGN)
+            column[order[: round(share * neurons)]] = SIGN
+            projection[:, kind] = column
+    # What a block adds stays small, and nothing is added to the deciding channels: their signs decide in every layer.
+    down.mul_(1e-4)[:kinds] = 0.0
     a = torch.rand(rank, hidden, dtype=gate.dtype) * 1e-4
-    a[0, 0] = 1.0
+    a[:kinds, :kinds] = torch.eye(kinds)
     b = torch.rand(neurons, rank, dtype=gate.dtype) * 1e-4
-    b[:, 0] = up[:, 0]
+    b[:, :kinds] = up[:, :kinds]
     return Predictor(a, b, 0.0)

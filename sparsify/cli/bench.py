@@ -218,6 +218,14 @@ def bench_decode(
             show_default="0.1: the gate alone decides",
         ),
     ] = None,
+    together: Annotated[
+        str,
+        typer.Option(help="Measure, instead of that model, the steps that verify so many tokens, such as 2,4,8."),
+    ] = "",
+    overlap: Annotated[
+        str,
+        typer.Option(help="Shares of the firing neurons that tokens of --together have in common, comma-separated."),
+    ] = "0,0.5",
     llamacpp: Annotated[
         bool, typer.Option(help="Measure models in llama.cpp, too, if llama-cpp-python is installed (CPU only).")
     ] = True,
@@ -251,6 +259,8 @@ def bench_decode(
         shape=shape,
         layers=layers,
         gates=gates,
+        together=tuple(BATCH.parse_list("--together", together)),
+        overlaps=tuple(SHARE.parse_list("--overlap", overlap)),
         bundle=bundle,
         predictors=predictors,
         prompt=prompt,

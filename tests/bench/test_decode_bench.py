@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 from sparsify.bench.decode_blocks import make_blocks, measure_point
 from sparsify.bench.decode_models import dense_twin, measure_model
-from sparsify.bench.decode_result import FfnPoint, SpeedUp, Timing, crossover
+from sparsify.bench.decode_result import FfnPoint, SpeculationPoint, SpeedUp, Timing, crossover
 from sparsify.bench.decode_shapes import Shape, random_model
 from sparsify.bench.llamacpp import LlamaCpp
 from sparsify.cli import main
@@ -21,6 +21,7 @@ from sparsify.conversion.convert import convert
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection
+from sparsify.runtime import accelerate
 
 HIDDEN, NEURONS, RANK = 64, 500, 16
 IN_CACHE = 1 << 20
@@ -126,6 +127,28 @@ def test_a_random_model_has_the_given_shares_in_every_layer(experts: tuple[int, 
     assert saved == pytest.approx(ffn * used * (1 - 0.45))
 
 
+@pytest.mark.parametrize(("overlap", "fired"), [(0.0, 1 - 0.9**4), (1.0, 0.1)])
+def test_tokens_of_a_random_model_share_as_many_neurons_as_given(overlap: float, fired: float) -> None:
+    shape = Shape(64, 4000, 9, (4, 2), 50)
+    model, _ = random_model(shape, 2, 0.1, 0.1, 16, torch.float32, kinds=8, overlap=overlap)
+    acceleration = accelerate(model)
+    with torch.no_grad():
+        cache = model(torch.arange(9).expand(4, -1), use_cache=True).past_key_values
+        acceleration.reset()
+        model(torch.arange(4)[:, None], past_key_values=cache)
+    assert [one.rows.down / one.offered for one in acceleration.reads] == [pytest.approx(fired, abs=0.02)] * 2
+
+
+def test_drafts_pay_from_the_acceptance_at_which_a_step_yields_its_cost() -> None:
+    def point(tokens: int, cost: float) -> SpeculationPoint:
+        times = Timing(seconds=[cost]), Timing(seconds=[1.0])
+        return SpeculationPoint(variant="exact", tokens=tokens, overlap=0.0, seconds=times[0], one=times[1])
+
+    assert point(2, 1.25).break_even == pytest.approx(0.25)
+    assert point(3, 1.75).break_even == pytest.approx(0.5)
+    assert point(2, 2.5).break_even is None
+
+
 @pytest.mark.parametrize("kind", ["mistral", "mixtral"])
 @pytest.mark.parametrize("weights", ["stored", "int4"])
 def test_llamacpp_decodes_the_dense_model_of_the_same_weights(
@@ -188,6 +211,7 @@ def test_the_command_measures_a_bundle_and_draws(
         (("--plot", "picture.pdf"), "picture.pdf is not a supported image format"),
         (("--predictors", "somewhere"), "--predictors without --bundle"),
         (("--shape", "gpt-5"), "--shape gpt-5 (allowed: mistral-7b, mixtral-8x7b"),
+        (("--together", "2,16"), "--together 16, more than 8"),
         (("--gates", "0.05"), "--gates 0.05, fewer than the 0.1"),
         (("--bundle", "somewhere", "--layers", "2"), "--layers of a model with random weights, with --bundle"),
     ],
