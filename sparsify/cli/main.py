@@ -270,6 +270,13 @@ def convert(
             show_default="none",
         ),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="Zeros of each layer: uniform, or sensitivity, fewer where they cost more.",
+            show_default="uniform",
+        ),
+    ] = None,
     calibrate_on: Annotated[
         str | None,
         typer.Option(
@@ -320,6 +327,7 @@ def convert(
         method_settings or (),
         refit,
         remainder,
+        allocation,
         calibrate_on,
         calibration_tokens,
         target_zeros,

@@ -151,6 +151,7 @@ class ConvertOptions:
     method_settings: Sequence[str] = ()
     refit: bool | None = None
     remainder: str | None = None
+    allocation: str | None = None
     calibrate_on: str | None = None
     calibration_tokens: int | None = None
     target_zeros: float | None = None
@@ -175,6 +176,7 @@ def conversion_settings(
             ("set", " ".join(options.method_settings) or None),
             ("refit", options.refit),
             ("remainder", options.remainder),
+            ("allocation", options.allocation),
         ):
             if value is not None:
                 raise RecipeError(
@@ -197,6 +199,7 @@ def conversion_settings(
         method_settings=dict(_setting(pair) for pair in options.method_settings),
         refit=options.refit,
         remainder=options.remainder or ConversionSection().remainder,
+        allocation=options.allocation or ConversionSection().allocation,
     )
     check_conversion(settings)
     name, threshold = options.activation, options.gate_threshold

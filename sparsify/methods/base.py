@@ -235,6 +235,12 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
             f"conversion.remainder={conversion.remainder} would be ignored: {name} is not a mask.",
             next_step="Leave it out, or choose a mask as conversion.method.",
         )
+    divisible = isinstance(method, Mask) and (conversion.target_zeros or conversion.target_density)
+    if conversion.allocation != "uniform" and not divisible:
+        raise RecipeError(
+            f"conversion.allocation={conversion.allocation} would be ignored: {name} has no target_zeros to divide among layers.",
+            next_step="Leave it out, or choose a mask and set conversion.target_zeros.",
+        )
     return method
 
 

@@ -112,6 +112,7 @@ class Calibrator:
         state: Folder for the state of an interrupted run; the caller removes it once the result is written.
         sequences: Calibration sequences, all of one length.
         watched: Sequences to measure the stages on, of the same length, by source.
+        zeros_by_layer: `target_zeros` of each layer, where they are not the same in all.
 
     Raises:
         MixtureError: If there are too few sequences.
@@ -124,7 +125,9 @@ class Calibrator:
         sequences: Sequence[PackedSequence],
         watched: dict[str, list[PackedSequence]],
         settings: ConversionSection,
+        zeros_by_layer: Sequence[float] | None = None,
     ) -> None:
+        self._zeros_by_layer = zeros_by_layer
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._state, self._settings = state, settings
         self.method = rewrite_of(settings)
@@ -187,6 +190,7 @@ class Calibrator:
         activations = [repr(self._dense), repr(self._replaced)]
         return {
             "settings": asdict(self._settings),
+            "zeros_by_layer": self._zeros_by_layer,
             "activations": activations,
             "sequences": digest.hexdigest(),
         }
@@ -206,6 +210,9 @@ class Calibrator:
         write_json(identity, self._identity())
 
     def _calibrate(self, layer: int, num_layers: int) -> None:
+        if self._zeros_by_layer is not None:
+            self.method = rewrite_of(replace(self._settings, target_zeros=self._zeros_by_layer[layer]))
+            self._mask = self.method.mask
         attention, old = self._reader.attention(layer), self._streams(layer)
         work = Streams(self._state / "work")
         work.remove()

@@ -5,10 +5,11 @@ Writes the checkpoint of a calibrated replacement: the bare replacement's shards
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from sparsify.conversion.convert import Converted, config_of, convert
 from sparsify.conversion.manifest import record_folder
 from sparsify.conversion.source_checkpoint import SourceCheckpoint, read_checkpoint
 from sparsify.conversion.source_tensors import read_shapes
-from sparsify.conversion.sparse_folder import write_config
+from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.conversion.weight_files import write_index
-from sparsify.errors import ModelError
+from sparsify.errors import ModelError, StorageError
 from sparsify.files import atomic_folder, replace_folder, write_json
-from sparsify.metadata import holds_json, read_record
+from sparsify.metadata import holds_json, read_json, read_record
+from sparsify.methods.allocation import allocate, damage_by_layer, probe_shares
 from sparsify.methods.base import Mask, makes_masks, method_of, sparsification
 from sparsify.methods.calibrate import Calibration, Calibrator
+from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY
 from sparsify.methods.density import with_target_zeros
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
@@ -158,7 +161,10 @@ def convert_calibrated(
         )
     else:
         sequences, watched = sequences_for(load_tokenizer(bare), converted.config)
-        calibrator = Calibrator(bare, state, sequences, dict(watched), settings)
+        shares = None
+        if settings.allocation == "sensitivity":
+            shares = _zeros_by_layer(bare, state, sequences, dict(watched), settings)
+        calibrator = Calibrator(bare, state, sequences, dict(watched), settings, shares)
         calibration = calibrator.run()
         write_calibrated(
             bare,
@@ -170,6 +176,44 @@ def convert_calibrated(
         converted = Converted(to, _config(to), converted.origin)
     shutil.rmtree(state, ignore_errors=True)
     return converted, calibration
+
+
+def _zeros_by_layer(
+    bare: Path,
+    state: Path,
+    sequences: Sequence[PackedSequence],
+    watched: dict[str, list[PackedSequence]],
+    settings: ConversionSection,
+) -> list[float]:
+    """Each layer's share of zeros, by what masking it alone costs; measured once and kept in the state."""
+    assert settings.target_zeros is not None
+    file = state / "allocation.json"
+    digest = hashlib.blake2b(repr((asdict(settings), sequences)).encode()).hexdigest()
+    if file.is_file() and (known := read_json(file, StorageError, f"Remove {state}.")).get("of") == digest:
+        return known["zeros"]
+    damages = []
+    for share in probe_shares(settings.target_zeros):
+        logger.info(f"Fitting the mask at {share:.1%} zeros, to measure what each layer's costs")
+        folder = state / "allocation"
+        plain = replace(settings, target_zeros=share, refit=False, allocation="uniform")
+        calibrator = Calibrator(bare, folder / f"at-{share:.6f}", sequences, watched, plain)
+        calibrator.run()
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        write_calibrated(
+            bare,
+            calibrator.tensors_of,
+            folder / "model",
+            mask=calibrator.method.mask,
+            record=(RECORD, {"method": plain.method}),
+        )
+        damages.append(
+            damage_by_layer(load_sparse(folder / "model").eval(), sequences[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+        )
+    shares = allocate(damages[0], damages[1], settings.target_zeros)
+    logger.info(f"Zeros by layer: {', '.join(f'{share:.1%}' for share in shares)}")
+    write_json(file, {"of": digest, "zeros": shares, "damages": damages})
+    shutil.rmtree(state / "allocation", ignore_errors=True)
+    return shares
 
 
 def read_calibration(folder: Path) -> Calibration | None:

@@ -103,6 +103,9 @@ class ConversionSection(Section):
     remainder: Annotated[str, one_of(("none", "constant"))] = "none"
     """What replaces the elements that a mask drops, in the output of the projections that read them: `constant`, their mean over
     the calibration tokens; `none`, nothing, or what the method itself says."""
+    allocation: Annotated[str, one_of(("uniform", "sensitivity"))] = "uniform"
+    """Zeros of each layer: `uniform`, `target_zeros` in all; `sensitivity`, that in the mean, and fewer where masking that layer alone
+    raises the loss more. For that the mask is fitted twice more, and the whole model is held in memory."""
     drop_source_mask: bool = False
     """Whether to remove the mask that the source stores, with or without a calibration. The weights stay as they are."""
 
