@@ -217,7 +217,7 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
         if unknown := unknown_to_blocks(model.config):
             raise ModelError(
                 f"The model stores {unknown}, which the kernels do not apply.",
-                allowed=f"Thresholds at {', '.join((*STEP_SITES, *BLOCK_SITES))}.",
+                allowed=f"Thresholds at {', '.join((*STEP_SITES, *BLOCK_SITES))}; top_k and top_p at inputs of projections.",
                 next_step="Decode it as it is, under its mask: sparsify generate --dense, or model.generate() alone.",
             )
         # Bundles from older versions have only `threshold`.

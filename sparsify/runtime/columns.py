@@ -11,10 +11,7 @@ from typing import Any
 import torch
 
 from sparsify.models.activations import ACTIVATIONS, GATES_WITHOUT_ZEROS
-from sparsify.models.masking import is_fused, site_rules
-
-READERS = {"attn_in": ("q", "k", "v"), "attn_out": ("o",), "ffn_in": ("gate", "up")}
-"""The projections that read each masked input."""
+from sparsify.models.masking import INPUTS, is_fused, site_rules
 
 
 def held_by_columns(model: Any, *, in_blocks: bool) -> frozenset[str]:
@@ -23,7 +20,8 @@ def held_by_columns(model: Any, *, in_blocks: bool) -> frozenset[str]:
     Up is held by rows where the gate makes zeros: then a step reads fewer rows than columns. Fused experts store gate and up as
     one parameter, which has one order; int8 and int4 blocks of them are two.
     """
-    masked = {name for site in site_rules(model.config) for name in READERS.get(site, ())}
+    sites = [site for site in site_rules(model.config) if site in INPUTS]
+    masked = {projection.removesuffix("_proj") for site in sites for projection in INPUTS[site]}
     block = model.ffn_blocks()[0]
     own = block.ffn_activation
     gate = ACTIVATIONS[own.name].gate

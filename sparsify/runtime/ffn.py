@@ -27,6 +27,7 @@ def sparse_ffn(
     weights: FfnWeights,
     activation: Activation,
     *,
+    up_input: torch.Tensor | None = None,
     predictor_input: torch.Tensor | None = None,
     dense: bool = False,
     backend: Backend = "auto",
@@ -38,6 +39,7 @@ def sparse_ffn(
         x: Input of the block, [..., hidden].
         weights: Weights of the block on the device of x, of its dtype or in int8 or int4 blocks.
         activation: The two factors.
+        up_input: What up_proj reads, of the shape of x; default: x.
         predictor_input: Input of the predictor, of the shape of x; default: x.
         dense: Read every row: the baseline of speed-ups.
         backend: `native` (C++ on a CPU), `triton` (GPU), `torch` (torch's operators on any device), or `auto`, which is
@@ -53,22 +55,24 @@ def sparse_ffn(
     """
     weights.check(x)
     threads = threads or default_threads(weights)
-    if predictor_input is None:
-        predictor_input = x
-    elif predictor_input.shape != x.shape or predictor_input.dtype != x.dtype:
-        raise ValueError(f"predictor_input is {list(predictor_input.shape)}; it must be like x, {list(x.shape)}.")
+    for name, other in (("predictor_input", predictor_input), ("up_input", up_input)):
+        if other is not None and (other.shape != x.shape or other.dtype != x.dtype):
+            raise ValueError(f"{name} is {list(other.shape)}; it must be like x, {list(x.shape)}.")
+    predictor_input = x if predictor_input is None else predictor_input
+    for_up = None if up_input is None else up_input.reshape(-1, x.shape[-1])
     backend = _usable(backend, x, weights)
     tokens, seen = x.reshape(-1, x.shape[-1]), predictor_input.reshape(-1, x.shape[-1])
     parts, rows = [], RowsRead()
     for start in range(0, len(tokens), MAX_TOKENS):
         chunk = slice(start, start + MAX_TOKENS)
         given = (tokens[chunk], weights, activation, seen[chunk], dense)
+        own_up = None if for_up is None else for_up[chunk]
         if backend == "native":
-            part, read = native_ffn(*given, threads)
+            part, read = native_ffn(*given, threads, up_x=own_up)
         elif backend == "triton":
-            part, read = triton_ffn(*given)
+            part, read = triton_ffn(*given, up_x=own_up)
         else:
-            part, read = portable_ffn(*given)
+            part, read = portable_ffn(*given, up_x=own_up)
         parts.append(part)
         rows += read
     return _joined(parts, tokens).view(x.shape), rows

@@ -13,6 +13,7 @@ from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, Activation
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
+from sparsify.runtime.masks import constant_of, own_mask, own_part
 from sparsify.runtime.quantised import BlockFormat, BlockMatrix, KeptBlocks, product
 from sparsify.runtime.weights import FfnWeights, LineBytes, Matrix, Predictor, RowsRead
 
@@ -162,13 +163,23 @@ class BlockForward:
     def _products(self, x: torch.Tensor, index: int = 0) -> torch.Tensor:
         """The block's output, or an expert's, for masked states [..., hidden]."""
         gate, up, down_t = self._blocks(index)
-        factors = (product(x, one, by_columns=name in self.by_columns) for name, one in (("gate", gate), ("up", up)))
-        return self.block.ffn_activation(*factors, experts=index) @ down_t.dequantised(dtype=x.dtype)
+        constants = self._constants(index if self.count() > 1 else None)
+
+        def multiply(name: str, seen: torch.Tensor, matrix: BlockMatrix) -> torch.Tensor:
+            outputs = product(seen, matrix, by_columns=name in self.by_columns)
+            constant = constants[f"{name}_constant"]
+            return outputs if constant is None else outputs + constant
+
+        gate_x, up_x = self._inputs(x, index)
+        factors = multiply("gate", gate_x, gate), multiply("up", up_x, up)
+        output = self.block.ffn_activation(*factors, experts=index) @ down_t.dequantised(dtype=x.dtype)
+        return output if constants["down_constant"] is None else output + constants["down_constant"]
 
     @property
     def by_columns(self) -> frozenset[str]:
-        """Which of `gate` and `up` are held by columns."""
-        return self.options.by_columns & {"gate", "up"}
+        """Which of `gate` and `up` are held by columns. The kernels for a GPU read rows alone."""
+        on_gpu = any(one.is_cuda for one in self.block.parameters())
+        return frozenset() if on_gpu else self.options.by_columns & {"gate", "up"}
 
     def _blocks(self, index: int) -> Sequence[BlockMatrix]:
         assert self.kept is not None
@@ -216,7 +227,13 @@ class BlockForward:
         gate, up, down_t = self._matrices(index)
         expert = index if self.count() > 1 else None
         predictor = self._predictor(index, like)
-        return FfnWeights(gate, up, down_t, **self._thresholds(expert), predictor=predictor, by_columns=self.by_columns)
+        return FfnWeights(
+            *(gate, up, down_t),
+            **self._thresholds(expert),
+            **self._constants(expert),
+            predictor=predictor,
+            by_columns=self.by_columns,
+        )
 
     def _held(self, name: str, weight: nn.Parameter) -> torch.Tensor:
         """A projection's weight, or its transpose: its memory is reordered only if the kernels read it directly."""
@@ -243,10 +260,23 @@ class BlockForward:
             name: values[expert] if values is not None and values.dim() > 1 else values for name, values in both.items()
         }
 
+    def _constants(self, expert: int | None = None) -> dict[str, torch.Tensor | None]:
+        """What is added to the outputs of the projections, or to those of one expert."""
+        found = {f"{name}_constant": constant_of(own_part(self.block, name)) for name in ("gate", "up", "down")}
+        if expert is None:
+            return found
+        return {name: values if values is None else values[expert] for name, values in found.items()}
+
     def _masked(self, x: torch.Tensor) -> torch.Tensor:
-        """The block's input after its own mask."""
-        mask = getattr(self.block, "input_mask", None)
+        """The block's input after the mask that its projections share."""
+        mask = own_mask(self.block)
         return x if mask is None else mask(x)
+
+    def _inputs(self, x: torch.Tensor, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """What gate and up read, given the input that they share; the same tensor if no mask is of one of them alone."""
+        masks = [own_mask(own_part(self.block, name)) for name in ("gate", "up")]
+        gate_x, up_x = (x if mask is None else mask(x, expert) for mask in masks)
+        return gate_x, up_x
 
     def _predictor(self, index: int, x: torch.Tensor) -> Predictor | None:
         """The predictor in x's dtype and on its device: it follows a model that was moved or cast."""
@@ -260,11 +290,15 @@ class BlockForward:
             ]
         return one
 
-    def _read(self, x: torch.Tensor, weights: FfnWeights, predictor_input: torch.Tensor | None) -> torch.Tensor:
+    def _read(
+        self, x: torch.Tensor, weights: FfnWeights, predictor_input: torch.Tensor | None, expert: int = 0
+    ) -> torch.Tensor:
+        gate_x, up_x = self._inputs(x, expert)
         out, rows = sparse_ffn(
-            x,
+            gate_x,
             weights,
             self.activation(),
+            up_input=None if up_x is gate_x else up_x,
             predictor_input=predictor_input,
             dense=self.options.dense,
             threads=self.options.threads,
@@ -324,7 +358,7 @@ class ExpertsForward(BlockForward):
             chosen = None
             if weights.predictor is not None:
                 chosen = seen.reshape(hidden_states.shape)[token]
-            expert_output = self._read(hidden_states[token], weights, chosen)
+            expert_output = self._read(hidden_states[token], weights, chosen, expert)
             share = top_k_weights[token, slot, None]
             output.index_add_(0, token, (expert_output * share).to(output.dtype))
         return output
@@ -337,6 +371,7 @@ class ExpertsForward(BlockForward):
             up,
             self._held("down", self.block.down_proj),
             **self._thresholds(),
+            **self._constants(),
             predictor=self._stacked(x),
             by_columns=self.by_columns,
         )
@@ -351,7 +386,9 @@ class ExpertsForward(BlockForward):
         return out
 
     def _alike(self) -> bool:
-        """Whether all predictors have the same rank, so that they can be stacked."""
+        """Whether the experts read the same input, and all predictors have the same rank, so that they can be stacked."""
+        if any(own_mask(own_part(self.block, name)) is not None for name in ("gate", "up")):
+            return False
         return len({one.a.shape for one in self.options.predictors or ()}) <= 1
 
     def _stacked(self, x: torch.Tensor) -> Predictor | None:

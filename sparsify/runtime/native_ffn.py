@@ -28,6 +28,8 @@ _BLOCK_FORMATS = {"int8": 1, "int4": 2}
 
 COUNTS = ("offered", "gate_rows", "up_rows", "down_rows", "gate_columns", "up_columns")
 
+THRESHOLD, TOP_K, TOP_P = range(3)
+
 
 class CMatrix(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64))
@@ -36,7 +38,13 @@ class CMatrix(ctypes.Structure):
 class InputMask(ctypes.Structure):
     """How the input of a projection is masked; mirrors InputMask in native/columns.h."""
 
-    _fields_ = (("thresholds", ctypes.c_void_p),)
+    _fields_ = (
+        ("thresholds", ctypes.c_void_p),
+        ("weights", ctypes.c_void_p),
+        ("kept", ctypes.c_int64),
+        ("mass", ctypes.c_float),
+        ("rule", ctypes.c_int32),
+    )
 
 
 class FfnCall(ctypes.Structure):
@@ -48,6 +56,8 @@ class FfnCall(ctypes.Structure):
         *((name, CMatrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
         ("thresholds", ctypes.c_void_p),
         ("gate_thresholds", ctypes.c_void_p),
+        *((f"{name}_constant", ctypes.c_void_p) for name in ("gate", "up", "down")),
+        *((name, ctypes.POINTER(InputMask)) for name in ("gate_mask", "up_mask")),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")),
         *((name, ctypes.c_int32) for name in ("gate_by_columns", "up_by_columns")),
@@ -64,6 +74,7 @@ def native_ffn(
     predictor_x: torch.Tensor,
     dense: bool,
     threads: int,
+    up_x: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `sparse_ffn`, for x [tokens, hidden] of at most MAX_TOKENS tokens, already checked.
 
@@ -76,6 +87,7 @@ def native_ffn(
     call, held = ffn_call(weights, activation, x.dtype, threads=threads)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     given = {"x": x} | ({} if weights.predictor is None else {"predictor_x": predictor_x})
+    given |= {} if up_x is None else {"up_x": up_x}
     for name, part in given.items():
         held.append(part := _whole_rows(part))
         setattr(call, name, CMatrix(part.data_ptr(), part.stride(0)))
@@ -108,6 +120,11 @@ def ffn_call(
         parts |= {"predictor_a": predictor.a, "predictor_b": predictor.b}
     rows = {name: _whole_rows(part) for name, part in parts.items()}
     thresholds, gate_thresholds = weights.thresholds_for(weights.gate.device)
+    constants = {
+        name: values.detach().to(torch.float32).contiguous()
+        for name, values in weights.constants().items()
+        if values is not None
+    }
     call = FfnCall(
         hidden=weights.hidden,
         neurons=weights.neurons,
@@ -124,8 +141,9 @@ def ffn_call(
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
         **{name: CMatrix(part.data_ptr(), part.stride(0)) for name, part in rows.items()},
+        **{name: values.data_ptr() for name, values in constants.items()},
     )
-    held = [*rows.values(), *(one for one in (thresholds, gate_thresholds) if one is not None)]
+    held = [*rows.values(), *constants.values(), *(one for one in (thresholds, gate_thresholds) if one is not None)]
     return call, held
 
 

@@ -10,11 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.models.masking import experts_per_token, is_fused, num_experts
+from sparsify.models.masking import experts_per_token, is_fused, kept_count, num_experts
 from sparsify.runtime.build import kernels
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.forwards import BlockForward
-from sparsify.runtime.native_ffn import NATIVE_DTYPES, CMatrix, FfnCall, InputMask, c_matrix, ffn_call, weight_format
+from sparsify.runtime.masks import constant_of, own_mask, own_part
+from sparsify.runtime.native_ffn import (
+    NATIVE_DTYPES,
+    THRESHOLD,
+    TOP_K,
+    TOP_P,
+    CMatrix,
+    FfnCall,
+    InputMask,
+    c_matrix,
+    ffn_call,
+    weight_format,
+)
 from sparsify.runtime.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.weights import Matrix, line_bytes
 
@@ -29,6 +41,7 @@ class _Linear(ctypes.Structure):
         ("weight", CMatrix),
         ("outputs", ctypes.c_int64),
         ("mask", ctypes.POINTER(InputMask)),
+        ("constant", ctypes.c_void_p),
         ("format", ctypes.c_int32),
         ("by_columns", ctypes.c_int32),
         ("columns_read", ctypes.c_int64),
@@ -41,7 +54,6 @@ class StepLayer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm")),
         *((name, _Linear) for name in ("q", "k", "v", "o")),
-        *((name, ctypes.POINTER(InputMask)) for name in ("gate_mask", "up_mask")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "router")),
         ("experts", ctypes.POINTER(FfnCall)),
         ("tokens", ctypes.c_int64),
@@ -145,7 +157,7 @@ class StepPlan:
         self._library = library
         self._held: list[Any] = []
         self._projections = given
-        self._masks: dict[int, InputMask] = {}
+        self._masks: dict[tuple[int, int | None], InputMask] = {}
         self._lines: dict[str, tuple[int, int]] = {}
         config, layers = model.config, model.model.layers
         self.dtype = model.model.embed_tokens.weight.dtype
@@ -183,11 +195,9 @@ class StepPlan:
         to.attention_norm = self._address(layer.input_layernorm.weight)
         to.ffn_norm = self._address(layer.post_attention_layernorm.weight)
         for name in ATTENTION:
-            mask = getattr(attention.o_proj if name == "o" else attention, "input_mask", None)
             linear = getattr(attention, f"{name}_proj")
+            mask = own_mask(linear) or (own_mask(attention) if name != "o" else None)
             setattr(to, name, self._linear(f"layers.{index}.{name}", linear, mask))
-        mask = self._mask(getattr(forward.block, "input_mask", None), attention.q_proj.in_features)
-        to.gate_mask = to.up_mask = mask
         if is_fused(forward.block):
             to.router = self._address(layer.mlp.gate.weight)
         experts = (FfnCall * forward.count())()
@@ -197,6 +207,9 @@ class StepPlan:
                 weights = replace(weights, predictor=None)
             experts[expert], held = ffn_call(weights, forward.activation(), self.dtype)
             experts[expert].dense = forward.options.dense
+            for name in ("gate", "up"):
+                mask = own_mask(own_part(forward.block, name)) or own_mask(forward.block)
+                setattr(experts[expert], f"{name}_mask", self._mask(mask, weights.hidden, expert))
             self._held += [*held, weights]
         self._held.append(experts)
         to.experts = ctypes.cast(experts, ctypes.POINTER(FfnCall))
@@ -206,22 +219,35 @@ class StepPlan:
         read, held = c_matrix(matrix)
         self._held.append(held)
         self._lines[name] = matrix.shape[0], line_bytes(matrix)
+        constant = constant_of(linear)
         return _Linear(
             weight=read,
             outputs=linear.out_features,
             mask=self._mask(mask, linear.in_features),
+            constant=None if constant is None else self._address(constant.float()),
             format=weight_format(matrix),
             by_columns=self._projections.by_columns(name),
         )
 
-    def _mask(self, module: Any, inputs: int) -> Any:
-        """The mask of an input of so many elements; the same for all projections that share it."""
+    def _mask(self, module: Any, inputs: int, expert: int = 0) -> Any:
+        """The mask of an input of so many elements; the same for all projections and experts that share it."""
         if module is None:
             return None
-        if id(module) not in self._masks:
-            thresholds = module.threshold.float().expand(inputs).contiguous()
-            self._masks[id(module)] = InputMask(thresholds=self._address(thresholds))
-        return ctypes.pointer(self._masks[id(module)])
+        tensors = dict(module.named_buffers(recurse=False))
+        key = id(module), expert if any(one.dim() > 1 for one in tensors.values()) else None
+        if key not in self._masks:
+            own = {name: one[expert] if one.dim() > 1 else one for name, one in tensors.items()}
+            self._masks[key] = self._input_mask(getattr(module, "rule", None), own, inputs)
+        return ctypes.pointer(self._masks[key])
+
+    def _input_mask(self, rule: Any, tensors: dict[str, torch.Tensor], inputs: int) -> InputMask:
+        if rule is None or rule.rule == "threshold":  # bundles of older versions know no other
+            return InputMask(thresholds=self._address(tensors["threshold"].float().expand(inputs)), rule=THRESHOLD)
+        weights = self._address(tensors["weight"].float()) if rule.weighted else None
+        if rule.rule == "top_k":
+            kept = kept_count(float(tensors["kept_share"]), inputs)
+            return InputMask(weights=weights, kept=kept, rule=TOP_K)
+        return InputMask(weights=weights, mass=float(tensors["kept_mass"]), rule=TOP_P)
 
     def _address(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()

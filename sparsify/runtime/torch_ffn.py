@@ -24,13 +24,12 @@ def portable_ffn(
     activation: Activation,
     predictor_x: torch.Tensor,
     dense: bool = False,
+    up_x: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes in fp32 at least."""
     dtype = x.dtype
-    own = x  # as sums of columns read it
-    if weights.in_blocks:
-        own = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = rounded_states(x).to(own.dtype)
+    x, own = _read_as(x, weights)
+    for_up, own_for_up = (x, own) if up_x is None else _read_as(up_x, weights)
     rows: Rows = ALL_ROWS
     wanted = None
     if weights.predictor is not None and not dense:
@@ -44,6 +43,7 @@ def portable_ffn(
         gate = gate[:, rows]
     else:
         gate = linear(x, _rows(weights.gate, rows, x))
+    gate = _with_constant(gate, weights.gate_constant, rows)
     gate = GATE_FACTORS[activation.gate](gate, activation.gate_threshold)
     if gate_thresholds is not None:
         gate = torch.where(gate.abs() <= gate_thresholds[rows], 0.0, gate)
@@ -53,11 +53,11 @@ def portable_ffn(
         kept = _few(gate != 0, rows)
         rows, gate = _narrow(rows, kept), gate[:, kept]
     if "up" in weights.by_columns:
-        up, up_columns = _column_sums(own, weights.up, dense)
+        up, up_columns = _column_sums(own_for_up, weights.up, dense)
         up = up[:, rows]
     else:
-        up = linear(x, _rows(weights.up, rows, x))
-    up = UP_FACTORS[activation.up](up)
+        up = linear(for_up, _rows(weights.up, rows, x))
+    up = UP_FACTORS[activation.up](_with_constant(up, weights.up_constant, rows))
     product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
     up_rows = 0 if "up" in weights.by_columns else product.shape[1]
     if thresholds is not None:
@@ -71,7 +71,20 @@ def portable_ffn(
         gate_columns=gate_columns,
         up_columns=up_columns,
     )
-    return (product @ _rows(weights.down_t, rows, x)).to(dtype), read
+    output = _with_constant(product @ _rows(weights.down_t, rows, x), weights.down_constant, ALL_ROWS)
+    return output.to(dtype), read
+
+
+def _read_as(x: torch.Tensor, weights: FfnWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """An input as products with rows read it, and as sums of columns do."""
+    if not weights.in_blocks:
+        return x, x
+    own = x.to(torch.promote_types(x.dtype, torch.float32))
+    return rounded_states(x).to(own.dtype), own
+
+
+def _with_constant(outputs: torch.Tensor, constant: torch.Tensor | None, rows: Rows) -> torch.Tensor:
+    return outputs if constant is None else outputs + constant[rows].to(outputs.dtype)
 
 
 def _rows(matrix: Matrix, rows: Rows, x: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,7 @@ def triton_ffn(
     predictor_x: torch.Tensor,
     dense: bool = False,
     routing: Routing | None = None,
+    up_x: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `sparse_ffn`, for x [tokens, hidden] of at most 8 tokens, already checked. The counts stay on the device.
 
@@ -106,7 +107,7 @@ def triton_ffn(
     """
     kernels = triton_kernels(x.device)
     assert kernels is not None, "the kernels cannot be used; sparse_ffn chooses torch then"
-    return launch(kernels, x, weights, activation, predictor_x, dense, routing)
+    return launch(kernels, x, weights, activation, predictor_x, dense, routing, up_x)
 
 
 def launch(
@@ -117,6 +118,7 @@ def launch(
     predictor_x: torch.Tensor,
     dense: bool,
     routing: Routing | None,
+    up_x: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `triton_ffn`, with the kernels given."""
     by_rows = [_by_rows(weights, name) for name in ("gate", "up")]
@@ -124,6 +126,10 @@ def launch(
     thresholds, gate_thresholds = weights.thresholds_for(x.device)
     (tokens, hidden), (experts, neurons, _) = x.shape, gate.shape
     x, predictor_x = _experts(x, 2), _experts(predictor_x, 2)
+    for_up = x if up_x is None else _experts(up_x, 2)
+    gate_constant, up_constant, down_constant = (
+        None if one is None else one.contiguous() for one in weights.constants().values()
+    )
     index = None if routing is None else routing.index.contiguous()
     slots = 1 if index is None else index.shape[1]
     padded = _power_of_two(tokens)
@@ -148,18 +154,20 @@ def launch(
             wanted = _predict(kernels, predictor_x, weights.predictor, sent, factors, block)
         start: Any = kernels.gate_rows[listed]
         start(
-            *(x, gate, factors if wanted is None else wanted, gate_thresholds, factors),
+            *(x, gate, factors if wanted is None else wanted, gate_thresholds, gate_constant, factors),
             *(counts, *sent, *size),
             *(x.stride(0), gate.stride(1), gate.stride(0), activation.gate_threshold),
             **{"KIND": activation.gate, "PREDICTED": wanted is not None, "CHUNK": CHUNK} | block,
             THRESHOLDS=gate_thresholds is not None,
+            CONSTANT=gate_constant is not None,
         )
         start = kernels.up_rows[listed]
         start(
-            *(x, up, factors, thresholds, product, counts, *sent, *size),
-            *(x.stride(0), up.stride(1), up.stride(0)),
+            *(for_up, up, factors, thresholds, up_constant, product, counts, *sent, *size),
+            *(for_up.stride(0), up.stride(1), up.stride(0)),
             **{"DENSE": dense, "RELU": activation.up == "relu", "CHUNK": CHUNK} | block,
             THRESHOLDS=thresholds is not None,
+            CONSTANT=up_constant is not None,
         )
         start = kernels.down_rows[chunks, columns, experts]
         start(
@@ -169,9 +177,10 @@ def launch(
         at_once, width = SUM_BLOCK
         start = kernels.sum_chunks[-(-hidden // width), tokens]
         start(
-            *(partial, out, index, None if routing is None else routing.shares.contiguous()),
+            *(partial, out, index, None if routing is None else routing.shares.contiguous(), down_constant),
             *(tokens, slots, chunks, hidden),
             **{"SLOTS": block["SLOTS"], "CHUNKS": at_once, "WIDTH": width, "num_warps": NUM_WARPS},
+            CONSTANT=down_constant is not None,
         )
     return out, RowsRead(counts=counts)
 

@@ -129,6 +129,7 @@ def gate_rows(
     gate,
     wanted,
     thresholds,
+    constant,
     factors,
     counts,
     index,
@@ -143,6 +144,7 @@ def gate_rows(
     KIND: tl.constexpr,
     PREDICTED: tl.constexpr,
     THRESHOLDS: tl.constexpr,
+    CONSTANT: tl.constexpr,
     T: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -164,6 +166,8 @@ def gate_rows(
             row, there = _taken(neuron, place, count, first, ROWS)
             rows = gate + expert * gate_expert_stride + row.to(tl.int64) * gate_stride
             g = _dots(x, x_stride, sent, rows, there, hidden, T, ROWS, WIDTH)
+            if CONSTANT:
+                g += tl.load(constant + expert * neurons + row, mask=there, other=0.0).to(tl.float32)[None, :]
             factor = g
             if KIND == "silu":
                 factor = g / (1.0 + tl.exp(-g))
@@ -189,6 +193,7 @@ def up_rows(
     up,
     factors,
     thresholds,
+    constant,
     product,
     counts,
     index,
@@ -202,6 +207,7 @@ def up_rows(
     DENSE: tl.constexpr,
     RELU: tl.constexpr,
     THRESHOLDS: tl.constexpr,
+    CONSTANT: tl.constexpr,
     T: tl.constexpr,
     SLOTS: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -221,6 +227,8 @@ def up_rows(
             row, there = _taken(neuron, place, count, first, ROWS)
             rows = up + expert * up_expert_stride + row.to(tl.int64) * up_stride
             u = _dots(x, x_stride, sent, rows, there, hidden, T, ROWS, WIDTH)
+            if CONSTANT:
+                u += tl.load(constant + expert * neurons + row, mask=there, other=0.0).to(tl.float32)[None, :]
             if RELU:
                 u = tl.where(u <= 0.0, 0.0, u)
             places = own + tl.arange(0, T)[:, None] * neurons + row[None, :]
@@ -286,6 +294,7 @@ def sum_chunks(
     out,
     index,
     shares,
+    constant,
     tokens,
     slots,
     chunks,
@@ -293,6 +302,7 @@ def sum_chunks(
     SLOTS: tl.constexpr,
     CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
+    CONSTANT: tl.constexpr,
 ):
     """out [tokens, hidden]: the sum over chunks and over the token's experts, each times its weight."""
     token = tl.program_id(1)
@@ -312,5 +322,7 @@ def sum_chunks(
             mask = (chunk < chunks)[:, None] & inside[None, :]
             values = tl.load(partial + rows[:, None] + column[None, :], mask=mask, other=0.0)
             expert_output += tl.sum(values, axis=0)
+        if CONSTANT:
+            expert_output += tl.load(constant + expert * hidden + column, mask=inside, other=0.0).to(tl.float32)
         total += share * expert_output
     tl.store(out + token * hidden + column, total.to(out.dtype.element_ty), mask=inside)

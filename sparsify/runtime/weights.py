@@ -54,6 +54,9 @@ class FfnWeights:
         thresholds: A product is kept where its magnitude is larger; [neurons], or [1] for all neurons.
         predictor: Neurons that it does not predict are not read.
         gate_thresholds: A neuron is skipped unless the magnitude of its gate factor is larger; of the same shapes.
+        gate_constant: Added to the outputs of gate, [neurons].
+        up_constant: The same for up.
+        down_constant: Added to the output of the block, [hidden].
         by_columns: Which of `gate` and `up` are held by columns: of these, columns of inputs that are zero are not read.
     """
 
@@ -63,7 +66,14 @@ class FfnWeights:
     thresholds: torch.Tensor | None = None
     predictor: Predictor | None = None
     gate_thresholds: torch.Tensor | None = None
+    gate_constant: torch.Tensor | None = None
+    up_constant: torch.Tensor | None = None
+    down_constant: torch.Tensor | None = None
     by_columns: frozenset[str] = frozenset()
+
+    def constants(self) -> dict[str, torch.Tensor | None]:
+        """The three constants by the names of their fields."""
+        return {name: getattr(self, name) for name in ("gate_constant", "up_constant", "down_constant")}
 
     @property
     def neurons(self) -> int:
@@ -135,6 +145,12 @@ class FfnWeights:
             if part.device != x.device or not self._fits(part, x.dtype):
                 raise ValueError(
                     f"{name} is {_kind(part)} on {part.device}, x is {x.dtype} on {x.device}; they must be alike."
+                )
+        for name, values in self.constants().items():
+            shape = (*experts, hidden if name == "down_constant" else neurons)
+            if values is not None and (tuple(values.shape) != shape or values.device != x.device):
+                raise ValueError(
+                    f"{name} is {list(values.shape)} on {values.device}; it must be {list(shape)} on {x.device}."
                 )
         for name in ("thresholds", "gate_thresholds"):
             values = getattr(self, name)

@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsify.models.masking import site_rules
+from sparsify.errors import ModelError
+from sparsify.models.masking import INPUT_SITES, site_rules
 from sparsify.runtime import BlockMatrix, FfnWeights, accelerate, quantise, sparse_ffn
+from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES
 from sparsify.runtime.quantised import BlockFormat, rounded_states
 from tests.runtime.blocks import ALL, DTYPES, FORMATS, TOLERANCES, block, decoded_logits, difference, predictor
 from tests.runtime.test_step import decoded, made
@@ -316,3 +318,55 @@ def test_a_prompt_and_blocks_alone_compute_the_same_model() -> None:
         ids = torch.arange(3, 43)[None]
         with torch.no_grad():
             torch.testing.assert_close(model(ids).logits, reference(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+SITES = (*STEP_SITES, *BLOCK_SITES)
+RULES = ("threshold", "top_k", "top_p")
+CASES = [(site, rule) for site in SITES for rule in RULES if rule == "threshold" or site in INPUT_SITES]
+
+
+@kinds
+@pytest.mark.parametrize("remainder", ["none", "constant"])
+@pytest.mark.parametrize(("site", "rule"), CASES)
+def test_every_site_and_rule_in_a_step_and_in_a_block(experts: int, remainder: str, site: str, rule: str) -> None:
+    if site == "gate":
+        remainder = "none"  # no projection reads it
+    fields = {"rule": rule, "per": "layer", "weighted": rule != "threshold", "remainder": remainder}
+    stored = {"method": "percentile", "sites": {site: fields}}
+    model = made(1, experts=experts, ffn_activation="swiglu", sparsification=stored)
+    expected = decoded(model, 2, 3)
+    acceleration = accelerate(model)
+    given = decoded(model, 2, 3)
+    torch.testing.assert_close(given, expected, rtol=2e-4, atol=2e-4 * expected.abs().max().item())
+    assert model.forward.steps == 3
+    reads = acceleration.reads[0]
+    if rule == "top_k":
+        assert (reads.attention.bytes_read < reads.attention.bytes_offered) == (site in STEP_SITES)
+    assert (reads.rows.columns > 0) == (site in INPUT_SITES and site in BLOCK_SITES)
+    model.model.norm.register_forward_hook(lambda *_: None)  # a hook makes every call go through torch
+    given = decoded(model, 2, 3)
+    torch.testing.assert_close(given, expected, rtol=2e-4, atol=2e-4 * expected.abs().max().item())
+    assert model.forward.steps == 3
+
+
+@pytest.mark.parametrize("rule", ["top_k", "top_p"])
+@pytest.mark.parametrize("site", ["attn_in", "ffn_in.up"])
+def test_what_is_not_a_number_is_kept(site: str, rule: str) -> None:
+    model = made(sparsification={"method": "percentile", "sites": {site: {"rule": rule}}})
+    accelerate(model)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5, 4] = torch.nan
+    assert decoded_logits(model, torch.tensor([[5]])).isnan().all()
+    assert model.forward.steps == 1
+
+
+def test_other_rules_go_through_torch_or_are_refused() -> None:
+    model = made(sparsification={"method": "percentile", "sites": {"attn_in": {"rule": "top_k", "rotated": True}}})
+    expected = decoded(model, 1, 2)
+    accelerate(model)
+    with pytest.warns(UserWarning, match="does not compute a rotated top_k mask on attn_in"):
+        given = decoded(model, 1, 2)
+    torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-4)
+    assert model.forward.steps == 0
+    with pytest.raises(ModelError, match="a top_k mask on inter, which the kernels do not apply"):
+        accelerate(made(sparsification={"method": "percentile", "sites": {"inter": {"rule": "top_k"}}}))

@@ -19,6 +19,7 @@ from sparsify.models import (
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
 )
+from sparsify.models.masking import INPUT_SITES
 from sparsify.predictors import read_predictors, write_predictors
 from sparsify.runtime import accelerate
 from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES
@@ -51,10 +52,26 @@ def made(seed: int = 0, *, experts: int = 0, dtype: torch.dtype = torch.float32,
         config._experts_implementation = "eager"  # torch's grouped products take few shapes and no fp64
     else:
         model = SparseMistralForCausalLM(SparseMistralConfig(**shape | fields))
-    for name, buffer in model.named_buffers():
-        if name.endswith("threshold"):
-            buffer.copy_(torch.rand_like(buffer) * 0.2)
+    fill_masks(model)
     return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def fill_masks(model: Any) -> None:
+    """Gives every mask and remainder numbers of its own, but not the whole vector."""
+    for name, buffer in model.named_buffers():
+        own = torch.rand_like(buffer)
+        part = name.rpartition(".")[2]
+        numbers = {
+            "threshold": own * 0.2,
+            "kept_share": own * 0.5 + 0.2,
+            "kept_mass": own * 0.3 + 0.6,
+            "weight": own + 0.5,
+        }
+        if part in numbers:
+            buffer.copy_(numbers[part])
+        elif part == "remainder_constant":
+            buffer.copy_(own * 0.2 - 0.1)
 
 
 @torch.no_grad()
@@ -100,6 +117,9 @@ def close(model: Any, expected: torch.Tensor, given: torch.Tensor, steps: int) -
     activation=st.sampled_from(["drelu", "reglu", "relu2", "swiglu"]),
     sites=st.sets(st.sampled_from((*STEP_SITES, *BLOCK_SITES))),
     per=st.sampled_from(["layer", "channel"]),
+    rule=st.sampled_from(["threshold", "top_k", "top_p"]),
+    weighted=st.booleans(),
+    remainder=st.sampled_from(["none", "constant"]),
     cache=st.sampled_from(["own", "plain", "static"]),
     mask=st.booleans(),
     threads=st.sampled_from([1, 2, 3]),
@@ -118,6 +138,9 @@ def test_every_model_decodes_as_its_own_forward_does(
     activation,
     sites,
     per,
+    rule,
+    weighted,
+    remainder,
     cache,
     mask,
     threads,
@@ -126,7 +149,13 @@ def test_every_model_decodes_as_its_own_forward_does(
 ) -> None:
     if activation == "swiglu" and not sites & {"gate", "inter"}:
         sites = {*sites, "inter"}
-    masks = {site: {"rule": "threshold", "per": per} for site in sites}
+    sites = {site for site in sites if "." not in site or site.partition(".")[0] not in sites}
+    masks = {}
+    for site in sites:
+        chosen = {"rule": "threshold", "per": per}
+        if site in INPUT_SITES and rule != "threshold":
+            chosen = {"rule": rule, "per": "layer", "weighted": weighted}
+        masks[site] = chosen | {"remainder": remainder if site != "gate" else "none"}
     model = made(
         seed,
         experts=experts,

@@ -22,6 +22,8 @@ struct FfnCall {
     Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
     const float* thresholds;          // [neurons] or null: a product is kept where it is larger in size
     const float* gate_thresholds;     // [neurons] or null: a gate factor is kept where it is larger in size
+    const float *gate_constant, *up_constant, *down_constant;  // [neurons], [neurons], [hidden], added to the outputs; or null
+    const InputMask *gate_mask, *up_mask;  // of the inputs of gate and up, in a step; null without one
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
     int32_t dtype, gate_kind, up_kind, dense, threads, weight_format, gate_by_columns, up_by_columns;
     float gate_threshold, predictor_threshold;
@@ -49,8 +51,8 @@ struct FfnInputs {
     Factors gate_factors, up_factors;
 
     template <class T, int B>
-    void fill(const FfnCall& call, const float* for_gate, const InputMask* gate_mask, const float* for_up, const InputMask* up_mask,
-              int64_t tokens, FfnTokens& to) {
+    void fill(const FfnCall& call, const float* for_gate, const float* for_up, int64_t tokens, FfnTokens& to) {
+        const InputMask *gate_mask = call.gate_mask, *up_mask = call.up_mask;
         const bool alike = for_gate == for_up && gate_mask == up_mask && call.gate_by_columns == call.up_by_columns;
         if (call.gate_by_columns) gate_factors.fill<B>(gate_mask, for_gate, tokens, call.hidden);
         else fill_rows<T, B>(gate_mask, for_gate, tokens, call.hidden, gate_x);
@@ -85,6 +87,8 @@ void down(const FfnCall& call, const FfnTokens& in, FfnScratch& s, const std::ve
     if (begin == end) return;
     float *sums = s.sums.data(), *product = s.product.data();
     add_listed<T, B>(call.down_t, listed, product, sums, width, begin, end);
+    for (int b = 0; b < B && call.down_constant; ++b)
+        for (int64_t j = begin; j < std::min(end, call.hidden); ++j) sums[b * width + j] += call.down_constant[j];
     if (in.residual) {
         for (int b = 0; b < call.tokens; ++b)
             for (int64_t j = begin; in.active[b] && j < std::min(end, call.hidden); ++j)
@@ -131,16 +135,18 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
     const int64_t num_candidates = predicted ? static_cast<int64_t>(lists.predicted.size()) : call.neurons;
     const auto take_gate = [&](int64_t n, const float* dots) {
         const float threshold = call.gate_thresholds ? call.gate_thresholds[n] : -1.0f;
+        const float constant = call.gate_constant ? call.gate_constant[n] : 0.0f;
         for (int b = 0; b < B; ++b) {
             const bool on = in.active[b] && (!predicted || product[n * B + b] != 0.0f);
-            const float factor = on ? gate_factor(dots[b], call) : 0.0f;
+            const float factor = on ? gate_factor(dots[b] + constant, call) : 0.0f;
             gate[n * B + b] = std::fabs(factor) <= threshold ? 0.0f : factor;
         }
     };
     const auto take_up = [&](int64_t n, const float* dots) {
         const float threshold = call.thresholds ? call.thresholds[n] : -1.0f;
+        const float constant = call.up_constant ? call.up_constant[n] : 0.0f;
         for (int b = 0; b < B; ++b) {
-            const float up = call.up_kind == UP_RELU && dots[b] <= 0.0f ? 0.0f : dots[b];
+            const float own = dots[b] + constant, up = call.up_kind == UP_RELU && own <= 0.0f ? 0.0f : own;
             const float value = gate[n * B + b] == 0.0f && !call.dense ? 0.0f : gate[n * B + b] * up;
             product[n * B + b] = std::fabs(value) <= threshold ? 0.0f : value;
         }

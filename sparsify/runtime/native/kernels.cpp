@@ -34,7 +34,7 @@ void run(FfnCall& call) {
     bool active[MAX_TOKENS] = {};
     std::fill(active, active + call.tokens, true);
     FfnTokens in{};
-    x.fill<T, B>(call, seen, nullptr, seen_by_up, nullptr, call.tokens, in);
+    x.fill<T, B>(call, seen, seen_by_up, call.tokens, in);
     in.predictor_x = &predictor_x;
     in.active = active;
     in_parallel(call.threads, [&](int thread, int threads) { phases<T, B>(call, in, scratch, thread, threads); });

@@ -19,6 +19,7 @@ struct Linear {
     Matrix weight;
     int64_t outputs;
     const InputMask* mask;  // null without one
+    const float* constant;  // [outputs], added to them; null without one
     int32_t format, by_columns;
     int64_t columns_read;  // result, added up over steps: columns, if it is held by them
 };
@@ -29,7 +30,6 @@ enum Part { PROJECTIONS = 0, ATTENTION = 1, FFN = 2, HEAD = 3, REST = 4, PARTS =
 struct StepLayer {
     const void *attention_norm, *ffn_norm;  // [hidden], of the model's dtype
     Linear q, k, v, o;
-    const InputMask *gate_mask, *up_mask;  // of the inputs of gate and up; null without one
     void *keys, *values;
     const void* router;  // [experts, hidden], of the model's dtype; null in a dense model
     FfnCall* experts;    // one, or one for each expert
@@ -130,7 +130,8 @@ void project(const std::array<Product, N>& products, const float* from, int64_t 
         return [=](int64_t n, const float* values) {
             for (int64_t b = 0; b < tokens; ++b) {
                 float& place = one.to[b * one.stride + n];
-                place = one.adding ? place + values[b] : values[b];
+                const float value = one.linear->constant ? values[b] + one.linear->constant[n] : values[b];
+                place = one.adding ? place + value : value;
             }
         };
     };
@@ -243,7 +244,7 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
         using T = decltype(format);
         FfnTokens in{};
         const float* x = own.normed.data();
-        own.ffn.fill<T, B>(layer.experts[0], x, layer.gate_mask, x, layer.up_mask, tokens, in);
+        const FfnCall* filled = nullptr;  // experts whose masks are the same read the same input
         clock.book(REST);
         for (int64_t e = 0; e < experts; ++e) {
             bool active[MAX_TOKENS] = {};
@@ -255,6 +256,9 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
             }
             if (!any) continue;
             FfnCall& expert = layer.experts[e];
+            if (!filled || filled->gate_mask != expert.gate_mask || filled->up_mask != expert.up_mask)
+                own.ffn.fill<T, B>(expert, x, x, tokens, in);
+            filled = &expert;
             in.predictor_x = predicts ? &own.predictor_x : nullptr;
             in.active = active;
             in.residual = s.residual.data();
