@@ -64,7 +64,7 @@ class LayerValues(Protocol):
 
     def values(self, site: str) -> Iterator[SiteValues]:
         """The values of a site before its mask, some rows at a time; may be iterated repeatedly. What a projection of an expert reads
-        comes for each expert, with the tokens routed to it; `ffn_in` comes once, with all tokens.
+        comes for each expert, with the tokens routed to it; `ffn_in` comes once, with all tokens. Later sites may be looked at.
         """
         ...
 
@@ -92,11 +92,11 @@ class Fitted:
     Attributes:
         parts: What is stored, by the names and of the shapes of `models.masking.site_parts`: of a threshold `threshold`, [1],
             [channels] or [experts, channels]. A dense block may be given as one expert.
-        record: Its entry in `calibration.json`.
+        record: Its entry in `calibration.json`. `pooled_experts` in it, those without statistics of their own, is said in the log.
     """
 
     parts: dict[str, torch.Tensor]
-    record: dict[str, float] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
 
 
 @runtime_checkable

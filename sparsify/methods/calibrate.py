@@ -51,7 +51,7 @@ from sparsify.methods.layerwise import (
     tensor,
 )
 from sparsify.methods.remainder import ConstantRemainder
-from sparsify.methods.sites import ATTENTION_SITES, MaskParts, Parts, with_masks
+from sparsify.methods.sites import ATTENTION_SITES, BlockValues, MaskParts, Parts, with_masks
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.models import FfnActivation
 from sparsify.models.masking import READERS
@@ -299,6 +299,15 @@ class Calibrator:
                 outputs.append(output[self._parts(part)[0]])
         return torch.cat(outputs)[:num_tokens]
 
+    def inputs_behind(self, attention: Attention, old: Streams) -> Iterator[Inputs]:
+        """What the block reads behind the attention as it is masked so far; there is nothing that it should add."""
+        before = self._before(old, self._result)[0][: self._num_fit]
+        for part in chunks(*before.shape[:2]):
+            part = slice(part.start, min(part.stop, self._num_fit))
+            with attention.trying({}, self._dtype):
+                x = attention.ffn_inputs(self._residual(attention, before, part, 0))
+            yield Inputs(x, attention.routes(x), torch.zeros_like(x), *self._parts(part))
+
     def _parts(self, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Which tokens of some sequences methods may look at, and which are held out. Bool [tokens] each."""
         # Padding has position 0 and no label.
@@ -435,10 +444,18 @@ class AttentionValues:
         self._calibrator, self._attention, self._behind, self._streams = calibrator, attention, behind, streams
 
     def values(self, site: str) -> Iterator[SiteValues]:
+        if site not in ATTENTION_SITES:
+            return self._block().values(site)
         return self._calibrator.attention_values(site, self._attention, self._streams)
 
     def weights(self, site: str) -> dict[str, list[torch.Tensor]]:
+        if site not in ATTENTION_SITES:
+            return self._block().weights(site)
         return {name: [self._attention.weight(name)] for name in READERS[site]}
 
     def output(self, masks: MaskParts, num_tokens: int) -> torch.Tensor:
         return self._calibrator.layer_output(self._attention, self._behind, self._streams, masks, num_tokens)
+
+    def _block(self) -> BlockValues:
+        inputs = partial(self._calibrator.inputs_behind, self._attention, self._streams)
+        return BlockValues(self._behind, inputs, {})

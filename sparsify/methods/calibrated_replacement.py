@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from sparsify.methods.base import Mask, MethodSettings, Rewritten, register
-from sparsify.methods.layerwise import Expert, Inputs, InputsOf, Layer
+from sparsify.methods.layerwise import LEAST_ROWS, Expert, Inputs, InputsOf, Layer
 from sparsify.methods.reconstruction import Errors, Gram, Reduce, nothing_to_reduce
 from sparsify.methods.sites import ATTENTION_SITES, Parts, fit_block, rows_of
 from sparsify.methods.thresholds import OutputNormThresholds, ThresholdSettings
@@ -50,8 +50,6 @@ HELD_OUT_EVERY = 8
 """Every eighth calibration sequence is held out to evaluate the refits."""
 RECONSTRUCTED = "refit"
 """Name of the stage after the reconstruction."""
-LEAST_ROWS = 256
-"""An expert that got fewer calibration tokens than this keeps its weights."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class CalibratedLayer:
     stages: dict[str, list[Expert]]
     flips: torch.Tensor
     results: list[ExpertResult]
-    mask_record: dict[str, float] = field(default_factory=dict)
+    mask_record: dict[str, Any] = field(default_factory=dict)
     masks: Parts = field(default_factory=dict)
 
 
@@ -301,4 +299,7 @@ def _sentence(found: CalibratedLayer, *, in_block: bool) -> str:
         if result.kept_because is not None:
             where = f"expert {number}" if len(found.results) > 1 else "it"
             sentence += f"; {where} keeps its down projection: {result.kept_because}"
+    if pooled := found.mask_record.get("pooled_experts"):
+        few = ", ".join(map(str, pooled))
+        sentence += f"; fewer than {LEAST_ROWS} calibration tokens, hence the layer's mean in the mask: experts {few}"
     return sentence

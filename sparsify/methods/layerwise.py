@@ -35,6 +35,8 @@ from sparsify.models import (
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.masking import INPUTS, READERS, ProjectionMask, SiteMask, SiteRule, num_experts
 
+LEAST_ROWS = 256
+"""An expert that got fewer calibration tokens than this keeps its weights, and has no statistics of its own."""
 ATTENTION_SITES = tuple(site for site in INPUTS if site.startswith("attn"))
 """The sites of the attention, in the order in which it computes them."""
 

@@ -8,23 +8,16 @@ a per cent, so memory does not grow with tokens. A layer of which that share is 
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
-import torch
 from pydantic import Field
 
-from sparsify.methods.base import Fitted, LayerValues, MethodSettings, register
-from sparsify.methods.histogram import THRESHOLD_BINS, Histogram
+from sparsify.methods.base import Fitted, LayerValues, register
+from sparsify.methods.pooled import ZerosSettings, layer_threshold
 from sparsify.models import SiteRule
 
 
-class PercentileSettings(MethodSettings):
-    target_zeros: float = Field(
-        ge=0,
-        lt=1,
-        description="Share of exact zeros of every layer, such as 0.5; 0 changes nothing.",
-    )
+class PercentileSettings(ZerosSettings):
     site: Literal["inter", "gate"] = Field(
         default="inter",
         description="inter, the product of both factors, or gate, the gate's factor.",
@@ -46,11 +39,4 @@ class Percentile:
         return {self._settings.site: SiteRule(per="layer")}
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
-        share, threshold = self._settings.target_zeros, -math.inf
-        if share:
-            magnitudes = Histogram(THRESHOLD_BINS, device=layer.device)
-            for chunk in layer.values(site):
-                magnitudes.add(chunk.values.abs())
-            threshold = magnitudes.quantile(share)
-        record = {"threshold": threshold} if share else {}
-        return Fitted({"threshold": torch.tensor([threshold], device=layer.device)}, record)
+        return layer_threshold(layer, site, self._settings.target_zeros)

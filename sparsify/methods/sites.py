@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -114,13 +115,13 @@ def principal_axes(gram: torch.Tensor) -> torch.Tensor:
 
 def fit_block(
     mask: Mask, experts: list[Expert], inputs: InputsOf, dtype: torch.dtype
-) -> tuple[list[Expert], Parts, dict[str, float]]:
+) -> tuple[list[Expert], Parts, dict[str, Any]]:
     """Fits a mask to the sites of a feed-forward block, in the order in which it computes them.
 
     Returns:
         The experts with the mask, rounded as it will be stored; what is to be stored; and what is to be recorded.
     """
-    record: dict[str, float] = {}
+    record: dict[str, Any] = {}
     stored: Parts = {}
     for site in (site for site in SITES if site in mask.sites and site not in ATTENTION_SITES):
         fitted: Fitted = mask.fit(site, BlockValues(experts, inputs, mask.sites))

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from sparsify.methods.base import Fitted, LayerValues, MethodSettings, register
-from sparsify.methods.histogram import THRESHOLD_BINS, Histogram
+from sparsify.methods.pooled import magnitudes
 from sparsify.models import SiteRule
 
 TINY = 1e-30
@@ -38,10 +38,6 @@ class OutputNormThresholds:
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
         """T / |w_down,i| of every neuron, [experts, neurons]."""
-        norms = Histogram(THRESHOLD_BINS, device=layer.device)
-        for chunk in layer.values(site):
-            assert chunk.expert is not None
-            norms.add(chunk.values.abs() * chunk.expert.down.norm(dim=0))
-        scale = norms.quantile(self._share)
-        columns = [expert.down.norm(dim=0).clamp(min=TINY) for expert in layer.experts]
-        return Fitted({"threshold": torch.stack([scale / norm for norm in columns])}, {"threshold_scale": scale})
+        norms = torch.stack([expert.down.norm(dim=0) for expert in layer.experts])
+        scale = magnitudes(layer, site, norms).quantile(self._share)
+        return Fitted({"threshold": scale / norms.clamp(min=TINY)}, {"threshold_scale": scale})

@@ -9,7 +9,7 @@ A site is the vector that a mask multiplies. Rules, for an element x and its wei
 - `threshold` keeps an element where |x| exceeds a stored number (`per: layer`) or a number of its own (`per: channel`; in fused
   experts, of its expert and its own). A threshold of -inf keeps everything, bit by bit.
 - `top_k` keeps a stored share of the elements, at least one: those with the largest |x| · w.
-- `top_p` keeps the fewest elements, largest |x| · w first, whose scores add up to a stored share of the sum of all.
+- `top_p` keeps the fewest elements, largest |x| · w first, whose scores add up to the sum of all but a stored share of it.
 
 NaN is kept, so that it shows. With `rotated` the vector is multiplied by a stored orthogonal matrix first; the projections that read
 it have the inverse in their weights. What was dropped may be replaced (`remainder`): `constant` adds a stored vector to the output of
@@ -44,8 +44,8 @@ SITES = (*INPUT_SITES, "gate", "up", "inter")
 READERS = {**INPUTS, "inter": ("down_proj",)}
 """The projections that read a site; the factors are not read by any."""
 RULES = ("threshold", "top_k", "top_p")
-NUMBERS = {"threshold": "threshold", "top_k": "kept_share", "top_p": "kept_mass"}
-"""What the number of each rule is called."""
+NUMBERS = {"threshold": "threshold", "top_k": "kept_share", "top_p": "dropped_mass"}
+"""What the number of each rule is called. Not a kept mass: that is near 1, where bf16 has steps of 0.4%."""
 GRANULARITIES = ("layer", "channel")
 REMAINDERS = ("none", "constant", "low_rank")
 
@@ -174,7 +174,7 @@ def projection_shapes(config: Any) -> dict[str, tuple[int, int]]:
 def site_parts(config: Any, site: str, rule: SiteRule) -> dict[str, tuple[int, ...]]:
     """Shape of each stored part of one site of one layer, by its name: the mask's own, and `PROJECTION.PART` of remainders.
 
-    Parts: `threshold`, `kept_share` or `kept_mass` as the rule says; `weight`; `basis`; `constant`; `left` and `right`.
+    Parts: `threshold`, `kept_share` or `dropped_mass` as the rule says; `weight`; `basis`; `constant`; `left` and `right`.
     """
     projections = projection_shapes(config)
     channels = projections[READERS[site][0]][1] if site in READERS else config.intermediate_size
@@ -267,7 +267,7 @@ class SiteMask(nn.Module):
 
     threshold: torch.Tensor
     kept_share: torch.Tensor
-    kept_mass: torch.Tensor
+    dropped_mass: torch.Tensor
     weight: torch.Tensor | None
     basis: torch.Tensor | None
 
@@ -276,7 +276,7 @@ class SiteMask(nn.Module):
         self.rule = rule
         number = NUMBERS[rule.rule]
         # Not -inf: what a checkpoint lacks is filled by this, and must not pass for a mask that keeps everything.
-        self.register_buffer(number, torch.full(parts[number], 0.0 if number == "threshold" else 1.0))
+        self.register_buffer(number, torch.full(parts[number], 1.0 if number == "kept_share" else 0.0))
         self.register_buffer("weight", torch.ones(parts["weight"]) if rule.weighted else None)
         self.register_buffer("basis", torch.eye(*parts["basis"]) if rule.rotated else None)
 
@@ -302,7 +302,7 @@ class SiteMask(nn.Module):
         if self.rule.rule == "top_k":
             kept = largest(scores, kept_count(float(self.kept_share), x.shape[-1]))
         else:
-            kept = _heaviest(scores, float(self.kept_mass))
+            kept = _heaviest(scores, float(self.dropped_mass))
         return torch.where(kept | scores.isnan(), x, 0.0)
 
     def of_expert(self, expert: int) -> SiteMask:
@@ -316,7 +316,7 @@ class SiteMask(nn.Module):
 
     def keep_all(self) -> SiteMask:
         """Fills its buffers so that it keeps every element, in the coordinates in which it is given; returns itself."""
-        for name, value in (("threshold", -torch.inf), ("kept_share", 1.0), ("kept_mass", 1.0), ("weight", 1.0)):
+        for name, value in (("threshold", -torch.inf), ("kept_share", 1.0), ("dropped_mass", 0.0), ("weight", 1.0)):
             if getattr(self, name, None) is not None:
                 getattr(self, name).fill_(value)
         if self.basis is not None:
@@ -346,12 +346,12 @@ def largest(scores: torch.Tensor, count: int) -> torch.Tensor:
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, scores.topk(count, dim=-1).indices, True)
 
 
-def _heaviest(scores: torch.Tensor, mass: float) -> torch.Tensor:
-    if mass >= 1.0:
+def _heaviest(scores: torch.Tensor, dropped_mass: float) -> torch.Tensor:
+    if dropped_mass <= 0.0:
         return torch.ones_like(scores, dtype=torch.bool)
     ordered, places = scores.float().sort(dim=-1, descending=True)
     before = ordered.cumsum(-1) - ordered
-    kept = before < mass * ordered.sum(-1, keepdim=True)
+    kept = before < (1 - dropped_mass) * ordered.sum(-1, keepdim=True)
     return torch.zeros_like(kept).scatter_(-1, places, kept)
 
 

@@ -37,10 +37,26 @@ class Calibrated:
 
 
 class Calibrate:
-    """Converts a stock checkpoint, by its kind, or any other, by its path, with a method."""
+    """Converts a stock checkpoint, by its kind, or any other, by its path, with a method.
 
-    def __init__(self, mixture: Path, stock: dict[str, Path], cache: Path) -> None:
+    Args:
+        mixture: Of calibration text, by name or path.
+        stock: Checkpoints by kind.
+        cache: For the mixture's tokens.
+        sequence_tokens: Length of each sequence.
+        watched_sequences: Held-out sequences of each source.
+    """
+
+    def __init__(
+        self,
+        mixture: Path | str,
+        stock: dict[str, Path],
+        cache: Path,
+        sequence_tokens: int = SEQUENCE_TOKENS,
+        watched_sequences: int = 2,
+    ) -> None:
         self._mixture, self._stock, self._cache = load_mixture(str(mixture)), stock, cache
+        self._sequence_tokens, self._watched_sequences = sequence_tokens, watched_sequences
 
     def __call__(
         self,
@@ -60,8 +76,8 @@ class Calibrate:
                 self._mixture,
                 tokenizer,
                 num_tokens=tokens,
-                validation_sequences=2,
-                sequence_length=SEQUENCE_TOKENS,
+                validation_sequences=self._watched_sequences,
+                sequence_length=self._sequence_tokens,
                 seed=1,
                 cache_dir=self._cache,
             )

@@ -58,7 +58,7 @@ def test_thresholds_give_the_wanted_zeros_and_zero_the_smallest_outputs(name: st
             yield Inputs(part, routes, torch.zeros_like(part), every, ~every)
 
     mask = OutputNormThresholds(ThresholdSettings(target_zeros=0.9))
-    (limited,), _ = fit_block(mask, [plain], inputs, torch.float32)
+    (limited,), *_ = fit_block(mask, [plain], inputs, torch.float32)
     h, kept = plain.neurons(x), limited.neurons(x)
     assert (kept == 0).float().mean() == pytest.approx(0.9, abs=0.01)
     sizes = h.abs() * plain.down.norm(dim=0)

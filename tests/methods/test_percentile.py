@@ -91,7 +91,7 @@ def test_a_share_of_0_is_the_dense_model_bit_by_bit(
 
 def test_layers_with_enough_zeros_get_the_threshold_0(calibrate: Calibrate, tmp_path: Path) -> None:
     found = calibrate("mistral", "drelu", tmp_path / "out", tokens=640, method="percentile", target_zeros=0.3)
-    assert [layer["threshold"] for layer in found.calibration.layers] == [0.0, 0.0]
+    assert [layer["inter_threshold"] for layer in found.calibration.layers] == [0.0, 0.0]
     assert found.calibration.stages[-1].zeros > 0.6
 
 

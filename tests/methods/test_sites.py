@@ -63,8 +63,8 @@ class EverySite:
                 parts[part] = self._quantiles(site, layer, shape)
             elif kind == "basis":
                 parts[part] = torch.linalg.qr(torch.randn(shape)).Q
-            elif kind in ("kept_share", "kept_mass"):
-                parts[part] = torch.full(shape, 0.7)
+            elif kind in ("kept_share", "dropped_mass"):
+                parts[part] = torch.full(shape, 0.7 if kind == "kept_share" else 0.3)
             else:
                 parts[part] = torch.rand(shape) + 0.5 if kind == "weight" else 0.02 * torch.randn(shape)
         assert all(

@@ -105,7 +105,7 @@ def test_top_k_keeps_the_share_of_the_largest_and_top_p_the_fewest_that_make_up_
     )
     assert not kept.abs().sort(descending=True).values[count:].any()
     assert torch.equal(kept[kept != 0], values[kept != 0])
-    top_p = SiteMask(SiteRule(rule="top_p"), {"kept_mass": (1,)}).put({"kept_mass": torch.tensor([share])})
+    top_p = SiteMask(SiteRule(rule="top_p"), {"dropped_mass": (1,)}).put({"dropped_mass": torch.tensor([1 - share])})
     heavy = top_p(values).abs()
     total = values.abs().double().sum()
     assert heavy.double().sum() >= share * total - 1e-4

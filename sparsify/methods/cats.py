@@ -1,0 +1,29 @@
+"""CATS (arXiv 2404.08763): in every layer the smallest factors of the gate become exact zeros, below one threshold of the layer.
+
+The threshold t is the quantile of |g| at the wanted share, g = act(W_gate x), over the calibration tokens and the layer's neurons:
+g is set to zero where |g| <= t. Then row i of W_up and column i of W_down need not be read.
+"""
+
+from __future__ import annotations
+
+from sparsify.methods.base import Fitted, LayerValues, register
+from sparsify.methods.pooled import ZerosSettings, layer_threshold
+from sparsify.models import SiteRule
+
+
+@register
+class Cats:
+    name = "cats"
+    paper = "arXiv 2404.08763"
+    Settings = ZerosSettings
+    reconstructs = False
+
+    def __init__(self, settings: ZerosSettings) -> None:
+        self._share = settings.target_zeros
+
+    @property
+    def sites(self) -> dict[str, SiteRule]:
+        return {"gate": SiteRule(per="layer")}
+
+    def fit(self, site: str, layer: LayerValues) -> Fitted:
+        return layer_threshold(layer, site, self._share)

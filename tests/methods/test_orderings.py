@@ -1,0 +1,103 @@
+"""What training-free masks do to a trained model, the quickstart's base: orderings that published work reports, with wide margins."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsify.methods import base
+from sparsify.methods.base import Fitted, LayerValues
+from sparsify.methods.calibrate import CalibrationStage
+from sparsify.methods.pooled import ZerosSettings, layer_threshold
+from sparsify.models import SiteRule
+from tests.conftest import TOKENIZER
+from tests.methods.conftest import Calibrate
+
+pytestmark = pytest.mark.slow
+
+ZEROS = 0.7
+
+
+class OnlyAttention:
+    """Thresholds on what projections of the attention read."""
+
+    paper = "none"
+    Settings = ZerosSettings
+    reconstructs = False
+    read: tuple[str, ...]
+
+    def __init__(self, settings: ZerosSettings) -> None:
+        self._share = settings.target_zeros
+
+    @property
+    def sites(self) -> dict[str, SiteRule]:
+        return dict.fromkeys(self.read, SiteRule())
+
+    def fit(self, site: str, layer: LayerValues) -> Fitted:
+        return layer_threshold(layer, site, self._share)
+
+
+class QueryAndOutput(OnlyAttention):
+    name = "query_and_output"
+    read = ("attn_in.q", "attn_out")
+
+
+class AllAttention(OnlyAttention):
+    name = "all_attention"
+    read = ("attn_in.q", "attn_in.k", "attn_in.v", "attn_out")
+
+
+class Damage:
+    """Converts the quickstart's base, each method once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._calibrate = Calibrate("quickstart", {}, folder / "cache", sequence_tokens=256, watched_sequences=24)
+        self.stages = cache(self._stages)
+
+    def of(self, method: str, **settings: Any) -> float:
+        """Loss above the dense model's, in nats per token of held-out text."""
+        dense, masked = self.stages(method, **settings)
+        return masked.loss - dense.loss
+
+    def _stages(self, method: str, **settings: Any) -> list[CalibrationStage]:
+        to = self._folder / "-".join([method, *map(str, settings.values())])
+        found = self._calibrate(
+            str(TOKENIZER), "swiglu", to, tokens=16_384, method=method, target_zeros=ZEROS, method_settings=settings
+        )
+        return found.calibration.stages
+
+
+@pytest.fixture(scope="module")
+def damage(tmp_path_factory: pytest.TempPathFactory) -> Damage:
+    return Damage(tmp_path_factory.mktemp("orderings"))
+
+
+@pytest.mark.parametrize("statistic", ["rms", "mean_abs"])
+def test_chess_does_less_than_cats_at_equal_zeros(statistic: str, damage: Damage) -> None:
+    assert damage.of("chess", up_statistic=statistic) < damage.of("cats")
+
+
+def test_the_product_is_more_tolerant_than_a_factor(damage: Damage) -> None:
+    on_product = damage.of("percentile")
+    assert on_product < min(damage.of("cats"), damage.of("countdown"))
+
+
+def test_a_threshold_does_less_than_the_same_number_for_every_token(damage: Damage) -> None:
+    assert damage.of("percentile") < damage.of("topk")
+
+
+def test_query_and_output_are_more_tolerant_than_the_whole_attention(
+    damage: Damage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for method in (QueryAndOutput, AllAttention):
+        monkeypatch.setitem(base._METHODS, method.name, method)
+    assert damage.of("query_and_output") < damage.of("all_attention")
+
+
+def test_the_zeros_that_are_compared_are_equal(damage: Damage) -> None:
+    for method in ("percentile", "topk", "cats", "chess", "countdown"):
+        assert damage.stages(method, 0.7, {})[-1].zeros == pytest.approx(ZEROS, abs=0.01)
