@@ -249,6 +249,17 @@ def mask_names(config: SparseConfig, layer: int) -> dict[str, dict[str, str]]:
     }
 
 
+def projection_names(config: SparseConfig, layer: int, projection: str) -> list[str]:
+    """Names on disk of a projection's weight, such as `gate_proj`; in a mixture of experts one for each expert."""
+    prefix = f"model.layers.{layer}."
+    if projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        return [f"{prefix}self_attn.{projection}.weight"]
+    if isinstance(config, SparseMistralConfig):
+        return [f"{prefix}mlp.{projection}.weight"]
+    name = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[projection]
+    return [f"{prefix}block_sparse_moe.experts.{e}.{name}.weight" for e in range(config.num_local_experts)]
+
+
 def _ffn_shapes(config: SparseConfig, prefix: str) -> dict[str, tuple[int, ...]]:
     hidden, neurons = config.hidden_size, config.intermediate_size
     shapes: dict[str, tuple[int, ...]] = {}

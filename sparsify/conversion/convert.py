@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from sparsify.conversion.architecture import sparse_config, tensor_shapes
+from sparsify.conversion.architecture import mask_names, projection_names, sparse_config, tensor_shapes
 from sparsify.conversion.gguf_file import gguf_tokenizer, read_gguf
 from sparsify.conversion.manifest import record_folder
 from sparsify.conversion.source_checkpoint import SourceCheckpoint, locate, read_checkpoint
@@ -37,8 +38,10 @@ from sparsify.models import (
     SparseMixtralForCausalLM,
     SparseModel,
     mask_tensors,
+    site_rules,
 )
 from sparsify.models.activations import STOCK_ACTIVATION
+from sparsify.models.masking import READERS
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection
 
@@ -221,6 +224,7 @@ def _write_replaced(
         logger.info(note)
     config = _held_as(model, checkpoint.config, activation, str(path))
     stored, has_mask = tensor_shapes(config), bool(config.sparsification)
+    turned = _turned_by(config) if drop_mask else {}
     if drop_mask:
         config.sparsification = None
     expected = tensor_shapes(config)
@@ -230,11 +234,33 @@ def _write_replaced(
     kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in needless}
     check_tensors(path, {name: tensor.shape for name, tensor in kept.items()}, expected)
     copy_shards(checkpoint.shards, kept, folder)
+    _turn_back(checkpoint, turned, folder)
     if (path / GENERATION).is_file():
         shutil.copyfile(path / GENERATION, folder / GENERATION)
     write_config(config, folder, _dtype(checkpoint))
     write_tokenizer(path if model.tokenizer is None else locate(model.tokenizer), folder)
     return config, has_mask
+
+
+def _turned_by(config: SparseConfig) -> dict[str, str]:
+    """The weights that hold the inverse of a mask's rotation, each with the name of the rotation; names on disk."""
+    found = {}
+    for site in (site for site, rule in site_rules(config).items() if rule.rotated):
+        for layer in range(config.num_hidden_layers):
+            for projection in READERS[site]:
+                names = projection_names(config, layer, projection)
+                found |= dict.fromkeys(names, mask_names(config, layer)[site]["basis"])
+    return found
+
+
+def _turn_back(checkpoint: SourceCheckpoint, turned: Mapping[str, str], folder: Path) -> None:
+    """Takes a mask's rotations out of the weights that were copied; a file at a time in memory."""
+    for file in sorted(folder.glob("*.safetensors")) if turned else ():
+        tensors = load_file(file)
+        for name in tensors.keys() & turned.keys():
+            basis = checkpoint.tensors[turned[name]].read().double()
+            tensors[name] = (tensors[name].double() @ basis.T).to(tensors[name].dtype).contiguous()
+        save_file(tensors, file, metadata={"format": "pt"})
 
 
 def _dtype(checkpoint: SourceCheckpoint) -> torch.dtype:

@@ -41,6 +41,14 @@ ATTENTION_SITES = tuple(site for site in INPUTS if site.startswith("attn"))
 """The sites of the attention, in the order in which it computes them."""
 
 
+def turned(weight: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
+    """A projection's weight [outputs, channels] for inputs that are multiplied by a basis as it is stored.
+
+    A basis that is rounded is not quite orthogonal: with its inverse instead of itself the weight's own rounding is the only error.
+    """
+    return torch.linalg.solve(basis.double(), weight.double().T).T.to(weight.dtype).contiguous()
+
+
 @dataclass(frozen=True)
 class Expert:
     """A feed-forward block, or one expert of it.
@@ -104,8 +112,8 @@ class Expert:
         mask = _site_mask(rule, own)
         new = self
         if "basis" in own:
-            turned = {name.removesuffix("_proj"): self.weight(name) @ own["basis"] for name in READERS[site]}
-            new = replace(new, **turned)
+            weights = {name.removesuffix("_proj"): turned(self.weight(name), own["basis"]) for name in READERS[site]}
+            new = replace(new, **weights)
         activation = FfnActivation(self.activation.name, self.activation.gate_threshold).with_masks_of(self.activation)
         if site == "inter" and rule.rule == "threshold":
             activation.threshold = own["threshold"]
@@ -247,14 +255,14 @@ class Attention:
             for part in (part for part in parts if part.startswith(f"{name}.")):
                 setattr(self._projection(name), f"remainder_{part.partition('.')[2]}", parts[part])
             if "basis" in parts:
-                self.change(name, self.weight(name) @ parts["basis"], dtype)
+                self.change(name, turned(self.weight(name), parts["basis"]), dtype)
 
     @contextmanager
     def trying(self, masks: Mapping[str, Mapping[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[None]:
         """Computes with these masks, parts by site, on top of those fitted so far, until the block ends."""
         buffers = [(module, dict(module._buffers)) for module in self._masked.modules()]
-        turned = [name for site in masks if "basis" in masks[site] for name in READERS[site]]
-        weights = {name: self.weight(name).clone() for name in turned}
+        changing = [name for site in masks if "basis" in masks[site] for name in READERS[site]]
+        weights = {name: self.weight(name).clone() for name in changing}
         masked, changed = self.masked, self.changed
         self.masked, self.changed = True, dict(changed)
         try:

@@ -107,7 +107,8 @@ class ConversionSection(Section):
     """Zeros of each layer: `uniform`, `target_zeros` in all; `sensitivity`, that in the mean, and fewer where masking that layer alone
     raises the loss more. For that the mask is fitted twice more, and the whole model is held in memory."""
     drop_source_mask: bool = False
-    """Whether to remove the mask that the source stores, with or without a calibration. The weights stay as they are."""
+    """Whether to remove the mask that the source stores, with or without a calibration. The weights stay as they
+    are, without the rotations of that mask."""
 
     @property
     def makes_mask(self) -> bool:

@@ -14,6 +14,7 @@ from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods.base import method_of
 from sparsify.methods.la_rosa import LaRosa, LaRosaSettings
+from sparsify.methods.layerwise import turned
 from sparsify.models import SparseModel
 from sparsify.recipe.catalogue import PACKAGE
 from sparsify.recipe.sparsification import ConversionSection
@@ -88,6 +89,13 @@ def test_the_axes_are_those_of_the_calibration_values(
         turned = mask.basis.double().T @ gram @ mask.basis.double()
         assert (turned - turned.diag().diag()).abs().max() < 1e-5 * turned.diag().max()
         assert (turned.diag().diff() < 1e-6 * turned.diag().max()).all()
+
+
+def test_a_rounded_rotation_leaves_only_the_error_of_rounded_weights() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 32, dtype=torch.float64), torch.randn(50, 32, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(32, 32)).Q.bfloat16().double()
+    torch.testing.assert_close((x @ basis) @ turned(weight, basis).T, x @ weight.T, rtol=1e-9, atol=1e-9)
 
 
 def test_without_rotation_no_weight_changes(calibrate: Calibrate, stock: dict[str, Path], tmp_path: Path) -> None:

@@ -102,6 +102,19 @@ def test_a_run_repeats_its_baseline_only_without_a_mask(tmp_path: Path) -> None:
     assert baseline.conversion.drop_source_mask
 
 
+@pytest.mark.parametrize(("kind", "method"), [("mistral", "la_rosa"), ("mixtral", "la_rosa"), ("mixtral", "wina")])
+def test_without_its_mask_a_rotated_model_is_the_dense_one(
+    kind: str, method: str, calibrate: Calibrate, stock: dict[str, Path], tmp_path: Path
+) -> None:
+    settings = {"method_settings": {"transform": True}} if method == "wina" else {}
+    found = calibrate(kind, "swiglu", tmp_path / "masked", tokens=640, method=method, target_zeros=0.5, **settings)
+    source = ModelSection(source=str(found.folder))
+    convert(source, ActivationSection("swiglu"), tmp_path / "plain", seed=0, dtype=torch.float32, drop_mask=True)
+    plain, dense = load_sparse(tmp_path / "plain"), load_sparse(stock[kind])
+    assert plain.config.sparsification is None
+    torch.testing.assert_close(plain(IDS).logits, dense(IDS).logits, rtol=0, atol=1e-4)
+
+
 def test_the_mask_is_left_out_of_every_shard(calibrate: Calibrate, stock: dict[str, Path], tmp_path: Path) -> None:
     dense = load_sparse(stock["mistral"])
     dense.config.architectures = None
