@@ -10,6 +10,7 @@ import typer
 from sparsify.cli.bounds import (
     BATCH,
     COUNT,
+    DENSITY,
     LAYERS_OR_NONE,
     LEARNING_RATE,
     NEW_TOKENS,
@@ -19,6 +20,7 @@ from sparsify.cli.bounds import (
     SHARE,
     THREADS,
     TOKENS,
+    TOKENS_OR_NONE,
     WIDTH,
 )
 from sparsify.cli.options import AsJson, Overrides, print_result, status_line
@@ -306,3 +308,58 @@ def bench_activation(
             on_progress=on_progress,
         )
     print_result(result.model_dump_json(), bench.activation_table(result), as_json)
+
+
+@bench_app.command("methods")
+def bench_methods(
+    model: Annotated[str, typer.Argument(help="Dense model: folder, Hub id or GGUF file.")],
+    on: Annotated[str, typer.Option("--on", help="Text or mixture to calibrate and to measure on.")] = "quickstart",
+    to: Annotated[Path, typer.Option("--to", help="Folder of the result.")] = Path("methods"),
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            help="Masks of docs/methods.md, comma-separated, each NAME or NAME:KEY=VALUE, such as percentile:site=gate.",
+            show_default="all",
+        ),
+    ] = "",
+    densities: Annotated[
+        str, typer.Option(help="Shares of the weights of all linear projections that a token may read.")
+    ] = "0.7,0.5,0.4,0.3,0.2,0.1",
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Measure each with the output matrix reconstructed under the mask, too.")
+    ] = False,
+    calibration_tokens: Annotated[int, typer.Option(callback=TOKENS.check, help="Calibration tokens.")] = 32_768,
+    tokens: Annotated[int, typer.Option(callback=TOKENS.check, help="Held-out tokens to measure on.")] = 32_768,
+    sequence_length: Annotated[int, typer.Option(callback=SEQUENCE_LENGTH.check, help="Tokens of a sequence.")] = 512,
+    decode_tokens: Annotated[
+        int, typer.Option(callback=TOKENS_OR_NONE.check, help="Tokens of a timed decoding; 0: none is timed.")
+    ] = 32,
+    as_json: AsJson = False,
+) -> None:
+    """Compares all masks on one model at equal weight densities: loss against dense, zeros, decoding speed.
+
+    The same command resumes an interrupted benchmark; more methods or densities are added to it.
+
+    Example: sparsify bench methods my_model --on my_text.txt --methods cats,chess --densities 0.7,0.5 --refit
+    """
+    from sparsify.bench.method_comparison import MethodsPlan
+    from sparsify.bench.method_comparison import bench_methods as run
+    from sparsify.bench.method_comparison_report import methods_table, write_methods
+
+    plan = MethodsPlan(
+        model=model,
+        on=on,
+        to=to,
+        methods=[name.strip() for name in methods.split(",") if name.strip()],
+        densities=DENSITY.parse_list("--densities", densities),
+        refit=refit,
+        calibration_tokens=calibration_tokens,
+        tokens=tokens,
+        sequence_length=sequence_length,
+        decode_tokens=decode_tokens,
+    )
+    print_log_lines(to=error_console)
+    result = run(plan)
+    write_methods(result, to)
+    print_result(result.model_dump_json(), methods_table(result), as_json)

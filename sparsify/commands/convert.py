@@ -206,7 +206,7 @@ def conversion_settings(
     if name is None:
         name = "drelu"
         if isinstance(method_of(settings), Mask):
-            name, own_threshold = _own_activation(source)
+            name, own_threshold = own_activation(source)
             threshold = own_threshold if threshold is None else threshold
     return ActivationSection(name, threshold), settings, options.calibrate_on or CALIBRATE_ON
 
@@ -218,7 +218,7 @@ def _setting(pair: str) -> tuple[str, Any]:
     return key, yaml.safe_load(value)
 
 
-def _own_activation(source: str) -> tuple[str, float | None]:
+def own_activation(source: str) -> tuple[str, float | None]:
     """Activation and gate threshold of a checkpoint; those of a stock one in a GGUF file."""
     path = locate(source)
     config = {} if path.is_file() else read_checkpoint(path).config
