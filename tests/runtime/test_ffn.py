@@ -136,14 +136,16 @@ def test_nan_and_inf_come_out_of_the_token_that_brought_them(
         weights = dataclasses.replace(weights, predictor=predictor(weights, 8))
     weights, _ = in_format(weights, format)
     clean, _ = sparse_ffn(x, weights, DRELU, backend=backend)
+    # Rows in blocks are rounded together, and which these are depends on the neurons of all tokens.
+    close = {"rtol": 0.0, "atol": 1e-6 if format is None else 1e-4}
     x[1, 5] = torch.nan
     out, _ = sparse_ffn(x, weights, DRELU, backend=backend)
     assert out[1].isnan().all()
-    torch.testing.assert_close(out[[0, 2]], clean[[0, 2]])
+    torch.testing.assert_close(out[[0, 2]], clean[[0, 2]], **close)
     x[1, 5] = torch.inf
     out, _ = sparse_ffn(x, weights, DRELU, backend=backend)
     assert not out[1].isfinite().any()
-    torch.testing.assert_close(out[[0, 2]], clean[[0, 2]])
+    torch.testing.assert_close(out[[0, 2]], clean[[0, 2]], **close)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -157,6 +157,11 @@ inline void prefetch_near(const void* data) {
 
 // ---- formats of weights and of hidden states ----
 
+struct Matrix {
+    const void* data;
+    int64_t row_stride;  // in elements, or in bytes of blocks
+};
+
 // Interface of a format: VECTORS are read together, aligned to as many vectors; a row of `hidden` elements is stored as
 // width(hidden) elements; lanes(row, i, k, width) is vector k after element i; ask() prefetches `count` elements; at() and from()
 // convert one element. BITS is that of a weight in blocks, 0 for stored weights.

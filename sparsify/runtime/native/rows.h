@@ -3,7 +3,7 @@
 // Every dot product is summed in one fixed order, so that the result is the same bits for any number of threads.
 #pragma once
 
-#include "blocks.h"
+#include "block_sums.h"
 
 #include <algorithm>
 #include <cmath>
@@ -17,11 +17,6 @@ namespace sparsify {
 
 enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
 enum WeightFormat : int32_t { STORED = 0, INT8 = 1, INT4 = 2 };  // STORED: of the dtype of the hidden states
-
-struct Matrix {
-    const void* data;
-    int64_t row_stride;  // in elements, or in bytes of blocks
-};
 
 constexpr int MAX_TOKENS = 8;
 constexpr int ROWS = 4;             // rows of one pass: so many concurrent streams saturate the memory bandwidth
@@ -182,6 +177,13 @@ void add_rows(const Matrix& m, const int32_t* list, int64_t left, const float* f
 template <class T, int B>
 void add_listed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
                 int64_t end) {
+#if defined(SPARSIFY_WORDS)
+    if constexpr (T::BITS != 0) {
+        for (int64_t i = begin; i < end; i += SUMMED_BLOCKS * BLOCK)
+            sum_blocks<T::BITS, B>(m, list, factors, sums, width, i, std::min(SUMMED_BLOCKS, (end - i) / BLOCK));
+        return;
+    }
+#endif
     for (int b = 0; b < B; ++b) std::fill(sums + b * width + begin, sums + b * width + end, 0.0f);
     const int64_t count = static_cast<int64_t>(list.size());
     int64_t i = 0;
