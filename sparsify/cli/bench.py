@@ -363,3 +363,32 @@ def bench_methods(
     result = run(plan)
     write_methods(result, to)
     print_result(result.model_dump_json(), methods_table(result), as_json)
+
+
+@bench_app.command("columns")
+def bench_columns(
+    weights: Annotated[str, typer.Option(help="fp32, bf16 or fp16, or blocks: int8 or int4.")] = "bf16",
+    kept: Annotated[float, typer.Option(help="Share of the elements of each input that its mask keeps.")] = 0.5,
+    hidden: Annotated[int, typer.Option(callback=WIDTH.check, help="Width of the block.")] = 4096,
+    neurons: Annotated[int, typer.Option(callback=WIDTH.check, help="Neurons of the block.")] = 14_336,
+    threads: Annotated[int, typer.Option(callback=THREADS.check, help="Threads of the kernels.")] = 2,
+    repeats: Annotated[int, typer.Option(callback=REPEATS.check, help="Measured pairs.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Compares a feed-forward block whose masked inputs are read by columns with the dense C++ kernel, for one token.
+
+    Example: sparsify bench columns --weights int8 --kept 0.3
+    """
+    from sparsify.bench import column_speed as bench
+
+    with status_line() as on_progress:
+        result = bench.bench_columns(
+            weights,
+            kept_share=kept,
+            hidden=hidden,
+            neurons=neurons,
+            threads=threads,
+            repeats=repeats,
+            on_progress=on_progress,
+        )
+    print_result(result.model_dump_json(), bench.columns_table(result), as_json)
