@@ -247,7 +247,7 @@ class StepPlan:
         if rule.rule == "top_k":
             kept = kept_count(float(tensors["kept_share"]), inputs)
             return InputMask(weights=weights, kept=kept, rule=TOP_K)
-        return InputMask(weights=weights, mass=float(tensors["kept_mass"]), rule=TOP_P)
+        return InputMask(weights=weights, mass=1 - float(tensors["dropped_mass"]), rule=TOP_P)
 
     def _address(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()

@@ -65,7 +65,7 @@ def fill_masks(model: Any) -> None:
         numbers = {
             "threshold": own * 0.2,
             "kept_share": own * 0.5 + 0.2,
-            "kept_mass": own * 0.3 + 0.6,
+            "dropped_mass": own * 0.3 + 0.1,
             "weight": own + 0.5,
         }
         if part in numbers:
