@@ -20,6 +20,7 @@ from sparsify.errors import RecipeError
 from sparsify.methods.base import Mask, method_of
 from sparsify.methods.calibrate import Calibration, CalibrationStage
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
+from sparsify.methods.calibrated_replacement import BARE
 from sparsify.mixture.sequences.held_out import (
     ValidationSequences,
     check_text_or_mixture,
@@ -266,20 +267,22 @@ def replacement_table(conversion: Conversion) -> RenderableType:
 
 
 def _calibrated_layers(calibration: Calibration) -> RenderableType:
+    replaced = calibration.stages[1].name == BARE
+    experts = [(layer, number, one) for layer in calibration.layers for number, one in enumerate(layer["experts"])]
+    columns = {"error_bare": "activation alone" if replaced else "before the mask"}
+    columns["error_before"] = "before the refit" if replaced else "with the mask"
+    if any(one["error_refitted"] is not None for *_, one in experts):
+        columns["error_refitted"] = "after the refit"
     table = Table(
         f"Relative error of the feed-forward outputs on held-out calibration tokens ({calibration.num_tokens:,} in total)",
-        ["layer", "activation alone", "before the refit", "after the refit", "sign flips", ""],
+        ["layer", *columns.values(), *(["sign flips"] if replaced else []), ""],
     )
-    for layer in calibration.layers:
-        for number, expert in enumerate(layer["experts"]):
-            name = str(layer["layer"])
-            table.add(
-                f"{name}, expert {number}" if len(layer["experts"]) > 1 else name,
-                *(
-                    "–" if expert[key] is None else f"{expert[key]:.3f}"
-                    for key in ("error_bare", "error_before", "error_refitted")
-                ),
-                f"{expert['num_flipped']:,}",
-                f"kept: {expert['kept_because']}" if expert["kept_because"] else "",
-            )
+    for layer, number, expert in experts:
+        name = str(layer["layer"])
+        table.add(
+            f"{name}, expert {number}" if len(layer["experts"]) > 1 else name,
+            *("–" if expert[key] is None else f"{expert[key]:.3f}" for key in columns),
+            *([f"{expert['num_flipped']:,}"] if replaced else []),
+            f"kept: {expert['kept_because']}" if expert["kept_because"] else "",
+        )
     return table

@@ -48,6 +48,8 @@ def flip(expert: Expert, flips: torch.Tensor) -> Expert:
 
 HELD_OUT_EVERY = 8
 """Every eighth calibration sequence is held out to evaluate the refits."""
+BARE = "bare replacement"
+"""Name of the stage with the new activation and nothing else."""
 RECONSTRUCTED = "refit"
 """Name of the stage after the reconstruction."""
 
@@ -124,7 +126,7 @@ class LayerCalibration:
 
     def run(self) -> CalibratedLayer:
         """Signs, mask, reconstruction; each rests on the one before."""
-        stages = {"dense": self._dense, "bare replacement": self._replaced}
+        stages = {"dense": self._dense, BARE: self._replaced}
         flips = self._flips()
         experts = [flip(expert, each) for expert, each in zip(self._replaced, flips, strict=True)]
         if self._flip_for is not None:
@@ -266,7 +268,7 @@ class MaskedWeights:
             reconstruct=self._reconstruct,
         ).run()
         if repr(layer.dense[0].activation) == repr(layer.replaced[0].activation):
-            del found.stages["bare replacement"]
+            del found.stages[BARE]
         # Masks of the attention are applied before the block is measured, with and without what is done to it.
         in_block = any(site not in ATTENTION_SITES for site in self.mask.sites)
         return _rewritten(found, in_block=in_block)
