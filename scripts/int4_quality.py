@@ -1,9 +1,9 @@
 """What int4 blocks cost in nats per token, next to llama.cpp's Q4_0 rounding of the same weights.
 
-    python scripts/int4_quality.py MODEL --on TEXT [--windows 64] [--tokens 512]
+    python scripts/int4_quality.py MODEL --on TEXT [--sequences 64] [--tokens 512]
 
 MODEL is a folder that `sparsify convert` wrote, or a bundle; TEXT a file. Every projection of the layers is rounded in the order in which
-decoding reads it, the output layer to int8 blocks for both; hidden states are not rounded. Differences are paired by window.
+decoding reads it, the output layer to int8 blocks for both; hidden states are not rounded. Differences are paired by sequence.
 """
 
 from __future__ import annotations
@@ -63,26 +63,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--on", type=Path, required=True, help="text, or text compressed with gzip")
-    parser.add_argument("--windows", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of a window")
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
     options = parser.parse_args()
     model = load_sparse(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
     read = gzip.open if options.on.suffix == ".gz" else open
     with read(options.on, "rt", encoding="utf-8") as file:
         ids = tokenizer(file.read(), return_tensors="pt")["input_ids"][0]
-    windows = ids[: options.windows * options.tokens]
-    windows = windows[: len(windows) // options.tokens * options.tokens].view(-1, options.tokens)
+    sequences = ids[: options.sequences * options.tokens]
+    sequences = sequences[: len(sequences) // options.tokens * options.tokens].view(-1, options.tokens)
     losses = {}
     for kind in ("stored", "int4 blocks", "Q4_0"):
         variant, error = (model, 0.0) if kind == "stored" else rounded(model, kind)
-        losses[kind] = torch.tensor([variant(one[None], labels=one[None], use_cache=False).loss for one in windows])
+        losses[kind] = torch.tensor([variant(one[None], labels=one[None], use_cache=False).loss for one in sequences])
         print(f"{kind}: {losses[kind].mean():.4f} nats, relative squared error of the weights {error:.6f}", flush=True)
         del variant
     for first, second in (("int4 blocks", "stored"), ("Q4_0", "stored"), ("int4 blocks", "Q4_0")):
         difference = losses[first] - losses[second]
         interval = 1.96 * float(difference.std()) / math.sqrt(len(difference))
-        print(f"{first} - {second}: {difference.mean():+.4f} ± {interval:.4f} over {len(difference)} windows")
+        print(f"{first} - {second}: {difference.mean():+.4f} ± {interval:.4f} over {len(difference)} sequences")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -68,9 +69,18 @@ def _row(plain: MethodPoint | None, refitted: MethodPoint | None) -> list[str]:
         _interval(refitted),
         f"{math.exp(either.loss or 0.0):.2f}",
         percent(either.weight_density),
-        ", ".join(f"{site} {share:.0%}" for site, share in either.zeros.items()),
+        _zeros(either.zeros),
         "–" if speed is None else f"{speed.tokens_per_second:.0f}, {speed.speed:.2f}×",
     ]
+
+
+def _zeros(zeros: Mapping[str, float]) -> str:
+    """Zeros by site; three or more sites with the same share are counted, not named."""
+    sites: dict[str, list[str]] = {}
+    for site, share in zeros.items():
+        sites.setdefault(f"{share:.0%}", []).append(site)
+    named = (f"{', '.join(of)} {share}" if len(of) < 3 else f"{len(of)} sites {share}" for share, of in sites.items())
+    return ", ".join(named)
 
 
 def _interval(point: MethodPoint | None) -> str:

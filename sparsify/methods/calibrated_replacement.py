@@ -49,7 +49,7 @@ def flip(expert: Expert, flips: torch.Tensor) -> Expert:
 HELD_OUT_EVERY = 8
 """Every eighth calibration sequence is held out to evaluate the refits."""
 BARE = "bare replacement"
-"""Name of the stage with the new activation and nothing else."""
+"""Name of the stage with the new activation alone."""
 RECONSTRUCTED = "refit"
 """Name of the stage after the reconstruction."""
 

@@ -155,7 +155,7 @@ def build(compiler: str) -> Path:
         if _is_whole(library):
             return library
     print(
-        f"sparsify: compiling the decoding kernels for this processor with {compiler}; about 20 seconds, once.",
+        f"sparsify: compiling the decoding kernels for this processor with {compiler}; about a minute, once.",
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # two processes may compile at once
