@@ -368,7 +368,9 @@ def bench_methods(
 @bench_app.command("columns")
 def bench_columns(
     weights: Annotated[str, typer.Option(help="fp32, bf16 or fp16, or blocks: int8 or int4.")] = "bf16",
-    kept: Annotated[float, typer.Option(help="Share of the elements of each input that its mask keeps.")] = 0.5,
+    kept: Annotated[
+        float, typer.Option(callback=DENSITY.check, help="Share of the elements of each input that its mask keeps.")
+    ] = 0.5,
     hidden: Annotated[int, typer.Option(callback=WIDTH.check, help="Width of the block.")] = 4096,
     neurons: Annotated[int, typer.Option(callback=WIDTH.check, help="Neurons of the block.")] = 14_336,
     threads: Annotated[int, typer.Option(callback=THREADS.check, help="Threads of the kernels.")] = 2,

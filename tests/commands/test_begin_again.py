@@ -42,7 +42,7 @@ def test_another_source_begins_again(stopped: Stopped, caplog: pytest.LogCapture
     run = stopped.run
     check_start(stopped.other, run)
     assert run.mixture_lock.is_file()  # a check changes nothing
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, "sparsify"):
         _open_run(stopped.other, run)
     assert "trained no step with them: it begins again" in caplog.text
     assert not run.initial.exists()
