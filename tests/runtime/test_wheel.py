@@ -122,6 +122,7 @@ NO_COMPILER = {"CXX": "", "PATH": "/nowhere"}
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # compiles the kernels for several levels of processors
 @pytest.mark.parametrize("variant", variants(platform.machine()))
 def test_every_library_of_a_wheel_computes_without_a_compiler(
     variant: str, wheel_with_kernels: Path, tmp_path: Path
@@ -140,6 +141,7 @@ def test_every_library_of_a_wheel_computes_without_a_compiler(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # compiles the kernels for several levels of processors
 def test_where_the_compiler_fails_the_wheels_kernels_do(wheel_with_kernels: Path, tmp_path: Path) -> None:
     said = compute(wheel_with_kernels, tmp_path, "native", CXX="/bin/false")
     assert "cannot be compiled with /bin/false" in said
@@ -147,6 +149,7 @@ def test_where_the_compiler_fails_the_wheels_kernels_do(wheel_with_kernels: Path
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # compiles the kernels for several levels of processors
 def test_a_wheel_built_without_a_compiler_is_pure_python(pure_wheel: Path, tmp_path: Path) -> None:
     assert "Root-Is-Purelib: true" in said_by(pure_wheel)
     assert "Tag: py3-none-any" in said_by(pure_wheel)
