@@ -6,24 +6,12 @@ g is set to zero where |g| <= t. Then row i of W_up and column i of W_down need 
 
 from __future__ import annotations
 
-from sparsify.methods.base import Fitted, LayerValues, register
-from sparsify.methods.pooled import ZerosSettings, layer_threshold
-from sparsify.models import SiteRule
+from sparsify.methods.base import register
+from sparsify.methods.pooled import OneThreshold
 
 
 @register
-class Cats:
+class Cats(OneThreshold):
     name = "cats"
     paper = "arXiv 2404.08763"
-    Settings = ZerosSettings
-    reconstructs = False
-
-    def __init__(self, settings: ZerosSettings) -> None:
-        self._share = settings.target_zeros
-
-    @property
-    def sites(self) -> dict[str, SiteRule]:
-        return {"gate": SiteRule(per="layer")}
-
-    def fit(self, site: str, layer: LayerValues) -> Fitted:
-        return layer_threshold(layer, site, self._share)
+    site = "gate"

@@ -6,24 +6,12 @@ to zero where |u| <= t. Then row i of W_gate and column i of W_down need not be 
 
 from __future__ import annotations
 
-from sparsify.methods.base import Fitted, LayerValues, register
-from sparsify.methods.pooled import ZerosSettings, layer_threshold
-from sparsify.models import SiteRule
+from sparsify.methods.base import register
+from sparsify.methods.pooled import OneThreshold
 
 
 @register
-class Countdown:
+class Countdown(OneThreshold):
     name = "countdown"
     paper = "arXiv 2505.17701"
-    Settings = ZerosSettings
-    reconstructs = False
-
-    def __init__(self, settings: ZerosSettings) -> None:
-        self._share = settings.target_zeros
-
-    @property
-    def sites(self) -> dict[str, SiteRule]:
-        return {"up": SiteRule(per="layer")}
-
-    def fit(self, site: str, layer: LayerValues) -> Fitted:
-        return layer_threshold(layer, site, self._share)
+    site = "up"

@@ -12,9 +12,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from sparsify.methods.base import Fitted, LayerValues, register
-from sparsify.methods.pooled import ZerosSettings, layer_threshold
-from sparsify.models import SiteRule
+from sparsify.methods.base import register
+from sparsify.methods.pooled import OneThreshold, ZerosSettings
 
 
 class PercentileSettings(ZerosSettings):
@@ -25,18 +24,11 @@ class PercentileSettings(ZerosSettings):
 
 
 @register
-class Percentile:
+class Percentile(OneThreshold):
     name = "percentile"
     paper = "arXiv 2412.12178"
     Settings = PercentileSettings
-    reconstructs = False
 
     def __init__(self, settings: PercentileSettings) -> None:
-        self._settings = settings
-
-    @property
-    def sites(self) -> dict[str, SiteRule]:
-        return {self._settings.site: SiteRule(per="layer")}
-
-    def fit(self, site: str, layer: LayerValues) -> Fitted:
-        return layer_threshold(layer, site, self._settings.target_zeros)
+        super().__init__(settings)
+        self.site = settings.site

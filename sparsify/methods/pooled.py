@@ -12,6 +12,7 @@ from pydantic import Field
 from sparsify.methods.base import Fitted, LayerValues, MethodSettings
 from sparsify.methods.histogram import THRESHOLD_BINS, Histogram
 from sparsify.methods.layerwise import LEAST_ROWS
+from sparsify.models import SiteRule
 
 Moment = Literal["rms", "mean_abs"]
 
@@ -47,6 +48,24 @@ def layer_threshold(layer: LayerValues, site: str, share: float) -> Fitted:
     threshold = magnitudes(layer, site).quantile(share) if share else -math.inf
     record = {f"{site}_threshold": threshold} if share else {}
     return Fitted({"threshold": torch.tensor([threshold], device=layer.device)}, record)
+
+
+class OneThreshold:
+    """A mask of one site by one threshold for each layer, that of `layer_threshold`. A method adds its name, paper and site."""
+
+    Settings = ZerosSettings
+    reconstructs = False
+    site: str
+
+    def __init__(self, settings: ZerosSettings) -> None:
+        self._share = settings.target_zeros
+
+    @property
+    def sites(self) -> dict[str, SiteRule]:
+        return {self.site: SiteRule(per="layer")}
+
+    def fit(self, site: str, layer: LayerValues) -> Fitted:
+        return layer_threshold(layer, site, self._share)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 
 from sparsify.methods.base import Fitted, LayerValues, MethodSettings, register
-from sparsify.methods.histogram import THRESHOLD_BINS, Histogram
+from sparsify.methods.pooled import magnitudes
 from sparsify.methods.sites import column_norms, principal_axes
 from sparsify.methods.thresholds import TINY
 from sparsify.models import SiteRule
@@ -62,10 +62,7 @@ class RSparse:
         if self._budget == 1:
             return Fitted({"threshold": torch.tensor([-math.inf], device=layer.device)})
         norms = column_norms(layer.weights(site)) if rule.per == "channel" else None
-        scores = Histogram(THRESHOLD_BINS, device=layer.device)
-        for chunk in layer.values(site):
-            scores.add(chunk.values.abs() * (1.0 if norms is None else norms[chunk.number]))
-        scale = scores.quantile(zeros)
+        scale = magnitudes(layer, site, norms).quantile(zeros)
         record = {f"{site} threshold": scale}
         if norms is None:
             return Fitted({"threshold": torch.tensor([scale], device=layer.device)}, record)
