@@ -188,7 +188,10 @@ def _zeros_by_layer(
     """Each layer's share of zeros, by what masking it alone costs; measured once and kept in the state."""
     assert settings.target_zeros is not None
     file = state / "allocation.json"
-    digest = hashlib.blake2b(repr((asdict(settings), sequences)).encode()).hexdigest()
+    identity = hashlib.blake2b(repr(asdict(settings)).encode())
+    for sequence in sequences:  # their bytes: numpy prints long arrays in part
+        identity.update(sequence.input_ids.tobytes())
+    digest = identity.hexdigest()
     if file.is_file() and (known := read_json(file, StorageError, f"Remove {state}.")).get("of") == digest:
         return known["zeros"]
     damages = []
