@@ -35,11 +35,8 @@ inline Words load_words(const void* from, int64_t bytes) {  // the rest becomes 
 }
 inline Words interleave_low(Words a, Words b) { return {_mm512_unpacklo_epi16(a.v, b.v)}; }
 inline Words interleave_high(Words a, Words b) { return {_mm512_unpackhi_epi16(a.v, b.v)}; }
-inline Words low_four_bits(Words a) { return {_mm512_and_si512(a.v, _mm512_set1_epi16(15))}; }
-template <int COUNT>
-Words shift_right(Words a) {
-    return {_mm512_srli_epi16(a.v, COUNT)};
-}
+inline Words with_mask(Words a, short mask) { return {_mm512_and_si512(a.v, _mm512_set1_epi16(mask))}; }
+inline Words high_four_bits(Words a) { return {_mm512_srli_epi16(a.v, 12)}; }
 inline Words high_byte(Words a) { return {_mm512_srai_epi16(a.v, 8)}; }
 inline Words low_byte(Words a) { return {_mm512_srai_epi16(_mm512_slli_epi16(a.v, 8), 8)}; }
 // total + the sums of each two products.
@@ -55,6 +52,13 @@ inline Words spread(const void* numbers, int lanes_of_block) {
     const __m512i places = lanes_of_block == 1 ? _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3)
                                                : _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
     return {_mm512_permutexvar_epi32(places, _mm512_castsi128_si512(_mm_loadu_si128(static_cast<const __m128i*>(numbers))))};
+}
+template <int COUNT>
+Words times_power(Words whole) {
+    return {_mm512_slli_epi32(whole.v, COUNT)};
+}
+inline Words times(Words numbers, float factor) {
+    return {_mm512_castps_si512(_mm512_mul_ps(_mm512_castsi512_ps(numbers.v), _mm512_set1_ps(factor)))};
 }
 inline void add_scaled(Words whole, Words scales, float* total) {
     const __m512 sum = _mm512_fmadd_ps(_mm512_cvtepi32_ps(whole.v), _mm512_castsi512_ps(scales.v), _mm512_loadu_ps(total));
@@ -74,11 +78,8 @@ inline Words load_words(const void* from, int64_t bytes) {  // the rest becomes 
 }
 inline Words interleave_low(Words a, Words b) { return {_mm256_unpacklo_epi16(a.v, b.v)}; }
 inline Words interleave_high(Words a, Words b) { return {_mm256_unpackhi_epi16(a.v, b.v)}; }
-inline Words low_four_bits(Words a) { return {_mm256_and_si256(a.v, _mm256_set1_epi16(15))}; }
-template <int COUNT>
-Words shift_right(Words a) {
-    return {_mm256_srli_epi16(a.v, COUNT)};
-}
+inline Words with_mask(Words a, short mask) { return {_mm256_and_si256(a.v, _mm256_set1_epi16(mask))}; }
+inline Words high_four_bits(Words a) { return {_mm256_srli_epi16(a.v, 12)}; }
 inline Words high_byte(Words a) { return {_mm256_srai_epi16(a.v, 8)}; }
 inline Words low_byte(Words a) { return {_mm256_srai_epi16(_mm256_slli_epi16(a.v, 8), 8)}; }
 // total + the sums of each two products.
@@ -94,6 +95,13 @@ inline Words spread(const void* numbers, int lanes_of_block) {
     if (lanes_of_block == 2) return {_mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float*>(numbers)))};
     const __m256 both = _mm256_castpd_ps(_mm256_broadcast_sd(static_cast<const double*>(numbers)));
     return {_mm256_castps_si256(_mm256_permutevar_ps(both, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)))};
+}
+template <int COUNT>
+Words times_power(Words whole) {
+    return {_mm256_slli_epi32(whole.v, COUNT)};
+}
+inline Words times(Words numbers, float factor) {
+    return {_mm256_castps_si256(_mm256_mul_ps(_mm256_castsi256_ps(numbers.v), _mm256_set1_ps(factor)))};
 }
 inline void add_scaled(Words whole, Words scales, float* total) {
     const __m256 sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole.v), _mm256_castsi256_ps(scales.v), _mm256_loadu_ps(total));
@@ -122,10 +130,10 @@ inline void unpack_pairs(const uint8_t* one, const uint8_t* other, int64_t bytes
 #pragma GCC unroll 2
         for (int half = 0; half < 2; ++half) {
             if constexpr (BITS == 4) {
-                pairs[half * 4] = low_four_bits(both[half]);
-                pairs[half * 4 + 1] = low_four_bits(shift_right<4>(both[half]));
-                pairs[half * 4 + 2] = low_four_bits(shift_right<8>(both[half]));
-                pairs[half * 4 + 3] = shift_right<12>(both[half]);
+                pairs[half * 4] = with_mask(both[half], 0x000f);
+                pairs[half * 4 + 1] = with_mask(both[half], 0x00f0);  // 16 times the value
+                pairs[half * 4 + 2] = with_mask(both[half], 0x0f00);  // 256 times; still, the sum of 16 rows fits into 32 bits
+                pairs[half * 4 + 3] = high_four_bits(both[half]);
             } else {
                 pairs[part * 4 + half * 2] = low_byte(both[half]);
                 pairs[part * 4 + half * 2 + 1] = high_byte(both[half]);
@@ -207,8 +215,14 @@ void add_tile(const uint8_t* const* rows, int64_t pairs, int64_t blocks, const C
         return spread(static_cast<const int32_t*>(numbers) + part * TILE / PARTS, LANES_OF_BLOCK);
     };
     const auto start = [&](int b, Words(&sums)[SUMS]) {
+        if constexpr (BITS == 4) {
+            const Words once = spread_over(c.starts[b] + block, 0), by_place[4] = {once, times_power<4>(once), times_power<8>(once), once};
 #pragma GCC unroll 8
-        for (int k = 0; k < SUMS; ++k) sums[k] = spread_over(c.starts[b] + block, k);
+            for (int k = 0; k < SUMS; ++k) sums[k] = by_place[k % 4];
+        } else {
+#pragma GCC unroll 8
+            for (int k = 0; k < SUMS; ++k) sums[k] = spread_over(c.starts[b] + block, k);
+        }
     };
     const auto add_pair = [&](const Words(&weights)[SUMS], int64_t pair, int b, Words(&sums)[SUMS]) {
 #pragma GCC unroll 8
@@ -216,7 +230,11 @@ void add_tile(const uint8_t* const* rows, int64_t pairs, int64_t blocks, const C
     };
     const auto finish = [&](int b, const Words(&sums)[SUMS]) {
 #pragma GCC unroll 8
-        for (int k = 0; k < SUMS; ++k) add_scaled(sums[k], spread_over(c.scales[b] + block, k), totals + b * stride + k * SUM_LANES);
+        for (int k = 0; k < SUMS; ++k) {
+            const Words scales = spread_over(c.scales[b] + block, k);
+            const float unit = BITS == 4 && k % 4 == 1 ? 1.0f / 16 : BITS == 4 && k % 4 == 2 ? 1.0f / 256 : 1.0f;
+            add_scaled(sums[k], unit == 1.0f ? scales : times(scales, unit), totals + b * stride + k * SUM_LANES);
+        }
     };
     Words sums[SUMS];
     if constexpr (B == 1) {
@@ -266,7 +284,7 @@ void sum_blocks(const Matrix& m, const std::vector<int32_t>& list, const float* 
         for (int64_t t = 0; t * TILE < blocks; ++t) {
             if (t * TILE_BYTES % 64 == 0)
                 for (int64_t r = 0; r < following; ++r)
-                    for (int64_t i = 0; i < TILE_BYTES; i += 64) prefetch_near(next[r] + t * TILE_BYTES + i);
+                    for (int64_t i = 0; i < TILE_BYTES; i += 64) prefetch(next[r] + t * TILE_BYTES + i, 64);
             const int64_t left = blocks - t * TILE, pairs = (group + 1) / 2;
             float* place = totals + t * TILE_COLUMNS;
             if (left >= TILE) add_tile<BITS, B, true>(rows, pairs, TILE, coefficients, t * TILE, place, STRIDE);

@@ -78,10 +78,10 @@ struct Blocks {
         if (BITS == 8) return multiply(load_int8(value(row, i) + k * LANES), factor);
         return load_int4(value(row, i), k, factor);
     }
-    // One prefetch per 64 bytes, into L1: dequantisation leaves less time to hide the latency.
+    // One prefetch per 64 bytes.
     static void ask(const Stored* row, int64_t i, int64_t, int64_t width) {
-        if ((i & (512 / BITS - 1)) == 0) prefetch_near(value(row, i));
-        if ((i & 1023) == 0) prefetch_near(scale(row, i, width));
+        if ((i & (512 / BITS - 1)) == 0) prefetch(value(row, i), 64);
+        if ((i & 1023) == 0) prefetch(scale(row, i, width), 64);
     }
     static float at(const Stored*, int64_t) { return 0.0f; }  // no row ends within a block
 };

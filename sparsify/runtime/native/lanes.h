@@ -144,14 +144,10 @@ inline Lanes load_f16(const uint16_t* p) { return each([=](int i) { return f16_t
 
 // ---- prefetching ----
 
+// Into L2, not L1: several rows ahead of the current ones are more than a small L1 holds together with them.
 inline void prefetch(const void* data, int64_t bytes) {
 #if defined(__GNUC__)
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
-#endif
-}
-inline void prefetch_near(const void* data) {
-#if defined(__GNUC__)
-    __builtin_prefetch(data, 0, 3);
 #endif
 }
 

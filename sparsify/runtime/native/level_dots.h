@@ -10,62 +10,58 @@ namespace sparsify {
 
 #if SPARSIFY_LEVELS == 512
 
-// Unsigned weights of a group, 8 or 128 added to each. `left` is the number of blocks that the row still has: a row's last group may
-// have only one.
-template <int BITS>
-inline __m512i unpack_group(const uint8_t* row, int64_t group, int64_t left) {
-    if constexpr (BITS == 8) {
-        const __mmask64 valid = left >= 2 ? ~0ull : 0xffffffffull;
-        return _mm512_xor_si512(_mm512_maskz_loadu_epi8(valid, row + group * 64), _mm512_set1_epi8(static_cast<char>(0x80)));
-    } else {
-        __m256i packed;
-        if (left >= 2) packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + group * 32));
-        else packed = _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + group * 32)));
-        const __m512i both = _mm512_broadcast_i64x4(packed);
-#if defined(__GFNI__)
-        // One instruction takes the low four bits of each byte in the lower half, and the high four in the upper half.
-        const int64_t low = 0x0102040800000000, high = 0x1020408000000000;
-        return _mm512_gf2p8affine_epi64_epi8(both, _mm512_setr_epi64(low, low, low, low, high, high, high, high), 0);
-#else
-        const __m512i counts = _mm512_setr_epi64(0, 0, 0, 0, 4, 4, 4, 4);
-        return _mm512_and_si512(_mm512_srlv_epi64(both, counts), _mm512_set1_epi8(15));
-#endif
-    }
-}
+constexpr int64_t SCALED_GROUPS = 8;  // groups whose scales one load takes
 
-constexpr int64_t SCALED_GROUPS = 16;  // groups whose scales one load takes
-
-// For each of so many groups, which of the loaded scales goes to the upper half of each lane.
+// For each vector of sums of so many groups, which of the loaded scales goes to the upper half of each lane.
 template <int BITS>
 struct ScalePlaces {
-    alignas(64) uint16_t places[SCALED_GROUPS][32];
+    static constexpr int VECTORS = BITS / 4;  // of sums, in a group
+    alignas(64) uint16_t places[SCALED_GROUPS * VECTORS][32];
     constexpr ScalePlaces() : places() {
-        for (int group = 0; group < SCALED_GROUPS; ++group)
+        for (int vector = 0; vector < SCALED_GROUPS * VECTORS; ++vector)
             for (int lane = 0; lane < 16; ++lane)
-                places[group][2 * lane + 1] = static_cast<uint16_t>(2 * group + (BITS == 8 ? lane >> 3 : (lane >> 2) & 1));
+                places[vector][2 * lane + 1] = static_cast<uint16_t>(BITS == 8 ? 2 * vector + (lane >> 3) : 4 * vector + (lane >> 2));
     }
 };
 
+// Up to 64 bytes of a row; the rest is zero.
+inline __m512i load_bytes(const uint8_t* from, int64_t count) {
+    return count >= 64 ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8((1ull << count) - 1, from);
+}
+
+// Adds the products of a group, of which a row has so many blocks.
 template <int BITS, int R, int B>
-inline void add_group(const uint8_t* const* rows, const __m512i* scales, __m512i place, const Levels& x, int64_t group, int64_t left,
-                      __m512 (&total)[R][B]) {
-    __m512i weights[R];
-    __m512 factors[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-        weights[r] = unpack_group<BITS>(rows[r], group, left);
-        factors[r] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, place, scales[r]));
-    }
-#pragma GCC unroll 8
-    for (int b = 0; b < B; ++b) {
-        const LevelGroup& own = *x.of(group, b);
-        const __m512i bytes = _mm512_loadu_si512(own.bytes);
-        const __m512i start = _mm512_loadu_si512(own.starts);
-        const __m512 scale = _mm512_loadu_ps(own.scales);
+inline void add_group(const uint8_t* const* rows, const __m512i* scales, const uint16_t (*places)[32], const Levels& x, int64_t group,
+                      int64_t blocks, __m512 (&total)[R][B]) {
+    constexpr int BLOCK_BYTES = BITS * 4, IN_VECTOR = 64 / BLOCK_BYTES;
+#pragma GCC unroll 2
+    for (int v = 0; v < ScalePlaces<BITS>::VECTORS && v * IN_VECTOR < blocks; ++v) {
+        const __m512i place = _mm512_load_si512(places[v]);
+        __m512i weights[R], second[R];  // without sign: 8 or 128 was added
+        __m512 factors[R];
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-            const __m512 products = _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(start, weights[r], bytes));
-            total[r][b] = _mm512_fmadd_ps(products, _mm512_mul_ps(factors[r], scale), total[r][b]);
+            const uint8_t* from = rows[r] + group * GROUP_BLOCKS * BLOCK_BYTES + v * 64;
+            const __m512i bytes = load_bytes(from, (blocks - v * IN_VECTOR) * BLOCK_BYTES);
+            if constexpr (BITS == 8) {
+                weights[r] = _mm512_xor_si512(bytes, _mm512_set1_epi8(static_cast<char>(0x80)));
+            } else {
+                weights[r] = _mm512_and_si512(bytes, _mm512_set1_epi8(15));
+                second[r] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+            }
+            factors[r] = _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, place, scales[r]));
+        }
+#pragma GCC unroll 8
+        for (int b = 0; b < B; ++b) {
+            const LevelGroup& own = *x.of(group, b);
+            const __m512i states = _mm512_load_si512(own.bytes + v * 64), start = _mm512_load_si512(own.starts + v * 16);
+            const __m512 scale = _mm512_load_ps(own.scales + v * 16);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                __m512i products = _mm512_dpbusd_epi32(start, weights[r], states);
+                if constexpr (BITS == 4) products = _mm512_dpbusd_epi32(products, second[r], _mm512_load_si512(own.bytes + 64));
+                total[r][b] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), _mm512_mul_ps(factors[r], scale), total[r][b]);
+            }
         }
     }
 }
@@ -74,27 +70,28 @@ inline void add_group(const uint8_t* const* rows, const __m512i* scales, __m512i
 template <int BITS, int R, int B, int TOKENS>
 void dot_levels(const uint8_t* const* rows, const uint8_t* const* next, const Levels& x, int64_t width, float (*out)[TOKENS]) {
     constexpr int64_t GROUP_BYTES = LEVEL_GROUP * BITS / 8;
+    constexpr int VECTORS = ScalePlaces<BITS>::VECTORS;
     __m512 total[R][B];
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) total[r][b] = _mm512_setzero_ps();
     static constexpr ScalePlaces<BITS> PLACES;
-    const int64_t blocks = width / 32, groups = (blocks + 1) / 2;
-    for (int64_t first = 0; first < groups; first += SCALED_GROUPS) {
-        const int64_t left = blocks - 2 * first;
+    const int64_t blocks = width / 32;
+    for (int64_t first = 0; first < blocks; first += SCALED_GROUPS * GROUP_BLOCKS) {
+        const int64_t left = blocks - first, group = first / GROUP_BLOCKS;
         const __mmask32 valid = left >= 32 ? ~0u : (1u << left) - 1u;
         __m512i scales[R];
         for (int r = 0; r < R; ++r) {
-            scales[r] = _mm512_maskz_loadu_epi16(valid, rows[r] + width * BITS / 8 + first * 4);
-            prefetch_near(next[r] + width * BITS / 8 + first * 4);
+            scales[r] = _mm512_maskz_loadu_epi16(valid, rows[r] + width * BITS / 8 + first * 2);
+            prefetch(next[r] + width * BITS / 8 + first * 2, 64);
         }
-        const int64_t whole = std::min(SCALED_GROUPS, left / 2);
+        const int64_t whole = std::min(SCALED_GROUPS, left / GROUP_BLOCKS);
         for (int64_t g = 0; g < whole; ++g) {
-            if (BITS == 8 || (g & 1) == 0)
-                for (int r = 0; r < R; ++r) prefetch_near(next[r] + (first + g) * GROUP_BYTES);
-            add_group<BITS, R, B>(rows, scales, _mm512_load_si512(PLACES.places[g]), x, first + g, 2, total);
+            for (int r = 0; r < R; ++r) prefetch(next[r] + (group + g) * GROUP_BYTES, GROUP_BYTES);
+            add_group<BITS, R, B>(rows, scales, PLACES.places + g * VECTORS, x, group + g, GROUP_BLOCKS, total);
         }
-        if (whole < SCALED_GROUPS && (left & 1))
-            add_group<BITS, R, B>(rows, scales, _mm512_load_si512(PLACES.places[whole]), x, first + whole, 1, total);
+        const int64_t rest = left - whole * GROUP_BLOCKS;
+        if (whole < SCALED_GROUPS && rest > 0)
+            add_group<BITS, R, B>(rows, scales, PLACES.places + whole * VECTORS, x, group + whole, rest, total);
     }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) out[r][b] = _mm512_reduce_add_ps(total[r][b]);
@@ -138,7 +135,7 @@ inline void add_group(const uint8_t* row, int64_t values, const LevelGroup* x, i
                 // Weights with the signs of the states, times the states without: at most 2 * 127 * 127 for two products.
                 const __m256i products =
                     add_products(_mm256_setzero_si256(), _mm256_abs_epi8(states), _mm256_sign_epi8(weights, states));
-                const __m256 factor = _mm256_mul_ps(factors[block], _mm256_set1_ps(x[b].scales[block * 4]));
+                const __m256 factor = _mm256_mul_ps(factors[block], _mm256_set1_ps(x[b].scales[block * 8]));
                 total[b] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), factor, total[b]);
             }
         }
@@ -177,8 +174,8 @@ void dot_few(const uint8_t* const* rows, const uint8_t* const* next, const Level
     const int64_t values = width * BITS / 8, whole = width / LEVEL_GROUP;
     for (int64_t g = 0; g < whole; ++g) {
         for (int r = 0; r < R; ++r) {
-            if (BITS == 8 || (g & 1) == 0) prefetch_near(next[r] + g * GROUP_BYTES);
-            if ((g & 15) == 0) prefetch_near(next[r] + values + g * 4);
+            if (BITS == 8 || (g & 1) == 0) prefetch(next[r] + g * GROUP_BYTES, 64);
+            if ((g & 15) == 0) prefetch(next[r] + values + g * 4, 64);
         }
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) add_group<BITS, B, true>(rows[r], values, x.of(g, first), g, total[r]);

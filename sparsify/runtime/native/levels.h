@@ -21,19 +21,20 @@
 
 namespace sparsify {
 
-constexpr int64_t LEVEL_GROUP = 64;  // elements that one instruction takes: two blocks
-
 constexpr int64_t LEVEL_SUMS =
 #if SPARSIFY_LEVELS == 256
-    8;  // of a group: of four bytes each, and in int4 also of the four that are 32 after them
+    8;  // in a vector: of four bytes each
 #else
-    16;  // of a group: of four bytes each
+    16;  // in a vector: of four bytes each
 #endif
+constexpr int64_t LEVEL_VECTOR = 4 * LEVEL_SUMS, LEVEL_GROUP = 2 * LEVEL_VECTOR, GROUP_BLOCKS = LEVEL_GROUP / 32;
 
-struct LevelGroup {
-    int8_t bytes[LEVEL_GROUP];   // in the order in which the format unpacks its weights
-    int32_t starts[LEVEL_SUMS];  // minus the weights' offset times the sum of the bytes of each sum
-    float scales[LEVEL_SUMS];    // those of the blocks: of each sum, or with eight sums of the first block, then of the second
+// The states of a group of blocks, two vectors of bytes. int8 weights are unpacked in order, and each vector has its own sums; int4
+// weights are unpacked into the first halves of all blocks, then their second halves, which are added to the same sums.
+struct alignas(64) LevelGroup {
+    int8_t bytes[LEVEL_GROUP];
+    int32_t starts[2 * LEVEL_SUMS];  // minus the weights' offset times the sum of the bytes of each sum
+    float scales[2 * LEVEL_SUMS];    // that of each sum's block
 };
 
 struct Levels {
@@ -48,46 +49,47 @@ struct Levels {
         const int64_t groups = (width + LEVEL_GROUP - 1) / LEVEL_GROUP;
         all.resize(groups * tokens);
         for (int64_t t = 0; t < tokens; ++t)
-            for (int64_t g = 0; g < groups; ++g)
-                round_group(values + t * width + g * LEVEL_GROUP, std::min<int64_t>(2, width / 32 - g * 2), bits, all[g * tokens + t]);
+            for (int64_t g = 0; g < groups; ++g) {
+                const int64_t blocks = std::min(GROUP_BLOCKS, width / 32 - g * GROUP_BLOCKS);
+                round_group(values + t * width + g * LEVEL_GROUP, blocks, bits, all[g * tokens + t]);
+            }
     }
 
 private:
     static void round_group(float* group, int64_t blocks, int bits, LevelGroup& to) {
-        int8_t level[64] = {};
-        float own[2] = {0.0f, 0.0f};
+        to = LevelGroup();
         for (int64_t block = 0; block < blocks; ++block) {
-            float* x = group + block * 32;
-            float largest = 0.0f, finite = 0.0f;
-            for (int i = 0; i < 32; ++i) {
-                largest = std::max(largest, std::fabs(x[i]));
-                finite += x[i] * 0.0f;  // NaN unless all are finite
-            }
-            const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
-            own[block] = finite == 0.0f ? largest / 127.0f : std::numeric_limits<float>::quiet_NaN();
-            if (finite != 0.0f) {
-                std::fill(x, x + 32, own[block]);
-                continue;
-            }
-            for (int i = 0; i < 32; ++i) {
-                const float rounded = std::nearbyint(std::min(127.0f, std::max(-127.0f, x[i] * inverse)));
-                level[block * 32 + i] = static_cast<int8_t>(rounded);
-                x[i] = rounded * own[block];
+            int8_t level[32] = {};
+            const float scale = round_block(group + block * 32, level);
+            for (int64_t four = 0; four < 8; ++four) {
+                const int8_t* from = level + four * 4;
+                const int64_t half = four / 4, in_order = block * 8 + four, in_halves = block * 4 + four % 4;
+                const int64_t sum = bits == 4 ? in_halves : in_order;
+                std::copy(from, from + 4, to.bytes + 4 * (bits == 4 ? half * LEVEL_SUMS + in_halves : in_order));
+                to.starts[sum] -= (bits == 4 ? 8 : 128) * (from[0] + from[1] + from[2] + from[3]);
+                to.scales[sum] = scale;
             }
         }
-        // int4 unpacks the first halves of both blocks, then their second halves; int8 in order.
-        const bool halves = bits == 4;
-        std::fill(to.starts, to.starts + LEVEL_SUMS, 0);
-        for (int quarter = 0; quarter < 4; ++quarter) {
-            const int from = halves ? (quarter & 1) * 32 + (quarter >> 1) * 16 : quarter * 16;
-            std::copy(level + from, level + from + 16, to.bytes + quarter * 16);
-            for (int i = 0; i < 4; ++i) {
-                const int8_t* four = level + from + i * 4;
-                const int64_t sum = (quarter * 4 + i) % LEVEL_SUMS;
-                to.starts[sum] -= (halves ? 8 : 128) * (four[0] + four[1] + four[2] + four[3]);
-                to.scales[sum] = own[LEVEL_SUMS == 16 ? from >> 5 : sum >> 2];
-            }
+    }
+
+    // Rounds 32 values and returns their scale.
+    static float round_block(float* x, int8_t* level) {
+        float largest = 0.0f, finite = 0.0f;
+        for (int i = 0; i < 32; ++i) {
+            largest = std::max(largest, std::fabs(x[i]));
+            finite += x[i] * 0.0f;  // NaN unless all are finite
         }
+        if (finite != 0.0f) {
+            std::fill(x, x + 32, std::numeric_limits<float>::quiet_NaN());
+            return x[0];
+        }
+        const float inverse = largest > 0.0f ? 127.0f / largest : 0.0f, scale = largest / 127.0f;
+        for (int i = 0; i < 32; ++i) {
+            const float rounded = std::nearbyint(std::min(127.0f, std::max(-127.0f, x[i] * inverse)));
+            level[i] = static_cast<int8_t>(rounded);
+            x[i] = rounded * scale;
+        }
+        return scale;
     }
 };
 
