@@ -164,26 +164,24 @@ struct Coefficients {
 
     // factors[r]: those of row r's tokens; scales_of[r]: its blocks' scales in bf16.
     void fill(const float* const* factors, const uint8_t* const* scales_of, int64_t rows, int64_t blocks) {
-        for (int64_t block = 0; block < blocks; block += 8) {
-            __m256 wide[SUMMED_ROWS];
-            for (int64_t r = 0; r < rows; ++r) {
-                const uint8_t* from = scales_of[r] + block * 2;
-                uint16_t rest[8] = {};
-                for (int64_t j = 0; block + 8 > blocks && j < blocks - block; ++j) std::memcpy(rest + j, from + j * 2, 2);
-                const void* eight = block + 8 > blocks ? static_cast<const void*>(rest) : from;
-                const __m256i numbers = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(eight)));
-                wide[r] = _mm256_castsi256_ps(_mm256_slli_epi32(numbers, 16));
+        for (int64_t block = 0; block < blocks; block += 8)
+            for (int b = 0; b < B; ++b) {
+                if (block + 8 <= blocks) fill_eight<true>(factors, scales_of, rows, b, block, 8);
+                else fill_eight<false>(factors, scales_of, rows, b, block, blocks - block);
             }
-            for (int b = 0; b < B; ++b) fill_eight(factors, wide, rows, b, block);
-        }
     }
 
 private:
-    void fill_eight(const float* const* factors, const __m256* scales_of, int64_t rows, int b, int64_t block) {
+    template <bool WHOLE>
+    void fill_eight(const float* const* factors, const uint8_t* const* scales_of, int64_t rows, int b, int64_t block, int64_t count) {
         __m256 products[SUMMED_ROWS];
         __m256i largest = _mm256_setzero_si256();  // bits without sign compare as sizes do, and those of a NaN are larger
         for (int64_t r = 0; r < rows; ++r) {
-            products[r] = _mm256_mul_ps(scales_of[r], _mm256_set1_ps(factors[r][b]));
+            uint16_t rest[8] = {};
+            if (!WHOLE) std::memcpy(rest, scales_of[r] + block * 2, count * 2);
+            const void* eight = WHOLE ? static_cast<const void*>(scales_of[r] + block * 2) : rest;
+            const __m256i numbers = _mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(eight)));
+            products[r] = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(numbers, 16)), _mm256_set1_ps(factors[r][b]));
             largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(products[r]), _mm256_set1_epi32(0x7fffffff)));
         }
         if (rows % 2 == 1) products[rows] = _mm256_setzero_ps();
@@ -198,7 +196,7 @@ private:
         for (int64_t r = 0; r < rows; r += 2) {
             const __m256i pair = _mm256_blend_epi16(rounded(r), _mm256_slli_epi32(rounded(r + 1), 16), 0xaa);
             _mm256_store_si256(reinterpret_cast<__m256i*>(pairs[r / 2][b] + block), pair);
-            start = _mm256_add_epi32(start, _mm256_madd_epi16(pair, _mm256_set1_epi16(BITS == 4 ? -8 : 0)));
+            if (BITS == 4) start = _mm256_add_epi32(start, _mm256_madd_epi16(pair, _mm256_set1_epi16(-8)));
         }
         _mm256_store_si256(reinterpret_cast<__m256i*>(starts[b] + block), start);
     }
