@@ -28,9 +28,9 @@ from torch.nn.functional import linear
 
 from sparsify.bench.timing import Clock, read_data
 from sparsify.models import ACTIVATIONS
+from sparsify.models.quantised import quantise
 from sparsify.reporting.tables import Table
 from sparsify.runtime import FfnWeights, sparse_ffn
-from sparsify.runtime.quantised import quantise
 
 MATRICES = ((4096, 4096), (14336, 4096), (32_000, 4096))
 """[rows, columns]: an attention projection, a feed-forward projection and the output layer of Mistral-7B."""

@@ -14,9 +14,9 @@ from sparsify.bench.timing import paired_ratios, quartiles
 from sparsify.bench.training_report import QuartileRatio
 from sparsify.errors import RecipeError, check_choice
 from sparsify.models.activations import ACTIVATIONS
+from sparsify.models.quantised import BlockFormat
 from sparsify.reporting.tables import Table
 from sparsify.runtime import FfnWeights, RowsRead, quantise, sparse_ffn
-from sparsify.runtime.quantised import BlockFormat
 from sparsify.runtime.weights import Matrix
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 from sparsify.bench.decode_result import FfnPoint, Timing
 from sparsify.bench.timing import OUT_OF_CACHE_BYTES, Clock, read_data
 from sparsify.models import ACTIVATIONS
+from sparsify.models.quantised import BlockFormat, BlockMatrix, quantise
 from sparsify.runtime import FfnWeights, Predictor, RowsRead, sparse_ffn
-from sparsify.runtime.quantised import BlockFormat, BlockMatrix, quantise
 from sparsify.runtime.weights import Matrix
 
 DRELU = ACTIVATIONS["drelu"]

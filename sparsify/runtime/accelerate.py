@@ -15,13 +15,13 @@ from typing import Any, get_args
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, activation_names
 from sparsify.models.masking import experts_per_token, is_fused, num_experts, site_rules
+from sparsify.models.quantised import BlockFormat
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
 from sparsify.runtime.columns import held_by_columns
 from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import AttentionReads, BlockForward, ExpertsForward, MlpForward, Options
 from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES, is_readable, unknown_to_blocks
 from sparsify.runtime.native_step import Projections, projections
-from sparsify.runtime.quantised import BlockFormat
 from sparsify.runtime.step import StepForward
 from sparsify.runtime.weights import LayerPredictors, RowsRead
 

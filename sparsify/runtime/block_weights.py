@@ -13,10 +13,10 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.models.masking import masked_product
+from sparsify.models.quantised import BlockMatrix, product
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import is_masked_linear
 from sparsify.runtime.native_step import Projections, projections
-from sparsify.runtime.quantised import BlockMatrix, product
 
 
 class BlockProduct:

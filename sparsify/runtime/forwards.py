@@ -11,10 +11,10 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, Activation
+from sparsify.models.quantised import BlockFormat, BlockMatrix, KeptBlocks, product
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
 from sparsify.runtime.masks import constant_of, own_mask, own_part
-from sparsify.runtime.quantised import BlockFormat, BlockMatrix, KeptBlocks, product
 from sparsify.runtime.weights import FfnWeights, LineBytes, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}

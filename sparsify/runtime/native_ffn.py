@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from sparsify.models.activations import Activation, GateKind, UpKind
+from sparsify.models.quantised import BlockMatrix
 from sparsify.runtime.build import kernels
-from sparsify.runtime.quantised import BlockMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 MAX_TOKENS = 8

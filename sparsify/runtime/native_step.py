@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsify.models.masking import experts_per_token, is_fused, kept_count, num_experts
+from sparsify.models.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.build import kernels
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.forwards import BlockForward
@@ -27,7 +28,6 @@ from sparsify.runtime.native_ffn import (
     ffn_call,
     weight_format,
 )
-from sparsify.runtime.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.weights import Matrix, line_bytes
 
 PARTS = ("projections", "attention", "ffn", "head", "rest")

@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 
 from sparsify.models.activations import Activation
 from sparsify.models.ffn_activation import GATE_FACTORS, UP_FACTORS
-from sparsify.runtime.quantised import BlockMatrix, rounded_states
+from sparsify.models.quantised import BlockMatrix, rounded_states
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 GATHER_SHARE = 0.2

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from sparsify.runtime.quantised import BlockMatrix
+from sparsify.models.quantised import BlockMatrix
 
 Matrix = torch.Tensor | BlockMatrix
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from sparsify.models import ACTIVATIONS, Activation, FfnActivation
+from sparsify.models.quantised import BlockFormat
 from sparsify.runtime import BlockMatrix, FfnWeights, Predictor, quantise
-from sparsify.runtime.quantised import BlockFormat
 
 DRELU = ACTIVATIONS["drelu"]
 IDS = torch.arange(3, 15)[None]

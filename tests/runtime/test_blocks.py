@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import ModelError
+from sparsify.models.quantised import BlockFormat, rounded_states
 from sparsify.runtime import accelerate, quantise
-from sparsify.runtime.quantised import BlockFormat, rounded_states
 from tests.runtime.test_accelerate import decoded_logits, generate
 
 BITS = {"int8": 8.5, "int4": 4.5}

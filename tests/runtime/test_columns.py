@@ -14,9 +14,9 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.models.masking import INPUT_SITES, site_rules
+from sparsify.models.quantised import BlockFormat, rounded_states
 from sparsify.runtime import BlockMatrix, FfnWeights, accelerate, quantise, sparse_ffn
 from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES
-from sparsify.runtime.quantised import BlockFormat, rounded_states
 from tests.runtime.blocks import ALL, DTYPES, FORMATS, TOLERANCES, block, decoded_logits, difference, predictor
 from tests.runtime.test_step import decoded, made
 

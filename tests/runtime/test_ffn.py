@@ -10,8 +10,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from sparsify.models.quantised import BlockFormat, rounded_states
 from sparsify.runtime import FfnWeights, sparse_ffn
-from sparsify.runtime.quantised import BlockFormat, rounded_states
 from tests.runtime.blocks import (
     ALL,
     DRELU,

@@ -1,7 +1,7 @@
 // Rows of weights in blocks of 32: int8 or int4 values with one scale a block, dequantised as they are read.
 //
 // A row is the values of all its blocks, then their scales in bf16; the last block is padded with zeros. Value times scale
-// has at most 15 significant bits, so a dequantised weight is exact in fp32. Mirrors sparsify/runtime/quantised.py.
+// has at most 15 significant bits, so a dequantised weight is exact in fp32. Mirrors sparsify/models/quantised.py.
 #pragma once
 
 #include "level_dots.h"

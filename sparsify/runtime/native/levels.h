@@ -2,7 +2,7 @@
 //
 // Processors whose instructions multiply bytes add up a block's products exactly as whole numbers (level_dots.h); elsewhere the
 // rounded values are multiplied in fp32, which gives the same up to the rounding of the sums. Mirrors rounded_states in
-// sparsify/runtime/quantised.py.
+// sparsify/models/quantised.py.
 #pragma once
 
 #include "lanes.h"
