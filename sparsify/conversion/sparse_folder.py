@@ -16,6 +16,7 @@ from sparsify.files import write_json
 from sparsify.models import BASE_CLASSES, MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel, site_rules
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.ffn_activation import FACTOR_SITES
+from sparsify.models.masking import is_in_activation, ranks_by_proxy
 from sparsify.models.modeling_sparse_mistral import SparseMistralMLP
 from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 
@@ -39,7 +40,7 @@ def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None
     if rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     write_json(folder / "config.json", fields)
-    for name in (config_file, model_file, "ffn_activation", "activations", "masking"):
+    for name in (config_file, model_file, "ffn_activation", "activations", "masking", "quantised"):
         shutil.copyfile(Path(models.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
 
 
@@ -101,7 +102,7 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
         RuntimeError: If any feed-forward block would not apply `ffn_activation`.
     """
     masked = site_rules(model.config)
-    by_threshold = "inter" in masked and masked["inter"].rule == "threshold"
+    by_threshold = "inter" in masked and is_in_activation("inter", masked["inter"])
     in_activation = {site for site in FACTOR_SITES if site in masked and not (site == "inter" and by_threshold)}
     for block in model.ffn_blocks():
         own = "forward" not in vars(block) and type(block) in (
@@ -120,5 +121,6 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             or {site for site, mask in activation.masks.items() if mask is not None} != in_activation
             or (activation.threshold is not None) != by_threshold
             or (getattr(block, "input_mask", None) is not None) != ("ffn_in" in masked)
+            or block.by_proxy != ranks_by_proxy(masked)
         ):
             raise RuntimeError(f"{type(block).__name__} was patched: it does not apply {ffn_activation}")

@@ -41,12 +41,14 @@ class SiteValues:
         weights: The router's weight of each row; 1 outside experts. [rows]
         number: Which expert computed them, 0 outside experts.
         expert: Its weights; None outside blocks.
+        sizes: Magnitudes by proxy, [rows, channels], where the site's rule chooses by them.
     """
 
     values: torch.Tensor
     weights: torch.Tensor
     number: int
     expert: Expert | None
+    sizes: torch.Tensor | None = None
 
 
 class LayerValues(Protocol):

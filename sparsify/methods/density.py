@@ -7,7 +7,8 @@ An element that a mask drops saves the weights that need not be read (the table 
 layer combine: the columns of an input and the rows that a factor saves multiply, as if they were independent; of the factors, the
 one that drops more comes first, and the other is computed only where that was kept; down reads a neuron only where all of gate,
 up and inter keep it, for which the smallest of their shares is taken. A rotated site reads n² weights in addition, for n
-elements, and a low-rank remainder rank · (inputs + outputs) of each projection.
+elements, and a low-rank remainder rank · (inputs + outputs) of each projection. A mask of `inter` by proxy saves the rows of gate and
+up of what it drops, too, and reads 4.5 bits for each of their weights in addition, which count as those of 16: 0.28 weights.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from typing import Any
 from sparsify.errors import RecipeError
 from sparsify.methods.base import Mask, method_of
 from sparsify.models import SiteRule
-from sparsify.models.masking import INPUTS, READERS, SITES, experts_per_token, projection_shapes
+from sparsify.models.masking import INPUTS, READERS, SITES, experts_per_token, projection_shapes, ranks_by_proxy
+from sparsify.models.quantised import bits_per_weight
 from sparsify.recipe.sparsification import ConversionSection
 
 logger = logging.getLogger(__name__)
 
 FFN_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+STORED_BITS = 16
+"""Of a weight, next to which those of proxies count; of fp32 weights they are half of what is counted."""
 STEPS = 20
 """Halvings of the range in which target_zeros is searched: to a millionth."""
 
@@ -49,9 +53,14 @@ def weight_density(config: Any, kept: Mapping[str, float], rules: Mapping[str, S
     columns = {name: kept[site] for site, names in INPUTS.items() for name in names if site in kept}
     gate, up = kept.get("gate", 1.0), kept.get("up", 1.0)
     columns["down_proj"] = min(gate, up, kept.get("inter", 1.0))
+    by_proxy = ranks_by_proxy(rules or {})
     rows = {"up_proj": gate} if gate <= up else {"gate_proj": up}
+    if by_proxy:
+        rows = dict.fromkeys(READERS["ffn_in"], columns["down_proj"])
     sizes = {name: times[name] * outputs * inputs for name, (outputs, inputs) in shapes.items()}
     read = sum(size * columns.get(name, 1.0) * rows.get(name, 1.0) for name, size in sizes.items())
+    if by_proxy:
+        read += bits_per_weight("int4") / STORED_BITS * sum(sizes[name] for name in READERS["ffn_in"])
     for site, rule in (rules or {}).items():
         if rule.rotated:
             read += shapes[READERS[site][0]][1] ** 2

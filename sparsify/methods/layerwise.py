@@ -33,7 +33,16 @@ from sparsify.models import (
     SparseMistralConfig,
 )
 from sparsify.models.activations import STOCK_ACTIVATION
-from sparsify.models.masking import INPUTS, READERS, ProjectionMask, SiteMask, SiteRule, num_experts
+from sparsify.models.masking import (
+    INPUTS,
+    READERS,
+    ProjectionMask,
+    SiteMask,
+    SiteRule,
+    is_in_activation,
+    num_experts,
+)
+from sparsify.models.quantised import KeptBlocks, product
 
 LEAST_ROWS = 256
 """An expert that got fewer calibration tokens than this keeps its weights, and has no statistics of its own."""
@@ -60,6 +69,7 @@ class Expert:
         activation: Its masks, if any, are this expert's.
         input_mask: The mask on the input of both its first projections.
         projections: Masks on what single projections read, and remainders, by the projection's name.
+        proxies: Its int4 copies of gate and up, once they were used.
     """
 
     gate: torch.Tensor
@@ -68,10 +78,17 @@ class Expert:
     activation: FfnActivation
     input_mask: SiteMask | None = None
     projections: Mapping[str, ProjectionMask] = field(default_factory=dict)
+    proxies: KeptBlocks = field(default_factory=lambda: KeptBlocks("int4"))
 
     def neurons(self, x: torch.Tensor) -> torch.Tensor:
         """Neuron activations [rows, neurons] of inputs [rows, hidden]."""
-        return self.activation(self._multiply("gate_proj", x), self._multiply("up_proj", x))
+        mask = self.activation.inter_mask
+        proxies = self._by_proxy(x) if mask is not None and mask.rule.by_proxy else None
+        return self.activation(self._multiply("gate_proj", x), self._multiply("up_proj", x), proxies=proxies)
+
+    def proxy_sizes(self, x: torch.Tensor) -> torch.Tensor:
+        """What its int4 copies say of the magnitude of neuron activations, [rows, neurons]."""
+        return self.activation.proxy_sizes(*self._by_proxy(x))
 
     def gates(self, x: torch.Tensor) -> torch.Tensor:
         """The gate's factor before its mask, [rows, neurons]."""
@@ -100,6 +117,11 @@ class Expert:
     def weight(self, projection: str) -> torch.Tensor:
         return {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}[projection]
 
+    def _by_proxy(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        exact = [self.gate, self.up]
+        copies = self.proxies.of(0, exact, lambda: exact)
+        return tuple(product(x, one, by_columns=False) for one in copies)
+
     def _multiply(self, projection: str, x: torch.Tensor) -> torch.Tensor:
         return self.project(projection, x if self.input_mask is None else self.input_mask(x))
 
@@ -115,7 +137,7 @@ class Expert:
             weights = {name.removesuffix("_proj"): turned(self.weight(name), own["basis"]) for name in READERS[site]}
             new = replace(new, **weights)
         activation = FfnActivation(self.activation.name, self.activation.gate_threshold).with_masks_of(self.activation)
-        if site == "inter" and rule.rule == "threshold":
+        if is_in_activation(site, rule):
             activation.threshold = own["threshold"]
         elif site in ("gate", "up", "inter"):
             setattr(activation, f"{site}_mask", mask)

@@ -26,7 +26,8 @@ class ZerosSettings(MethodSettings):
 
 
 def magnitudes(layer: LayerValues, site: str, scale: torch.Tensor | None = None) -> Histogram:
-    """Histogram of |x| · scale over tokens and channels, of experts over the tokens routed to each.
+    """Histogram of |x| · scale, with |x| by proxy where the site's rule chooses so, over tokens and channels, of experts over the tokens
+    routed to each.
 
     Args:
         layer: Its values before the site's mask.
@@ -35,7 +36,7 @@ def magnitudes(layer: LayerValues, site: str, scale: torch.Tensor | None = None)
     """
     histogram = Histogram(THRESHOLD_BINS, device=layer.device)
     for chunk in layer.values(site):
-        scores = chunk.values.abs()
+        scores = chunk.values.abs() if chunk.sizes is None else chunk.sizes
         histogram.add(scores if scale is None else scores * scale[chunk.number])
     return histogram
 

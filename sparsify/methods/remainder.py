@@ -57,7 +57,7 @@ class ConstantRemainder:
         of_experts = site == "inter" or "." in site
 
         def masked(chunk: SiteValues) -> torch.Tensor:
-            return mask(chunk.values, chunk.number if of_experts else None)
+            return mask(chunk.values, chunk.number if of_experts else None, chunk.sizes)
 
         if site == "inter":
             kept = _means(layer, site, masked)

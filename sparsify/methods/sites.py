@@ -10,6 +10,7 @@ With hidden size d, f neurons, and a share ρ of a site's elements kept, a SwiGL
 | `gate`     | the gate's factor                    | rows of W_up, columns of W_down          | (1 + 2ρ) / 3             |
 | `up`       | the up factor                        | rows of W_gate, columns of W_down        | (1 + 2ρ) / 3             |
 | `inter`    | the product                          | columns of W_down                        | (2 + ρ) / 3              |
+| by proxy   | the product                          | rows of W_gate, W_up, columns of W_down  | 0.19 + ρ                 |
 
 `attn_in.q`, `attn_in.k`, `attn_in.v`, `ffn_in.gate` and `ffn_in.up` mask what one projection reads, each by itself.
 
@@ -52,7 +53,12 @@ class BlockValues:
             for number, expert in enumerate(self.experts):
                 token, weight = rows_of(chunk, number)
                 if len(token):
-                    yield SiteValues(_values(site, expert, chunk.x[token]), weight, number, expert)
+                    x = chunk.x[token]
+                    sizes = expert.proxy_sizes(x) if self._ranks_by_proxy(site) else None
+                    yield SiteValues(_values(site, expert, x), weight, number, expert, sizes)
+
+    def _ranks_by_proxy(self, site: str) -> bool:
+        return site in self._rules and self._rules[site].by_proxy
 
     def weights(self, site: str) -> dict[str, list[torch.Tensor]]:
         return {name: [expert.weight(name) for expert in self.experts] for name in READERS.get(site, ())}

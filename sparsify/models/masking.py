@@ -11,7 +11,9 @@ A site is the vector that a mask multiplies. Rules, for an element x and its wei
 - `top_k` keeps a stored share of the elements, at least one: those with the largest |x| · w.
 - `top_p` keeps the fewest elements, largest |x| · w first, whose scores add up to the sum of all but a stored share of it.
 
-NaN is kept, so that it shows. With `rotated` the vector is multiplied by a stored orthogonal matrix first; the projections that read
+NaN is kept, so that it shows. With `by_proxy`, |x| in these rules is not that of the neuron itself but what int4 copies of its gate and
+up rows (`quantised.py`) say it is: then the exact rows of what is dropped need not be read. The copies are made of the weights that the
+model has, never stored. With `rotated` the vector is multiplied by a stored orthogonal matrix first; the projections that read
 it have the inverse in their weights. What was dropped may be replaced (`remainder`): `constant` adds a stored vector to the output of
 the projections that read the site, `low_rank` adds left @ right @ (dropped elements).
 
@@ -26,6 +28,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .quantised import KeptBlocks, product, quantise
 
 INPUTS = {
     "attn_in": ("q_proj", "k_proj", "v_proj"),
@@ -59,6 +63,7 @@ class SiteRule:
         per: `layer` for one number, `channel` for one for each element (of each expert, inside experts). Thresholds only.
         weighted: Whether scores are multiplied by a stored weight for each element. Thresholds need none: theirs is in `per: channel`.
         rotated: Whether the site is masked in coordinates of its own. Inputs only.
+        by_proxy: Whether int4 copies of gate and up say how large the elements are. `inter` only.
         remainder: One of REMAINDERS.
         rank: Of a `low_rank` remainder.
         rank_share: Instead of a rank: the share of a projection's weights that both factors together hold at most. It makes a rank for
@@ -69,6 +74,7 @@ class SiteRule:
     per: str = "layer"
     weighted: bool = False
     rotated: bool = False
+    by_proxy: bool = False
     remainder: str = "none"
     rank: int = 0
     rank_share: float = 0.0
@@ -80,7 +86,7 @@ class SiteRule:
     @property
     def words(self) -> str:
         """What reports call it: the granularity of a threshold, or the rule."""
-        return self.per if self.rule == "threshold" else self.rule
+        return (self.per if self.rule == "threshold" else self.rule) + (" by proxy" if self.by_proxy else "")
 
     def problem(self, site: str) -> str:
         """Why this rule cannot be applied to a site, or nothing."""
@@ -98,6 +104,8 @@ class SiteRule:
             return f"{self.rule} per channel; its number is one of a layer"
         if self.rotated and site not in INPUT_SITES:
             return f"a rotation of {site}, which is not the input of a projection"
+        if self.by_proxy and site != "inter":
+            return f"proxies of {site}; they are of inter"
         if self.remainder != "none" and site not in READERS:
             return f"a remainder at {site}, which no projection reads"
         if self.remainder == "low_rank" and (site not in INPUT_SITES or len(INPUTS[site]) > 1 or self.rotated):
@@ -121,9 +129,22 @@ def site_rules(config: Any) -> dict[str, SiteRule]:
     shared = [site for site in rules if "." in site and site.partition(".")[0] in rules]
     if shared:
         problems.append(f"masks on {shared[0]} and on {shared[0].partition('.')[0]}, which holds it")
+    inputs = [site for site in rules if site.startswith("ffn_in")]
+    if inputs and ranks_by_proxy(rules):
+        problems.append(f"proxies of inter with a mask on {inputs[0]}; they read the input as it is")
     if problems:
         raise ValueError(f"sparsification has {problems[0]}")
     return {site: rules[site] for site in SITES if site in rules}
+
+
+def ranks_by_proxy(rules: Mapping[str, SiteRule]) -> bool:
+    """Whether neurons are chosen by int4 copies of gate and up."""
+    return any(rule.by_proxy for rule in rules.values())
+
+
+def is_in_activation(site: str, rule: SiteRule) -> bool:
+    """Whether a mask is `FfnActivation.threshold`, not a module of its own."""
+    return site == "inter" and rule.rule == "threshold" and not rule.by_proxy
 
 
 def read_mask(config: Any, other_fields: dict[str, Any]) -> None:
@@ -216,7 +237,7 @@ def mask_tensors(config: Any) -> dict[str, dict[str, tuple[str, tuple[int, ...]]
 def mask_name(config: Any, site: str, rule: SiteRule) -> str:
     """What the names of a mask's own tensors begin with, inside a layer."""
     block = "mlp.experts." if getattr(config, "num_local_experts", None) else "mlp."
-    if site == "inter" and rule.rule == "threshold":
+    if is_in_activation(site, rule):
         return f"{block}ffn_activation."
     if site in ("gate", "up", "inter"):
         return f"{block}ffn_activation.{site}_mask."
@@ -232,18 +253,25 @@ def _projection_name(config: Any, projection: str) -> str:
     return f"mlp.experts.{projection}_mask" if getattr(config, "num_local_experts", None) else f"mlp.{projection}"
 
 
-def drop_small(x: torch.Tensor, threshold: torch.Tensor, experts: int | torch.Tensor | None = None) -> torch.Tensor:
+def drop_small(
+    x: torch.Tensor,
+    threshold: torch.Tensor,
+    experts: int | torch.Tensor | None = None,
+    sizes: torch.Tensor | None = None,
+) -> torch.Tensor:
     """x, set to zero where its magnitude does not exceed the threshold.
 
     Args:
         x: [..., channels].
         threshold: [1] or [channels], or [experts, channels].
         experts: The expert of all rows, or of each row: [rows]. Needed for thresholds of experts.
+        sizes: What is compared instead of its magnitude, of the shape of x.
 
     Raises:
         ValueError: If it is needed and not given.
     """
-    return torch.where(x.detach().abs() <= of_experts(threshold, 1, experts), 0.0, x)
+    sizes = x.detach().abs() if sizes is None else sizes
+    return torch.where(sizes <= of_experts(threshold, 1, experts), 0.0, x)
 
 
 def of_experts(tensor: torch.Tensor, dimensions: int, experts: int | torch.Tensor | None) -> torch.Tensor:
@@ -280,23 +308,30 @@ class SiteMask(nn.Module):
         self.register_buffer("weight", torch.ones(parts["weight"]) if rule.weighted else None)
         self.register_buffer("basis", torch.eye(*parts["basis"]) if rule.rotated else None)
 
-    def forward(self, x: torch.Tensor, experts: int | torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, experts: int | torch.Tensor | None = None, sizes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The masked vector, of the shape of x, [..., channels], in its rotated coordinates if there are any.
 
         Args:
             x: The vector as the layer computes it.
             experts: The expert of all rows, or of each row: [rows]. Needed for numbers of experts.
+            sizes: Magnitudes by proxy, of the shape of x, for a mask that chooses by them.
         """
-        return self.choose(self.rotate(x), experts)
+        return self.choose(self.rotate(x), experts, sizes)
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.basis is None else x @ self.basis
 
-    def choose(self, x: torch.Tensor, experts: int | torch.Tensor | None = None) -> torch.Tensor:
+    def choose(
+        self, x: torch.Tensor, experts: int | torch.Tensor | None = None, sizes: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`forward` for a vector that is rotated already."""
+        if self.rule.by_proxy != (sizes is not None):
+            raise ValueError("A mask by proxy needs magnitudes by proxy, and no other mask takes them")
         if self.rule.rule == "threshold":
-            return drop_small(x, self.threshold, experts)
-        scores = x.detach().abs()
+            return drop_small(x, self.threshold, experts, sizes)
+        scores = x.detach().abs() if sizes is None else sizes
         if self.weight is not None:
             scores = scores * of_experts(self.weight, 1, experts)
         if self.rule.rule == "top_k":
@@ -401,10 +436,28 @@ class ProjectionMask(nn.Module):
 
 
 class MaskedLinear(nn.Linear):
-    """A linear projection with a `ProjectionMask`'s attributes."""
+    """A linear projection with a `ProjectionMask`'s attributes, and with an int4 copy where neurons are ranked by proxy."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    proxies: KeptBlocks | None = None
+
+    def forward(self, input: torch.Tensor, by_proxy: bool = False) -> torch.Tensor:
+        if by_proxy:
+            return proxy_product(self, input, self.weight)
         return masked_product(self, input, super().forward)
+
+
+@torch.no_grad()
+def proxy_product(module: Any, x: torch.Tensor, weight: torch.Tensor, index: int = 0) -> torch.Tensor:
+    """[..., outputs] of x [..., inputs] and the int4 copy of a weight, computed as decoding does.
+
+    Copies are kept in `module.proxies`, one for each index, until torch counts a change of the weight. In training they are made each
+    time: optimisers may write to weights unseen.
+    """
+    if module.training:
+        module.proxies = KeptBlocks("int4")
+        return product(x, quantise(weight, "int4"), by_columns=False)
+    (matrix,) = module.proxies.of(index, [weight], lambda: [weight])
+    return product(x, matrix, by_columns=False)
 
 
 def add_projection_mask(
@@ -461,6 +514,14 @@ def install_input_masks(layer: Any, block: Any, config: Any) -> None:
             # Re-classing keeps the parameter, under meta-device loading and ZeRO-3 partitioned construction alike.
             linear.__class__ = MaskedLinear
             add_projection_mask(linear, rule, parts, projection, own_input)
+    block.by_proxy = ranks_by_proxy(site_rules(config))
+    if block.by_proxy and is_fused(block):
+        block.proxies = KeptBlocks("int4")
+    elif block.by_proxy:
+        for linear in (block.gate_proj, block.up_proj):
+            linear.__class__ = MaskedLinear
+            add_projection_mask(linear, SiteRule(), {}, "", own_input=False)
+            linear.proxies = KeptBlocks("int4")
 
 
 # The hook takes its mask from the module that it is called with: a copy of the model must not share it.

@@ -24,7 +24,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from .activations import STOCK_ACTIVATION
 from .configuration_sparse_mixtral import SparseMixtralConfig
 from .ffn_activation import FfnActivation
-from .masking import ProjectionMask, SiteMask, install_input_masks
+from .masking import ProjectionMask, SiteMask, install_input_masks, proxy_product
+from .quantised import KeptBlocks
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
@@ -41,6 +42,8 @@ class SparseMixtralExperts(MixtralExperts):
     gate_proj_mask: ProjectionMask | None
     up_proj_mask: ProjectionMask | None
     down_proj_mask: ProjectionMask | None
+    by_proxy: bool
+    proxies: KeptBlocks
     _row_experts: int | torch.Tensor | None = None
     gate_up_proj: nn.Parameter
     down_proj: nn.Parameter
@@ -69,8 +72,9 @@ class SparseMixtralExperts(MixtralExperts):
             )
         if self.input_mask is not None:
             hidden_states = self.input_mask(hidden_states)
-        # The other implementations multiply by gate and up at once, and have no place for what is masked for one of them.
-        if implementation == "eager" or any(self.projection_masks):
+        # The other implementations multiply by gate and up at once, and have no place for what is masked for one of them, nor for
+        # proxies.
+        if implementation == "eager" or any(self.projection_masks) or self.by_proxy:
             return self._loop_over_experts(hidden_states, top_k_index, top_k_weights)
         if self.ffn_activation.is_masked:
             # Only masks need it: an attribute set inside a checkpointed layer keeps torch.compile from compiling the layer.
@@ -100,8 +104,9 @@ class SparseMixtralExperts(MixtralExperts):
     def _compute(self, expert: int, x: torch.Tensor) -> torch.Tensor:
         """One expert's output [rows, hidden] for its inputs of that shape."""
         gate_up, down = self.gate_up_proj[expert], self.down_proj[expert]
+        proxies = proxy_product(self, x, gate_up, expert) if self.by_proxy else None
         if not any(self.projection_masks):
-            return nn.functional.linear(self._apply_gate(nn.functional.linear(x, gate_up)), down)
+            return nn.functional.linear(self._apply_gate(nn.functional.linear(x, gate_up), proxies), down)
 
         def multiply(mask: ProjectionMask | None, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             if mask is None:
@@ -110,12 +115,13 @@ class SparseMixtralExperts(MixtralExperts):
 
         gate, up = gate_up.chunk(2)
         factors = [multiply(self.gate_proj_mask, x, gate), multiply(self.up_proj_mask, x, up)]
-        return multiply(self.down_proj_mask, self._apply_gate(torch.cat(factors, dim=-1)), down)
+        return multiply(self.down_proj_mask, self._apply_gate(torch.cat(factors, dim=-1), proxies), down)
 
-    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[slots, 2 * neurons] to [slots, neurons]."""
+    def _apply_gate(self, gate_up: torch.Tensor, proxies: torch.Tensor | None = None) -> torch.Tensor:
+        """[slots, 2 * neurons], by proxy too where neurons are ranked so, to [slots, neurons]."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return self.ffn_activation(gate, up, experts=self._row_experts)
+        pair = None if proxies is None else proxies.chunk(2, dim=-1)
+        return self.ffn_activation(gate, up, experts=self._row_experts, proxies=pair)
 
 
 def install_activation(model: MixtralModel, config: SparseMixtralConfig) -> None:

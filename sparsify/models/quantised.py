@@ -68,6 +68,11 @@ class BlockMatrix:
         return weights.view(len(data), blocks * BLOCK)[:, : self.columns]
 
 
+def bits_per_weight(format: BlockFormat) -> float:
+    """Scales included; of rows whose last block is full."""
+    return _BITS[format] + 16 / BLOCK
+
+
 def quantise(weight: torch.Tensor, format: BlockFormat) -> BlockMatrix:
     """Rounds a matrix [rows, columns] into blocks.
 

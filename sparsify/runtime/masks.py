@@ -39,7 +39,7 @@ def unknown_to_steps(config: Any) -> str:
 def _first(config: Any, sites: tuple[str, ...], known: tuple[str, ...]) -> str:
     for site, rule in site_rules(config).items():
         if site in sites and (site not in known or not _is_known(site, rule)):
-            turned = "rotated " if rule.rotated else ""
+            turned = "rotated " if rule.rotated else "proxied " if rule.by_proxy else ""
             remainder = "" if rule.remainder == "none" else f" with a {rule.remainder} remainder"
             return f"a {turned}{rule.rule} mask on {site}{remainder}"
     return ""
@@ -47,7 +47,7 @@ def _first(config: Any, sites: tuple[str, ...], known: tuple[str, ...]) -> str:
 
 def _is_known(site: str, rule: SiteRule) -> bool:
     applies = rule.rule == "threshold" or site in INPUT_SITES
-    return applies and not rule.rotated and rule.remainder in ("none", "constant")
+    return applies and not rule.rotated and not rule.by_proxy and rule.remainder in ("none", "constant")
 
 
 def own_part(block: Any, projection: str) -> Any:

@@ -74,6 +74,10 @@ def test_what_rules_read_in_addition() -> None:
     rules = {site: SiteRule(rule="top_k", rotated=site != "inter") for site in kept}
     plain = weight_density(DENSE, kept)
     assert weight_density(DENSE, kept, rules) == pytest.approx(plain + 2 * 8 * 8 / ALL)
+    by_proxy = {"inter": SiteRule(by_proxy=True)}
+    copies = 4.5 / 16 * (GATE + UP)
+    read = ALL - 0.75 * (GATE + UP + DOWN) + copies
+    assert weight_density(DENSE, {"inter": 0.25}, by_proxy) == pytest.approx(read / ALL)
     low_rank = {site: SiteRule(remainder="low_rank", rank=3) for site in ("attn_in.k", "ffn_in.up")}
     read = 3 * (8 + 4) + 3 * (8 + 20)
     assert weight_density(DENSE, {}, low_rank) == pytest.approx(1 + read / ALL)

@@ -26,6 +26,7 @@ MASKS: dict[str, tuple[str, dict[str, Any]]] = {
     "cats": ("cats", {}),
     "chess": ("chess", {"attention": True}),
     "countdown": ("countdown", {}),
+    "prox": ("prox", {}),
     "teal": ("teal", {}),
     "teal-greedy": ("teal", {"allocation": "greedy", "greedy_step": 0.3}),
     "topk": ("topk", {"score": "output_norm"}),

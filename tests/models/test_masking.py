@@ -174,6 +174,8 @@ def test_a_bundle_that_says_ffn_thresholds_means_the_same(kind: str, tmp_path: P
         ({"gate": {"remainder": "constant"}}, "a remainder at gate"),
         ({"ffn_in": {"remainder": "low_rank", "rank": 2}}, "a low-rank remainder at ffn_in"),
         ({"attn_out": {"remainder": "low_rank"}}, "a low_rank remainder of rank 0"),
+        ({"gate": {"by_proxy": True}}, "proxies of gate"),
+        ({"ffn_in.up": {}, "inter": {"by_proxy": True}}, "proxies of inter with a mask on ffn_in.up"),
         ({"inter": {"rule": "top_k", "per": "channel"}}, "top_k per channel"),
         ({"inter": {"weighted": True}}, "weighted thresholds"),
         ({"inter": {"rule": "threshold", "per": "token"}}, "the granularity 'token'"),
