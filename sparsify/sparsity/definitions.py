@@ -33,7 +33,8 @@ def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
     if "up" in masks:
         parts.append(f"with the right factor 0 unless it {KEPT[masks['up']]}")
     if "inter" in masks:
-        parts.append(f"where that {KEPT[masks['inter']]}, else 0")
+        own, by_proxy, _ = masks["inter"].partition(" by proxy")
+        parts.append(f"where that {KEPT[own]}{', as int4 copies of gate and up say' if by_proxy else ''}, else 0")
     return ", ".join(parts)
 
 

@@ -10,7 +10,8 @@ import torch
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.methods.pooled import ZerosSettings
 from sparsify.methods.prox import Prox
-from sparsify.models import SparseModel
+from sparsify.models import SparseModel, site_rules
+from sparsify.sparsity.definitions import formula
 from tests.methods.blocks import HIDDEN, NEURONS, naive_quantile, random_block
 from tests.methods.conftest import Calibrate, Calibrated, measured
 from tests.runtime.blocks import IDS
@@ -88,6 +89,8 @@ def test_the_loaded_model_is_the_calibrated_one_and_stores_no_copies(
     assert [stage.name for stage in stages] == ["dense", "prox", "refit"]
     loss, zeros = measured(model, found)
     assert (stages[-1].loss, stages[-1].zeros) == (pytest.approx(loss, abs=2e-4), pytest.approx(zeros, abs=2e-3))
+    kept = "exceeds the layer's threshold in size, as int4 copies of gate and up say"
+    assert kept in formula("swiglu", {site: rule.words for site, rule in site_rules(model.config).items()})
     added = set(model.state_dict()) - set(load_sparse(stock[kind]).state_dict())
     assert {name.rpartition(".")[2] for name in added} == {"threshold", "remainder_constant"}
 
