@@ -45,7 +45,6 @@ from sparsify.recipe.recipe import CACHE_DIR
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
 from sparsify.recipe.training import SEED
 from sparsify.runtime import accelerate
-from sparsify.runtime.masks import unknown_to_steps
 from sparsify.sparsity import SparsityProbe
 from sparsify.sparsity.measure import FACTORS, realised_density, summed_loss
 from sparsify.sparsity.schema import PairedDifference
@@ -394,9 +393,6 @@ class _Bench:
     def _decode(self, model: SparseModel) -> tuple[Decoding | None, str]:
         if not self._plan.decode_tokens:
             return None, "not requested"
-        reason = unknown_to_steps(model.config)
-        if reason:
-            return None, f"the kernels do not apply {reason}"
         try:
             ours = accelerate(model)
         except ModelError as error:

@@ -20,7 +20,7 @@ from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_p
 from sparsify.runtime.columns import held_by_columns
 from sparsify.runtime.ffn import backend_of
 from sparsify.runtime.forwards import AttentionReads, BlockForward, ExpertsForward, MlpForward, Options
-from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES, is_readable, unknown_to_blocks
+from sparsify.runtime.masks import is_readable, unknown_to_blocks
 from sparsify.runtime.native_step import Projections, projections
 from sparsify.runtime.step import StepForward
 from sparsify.runtime.weights import LayerPredictors, RowsRead
@@ -130,8 +130,8 @@ def accelerate(
     On a CPU with the compiled kernels, a step of one token for each sequence is one call that computes the whole model; all other
     calls go through the model's own forward, whose blocks skip rows where they can.
 
-    Masks that the model stores are applied on every path. Those on `gate` and `inter` save rows of up and down projections, those on
-    the inputs of projections save columns of these.
+    Masks that the model stores are applied on every path. Those on `gate`, `up` and `inter` save rows of what is read after them,
+    those on the inputs of projections save columns of these.
 
     Args:
         model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
@@ -217,7 +217,7 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
         if unknown := unknown_to_blocks(model.config):
             raise ModelError(
                 f"The model stores {unknown}, which the kernels do not apply.",
-                allowed=f"Thresholds at {', '.join((*STEP_SITES, *BLOCK_SITES))}; top_k and top_p at inputs of projections.",
+                allowed="Masks that choose by the elements themselves.",
                 next_step="Decode it as it is, under its mask: sparsify generate --dense, or model.generate() alone.",
             )
         # Bundles from older versions have only `threshold`.

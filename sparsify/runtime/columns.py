@@ -17,20 +17,20 @@ from sparsify.models.masking import INPUTS, is_fused, site_rules
 def held_by_columns(model: Any, *, in_blocks: bool) -> frozenset[str]:
     """Names of the projections that are held by columns: of `q`, `k`, `v`, `o`, `gate` and `up`.
 
-    Up is held by rows where the gate makes zeros: then a step reads fewer rows than columns. Fused experts store gate and up as
-    one parameter, which has one order; int8 and int4 blocks of them are two.
+    Up is held by rows where the gate makes zeros, and gate where a mask of up does: then a step reads fewer rows than columns. Fused
+    experts store gate and up as one parameter, which has one order; int8 and int4 blocks of them are two.
     """
-    sites = [site for site in site_rules(model.config) if site in INPUTS]
-    masked = {projection.removesuffix("_proj") for site in sites for projection in INPUTS[site]}
+    rules = site_rules(model.config)
+    masked = {projection.removesuffix("_proj") for site in rules if site in INPUTS for projection in INPUTS[site]}
     block = model.ffn_blocks()[0]
     own = block.ffn_activation
-    gate = ACTIVATIONS[own.name].gate
-    gate_makes_zeros = gate not in GATES_WITHOUT_ZEROS or getattr(own, "gate_mask", None) is not None
+    up_first = "up" in rules and ("gate" not in rules or rules["gate"].rule == "threshold")
+    makes_zeros = up_first or "gate" in rules or ACTIVATIONS[own.name].gate not in GATES_WITHOUT_ZEROS
     ffn = masked & {"gate", "up"}
     if is_fused(block) and not in_blocks:
-        ffn = {"gate", "up"} if len(ffn) == 2 or (ffn and not gate_makes_zeros) else set()
-    elif gate_makes_zeros:
-        ffn -= {"up"}
+        ffn = {"gate", "up"} if len(ffn) == 2 or (ffn and not makes_zeros) else set()
+    elif makes_zeros:
+        ffn -= {"gate" if up_first else "up"}
     return frozenset(masked - {"gate", "up"} | ffn)
 
 

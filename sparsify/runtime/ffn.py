@@ -1,7 +1,7 @@
 """A gated feed-forward block for a few tokens, computed from the rows of the active neurons.
 
 Exact (without a predictor): every gate row is read; up rows only where the gate factor is not zero; down rows only where the
-product is kept. Values equal the dense block's up to rounding, as skipped terms are exact zeros. With a predictor, only
+product is kept. With a mask on the up factor, gate and up change places. Values equal the dense block's up to rounding, as skipped terms are exact zeros. With a predictor, only
 rows predicted for at least one of the tokens are read, in all three projections.
 """
 
@@ -132,9 +132,12 @@ def backend_of(x: torch.Tensor, *, in_blocks: bool = False) -> Backend:
 
 def _usable(backend: Backend, x: torch.Tensor, weights: FfnWeights) -> Backend:
     if backend == "auto":
-        return backend_of(x, in_blocks=weights.in_blocks)
-    if backend == "triton" and weights.in_blocks:
-        raise ValueError("The Triton kernels read weights as they are stored, not int8 or int4 blocks.")
+        own = backend_of(x, in_blocks=weights.in_blocks)
+        return "torch" if own == "triton" and weights.masks else own
+    if backend == "triton" and (weights.in_blocks or weights.masks):
+        raise ValueError(
+            "The Triton kernels read no int8 or int4 blocks, and mask neurons by thresholds on gate and inter alone."
+        )
     needs = {
         "native": "a CPU, a C++ compiler or a wheel that contains them,",
         "triton": "a GPU, Triton",

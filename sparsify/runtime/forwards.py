@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, Activation
+from sparsify.models.masking import masked_product
 from sparsify.models.quantised import BlockFormat, BlockMatrix, KeptBlocks, product
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
-from sparsify.runtime.masks import constant_of, own_mask, own_part
+from sparsify.runtime.masks import bases_of, constant_of, low_rank_of, num_bytes, own_mask, own_part
 from sparsify.runtime.weights import FfnWeights, LineBytes, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
@@ -48,7 +50,7 @@ class AttentionReads:
 
     Args:
         steps: Number of steps.
-        bytes_read: Bytes of weights read.
+        bytes_read: Bytes of weights read, those of rotations and low-rank factors included.
         bytes_offered: Bytes that dense steps read.
     """
 
@@ -76,7 +78,7 @@ class BlockForward:
     def reset(self) -> None:
         self._fetch()
         self._tokens, self._read_of = 0, dict[LineBytes, RowsRead]()
-        self._attention = AttentionReads()
+        self._attention, self._rotated_bytes = AttentionReads(), 0
 
     @property
     def tokens(self) -> int:
@@ -110,9 +112,10 @@ class BlockForward:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights read, predictors included."""
+        """Bytes of weights read, those of predictors, rotations and low-rank factors included."""
         self._fetch()
-        return round(sum(one.weights(rows) + rows.offered * one.predictor for one, rows in self._read_of.items()))
+        read = sum(one.weights(rows) + rows.offered * one.others for one, rows in self._read_of.items())
+        return round(read) + self._rotated_bytes
 
     @property
     def touched_share(self) -> float:
@@ -128,9 +131,14 @@ class BlockForward:
         return self._attention
 
     def count_attention(self, steps: int, read: int, offered: int) -> None:
-        """Adds steps, and bytes of the attention's projections that they read and could have read."""
+        """Adds steps, and bytes that they read for the attention's projections and that dense steps read."""
         own = self._attention
         self._attention = AttentionReads(own.steps + steps, own.bytes_read + read, own.bytes_offered + offered)
+
+    def count_rotations(self, steps: int) -> None:
+        """Adds what so many steps read to rotate the block's inputs."""
+        masks = (own_mask(one) for one in (self.block, own_part(self.block, "gate"), own_part(self.block, "up")))
+        self._rotated_bytes += steps * num_bytes(bases_of(*masks))
 
     def remove(self) -> None:
         """Restores the forward of the block's class."""
@@ -163,17 +171,17 @@ class BlockForward:
     def _products(self, x: torch.Tensor, index: int = 0) -> torch.Tensor:
         """The block's output, or an expert's, for masked states [..., hidden]."""
         gate, up, down_t = self._blocks(index)
-        constants = self._constants(index if self.count() > 1 else None)
 
-        def multiply(name: str, seen: torch.Tensor, matrix: BlockMatrix) -> torch.Tensor:
-            outputs = product(seen, matrix, by_columns=name in self.by_columns)
-            constant = constants[f"{name}_constant"]
-            return outputs if constant is None else outputs + constant
+        def multiply(name: str, states: torch.Tensor, by: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+            part = own_part(self.block, name)
+            return by(states) if part is None else masked_product(part, states, by, index)
 
-        gate_x, up_x = self._inputs(x, index)
-        factors = multiply("gate", gate_x, gate), multiply("up", up_x, up)
-        output = self.block.ffn_activation(*factors, experts=index) @ down_t.dequantised(dtype=x.dtype)
-        return output if constants["down_constant"] is None else output + constants["down_constant"]
+        factors = [
+            multiply(name, x, partial(product, matrix=matrix, by_columns=name in self.by_columns))
+            for name, matrix in (("gate", gate), ("up", up))
+        ]
+        neurons = self.block.ffn_activation(*factors, experts=index)
+        return multiply("down", neurons, lambda states: states @ down_t.dequantised(dtype=x.dtype))
 
     @property
     def by_columns(self) -> frozenset[str]:
@@ -197,6 +205,8 @@ class BlockForward:
         return (
             x.device.type in ("cpu", "cuda")
             and 0 < x.numel() <= self.most_tokens(x) * x.shape[-1]
+            # What replaces dropped elements is computed from these: in a step alone.
+            and not any(self._low_rank(name) for name in ("gate", "up"))
             and not (torch.is_grad_enabled() and any(p.requires_grad for p in block.parameters()))
             and not any(m._forward_hooks or m._forward_pre_hooks for m in watched)
         )
@@ -227,13 +237,19 @@ class BlockForward:
         gate, up, down_t = self._matrices(index)
         expert = index if self.count() > 1 else None
         predictor = self._predictor(index, like)
+        thresholds, masks = self._thresholds(expert)
         return FfnWeights(
             *(gate, up, down_t),
-            **self._thresholds(expert),
+            **thresholds,
             **self._constants(expert),
             predictor=predictor,
             by_columns=self.by_columns,
+            masks=masks,
+            other_bytes=sum(num_bytes(self._low_rank(name, index)) for name in ("gate", "up")),
         )
+
+    def _low_rank(self, name: str, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return low_rank_of(own_part(self.block, name), expert)
 
     def _held(self, name: str, weight: nn.Parameter) -> torch.Tensor:
         """A projection's weight, or its transpose: its memory is reordered only if the kernels read it directly."""
@@ -246,21 +262,23 @@ class BlockForward:
         own = self.block.ffn_activation
         return ACTIVATIONS[own.name].with_threshold(getattr(own, "gate_threshold", 0.0))
 
-    def _thresholds(self, expert: int | None = None) -> dict[str, torch.Tensor | None]:
-        """Thresholds of the block's masks, or of one expert. Bundles of older versions have no gate mask."""
+    def _thresholds(self, expert: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Thresholds of the block's masks, or of one expert, and masks that are others. Bundles of older versions have no gate mask."""
         own = self.block.ffn_activation
-        gate_mask = getattr(own, "gate_mask", None)
-        both = {
-            "thresholds": getattr(own, "threshold", None),
-            "gate_thresholds": None if gate_mask is None else gate_mask.threshold,
+        masks = {
+            site: mask for site in ("gate", "up", "inter") if (mask := getattr(own, f"{site}_mask", None)) is not None
         }
+        thresholds = {"thresholds": getattr(own, "threshold", None), "gate_thresholds": None}
+        if "gate" in masks and hasattr(masks["gate"], "threshold"):
+            thresholds["gate_thresholds"] = masks.pop("gate").threshold
         if expert is None:
-            return both
+            return thresholds, masks
         return {
-            name: values[expert] if values is not None and values.dim() > 1 else values for name, values in both.items()
-        }
+            name: values[expert] if values is not None and values.dim() > 1 else values
+            for name, values in thresholds.items()
+        }, {site: mask.of_expert(expert) for site, mask in masks.items()}
 
-    def _constants(self, expert: int | None = None) -> dict[str, torch.Tensor | None]:
+    def _constants(self, expert: int | None = None) -> dict[str, Any]:
         """What is added to the outputs of the projections, or to those of one expert."""
         found = {f"{name}_constant": constant_of(own_part(self.block, name)) for name in ("gate", "up", "down")}
         if expert is None:
@@ -325,6 +343,7 @@ class MlpForward(BlockForward):
         seen = x if self._norm_input is None else self._norm_input
         seen = seen if weights.predictor is not None else None
         self._tokens += x.shape[:-1].numel()
+        self.count_rotations(1)
         return self._read(self._masked(x), weights, seen)
 
     def _from_blocks(self, *arguments: torch.Tensor) -> torch.Tensor:
@@ -346,6 +365,7 @@ class ExpertsForward(BlockForward):
         if not self._can(hidden_states):
             return self._dense(hidden_states, top_k_index, top_k_weights)
         self._tokens += len(hidden_states)
+        self.count_rotations(1)
         seen = hidden_states if self._norm_input is None else self._norm_input
         hidden_states = self._masked(hidden_states)
         backend = backend_of(hidden_states, in_blocks=self.kept is not None)
@@ -366,11 +386,12 @@ class ExpertsForward(BlockForward):
     def _on_device(self, x: torch.Tensor, seen: torch.Tensor, routing: Routing) -> torch.Tensor:
         """All experts at once: only the device knows which are used, and a synchronisation takes time."""
         gate, up = self._gate_and_up()
+        thresholds, _ = self._thresholds()
         weights = FfnWeights(
             gate,
             up,
             self._held("down", self.block.down_proj),
-            **self._thresholds(),
+            **thresholds,
             **self._constants(),
             predictor=self._stacked(x),
             by_columns=self.by_columns,
@@ -386,8 +407,10 @@ class ExpertsForward(BlockForward):
         return out
 
     def _alike(self) -> bool:
-        """Whether the experts read the same input, and all predictors have the same rank, so that they can be stacked."""
-        if any(own_mask(own_part(self.block, name)) is not None for name in ("gate", "up")):
+        """Whether the experts read the same input, have no masks but thresholds, and all predictors have the same rank, so that they
+        can be stacked.
+        """
+        if any(own_mask(own_part(self.block, name)) is not None for name in ("gate", "up")) or self._thresholds()[1]:
             return False
         return len({one.a.shape for one in self.options.predictors or ()}) <= 1
 

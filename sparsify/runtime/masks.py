@@ -1,19 +1,14 @@
-"""Which of a model's masks the kernels apply."""
+"""The parts of a model's masks, as the kernels read them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from sparsify.models import SiteRule, site_rules
-from sparsify.models.masking import INPUT_SITES, is_fused
-
-BLOCK_SITES = ("ffn_in", "ffn_in.gate", "ffn_in.up", "gate", "inter")
-"""Sites inside a feed-forward block that the kernels mask: `gate` and `inter` by thresholds, inputs by every rule."""
-STEP_SITES = ("attn_in", "attn_in.q", "attn_in.k", "attn_in.v", "attn_out")
-"""Sites of the attention that a decoding step masks, by every rule."""
+from sparsify.models.masking import is_fused, site_rules
 
 
 def is_masked_linear(module: nn.Module) -> bool:
@@ -27,27 +22,8 @@ def is_readable(module: nn.Module) -> bool:
 
 
 def unknown_to_blocks(config: Any) -> str:
-    """The first mask of a model's feed-forward blocks that the kernels do not apply, in words; or nothing."""
-    return _first(config, (*BLOCK_SITES, "up"), BLOCK_SITES)
-
-
-def unknown_to_steps(config: Any) -> str:
-    """The same for the attention of a decoding step."""
-    return _first(config, STEP_SITES, STEP_SITES)
-
-
-def _first(config: Any, sites: tuple[str, ...], known: tuple[str, ...]) -> str:
-    for site, rule in site_rules(config).items():
-        if site in sites and (site not in known or not _is_known(site, rule)):
-            turned = "rotated " if rule.rotated else "proxied " if rule.by_proxy else ""
-            remainder = "" if rule.remainder == "none" else f" with a {rule.remainder} remainder"
-            return f"a {turned}{rule.rule} mask on {site}{remainder}"
-    return ""
-
-
-def _is_known(site: str, rule: SiteRule) -> bool:
-    applies = rule.rule == "threshold" or site in INPUT_SITES
-    return applies and not rule.rotated and not rule.by_proxy and rule.remainder in ("none", "constant")
+    """The first mask of a model that the kernels do not apply, in words; or nothing."""
+    return next((f"a mask by {rule.words} on {site}" for site, rule in site_rules(config).items() if rule.by_proxy), "")
 
 
 def own_part(block: Any, projection: str) -> Any:
@@ -66,3 +42,22 @@ def own_mask(module: Any) -> Any:
 def constant_of(module: Any) -> torch.Tensor | None:
     """What is added to the outputs of a projection, given the same."""
     return getattr(module, "remainder_constant", None)
+
+
+def low_rank_of(module: Any, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """left [outputs, rank] and right [rank, inputs] of what replaces the dropped elements, given the same; None without."""
+    left, right = (getattr(module, f"remainder_{name}", None) for name in ("left", "right"))
+    if left is None or right is None:
+        return None
+    return (left[expert], right[expert]) if left.dim() > 2 else (left, right)
+
+
+def bases_of(*masks: Any) -> list[torch.Tensor]:
+    """The rotations among masks, some of which may be the same or None, each once."""
+    found = {id(mask): getattr(mask, "basis", None) for mask in masks}
+    return [basis for basis in found.values() if basis is not None]
+
+
+def num_bytes(tensors: Iterable[torch.Tensor] | None) -> int:
+    """Their memory; 0 without any."""
+    return sum(one.nbytes for one in tensors or ())

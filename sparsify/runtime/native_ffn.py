@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from sparsify.models.activations import Activation, GateKind, UpKind
+from sparsify.models.masking import kept_count
 from sparsify.models.quantised import BlockMatrix
 from sparsify.runtime.build import kernels
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
@@ -35,16 +37,23 @@ class CMatrix(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64))
 
 
-class InputMask(ctypes.Structure):
-    """How the input of a projection is masked; mirrors InputMask in native/columns.h."""
+class CMask(ctypes.Structure):
+    """How the elements of a site are masked; mirrors SiteMask in native/masks.h."""
 
     _fields_ = (
         ("thresholds", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
+        ("basis", CMatrix),
         ("kept", ctypes.c_int64),
         ("mass", ctypes.c_float),
         ("rule", ctypes.c_int32),
     )
+
+
+class CLowRank(ctypes.Structure):
+    """What replaces the elements that a projection's mask dropped; mirrors LowRank in native/low_rank.h."""
+
+    _fields_ = (("left", CMatrix), ("right", CMatrix), ("rank", ctypes.c_int64))
 
 
 class FfnCall(ctypes.Structure):
@@ -54,13 +63,12 @@ class FfnCall(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank")),
         *((name, CMatrix) for name in ("x", "up_x", "gate", "up", "down_t")),
         *((name, CMatrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
-        ("thresholds", ctypes.c_void_p),
-        ("gate_thresholds", ctypes.c_void_p),
         *((f"{name}_constant", ctypes.c_void_p) for name in ("gate", "up", "down")),
-        *((name, ctypes.POINTER(InputMask)) for name in ("gate_mask", "up_mask")),
+        *((f"{name}_mask", ctypes.POINTER(CMask)) for name in ("gate", "up", "product", "gate_in", "up_in")),
+        *((f"{name}_low_rank", CLowRank) for name in ("gate", "up")),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")),
-        *((name, ctypes.c_int32) for name in ("gate_by_columns", "up_by_columns")),
+        *((name, ctypes.c_int32) for name in ("gate_by_columns", "up_by_columns", "up_first")),
         ("gate_threshold", ctypes.c_float),
         ("predictor_threshold", ctypes.c_float),
         *((name, ctypes.c_int64) for name in COUNTS),
@@ -109,8 +117,8 @@ def take_rows(call: FfnCall) -> RowsRead:
 
 def ffn_call(
     weights: FfnWeights, activation: Activation, dtype: torch.dtype, *, threads: int = 1
-) -> tuple[FfnCall, list[torch.Tensor]]:
-    """A block's weights as C++ reads them, without tokens, and the tensors that must live as long as the call is used.
+) -> tuple[FfnCall, list[Any]]:
+    """A block's weights as C++ reads them, without tokens, and what must live as long as the call is used.
 
     Rows need not be adjacent (a slice of a larger matrix). Elements of a row must be; otherwise the matrix is copied first.
     """
@@ -119,7 +127,16 @@ def ffn_call(
     if predictor is not None:
         parts |= {"predictor_a": predictor.a, "predictor_b": predictor.b}
     rows = {name: _whole_rows(part) for name, part in parts.items()}
-    thresholds, gate_thresholds = weights.thresholds_for(weights.gate.device)
+    held: list[Any] = list(rows.values())
+    thresholds = dict(zip(("product", "gate"), weights.thresholds_for(weights.gate.device), strict=True))
+    masks = {
+        f"{name}_mask": CMask(thresholds=values.data_ptr(), rule=THRESHOLD)
+        for name, values in thresholds.items()
+        if values is not None
+    } | {
+        f"{'product' if site == 'inter' else site}_mask": c_mask(mask, weights.neurons, dtype, held)
+        for site, mask in weights.masks.items()
+    }
     constants = {
         name: values.detach().to(torch.float32).contiguous()
         for name, values in weights.constants().items()
@@ -129,8 +146,6 @@ def ffn_call(
         hidden=weights.hidden,
         neurons=weights.neurons,
         rank=0 if predictor is None else predictor.a.shape[0],
-        thresholds=None if thresholds is None else thresholds.data_ptr(),
-        gate_thresholds=None if gate_thresholds is None else gate_thresholds.data_ptr(),
         dtype=NATIVE_DTYPES[dtype],
         gate_kind=_GATE_KINDS[activation.gate],
         up_kind=_UP_KINDS[activation.up],
@@ -138,13 +153,44 @@ def ffn_call(
         weight_format=weight_format(weights.gate),
         gate_by_columns="gate" in weights.by_columns,
         up_by_columns="up" in weights.by_columns,
+        up_first=weights.up_first,
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
         **{name: CMatrix(part.data_ptr(), part.stride(0)) for name, part in rows.items()},
         **{name: values.data_ptr() for name, values in constants.items()},
+        **{name: ctypes.pointer(mask) for name, mask in masks.items()},
     )
-    held = [*rows.values(), *constants.values(), *(one for one in (thresholds, gate_thresholds) if one is not None)]
-    return call, held
+    return call, [*held, *constants.values(), *thresholds.values(), *masks.values()]
+
+
+def c_mask(mask: Any, count: int, dtype: torch.dtype, held: list[Any]) -> CMask:
+    """The mask of a site of so many elements as C++ reads it.
+
+    Args:
+        mask: A SiteMask without numbers of several experts.
+        count: Elements of the site.
+        dtype: Of the model, and so of a basis.
+        held: Gets the tensors that must live as long.
+    """
+
+    def address(values: torch.Tensor) -> int:
+        held.append(values := values.detach().float().expand(count).contiguous())
+        return values.data_ptr()
+
+    rule = getattr(mask, "rule", None)
+    if rule is None or rule.rule == "threshold":  # bundles of older versions know no other
+        made = CMask(thresholds=address(mask.threshold), rule=THRESHOLD)
+    else:
+        made = CMask(weights=address(mask.weight) if rule.weighted else None)
+        if rule.rule == "top_k":
+            made.kept, made.rule = kept_count(float(mask.kept_share), count), TOP_K
+        else:
+            made.mass, made.rule = 1 - float(mask.dropped_mass), TOP_P
+    basis = getattr(mask, "basis", None)
+    if basis is not None:
+        made.basis, rows = c_matrix(basis.detach().to(dtype))
+        held.append(rows)
+    return made
 
 
 def c_matrix(matrix: Matrix) -> tuple[CMatrix, torch.Tensor]:

@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.models.masking import experts_per_token, is_fused, kept_count, num_experts
+from sparsify.models.masking import experts_per_token, is_fused, num_experts
 from sparsify.models.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.build import kernels
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.forwards import BlockForward
-from sparsify.runtime.masks import constant_of, own_mask, own_part
+from sparsify.runtime.masks import bases_of, constant_of, low_rank_of, num_bytes, own_mask, own_part
 from sparsify.runtime.native_ffn import (
     NATIVE_DTYPES,
-    THRESHOLD,
-    TOP_K,
-    TOP_P,
+    CLowRank,
+    CMask,
     CMatrix,
     FfnCall,
-    InputMask,
+    c_mask,
     c_matrix,
     ffn_call,
     weight_format,
@@ -40,8 +39,9 @@ class _Linear(ctypes.Structure):
     _fields_ = (
         ("weight", CMatrix),
         ("outputs", ctypes.c_int64),
-        ("mask", ctypes.POINTER(InputMask)),
+        ("mask", ctypes.POINTER(CMask)),
         ("constant", ctypes.c_void_p),
+        ("low_rank", CLowRank),
         ("format", ctypes.c_int32),
         ("by_columns", ctypes.c_int32),
         ("columns_read", ctypes.c_int64),
@@ -157,8 +157,9 @@ class StepPlan:
         self._library = library
         self._held: list[Any] = []
         self._projections = given
-        self._masks: dict[tuple[int, int | None], InputMask] = {}
+        self._masks: dict[tuple[int, int | None], CMask] = {}
         self._lines: dict[str, tuple[int, int]] = {}
+        self._others: list[int] = []
         config, layers = model.config, model.model.layers
         self.dtype = model.model.embed_tokens.weight.dtype
         self.layers = (StepLayer * len(layers))()
@@ -194,10 +195,13 @@ class StepPlan:
         attention = layer.self_attn
         to.attention_norm = self._address(layer.input_layernorm.weight)
         to.ffn_norm = self._address(layer.post_attention_layernorm.weight)
+        masks, others = [], 0
         for name in ATTENTION:
             linear = getattr(attention, f"{name}_proj")
-            mask = own_mask(linear) or (own_mask(attention) if name != "o" else None)
-            setattr(to, name, self._linear(f"layers.{index}.{name}", linear, mask))
+            masks.append(own_mask(linear) or (own_mask(attention) if name != "o" else None))
+            setattr(to, name, self._linear(f"layers.{index}.{name}", linear, masks[-1]))
+            others += num_bytes(low_rank_of(linear))
+        self._others.append(others + num_bytes(bases_of(*masks)))
         if is_fused(forward.block):
             to.router = self._address(layer.mlp.gate.weight)
         experts = (FfnCall * forward.count())()
@@ -208,8 +212,10 @@ class StepPlan:
             experts[expert], held = ffn_call(weights, forward.activation(), self.dtype)
             experts[expert].dense = forward.options.dense
             for name in ("gate", "up"):
-                mask = own_mask(own_part(forward.block, name)) or own_mask(forward.block)
-                setattr(experts[expert], f"{name}_mask", self._mask(mask, weights.hidden, expert))
+                part = own_part(forward.block, name)
+                mask = own_mask(part) or own_mask(forward.block)
+                setattr(experts[expert], f"{name}_in_mask", self._mask(mask, weights.hidden, expert))
+                setattr(experts[expert], f"{name}_low_rank", self._low_rank(part, expert))
             self._held += [*held, weights]
         self._held.append(experts)
         to.experts = ctypes.cast(experts, ctypes.POINTER(FfnCall))
@@ -225,6 +231,7 @@ class StepPlan:
             outputs=linear.out_features,
             mask=self._mask(mask, linear.in_features),
             constant=None if constant is None else self._address(constant.float()),
+            low_rank=self._low_rank(linear),
             format=weight_format(matrix),
             by_columns=self._projections.by_columns(name),
         )
@@ -233,21 +240,22 @@ class StepPlan:
         """The mask of an input of so many elements; the same for all projections and experts that share it."""
         if module is None:
             return None
-        tensors = dict(module.named_buffers(recurse=False))
-        key = id(module), expert if any(one.dim() > 1 for one in tensors.values()) else None
+        numbers = dict(module.named_buffers(recurse=False)).items()
+        of_experts = any(one.dim() > 1 for name, one in numbers if name != "basis")
+        key = id(module), expert if of_experts else None
         if key not in self._masks:
-            own = {name: one[expert] if one.dim() > 1 else one for name, one in tensors.items()}
-            self._masks[key] = self._input_mask(getattr(module, "rule", None), own, inputs)
+            own = module.of_expert(expert) if of_experts else module
+            self._masks[key] = c_mask(own, inputs, self.dtype, self._held)
         return ctypes.pointer(self._masks[key])
 
-    def _input_mask(self, rule: Any, tensors: dict[str, torch.Tensor], inputs: int) -> InputMask:
-        if rule is None or rule.rule == "threshold":  # bundles of older versions know no other
-            return InputMask(thresholds=self._address(tensors["threshold"].float().expand(inputs)), rule=THRESHOLD)
-        weights = self._address(tensors["weight"].float()) if rule.weighted else None
-        if rule.rule == "top_k":
-            kept = kept_count(float(tensors["kept_share"]), inputs)
-            return InputMask(weights=weights, kept=kept, rule=TOP_K)
-        return InputMask(weights=weights, mass=1 - float(tensors["dropped_mass"]), rule=TOP_P)
+    def _low_rank(self, module: Any, expert: int = 0) -> CLowRank:
+        """What replaces the dropped elements of a projection's input; of rank 0 if nothing does."""
+        factors = low_rank_of(module, expert)
+        if factors is None:
+            return CLowRank()
+        left, right = (c_matrix(one.detach().to(self.dtype)) for one in factors)
+        self._held += [left[1], right[1]]
+        return CLowRank(left[0], right[0], factors[0].shape[1])
 
     def _address(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()
@@ -263,8 +271,8 @@ class StepPlan:
         return max(1, min(torch.get_num_threads(), weights * line // hidden // THREAD_BYTES))
 
     def attention_reads(self, index: int, steps: int) -> tuple[int, int]:
-        """Bytes of a layer's attention projections that so many steps read, all since the last call, and could have read."""
-        read = offered = 0
+        """Bytes that so many steps read for a layer's attention projections, all since the last call, and that dense steps read."""
+        read, offered = steps * self._others[index], 0
         for name in ATTENTION:
             linear, (lines, line) = getattr(self.layers[index], name), self._lines[f"layers.{index}.{name}"]
             offered += steps * lines * line

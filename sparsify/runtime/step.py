@@ -22,7 +22,7 @@ from sparsify.runtime.block_weights import BlockProduct
 from sparsify.runtime.cache_store import Place, advance, place, positions, refusal
 from sparsify.runtime.ffn import native_can
 from sparsify.runtime.forwards import BlockForward
-from sparsify.runtime.masks import is_readable, unknown_to_steps
+from sparsify.runtime.masks import is_readable
 from sparsify.runtime.native_ffn import MAX_TOKENS, take_rows
 from sparsify.runtime.native_step import Projections, StepPlan, projections
 
@@ -159,8 +159,6 @@ class StepForward:
         dtypes = {parameter.dtype for parameter in model.parameters()}
         if len(dtypes) > 1:
             return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})"
-        if unknown := unknown_to_steps(model.config):
-            return unknown
         for index, layer in enumerate(model.model.layers):
             attention = layer.self_attn
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -235,6 +233,7 @@ class StepForward:
         steps, self._counted_steps = self.steps - self._counted_steps, self.steps
         for number, (layer, forward) in enumerate(zip(self._plan.layers, self.forwards, strict=True)):
             forward.count_attention(steps, *self._plan.attention_reads(number, steps))
+            forward.count_rotations(steps)
             tokens, layer.tokens = layer.tokens, 0
             for index in range(forward.count() if tokens else 0):
                 one = layer.experts[index]

@@ -37,42 +37,62 @@ def portable_ffn(
         rows = _few(wanted, rows)
         wanted = wanted[:, rows]
     thresholds, gate_thresholds = weights.thresholds_for(x.device)
-    gate_columns = up_columns = 0
-    if "gate" in weights.by_columns:
-        gate, gate_columns = _column_sums(own, weights.gate, dense)
-        gate = gate[:, rows]
-    else:
-        gate = linear(x, _rows(weights.gate, rows, x))
-    gate = _with_constant(gate, weights.gate_constant, rows)
-    gate = GATE_FACTORS[activation.gate](gate, activation.gate_threshold)
-    if gate_thresholds is not None:
-        gate = torch.where(gate.abs() <= gate_thresholds[rows], 0.0, gate)
-    gate = gate if wanted is None else torch.where(wanted, gate, 0.0)
-    gate_rows = 0 if "gate" in weights.by_columns else gate.shape[1]
-    if not dense:
-        kept = _few(gate != 0, rows)
-        rows, gate = _narrow(rows, kept), gate[:, kept]
-    if "up" in weights.by_columns:
-        up, up_columns = _column_sums(own_for_up, weights.up, dense)
-        up = up[:, rows]
-    else:
-        up = linear(for_up, _rows(weights.up, rows, x))
-    up = UP_FACTORS[activation.up](_with_constant(up, weights.up_constant, rows))
-    product = gate * up if dense else torch.where(gate == 0, 0.0, gate * up)
-    up_rows = 0 if "up" in weights.by_columns else product.shape[1]
-    if thresholds is not None:
-        product = torch.where(product.abs() <= thresholds[rows], 0.0, product)
+    halves = {"gate": (x, own, weights.gate_constant), "up": (for_up, own_for_up, weights.up_constant)}
+    columns = dict.fromkeys(halves, 0)
+
+    def factor(name: str, rows: Rows) -> torch.Tensor:
+        """Factors of the selected neurons before their mask."""
+        states, own_states, constant = halves[name]
+        matrix = getattr(weights, name)
+        if name in weights.by_columns:
+            outputs, columns[name] = _column_sums(own_states, matrix, dense)
+            outputs = outputs[:, rows]
+        else:
+            outputs = linear(states, _rows(matrix, rows, x))
+        outputs = _with_constant(outputs, constant, rows)
+        if name == "up":
+            return UP_FACTORS[activation.up](outputs)
+        return GATE_FACTORS[activation.gate](outputs, activation.gate_threshold)
+
+    def masked(name: str, values: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """The values, zero where they are dropped; neurons that were not computed are dropped, whatever their values."""
+        limits = {"gate": gate_thresholds, "inter": thresholds}.get(name)
+        if limits is not None:
+            return torch.where(values.abs() <= limits[rows], 0.0, values)
+        mask = weights.masks.get(name)
+        if mask is None:
+            return values
+        whole = values.new_zeros(len(values), weights.neurons)
+        whole[:, rows] = values
+        return mask(whole)[:, rows]
+
+    first, second = ("up", "gate") if weights.up_first else ("gate", "up")
+    value = factor(first, rows)
+    value = masked(first, value if wanted is None else torch.where(wanted, value, 0.0), rows)
+    read = {first: value.shape[1]}
+    # A mask that compares the second factors must see all of them.
+    compares = second in weights.masks and weights.masks[second].rule.rule != "threshold"
+    if not dense and not compares:
+        kept = _few(value != 0, rows)
+        rows, value = _narrow(rows, kept), value[:, kept]
+        wanted = None if wanted is None else wanted[:, kept]
+    other = factor(second, rows)
+    other = masked(second, other if wanted is None else torch.where(wanted, other, 0.0), rows)
+    product = value * other if dense else torch.where(value == 0, 0.0, value * other)
+    product = masked("inter", product, rows)
+    read[second] = product.shape[1]
     if not dense:
         kept = _few(product != 0, rows)
         rows, product = _narrow(rows, kept), product[:, kept]
-    read = RowsRead(
+    gate_rows, up_rows = (0 if name in weights.by_columns else read[name] for name in ("gate", "up"))
+    counts = RowsRead(
         *(gate_rows, up_rows, product.shape[1]),
         offered=weights.neurons,
-        gate_columns=gate_columns,
-        up_columns=up_columns,
+        gate_columns=columns["gate"],
+        up_columns=columns["up"],
     )
     output = _with_constant(product @ _rows(weights.down_t, rows, x), weights.down_constant, ALL_ROWS)
-    return output.to(dtype), read
+    return output.to(dtype), counts
 
 
 def _read_as(x: torch.Tensor, weights: FfnWeights) -> tuple[torch.Tensor, torch.Tensor]:

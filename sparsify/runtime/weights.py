@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import add
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -58,6 +58,8 @@ class FfnWeights:
         up_constant: The same for up.
         down_constant: Added to the output of the block, [hidden].
         by_columns: Which of `gate` and `up` are held by columns: of these, columns of inputs that are zero are not read.
+        masks: `SiteMask`s of the sites `gate`, `up` and `inter` that the thresholds above do not hold.
+        other_bytes: What a step reads in addition to the projections in any case: low-rank factors.
     """
 
     gate: Matrix
@@ -70,6 +72,13 @@ class FfnWeights:
     up_constant: torch.Tensor | None = None
     down_constant: torch.Tensor | None = None
     by_columns: frozenset[str] = frozenset()
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    other_bytes: int = 0
+
+    @property
+    def up_first(self) -> bool:
+        """Whether rows of gate are read where the up factor is not zero, not rows of up where the gate factor is not."""
+        return "up" in self.masks and "gate" not in self.masks
 
     def constants(self) -> dict[str, torch.Tensor | None]:
         """The three constants by the names of their fields."""
@@ -108,8 +117,8 @@ class FfnWeights:
         held = [getattr(self, name) for name in sorted(self.by_columns)]
         column = line_bytes(held[0]) if held else 0
         rows, columns = (3 - len(held)) * self.row_bytes, len(held) * column * self.hidden
-        predictor = self.predictor_bytes / self.neurons
-        return LineBytes(self.row_bytes, column, predictor, rows + columns / self.neurons)
+        others = (self.predictor_bytes + self.other_bytes) / self.neurons
+        return LineBytes(self.row_bytes, column, others, rows + columns / self.neurons)
 
     @property
     def predictor_bytes(self) -> int:
@@ -179,13 +188,13 @@ class LineBytes:
     Args:
         row: Of a row of any projection.
         column: Of a column of those that are held by columns.
-        predictor: Of the predictor, for each neuron.
+        others: Of the predictor and of low-rank factors, for each neuron.
         dense: Of all three projections, for each neuron.
     """
 
     row: int
     column: int
-    predictor: float
+    others: float
     dense: float
 
     def weights(self, rows: RowsRead) -> int:

@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from hypothesis import assume
 
 from sparsify.models import ACTIVATIONS, Activation, FfnActivation
+from sparsify.models.masking import INPUTS, NUMBERS, READERS, SITES, SiteMask, SiteRule
 from sparsify.models.quantised import BlockFormat
 from sparsify.runtime import BlockMatrix, FfnWeights, Predictor, quantise
 
@@ -22,6 +24,23 @@ FORMATS: tuple[BlockFormat | None, ...] = (None, "int8", "int4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where the terms of a gate cancel, its rounding is larger than that of the sum that it goes into.
 TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float64: 1e-12}
+
+WORDS = 15 / 65534
+"""What adding 16 rows in blocks with factors of 16 bits costs at most, as a share of the block's largest column: the largest factor is
+exact, each other one off by half a 32767th of it."""
+EXTRAS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "constant": {"remainder": "constant"},
+    "low_rank": {"remainder": "low_rank", "rank": 3},
+    "rotated": {"rotated": True},
+}
+"""What a mask may have in addition, as fields of a `SiteRule`."""
+
+
+def may_have(site: str, extra: str) -> bool:
+    """Whether a site may have one of EXTRAS."""
+    places = {"constant": READERS, "rotated": INPUTS, "low_rank": [one for one in INPUTS if len(INPUTS[one]) == 1]}
+    return site in places.get(extra, SITES)
 
 
 def block(
@@ -79,14 +98,43 @@ def products_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) ->
     gate = gates_of(x, weights, activation)
     if weights.gate_thresholds is not None:
         gate[gate.abs() <= weights.gate_thresholds] = 0.0
-    own = FfnActivation(activation.name, activation.gate_threshold)
-    return gate * own.up_factor(x.double() @ weights.up.double().T)
+    return gate * ups_of(x, weights, activation)
 
 
 def gates_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> torch.Tensor:
     """Left factors of every neuron in float64, before any threshold. [tokens, neurons]"""
     own = FfnActivation(activation.name, activation.gate_threshold)
     return own.gate_factor(x.double() @ weights.gate.double().T)
+
+
+def ups_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> torch.Tensor:
+    """Right factors of every neuron in float64. [tokens, neurons]"""
+    own = FfnActivation(activation.name, activation.gate_threshold)
+    return own.up_factor(x.double() @ weights.up.double().T)
+
+
+def random_mask(rule: str, channels: int, weighted: bool, seed: int) -> SiteMask:
+    """A mask of a site by a rule, with numbers that drop some of it."""
+    own = {"per": "channel"} if rule == "threshold" else {"weighted": weighted}
+    parts = {NUMBERS[rule]: (channels,) if rule == "threshold" else (1,), "weight": (channels,)}
+    mask = SiteMask(SiteRule(rule=rule, **own), parts)  # pyright: ignore[reportArgumentType]
+    generator = torch.Generator().manual_seed(seed)
+    for name, values in mask.named_buffers():
+        values.copy_(torch.rand(values.shape, generator=generator) * 0.8 + (0.5 if name == "weight" else 0.0))
+    return mask
+
+
+def masked_clear_of_ties(mask: SiteMask | None, values: torch.Tensor) -> torch.Tensor:
+    """What a mask leaves of values [tokens, neurons]; an example in which rounding may decide that is rejected."""
+    if mask is None:
+        return values
+    noise = values.abs().max() * 1e-4
+    for factor in (1.0, -1.0, 0.5):
+        signs = torch.ones_like(values)
+        signs[:, ::2] = -factor
+        moved = mask(torch.where(values == 0, 0.0, values + factor * noise * signs))
+        assume(bool(((moved != 0) == (mask(values) != 0)).all()))
+    return mask(values)
 
 
 def scores_of(x: torch.Tensor, chosen: Predictor) -> torch.Tensor:

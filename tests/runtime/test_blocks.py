@@ -109,12 +109,19 @@ def rounded(model: Any, format: BlockFormat) -> Any:
     return model
 
 
+SEQUENCES = torch.randint(3, 60, (10, 3), generator=torch.Generator().manual_seed(0))
+
+
 def same_logits(model: Any, reference: Any) -> None:
-    """The same up to the first state that lies between two steps and is rounded to the other one by the last bits of a sum."""
-    given, expected = decoded_logits(model), decoded_logits(reference)
-    wrong = (given - expected).abs().flatten(0, -2).amax(-1) / expected.abs().max()
+    """The same, but for tokens with a state that lies between two steps and is rounded to the other one by the last bits of a sum.
+
+    Sequences are independent, so most tokens are not such.
+    """
+    given = torch.cat([decoded_logits(model, ids) for ids in SEQUENCES.split([1, 2, 7])])
+    expected = decoded_logits(reference, SEQUENCES)
+    wrong = (given - expected).abs().amax(-1) / expected.abs().max()
     assert wrong.max() < 0.03
-    assert wrong.min() < 1e-4
+    assert (wrong < 3e-5).float().mean() > 0.4
 
 
 @kinds

@@ -18,14 +18,19 @@ from tests.runtime.blocks import (
     DTYPES,
     FORMATS,
     TOLERANCES,
+    WORDS,
     block,
     clear_of_ties,
     difference,
+    gates_of,
     in_format,
+    masked_clear_of_ties,
     predictor,
     products_of,
+    random_mask,
     scores_of,
     spoil,
+    ups_of,
     with_thresholds,
 )
 
@@ -68,12 +73,63 @@ def test_every_block_equals_float64(
     out, rows = sparse_ffn(x, read, ALL[name], backend=backend, threads=threads, dense=dense)
     assert out.shape == x.shape
     assert out.dtype == dtype
-    assert difference(out, x, weights, ALL[name], states) < TOLERANCES[dtype]
+    assert difference(out, x, weights, ALL[name], states) < TOLERANCES[dtype] + (0.0 if format is None else WORDS)
     if dense:
         chunks = math.ceil(shape[0] / 8)
         assert rows.gate == rows.up == rows.down == shape[2] * chunks
     else:
         assert rows.down <= rows.up <= rows.gate
+
+
+@backends
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 10), st.integers(1, 75), st.integers(1, 90)),
+    name=st.sampled_from(["swiglu", "drelu", "relu2"]),
+    dtype=st.sampled_from(DTYPES),
+    format=st.sampled_from(FORMATS),
+    sites=st.sets(st.sampled_from(["gate", "up", "inter"]), min_size=1),
+    rules=st.tuples(*[st.sampled_from(["threshold", "top_k", "top_p"])] * 3),
+    weighted=st.booleans(),
+    rank=st.sampled_from([None, 7]),
+    threads=st.integers(1, 3),
+    dense=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_masks_by_every_rule_equal_float64(
+    backend, shape, name, dtype, format, sites, rules, weighted, rank, threads, dense, seed
+) -> None:
+    assume(backend == "native" or dtype == torch.float32)  # torch rounds what a mask compares
+    x, weights = block(*shape, dtype, on=0.6, seed=seed)
+    if rank is not None and not dense:
+        weights = dataclasses.replace(weights, predictor=clear_of_ties(x, predictor(weights, rank)))
+    read, plain = in_format(weights, format)
+    masks = {
+        site: random_mask(rule, shape[2], weighted, seed)
+        for site, rule in zip(("gate", "up", "inter"), rules, strict=True)
+        if site in sites and not (rule == "threshold" and site != "up")
+    }
+    states = x if format is None else rounded_states(x)
+    wanted = torch.ones(shape[0], shape[2], dtype=torch.bool)
+    if weights.predictor is not None:
+        wanted = scores_of(x.double(), weights.predictor) > weights.predictor.threshold
+    gate, up = gates_of(states, plain, ALL[name]) * wanted, ups_of(states, plain, ALL[name]) * wanted
+    gate, up = masked_clear_of_ties(masks.get("gate"), gate), masked_clear_of_ties(masks.get("up"), up)
+    product = masked_clear_of_ties(masks.get("inter"), gate * up)
+    read = dataclasses.replace(read, masks=masks)
+    out, rows = sparse_ffn(x, read, ALL[name], backend=backend, threads=threads, dense=dense)
+    sizes = product.abs() @ plain.down_t.double().abs()
+    wrong = (out.double() - product @ plain.down_t.double()).abs().max()
+    assert wrong < (TOLERANCES[dtype] + (0.0 if format is None else WORDS)) * sizes.max().clamp_min(1e-30)
+    if backend == "torch" or dense or shape[0] > 8:
+        return
+    first, second = ("up", "gate") if "up" in masks and "gate" not in masks else ("gate", "up")
+    offered = int(wanted.any(0).sum()) if rank else shape[2]
+    assert getattr(rows, first) == offered
+    needed = {"gate": gate, "up": up}[first].ne(0).any(0).sum()
+    compares = second in masks and masks[second].rule.rule != "threshold"
+    assert getattr(rows, second) == (offered if compares else needed)
+    assert rows.down == product.ne(0).any(0).sum()
 
 
 @pytest.mark.parametrize("format", ["int8", "int4"])

@@ -19,11 +19,11 @@ from sparsify.models import (
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
 )
-from sparsify.models.masking import INPUT_SITES
+from sparsify.models.masking import SITES
 from sparsify.predictors import read_predictors, write_predictors
 from sparsify.runtime import accelerate
-from sparsify.runtime.masks import BLOCK_SITES, STEP_SITES
 from tests.predictors.untrained import random_predictors
+from tests.runtime.blocks import EXTRAS, may_have
 
 
 @pytest.fixture(autouse=True)
@@ -70,8 +70,10 @@ def fill_masks(model: Any) -> None:
         }
         if part in numbers:
             buffer.copy_(numbers[part])
-        elif part == "remainder_constant":
+        elif part.startswith("remainder"):
             buffer.copy_(own * 0.2 - 0.1)
+        elif part == "basis":
+            buffer.copy_(torch.linalg.qr(own - 0.5).Q)
 
 
 @torch.no_grad()
@@ -115,11 +117,11 @@ def close(model: Any, expected: torch.Tensor, given: torch.Tensor, steps: int) -
     batch=st.integers(1, 8),
     window=st.sampled_from([None, None, 2, 4, 7]),
     activation=st.sampled_from(["drelu", "reglu", "relu2", "swiglu"]),
-    sites=st.sets(st.sampled_from((*STEP_SITES, *BLOCK_SITES))),
+    sites=st.sets(st.sampled_from(SITES)),
     per=st.sampled_from(["layer", "channel"]),
     rule=st.sampled_from(["threshold", "top_k", "top_p"]),
     weighted=st.booleans(),
-    remainder=st.sampled_from(["none", "constant"]),
+    extra=st.sampled_from(sorted(EXTRAS)),
     cache=st.sampled_from(["own", "plain", "static"]),
     mask=st.booleans(),
     threads=st.sampled_from([1, 2, 3]),
@@ -140,22 +142,20 @@ def test_every_model_decodes_as_its_own_forward_does(
     per,
     rule,
     weighted,
-    remainder,
+    extra,
     cache,
     mask,
     threads,
     tied,
     seed,
 ) -> None:
-    if activation == "swiglu" and not sites & {"gate", "inter"}:
+    if activation == "swiglu" and not sites & {"gate", "up", "inter"}:
         sites = {*sites, "inter"}
     sites = {site for site in sites if "." not in site or site.partition(".")[0] not in sites}
     masks = {}
     for site in sites:
-        chosen = {"rule": "threshold", "per": per}
-        if site in INPUT_SITES and rule != "threshold":
-            chosen = {"rule": rule, "per": "layer", "weighted": weighted}
-        masks[site] = chosen | {"remainder": remainder if site != "gate" else "none"}
+        own = {"per": per} if rule == "threshold" else {"weighted": weighted}
+        masks[site] = {"rule": rule} | own | (EXTRAS[extra] if may_have(site, extra) else {})
     model = made(
         seed,
         experts=experts,

@@ -5,92 +5,24 @@
 // adds its terms in ascending order of inputs, so that the result is the same bits for any number of threads.
 #pragma once
 
+#include "masks.h"
 #include "rows.h"
-
-#include <functional>
-#include <limits>
 
 namespace sparsify {
 
-enum MaskRule : int32_t { THRESHOLD = 0, TOP_K = 1, TOP_P = 2 };
-
-// Mirrors sparsify/runtime/native_ffn.py.
-struct InputMask {
-    const float* thresholds;  // THRESHOLD: [inputs]: an element is kept where it is larger in size
-    const float* weights;     // TOP_K, TOP_P: [inputs], of the sizes of elements; null for 1
-    int64_t kept;             // TOP_K: number of elements to keep
-    float mass;               // TOP_P: share of the sum of all scores that those to keep have together
-    int32_t rule;
-};
-
-// Scratch for choosing elements by their scores.
-struct Scores {
-    std::vector<float> of, ordered;
-    std::vector<int32_t> places;
-};
-
-// Sets to zero what is not among the `mask.kept` largest scores; of equal scores the first are kept, and what is not a number always.
-inline void keep_largest(const InputMask& mask, int64_t count, float* values, Scores& s) {
-    if (mask.kept >= count) return;
-    s.ordered.resize(count);
-    for (int64_t i = 0; i < count; ++i) s.ordered[i] = s.of[i] == s.of[i] ? s.of[i] : std::numeric_limits<float>::infinity();
-    std::nth_element(s.ordered.begin(), s.ordered.begin() + mask.kept - 1, s.ordered.end(), std::greater<float>());
-    const float edge = s.ordered[mask.kept - 1];
-    int64_t equal = mask.kept;  // how many of those that equal the smallest kept score are kept
-    for (int64_t i = 0; i < count; ++i) equal -= s.of[i] <= edge ? 0 : 1;
-    for (int64_t i = 0; i < count; ++i) {
-        const bool drops = s.of[i] < edge || (s.of[i] == edge && equal-- <= 0);
-        values[i] = drops ? 0.0f : values[i];
-    }
-}
-
-// Sets to zero what is not among the fewest, largest scores first, that add up to `mask.mass` of the sum of all.
-inline void keep_heaviest(const InputMask& mask, int64_t count, float* values, Scores& s) {
-    if (mask.mass >= 1.0f) return;
-    s.places.resize(count);
-    double total = 0.0, before = 0.0;
-    for (int64_t i = 0; i < count; ++i) {
-        s.places[i] = static_cast<int32_t>(i);
-        total += s.of[i];
-    }
-    if (total != total) {  // a score that is not a number: it alone is kept
-        for (int64_t i = 0; i < count; ++i) values[i] = s.of[i] == s.of[i] ? 0.0f : values[i];
-        return;
-    }
-    std::sort(s.places.begin(), s.places.end(),
-              [&](int32_t a, int32_t b) { return s.of[a] > s.of[b] || (s.of[a] == s.of[b] && a < b); });
-    for (int32_t i : s.places) {
-        if (!(before < mask.mass * total)) values[i] = 0.0f;
-        before += s.of[i];
-    }
-}
-
-// to[b][i] = from[b][i] where the mask keeps it, otherwise 0, for `tokens` vectors; without a mask a copy. NaN is kept.
-inline void apply_mask(const InputMask* mask, const float* from, int64_t tokens, int64_t count, float* to, int64_t stride) {
-    for (int64_t b = 0; b < tokens; ++b) {
-        const float* x = from + b * count;
-        float* y = to + b * stride;
-        if (!mask) {
-            std::copy(x, x + count, y);
-        } else if (mask->rule == THRESHOLD) {
-            for (int64_t i = 0; i < count; ++i) y[i] = std::fabs(x[i]) <= mask->thresholds[i] ? 0.0f : x[i];
-        } else {
-            static thread_local Scores scores;
-            scores.of.resize(count);
-            for (int64_t i = 0; i < count; ++i) scores.of[i] = std::fabs(x[i]) * (mask->weights ? mask->weights[i] : 1.0f);
-            std::copy(x, x + count, y);
-            if (mask->rule == TOP_K) keep_largest(*mask, count, y, scores);
-            else keep_heaviest(*mask, count, y, scores);
-        }
-    }
-}
-
 // The vectors `from` [tokens, count] as the rows of a projection read them.
 template <class T, int B>
-void fill_rows(const InputMask* mask, const float* from, int64_t tokens, int64_t count, Input& to) {
+void fill_rows(const SiteMask* mask, const float* from, int64_t tokens, int64_t count, Input& to) {
     float* values = to.prepare<T, B>(count);
     apply_mask(mask, from, tokens, count, values, to.width);
     to.finish<T, B>();
+}
+
+// Calls f for all indices of `list`, or for all without one.
+template <class F>
+void for_each(const std::vector<int32_t>* list, int64_t indices, const F& f) {
+    const int64_t count = list ? static_cast<int64_t>(list->size()) : indices;
+    for (int64_t i = 0; i < count; ++i) f(list ? static_cast<int64_t>((*list)[i]) : i);
 }
 
 // Indices of `list`, or all without one, that are wanted, ascending, into `kept`.
@@ -121,7 +53,7 @@ struct Factors {
     int64_t count = 0;
 
     template <int B>
-    void fill(const InputMask* mask, const float* from, int64_t tokens, int64_t inputs) {
+    void fill(const SiteMask* mask, const float* from, int64_t tokens, int64_t inputs) {
         count = inputs;
         masked.resize(tokens * inputs);
         apply_mask(mask, from, tokens, inputs, masked.data(), inputs);
@@ -168,6 +100,21 @@ void column_sums(const Matrix& m, int64_t outputs, const Factors& x, const std::
         for (int b = 0; b < B; ++b) own[b] = sums[b * width + n];
         take(n, own);
     }
+}
+
+// The vectors `from` [tokens, count] times a basis [count, count], rounded to the model's dtype, into `to` of the same shape: a
+// thread's part of the columns. The caller waits for all threads.
+template <int B>
+void rotate(const Matrix& basis, int32_t dtype, const float* from, int64_t tokens, int64_t count, Factors& x,
+            std::vector<int32_t>& listed, std::vector<float>& sums, float* to, int thread, int threads) {
+    x.fill<B>(nullptr, from, tokens, count);
+    x.list<B>(nullptr, false, listed);
+    with_dtype(dtype, [&](auto format) {
+        using X = decltype(format);
+        column_sums<X, B>(basis, count, x, listed, part_of<X>(count, thread, threads), sums, [=](int64_t n, const float* values) {
+            for (int64_t b = 0; b < tokens; ++b) to[b * count + n] = rounded<X>(values[b]);
+        });
+    });
 }
 
 }  // namespace sparsify

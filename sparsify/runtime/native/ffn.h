@@ -3,12 +3,13 @@
 // gate [neurons, hidden], up [neurons, hidden], down_t [neurons, hidden]: neuron n is row n of all three. The work has
 // phases, each over the list of neurons that the previous one kept:
 //   predict (optional) -> gate rows -> up rows where the gate factor is not zero -> down rows where the product is kept.
+// With a mask on the up factor, up comes first, and gate rows are read where it is not zero.
 // gate and up may be held by columns instead, [hidden, neurons]: then inputs that are zero are skipped, and no neurons.
 // Every row's dot product is summed in one fixed order, and every output column over neurons in ascending order, so that
 // the result is the same bits for any number of threads.
 #pragma once
 
-#include "columns.h"
+#include "low_rank.h"
 
 namespace sparsify {
 
@@ -20,25 +21,26 @@ struct FfnCall {
     int64_t tokens, hidden, neurons, rank;
     Matrix x, up_x, gate, up, down_t;  // up_x [tokens, hidden] where up reads another input than gate; otherwise null
     Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
-    const float* thresholds;          // [neurons] or null: a product is kept where it is larger in size
-    const float* gate_thresholds;     // [neurons] or null: a gate factor is kept where it is larger in size
     const float *gate_constant, *up_constant, *down_constant;  // [neurons], [neurons], [hidden], added to the outputs; or null
-    const InputMask *gate_mask, *up_mask;  // of the inputs of gate and up, in a step; null without one
+    const SiteMask *gate_mask, *up_mask, *product_mask;  // of the factors and of their product, [neurons]; null without one
+    const SiteMask *gate_in_mask, *up_in_mask;           // of the inputs of gate and up, in a step; null without one
+    LowRank gate_low_rank, up_low_rank;                  // in a step
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
-    int32_t dtype, gate_kind, up_kind, dense, threads, weight_format, gate_by_columns, up_by_columns;
+    int32_t dtype, gate_kind, up_kind, dense, threads, weight_format, gate_by_columns, up_by_columns, up_first;
     float gate_threshold, predictor_threshold;
     int64_t offered, gate_rows, up_rows, down_rows;  // results, added up: neurons, and rows read of each matrix
     int64_t gate_columns, up_columns;                // and columns read, where a matrix is held by them
 };
 
 struct FfnScratch {
-    std::vector<float> rank_values, gate, product, sums;
+    std::vector<float> rank_values, factor, product, sums, gate_dropped, up_dropped;
 };
 
 // What a block computes from, and where its output goes.
 struct FfnTokens {
     const Input *gate_x, *up_x;                   // for rows; null for a matrix that is held by columns
-    const Factors *gate_factors, *up_factors;  // for columns; otherwise null
+    const Factors *gate_factors, *up_factors;     // for columns; otherwise null
+    const float* x;            // [tokens, hidden]: the input before its masks, where projections have low-rank factors
     const Input* predictor_x;  // not rounded; null without a predictor
     const bool* active;        // [MAX_TOKENS]: tokens that the block computes
     float* residual;           // [tokens, hidden]: the output times `shares` is added to it; null to write FfnCall::out
@@ -52,7 +54,7 @@ struct FfnInputs {
 
     template <class T, int B>
     void fill(const FfnCall& call, const float* for_gate, const float* for_up, int64_t tokens, FfnTokens& to) {
-        const InputMask *gate_mask = call.gate_mask, *up_mask = call.up_mask;
+        const SiteMask *gate_mask = call.gate_in_mask, *up_mask = call.up_in_mask;
         const bool alike = for_gate == for_up && gate_mask == up_mask && call.gate_by_columns == call.up_by_columns;
         if (call.gate_by_columns) gate_factors.fill<B>(gate_mask, for_gate, tokens, call.hidden);
         else fill_rows<T, B>(gate_mask, for_gate, tokens, call.hidden, gate_x);
@@ -67,8 +69,22 @@ struct FfnInputs {
 
 // Every thread builds the lists itself: that is faster than waiting for one thread to do it.
 struct Lists {
-    std::vector<int32_t> predicted, columns, up, down;
-    std::vector<float> sums;
+    std::vector<int32_t> predicted, columns, second, down;
+    std::vector<float> sums, vector;
+    Input ranks, dropped;
+};
+
+// The projection and the factor of one side of a block.
+struct Half {
+    bool is_gate;
+    const Matrix& weight;
+    const Input* x;
+    const Factors* factors;
+    const float* constant;
+    const SiteMask* mask;
+    const LowRank& low_rank;
+    const float* dropped;  // [B, rank]
+    int64_t &rows, &columns;
 };
 
 inline float gate_factor(float g, const FfnCall& call) {
@@ -77,6 +93,36 @@ inline float gate_factor(float g, const FfnCall& call) {
         case RELU_SQUARED: return g <= call.gate_threshold ? 0.0f : g * g;
         case SHIFTED_RELU: return g <= call.gate_threshold ? 0.0f : g - call.gate_threshold;
         default: return g <= call.gate_threshold ? 0.0f : g;  // NaN compares false and passes
+    }
+}
+
+// Its element n, set to zero by a mask whose elements do not depend on each other.
+inline float masked(const SiteMask* mask, int64_t n, float value) {
+    return mask && mask->rule == THRESHOLD && std::fabs(value) <= mask->thresholds[n] ? 0.0f : value;
+}
+
+// The factors of neuron n for B tokens, from its dot products.
+template <int B>
+[[gnu::noinline]] void factors_of(const FfnCall& call, const Half& half, int64_t n, const float* dots, float* out) {
+    for (int b = 0; b < B; ++b) out[b] = dots[b] + (half.constant ? half.constant[n] : 0.0f);
+    if (half.low_rank.rank) add_low_rank<B>(half.low_rank, half.dropped, n, call.dtype, out);
+    for (int b = 0; b < B; ++b) {
+        const float factor = half.is_gate ? gate_factor(out[b], call) : call.up_kind == UP_RELU && out[b] <= 0.0f ? 0.0f : out[b];
+        out[b] = masked(half.mask, n, factor);
+    }
+}
+
+// Calls change(vector, token) for the listed elements of one active token's `values` [neurons, B] after the other, zeros in place of
+// the others. The threads take tokens in turn; the caller waits for them.
+template <int B, class Change>
+void for_tokens(const FfnTokens& in, const std::vector<int32_t>* list, int64_t neurons, std::vector<float>& vector, float* values,
+                int thread, int threads, const Change& change) {
+    for (int b = thread; b < B; b += threads) {
+        if (!in.active[b]) continue;
+        vector.assign(neurons, 0.0f);
+        for_each(list, neurons, [&](int64_t n) { vector[n] = values[n * B + b]; });
+        change(vector.data(), b);
+        for_each(list, neurons, [&](int64_t n) { values[n * B + b] = vector[n]; });
     }
 }
 
@@ -124,53 +170,79 @@ void predict(const FfnCall& call, const FfnTokens& in, FfnScratch& s, Input& ran
 template <class T, int B>
 void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int threads) {
     static thread_local Lists lists;
-    static thread_local Input ranks;
-    float *gate = s.gate.data(), *product = s.product.data();
+    float *factor = s.factor.data(), *product = s.product.data();
     const bool predicted = call.predictor_a.data != nullptr;
     if (predicted) {
-        with_dtype(call.dtype, [&](auto format) { predict<decltype(format), B>(call, in, s, ranks); });
+        with_dtype(call.dtype, [&](auto format) { predict<decltype(format), B>(call, in, s, lists.ranks); });
         compact(nullptr, call.neurons, lists.predicted, [&](int64_t n) { return any_token<B>(product + n * B); });
     }
     const std::vector<int32_t>* candidates = predicted ? &lists.predicted : nullptr;
-    const int64_t num_candidates = predicted ? static_cast<int64_t>(lists.predicted.size()) : call.neurons;
-    const auto take_gate = [&](int64_t n, const float* dots) {
-        const float threshold = call.gate_thresholds ? call.gate_thresholds[n] : -1.0f;
-        const float constant = call.gate_constant ? call.gate_constant[n] : 0.0f;
+    const Half gate{true, call.gate, in.gate_x, in.gate_factors, call.gate_constant, call.gate_mask, call.gate_low_rank,
+                    s.gate_dropped.data(), call.gate_rows, call.gate_columns};
+    const Half up{false, call.up, in.up_x, in.up_factors, call.up_constant, call.up_mask, call.up_low_rank,
+                  s.up_dropped.data(), call.up_rows, call.up_columns};
+    const Half &first = call.up_first ? up : gate, &second = call.up_first ? gate : up;
+    const auto start = [&](const LowRank& factors, const SiteMask* mask, std::vector<float>& to) {
+        if (factors.rank) multiply_dropped<B>(factors, mask, in.x, call.tokens, call.hidden, call.dtype, lists.dropped, to.data());
+    };
+    start(call.gate_low_rank, call.gate_in_mask, s.gate_dropped);
+    start(call.up_low_rank, call.up_in_mask, s.up_dropped);
+    if (call.gate_low_rank.rank || call.up_low_rank.rank) barrier();
+
+    // A mask that compares the second factors must see all of them before they are multiplied.
+    const bool apart = compares(second.mask);
+    const auto times = [&](int64_t n, int b, float other) {
+        return factor[n * B + b] == 0.0f && !call.dense ? 0.0f : factor[n * B + b] * other;
+    };
+    const Half* half = &first;
+    const auto take = [&](int64_t n, const float* dots) {
+        float own[B];
+        factors_of<B>(call, *half, n, dots, own);
         for (int b = 0; b < B; ++b) {
             const bool on = in.active[b] && (!predicted || product[n * B + b] != 0.0f);
-            const float factor = on ? gate_factor(dots[b] + constant, call) : 0.0f;
-            gate[n * B + b] = std::fabs(factor) <= threshold ? 0.0f : factor;
+            if (half == &first) factor[n * B + b] = on ? own[b] : 0.0f;
+            else if (apart) product[n * B + b] = on ? own[b] : 0.0f;
+            else product[n * B + b] = on ? masked(call.product_mask, n, times(n, b, own[b])) : 0.0f;
         }
     };
-    const auto take_up = [&](int64_t n, const float* dots) {
-        const float threshold = call.thresholds ? call.thresholds[n] : -1.0f;
-        const float constant = call.up_constant ? call.up_constant[n] : 0.0f;
-        for (int b = 0; b < B; ++b) {
-            const float own = dots[b] + constant, up = call.up_kind == UP_RELU && own <= 0.0f ? 0.0f : own;
-            const float value = gate[n * B + b] == 0.0f && !call.dense ? 0.0f : gate[n * B + b] * up;
-            product[n * B + b] = std::fabs(value) <= threshold ? 0.0f : value;
+    const auto compute = [&](const Half& which, const std::vector<int32_t>* list, bool columns_listed) {
+        half = &which;
+        if (which.factors) {
+            if (!columns_listed) which.factors->list<B>(in.active, call.dense != 0, lists.columns);
+            const Span neurons = part_of<T>(T::width(call.neurons), thread, threads);
+            column_sums<T, B>(which.weight, call.neurons, *which.factors, lists.columns, neurons, lists.sums, take);
+            if (thread == 0) which.columns += static_cast<int64_t>(lists.columns.size());
+            return;
         }
+        const int64_t count = list ? static_cast<int64_t>(list->size()) : call.neurons;
+        all_dots<T, B>(which.weight, list ? list->data() : nullptr, count, *which.x, take);
+        if (thread == 0) which.rows += count;
     };
-    const Span neurons = part_of<T>(T::width(call.neurons), thread, threads);
-    const auto by_columns = [&](const Matrix& m, const Factors& x, bool is_listed, int64_t& read, const auto& take) {
-        if (!is_listed) x.list<B>(in.active, call.dense != 0, lists.columns);
-        if (thread == 0) read += static_cast<int64_t>(lists.columns.size());
-        column_sums<T, B>(m, call.neurons, x, lists.columns, neurons, lists.sums, take);
-    };
-    if (in.gate_factors) by_columns(call.gate, *in.gate_factors, false, call.gate_columns, take_gate);
-    else all_dots<T, B>(call.gate, predicted ? lists.predicted.data() : nullptr, num_candidates, *in.gate_x, take_gate);
-    if (thread == 0 && !in.gate_factors) call.gate_rows += num_candidates;
+    compute(first, candidates, false);
     barrier();  // also where a thread's parts of both are the same neurons: another may still add rows of the previous expert
-    if (in.up_factors) {
-        by_columns(call.up, *in.up_factors, in.up_factors == in.gate_factors, call.up_columns, take_up);
-    } else {
-        compact(candidates, call.neurons, lists.up, [&](int64_t n) { return call.dense || any_token<B>(gate + n * B); });
-        all_dots<T, B>(call.up, lists.up.data(), static_cast<int64_t>(lists.up.size()), *in.up_x, take_up);
-        if (thread == 0) call.up_rows += static_cast<int64_t>(lists.up.size());
+    if (compares(first.mask)) {
+        for_tokens<B>(in, candidates, call.neurons, lists.vector, factor, thread, threads,
+                      [&](float* values, int) { mask_vector(*first.mask, call.neurons, values); });
+        barrier();
     }
+    const std::vector<int32_t>* computed = candidates;
+    if (!second.factors && !apart) {
+        compact(candidates, call.neurons, lists.second, [&](int64_t n) { return call.dense || any_token<B>(factor + n * B); });
+        computed = &lists.second;
+    }
+    compute(second, computed, second.factors && second.factors == first.factors);
     barrier();
-    compact(in.up_factors ? nullptr : &lists.up, call.neurons, lists.down,
-            [&](int64_t n) { return call.dense || any_token<B>(product + n * B); });
+    if (apart || compares(call.product_mask)) {
+        for_tokens<B>(in, computed, call.neurons, lists.vector, product, thread, threads, [&](float* values, int b) {
+            if (apart) {
+                mask_vector(*second.mask, call.neurons, values);
+                for_each(computed, call.neurons, [&](int64_t n) { values[n] = times(n, b, values[n]); });
+            }
+            if (call.product_mask) mask_vector(*call.product_mask, call.neurons, values);
+        });
+        barrier();
+    }
+    compact(computed, call.neurons, lists.down, [&](int64_t n) { return call.dense || any_token<B>(product + n * B); });
     if (thread == 0) {
         call.offered += call.neurons;
         call.down_rows += static_cast<int64_t>(lists.down.size());
@@ -185,9 +257,11 @@ void reserve(const FfnCall& call, FfnScratch& s) {
         if (static_cast<int64_t>(values.size()) < count) values.resize(count);
     };
     room(s.sums, B * T::width(call.hidden));
-    room(s.gate, B * call.neurons);
+    room(s.factor, B * call.neurons);
     room(s.product, B * call.neurons);
     room(s.rank_values, B * call.rank);
+    room(s.gate_dropped, B * call.gate_low_rank.rank);
+    room(s.up_dropped, B * call.up_low_rank.rank);
 }
 
 }  // namespace sparsify

@@ -186,4 +186,11 @@ struct F16 : Plain<uint16_t> {
     static Stored from(float value) { return float_to_f16(value); }
 };
 
+// A value as a dtype holds it.
+template <class X>
+float rounded(float value) {
+    const typename X::Stored stored = X::from(value);
+    return X::at(&stored, 0);
+}
+
 }  // namespace sparsify

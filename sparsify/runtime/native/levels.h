@@ -74,12 +74,10 @@ private:
 
     // Rounds 32 values and returns their scale.
     static float round_block(float* x, int8_t* level) {
-        float largest = 0.0f, finite = 0.0f;
-        for (int i = 0; i < 32; ++i) {
-            largest = std::max(largest, std::fabs(x[i]));
-            finite += x[i] * 0.0f;  // NaN unless all are finite
-        }
-        if (finite != 0.0f) {
+        uint32_t size = 0;  // compilers vectorise it: bits without sign compare as sizes do, and what is not finite is the largest
+        for (int i = 0; i < 32; ++i) size = std::max(size, float_to_bits(x[i]) & 0x7fffffffu);
+        const float largest = bits_to_float(size);
+        if (size >= 0x7f800000u) {
             std::fill(x, x + 32, std::numeric_limits<float>::quiet_NaN());
             return x[0];
         }

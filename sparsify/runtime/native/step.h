@@ -18,8 +18,9 @@ namespace sparsify {
 struct Linear {
     Matrix weight;
     int64_t outputs;
-    const InputMask* mask;  // null without one
+    const SiteMask* mask;   // of its input; null without one
     const float* constant;  // [outputs], added to them; null without one
+    LowRank low_rank;
     int32_t format, by_columns;
     int64_t columns_read;  // result, added up over steps: columns, if it is held by them
 };
@@ -54,14 +55,16 @@ struct StepCall {
 namespace step {
 
 struct Shared {
-    std::vector<float> residual;  // [tokens, hidden]
+    std::vector<float> residual;    // [tokens, hidden]
+    std::vector<float> rotated[3];  // [tokens, inputs], of each projection that reads the same vectors; in a block of gate and up
+    std::vector<float> dropped[3];  // [B, rank], of each of these projections
     AttentionScratch attention;
     FfnScratch ffn;
 };
 
 // What every thread makes for itself.
 struct Own {
-    Input x, predictor_x;
+    Input x, predictor_x, dropped;
     Factors factors;
     FfnInputs ffn;
     std::vector<int32_t> listed;
@@ -84,12 +87,6 @@ private:
     double* seconds_;
     Time last_;
 };
-
-// Values as the model's dtype holds them.
-template <class X>
-float rounded(float value) {
-    return X::at(std::array<typename X::Stored, 1>{X::from(value)}.data(), 0);
-}
 
 // RMS norm of each token (arXiv 1910.07467), rounded where the model's own code rounds.
 template <class X>
@@ -120,40 +117,64 @@ struct Product {
     bool adding;
 };
 
-// All of them, without waiting for the other threads. Outputs of matrices that are held by columns are one range, of which each
-// thread takes one part: its runs through memory are longer than with a part of each matrix.
+// The vectors that a projection reads: those given, or, once all threads have passed a barrier, their rotation, of which this
+// computes a thread's part.
+template <int B>
+const float* turned(const SiteMask* mask, const float* from, int64_t tokens, int64_t inputs, int32_t dtype, std::vector<float>& to,
+                    Own& own, int thread, int threads) {
+    if (!mask || !mask->basis.data) return from;
+    rotate<B>(mask->basis, dtype, from, tokens, inputs, own.factors, own.listed, own.sums, to.data(), thread, threads);
+    return to.data();
+}
+
+// All of them, waiting for the other threads only for rotations and low-rank factors. Outputs of matrices that are held by columns are
+// one range, of which each thread takes one part: its runs through memory are longer than with a part of each matrix.
 template <class T, int B, size_t N>
-void project(const std::array<Product, N>& products, const float* from, int64_t tokens, int64_t inputs, Own& own, int thread, int threads) {
+void project(const std::array<Product, N>& products, const float* given, int64_t tokens, int64_t inputs, int32_t dtype, Shared& s,
+             Own& own, int thread, int threads) {
     int64_t width = 0, before = 0;
-    for (const Product& one : products) width += one.linear->by_columns ? T::width(one.linear->outputs) : 0;
-    const auto put = [&](const Product& one) {
-        return [=](int64_t n, const float* values) {
+    const float* from[N];
+    bool waits = false;
+    for (size_t k = 0; k < N; ++k) {
+        const Linear& linear = *products[k].linear;
+        const bool again = k > 0 && linear.mask == products[k - 1].linear->mask;
+        from[k] = again ? from[k - 1] : turned<B>(linear.mask, given, tokens, inputs, dtype, s.rotated[k], own, thread, threads);
+        if (linear.low_rank.rank) multiply_dropped<B>(linear.low_rank, linear.mask, given, tokens, inputs, dtype, own.dropped, s.dropped[k].data());
+        waits |= from[k] != given || linear.low_rank.rank != 0;
+        width += linear.by_columns ? T::width(linear.outputs) : 0;
+    }
+    if (waits) barrier();
+    const Span span = part_of<T>(width, thread, threads);
+    const Linear *listed = nullptr, *filled = nullptr;
+    for (size_t k = 0; k < N; ++k) {
+        const Product& one = products[k];
+        Linear& linear = *one.linear;
+        const float* dropped = s.dropped[k].data();
+        const auto put = [=, &linear](int64_t n, const float* values) {
+            float sums[B];
+            std::copy(values, values + B, sums);
+            if (linear.low_rank.rank) add_low_rank<B>(linear.low_rank, dropped, n, dtype, sums);
             for (int64_t b = 0; b < tokens; ++b) {
                 float& place = one.to[b * one.stride + n];
-                const float value = one.linear->constant ? values[b] + one.linear->constant[n] : values[b];
+                const float value = linear.constant ? sums[b] + linear.constant[n] : sums[b];
                 place = one.adding ? place + value : value;
             }
         };
-    };
-    const Span span = part_of<T>(width, thread, threads);
-    const Linear *listed = nullptr, *filled = nullptr;
-    for (const Product& one : products) {
-        Linear& linear = *one.linear;
         if (!linear.by_columns) {
-            if (!filled || filled->mask != linear.mask) fill_rows<T, B>(linear.mask, from, tokens, inputs, own.x);
+            if (!filled || filled->mask != linear.mask) fill_rows<T, B>(linear.mask, from[k], tokens, inputs, own.x);
             filled = &linear;
-            all_dots<T, B>(linear.weight, nullptr, linear.outputs, own.x, put(one));
+            all_dots<T, B>(linear.weight, nullptr, linear.outputs, own.x, put);
             continue;
         }
         const Span part{std::max<int64_t>(0, span.begin - before), std::min(T::width(linear.outputs), span.end - before)};
         before += T::width(linear.outputs);
         if (part.empty()) continue;
         if (!listed || listed->mask != linear.mask) {
-            own.factors.fill<B>(linear.mask, from, tokens, inputs);
+            own.factors.fill<B>(linear.mask, from[k], tokens, inputs);
             own.factors.list<B>(nullptr, false, own.listed);
         }
         listed = &linear;
-        column_sums<T, B>(linear.weight, linear.outputs, own.factors, own.listed, part, own.sums, put(one));
+        column_sums<T, B>(linear.weight, linear.outputs, own.factors, own.listed, part, own.sums, put);
         if (part.begin == 0) linear.columns_read += static_cast<int64_t>(own.listed.size());
     }
 }
@@ -207,7 +228,7 @@ void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own
         const std::array<Product, 3> products{{{&layer.q, s.attention.q.data(), width, false},
                                                {&layer.k, s.attention.k.data(), kv_width, false},
                                                {&layer.v, s.attention.v.data(), kv_width, false}}};
-        project<T, B>(products, own.normed.data(), a.tokens, call.hidden, own, thread, threads);
+        project<T, B>(products, own.normed.data(), a.tokens, call.hidden, call.dtype, s, own, thread, threads);
     });
     barrier();
     clock.book(PROJECTIONS);
@@ -221,7 +242,7 @@ void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own
     with_format(layer.o.format, call.dtype, [&](auto format) {
         using T = decltype(format);
         const std::array<Product, 1> product{{{&layer.o, s.residual.data(), call.hidden, true}}};
-        project<T, B>(product, own.combined.data(), a.tokens, width, own, thread, threads);
+        project<T, B>(product, own.combined.data(), a.tokens, width, call.dtype, s, own, thread, threads);
     });
     barrier();
     clock.book(PROJECTIONS);
@@ -239,11 +260,20 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
         const bool residual = call.predictor_reads_residual != 0;
         fill_rows<X, B>(nullptr, residual ? s.residual.data() : own.normed.data(), tokens, call.hidden, own.predictor_x);
     });
+    const FfnCall& any_expert = *layer.experts;  // the basis of a layer's inputs is that of all experts
+    const float* x = own.normed.data();
+    const auto turn = [&](const SiteMask* mask, int to) {
+        return turned<B>(mask, x, tokens, call.hidden, call.dtype, s.rotated[to], own, thread, threads);
+    };
+    const float* for_gate = turn(any_expert.gate_in_mask, 0);
+    const bool alike = any_expert.gate_in_mask == any_expert.up_in_mask;
+    const float* for_up = alike ? for_gate : turn(any_expert.up_in_mask, 1);
+    if (for_gate != x || for_up != x) barrier();
     const int64_t experts = layer.router ? call.num_experts : 1;
     with_format(layer.experts->weight_format, call.dtype, [&](auto format) {
         using T = decltype(format);
         FfnTokens in{};
-        const float* x = own.normed.data();
+        in.x = x;
         const FfnCall* filled = nullptr;  // experts whose masks are the same read the same input
         clock.book(REST);
         for (int64_t e = 0; e < experts; ++e) {
@@ -256,8 +286,8 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
             }
             if (!any) continue;
             FfnCall& expert = layer.experts[e];
-            if (!filled || filled->gate_mask != expert.gate_mask || filled->up_mask != expert.up_mask)
-                own.ffn.fill<T, B>(expert, x, x, tokens, in);
+            if (!filled || filled->gate_in_mask != expert.gate_in_mask || filled->up_in_mask != expert.up_in_mask)
+                own.ffn.fill<T, B>(expert, for_gate, for_up, tokens, in);
             filled = &expert;
             in.predictor_x = predicts ? &own.predictor_x : nullptr;
             in.active = active;
@@ -277,10 +307,17 @@ void run(StepCall& call) {
     const Attention& a = call.attention;
     s.residual.resize(a.tokens * call.hidden);
     s.attention.reserve(a);
+    for (auto& one : s.rotated) one.resize(a.tokens * std::max(call.hidden, a.heads * a.head_dim));
     for (int64_t l = 0; l < call.layers; ++l) {
-        call.layer[l].tokens += a.tokens;
+        StepLayer& layer = call.layer[l];
+        layer.tokens += a.tokens;
+        const Linear* linears[4] = {&layer.q, &layer.k, &layer.v, &layer.o};
+        for (int k = 0; k < 4; ++k) {
+            std::vector<float>& dropped = s.dropped[k % 3];  // the output projection is alone
+            dropped.resize(std::max<int64_t>(dropped.size(), B * linears[k]->low_rank.rank));
+        }
         for (int64_t e = 0; e < std::max<int64_t>(1, call.num_experts); ++e) {
-            FfnCall& expert = call.layer[l].experts[e];
+            FfnCall& expert = layer.experts[e];
             expert.tokens = a.tokens;
             with_format(expert.weight_format, call.dtype, [&](auto format) { reserve<decltype(format), B>(expert, s.ffn); });
         }
