@@ -31,6 +31,7 @@ from sparsify.cli.mixture import mixture_app
 from sparsify.cli.options import AsJson, Overrides, TrustCode, console, log_progress, print_line, print_result
 from sparsify.cli.predictors import predictors_app
 from sparsify.errors import UserError
+from sparsify.launch.child import INTERRUPTED, Interrupted
 from sparsify.metadata import user_path
 from sparsify.models.activations import activation_names, alternatives
 from sparsify.reporting.terminal import PlainConsole, plain
@@ -52,7 +53,6 @@ app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
 app.command()(generate)
 
-INTERRUPTED = 130
 UNUSABLE_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
 """Errors of a path that was named; what is wrong with the disk is said where it is read or written."""
 
@@ -64,8 +64,6 @@ def main() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     log_progress()
-    from sparsify.launch.launcher import Interrupted
-
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _interrupt)
     try:
@@ -217,7 +215,7 @@ def plan(
     given = Assumptions(hardware, tokens_per_second, gpu_hour_price, host_memory_gb)
     result = plan_recipe(recipe, overrides or [], given)
     if chart is not None:
-        from sparsify.plan.report import write_chart
+        from sparsify.plan.chart import write_chart
 
         write_chart(result, chart)
     print_result(result.model_dump_json(), plan_table(result), as_json)

@@ -104,7 +104,7 @@ def train(name_or_path: str, overrides: Sequence[str]) -> RunResult | None:
 
     Raises:
         UserError: On an error of the recipe, the model, the data or the disk.
-        sparsify.launch.launcher.Interrupted: After a clean save.
+        sparsify.launch.child.Interrupted: After a clean save.
     """
     recipe = compose_recipe(name_or_path, overrides)
     check_method(recipe.conversion)

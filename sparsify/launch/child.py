@@ -32,6 +32,10 @@ ERROR_FILE = "SPARSIFY_ERROR_FILE"
 """Environment variable of a child: the file for its error."""
 
 
+class Interrupted(Exception):
+    """The run was interrupted and has saved its state."""
+
+
 class Child:
     """A process in a session of its own, so that the terminal's Ctrl-C reaches it only through its parent.
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import RunError, StorageError, UserError
-from sparsify.launch.child import INTERRUPTED, USER_ERROR, Child, killed, module_command
+from sparsify.launch.child import INTERRUPTED, USER_ERROR, Child, Interrupted, killed, module_command
 from sparsify.launch.nodes import LaunchOrder, Nodes
 from sparsify.recipe.engine import LaunchSection
 from sparsify.runs.history import read_lines
@@ -38,10 +38,6 @@ SAVE_SECONDS = 600.0
 """How long ranks may take to save after SIGTERM."""
 LEAST_FREE_BYTES = 64 * 1024
 CONTINUES = "The same command continues from the last checkpoint."
-
-
-class Interrupted(Exception):
-    """The run was interrupted and has saved its state."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeWarning, curve_fit
-from scipy.stats import t as student_t
+from scipy.special import stdtrit
 
 from sparsify.models.activations import ACTIVATIONS
 from sparsify.runs.history import Trajectory
@@ -76,7 +76,7 @@ def fit_scaling(
     budgets = [scale * ahead for ahead in AHEAD]
     line = np.geomspace(seen[0], max(budgets), BAND_POINTS)
     freedom = len(seen) - num_coefficients
-    widen = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom))
+    widen = float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
 
     def points(at: Sequence[float] | Array) -> list[ScalingPoint]:
         middle, deviation = _predict(law, np.asarray(at) / scale, coefficients, covariance)

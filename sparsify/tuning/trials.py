@@ -209,7 +209,7 @@ def run_proxy(proxy: Proxy) -> Measurement:
 
     Raises:
         RunError: If the folder holds a run with other settings.
-        sparsify.launch.launcher.Interrupted: After a clean save.
+        sparsify.launch.child.Interrupted: After a clean save.
     """
     run, result = proxy.run, proxy.run.path / RESULT_FILE
     if result.is_file():

@@ -96,7 +96,7 @@ def tune(request: TuneRequest) -> tuple[TuneRecord, Path]:
 
     Raises:
         UserError: If the request, the recipe or the data are invalid, or a file cannot be written.
-        sparsify.launch.launcher.Interrupted: After a clean save.
+        sparsify.launch.child.Interrupted: After a clean save.
     """
     recipe = compose_recipe(request.recipe, request.overrides)
     space = parse_space(request.over, recipe.mixture)

@@ -29,9 +29,9 @@ from sparsify.mixture.inspection import open_mixture
 from sparsify.models import ACTIVATIONS, MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig
 from sparsify.plan import make_plan, plan_table
 from sparsify.plan.activation_memory import layer_activation_bytes
+from sparsify.plan.chart import draw_shares, write_chart
 from sparsify.plan.estimate import architecture_of
 from sparsify.plan.parameters import Architecture
-from sparsify.plan.report import draw_shares, write_chart
 from sparsify.recipe.catalogue import recipe_names
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe

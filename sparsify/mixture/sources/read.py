@@ -12,10 +12,8 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import datasets
 import httpx
 import numpy as np
-from datasets.exceptions import DatasetsError
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
@@ -236,6 +234,9 @@ def _nonempty(text: str) -> Iterator[str]:
 
 
 def _hub_rows(name: str, source: SourceSection) -> Iterator[Any]:
+    import datasets  # half a second, and hardly any source needs it
+    from datasets.exceptions import DatasetsError
+
     try:
         stream = datasets.load_dataset(
             str(source.hub),

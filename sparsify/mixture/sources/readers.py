@@ -13,10 +13,8 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol, cast
 
-import datasets
 import pyarrow
 import pyarrow.parquet
-from datasets.exceptions import DatasetsError
 from pydantic_core import from_json
 
 from sparsify.mixture.sources.bad_rows import Reason
@@ -294,6 +292,9 @@ def _arrow_rows(file: SourceFile, columns: Collection[str] | None, report: Repor
 
 
 def _saved_rows(file: SourceFile, columns: Collection[str] | None, report: Report) -> Rows:
+    import datasets  # half a second, and hardly any source needs it
+    from datasets.exceptions import DatasetsError
+
     try:
         saved = datasets.Dataset.load_from_disk(str(file.path))
     except (ValueError, LookupError, TypeError, AttributeError, DatasetsError) as error:
