@@ -33,6 +33,7 @@ from transformers import (
 
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.recipe.catalogue import PACKAGE
+from sparsify.runtime.build import build, find_compiler, kernels
 
 # How long an example takes depends on what else the machine does.
 settings.register_profile("tests", deadline=None)
@@ -91,6 +92,22 @@ class Shared:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     return Shared(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def compiled(shared: Shared) -> None:
+    """The kernels, if there is a compiler: once for all workers, and for the next session, whose cache is the same."""
+    if compiler := find_compiler():
+        shared("kernels", lambda _: print(build(compiler)))
+
+
+@pytest.fixture(scope="session")
+def native(compiled: None) -> str:
+    """The backend name of the compiled kernels."""
+    if find_compiler() is None:
+        pytest.skip("no C++ compiler")
+    assert kernels() is not None
+    return "native"
 
 
 @pytest.fixture(scope="session")

@@ -86,7 +86,7 @@ def test_the_crossover_is_the_first_batch_at_which_torch_is_faster() -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(compiled: None, stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     to = tmp_path_factory.mktemp("bench") / "mistral-drelu"
     source, activation = ModelSection(source=str(stock["mistral"])), ActivationSection("drelu")
     convert(source, activation, to, seed=0, dtype=torch.float32)

@@ -54,7 +54,7 @@ def sparse_model(shared: Shared, stock: dict[str, Path]) -> Path:
 
 
 @pytest.fixture
-def handed(place: Place, sparse_model: Path, evaluations: Evaluations) -> dict[str, list[str]]:
+def handed(place: Place, sparse_model: Path, evaluations: Evaluations, compiled: None) -> dict[str, list[str]]:
     """What a stranger might hand over, by the path of the file that was changed: the command that reads it."""
     runs = Runs(place.root)
     for name in ("a", "b"):

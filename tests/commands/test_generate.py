@@ -21,7 +21,7 @@ PROMPT = "word1 value2"
 
 
 @pytest.fixture(scope="module")
-def bundle(stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(compiled: None, stock: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     to = tmp_path_factory.mktemp("generate") / "mixtral-drelu"
     section = ModelSection(source=str(stock["mixtral"]))
     convert(section, ActivationSection("drelu"), to, seed=0, dtype=torch.float32)

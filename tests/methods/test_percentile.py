@@ -40,7 +40,9 @@ def thresholds_of(model: SparseModel) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def masked(calibrate: Calibrate, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Calibrated]:
+def masked(
+    calibrate: Calibrate, compiled: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Calibrated]:
     """Both kinds of model, with half of the products and with half of the gates masked."""
     root = tmp_path_factory.mktemp("percentile")
     return {
