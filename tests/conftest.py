@@ -173,7 +173,7 @@ model: {{source: {source}}}
 training: {{budget_tokens: 3072, sequence_length: 64, global_batch_size: 8, micro_batch_size: 2, precision: fp32}}
 optimizer: {{peak_learning_rate: 3.0e-3, final_learning_rate: 3.0e-4, warmup_tokens: 512}}
 checkpoint: {{every_tokens: 1024}}
-eval: {{every_tokens: 1536, validation_sequences_per_source: 3, report_tokens: 512, sample_tokens: 4, sample_prompts: [code]}}
+eval: {{every_tokens: 1536, validation_sequences_per_source: 3, report_tokens: 512, sample_tokens: 4, sample_prompts: [code], time_decoding: false}}
 """
 
 

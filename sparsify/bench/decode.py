@@ -17,8 +17,11 @@ from sparsify.bench.decode_result import DecodeBench, FfnPoint, ModelPoint, Spec
 from sparsify.bench.decode_shapes import SHAPES, random_model
 from sparsify.bench.decode_speculation import measure_speculation
 from sparsify.errors import RunError
+from sparsify.files import write_text
+from sparsify.metadata import read_record
 from sparsify.predictors import read_predictors
 from sparsify.runs.load import Loaded, load
+from sparsify.runs.run_folder import RunFolder
 from sparsify.runtime.accelerate import WEIGHT_FORMATS, block_format, check_acceleratable
 from sparsify.runtime.native_ffn import MAX_TOKENS
 from sparsify.runtime.triton_ffn import triton_can
@@ -26,6 +29,8 @@ from sparsify.runtime.triton_ffn import triton_can
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 USUAL_ACTIVE = 0.1
 """Active share for the measurements over batches and threads, and for whole models."""
+EXPORT_TOKENS, EXPORT_REPEATS = 48, 7
+"""Tokens and repeats of a run's export."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,7 @@ def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
         if settings.predictors is not None:
             own = read_predictors(settings.predictors)
             predictors = own.for_decoding(model, str(settings.predictors))
-        ids = _tokens(loaded, settings)
+        ids = _tokens(loaded, settings.prompt, settings.decode_tokens, settings.device)
     elif settings.layers != 0 and not settings.together:
         key = settings.shape or next(iter(SHAPES))
         shape = SHAPES[key]
@@ -224,10 +229,30 @@ def _speculation(settings: DecodeSettings, on_progress: Callable[[str], object])
         )
 
 
-def _tokens(loaded: Loaded, settings: DecodeSettings) -> torch.Tensor:
+def time_export(run: RunFolder, on_progress: Callable[[str], object]) -> ModelPoint | None:
+    """Decodes a finished run's export densely and sparsely on this machine's CPU. What was measured once is read from `run.decoding`.
+
+    Returns:
+        None if the recipe does not ask for it, or the model makes no zeros.
+    """
+    settings = run.load_recipe().eval
+    if not settings.time_decoding or run.is_dense:
+        return None
+    if not run.decoding.is_file():
+        on_progress(
+            "Timing the export's decoding; the kernels are compiled at their first use, which takes about a minute"
+        )
+        loaded = load(str(run.export))
+        ids = _tokens(loaded, (settings.sample_prompts or ["The"])[0], EXPORT_TOKENS, "cpu")
+        name = "The export on this machine"
+        point = measure_model(loaded.model, name, None, ids, EXPORT_TOKENS, EXPORT_REPEATS, on_progress)
+        write_text(run.decoding, point.model_dump_json(indent=1) + "\n")
+    return read_record(run.decoding, ModelPoint, "what timing an export wrote", RunError, f"Remove {run.decoding}.")
+
+
+def _tokens(loaded: Loaded, prompt: str, count: int, device: str) -> torch.Tensor:
     """The prompt and the model's own greedy continuation. [1, tokens]"""
-    inputs = loaded.tokenizer(settings.prompt, return_tensors="pt", return_token_type_ids=False).to(settings.device)
-    count = settings.decode_tokens
+    inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     model: Any = loaded.model
     return model.generate(
         **inputs,

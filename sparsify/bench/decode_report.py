@@ -29,6 +29,8 @@ from sparsify.reporting.tables import Table
 
 GIGA, MEGA = 1e9, 1e6
 SHOWN_LAYERS = 5
+WORTHWHILE = 1.5
+"""Speed-up below which a model is called too small."""
 WHERE = ("zeros", "gates on", "batch", "threads")
 
 
@@ -39,7 +41,7 @@ def decode_table(bench: DecodeBench) -> RenderableType:
         several_batches = len({one.tokens for one in bench.ffn}) > 1
         parts += [_crossover(bench), ""] if several_batches else []
     for model in bench.models:
-        parts += [one for one in (_model(model), _parts(model), _layers(model)) if one is not None]
+        parts += [one for one in (model_table(model), _parts(model), _layers(model)) if one is not None]
     parts += [_speculation(bench)] if bench.speculation else []
     return Group(*parts, _rests_on(bench))
 
@@ -112,7 +114,18 @@ NAMES = {
 }
 
 
-def _model(model: ModelPoint) -> Table:
+def export_speed(model: ModelPoint) -> RenderableType:
+    """The speed of a run's export against its dense self; for a model that gains little, what shows more."""
+    self = min(("torch", "dense"), key=lambda name: model.decode_seconds[name].median)
+    gain, limit = model.ratio("exact", self), model.bytes_read[self] / model.bytes_read["exact"]
+    said = f"Exact decoding is {gain} times as fast as {NAMES[self]}; the bytes read allow {limit:.2f} times."
+    if gain.low < WORTHWHILE:
+        said += f" A model of {model.bytes_read[self] / MEGA:,.0f} MB is too small to gain more. A block of Mistral-7B's shape:"
+        return Group(model_table(model), Text(said), Text("  sparsify bench decode --layers 0\n", "cyan"))
+    return Group(model_table(model), Text(f"{said}\n"))
+
+
+def model_table(model: ModelPoint) -> Table:
     """Speed of each way to decode: against llama.cpp if it was measured, otherwise against torch."""
     baseline = "llama.cpp" if "llama.cpp" in model.decode_seconds else "torch"
     table = Table(

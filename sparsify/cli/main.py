@@ -28,7 +28,16 @@ from sparsify.cli.evaluate import evaluate
 from sparsify.cli.export import export_app
 from sparsify.cli.generate import generate
 from sparsify.cli.mixture import mixture_app
-from sparsify.cli.options import AsJson, Overrides, TrustCode, console, log_progress, print_line, print_result
+from sparsify.cli.options import (
+    AsJson,
+    Overrides,
+    TrustCode,
+    console,
+    log_progress,
+    print_line,
+    print_result,
+    status_line,
+)
 from sparsify.cli.predictors import predictors_app
 from sparsify.errors import UserError
 from sparsify.launch.child import INTERRUPTED, Interrupted
@@ -352,6 +361,8 @@ def train(
 
     Example: sparsify train quickstart mixture.instruction_token_share=0.3
     """
+    from sparsify.bench.decode import time_export
+    from sparsify.bench.decode_report import export_speed
     from sparsify.commands import train as verb
     from sparsify.recipe.compose import sweep
 
@@ -362,7 +373,10 @@ def train(
         result = verb.train(recipe, point)
         if result is None:
             continue  # node 0 shows it
-        print_result(json.dumps(verb.run_record(result)), verb.run_summary(result), as_json)
+        with status_line() as on_progress:
+            timed = time_export(result.run, on_progress)
+        record = verb.run_record(result) | {"decoding": timed and timed.model_dump()}
+        print_result(json.dumps(record), verb.run_summary(result, timed and export_speed(timed)), as_json)
 
 
 @app.command()

@@ -45,6 +45,7 @@ from sparsify.reporting.terminal import marked
 from sparsify.runs.history import has_trained
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.run_lock import RunLock
+from sparsify.sparsity.active_parameters import ffn_byte_shares
 from sparsify.sparsity.report import SparsityReport, layers_table, read_report
 
 logger = logging.getLogger(__name__)
@@ -190,6 +191,7 @@ def _finish(given: str, recipe: Recipe, run: RunFolder, *, trained: bool) -> Run
     if written is None:
         refuse_foreign_folder(run.export, BUNDLE_MARK, "export bundle")
         shutil.rmtree(run.export, ignore_errors=True)  # ours, of an earlier checkpoint of this run or damaged
+        run.decoding.unlink(missing_ok=True)
         bundle = export(run.path, run.export, recipe.eval.sample_prompts, recipe.eval.sample_tokens)
         assert bundle.acceptance is not None
         written = {"checked": bundle.acceptance.sentence(), "samples": bundle.acceptance.samples}
@@ -231,16 +233,18 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
-def run_summary(result: RunResult) -> RenderableType:
+def run_summary(result: RunResult, decoding: RenderableType | None = None) -> RenderableType:
+    """What a run found. `decoding` is the speed of its export, if that was timed."""
     recipe, run = result.recipe, result.run
     budget_tokens = recipe.num_steps * recipe.step_tokens
     losses = Table(
         f"{recipe.name}: {recipe.activation.ffn_activation}, {budget_tokens:,} training tokens",
-        ["model", "validation loss", "perplexity", "exact zeros"],
+        ["model", "validation loss", "perplexity", "exact zeros", "FFN weights read per token"],
     )
     for stage in result.report.stages:
-        losses.add(stage.name, f"{stage.loss:.3f}", f"{math.exp(stage.loss):,.1f}", share(stage.zeros))
-    parts: list[RenderableType] = ["", losses, layers_table(result.report)]
+        read = ffn_byte_shares(stage.gate_zeros or 0.0, stage.zeros)[0] if stage.zeros is not None else None
+        losses.add(stage.name, f"{stage.loss:.3f}", f"{math.exp(stage.loss):,.1f}", share(stage.zeros), share(read))
+    parts: list[RenderableType] = ["", losses, *([decoding] if decoding else []), layers_table(result.report)]
     if result.samples:
         parts += [Text("The exported checkpoint, in a fresh process, continues", "bold")]
         for prompt, continuation in result.samples:

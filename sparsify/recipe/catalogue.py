@@ -16,7 +16,7 @@ YAML = (".yaml", ".yml")
 PACKAGE = Path(__file__).parents[1]
 GROUPS = {"mixture": "data_mixtures", "eval": "eval"}
 """Hydra group → the top-level folder of its options. `GROUP=PATH.yaml` works as well."""
-RECIPE_GROUPS = ("model", "activation", "engine")
+RECIPE_GROUPS = ("model", "activation", "conversion", "engine")
 """Groups whose options are files in folders of recipes/."""
 
 

@@ -30,6 +30,8 @@ class EvalSection(Section):
     sample_prompts: list[str] = field(default_factory=list)
     """Pretraining-style prompts that the exported checkpoint continues in a fresh process."""
     sample_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 48
+    time_decoding: bool = False
+    """Whether `sparsify train` times the export's decoding at the end, dense and sparse, on this machine's CPU."""
     suite: str | None = None
     """Suite of lm-evaluation-harness tasks to evaluate during training: a name in `eval/suites`, or the path of a .yaml."""
     suite_every_tokens: PositiveInt | None = None

@@ -230,7 +230,7 @@ def _check_blending(recipe: Recipe) -> None:
         raise RecipeError(
             f"blending.budget_share={share} is set with a calibration, which has fitted the weights to "
             f"{recipe.activation.ffn_activation} before the first step.",
-            next_step="Set blending.budget_share=0, or conversion.calibration_tokens=0.",
+            next_step="Set blending.budget_share=0, or conversion=bare.",
         )
     _check_refits(recipe)
 

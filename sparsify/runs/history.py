@@ -22,6 +22,8 @@ class Stage(JsonRecord):
     loss: float
     """Nats per token."""
     zeros: float | None = None
+    gate_zeros: float | None = None
+    """Share of gate factors that are exactly zero; None where it was not measured."""
 
 
 class TrajectoryPoint(JsonRecord):
@@ -147,20 +149,31 @@ def stages(run: RunFolder) -> list[Stage]:
 
     Losses are validation losses: means over sources by token share, nats per token.
     """
-    newest = {record["label"]: record for record in validation_records(run)}
+    newest = _newest(run)
     if "training" in newest:
         newest.pop("blending", None)  # on its way then, past now
     rows = [
-        Stage(name=name, loss=newest[label]["loss"], zeros=newest[label]["zeros"])
-        for label, name in _stage_names(run).items()
-        if label in newest
+        newest[label].model_copy(update={"name": name}) for label, name in _stage_names(run).items() if label in newest
     ]
-    baseline = [record for record in validation_records(run.baseline) if record["label"] == "training"]
-    if baseline:
+    if baseline := _newest(run.baseline).get("training"):
         activation = run.baseline.load_recipe().activation.ffn_activation
         name = activation_words(activation, is_masked=run.baseline.is_masked)
-        rows.append(Stage(name=f"{name} baseline, same tokens", loss=baseline[-1]["loss"], zeros=baseline[-1]["zeros"]))
+        rows.append(baseline.model_copy(update={"name": f"{name} baseline, same tokens"}))
     return rows
+
+
+def _newest(run: RunFolder) -> dict[str, Stage]:
+    """The newest validation of every label."""
+    gates = {(line["tokens"], line.get("label")): line.get("gate_zeros") for line in read_lines(run.sparsity)}
+    return {
+        record["label"]: Stage(
+            name=record["label"],
+            loss=record["loss"],
+            zeros=record["zeros"],
+            gate_zeros=gates.get((record["tokens"], record["label"])),
+        )
+        for record in validation_records(run)
+    }
 
 
 def trajectory(run: RunFolder) -> Trajectory:

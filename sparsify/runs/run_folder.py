@@ -69,6 +69,11 @@ class RunFolder:
         return self.path / "export"
 
     @property
+    def decoding(self) -> Path:
+        """How fast the export decodes on the machine that trained it."""
+        return self.path / "decoding.json"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -9,18 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from numpy.ctypeslib import as_array
+from rich.console import Console
 from torch.nn.functional import linear
 
+from sparsify.bench.decode import EXPORT_REPEATS, time_export
 from sparsify.bench.decode_blocks import make_blocks, measure_point
 from sparsify.bench.decode_models import dense_twin, measure_model
+from sparsify.bench.decode_report import export_speed
 from sparsify.bench.decode_result import FfnPoint, SpeculationPoint, SpeedUp, Timing, crossover
 from sparsify.bench.decode_shapes import Shape, random_model
 from sparsify.bench.llamacpp import LlamaCpp
 from sparsify.cli import main
 from sparsify.conversion.convert import convert
 from sparsify.conversion.sparse_folder import load_sparse
+from sparsify.recipe.compose import compose_recipe, save_recipe
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection
+from sparsify.runs.run_folder import RunFolder
 from sparsify.runtime import accelerate
 
 HIDDEN, NEURONS, RANK = 64, 500, 16
@@ -91,6 +96,26 @@ def bundle(compiled: None, stock: dict[str, Path], tmp_path_factory: pytest.Temp
     source, activation = ModelSection(source=str(stock["mistral"])), ActivationSection("drelu")
     convert(source, activation, to, seed=0, dtype=torch.float32)
     return to
+
+
+def test_an_export_is_timed_once_and_a_small_model_is_said_to_gain_little(bundle: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    save_recipe(compose_recipe("quickstart", ["activation=drelu", "conversion=bare"]), run.recipe)
+    run.export.symlink_to(bundle)
+    point = time_export(run, lambda _: None)
+    assert point is not None
+    assert len(point.decode_seconds["exact"].seconds) == EXPORT_REPEATS
+    assert time_export(run, lambda _: pytest.fail("timed twice")) == point
+    point.decode_seconds["exact"] = point.decode_seconds["torch"]
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(export_speed(point))
+    assert "too small to gain more" in captured.get()
+    assert "sparsify bench decode --layers 0" in captured.get()
+    save_recipe(
+        compose_recipe("quickstart", ["activation=drelu", "conversion=bare", "eval.time_decoding=false"]), run.recipe
+    )
+    assert time_export(run, lambda _: None) is None
 
 
 def test_the_dense_twin_is_the_same_model_and_shares_its_memory(bundle: Path) -> None:

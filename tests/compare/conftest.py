@@ -16,7 +16,7 @@ from sparsify.recipe.compose import compose_recipe, save_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.run_folder import RunFolder
 
-BUDGET = ("training.budget_tokens=20480", "optimizer.warmup_tokens=2048")
+BUDGET = ("training.budget_tokens=20480", "optimizer.warmup_tokens=2048", "conversion=bare")
 
 Losses = Mapping[str, float]
 

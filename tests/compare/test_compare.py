@@ -55,7 +55,7 @@ def test_a_single_run_is_compared_with_its_baseline(runs: Runs) -> None:
     assert rows(comparison, "Runs") == [
         {
             "run": "quickstart",
-            "ffn_activation": "drelu",
+            "ffn_activation": "reglu",
             "training tokens": "20,480",
             "training loss": "2.500",
             "validation loss": "2.300",
@@ -109,21 +109,21 @@ def test_a_sweep_of_shares_is_compared_source_by_source(sweep: list[Path]) -> No
 def test_a_dense_run_of_the_same_tokens_is_the_baseline(runs: Runs) -> None:
     alone = ("baseline.ffn_activation=null",)
     sparse = runs("quickstart", *alone, losses={20480: OTHER})
-    reglu = runs("quickstart,activation=reglu", "activation=reglu", *alone, losses={20480: OTHER})
+    drelu = runs("quickstart,activation=drelu", "activation=drelu", *alone, losses={20480: OTHER})
     # Micro-batch size and number of processes do not change the tokens.
     faster = ("training.micro_batch_size=2", "launch.processes=1")
     dense = runs("quickstart,activation=swiglu", "activation=swiglu", *faster, losses={20480: TWO})
     seed = "training.seed=2"
-    other = runs("quickstart,seed=2,activation=drelu", seed, *alone, losses={20480: OTHER})
+    other = runs("quickstart,seed=2,activation=reglu", seed, *alone, losses={20480: OTHER})
 
-    comparison = compare([sparse, reglu, dense, other])
+    comparison = compare([sparse, drelu, dense, other])
 
     gaps = [row["to dense baseline"] for row in rows(comparison, "Runs")]
     assert gaps == ["+0.500", "+0.500", "is dense", "no baseline"]
     assert comparison.runs[0].baseline is not None
     assert comparison.runs[0].baseline.name == "activation=swiglu"
     (note,) = comparison.notes
-    assert note.startswith("No baseline for seed=2,activation=drelu: the cost of the zeros is unknown")
+    assert note.startswith("No baseline for seed=2,activation=reglu: the cost of the zeros is unknown")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_many_differing_settings_get_a_separate_table(runs: Runs) -> None:
     assert settings == {
         "training.gradient_checkpointing": ("false", "true"),
         "training.seed": ("1", "2"),
-        "optimizer.peak_learning_rate": ("0.0003", "0.001"),
+        "optimizer.peak_learning_rate": ("3e-05", "0.001"),
         "optimizer.beta2": ("0.95", "0.99"),
         "optimizer.weight_decay": ("0.1", "0"),
     }

@@ -79,7 +79,7 @@ def test_a_stopped_compiled_run_goes_on_to_the_same_bits(
 )
 def test_what_cannot_be_compiled_or_would_be_ignored_is_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        compose_recipe("quickstart", ["training.compile=true", *overrides])
+        compose_recipe("recovery/drelu", ["training.compile=true", *overrides])
 
 
 def test_a_checkpointed_mixture_of_experts_would_not_be_compiled(tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_a_checkpointed_mixture_of_experts_would_not_be_compiled(tmp_path: Path)
     SparseMixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path)
     overrides = ["training.compile=true", "training.gradient_checkpointing=true"]
     with pytest.raises(RecipeError, match="mixture of experts"):
-        load_model(compose_recipe("quickstart", overrides), tmp_path, {})
+        load_model(compose_recipe("recovery/drelu", overrides), tmp_path, {})
 
 
 def test_a_machine_without_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CXX", "not-installed")
     with pytest.raises(RecipeError, match=r"no C\+\+ compiler"):
-        check_machine(compose_recipe("quickstart", ["training.compile=true"]))
+        check_machine(compose_recipe("recovery/drelu", ["training.compile=true"]))

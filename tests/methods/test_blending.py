@@ -24,11 +24,11 @@ KINDS = ["mistral", "mixtral"]
 
 @cache
 def quickstart() -> Recipe:
-    return compose_recipe("quickstart")
+    return compose_recipe("recovery/drelu")
 
 
 def recipe_of(share: float) -> Recipe:
-    return compose_recipe("quickstart", [f"blending.budget_share={share}"])
+    return compose_recipe("recovery/drelu", [f"blending.budget_share={share}"])
 
 
 def logits(model: SparseModel) -> torch.Tensor:

@@ -100,7 +100,7 @@ def test_it_is_what_the_formula_says(experts: str | None, blended: bool, stock: 
     if experts:
         student.config._experts_implementation = experts
     if blended:
-        blend(student, compose_recipe("quickstart", ["blending.budget_share=0.5"]), 51_200)
+        blend(student, compose_recipe("recovery/drelu", ["blending.budget_share=0.5"]), 25_600)
     total, record, gradients = distilled(student, teacher_of(folder))
 
     student.zero_grad()
@@ -203,13 +203,13 @@ def test_the_dense_model_is_no_distance_from_itself_and_never_changes(
 )
 def test_settings_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError) as error:
-        compose_recipe("quickstart", overrides)
+        compose_recipe("recovery/drelu", overrides)
     assert message in str(error.value)
 
 
 def test_logits_can_be_distilled_through_compiled_layers() -> None:
     compiled = ["distillation.logits_weight=1", "training.compile=true"]
-    assert compose_recipe("quickstart", compiled).distillation.is_on
+    assert compose_recipe("recovery/drelu", compiled).distillation.is_on
 
 
 def test_a_model_is_not_distilled_from_itself(recipe_file: Path, mixture_file: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_model_is_not_distilled_from_itself(recipe_file: Path, mixture_file: P
 
 
 def test_the_dense_control_has_no_teacher(tmp_path: Path) -> None:
-    recipe = compose_recipe("quickstart", BOTH)
+    recipe = compose_recipe("recovery/drelu", BOTH)
     baseline = baseline_recipe(recipe, RunFolder(tmp_path))
     assert recipe.distillation.is_on
     assert baseline is not None

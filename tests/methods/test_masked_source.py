@@ -89,7 +89,7 @@ def test_its_teacher_is_the_dense_model(run: Path, stock: dict[str, Path]) -> No
 
 
 def test_a_run_repeats_its_baseline_only_without_a_mask(tmp_path: Path) -> None:
-    recipe = compose_recipe("quickstart", ["activation=swiglu"])
+    recipe = compose_recipe("quickstart", ["activation=swiglu", "conversion=bare"])
     run = RunFolder(tmp_path)
     save_recipe(recipe, run.recipe)
     write_json(run.initial / "config.json", {"sparsification": None})

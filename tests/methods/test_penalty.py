@@ -140,14 +140,14 @@ STAGES = "penalty.stages=[{until_budget_share:0.5,weight:0},{until_budget_share:
 )
 def test_settings_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(RecipeError) as error:
-        compose_recipe("quickstart", overrides)
+        compose_recipe("recovery/drelu", overrides)
     assert message in str(error.value)
 
 
 def test_thresholds_let_a_dense_activation_be_pressed() -> None:
     conversion = ["conversion.calibration_tokens=16384", "conversion.target_zeros=0.5"]
     pressed = ["penalty.target_zeros=0.9", "activation=swiglu", "baseline.ffn_activation=null"]
-    assert compose_recipe("quickstart", conversion + pressed).penalty.target_zeros == 0.9
+    assert compose_recipe("recovery/drelu", conversion + pressed).penalty.target_zeros == 0.9
 
 
 @pytest.mark.parametrize("name", ["drelu", "reglu"])
@@ -155,7 +155,7 @@ def test_thresholds_let_a_dense_activation_be_pressed() -> None:
 def test_the_plan_knows_what_it_keeps_for_the_backward_pass(name: str, setting: str, stock: dict[str, Path]) -> None:
     blends = setting.startswith("blending")
     overrides = [f"activation={name}", f"{setting}=0.5", *([] if blends else [STAGES])]
-    recipe = compose_recipe("quickstart", overrides)
+    recipe = compose_recipe("recovery/drelu", overrides)
     model = load_sparse(stock["mistral"], name).train()
     with PenaltyMeter(model, 0.0, IDS.device):
         before = kept_bytes(model)

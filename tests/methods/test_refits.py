@@ -38,7 +38,7 @@ Runs = Callable[[list[str]], dict[str, Any]]
 
 @cache
 def quickstart() -> Recipe:
-    return compose_recipe("quickstart")
+    return compose_recipe("recovery/drelu")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_every_milestone_comes_before_a_step_of_its_own(share: float, milestones
 
 
 def test_a_refit_rests_on_what_comes_next_and_stays_inside_the_run() -> None:
-    recipe = compose_recipe("quickstart", REFITS)
+    recipe = compose_recipe("recovery/drelu", REFITS)
     sequences, last = 8192 // recipe.training.sequence_length, recipe.num_steps
     assert refit_sequences(recipe, 5) == (5 * recipe.training.global_batch_size, sequences)
     first, count = refit_sequences(recipe, last - 1)
@@ -173,9 +173,9 @@ def test_a_refit_rests_on_what_comes_next_and_stays_inside_the_run() -> None:
             [*REFITS, "blending.refit_milestones=1"],
             "conversion.calibration_tokens, without a blending schedule",
         ),
-        ([*REFITS, "blending.refit_milestones=51"], "2 to 50"),
-        ([*REFITS, "blending.refit_tokens=0"], "2048 to 204800"),
-        ([*REFITS, "blending.refit_tokens=1000000"], "2048 to 204800"),
+        ([*REFITS, "blending.refit_milestones=26"], "2 to 25"),
+        ([*REFITS, "blending.refit_tokens=0"], "2048 to 102400"),
+        ([*REFITS, "blending.refit_tokens=1000000"], "2048 to 102400"),
         ([*REFITS, "conversion.ridge=0"], "conversion.ridge is 0"),
         ([*REFITS, "conversion.refit_target=own"], "refit_target=own would be ignored"),
         (["conversion.ridge=0.1"], "conversion.ridge=0.1 would be ignored"),
@@ -183,9 +183,9 @@ def test_a_refit_rests_on_what_comes_next_and_stays_inside_the_run() -> None:
 )
 def test_what_would_be_ignored_is_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        compose_recipe("quickstart", overrides)
+        compose_recipe("recovery/drelu", overrides)
     assert words in str(caught.value)
 
 
 def test_a_refit_s_ridge_may_be_set() -> None:
-    assert compose_recipe("quickstart", [*REFITS, "conversion.ridge=0.1"]).conversion.ridge == 0.1
+    assert compose_recipe("recovery/drelu", [*REFITS, "conversion.ridge=0.1"]).conversion.ridge == 0.1

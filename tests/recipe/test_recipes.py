@@ -26,11 +26,12 @@ from sparsify.recipe.catalogue import (
 from sparsify.recipe.compose import compose_recipe, load_mixture, load_recipe, save_recipe, sweep
 from sparsify.recipe.engine import AUTO_STAGE
 from sparsify.recipe.recipe import Recipe
+from sparsify.recipe.sparsification import ConversionSection
 
 RECIPES = recipe_names()
-RECOVERY = [name for name in RECIPES if name.startswith("recovery/")]
-# The variants of the recovery benchmark are each other's baselines.
-SPARSE_RECIPES = [name for name in RECIPES if name != "quickstart_base" and name not in RECOVERY]
+# The variants of these benchmarks are each other's baselines.
+VARIANTS = [name for name in RECIPES if name.startswith(("recovery/", "proof/"))]
+SPARSE_RECIPES = [name for name in RECIPES if name not in ("quickstart_base", "smollm2_proof", *VARIANTS)]
 TURBOSPARSE = ["turbosparse_mistral_7b", "turbosparse_mixtral_8x7b"]
 
 
@@ -48,7 +49,7 @@ def options(group: str) -> list[str]:
 
 
 def test_no_yaml_is_left_out_of_the_catalogue() -> None:
-    groups = {"model", "activation", "engine"}
+    groups = {"model", "activation", "conversion", "engine"}
     shipped = [path.relative_to(folder("recipes")) for path in folder("recipes").rglob("*.yaml")]
     recipes = {str(path.with_suffix("")) for path in shipped if path.parts[0] not in groups}
     assert recipes == set(RECIPES)
@@ -71,6 +72,13 @@ def test_every_sparse_recipe_has_its_controls(name: str, activation: str) -> Non
     assert recipe.baseline.ffn_activation == (None if name in TURBOSPARSE else "swiglu")
 
 
+def test_the_quickstart_starts_from_the_calibrated_replacement_and_the_bare_one_is_one_override() -> None:
+    recipe, bare = composed("quickstart"), compose_recipe("quickstart", ["conversion=bare"])
+    assert (recipe.conversion.calibration_tokens, recipe.conversion.target_zeros) == (32_768, 0.9)
+    assert bare.conversion == ConversionSection()
+    assert bare.run_dir == "runs/quickstart,conversion=bare"
+
+
 def test_a_gate_threshold_is_the_published_one_unless_given() -> None:
     fatrelu = compose_recipe("quickstart", ["activation=fatrelu"]).activation
     assert fatrelu.model_gate_threshold == 0.01
@@ -88,7 +96,7 @@ def test_every_engine_composes(option: str) -> None:
 
 @pytest.mark.parametrize("option", options("model"))
 def test_every_model_composes(option: str) -> None:
-    model = compose_recipe("quickstart", [f"model={option}"]).model
+    model = compose_recipe("quickstart", [f"model={option}", "conversion=bare"]).model
     assert (model.source is None) == (model.init == "random")
 
 
@@ -295,11 +303,11 @@ BAD_OVERRIDES = {
     "training.global_batch_size=17": ["training.global_batch_size is 17", "multiple of"],
     "training.precision=fp16": ["'fp16'", "bf16, fp32"],
     "activation.ffn_activation=gelu": ["'gelu'", "swiglu, reglu,"],
-    "conversion.target_zeros=0.9": [
+    "conversion=bare conversion.target_zeros=0.9": [
         "conversion.target_zeros=0.9 would be ignored",
         "calibration_t",
     ],
-    "conversion.target_density=0.9": ["conversion.target_density=0.9 would be ignored"],
+    "conversion=bare conversion.target_density=0.9": ["conversion.target_density=0.9 would be ignored"],
     "conversion.calibration_tokens=9999 conversion.target_density=1.2": ["is 1.2.", "such as 0.5"],
     "conversion.calibration_tokens=300": ["at least eight sequences: 2048"],
     "conversion.calibration_tokens=9999 conversion.target_zeros=90": ["is 90.", "such as 0.9"],

@@ -33,7 +33,7 @@ from sparsify.training.validation import sequence_losses
 from tests.plan.test_plan import TINY, kept_for_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RECIPE = compose_recipe("quickstart", ["training.liger_kernels=true"])
+RECIPE = compose_recipe("recovery/drelu", ["training.liger_kernels=true"])
 FAMILIES = {
     "mistral": (apply_liger_kernel_to_mistral, modeling_mistral, "MistralMLP"),
     "mixtral": (apply_liger_kernel_to_mixtral, modeling_mixtral, "MixtralExperts"),

@@ -41,7 +41,7 @@ def nothing_kept() -> Iterator[None]:
 
 
 def recipe_with(**training: object) -> Recipe:
-    return compose_recipe("quickstart", [f"training.{k}={v}" for k, v in training.items()])
+    return compose_recipe("recovery/drelu", [f"training.{k}={v}" for k, v in training.items()])
 
 
 @pytest.mark.parametrize("name", WITH_KERNEL)
@@ -116,7 +116,7 @@ def test_settings_that_would_be_ignored_are_refused(stock: dict[str, Path], monk
     with pytest.raises(RecipeError, match="nothing counts them"):
         recipe_with(fused_activation="off", count_zeros=True)
     with pytest.raises(RecipeError, match=r"blending.budget_share, and there is no kernel"):
-        compose_recipe("quickstart", ["training.fused_activation=inductor", "blending.budget_share=0.1"])
+        compose_recipe("recovery/drelu", ["training.fused_activation=inductor", "blending.budget_share=0.1"])
     with pytest.raises(RecipeError, match="inductor"):
         recipe_with(fused_activation="inducto")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

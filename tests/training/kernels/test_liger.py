@@ -28,15 +28,15 @@ def test_liger_does_what_it_must() -> None:
 
 def test_what_would_be_ignored_or_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"training\.compile: the compiler fuses"):
-        compose_recipe("quickstart", [ASKED, "training.compile=true"])
+        compose_recipe("recovery/drelu", [ASKED, "training.compile=true"])
     with pytest.raises(RecipeError, match=r"distillation\.logits_weight: distillation compares"):
-        compose_recipe("quickstart", [ASKED, "distillation.logits_weight=1"])
-    recipe = compose_recipe("quickstart", [ASKED])
+        compose_recipe("recovery/drelu", [ASKED, "distillation.logits_weight=1"])
+    recipe = compose_recipe("recovery/drelu", [ASKED])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RecipeError, match="no GPU here"):
         check_machine(recipe)
-    check_machine(compose_recipe("quickstart", []))
+    check_machine(compose_recipe("recovery/drelu", []))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     for found, message in ((None, "not installed"), ("0.8.4", r"liger-kernel is 0\.8\.4")):
         monkeypatch.setattr(liger, "installed_version", lambda found=found: found)
