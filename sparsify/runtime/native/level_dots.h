@@ -90,8 +90,10 @@ void dot_levels(const uint8_t* const* rows, const uint8_t* const* next, const Le
             add_group<BITS, R, B>(rows, scales, PLACES.places + g * VECTORS, x, group + g, GROUP_BLOCKS, total);
         }
         const int64_t rest = left - whole * GROUP_BLOCKS;
-        if (whole < SCALED_GROUPS && rest > 0)
+        if (whole < SCALED_GROUPS && rest > 0) {
+            for (int r = 0; r < R; ++r) prefetch(next[r] + (group + whole) * GROUP_BYTES, rest * GROUP_BYTES / GROUP_BLOCKS);
             add_group<BITS, R, B>(rows, scales, PLACES.places + whole * VECTORS, x, group + whole, rest, total);
+        }
     }
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) out[r][b] = _mm512_reduce_add_ps(total[r][b]);

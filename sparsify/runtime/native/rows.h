@@ -20,13 +20,23 @@ enum WeightFormat : int32_t { STORED = 0, INT8 = 1, INT4 = 2 };  // STORED: of t
 
 constexpr int MAX_TOKENS = 8;
 constexpr int ROWS = 4;             // rows of one pass: so many concurrent streams saturate the memory bandwidth
-constexpr int64_t BLOCK_ROWS = 64;  // rows that a thread takes at once
+constexpr int64_t AHEAD_BYTES = 16384;   // read between a row's prefetch and its use: shorter rows take less time than memory's latency
+constexpr int64_t BLOCK_BYTES = 131072;  // rows that a thread takes at once, at least; their first ones are not prefetched
+constexpr int64_t MIN_BLOCK_ROWS = 64, BLOCKS_PER_THREAD = 8;
 
 inline bool forked = false;  // the threads of OpenMP do not survive a fork, and waiting for them would never end
 
 // Waits for all threads of the enclosing parallel region; outside of one it does nothing.
 inline void barrier() {
 #pragma omp barrier
+}
+
+inline int64_t num_threads() {  // of the enclosing parallel region
+#if defined(_OPENMP)
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
 }
 
 // Calls f with the format of hidden states and predictors.
@@ -40,6 +50,11 @@ void with_dtype(int32_t dtype, const F& f) {
 template <class T>
 const typename T::Stored* row(const Matrix& m, int64_t n) {
     return static_cast<const typename T::Stored*>(m.data) + n * m.row_stride;
+}
+
+template <class T>
+int64_t bytes_of(const Matrix& m) {  // of a row
+    return m.row_stride * static_cast<int64_t>(sizeof(typename T::Stored));
 }
 
 // B tokens as the rows of a format read them: fp32 values [B, width], and for blocks also whole numbers (see Levels).
@@ -112,11 +127,12 @@ void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count
     float out[R][MAX_TOKENS];
     const typename T::Stored *rows[R], *next[R];
     const auto nth = [&](int64_t i) { return list ? static_cast<int64_t>(list[i]) : first + i; };
+    const int64_t ahead = std::max<int64_t>(1, AHEAD_BYTES / (R * bytes_of<T>(m))) * R;
     int64_t i = 0;
     for (; i + R <= count; i += R) {
         for (int r = 0; r < R; ++r) {
             rows[r] = row<T>(m, nth(i + r));
-            next[r] = row<T>(m, nth(std::min(i + R + r, count - 1)));
+            next[r] = row<T>(m, nth(std::min(i + ahead + r, count - 1)));
         }
         dot_input<T, R, B>(rows, next, x, out);
         for (int r = 0; r < R; ++r) take(nth(i + r), out[r]);
@@ -132,10 +148,12 @@ void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count
 template <class T, int B, class Take>
 void all_dots(const Matrix& m, const int32_t* list, int64_t count, const Input& x, const Take& take) {
     constexpr int R = B <= 4 ? ROWS : 2;
-    const int64_t blocks = (count + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    const int64_t even = count / (num_threads() * BLOCKS_PER_THREAD);
+    const int64_t at_once = std::max({MIN_BLOCK_ROWS, even, BLOCK_BYTES / bytes_of<T>(m)});
+    const int64_t blocks = (count + at_once - 1) / at_once;
 #pragma omp for schedule(dynamic, 1) nowait
     for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t begin = block * BLOCK_ROWS, size = std::min(BLOCK_ROWS, count - begin);
+        const int64_t begin = block * at_once, size = std::min(at_once, count - begin);
         dot_rows<T, R, B>(m, list ? list + begin : nullptr, begin, size, x, take);
     }
 }
