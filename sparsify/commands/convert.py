@@ -11,6 +11,7 @@ import torch
 import yaml
 from rich.console import Group, RenderableType
 
+from sparsify.conversion.architecture import stored_activation
 from sparsify.conversion.convert import Converted, conversion
 from sparsify.conversion.source_checkpoint import locate, read_checkpoint
 from sparsify.conversion.source_tensors import check_base_loss
@@ -30,7 +31,7 @@ from sparsify.mixture.sequences.held_out import (
 from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import ACTIVATIONS, SparseConfig, site_rules
-from sparsify.models.activations import STOCK_ACTIVATION, activation_words
+from sparsify.models.activations import activation_words
 from sparsify.models.masking import INPUT_SITES
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.recipe import CACHE_DIR
@@ -223,7 +224,7 @@ def own_activation(source: str) -> tuple[str, float | None]:
     """Activation and gate threshold of a checkpoint; those of a stock one in a GGUF file."""
     path = locate(source)
     config = {} if path.is_file() else read_checkpoint(path).config
-    name = config.get("ffn_activation", STOCK_ACTIVATION)
+    name = stored_activation(config)
     has_threshold = name in ACTIVATIONS and ACTIVATIONS[name].has_gate_threshold
     return name, config.get("ffn_gate_threshold") if has_threshold else None
 

@@ -1,32 +1,22 @@
-"""Which architectures can be held, as what, and which tensors they have on disk."""
+"""Which architectures can be held, and as what."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from transformers import LlamaConfig, MistralConfig, MixtralConfig
 
 from sparsify.errors import ModelError, nearest
-from sparsify.models import (
-    CONFIG_CLASSES,
-    SparseConfig,
-    SparseMistralConfig,
-    SparseMixtralConfig,
-    mask_tensors,
-)
+from sparsify.models import FAMILIES, Family, SparseConfig
+from sparsify.models.activations import ACTIVATIONS, STOCK_ACTIVATION
 
-HELD_AS = {
-    "mistral": SparseMistralConfig,
-    "llama": SparseMistralConfig,
-    "mixtral": SparseMixtralConfig,
-    **CONFIG_CLASSES,
-}
-OWN_CLASSES = {"mistral": MistralConfig, "llama": LlamaConfig, "mixtral": MixtralConfig, **CONFIG_CLASSES}
-"""The classes whose defaults apply to the fields that a config.json does not have."""
+HIDDEN_ACTS = {"silu": "silu", "swish": "silu"}
+"""Kinds of gates by transformers' names of activations."""
 DROPPED_FIELDS = (
     "model_type",
     "architectures",
@@ -41,6 +31,8 @@ DROPPED_FIELDS = (
     "layer_types",
     "transformers_weights",
 )
+KEPT_FIELDS = {"layer_types"}
+"""Of these, what a family keeps whose configuration has such a field."""
 
 
 _Size = Annotated[int, Field(ge=1, le=10_000_000, strict=True)]
@@ -135,15 +127,27 @@ def sparse_config(
         ModelError: If the architecture cannot be held, with the reason.
     """
     config = held_fields(config, where)
-    model_type = config["model_type"]
-    fields = {key: value for key, value in config.items() if key not in DROPPED_FIELDS}
+    family = family_held(config)
+    assert family is not None, "checked by held_fields"
+    known = {one.name for one in dataclasses.fields(family.config)}
+    fields = {key: value for key, value in config.items() if key not in DROPPED_FIELDS or key in KEPT_FIELDS & known}
     fields["ffn_activation"] = ffn_activation
     if gate_threshold is not None:
         fields["ffn_gate_threshold"] = gate_threshold
-    if model_type == "llama":
-        fields["sliding_window"] = None
-    with _config_errors(model_type, where):
-        return HELD_AS[model_type](**fields)
+    with _config_errors(config["model_type"], where):
+        return family.config(**fields)
+
+
+def stored_activation(config: Mapping[str, Any]) -> str:
+    """The activation of a checkpoint with that config.json: the one that it names, or what its family's stock ones compute."""
+    family = family_held(config)
+    return config.get("ffn_activation", STOCK_ACTIVATION if family is None else family.base_activation)
+
+
+def family_held(config: Mapping[str, Any]) -> Family | None:
+    """The family as which a checkpoint with that config.json is held; None if there is none."""
+    model_type = str(config.get("model_type"))
+    return next((one for one in FAMILIES.values() if model_type == one.model_type or model_type in one.stock), None)
 
 
 def held_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -154,19 +158,29 @@ def held_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """
     check_fields(config, where)
     model_type = str(config.get("model_type"))
-    if model_type not in HELD_AS:
+    family = family_held(config)
+    if family is None:
+        known = [name for one in FAMILIES.values() for name in (*one.stock, one.model_type)]
+        name = re.sub(r"\W", "_", model_type)[:40]
         raise ModelError(
             f"{where} has model_type {model_type!r}, an architecture that cannot be held.",
-            allowed=f"{nearest(model_type, HELD_AS)}Held: mistral, mixtral, and llama without biases.",
+            allowed=f"{nearest(model_type, known)}Held: {', '.join(stock_types())}.",
+            next_step=f"To hold it, add sparsify/models/sparse_{name}.py: a family is one file, see docs/conversion.md.",
         )
     config = complete_fields(config, where) | {"model_type": model_type}
-    reasons = _obstacles(config, model_type)
+    reasons = _obstacles(config, family)
     if reasons:
         raise ModelError(
             f"{where} ({model_type}) cannot be held: {'; '.join(reasons)}.",
-            allowed="Mistral, Mixtral, and Llama checkpoints with SwiGLU, without biases, in full precision.",
+            allowed=f"Checkpoints of {', '.join(stock_types())}, in full precision, with "
+            f"{ACTIVATIONS[family.base_activation].formula}, without biases other than the family's own.",
         )
     return config
+
+
+def stock_types() -> list[str]:
+    """Model types of the checkpoints that can be held."""
+    return [name for family in FAMILIES.values() for name in family.stock]
 
 
 def complete_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -175,9 +189,10 @@ def complete_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     Raises:
         ModelError: If no such model can have these fields.
     """
-    own = OWN_CLASSES.get(str(config.get("model_type")))
-    if own is None:
+    family = family_held(config)
+    if family is None:
         return dict(config)
+    own = family.stock.get(str(config["model_type"]), family.config)
     quantised = {key: value for key, value in config.items() if key == "quantization_config" and value}
     given = {key: value for key, value in config.items() if key != "quantization_config"}
     with _config_errors(own.model_type, where):
@@ -196,85 +211,19 @@ def _config_errors(model_type: str, where: str) -> Iterator[None]:
         ) from error
 
 
-def _obstacles(config: dict[str, Any], model_type: str) -> list[str]:
+def _obstacles(config: dict[str, Any], family: Family) -> list[str]:
     reasons = []
     if config.get("quantization_config"):
         reasons.append("its weights are quantised")
     if config.get("attention_bias") or config.get("mlp_bias"):
         reasons.append("it has biases")
-    activation = config.get("hidden_act", "silu")
-    if model_type not in CONFIG_CLASSES and activation not in ("silu", "swish"):
-        reasons.append(f"its hidden_act is {activation!r}, not silu")
+    gate = ACTIVATIONS[family.base_activation].gate
+    field = "hidden_activation" if "hidden_activation" in config else "hidden_act"
+    activation = config.get(field)
+    if config["model_type"] != family.model_type and HIDDEN_ACTS.get(str(activation)) != gate:
+        named = next(name for name, kind in HIDDEN_ACTS.items() if kind == gate)
+        reasons.append(f"its {field} is {activation!r}, not {named}")
+    for field, (value, reason) in family.obstacles.items():
+        if config.get(field, value) != value:
+            reasons.append(reason)
     return reasons
-
-
-def tensor_shapes(config: SparseConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor on disk, in the layout of stock Mistral and Mixtral checkpoints."""
-    hidden, head_dim = (
-        config.hidden_size,
-        config.head_dim or config.hidden_size // config.num_attention_heads,
-    )
-    queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    shapes = {
-        "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    for layer in range(config.num_hidden_layers):
-        prefix = f"model.layers.{layer}."
-        shapes |= {
-            f"{prefix}input_layernorm.weight": (hidden,),
-            f"{prefix}post_attention_layernorm.weight": (hidden,),
-            f"{prefix}self_attn.q_proj.weight": (queries, hidden),
-            f"{prefix}self_attn.k_proj.weight": (keys, hidden),
-            f"{prefix}self_attn.v_proj.weight": (keys, hidden),
-            f"{prefix}self_attn.o_proj.weight": (hidden, queries),
-        }
-        shapes |= _ffn_shapes(config, prefix)
-        names = mask_names(config, layer)
-        for site, parts in mask_tensors(config).items():
-            shapes |= {names[site][part]: shape for part, (_, shape) in parts.items()}
-    return shapes
-
-
-def mask_names(config: SparseConfig, layer: int) -> dict[str, dict[str, str]]:
-    """Names on disk of what a layer stores of each masked site, by part."""
-
-    def on_disk(name: str) -> str:
-        return f"model.layers.{layer}.{name.replace('mlp.experts.', 'block_sparse_moe.experts.')}"
-
-    return {
-        site: {part: on_disk(name) for part, (name, _) in parts.items()} for site, parts in mask_tensors(config).items()
-    }
-
-
-def projection_names(config: SparseConfig, layer: int, projection: str) -> list[str]:
-    """Names on disk of a projection's weight, such as `gate_proj`; in a mixture of experts one for each expert."""
-    prefix = f"model.layers.{layer}."
-    if projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-        return [f"{prefix}self_attn.{projection}.weight"]
-    if isinstance(config, SparseMistralConfig):
-        return [f"{prefix}mlp.{projection}.weight"]
-    name = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}[projection]
-    return [f"{prefix}block_sparse_moe.experts.{e}.{name}.weight" for e in range(config.num_local_experts)]
-
-
-def _ffn_shapes(config: SparseConfig, prefix: str) -> dict[str, tuple[int, ...]]:
-    hidden, neurons = config.hidden_size, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {}
-    if isinstance(config, SparseMistralConfig):
-        return shapes | {
-            f"{prefix}mlp.gate_proj.weight": (neurons, hidden),
-            f"{prefix}mlp.up_proj.weight": (neurons, hidden),
-            f"{prefix}mlp.down_proj.weight": (hidden, neurons),
-        }
-    shapes[f"{prefix}block_sparse_moe.gate.weight"] = (config.num_local_experts, hidden)
-    for expert in range(config.num_local_experts):
-        name = f"{prefix}block_sparse_moe.experts.{expert}."
-        shapes |= {
-            f"{name}w1.weight": (neurons, hidden),
-            f"{name}w3.weight": (neurons, hidden),
-            f"{name}w2.weight": (hidden, neurons),
-        }
-    return shapes

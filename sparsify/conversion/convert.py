@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify.conversion.architecture import mask_names, projection_names, sparse_config, tensor_shapes
+from sparsify.conversion.architecture import sparse_config, stored_activation
 from sparsify.conversion.gguf_file import gguf_tokenizer, read_gguf
+from sparsify.conversion.layout import mask_names, projection_names, tensor_shapes
 from sparsify.conversion.manifest import record_folder
 from sparsify.conversion.source_checkpoint import SourceCheckpoint, locate, read_checkpoint
 from sparsify.conversion.source_tensors import DTYPES, HEAD, check_finite, check_tensors
@@ -31,32 +32,38 @@ from sparsify.conversion.weight_files import copy_shards, write_shards
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder
 from sparsify.models import (
-    MODEL_CLASSES,
     SparseConfig,
-    SparseMistralConfig,
     SparseMixtralConfig,
     SparseMixtralForCausalLM,
     SparseModel,
+    family_of,
     mask_tensors,
     site_rules,
 )
-from sparsify.models.activations import STOCK_ACTIVATION
-from sparsify.models.masking import READERS
+from sparsify.models.masking import READERS, has_experts
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection
 
 logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
+UPCYCLED = ("sparse_mistral", "sparse_llama")
+"""Model types whose layers are Mixtral's but for the experts."""
 DENSE_ONLY_FIELDS = ("model_type", "architectures", "auto_map", "dtype", "transformers_version")
 
 
 def check_dense(config: SparseConfig, num_experts: int) -> None:
     """Raises ModelError if what is to be upcycled has experts already."""
-    if not isinstance(config, SparseMistralConfig):
+    if has_experts(config):
         raise ModelError(
             f"model.upcycle_experts is {num_experts}, but the model is {config.model_type} already.",
             allowed="Only a dense model can be turned into one with experts.",
+            next_step="Leave model.upcycle_experts out.",
+        )
+    if config.model_type not in UPCYCLED:
+        raise ModelError(
+            f"model.upcycle_experts is {num_experts}, and the model is {config.model_type}: Mixtral's attention is another.",
+            allowed=f"{', '.join(UPCYCLED)}.",
             next_step="Leave model.upcycle_experts out.",
         )
 
@@ -208,7 +215,7 @@ def _write(
 def _held_as(model: ModelSection, config: dict[str, Any], activation: ActivationSection, where: str) -> SparseConfig:
     name, gate_threshold = activation.ffn_activation, activation.model_gate_threshold
     held = sparse_config(config, name, where, gate_threshold)
-    held.base_ffn_activation = config.get("ffn_activation", STOCK_ACTIVATION)
+    held.base_ffn_activation = stored_activation(config)
     held.base_ffn_gate_threshold = config.get("ffn_gate_threshold", 0.0)
     _check_architecture(model, config)
     if model.upcycle_experts is not None:
@@ -311,7 +318,8 @@ def _write_random(
     assert model.tokenizer is not None
     config = _held_as(model, dict(model.architecture), activation, "model.architecture")
     torch.manual_seed(seed)
-    MODEL_CLASSES[config.model_type](config).to(dtype).save_pretrained(folder)
+    made: Any = family_of(config).model(config)
+    made.to(dtype).save_pretrained(folder)
     write_config(config, folder, dtype)
     write_tokenizer(locate(model.tokenizer), folder)
     return config
@@ -321,7 +329,7 @@ def _write_upcycled(model: ModelSection, folder: Path, seed: int) -> SparseConfi
     assert model.upcycle_experts is not None
     dense = load_sparse(folder)
     sparse = upcycle(dense, model.upcycle_experts, model.upcycle_experts_per_token, seed)
-    for file in [*folder.glob("*.safetensors*"), *folder.glob("*sparse_mistral.py")]:
+    for file in [*folder.glob("*.safetensors*"), *folder.glob("*.py")]:
         file.unlink()
     sparse.save_pretrained(folder)
     write_config(sparse.config, folder, sparse.dtype)

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from sparsify.conversion.architecture import family_held
 from sparsify.conversion.source_tensors import EMBEDDING, HEAD, SourceTensor, check_dtypes, read_header, stock_tensors
 from sparsify.errors import ModelError
 from sparsify.metadata import read_json, user_path
@@ -84,7 +85,7 @@ class SourceCheckpoint:
     Attributes:
         config: Content of config.json; embeddings are tied only if the stored ones are equal.
         shards: The files with its weights, as transformers chooses them.
-        tensors: Its tensors by their names in stock Mistral and Mixtral checkpoints, whatever the layout on disk.
+        tensors: Its tensors by their names in the layout of its family, whatever the layout on disk.
         notes: What of the folder is not taken as it says, in sentences.
     """
 
@@ -122,7 +123,7 @@ def read_checkpoint(folder: Path) -> SourceCheckpoint:
     shards, notes = _weight_files(folder, config)
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:
-        tensors |= stock_tensors(read_header(shard))
+        tensors |= stock_tensors(read_header(shard), family_held(config))
     if not config.get("quantization_config"):  # that is refused with its own reason
         check_dtypes(folder, tensors)
     head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sparsify.errors import ModelError
+from sparsify.models import Family
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -25,8 +26,8 @@ _DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _BASE = re.compile(r"(layers|embed_tokens|norm)\.")
 """Begins a name in a checkpoint of the model without its head, which transformers writes without `model.`."""
 _EXPERTS = re.compile(r"(model\.layers\.\d+\.)mlp\.((?:experts|gate)\..*)")
-"""Names of Mixtral's blocks in memory; on disk they are called block_sparse_moe."""
-_FUSED = re.compile(r"(.*block_sparse_moe\.experts\.)(gate_up_proj|down_proj)")
+"""Names in memory of what a family may call otherwise on disk."""
+_FUSED = re.compile(r"(.*\.experts\.)(gate_up_proj|down_proj)")
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def read_shapes(shard: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in read_header(shard).items()}
 
 
-def stock_tensors(stored: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
-    """Tensors by the names of stock Mistral and Mixtral checkpoints, from any layout that transformers reads.
+def stock_tensors(stored: Mapping[str, SourceTensor], family: Family | None = None) -> dict[str, SourceTensor]:
+    """Tensors by their names in the layout of a family, from any layout that transformers reads.
 
-    Those are: Mixtral's experts one by one or fused in one tensor, named as on disk or as in memory; checkpoints of the
+    Those are: experts one by one or fused in one tensor, named as on disk or as in memory; checkpoints of the
     model without its head; and buffers that old versions stored and new ones compute, which are ignored.
     """
     tensors: dict[str, SourceTensor] = {}
@@ -108,22 +109,22 @@ def stock_tensors(stored: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]
         if _DERIVED.search(key):
             continue
         name = f"model.{key}" if _BASE.match(key) else key
-        if match := _EXPERTS.fullmatch(name):
-            name = f"{match[1]}block_sparse_moe.{match[2]}"
+        if family is not None and (match := _EXPERTS.fullmatch(name)):
+            name = f"{match[1]}{family.blocks_on_disk}.{match[2]}"
         match = _FUSED.fullmatch(name)
-        if match and len(tensor.shape) == 3:
-            tensors |= _experts(match[1], match[2], tensor)
+        if family is not None and match and len(tensor.shape) == 3:
+            tensors |= _experts(match[1], match[2], tensor, family.expert_projections)
         else:
             tensors[name] = tensor
     return tensors
 
 
-def _experts(prefix: str, name: str, fused: SourceTensor) -> dict[str, SourceTensor]:
+def _experts(prefix: str, name: str, fused: SourceTensor, names: Mapping[str, str]) -> dict[str, SourceTensor]:
     experts, rows, columns = fused.shape
     gate, up = slice(0, rows // 2), slice(rows // 2, rows)  # in gate_up_proj, one above the other
-    parts = {"w2": slice(0, rows)} if name == "down_proj" else {"w1": gate, "w3": up}
+    parts = {"down_proj": slice(0, rows)} if name == "down_proj" else {"gate_proj": gate, "up_proj": up}
     return {
-        f"{prefix}{expert}.{matrix}.weight": replace(
+        f"{prefix}{expert}.{names[matrix]}.weight": replace(
             fused, shape=(part.stop - part.start, columns), part=(expert, part)
         )
         for expert in range(experts)

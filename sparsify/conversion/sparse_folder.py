@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers.dynamic_module_utils import get_relative_import_files
 
-from sparsify import models
-from sparsify.conversion.architecture import sparse_config
+from sparsify.conversion.architecture import sparse_config, stored_activation
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.errors import ModelError
 from sparsify.files import write_json
-from sparsify.models import BASE_CLASSES, MODEL_CLASSES, FfnActivation, SparseConfig, SparseModel, site_rules
-from sparsify.models.activations import STOCK_ACTIVATION
+from sparsify.models import Family, FfnActivation, SparseConfig, SparseModel, family_of, site_rules
 from sparsify.models.ffn_activation import FACTOR_SITES
 from sparsify.models.masking import is_in_activation, ranks_by_proxy
-from sparsify.models.modeling_sparse_mistral import SparseMistralMLP
-from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 
 
 def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None:
@@ -26,13 +23,12 @@ def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None
 
     What older versions of transformers, and engines that read the file themselves, look for under other names is there too.
     """
-    kind = config.model_type
-    config_file, model_file = f"configuration_{kind}", f"modeling_{kind}"
+    family = family_of(config)
     name = str(dtype).removeprefix("torch.")
-    rope: Any = config.rope_parameters
+    rope = config.rope_parameters
     fields = config.to_dict() | {
-        "architectures": [MODEL_CLASSES[kind].__name__],
-        "auto_map": auto_map(kind),
+        "architectures": [family.model.__name__],
+        "auto_map": auto_map(family),
         "dtype": name,
         "torch_dtype": name,
         "rope_theta": rope["rope_theta"],
@@ -40,18 +36,22 @@ def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None
     if rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     write_json(folder / "config.json", fields)
-    for name in (config_file, model_file, "ffn_activation", "activations", "masking", "quantised"):
-        shutil.copyfile(Path(models.__file__).with_name(f"{name}.py"), folder / f"{name}.py")
+    for file in modeling_files(family):
+        shutil.copyfile(file, folder / file.name)
 
 
-def auto_map(model_type: str) -> dict[str, str]:
-    """Where transformers finds the classes of a model type of ours, in the files next to config.json."""
-    model_class = MODEL_CLASSES[model_type]
-    return {
-        "AutoConfig": f"configuration_{model_type}.{model_class.config_class.__name__}",
-        "AutoModel": f"modeling_{model_type}.{BASE_CLASSES[model_type].__name__}",
-        "AutoModelForCausalLM": f"modeling_{model_type}.{model_class.__name__}",
-    }
+def modeling_files(family: Family) -> list[Path]:
+    """The files that define a family: its own, and those of this package that it imports."""
+    own = sys.modules[family.module].__file__
+    assert own is not None
+    return [Path(own), *map(Path, get_relative_import_files(own))]
+
+
+def auto_map(family: Family) -> dict[str, str]:
+    """Where transformers finds the classes of a family, in the files next to config.json."""
+    module = family.module.rpartition(".")[2]
+    classes = {"AutoConfig": family.config, "AutoModel": family.decoder, "AutoModelForCausalLM": family.model}
+    return {auto: f"{module}.{one.__name__}" for auto, one in classes.items()}
 
 
 def load_sparse(
@@ -69,10 +69,10 @@ def load_sparse(
         ModelError: If the folder is not a whole checkpoint, is not supported, or any key is missing or unexpected.
     """
     checkpoint = read_checkpoint(folder)
-    kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
+    kept = stored_activation(checkpoint.config)
     config = sparse_config(checkpoint.config, ffn_activation or kept, str(folder), gate_threshold)
     try:
-        model, info = MODEL_CLASSES[config.model_type].from_pretrained(
+        model, info = family_of(config).model.from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -105,10 +105,7 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
     by_threshold = "inter" in masked and is_in_activation("inter", masked["inter"])
     in_activation = {site for site in FACTOR_SITES if site in masked and not (site == "inter" and by_threshold)}
     for block in model.ffn_blocks():
-        own = "forward" not in vars(block) and type(block) in (
-            SparseMistralMLP,
-            SparseMixtralExperts,
-        )
+        own = "forward" not in vars(block) and type(block) is family_of(model.config).decoder.block_class
         activation = getattr(block, "ffn_activation", None)
         if (
             not own

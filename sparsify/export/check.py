@@ -19,7 +19,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from sparsify import models
-from sparsify.conversion.architecture import sparse_config, tensor_shapes
+from sparsify.conversion.architecture import sparse_config, stored_activation
+from sparsify.conversion.layout import tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.source_tensors import check_tensors
 from sparsify.conversion.sparse_folder import auto_map, load_sparse
@@ -28,8 +29,7 @@ from sparsify.export import fresh_process
 from sparsify.export.weight_shards import SUMS, read_sums, sha256
 from sparsify.launch import lifeline
 from sparsify.metadata import read_json, read_record
-from sparsify.models import MODEL_CLASSES
-from sparsify.models.activations import STOCK_ACTIVATION
+from sparsify.models import FAMILIES
 from sparsify.predictors import read_predictors
 from sparsify.sparsity.report import read_report
 from sparsify.trust import code_is_trusted, without_secrets
@@ -273,7 +273,7 @@ def foreign_code(bundle: Path) -> list[str]:
             found.append(name)
     config = read_json(bundle / "config.json", ExportError)
     kind = config.get("model_type")
-    known = auto_map(kind) if isinstance(kind, str) and kind in MODEL_CLASSES else {}
+    known = auto_map(FAMILIES[kind]) if isinstance(kind, str) and kind in FAMILIES else {}
     given = config.get("auto_map", {})
     if not isinstance(given, dict) or any(known.get(name) != place for name, place in given.items()):
         found.append("auto_map in config.json")
@@ -303,7 +303,7 @@ def _names(names: list[str]) -> str:
 def _tensors(bundle: Path) -> Check:
     try:
         checkpoint = read_checkpoint(bundle)
-        kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
+        kept = stored_activation(checkpoint.config)
         check_tensors(bundle, checkpoint.shapes, tensor_shapes(sparse_config(checkpoint.config, kept, str(bundle))))
     except UserError as error:
         return Check("tensors", False, error.given)

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from sparsify.conversion import weight_files
-from sparsify.conversion.architecture import tensor_shapes
+from sparsify.conversion.layout import LiveTensor, live_tensors, tensor_shapes
 from sparsify.errors import RunError
 from sparsify.models import SparseConfig
 from sparsify.runs.state import StoredTensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_EXPERT = re.compile(r"(.*)block_sparse_moe\.experts\.(\d+)\.w([123])\.weight")
-_ROUTER = re.compile(r"(.*)block_sparse_moe\.gate\.weight")
-_MASK = re.compile(r"(.*)block_sparse_moe\.(experts\..*threshold)")
-
-
-class _LiveTensor(NamedTuple):
-    name: str
-    expert: int | None = None
-    matrix: str = ""
 
 
 def write_shards(
@@ -35,9 +24,9 @@ def write_shards(
     dtype: torch.dtype,
     shard_bytes: int,
 ) -> None:
-    """Writes safetensors in the layout of stock Mistral and Mixtral checkpoints, and an index if there are several files.
+    """Writes safetensors in the layout of the family's stock checkpoints, and an index if there are several files.
 
-    Peak memory is one shard, plus one layer's fused experts for Mixtral.
+    Peak memory is one shard, plus one layer's fused experts in a mixture.
 
     Raises:
         RunError: If a tensor is missing in `weights` or has another shape.
@@ -49,7 +38,7 @@ def write_shards(
 def stock_reader(
     weights: Mapping[str, StoredTensor], config: SparseConfig, dtype: torch.dtype
 ) -> Callable[[str], torch.Tensor]:
-    """A function that reads a run's tensor by its name in stock Mistral and Mixtral checkpoints; it keeps the last fused experts.
+    """A function that reads a run's tensor by its name in stock checkpoints of its family; it keeps the last fused experts.
 
     Raises:
         RunError: When called, if a tensor is missing in `weights` or has another shape.
@@ -62,11 +51,11 @@ class _Reader:
     """Reads tensors in the stored layout, and caches the last fused experts."""
 
     def __init__(self, weights: Mapping[str, StoredTensor], config: SparseConfig) -> None:
-        self._weights, self._neurons = weights, config.intermediate_size
+        self._weights, self._live = weights, live_tensors(config)
         self._last: tuple[str, torch.Tensor] | None = None
 
     def read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        live = _live_tensor(name)
+        live = self._live[name]
         if live.name not in self._weights:
             raise RunError(
                 f"The checkpoint does not hold {live.name}.",
@@ -75,17 +64,13 @@ class _Reader:
         tensor = self._gathered(live)
         if live.expert is not None:
             tensor = tensor[live.expert]
-            # Fused experts hold gate (w1) above up (w3).
-            if live.matrix == "1":
-                tensor = tensor[: self._neurons]
-            elif live.matrix == "3":
-                tensor = tensor[self._neurons :]
+            tensor = tensor if live.rows is None else tensor[live.rows]
         if tuple(tensor.shape) != shape:
             raise RunError(f"{name} has the shape {list(tensor.shape)} instead of {list(shape)}.")
         # Always a copy: safetensors refuses views, and a view would keep the whole fused tensor in memory.
         return tensor.to(dtype, copy=True).contiguous()
 
-    def _gathered(self, live: _LiveTensor) -> torch.Tensor:
+    def _gathered(self, live: LiveTensor) -> torch.Tensor:
         if self._last is not None and self._last[0] == live.name:
             return self._last[1]
         self._last = None
@@ -93,17 +78,6 @@ class _Reader:
         if live.expert is not None:
             self._last = live.name, tensor
         return tensor
-
-
-def _live_tensor(stored_name: str) -> _LiveTensor:
-    if match := _EXPERT.fullmatch(stored_name):
-        fused = "down_proj" if match[3] == "2" else "gate_up_proj"
-        return _LiveTensor(f"{match[1]}mlp.experts.{fused}", int(match[2]), match[3])
-    if match := _ROUTER.fullmatch(stored_name):
-        return _LiveTensor(f"{match[1]}mlp.gate.weight")
-    if match := _MASK.fullmatch(stored_name):
-        return _LiveTensor(f"{match[1]}mlp.{match[2]}")
-    return _LiveTensor(stored_name)
 
 
 SUMS = "SHA256SUMS"

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from sparsify.conversion.architecture import mask_names
+from sparsify.conversion.layout import mask_names
 from sparsify.conversion.source_tensors import check_base_loss
 from sparsify.errors import MixtureError, StorageError
 from sparsify.files import atomic_folder, storage_errors, write_json

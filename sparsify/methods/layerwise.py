@@ -23,15 +23,11 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import nn
 
-from sparsify.conversion.architecture import sparse_config, tensor_shapes
+from sparsify.conversion.architecture import sparse_config, stored_activation
+from sparsify.conversion.layout import LAYER, name_on_disk, projection_names, tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.source_tensors import read_shapes
-from sparsify.models import (
-    MODEL_CLASSES,
-    FfnActivation,
-    SparseConfig,
-    SparseMistralConfig,
-)
+from sparsify.models import FfnActivation, SparseConfig, family_of
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.masking import (
     INPUTS,
@@ -185,11 +181,8 @@ class Routes:
 
 def ffn_names(config: SparseConfig, layer: int, expert: int) -> tuple[str, str, str]:
     """Names on disk of one expert's gate, up and down projection."""
-    prefix = f"model.layers.{layer}."
-    if isinstance(config, SparseMistralConfig):
-        return tuple(f"{prefix}mlp.{part}_proj.weight" for part in ("gate", "up", "down"))  # type: ignore[return-value]
-    name = f"{prefix}block_sparse_moe.experts.{expert}."
-    return f"{name}w1.weight", f"{name}w3.weight", f"{name}w2.weight"
+    gate, up, down = (projection_names(config, layer, name)[expert] for name in ("gate_proj", "up_proj", "down_proj"))
+    return gate, up, down
 
 
 @dataclass(frozen=True)
@@ -250,6 +243,7 @@ class Attention:
 
     def __init__(self, config: SparseConfig, mask: dict[str, Any] | None, device: torch.device) -> None:
         self._decoder, self._router = _without_block(config, None, device)
+        self._router_name = name_on_disk(config, f"{LAYER.format(0)}mlp.gate.weight").removeprefix(LAYER.format(0))
         self._masked = self._decoder if mask is None else _without_block(config, mask, device)[0]
         self.masked = False
         self.changed: dict[str, torch.Tensor] = {}
@@ -267,7 +261,7 @@ class Attention:
                     if getattr(module, f"remainder_{part}", None) is not None:
                         getattr(module, f"remainder_{part}").zero_()
         if self._router is not None:
-            self._router.float().weight.data.copy_(tensors["block_sparse_moe.gate.weight"])
+            self._router.float().weight.data.copy_(tensors[self._router_name])
         self.masked, self.changed, self._before_refit = False, {}, {}
 
     def fit(self, site: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -378,7 +372,7 @@ def _without_block(config: SparseConfig, mask: dict[str, Any] | None, device: to
     one_layer = deepcopy(config)
     one_layer.num_hidden_layers, one_layer.sparsification = 1, mask
     with torch.device("meta"):
-        decoder: Any = MODEL_CLASSES[config.model_type](one_layer).model
+        decoder: Any = family_of(config).model(one_layer).model
     layer = decoder.layers[0]
     router = getattr(layer.mlp, "gate", None)
     layer.mlp, decoder.norm, decoder.embed_tokens = _Nothing(), nn.Identity(), nn.Identity()
@@ -407,7 +401,7 @@ class LayerReader:
 
     def __init__(self, folder: Path, mask: dict[str, Any] | None, device: torch.device) -> None:
         checkpoint = read_checkpoint(folder)
-        name = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
+        name = stored_activation(checkpoint.config)
         self.config = sparse_config(checkpoint.config, name, str(folder))
         self.device = device
         self._shards = {key: shard for shard in checkpoint.shards for key in read_shapes(shard)}

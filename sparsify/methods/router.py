@@ -1,4 +1,4 @@
-"""Where a Mixtral's tokens go: load of every expert, the router's entropy, its auxiliary loss, under-utilised experts."""
+"""Where the tokens of a mixture of experts go: load of every expert, the router's entropy, its auxiliary loss, under-utilised experts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sparsify.errors import RecipeError
 from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
-from sparsify.models.masking import num_experts
+from sparsify.models.masking import has_experts, num_experts
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import StabilitySection
 
@@ -128,7 +128,7 @@ class RouterBalance(Objective):
 
 
 def is_routed(config: Any) -> bool:
-    return hasattr(config, "num_local_experts")
+    return has_experts(config)
 
 
 def aux_loss_coefficient(recipe: Recipe, config: Any) -> float:

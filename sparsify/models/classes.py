@@ -1,26 +1,32 @@
-"""The two sparse models, by their model types. Importing this registers them with transformers' Auto classes."""
+"""All families of sparse models. Importing this registers them with transformers' Auto classes."""
 
-from sparsify.models.configuration_sparse_mistral import SparseMistralConfig
-from sparsify.models.configuration_sparse_mixtral import SparseMixtralConfig
+import pkgutil
+from importlib import import_module
+
+import sparsify.models as models
+from sparsify.models.family import FAMILIES as FAMILIES
+from sparsify.models.family import Family as Family
+from sparsify.models.family import SparseCausalLM
+from sparsify.models.family import SparseConfig as SparseConfig
 from sparsify.models.ffn_activation import FfnActivation as FfnActivation
 from sparsify.models.masking import SITES as SITES
 from sparsify.models.masking import SiteMask as SiteMask
 from sparsify.models.masking import SiteRule as SiteRule
 from sparsify.models.masking import mask_tensors as mask_tensors
 from sparsify.models.masking import site_rules as site_rules
-from sparsify.models.modeling_sparse_mistral import SparseMistralForCausalLM, SparseMistralModel
-from sparsify.models.modeling_sparse_mixtral import SparseMixtralForCausalLM, SparseMixtralModel
+from sparsify.models.sparse_mistral import SparseMistralConfig as SparseMistralConfig
+from sparsify.models.sparse_mistral import SparseMistralForCausalLM as SparseMistralForCausalLM
+from sparsify.models.sparse_mixtral import SparseMixtralConfig as SparseMixtralConfig
+from sparsify.models.sparse_mixtral import SparseMixtralForCausalLM as SparseMixtralForCausalLM
 
-SparseConfig = SparseMistralConfig | SparseMixtralConfig
-SparseModel = SparseMistralForCausalLM | SparseMixtralForCausalLM
+SparseModel = SparseCausalLM
 
-CONFIG_CLASSES = {config.model_type: config for config in (SparseMistralConfig, SparseMixtralConfig)}
-MODEL_CLASSES = {
-    SparseMistralConfig.model_type: SparseMistralForCausalLM,
-    SparseMixtralConfig.model_type: SparseMixtralForCausalLM,
-}
-BASE_CLASSES = {
-    SparseMistralConfig.model_type: SparseMistralModel,
-    SparseMixtralConfig.model_type: SparseMixtralModel,
-}
-"""The models without their heads, which inference engines build their own on."""
+# No list names them: a family is one file.
+for _module in pkgutil.iter_modules(models.__path__):
+    if _module.name.startswith("sparse_"):
+        import_module(f"{models.__name__}.{_module.name}")
+
+
+def family_of(config: SparseConfig) -> Family:
+    """The family of a sparse model's configuration."""
+    return FAMILIES[config.model_type]

@@ -166,9 +166,24 @@ def num_experts(config: Any) -> int:
     return getattr(config, "num_local_experts", None) or 1
 
 
+def has_experts(config: Any) -> bool:
+    """Whether a model is a mixture of experts, be it of one."""
+    return bool(getattr(config, "num_local_experts", None))
+
+
 def experts_per_token(config: Any) -> int:
     """Experts that a token is routed to; 1 in a dense model."""
     return config.num_experts_per_tok if num_experts(config) > 1 else 1
+
+
+def num_neurons(config: Any) -> int:
+    """Neurons of a feed-forward block; in a mixture of experts, of one expert."""
+    return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+
+
+def head_size(config: Any) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def is_fused(block: Any) -> bool:
@@ -178,8 +193,7 @@ def is_fused(block: Any) -> bool:
 
 def projection_shapes(config: Any) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of each projection of a layer; in a mixture of experts, of one expert."""
-    hidden, neurons = config.hidden_size, config.intermediate_size
-    head_dim = config.head_dim or hidden // config.num_attention_heads
+    hidden, neurons, head_dim = config.hidden_size, num_neurons(config), head_size(config)
     queries, keys = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
     return {
         "q_proj": (queries, hidden),
@@ -198,7 +212,7 @@ def site_parts(config: Any, site: str, rule: SiteRule) -> dict[str, tuple[int, .
     Parts: `threshold`, `kept_share` or `dropped_mass` as the rule says; `weight`; `basis`; `constant`; `left` and `right`.
     """
     projections = projection_shapes(config)
-    channels = projections[READERS[site][0]][1] if site in READERS else config.intermediate_size
+    channels = projections[READERS[site][0]][1] if site in READERS else num_neurons(config)
     experts = getattr(config, "num_local_experts", None)
     # The input of all experts has one mask; what one expert computes, or reads by itself, has one for each.
     own = (experts,) if experts and site not in ("attn_out", "ffn_in") and not site.startswith("attn_in") else ()
@@ -236,7 +250,7 @@ def mask_tensors(config: Any) -> dict[str, dict[str, tuple[str, tuple[int, ...]]
 
 def mask_name(config: Any, site: str, rule: SiteRule) -> str:
     """What the names of a mask's own tensors begin with, inside a layer."""
-    block = "mlp.experts." if getattr(config, "num_local_experts", None) else "mlp."
+    block = "mlp.experts." if has_experts(config) else "mlp."
     if is_in_activation(site, rule):
         return f"{block}ffn_activation."
     if site in ("gate", "up", "inter"):
@@ -250,7 +264,7 @@ def _projection_name(config: Any, projection: str) -> str:
     if projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
         return f"self_attn.{projection}"
     # Experts are one parameter, which holds no modules: what masks their projections is next to it.
-    return f"mlp.experts.{projection}_mask" if getattr(config, "num_local_experts", None) else f"mlp.{projection}"
+    return f"mlp.experts.{projection}_mask" if has_experts(config) else f"mlp.{projection}"
 
 
 def drop_small(

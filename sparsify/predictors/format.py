@@ -22,7 +22,7 @@ from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.metadata import read_record
 from sparsify.models import SparseModel
-from sparsify.models.masking import is_fused, num_experts
+from sparsify.models.masking import is_fused, num_experts, num_neurons
 from sparsify.runtime.weights import LayerPredictors, Predictor
 
 WEIGHTS_FILE = "predictors.safetensors"
@@ -160,7 +160,7 @@ class Predictors(NamedTuple):
         """Raises ModelError if these predictors were not trained for a model: shapes or weights differ."""
         config, facts = model.config, self.facts
         shape = [len(model.model.layers), num_experts(model.config)]
-        shape += [config.hidden_size, config.intermediate_size]
+        shape += [config.hidden_size, num_neurons(config)]
         own = [facts.num_layers, facts.num_experts, facts.hidden, facts.neurons]
         if shape != own:
             raise ModelError(

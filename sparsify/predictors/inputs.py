@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sparsify.models import SparseModel
-from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
+from sparsify.models.masking import is_fused
 from sparsify.predictors.format import PredictorInput
 
 
@@ -36,7 +36,7 @@ class BlockInputs:
             norm: nn.Module = layer.post_attention_layernorm  # pyright: ignore[reportAssignmentType]
             self._undo.append(norm.register_forward_hook(self._keep).remove)
             for module in layer.modules():
-                if isinstance(module, SparseMixtralExperts):
+                if is_fused(module):
                     hook = module.register_forward_pre_hook(self._route, with_kwargs=True)
                     self._undo.append(hook.remove)
         return self

@@ -12,7 +12,7 @@ import torch
 
 from sparsify.errors import ModelError, RunError
 from sparsify.models import SparseModel
-from sparsify.models.masking import num_experts
+from sparsify.models.masking import num_experts, num_neurons
 from sparsify.predictors.candidate import (
     Candidate,
     RankCost,
@@ -141,7 +141,7 @@ class _Training:
     def __init__(self, model: SparseModel, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.num_layers, self.num_experts = len(model.model.layers), num_experts(model.config)
-        hidden, neurons = model.config.hidden_size, model.config.intermediate_size
+        hidden, neurons = model.config.hidden_size, num_neurons(model.config)
         generator = torch.Generator().manual_seed(settings.seed)
         self.candidates: dict[Block, dict[int, Candidate]] = {
             block: {
@@ -206,7 +206,7 @@ class _Training:
                 num_layers=self.num_layers,
                 num_experts=self.num_experts,
                 hidden=config.hidden_size,
-                neurons=config.intermediate_size,
+                neurons=num_neurons(config),
                 fingerprint=fingerprint(self.model),
                 text=text,
                 sequence_length=sequence_length,
@@ -247,7 +247,7 @@ class _Training:
 
     def _ffn_parameters(self) -> int:
         config = self.model.config
-        return 3 * config.hidden_size * config.intermediate_size
+        return 3 * config.hidden_size * num_neurons(config)
 
     def _budget(self) -> int:
         return int(self.settings.budget_share * self._ffn_parameters() * len(self.candidates))

@@ -361,7 +361,7 @@ class ExpertsForward(BlockForward):
     def __call__(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Maps [tokens, hidden] to the same shape; see SparseMixtralExperts."""
+        """Maps [tokens, hidden] to the same shape; see SparseExperts."""
         if not self._can(hidden_states):
             return self._dense(hidden_states, top_k_index, top_k_weights)
         self._tokens += len(hidden_states)

@@ -29,7 +29,7 @@ from sparsify.runtime.native_step import Projections, StepPlan, projections
 MOVING_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the sequence."""
 ROPE_POSITIONS = 1024
-INERT = ("output_capturing", "masking", "modeling_sparse_mixtral", "forwards")
+INERT = ("output_capturing", "masking", "modeling_sparse_mixtral", "fused_experts", "forwards")
 """Files whose hooks see nothing that a step does not give: transformers leaves its recorders of inner states in place once one was
 requested, masks are applied in C++, and the others are checks and inputs of predictors of this package."""
 PLAIN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
@@ -183,7 +183,7 @@ class StepForward:
         plan, model, batch = self._current_plan(), self.model, len(request.ids)
         cache = DynamicCache(config=model.config) if request.cache is None else request.cache
         where = place(cache, lambda: plan.no_positions(batch))
-        window = model.config.sliding_window
+        window = getattr(model.config, "sliding_window", None)
         hidden_by_window = 0 if window is None else max(0, where.cached - (window - 1))
         where = _later(where, hidden_by_window, plan)
         logits = plan.run(

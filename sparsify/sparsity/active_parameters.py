@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.models import MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig
+from sparsify.models import SparseConfig, SparseMistralConfig, SparseMixtralConfig, family_of
 from sparsify.sparsity.schema import ActiveParameters, ActivePart, PublishedActive
 
 FFN_PARTS = ("gate", "up", "down")
@@ -105,13 +105,13 @@ def published() -> tuple[PublishedActive, ...]:
 
 def _published(
     name: str,
-    config: SparseMistralConfig | SparseMixtralConfig,
+    config: SparseConfig,
     expert_share: float,
     zeros: float,
     claimed: float,
 ) -> PublishedActive:
     with torch.device("meta"):
-        parts = parameters_by_part(MODEL_CLASSES[config.model_type](config))
+        parts = parameters_by_part(family_of(config).model(config))
     # The paper does not give the zeros of the gate. Assume that gate and up are independent and equally sparse.
     gate_zeros = 1 - (1 - zeros) ** 0.5
     active = active_parameters(parts, expert_share=expert_share, gate_zeros=gate_zeros, product_zeros=zeros)

@@ -26,7 +26,7 @@ from sparsify.methods.base import TokenMask
 from sparsify.methods.histogram import Bins, Histogram
 from sparsify.methods.token_masks import CettMask, LayerThresholdMask, TopKMask
 from sparsify.models import SparseModel
-from sparsify.models.masking import num_experts
+from sparsify.models.masking import num_experts, num_neurons
 from sparsify.sparsity.probe import PIECE_ROWS, SparsityProbe, Tokens
 from sparsify.sparsity.schema import CettLayer, CettPoint, Curves, PplPoint, SharePoint
 
@@ -210,7 +210,7 @@ class CettSearch:
                     position_ids=batch["position_ids"],
                     use_cache=False,
                 )
-        found = observer.truncations(self._model.config.intermediate_size)
+        found = observer.truncations(num_neurons(self._model.config))
         for known, new in zip(self._known, found, strict=True):
             known.extend(new)
 

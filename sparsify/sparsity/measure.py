@@ -15,7 +15,7 @@ from torch import nn
 from sparsify.errors import RunError
 from sparsify.methods.density import weight_density
 from sparsify.models import SparseConfig, SparseModel, site_rules
-from sparsify.models.masking import experts_per_token, num_experts
+from sparsify.models.masking import experts_per_token, num_experts, num_neurons
 from sparsify.sparsity.active_parameters import (
     active_parameters,
     ffn_byte_shares,
@@ -213,7 +213,7 @@ def measure(
     """
     was_training = model.training
     experts = num_experts(model.config)
-    width = model.config.intermediate_size
+    width = num_neurons(model.config)
     consecutive = ConsecutiveObserver(len(model.model.layers), experts, width)
     by_source: dict[str, SourceCounts] = {}
     num_tokens = 0

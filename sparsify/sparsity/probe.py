@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from sparsify.methods.base import TokenMask
-from sparsify.models import (
-    FfnActivation,
-    SparseMistralForCausalLM,
-    SparseMixtralForCausalLM,
-    SparseModel,
+from sparsify.models import FfnActivation, SparseModel
+from sparsify.models.masking import (
+    INPUT_SITES,
+    has_experts,
+    is_fused,
+    mask_name,
+    num_experts,
+    num_neurons,
+    site_rules,
 )
-from sparsify.models.masking import INPUT_SITES, mask_name, num_experts, site_rules
-from sparsify.models.modeling_sparse_mixtral import SparseMixtralExperts
 from sparsify.sparsity.statistics import MAX_BYTE, ActivationStatistics
 
 CPU_PIECE_ROWS = MAX_BYTE
@@ -64,7 +66,7 @@ class SparsityProbe:
     leaves at the inputs of projections.
 
     It reads activations only, so it works with partitioned weights (ZeRO-3). Recomputation by gradient checkpointing in the
-    backward pass is not counted. Mixtral's experts run in eager mode while the probe is active, because only then does each
+    backward pass is not counted. Fused experts run in eager mode while the probe is active, because only then does each
     call of the activation belong to one expert.
 
     Args:
@@ -96,7 +98,7 @@ class SparsityProbe:
         self._undo: list[Callable[[], None]] = []
 
     def __enter__(self) -> Self:
-        if isinstance(self._model, SparseMixtralForCausalLM):
+        if has_experts(self._model.config):
             self._run_experts_eagerly()
         decoder = self._model.model
         self._hook(decoder.register_forward_pre_hook(self._begin_forward, with_kwargs=True))
@@ -108,7 +110,7 @@ class SparsityProbe:
                 mask = layer.get_submodule(masks[site].rstrip("."))
                 self._hook(mask.register_forward_hook(partial(self._count_site, index, site)))
             for module in layer.modules():
-                if isinstance(module, SparseMixtralExperts):
+                if is_fused(module):
                     read = module.register_forward_pre_hook(self._read_routing, with_kwargs=True)
                     self._hook(read)
                 elif isinstance(module, FfnActivation):
@@ -127,7 +129,7 @@ class SparsityProbe:
         """Statistics of every token counted so far by this process, on the CPU."""
         config = self._model.config
         experts = num_experts(config)
-        nothing = ActivationStatistics.empty(1, experts, config.intermediate_size)
+        nothing = ActivationStatistics.empty(1, experts, num_neurons(config))
         layers = [nothing if layer is None else layer for layer in self._layers]
 
         def stack(name: str) -> torch.Tensor:
@@ -259,7 +261,7 @@ class SparsityProbe:
         if counts is None:
             # Created here because the layer's device is known only now.
             config = self._model.config
-            counts = ActivationStatistics.empty(1, num_experts(config), config.intermediate_size, device)
+            counts = ActivationStatistics.empty(1, num_experts(config), num_neurons(config), device)
             self._layers[layer] = counts
         return counts
 
@@ -273,6 +275,6 @@ def _pieces(tokens: torch.Tensor, rows: torch.Tensor | None) -> Iterator[slice |
 
 def _sparse_model(model: nn.Module) -> SparseModel:
     for module in model.modules():
-        if isinstance(module, SparseMistralForCausalLM | SparseMixtralForCausalLM):
+        if isinstance(module, SparseModel):
             return module
-    raise ValueError(f"{type(model).__name__} does not contain a SparseMistralForCausalLM or SparseMixtralForCausalLM")
+    raise ValueError(f"{type(model).__name__} does not contain a sparse model")

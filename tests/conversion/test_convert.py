@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from sparsify.conversion.architecture import tensor_shapes
 from sparsify.conversion.convert import convert
+from sparsify.conversion.layout import tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.models import SparseMixtralForCausalLM
@@ -89,7 +89,7 @@ def test_upcycling_keeps_the_function(stock: dict[str, Path], tmp_path: Path) ->
 def test_stock_loading_of_a_sparse_checkpoint_fails_loudly(stock: dict[str, Path], tmp_path: Path) -> None:
     folder = converted(stock["mistral"], tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_sparse_mistral.SparseMistralForCausalLM"
+    assert config["auto_map"]["AutoModelForCausalLM"] == "sparse_mistral.SparseMistralForCausalLM"
     assert AutoConfig.from_pretrained(folder).model_type == "sparse_mistral"
     assert config["model_type"] not in ("mistral", "mixtral", "llama")
 

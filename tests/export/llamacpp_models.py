@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer, load_tokenizer, save_tokenizer
 from sparsify.export.gguf_pre_tokenizers import PRE_TOKENIZERS
-from sparsify.models import MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig
+from sparsify.models import FAMILIES, SparseMistralConfig, SparseMixtralConfig
 from tests.conftest import SHAPE, TOKENIZER
 
 SIZES = SHAPE | {"sliding_window": None, "initializer_range": 0.2}
@@ -55,7 +55,7 @@ def written_model(folder: Path, name: str, **more: Any) -> Any:
     """A model whose weights bf16 holds, saved with the quickstart's tokenizer."""
     torch.manual_seed(0)
     config = config_of(name, **more)
-    model = MODEL_CLASSES[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].model(config).eval()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:

@@ -49,7 +49,7 @@ def bundle(finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def plant(bundle: Path, mark: Path) -> None:
     """Code in a modeling file: it says which tokens it sees, and ends the process."""
-    path = bundle / "modeling_sparse_mistral.py"
+    path = bundle / "sparse_mistral.py"
     seen = "os.environ.get('HF_TOKEN', '') + os.environ.get('WANDB_API_KEY', '') + os.environ.get('AWS_SECRET', '')"
     code = f"import os\nopen({str(mark)!r}, 'w').write({seen})\nos._exit(3)\n"
     path.write_text(path.read_text() + code)
@@ -62,7 +62,7 @@ def test_verify_does_not_run_changed_code(sums: str, bundle: Path, mark: Path) -
         write_sums(bundle)
     found = {check.name: check for check in verify(bundle)}
     assert found["hashes"].holds == (sums == "written again")
-    assert "modeling_sparse_mistral.py" in found["code"].found
+    assert "sparse_mistral.py" in found["code"].found
     assert found["logits"].found == "not computed, since that would run this code"
     assert not mark.exists()
     result = CliRunner().invoke(app, ["export", "verify", str(bundle)])
@@ -119,7 +119,7 @@ def test_whatever_transformers_could_run_is_found(what: str, bundle: Path) -> No
 
 def test_the_shorter_auto_map_of_an_older_bundle_is_known(bundle: Path) -> None:
     places = json.loads((bundle / "config.json").read_text())["auto_map"]
-    assert places.pop("AutoModel") == "modeling_sparse_mistral.SparseMistralModel"
+    assert places.pop("AutoModel") == "sparse_mistral.SparseMistralModel"
     _edit(bundle / "config.json", auto_map=places)
     assert foreign_code(bundle) == []
 

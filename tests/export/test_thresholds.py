@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sparsify.conversion.architecture import tensor_shapes
+from sparsify.conversion.layout import tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.export.check import accept
-from sparsify.models import MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig, SparseModel
+from sparsify.models import FAMILIES, SparseMistralConfig, SparseMixtralConfig, SparseModel
 from tests.conftest import SHAPE, TOKENIZER
 
 FIELDS = SHAPE | {
@@ -31,7 +31,7 @@ IDS = torch.tensor([[1, 5, 9, 200, 77, 1031, 3, 2]])
 def written(kind: str, folder: Path) -> SparseModel:
     """A model with effective thresholds, saved like an export."""
     torch.manual_seed(0)
-    model = MODEL_CLASSES[CONFIGS[kind].model_type](CONFIGS[kind]).eval()
+    model = FAMILIES[CONFIGS[kind].model_type](CONFIGS[kind]).eval()
     plain = model(IDS).logits
     for block in model.ffn_blocks():
         block.ffn_activation.threshold.uniform_(0.02, 0.2)

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from sparsify.conversion.architecture import tensor_shapes
+from sparsify.conversion.layout import tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import copy_tokenizer
 from sparsify.errors import ModelError
 from sparsify.files import write_json
 from sparsify.models import (
-    MODEL_CLASSES,
+    FAMILIES,
     SITES,
     SiteMask,
     SiteRule,
@@ -44,7 +44,7 @@ def model_with(kind: str, sites: dict[str, str], threshold: float = 0.0) -> Spar
     stored = {site: {"rule": "threshold", "per": per} for site, per in sites.items()}
     sparsification = {"method": "test", "sites": stored} if sites else None
     config = CONFIGS[kind](**SHAPE, sparsification=sparsification)
-    model = MODEL_CLASSES[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].model(config).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("threshold"):
             buffer.fill_(threshold)

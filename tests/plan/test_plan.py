@@ -26,7 +26,7 @@ from sparsify.commands.plan import Assumptions, plan
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import ModelError, RecipeError, StorageError
 from sparsify.mixture.inspection import open_mixture
-from sparsify.models import ACTIVATIONS, MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig
+from sparsify.models import ACTIVATIONS, FAMILIES, SparseMistralConfig, SparseMixtralConfig
 from sparsify.plan import make_plan, plan_table
 from sparsify.plan.activation_memory import layer_activation_bytes
 from sparsify.plan.chart import draw_shares, write_chart
@@ -220,7 +220,7 @@ def test_activation_bytes_are_what_autograd_keeps(
             sites = {"inter": {"rule": "threshold", "per": "channel"}}
             fields["sparsification"] = {"method": "thresholds", "sites": sites}
         config = SparseMixtralConfig(num_local_experts=4, **fields) if experts else SparseMistralConfig(**fields)
-        model = MODEL_CLASSES[config.model_type](config)
+        model = FAMILIES[config.model_type].model(config)
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)
         measured[layers] = kept_for_backward(model, num_tokens, documents)
@@ -360,7 +360,7 @@ def test_thresholds_of_a_masked_source_are_in_the_plan(tmp_path: Path) -> None:
     config = SparseMistralConfig(num_hidden_layers=2, hidden_size=64, intermediate_size=96, sparsification=mask)
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
-        buffers = dict(MODEL_CLASSES["sparse_mistral"](config).named_buffers())
+        buffers = dict(FAMILIES["sparse_mistral"].model(config).named_buffers())
     expected = sum(value.numel() for name, value in buffers.items() if name.endswith("threshold"))
     assert expected > 2 * 96
     source = [f"model.source={tmp_path}", "model.init=pretrained", "training.precision=fp32"]

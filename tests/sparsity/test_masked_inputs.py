@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparsify.models import MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig, SparseModel
+from sparsify.models import FAMILIES, SparseMistralConfig, SparseMixtralConfig, SparseModel
 from sparsify.models.masking import INPUT_SITES
 from sparsify.reporting.numbers import percent
 from sparsify.sparsity import SparsityProbe, measure, write_report
@@ -35,7 +35,7 @@ def planted_model(kind: str, sites: dict[str, tuple[int, ...]] = PLANTED) -> Spa
         else SparseMixtralConfig(**fields, num_local_experts=4, num_experts_per_tok=2)
     )
     torch.manual_seed(0)
-    model = MODEL_CLASSES[config.model_type](config).eval()
+    model = FAMILIES[config.model_type].model(config).eval()
     for site, layers in sites.items():
         for layer, dropped in zip(model.model.layers, layers, strict=True):
             ffn = getattr(layer.mlp, "experts", layer.mlp)

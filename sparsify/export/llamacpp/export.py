@@ -9,7 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from sparsify.conversion.architecture import sparse_config, tensor_shapes
+from sparsify.conversion.architecture import sparse_config, stored_activation
+from sparsify.conversion.layout import tensor_shapes
 from sparsify.conversion.source_checkpoint import locate, read_checkpoint
 from sparsify.conversion.source_tensors import DTYPES, HEAD, check_tensors
 from sparsify.conversion.tokenizer import check_tokenizer, load_tokenizer
@@ -24,7 +25,6 @@ from sparsify.files import atomic_folder, write_json, write_text
 from sparsify.metadata import read_json, user_path
 from sparsify.mixture.lock import read_lock
 from sparsify.models import SparseConfig
-from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.runs.load import Trained, find_trained
 from sparsify.runs.state import consolidated_weights
 
@@ -74,7 +74,7 @@ def find_source(model_or_run: str) -> Source:
         return _trained_source(model_or_run, trained)
     folder = locate(model_or_run)
     checkpoint = read_checkpoint(folder)
-    kept = checkpoint.config.get("ffn_activation", STOCK_ACTIVATION)
+    kept = stored_activation(checkpoint.config)
     config = sparse_config(checkpoint.config, kept, model_or_run)
     tensors = dict(checkpoint.tensors)
     if config.tie_word_embeddings:

@@ -13,8 +13,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparsify.export.gguf_tensors import Entry, Get, interleaved, write_tensors
 from sparsify.export.gguf_tokens import Tokens
-from sparsify.export.llamacpp.rules import BLOCKS, LLAMA, SMALLTHINKER, TYPES, architecture, head_dim, rope_parameters
-from sparsify.models import SparseConfig, SparseMistralConfig
+from sparsify.export.llamacpp.rules import BLOCKS, LLAMA, SMALLTHINKER, TYPES, architecture, rope_parameters
+from sparsify.models import SparseConfig
+from sparsify.models.masking import has_experts, head_size
 
 FILE_TYPES = {
     "fp32": LlamaFileType.ALL_F32,
@@ -78,10 +79,10 @@ def _add_facts(writer: GGUFWriter, config: SparseConfig, facts: Facts) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if not isinstance(config, SparseMistralConfig):
+    if has_experts(config):
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
     elif architecture(config) == SMALLTHINKER:
@@ -94,7 +95,7 @@ def _add_facts(writer: GGUFWriter, config: SparseConfig, facts: Facts) -> None:
 
 def _add_rope(writer: GGUFWriter, config: SparseConfig) -> None:
     parameters = rope_parameters(config)
-    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_dimension_count(head_size(config))
     writer.add_rope_freq_base(float(parameters["rope_theta"]))
     kinds = {"linear": RopeScalingType.LINEAR, "yarn": RopeScalingType.YARN}
     if parameters["rope_type"] in kinds:
@@ -132,7 +133,7 @@ def _add_tokens(writer: GGUFWriter, tokens: Tokens, facts: Facts) -> None:
 def _entries(config: SparseConfig, read: Read, dtype: str) -> Iterator[Entry]:
     kind = TYPES[dtype]
     hidden, vocabulary = config.hidden_size, config.vocab_size
-    queries, keys = config.num_attention_heads * head_dim(config), config.num_key_value_heads * head_dim(config)
+    queries, keys = config.num_attention_heads * head_size(config), config.num_key_value_heads * head_size(config)
     # Errors in the output matrix weigh most.
     output = Type.Q8_0 if kind == Type.Q4_0 else kind
 
@@ -145,7 +146,7 @@ def _entries(config: SparseConfig, read: Read, dtype: str) -> Iterator[Entry]:
     if not tied:
         yield Entry("output.weight", output, (vocabulary, hidden), [of("lm_head")])
     if rope_parameters(config)["rope_type"] == "llama3":
-        yield Entry("rope_freqs.weight", Type.F32, (head_dim(config) // 2,), [lambda: rope_factors(config)])
+        yield Entry("rope_freqs.weight", Type.F32, (head_size(config) // 2,), [lambda: rope_factors(config)])
     for layer in range(config.num_hidden_layers):
         theirs, ours = f"blk.{layer}", f"model.layers.{layer}"
         yield Entry(f"{theirs}.attn_norm.weight", Type.F32, (hidden,), [of(f"{ours}.input_layernorm")])
@@ -167,7 +168,7 @@ def _feed_forward(config: SparseConfig, of: Callable[[str], Get], layer: int, ki
     theirs, ours = f"blk.{layer}", f"model.layers.{layer}"
     hidden, neurons = config.hidden_size, config.intermediate_size
     moe = f"{ours}.block_sparse_moe"
-    is_dense = isinstance(config, SparseMistralConfig)
+    is_dense = not has_experts(config)
     if not is_dense:
         experts = config.num_local_experts
         yield Entry(f"{theirs}.ffn_gate_inp.weight", Type.F32, (experts, hidden), [of(f"{moe}.gate")])
@@ -190,6 +191,6 @@ def _feed_forward(config: SparseConfig, of: Callable[[str], Get], layer: int, ki
 
 def rope_factors(config: SparseConfig) -> torch.Tensor:
     """What each frequency of the rotary positions is divided by under Llama 3's rule, fp32 [head_dim / 2]."""
-    exponents = torch.arange(0, head_dim(config), 2, dtype=torch.float32) / head_dim(config)
+    exponents = torch.arange(0, head_size(config), 2, dtype=torch.float32) / head_size(config)
     plain = 1.0 / rope_parameters(config)["rope_theta"] ** exponents
     return plain / ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))[0]

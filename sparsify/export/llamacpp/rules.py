@@ -1,6 +1,6 @@
 """What stock llama.cpp computes as the model does, and what it would compute otherwise.
 
-`llama` is Mistral and Mixtral with SwiGLU. `smallthinker` is the only decoder there whose gated block has a ReLU: it is a mixture
+`llama` is Mistral, Llama and Mixtral with SwiGLU. `smallthinker` is the only decoder there whose gated block has a ReLU: it is a mixture
 of experts, which with one expert is a dense block. None has a ReLU on both factors.
 """
 
@@ -12,10 +12,13 @@ from gguf import GGMLQuantizationType as Type
 
 from sparsify.errors import ExportError, check_choice
 from sparsify.export.context import context_reasons
-from sparsify.models import ACTIVATIONS, SparseConfig, SparseMistralConfig, site_rules
+from sparsify.models import ACTIVATIONS, SparseConfig, site_rules
+from sparsify.models.masking import has_experts, head_size
 
 LLAMA = "llama"
 SMALLTHINKER = "smallthinker"
+MODEL_TYPES = ("sparse_mistral", "sparse_llama", "sparse_mixtral")
+"""What both architectures compute, apart from the activation."""
 TYPES = {"bf16": Type.BF16, "fp16": Type.F16, "fp32": Type.F32, "q8_0": Type.Q8_0, "q4_0": Type.Q4_0}
 """By the value of --dtype."""
 BLOCKS = ("q8_0", "q4_0")
@@ -46,9 +49,11 @@ ROPE_DEFAULTS = {
 def architecture(config: SparseConfig) -> str | None:
     """llama.cpp's name of the architecture that computes the model; None if there is none."""
     kinds = ACTIVATIONS[config.ffn_activation].gate, ACTIVATIONS[config.ffn_activation].up
+    if config.model_type not in MODEL_TYPES:
+        return None
     if kinds == ("silu", "identity"):
         return LLAMA
-    return SMALLTHINKER if kinds == ("relu", "identity") and isinstance(config, SparseMistralConfig) else None
+    return SMALLTHINKER if kinds == ("relu", "identity") and not has_experts(config) else None
 
 
 def check_holdable(config: SparseConfig, dtype: str, context_tokens: int | None) -> None:
@@ -59,7 +64,7 @@ def check_holdable(config: SparseConfig, dtype: str, context_tokens: int | None)
         raise ExportError(
             "llama.cpp would compute another function than this model:\n"
             + "\n".join(f"- {reason}" for reason in reasons),
-            allowed="Mistral and Mixtral with swiglu, Mistral with reglu, without masks; see docs/llamacpp.md.",
+            allowed="Mistral, Llama and Mixtral with swiglu, Mistral and Llama with reglu, without masks; see docs/llamacpp.md.",
             next_step="`sparsify export RUN --to DIR` writes the Hugging Face bundle of any model; "
             "`--format powerinfer` a file for dReLU models.",
         )
@@ -68,7 +73,9 @@ def check_holdable(config: SparseConfig, dtype: str, context_tokens: int | None)
 def _activation(config: SparseConfig) -> list[str]:
     reasons = []
     activation = ACTIVATIONS[config.ffn_activation]
-    if architecture(config) is None and (activation.gate, activation.up) == ("relu", "identity"):
+    if config.model_type not in MODEL_TYPES:
+        reasons.append(f"it is a {config.model_type}, which this export does not write")
+    elif architecture(config) is None and (activation.gate, activation.up) == ("relu", "identity"):
         reasons.append(
             f"its experts' activation is {activation.name}: llama.cpp's only such architecture routes a token by the residual "
             "before the attention, Mixtral by the one after it"
@@ -87,7 +94,7 @@ def _activation(config: SparseConfig) -> list[str]:
 
 def _shapes(config: SparseConfig, dtype: str) -> list[str]:
     reasons = []
-    heads = config.num_attention_heads * head_dim(config)
+    heads = config.num_attention_heads * head_size(config)
     rows = {"hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size, "heads x head_dim": heads}
     odd = [f"{name} {size}" for name, size in rows.items() if size % BLOCK_VALUES]
     if dtype in BLOCKS and odd:
@@ -97,14 +104,9 @@ def _shapes(config: SparseConfig, dtype: str) -> list[str]:
     return reasons
 
 
-def head_dim(config: SparseConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def rope_parameters(config: SparseConfig) -> dict[str, Any]:
     """Settings of the rotary positions, with `rope_type` and `rope_theta`."""
-    parameters: Any = config.rope_parameters
-    return {"rope_type": "default"} | dict(parameters)
+    return {"rope_type": "default"} | dict(config.rope_parameters)
 
 
 def _rope(config: SparseConfig) -> list[str]:

@@ -19,7 +19,7 @@ from sparsify.export.powerinfer.rules import check_holdable, check_largest_produ
 from sparsify.export.powerinfer.vocabulary import PIECES_FILE, Vocabulary, read_vocabulary
 from sparsify.export.weight_shards import write_sums
 from sparsify.files import atomic_folder, write_json, write_text
-from sparsify.models import SparseMistralForCausalLM
+from sparsify.models import SparseModel
 from sparsify.predictors import BlockPredictor, Predictors
 from sparsify.predictors.engines import ENGINES, POWERINFER, WithoutThresholds, as_held
 from sparsify.predictors.inputs import BlockInputs
@@ -120,7 +120,6 @@ def export_powerinfer(
         vocabulary = check_model(loaded, *chosen)
     check_predictors(loaded, predictors, settings)
     model = loaded.model
-    assert isinstance(model, SparseMistralForCausalLM)
     tokenizer_folder = _tokenizer_folder(loaded)
     threshold, reason = evaluated_threshold(loaded, predictors)
     held = as_held(predictors, model, POWERINFER)
@@ -252,7 +251,7 @@ def _size_note(facts: Facts, sizes: Sizes) -> str:
 
 @torch.no_grad()
 def _firing_counts(
-    model: SparseMistralForCausalLM, predictors: Predictors, threshold: float, batches: Iterable[Batch]
+    model: SparseModel, predictors: Predictors, threshold: float, batches: Iterable[Batch]
 ) -> tuple[torch.Tensor, float]:
     """How often each neuron is not zero in the engine's arithmetic, [layers, neurons], and the largest product."""
     with WithoutThresholds(model), BlockInputs(model, predictors.facts.input) as inputs:
@@ -265,7 +264,7 @@ def _firing_counts(
     return probe.statistics().product_fired[:, 0], mask.largest
 
 
-def _run(model: SparseMistralForCausalLM, batches: Iterable[Batch]) -> None:
+def _run(model: SparseModel, batches: Iterable[Batch]) -> None:
     for batch in batches:
         model.model(
             input_ids=batch["input_ids"].to(model.device),
@@ -325,7 +324,7 @@ SHARD_BYTES = "5GB"
 
 def write_layout(
     folder: Path,
-    model: SparseMistralForCausalLM,
+    model: SparseModel,
     predictors: list[BlockPredictor],
     vocabulary: Vocabulary,
     facts: Facts,
@@ -357,7 +356,7 @@ def write_layout(
     write_json(folder / "predictor" / "config.json", {"sparse_threshold": facts.threshold})
 
 
-def _layout_config(model: SparseMistralForCausalLM, facts: Facts) -> dict[str, object]:
+def _layout_config(model: SparseModel, facts: Facts) -> dict[str, object]:
     config = model.config
     return {
         "model_type": "bamboo",

@@ -14,7 +14,7 @@ from gguf import GGUFWriter, quants
 
 from sparsify.export.gguf_tensors import Entry, Get, interleaved, write_tensors
 from sparsify.export.powerinfer.vocabulary import Vocabulary
-from sparsify.models import SparseMistralForCausalLM
+from sparsify.models import SparseModel
 from sparsify.predictors import BlockPredictor
 
 MAGIC = b"PWRI"
@@ -76,7 +76,7 @@ class Sizes:
 
 def write_gguf(
     path: Path,
-    model: SparseMistralForCausalLM,
+    model: SparseModel,
     predictors: list[BlockPredictor],
     vocabulary: Vocabulary,
     facts: Facts,
@@ -96,7 +96,7 @@ def write_gguf(
     return sizes
 
 
-def _add_facts(writer: GGUFWriter, model: SparseMistralForCausalLM, vocabulary: Vocabulary, facts: Facts) -> None:
+def _add_facts(writer: GGUFWriter, model: SparseModel, vocabulary: Vocabulary, facts: Facts) -> None:
     config = model.config
     writer.add_name(facts.name)
     writer.add_file_type(FILE_TYPES[facts.ffn_type])
@@ -126,14 +126,14 @@ def _add_facts(writer: GGUFWriter, model: SparseMistralForCausalLM, vocabulary: 
         add(NO_TOKEN if number is None else number)
 
 
-def rope_theta(model: SparseMistralForCausalLM) -> float:
+def rope_theta(model: SparseModel) -> float:
     """Base of the rotary positions; the engine assumes 10000 if the file does not have it."""
     parameters: Any = model.config.rope_parameters
     return float(parameters["rope_theta"])
 
 
 def _tensors(
-    model: SparseMistralForCausalLM, predictors: list[BlockPredictor], ffn: Type, rest: Type
+    model: SparseModel, predictors: list[BlockPredictor], ffn: Type, rest: Type
 ) -> Iterator[tuple[str, Type, Get]]:
     """Name, type and values of every tensor, in the order of the file."""
     config, decoder = model.config, model.model

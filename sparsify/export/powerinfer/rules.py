@@ -10,8 +10,11 @@ from typing import Any
 
 from sparsify.errors import ExportError
 from sparsify.export.context import context_reasons
-from sparsify.models import ACTIVATIONS, SparseConfig, SparseMistralConfig, site_rules
+from sparsify.models import ACTIVATIONS, SparseConfig, site_rules
+from sparsify.models.masking import has_experts
 
+BAMBOO = ("sparse_mistral", "sparse_llama")
+"""Model types that the engine's architecture computes."""
 FFN_TYPES = ("f16", "q4_0")
 """Types of ffn_down_t that the engine's kernel reads; it reads any other type as F16 and generates garbage."""
 BLOCK_VALUES = 32
@@ -85,9 +88,11 @@ def stored_thresholds(config: SparseConfig) -> str:
 
 
 def _architecture(config: SparseConfig) -> list[str]:
-    if isinstance(config, SparseMistralConfig):
-        return []
-    return ["it is a mixture of experts, which the engine does not support"]
+    if has_experts(config):
+        return ["it is a mixture of experts, which the engine does not support"]
+    if config.model_type not in BAMBOO:
+        return [f"it is a {config.model_type}, whose layers the bamboo architecture would compute as a Mistral's"]
+    return []
 
 
 def _activation(config: SparseConfig) -> list[str]:

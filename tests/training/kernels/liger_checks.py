@@ -23,7 +23,7 @@ from scripts.validate_memory_plan import allocations
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RunError
 from sparsify.mixture.sequences.reader import NO_LOSS
-from sparsify.models import MODEL_CLASSES, SparseMistralConfig, SparseMixtralConfig
+from sparsify.models import SparseMistralConfig, SparseMixtralConfig, family_of
 from sparsify.plan.activation_memory import layer_activation_bytes, liger_loss_bytes
 from sparsify.plan.parameters import Architecture
 from sparsify.recipe.compose import compose_recipe
@@ -127,7 +127,7 @@ def test_plan_knows_what_a_layer_keeps(experts: bool) -> None:
     for layers in (1, 2):
         fields = {**TINY, "num_hidden_layers": layers, "ffn_activation": "drelu"}
         config = SparseMixtralConfig(num_local_experts=4, **fields) if experts else SparseMistralConfig(**fields)
-        model = MODEL_CLASSES[config.model_type](config).train()
+        model = family_of(config).model(config).train()
         use_liger(model, RECIPE)
         model.to(torch.bfloat16)  # of what comes out here, the interpreter has the sizes right, not the values
         measured[layers] = kept_for_backward(model, num_tokens, 2)

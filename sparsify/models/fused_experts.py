@@ -1,9 +1,8 @@
-"""Sparse Mixtral: transformers' Mixtral with a named activation inside its fused experts.
+"""Fused experts with a named activation, for every mixture of experts.
 
 transformers dispatches experts by `config._experts_implementation`. Three implementations are allowed here:
 eager (the loop below), batched_mm and grouped_mm (both call `_apply_gate`). Any other would compute its own
-activation, so it is refused. transformers decides whether a model may choose at all by looking for the text
-`@use_experts_implementation` in the file that defines it, which is one more reason for this sentence.
+activation, so it is refused.
 """
 
 from __future__ import annotations
@@ -13,30 +12,28 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, MixtralForCausalLM, MixtralModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from .activations import STOCK_ACTIVATION
-from .configuration_sparse_mixtral import SparseMixtralConfig
+from .family import SparseCausalLM, SparseDecoder
 from .ffn_activation import FfnActivation
-from .masking import ProjectionMask, SiteMask, install_input_masks, proxy_product
+from .masking import ProjectionMask, SiteMask, proxy_product
 from .quantised import KeptBlocks
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
-class SparseMixtralExperts(MixtralExperts):
-    """Mixtral's experts, fused.
+class SparseExperts(nn.Module):
+    """All experts of a layer.
 
     Parameters: gate_up_proj [experts, 2 * neurons, hidden], gate rows first; down_proj [experts, hidden, neurons].
     """
 
-    config: SparseMixtralConfig
+    config: Any
     ffn_activation: FfnActivation
     input_mask: SiteMask | None
     gate_proj_mask: ProjectionMask | None
@@ -124,15 +121,27 @@ class SparseMixtralExperts(MixtralExperts):
         return self.ffn_activation(gate, up, experts=self._row_experts, proxies=pair)
 
 
-def install_activation(model: MixtralModel, config: SparseMixtralConfig) -> None:
-    """Gives the experts of every layer of a finished stock model the activation and the masks of a configuration."""
-    for layer in model.layers:
-        block: Any = layer.mlp.experts  # pyright: ignore[reportAttributeAccessIssue]
-        block.__class__ = SparseMixtralExperts
-        block.ffn_activation = FfnActivation.from_config(config)
-        del block.act_fn
-        install_input_masks(layer, block, config)
-    model.register_forward_pre_hook(_refuse_other_experts)
+class SparseExpertsDecoder(SparseDecoder):
+    """In front of a stock mixture of experts without its head."""
+
+    block_class = SparseExperts
+
+    @classmethod
+    def install(cls, model: Any) -> None:
+        super().install(model)
+        model.register_forward_pre_hook(_refuse_other_experts)
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for its own decorator in the file of the class
+
+
+class SparseExpertsForCausalLM(SparseCausalLM):
+    """In front of a stock mixture of experts for causal language modelling."""
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
 
 
 def _refuse_other_experts(model: Any, args: tuple[Any, ...]) -> None:
@@ -147,47 +156,10 @@ def _refuse_other_experts(model: Any, args: tuple[Any, ...]) -> None:
             )
 
 
-class SparseMixtralModel(MixtralModel):
-    """Mixtral without its head, with `config.ffn_activation` in every expert: what inference engines build on."""
+def keep_layout(model_type: str, stock: str) -> None:
+    """Lets checkpoints of a model type keep the layout of a stock one, which holds experts one by one.
 
-    config_class = SparseMixtralConfig
-    config: SparseMixtralConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(self, config: SparseMixtralConfig) -> None:
-        super().__init__(config)
-        install_activation(self, config)
-
-
-class SparseMixtralForCausalLM(MixtralForCausalLM):
-    """Mixtral for causal language modelling, with `config.ffn_activation` in every expert."""
-
-    config_class = SparseMixtralConfig
-    config: SparseMixtralConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def __init__(self, config: SparseMixtralConfig) -> None:
-        super().__init__(config)
-        install_activation(self.model, config)
-
-    def ffn_blocks(self) -> list[Any]:
-        """The module of every layer that holds `ffn_activation`, in order."""
-        return [layer.mlp.experts for layer in self.model.layers]  # pyright: ignore[reportAttributeAccessIssue]
-
-    def set_ffn_activation(self, name: str, gate_threshold: float = 0.0) -> None:
-        """Replaces the activation of every expert in place; weights and masks stay as they are."""
-        self.config.ffn_activation, self.config.ffn_gate_threshold = name, gate_threshold
-        for block in self.ffn_blocks():
-            activation = FfnActivation.from_config(self.config)
-            block.ffn_activation = activation.with_masks_of(block.ffn_activation)
-
-
-# Checkpoints keep Mixtral's own layout (block_sparse_moe.experts.N.w1/w2/w3). Without this line a renamed model
-# type would read none of them and leave random experts behind with only a warning.
-register_checkpoint_conversion_mapping(
-    SparseMixtralConfig.model_type,
-    get_checkpoint_conversion_mapping("mixtral") or [],
-    overwrite=True,
-)
-AutoModel.register(SparseMixtralConfig, SparseMixtralModel, exist_ok=True)
-AutoModelForCausalLM.register(SparseMixtralConfig, SparseMixtralForCausalLM, exist_ok=True)
-
-__all__ = ["SparseMixtralForCausalLM", "SparseMixtralModel"]
+    Without it a renamed model type would read none of them and leave random experts behind with only a warning.
+    """
+    mapping = get_checkpoint_conversion_mapping(stock) or []
+    register_checkpoint_conversion_mapping(model_type, mapping, overwrite=True)
