@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +23,8 @@ import yaml
 from filelock import FileLock
 from hypothesis import settings
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -64,11 +66,59 @@ STOCK = {
 }
 
 
+FAMILY_STOCK: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "qwen2": {},
+    "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "olmo2": {},
+    "olmo3": {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
+    "phi3": {"sliding_window": 24, "pad_token_id": 0},
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
+"""For each family that can be held, what its smallest stock checkpoint has in addition to SHAPE."""
+
+
 def stock_model(kind: str, seed: int = 0) -> torch.nn.Module:
     """A small stock model with random weights."""
     model_class, config_class, extra = STOCK[kind]
     torch.manual_seed(seed)
     return model_class(config_class(**SHAPE | extra)).eval()
+
+
+def family_model(kind: str) -> Any:
+    """A small stock model of a family; what transformers initialises to one number, such as norms, is random, too."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **SHAPE | {"vocab_size": 2064} | FAMILY_STOCK[kind])
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 0.7, 0.2)
+    return model
 
 
 class Shared:
@@ -121,6 +171,19 @@ def stock(shared: Shared) -> dict[str, Path]:
 
     root = shared("stock", fill)
     return {kind: root / kind for kind in STOCK}
+
+
+@pytest.fixture(scope="session")
+def family_stock(shared: Shared) -> dict[str, Path]:
+    """Stock checkpoint folders of all families."""
+
+    def fill(root: Path) -> None:
+        for kind in FAMILY_STOCK:
+            family_model(kind).save_pretrained(root / kind)
+            copy_tokenizer(TOKENIZER, root / kind)
+
+    root = shared("families", fill)
+    return {kind: root / kind for kind in FAMILY_STOCK}
 
 
 @pytest.fixture(scope="session")

@@ -402,7 +402,7 @@ def report(
 ) -> None:
     """Measures a model's sparsity and its potential: zeros, CETT, unions, active parameters. Writes HTML, PNG, CSV, JSON.
 
-    Works on any Mistral, Mixtral or Llama model, converted or not.
+    Works on a model of any family that can be held, converted or not.
 
     Example: sparsify report runs/quickstart --on my_text.txt.gz
     """

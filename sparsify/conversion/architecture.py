@@ -15,7 +15,7 @@ from sparsify.errors import ModelError, nearest
 from sparsify.models import FAMILIES, Family, SparseConfig
 from sparsify.models.activations import ACTIVATIONS, STOCK_ACTIVATION
 
-HIDDEN_ACTS = {"silu": "silu", "swish": "silu"}
+HIDDEN_ACTS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """Kinds of gates by transformers' names of activations."""
 DROPPED_FIELDS = (
     "model_type",
@@ -54,7 +54,9 @@ class _Sizes(BaseModel):
     num_attention_heads: _Size | None = None
     num_key_value_heads: _Size | None = None
     head_dim: _Size | None = None
+    moe_intermediate_size: _Size | None = None
     num_local_experts: Annotated[int, Field(ge=0, le=65_536, strict=True)] | None = None
+    num_experts: Annotated[int, Field(ge=0, le=65_536, strict=True)] | None = None
     num_experts_per_tok: Annotated[int, Field(ge=0, le=65_536, strict=True)] | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 40, strict=True)] | None = None
     sliding_window: Annotated[int, Field(ge=1, le=1 << 40, strict=True)] | None = None
@@ -66,6 +68,7 @@ class _Sizes(BaseModel):
     rope_parameters: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
     sparsification: dict[str, Any] | None = None
+    layer_types: list[str] | None = None
     ffn_activation: str | None = None
     ffn_gate_threshold: Annotated[float, Field(ge=0, le=1e6)] | None = None
 
@@ -78,14 +81,23 @@ class _Sizes(BaseModel):
             raise ValueError(
                 f"num_attention_heads {heads} is not a multiple of {self.num_key_value_heads} key-value heads"
             )
-        blocks = (self.num_hidden_layers or 1) * (self.num_local_experts or 1)
+        blocks = (self.num_hidden_layers or 1) * (self.num_local_experts or self.num_experts or 1)
         if blocks > MAX_BLOCKS:
             raise ValueError(f"layers x experts is {blocks:,}, more than {MAX_BLOCKS:,}")
         vocabulary, pad = self.vocab_size, self.pad_token_id
         if vocabulary and pad is not None and not -vocabulary <= pad < vocabulary:
             raise ValueError(f"pad_token_id {pad} is not one of {vocabulary} tokens")
-        for name in ("rope_scaling", "rope_parameters"):
-            for key, value in (getattr(self, name) or {}).items():
+        settings = {name: getattr(self, name) or {} for name in ("rope_scaling", "rope_parameters")}
+        for kind in {
+            *(self.layer_types or ()),
+            "full_attention",
+            "sliding_attention",
+        }:  # a model may have rotary positions of their own for each kind of layer
+            for name in [name for name, value in settings.items() if isinstance(value.get(kind), dict)]:
+                settings[f"{name}.{kind}"] = settings[name][kind]
+                settings[name] = {key: value for key, value in settings[name].items() if key != kind}
+        for name, parameters in settings.items():
+            for key, value in parameters.items():
                 numbers = value if key in ROPE_NUMBERS and isinstance(value, list) else [value]
                 named = key in ("type", "rope_type")
                 if named and not isinstance(value, str):
@@ -144,6 +156,16 @@ def stored_activation(config: Mapping[str, Any]) -> str:
     return config.get("ffn_activation", STOCK_ACTIVATION if family is None else family.base_activation)
 
 
+def text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json of the language model of a checkpoint, where it holds others, too; otherwise the given one."""
+    text = config.get("text_config")
+    family = next((one for one in FAMILIES.values() if config.get("model_type") in one.holders), None)
+    if family is None or not isinstance(text, dict):
+        return config
+    outer = {key: config[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in config}
+    return outer | {"model_type": next(iter(family.stock))} | text
+
+
 def family_held(config: Mapping[str, Any]) -> Family | None:
     """The family as which a checkpoint with that config.json is held; None if there is none."""
     model_type = str(config.get("model_type"))
@@ -173,7 +195,7 @@ def held_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ModelError(
             f"{where} ({model_type}) cannot be held: {'; '.join(reasons)}.",
             allowed=f"Checkpoints of {', '.join(stock_types())}, in full precision, with "
-            f"{ACTIVATIONS[family.base_activation].formula}, without biases other than the family's own.",
+            f"{family.base_activation}, without biases other than the family's own.",
         )
     return config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -73,8 +74,8 @@ def _on_disk(
     }
 
 
-def _one_layer(config: SparseConfig) -> dict[str, object]:
-    fields = config.to_dict() | {"num_hidden_layers": 1}
+def _one_layer(config: SparseConfig) -> dict[str, Any]:
+    fields: dict[str, Any] = config.to_dict() | {"num_hidden_layers": 1}
     if fields.get("layer_types"):
         fields["layer_types"] = fields["layer_types"][:1]
     return fields

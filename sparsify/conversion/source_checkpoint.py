@@ -6,15 +6,17 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from sparsify.conversion.architecture import family_held
+from sparsify.conversion.architecture import family_held, held_fields, text_part
 from sparsify.conversion.source_tensors import EMBEDDING, HEAD, SourceTensor, check_dtypes, read_header, stock_tensors
 from sparsify.errors import ModelError
 from sparsify.metadata import read_json, user_path
+from sparsify.models.masking import projection_shapes
 
 CHECKPOINT_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja", "*.txt", "*.gguf"]
 PACKAGE_PREFIX = "package:"
@@ -119,11 +121,16 @@ def read_checkpoint(folder: Path) -> SourceCheckpoint:
             next_step="Merge it into its base model (merge_and_unload() of peft), save that, and give the result; "
             f"or remove {ADAPTER}.",
         )
-    config = read_json(folder / "config.json", ModelError)
+    config = text_part(read_json(folder / "config.json", ModelError))
     shards, notes = _weight_files(folder, config)
     tensors: dict[str, SourceTensor] = {}
+    family = family_held(config)
+    rows: dict[str, int] = {}
+    if family is not None and family.fused:
+        sizes = SimpleNamespace(**held_fields(config, str(folder)))
+        rows = {name: shape[0] for name, shape in projection_shapes(sizes).items()}
     for shard in shards:
-        tensors |= stock_tensors(read_header(shard), family_held(config))
+        tensors |= stock_tensors(read_header(shard), family, rows)
     if not config.get("quantization_config"):  # that is refused with its own reason
         check_dtypes(folder, tensors)
     head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)

@@ -27,6 +27,9 @@ _BASE = re.compile(r"(layers|embed_tokens|norm)\.")
 """Begins a name in a checkpoint of the model without its head, which transformers writes without `model.`."""
 _EXPERTS = re.compile(r"(model\.layers\.\d+\.)mlp\.((?:experts|gate)\..*)")
 """Names in memory of what a family may call otherwise on disk."""
+_PART = re.compile(r"(?:model\.)?(?:(language_model)\.(?:model\.)?|vision_tower\.|multi_modal_projector\.)(.*)")
+"""Of a checkpoint that holds a language model and others: what a tensor belongs to, and its name there."""
+_LAYER = re.compile(r"(model\.layers\.\d+\.)(.*)\.weight")
 _FUSED = re.compile(r"(.*\.experts\.)(gate_up_proj|down_proj)")
 
 
@@ -37,14 +40,14 @@ class SourceTensor:
     Attributes:
         stored: Its name in the file.
         dtype: As safetensors writes it, e.g. BF16.
-        part: Which of the stored tensor's elements it is: expert and rows; None for the whole tensor.
+        part: Which of the stored tensor's elements it is: expert, if it holds several, and rows; None for the whole tensor.
     """
 
     shard: Path
     stored: str
     shape: tuple[int, ...]
     dtype: str
-    part: tuple[int, slice] | None = None
+    part: tuple[int | None, slice] | None = None
 
     def read(self) -> torch.Tensor:
         with safe_open(self.shard, framework="pt") as tensors:
@@ -52,6 +55,8 @@ class SourceTensor:
             if self.part is None:
                 return tensors.get_tensor(self.stored)
             expert, rows = self.part
+            if expert is None:
+                return stored[rows].contiguous()
             return stored[expert : expert + 1, rows][0].contiguous()
 
     def chunks(self) -> Iterable[torch.Tensor]:
@@ -98,22 +103,32 @@ def read_shapes(shard: Path) -> dict[str, tuple[int, ...]]:
     return {name: tensor.shape for name, tensor in read_header(shard).items()}
 
 
-def stock_tensors(stored: Mapping[str, SourceTensor], family: Family | None = None) -> dict[str, SourceTensor]:
+def stock_tensors(
+    stored: Mapping[str, SourceTensor], family: Family | None = None, rows: Mapping[str, int] = {}
+) -> dict[str, SourceTensor]:
     """Tensors by their names in the layout of a family, from any layout that transformers reads.
 
     Those are: experts one by one or fused in one tensor, named as on disk or as in memory; checkpoints of the
-    model without its head; and buffers that old versions stored and new ones compute, which are ignored.
+    model without its head; and buffers that old versions stored and new ones compute, which are ignored. Projections that
+    the family's stock checkpoints store as one tensor are taken apart, given the rows of each.
     """
     tensors: dict[str, SourceTensor] = {}
     for key, tensor in stored.items():
         if _DERIVED.search(key):
             continue
-        name = f"model.{key}" if _BASE.match(key) else key
+        name = key
+        if family is not None and family.holders and (match := _PART.fullmatch(key)):
+            if not match[1]:
+                continue  # of another model in the same checkpoint
+            name = match[2]
+        name = f"model.{name}" if _BASE.match(name) else name
         if family is not None and (match := _EXPERTS.fullmatch(name)):
             name = f"{match[1]}{family.blocks_on_disk}.{match[2]}"
         match = _FUSED.fullmatch(name)
         if family is not None and match and len(tensor.shape) == 3:
             tensors |= _experts(match[1], match[2], tensor, family.expert_projections)
+        elif family is not None and (match := _LAYER.fullmatch(name)) and match[2] in family.fused:
+            tensors |= _apart(match[1], match[2], tensor, {one: rows[one] for one in family.fused[match[2]]})
         else:
             tensors[name] = tensor
     return tensors
@@ -130,6 +145,18 @@ def _experts(prefix: str, name: str, fused: SourceTensor, names: Mapping[str, st
         for expert in range(experts)
         for matrix, part in parts.items()
     }
+
+
+def _apart(prefix: str, name: str, fused: SourceTensor, rows: Mapping[str, int]) -> dict[str, SourceTensor]:
+    home, first, parts = name.rpartition(".")[0], 0, dict[str, SourceTensor]()
+    if fused.shape[0] != sum(rows.values()):
+        return {f"{prefix}{name}.weight": fused}
+    for projection, count in rows.items():
+        part = None, slice(first, first + count)
+        shape = count, *fused.shape[1:]
+        parts[f"{prefix}{home}.{projection}.weight"] = replace(fused, shape=shape, part=part)
+        first += count
+    return parts
 
 
 def check_dtypes(folder: Path, tensors: Mapping[str, SourceTensor]) -> None:

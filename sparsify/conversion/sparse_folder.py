@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -31,9 +32,10 @@ def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None
         "auto_map": auto_map(family),
         "dtype": name,
         "torch_dtype": name,
-        "rope_theta": rope["rope_theta"],
     }
-    if rope.get("rope_type", "default") != "default":
+    if "rope_theta" in rope:  # not where kinds of layers have positions of their own
+        fields["rope_theta"] = rope["rope_theta"]
+    if "rope_theta" in rope and rope.get("rope_type", "default") != "default":
         fields["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     write_json(folder / "config.json", fields)
     for file in modeling_files(family):
@@ -71,10 +73,16 @@ def load_sparse(
     checkpoint = read_checkpoint(folder)
     kept = stored_activation(checkpoint.config)
     config = sparse_config(checkpoint.config, ffn_activation or kept, str(folder), gate_threshold)
+    # transformers reads the layout of our own folders. Here are read: what a stock one holds as one tensor, and a part of it.
+    family = family_of(config)
+    apart = checkpoint.config["model_type"] in family.stock and (family.fused or family.holders)
+    state = {name: tensor.read() for name, tensor in checkpoint.tensors.items()} if apart else None
     try:
-        model, info = family_of(config).model.from_pretrained(
-            folder,
+        model_class: Any = family.model
+        model, info = model_class.from_pretrained(
+            None if apart else folder,
             config=config,
+            state_dict=state,
             dtype=dtype or "auto",
             output_loading_info=True,
             use_safetensors=True,

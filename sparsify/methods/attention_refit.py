@@ -83,10 +83,10 @@ def _rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What the output projection reads under the masks, and what it should make of that; of some tokens."""
     attention.masked = False
-    own = attention(part.converted, part.position_ids) - part.converted
+    own = attention.attention_output(part.converted, part.position_ids)
     wanted = own
     if repaired:
         dense = attention(part.dense, part.position_ids)
-        wanted = own + repaired * (dense - part.converted - own)
+        wanted = own + repaired * attention.attention_gap(dense, part.converted, own)
     x = attention.read_by(OUTPUT, part.converted, part.position_ids)
     return x.flatten(0, -2)[rows], wanted.flatten(0, -2)[rows] - attention.constant(OUTPUT)

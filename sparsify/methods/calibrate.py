@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -295,7 +295,7 @@ class Calibrator:
                 part = slice(part.start, min(part.stop, len(before)))
                 residual = self._residual(attention, before, part, 0)
                 x = attention.ffn_inputs(residual)
-                output = residual.flatten(0, 1) + ffn_output(x, attention.routes(x), experts)
+                output = attention.behind_block(residual.flatten(0, 1), ffn_output(x, attention.routes(x), experts))
                 outputs.append(output[self._parts(part)[0]])
         return torch.cat(outputs)[:num_tokens]
 
@@ -326,7 +326,7 @@ class Calibrator:
             x = attention.ffn_inputs(residual)
             routes = attention.routes(x)
             output = ffn_output(x, routes, experts)
-            after[part] = (residual + output.view_as(residual)).cpu().numpy()
+            after[part] = attention.behind_block(residual, output.view_as(residual)).cpu().numpy()
             if part.stop + start > self._num_fit and name != "dense":
                 first = max(0, self._num_fit - start - part.start) * before.shape[1]
                 _count_zeros(x, routes, experts, first, counts)
@@ -356,7 +356,7 @@ class Calibrator:
             x = attention.ffn_inputs(residual)
             own = ffn_output(x, attention.routes(x), dense).view_as(residual)
             residuals[part] = residual.cpu().numpy()
-            gap = tensor(after[part], self.device) - residual - own
+            gap = attention.block_gap(tensor(after[part], self.device), residual, own)
             gaps[part] = (repaired * gap).cpu().numpy()
 
     def _inputs(self, attention: Attention, work: Streams) -> Iterator[Inputs]:
@@ -394,11 +394,11 @@ class Calibrator:
 
     def _stages(self, records: list[dict[str, Any]]) -> list[CalibrationStage]:
         streams = self._streams(len(records))
-        norm, head = self._reader.head()
+        head = self._reader.head()
         stages = []
         for name in records[0]["zeros"]:
             zero, values = (sum(record["zeros"][name][i] for record in records) for i in (0, 1))
-            totals = self._losses(self._before(streams, name), norm, head)
+            totals = self._losses(self._before(streams, name), head)
             losses = {source: total / labels if labels else None for source, (total, labels) in totals.items()}
             loss_sum, labels = (sum(column) for column in zip(*totals.values(), strict=True))
             loss = loss_sum / max(labels, 1)
@@ -408,7 +408,7 @@ class Calibrator:
         return stages
 
     def _losses(
-        self, stream: tuple[np.ndarray, int], norm: torch.Tensor, head: torch.Tensor
+        self, stream: tuple[np.ndarray, int], head: Callable[[torch.Tensor], torch.Tensor]
     ) -> dict[str, tuple[float, int]]:
         hidden, start = stream
         totals, first = {}, self._num_fit
@@ -416,8 +416,7 @@ class Calibrator:
             total, count = 0.0, 0
             for index in range(first, first + len(sequences)):
                 state = tensor(hidden[index - start], self.device)
-                scale = state.pow(2).mean(-1, keepdim=True) + self._reader.config.rms_norm_eps
-                logits = (state * scale.rsqrt() * norm) @ head.T
+                logits = head(state)
                 labels = self._batch["labels"][index].to(self.device)
                 loss = functional.cross_entropy(logits, labels, ignore_index=NO_LOSS, reduction="sum")
                 total += float(loss)

@@ -233,6 +233,7 @@ class Attention:
 
     Args:
         config: Of the model.
+        layer: Its number: layers may differ in what they attend to.
         mask: `config.sparsification` of the masks to fit; None for none.
         device: Where to compute.
 
@@ -241,10 +242,11 @@ class Attention:
         changed: Weights of projections that differ from the checkpoint's, by the projection's name.
     """
 
-    def __init__(self, config: SparseConfig, mask: dict[str, Any] | None, device: torch.device) -> None:
-        self._decoder, self._router = _without_block(config, None, device)
+    def __init__(self, config: SparseConfig, layer: int, mask: dict[str, Any] | None, device: torch.device) -> None:
+        self._family = family_of(config)
+        self._decoder, self._router = _without_block(config, layer, None, device)
         self._router_name = name_on_disk(config, f"{LAYER.format(0)}mlp.gate.weight").removeprefix(LAYER.format(0))
-        self._masked = self._decoder if mask is None else _without_block(config, mask, device)[0]
+        self._masked = self._decoder if mask is None else _without_block(config, layer, mask, device)[0]
         self.masked = False
         self.changed: dict[str, torch.Tensor] = {}
         self._before_refit: dict[str, torch.Tensor] = {}
@@ -345,12 +347,46 @@ class Attention:
 
     def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the feed-forward block, [sequences, tokens, hidden], from that before the layer."""
-        decoder = self._masked if self.masked else self._decoder
+        return self._decoded(self._masked if self.masked else self._decoder, hidden, position_ids)
+
+    @staticmethod
+    def _decoded(decoder: Any, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return decoder(inputs_embeds=hidden, position_ids=position_ids, use_cache=False).last_hidden_state
 
     def ffn_inputs(self, residual: torch.Tensor) -> torch.Tensor:
         """What the feed-forward block sees, [sequences * tokens, hidden]."""
-        return self._decoder.layers[0].post_attention_layernorm(residual).flatten(0, -2)
+        norm = self._norm(self._family.ffn_norm)
+        return (residual if norm is None else norm(residual)).flatten(0, -2)
+
+    def behind_block(self, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the layer, from that before the block and the block's output, both [..., hidden]."""
+        norm = self._norm(self._family.ffn_output_norm)
+        return residual + (output if norm is None else norm(output))
+
+    def block_gap(self, after: torch.Tensor, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """What to add to a block's output so that the stream becomes `after`: to first order where a norm is between them."""
+        norm = self._norm(self._family.ffn_output_norm)
+        return after - residual - output if norm is None else _before(norm, after - residual, output)
+
+    def attention_gap(self, after: torch.Tensor, residual: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """The same for what the output projection of the attention gives."""
+        norm = self._norm(self._family.attention_output_norm)
+        return after - residual - output if norm is None else _before(norm, after - residual, output)
+
+    def attention_output(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What the output projection gives without masks, [sequences, tokens, hidden]; arguments as of a call."""
+        if self._family.attention_output_norm is None:
+            return self._decoded(self._decoder, hidden, position_ids) - hidden
+        seen: list[torch.Tensor] = []
+        hook = self._decoder.layers[0].self_attn.o_proj.register_forward_hook(lambda *args: seen.append(args[2]))
+        try:
+            self._decoded(self._decoder, hidden, position_ids)
+        finally:
+            hook.remove()
+        return seen[0]
+
+    def _norm(self, name: str | None) -> Any:
+        return None if name is None else getattr(self._decoder.layers[0], name)
 
     def routes(self, x: torch.Tensor) -> Routes:
         if self._router is None:
@@ -367,10 +403,19 @@ class Attention:
         return attention.input_mask if site == "attn_in" else self._projection(READERS[site][0]).input_mask
 
 
-def _without_block(config: SparseConfig, mask: dict[str, Any] | None, device: torch.device) -> tuple[Any, Any]:
+def _before(norm: Any, wanted: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """What to add in front of an RMS norm, to first order, so that `wanted` comes out of it."""
+    # It divides by one number for each token and multiplies by one for each channel: together output / norm(output).
+    normed = norm(output)
+    return torch.where(normed == 0, 0.0, (wanted - normed) * output / normed)
+
+
+def _without_block(
+    config: SparseConfig, number: int, mask: dict[str, Any] | None, device: torch.device
+) -> tuple[Any, Any]:
     """A decoder of one layer without a feed-forward block, norm and embedding, in fp32; and the block's router."""
-    one_layer = deepcopy(config)
-    one_layer.num_hidden_layers, one_layer.sparsification = 1, mask
+    one_layer = _one_layer(config, number)
+    one_layer.sparsification = mask
     with torch.device("meta"):
         decoder: Any = family_of(config).model(one_layer).model
     layer = decoder.layers[0]
@@ -383,6 +428,15 @@ def _without_block(config: SparseConfig, mask: dict[str, Any] | None, device: to
     decoder.config.ffn_activation, decoder.config.sparsification = STOCK_ACTIVATION, None
     decoder.rotary_emb = type(decoder.rotary_emb)(config=one_layer).to(device)
     return decoder.float().eval(), router
+
+
+def _one_layer(config: SparseConfig, number: int) -> SparseConfig:
+    """The configuration of a model of a single layer, that of this number."""
+    own = deepcopy(config)
+    own.num_hidden_layers = 1
+    if (kinds := getattr(own, "layer_types", None)) is not None:
+        own.layer_types = [kinds[number]]  # pyright: ignore[reportAttributeAccessIssue]
+    return own
 
 
 class _Nothing(nn.Module):
@@ -405,33 +459,45 @@ class LayerReader:
         self.config = sparse_config(checkpoint.config, name, str(folder))
         self.device = device
         self._shards = {key: shard for shard in checkpoint.shards for key in read_shapes(shard)}
-        self._attention = Attention(self.config, mask, device)
+        self._mask = mask
 
     @property
     def num_experts(self) -> int:
         return num_experts(self.config)
 
     def attention(self, layer: int) -> Attention:
-        """The layer without its feed-forward block; one object, which holds the newest layer."""
+        """The layer without its feed-forward block."""
         prefix = f"model.layers.{layer}."
         wanted = [key for key in tensor_shapes(self.config) if key.startswith(prefix)]
         skipped = {name for e in range(self.num_experts) for name in ffn_names(self.config, layer, e)}
         kept = [key for key in wanted if key not in skipped]
-        self._attention.load({key.removeprefix(prefix): self._read(key) for key in kept})
-        return self._attention
+        attention = Attention(self.config, layer, self._mask, self.device)
+        attention.load({key.removeprefix(prefix): self._read(key) for key in kept})
+        return attention
 
     def experts(self, layer: int, activation: FfnActivation) -> list[Expert]:
         names = [ffn_names(self.config, layer, e) for e in range(self.num_experts)]
         return [Expert(self._read(gate), self._read(up), self._read(down), activation) for gate, up, down in names]
 
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return nn.functional.embedding(input_ids, self._read("model.embed_tokens.weight"))
+        scale = family_of(self.config).embedding_scale
+        states = nn.functional.embedding(input_ids, self._read("model.embed_tokens.weight"))
+        return states if scale is None else states * scale(self.config)
 
-    def head(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight of the last norm, [hidden], and of the language model's head, [vocabulary, hidden]."""
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Gives the logits, [tokens, vocabulary], of the residual stream after the last layer, [tokens, hidden]."""
+        with torch.device("meta"):
+            norm: Any = family_of(self.config).model(_one_layer(self.config, 0)).model.norm
+        norm.weight = nn.Parameter(self._read("model.norm.weight"), requires_grad=False)
         tied = self.config.tie_word_embeddings
-        name = "model.embed_tokens.weight" if tied else "lm_head.weight"
-        return self._read("model.norm.weight"), self._read(name)
+        weight = self._read("model.embed_tokens.weight" if tied else "lm_head.weight")
+        cap = getattr(self.config, "final_logit_softcapping", None)
+
+        def logits(state: torch.Tensor) -> torch.Tensor:
+            values = norm(state) @ weight.T
+            return values if cap is None else torch.tanh(values / cap) * cap
+
+        return logits
 
     def stored_dtype(self) -> torch.dtype:
         name = ffn_names(self.config, 0, 0)[2]

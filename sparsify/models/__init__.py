@@ -1,4 +1,4 @@
-"""Sparse Mistral and Sparse Mixtral.
+"""Sparse models: a family is one file, `sparse_NAME.py`.
 
 The files in this folder are the ones that train and the ones that an export ships: they import transformers, torch and each
 other, and nothing else of this package. The table of activations needs neither torch nor transformers, so the classes are

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-GateKind = Literal["silu", "relu", "relu_squared", "shifted_relu", "fatrelu"]
+GateKind = Literal["silu", "gelu_tanh", "relu", "relu_squared", "shifted_relu", "fatrelu"]
 UpKind = Literal["identity", "relu"]
 
 GATES_WITH_THRESHOLD: tuple[GateKind, ...] = ("shifted_relu", "fatrelu")
-GATES_WITHOUT_ZEROS: tuple[GateKind, ...] = ("silu",)
+GATES_WITHOUT_ZEROS: tuple[GateKind, ...] = ("silu", "gelu_tanh")
 GATES_WITH_TRAINING_KERNEL: tuple[GateKind, ...] = ("silu", "relu")
 
 
@@ -77,6 +77,14 @@ ACTIVATIONS: dict[str, Activation] = {
             saved_values=(4, 4),
         ),
         Activation(
+            "geglu",
+            gate="gelu_tanh",
+            up="identity",
+            formula="gelu(gate) × up",
+            paper="GLU Variants Improve Transformer (Shazeer, arXiv 2002.05202), with the tanh approximation of GELU (1606.08415)",
+            saved_values=(4, 4),
+        ),
+        Activation(
             "reglu",
             gate="relu",
             up="identity",
@@ -122,7 +130,7 @@ ACTIVATIONS: dict[str, Activation] = {
 """By name, in the order in which messages list them."""
 
 STOCK_ACTIVATION = "swiglu"
-"""What stock Mistral and Mixtral checkpoints compute."""
+"""What stock checkpoints of most families compute."""
 
 
 def activation_names(where: Callable[[Activation], bool] = lambda row: True) -> tuple[str, ...]:

@@ -16,8 +16,10 @@ from sparsify.models.masking import mask_tensors as mask_tensors
 from sparsify.models.masking import site_rules as site_rules
 from sparsify.models.sparse_mistral import SparseMistralConfig as SparseMistralConfig
 from sparsify.models.sparse_mistral import SparseMistralForCausalLM as SparseMistralForCausalLM
+from sparsify.models.sparse_mistral import SparseMistralModel as SparseMistralModel
 from sparsify.models.sparse_mixtral import SparseMixtralConfig as SparseMixtralConfig
 from sparsify.models.sparse_mixtral import SparseMixtralForCausalLM as SparseMixtralForCausalLM
+from sparsify.models.sparse_mixtral import SparseMixtralModel as SparseMixtralModel
 
 SparseModel = SparseCausalLM
 

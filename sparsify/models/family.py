@@ -6,7 +6,7 @@ Its classes are transformers' own with the classes of this file in front, so att
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ class SparseConfig(PreTrainedConfig):
         intermediate_size: int
         num_hidden_layers: int
         num_attention_heads: int
-        num_key_value_heads: int
+        num_key_value_heads: Any
         num_local_experts: int
         num_experts_per_tok: int
         max_position_embeddings: int
@@ -139,11 +139,16 @@ class Family:
         stock: Model types of the checkpoints that are held as this family, with the classes whose defaults apply to them.
         base_activation: What stock checkpoints compute.
         ffn_norm: Name of the norm in a layer whose output the feed-forward block reads; None if it reads the residual stream.
+        unit_offset: Whether norms multiply by 1 and their weight.
         ffn_output_norm: Name of a norm between the block's output and the residual stream; None for none.
         attention_output_norm: The same of the attention.
         blocks_on_disk: What checkpoints call `mlp` where a layer has experts.
+        expert_block: Name of the class of such a layer's `mlp`: the router and the experts.
         expert_projections: What checkpoints call the projections of an expert.
         fused: Projections that stock checkpoints store as one, by its name in a layer, in the order of rows. They are apart here.
+        holders: Model types of stock checkpoints that hold this model next to others, such as one of images: its config.json is
+            there under `text_config`, and names of its tensors begin with `language_model`.
+        embedding_scale: Number by which a model of some configuration multiplies its embeddings; None for 1.
         obstacles: Fields of config.json for which a checkpoint is refused, each with the value that can be held and the reason.
     """
 
@@ -151,13 +156,17 @@ class Family:
     stock: Mapping[str, type[PreTrainedConfig]]
     base_activation: str = STOCK_ACTIVATION
     ffn_norm: str | None = "post_attention_layernorm"
+    unit_offset: bool = False
     ffn_output_norm: str | None = None
     attention_output_norm: str | None = None
     blocks_on_disk: str = "mlp"
+    expert_block: str | None = None
     expert_projections: Mapping[str, str] = field(
         default_factory=lambda: {name: name for name in ("gate_proj", "up_proj", "down_proj")}
     )
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    holders: tuple[str, ...] = ()
+    embedding_scale: Callable[[Any], float] | None = None
     obstacles: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     @property

@@ -29,6 +29,7 @@ FAMILY = register(
         SparseMixtralForCausalLM,
         {"mixtral": MixtralConfig},
         blocks_on_disk="block_sparse_moe",
+        expert_block="MixtralSparseMoeBlock",
         expert_projections={"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
     )
 )

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from sparsify.conversion.architecture import held_fields, sparse_config
+from sparsify.conversion.architecture import held_fields, sparse_config, text_part
 from sparsify.conversion.source_checkpoint import PACKAGE_PREFIX, locate
 from sparsify.errors import ModelError, RecipeError
 from sparsify.metadata import read_json, user_path
@@ -276,7 +276,7 @@ def local_config(model: ModelSection) -> dict[str, Any]:
         path = locate(model.source) / "config.json"
     except ModelError:
         return {}  # a package that is not installed yet
-    return read_json(path, ModelError) if path.is_file() else {}
+    return text_part(read_json(path, ModelError)) if path.is_file() else {}
 
 
 def resolve_engine(recipe: Recipe, *, hardware: Hardware | None = None) -> tuple[Recipe, EngineChoice | None]:

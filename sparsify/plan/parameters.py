@@ -1,4 +1,4 @@
-"""Parameter counts of Mistral and Mixtral, by part."""
+"""Parameter counts of a model, by part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, computed_field
 
-from sparsify.errors import RecipeError
+from sparsify.conversion.architecture import sparse_config
+from sparsify.conversion.layout import LAYER, tensor_shapes
+from sparsify.errors import ModelError, RecipeError
+from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.masking import num_experts
 
 
@@ -28,17 +31,24 @@ class Architecture(BaseModel):
     num_local_experts: int = 0
     """0 for a dense model."""
     num_experts_per_tok: int = 1
+    attention_extras: int = 0
+    """Parameters of one layer's attention in addition to its four projections: biases, norms of queries and keys."""
+    layer_norms: int = 2
+    """Norms of the hidden size in one layer."""
     mask_values: int = 0
     """Thresholds of the mask that the source stores: buffers, of which every process has its own."""
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], upcycle_experts: int | None, per_token: int) -> Architecture:
-        """Reads transformers' config fields of a Mistral, Mixtral or Llama, upcycled into copies of its FFN if that is
+        """Reads transformers' config fields of a model that can be held, upcycled into copies of its FFN if that is
         given. Raises RecipeError if a field is missing or of the wrong type.
         """
         known = {key: value for key, value in fields.items() if value is not None}
-        if not str(known.get("model_type", "")).endswith("mixtral"):
-            known |= {"num_local_experts": 0, "num_experts_per_tok": 1}
+        known["num_local_experts"] = known.get("num_local_experts") or known.get("num_experts") or 0
+        if not known["num_local_experts"]:
+            known["num_experts_per_tok"] = 1
+        known["intermediate_size"] = known.get("moe_intermediate_size") or known.get("intermediate_size")
+        known |= _extras(known)
         if upcycle_experts:
             known |= {"num_local_experts": upcycle_experts, "num_experts_per_tok": per_token}
         if {"hidden_size", "num_attention_heads"} <= known.keys():
@@ -49,7 +59,7 @@ class Architecture(BaseModel):
             faults = [f"{fault['loc'][0]}: {fault['msg']}" for fault in error.errors()]
             raise RecipeError(
                 f"model.architecture does not describe a model: {'; '.join(faults)}.",
-                allowed="The fields of a Mistral's or Mixtral's config.json.",
+                allowed="The fields of a config.json of an architecture that can be held.",
             ) from error
 
     @property
@@ -60,6 +70,19 @@ class Architecture(BaseModel):
     def key_value_size(self) -> int:
         """Width of all key heads together; that of the values is equal."""
         return self.num_key_value_heads * self.head_dim
+
+
+def _extras(fields: Mapping[str, Any]) -> dict[str, int]:
+    """What a layer of the family has in addition to projections, from the tensors of its model; nothing if that cannot be made."""
+    try:
+        config = sparse_config(dict(fields), STOCK_ACTIVATION, "model.architecture")
+    except ModelError:
+        return {}
+    layer = {name: shape for name, shape in tensor_shapes(config).items() if name.startswith(LAYER.format(0))}
+    vectors = {name: shape[0] for name, shape in layer.items() if len(shape) == 1}
+    inside = sum(size for name, size in vectors.items() if ".self_attn." in name)
+    norms = sum(".self_attn." not in name and ".mlp." not in name for name in vectors)
+    return {"attention_extras": inside, "layer_norms": norms}
 
 
 class Parameters(BaseModel):
@@ -98,11 +121,11 @@ def count_parameters(architecture: Architecture) -> Parameters:
     matrix = a.num_hidden_layers * num_experts(a) * a.hidden_size * a.intermediate_size
     return Parameters(
         embeddings=a.vocab_size * a.hidden_size,
-        attention=a.num_hidden_layers * 2 * a.hidden_size * (a.query_size + a.key_value_size),
+        attention=a.num_hidden_layers * (2 * a.hidden_size * (a.query_size + a.key_value_size) + a.attention_extras),
         gate=matrix,
         up=matrix,
         down=matrix,
         router=a.num_hidden_layers * a.num_local_experts * a.hidden_size,
-        norms=(2 * a.num_hidden_layers + 1) * a.hidden_size,
+        norms=(a.layer_norms * a.num_hidden_layers + 1) * a.hidden_size,
         head=0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size,
     )

@@ -11,7 +11,7 @@ import torch
 
 from sparsify.models import SparseModel
 from sparsify.models.ffn_activation import FfnActivation
-from sparsify.predictors.format import BlockPredictor, Predictors, folded
+from sparsify.predictors.format import BlockPredictor, Predictors, folded, norm_weight
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ def as_held(predictors: Predictors, model: SparseModel, engine: str) -> Predicto
         return predictors
     blocks = predictors.blocks
     if predictors.facts.input == "normed":
-        norms = [layer.post_attention_layernorm for layer in model.model.layers]
-        blocks = {key: folded(block, norms[key[0]], 1.0) for key, block in blocks.items()}  # pyright: ignore[reportArgumentType]
+        blocks = {key: folded(block, norm_weight(model, key[0]), 1.0) for key, block in blocks.items()}
     held = {key: BlockPredictor(*(matrix.half().float() for matrix in block)) for key, block in blocks.items()}
     return Predictors(predictors.facts.model_copy(update={"input": "residual"}), held)
 

@@ -16,12 +16,11 @@ import xxhash
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.files import atomic_folder, refuse_foreign_folder
 from sparsify.metadata import read_record
-from sparsify.models import SparseModel
+from sparsify.models import SparseModel, family_of
 from sparsify.models.masking import is_fused, num_experts, num_neurons
 from sparsify.runtime.weights import LayerPredictors, Predictor
 
@@ -204,14 +203,22 @@ def fingerprint_of(gates: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def folded(predictor: BlockPredictor, norm: nn.Module, scale: float) -> BlockPredictor:
-    """A predictor of the normed input as one of the residual before the norm.
+def norm_weight(model: SparseModel, layer: int) -> torch.Tensor:
+    """What the norm in front of a layer's feed-forward block multiplies each channel by, fp32 [hidden]; ones without a norm."""
+    family = family_of(model.config)
+    if family.ffn_norm is None:
+        return torch.ones(model.config.hidden_size)
+    weight = getattr(model.model.layers[layer], family.ffn_norm).weight.detach().float()
+    return 1 + weight if family.unit_offset else weight
+
+
+def folded(predictor: BlockPredictor, norm: torch.Tensor, scale: float) -> BlockPredictor:
+    """A predictor of the normed input as one of the residual before the norm, given that norm's `norm_weight`.
 
     The norm multiplies by its weight and divides by a positive number of the token. Without biases that number goes through both
     matrices, so the sign of every score stays exactly what it was; a score of s becomes s times the token's RMS over `scale`.
     """
-    weight: torch.Tensor = norm.weight.detach().float().to(predictor.A.device)  # pyright: ignore[reportAssignmentType, reportCallIssue]
-    return BlockPredictor(predictor.A * weight / scale, predictor.B)
+    return BlockPredictor(predictor.A * norm.to(predictor.A.device) / scale, predictor.B)
 
 
 def write_predictors(predictors: Predictors, to: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from sparsify.models import SparseModel
+from sparsify.models import SparseModel, family_of
 from sparsify.models.masking import is_fused
 from sparsify.predictors.format import PredictorInput
 
@@ -33,8 +33,11 @@ class BlockInputs:
 
     def __enter__(self) -> Self:
         for layer in self._model.model.layers:
-            norm: nn.Module = layer.post_attention_layernorm  # pyright: ignore[reportAssignmentType]
-            self._undo.append(norm.register_forward_hook(self._keep).remove)
+            name = family_of(self._model.config).ffn_norm
+            if name is None:
+                self._undo.append(layer.mlp.register_forward_pre_hook(self._keep_input).remove)
+            else:
+                self._undo.append(getattr(layer, name).register_forward_hook(self._keep).remove)
             for module in layer.modules():
                 if is_fused(module):
                     hook = module.register_forward_pre_hook(self._route, with_kwargs=True)
@@ -55,12 +58,15 @@ class BlockInputs:
             return per_token
         return per_token[torch.where(self._routing == expert)[0]]
 
-    def _keep(self, norm: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def _keep(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         residual = args[0].detach().flatten(0, -2).float()
         normed = output.detach().flatten(0, -2).float()
         self.rms = residual.pow(2).mean(-1).sqrt()
         self._rows = normed if self._kind == "normed" else residual
         self._routing = None
+
+    def _keep_input(self, block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._keep(block, args, args[0])
 
     def _route(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
         self._routing = kwargs["top_k_index"] if "top_k_index" in kwargs else args[1]

@@ -31,6 +31,7 @@ from sparsify.predictors.format import (
     all_blocks,
     fingerprint,
     folded,
+    norm_weight,
     prefix,
 )
 from sparsify.predictors.inputs import BlockInputs
@@ -185,9 +186,9 @@ class _Training:
             (rank, candidate), *_ = options.items()
             predictor = candidate.predictor
             if self.settings.input == "residual":
-                norm = self.model.model.layers[block[0]].post_attention_layernorm
+                norm = norm_weight(self.model, block[0])
                 scale = self._rms_sums[block[0]] / max(self._rms_counts[block[0]], 1)
-                predictor = folded(predictor, norm, scale or 1.0)  # pyright: ignore[reportArgumentType]
+                predictor = folded(predictor, norm, scale or 1.0)
             blocks[block] = predictor
             histogram = histograms[block, rank]
             recall, on_share = histogram.at(0.0)

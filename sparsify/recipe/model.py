@@ -22,12 +22,12 @@ class ModelSection(Section):
     init: Literal["pretrained", "random"] = "pretrained"
     """`pretrained` reads `source`; `random` builds `architecture` from `training.seed`."""
     architecture: dict[str, Any] = field(default_factory=dict)
-    """transformers config fields with `model_type` mistral or mixtral. For `random` it is the model; for `pretrained`
+    """transformers config fields with `model_type` of a family that can be held. For `random` it is the model; for `pretrained`
     it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is downloaded."""
     tokenizer: str | None = None
     """Where the tokenizer comes from; null takes `source`."""
     upcycle_experts: Annotated[int, Field(ge=1, le=4096)] | None = None
-    """Turn a dense Mistral into a Mixtral with this many experts, each a copy of the FFN."""
+    """Turn a dense Mistral or Llama into a Mixtral with this many experts, each a copy of the FFN."""
     upcycle_experts_per_token: Annotated[int, Field(ge=1, le=4096)] = 2
 
 

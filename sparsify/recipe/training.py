@@ -110,5 +110,5 @@ class BaselineSection(Section):
     """A second run on the same tokens that differs in its activation only."""
 
     ffn_activation: Annotated[str, one_of(ACTIVATIONS)] | None = None
-    """`swiglu` trains the dense baseline, without any mask, after the sparse run; null trains none. A run that has this
+    """`swiglu` (of Gemma, `geglu`) trains the dense baseline, without any mask, after the sparse run; null trains none. A run that has this
     activation itself (`activation=swiglu`) and no mask is the baseline and trains no other."""

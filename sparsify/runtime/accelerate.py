@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from sparsify.errors import ModelError
+from sparsify.models import FAMILIES
 from sparsify.models.activations import ACTIVATIONS, activation_names
 from sparsify.models.masking import experts_per_token, is_fused, num_experts, site_rules
 from sparsify.models.quantised import BlockFormat
@@ -134,7 +135,7 @@ def accelerate(
     those on the inputs of projections save columns of these.
 
     Args:
-        model: A Sparse Mistral or Sparse Mixtral: an exported bundle as transformers loads it, or one of this package.
+        model: A sparse model of any family: an exported bundle as transformers loads it, or one of this package.
         weights: One of WEIGHT_FORMATS. `stored` reads the model's own weights; `int8` and `int4` round them into blocks of
             32 for decoding, 8.5 or 4.5 bits a weight; the output layer is int8 in both. After a change, move or cast of the
             weights the next step makes new blocks; writes through `.data` are not noticed.
@@ -150,7 +151,7 @@ def accelerate(
         A handle that counts the reads. The model itself is changed in place.
 
     Raises:
-        ModelError: If the model is not a Sparse Mistral or Mixtral, or makes no zeros, or int8 or int4 blocks are requested for a
+        ModelError: If the model is not a sparse one, or makes no zeros, or int8 or int4 blocks are requested for a
             model that is not on a CPU, or its stored weights were freed before.
     """
     check_acceleratable(model, dense=dense)
@@ -171,7 +172,9 @@ def accelerate(
         if blocks is not None and not keep_weights:
             drop_block(block.forward)
         if predictors is not None and predictors.input == "residual":
-            block.forward.watch(model.model.layers[layer].post_attention_layernorm)
+            name = FAMILIES[model.config.model_type].ffn_norm
+            if name is not None:  # otherwise the block reads the residual itself
+                block.forward.watch(getattr(model.model.layers[layer], name))
     forwards = [vars(block)["forward"] for block in model.ffn_blocks()]
     model.forward = StepForward(model, forwards, Projections(blocks, held), threads)
     if blocks is not None and keep_weights:
@@ -201,7 +204,7 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
     """Raises ModelError if a model is not sparse (allowed if `dense`), not of a known type, or has layers that the kernels
     cannot read.
     """
-    if not hasattr(model, "ffn_blocks"):
+    if not hasattr(model, "ffn_blocks") or model.config.model_type not in FAMILIES:
         raise ModelError(
             f"{type(model).__name__} has no blocks with a named activation.",
             allowed="A bundle that `sparsify export` wrote, or a folder that `sparsify convert` wrote.",
@@ -268,7 +271,7 @@ class ModelBytes:
 
 
 def model_bytes(model: Any) -> ModelBytes:
-    """Counts a Sparse Mistral's or Sparse Mixtral's weights."""
+    """Counts a sparse model's weights."""
     ffn = sum(_bytes(block) for block in model.ffn_blocks())
     embedding = model.get_input_embeddings()
     tied = model.get_output_embeddings().weight is embedding.weight

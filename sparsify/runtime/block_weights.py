@@ -24,7 +24,7 @@ class BlockProduct:
 
     def __init__(self, matrix: BlockMatrix, module: nn.Module, *, by_columns: bool) -> None:
         self.matrix, self.by_columns = matrix, by_columns
-        self._masked = module if is_masked_linear(module) else None
+        self._module, self._masked = module, module if is_masked_linear(module) else None
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         """Maps [..., inputs] to [..., outputs]."""
@@ -33,7 +33,9 @@ class BlockProduct:
         return masked_product(self._masked, input, self._multiply)
 
     def _multiply(self, input: torch.Tensor) -> torch.Tensor:
-        return product(input, self.matrix, by_columns=self.by_columns)
+        output = product(input, self.matrix, by_columns=self.by_columns)
+        bias: Any = self._module.bias
+        return output if bias is None else output + bias
 
 
 def drop_block(forward: BlockForward) -> None:

@@ -16,9 +16,9 @@ def is_masked_linear(module: nn.Module) -> bool:
     return type(module).__name__ == "MaskedLinear"
 
 
-def is_readable(module: nn.Module) -> bool:
-    """Whether the kernels can read a projection's weights."""
-    return (type(module) is nn.Linear or is_masked_linear(module)) and module.bias is None
+def is_readable(module: nn.Module, *, with_bias: bool = False) -> bool:
+    """Whether the kernels can read a projection's weights, and its bias if it has one."""
+    return (type(module) is nn.Linear or is_masked_linear(module)) and (with_bias or module.bias is None)
 
 
 def unknown_to_blocks(config: Any) -> str:
@@ -40,8 +40,11 @@ def own_mask(module: Any) -> Any:
 
 
 def constant_of(module: Any) -> torch.Tensor | None:
-    """What is added to the outputs of a projection, given the same."""
-    return getattr(module, "remainder_constant", None)
+    """What is added to the outputs of a projection, given the same: in place of dropped inputs, and as its bias."""
+    constant, bias = getattr(module, "remainder_constant", None), getattr(module, "bias", None)
+    if constant is None or bias is None:
+        return bias if constant is None else constant
+    return constant.float() + bias.float()
 
 
 def low_rank_of(module: Any, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor] | None:

@@ -24,6 +24,7 @@ _GATE_KINDS: dict[GateKind, int] = {
     "relu_squared": 1,
     "shifted_relu": 2,
     "silu": 3,
+    "gelu_tanh": 4,
 }
 _UP_KINDS: dict[UpKind, int] = {"identity": 0, "relu": 1}
 _BLOCK_FORMATS = {"int8": 1, "int4": 2}

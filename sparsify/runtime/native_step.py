@@ -54,7 +54,7 @@ class StepLayer(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm")),
         *((name, _Linear) for name in ("q", "k", "v", "o")),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", "router")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "router", "q_norm", "k_norm")),
         ("experts", ctypes.POINTER(FfnCall)),
         ("tokens", ctypes.c_int64),
     )
@@ -145,7 +145,7 @@ class StepPlan:
     """All addresses of a model's weights. It holds the tensors that they belong to; the caller watches for changes.
 
     Args:
-        model: A Sparse Mistral or Mixtral on a CPU.
+        model: A sparse model on a CPU.
         forwards: The forward of each layer's block.
         given: What the attention's projections and the output layer are read from.
         threads: Threads of a step; default: see THREAD_BYTES.
@@ -202,6 +202,9 @@ class StepPlan:
             setattr(to, name, self._linear(f"layers.{index}.{name}", linear, masks[-1]))
             others += num_bytes(low_rank_of(linear))
         self._others.append(others + num_bytes(bases_of(*masks)))
+        for name in ("q_norm", "k_norm"):
+            if (norm := getattr(attention, name, None)) is not None:
+                setattr(to, name, self._address(norm.weight))
         if is_fused(forward.block):
             to.router = self._address(layer.mlp.gate.weight)
         experts = (FfnCall * forward.count())()

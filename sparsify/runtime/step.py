@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
+from sparsify.models import FAMILIES
 from sparsify.models.masking import is_fused
 from sparsify.runtime.block_weights import BlockProduct
 from sparsify.runtime.cache_store import Place, advance, place, positions, refusal
@@ -58,7 +59,7 @@ class StepForward:
     """Forward of a model, installed in place of its class's.
 
     Args:
-        model: A Sparse Mistral or Mixtral.
+        model: A sparse model.
         forwards: The forward of each layer's block.
         given: What the attention's projections and the output layer are read from.
         threads: Threads of a step; None for as many as pay off.
@@ -159,11 +160,13 @@ class StepForward:
         dtypes = {parameter.dtype for parameter in model.parameters()}
         if len(dtypes) > 1:
             return f"weights of several dtypes ({', '.join(sorted(map(str, dtypes)))})"
+        if unknown := _unknown_structure(model):
+            return unknown
         for index, layer in enumerate(model.model.layers):
             attention = layer.self_attn
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 part = getattr(attention, name)
-                if not is_readable(part):
+                if not is_readable(part, with_bias=True):
                     return f"{name} of layer {index}, which is {part}"
         if type(model.lm_head) is not nn.Linear or model.lm_head.bias is not None:
             return f"the output layer {model.lm_head}"
@@ -183,7 +186,7 @@ class StepForward:
         plan, model, batch = self._current_plan(), self.model, len(request.ids)
         cache = DynamicCache(config=model.config) if request.cache is None else request.cache
         where = place(cache, lambda: plan.no_positions(batch))
-        window = getattr(model.config, "sliding_window", None)
+        window = _window(model.config)
         hidden_by_window = 0 if window is None else max(0, where.cached - (window - 1))
         where = _later(where, hidden_by_window, plan)
         logits = plan.run(
@@ -245,6 +248,32 @@ class StepForward:
     def seconds(self) -> dict[str, float] | None:
         """Seconds of the native steps since the weights last changed, by part; None before the first."""
         return None if self._plan is None else self._plan.seconds()
+
+
+def _window(config: Any) -> int | None:
+    """How many tokens every layer attends to; None for all."""
+    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
+    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+
+
+def _unknown_structure(model: Any) -> str | None:
+    """What a model's family does that the kernels do not compute, in words."""
+    config, family = model.config, FAMILIES[model.config.model_type]
+    attention = model.model.layers[0].self_attn
+    if family.ffn_output_norm or family.attention_output_norm or family.unit_offset or family.embedding_scale:
+        return f"the norms of a {family.model_type}"
+    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if any(one is not None and one.weight.shape != (attention.head_dim,) for one in norms):
+        return "norms over all heads"
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return "layers that attend to different lengths"
+    if getattr(config, "final_logit_softcapping", None):
+        return "softcapped logits"
+    if (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        return "rotary embeddings of a part of each head"
+    if getattr(config, "norm_topk_prob", True) is False and config.num_experts_per_tok > 1:
+        return "a router whose weights do not sum to 1"
+    return None
 
 
 class _Parts:

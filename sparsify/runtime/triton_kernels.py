@@ -171,6 +171,8 @@ def gate_rows(
             factor = g
             if KIND == "silu":
                 factor = g / (1.0 + tl.exp(-g))
+            elif KIND == "gelu_tanh":  # (1 + tanh(z)) / 2 is the sigmoid of 2z
+                factor = g / (1.0 + tl.exp(-1.5957691216 * (g + 0.044715 * g * g * g)))
             elif KIND == "relu_squared":
                 factor = tl.where(g <= threshold, 0.0, g * g)
             elif KIND == "shifted_relu":

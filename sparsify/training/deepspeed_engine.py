@@ -18,7 +18,7 @@ from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError
 from sparsify.launch.meeting import meet_ranks
 from sparsify.methods.live_model import Engine
-from sparsify.models import SparseModel
+from sparsify.models import FAMILIES, SparseModel
 from sparsify.models.masking import num_experts
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import OptimizerSection
@@ -27,8 +27,6 @@ from sparsify.training.kernels.activation import check_fusible, fuse_activation,
 from sparsify.training.kernels.liger import check_liger, use_liger
 
 Parameter = TypeVar("Parameter")
-
-MOE_BLOCK = "MixtralSparseMoeBlock"
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -98,7 +96,7 @@ def deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     if engine.zero_stage == 3:
         # DeepSpeed's default leaf list may name classes by path; ours are loaded under their stock class here, but
         # saying so keeps ranks together when their tokens go to different experts.
-        zero["leaf_module"] = {"classes": [MOE_BLOCK]}
+        zero["leaf_module"] = {"classes": [one.expert_block for one in FAMILIES.values() if one.expert_block]}
         zero["stage3_gather_16bit_weights_on_model_save"] = False
     if engine.offload_optimizer_to_cpu:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

@@ -88,7 +88,7 @@ MODELS: dict[str, tuple[Callable[[Place], object], list[str]]] = {
     ),
     "architecture": (
         lambda place: place.checkpoint(model_type="gpt2"),
-        ["'gpt2'", "cannot be held", "Held: mistral, mixtral", "llama"],
+        ["'gpt2'", "cannot be held", "Held: mistral, mixtral", "llama", "add sparsify/models/sparse_gpt2.py"],
     ),
     "quantised": (
         lambda place: place.checkpoint(quantization_config={"quant_method": "gptq"}),
@@ -100,7 +100,7 @@ MODELS: dict[str, tuple[Callable[[Place], object], list[str]]] = {
     ),
     "other activation": (
         lambda place: place.checkpoint(hidden_act="gelu"),
-        ["hidden_act is 'gelu'", "SwiGLU"],
+        ["hidden_act is 'gelu'", "swiglu"],
     ),
     "impossible config": (
         lambda place: place.checkpoint(hidden_size="wide"),
@@ -299,7 +299,7 @@ MEASURED: dict[str, tuple[Callable[[Place], list[str]], list[str]]] = {
             "--to",
             OUT,
         ],
-        ["dralu", "Did you mean 'drelu'?", "swiglu, reglu, shifted_relu, relu2, fatrelu, drelu"],
+        ["dralu", "Did you mean 'drelu'?", "swiglu, geglu, reglu, shifted_relu, relu2, fatrelu, drelu"],
     ),
 }
 

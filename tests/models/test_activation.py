@@ -72,7 +72,7 @@ def test_drelu_passes_no_gradient_where_it_is_zero() -> None:
 
 
 def test_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="allowed: swiglu, reglu, shifted_relu, relu2, fatrelu, drelu"):
+    with pytest.raises(ValueError, match="allowed: swiglu, geglu, reglu, shifted_relu, relu2, fatrelu, drelu"):
         FfnActivation("relu")
 
 

@@ -14,13 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import (
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig
 
 from sparsify.commands.plan import Assumptions, plan
 from sparsify.conversion.tokenizer import load_tokenizer
@@ -78,13 +72,8 @@ def test_parameters_are_those_of_transformers_own_model(name: str, experts: int 
     if experts and fields["model_type"] == "mistral":
         recipe.model.upcycle_experts = experts
         fields |= {"model_type": "mixtral", "num_local_experts": experts}
-    classes: dict[str, tuple[Any, type[PreTrainedModel]]] = {
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "mixtral": (MixtralConfig, MixtralForCausalLM),
-    }
-    config_class, model_class = classes[fields.pop("model_type")]
     with torch.device("meta"):
-        model = model_class(config_class(**fields))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
     assert make_plan(recipe).parameters.total == model.num_parameters()
 
 
@@ -93,6 +82,12 @@ def test_parameters_are_those_of_transformers_own_model(name: str, experts: int 
     [
         ("turbosparse_mistral_7b", 7.24e9, 7.24e9),  # arXiv 2310.06825
         ("turbosparse_mixtral_8x7b", 46.7e9, 12.9e9),  # arXiv 2401.04088: "47B", "13B active"
+        # Numbers of parameters as the Hub counts the tensors of these models, and as their cards say.
+        ("qwen3_4b", 4.02e9, 4.02e9),  # card: 4.0B, 3.6B without embeddings
+        ("llama3_8b", 8.03e9, 8.03e9),  # card: 8B
+        ("gemma3_4b", 3.88e9, 3.88e9),  # arXiv 2503.19786, Table 1: 675M of embeddings and 3,209M others
+        ("olmo2_7b", 7.30e9, 7.30e9),  # card: 7B
+        ("qwen3_30b_a3b", 30.53e9, 3.35e9),  # card: 30.5B, 3.3B active
     ],
 )
 def test_published_parameter_counts(name: str, total: float, active: float) -> None:

@@ -69,7 +69,8 @@ def test_recipe_composes_under_its_own_name_with_a_command_and_a_purpose(name: s
 def test_every_sparse_recipe_has_its_controls(name: str, activation: str) -> None:
     recipe = compose_recipe(name, [f"activation={activation}"])
     assert recipe.activation.ffn_activation == activation
-    assert recipe.baseline.ffn_activation == (None if name in TURBOSPARSE else "swiglu")
+    dense = "geglu" if name == "gemma3_4b" else "swiglu"
+    assert recipe.baseline.ffn_activation == (None if name in TURBOSPARSE else dense)
 
 
 def test_the_quickstart_starts_from_the_calibrated_replacement_and_the_bare_one_is_one_override() -> None:
@@ -302,7 +303,7 @@ BAD_OVERRIDES = {
     "engine.offload_parameters_to_cpu=true": ["engine=zero3_offload"],
     "training.global_batch_size=17": ["training.global_batch_size is 17", "multiple of"],
     "training.precision=fp16": ["'fp16'", "bf16, fp32"],
-    "activation.ffn_activation=gelu": ["'gelu'", "swiglu, reglu,"],
+    "activation.ffn_activation=gelu": ["'gelu'", "swiglu, geglu, reglu,"],
     "conversion=bare conversion.target_zeros=0.9": [
         "conversion.target_zeros=0.9 would be ignored",
         "calibration_t",

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers.models.mistral.modeling_mistral import MistralMLP
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from sparsify.models import SparseModel
+from sparsify.models.family import SparseMLP
+from sparsify.models.fused_experts import SparseExperts
 from sparsify.sparsity import ActivationStatistics, SparsityProbe
 
 BuildModel = Callable[..., SparseModel]
@@ -29,11 +29,11 @@ def store_pre_activations(model: SparseModel) -> Stored:
     """Stores gate and up of every (layer, expert), independent of the code under test."""
     stored: Stored = defaultdict(list)
 
-    def store_dense(layer: int, mlp: MistralMLP, args: tuple[torch.Tensor]) -> None:
+    def store_dense(layer: int, mlp: SparseMLP, args: tuple[torch.Tensor]) -> None:
         hidden = args[0].flatten(0, 1)
         stored[layer, 0].append((mlp.gate_proj(hidden), mlp.up_proj(hidden)))
 
-    def store_experts(layer: int, experts: MixtralExperts, args: tuple[torch.Tensor, ...]) -> None:
+    def store_experts(layer: int, experts: SparseExperts, args: tuple[torch.Tensor, ...]) -> None:
         hidden, chosen, _ = args
         for expert, weight in enumerate(experts.get_parameter("gate_up_proj")):
             gate, up = nn.functional.linear(hidden[(chosen == expert).any(-1)], weight).chunk(2, -1)
@@ -41,9 +41,9 @@ def store_pre_activations(model: SparseModel) -> Stored:
 
     for layer, block in enumerate(model.model.layers):
         for module in block.modules():
-            if isinstance(module, MistralMLP):
+            if isinstance(module, SparseMLP):
                 module.register_forward_pre_hook(partial(store_dense, layer))
-            if isinstance(module, MixtralExperts):
+            if isinstance(module, SparseExperts):
                 module.register_forward_pre_hook(partial(store_experts, layer))
     return stored
 

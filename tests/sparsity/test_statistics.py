@@ -10,9 +10,9 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.multiprocessing.spawn import start_processes
-from transformers.models.mistral.modeling_mistral import MistralMLP
 
 from sparsify.models import FfnActivation, SparseModel
+from sparsify.models.family import SparseMLP
 from sparsify.sparsity import ActivationStatistics, SparsityProbe
 
 BuildModel = Callable[..., SparseModel]
@@ -91,7 +91,7 @@ def test_dead_and_always_on_neurons(build_model: BuildModel, input_ids: torch.Te
         # Feature 0 of the residual stream is large and positive for every token.
         model.model.embed_tokens.weight[:, 0] = 100.0
         mlp = model.get_submodule("model.layers.1.mlp")
-        assert isinstance(mlp, MistralMLP)
+        assert isinstance(mlp, SparseMLP)
         mlp.gate_proj.weight[3] = 0.0
         for projection in (mlp.gate_proj, mlp.up_proj):
             projection.weight[7] = 0.0

@@ -13,7 +13,7 @@
 
 namespace sparsify {
 
-enum GateKind : int32_t { RELU = 0, RELU_SQUARED = 1, SHIFTED_RELU = 2, SILU = 3 };
+enum GateKind : int32_t { RELU = 0, RELU_SQUARED = 1, SHIFTED_RELU = 2, SILU = 3, GELU_TANH = 4 };
 enum UpKind : int32_t { IDENTITY = 0, UP_RELU = 1 };
 
 // Mirrors sparsify/runtime/native_ffn.py.
@@ -90,6 +90,7 @@ struct Half {
 inline float gate_factor(float g, const FfnCall& call) {
     switch (call.gate_kind) {
         case SILU: return g / (1.0f + std::exp(-g));
+        case GELU_TANH: return 0.5f * g * (1.0f + std::tanh(0.7978845608f * (g + 0.044715f * g * g * g)));
         case RELU_SQUARED: return g <= call.gate_threshold ? 0.0f : g * g;
         case SHIFTED_RELU: return g <= call.gate_threshold ? 0.0f : g - call.gate_threshold;
         default: return g <= call.gate_threshold ? 0.0f : g;  // NaN compares false and passes

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "ffn.h"
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstring>
@@ -33,6 +34,7 @@ struct StepLayer {
     Linear q, k, v, o;
     void *keys, *values;
     const void* router;  // [experts, hidden], of the model's dtype; null in a dense model
+    const void *q_norm, *k_norm;  // [head_dim], of the model's dtype; null without norms of queries and keys
     FfnCall* experts;    // one, or one for each expert
     int64_t tokens;      // result, added up over steps
 };
@@ -107,6 +109,16 @@ void norm(const float* residual, const void* weight, int64_t tokens, int64_t hid
         const float scale = 1.0f / std::sqrt(total / static_cast<float>(hidden) + epsilon);
         for (int64_t j = 0; j < hidden; ++j) out[b * hidden + j] = rounded<X>(rounded<X>(x[j] * scale) * X::at(w, j));
     }
+}
+
+// The norm of each head of queries or keys [heads, head_dim], in place; every thread takes some of the heads.
+template <class X>
+void norm_heads(float* values, const void* weight, int64_t heads, int64_t head_dim, float epsilon, Own& own, int thread, int threads) {
+    const int64_t begin = heads * thread / threads, end = heads * (thread + 1) / threads;
+    float* mine = values + begin * head_dim;
+    for (int64_t i = 0; i < (end - begin) * head_dim; ++i) mine[i] = rounded<X>(mine[i]);
+    norm<X>(mine, weight, end - begin, head_dim, epsilon, own.sums);
+    std::copy(own.sums.begin(), own.sums.begin() + (end - begin) * head_dim, mine);
 }
 
 // One projection of several that read the same vectors: to[b * stride + n] = (or +=) output n of token b.
@@ -231,6 +243,14 @@ void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own
         project<T, B>(products, own.normed.data(), a.tokens, call.hidden, call.dtype, s, own, thread, threads);
     });
     barrier();
+    if (layer.q_norm) {
+        with_dtype(call.dtype, [&](auto dtype) {
+            using X = decltype(dtype);
+            norm_heads<X>(s.attention.q.data(), layer.q_norm, a.tokens * a.heads, a.head_dim, call.norm_epsilon, own, thread, threads);
+            norm_heads<X>(s.attention.k.data(), layer.k_norm, a.tokens * a.kv_heads, a.head_dim, call.norm_epsilon, own, thread, threads);
+        });
+        barrier();
+    }
     clock.book(PROJECTIONS);
     with_dtype(a.dtype, [&](auto dtype) { attention<decltype(dtype)>(a, s.attention, layer.keys, layer.values); });
     own.combined.resize(a.tokens * width);

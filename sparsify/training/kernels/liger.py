@@ -9,6 +9,8 @@ In evaluation mode all modules run the model's own code: what is validated, samp
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralRMSNorm
-from transformers.models.mixtral.modeling_mixtral import MixtralAttention, MixtralRMSNorm
+from transformers.models.llama import modeling_llama
 
 from sparsify.conversion.sparse_folder import check_activation
 from sparsify.errors import RecipeError
@@ -53,28 +54,30 @@ class FusedNorm(nn.Module):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
-class FusedMistralNorm(FusedNorm, MistralRMSNorm):
-    pass
-
-
-class FusedMixtralNorm(FusedNorm, MixtralRMSNorm):
-    pass
-
-
-class FusedMistralAttention(MistralAttention):
-    """Mistral's attention, with Liger's rotary embedding in training."""
+class FusedAttention(nn.Module):
+    """A family's attention, with Liger's rotary embedding in training."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        forward = _with_rotary(MistralAttention) if self.training else MistralAttention.forward
-        return forward(self, *args, **kwargs)
+        forward = _with_rotary(type(self).__mro__[2]) if self.training else super().forward
+        return forward(self, *args, **kwargs) if self.training else forward(*args, **kwargs)
 
 
-class FusedMixtralAttention(MixtralAttention):
-    """Mixtral's attention, with Liger's rotary embedding in training."""
+@cache
+def fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """The class of a module with Liger's kernel in it; None for classes that no kernel computes."""
+    name = kind.__name__
+    if name.endswith("RMSNorm") and _same(kind.forward, modeling_llama.LlamaRMSNorm.forward):
+        return type(f"Fused{name}", (FusedNorm, kind), {})
+    rotary = vars(sys.modules[kind.__module__]).get(ROTARY)
+    if name.endswith("Attention") and rotary is not None and _same(rotary, modeling_llama.apply_rotary_pos_emb):
+        return type(f"Fused{name}", (FusedAttention, kind), {})
+    return None
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        forward = _with_rotary(MixtralAttention) if self.training else MixtralAttention.forward
-        return forward(self, *args, **kwargs)
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two functions of transformers, which copies them from model to model, have the same code."""
+    codes = [inspect.unwrap(each).__code__ for each in (one, other)]
+    return len({(code.co_code, code.co_names, code.co_consts[1:]) for code in codes}) == 1
 
 
 class LossHead(nn.Linear):
@@ -104,14 +107,6 @@ class LossHead(nn.Linear):
             self.labels = None
 
 
-FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    MistralRMSNorm: FusedMistralNorm,
-    MixtralRMSNorm: FusedMixtralNorm,
-    MistralAttention: FusedMistralAttention,
-    MixtralAttention: FusedMixtralAttention,
-}
-
-
 def use_liger(model: SparseModel, recipe: Recipe) -> None:
     """Uses Liger's kernels in the model's training steps if `training.liger_kernels` is set.
 
@@ -124,13 +119,19 @@ def use_liger(model: SparseModel, recipe: Recipe) -> None:
     check_kernels("cuda" if torch.cuda.is_available() else "cpu", model.dtype)
     replaced: Counter[str] = Counter()
     for module in model.modules():
-        fused = FUSED.get(type(module))
+        fused = fused_class(type(module))
         if fused is not None:
             module.__class__ = fused
             replaced[fused.__name__] += 1
     layers = len(model.model.layers)
-    if sorted(replaced.values()) != [layers, 2 * layers + 1] or type(model.lm_head) is not nn.Linear:
-        raise RuntimeError(f"{type(model).__name__} has unknown modules: {replaced}")
+    has_softcap = getattr(model.config, "final_logit_softcapping", None) is not None
+    known = sorted(replaced.values()) == [layers, 2 * layers + 1] and type(model.lm_head) is nn.Linear
+    if not known or has_softcap:
+        raise RecipeError(
+            f"training.liger_kernels is set, and its kernels do not compute the norms, rotary embedding or loss of a "
+            f"{model.config.model_type}.",
+            next_step="Set training.liger_kernels=false.",
+        )
     model.lm_head.__class__ = LossHead
     cast(Any, model.lm_head).labels = None
     check_activation(model, recipe.activation.ffn_activation)
