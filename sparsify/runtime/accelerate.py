@@ -15,7 +15,7 @@ from typing import Any, get_args
 from sparsify.errors import ModelError
 from sparsify.models import FAMILIES
 from sparsify.models.activations import ACTIVATIONS, activation_names
-from sparsify.models.masking import experts_per_token, is_fused, num_experts, site_rules
+from sparsify.models.masking import experts_per_token, is_fused, num_experts, ranks_by_proxy, site_rules
 from sparsify.models.quantised import BlockFormat
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
 from sparsify.runtime.columns import held_by_columns
@@ -79,9 +79,9 @@ class Acceleration:
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of int8 or int4 blocks, in addition to the stored weights if these were kept."""
+        """Memory of int8 or int4 blocks, in addition to the stored weights if these were kept, and of int4 copies that rank neurons."""
         ffn = sum(one.kept.num_bytes for one in self.forwards if one.kept is not None)
-        return ffn + self._model.forward.projections.num_bytes
+        return ffn + sum(one.copied_bytes for one in self.forwards) + self._model.forward.projections.num_bytes
 
     @property
     def other_bytes(self) -> int:
@@ -159,6 +159,8 @@ def accelerate(
     blocks = block_format(weights)
     if blocks is not None:
         _check_device(model, weights)
+    if ranks_by_proxy(site_rules(model.config)):
+        _check_proxies(model, weights, predictors)
     held = frozenset() if dense else held_by_columns(model, in_blocks=blocks is not None)
     for layer, block in enumerate(model.ffn_blocks()):
         if "forward" in vars(block):
@@ -200,6 +202,20 @@ def _check_device(model: Any, weights: str) -> None:
         )
 
 
+def _check_proxies(model: Any, weights: str, predictors: LayerPredictors | None) -> None:
+    reason, next_step = "", "Omit predictors=."
+    if predictors is not None:
+        reason = "Its mask chooses neurons by int4 copies of their weights; predictors would choose once more."
+    elif weights == "int4":
+        reason = "Its mask ranks neurons by int4 copies of gate and up: int4 weights are these copies, and nothing is left to save."
+        next_step = "Read its weights as int8 or stored, or mask it by another method."
+    elif next(model.parameters()).device.type != "cpu":
+        reason = "Its mask ranks neurons by int4 copies of gate and up, which only the kernels for a CPU read."
+        next_step = "Move the model to the CPU, or decode it as it is: model.generate() alone."
+    if reason:
+        raise ModelError(reason, next_step=next_step)
+
+
 def check_acceleratable(model: Any, *, dense: bool = False) -> None:
     """Raises ModelError if a model is not sparse (allowed if `dense`), not of a known type, or has layers that the kernels
     cannot read.
@@ -220,7 +236,7 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
         if unknown := unknown_to_blocks(model.config):
             raise ModelError(
                 f"The model stores {unknown}, which the kernels do not apply.",
-                allowed="Masks that choose by the elements themselves.",
+                allowed="By proxy thresholds, otherwise every rule.",
                 next_step="Decode it as it is, under its mask: sparsify generate --dense, or model.generate() alone.",
             )
         # Bundles from older versions have only `threshold`.

@@ -133,8 +133,8 @@ def backend_of(x: torch.Tensor, *, in_blocks: bool = False) -> Backend:
 def _usable(backend: Backend, x: torch.Tensor, weights: FfnWeights) -> Backend:
     if backend == "auto":
         own = backend_of(x, in_blocks=weights.in_blocks)
-        return "torch" if own == "triton" and weights.masks else own
-    if backend == "triton" and (weights.in_blocks or weights.masks):
+        return "torch" if own == "triton" and (weights.masks or weights.copies is not None) else own
+    if backend == "triton" and (weights.in_blocks or weights.masks or weights.copies is not None):
         raise ValueError(
             "The Triton kernels read no int8 or int4 blocks, and mask neurons by thresholds on gate and inter alone."
         )

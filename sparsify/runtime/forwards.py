@@ -17,7 +17,7 @@ from sparsify.models.quantised import BlockFormat, BlockMatrix, KeptBlocks, prod
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
 from sparsify.runtime.masks import bases_of, constant_of, low_rank_of, num_bytes, own_mask, own_part
-from sparsify.runtime.weights import FfnWeights, LineBytes, Matrix, Predictor, RowsRead
+from sparsify.runtime.weights import Copies, FfnWeights, LineBytes, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
 """Default limit on the tokens of a call with stored weights, where it is not 8: with more tokens torch's dense product,
@@ -157,6 +157,8 @@ class BlockForward:
         """Keeps the blocks, and reads nothing else from now on: the stored weights may be freed."""
         assert self.kept is not None
         self.kept.freeze()
+        for kept, _ in self._copied(0) if self.ranks_by_proxy else ():
+            kept.freeze()
         self.in_blocks_alone = True
 
     def _dense(self, *arguments: Any) -> Any:
@@ -180,7 +182,10 @@ class BlockForward:
             multiply(name, x, partial(product, matrix=matrix, by_columns=name in self.by_columns))
             for name, matrix in (("gate", gate), ("up", up))
         ]
-        neurons = self.block.ffn_activation(*factors, experts=index)
+        copies = self.copies(index)
+        proxies = None if copies is None else [product(x, one, by_columns=False) for one in (copies.gate, copies.up)]
+        own = self.block.ffn_activation
+        neurons = own(*factors, experts=index) if proxies is None else own(*factors, experts=index, proxies=proxies)
         return multiply("down", neurons, lambda states: states @ down_t.dequantised(dtype=x.dtype))
 
     @property
@@ -203,7 +208,7 @@ class BlockForward:
             )
         watched = (block.ffn_activation, *block.children())
         return (
-            x.device.type in ("cpu", "cuda")
+            x.device.type in (("cpu",) if self.ranks_by_proxy else ("cpu", "cuda"))
             and 0 < x.numel() <= self.most_tokens(x) * x.shape[-1]
             # What replaces dropped elements is computed from these: in a step alone.
             and not any(self._low_rank(name) for name in ("gate", "up"))
@@ -219,6 +224,7 @@ class BlockForward:
     def prepare(self) -> None:
         for index in range(self.count() if self.kept is not None else 0):
             self._matrices(index)
+            self.copies(index)
 
     def count(self) -> int:
         """Number of weight sets: one, or one for each expert."""
@@ -246,10 +252,37 @@ class BlockForward:
             by_columns=self.by_columns,
             masks=masks,
             other_bytes=sum(num_bytes(self._low_rank(name, index)) for name in ("gate", "up")),
+            copies=self.copies(index),
         )
 
     def _low_rank(self, name: str, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor] | None:
         return low_rank_of(own_part(self.block, name), expert)
+
+    @property
+    def ranks_by_proxy(self) -> bool:
+        """Whether int4 copies of gate and up choose neurons. Bundles of older versions have none."""
+        return getattr(self.block, "by_proxy", False)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Memory of the copies made so far."""
+        return sum(kept.num_bytes for kept, _ in self._copied(0)) if self.ranks_by_proxy else 0
+
+    def copies(self, index: int) -> Copies | None:
+        """The model's own copies of the block, or of an expert, which rank neurons; None where none do."""
+        if not self.ranks_by_proxy:
+            return None
+        neurons, halves = self.block.config.intermediate_size, list[BlockMatrix]()
+        for kept, weight in self._copied(index):
+            (one,) = kept.of(index, [weight], lambda weight=weight: [weight])
+            # A bundle's classes are its own.
+            halves += [BlockMatrix(data, "int4", one.columns) for data in one.data.split(neurons)]
+        gate, up = halves
+        return Copies(gate, up, float(self.block.ffn_activation.inter_mask.threshold))
+
+    def _copied(self, index: int) -> list[tuple[KeptBlocks, torch.Tensor]]:
+        """Where the block keeps copies, and of which weights: gate and up, or both in one, of the block or of an expert."""
+        raise NotImplementedError
 
     def _held(self, name: str, weight: nn.Parameter) -> torch.Tensor:
         """A projection's weight, or its transpose: its memory is reordered only if the kernels read it directly."""
@@ -268,6 +301,8 @@ class BlockForward:
         masks = {
             site: mask for site in ("gate", "up", "inter") if (mask := getattr(own, f"{site}_mask", None)) is not None
         }
+        if self.ranks_by_proxy:
+            masks.pop("inter")  # the copies apply it
         thresholds = {"thresholds": getattr(own, "threshold", None), "gate_thresholds": None}
         if "gate" in masks and hasattr(masks["gate"], "threshold"):
             thresholds["gate_thresholds"] = masks.pop("gate").threshold
@@ -354,6 +389,9 @@ class MlpForward(BlockForward):
         gate, up = self._held("gate", block.gate_proj.weight), self._held("up", block.up_proj.weight)
         return gate, up, self._held("down", block.down_proj.weight)
 
+    def _copied(self, index: int) -> list[tuple[KeptBlocks, torch.Tensor]]:
+        return [(one.proxies, one.weight) for one in (self.block.gate_proj, self.block.up_proj)]
+
 
 class ExpertsForward(BlockForward):
     """Forward of fused experts: reads only experts that a token is routed to, and only the rows needed."""
@@ -395,6 +433,7 @@ class ExpertsForward(BlockForward):
             **self._constants(),
             predictor=self._stacked(x),
             by_columns=self.by_columns,
+            copies=None,  # no kernel for a GPU reads them
         )
         out, rows = sparse_experts(
             x,
@@ -440,6 +479,9 @@ class ExpertsForward(BlockForward):
 
     def count(self) -> int:
         return len(self.block.gate_up_proj)
+
+    def _copied(self, index: int) -> list[tuple[KeptBlocks, torch.Tensor]]:
+        return [(self.block.proxies, self.block.gate_up_proj[index])]
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         gate, up = self._gate_and_up()

@@ -23,7 +23,12 @@ def is_readable(module: nn.Module, *, with_bias: bool = False) -> bool:
 
 def unknown_to_blocks(config: Any) -> str:
     """The first mask of a model that the kernels do not apply, in words; or nothing."""
-    return next((f"a mask by {rule.words} on {site}" for site, rule in site_rules(config).items() if rule.by_proxy), "")
+    unknown = [
+        f"a mask by {rule.words} on {site}"
+        for site, rule in site_rules(config).items()
+        if rule.by_proxy and rule.rule != "threshold"
+    ]
+    return next(iter(unknown), "")
 
 
 def own_part(block: Any, projection: str) -> Any:

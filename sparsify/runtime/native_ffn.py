@@ -63,7 +63,7 @@ class FfnCall(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank")),
         *((name, CMatrix) for name in ("x", "up_x", "gate", "up", "down_t")),
-        *((name, CMatrix) for name in ("predictor_x", "predictor_a", "predictor_b")),
+        *((name, CMatrix) for name in ("predictor_x", "predictor_a", "predictor_b", "gate_copy", "up_copy")),
         *((f"{name}_constant", ctypes.c_void_p) for name in ("gate", "up", "down")),
         *((f"{name}_mask", ctypes.POINTER(CMask)) for name in ("gate", "up", "product", "gate_in", "up_in")),
         *((f"{name}_low_rank", CLowRank) for name in ("gate", "up")),
@@ -72,6 +72,7 @@ class FfnCall(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("gate_by_columns", "up_by_columns", "up_first")),
         ("gate_threshold", ctypes.c_float),
         ("predictor_threshold", ctypes.c_float),
+        ("copy_threshold", ctypes.c_float),
         *((name, ctypes.c_int64) for name in COUNTS),
     )
 
@@ -127,6 +128,9 @@ def ffn_call(
     predictor = weights.predictor
     if predictor is not None:
         parts |= {"predictor_a": predictor.a, "predictor_b": predictor.b}
+    copies = weights.copies
+    if copies is not None:
+        parts |= {"gate_copy": copies.gate, "up_copy": copies.up}
     rows = {name: _whole_rows(part) for name, part in parts.items()}
     held: list[Any] = list(rows.values())
     thresholds = dict(zip(("product", "gate"), weights.thresholds_for(weights.gate.device), strict=True))
@@ -157,6 +161,7 @@ def ffn_call(
         up_first=weights.up_first,
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
+        copy_threshold=0.0 if copies is None else copies.threshold,
         **{name: CMatrix(part.data_ptr(), part.stride(0)) for name, part in rows.items()},
         **{name: values.data_ptr() for name, values in constants.items()},
         **{name: ctypes.pointer(mask) for name, mask in masks.items()},

@@ -7,8 +7,8 @@ from torch.nn.functional import linear
 
 from sparsify.models.activations import Activation
 from sparsify.models.ffn_activation import GATE_FACTORS, UP_FACTORS
-from sparsify.models.quantised import BlockMatrix, rounded_states
-from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
+from sparsify.models.quantised import BlockMatrix, product, rounded_states
+from sparsify.runtime.weights import Copies, FfnWeights, Matrix, RowsRead
 
 GATHER_SHARE = 0.2
 """Largest share of rows to gather. Gathering reads, writes and reads them again, so above this the whole matrix is
@@ -28,12 +28,13 @@ def portable_ffn(
 ) -> tuple[torch.Tensor, RowsRead]:
     """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes in fp32 at least."""
     dtype = x.dtype
+    wanted = None if weights.copies is None else _ranked(x, weights.copies, activation)
     x, own = _read_as(x, weights)
     for_up, own_for_up = (x, own) if up_x is None else _read_as(up_x, weights)
     rows: Rows = ALL_ROWS
-    wanted = None
     if weights.predictor is not None and not dense:
         wanted = _predicted(predictor_x, weights)
+    if wanted is not None and not dense:
         rows = _few(wanted, rows)
         wanted = wanted[:, rows]
     thresholds, gate_thresholds = weights.thresholds_for(x.device)
@@ -124,6 +125,13 @@ def _predicted(x: torch.Tensor, weights: FfnWeights) -> torch.Tensor:
     assert weights.predictor is not None
     scores = linear(linear(x, weights.predictor.a).relu(), weights.predictor.b)
     return ~(scores <= weights.predictor.threshold)
+
+
+def _ranked(x: torch.Tensor, copies: Copies, activation: Activation) -> torch.Tensor:
+    """The same by int4 copies."""
+    gate, up = (product(x, one, by_columns=False) for one in (copies.gate, copies.up))
+    factors = GATE_FACTORS[activation.gate](gate, activation.gate_threshold), UP_FACTORS[activation.up](up)
+    return ~((factors[0] * factors[1]).abs() <= copies.threshold)
 
 
 def _few(wanted: torch.Tensor, rows: Rows) -> Rows:

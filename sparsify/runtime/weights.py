@@ -30,6 +30,25 @@ class Predictor:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Int4 copies of gate and up that rank neurons: only those are computed whose product, as the copies say, is large enough.
+
+    Args:
+        gate: In int4 blocks, [neurons, hidden].
+        up: The same.
+        threshold: A neuron is computed where the magnitude of its product is larger, or NaN.
+    """
+
+    gate: BlockMatrix
+    up: BlockMatrix
+    threshold: float
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate.nbytes + self.up.nbytes
+
+
+@dataclass(frozen=True)
 class LayerPredictors:
     """Predictors of all layers of a model.
 
@@ -57,6 +76,7 @@ class FfnWeights:
         gate_constant: Added to the outputs of gate, [neurons].
         up_constant: The same for up.
         down_constant: Added to the output of the block, [hidden].
+        copies: What ranks neurons instead of a predictor; of one block or expert only.
         by_columns: Which of `gate` and `up` are held by columns: of these, columns of inputs that are zero are not read.
         masks: `SiteMask`s of the sites `gate`, `up` and `inter` that the thresholds above do not hold.
         other_bytes: What a step reads in addition to the projections in any case: low-rank factors.
@@ -74,6 +94,7 @@ class FfnWeights:
     by_columns: frozenset[str] = frozenset()
     masks: Mapping[str, Any] = field(default_factory=dict)
     other_bytes: int = 0
+    copies: Copies | None = None
 
     @property
     def up_first(self) -> bool:
@@ -117,7 +138,8 @@ class FfnWeights:
         held = [getattr(self, name) for name in sorted(self.by_columns)]
         column = line_bytes(held[0]) if held else 0
         rows, columns = (3 - len(held)) * self.row_bytes, len(held) * column * self.hidden
-        others = (self.predictor_bytes + self.other_bytes) / self.neurons
+        copies = 0 if self.copies is None else self.copies.nbytes
+        others = (self.predictor_bytes + copies + self.other_bytes) / self.neurons
         return LineBytes(self.row_bytes, column, others, rows + columns / self.neurons)
 
     @property
@@ -148,6 +170,18 @@ class FfnWeights:
                 "predictor.a": (*experts, rank, hidden),
                 "predictor.b": (*experts, neurons, rank),
             }
+        if self.copies is not None:
+            for name, copy in (("copies.gate", self.copies.gate), ("copies.up", self.copies.up)):
+                if (
+                    copy.shape != (neurons, hidden)
+                    or copy.format != "int4"
+                    or copy.device != x.device
+                    or self.predictor
+                ):
+                    raise ValueError(
+                        f"{name} is {_kind(copy)} {list(copy.shape)} on {copy.device}; it must be int4 blocks "
+                        f"{[neurons, hidden]} on {x.device}, without a predictor."
+                    )
         for name, part in parts.items():
             if tuple(part.shape) != expected.get(name, tuple(part.shape)):
                 raise ValueError(f"{name} is {list(part.shape)}; it must be {list(expected[name])}.")
@@ -188,7 +222,7 @@ class LineBytes:
     Args:
         row: Of a row of any projection.
         column: Of a column of those that are held by columns.
-        others: Of the predictor and of low-rank factors, for each neuron.
+        others: Of the predictor, of copies that rank neurons and of low-rank factors, for each neuron.
         dense: Of all three projections, for each neuron.
     """
 

@@ -28,6 +28,8 @@ def written(model: Any) -> torch.Tensor:
         ("mistral", "r_sparse", {"alpha": 0.5}),
         ("mixtral", "r_sparse", {"alpha": 0.5}),
         ("mistral", "countdown", {}),
+        ("mistral", "prox", {}),
+        ("mixtral", "prox", {}),
         ("mistral", "topk", {"score": "output_norm"}),
         ("mixtral", "top_p", {"site": "up"}),
         ("mistral", "top_p", {"site": "gate"}),

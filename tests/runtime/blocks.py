@@ -11,8 +11,9 @@ from hypothesis import assume
 
 from sparsify.models import ACTIVATIONS, Activation, FfnActivation
 from sparsify.models.masking import INPUTS, NUMBERS, READERS, SITES, SiteMask, SiteRule
-from sparsify.models.quantised import BlockFormat
+from sparsify.models.quantised import BlockFormat, rounded_states
 from sparsify.runtime import BlockMatrix, FfnWeights, Predictor, quantise
+from sparsify.runtime.weights import Copies
 
 DRELU = ACTIVATIONS["drelu"]
 IDS = torch.arange(3, 15)[None]
@@ -73,6 +74,22 @@ def predictor(weights: FfnWeights, rank: int, seed: int = 1) -> Predictor:
     a = torch.randn(rank, hidden, generator=generator) / hidden**0.5
     b = torch.randn(neurons, rank, generator=generator)
     return Predictor(a.to(weights.gate.dtype), b.to(weights.gate.dtype), threshold=0.1)
+
+
+def with_copies(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> FfnWeights:
+    """Weights as they are stored with int4 copies, and a threshold that the size of no product by these is near."""
+    gate, up = (quantise(one, "int4") for one in (weights.gate, weights.up) if isinstance(one, torch.Tensor))
+    chosen = Copies(gate, up, 0.0)
+    chosen = replace(chosen, threshold=gap_in(sizes_by(chosen, x, activation)))
+    return replace(weights, copies=chosen)
+
+
+def sizes_by(chosen: Copies, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """What copies say of the size of every product, in float64. [tokens, neurons]"""
+    states = rounded_states(x).double()
+    own = FfnActivation(activation.name, activation.gate_threshold)
+    gate, up = (states @ one.dequantised(dtype=torch.float64).T for one in (chosen.gate, chosen.up))
+    return own.proxy_sizes(gate, up)
 
 
 def in_format(weights: FfnWeights, format: BlockFormat | None) -> tuple[FfnWeights, FfnWeights]:
@@ -158,6 +175,8 @@ def difference(
         product[product.abs() <= weights.thresholds] = 0.0
     if weights.predictor is not None:
         product[scores_of(x.double(), weights.predictor) <= weights.predictor.threshold] = 0.0
+    if weights.copies is not None:
+        product[sizes_by(weights.copies, x, activation) <= weights.copies.threshold] = 0.0
     sizes = product.abs() @ weights.down_t.double().abs()
     wrong = (given.double() - product @ weights.down_t.double()).abs()
     return (wrong.max() / sizes.max().clamp_min(1e-30)).item() if wrong.numel() else 0.0
@@ -191,10 +210,14 @@ def with_thresholds(
 
 def clear_of_ties(x: torch.Tensor, chosen: Predictor) -> Predictor:
     """The predictor with a threshold that no score is near, so that rounding decides nothing."""
-    scores = scores_of(x.double(), chosen)
+    return dataclasses.replace(chosen, threshold=gap_in(scores_of(x.double(), chosen)))
+
+
+def gap_in(scores: torch.Tensor) -> float:
+    """The middle of the widest gap between the lower half of the scores."""
     values = torch.cat([scores.flatten().sort().values, torch.tensor([1e3, 2e3])])
     widest = values.diff()[: max(len(values) // 2, 1)].argmax()
-    return dataclasses.replace(chosen, threshold=values[widest : widest + 2].mean().item())
+    return values[widest : widest + 2].mean().item()
 
 
 @torch.no_grad()

@@ -83,11 +83,13 @@ SANITIZED = """
 import dataclasses, itertools
 from sparsify.models import ACTIVATIONS
 from sparsify.runtime import sparse_ffn
-from tests.runtime.blocks import DTYPES, FORMATS, block, in_format, predictor
+from tests.runtime.blocks import DTYPES, FORMATS, block, in_format, predictor, with_copies
 for tokens, hidden, neurons in [(1, 1, 1), (1, 33, 7), (2, 64, 65), (3, 47, 130), (8, 31, 66), (1, 256, 300)]:
-    for dtype, format, on, rank, dense in itertools.product(DTYPES, FORMATS, (0.0, 0.3, 1.0), (None, 5), (False, True)):
+    for dtype, format, on, rank, dense in itertools.product(DTYPES, FORMATS, (0.0, 0.3, 1.0), (None, 5, "copies"), (False, True)):
         x, weights = block(tokens, hidden, neurons, dtype, on=on)
-        if rank:
+        if rank == "copies":
+            weights = with_copies(x, weights, ACTIVATIONS["drelu"])
+        elif rank:
             weights = dataclasses.replace(weights, predictor=predictor(weights, rank))
         weights, _ = in_format(weights, format)
         sparse_ffn(x, weights, ACTIVATIONS["drelu"], backend="native", threads=3, dense=dense)

@@ -29,8 +29,10 @@ from tests.runtime.blocks import (
     products_of,
     random_mask,
     scores_of,
+    sizes_by,
     spoil,
     ups_of,
+    with_copies,
     with_thresholds,
 )
 
@@ -53,7 +55,7 @@ def _compiled(native: str) -> None:
     on=st.sampled_from([0.0, 0.03, 0.1, 0.5, 1.0]),
     thresholded=st.sampled_from(["none", "zero", "between", "huge"]),
     site=st.sampled_from(["inter", "gate"]),
-    rank=st.sampled_from([None, 1, 7, 20]),
+    rank=st.sampled_from([None, 1, 7, 20, "copies"]),
     threads=st.integers(1, 3),
     dense=st.booleans(),
     seed=st.integers(0, 10**6),
@@ -64,7 +66,10 @@ def test_every_block_equals_float64(
     # torch rounds gates to half precision before they are compared with a threshold, where fatrelu jumps.
     assume(backend == "native" or name != "fatrelu" or dtype == torch.float32)
     x, weights = block(*shape, dtype, on=on, seed=seed)
-    if rank is not None and not dense:
+    if rank == "copies":
+        assume(backend == "native" or dtype == torch.float32)  # torch computes copies' products in half precision
+        weights = with_copies(x, weights, ALL[name])
+    elif rank is not None and not dense:
         chosen = clear_of_ties(x, predictor(weights, rank))
         weights = dataclasses.replace(weights, predictor=chosen)
     read, weights = in_format(weights, format)
@@ -182,6 +187,27 @@ def test_rows_that_do_not_count_are_never_touched(backend: str, format: BlockFor
 
 
 @backends
+@pytest.mark.parametrize("format", [None, "int8"])
+def test_of_neurons_that_copies_drop_nothing_exact_is_read(backend: str, format: BlockFormat | None) -> None:
+    x, weights = block(1, 40, 300, on=0.5)
+    weights = with_copies(x, weights, ALL["swiglu"])
+    assert weights.copies is not None
+    # So few that torch's operators gather their rows.
+    sizes = sizes_by(weights.copies, x, ALL["swiglu"])
+    chosen = dataclasses.replace(weights.copies, threshold=sizes.flatten().sort().values[269:271].mean().item())
+    weights, _ = in_format(dataclasses.replace(weights, copies=chosen), format)
+    dropped = (sizes <= chosen.threshold)[0]
+    for matrix in (weights.gate, weights.up, weights.down_t):
+        spoil(matrix, dropped)
+    out, rows = sparse_ffn(x, weights, ALL["swiglu"], backend=backend)
+    assert out.isfinite().all()
+    assert rows.gate == rows.up == rows.down == 30
+    row, copied = weights.row_bytes, 300 * 2 * (2 * 32 * 4.5 / 8)  # two blocks a row
+    read = weights.read_bytes
+    assert read.weights(rows) + rows.offered * read.others == 90 * row + copied
+
+
+@backends
 @formats
 @pytest.mark.parametrize("with_predictor", [False, True])
 def test_nan_and_inf_come_out_of_the_token_that_brought_them(
@@ -209,12 +235,13 @@ def test_nan_and_inf_come_out_of_the_token_that_brought_them(
 @formats
 def test_the_number_of_threads_changes_no_bit(dtype: torch.dtype, tokens: int, format: BlockFormat | None) -> None:
     x, weights = block(tokens, 200, 700, dtype, on=0.3)
-    weights = dataclasses.replace(weights, predictor=predictor(weights, 24))
-    weights, _ = in_format(weights, format)
-    one, _ = sparse_ffn(x, weights, DRELU, backend="native", threads=1)
-    for threads in (2, 3, 5, 32):
-        more, _ = sparse_ffn(x, weights, DRELU, backend="native", threads=threads)
-        assert torch.equal(one, more)
+    predicted = dataclasses.replace(weights, predictor=predictor(weights, 24))
+    for chosen in (predicted, with_copies(x, weights, DRELU)):
+        read, _ = in_format(chosen, format)
+        one, _ = sparse_ffn(x, read, DRELU, backend="native", threads=1)
+        for threads in (2, 3, 5, 32):
+            more, _ = sparse_ffn(x, read, DRELU, backend="native", threads=threads)
+            assert torch.equal(one, more)
 
 
 @backends

@@ -4,6 +4,7 @@
 // phases, each over the list of neurons that the previous one kept:
 //   predict (optional) -> gate rows -> up rows where the gate factor is not zero -> down rows where the product is kept.
 // With a mask on the up factor, up comes first, and gate rows are read where it is not zero.
+// Neurons are predicted by a predictor of low rank, or ranked by int4 copies of gate and up.
 // gate and up may be held by columns instead, [hidden, neurons]: then inputs that are zero are skipped, and no neurons.
 // Every row's dot product is summed in one fixed order, and every output column over neurons in ascending order, so that
 // the result is the same bits for any number of threads.
@@ -21,6 +22,7 @@ struct FfnCall {
     int64_t tokens, hidden, neurons, rank;
     Matrix x, up_x, gate, up, down_t;  // up_x [tokens, hidden] where up reads another input than gate; otherwise null
     Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
+    Matrix gate_copy, up_copy;        // int4 [neurons, hidden]; null where no copies rank neurons
     const float *gate_constant, *up_constant, *down_constant;  // [neurons], [neurons], [hidden], added to the outputs; or null
     const SiteMask *gate_mask, *up_mask, *product_mask;  // of the factors and of their product, [neurons]; null without one
     const SiteMask *gate_in_mask, *up_in_mask;           // of the inputs of gate and up, in a step; null without one
@@ -28,12 +30,13 @@ struct FfnCall {
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
     int32_t dtype, gate_kind, up_kind, dense, threads, weight_format, gate_by_columns, up_by_columns, up_first;
     float gate_threshold, predictor_threshold;
+    float copy_threshold;  // a neuron is computed where its product by the copies is larger in size
     int64_t offered, gate_rows, up_rows, down_rows;  // results, added up: neurons, and rows read of each matrix
     int64_t gate_columns, up_columns;                // and columns read, where a matrix is held by them
 };
 
 struct FfnScratch {
-    std::vector<float> rank_values, factor, product, sums, gate_dropped, up_dropped;
+    std::vector<float> rank_values, ranked, factor, product, sums, gate_dropped, up_dropped;
 };
 
 // What a block computes from, and where its output goes.
@@ -42,6 +45,7 @@ struct FfnTokens {
     const Factors *gate_factors, *up_factors;     // for columns; otherwise null
     const float* x;            // [tokens, hidden]: the input before its masks, where projections have low-rank factors
     const Input* predictor_x;  // not rounded; null without a predictor
+    const Input* copy_x;       // for int4 rows; null without copies
     const bool* active;        // [MAX_TOKENS]: tokens that the block computes
     float* residual;           // [tokens, hidden]: the output times `shares` is added to it; null to write FfnCall::out
     const float* shares;       // [MAX_TOKENS]
@@ -97,6 +101,8 @@ inline float gate_factor(float g, const FfnCall& call) {
     }
 }
 
+inline float up_factor(float u, const FfnCall& call) { return call.up_kind == UP_RELU && u <= 0.0f ? 0.0f : u; }
+
 // Its element n, set to zero by a mask whose elements do not depend on each other.
 inline float masked(const SiteMask* mask, int64_t n, float value) {
     return mask && mask->rule == THRESHOLD && std::fabs(value) <= mask->thresholds[n] ? 0.0f : value;
@@ -108,7 +114,7 @@ template <int B>
     for (int b = 0; b < B; ++b) out[b] = dots[b] + (half.constant ? half.constant[n] : 0.0f);
     if (half.low_rank.rank) add_low_rank<B>(half.low_rank, half.dropped, n, call.dtype, out);
     for (int b = 0; b < B; ++b) {
-        const float factor = half.is_gate ? gate_factor(out[b], call) : call.up_kind == UP_RELU && out[b] <= 0.0f ? 0.0f : out[b];
+        const float factor = half.is_gate ? gate_factor(out[b], call) : up_factor(out[b], call);
         out[b] = masked(half.mask, n, factor);
     }
 }
@@ -167,16 +173,34 @@ void predict(const FfnCall& call, const FfnTokens& in, FfnScratch& s, Input& ran
     barrier();
 }
 
+// Writes 1 to `ranked` where the int4 copies of a neuron's rows say that it counts for a token, otherwise 0.
+template <int B>
+void rank(const FfnCall& call, const FfnTokens& in, FfnScratch& s) {
+    float* ranked = s.ranked.data();
+    all_dots<Int4Blocks, B>(call.gate_copy, nullptr, call.neurons, *in.copy_x, [&](int64_t n, const float* dots) {
+        for (int b = 0; b < B; ++b) ranked[n * B + b] = gate_factor(dots[b], call);
+    });
+    barrier();
+    all_dots<Int4Blocks, B>(call.up_copy, nullptr, call.neurons, *in.copy_x, [&](int64_t n, const float* dots) {
+        for (int b = 0; b < B; ++b) {
+            const float size = std::fabs(ranked[n * B + b] * up_factor(dots[b], call));
+            ranked[n * B + b] = !in.active[b] || size <= call.copy_threshold ? 0.0f : 1.0f;
+        }
+    });
+    barrier();
+}
+
 // The work of one thread. The caller waits for all threads before the output is used, and before the next call.
 template <class T, int B>
 void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int threads) {
     static thread_local Lists lists;
     float *factor = s.factor.data(), *product = s.product.data();
-    const bool predicted = call.predictor_a.data != nullptr;
-    if (predicted) {
-        with_dtype(call.dtype, [&](auto format) { predict<decltype(format), B>(call, in, s, lists.ranks); });
-        compact(nullptr, call.neurons, lists.predicted, [&](int64_t n) { return any_token<B>(product + n * B); });
-    }
+    const bool ranked = call.gate_copy.data != nullptr, predicted = ranked || call.predictor_a.data != nullptr;
+    if (ranked) rank<B>(call, in, s);
+    else if (predicted) with_dtype(call.dtype, [&](auto format) { predict<decltype(format), B>(call, in, s, lists.ranks); });
+    const float* chosen = ranked ? s.ranked.data() : product;
+    if (predicted)
+        compact(nullptr, call.neurons, lists.predicted, [&](int64_t n) { return call.dense || any_token<B>(chosen + n * B); });
     const std::vector<int32_t>* candidates = predicted ? &lists.predicted : nullptr;
     const Half gate{true, call.gate, in.gate_x, in.gate_factors, call.gate_constant, call.gate_mask, call.gate_low_rank,
                     s.gate_dropped.data(), call.gate_rows, call.gate_columns};
@@ -200,7 +224,7 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
         float own[B];
         factors_of<B>(call, *half, n, dots, own);
         for (int b = 0; b < B; ++b) {
-            const bool on = in.active[b] && (!predicted || product[n * B + b] != 0.0f);
+            const bool on = in.active[b] && (!predicted || chosen[n * B + b] != 0.0f);
             if (half == &first) factor[n * B + b] = on ? own[b] : 0.0f;
             else if (apart) product[n * B + b] = on ? own[b] : 0.0f;
             else product[n * B + b] = on ? masked(call.product_mask, n, times(n, b, own[b])) : 0.0f;
@@ -263,6 +287,7 @@ void reserve(const FfnCall& call, FfnScratch& s) {
     room(s.rank_values, B * call.rank);
     room(s.gate_dropped, B * call.gate_low_rank.rank);
     room(s.up_dropped, B * call.up_low_rank.rank);
+    room(s.ranked, call.gate_copy.data ? B * call.neurons : 0);
 }
 
 }  // namespace sparsify

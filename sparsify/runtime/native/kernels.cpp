@@ -24,18 +24,20 @@ template <class T, int B>
 void run(FfnCall& call) {
     static thread_local FfnScratch kept;
     static thread_local FfnInputs x;
-    static thread_local Input predictor_x;
+    static thread_local Input predictor_x, copy_x;
     static thread_local std::vector<float> values, up_values;
     FfnScratch& scratch = kept;  // inside the region the thread_local name would mean each thread's own object
     reserve<T, B>(call, scratch);
     if (call.predictor_a.data) fill_rows<F32, B>(nullptr, widen(call, call.predictor_x, values), call.tokens, call.hidden, predictor_x);
     const float* seen = widen(call, call.x, values);
+    if (call.gate_copy.data) fill_rows<Int4Blocks, B>(nullptr, seen, call.tokens, call.hidden, copy_x);
     const float* seen_by_up = call.up_x.data ? widen(call, call.up_x, up_values) : seen;
     bool active[MAX_TOKENS] = {};
     std::fill(active, active + call.tokens, true);
     FfnTokens in{};
     x.fill<T, B>(call, seen, seen_by_up, call.tokens, in);
     in.predictor_x = &predictor_x;
+    in.copy_x = &copy_x;
     in.active = active;
     in_parallel(call.threads, [&](int thread, int threads) { phases<T, B>(call, in, scratch, thread, threads); });
 }

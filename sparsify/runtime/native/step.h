@@ -1,8 +1,9 @@
 // One decoding step of a whole model: one new token of each of one to eight sequences, from its embedding to its logits.
 //
 // All threads run the whole step together and wait for each other only where one needs what another computed: six times a layer,
-// or eight with a predictor. Norms and roundings are repeated by every thread, which is faster than waiting for one. Sums and the
-// residual stream are fp32; what a linear projection reads is rounded to the model's dtype, as its own code rounds it.
+// or eight with a predictor or with int4 copies that rank neurons. Norms and roundings are repeated by every thread, which is
+// faster than waiting for one. Sums and the residual stream are fp32; what a linear projection reads is rounded to the model's
+// dtype, as its own code rounds it.
 #pragma once
 
 #include "attention.h"
@@ -66,7 +67,7 @@ struct Shared {
 
 // What every thread makes for itself.
 struct Own {
-    Input x, predictor_x, dropped;
+    Input x, predictor_x, copy_x, dropped;
     Factors factors;
     FfnInputs ffn;
     std::vector<int32_t> listed;
@@ -271,11 +272,12 @@ void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own
 template <int B>
 void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Clock& clock, int thread, int threads) {
     const int64_t tokens = call.attention.tokens;
-    const bool predicts = layer.experts->predictor_a.data != nullptr;
+    const bool predicts = layer.experts->predictor_a.data != nullptr, ranks = layer.experts->gate_copy.data != nullptr;
     with_dtype(call.dtype, [&](auto dtype) {
         using X = decltype(dtype);
         norm<X>(s.residual.data(), layer.ffn_norm, tokens, call.hidden, call.norm_epsilon, own.normed);
         if (layer.router) route<X>(call, layer, own.normed, own.probabilities);
+        if (ranks) fill_rows<Int4Blocks, B>(nullptr, own.normed.data(), tokens, call.hidden, own.copy_x);
         if (!predicts) return;
         const bool residual = call.predictor_reads_residual != 0;
         fill_rows<X, B>(nullptr, residual ? s.residual.data() : own.normed.data(), tokens, call.hidden, own.predictor_x);
@@ -310,6 +312,7 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
                 own.ffn.fill<T, B>(expert, for_gate, for_up, tokens, in);
             filled = &expert;
             in.predictor_x = predicts ? &own.predictor_x : nullptr;
+            in.copy_x = ranks ? &own.copy_x : nullptr;
             in.active = active;
             in.residual = s.residual.data();
             in.shares = shares;
