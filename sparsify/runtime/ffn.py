@@ -32,6 +32,7 @@ def sparse_ffn(
     dense: bool = False,
     backend: Backend = "auto",
     threads: int | None = None,
+    counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
     """Computes down_proj(activation(gate_proj(x), up_proj(x))).
 
@@ -46,6 +47,7 @@ def sparse_ffn(
             `backend_of(x)`.
         threads: Threads of the C++ kernel. Default: torch's number, but at most one for each THREAD_BYTES of gate rows. The
             result does not depend on it.
+        counts: int64 [6] on the device of x, to which the Triton kernels add what they read: it stays where a CUDA graph writes.
 
     Returns:
         [..., hidden] of x's dtype, and the rows read. A row that several tokens need is read once for every eight tokens.
@@ -70,7 +72,7 @@ def sparse_ffn(
         if backend == "native":
             part, read = native_ffn(*given, threads, up_x=own_up)
         elif backend == "triton":
-            part, read = triton_ffn(*given, up_x=own_up)
+            part, read = triton_ffn(*given, up_x=own_up, counts=counts)
         else:
             part, read = portable_ffn(*given, up_x=own_up)
         parts.append(part)
@@ -90,31 +92,38 @@ def sparse_experts(
     activation: Activation,
     routing: Routing,
     *,
+    up_input: torch.Tensor | None = None,
     predictor_input: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
     """All experts of a layer by the Triton kernels, without a synchronisation to learn which experts are used.
 
     Args:
-        x: Input of the experts, [tokens, hidden].
+        x: Input of the experts, [tokens, hidden], or of each of them, [experts, tokens, hidden].
         weights: Weights of all experts, with experts as the first dimension.
         activation: The two factors.
         routing: Experts of each token, and their shares.
-        predictor_input: As in `sparse_ffn`.
+        up_input: What up_proj reads, of either shape; default: x.
+        predictor_input: [tokens, hidden]; needed if the weights have predictors.
+        counts: As in `sparse_ffn`.
 
     Returns:
         [tokens, hidden] of x's dtype, and the rows read, as `sparse_ffn` counts them for each expert.
     """
     weights.check(x)
     _usable("triton", x, weights)
-    seen = x if predictor_input is None else predictor_input.reshape(x.shape)
+    tokens = len(routing.index)
+    seen = x if predictor_input is None else predictor_input.reshape(tokens, -1)
     parts, rows = [], RowsRead()
-    for start in range(0, len(x), MAX_TOKENS):
+    for start in range(0, tokens, MAX_TOKENS):
         chunk = slice(start, start + MAX_TOKENS)
         own = Routing(routing.index[chunk], routing.shares[chunk])
-        part, read = triton_ffn(x[chunk], weights, activation, seen[chunk], routing=own)
+        own_up = None if up_input is None else up_input[..., chunk, :]
+        given = (x[..., chunk, :], weights, activation, seen[..., chunk, :])
+        part, read = triton_ffn(*given, routing=own, up_x=own_up, counts=counts)
         parts.append(part)
         rows += read
-    return _joined(parts, x), rows
+    return _joined(parts, x.new_empty(tokens, x.shape[-1])), rows
 
 
 def _joined(parts: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from sparsify.models.quantised import BlockFormat, BlockMatrix, KeptBlocks, prod
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
 from sparsify.runtime.masks import bases_of, constant_of, low_rank_of, num_bytes, own_mask, own_part
+from sparsify.runtime.triton_columns import masked_by_triton
+from sparsify.runtime.triton_ffn import triton_can
 from sparsify.runtime.weights import Copies, FfnWeights, LineBytes, Matrix, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
@@ -190,9 +192,8 @@ class BlockForward:
 
     @property
     def by_columns(self) -> frozenset[str]:
-        """Which of `gate` and `up` are held by columns. The kernels for a GPU read rows alone."""
-        on_gpu = any(one.is_cuda for one in self.block.parameters())
-        return frozenset() if on_gpu else self.options.by_columns & {"gate", "up"}
+        """Which of `gate` and `up` are held by columns."""
+        return self.options.by_columns & {"gate", "up"}
 
     def _blocks(self, index: int) -> Sequence[BlockMatrix]:
         assert self.kept is not None
@@ -323,12 +324,18 @@ class BlockForward:
     def _masked(self, x: torch.Tensor) -> torch.Tensor:
         """The block's input after the mask that its projections share."""
         mask = own_mask(self.block)
-        return x if mask is None else mask(x)
+        return x if mask is None else self._apply(mask, x)
+
+    def _apply(self, mask: Any, x: torch.Tensor) -> torch.Tensor:
+        """A mask that is not of single experts, applied to x."""
+        few = x.numel() <= self.most_tokens(x) * x.shape[-1]
+        return masked_by_triton(mask, x) if few and self.kept is None and triton_can(x) else mask(x)
 
     def _inputs(self, x: torch.Tensor, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """What gate and up read, given the input that they share; the same tensor if no mask is of one of them alone."""
         masks = [own_mask(own_part(self.block, name)) for name in ("gate", "up")]
-        gate_x, up_x = (x if mask is None else mask(x, expert) for mask in masks)
+        apply = self._apply if self.count() == 1 else lambda mask, x: mask(x, expert)
+        gate_x, up_x = (x if mask is None else apply(mask, x) for mask in masks)
         return gate_x, up_x
 
     def _predictor(self, index: int, x: torch.Tensor) -> Predictor | None:
@@ -424,6 +431,8 @@ class ExpertsForward(BlockForward):
     def _on_device(self, x: torch.Tensor, seen: torch.Tensor, routing: Routing) -> torch.Tensor:
         """All experts at once: only the device knows which are used, and a synchronisation takes time."""
         gate, up = self._gate_and_up()
+        masks = [own_mask(own_part(self.block, name)) for name in ("gate", "up")]
+        gate_x, up_x = (x if mask is None else masked_by_triton(mask, x) for mask in masks)
         thresholds, _ = self._thresholds()
         weights = FfnWeights(
             gate,
@@ -436,20 +445,19 @@ class ExpertsForward(BlockForward):
             copies=None,  # no kernel for a GPU reads them
         )
         out, rows = sparse_experts(
-            x,
+            gate_x,
             weights,
             self.activation(),
             routing,
+            up_input=up_x,
             predictor_input=seen if weights.predictor is not None else None,
         )
         self._add(rows, weights)
         return out
 
     def _alike(self) -> bool:
-        """Whether the experts read the same input, have no masks but thresholds, and all predictors have the same rank, so that they
-        can be stacked.
-        """
-        if any(own_mask(own_part(self.block, name)) is not None for name in ("gate", "up")) or self._thresholds()[1]:
+        """Whether there are no masks but thresholds, and all predictors have the same rank, so that the experts can be stacked."""
+        if self._thresholds()[1]:
             return False
         return len({one.a.shape for one in self.options.predictors or ()}) <= 1
 

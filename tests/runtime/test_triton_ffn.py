@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from sparsify.models.masking import NUMBERS, RULES, SiteMask, SiteRule
 from sparsify.runtime import triton_ffn
+from sparsify.runtime.triton_columns import launch_columns, launch_mask
 from sparsify.runtime.triton_ffn import BLOCKS, Routing, launch
 from tests.runtime.blocks import ALL, block, predictor
 from tests.triton import run_checks
@@ -94,6 +96,14 @@ def test_kernels_compile_for_hopper_and_keep_their_sums_in_registers(
     compiler: Any = HopperCompiler()
     launch(compiler, x, weights, ALL["swiglu"], x, False, routing)
     assert len(compiler.cubins) == 6
+    columns = {name: getattr(weights, name).mT.contiguous() for name in ("gate", "up")}
+    by_columns = dataclasses.replace(weights, predictor=None, by_columns=frozenset(columns), **columns)
+    launch(compiler, x, by_columns, ALL["swiglu"], x, False, routing)
+    if not routed:
+        launch_columns(compiler, x.bfloat16(), columns["up"].bfloat16(), None, torch.zeros(4, dtype=torch.int64), 3)
+        for rule in RULES:
+            mask = SiteMask(SiteRule(rule, weighted=rule != "threshold"), {NUMBERS[rule]: (1,), "weight": (4096,)})
+            launch_mask(compiler, mask, torch.zeros(tokens, 4096, dtype=torch.bfloat16), 1)
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

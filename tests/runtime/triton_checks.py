@@ -9,7 +9,9 @@ import copy
 import dataclasses
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsify.conversion.sparse_folder import load_sparse
+from sparsify.models.masking import NUMBERS, SiteMask, SiteRule, kept_count
 from sparsify.runtime import FfnWeights, Predictor, RowsRead, accelerate, sparse_ffn
 from sparsify.runtime.ffn import Routing, sparse_experts
+from sparsify.runtime.triton_columns import column_product, masked_by_triton
 from tests.predictors.untrained import random_predictors
 from tests.runtime.blocks import (
     ALL,
@@ -33,6 +37,7 @@ from tests.runtime.blocks import (
     scores_of,
     with_thresholds,
 )
+from tests.runtime.test_step import made
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,14 +46,18 @@ def moved(weights: FfnWeights) -> FfnWeights:
     chosen = weights.predictor
     if chosen is not None:
         chosen = dataclasses.replace(chosen, a=chosen.a.to(DEVICE), b=chosen.b.to(DEVICE))
-    given = (weights.gate, weights.up, weights.down_t, weights.thresholds, weights.gate_thresholds)
-    gate, up, down_t, thresholds, gate_thresholds = (None if part is None else part.to(DEVICE) for part in given)
-    return FfnWeights(gate, up, down_t, thresholds, chosen, gate_thresholds)
+    tensors = {name: part.to(DEVICE) for name, part in vars(weights).items() if isinstance(part, torch.Tensor)}
+    return dataclasses.replace(weights, predictor=chosen, **tensors)
 
 
 def computed(x: torch.Tensor, weights: FfnWeights, name: str = "drelu", **options):
     out, rows = sparse_ffn(x.to(DEVICE), moved(weights), ALL[name], backend="triton", **options)
     return out.cpu(), rows
+
+
+def held_by_columns(weights: FfnWeights, held: Collection[str]) -> FfnWeights:
+    read = {name: getattr(weights, name).mT.contiguous() for name in held}
+    return dataclasses.replace(weights, by_columns=frozenset(held), **read)
 
 
 def counted(rows: RowsRead) -> tuple[int, ...]:
@@ -65,22 +74,33 @@ def counted(rows: RowsRead) -> tuple[int, ...]:
     site=st.sampled_from(["inter", "gate"]),
     rank=st.sampled_from([None, 1, 7, 20]),
     dense=st.booleans(),
+    held=st.sets(st.sampled_from(["gate", "up"])),
+    kept=st.sampled_from([0.0, 0.03, 0.5, 1.0]),
     seed=st.integers(0, 10**6),
 )
-def test_every_block_equals_float64(shape, name, dtype, on, thresholded, site, rank, dense, seed) -> None:
+def test_every_block_equals_float64(shape, name, dtype, on, thresholded, site, rank, dense, held, kept, seed) -> None:
     x, weights = block(*shape, dtype, on=on, seed=seed)
+    x = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) < kept, x, 0.0) if held else x
     if rank is not None and not dense:
         chosen = clear_of_ties(x, predictor(weights, rank))
         weights = dataclasses.replace(weights, predictor=chosen)
     _, weights = with_thresholds(weights, weights, site, thresholded, x, name)
-    out, rows = computed(x, weights, name, dense=dense)
+    read = held_by_columns(weights, held)
+    out, rows = computed(x, read, name, dense=dense)
     assert out.dtype == dtype
     assert difference(out, x, weights, ALL[name]) < TOLERANCES[dtype]
+    chunks = [x[start : start + 8] for start in range(0, shape[0], 8)]
+    every, needed = shape[2] * len(chunks), sum(int((one != 0).any(0).sum()) for one in chunks)
+    needed = shape[1] * len(chunks) if dense else needed
+    assert rows.offered == every
+    assert (rows.gate_columns, rows.up_columns) == tuple(needed if one in held else 0 for one in ("gate", "up"))
+    assert rows.gate == 0 or "gate" not in held
+    assert rows.up == 0 or "up" not in held
     if dense:
-        assert counted(rows) == (shape[2] * math.ceil(shape[0] / 8),) * 4
-    else:
+        assert counted(rows)[1:] == tuple(0 if one in held else every for one in ("gate", "up", "down"))
+    elif not held:
         assert rows.down <= rows.up <= rows.gate <= rows.offered
-    again, _ = computed(x, weights, name, dense=dense)
+    again, _ = computed(x, read, name, dense=dense)
     assert torch.equal(out, again)
 
 
@@ -187,6 +207,123 @@ def test_experts_equal_the_sum_of_single_ones(tokens: int, slots: int, with_pred
     assert rows.offered == read.offered
     assert rows.down <= read.down  # torch's operators read all where gathering does not pay
     assert rows.gate == read.gate or with_predictor
+
+
+def naively_kept(scores: list[float], rule: str, number: float) -> list[bool]:
+    """Which elements `top_k` or `top_p` keeps, largest first, and of equal ones the first."""
+    order = sorted(range(len(scores)), key=lambda place: -scores[place])
+    total, before, kept = math.fsum(scores), 0.0, [False] * len(scores)
+    for count, place in enumerate(order):
+        top_k = count < kept_count(number, len(scores))
+        kept[place] = top_k if rule == "top_k" else number <= 0 or before < (1 - number) * total
+        before += scores[place]
+    return kept
+
+
+@settings(max_examples=2 * int(os.environ["TRITON_EXAMPLES"]), deadline=None)
+@given(
+    tokens=st.integers(1, 4),
+    channels=st.sampled_from([1, 5, 64, 200]),
+    dtype=st.sampled_from(DTYPES),
+    rule=st.sampled_from(["threshold", "channel", "top_k", "top_k", "top_p"]),
+    number=st.sampled_from([0.0, 0.1, 0.25, 0.3, 0.7, 1.0]),
+    weighted=st.booleans(),
+    experts=st.sampled_from([0, 3]),
+    seed=st.integers(0, 10**6),
+)
+def test_masks_keep_what_their_rules_say(tokens, channels, dtype, rule, number, weighted, experts, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    # Few different sizes, so that many scores are equal, and sums of them are exact.
+    x = torch.randint(-8, 9, (tokens, channels), generator=generator).to(dtype) / 4
+    of_each = (experts, channels) if experts else (channels,)
+    weight = torch.randint(1, 4, of_each, generator=generator).float()
+    scored = rule in ("top_k", "top_p")
+    kind = SiteRule("threshold" if rule == "channel" else rule, weighted=weighted and scored)
+    mask = SiteMask(kind, {NUMBERS[kind.rule]: (1,), "weight": of_each})
+    tensors = {"weight": weight} if kind.weighted else {}
+    stored = torch.rand(of_each, generator=generator) if rule == "channel" else torch.tensor([number])
+    mask.put(tensors | {NUMBERS[kind.rule]: stored})
+    given = masked_by_triton(mask.to(DEVICE), x.to(DEVICE)).cpu()
+    has_experts = experts and (rule == "channel" or kind.weighted)
+    assert given.shape == ((experts,) if has_experts else ()) + x.shape
+    for expert in range(experts or 1):
+        own = given[expert] if has_experts else given
+        own_weight = weight[expert] if experts else weight
+        for token in range(tokens):
+            scores = x[token].double().abs() * (own_weight if kind.weighted else 1)
+            if scored:
+                kept = torch.tensor(naively_kept(scores.tolist(), rule, torch.tensor(number).item()))
+            else:
+                limit = stored[expert] if rule == "channel" and experts else stored
+                kept = scores > limit
+            assert torch.equal(own[token], torch.where(kept, x[token], 0.0))
+
+
+@pytest.mark.parametrize("rule", ["threshold", "top_k", "top_p"])
+def test_masks_keep_what_is_not_a_number(rule: str) -> None:
+    mask = SiteMask(SiteRule(rule), {NUMBERS[rule]: (1,)})
+    mask.put({NUMBERS[rule]: torch.full((1,), 0.5)}).to(DEVICE)
+    x = torch.tensor([[1.0, torch.nan, 0.25, -3.0, 0.0]], device=DEVICE)
+    torch.testing.assert_close(masked_by_triton(mask, x), mask(x), equal_nan=True)
+
+
+@settings(max_examples=int(os.environ["TRITON_EXAMPLES"]), deadline=None)
+@given(
+    tokens=st.integers(1, 8),
+    inputs=st.sampled_from([1, 33, 150]),
+    outputs=st.sampled_from([1, 40, 530]),
+    dtype=st.sampled_from(DTYPES),
+    kept=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    with_constant=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_projections_by_columns_equal_float64(tokens, inputs, outputs, dtype, kept, with_constant, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, inputs, generator=generator)
+    x = torch.where(torch.rand(tokens, inputs, generator=generator) < kept, x, 0.0).to(dtype)
+    weight_t = torch.randn(inputs, outputs, generator=generator).to(dtype)
+    constant = torch.randn(outputs, generator=generator).to(dtype) if with_constant else None
+    expected = x.double() @ weight_t.double() + (0.0 if constant is None else constant.double())
+    skipped = (x == 0).all(0)
+    weight_t[skipped] = torch.nan
+    counts = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    on_device = None if constant is None else constant.to(DEVICE)
+    given = column_product(x.to(DEVICE), weight_t.to(DEVICE), on_device, counts, 2).cpu()
+    assert given.dtype == dtype
+    sizes = x.double().abs() @ weight_t.nan_to_num().double().abs() + 1
+    assert ((given.double() - expected).abs() / sizes).max() < TOLERANCES[dtype]
+    assert counts.tolist() == [0, 0, int((~skipped).sum()), 0]
+
+
+SITES = {
+    "ffn_in": {"rule": "top_k", "per": "layer", "weighted": True, "remainder": "constant"},
+    "inter": {"rule": "threshold", "per": "channel", "remainder": "constant"},
+}
+PAIR = {"ffn_in.gate": {"rule": "threshold", "per": "channel"}, "ffn_in.up": {"rule": "top_p", "remainder": "constant"}}
+
+
+@pytest.mark.parametrize("sites", [SITES, PAIR], ids=["shared", "of each"])
+@pytest.mark.parametrize("experts", [0, 3])
+def test_masked_blocks_skip_columns(experts: int, sites: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = {"method": "percentile", "sites": sites}
+    model = made(1, experts=experts, ffn_activation="swiglu", num_hidden_layers=1, sparsification=stored).to(DEVICE)
+    given = (0.1 * torch.randn(3, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE),)
+    if experts:
+        given += torch.tensor([[0, 2], [2, 1], [0, 2]], device=DEVICE), torch.rand(3, 2, device=DEVICE)
+    block = model.ffn_blocks()[0]
+    with torch.no_grad():
+        expected = block(*given)
+        acceleration = accelerate(model)
+        # Nothing waits for the device.
+        monkeypatch.setattr(torch.Tensor, "__float__", None)
+        monkeypatch.setattr(torch.Tensor, "tolist", None)
+        out = block(*given)
+        monkeypatch.undo()
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    rows = acceleration.reads[0].rows
+    assert rows.gate == rows.up == 0
+    assert 0 < rows.gate_columns < 48 * max(experts, 1)
+    assert rows.offered == 72 * max(experts, 1)
 
 
 @pytest.mark.parametrize(("kind", "with_predictors"), [("mistral", False), ("mixtral", True)])
