@@ -18,6 +18,8 @@ from sparsify.bench.llamacpp import LlamaCpp, missing
 from sparsify.bench.timing import OUT_OF_CACHE_BYTES, Clock, read_data
 from sparsify.runtime import Acceleration, accelerate
 from sparsify.runtime.accelerate import model_bytes
+from sparsify.runtime.native_step import Projections
+from sparsify.runtime.step import StepForward
 from sparsify.runtime.weights import LayerPredictors
 
 WARM_UP_TOKENS = 2
@@ -59,6 +61,10 @@ class Variant:
         for name, value in parts.items():
             self.parts[name] = self.parts.get(name, 0.0) + value
 
+    def is_captured(self) -> bool:
+        """Whether its last step was one CUDA graph."""
+        return self.model is not None and getattr(self.model.forward, "captured", False)
+
     def bytes_read(self) -> float:
         """Bytes of weights that a token reads."""
         if self.llamacpp is not None:
@@ -87,6 +93,8 @@ def measure_model(
     our kernels and llama.cpp's. The model stays accelerated.
     """
     variants = {"torch": Variant(dense_twin(model))}
+    if ids.is_cuda:
+        capture_steps(variants["torch"].model)
     with TemporaryDirectory() as folder:
         without = missing(model, weights) if llamacpp else "not requested"
         if without is None:
@@ -127,6 +135,7 @@ def measure_model(
         active_share=sum(one.rows.down for one in reads) / sum(one.offered for one in reads),
         decode_seconds={key: Timing(seconds=one.decode) for key, one in variants.items()},
         prompt_seconds={key: Timing(seconds=one.prompt) for key, one in variants.items()},
+        captured=[key for key, one in variants.items() if one.is_captured()],
         parts={key: {part: total / repeats for part, total in one.parts.items()} for key, one in variants.items()},
         bytes_read={key: one.bytes_read() for key, one in variants.items()},
         read_bytes_per_second=data.nbytes / median(reading[1:]),
@@ -148,6 +157,11 @@ def dense_twin(model: Any) -> Any:
         down = block.down_proj if isinstance(block.down_proj, torch.nn.Parameter) else block.down_proj.weight
         down.data = down.data.clone()
     return twin
+
+
+def capture_steps(model: Any) -> None:
+    """Makes the decoding steps of a model CUDA graphs of torch's operators: the baseline of those of our kernels."""
+    model.forward = StepForward(model, [], Projections(None), None)
 
 
 def sharing(model: Any) -> Any:
@@ -176,14 +190,16 @@ def _decode(
 ) -> tuple[float, float, dict[str, float]]:
     """Seconds for the prompt, for one token, and for the parts of the model in one token.
 
-    Native steps say where their time goes; of others only the feed-forward blocks are known, by hooks that mark their calls.
+    Native steps say where their time goes; of others on a CPU only the feed-forward blocks are known, by hooks that mark their calls.
+    On a GPU a step is one CUDA graph, which has no parts.
     """
     clock = Clock(ids.device.type)
     native = acceleration is not None and acceleration.backend == "native"
     start = clock.mark()
     cache = model(ids[:, :-decode_tokens], use_cache=True, logits_to_keep=1).past_key_values
     prompt_seconds = clock.seconds(start, clock.mark())
-    with nullcontext([]) if native else _marked_blocks(model, clock) as marks:
+    unmarked = native or ids.is_cuda
+    with nullcontext([]) if unmarked else _marked_blocks(model, clock) as marks:
         for token in ids[0, -decode_tokens:][:WARM_UP_TOKENS]:
             cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
         marks.clear()
@@ -198,6 +214,8 @@ def _decode(
         seconds = clock.seconds(start, clock.mark())
     if native and acceleration is not None and acceleration.seconds is not None:
         parts = {part: total - before[part] for part, total in acceleration.seconds.items()}
+    elif ids.is_cuda:
+        parts = {}
     else:
         parts = {"ffn": sum(clock.seconds(*pair) for pair in zip(marks[::2], marks[1::2], strict=True))}
     return prompt_seconds, seconds / len(rest), {part: total / len(rest) for part, total in parts.items()}

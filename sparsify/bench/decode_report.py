@@ -214,10 +214,20 @@ def _baselines(bench: DecodeBench) -> str:
         return ""
     reasons = {one.without_llamacpp for one in bench.models} - {None}
     without = "".join(f" llama.cpp was not measured: {reason}." for reason in reasons)
+    if bench.device == "cuda":
+        return f"\nWhole models: {captured_words(bench.models)}; prompts as generate() runs them.{without}"
     return (
         "\nWhole models: the prompt's columns and rows are of the same tokens; llama.cpp has silu in place of the activation, and "
         f"weights of as many bits.{without}"
     )
+
+
+def captured_words(models: Sequence[ModelPoint]) -> str:
+    """Which ways decode by CUDA graphs."""
+    plain = {NAMES[key] for one in models for key in one.decode_seconds if key not in one.captured}
+    if not plain:
+        return "each step is one CUDA graph, torch's as well"
+    return f"each step is one CUDA graph, but as generate() runs it with {', '.join(sorted(plain))}"
 
 
 def _rounded(bench: DecodeBench) -> str:

@@ -90,8 +90,9 @@ class ModelPoint(BaseModel):
         prompt_seconds: Seconds for the prompt, by variant. All variants compute prompts densely; the sparse ones with
             down_proj in the kernels' memory layout.
         without_llamacpp: Why llama.cpp was not measured; None if it was.
+        captured: Variants whose steps were one CUDA graph each; the others ran as `generate()` runs them.
         parts: Seconds per token by part of the model, by variant. Native steps name all parts; `overhead` is Python and everything
-            else between steps. Of others only `ffn` is known, and of llama.cpp nothing.
+            else between steps. Of others only `ffn` is known, of llama.cpp and on a GPU nothing.
         bytes_read: Bytes of weights read per token, by variant.
         read_bytes_per_second: Memory bandwidth, measured interleaved with the variants.
     """
@@ -106,6 +107,7 @@ class ModelPoint(BaseModel):
     decode_seconds: dict[str, Timing]
     prompt_seconds: dict[str, Timing]
     without_llamacpp: str | None
+    captured: list[str] = []
     parts: dict[str, dict[str, float]]
     bytes_read: dict[str, float]
     read_bytes_per_second: float

@@ -1,7 +1,7 @@
 """Makes decoding read only the weights of neurons that fire; counts the bytes that dense decoding reads.
 
-`generate()`, its cache and its sampling are unchanged. A decoding step on a CPU is one call of the C++ kernels for the whole model
-(`step.py`). Otherwise a block's forward calls the kernels for a few tokens, and the class's forward for long prompts, training, and
+`generate()`, its cache and its sampling are unchanged. A decoding step is one call of the C++ kernels for the whole model, on a GPU
+one CUDA graph (`step.py`). Otherwise a block's forward calls the kernels for a few tokens, and the class's forward for long prompts, training, and
 blocks whose activation has hooks. Nothing is copied: weights keep their names, shapes and values, and down_proj gets another order in
 memory (a neuron's column becomes contiguous), as do projections whose input is masked; moving and casting keep it. Only int8 and int4
 blocks are copies.
@@ -20,11 +20,11 @@ from sparsify.models.quantised import BlockFormat
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
 from sparsify.runtime.columns import held_by_columns
 from sparsify.runtime.ffn import backend_of
-from sparsify.runtime.forwards import AttentionReads, BlockForward, ExpertsForward, MlpForward, Options
+from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward
 from sparsify.runtime.masks import is_readable, unknown_to_blocks
 from sparsify.runtime.native_step import Projections, projections
 from sparsify.runtime.step import StepForward
-from sparsify.runtime.weights import LayerPredictors, RowsRead
+from sparsify.runtime.weights import AttentionReads, LayerPredictors, Options, RowsRead
 
 WEIGHT_FORMATS = ("stored", *get_args(BlockFormat))
 """How decoding may read the feed-forward weights."""
@@ -128,8 +128,8 @@ def accelerate(
 ) -> Acceleration:
     """Makes the decoding of a sparse model read only the rows it needs.
 
-    On a CPU with the compiled kernels, a step of one token for each sequence is one call that computes the whole model; all other
-    calls go through the model's own forward, whose blocks skip rows where they can.
+    A step of one token for each sequence is one call that computes the whole model: of the compiled kernels on a CPU, of a CUDA graph
+    on a GPU. All other calls go through the model's own forward, whose blocks skip rows where they can.
 
     Masks that the model stores are applied on every path. Those on `gate`, `up` and `inter` save rows of what is read after them,
     those on the inputs of projections save columns of these.

@@ -65,8 +65,10 @@ class Place:
     strides: tuple[int, int]
 
 
-def refusal(cache: Any, batch: int, dtype: torch.dtype, num_layers: int) -> str | None:
-    """Why a step cannot append to a cache, None if it can. A cache that has no layers yet is refused without a reason: ""."""
+def refusal(cache: Any, batch: int, like: torch.Tensor, num_layers: int) -> str | None:
+    """Why a step cannot append to a cache of the dtype and device of `like`, None if it can. A cache that has no layers yet is refused
+    without a reason: "".
+    """
     if not isinstance(cache, Cache):
         return "a cache that is not transformers' own"
     layers: list[Any] = cache.layers
@@ -83,7 +85,7 @@ def refusal(cache: Any, batch: int, dtype: torch.dtype, num_layers: int) -> str 
     if getattr(first, "record_past", False):
         return "a sliding window whose past is recorded"
     for layer in (first, layers[-1]):
-        if layer.keys.device.type != "cpu" or layer.keys.dtype != dtype or len(layer.keys) != batch:
+        if layer.keys.device != like.device or layer.keys.dtype != like.dtype or len(layer.keys) != batch:
             return "a cache of another device, dtype or batch size"
     if isinstance(first, StaticLayer) and int(first.cumulative_length) >= first.max_cache_len:
         return "a static cache that is full"
@@ -129,7 +131,7 @@ def advance(cache: Cache) -> None:
         for layer in layers:
             layer.cumulative_length += 1
     store.length = end - store.first
-    _show(store, layers)
+    show(store, layers)
 
 
 def _store(layers: list[Any], empty: Callable[[], torch.Tensor]) -> Store:
@@ -146,11 +148,12 @@ def _store(layers: list[Any], empty: Callable[[], torch.Tensor]) -> Store:
     for to, tensor in zip(buffer, tensors, strict=True):
         to[:, :, :length] = tensor
     store = Store(buffer, 0, length, [])
-    _show(store, layers)
+    show(store, layers)
     return store
 
 
-def _show(store: Store, layers: list[Any]) -> None:
+def show(store: Store, layers: list[Any]) -> None:
+    """Makes the layers' keys and values views of a store."""
     store.views = list(store.buffer[:, :, :, store.first : store.first + store.length].unbind(0))
     half = len(layers)
     for layer, key, value in zip(layers, store.views[:half], store.views[half:], strict=True):

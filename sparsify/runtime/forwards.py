@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,58 +13,26 @@ from torch import nn
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, Activation
 from sparsify.models.masking import masked_product
-from sparsify.models.quantised import BlockFormat, BlockMatrix, KeptBlocks, product
+from sparsify.models.quantised import BlockMatrix, KeptBlocks, product
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
 from sparsify.runtime.masks import bases_of, constant_of, low_rank_of, num_bytes, own_mask, own_part
 from sparsify.runtime.triton_columns import masked_by_triton
 from sparsify.runtime.triton_ffn import triton_can
-from sparsify.runtime.weights import Copies, FfnWeights, LineBytes, Matrix, Predictor, RowsRead
+from sparsify.runtime.weights import AttentionReads, Copies, FfnWeights, LineBytes, Matrix, Options, Predictor, RowsRead
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
 """Default limit on the tokens of a call with stored weights, where it is not 8: with more tokens torch's dense product,
 which multiplies in bf16, is faster."""
 
 
-@dataclass
-class Options:
-    """How a block decodes.
-
-    Args:
-        max_tokens: Largest number of tokens of a call for which the kernels are used; None for the dtype's default.
-        predictors: One for the block, or one for each of its experts; None for exact decoding.
-        blocks: Format of the weights; None as stored.
-        dense: Read every row.
-        by_columns: Projections that are held by columns, of `held_by_columns`.
-    """
-
-    max_tokens: int | None
-    threads: int | None
-    predictors: Sequence[Predictor] | None
-    blocks: BlockFormat | None = None
-    dense: bool = False
-    by_columns: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class AttentionReads:
-    """What native steps read of one layer's query, key, value and output projections.
-
-    Args:
-        steps: Number of steps.
-        bytes_read: Bytes of weights read, those of rotations and low-rank factors included.
-        bytes_offered: Bytes that dense steps read.
-    """
-
-    steps: int = 0
-    bytes_read: int = 0
-    bytes_offered: int = 0
-
-
 class BlockForward:
     """A block's forward that reads only the rows it needs, and counts them.
 
     It holds no weights: it reads the block's own at every call, and `kept` follows their changes.
+
+    Attributes:
+        counts: int64 [6] on a device, to which a captured step adds what it reads; such a step calls `count_step` later.
     """
 
     def __init__(self, block: Any, options: Options) -> None:
@@ -75,6 +43,7 @@ class BlockForward:
         self._stack: Predictor | None = None
         self.step: Any = None
         self.in_blocks_alone = False
+        self.counts: torch.Tensor | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -256,6 +225,16 @@ class BlockForward:
             copies=self.copies(index),
         )
 
+    @property
+    def unknown_to_triton(self) -> str:
+        """What of the block the kernels for a GPU do not compute, in words; or nothing."""
+        if self.ranks_by_proxy:
+            return "masks by int4 copies"
+        if any(self._low_rank(name) for name in ("gate", "up")):
+            return "low-rank remainders in feed-forward blocks"
+        others = list(self._thresholds()[1])
+        return f"a mask on {others[0]} by comparing neurons, or on up" if others else ""
+
     def _low_rank(self, name: str, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor] | None:
         return low_rank_of(own_part(self.block, name), expert)
 
@@ -362,12 +341,20 @@ class BlockForward:
             predictor_input=predictor_input,
             dense=self.options.dense,
             threads=self.options.threads,
+            counts=self.counts,
         )
         self._add(rows, weights)
         return out
 
+    def _count_call(self, tokens: int) -> None:
+        if self.counts is None:  # otherwise the step counts them
+            self._tokens += tokens
+            self.count_rotations(1)
+
     def _add(self, rows: RowsRead, weights: FfnWeights) -> None:
         """Adds the rows read, grouped by their bytes: a model may be cast between two steps."""
+        if self.counts is not None:
+            return
         sizes = weights.read_bytes
         self._read_of.setdefault(sizes, RowsRead())
         self._read_of[sizes] += rows
@@ -384,8 +371,7 @@ class MlpForward(BlockForward):
         # Predictors take the input before its mask.
         seen = x if self._norm_input is None else self._norm_input
         seen = seen if weights.predictor is not None else None
-        self._tokens += x.shape[:-1].numel()
-        self.count_rotations(1)
+        self._count_call(x.shape[:-1].numel())
         return self._read(self._masked(x), weights, seen)
 
     def _from_blocks(self, *arguments: torch.Tensor) -> torch.Tensor:
@@ -409,8 +395,7 @@ class ExpertsForward(BlockForward):
         """Maps [tokens, hidden] to the same shape; see SparseExperts."""
         if not self._can(hidden_states):
             return self._dense(hidden_states, top_k_index, top_k_weights)
-        self._tokens += len(hidden_states)
-        self.count_rotations(1)
+        self._count_call(len(hidden_states))
         seen = hidden_states if self._norm_input is None else self._norm_input
         hidden_states = self._masked(hidden_states)
         backend = backend_of(hidden_states, in_blocks=self.kept is not None)
@@ -451,6 +436,7 @@ class ExpertsForward(BlockForward):
             routing,
             up_input=up_x,
             predictor_input=seen if weights.predictor is not None else None,
+            counts=self.counts,
         )
         self._add(rows, weights)
         return out

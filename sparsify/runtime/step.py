@@ -1,4 +1,4 @@
-"""The forward of a model whose decoding steps are computed by one call of the C++ kernels.
+"""The forward of a model whose decoding steps are one call of the C++ kernels, or on a GPU one CUDA graph.
 
 A call with one new token for each of a few sequences and a cache of what came before is such a step. Prompts, training, probes,
 and what the step cannot hold go through the model's own forward, whose blocks still skip rows where they can.
@@ -14,18 +14,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
 from sparsify.models import FAMILIES
 from sparsify.models.masking import is_fused
 from sparsify.runtime.block_weights import BlockProduct
 from sparsify.runtime.cache_store import Place, advance, place, positions, refusal
+from sparsify.runtime.device_step import DeviceStep, device_refusal
 from sparsify.runtime.ffn import native_can
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import is_readable
 from sparsify.runtime.native_ffn import MAX_TOKENS, take_rows
 from sparsify.runtime.native_step import Projections, StepPlan, projections
+from sparsify.runtime.triton_ffn import triton_can
 
 MOVING_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the sequence."""
@@ -70,7 +72,8 @@ class StepForward:
         self.projections = given
         self.steps = self._counted_steps = 0
         self._told: set[str] = set()
-        self._plan: StepPlan | None = None
+        self._uncaptured: str | None = None
+        self._plan: StepPlan | DeviceStep | None = None
         self._made_from: Any = None
         self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
         self._parts: _Parts | None = None
@@ -96,39 +99,52 @@ class StepForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and "input_ids" not in kwargs:
             args, kwargs = (), {"input_ids": args[0], **kwargs}
-        if not args and (request := self._request(kwargs)) is not None:
-            return self._step(request)
-        return type(self.model).forward(self.model, *args, **kwargs)
+        output = None
+        if not args and not torch.compiler.is_compiling() and self._is_step(kwargs):
+            if self._on_device():
+                output = self._device_step(kwargs)
+            elif native_can(self.model.model.embed_tokens.weight) and (request := self._request(kwargs)) is not None:
+                output = self._step(request)
+        return type(self.model).forward(self.model, *args, **kwargs) if output is None else output
+
+    def _on_device(self) -> bool:
+        """Whether steps are those of the Triton kernels."""
+        return triton_can(self.model.model.embed_tokens.weight) and all(one.kept is None for one in self.forwards)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the last step was a CUDA graph."""
+        return isinstance(self._plan, DeviceStep) and self._plan.captured
+
+    def _is_step(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a call has one new token for each of a few sequences, and asks for their logits alone."""
+        model, ids = self.model, kwargs.get("input_ids")
+        if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
+            return False
+        embedding, config = model.model.embed_tokens.weight, model.config
+        most_tokens = min((one.most_tokens(embedding) for one in self.forwards), default=MAX_TOKENS)
+        return (
+            0 < len(ids) <= min(most_tokens, MAX_TOKENS)
+            and not model.training
+            and kwargs.get("use_cache") is not False
+            and kwargs.get("return_dict") is not False
+            and not any(kwargs[name] for name in kwargs.keys() - PLAIN - IGNORED)
+            and (kwargs.get("use_cache") is not None or config.use_cache)
+            and not config.output_attentions
+            and not config.output_hidden_states
+            and not getattr(config, "output_router_logits", False)
+            and not (torch.is_grad_enabled() and embedding.requires_grad)
+            and self._unwatched()
+        )
 
     def _request(self, kwargs: dict[str, Any]) -> _Request | None:
-        """What C++ computes of this call; None if that is nothing."""
-        model, ids, cache = self.model, kwargs.get("input_ids"), kwargs.get("past_key_values")
-        if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
-            return None
-        embedding, config = model.model.embed_tokens.weight, model.config
-        if (
-            not 0 < len(ids) <= min(self.forwards[0].most_tokens(embedding), MAX_TOKENS)
-            or model.training
-            or kwargs.get("use_cache") is False
-            or kwargs.get("return_dict") is False
-            or any(kwargs[name] for name in kwargs.keys() - PLAIN - IGNORED)
-            or (kwargs.get("use_cache") is None and not config.use_cache)
-            or config.output_attentions
-            or config.output_hidden_states
-            or getattr(config, "output_router_logits", False)
-            or not self._unwatched()
-        ):
-            return None
-        if embedding.device.type != "cpu" or not native_can(embedding):
-            return None
-        if torch.is_grad_enabled() and embedding.requires_grad:
-            return None
+        """What C++ computes of such a call; None if that is nothing."""
+        ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+        embedding = self.model.model.embed_tokens.weight
         tokens = ids[:, 0].tolist()
         if min(tokens) < 0 or max(tokens) >= len(embedding):
             return None  # torch raises its own error; C++ would read other memory
-        reason = self._model_refusal()
-        if reason is None and cache is not None:
-            reason = refusal(cache, len(ids), embedding.dtype, len(self.forwards))
+        reason = self._refusal(cache, len(ids))
         cached = 0 if cache is None or reason is not None else positions(cache)
         visible = None
         if reason is None:
@@ -144,11 +160,49 @@ class StepForward:
         places = [cached] if given is None else given.expand(len(ids), 1)[:, 0].tolist()
         return _Request(ids[:, 0].long().contiguous(), cache, cached, visible, places)
 
+    def _device_step(self, kwargs: dict[str, Any]) -> Any:
+        """The output of such a call on a GPU; None if it cannot be captured."""
+        cache, mask, ids = kwargs.get("past_key_values"), kwargs.get("attention_mask"), kwargs["input_ids"]
+        reason = self._uncaptured
+        if isinstance(cache, Cache) and any(isinstance(one, StaticLayer) for one in cache.layers):
+            reason = reason or "a static cache"
+        reason = self._refusal(cache, len(ids)) if reason is None else reason
+        if reason is None and self._plan is None:
+            reason = device_refusal(self.model, self.forwards)
+        cached = 0 if reason is not None or cache is None else positions(cache)
+        if reason is None and mask is not None and not (mask.dim() == 2 and mask.shape[1] > cached):
+            reason = f"an attention mask of shape {list(mask.shape)}"
+        if reason is None and self.model.model.rotary_emb.rope_type in MOVING_ROPE:
+            reason = f"{self.model.model.rotary_emb.rope_type} rotary embeddings"
+        if reason is None:
+            plan = self._current_plan()
+            assert isinstance(plan, DeviceStep)
+            cache = DynamicCache(config=self.model.config) if cache is None else cache
+            try:
+                logits = plan.run(ids, cache, mask, kwargs.get("position_ids"))
+                self.steps += 1
+                return self._output(logits, cache)
+            except RuntimeError as error:
+                if plan.captured or not ids.is_cuda:
+                    raise
+                reason = self._uncaptured = f"what a capture refuses: {str(error)[:300]}"
+        if reason:
+            self._tell(reason)
+        return None
+
+    def _refusal(self, cache: Any, batch: int) -> str | None:
+        """Why no step can be computed with a cache; None if it can, "" without a reason to give."""
+        reason = self._model_refusal()
+        if reason is None and cache is not None:
+            reason = refusal(cache, batch, self.model.model.embed_tokens.weight, len(self.model.model.layers))
+        return reason
+
     def _tell(self, reason: str) -> None:
         if reason not in self._told:
             self._told.add(reason)
+            who = "a CUDA graph" if self._on_device() else "C++"
             warnings.warn(
-                f"Decoding steps go through torch, with sparse feed-forward blocks only: C++ does not compute {reason}.",
+                f"Decoding steps go through torch, with sparse feed-forward blocks only: {who} does not compute {reason}.",
                 stacklevel=4,
             )
 
@@ -184,6 +238,7 @@ class StepForward:
 
     def _step(self, request: _Request) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         plan, model, batch = self._current_plan(), self.model, len(request.ids)
+        assert isinstance(plan, StepPlan)
         cache = DynamicCache(config=model.config) if request.cache is None else request.cache
         where = place(cache, lambda: plan.no_positions(batch))
         window = _window(model.config)
@@ -200,15 +255,24 @@ class StepForward:
         )
         advance(cache)
         self.steps += 1
-        kind = MoeCausalLMOutputWithPast if is_fused(self.forwards[0].block) else CausalLMOutputWithPast
-        return kind(logits=logits[:, None], past_key_values=cache)
+        return self._output(logits, cache)
 
-    def _current_plan(self) -> StepPlan:
+    def _output(self, logits: torch.Tensor, cache: Any) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
+        fused = is_fused(self.model.ffn_blocks()[0])
+        return (MoeCausalLMOutputWithPast if fused else CausalLMOutputWithPast)(
+            logits=logits[:, None],  # pyright: ignore[reportArgumentType]
+            past_key_values=cache,
+        )
+
+    def _current_plan(self) -> StepPlan | DeviceStep:
         assert self._parts is not None
         now = [self.threads or torch.get_num_threads(), *self._parts.state()]
         if self._plan is None or now != self._made_from:
             self.hand_over_counts()
-            self._plan, self._rope = StepPlan(self.model, self.forwards, self.projections, self.threads), None
+            if self._on_device():
+                self._plan = DeviceStep(self.model, self.forwards, self.projections)
+            else:
+                self._plan, self._rope = StepPlan(self.model, self.forwards, self.projections, self.threads), None
             # Making it may reorder the memory of projections.
             self._made_from = [now[0], *self._parts.state()]
         return self._plan
@@ -230,8 +294,10 @@ class StepForward:
         return cos[rows], sin[rows]
 
     def hand_over_counts(self) -> None:
-        """Moves what C++ counted to the forwards of the blocks."""
-        if self._plan is None:
+        """Moves what C++ or a device counted to the forwards of the blocks."""
+        if isinstance(self._plan, DeviceStep):
+            self._plan.hand_over()
+        if not isinstance(self._plan, StepPlan):
             return
         steps, self._counted_steps = self.steps - self._counted_steps, self.steps
         for number, (layer, forward) in enumerate(zip(self._plan.layers, self.forwards, strict=True)):
@@ -247,7 +313,7 @@ class StepForward:
 
     def seconds(self) -> dict[str, float] | None:
         """Seconds of the native steps since the weights last changed, by part; None before the first."""
-        return None if self._plan is None else self._plan.seconds()
+        return self._plan.seconds() if isinstance(self._plan, StepPlan) else None
 
 
 def _window(config: Any) -> int | None:

@@ -58,15 +58,12 @@ def launch_mask(kernels: ModuleType, mask: Any, x: torch.Tensor, experts: int) -
     return out
 
 
-def column_product(
-    x: torch.Tensor, weight_t: torch.Tensor, constant: torch.Tensor | None, counts: torch.Tensor, place: int
-) -> torch.Tensor:
-    """The product of x [..., inputs] of at most 8 rows with a projection that is held by columns, and its constant.
+def column_product(x: torch.Tensor, weight_t: torch.Tensor, counts: torch.Tensor, place: int) -> torch.Tensor:
+    """The product of x [..., inputs] of at most 8 rows with a projection that is held by columns.
 
     Args:
         x: Columns of elements that are zero in every row are not read.
         weight_t: [inputs, outputs]; the elements of a row are adjacent.
-        constant: Added to the outputs, [outputs].
         counts: int64, on the device of x.
         place: Index of the count to which the number of columns read is added, at most 3.
 
@@ -76,17 +73,12 @@ def column_product(
     kernels = triton_kernels(x.device)
     assert kernels is not None, "the caller asks triton_can"
     rows = x.reshape(-1, x.shape[-1])
-    out = launch_columns(kernels, rows, weight_t, constant, counts, place)
+    out = launch_columns(kernels, rows, weight_t, counts, place)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def launch_columns(
-    kernels: ModuleType,
-    x: torch.Tensor,
-    weight_t: torch.Tensor,
-    constant: torch.Tensor | None,
-    counts: torch.Tensor,
-    place: int,
+    kernels: ModuleType, x: torch.Tensor, weight_t: torch.Tensor, counts: torch.Tensor, place: int
 ) -> torch.Tensor:
     """As `column_product`, for x [tokens, inputs], with the kernels given."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -100,8 +92,8 @@ def launch_columns(
     with _on(x):
         partial, chunks = add_rows(kernels, x[None], weight_t[None], sent, block, counts, place, dense=False)
         start[-(-outputs // width), tokens](
-            *(partial, out, None, None, constant, tokens, 1, chunks, outputs),
-            **{"SLOTS": 0, "CHUNKS": at_once, "WIDTH": width, "CONSTANT": constant is not None, "num_warps": NUM_WARPS},
+            *(partial, out, None, None, None, tokens, 1, chunks, outputs),
+            **{"SLOTS": 0, "CHUNKS": at_once, "WIDTH": width, "CONSTANT": False, "num_warps": NUM_WARPS},
         )
     return out
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparsify.models.quantised import BlockMatrix
+from sparsify.models.quantised import BlockFormat, BlockMatrix
 
 Matrix = torch.Tensor | BlockMatrix
 
@@ -238,6 +238,41 @@ class LineBytes:
 
 def _kind(part: Matrix) -> str:
     return f"{part.format} blocks" if isinstance(part, BlockMatrix) else str(part.dtype)
+
+
+@dataclass(frozen=True)
+class AttentionReads:
+    """What native steps read of one layer's query, key, value and output projections.
+
+    Args:
+        steps: Number of steps.
+        bytes_read: Bytes of weights read, those of rotations and low-rank factors included.
+        bytes_offered: Bytes that dense steps read.
+    """
+
+    steps: int = 0
+    bytes_read: int = 0
+    bytes_offered: int = 0
+
+
+@dataclass
+class Options:
+    """How a block decodes.
+
+    Args:
+        max_tokens: Largest number of tokens of a call for which the kernels are used; None for the dtype's default.
+        predictors: One for the block, or one for each of its experts; None for exact decoding.
+        blocks: Format of the weights; None as stored.
+        dense: Read every row.
+        by_columns: Projections that are held by columns, of `held_by_columns`.
+    """
+
+    max_tokens: int | None
+    threads: int | None
+    predictors: Sequence[Predictor] | None
+    blocks: BlockFormat | None = None
+    dense: bool = False
+    by_columns: frozenset[str] = frozenset()
 
 
 class RowsRead:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 from sparsify.bench.decode import EXPORT_REPEATS, time_export
 from sparsify.bench.decode_blocks import make_blocks, measure_point
 from sparsify.bench.decode_models import dense_twin, measure_model
-from sparsify.bench.decode_report import export_speed
+from sparsify.bench.decode_report import captured_words, export_speed
 from sparsify.bench.decode_result import FfnPoint, SpeculationPoint, SpeedUp, Timing, crossover
 from sparsify.bench.decode_shapes import Shape, random_model
 from sparsify.bench.llamacpp import LlamaCpp
@@ -137,6 +137,9 @@ def test_the_dense_twin_is_the_same_model_and_shares_its_memory(bundle: Path) ->
     seconds = point.decode_seconds["exact"].median
     assert sum(point.parts["exact"].values()) == pytest.approx(seconds, rel=1e-3)
     assert point.without_llamacpp == "not requested"
+    assert point.captured == []
+    point.captured = ["torch", "dense"]
+    assert captured_words([point]).endswith("as generate() runs it with exact")
 
 
 @pytest.mark.parametrize("experts", [None, (4, 2)])

@@ -100,7 +100,7 @@ def test_kernels_compile_for_hopper_and_keep_their_sums_in_registers(
     by_columns = dataclasses.replace(weights, predictor=None, by_columns=frozenset(columns), **columns)
     launch(compiler, x, by_columns, ALL["swiglu"], x, False, routing)
     if not routed:
-        launch_columns(compiler, x.bfloat16(), columns["up"].bfloat16(), None, torch.zeros(4, dtype=torch.int64), 3)
+        launch_columns(compiler, x.bfloat16(), columns["up"].bfloat16(), torch.zeros(4, dtype=torch.int64), 3)
         for rule in RULES:
             mask = SiteMask(SiteRule(rule, weighted=rule != "threshold"), {NUMBERS[rule]: (1,), "weight": (4096,)})
             launch_mask(compiler, mask, torch.zeros(tokens, 4096, dtype=torch.bfloat16), 1)
