@@ -129,9 +129,10 @@ def test_commands_and_their_settings_exist(page: Path, workplace: Path) -> None:
         asked = parse(arguments)
         if "overrides" in asked:
             overrides = asked["overrides"] or []
+            # A benchmark of several recipes names none.
+            recipe = asked.get("recipe", "proof/dense" if arguments[:2] == ["bench", "proof"] else "quickstart")
             for choice in sweep(overrides) if asked.get("multirun") else [overrides]:
-                # A benchmark of several recipes names none: they all come from the quickstart.
-                compose_recipe(asked.get("recipe", "quickstart"), choice)
+                compose_recipe(recipe, choice)
 
 
 @each_page

@@ -1,27 +1,30 @@
 """`sparsify bench recovery`: how much of a dense model's quality each sparsification variant recovers on the same tokens.
 
-Every variant is a recipe in `recipes/recovery/`. The peak learning rate of each variant is searched with the first seed: the rate
-with the lowest final loss is used for the other seeds. All variants see the same sequences in the same order, because the data
-depend only on the mixture and the seed.
+Every variant is a recipe in one folder of the catalogue, `recipes/recovery/` or `recipes/proof/`. The peak learning rate of each
+variant is searched with the first seed: the rate with the lowest final loss is used for the other seeds. All variants see the same
+sequences in the same order, because the data depend only on the mixture and the seed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
 from sparsify.commands.run import train_run
 from sparsify.errors import RecipeError, RunError, nearest
+from sparsify.methods.base import check_method
 from sparsify.recipe.catalogue import recipe_names
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
 from sparsify.runs.history import read_lines
 from sparsify.runs.run_folder import RunFolder
+from sparsify.sparsity.active_parameters import ffn_byte_shares
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ class RecoveryPoint(BaseModel):
 
     Attributes:
         loss: Mean of the sources' losses by token share, nats per token.
+        sources: Loss of each source; None of one without held-out text.
         zeros: Share of products that are exactly zero.
         gate_zeros: Share of gate factors that are exactly zero.
         blended_share: Weight of the sparse activation in the blend; 1 without blending.
@@ -43,6 +47,7 @@ class RecoveryPoint(BaseModel):
 
     tokens: int
     loss: float
+    sources: dict[str, float | None] = {}
     zeros: float
     gate_zeros: float
     blended_share: float
@@ -50,16 +55,14 @@ class RecoveryPoint(BaseModel):
     @computed_field
     @property
     def gate_first_bytes(self) -> float:
-        """Share of the feed-forward weights that an exact kernel reads for one token: the whole gate, rows of up where the gate
-        is not zero, columns of down where the product is not zero. The three matrices have the same size.
-        """
-        return (1 + (1 - self.gate_zeros) + (1 - self.zeros)) / 3
+        """Share of the feed-forward weights that an exact gate-first kernel reads for one token."""
+        return ffn_byte_shares(self.gate_zeros, self.zeros)[0]
 
     @computed_field
     @property
     def predicted_bytes(self) -> float:
         """Share that a kernel with a perfect predictor reads, without the predictor's weights."""
-        return 1 - self.zeros
+        return ffn_byte_shares(self.gate_zeros, self.zeros)[1]
 
 
 class RecoveryRun(BaseModel):
@@ -81,9 +84,9 @@ class RecoveryVariant(BaseModel):
     """A variant with the learning rate that its search chose.
 
     Attributes:
-        name: Its recipe in `recipes/recovery/`.
+        name: Its recipe in the folder of variants.
         searched: Final loss of the first seed by peak learning rate.
-        runs: One run per seed, with the best learning rate.
+        runs: One run per seed, with the best learning rate; all have the first seed.
         gaps: For each seed, its final loss minus that of the dense baseline with the same seed.
     """
 
@@ -136,17 +139,16 @@ def read_run(run: RunFolder, variant: str) -> RecoveryRun:
     recipe = run.load_recipe()
     blended = recipe.blending.budget_share > 0
     records = read_lines(run.sparsity)
-    losses = {
-        (line["tokens"], line["label"]): line["loss"]
-        for line in read_lines(run.metrics)
-        if line.get("kind") == "validation"
+    validations = {
+        (line["tokens"], line["label"]): line for line in read_lines(run.metrics) if line.get("kind") == "validation"
     }
     labels = {line["label"] for line in records}
     start = "after_replacement" if "after_replacement" in labels and not blended else "base"
     points = [
         RecoveryPoint(
             tokens=line["tokens"],
-            loss=losses[line["tokens"], line["label"]],
+            loss=validations[line["tokens"], line["label"]]["loss"],
+            sources=validations[line["tokens"], line["label"]]["sources"],
             zeros=line["zeros"],
             gate_zeros=line["gate_zeros"],
             blended_share=0.0 if blended and not line["tokens"] else line.get("blended_share", 1),
@@ -169,7 +171,7 @@ def read_run(run: RunFolder, variant: str) -> RecoveryRun:
 
 
 FOLDER = "recovery/"
-"""Folder of the catalogue in which every recipe is a variant."""
+SEARCH_WARMUP_SHARE = 0.05
 FINAL_RATE_SHARE = 0.1
 """Final learning rate as a share of the peak, as in the quickstart."""
 
@@ -180,9 +182,13 @@ class RecoveryPlan:
 
     Attributes:
         to: Folder of the runs and of the result; an interrupted benchmark resumes there.
-        variants: Names of recipes in `recipes/recovery/`; empty for all of them.
+        variants: Names of recipes in `folder`; empty for all of them.
         seeds: Seeds; the learning-rate search uses the first.
         overrides: Overrides for every variant, e.g. `model.source=…` and `mixture=…`.
+        folder: Folder of the catalogue in which every recipe is a variant.
+        search_tokens: Budget of the runs that search the rate; None searches with the whole budget.
+        additions: Overrides by name that the variant with a mask and the lowest loss is trained with in addition, as VARIANT+NAME.
+        best: Number of sparse variants that are trained with the other seeds, those with the lowest loss; None for all.
     """
 
     to: Path
@@ -190,16 +196,30 @@ class RecoveryPlan:
     rates: Sequence[float] = (3e-5, 1e-4, 3e-4, 1e-3)
     seeds: Sequence[int] = (1, 2, 3)
     overrides: Sequence[str] = field(default_factory=list)
+    folder: str = FOLDER
+    search_tokens: int | None = None
+    additions: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    best: int | None = None
 
 
-def variant_names() -> list[str]:
+def variant_names(folder: str = FOLDER) -> list[str]:
     """All variants, the dense baseline first."""
-    names = [name.removeprefix(FOLDER) for name in recipe_names() if name.startswith(FOLDER)]
+    names = [name.removeprefix(folder) for name in recipe_names() if name.startswith(folder)]
     return sorted(names, key=lambda name: (name != DENSE, name))
 
 
-def bench_recovery(plan: RecoveryPlan) -> Recovery:
-    """Trains the runs that are not finished yet, and compares the variants.
+class _Found(NamedTuple):
+    searched: dict[float, float]
+    runs: list[RecoveryRun]
+
+    @property
+    def loss(self) -> float:
+        """With the first seed."""
+        return self.runs[0].last.loss
+
+
+def bench_recovery(plan: RecoveryPlan, on_result: Callable[[Recovery], object] = lambda _: None) -> Recovery:
+    """Trains the runs that are not finished yet, and compares the variants. `on_result` gets what is known after every run.
 
     Raises:
         RecipeError: If a variant does not exist, there are no rates or seeds, or a recipe is invalid.
@@ -209,16 +229,41 @@ def bench_recovery(plan: RecoveryPlan) -> Recovery:
     recipes = {  # all of them before the first is trained
         (name, rate): _recipe(plan, name, rate, plan.seeds[0]) for name in names for rate in plan.rates
     }
-    variants: dict[str, tuple[dict[float, float], list[RecoveryRun]]] = {}
+    masked = [name for name in names if recipes[name, plan.rates[0]].conversion.makes_mask]
+    for name in masked:
+        for addition in plan.additions:
+            _recipe(plan, f"{name}+{addition}", plan.rates[0], plan.seeds[0])
+    variants: dict[str, _Found] = {}
     for name in names:
-        tried = [_run(recipes[name, rate], name) for rate in plan.rates]
-        best = min(tried, key=lambda run: run.last.loss)
-        others = [_run(_recipe(plan, name, best.peak_learning_rate, seed), name) for seed in plan.seeds[1:]]
-        searched = {run.peak_learning_rate: run.last.loss for run in tried}
-        variants[name] = searched, [best, *others]
-    dense = {run.seed: run.last.loss for run in variants[DENSE][1]}
+        variants[name] = _searched(plan, name)
+        on_result(_recovery(plan, variants))
+    for addition in plan.additions if masked else ():
+        name = f"{min(masked, key=lambda name: variants[name].loss)}+{addition}"
+        variants[name] = _searched(plan, name)
+        on_result(_recovery(plan, variants))
+    sparse = sorted((name for name in variants if name != DENSE), key=lambda name: variants[name].loss)
+    for seed in plan.seeds[1:]:
+        for name in (DENSE, *sparse[: plan.best]):
+            rate = variants[name].runs[0].peak_learning_rate
+            variants[name].runs.append(_run(_recipe(plan, name, rate, seed), name))
+            on_result(_recovery(plan, variants))
+    return _recovery(plan, variants)
+
+
+def _searched(plan: RecoveryPlan, name: str) -> _Found:
+    """A variant's run with the first seed and the best rate, and the losses that chose it."""
+    seed = plan.seeds[0]
+    short = plan.search_tokens if len(plan.rates) > 1 else None
+    tried = [_run(_recipe(plan, name, rate, seed, short), name) for rate in plan.rates]
+    best = min(tried, key=lambda run: run.last.loss)
+    searched = {run.peak_learning_rate: run.last.loss for run in tried}
+    return _Found(searched, [_run(_recipe(plan, name, best.peak_learning_rate, seed), name) if short else best])
+
+
+def _recovery(plan: RecoveryPlan, variants: Mapping[str, _Found]) -> Recovery:
+    dense = {run.seed: run.last.loss for run in variants[DENSE].runs}
     return Recovery(
-        budget_tokens=variants[DENSE][1][0].last.tokens,
+        budget_tokens=variants[DENSE].runs[0].last.tokens,
         seeds=list(plan.seeds),
         variants=[
             RecoveryVariant(
@@ -233,13 +278,13 @@ def bench_recovery(plan: RecoveryPlan) -> Recovery:
 
 
 def _chosen_variants(plan: RecoveryPlan) -> list[str]:
-    known = variant_names()
+    known = variant_names(plan.folder)
     for name in plan.variants:
         if name not in known:
             raise RecipeError(
                 f"There is no variant {name!r}.",
                 allowed=f"{nearest(name, known)}Variants: {', '.join(known)}.",
-                next_step="A variant is a recipe in recipes/recovery/.",
+                next_step=f"A variant is a recipe in recipes/{plan.folder}.",
             )
     for option, values in (("--rates", plan.rates), ("--seeds", plan.seeds)):
         if not values or len(set(values)) != len(values):
@@ -251,7 +296,8 @@ def _chosen_variants(plan: RecoveryPlan) -> list[str]:
     return [name for name in known if name in wanted]
 
 
-def _recipe(plan: RecoveryPlan, name: str, rate: float, seed: int) -> Recipe:
+def _recipe(plan: RecoveryPlan, name: str, rate: float, seed: int, search_tokens: int | None = None) -> Recipe:
+    """The recipe of one run: the variant's with its additions; of a search run with its short budget and without a suite."""
     own = [
         f"optimizer.peak_learning_rate={rate}",
         f"optimizer.final_learning_rate={rate * FINAL_RATE_SHARE}",
@@ -264,8 +310,19 @@ def _recipe(plan: RecoveryPlan, name: str, rate: float, seed: int) -> Recipe:
                 f"{override}: the benchmark sets {key} itself.",
                 allowed="Use --rates, --seeds and --to.",
             )
-    recipe = compose_recipe(f"{FOLDER}{name}", [*plan.overrides, *own])
-    recipe.run_dir = str(plan.to / "runs" / name / f"rate={rate:g},seed={seed}")
+    variant, *additions = name.split("+")
+    own += [override for addition in additions for override in plan.additions[addition]]
+    recipe = compose_recipe(f"{plan.folder}{variant}", [*plan.overrides, *own])
+    check_method(recipe.conversion)
+    settings = f"rate={rate:g},seed={seed}"
+    if search_tokens is not None:
+        settings += f",search={search_tokens}"
+        recipe.optimizer.warmup_tokens = min(recipe.optimizer.warmup_tokens, round(SEARCH_WARMUP_SHARE * search_tokens))
+        recipe.training.budget_tokens = recipe.eval.every_tokens = search_tokens
+        recipe.eval.suite = recipe.eval.suite_every_tokens = recipe.eval.suite_limit = None
+        if recipe.num_steps < 1:
+            raise RecipeError(f"--search-tokens is {search_tokens}.", allowed=f"A step or more: {recipe.step_tokens}.")
+    recipe.run_dir = str(plan.to / "runs" / name / settings)
     return recipe
 
 

@@ -75,13 +75,14 @@ def write_recovery(recovery: Recovery, folder: Path) -> None:
 def _draw_tokens(recovery: Recovery, theme: Theme) -> Figure:
     """Gap to the dense baseline against tokens, mean over seeds; dotted during activation blending."""
     figure, axes = _figure()
-    dense = [{point.tokens: point.loss for point in run.points} for run in recovery.dense.runs]
+    dense = {run.seed: {point.tokens: point.loss for point in run.points} for run in recovery.dense.runs}
     for index, variant in enumerate(_sparse(recovery)):
         columns = zip(*(run.points for run in variant.runs), strict=True)
+        baselines = [dense[run.seed] for run in variant.runs]
         rows = [
             (
                 points[0].tokens,
-                sum(point.loss - of_seed[point.tokens] for point, of_seed in zip(points, dense, strict=True))
+                sum(point.loss - of_seed[point.tokens] for point, of_seed in zip(points, baselines, strict=True))
                 / len(points),
                 points[0].blended_share == 1,
             )

@@ -141,6 +141,47 @@ def bench_recovery(
     print_result(result.model_dump_json(), recovery_table(result), as_json)
 
 
+@bench_app.command("proof")
+def bench_proof(
+    overrides: Overrides = None,
+    to: Annotated[Path, typer.Option("--to", help="Folder of the runs and the result.")] = Path("proof"),
+    variants: Annotated[
+        str,
+        typer.Option(help="Recipes of recipes/proof/, such as drelu,thresholded90_reglu.", show_default="all"),
+    ] = "",
+    rates: Annotated[str, typer.Option(help="Peak learning rates to search, for each variant.")] = "3e-5,1e-4,3e-4",
+    search_tokens: Annotated[
+        int, typer.Option(callback=TOKENS.check, help="Budget of each run of that search, in tokens.")
+    ] = 102_400,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds; those after the first only for the three variants with the lowest loss.")
+    ] = "1,2",
+    as_json: AsJson = False,
+) -> None:
+    """Trains SmolLM2-135M's variants and its dense baseline on the same tokens; measures losses, tasks, zeros and decoding speed.
+
+    It takes days on a CPU. The same command resumes; what is known is in proof.json after every run.
+
+    Example: sparsify bench proof mixture=my_mixture.yaml eval.suite_data_dir=my_evaluation_data
+    """
+    from sparsify.bench.proof import bench_proof as run
+    from sparsify.bench.proof import proof_plan
+    from sparsify.bench.proof_report import proof_table, write_proof
+    from sparsify.bench.recovery import RecoveryPlan
+
+    plan = RecoveryPlan(
+        to,
+        [name.strip() for name in variants.split(",") if name.strip()],
+        LEARNING_RATE.parse_list("--rates", rates),
+        SEED.parse_list("--seeds", seeds),
+        overrides or [],
+        search_tokens=search_tokens,
+    )
+    print_log_lines(to=error_console)
+    result = run(proof_plan(plan), lambda found: write_proof(found, to))
+    print_result(result.model_dump_json(), proof_table(result), as_json)
+
+
 @bench_app.command("spikes")
 def bench_spikes(
     runs: Annotated[

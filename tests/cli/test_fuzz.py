@@ -432,7 +432,7 @@ def text_parameters() -> list[tuple[tuple[str, ...], str, bool]]:
 
 
 TEXT_PARAMETERS = text_parameters()
-EXPENSIVE = {("bench", "mixture"), ("bench", "train"), ("bench", "recovery"), ("bench", "decode"), ("bench", "activation"), ("train",), ("mixture", "tune")}  # fmt: skip
+EXPENSIVE = {("bench", "mixture"), ("bench", "train"), ("bench", "recovery"), ("bench", "proof"), ("bench", "decode"), ("bench", "activation"), ("train",), ("mixture", "tune")}  # fmt: skip
 """Commands that may work for minutes if a value is accepted; they get arguments that cannot be, too."""
 
 
