@@ -10,7 +10,6 @@ import importlib.util
 import platform
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,8 +43,7 @@ class KernelsHook(BuildHookInterface):
             return library
 
         wanted = compiler.variants(platform.machine())
-        with ThreadPoolExecutor() as pool:
-            made = list(filter(None, pool.map(make, wanted, wanted.values())))
+        made = list(filter(None, map(make, wanted, wanted.values())))
         if not made:
             return
         for library in made:

@@ -22,16 +22,28 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-w")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-w")
+UNITS = {
+    "kernels": ("kernels.cpp",),
+    "f32": ("format.cpp", "-DSPARSIFY_FORMAT=F32"),
+    "bf16": ("format.cpp", "-DSPARSIFY_FORMAT=Bf16"),
+    "f16": ("format.cpp", "-DSPARSIFY_FORMAT=F16"),
+    "int8": ("format.cpp", "-DSPARSIFY_FORMAT=Int8Blocks"),
+    "int4": ("format.cpp", "-DSPARSIFY_FORMAT=Int4Blocks"),
+}
+"""What is compiled, each on a core of its own: the source file and its flags."""
 OPENMP = ("-fopenmp",)
 THIS_PROCESSOR = (("-march=native", *OPENMP), ("-mcpu=native", *OPENMP), OPENMP, ())
 """Extra flags, best first: not every compiler knows the processor's name or has OpenMP."""
 
+VNNI = "x86-64-v4-vnni"
 X86_LEVELS = {
+    VNNI: frozenset({"avx512_vnni"}),
     "x86-64-v4": frozenset({"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}),
     "x86-64-v3": frozenset(
         {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
@@ -40,7 +52,8 @@ X86_LEVELS = {
     "x86-64": frozenset(),
 }
 """x86-64 ABI levels that wheels have kernels for, best first, and the flags each adds to the next, as named in
-/proc/cpuinfo. Source: System V ABI, AMD64 supplement, table 3.1."""
+/proc/cpuinfo. Source: System V ABI, AMD64 supplement, table 3.1. The first is ours: the fourth with AVX-512 VNNI, which multiplies
+int8 and int4 weights as whole numbers of 512 bits."""
 
 
 def find_compiler() -> str | None:
@@ -50,25 +63,40 @@ def find_compiler() -> str | None:
 
 
 def compile_kernels(compiler: str, to: Path, choices: Sequence[Sequence[str]] = THIS_PROCESSOR) -> None:
-    """Compiles the library with the first of `choices` that the compiler accepts.
+    """Compiles the library with the first of `choices` that the compiler accepts, on all cores. Writes only next to `to`.
 
     Raises:
         subprocess.CalledProcessError: If it accepts none of them.
     """
     for last, choice in enumerate(choices, start=1 - len(choices)):
-        command = [compiler, *FLAGS, *choice, str(SOURCES / "kernels.cpp"), "-o", str(to)]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode == 0:
-            return
-        if last == 0:
-            result.check_returncode()
+        try:
+            return _compile(compiler, to, choice)
+        except subprocess.CalledProcessError:
+            if last == 0:
+                raise
+
+
+def _compile(compiler: str, to: Path, choice: Sequence[str]) -> None:
+    def run(*arguments: str) -> None:
+        subprocess.run([compiler, *FLAGS, *choice, *arguments], capture_output=True, text=True, check=True)
+
+    def compile_unit(name: str) -> str:
+        source, *flags = UNITS[name]
+        part = f"{to}.{name}.o"
+        run(*flags, "-c", str(SOURCES / source), "-o", part)
+        return part
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = list(pool.map(compile_unit, UNITS))
+    run("-shared", *parts, "-o", str(to))
 
 
 def variants(machine: str) -> dict[str, Sequence[Sequence[str]]]:
     """The libraries of a wheel for a kind of machine (`platform.machine()`): names and their choices of flags, best first."""
     if machine.lower() not in ("x86_64", "amd64"):
         return {machine.lower(): (OPENMP, ())}
-    return {level: ((f"-march={level}", *OPENMP), (f"-march={level}",)) for level in X86_LEVELS}
+    flags = {level: (f"-march={level}",) for level in X86_LEVELS} | {VNNI: ("-march=x86-64-v4", "-mavx512vnni")}
+    return {level: ((*own, *OPENMP), own) for level, own in flags.items()}
 
 
 def runnable_variants(machine: str, flags: Set[str]) -> list[str]:
@@ -155,7 +183,7 @@ def build(compiler: str) -> Path:
         if _is_whole(library):
             return library
     print(
-        f"sparsify: compiling the decoding kernels for this processor with {compiler}; about a minute, once.",
+        f"sparsify: compiling the decoding kernels for this processor with {compiler}; up to half a minute, once.",
         file=sys.stderr,
     )
     with tempfile.TemporaryDirectory(dir=folder) as scratch:  # two processes may compile at once
@@ -210,7 +238,7 @@ def _fingerprint(compiler: str) -> str:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    digest.update(repr((version.stdout, FLAGS, THIS_PROCESSOR, _processor())).encode())
+    digest.update(repr((version.stdout, FLAGS, UNITS, THIS_PROCESSOR, _processor())).encode())
     return digest.hexdigest()[:16]
 
 

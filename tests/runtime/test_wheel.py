@@ -27,6 +27,8 @@ HASWELL = (
     "lahf_lm abm bmi1 avx2 bmi2"
 )
 SKYLAKE_X = HASWELL + " avx512f avx512dq avx512cd avx512bw avx512vl"
+CASCADE_LAKE = SKYLAKE_X + " avx512_vnni"
+ALDER_LAKE = HASWELL + " avx_vnni"
 KNIGHTS_LANDING = HASWELL + " avx512f avx512pf avx512er avx512cd"
 BULLDOZER = "fpu sse sse2 lm pni ssse3 cx16 sse4_1 sse4_2 popcnt xsave avx f16c fma fma4 lahf_lm abm bmi1"
 WITHOUT_AVX2 = HASWELL.replace(" avx2", "") + " avx512f avx512dq avx512cd avx512bw"
@@ -36,15 +38,18 @@ import sys, warnings
 from pathlib import Path
 from sparsify.models import ACTIVATIONS
 from sparsify.runtime import build, sparse_ffn
-from tests.runtime.blocks import block, difference
+from sparsify.models.quantised import rounded_states
+from tests.runtime.blocks import FORMATS, block, difference, in_format
 assert Path(build.__file__).is_relative_to(sys.argv[1]), build.__file__
 backend, library = sys.argv[2:]
 x, weights = block(3, 40, 90, on=0.03)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    out, rows = sparse_ffn(x, weights, ACTIVATIONS["drelu"], backend=backend, threads=2)
-assert difference(out, x, weights, ACTIVATIONS["drelu"]) < 1e-5
-assert 0 < rows.down < rows.gate == 90
+    for format in FORMATS:
+        given, meant = in_format(weights, format)
+        out, rows = sparse_ffn(x, given, ACTIVATIONS["drelu"], backend=backend, threads=2)
+        assert difference(out, x, meant, ACTIVATIONS["drelu"], rounded_states(x) if format else x) < 2e-5
+        assert 0 < rows.down < rows.gate == 90
 if library:
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
     assert [Path(path).name for path in mapped if Path(path).name.startswith("kernels-")] == [library], mapped
@@ -56,6 +61,8 @@ print(*(warning.message for warning in said))
 @pytest.mark.parametrize(
     ("machine", "flags", "expected"),
     [
+        ("x86_64", CASCADE_LAKE, ["x86-64-v4-vnni", "x86-64-v4", "x86-64-v3", "x86-64"]),
+        ("x86_64", ALDER_LAKE, ["x86-64-v3", "x86-64"]),
         ("x86_64", SKYLAKE_X, ["x86-64-v4", "x86-64-v3", "x86-64"]),
         ("x86_64", HASWELL, ["x86-64-v3", "x86-64"]),
         ("x86_64", KNIGHTS_LANDING, ["x86-64-v3", "x86-64"]),

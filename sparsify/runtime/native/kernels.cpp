@@ -1,6 +1,6 @@
 // What Python calls: one feed-forward block for a few tokens, and one decoding step of a whole model.
 
-#include "step.h"
+#include "formats.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>

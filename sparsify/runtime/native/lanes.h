@@ -11,6 +11,13 @@
 #include <immintrin.h>
 #endif
 
+// For functions that are called from many places and run for much longer than a call takes: compiling each copy takes seconds.
+#if defined(__GNUC__)
+#define SPARSIFY_OUT_OF_LINE __attribute__((noinline))
+#else
+#define SPARSIFY_OUT_OF_LINE
+#endif
+
 namespace sparsify {
 
 constexpr int64_t LANES = 16;
@@ -28,6 +35,8 @@ inline Lanes add(Lanes a, Lanes b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Lanes multiply(Lanes a, Lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
+// In a register: a compiler may load it again for each use, and a processor loads only one such vector at a time.
+inline void keep(Lanes& a) { __asm__("" : "+v"(a.v)); }
 inline Lanes load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
@@ -53,6 +62,7 @@ inline Lanes multiply(Lanes a, Lanes b) { return {_mm256_mul_ps(a.low, b.low), _
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
     return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
+inline void keep(Lanes&) {}
 inline float sum(Lanes a) {
     const __m256 eight = _mm256_add_ps(a.low, a.high);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -130,6 +140,7 @@ inline Lanes multiply(const Lanes& a, const Lanes& b) { return each([&](int i) {
 inline Lanes multiply_add(const Lanes& a, const Lanes& b, const Lanes& c) {
     return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
+inline void keep(Lanes&) {}
 inline float sum(const Lanes& a) {
     float r[LANES];
     std::memcpy(r, a.v, sizeof r);

@@ -20,6 +20,7 @@ enum WeightFormat : int32_t { STORED = 0, INT8 = 1, INT4 = 2 };  // STORED: of t
 
 constexpr int MAX_TOKENS = 8;
 constexpr int ROWS = 4;             // rows of one pass: so many concurrent streams saturate the memory bandwidth
+constexpr int rows_at_once(int tokens) { return tokens <= 4 ? ROWS : 2; }
 constexpr int64_t AHEAD_BYTES = 16384;   // read between a row's prefetch and its use: shorter rows take less time than memory's latency
 constexpr int64_t BLOCK_BYTES = 131072;  // rows that a thread takes at once, at least; their first ones are not prefetched
 constexpr int64_t MIN_BLOCK_ROWS = 64, BLOCKS_PER_THREAD = 8;
@@ -97,7 +98,8 @@ void dot(const typename T::Stored* const* rows, const typename T::Stored* const*
             for (int r = 0; r < R; ++r) weights[r] = T::lanes(rows[r], i, k, width);
 #pragma GCC unroll 8
             for (int b = 0; b < B; ++b) {
-                const Lanes token = load_f32(x + b * width + i + k * LANES);
+                Lanes token = load_f32(x + b * width + i + k * LANES);
+                if constexpr (R > 1) keep(token);
 #pragma GCC unroll 4
                 for (int r = 0; r < R; ++r) total[r][b][k % SUMS] = multiply_add(weights[r], token, total[r][b][k % SUMS]);
             }
@@ -113,7 +115,7 @@ void dot(const typename T::Stored* const* rows, const typename T::Stored* const*
 
 // The same for an Input: blocks are multiplied as whole numbers where the processor has an instruction for it.
 template <class T, int R, int B>
-void dot_input(const typename T::Stored* const* rows, const typename T::Stored* const* next, const Input& x,
+SPARSIFY_OUT_OF_LINE void dot_input(const typename T::Stored* const* rows, const typename T::Stored* const* next, const Input& x,
                float (*out)[MAX_TOKENS]) {
 #if defined(SPARSIFY_LEVELS)
     if constexpr (T::BITS != 0) return dot_levels<T::BITS, R, B>(rows, next, x.levels, x.width, out);
@@ -147,7 +149,7 @@ void dot_rows(const Matrix& m, const int32_t* list, int64_t first, int64_t count
 // All of `count` rows, distributed over the threads of the enclosing parallel region, without waiting for the other threads.
 template <class T, int B, class Take>
 void all_dots(const Matrix& m, const int32_t* list, int64_t count, const Input& x, const Take& take) {
-    constexpr int R = B <= 4 ? ROWS : 2;
+    constexpr int R = rows_at_once(B);
     const int64_t even = count / (num_threads() * BLOCKS_PER_THREAD);
     const int64_t at_once = std::max({MIN_BLOCK_ROWS, even, BLOCK_BYTES / bytes_of<T>(m)});
     const int64_t blocks = (count + at_once - 1) / at_once;
@@ -193,7 +195,7 @@ void add_rows(const Matrix& m, const int32_t* list, int64_t left, const float* f
 
 // sums[b][columns] = the sum of factors[row][b] * m[row][columns] over all listed rows in their order, for one thread's columns.
 template <class T, int B>
-void add_listed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
+SPARSIFY_OUT_OF_LINE void add_listed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
                 int64_t end) {
 #if defined(SPARSIFY_WORDS)
     if constexpr (T::BITS != 0) {

@@ -192,6 +192,20 @@ void project(const std::array<Product, N>& products, const float* given, int64_t
     }
 }
 
+// The logits of normed vectors, without waiting for the other threads.
+template <class T, int B>
+void head(const StepCall& call, Own& own) {
+    const int64_t vocabulary = call.head.outputs, tokens = call.attention.tokens;
+    fill_rows<T, B>(nullptr, own.normed.data(), tokens, call.hidden, own.x);
+    all_dots<T, B>(call.head.weight, nullptr, vocabulary, own.x, [&](int64_t n, const float* dots) {
+        with_dtype(call.dtype, [&](auto dtype) {
+            using X = decltype(dtype);
+            auto* logits = static_cast<typename X::Stored*>(call.logits);
+            for (int64_t b = 0; b < tokens; ++b) logits[b * vocabulary + n] = X::from(dots[b]);
+        });
+    });
+}
+
 // Router weight of every expert for every token, 0 for those that it is not routed to: [tokens, experts].
 template <class X>
 void route(const StepCall& call, const StepLayer& layer, const std::vector<float>& x, std::vector<float>& shares) {
@@ -361,16 +375,8 @@ void run(StepCall& call) {
         with_dtype(call.dtype, [&](auto dtype) {
             using X = decltype(dtype);
             norm<X>(s.residual.data(), call.final_norm, a.tokens, call.hidden, call.norm_epsilon, own.normed);
-            with_format(call.head.format, call.dtype, [&](auto format) {
-                using T = decltype(format);
-                fill_rows<T, B>(nullptr, own.normed.data(), a.tokens, call.hidden, own.x);
-                auto* logits = static_cast<typename X::Stored*>(call.logits);
-                const int64_t vocabulary = call.head.outputs, tokens = a.tokens;
-                all_dots<T, B>(call.head.weight, nullptr, vocabulary, own.x, [=](int64_t n, const float* dots) {
-                    for (int64_t b = 0; b < tokens; ++b) logits[b * vocabulary + n] = X::from(dots[b]);
-                });
-            });
         });
+        with_format(call.head.format, call.dtype, [&](auto format) { head<decltype(format), B>(call, own); });
         barrier();
         clock.book(HEAD);
     });
