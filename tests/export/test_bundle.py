@@ -44,7 +44,7 @@ print(json.dumps({"logits": model(ids).logits.double().tolist(), "text": text[0]
 
 @pytest.fixture(scope="module", params=["mistral", "mixtral"])
 def trained(request: pytest.FixtureRequest, finished: Finished) -> Path:
-    return finished(Setup(request.param, 3 if request.param == "mixtral" else 1, 2, "bf16"))[0]
+    return finished(Setup(request.param, 3 if request.param == "mixtral" else 2, 2, "bf16"))[0]
 
 
 def run_stranger(code: str, bundle: Path, scratch: Path) -> subprocess.CompletedProcess[str]:
@@ -185,7 +185,7 @@ def test_the_template_of_the_data_replaces_the_bases(
     setting: str | None, finished: Finished, mixture_file: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished(Setup("mistral", 1, 2, "bf16"))[0], run)
+    shutil.copytree(finished(Setup("mistral", 2, 2, "bf16"))[0], run)
     (run / "initial" / "chat_template.jinja").unlink()  # a base without one
     record_folder(run / "initial")
     recipe = load_mixture(str(mixture_file))
@@ -210,7 +210,7 @@ def test_an_export_never_overwrites(trained: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["weights", "activation"])
 def test_a_bundle_with_other_outputs_is_refused(damage: str, finished: Finished, tmp_path: Path) -> None:
-    run, _ = finished(Setup("mistral", 1, 2, "bf16"))
+    run, _ = finished(Setup("mistral", 2, 2, "bf16"))
     bundle = tmp_path / "bundle"
     shutil.copytree(run / "export", bundle)
     reference = next((run / "checkpoints").glob("step-*")) / "reference.safetensors"

@@ -126,7 +126,7 @@ def test_the_weights_have_the_dtype_of_the_model_unless_another_is_given(tmp_pat
 
 def test_a_run_is_exported_from_its_checkpoint(finished: Callable[[Setup], tuple[Path, dict]], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(finished(Setup("mistral", 1, 2, "bf16"))[0], run)
+    shutil.copytree(finished(Setup("mistral", 2, 2, "bf16"))[0], run)
     with pytest.raises(ExportError, match=r"its activation is drelu, max\(0, gate\) × max\(0, up\), which none of"):
         export_llamacpp(str(run), tmp_path / "out")
     # The same weights under an activation that llama.cpp has.

@@ -27,7 +27,7 @@ from tests.test_security import Payload
 
 pytestmark = pytest.mark.xdist_group("runs")
 Finished = Callable[[Setup], tuple[Path, dict]]
-SETUP = Setup("mistral", 1, 2, "bf16")
+SETUP = Setup("mistral", 2, 2, "bf16")
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ Finished = Callable[[Setup], tuple[Path, dict]]
 
 @pytest.fixture(scope="module")
 def run(finished: Finished) -> Path:
-    return finished(Setup("mistral", 1, 2, "bf16"))[0]
+    return finished(Setup("mistral", 2, 2, "bf16"))[0]
 
 
 @pytest.fixture(scope="module")

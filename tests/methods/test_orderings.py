@@ -99,4 +99,4 @@ def test_query_and_output_are_more_tolerant_than_the_whole_attention(
 
 def test_the_zeros_that_are_compared_are_equal(damage: Damage) -> None:
     for method in ("percentile", "topk", "cats", "chess", "countdown"):
-        assert damage.stages(method, 0.7, {})[-1].zeros == pytest.approx(ZEROS, abs=0.02)
+        assert damage.stages(method)[-1].zeros == pytest.approx(ZEROS, abs=0.02)
