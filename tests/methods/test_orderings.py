@@ -19,9 +19,10 @@ from sparsify.models import SiteRule
 from tests.conftest import TOKENIZER
 from tests.methods.conftest import Calibrate
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("orderings")]
 
 ZEROS = 0.7
+TOKENS = 4096
 
 
 class OnlyAttention:
@@ -58,7 +59,7 @@ class Damage:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._calibrate = Calibrate("quickstart", {}, folder / "cache", sequence_tokens=256, watched_sequences=24)
+        self._calibrate = Calibrate("quickstart", {}, folder / "cache", sequence_tokens=256, watched_sequences=6)
         self.stages = cache(self._stages)
 
     def of(self, method: str, **settings: Any) -> float:
@@ -69,7 +70,7 @@ class Damage:
     def _stages(self, method: str, **settings: Any) -> list[CalibrationStage]:
         to = self._folder / "-".join([method, *map(str, settings.values())])
         found = self._calibrate(
-            str(TOKENIZER), "swiglu", to, tokens=16_384, method=method, target_zeros=ZEROS, method_settings=settings
+            str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, target_zeros=ZEROS, method_settings=settings
         )
         return found.calibration.stages
 
