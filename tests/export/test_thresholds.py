@@ -31,7 +31,7 @@ IDS = torch.tensor([[1, 5, 9, 200, 77, 1031, 3, 2]])
 def written(kind: str, folder: Path) -> SparseModel:
     """A model with effective thresholds, saved like an export."""
     torch.manual_seed(0)
-    model = FAMILIES[CONFIGS[kind].model_type](CONFIGS[kind]).eval()
+    model = FAMILIES[CONFIGS[kind].model_type].model(CONFIGS[kind]).eval()
     plain = model(IDS).logits
     for block in model.ffn_blocks():
         block.ffn_activation.threshold.uniform_(0.02, 0.2)
