@@ -3,13 +3,15 @@
 For each method and density: the change of the held-out loss, paired with the dense model's sequence by sequence; the zeros at each site;
 the weight density that they make; and decoding speed next to the dense model, where the kernels apply the mask. Every token is
 masked, the first one too. `methods.json` gets the record of each variant as it finishes, so an interrupted benchmark resumes: with
-the next variant, and inside that with the layer where its calibration stopped.
+the next variant, and inside that with the layer where its calibration stopped. Variants that were measured without their speed get it
+when the same command asks for it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -42,7 +44,7 @@ from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.models import SparseModel
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.recipe import CACHE_DIR
-from sparsify.recipe.sparsification import ActivationSection, ConversionSection
+from sparsify.recipe.sparsification import ActivationSection, ConversionSection, check_conversion
 from sparsify.recipe.training import SEED
 from sparsify.runtime import accelerate
 from sparsify.sparsity import SparsityProbe
@@ -52,6 +54,11 @@ from sparsify.sparsity.schema import PairedDifference
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "methods.json"
+MODELS = "models"
+"""Folder of the kept models, in that of the result."""
+OF_ANY_MASK = ("conversion.remainder", "conversion.allocation")
+"""Settings that every mask has, given like those of a method."""
+NOT_REQUESTED = "not requested"
 TRIAL_ZEROS = 0.5
 """With which a method's settings are checked before anything is measured."""
 REPEATS = 3
@@ -68,6 +75,7 @@ class Decoding(BaseModel):
     dense_tokens_per_second: float
     speed: float
     """Of the masked model over the dense one, median over pairs of repeats."""
+    threads: int
 
 
 class MethodPoint(BaseModel):
@@ -143,9 +151,10 @@ class MethodsPlan:
         model: A dense checkpoint, as `sparsify convert` takes it.
         on: Text or mixture; the held-out part is what calibration does not see.
         to: Folder of the result; an interrupted benchmark resumes there.
-        methods: NAME or NAME:KEY=VALUE for a mask with settings; empty for every mask with its own defaults.
+        methods: NAME or NAME:KEY=VALUE for a mask with settings, its own or those of OF_ANY_MASK; empty for every mask with its defaults.
         refit: Measure each with the reconstruction, too.
         decode_tokens: Tokens of each timed decoding; 0 for none.
+        keep: Keep each converted model without reconstruction, `to`/models/NAME-DENSITY, so that it can be timed later.
     """
 
     model: str
@@ -158,6 +167,7 @@ class MethodsPlan:
     tokens: int = 32_768
     sequence_length: int = 512
     decode_tokens: int = 32
+    keep: bool = False
 
 
 def masks() -> list[str]:
@@ -197,10 +207,24 @@ def bench_methods(plan: MethodsPlan) -> MethodsBench:
         logger.info(f"Variant {number + 1} of {len(missing)}: {words(*key)}")
         point = bench.measure(conversions[key[0]], *key)
         result.points.append(point)
-        write_text(plan.to / RESULT_FILE, result.model_dump_json(indent=1) + "\n")
+        _save(result, plan)
         logger.info(_line(point))
+    for key in keys:
+        point = result.point(*key)
+        if point is None or point.refit or point.not_decoded != NOT_REQUESTED:
+            continue
+        if plan.decode_tokens:
+            logger.info(f"Timing {words(*key)}")
+            result.points[result.points.index(point)] = bench.timed(conversions[key[0]], point)
+            _save(result, plan)
+        elif plan.keep:
+            bench.converted(conversions[key[0]], point)
     shutil.rmtree(work, ignore_errors=True)
     return result
+
+
+def _save(result: MethodsBench, plan: MethodsPlan) -> None:
+    write_text(plan.to / RESULT_FILE, result.model_dump_json(indent=1) + "\n")
 
 
 def plan_refits(plan: MethodsPlan) -> tuple[bool, ...]:
@@ -243,9 +267,11 @@ def _conversions(plan: MethodsPlan) -> dict[str, ConversionSection]:
                 f"--methods has {given!r}.", allowed="NAME, or NAME:KEY=VALUE, such as percentile:site=gate."
             )
         settings = {key: yaml.safe_load(value) for key, _, value in (pair.partition("=") for pair in pairs)}
+        beyond = {key.partition(".")[2]: settings.pop(key) for key in OF_ANY_MASK if key in settings}
         found[given] = ConversionSection(
-            calibration_tokens=plan.calibration_tokens, method=name, method_settings=settings, refit=False
+            calibration_tokens=plan.calibration_tokens, method=name, method_settings=settings, refit=False, **beyond
         )
+        check_conversion(found[given])
         for refit in plan_refits(plan):
             method_of(_with(found[given], refit=refit, target_zeros=TRIAL_ZEROS))
     return found
@@ -333,34 +359,22 @@ class _Bench:
             "calibration_tokens": plan.calibration_tokens,
             "tokens": plan.tokens,
             "sequence_length": plan.sequence_length,
-            "decode_tokens": plan.decode_tokens,
         }
 
     def measure(self, conversion: ConversionSection, method: str, density: float, refit: bool) -> MethodPoint:
         start = time.monotonic()
         point = partial(MethodPoint, method=method, density=density, refit=refit)
-        name = _short_hash(repr((method, density, refit)))
-        folder = self._work / name
-        shutil.rmtree(folder, ignore_errors=True)  # converted, but not measured
+        folder = self._folder(method, density, refit)
         try:
-            settings = with_target_zeros(_with(conversion, refit=refit, target_density=density), self._config)
-            convert_calibrated(
-                ModelSection(source=str(self._dense_folder)),
-                self._activation,
-                settings,
-                folder,
-                lambda *_: (self._sequences, {"held out": self._held_out[:1]}),
-                seed=0,
-                dtype=torch.bfloat16,
-            )
+            settings = self._convert(conversion, density, refit, folder)
         except RecipeError as error:
             return point(impossible=" ".join(part for part in (error.given, error.allowed) if part))
         model = self._load(folder)
         scores, found = self._measure(model)
         paired = difference("perplexity", *(_numbered(one) for one in (scores, self._scores)))
         assert paired is not None
-        decoding, reason = self._decode(model)
-        shutil.rmtree(folder)
+        decoding, reason = (None, "as without reconstruction") if refit else self._decode(model)
+        self._remove(folder)
         return point(
             target_zeros=settings.target_zeros,
             loss=sum(score.value for score in scores) / sum(score.weight for score in scores),
@@ -372,6 +386,44 @@ class _Bench:
             seconds=time.monotonic() - start,
             **found,
         )
+
+    def timed(self, conversion: ConversionSection, point: MethodPoint) -> MethodPoint:
+        """A point that was measured, with its speed: from the model that was kept, or else from one converted again."""
+        folder = self.converted(conversion, point)
+        decoding, reason = self._decode(self._load(folder))
+        self._remove(folder)
+        return point.model_copy(update={"decoding": decoding, "not_decoded": reason})
+
+    def converted(self, conversion: ConversionSection, point: MethodPoint) -> Path:
+        folder = self._folder(*point.key)
+        if not folder.is_dir():
+            self._convert(conversion, point.density, point.refit, folder)
+        return folder
+
+    def _folder(self, method: str, density: float, refit: bool) -> Path:
+        kept = self._plan.to / MODELS / f"{re.sub(r'[^a-z0-9_.]+', '-', method.lower())}-{density:g}"
+        if not refit and (self._plan.keep or kept.is_dir()):
+            return kept
+        return self._work / _short_hash(repr((method, density, refit)))
+
+    def _remove(self, folder: Path) -> None:
+        if folder.is_relative_to(self._work):
+            shutil.rmtree(folder)
+
+    def _convert(self, conversion: ConversionSection, density: float, refit: bool, folder: Path) -> ConversionSection:
+        shutil.rmtree(folder, ignore_errors=True)  # converted, but not measured
+        settings = with_target_zeros(_with(conversion, refit=refit, target_density=density), self._config)
+        convert_calibrated(
+            ModelSection(source=str(self._dense_folder)),
+            self._activation,
+            settings,
+            folder,
+            lambda *_: (self._sequences, {}),
+            seed=0,
+            dtype=torch.bfloat16,
+            measure=False,
+        )
+        return settings
 
     def _measure(self, model: SparseModel) -> tuple[list[Score], dict[str, Any]]:
         """Summed loss and labels of each sequence; realised weight density, and zeros of the sites that are masked."""
@@ -392,7 +444,7 @@ class _Bench:
 
     def _decode(self, model: SparseModel) -> tuple[Decoding | None, str]:
         if not self._plan.decode_tokens:
-            return None, "not requested"
+            return None, NOT_REQUESTED
         try:
             ours = accelerate(model)
         except ModelError as error:
@@ -411,6 +463,7 @@ class _Bench:
             tokens_per_second=1 / median(seconds["masked"]),
             dense_tokens_per_second=1 / median(seconds["dense"]),
             speed=median(paired_ratios(seconds["dense"], seconds["masked"])),
+            threads=torch.get_num_threads(),
         ), ""
 
 

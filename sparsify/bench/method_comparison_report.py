@@ -97,12 +97,17 @@ def _notes(bench: MethodsBench) -> list[str]:
         f"±: 95% interval of the paired difference over {bench.num_sequences} sequences. Perplexity, weights read, zeros and speed are of "
         "the mask without reconstruction.",
         "density: wanted share of the weights of all linear projections that a token reads; weights read: the realised one.",
-        f"tokens/s: with the kernels on {bench.device}, {bench.threads} thread(s), median of {REPEATS} repeats interleaved with the "
-        "dense model; – where they do not apply the mask, or it was not requested.",
+        f"tokens/s: with the kernels on {bench.device}{_threads(bench)}, median of {REPEATS} repeats interleaved with the dense "
+        "model; – where they do not apply the mask, or it was not requested.",
     ]
     by_density = sorted(bench.points, key=lambda point: -point.density)
     impossible = {point.method: point.impossible for point in by_density if point.impossible}
     return [*notes, *impossible.values()]
+
+
+def _threads(bench: MethodsBench) -> str:
+    numbers = sorted({point.decoding.threads for point in bench.points if point.decoding})
+    return f", {' or '.join(map(str, numbers))} thread(s)" if numbers else ""
 
 
 def methods_table(bench: MethodsBench) -> RenderableType:
@@ -148,7 +153,7 @@ def _draw(bench: MethodsBench, theme: Theme) -> Figure:
                 [one.weight_density or 0.0 for one in found],
                 [one.value for one in differences],
                 yerr=spans,
-                label=f"{name}, reconstructed" if refit else name,
+                label=None if refit else name,
                 color=colormaps["tab20"]((2 * index + index // 10) % 20),
                 marker=MARKERS[index % len(MARKERS)],
                 linestyle="--" if refit else "-",
@@ -160,6 +165,9 @@ def _draw(bench: MethodsBench, theme: Theme) -> Figure:
     axes.axhline(0, color=theme.baseline, linewidth=1)
     if axes.dataLim.y1 > 10 * LINEAR_NATS:
         axes.set_yscale("symlog", linthresh=LINEAR_NATS)
+        # Of the linear part only as much below 0 as there is.
+        lows = [one.difference.low or 0.0 for one in bench.points if one.difference]
+        axes.set_ylim(bottom=1.2 * min(*lows, -LINEAR_NATS / 5))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:+g}" if value else "0")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set(xlabel="weights of the linear projections read for a token", ylabel="loss over dense, nats per token")

@@ -360,7 +360,7 @@ def bench_methods(
         str,
         typer.Option(
             "--methods",
-            help="Masks of docs/methods.md, comma-separated, each NAME or NAME:KEY=VALUE, such as percentile:site=gate.",
+            help="Masks of docs/methods.md, comma-separated, each NAME or NAME:KEY=VALUE, such as percentile:site=gate or teal:conversion.remainder=constant.",
             show_default="all",
         ),
     ] = "",
@@ -376,11 +376,14 @@ def bench_methods(
     decode_tokens: Annotated[
         int, typer.Option(callback=TOKENS_OR_NONE.check, help="Tokens of a timed decoding; 0: none is timed.")
     ] = 32,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Keep the converted models in the folder, so that they can be timed later.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compares all masks on one model at equal weight densities: loss against dense, zeros, decoding speed.
 
-    The same command resumes an interrupted benchmark; more methods or densities are added to it.
+    The same command resumes an interrupted benchmark; more methods or densities are added to it, and speeds that are missing.
 
     Example: sparsify bench methods my_model --on my_text.txt --methods cats,chess --densities 0.7,0.5 --refit
     """
@@ -399,6 +402,7 @@ def bench_methods(
         tokens=tokens,
         sequence_length=sequence_length,
         decode_tokens=decode_tokens,
+        keep=keep,
     )
     print_log_lines(to=error_console)
     result = run(plan)

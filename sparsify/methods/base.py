@@ -106,6 +106,7 @@ class Mask(Protocol):
     """Which elements of which vectors are dropped for a token: fitted once and stored with the model.
 
     One that does not keep the same share, 1 - target_zeros, at each of its sites also has a property `kept_shares`, the share by site.
+    One that is fitted to weights alone says so with a property `reads_values` that is False: then nothing need be computed for it.
 
     Attributes:
         name: What users call it; `config.sparsification` says it.

@@ -36,7 +36,7 @@ from sparsify.methods.base import (
     method_of,
     sparsification,
 )
-from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY, MaskedWeights
+from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY, RECONSTRUCTED, MaskedWeights
 from sparsify.methods.layerwise import (
     Attention,
     Expert,
@@ -80,6 +80,7 @@ class Calibration:
     """What a calibration found.
 
     Attributes:
+        stages: None where they were not to be measured.
         layers: What each layer's record says: `layer`, `zeros`, and what the method says of it.
         num_tokens: Calibration tokens, held-out ones included.
     """
@@ -113,6 +114,8 @@ class Calibrator:
         sequences: Calibration sequences, all of one length.
         watched: Sequences to measure the stages on, of the same length, by source.
         zeros_by_layer: `target_zeros` of each layer, where they are not the same in all.
+        measure: Whether the stages and what each layer's mask does are measured. Otherwise only what the result depends on is
+            computed: for a mask without reconstruction no dense stream, for one that looks at no values no stream at all.
 
     Raises:
         MixtureError: If there are too few sequences.
@@ -126,15 +129,17 @@ class Calibrator:
         watched: dict[str, list[PackedSequence]],
         settings: ConversionSection,
         zeros_by_layer: Sequence[float] | None = None,
+        *,
+        measure: bool = True,
     ) -> None:
-        self._zeros_by_layer = zeros_by_layer
+        self._zeros_by_layer, self._measure = zeros_by_layer, measure
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._state, self._settings = state, settings
         self.method = rewrite_of(settings)
         self._result, self._mask = self.method.last_stage, self.method.mask
         stored_mask = None if self._mask is None else sparsification(self._mask)
         self._reader = LayerReader(folder, stored_mask, self.device)
-        self._watched = watched
+        self._watched = watched = watched if measure else {}
         self._num_fit = len(sequences)
         if self._num_fit < HELD_OUT_EVERY:
             raise MixtureError(
@@ -149,6 +154,8 @@ class Calibrator:
         self._masked_config = deepcopy(config)
         self._masked_config.sparsification = stored_mask
         self._dtype = self._reader.stored_dtype()
+        self._needs_dense = measure or self._result == RECONSTRUCTED
+        self._needs_streams = self._needs_dense or getattr(self._mask, "reads_values", True)
 
     @torch.no_grad()
     def run(self) -> Calibration:
@@ -165,7 +172,7 @@ class Calibrator:
                     self._calibrate(layer, num_layers)
             again = f"Remove {self._state}, then run the same command again."
             records = [read_json(self._record(n), StorageError, again) for n in range(num_layers)]
-            stages = self._stages(records)
+            stages = self._stages(records) if self._measure else []
         tokens = self._num_fit * self._sequence_length
         return Calibration(stages, records, tokens, self._settings.method)
 
@@ -191,6 +198,7 @@ class Calibrator:
         return {
             "settings": asdict(self._settings),
             "zeros_by_layer": self._zeros_by_layer,
+            "measure": self._measure,
             "activations": activations,
             "sequences": digest.hexdigest(),
         }
@@ -202,11 +210,12 @@ class Calibrator:
         for old in [*self._state.glob("layer-*"), *self._state.glob("streams-*")]:
             Streams(old).remove() if old.is_dir() else old.unlink()
         shape = (*self._batch["input_ids"].shape, self._reader.config.hidden_size)
-        with atomic_folder(self._streams(0).folder) as partial_folder:
-            stream = Streams(partial_folder).create("dense", shape)
-            for part in chunks(shape[0], shape[1]):
-                ids = self._batch["input_ids"][part].to(self.device)
-                stream[part] = self._reader.embed(ids).cpu().numpy()
+        if self._needs_streams:
+            with atomic_folder(self._streams(0).folder) as partial_folder:
+                stream = Streams(partial_folder).create("dense", shape)
+                for part in chunks(shape[0], shape[1]):
+                    ids = self._batch["input_ids"][part].to(self.device)
+                    stream[part] = self._reader.embed(ids).cpu().numpy()
         write_json(identity, self._identity())
 
     def _calibrate(self, layer: int, num_layers: int) -> None:
@@ -220,20 +229,23 @@ class Calibrator:
         replaced = [replace(expert, activation=self._replaced) for expert in dense]
         with atomic_folder(self._streams(layer + 1).folder) as partial_folder:
             new = Streams(partial_folder)
-            self._advance(attention, dense, old, "dense", new)
+            if self._needs_dense:
+                self._advance(attention, dense, old, "dense", new)
             masks, mask_record = self._fit_attention(attention, replaced, old)
             if self.method.refits_attention:
                 mask_record["attention"] = self._refit_attention(attention, old)
             attention.use(masks=True, refits=True)
-            self._prepare(attention, dense, old, new, work)
+            if self._needs_streams:
+                self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
-            found = self.method.rewrite(Layer(dense, replaced, self._dtype, inputs), self._settings)
+            found = self.method.rewrite(Layer(dense, replaced, self._dtype, inputs, self._measure), self._settings)
             zeros, masked = {"dense": [0, 1]}, False
             for name, experts in found.stages.items():
-                if name != "dense":
+                if name != "dense" and (self._measure or (self._needs_streams and name == self._result)):
                     masked = masked or (self._mask is not None and name == self._mask.name)
                     attention.use(masks=masked, refits=name == self._result)
-                    zeros[name] = self._advance(attention, experts, old, name, new)
+                    known = work.open("residual") if name == self._result else None
+                    zeros[name] = self._advance(attention, experts, old, name, new, known)
         self._save(layer, found, zeros, attention, masks, mask_record)
         work.remove()
         old.remove()
@@ -258,7 +270,6 @@ class Calibrator:
 
         def sequences() -> Iterator[Sequences]:
             for part in chunks(*converted.shape[:2]):
-                part = slice(part.start, min(part.stop, self._num_fit))
                 yield Sequences(
                     tensor(dense[part], self.device),
                     tensor(converted[part], self.device),
@@ -274,7 +285,6 @@ class Calibrator:
         """The values of a site in the attention, on the tokens that methods may look at."""
         before = self._before(old, self._result)[0][: self._num_fit]
         for part in chunks(*before.shape[:2]):
-            part = slice(part.start, min(part.stop, self._num_fit))
             hidden = tensor(before[part], self.device)
             positions = self._batch["position_ids"][part].to(self.device)
             values = attention.values(site, hidden, positions).flatten(0, -2)
@@ -292,7 +302,6 @@ class Calibrator:
         outputs: list[torch.Tensor] = []
         with attention.trying({site: masks[site] for site in ATTENTION_SITES if site in masks}, self._dtype):
             for part in chunks(*before.shape[:2]):
-                part = slice(part.start, min(part.stop, len(before)))
                 residual = self._residual(attention, before, part, 0)
                 x = attention.ffn_inputs(residual)
                 output = attention.behind_block(residual.flatten(0, 1), ffn_output(x, attention.routes(x), experts))
@@ -303,7 +312,6 @@ class Calibrator:
         """What the block reads behind the attention as it is masked so far; there is nothing that it should add."""
         before = self._before(old, self._result)[0][: self._num_fit]
         for part in chunks(*before.shape[:2]):
-            part = slice(part.start, min(part.stop, self._num_fit))
             with attention.trying({}, self._dtype):
                 x = attention.ffn_inputs(self._residual(attention, before, part, 0))
             yield Inputs(x, attention.routes(x), torch.zeros_like(x), *self._parts(part))
@@ -317,12 +325,24 @@ class Calibrator:
         held_out = held_out.repeat_interleave(labels.shape[1]).to(self.device)
         return is_text & ~held_out, is_text & held_out
 
-    def _advance(self, attention: Attention, experts: list[Expert], old: Streams, name: str, new: Streams) -> list[int]:
+    def _advance(
+        self,
+        attention: Attention,
+        experts: list[Expert],
+        old: Streams,
+        name: str,
+        new: Streams,
+        residuals: np.ndarray | None = None,
+    ) -> list[int]:
+        """Computes a stage's stream behind a layer, from that before its block where it is known; counts zeros and neurons."""
         before, start = self._before(old, name)
         after = new.create(name, before.shape)
         counts = [0, 0]
-        for part in chunks(*before.shape[:2]):
-            residual = self._residual(attention, before, part, start)
+        for part in self._chunks(before, start):
+            if residuals is None:
+                residual = self._residual(attention, before, part, start)
+            else:
+                residual = tensor(residuals[part], self.device)
             x = attention.ffn_inputs(residual)
             routes = attention.routes(x)
             output = ffn_output(x, routes, experts)
@@ -331,6 +351,15 @@ class Calibrator:
                 first = max(0, self._num_fit - start - part.start) * before.shape[1]
                 _count_zeros(x, routes, experts, first, counts)
         return counts
+
+    def _chunks(self, stream: np.ndarray, start: int = 0) -> Iterator[slice]:
+        """Parts of a stream that begins with a sequence. None has both calibration and watched ones: bits depend on what is
+        computed together, and so the result would depend on what watches it.
+        """
+        num_fit, length = max(0, self._num_fit - start), stream.shape[1]
+        yield from chunks(num_fit, length)
+        for part in chunks(len(stream) - num_fit, length):
+            yield slice(num_fit + part.start, num_fit + part.stop)
 
     def _before(self, old: Streams, name: str) -> tuple[np.ndarray, int]:
         """A stage's stream before the layer, and which sequence it begins with: all but two hold only watched sequences."""
@@ -347,24 +376,28 @@ class Calibrator:
 
     def _prepare(self, attention: Attention, dense: list[Expert], old: Streams, new: Streams, work: Streams) -> None:
         """Writes the converted model's stream before the block, and what its outputs should add to the dense block's."""
-        before, after = self._before(old, self._result)[0][: self._num_fit], new.open("dense")
-        residuals, gaps = work.create("residual", before.shape), work.create("gap", before.shape)
+        before = self._before(old, self._result)[0]
+        residuals = work.create("residual", before.shape)
+        for part in self._chunks(before):
+            residuals[part] = self._residual(attention, before, part, 0).cpu().numpy()
+        if not self._needs_dense:
+            return
+        after, gaps = new.open("dense"), work.create("gap", (self._num_fit, *before.shape[1:]))
         repaired = REFIT_TARGETS[self._settings.refit_target]
-        for part in chunks(*before.shape[:2]):
-            part = slice(part.start, min(part.stop, self._num_fit))
-            residual = self._residual(attention, before, part, 0)
+        for part in self._chunks(gaps):
+            residual = tensor(residuals[part], self.device)
             x = attention.ffn_inputs(residual)
             own = ffn_output(x, attention.routes(x), dense).view_as(residual)
-            residuals[part] = residual.cpu().numpy()
             gap = attention.block_gap(tensor(after[part], self.device), residual, own)
             gaps[part] = (repaired * gap).cpu().numpy()
 
     def _inputs(self, attention: Attention, work: Streams) -> Iterator[Inputs]:
-        residuals, gaps = work.open("residual"), work.open("gap")
+        assert self._needs_streams, f"{self.method} looks at values although it says that it reads none"
+        residuals = work.open("residual")[: self._num_fit]
+        gaps = work.open("gap") if self._needs_dense else None
         for part in chunks(*residuals.shape[:2]):
-            part = slice(part.start, min(part.stop, self._num_fit))
             x = attention.ffn_inputs(tensor(residuals[part], self.device))
-            gap = tensor(gaps[part], self.device).flatten(0, 1)
+            gap = torch.zeros_like(x) if gaps is None else tensor(gaps[part], self.device).flatten(0, 1)
             yield Inputs(x, attention.routes(x), gap, *self._parts(part))
 
     def _save(

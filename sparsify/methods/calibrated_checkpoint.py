@@ -112,10 +112,11 @@ def convert_calibrated(
     *,
     seed: int,
     dtype: torch.dtype,
+    measure: bool = True,
 ) -> tuple[Converted, Calibration | None]:
     """Writes a checkpoint with the calibrated replacement. The same call resumes an interrupted one.
 
-    `to` must not exist. A hidden folder next to it holds the state until then.
+    `to` must not exist. A hidden folder next to it holds the state until then. `measure` as of a `Calibrator`.
 
     Returns:
         What was written and what was found; None for the latter where the activation stays and no thresholds are wanted.
@@ -164,7 +165,7 @@ def convert_calibrated(
         shares = None
         if settings.allocation == "sensitivity":
             shares = _zeros_by_layer(bare, state, sequences, dict(watched), settings)
-        calibrator = Calibrator(bare, state, sequences, dict(watched), settings, shares)
+        calibrator = Calibrator(bare, state, sequences, dict(watched), settings, shares, measure=measure)
         calibration = calibrator.run()
         write_calibrated(
             bare,
@@ -199,7 +200,7 @@ def _zeros_by_layer(
         logger.info(f"Fitting the mask at {share:.1%} zeros, to measure what each layer's costs")
         folder = state / "allocation"
         plain = replace(settings, target_zeros=share, refit=False, allocation="uniform")
-        calibrator = Calibrator(bare, folder / f"at-{share:.6f}", sequences, watched, plain)
+        calibrator = Calibrator(bare, folder / f"at-{share:.6f}", sequences, watched, plain, measure=False)
         calibrator.run()
         shutil.rmtree(folder / "model", ignore_errors=True)
         write_calibrated(

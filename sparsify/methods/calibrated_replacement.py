@@ -105,6 +105,7 @@ class LayerCalibration:
         reduce: Sums over ranks, where `inputs` gives only this one's part of the tokens. The result is the same on all.
         mask: Fitted before the reconstruction; None for none. On one rank only.
         reconstruct: Whether to solve for the down projection.
+        measure: Whether errors are wanted without a reconstruction, too.
     """
 
     def __init__(
@@ -118,11 +119,12 @@ class LayerCalibration:
         reduce: Reduce = nothing_to_reduce,
         mask: Mask | None = None,
         reconstruct: bool = True,
+        measure: bool = True,
     ) -> None:
         self._dense, self._replaced = dense, replaced
         self._settings, self._dtype, self._inputs = settings, dtype, inputs
         self._flip_for, self._reduce = flip_for, reduce
-        self._mask, self._reconstruct = mask, reconstruct
+        self._mask, self._reconstruct, self._measure = mask, reconstruct, measure
 
     def run(self) -> CalibratedLayer:
         """Signs, mask, reconstruction; each rests on the one before."""
@@ -135,6 +137,8 @@ class LayerCalibration:
         if self._mask is not None:
             experts, masks, mask_record = fit_block(self._mask, experts, self._inputs, self._dtype)
             stages[self._mask.name] = experts
+        if not (self._reconstruct or self._measure):
+            return CalibratedLayer(stages, flips, [], mask_record, masks)
         refitted, results = [], []
         for number, expert in enumerate(experts):
             new, result = self._refit(number, expert, int(flips[number].sum()))
@@ -266,6 +270,7 @@ class MaskedWeights:
             None,
             mask=self.mask,
             reconstruct=self._reconstruct,
+            measure=layer.measure,
         ).run()
         if repr(layer.dense[0].activation) == repr(layer.replaced[0].activation):
             del found.stages[BARE]
@@ -283,6 +288,8 @@ def _rewritten(found: CalibratedLayer, *, in_block: bool = True) -> Rewritten:
 
 
 def _sentence(found: CalibratedLayer, *, in_block: bool) -> str:
+    if not found.results:
+        return "masked"
     columns = {
         "bare": "error_bare",
         "before the refit": "error_before",

@@ -58,6 +58,10 @@ class LaRosa:
         inputs = 2 * (1 - zeros) - outputs
         return {"attn_in": inputs, "attn_out": outputs, "ffn_in": inputs, "inter": outputs}
 
+    @property
+    def reads_values(self) -> bool:
+        return self.sites["attn_in"].rotated
+
     def fit(self, site: str, layer: LayerValues) -> Fitted:
         parts = {"kept_share": torch.tensor([self.kept_shares[site]], device=layer.device)}
         if self.sites[site].rotated:

@@ -213,12 +213,14 @@ class Layer:
     Attributes:
         dtype: Dtype on disk: what is fitted is rounded to it before it is evaluated.
         inputs: Gives all calibration tokens, again on each call.
+        measure: Whether errors are wanted that no decision needs.
     """
 
     dense: list[Expert]
     replaced: list[Expert]
     dtype: torch.dtype
     inputs: InputsOf
+    measure: bool = True
 
 
 def as_stored(parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -335,15 +337,16 @@ class Attention:
 
     def values(self, site: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The values of a site before its mask, [sequences, tokens, channels]; arguments as of a call."""
-        seen: list[torch.Tensor] = []
-        hook = self._mask(site).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        hook = self._mask(site).register_forward_pre_hook(_stop)
         masked, self.masked = self.masked, True
         try:
             self(hidden, position_ids)
+        except _Reached as reached:
+            return reached.values
         finally:
             hook.remove()
             self.masked = masked
-        return seen[0]
+        raise AssertionError(f"the attention does not compute {site}")
 
     def __call__(self, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The residual stream before the feed-forward block, [sequences, tokens, hidden], from that before the layer."""
@@ -408,6 +411,17 @@ def _before(norm: Any, wanted: torch.Tensor, output: torch.Tensor) -> torch.Tens
     # It divides by one number for each token and multiplies by one for each channel: together output / norm(output).
     normed = norm(output)
     return torch.where(normed == 0, 0.0, (wanted - normed) * output / normed)
+
+
+class _Reached(Exception):
+    def __init__(self, values: torch.Tensor) -> None:
+        super().__init__()
+        self.values = values
+
+
+def _stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """A hook on a mask: what is computed behind it is not wanted."""
+    raise _Reached(args[0])
 
 
 def _without_block(
@@ -547,7 +561,7 @@ class Streams:
 
 def chunks(num_sequences: int, sequence_length: int) -> Iterator[slice]:
     step = max(1, CHUNK_TOKENS // sequence_length)
-    return (slice(start, start + step) for start in range(0, num_sequences, step))
+    return (slice(start, min(start + step, num_sequences)) for start in range(0, num_sequences, step))
 
 
 def tensor(array: NDArray[np.float32], device: torch.device) -> torch.Tensor:

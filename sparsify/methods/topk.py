@@ -30,6 +30,7 @@ class TopK:
     paper = "none: the usual baseline"
     Settings = TopKSettings
     reconstructs = False
+    reads_values = False
 
     def __init__(self, settings: TopKSettings) -> None:
         self._settings = settings

@@ -34,6 +34,7 @@ class Wina:
     paper = "arXiv 2505.19427"
     Settings = WinaSettings
     reconstructs = False
+    reads_values = False
 
     def __init__(self, settings: WinaSettings) -> None:
         self._settings = settings

@@ -37,7 +37,7 @@ def test_an_interrupted_comparison_resumes_and_says_the_same(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     caplog.set_level(logging.INFO, "sparsify")
-    plan = plan_for(stock, mixture_file, tmp_path / "out")
+    plan = plan_for(stock, mixture_file, tmp_path / "out", decode_tokens=0, keep=True)
     with killed_after("Variant 3 of 8"):
         bench_methods(plan)
     measured = json.loads((plan.to / "methods.json").read_text())["points"]
@@ -48,6 +48,12 @@ def test_an_interrupted_comparison_resumes_and_says_the_same(
     assert "Measuring the dense model" not in caplog.text
     assert [point.model_dump() for point in bench.points[:2]] == measured
     assert not (tmp_path / ".out.methods").exists()
+    assert {path.name for path in (plan.to / "models").iterdir()} == {"percentile-0.85", "percentile-site-gate-0.85"}
+
+    caplog.clear()
+    untimed, bench = bench, bench_methods(plan_for(stock, mixture_file, plan.to))
+    assert "Variant" not in caplog.text
+    assert [point.difference for point in bench.points] == [point.difference for point in untimed.points]
 
     for name in plan.methods:
         plain, refitted = (bench.point(name, 0.85, refit) for refit in (False, True))
@@ -61,6 +67,9 @@ def test_an_interrupted_comparison_resumes_and_says_the_same(
         assert plain.target_zeros == refitted.target_zeros
         assert list(plain.zeros) == ["gate" if "gate" in name else "inter"]
         assert plain.decoding is not None
+        before = untimed.point(name, 0.85, False)
+        assert before is not None
+        assert before.decoding is None
         assert plain.decoding.dense_tokens_per_second > 0
         impossible = bench.point(name, 0.3, False)
         assert impossible is not None
@@ -90,6 +99,7 @@ def test_an_interrupted_comparison_resumes_and_says_the_same(
         ({"methods": ["calibrated_replacement"]}, "not a mask"),
         ({"methods": ["percentile:site"]}, "NAME:KEY=VALUE"),
         ({"methods": ["percentile:site=up"]}, "'inter' or 'gate'"),
+        ({"methods": ["percentile:conversion.remainder=some"]}, "none, constant"),
         ({"methods": ["percentile", "percentile"]}, "each once"),
         ({"densities": []}, "--densities is empty"),
     ],

@@ -65,6 +65,7 @@ class Calibrate:
         to: Path,
         *,
         tokens: int = 3072,
+        measure: bool = True,
         **settings: Any,
     ) -> Calibrated:
         watched: ValidationSequences = {}
@@ -92,6 +93,7 @@ class Calibrate:
             sequences_for,
             seed=1,
             dtype=torch.float32,
+            measure=measure,
         )
         assert calibration is not None
         return Calibrated(to, calibration, watched)

@@ -129,3 +129,26 @@ def test_thresholds_of_a_sharded_checkpoint_are_in_its_index(
 def test_too_few_sequences_are_refused(calibrate: Calibrate, tmp_path: Path) -> None:
     with pytest.raises(MixtureError, match="At least 8"):
         calibrate("mistral", "drelu", tmp_path / "out", tokens=256)
+
+
+@pytest.mark.parametrize(("method", "refit"), [("wina", False), ("teal", False), ("chess", True)])
+def test_what_is_not_measured_changes_no_bit_of_the_result(
+    method: str, refit: bool, calibrate: Calibrate, tmp_path: Path
+) -> None:
+    found = {
+        measure: calibrate(
+            "mixtral",
+            "swiglu",
+            tmp_path / str(measure),
+            tokens=512,
+            measure=measure,
+            method=method,
+            refit=refit,
+            target_zeros=0.5,
+        )
+        for measure in (True, False)
+    }
+    assert [len(found[measure].calibration.stages) for measure in (True, False)] == [3 if refit else 2, 0]
+    wanted, other = (load_file(found[measure].folder / "model.safetensors") for measure in (True, False))
+    assert wanted.keys() == other.keys()
+    assert all(torch.equal(wanted[name], other[name]) for name in wanted)
