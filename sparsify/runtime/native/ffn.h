@@ -94,7 +94,7 @@ struct Half {
 inline float gate_factor(float g, const FfnCall& call) {
     switch (call.gate_kind) {
         case SILU: return g / (1.0f + std::exp(-g));
-        case GELU_TANH: return 0.5f * g * (1.0f + std::tanh(0.7978845608f * (g + 0.044715f * g * g * g)));
+        case GELU_TANH: return g / (1.0f + std::exp(-1.5957691216f * (g + 0.044715f * g * g * g)));  // 1 + tanh(z) is 2 sigmoid(2z)
         case RELU_SQUARED: return g <= call.gate_threshold ? 0.0f : g * g;
         case SHIFTED_RELU: return g <= call.gate_threshold ? 0.0f : g - call.gate_threshold;
         default: return g <= call.gate_threshold ? 0.0f : g;  // NaN compares false and passes
