@@ -219,8 +219,8 @@ def test_a_model_is_not_distilled_from_itself(recipe_file: Path, mixture_file: P
         train_run(recipe, RunFolder(tmp_path / "run"))
 
 
-def test_the_dense_control_has_no_teacher(tmp_path: Path) -> None:
-    recipe = compose_recipe("recovery/drelu", BOTH)
+def test_the_dense_baseline_has_no_teacher(tmp_path: Path) -> None:
+    recipe = compose_recipe("quickstart", BOTH)
     baseline = baseline_recipe(recipe, RunFolder(tmp_path))
     assert recipe.distillation.is_on
     assert baseline is not None
