@@ -200,7 +200,7 @@ def test_other_models_and_stages_do_the_same(train: Train, tmp_path: Path) -> No
     ("overrides", "message"),
     [
         (["eval.suite_limit=5"], "would be ignored"),
-        (["eval.suite=quick", "eval.suite_every_tokens=51200"], "no checkpoint"),
+        (["eval.suite=quick", "eval.suite_every_tokens=25600"], "no checkpoint"),
         (["eval.suite=quick", "eval.suite_limit=0"], "Allowed: 1 to"),
     ],
 )
