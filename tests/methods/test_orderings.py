@@ -62,15 +62,15 @@ class Damage:
         self._calibrate = Calibrate("quickstart", {}, folder / "cache", sequence_tokens=256, watched_sequences=6)
         self.stages = cache(self._stages)
 
-    def of(self, method: str, **settings: Any) -> float:
+    def of(self, method: str, zeros: float = ZEROS, **settings: Any) -> float:
         """Loss above the dense model's, in nats per token of held-out text."""
-        dense, masked = self.stages(method, **settings)
+        dense, masked = self.stages(method, zeros, **settings)
         return masked.loss - dense.loss
 
-    def _stages(self, method: str, **settings: Any) -> list[CalibrationStage]:
-        to = self._folder / "-".join([method, *map(str, settings.values())])
+    def _stages(self, method: str, zeros: float = ZEROS, **settings: Any) -> list[CalibrationStage]:
+        to = self._folder / "-".join([method, f"{zeros:g}", *map(str, settings.values())])
         found = self._calibrate(
-            str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, target_zeros=ZEROS, method_settings=settings
+            str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, target_zeros=zeros, method_settings=settings
         )
         return found.calibration.stages
 
@@ -96,6 +96,14 @@ def test_query_and_output_are_more_tolerant_than_the_whole_attention(
     for method in (QueryAndOutput, AllAttention):
         monkeypatch.setitem(base._METHODS, method.name, method)
     assert damage.of("query_and_output") < damage.of("all_attention")
+
+
+def test_dips_split_costs_less_than_a_uniform_one_where_blocks_read_half(damage: Damage) -> None:
+    assert damage.of("dip", 0.5) < damage.of("dip", 0.5, split="uniform")
+
+
+def test_dip_costs_less_than_the_product_alone_where_blocks_read_seven_tenths(damage: Damage) -> None:
+    assert damage.of("dip", 0.3) < damage.of("topk", 0.9)  # (2 + 0.1) / 3
 
 
 def test_the_zeros_that_are_compared_are_equal(damage: Damage) -> None:
