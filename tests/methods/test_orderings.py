@@ -5,19 +5,23 @@ A threshold against top-k on the product is not among them: on this model both c
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.methods import base
 from sparsify.methods.base import Fitted, LayerValues
 from sparsify.methods.calibrate import CalibrationStage
 from sparsify.methods.pooled import ZerosSettings, layer_threshold
 from sparsify.models import SiteRule
+from sparsify.sparsity.measure import realised_density
+from sparsify.sparsity.probe import SparsityProbe
 from tests.conftest import TOKENIZER
-from tests.methods.conftest import Calibrate
+from tests.methods.conftest import Calibrate, Calibrated, measured
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("orderings")]
 
@@ -67,12 +71,12 @@ class Damage:
         dense, masked = self.stages(method, zeros, **settings)
         return masked.loss - dense.loss
 
+    def converted(self, method: str, **conversion: Any) -> Calibrated:
+        to = self._folder / re.sub(r"[^\w.]+", "-", f"{method} {conversion}")
+        return self._calibrate(str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, **conversion)
+
     def _stages(self, method: str, zeros: float = ZEROS, **settings: Any) -> list[CalibrationStage]:
-        to = self._folder / "-".join([method, f"{zeros:g}", *map(str, settings.values())])
-        found = self._calibrate(
-            str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, target_zeros=zeros, method_settings=settings
-        )
-        return found.calibration.stages
+        return self.converted(method, target_zeros=zeros, method_settings=settings).calibration.stages
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +113,16 @@ def test_dip_costs_less_than_the_product_alone_where_blocks_read_seven_tenths(da
 def test_the_zeros_that_are_compared_are_equal(damage: Damage) -> None:
     for method in ("percentile", "topk", "cats", "chess", "countdown"):
         assert damage.stages(method)[-1].zeros == pytest.approx(ZEROS, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("method", "density"),
+    [("percentile", 0.8), ("topk", 0.8), ("top_p", 0.8), ("cats", 0.6), ("chess", 0.6), ("countdown", 0.6)]
+    + [(method, 0.5) for method in ("teal", "wina", "r_sparse", "la_rosa", "prox", "dip")],
+)
+def test_other_text_reads_the_wanted_share_of_the_weights(method: str, density: float, damage: Damage) -> None:
+    found = damage.converted(method, target_density=density)
+    model = load_sparse(found.folder)
+    with SparsityProbe(model) as probe:
+        measured(model, found)
+    assert realised_density(probe.statistics(), model.config) == pytest.approx(density, abs=0.01)
