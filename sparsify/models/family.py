@@ -138,8 +138,10 @@ class Family:
         model: Its class for causal language modelling; that of configurations and the decoder follow.
         stock: Model types of the checkpoints that are held as this family, with the classes whose defaults apply to them.
         base_activation: What stock checkpoints compute.
+        attention_norm: Name of the norm in a layer whose output the attention reads; None if it reads the residual stream.
         ffn_norm: Name of the norm in a layer whose output the feed-forward block reads; None if it reads the residual stream.
         unit_offset: Whether norms multiply by 1 and their weight.
+        rounds_before_factors: Whether norms round to the model's dtype before they multiply by their weights, too.
         ffn_output_norm: Name of a norm between the block's output and the residual stream; None for none.
         attention_output_norm: The same of the attention.
         blocks_on_disk: What checkpoints call `mlp` where a layer has experts.
@@ -155,8 +157,10 @@ class Family:
     model: type[SparseCausalLM]
     stock: Mapping[str, type[PreTrainedConfig]]
     base_activation: str = STOCK_ACTIVATION
+    attention_norm: str | None = "input_layernorm"
     ffn_norm: str | None = "post_attention_layernorm"
     unit_offset: bool = False
+    rounds_before_factors: bool = True
     ffn_output_norm: str | None = None
     attention_output_norm: str | None = None
     blocks_on_disk: str = "mlp"

@@ -34,6 +34,7 @@ FAMILY = register(
         base_activation=BASE,
         ffn_norm="pre_feedforward_layernorm",
         unit_offset=True,
+        rounds_before_factors=False,
         ffn_output_norm="post_feedforward_layernorm",
         attention_output_norm="post_attention_layernorm",
         holders=("gemma3",),

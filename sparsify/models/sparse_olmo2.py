@@ -26,7 +26,9 @@ FAMILY = register(
     Family(
         SparseOlmo2ForCausalLM,
         {"olmo2": Olmo2Config},
+        attention_norm=None,
         ffn_norm=None,
+        rounds_before_factors=False,
         ffn_output_norm="post_feedforward_layernorm",
         attention_output_norm="post_attention_layernorm",
     )

@@ -1,12 +1,13 @@
 """Room behind the keys and values of a transformers cache, so that a step appends a position instead of copying all of them.
 
-The cache stays transformers' own: its layers hold views of one buffer for all layers, which a step makes longer by one position.
+The cache stays transformers' own: its layers hold views of one buffer for all that hold the same positions, which a step makes
+longer by one position.
 Whatever else changes a layer (beam search, cropping, a prompt) gives it other tensors; then the next step copies them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ KINDS = frozenset({DynamicLayer, DynamicSlidingWindowLayer, StaticLayer})
 
 @dataclass
 class Store:
-    """A buffer of all layers, and the views of it that the layers hold.
+    """A buffer of layers that hold the same positions, and the views of it that the layers hold.
 
     Attributes:
         buffer: [2 * layers, batch, kv_heads, capacity, head_dim]: keys of all layers, then values.
@@ -57,7 +58,14 @@ class Store:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a step reads and writes keys and values: see `StepPlan.run`."""
+    """Where a step reads and writes keys and values of layers that hold the same positions.
+
+    Attributes:
+        keys: Address of each layer's cache of keys, [batch, kv_heads, positions, head_dim].
+        values: The same for values.
+        cached: Positions that the caches hold; the new ones are written behind them.
+        strides: Elements from one sequence, and from one head, to the next.
+    """
 
     keys: list[int]
     values: list[int]
@@ -65,9 +73,9 @@ class Place:
     strides: tuple[int, int]
 
 
-def refusal(cache: Any, batch: int, like: torch.Tensor, num_layers: int) -> str | None:
+def refusal(cache: Any, batch: int, like: torch.Tensor, groups: Sequence[Sequence[int]]) -> str | None:
     """Why a step cannot append to a cache of the dtype and device of `like`, None if it can. A cache that has no layers yet is refused
-    without a reason: "".
+    without a reason: "". Layers of a group hold the same positions.
     """
     if not isinstance(cache, Cache):
         return "a cache that is not transformers' own"
@@ -75,7 +83,10 @@ def refusal(cache: Any, batch: int, like: torch.Tensor, num_layers: int) -> str 
     if not layers:
         return ""
     kinds = {type(layer) for layer in layers}
-    if len(layers) != num_layers or len(kinds) != 1 or not kinds <= KINDS:
+    mixed = len(layers) == sum(map(len, groups)) and [
+        one for one in groups if len({*map(type, _some(layers, one))}) > 1
+    ]
+    if mixed or len(layers) != sum(map(len, groups)) or not kinds <= KINDS:
         return f"a cache of {', '.join(sorted(kind.__name__ for kind in kinds))}"
     if getattr(cache, "offloading", False):
         return "an offloaded cache"
@@ -97,9 +108,9 @@ def positions(cache: Cache) -> int:
     return int(cache.get_seq_length())
 
 
-def place(cache: Cache, empty: Callable[[], torch.Tensor]) -> Place:
-    """Makes room for one more position in every layer; one that has none yet starts with `empty` [batch, kv_heads, 0, head_dim]."""
-    layers: list[Any] = cache.layers
+def place(cache: Cache, group: Sequence[int], empty: Callable[[], torch.Tensor]) -> Place:
+    """Makes room for one more position in the layers of a group; one that has none yet starts with `empty` [batch, kv_heads, 0, head_dim]."""
+    layers = _some(cache.layers, group)
     if isinstance(layers[0], StaticLayer):
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         return Place(
@@ -108,23 +119,28 @@ def place(cache: Cache, empty: Callable[[], torch.Tensor]) -> Place:
             int(layers[0].cumulative_length),
             (keys[0].stride(0), keys[0].stride(1)),
         )
-    store = vars(cache).get(_STORE)
+    stores = vars(cache).setdefault(_STORE, {})
+    store = stores.get(group[0])
     if store is None or not store.fits(layers):
-        store = _store(layers, empty)
-        setattr(cache, _STORE, store)
+        store = stores[group[0]] = _store(layers, empty)
     buffer = store.buffer
     own_keys, own_values = store.addresses()
     return Place(own_keys, own_values, store.length, (buffer.stride(1), buffer.stride(2)))
 
 
-def advance(cache: Cache) -> None:
+def advance(cache: Cache, groups: Sequence[Sequence[int]]) -> None:
     """Takes the position that a step has written into the layers."""
-    layers: list[Any] = cache.layers
-    if isinstance(layers[0], StaticLayer):
-        for layer in layers:
-            layer.cumulative_length.add_(1)
-        return
-    store = vars(cache)[_STORE]
+    for group in groups:
+        layers = _some(cache.layers, group)
+        if isinstance(layers[0], StaticLayer):
+            for layer in layers:
+                layer.cumulative_length.add_(1)
+        else:
+            move_on(vars(cache)[_STORE][group[0]], layers)
+
+
+def move_on(store: Store, layers: list[Any]) -> None:
+    """Shows a store's layers one position more, but those that a sliding window hides."""
     end = store.first + store.length + 1
     if isinstance(layers[0], DynamicSlidingWindowLayer):
         store.first = max(store.first, end - (layers[0].sliding_window - 1))
@@ -132,6 +148,10 @@ def advance(cache: Cache) -> None:
             layer.cumulative_length += 1
     store.length = end - store.first
     show(store, layers)
+
+
+def _some(layers: Sequence[Any], group: Sequence[int]) -> list[Any]:
+    return [layers[index] for index in group]
 
 
 def _store(layers: list[Any], empty: Callable[[], torch.Tensor]) -> Store:

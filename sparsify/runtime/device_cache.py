@@ -10,9 +10,9 @@ import weakref
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sparsify.runtime.cache_store import SPARE_POSITIONS, Store, show
+from sparsify.runtime.cache_store import SPARE_POSITIONS, Store, move_on, show
 
 ALIGNED_POSITIONS = 64
 MOST_ROOM = 4
@@ -66,14 +66,7 @@ class Room:
     def advance(self, cache: Cache) -> None:
         """Takes the position that a step has written into the layers."""
         assert self.store is not None
-        layers: list[Any] = cache.layers
-        end = self.store.first + self.store.length + 1
-        if isinstance(layers[0], DynamicSlidingWindowLayer):
-            self.store.first = max(self.store.first, end - (layers[0].sliding_window - 1))
-            for layer in layers:
-                layer.cumulative_length += 1
-        self.store.length = end - self.store.first
-        show(self.store, layers)
+        move_on(self.store, cache.layers)
 
     def _has_room(self, tensors: list[torch.Tensor], length: int, needed: int) -> bool:
         shape, like = self.buffer.shape, tensors[0]

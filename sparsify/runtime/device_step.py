@@ -19,7 +19,7 @@ from sparsify.runtime.columns import columns_first
 from sparsify.runtime.device_cache import Room, StepCache
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import bases_of, is_masked_linear, low_rank_of, num_bytes, own_mask
-from sparsify.runtime.native_step import ATTENTION, Projections, projections
+from sparsify.runtime.native_step import ATTENTION, Projections, projections, reaches
 from sparsify.runtime.triton_columns import column_product, masked_by_triton
 from sparsify.runtime.triton_ffn import COUNTS
 from sparsify.runtime.weights import RowsRead
@@ -33,6 +33,8 @@ def device_refusal(model: Any, forwards: Sequence[BlockForward]) -> str | None:
     kind = model.config._attn_implementation
     if kind not in ATTENTION_KINDS:
         return f"attention by {kind}"
+    if len(reaches(model.config)) > 1:
+        return "layers that attend to different lengths"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         return "a model on several devices"
     return next((unknown for one in forwards if (unknown := one.unknown_to_triton)), None)
@@ -124,8 +126,7 @@ class DeviceStep:
     def compute(self) -> torch.Tensor:
         """The step that is captured: only work on the device. Twice the same, it changes nothing but the counts. [batch, vocabulary]"""
         config = self.model.config
-        kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
-        window = getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+        window = reaches(config)[0].positions
         visible = self._shown & (self._places <= self._slot)
         if window is not None:
             visible &= self._places > self._slot - window

@@ -5,14 +5,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from sparsify.models import FAMILIES
 from sparsify.models.masking import experts_per_token, is_fused, num_experts
 from sparsify.models.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.build import kernels
+from sparsify.runtime.cache_store import Place
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import bases_of, constant_of, low_rank_of, num_bytes, own_mask, own_part
@@ -31,6 +33,8 @@ from sparsify.runtime.weights import Matrix, line_bytes
 
 PARTS = ("projections", "attention", "ffn", "head", "rest")
 """Where the time of a step goes, as `Part` in native/step.h."""
+NORMS = ("attention_norm", "ffn_norm", "attention_output_norm", "ffn_output_norm")
+"""Norms of a layer, as a `Family` names them."""
 THREAD_BYTES = 1 << 19
 """A step has one thread for each THREAD_BYTES of a layer's weights, at most torch's number: synchronising costs time."""
 
@@ -52,11 +56,11 @@ class StepLayer(ctypes.Structure):
     """One layer; mirrors StepLayer in native/step.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("attention_norm", "ffn_norm")),
+        *((name, ctypes.c_void_p) for name in NORMS),
         *((name, _Linear) for name in ("q", "k", "v", "o")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "router", "q_norm", "k_norm")),
         ("experts", ctypes.POINTER(FfnCall)),
-        ("tokens", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("windowed", "tokens")),
     )
 
 
@@ -74,13 +78,14 @@ class StepCall(ctypes.Structure):
     """Arguments of a step; mirrors StepCall in native/step.h."""
 
     _fields_ = (
-        ("attention", _Attention),
+        *((name, _Attention) for name in ("attention", "windowed")),
         *((name, ctypes.c_int64) for name in ("hidden", "layers", "num_experts", "experts_per_token")),
         *((name, ctypes.c_void_p) for name in ("ids", "embedding", "final_norm")),
         ("head", _Linear),
         ("layer", ctypes.POINTER(StepLayer)),
         ("logits", ctypes.c_void_p),
-        ("norm_epsilon", ctypes.c_float),
+        *((name, ctypes.c_float) for name in ("norm_epsilon", "embedding_scale")),
+        *((name, ctypes.c_int32) for name in ("rounds_before_factors", "norms_all_heads")),
         *((name, ctypes.c_int32) for name in ("dtype", "threads", "predictor_reads_residual")),
         ("seconds", ctypes.c_double * len(PARTS)),
     )
@@ -103,6 +108,50 @@ def projections(model: Any) -> dict[str, nn.Linear]:
 def head_format(blocks: BlockFormat) -> BlockFormat:
     """Format of the output layer, whose rounding costs more than that of any other matrix: int8 also among int4."""
     return "int8" if blocks == "int4" else blocks
+
+
+class Reach(NamedTuple):
+    """Layers that attend to the same positions, with the same rotary embedding.
+
+    Attributes:
+        kind: Of `config.layer_types`.
+        layers: Their numbers, ascending.
+        positions: How many positions they attend to, that of the new token included; None for all.
+    """
+
+    kind: str
+    layers: tuple[int, ...]
+    positions: int | None
+
+
+def reaches(config: Any) -> list[Reach]:
+    """The layers of a model by what they attend to; those that attend to everything come first."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None)
+    return [
+        Reach(
+            kind,
+            tuple(index for index, one in enumerate(kinds) if one == kind),
+            window if kind == "sliding_attention" else None,
+        )
+        for kind in sorted(set(kinds))
+    ]
+
+
+class Sight(NamedTuple):
+    """What the layers of one `Reach` read in a step.
+
+    Attributes:
+        place: Keys and values of these layers; a list of addresses that was given before must not have changed.
+        cos: fp32 [tokens, head_dim], contiguous, of each sequence's position.
+        sin: The same.
+        visible: uint8 [tokens, cached + 1], contiguous; None if every position is visible.
+    """
+
+    place: Place
+    cos: torch.Tensor
+    sin: torch.Tensor
+    visible: torch.Tensor | None
 
 
 class Projections:
@@ -141,6 +190,12 @@ class Projections:
         return sum(one.num_bytes for one in self._kept.values())
 
 
+def norms_all_heads(attention: Any) -> bool:
+    """Whether queries and keys are normed as one vector of all heads each."""
+    norm = getattr(attention, "q_norm", None)
+    return norm is not None and norm.weight.shape != (attention.head_dim,)
+
+
 class StepPlan:
     """All addresses of a model's weights. It holds the tensors that they belong to; the caller watches for changes.
 
@@ -160,41 +215,50 @@ class StepPlan:
         self._masks: dict[tuple[int, int | None], CMask] = {}
         self._lines: dict[str, tuple[int, int]] = {}
         self._others: list[int] = []
-        config, layers = model.config, model.model.layers
+        config, layers, norm = model.config, model.model.layers, model.model.norm
+        self._family = FAMILIES[config.model_type]
         self.dtype = model.model.embed_tokens.weight.dtype
+        self.reaches = reaches(config)
         self.layers = (StepLayer * len(layers))()
         for index, (layer, forward) in enumerate(zip(layers, forwards, strict=True)):
-            self._fill(self.layers[index], index, layer, forward)
+            self._fill(self.layers[index], index, layer, forward, norm.weight)
+            self.layers[index].windowed = index not in self.reaches[0].layers
         attention = layers[0].self_attn
+        form = _Attention(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attention.head_dim,
+            scaling=attention.scaling,
+            dtype=NATIVE_DTYPES[self.dtype],
+        )
+        scale = self._family.embedding_scale
         self.call = StepCall(
-            attention=_Attention(
-                heads=config.num_attention_heads,
-                kv_heads=config.num_key_value_heads,
-                head_dim=attention.head_dim,
-                scaling=attention.scaling,
-                dtype=NATIVE_DTYPES[self.dtype],
-            ),
+            attention=form,
+            windowed=form,
             hidden=config.hidden_size,
             layers=len(layers),
             num_experts=num_experts(config) if is_fused(forwards[0].block) else 0,
             experts_per_token=experts_per_token(config),
             embedding=self._address(model.model.embed_tokens.weight),
-            final_norm=self._address(model.model.norm.weight),
+            final_norm=self._factors(norm),
             head=self._linear(HEAD, model.lm_head),
             layer=ctypes.cast(self.layers, ctypes.POINTER(StepLayer)),
-            norm_epsilon=model.model.norm.variance_epsilon,
+            norm_epsilon=config.rms_norm_eps,
+            embedding_scale=1.0 if scale is None else float(torch.tensor(scale(config)).to(self.dtype)),
+            rounds_before_factors=self._family.rounds_before_factors,
+            norms_all_heads=norms_all_heads(attention),
             dtype=NATIVE_DTYPES[self.dtype],
             threads=threads or self._default_threads(model),
             predictor_reads_residual=forwards[0].reads_residual,
         )
-        self._keys: Sequence[int] | None = None
-        self._values: Sequence[int] | None = None
+        self._places: list[Place | None] = [None] * len(self.reaches)
         assert library.sparsify_step_bytes() == ctypes.sizeof(StepCall) + ctypes.sizeof(StepLayer)
 
-    def _fill(self, to: StepLayer, index: int, layer: Any, forward: BlockForward) -> None:
+    def _fill(self, to: StepLayer, index: int, layer: Any, forward: BlockForward, like: torch.Tensor) -> None:
         attention = layer.self_attn
-        to.attention_norm = self._address(layer.input_layernorm.weight)
-        to.ffn_norm = self._address(layer.post_attention_layernorm.weight)
+        for name in NORMS:
+            if (norm := getattr(self._family, name)) is not None:
+                setattr(to, name, self._factors(getattr(layer, norm)))
         masks, others = [], 0
         for name in ATTENTION:
             linear = getattr(attention, f"{name}_proj")
@@ -204,12 +268,12 @@ class StepPlan:
         self._others.append(others + num_bytes(bases_of(*masks)))
         for name in ("q_norm", "k_norm"):
             if (norm := getattr(attention, name, None)) is not None:
-                setattr(to, name, self._address(norm.weight))
+                setattr(to, name, self._factors(norm))
         if is_fused(forward.block):
             to.router = self._address(layer.mlp.gate.weight)
         experts = (FfnCall * forward.count())()
         for expert in range(len(experts)):
-            weights = forward.weights(expert, layer.input_layernorm.weight)
+            weights = forward.weights(expert, like)
             if forward.options.dense:
                 weights = replace(weights, predictor=None)
             experts[expert], held = ffn_call(weights, forward.activation(), self.dtype)
@@ -260,6 +324,11 @@ class StepPlan:
         self._held += [left[1], right[1]]
         return CLowRank(left[0], right[0], factors[0].shape[1])
 
+    def _factors(self, norm: nn.Module) -> int:
+        """Address of what a norm multiplies by, fp32."""
+        weight: Any = norm.weight
+        return self._address(weight.float() + self._family.unit_offset)
+
     def _address(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()
         self._held.append(tensor)
@@ -283,42 +352,28 @@ class StepPlan:
             linear.columns_read = 0
         return read, offered
 
-    def run(
-        self,
-        ids: torch.Tensor,
-        keys: Sequence[int],
-        values: Sequence[int],
-        cached: int,
-        strides: tuple[int, int],
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        visible: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def run(self, ids: torch.Tensor, sights: Sequence[Sight]) -> torch.Tensor:
         """One step.
 
         Args:
             ids: Token of each sequence, int64 [tokens], contiguous.
-            keys: Address of each layer's cache of keys, [tokens, kv_heads, positions, head_dim]. A list that was given before must
-                not have changed.
-            values: The same for values.
-            cached: Positions that the caches hold; the new ones are written behind them.
-            strides: Elements from one sequence, and from one head, to the next.
-            cos: fp32 [tokens, head_dim], contiguous, of each sequence's position.
-            sin: The same.
-            visible: uint8 [tokens, cached + 1], contiguous; None if every position is visible.
+            sights: What the layers of each of `reaches` read; their keys and values are written behind it.
 
         Returns:
             Logits, [tokens, vocabulary], of the model's dtype.
         """
-        call, attention = self.call, self.call.attention
-        attention.tokens, attention.cached = len(ids), cached
-        attention.batch_stride, attention.head_stride = strides
-        attention.cos, attention.sin = cos.data_ptr(), sin.data_ptr()
-        attention.visible = None if visible is None else visible.data_ptr()
-        if keys is not self._keys or values is not self._values:
-            for layer, key, value in zip(self.layers, keys, values, strict=True):
-                layer.keys, layer.values = key, value
-            self._keys, self._values = keys, values
+        call = self.call
+        for index, (attention, sight) in enumerate(zip((call.attention, call.windowed), sights, strict=False)):
+            place, visible = sight.place, sight.visible
+            attention.tokens, attention.cached = len(ids), place.cached
+            attention.batch_stride, attention.head_stride = place.strides
+            attention.cos, attention.sin = sight.cos.data_ptr(), sight.sin.data_ptr()
+            attention.visible = None if visible is None else visible.data_ptr()
+            before = self._places[index]
+            if before is None or place.keys is not before.keys or place.values is not before.values:
+                for number, key, value in zip(self.reaches[index].layers, place.keys, place.values, strict=True):
+                    self.layers[number].keys, self.layers[number].values = key, value
+                self._places[index] = place
         logits = torch.empty(len(ids), call.head.outputs, dtype=self.dtype)
         call.ids, call.logits = ids.data_ptr(), logits.data_ptr()
         error = self._library.sparsify_step(ctypes.byref(call))

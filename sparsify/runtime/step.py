@@ -17,7 +17,6 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
-from sparsify.models import FAMILIES
 from sparsify.models.masking import is_fused
 from sparsify.runtime.block_weights import BlockProduct
 from sparsify.runtime.cache_store import Place, advance, place, positions, refusal
@@ -26,7 +25,7 @@ from sparsify.runtime.ffn import native_can
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import is_readable
 from sparsify.runtime.native_ffn import MAX_TOKENS, take_rows
-from sparsify.runtime.native_step import Projections, StepPlan, projections
+from sparsify.runtime.native_step import Projections, Sight, StepPlan, projections, reaches
 from sparsify.runtime.triton_ffn import triton_can
 
 MOVING_ROPE = ("dynamic", "longrope")
@@ -70,12 +69,13 @@ class StepForward:
     def __init__(self, model: Any, forwards: Sequence[BlockForward], given: Projections, threads: int | None) -> None:
         self.model, self.forwards, self.threads = model, list(forwards), threads
         self.projections = given
+        self._groups = [reach.layers for reach in reaches(model.config)]
         self.steps = self._counted_steps = 0
         self._told: set[str] = set()
         self._uncaptured: str | None = None
         self._plan: StepPlan | DeviceStep | None = None
         self._made_from: Any = None
-        self._rope: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rope: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._parts: _Parts | None = None
         for forward in self.forwards:
             forward.step = self
@@ -93,7 +93,7 @@ class StepForward:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and other processes make their own plan, since they have their own weights."""
         self.hand_over_counts()
-        dropped = {"_plan": None, "_made_from": None, "_rope": None, "_parts": None}
+        dropped = {"_plan": None, "_made_from": None, "_rope": {}, "_parts": None}
         return vars(self) | dropped
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,8 +172,8 @@ class StepForward:
         cached = 0 if reason is not None or cache is None else positions(cache)
         if reason is None and mask is not None and not (mask.dim() == 2 and mask.shape[1] > cached):
             reason = f"an attention mask of shape {list(mask.shape)}"
-        if reason is None and self.model.model.rotary_emb.rope_type in MOVING_ROPE:
-            reason = f"{self.model.model.rotary_emb.rope_type} rotary embeddings"
+        if reason is None and (kind := _rope_type(self.model)) in MOVING_ROPE:
+            reason = f"{kind} rotary embeddings"
         if reason is None:
             plan = self._current_plan()
             assert isinstance(plan, DeviceStep)
@@ -194,7 +194,7 @@ class StepForward:
         """Why no step can be computed with a cache; None if it can, "" without a reason to give."""
         reason = self._model_refusal()
         if reason is None and cache is not None:
-            reason = refusal(cache, batch, self.model.model.embed_tokens.weight, len(self.model.model.layers))
+            reason = refusal(cache, batch, self.model.model.embed_tokens.weight, self._groups)
         return reason
 
     def _tell(self, reason: str) -> None:
@@ -240,20 +240,14 @@ class StepForward:
         plan, model, batch = self._current_plan(), self.model, len(request.ids)
         assert isinstance(plan, StepPlan)
         cache = DynamicCache(config=model.config) if request.cache is None else request.cache
-        where = place(cache, lambda: plan.no_positions(batch))
-        window = _window(model.config)
-        hidden_by_window = 0 if window is None else max(0, where.cached - (window - 1))
-        where = _later(where, hidden_by_window, plan)
-        logits = plan.run(
-            request.ids,
-            where.keys,
-            where.values,
-            where.cached,
-            where.strides,
-            *self._rotations(request.positions, batch),
-            _visible(request.visible, request.cached + 1, where.cached + 1, batch),
-        )
-        advance(cache)
+        sights = []
+        for reach in plan.reaches:
+            where = place(cache, reach.layers, lambda: plan.no_positions(batch))
+            where = _later(where, 0 if reach.positions is None else max(0, where.cached - (reach.positions - 1)), plan)
+            visible = _visible(request.visible, request.cached + 1, where.cached + 1, batch)
+            sights.append(Sight(where, *self._rotations(reach.kind, request.positions, batch), visible))
+        logits = plan.run(request.ids, sights)
+        advance(cache, self._groups)
         self.steps += 1
         return self._output(logits, cache)
 
@@ -272,22 +266,23 @@ class StepForward:
             if self._on_device():
                 self._plan = DeviceStep(self.model, self.forwards, self.projections)
             else:
-                self._plan, self._rope = StepPlan(self.model, self.forwards, self.projections, self.threads), None
+                self._plan, self._rope = StepPlan(self.model, self.forwards, self.projections, self.threads), {}
             # Making it may reorder the memory of projections.
             self._made_from = [now[0], *self._parts.state()]
         return self._plan
 
-    def _rotations(self, positions: list[int], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of each sequence's position, fp32 [batch, head_dim], as the model computes them in its dtype."""
+    def _rotations(self, kind: str, positions: list[int], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of each sequence's position for a kind of layers, fp32 [batch, head_dim], as the model computes them in its dtype."""
         rotary, like = self.model.model.rotary_emb, self.model.model.norm.weight
-        if rotary.rope_type in MOVING_ROPE:
-            cos, sin = rotary(like, torch.tensor(positions)[:, None].expand(batch, 1))
+        asked = (kind,) if isinstance(rotary.rope_type, dict) else ()
+        if _rope_type(self.model, kind) in MOVING_ROPE:
+            cos, sin = rotary(like, torch.tensor(positions)[:, None].expand(batch, 1), *asked)
             return cos[:, 0].float().contiguous(), sin[:, 0].float().contiguous()
         last = max(positions)
-        if self._rope is None or last >= len(self._rope[0]):
-            cos, sin = rotary(like, torch.arange(last + ROPE_POSITIONS)[None])
-            self._rope = cos[0].float(), sin[0].float()
-        cos, sin = self._rope
+        if kind not in self._rope or last >= len(self._rope[kind][0]):
+            cos, sin = rotary(like, torch.arange(last + ROPE_POSITIONS)[None], *asked)
+            self._rope[kind] = cos[0].float(), sin[0].float()
+        cos, sin = self._rope[kind]
         if batch == 1:
             return cos[last : last + 1], sin[last : last + 1]
         rows = torch.tensor(positions).expand(batch)
@@ -316,25 +311,21 @@ class StepForward:
         return self._plan.seconds() if isinstance(self._plan, StepPlan) else None
 
 
-def _window(config: Any) -> int | None:
-    """How many tokens every layer attends to; None for all."""
-    kinds = getattr(config, "layer_types", None) or ("sliding_attention",)
-    return getattr(config, "sliding_window", None) if "sliding_attention" in kinds else None
+def _rope_type(model: Any, kind: str | None = None) -> str:
+    """The kind of rotary embedding of a kind of layers, by default the first of them whose frequencies move."""
+    types: Any = model.model.rotary_emb.rope_type
+    if not isinstance(types, dict):
+        return types
+    return types[kind] if kind else next((one for one in types.values() if one in MOVING_ROPE), "default")
 
 
 def _unknown_structure(model: Any) -> str | None:
-    """What a model's family does that the kernels do not compute, in words."""
-    config, family = model.config, FAMILIES[model.config.model_type]
-    attention = model.model.layers[0].self_attn
-    if family.ffn_output_norm or family.attention_output_norm or family.unit_offset or family.embedding_scale:
-        return f"the norms of a {family.model_type}"
-    norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-    if any(one is not None and one.weight.shape != (attention.head_dim,) for one in norms):
-        return "norms over all heads"
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
-        return "layers that attend to different lengths"
-    if getattr(config, "final_logit_softcapping", None):
-        return "softcapped logits"
+    """What a model of a family may do that the kernels do not compute, in words."""
+    config = model.config
+    if others := {one.kind for one in reaches(config)} - {"full_attention", "sliding_attention"}:
+        return f"layers of {', '.join(sorted(others))}"
+    if getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None):
+        return "softcapped logits or scores"
     if (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
         return "rotary embeddings of a part of each head"
     if getattr(config, "norm_topk_prob", True) is False and config.num_experts_per_tok > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -46,8 +47,9 @@ MASK = {
     "method": "thresholds",
     "sites": {"attn_in": {"rule": "threshold", "per": "layer"}, "inter": {"rule": "threshold", "per": "channel"}},
 }
-NATIVE = ("mistral", "mixtral", "llama", "qwen2", "qwen3", "qwen3_moe", "phi3")
-"""Families whose decoding steps are one call of C++; those of others have sparse feed-forward blocks alone."""
+NATIVE = tuple(FAMILY_STOCK)
+"""Families whose decoding steps are one call of C++; those of others would have sparse feed-forward blocks alone."""
+WINDOWED = tuple(kind for kind, fields in FAMILY_STOCK.items() if "sliding_window" in fields)
 KINDS = pytest.mark.parametrize("kind", FAMILY_STOCK)
 
 
@@ -114,15 +116,35 @@ def test_drelu_thresholds_and_masks_make_zeros(kind: str, drelu: dict[str, Path]
     assert 0.6 < zeros[kind] < zeros[f"{kind} masked"] < 1
 
 
-@KINDS
-def test_packed_documents_do_not_see_each_other(kind: str, drelu: dict[str, Path]) -> None:
-    model = load_sparse(drelu[kind])
-    first, second = IDS[:1, :22], IDS[1:, :18]
-    positions = torch.cat([torch.arange(22), torch.arange(18)])[None]
+@pytest.mark.parametrize("kind", [*FAMILY_STOCK, "softcapped"])
+def test_packed_documents_do_not_see_each_other(kind: str, drelu: dict[str, Path], tmp_path: Path) -> None:
+    """Documents are longer than sliding windows, which therefore take part."""
+    folder = softcapped(drelu["gemma3_text"], tmp_path / "model") if kind == "softcapped" else drelu[kind]
+    model = load_sparse(folder)
+    if kind == "softcapped":
+        model.set_attn_implementation("eager")  # of torch's, the one that caps scores
+    first, second = IDS[:1, :30], IDS[1:, :28]
+    both = torch.cat([first, second], 1)
+    positions = torch.cat([torch.arange(30), torch.arange(28)])[None]
     with torch.no_grad():
-        packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+        packed = model(both, position_ids=positions, use_cache=False).logits
         alone = torch.cat([model(first).logits, model(second).logits], 1)
+        mixed = model(both, use_cache=False).logits
+        if kind in (*WINDOWED, "softcapped"):
+            model.config.sliding_window = 1000
+            wide = model(first, use_cache=False).logits
+            assert (wide - alone[:, :30]).abs().max() > 1e-3, "the window takes part"
     torch.testing.assert_close(packed, alone, atol=2e-4, rtol=1e-3)
+    assert (mixed[:, 30:] - alone[:, 30:]).abs().max() > 1e-2
+
+
+def softcapped(folder: Path, to: Path) -> Path:
+    """A copy of a Gemma 3 whose scores and logits are capped where they are."""
+    shutil.copytree(folder, to)
+    fields = json.loads((to / "config.json").read_text())
+    caps = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 1.0}
+    (to / "config.json").write_text(json.dumps(fields | caps))
+    return to
 
 
 @KINDS
@@ -161,26 +183,32 @@ def test_accelerated_greedy_text_is_that_of_the_dense_path(kind: str, drelu: dic
         assert bool(forward.steps) == (kind in NATIVE)
 
 
-def test_bundles_of_all_families_load_offline_in_a_fresh_process(drelu: dict[str, Path], tmp_path: Path) -> None:
-    program = f"""
+OFFLINE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-ids, found = torch.tensor({IDS[:1].tolist()}), {{}}
-for folder in sys.argv[1:]:
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    found[folder] = model(ids).logits[0, -1, :8].tolist()
+found = []
+for folder, ids in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    found.append(model(torch.tensor(ids), use_cache=False).logits[0, -1].tolist())
 assert not [name for name in sys.modules if name.split(".")[0] == "sparsify"]
 print(json.dumps(found))
 """
-    folders = [str(drelu[f"{kind} masked"]) for kind in FAMILY_STOCK]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
-    asked = [sys.executable, "-I", "-c", program, *folders]
-    result = subprocess.run(asked, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+
+def offline_logits(given: list[tuple[Path, torch.Tensor]], cache: Path) -> list[torch.Tensor]:
+    """Logits of the last of ids [1, tokens] by the model in each folder, which transformers alone loads in a fresh process."""
+    asked = json.dumps([(str(folder), ids.tolist()) for folder, ids in given])
+    environment = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
+    command = [sys.executable, "-I", "-c", OFFLINE, asked]
+    result = subprocess.run(command, env=environment, cwd=cache, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    for folder in folders:
-        expected = load_sparse(Path(folder))(IDS[:1]).logits[0, -1, :8]
-        torch.testing.assert_close(torch.tensor(found[folder]), expected, msg=folder)
+    return [torch.tensor(one) for one in json.loads(result.stdout.splitlines()[-1])]
+
+
+def test_bundles_of_all_families_load_offline_in_a_fresh_process(drelu: dict[str, Path], tmp_path: Path) -> None:
+    folders = [drelu[f"{kind} masked"] for kind in FAMILY_STOCK]
+    for folder, found in zip(folders, offline_logits([(one, IDS[:1]) for one in folders], tmp_path), strict=True):
+        torch.testing.assert_close(found, load_sparse(folder)(IDS[:1]).logits[0, -1], msg=str(folder))
 
 
 def test_the_language_model_of_a_checkpoint_with_images_is_read_alone(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 // One decoding step of a whole model: one new token of each of one to eight sequences, from its embedding to its logits.
 //
 // All threads run the whole step together and wait for each other only where one needs what another computed: six times a layer,
-// or eight with a predictor or with int4 copies that rank neurons. Norms and roundings are repeated by every thread, which is
-// faster than waiting for one. Sums and the residual stream are fp32; what a linear projection reads is rounded to the model's
-// dtype, as its own code rounds it.
+// or eight with a predictor or with int4 copies that rank neurons, and once more for each block whose output is normed. Norms and
+// roundings are repeated by every thread, which is faster than waiting for one. Sums and the residual stream are fp32; what a
+// linear projection reads is rounded to the model's dtype, as its own code rounds it.
 #pragma once
 
 #include "attention.h"
@@ -31,26 +31,31 @@ struct Linear {
 enum Part { PROJECTIONS = 0, ATTENTION = 1, FFN = 2, HEAD = 3, REST = 4, PARTS = 5 };
 
 struct StepLayer {
-    const void *attention_norm, *ffn_norm;  // [hidden], of the model's dtype
+    // Factors of norms, [hidden]: of what the block reads, null if that is the residual stream; and of what it adds to that, null
+    // if it adds its output as it is.
+    const float *attention_norm, *ffn_norm, *attention_output_norm, *ffn_output_norm;
     Linear q, k, v, o;
     void *keys, *values;
     const void* router;  // [experts, hidden], of the model's dtype; null in a dense model
-    const void *q_norm, *k_norm;  // [head_dim], of the model's dtype; null without norms of queries and keys
+    const float *q_norm, *k_norm;  // of each head [head_dim], or of all together; null without norms of queries and keys
     FfnCall* experts;    // one, or one for each expert
+    int64_t windowed;    // whether it is StepCall::windowed that it attends by
     int64_t tokens;      // result, added up over steps
 };
 
 // Mirrors sparsify/runtime/native_step.py.
 struct StepCall {
-    Attention attention;
+    Attention attention, windowed;  // of layers that attend to everything, and of those with a sliding window if a model has both
     int64_t hidden, layers, num_experts, experts_per_token;
     const int64_t* ids;     // [tokens]
     const void* embedding;  // [vocabulary, hidden]
-    const void* final_norm;
+    const float* final_norm;
     Linear head;
     StepLayer* layer;
     void* logits;  // [tokens, vocabulary], of the model's dtype
-    float norm_epsilon;
+    float norm_epsilon, embedding_scale;
+    int32_t rounds_before_factors;  // whether norms round to the model's dtype before they multiply by their factors, too
+    int32_t norms_all_heads;        // whether norms of queries and keys are of all heads together
     int32_t dtype, threads, predictor_reads_residual;
     double seconds[PARTS];  // results, added up over steps
 };
@@ -59,6 +64,7 @@ namespace step {
 
 struct Shared {
     std::vector<float> residual;    // [tokens, hidden]
+    std::vector<float> attention_output, ffn_output;  // the same, where they are normed
     std::vector<float> rotated[3];  // [tokens, inputs], of each projection that reads the same vectors; in a block of gate and up
     std::vector<float> dropped[3];  // [B, rank], of each of these projections
     AttentionScratch attention;
@@ -91,11 +97,14 @@ private:
     Time last_;
 };
 
-// RMS norm of each token (arXiv 1910.07467), rounded where the model's own code rounds.
+// RMS norm of each token (arXiv 1910.07467), rounded where the model's own code rounds; without factors the vectors themselves.
 template <class X>
-void norm(const float* residual, const void* weight, int64_t tokens, int64_t hidden, float epsilon, std::vector<float>& out) {
-    const auto* w = static_cast<const typename X::Stored*>(weight);
+void norm(const StepCall& call, const float* residual, const float* factors, int64_t tokens, int64_t hidden, std::vector<float>& out) {
     out.resize(tokens * hidden);
+    if (!factors) {
+        for (int64_t j = 0; j < tokens * hidden; ++j) out[j] = rounded<X>(residual[j]);
+        return;
+    }
     for (int64_t b = 0; b < tokens; ++b) {
         const float* x = residual + b * hidden;
         Lanes squares[4] = {zeros(), zeros(), zeros(), zeros()};
@@ -107,18 +116,40 @@ void norm(const float* residual, const void* weight, int64_t tokens, int64_t hid
             }
         float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
         for (; i < hidden; ++i) total += x[i] * x[i];
-        const float scale = 1.0f / std::sqrt(total / static_cast<float>(hidden) + epsilon);
-        for (int64_t j = 0; j < hidden; ++j) out[b * hidden + j] = rounded<X>(rounded<X>(x[j] * scale) * X::at(w, j));
+        const float scale = 1.0f / std::sqrt(total / static_cast<float>(hidden) + call.norm_epsilon);
+        float* to = out.data() + b * hidden;
+        for (int64_t j = 0; j < hidden; ++j) to[j] = x[j] * scale;
+        if (call.rounds_before_factors)
+            for (int64_t j = 0; j < hidden; ++j) to[j] = rounded<X>(to[j]);
+        for (int64_t j = 0; j < hidden; ++j) to[j] = rounded<X>(to[j] * factors[j]);
     }
+}
+
+// Sets this thread's part of the vectors to 0.
+inline void clear(std::vector<float>& values, int thread, int threads) {
+    const int64_t size = static_cast<int64_t>(values.size());
+    std::fill(values.begin() + size * thread / threads, values.begin() + size * (thread + 1) / threads, 0.0f);
+}
+
+// Adds the norm of a block's output to the residual stream: this thread's part of it, which others read after a barrier.
+inline void add_normed(const StepCall& call, const std::vector<float>& output, const float* factors, Shared& s, Own& own, int thread,
+                       int threads) {
+    const int64_t tokens = call.attention.tokens, size = tokens * call.hidden;
+    with_dtype(call.dtype, [&](auto dtype) {
+        norm<decltype(dtype)>(call, output.data(), factors, tokens, call.hidden, own.normed);
+    });
+    for (int64_t i = size * thread / threads; i < size * (thread + 1) / threads; ++i) s.residual[i] += own.normed[i];
+    barrier();
 }
 
 // The norm of each head of queries or keys [heads, head_dim], in place; every thread takes some of the heads.
 template <class X>
-void norm_heads(float* values, const void* weight, int64_t heads, int64_t head_dim, float epsilon, Own& own, int thread, int threads) {
+void norm_heads(const StepCall& call, float* values, const float* factors, int64_t heads, int64_t head_dim, Own& own, int thread,
+                int threads) {
     const int64_t begin = heads * thread / threads, end = heads * (thread + 1) / threads;
     float* mine = values + begin * head_dim;
     for (int64_t i = 0; i < (end - begin) * head_dim; ++i) mine[i] = rounded<X>(mine[i]);
-    norm<X>(mine, weight, end - begin, head_dim, epsilon, own.sums);
+    norm<X>(call, mine, factors, end - begin, head_dim, own.sums);
     std::copy(own.sums.begin(), own.sums.begin() + (end - begin) * head_dim, mine);
 }
 
@@ -244,11 +275,12 @@ void with_format(int32_t format, int32_t dtype, const F& f) {
 
 template <int B>
 void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Clock& clock, int thread, int threads) {
-    const Attention& a = call.attention;
+    const Attention& a = layer.windowed ? call.windowed : call.attention;
     const int64_t width = a.heads * a.head_dim, kv_width = a.kv_heads * a.head_dim;
     with_dtype(call.dtype, [&](auto dtype) {
-        norm<decltype(dtype)>(s.residual.data(), layer.attention_norm, a.tokens, call.hidden, call.norm_epsilon, own.normed);
+        norm<decltype(dtype)>(call, s.residual.data(), layer.attention_norm, a.tokens, call.hidden, own.normed);
     });
+    if (layer.ffn_output_norm) clear(s.ffn_output, thread, threads);  // nobody reads or writes it in this block
     clock.book(REST);
     with_format(layer.q.format, call.dtype, [&](auto format) {
         using T = decltype(format);
@@ -261,8 +293,9 @@ void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own
     if (layer.q_norm) {
         with_dtype(call.dtype, [&](auto dtype) {
             using X = decltype(dtype);
-            norm_heads<X>(s.attention.q.data(), layer.q_norm, a.tokens * a.heads, a.head_dim, call.norm_epsilon, own, thread, threads);
-            norm_heads<X>(s.attention.k.data(), layer.k_norm, a.tokens * a.kv_heads, a.head_dim, call.norm_epsilon, own, thread, threads);
+            const int64_t heads = call.norms_all_heads ? 1 : a.heads, kv_heads = call.norms_all_heads ? 1 : a.kv_heads;
+            norm_heads<X>(call, s.attention.q.data(), layer.q_norm, a.tokens * heads, width / heads, own, thread, threads);
+            norm_heads<X>(call, s.attention.k.data(), layer.k_norm, a.tokens * kv_heads, kv_width / kv_heads, own, thread, threads);
         });
         barrier();
     }
@@ -276,11 +309,14 @@ void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own
     clock.book(ATTENTION);
     with_format(layer.o.format, call.dtype, [&](auto format) {
         using T = decltype(format);
-        const std::array<Product, 1> product{{{&layer.o, s.residual.data(), call.hidden, true}}};
+        const bool adding = !layer.attention_output_norm;
+        float* to = adding ? s.residual.data() : s.attention_output.data();
+        const std::array<Product, 1> product{{{&layer.o, to, call.hidden, adding}}};
         project<T, B>(product, own.combined.data(), a.tokens, width, call.dtype, s, own, thread, threads);
     });
     barrier();
     clock.book(PROJECTIONS);
+    if (layer.attention_output_norm) add_normed(call, s.attention_output, layer.attention_output_norm, s, own, thread, threads);
 }
 
 template <int B>
@@ -289,7 +325,7 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
     const bool predicts = layer.experts->predictor_a.data != nullptr, ranks = layer.experts->gate_copy.data != nullptr;
     with_dtype(call.dtype, [&](auto dtype) {
         using X = decltype(dtype);
-        norm<X>(s.residual.data(), layer.ffn_norm, tokens, call.hidden, call.norm_epsilon, own.normed);
+        norm<X>(call, s.residual.data(), layer.ffn_norm, tokens, call.hidden, own.normed);
         if (layer.router) route<X>(call, layer, own.normed, own.probabilities);
         if (ranks) fill_rows<Int4Blocks, B>(nullptr, own.normed.data(), tokens, call.hidden, own.copy_x);
         if (!predicts) return;
@@ -328,13 +364,14 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
             in.predictor_x = predicts ? &own.predictor_x : nullptr;
             in.copy_x = ranks ? &own.copy_x : nullptr;
             in.active = active;
-            in.residual = s.residual.data();
+            in.residual = layer.ffn_output_norm ? s.ffn_output.data() : s.residual.data();
             in.shares = shares;
             phases<T, B>(expert, in, s.ffn, thread, threads);
         }
     });
     barrier();
     clock.book(FFN);
+    if (layer.ffn_output_norm) add_normed(call, s.ffn_output, layer.ffn_output_norm, s, own, thread, threads);
 }
 
 template <int B>
@@ -343,7 +380,11 @@ void run(StepCall& call) {
     Shared& s = kept;  // inside the region the thread_local name would mean each thread's own object
     const Attention& a = call.attention;
     s.residual.resize(a.tokens * call.hidden);
-    s.attention.reserve(a);
+    s.attention_output.resize(s.residual.size());
+    s.ffn_output.resize(s.residual.size());
+    Attention longest = a;
+    longest.cached = std::max(a.cached, call.windowed.cached);
+    s.attention.reserve(longest);
     for (auto& one : s.rotated) one.resize(a.tokens * std::max(call.hidden, a.heads * a.head_dim));
     for (int64_t l = 0; l < call.layers; ++l) {
         StepLayer& layer = call.layer[l];
@@ -361,9 +402,11 @@ void run(StepCall& call) {
     }
     with_dtype(call.dtype, [&](auto dtype) {
         using X = decltype(dtype);
-        for (int64_t b = 0; b < a.tokens; ++b)
+        for (int64_t b = 0; b < a.tokens; ++b) {
+            const auto* embedding = row<X>({call.embedding, call.hidden}, call.ids[b]);
             for (int64_t i = 0; i < call.hidden; ++i)
-                s.residual[b * call.hidden + i] = X::at(row<X>({call.embedding, call.hidden}, call.ids[b]), i);
+                s.residual[b * call.hidden + i] = rounded<X>(X::at(embedding, i) * call.embedding_scale);
+        }
     });
     in_parallel(call.threads, [&](int thread, int threads) {
         static thread_local Own own;
@@ -374,7 +417,7 @@ void run(StepCall& call) {
         }
         with_dtype(call.dtype, [&](auto dtype) {
             using X = decltype(dtype);
-            norm<X>(s.residual.data(), call.final_norm, a.tokens, call.hidden, call.norm_epsilon, own.normed);
+            norm<X>(call, s.residual.data(), call.final_norm, a.tokens, call.hidden, own.normed);
         });
         with_format(call.head.format, call.dtype, [&](auto format) { head<decltype(format), B>(call, own); });
         barrier();
