@@ -22,7 +22,7 @@ from sparsify.methods.base import check_method
 from sparsify.recipe.catalogue import recipe_names
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.recipe import Recipe
-from sparsify.runs.history import read_lines
+from sparsify.runs.history import TRAINING_LABELS, read_lines
 from sparsify.runs.run_folder import RunFolder
 from sparsify.sparsity.active_parameters import ffn_byte_shares
 
@@ -154,7 +154,7 @@ def read_run(run: RunFolder, variant: str) -> RecoveryRun:
             blended_share=0.0 if blended and not line["tokens"] else line.get("blended_share", 1),
         )
         for line in records
-        if line["label"] in (start, "blending", "training")
+        if line["label"] in (start, *TRAINING_LABELS)
     ]
     if not points or points[-1].tokens != recipe.num_steps * recipe.step_tokens:
         raise RunError(

@@ -410,6 +410,40 @@ def bench_methods(
     print_result(result.model_dump_json(), methods_table(result), as_json)
 
 
+@bench_app.command("groups")
+def bench_groups(
+    weights: Annotated[str, typer.Option(help="fp32, bf16 or fp16, or blocks: int8 or int4.")] = "bf16",
+    active: Annotated[
+        float, typer.Option(callback=DENSITY.check, help="Share of the groups that the router keeps.")
+    ] = 0.5,
+    group_size: Annotated[int, typer.Option(callback=WIDTH.check, help="Neighbouring neurons in one group.")] = 32,
+    hidden: Annotated[int, typer.Option(callback=WIDTH.check, help="Width of the block.")] = 4096,
+    neurons: Annotated[int, typer.Option(callback=WIDTH.check, help="Neurons of the block.")] = 14_336,
+    threads: Annotated[int, typer.Option(callback=THREADS.check, help="Threads of the kernels.")] = 2,
+    repeats: Annotated[int, typer.Option(callback=REPEATS.check, help="Measured rounds.")] = 30,
+    as_json: AsJson = False,
+) -> None:
+    """Compares reading whole groups of neurons of a feed-forward block with as many scattered ones, and with the dense block, for one
+    token.
+
+    Example: sparsify bench groups --weights int8 --active 0.3
+    """
+    from sparsify.bench import group_speed as bench
+
+    with status_line() as on_progress:
+        result = bench.bench_groups(
+            weights,
+            active_share=active,
+            group_size=group_size,
+            hidden=hidden,
+            neurons=neurons,
+            threads=threads,
+            repeats=repeats,
+            on_progress=on_progress,
+        )
+    print_result(result.model_dump_json(), bench.groups_table(result), as_json)
+
+
 @bench_app.command("columns")
 def bench_columns(
     weights: Annotated[str, typer.Option(help="fp32, bf16 or fp16, or blocks: int8 or int4.")] = "bf16",

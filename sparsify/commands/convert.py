@@ -32,7 +32,7 @@ from sparsify.mixture.sequences.reader import PackedSequence, collate
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import ACTIVATIONS, SparseConfig, site_rules
 from sparsify.models.activations import activation_words
-from sparsify.models.masking import INPUT_SITES
+from sparsify.models.masking import COUNTED_SITES
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.recipe import CACHE_DIR
 from sparsify.recipe.sparsification import (
@@ -262,7 +262,7 @@ def replacement_table(conversion: Conversion) -> RenderableType:
     layers = [_calibrated_layers(conversion.calibration)] if conversion.calibration else []
     folder = conversion.converted.folder
     following = marked("Next: [cyan]sparsify train RECIPE model.source={}[/cyan]", folder)
-    inputs = [site for site in site_rules(config) if site in INPUT_SITES]
+    inputs = [site for site in site_rules(config) if site in COUNTED_SITES]
     where = marked("Zeros at {}: [cyan]sparsify report {}[/cyan]", ", ".join(inputs), folder)
     return Group("", table, *layers, *([where] if inputs else []), following)
 

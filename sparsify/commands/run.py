@@ -30,8 +30,10 @@ from sparsify.files import clear_partial_files, clear_remains, refuse_foreign_fo
 from sparsify.launch.feeder import Feeder, can_start, is_ready
 from sparsify.launch.launcher import launch
 from sparsify.launch.nodes import Nodes
+from sparsify.methods.base import stored_by
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.methods.distillation import has_own_teacher
+from sparsify.methods.lte_training import check_routers
 from sparsify.methods.router import check_router
 from sparsify.mixture.inspection import DroppedCounts, loss_share
 from sparsify.mixture.lock import Extension, check_lock, differences, read_lock, with_delivered, write_lock
@@ -172,6 +174,11 @@ def check_start(recipe: Recipe, run: RunFolder) -> None:
         check_context(recipe, context)
     if "model_type" in config and recipe.model.upcycle_experts is None:
         check_router(recipe, SimpleNamespace(**config))
+        if recipe.conversion.makes_mask:
+            config = config | {"sparsification": stored_by(recipe.conversion)}
+        elif recipe.conversion.drop_source_mask:
+            config = config | {"sparsification": None}
+        check_routers(recipe, SimpleNamespace(**config))
 
 
 def _begins_again(recipe: Recipe, run: RunFolder) -> bool:
@@ -395,6 +402,7 @@ def _describe(converted: Converted) -> str:
 def _check_context(recipe: Recipe, run: RunFolder) -> None:
     config = read_checkpoint(run.initial).config
     check_router(recipe, SimpleNamespace(**config))
+    check_routers(recipe, SimpleNamespace(**config))
     check_blend(recipe, config["base_ffn_activation"])
     check_teacher(recipe, _base_activation(config), differs=has_own_teacher(run))
     context = config["max_position_embeddings"]

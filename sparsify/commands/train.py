@@ -37,6 +37,7 @@ from sparsify.recipe.sparsification import (
     BlendingSection,
     ConversionSection,
     DistillationSection,
+    GroupRoutingSection,
     PenaltySection,
 )
 from sparsify.reporting.numbers import share
@@ -171,7 +172,7 @@ def baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe | None:
     baseline.conversion = ConversionSection(drop_source_mask=source_stores_mask(recipe, run))
     baseline.baseline.ffn_activation = None
     baseline.blending, baseline.penalty = BlendingSection(), PenaltySection()
-    baseline.distillation = DistillationSection()
+    baseline.distillation, baseline.group_routing = DistillationSection(), GroupRoutingSection()
     baseline.name, baseline.run_dir = f"{recipe.name}-baseline", str(run.baseline.path)
     return baseline
 

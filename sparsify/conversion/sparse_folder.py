@@ -15,8 +15,7 @@ from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.errors import ModelError
 from sparsify.files import write_json
 from sparsify.models import Family, FfnActivation, SparseConfig, SparseModel, family_of, site_rules
-from sparsify.models.ffn_activation import FACTOR_SITES
-from sparsify.models.masking import is_in_activation, ranks_by_proxy
+from sparsify.models.masking import FACTOR_SITES, GROUP, is_in_activation, ranks_by_proxy
 
 
 def write_config(config: SparseConfig, folder: Path, dtype: torch.dtype) -> None:
@@ -126,6 +125,7 @@ def check_activation(model: SparseModel, ffn_activation: str) -> None:
             or {site for site, mask in activation.masks.items() if mask is not None} != in_activation
             or (activation.threshold is not None) != by_threshold
             or (getattr(block, "input_mask", None) is not None) != ("ffn_in" in masked)
+            or (getattr(block, "group_router", None) is not None) != (GROUP in masked)
             or block.by_proxy != ranks_by_proxy(masked)
         ):
             raise RuntimeError(f"{type(block).__name__} was patched: it does not apply {ffn_activation}")

@@ -95,10 +95,13 @@ class Fitted:
         parts: What is stored, by the names and of the shapes of `models.masking.site_parts`: of a threshold `threshold`, [1],
             [channels] or [experts, channels]. A dense block may be given as one expert.
         record: Its entry in `calibration.json`. `pooled_experts` in it, those without statistics of their own, is said in the log.
+        order: The order in which the neurons of each expert are stored from here on, [experts, neurons]: rows of gate and up, and
+            columns of down. The block computes the same in any order. None keeps it.
     """
 
     parts: dict[str, torch.Tensor]
     record: dict[str, Any] = field(default_factory=dict)
+    order: torch.Tensor | None = None
 
 
 @runtime_checkable
@@ -269,6 +272,13 @@ def sparsification(mask: Mask) -> dict[str, Any]:
     }
 
 
+def stored_by(conversion: ConversionSection) -> dict[str, Any] | None:
+    """`config.sparsification` of the model that a conversion makes; None without a mask."""
+    method = method_of(conversion)
+    mask = method if isinstance(method, Mask) else method.mask
+    return None if mask is None else sparsification(mask)
+
+
 def _stored_rule(rule: SiteRule) -> dict[str, Any]:
     """A rule as config.json has it: what it is, and what differs from a plain one."""
     plain = asdict(SiteRule())
@@ -312,6 +322,7 @@ def _settings(method: Method, conversion: ConversionSection) -> MethodSettings:
             key = "conversion.target_zeros" if name == "target_zeros" else f"conversion.method_settings.{name}"
             raise RecipeError(f"{method.name} needs {key}.", allowed=what) from error
         raise RecipeError(
-            f"{keys[name]} is {given[name]}: {first['msg'][:1].lower()}{first['msg'][1:]}.",
+            f"{keys.get(name, f'conversion.method_settings.{name}')} is {given.get(name, fields[name].default)}: "
+            f"{first['msg'][:1].lower()}{first['msg'][1:]}.",
             allowed=what,
         ) from error

@@ -24,17 +24,17 @@ from sparsify.conversion.source_tensors import read_shapes
 from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.conversion.weight_files import write_index
-from sparsify.errors import ModelError, StorageError
+from sparsify.errors import ModelError, RecipeError, StorageError
 from sparsify.files import atomic_folder, replace_folder, write_json
 from sparsify.metadata import holds_json, read_json, read_record
 from sparsify.methods.allocation import allocate, damage_by_layer, probe_shares
-from sparsify.methods.base import Mask, makes_masks, method_of, sparsification
+from sparsify.methods.base import Mask, makes_masks, sparsification, stored_by
 from sparsify.methods.calibrate import Calibration, Calibrator
 from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY
 from sparsify.methods.density import with_target_zeros
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
-from sparsify.models import SparseConfig
+from sparsify.models import SparseConfig, site_rules
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
 
@@ -128,7 +128,7 @@ def convert_calibrated(
     """
     if to.exists():
         raise ModelError(f"{to} exists already.", next_step="Choose another folder or remove this one.")
-    method_of(settings)  # before anything is written
+    check_fits(settings, model, activation)  # before anything is written
     state = to.absolute().with_name(f".{to.name}.calibration")
     bare, asked = state / "bare", state / "asked.json"
     if settings.target_density is not None:
@@ -177,6 +177,26 @@ def convert_calibrated(
         converted = Converted(to, _config(to), converted.origin)
     shutil.rmtree(state, ignore_errors=True)
     return converted, calibration
+
+
+def check_fits(settings: ConversionSection, model: ModelSection, activation: ActivationSection) -> None:
+    """Refuses a method whose mask a model of that shape cannot have; no weights are read.
+
+    Raises:
+        ModelError: If the source is missing, damaged, or cannot be held.
+        RecipeError: If there is no such method, or a setting of it is invalid, for any model or for this one.
+    """
+    stored = stored_by(settings)
+    if stored is None:
+        return
+    config = config_of(model, activation)
+    config.sparsification = stored
+    try:
+        site_rules(config)
+    except ValueError as error:
+        raise RecipeError(
+            f"{settings.method} does not fit this model: {error}.", next_step="Change the method's settings."
+        ) from error
 
 
 def _zeros_by_layer(

@@ -6,7 +6,8 @@ those of the experts that a token is routed to. Embedding, head, router and norm
 An element that a mask drops saves the weights that need not be read (the table in `methods/sites.py`). Masks on several sites of a
 layer combine: the columns of an input and the rows that a factor saves multiply, as if they were independent; of the factors, the
 one that drops more comes first, and the other is computed only where that was kept; down reads a neuron only where all of gate,
-up and inter keep it, for which the smallest of their shares is taken. A rotated site reads n² weights in addition, for n
+up and inter keep it, for which the smallest of their shares is taken. Groups that a router drops save their rows of gate and up and
+their columns of down, and the router's matrix is read in addition. A rotated site reads n² weights in addition, for n
 elements, and a low-rank remainder rank · (inputs + outputs) of each projection. A mask of `inter` by proxy saves the rows of gate and
 up of what it drops, too, and reads 4.5 bits for each of their weights in addition, which count as those of 16: 0.28 weights.
 """
@@ -21,7 +22,15 @@ from typing import Any
 from sparsify.errors import RecipeError
 from sparsify.methods.base import Mask, method_of
 from sparsify.models import SiteRule
-from sparsify.models.masking import INPUTS, READERS, SITES, experts_per_token, projection_shapes, ranks_by_proxy
+from sparsify.models.masking import (
+    ALL_SITES,
+    GROUP,
+    INPUTS,
+    READERS,
+    experts_per_token,
+    projection_shapes,
+    ranks_by_proxy,
+)
 from sparsify.models.quantised import bits_per_weight
 from sparsify.recipe.sparsification import ConversionSection
 
@@ -45,23 +54,27 @@ def weight_density(config: Any, kept: Mapping[str, float], rules: Mapping[str, S
     Raises:
         ValueError: If a site is unknown or a share is not one.
     """
-    wrong = {site: share for site, share in kept.items() if site not in SITES or not 0 <= share <= 1}
+    wrong = {site: share for site, share in kept.items() if site not in ALL_SITES or not 0 <= share <= 1}
     if wrong:
-        raise ValueError(f"Kept shares of {wrong}; sites: {', '.join(SITES)}; shares: 0 to 1")
+        raise ValueError(f"Kept shares of {wrong}; sites: {', '.join(ALL_SITES)}; shares: 0 to 1")
     shapes, experts = projection_shapes(config), experts_per_token(config)
     times = {name: experts if name in FFN_PROJECTIONS else 1 for name in shapes}
     columns = {name: kept[site] for site, names in INPUTS.items() for name in names if site in kept}
     gate, up = kept.get("gate", 1.0), kept.get("up", 1.0)
-    columns["down_proj"] = min(gate, up, kept.get("inter", 1.0))
+    columns["down_proj"] = min(gate, up, kept.get("inter", 1.0), kept.get(GROUP, 1.0))
     by_proxy = ranks_by_proxy(rules or {})
     rows = {"up_proj": gate} if gate <= up else {"gate_proj": up}
     if by_proxy:
         rows = dict.fromkeys(READERS["ffn_in"], columns["down_proj"])
+    rows = {name: rows.get(name, 1.0) * kept.get(GROUP, 1.0) for name in READERS["ffn_in"]}
     sizes = {name: times[name] * outputs * inputs for name, (outputs, inputs) in shapes.items()}
     read = sum(size * columns.get(name, 1.0) * rows.get(name, 1.0) for name, size in sizes.items())
     if by_proxy:
         read += bits_per_weight("int4") / STORED_BITS * sum(sizes[name] for name in READERS["ffn_in"])
     for site, rule in (rules or {}).items():
+        if site == GROUP:
+            neurons, hidden = shapes["gate_proj"]
+            read += experts * neurons // rule.group_size * hidden
         if rule.rotated:
             read += shapes[READERS[site][0]][1] ** 2
         if rule.remainder == "low_rank":

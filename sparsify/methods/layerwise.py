@@ -29,15 +29,9 @@ from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.source_tensors import read_shapes
 from sparsify.models import FfnActivation, SparseConfig, family_of
 from sparsify.models.activations import STOCK_ACTIVATION
-from sparsify.models.masking import (
-    INPUTS,
-    READERS,
-    ProjectionMask,
-    SiteMask,
-    SiteRule,
-    is_in_activation,
-    num_experts,
-)
+from sparsify.models.group_router import GroupRouter
+from sparsify.models.masking import GROUP, INPUTS, READERS, SiteMask, SiteRule, is_in_activation, num_experts
+from sparsify.models.projection_masks import ProjectionMask
 from sparsify.models.quantised import KeptBlocks, product
 
 LEAST_ROWS = 256
@@ -66,6 +60,7 @@ class Expert:
         input_mask: The mask on the input of both its first projections.
         projections: Masks on what single projections read, and remainders, by the projection's name.
         proxies: Its int4 copies of gate and up, once they were used.
+        group_router: What says which groups of neurons a token keeps.
     """
 
     gate: torch.Tensor
@@ -75,12 +70,18 @@ class Expert:
     input_mask: SiteMask | None = None
     projections: Mapping[str, ProjectionMask] = field(default_factory=dict)
     proxies: KeptBlocks = field(default_factory=lambda: KeptBlocks("int4"))
+    group_router: GroupRouter | None = None
 
     def neurons(self, x: torch.Tensor) -> torch.Tensor:
         """Neuron activations [rows, neurons] of inputs [rows, hidden]."""
         mask = self.activation.inter_mask
         proxies = self._by_proxy(x) if mask is not None and mask.rule.by_proxy else None
-        return self.activation(self._multiply("gate_proj", x), self._multiply("up_proj", x), proxies=proxies)
+        read = x if self.input_mask is None else self.input_mask(x)
+        router = self.group_router
+        options = {} if router is None else {"groups": router.factors(router(x))}
+        return self.activation(
+            self.project("gate_proj", read), self.project("up_proj", read), proxies=proxies, **options
+        )
 
     def proxy_sizes(self, x: torch.Tensor) -> torch.Tensor:
         """What its int4 copies say of the magnitude of neuron activations, [rows, neurons]."""
@@ -127,6 +128,8 @@ class Expert:
         Of a rotated site the projections that read it get the inverse rotation.
         """
         own = {part: values for part, values in parts.items() if "." not in part}
+        if site == GROUP:
+            return replace(self, group_router=GroupRouter.holding(rule, own))
         mask = _site_mask(rule, own)
         new = self
         if "basis" in own:

@@ -12,6 +12,11 @@ import torch.distributed as dist
 from sparsify.models import SparseModel
 
 
+def is_router(parameter: str) -> bool:
+    """Whether a parameter of that name belongs to a router of groups (`models/group_router.py`)."""
+    return ".group_router." in parameter
+
+
 class Engine(Protocol):
     """What is used of `deepspeed.DeepSpeedEngine`.
 

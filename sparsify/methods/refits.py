@@ -39,7 +39,9 @@ from sparsify.methods.live_model import Engine, evaluating, full_weight, set_ful
 from sparsify.methods.objective import TrainingRun, objective
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader
 from sparsify.models import ACTIVATIONS, FfnActivation, SparseConfig
-from sparsify.models.masking import READERS, MaskedLinear, ProjectionMask, is_fused
+from sparsify.models.group_router import GroupRouter
+from sparsify.models.masking import READERS, is_fused
+from sparsify.models.projection_masks import MaskedLinear, ProjectionMask
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.runs.data import wait_for_sequences
@@ -299,11 +301,16 @@ def _experts(block: Any, config: SparseConfig, share: float) -> list[Expert]:
     else:
         gate, up = full_weight(block.gate_proj.weight), full_weight(block.up_proj.weight)
         weights = [(gate, up, full_weight(block.down_proj.weight))]
+    router = block.group_router
+    if router is not None:
+        whole = {name: full_weight(values) for name, values in router.named_parameters()}
+        router = GroupRouter.holding(router.rule, whole | dict(router.named_buffers()))
     return [
         Expert(
             *(gate, up, down, _activation(block, config, share, number)),
             input_mask=block.input_mask,
             projections=_projection_masks(block, number),
+            group_router=None if router is None else router.of_expert(number),
         )
         for number, (gate, up, down) in enumerate(weights)
     ]

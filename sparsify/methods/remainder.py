@@ -13,9 +13,11 @@ from dataclasses import replace
 import torch
 
 from sparsify.methods.base import Fitted, LayerValues, Mask, MethodSettings, SiteValues
-from sparsify.models import SITES, SiteMask, SiteRule
-from sparsify.models.ffn_activation import FACTOR_SITES
-from sparsify.models.masking import READERS
+from sparsify.models import SiteMask, SiteRule
+from sparsify.models.masking import ALL_SITES, FACTOR_SITES, GROUP, READERS
+
+IN_BLOCK = (GROUP, *FACTOR_SITES)
+"""Sites whose masks change what the down projection reads."""
 
 
 class ConstantRemainder:
@@ -34,23 +36,25 @@ class ConstantRemainder:
     @property
     def sites(self) -> dict[str, SiteRule]:
         sites = dict(self._mask.sites)
-        if any(site in sites for site in FACTOR_SITES):
+        if any(site in sites for site in IN_BLOCK):
             sites.setdefault("inter", SiteRule())  # drops nothing; its constant replaces what the factors' masks drop
         with_constant = {site for site, rule in sites.items() if site in READERS and rule.remainder == "none"}
         return {
             site: replace(sites[site], remainder="constant") if site in with_constant else sites[site]
-            for site in SITES
+            for site in ALL_SITES
             if site in sites
         }
 
     def fit(self, site: str, layer: LayerValues) -> Fitted:
         rule = self.sites[site]
-        if site == next((one for one in FACTOR_SITES if one in self.sites), None):
+        if site == next((one for one in IN_BLOCK if one in self.sites), None):
             self._whole = _means(layer, "inter", lambda chunk: chunk.values)
         if site in self._mask.sites:
             fitted = self._mask.fit(site, layer)
         else:
             fitted = Fitted({"threshold": torch.tensor([-torch.inf], device=layer.device)})
+        if fitted.order is not None:
+            self._whole = {number: mean[fitted.order[number]] for number, mean in self._whole.items()}
         if rule.remainder != "constant":
             return fitted
         mask = SiteMask(rule, {part: tuple(values.shape) for part, values in fitted.parts.items()}).put(fitted.parts)

@@ -11,6 +11,7 @@ With hidden size d, f neurons, and a share ρ of a site's elements kept, a SwiGL
 | `up`       | the up factor                        | rows of W_gate, columns of W_down        | (1 + 2ρ) / 3             |
 | `inter`    | the product                          | columns of W_down                        | (2 + ρ) / 3              |
 | by proxy   | the product                          | rows of W_gate, W_up, columns of W_down  | 0.19 + ρ                 |
+| `group`    | groups of neurons, by a router       | rows of W_gate, W_up, columns of W_down  | ρ + 1 / (3 group_size)   |
 
 `attn_in.q`, `attn_in.k`, `attn_in.v`, `ffn_in.gate` and `ffn_in.up` mask what one projection reads, each by itself.
 
@@ -28,8 +29,8 @@ import torch
 
 from sparsify.methods.base import Fitted, Mask, SiteValues
 from sparsify.methods.layerwise import ATTENTION_SITES, Expert, Inputs, InputsOf, Routes, as_stored, ffn_output
-from sparsify.models import SITES, SiteRule
-from sparsify.models.masking import READERS
+from sparsify.models import SiteRule
+from sparsify.models.masking import ALL_SITES, READERS
 
 MaskParts = Mapping[str, Mapping[str, torch.Tensor]]
 Parts = dict[str, dict[str, torch.Tensor]]
@@ -78,7 +79,7 @@ class BlockValues:
 
 def with_masks(experts: list[Expert], rules: Mapping[str, SiteRule], masks: MaskParts) -> list[Expert]:
     """Experts with masks on sites of their block: parts by site, those of all experts together."""
-    for site in (site for site in SITES if site in masks and site not in ATTENTION_SITES):
+    for site in (site for site in ALL_SITES if site in masks and site not in ATTENTION_SITES):
         experts = [
             expert.with_mask(site, rules[site], {part: _own(part, values, n) for part, values in masks[site].items()})
             for n, expert in enumerate(experts)
@@ -129,11 +130,13 @@ def fit_block(
     """
     record: dict[str, Any] = {}
     stored: Parts = {}
-    for site in (site for site in SITES if site in mask.sites and site not in ATTENTION_SITES):
+    for site in (site for site in ALL_SITES if site in mask.sites and site not in ATTENTION_SITES):
         fitted: Fitted = mask.fit(site, BlockValues(experts, inputs, mask.sites))
         record |= fitted.record
         parts = as_stored(fitted.parts, dtype)
         stored[site] = parts
+        if fitted.order is not None:
+            experts = [reordered(expert, own) for expert, own in zip(experts, fitted.order, strict=True)]
         experts = with_masks(experts, mask.sites, {site: parts})
         if "basis" in parts:
             experts = [_rounded(expert, dtype) for expert in experts]
@@ -144,9 +147,14 @@ def fit_block(
     return experts, stored, record
 
 
+def reordered(expert: Expert, order: torch.Tensor) -> Expert:
+    """The expert with its neurons in another order, [neurons]: it computes the same. For experts without masks inside the block."""
+    return replace(expert, gate=expert.gate[order], up=expert.up[order], down=expert.down[:, order].contiguous())
+
+
 def _own(part: str, values: torch.Tensor, number: int) -> torch.Tensor:
     """The part of one expert, where it has one of its own."""
-    is_matrix = part.rpartition(".")[2] in ("basis", "left", "right")
+    is_matrix = part.rpartition(".")[2] in ("basis", "left", "right", "router")
     return values[number] if values.dim() > 1 + is_matrix else values
 
 

@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 
 from .activations import STOCK_ACTIVATION
 from .ffn_activation import FfnActivation
-from .masking import SiteMask, install_input_masks, read_mask
+from .group_router import GroupRouter
+from .masking import SiteMask, read_mask
+from .projection_masks import install_masks
 
 
 @strict
@@ -64,15 +66,18 @@ class SparseMLP(nn.Module):
     down_proj: nn.Linear
     ffn_activation: FfnActivation
     input_mask: SiteMask | None
+    group_router: GroupRouter | None
     by_proxy: bool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps hidden states [batch, tokens, hidden] to the same shape."""
+        router = self.group_router
+        options = {} if router is None else {"groups": router.factors(router(x))}
         x = x if self.input_mask is None else self.input_mask(x)
         factors = self.gate_proj(x), self.up_proj(x)
         # Through the projections' own forwards: under ZeRO-3 their weights are whole only there.
         proxies = (self.gate_proj(x, by_proxy=True), self.up_proj(x, by_proxy=True)) if self.by_proxy else None
-        return self.down_proj(self.ffn_activation(*factors, proxies=proxies))
+        return self.down_proj(self.ffn_activation(*factors, proxies=proxies, **options))
 
 
 def ffn_block(layer: Any) -> Any:
@@ -101,7 +106,7 @@ class SparseDecoder(PreTrainedModel):
             for stock in ("act_fn", "activation_fn"):
                 if hasattr(block, stock):
                     delattr(block, stock)
-            install_input_masks(layer, block, model.config)
+            install_masks(layer, block, model.config)
 
 
 class SparseCausalLM(PreTrainedModel, GenerationMixin):

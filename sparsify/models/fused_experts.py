@@ -21,7 +21,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from .activations import STOCK_ACTIVATION
 from .family import SparseCausalLM, SparseDecoder
 from .ffn_activation import FfnActivation
-from .masking import ProjectionMask, SiteMask, proxy_product
+from .group_router import GroupRouter
+from .masking import SiteMask
+from .projection_masks import ProjectionMask, proxy_product
 from .quantised import KeptBlocks
 
 EXPERTS_IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
@@ -39,6 +41,7 @@ class SparseExperts(nn.Module):
     gate_proj_mask: ProjectionMask | None
     up_proj_mask: ProjectionMask | None
     down_proj_mask: ProjectionMask | None
+    group_router: GroupRouter | None
     by_proxy: bool
     proxies: KeptBlocks
     _row_experts: int | torch.Tensor | None = None
@@ -67,12 +70,14 @@ class SparseExperts(nn.Module):
                 f"experts_implementation is {implementation!r}, which would not apply ffn_activation="
                 f"{self.ffn_activation.name!r}; allowed: {', '.join(EXPERTS_IMPLEMENTATIONS)}"
             )
+        seen = hidden_states
         if self.input_mask is not None:
             hidden_states = self.input_mask(hidden_states)
         # The other implementations multiply by gate and up at once, and have no place for what is masked for one of them, nor for
-        # proxies.
-        if implementation == "eager" or any(self.projection_masks) or self.by_proxy:
-            return self._loop_over_experts(hidden_states, top_k_index, top_k_weights)
+        # proxies or routers of groups.
+        routed = self.group_router is not None
+        if implementation == "eager" or any(self.projection_masks) or self.by_proxy or routed:
+            return self._loop_over_experts(hidden_states, top_k_index, top_k_weights, seen)
         if self.ffn_activation.is_masked:
             # Only masks need it: an attribute set inside a checkpointed layer keeps torch.compile from compiling the layer.
             # Both keep one row for each slot: batched_mm in the order of slots, grouped_mm sorted by expert.
@@ -82,15 +87,20 @@ class SparseExperts(nn.Module):
         return forward(self, hidden_states, top_k_index, top_k_weights)
 
     def _loop_over_experts(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, seen: torch.Tensor
     ) -> torch.Tensor:
-        """One matrix product per expert that has tokens, in ascending order of experts: the order that probes rely on."""
+        """One matrix product per expert that has tokens, in ascending order of experts: the order that probes rely on. `seen` are the
+        states before their mask, for routers of groups.
+        """
         output = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             token, slot = torch.where(top_k_index == expert)
             if self.ffn_activation.is_masked:
                 self._row_experts = expert
-            answer = self._compute(expert, hidden_states[token])
+            groups = None
+            if self.group_router is not None:
+                groups = self.group_router.factors(self.group_router(seen[token], expert))
+            answer = self._compute(expert, hidden_states[token], groups)
             output.index_add_(0, token, (answer * top_k_weights[token, slot, None]).to(output.dtype))
         return output
 
@@ -98,12 +108,12 @@ class SparseExperts(nn.Module):
     def projection_masks(self) -> tuple[ProjectionMask | None, ...]:
         return self.gate_proj_mask, self.up_proj_mask, self.down_proj_mask
 
-    def _compute(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """One expert's output [rows, hidden] for its inputs of that shape."""
+    def _compute(self, expert: int, x: torch.Tensor, groups: torch.Tensor | None = None) -> torch.Tensor:
+        """One expert's output [rows, hidden] for its inputs of that shape, under what its router says of its groups."""
         gate_up, down = self.gate_up_proj[expert], self.down_proj[expert]
         proxies = proxy_product(self, x, gate_up, expert) if self.by_proxy else None
         if not any(self.projection_masks):
-            return nn.functional.linear(self._apply_gate(nn.functional.linear(x, gate_up), proxies), down)
+            return nn.functional.linear(self._apply_gate(nn.functional.linear(x, gate_up), proxies, groups), down)
 
         def multiply(mask: ProjectionMask | None, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             if mask is None:
@@ -112,13 +122,16 @@ class SparseExperts(nn.Module):
 
         gate, up = gate_up.chunk(2)
         factors = [multiply(self.gate_proj_mask, x, gate), multiply(self.up_proj_mask, x, up)]
-        return multiply(self.down_proj_mask, self._apply_gate(torch.cat(factors, dim=-1), proxies), down)
+        return multiply(self.down_proj_mask, self._apply_gate(torch.cat(factors, dim=-1), proxies, groups), down)
 
-    def _apply_gate(self, gate_up: torch.Tensor, proxies: torch.Tensor | None = None) -> torch.Tensor:
+    def _apply_gate(
+        self, gate_up: torch.Tensor, proxies: torch.Tensor | None = None, groups: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[slots, 2 * neurons], by proxy too where neurons are ranked so, to [slots, neurons]."""
         gate, up = gate_up.chunk(2, dim=-1)
         pair = None if proxies is None else proxies.chunk(2, dim=-1)
-        return self.ffn_activation(gate, up, experts=self._row_experts, proxies=pair)
+        options = {} if groups is None else {"groups": groups}
+        return self.ffn_activation(gate, up, experts=self._row_experts, proxies=pair, **options)
 
 
 class SparseExpertsDecoder(SparseDecoder):

@@ -15,21 +15,20 @@ NaN is kept, so that it shows. With `by_proxy`, |x| in these rules is not that o
 up rows (`quantised.py`) say it is: then the exact rows of what is dropped need not be read. The copies are made of the weights that the
 model has, never stored. With `rotated` the vector is multiplied by a stored orthogonal matrix first; the projections that read
 it have the inverse in their weights. What was dropped may be replaced (`remainder`): `constant` adds a stored vector to the output of
-the projections that read the site, `low_rank` adds left @ right @ (dropped elements).
+the projections that read the site, `low_rank` adds left @ right @ (dropped elements). All these numbers are buffers: stored with the
+weights, never trained.
 
-All numbers are buffers: stored with the weights, never trained.
+One more site, `group`, holds no elements but groups of a block's neurons; a stored router chooses among them (`group_router.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-
-from .quantised import KeptBlocks, product, quantise
 
 INPUTS = {
     "attn_in": ("q_proj", "k_proj", "v_proj"),
@@ -43,11 +42,22 @@ INPUTS = {
 }
 """Sites that are inputs of linear projections, in the order in which a layer computes them, and the projections that read them."""
 INPUT_SITES = tuple(INPUTS)
-SITES = (*INPUT_SITES, "gate", "up", "inter")
-"""All sites: the inputs, then inside a feed-forward block the gate's factor, the up factor, and the product of both."""
+FACTOR_SITES = ("gate", "up", "inter")
+"""Sites inside a feed-forward block: the gate's factor, the up factor, and the product of both."""
+SITES = (*INPUT_SITES, *FACTOR_SITES)
+"""The sites that are vectors, whose elements are chosen by their size."""
+GROUP = "group"
+"""The site of groups of neurons, which are chosen by a router before any of them is computed."""
+COUNTED_SITES = (*INPUT_SITES, GROUP)
+"""Sites whose zeros are counted by themselves; those of the factors and their product are counted without a mask, too."""
+ALL_SITES = (*COUNTED_SITES, *FACTOR_SITES)
+"""All sites, in the order in which a layer decides what it drops."""
 READERS = {**INPUTS, "inter": ("down_proj",)}
 """The projections that read a site; the factors are not read by any."""
 RULES = ("threshold", "top_k", "top_p")
+"""Of vectors."""
+GROUP_RULES = ("router", "router_top_k")
+"""Of groups."""
 NUMBERS = {"threshold": "threshold", "top_k": "kept_share", "top_p": "dropped_mass"}
 """What the number of each rule is called. Not a kept mass: that is near 1, where bf16 has steps of 0.4%."""
 GRANULARITIES = ("layer", "channel")
@@ -59,7 +69,7 @@ class SiteRule:
     """How the elements of one site are chosen.
 
     Attributes:
-        rule: One of RULES.
+        rule: One of RULES, or at `group` one of GROUP_RULES.
         per: `layer` for one number, `channel` for one for each element (of each expert, inside experts). Thresholds only.
         weighted: Whether scores are multiplied by a stored weight for each element. Thresholds need none: theirs is in `per: channel`.
         rotated: Whether the site is masked in coordinates of its own. Inputs only.
@@ -68,6 +78,7 @@ class SiteRule:
         rank: Of a `low_rank` remainder.
         rank_share: Instead of a rank: the share of a projection's weights that both factors together hold at most. It makes a rank for
             each projection, of its own shape.
+        group_size: Neighbouring neurons in one group. `group` only.
     """
 
     rule: str = "threshold"
@@ -78,6 +89,7 @@ class SiteRule:
     remainder: str = "none"
     rank: int = 0
     rank_share: float = 0.0
+    group_size: int = 0
 
     def rank_of(self, rows: int, columns: int) -> int:
         """Rank of the remainder of a projection of that shape, at least 1."""
@@ -91,13 +103,17 @@ class SiteRule:
     def problem(self, site: str) -> str:
         """Why this rule cannot be applied to a site, or nothing."""
         for what, given, known in (
-            ("site", site, SITES),
-            ("rule", self.rule, RULES),
+            ("site", site, ALL_SITES),
+            ("rule", self.rule, GROUP_RULES if site == GROUP else RULES),
             ("granularity", self.per, GRANULARITIES),
             ("remainder", self.remainder, REMAINDERS),
         ):
             if given not in known:
                 return f"the {what} {given!r}, which this model does not apply; known: {', '.join(known)}"
+        if (site == GROUP) != (self.group_size > 0):
+            return f"groups of {self.group_size} neurons at {site}"
+        if site == GROUP and self.weighted:
+            return "weighted scores of groups"
         if self.rule == "threshold" and self.weighted:
             return "weighted thresholds, which are thresholds per channel"
         if self.rule != "threshold" and self.per != "layer":
@@ -116,7 +132,7 @@ class SiteRule:
 
 
 def site_rules(config: Any) -> dict[str, SiteRule]:
-    """The rule of each masked site of a model, in the order of SITES; empty without a mask.
+    """The rule of each masked site of a model, in the order of ALL_SITES; empty without a mask.
 
     Raises:
         ValueError: If the configuration names a site or a rule that this code does not apply.
@@ -132,9 +148,15 @@ def site_rules(config: Any) -> dict[str, SiteRule]:
     inputs = [site for site in rules if site.startswith("ffn_in")]
     if inputs and ranks_by_proxy(rules):
         problems.append(f"proxies of inter with a mask on {inputs[0]}; they read the input as it is")
+    if GROUP in rules and num_neurons(config) % max(1, rules[GROUP].group_size):
+        problems.append(
+            f"groups of {rules[GROUP].group_size} among {num_neurons(config)} neurons, which they do not divide"
+        )
+    if GROUP in rules and ranks_by_proxy(rules):
+        problems.append("proxies of inter with a router of groups; both choose before anything is read")
     if problems:
         raise ValueError(f"sparsification has {problems[0]}")
-    return {site: rules[site] for site in SITES if site in rules}
+    return {site: rules[site] for site in ALL_SITES if site in rules}
 
 
 def ranks_by_proxy(rules: Mapping[str, SiteRule]) -> bool:
@@ -209,9 +231,14 @@ def projection_shapes(config: Any) -> dict[str, tuple[int, int]]:
 def site_parts(config: Any, site: str, rule: SiteRule) -> dict[str, tuple[int, ...]]:
     """Shape of each stored part of one site of one layer, by its name: the mask's own, and `PROJECTION.PART` of remainders.
 
-    Parts: `threshold`, `kept_share` or `dropped_mass` as the rule says; `weight`; `basis`; `constant`; `left` and `right`.
+    Parts: `threshold`, `kept_share` or `dropped_mass` as the rule says; `weight`; `basis`; `constant`; `left` and `right`; of groups
+    `router` and `bias`, and a number.
     """
     projections = projection_shapes(config)
+    if site == GROUP:
+        groups = (*((config.num_local_experts,) if has_experts(config) else ()), num_neurons(config) // rule.group_size)
+        number = "kept_share" if rule.rule == "router_top_k" else "threshold"
+        return {"router": (*groups, config.hidden_size), "bias": groups, number: (1,)}
     channels = projections[READERS[site][0]][1] if site in READERS else num_neurons(config)
     experts = getattr(config, "num_local_experts", None)
     # The input of all experts has one mask; what one expert computes, or reads by itself, has one for each.
@@ -253,7 +280,9 @@ def mask_name(config: Any, site: str, rule: SiteRule) -> str:
     block = "mlp.experts." if has_experts(config) else "mlp."
     if is_in_activation(site, rule):
         return f"{block}ffn_activation."
-    if site in ("gate", "up", "inter"):
+    if site == GROUP:
+        return f"{block}group_router."
+    if site in FACTOR_SITES:
         return f"{block}ffn_activation.{site}_mask."
     if site in ("attn_in", "ffn_in"):
         return f"{'self_attn.' if site == 'attn_in' else block}input_mask."
@@ -402,144 +431,3 @@ def _heaviest(scores: torch.Tensor, dropped_mass: float) -> torch.Tensor:
     before = ordered.cumsum(-1) - ordered
     kept = before < (1 - dropped_mass) * ordered.sum(-1, keepdim=True)
     return torch.zeros_like(kept).scatter_(-1, places, kept)
-
-
-class ProjectionMask(nn.Module):
-    """What masks do to one projection: a mask of its own on its input, and what replaces the dropped elements.
-
-    Args:
-        rule: Of the site that the projection reads; None where only an earlier site is masked.
-        parts: The site's parts (`site_parts`); those of the mask itself only if it is the projection's own.
-        projection: Name of the projection.
-        own_input: Whether the mask on the input belongs to this projection alone.
-    """
-
-    input_mask: SiteMask | None
-    remainder_constant: torch.Tensor | None
-    remainder_left: torch.Tensor | None
-    remainder_right: torch.Tensor | None
-
-    def __init__(self, rule: SiteRule, parts: Mapping[str, tuple[int, ...]], projection: str, own_input: bool) -> None:
-        super().__init__()
-        add_projection_mask(self, rule, parts, projection, own_input)
-
-    @classmethod
-    def of(cls, module: Any) -> ProjectionMask:
-        """The same mask and remainder as a module has."""
-        own = cls(SiteRule(), {}, "", own_input=False)
-        own.input_mask = module.input_mask
-        for part in ("constant", "left", "right"):
-            setattr(own, f"remainder_{part}", getattr(module, f"remainder_{part}"))
-        return own
-
-    def of_expert(self, expert: int) -> ProjectionMask:
-        """Those of one expert, on the same tensors."""
-        own = ProjectionMask.of(self)
-        own.input_mask = self.input_mask if self.input_mask is None else self.input_mask.of_expert(expert)
-        for part in ("constant", "left", "right"):
-            values = getattr(self, f"remainder_{part}")
-            if values is not None:
-                setattr(own, f"remainder_{part}", values[expert])
-        return own
-
-    def forward(
-        self, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], experts: int | None = None
-    ) -> torch.Tensor:
-        """`product` of the masked input, and the remainder."""
-        return masked_product(self, x, product, experts)
-
-
-class MaskedLinear(nn.Linear):
-    """A linear projection with a `ProjectionMask`'s attributes, and with an int4 copy where neurons are ranked by proxy."""
-
-    proxies: KeptBlocks | None = None
-
-    def forward(self, input: torch.Tensor, by_proxy: bool = False) -> torch.Tensor:
-        if by_proxy:
-            return proxy_product(self, input, self.weight)
-        return masked_product(self, input, super().forward)
-
-
-@torch.no_grad()
-def proxy_product(module: Any, x: torch.Tensor, weight: torch.Tensor, index: int = 0) -> torch.Tensor:
-    """[..., outputs] of x [..., inputs] and the int4 copy of a weight, computed as decoding does.
-
-    Copies are kept in `module.proxies`, one for each index, until torch counts a change of the weight. In training they are made each
-    time: optimisers may write to weights unseen.
-    """
-    if module.training:
-        module.proxies = KeptBlocks("int4")
-        return product(x, quantise(weight, "int4"), by_columns=False)
-    (matrix,) = module.proxies.of(index, [weight], lambda: [weight])
-    return product(x, matrix, by_columns=False)
-
-
-def add_projection_mask(
-    module: Any, rule: SiteRule, parts: Mapping[str, tuple[int, ...]], projection: str, own_input: bool
-) -> None:
-    """Gives a module the attributes of a `ProjectionMask`; arguments as there."""
-    module.input_mask = SiteMask(rule, parts) if own_input else None
-    for part in ("constant", "left", "right"):
-        shape = parts.get(f"{projection}.{part}")
-        module.register_buffer(f"remainder_{part}", None if shape is None else torch.zeros(shape))
-
-
-def masked_product(
-    module: Any, x: torch.Tensor, product: Callable[[torch.Tensor], torch.Tensor], experts: int | None = None
-) -> torch.Tensor:
-    mask = module.input_mask
-    masked = x if mask is None else mask(x, experts)
-    output = product(masked)
-    if module.remainder_left is not None:
-        left, right = (of_experts(one, 2, experts) for one in (module.remainder_left, module.remainder_right))
-        output = output + (x - masked) @ right.T @ left.T
-    if module.remainder_constant is not None:
-        output = output + of_experts(module.remainder_constant, 1, experts)
-    return output
-
-
-def install_input_masks(layer: Any, block: Any, config: Any) -> None:
-    """Gives a layer the masks on the inputs of its linear projections, and their remainders, as the configuration says.
-
-    The attention's own code stays. A block masks by itself what its projections share; those that have something of their own
-    become `MaskedLinear`s. Fused experts get a `ProjectionMask` for each projection of which that holds.
-    """
-    block.input_mask = None
-    if is_fused(block):
-        block.gate_proj_mask = block.up_proj_mask = block.down_proj_mask = None
-    for site, rule in site_rules(config).items():
-        if site not in READERS:
-            continue
-        parts = site_parts(config, site, rule)
-        own_input = site in INPUT_SITES and len(READERS[site]) == 1
-        if site == "attn_in":
-            layer.self_attn.input_mask = SiteMask(rule, parts)
-            layer.self_attn.register_forward_pre_hook(_mask_attention, with_kwargs=True)
-        elif site == "ffn_in":
-            block.input_mask = SiteMask(rule, parts)
-        for projection in READERS[site]:
-            if not own_input and rule.remainder == "none":
-                continue
-            if is_fused(block) and projection in ("gate_proj", "up_proj", "down_proj"):
-                setattr(block, f"{projection}_mask", ProjectionMask(rule, parts, projection, own_input))
-                continue
-            home: Any = layer.self_attn if hasattr(layer.self_attn, projection) else block
-            linear = getattr(home, projection)
-            # Re-classing keeps the parameter, under meta-device loading and ZeRO-3 partitioned construction alike.
-            linear.__class__ = MaskedLinear
-            add_projection_mask(linear, rule, parts, projection, own_input)
-    block.by_proxy = ranks_by_proxy(site_rules(config))
-    if block.by_proxy and is_fused(block):
-        block.proxies = KeptBlocks("int4")
-    elif block.by_proxy:
-        for linear in (block.gate_proj, block.up_proj):
-            linear.__class__ = MaskedLinear
-            add_projection_mask(linear, SiteRule(), {}, "", own_input=False)
-            linear.proxies = KeptBlocks("int4")
-
-
-# The hook takes its mask from the module that it is called with: a copy of the model must not share it.
-def _mask_attention(attention: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if args:
-        return (attention.input_mask(args[0]), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": attention.input_mask(kwargs["hidden_states"])}

@@ -134,11 +134,11 @@ def layer_activation_bytes(
 
 
 def extra_neuron_values(recipe: Recipe) -> int:
-    """Values per neuron that a layer saves in addition: both activations' factors while they are blended, and the gate's
-    factor once more for the penalty.
+    """Values per neuron that a layer saves in addition: both activations' factors while they are blended, the gate's factor once more
+    for the penalty, and the product before it is multiplied by soft groups.
     """
     blending = 3 if recipe.blending.budget_share else 0
-    return blending + (1 if recipe.penalty.gate_share else 0)
+    return blending + (1 if recipe.penalty.gate_share else 0) + (1 if recipe.group_routing.soft_tokens else 0)
 
 
 def layer_gradient_bytes(architecture: Architecture, value_bytes: int) -> int:

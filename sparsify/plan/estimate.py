@@ -16,8 +16,9 @@ from sparsify.conversion.architecture import held_fields, sparse_config, text_pa
 from sparsify.conversion.source_checkpoint import PACKAGE_PREFIX, locate
 from sparsify.errors import ModelError, RecipeError
 from sparsify.metadata import read_json, user_path
+from sparsify.methods.base import stored_by
 from sparsify.mixture.sequences.shares import Shares, share_phases
-from sparsify.models.masking import mask_tensors
+from sparsify.models.masking import GROUP, mask_tensors
 from sparsify.plan.activation_memory import value_bytes
 from sparsify.plan.cost import Cost, cost
 from sparsify.plan.extras import CalibrationPlan, RefitPlan, plan_calibration, plan_refits
@@ -244,11 +245,18 @@ def architecture_of(recipe: Recipe) -> Architecture:
     if (context := fields.get("max_position_embeddings")) is not None:
         check_context(recipe, context)
     mask_values = 0
-    if fields.get("sparsification") and not recipe.conversion.drop_source_mask:
+    if recipe.conversion.drop_source_mask:
+        fields = fields | {"sparsification": None}
+    if fields.get("sparsification"):
         config = sparse_config(fields, recipe.activation.ffn_activation, where)
         mask_values = config.num_hidden_layers * sum(
-            math.prod(shape) for parts in mask_tensors(config).values() for _, shape in parts.values()
+            math.prod(shape)
+            for site, parts in mask_tensors(config).items()
+            for part, (_, shape) in parts.items()
+            if site != GROUP or part not in ("router", "bias")
         )
+    elif recipe.conversion.makes_mask:
+        fields = fields | {"sparsification": stored_by(recipe.conversion)}
     sizes = fields | {"mask_values": mask_values}
     return Architecture.of(sizes, model.upcycle_experts, model.upcycle_experts_per_token)
 

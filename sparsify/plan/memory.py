@@ -135,7 +135,7 @@ class _Sizes:
         self.all = parameters.total
         self.own = -(-parameters.total // self.processes)
         self.largest = largest_tensor(architecture)
-        experts = parameters.gate + parameters.up + parameters.down
+        experts = parameters.gate + parameters.up + parameters.down + parameters.group_routers
         self.layer = experts // architecture.num_hidden_layers
         self.mask_values = architecture.mask_values
 

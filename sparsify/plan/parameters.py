@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from sparsify.conversion.layout import LAYER, tensor_shapes
 from sparsify.errors import ModelError, RecipeError
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.masking import num_experts
+
+TRAINED = (".router", ".bias")
+"""The tensors of a router of groups that are parameters."""
 
 
 class Architecture(BaseModel):
@@ -35,6 +39,8 @@ class Architecture(BaseModel):
     """Parameters of one layer's attention in addition to its four projections: biases, norms of queries and keys."""
     layer_norms: int = 2
     """Norms of the hidden size in one layer."""
+    group_routers: int = 0
+    """Parameters of one layer's routers of groups."""
     mask_values: int = 0
     """Thresholds of the mask that the source stores: buffers, of which every process has its own."""
 
@@ -51,6 +57,7 @@ class Architecture(BaseModel):
         known |= _extras(known)
         if upcycle_experts:
             known |= {"num_local_experts": upcycle_experts, "num_experts_per_tok": per_token}
+            known["group_routers"] = known.get("group_routers", 0) * upcycle_experts
         if {"hidden_size", "num_attention_heads"} <= known.keys():
             known.setdefault("head_dim", max(1, known["hidden_size"] // known["num_attention_heads"]))
         try:
@@ -80,9 +87,12 @@ def _extras(fields: Mapping[str, Any]) -> dict[str, int]:
         return {}
     layer = {name: shape for name, shape in tensor_shapes(config).items() if name.startswith(LAYER.format(0))}
     vectors = {name: shape[0] for name, shape in layer.items() if len(shape) == 1}
+    routers = sum(
+        math.prod(shape) for name, shape in layer.items() if ".group_router." in name and name.endswith(TRAINED)
+    )
     inside = sum(size for name, size in vectors.items() if ".self_attn." in name)
-    norms = sum(".self_attn." not in name and ".mlp." not in name for name in vectors)
-    return {"attention_extras": inside, "layer_norms": norms}
+    norms = sum(".self_attn." not in name and name.endswith("norm.weight") for name in vectors)
+    return {"attention_extras": inside, "layer_norms": norms, "group_routers": routers}
 
 
 class Parameters(BaseModel):
@@ -95,6 +105,7 @@ class Parameters(BaseModel):
     gate: int
     up: int
     down: int
+    group_routers: int
     router: int
     norms: int
     head: int
@@ -102,7 +113,7 @@ class Parameters(BaseModel):
     @computed_field
     @property
     def total(self) -> int:
-        return self.shared + self.gate + self.up + self.down
+        return self.shared + self.gate + self.up + self.down + self.group_routers
 
     @property
     def shared(self) -> int:
@@ -111,7 +122,7 @@ class Parameters(BaseModel):
     def active(self, architecture: Architecture) -> int:
         """Parameters used for one token: `num_experts_per_tok` of the experts and all other parts."""
         experts = num_experts(architecture)
-        ffn = (self.gate + self.up + self.down) // experts
+        ffn = (self.gate + self.up + self.down + self.group_routers) // experts
         return self.shared + ffn * architecture.num_experts_per_tok
 
 
@@ -125,6 +136,7 @@ def count_parameters(architecture: Architecture) -> Parameters:
         gate=matrix,
         up=matrix,
         down=matrix,
+        group_routers=a.num_hidden_layers * a.group_routers,
         router=a.num_hidden_layers * a.num_local_experts * a.hidden_size,
         norms=(a.layer_norms * a.num_hidden_layers + 1) * a.hidden_size,
         head=0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size,

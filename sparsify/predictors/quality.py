@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsify.methods.live_model import is_router
 from sparsify.models import SparseModel
-from sparsify.models.masking import experts_per_token
+from sparsify.models.masking import GROUP, experts_per_token
 from sparsify.predictors.engines import ENGINES, OWN, POWERINFER, WithoutThresholds, as_held
 from sparsify.predictors.format import Block, Predictors
 from sparsify.predictors.inputs import BlockInputs
@@ -23,6 +24,7 @@ from sparsify.sparsity.statistics import ActivationStatistics
 RECALLS = (0.999, 0.995, 0.99, 0.98, 0.96, 0.93, 0.88, 0.8, 0.65)
 """Recalls in the exact model whose thresholds are tried, in addition to the predictors' own threshold."""
 STEP_DIGITS = 4
+ROUTERS = "exact: its own routers, no predictor"
 
 Batch = dict[str, torch.Tensor]
 
@@ -33,6 +35,7 @@ class _Bytes:
 
     ffn: float
     predictors: float
+    routers: float
     rest: float
 
     def cost(self, name: str, loss: float, on_share: float, ffn_share: float) -> ReadingCost:
@@ -63,8 +66,8 @@ def evaluate_predictors(
     """Measures the loss of the exact model, and of the masked model in an engine's arithmetic at every threshold.
 
     A threshold can be chosen if the loss rises by no more than the limit, a token reads fewer bytes than with the engine's exact
-    kernel that reads the gate first (which needs no predictor) or, if it has none, than dense, and the recall is at least that
-    of a fixed mask of the neurons that fire most often. The one that reads least is chosen. A predictor that switches
+    kernel (which needs no predictor: it reads the gate first, in a model with routers of groups only of those that they keep) or,
+    if it has none, than dense, and the recall is at least that of a fixed mask of the neurons that fire most often. The one that reads least is chosen. A predictor that switches
     everything on has perfect recall and no rise of the loss, and fails the second rule. The exact model is the one that was
     trained, with its thresholds, also where the engine does not apply them.
 
@@ -102,6 +105,7 @@ class _Evaluator:
         self._on_progress = on_progress
         self._num_labels = sum(int((b["labels"] != IGNORED_LABEL).sum()) for b in batches)
         self._bytes = _bytes(model, predictors)
+        self._exact_by = "what its own routers keep" if self._bytes.routers else "gate first"
 
     def evaluate(self, name: str, folder: str, text: str, limit: float, given: Sequence[float]) -> PredictorEvaluation:
         with BlockInputs(self._model, self._predictors.facts.input) as inputs:
@@ -109,6 +113,9 @@ class _Evaluator:
             loss, statistics = self._loss(reader)
         gate_zeros, zeros = statistics.zero_share("gate"), statistics.zero_share("product")
         gate_first, perfect = ffn_byte_shares(gate_zeros, zeros)
+        active = self._active_groups(statistics)
+        if active is not None:  # of a group that is on, gate rows are read, and the others of what fires
+            gate_first = (active + 2 * (1 - zeros)) / 3 + self._bytes.routers / self._bytes.ffn
         exact = gate_first if self._arithmetic.gate_first else None
         own = self._predictors.facts.threshold
         found = (round(reader.histogram.threshold(recall), STEP_DIGITS) for recall in RECALLS)
@@ -121,7 +128,10 @@ class _Evaluator:
         best = min(usable, key=lambda point: point.ffn_bytes, default=None)
         cost = self._bytes.cost
         references = [cost("dense: all neurons", loss, 1.0, 1.0)]
-        if exact is not None:
+        if active is not None and exact is not None:
+            routers = cost(ROUTERS, loss, active, exact)
+            references.append(routers.model_copy(update={"recall": 1.0, "precision": (1 - zeros) / max(active, 1e-9)}))
+        elif exact is not None:
             references.append(cost("exact: gate first, no predictor", loss, 1 - gate_zeros, exact))
         references.append(cost("perfect predictor of size 0", loss, 1 - zeros, max(perfect, 1e-9)))
         return PredictorEvaluation(
@@ -138,8 +148,13 @@ class _Evaluator:
             references=references,
             points=points,
             chosen=best.threshold if best else None,
-            verdict=_verdict(best, points, exact, self._drops_thresholds),
+            verdict=_verdict(best, points, exact, self._exact_by, self._drops_thresholds),
         )
+
+    def _active_groups(self, statistics: ActivationStatistics) -> float | None:
+        """Share of groups that the model's own routers keep; None without routers."""
+        zeros = statistics.site_zero_shares().get(GROUP)
+        return None if zeros is None else 1 - zeros
 
     def _point(
         self,
@@ -161,13 +176,13 @@ class _Evaluator:
         cost = self._bytes.cost(f"predicted above {threshold:g}", masked_loss, on_share, read)
         recall, static = _share(hit, fired), _static_recall(mask.counts, statistics)
         return ThresholdPoint(
-            **cost.model_dump(),
+            **cost.model_dump(exclude={"recall", "precision"}),
             threshold=threshold,
             recall=recall,
             precision=_share(hit, on),
             static_recall=static,
             loss_rise=rise,
-            refusal=_refusal(rise, limit, read, gate_first, recall, static),
+            refusal=_refusal(rise, limit, read, gate_first, recall, static, self._exact_by),
             layers=_layers(mask.counts),
         )
 
@@ -179,12 +194,12 @@ class _Evaluator:
 
 
 def _refusal(
-    rise: float, limit: float, read: float, gate_first: float | None, recall: float | None, static: float
+    rise: float, limit: float, read: float, gate_first: float | None, recall: float | None, static: float, by: str
 ) -> str:
     if not rise <= limit:
         return f"the loss rises by {rise:.4f}"
     if gate_first is not None and read >= gate_first:
-        return f"reads {read:.0%} of the bytes; gate first reads {gate_first:.0%} and is exact"
+        return f"reads {read:.0%} of the bytes; {by} reads {gate_first:.0%} and is exact"
     if read >= 1:
         return f"reads {read:.0%} of the bytes, no fewer than dense"
     if recall is not None and recall < static:
@@ -193,7 +208,11 @@ def _refusal(
 
 
 def _verdict(
-    best: ThresholdPoint | None, points: Sequence[ThresholdPoint], gate_first: float | None, dropped_thresholds: bool
+    best: ThresholdPoint | None,
+    points: Sequence[ThresholdPoint],
+    gate_first: float | None,
+    by: str,
+    dropped_thresholds: bool,
 ) -> str:
     without = ", without the thresholds that the model stores," if dropped_thresholds else ""
     if best is not None:
@@ -203,7 +222,7 @@ def _verdict(
         )
     if all(point.on_share > 0.99 for point in points):
         return "These predictors switch everything on: recall is perfect, and nothing is saved."
-    dense = "dense" if gate_first is None else f"gate first ({gate_first:.1%} of the bytes, exact, without a predictor)"
+    dense = "dense" if gate_first is None else f"{by} ({gate_first:.1%} of the bytes, exact, without a predictor)"
     return f"No threshold{without} keeps the loss within the limit and reads less than {dense}."
 
 
@@ -245,4 +264,5 @@ def _bytes(model: SparseModel, predictors: Predictors) -> _Bytes:
     embedding = 0 if model.config.tie_word_embeddings else parts["embeddings"]
     ffn = sum(parts[part] for part in FFN_PARTS)
     rest = sum(parts.values()) - ffn - embedding
-    return _Bytes(ffn * computed, predictors.num_parameters * computed, rest)
+    routers = sum(p.numel() for name, p in model.named_parameters() if is_router(name))
+    return _Bytes(ffn * computed, predictors.num_parameters * computed, routers * computed, rest)

@@ -162,7 +162,7 @@ def evaluation_summary(evaluation: PredictorEvaluation, folder: Path) -> Rendera
     engine = ENGINES[evaluation.engine].title
     table = Table(f"{evaluation.model}: predictors evaluated for {engine} on {evaluation.num_tokens:,} tokens", columns)
     for cost in evaluation.references:
-        table.add(*_cells(cost, None, None))
+        table.add(*_cells(cost, cost.recall, cost.precision))
     table.add_rule()
     for point in evaluation.points:
         style = "bold" if point.threshold == evaluation.chosen else ""

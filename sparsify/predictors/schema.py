@@ -21,6 +21,8 @@ class ReadingCost(BaseModel):
         ffn_bytes: Share of the feed-forward weights' bytes that a token reads, predictors included.
         ffn_speedup: Predicted speed-up of the feed-forward blocks over dense, if time is proportional to bytes read.
         model_speedup: Predicted speed-up of the whole model, with dense attention and head.
+        recall: Share of the neurons that fire which are on, where something other than their own weights chooses them.
+        precision: Share of the neurons that are on which fire.
     """
 
     name: str
@@ -29,6 +31,8 @@ class ReadingCost(BaseModel):
     ffn_bytes: float
     ffn_speedup: float
     model_speedup: float
+    recall: float | None = None
+    precision: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -46,16 +50,12 @@ class ThresholdPoint(ReadingCost):
     """Metrics at one threshold.
 
     Attributes:
-        recall: Share of the neurons that fire in the masked model which are on.
-        precision: Share of the neurons that are on which fire.
         static_recall: Recall of a fixed mask of the same size, with the neurons of every block that fire most often.
         loss_rise: Loss above the exact model, nats per token.
         refusal: Reason why this threshold cannot be chosen; empty if it can.
     """
 
     threshold: float
-    recall: float | None
-    precision: float | None
     static_recall: float
     loss_rise: float
     refusal: str

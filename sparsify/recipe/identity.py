@@ -18,6 +18,7 @@ DECIDING_SECTIONS = (
     "conversion",
     "blending",
     "penalty",
+    "group_routing",
     "distillation",
     "mixture",
     "training",

@@ -27,9 +27,11 @@ from sparsify.recipe.sparsification import (
     BlendingSection,
     ConversionSection,
     DistillationSection,
+    GroupRoutingSection,
     PenaltySection,
     check_activation,
     check_conversion,
+    check_group_routing,
 )
 from sparsify.recipe.training import (
     BaselineSection,
@@ -54,6 +56,7 @@ class Recipe(Section):
     conversion: ConversionSection = field(default_factory=ConversionSection)
     blending: BlendingSection = field(default_factory=BlendingSection)
     penalty: PenaltySection = field(default_factory=PenaltySection)
+    group_routing: GroupRoutingSection = field(default_factory=GroupRoutingSection)
     distillation: DistillationSection = field(default_factory=DistillationSection)
     mixture: MixtureSection
     training: TrainingSection
@@ -108,6 +111,7 @@ def validate(recipe: Recipe) -> Recipe:
     _check_stages(recipe)
     _check_penalty(recipe)
     _check_target(recipe)
+    check_group_routing(recipe.group_routing, recipe.num_steps * recipe.step_tokens)
     _check_distillation(recipe)
     _check_fused(recipe)
     _check_compile(recipe)

@@ -167,6 +167,31 @@ class PenaltySection(Section):
 
 
 @dataclass
+class GroupRoutingSection(Section):
+    """How the routers of groups that a model stores are trained (`docs/routing.md`): softly first, then frozen."""
+
+    soft_tokens: NonNegativeInt = 0
+    """Training tokens of the first stage, in which neurons are multiplied by their group's sigmoid(score), and routers learn. After it
+    groups are on or off, and routers are frozen. 0 trains under the routers as they are."""
+    efficiency_weight: PositiveFloat | None = None
+    """Weight of the mean square of sigmoid(score), over tokens, groups and layers: the larger, the fewer groups stay on."""
+    active_share: (
+        Annotated[
+            float,
+            Field(gt=0, lt=1, description="Above 0 and below 1, such as 0.5; null leaves it to efficiency_weight."),
+        ]
+        | None
+    ) = None
+    """Share of groups that are on at the end of the first stage, mean over layers: a controller sets the efficiency weight for it."""
+    separability_weight: NonNegativeFloat = 0.001
+    """Weight of the mean of 1 / (sigmoid(score) - threshold)² at the end of the first stage; 0 for the first 70% of it, then in a straight
+    line. It pushes scores away from the threshold. The paper has 0.5, whose gradient outweighs that of the text here
+    (docs/routing.md)."""
+    learning_rate_factor: PositiveFloat = 1.0
+    """What the learning rate of routers is, as a multiple of that of all other parameters."""
+
+
+@dataclass
 class DistillationSection(Section):
     """Distillation from the dense source: each term is added to the loss, times its weight."""
 
@@ -180,3 +205,28 @@ class DistillationSection(Section):
     @property
     def is_on(self) -> bool:
         return self.logits_weight > 0 or self.ffn_weight > 0
+
+
+def check_group_routing(routing: GroupRoutingSection, budget_tokens: int) -> None:
+    """Refuses settings of routers that would be ignored, or that contradict each other; raises `RecipeError`."""
+    if not routing.soft_tokens:
+        given, defaults = asdict(routing), asdict(GroupRoutingSection())
+        for key in (key for key in given if given[key] != defaults[key]):
+            raise RecipeError(
+                f"group_routing.{key}={given[key]} would be ignored: group_routing.soft_tokens is 0, so routers learn nothing.",
+                next_step="Set group_routing.soft_tokens too, or omit it.",
+            )
+        return
+    if routing.soft_tokens > budget_tokens:
+        raise RecipeError(
+            f"group_routing.soft_tokens is {routing.soft_tokens}.",
+            allowed=f"0 to {budget_tokens}, what the run trains on; the rest of it trains under frozen routers.",
+        )
+    if (routing.efficiency_weight is None) == (routing.active_share is None):
+        both = routing.efficiency_weight is not None
+        raise RecipeError(
+            f"group_routing.soft_tokens is {routing.soft_tokens}, and group_routing.efficiency_weight and active_share are "
+            f"{'both set' if both else 'both null'}.",
+            allowed="One of them: the weight itself, or the share of groups that a controller sets it for.",
+            next_step="Omit one of them." if both else "Set group_routing.active_share, such as 0.5.",
+        )

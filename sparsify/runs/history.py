@@ -128,6 +128,11 @@ def validation_records(run: RunFolder) -> list[dict[str, Any]]:
     return [record for record in read_lines(run.metrics) if record.get("kind") == "validation"]
 
 
+ON_THE_WAY = ("blending", "soft routing")
+"""Labels of validations of a model that is not yet what it is to become."""
+TRAINING_LABELS = (*ON_THE_WAY, "training")
+
+
 def curve_records(run: RunFolder) -> list[dict[str, Any]]:
     """The validation lines of the model that is trained: from where its training starts, without the base before an activation replacement.
 
@@ -136,7 +141,7 @@ def curve_records(run: RunFolder) -> list[dict[str, Any]]:
     records = validation_records(run)
     labels = {record["label"] for record in records}
     start = "after_replacement" if "after_replacement" in labels and not is_blended(run) else "base"
-    return [record for record in records if record["label"] in ("blending", "training", start)]
+    return [record for record in records if record["label"] in (*TRAINING_LABELS, start)]
 
 
 def is_blended(run: RunFolder) -> bool:
@@ -151,7 +156,8 @@ def stages(run: RunFolder) -> list[Stage]:
     """
     newest = _newest(run)
     if "training" in newest:
-        newest.pop("blending", None)  # on its way then, past now
+        for label in ON_THE_WAY:  # then, past now
+            newest.pop(label, None)
     rows = [
         newest[label].model_copy(update={"name": name}) for label, name in _stage_names(run).items() if label in newest
     ]
@@ -192,6 +198,7 @@ def _stage_names(run: RunFolder) -> dict[str, str]:
         if is_blended(run)
         else "right after the activation replacement",
         "blending": "while blending",
+        "soft routing": "while groups are soft",
         "training": "after training",
     }
 

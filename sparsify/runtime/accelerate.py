@@ -15,7 +15,7 @@ from typing import Any, get_args
 from sparsify.errors import ModelError
 from sparsify.models import FAMILIES
 from sparsify.models.activations import ACTIVATIONS, activation_names
-from sparsify.models.masking import experts_per_token, is_fused, num_experts, ranks_by_proxy, site_rules
+from sparsify.models.masking import GROUP, experts_per_token, is_fused, num_experts, ranks_by_proxy, site_rules
 from sparsify.models.quantised import BlockFormat
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
 from sparsify.runtime.columns import held_by_columns
@@ -161,6 +161,8 @@ def accelerate(
         _check_device(model, weights)
     if ranks_by_proxy(site_rules(model.config)):
         _check_proxies(model, weights, predictors)
+    if GROUP in site_rules(model.config):
+        _check_routers(model, predictors)
     held = frozenset() if dense else held_by_columns(model, in_blocks=blocks is not None)
     for layer, block in enumerate(model.ffn_blocks()):
         if "forward" in vars(block):
@@ -214,6 +216,18 @@ def _check_proxies(model: Any, weights: str, predictors: LayerPredictors | None)
         next_step = "Move the model to the CPU, or decode it as it is: model.generate() alone."
     if reason:
         raise ModelError(reason, next_step=next_step)
+
+
+def _check_routers(model: Any, predictors: LayerPredictors | None) -> None:
+    if predictors is not None:
+        raise ModelError(
+            "Its routers choose groups of neurons; predictors would choose once more.", next_step="Omit predictors=."
+        )
+    if next(model.parameters()).device.type != "cpu":
+        raise ModelError(
+            "Its routers choose groups of neurons, which only the kernels for a CPU read.",
+            next_step="Move the model to the CPU, or decode it as it is: model.generate() alone.",
+        )
 
 
 def check_acceleratable(model: Any, *, dense: bool = False) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import ModelError
-from sparsify.models.masking import masked_product
+from sparsify.models.projection_masks import masked_product
 from sparsify.models.quantised import BlockMatrix, product
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import is_masked_linear
@@ -39,9 +39,10 @@ class BlockProduct:
 
 
 def drop_block(forward: BlockForward) -> None:
-    """Frees the weights of a feed-forward block. What is left of each has its shape, on the device `meta`."""
+    """Frees the weights of a feed-forward block, but not its router. What is left of each has its shape, on the device `meta`."""
     forward.freeze()
-    for part in forward.block.modules():
+    router = getattr(forward.block, "group_router", None)
+    for part in (one for one in forward.block.modules() if one is not router):
         for name in [one for one, _ in part.named_parameters(recurse=False)]:
             _empty(part, name)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.models.masking import masked_product
+from sparsify.models.projection_masks import masked_product
 from sparsify.runtime.columns import columns_first
 from sparsify.runtime.device_cache import Room, StepCache
 from sparsify.runtime.forwards import BlockForward

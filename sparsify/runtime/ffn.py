@@ -41,7 +41,7 @@ def sparse_ffn(
         weights: Weights of the block on the device of x, of its dtype or in int8 or int4 blocks.
         activation: The two factors.
         up_input: What up_proj reads, of the shape of x; default: x.
-        predictor_input: Input of the predictor, of the shape of x; default: x.
+        predictor_input: Input of the predictor, or of the router, of the shape of x; default: x.
         dense: Read every row: the baseline of speed-ups.
         backend: `native` (C++ on a CPU), `triton` (GPU), `torch` (torch's operators on any device), or `auto`, which is
             `backend_of(x)`.
@@ -140,12 +140,13 @@ def backend_of(x: torch.Tensor, *, in_blocks: bool = False) -> Backend:
 
 
 def _usable(backend: Backend, x: torch.Tensor, weights: FfnWeights) -> Backend:
+    chosen = weights.copies is not None or weights.router is not None
     if backend == "auto":
         own = backend_of(x, in_blocks=weights.in_blocks)
-        return "torch" if own == "triton" and (weights.masks or weights.copies is not None) else own
-    if backend == "triton" and (weights.in_blocks or weights.masks or weights.copies is not None):
+        return "torch" if own == "triton" and (weights.masks or chosen) else own
+    if backend == "triton" and (weights.in_blocks or weights.masks or chosen):
         raise ValueError(
-            "The Triton kernels read no int8 or int4 blocks, and mask neurons by thresholds on gate and inter alone."
+            "The Triton kernels read no int8 or int4 blocks, mask neurons by thresholds on gate and inter alone, and know no routers."
         )
     needs = {
         "native": "a CPU, a C++ compiler or a wheel that contains them,",

@@ -12,14 +12,33 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, Activation
-from sparsify.models.masking import masked_product
+from sparsify.models.projection_masks import masked_product
 from sparsify.models.quantised import BlockMatrix, KeptBlocks, product
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
-from sparsify.runtime.masks import bases_of, constant_of, low_rank_of, num_bytes, own_mask, own_part
+from sparsify.runtime.masks import (
+    bases_of,
+    constant_of,
+    copies_of,
+    low_rank_of,
+    num_bytes,
+    own_mask,
+    own_part,
+    router_of,
+    thresholds_of,
+)
 from sparsify.runtime.triton_columns import masked_by_triton
 from sparsify.runtime.triton_ffn import triton_can
-from sparsify.runtime.weights import AttentionReads, Copies, FfnWeights, LineBytes, Matrix, Options, Predictor, RowsRead
+from sparsify.runtime.weights import (
+    AttentionReads,
+    Copies,
+    FfnWeights,
+    LineBytes,
+    Matrix,
+    Options,
+    Predictor,
+    RowsRead,
+)
 
 WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
 """Default limit on the tokens of a call with stored weights, where it is not 8: with more tokens torch's dense product,
@@ -141,8 +160,8 @@ class BlockForward:
         """As the class's forward, by torch's products with what the blocks stand for."""
         raise NotImplementedError
 
-    def _products(self, x: torch.Tensor, index: int = 0) -> torch.Tensor:
-        """The block's output, or an expert's, for masked states [..., hidden]."""
+    def _products(self, seen: torch.Tensor, x: torch.Tensor, index: int = 0) -> torch.Tensor:
+        """The block's output, or an expert's, for states [..., hidden] before and after the mask on its input."""
         gate, up, down_t = self._blocks(index)
 
         def multiply(name: str, states: torch.Tensor, by: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -156,7 +175,11 @@ class BlockForward:
         copies = self.copies(index)
         proxies = None if copies is None else [product(x, one, by_columns=False) for one in (copies.gate, copies.up)]
         own = self.block.ffn_activation
-        neurons = own(*factors, experts=index) if proxies is None else own(*factors, experts=index, proxies=proxies)
+        options: dict[str, Any] = {} if proxies is None else {"proxies": proxies}
+        if self.is_routed:
+            router = self.block.group_router
+            options["groups"] = router.factors(router(seen, index))
+        neurons = own(*factors, experts=index, **options)
         return multiply("down", neurons, lambda states: states @ down_t.dequantised(dtype=x.dtype))
 
     @property
@@ -178,7 +201,7 @@ class BlockForward:
             )
         watched = (block.ffn_activation, *block.children())
         return (
-            x.device.type in (("cpu",) if self.ranks_by_proxy else ("cpu", "cuda"))
+            x.device.type in (("cpu",) if self.ranks_by_proxy or self.is_routed else ("cpu", "cuda"))
             and 0 < x.numel() <= self.most_tokens(x) * x.shape[-1]
             # What replaces dropped elements is computed from these: in a step alone.
             and not any(self._low_rank(name) for name in ("gate", "up"))
@@ -213,7 +236,7 @@ class BlockForward:
         gate, up, down_t = self._matrices(index)
         expert = index if self.count() > 1 else None
         predictor = self._predictor(index, like)
-        thresholds, masks = self._thresholds(expert)
+        thresholds, masks = thresholds_of(self.block, expert)
         return FfnWeights(
             *(gate, up, down_t),
             **thresholds,
@@ -223,6 +246,7 @@ class BlockForward:
             masks=masks,
             other_bytes=sum(num_bytes(self._low_rank(name, index)) for name in ("gate", "up")),
             copies=self.copies(index),
+            router=router_of(self.block, index),
         )
 
     @property
@@ -230,9 +254,11 @@ class BlockForward:
         """What of the block the kernels for a GPU do not compute, in words; or nothing."""
         if self.ranks_by_proxy:
             return "masks by int4 copies"
+        if self.is_routed:
+            return "routers of groups"
         if any(self._low_rank(name) for name in ("gate", "up")):
             return "low-rank remainders in feed-forward blocks"
-        others = list(self._thresholds()[1])
+        others = list(thresholds_of(self.block)[1])
         return f"a mask on {others[0]} by comparing neurons, or on up" if others else ""
 
     def _low_rank(self, name: str, expert: int = 0) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -244,6 +270,11 @@ class BlockForward:
         return getattr(self.block, "by_proxy", False)
 
     @property
+    def is_routed(self) -> bool:
+        """Whether a router chooses groups of neurons. Bundles of older versions have none."""
+        return getattr(self.block, "group_router", None) is not None
+
+    @property
     def copied_bytes(self) -> int:
         """Memory of the copies made so far."""
         return sum(kept.num_bytes for kept, _ in self._copied(0)) if self.ranks_by_proxy else 0
@@ -252,13 +283,7 @@ class BlockForward:
         """The model's own copies of the block, or of an expert, which rank neurons; None where none do."""
         if not self.ranks_by_proxy:
             return None
-        neurons, halves = self.block.config.intermediate_size, list[BlockMatrix]()
-        for kept, weight in self._copied(index):
-            (one,) = kept.of(index, [weight], lambda weight=weight: [weight])
-            # A bundle's classes are its own.
-            halves += [BlockMatrix(data, "int4", one.columns) for data in one.data.split(neurons)]
-        gate, up = halves
-        return Copies(gate, up, float(self.block.ffn_activation.inter_mask.threshold))
+        return copies_of(self.block, index, self._copied(index))
 
     def _copied(self, index: int) -> list[tuple[KeptBlocks, torch.Tensor]]:
         """Where the block keeps copies, and of which weights: gate and up, or both in one, of the block or of an expert."""
@@ -274,24 +299,6 @@ class BlockForward:
     def activation(self) -> Activation:
         own = self.block.ffn_activation
         return ACTIVATIONS[own.name].with_threshold(getattr(own, "gate_threshold", 0.0))
-
-    def _thresholds(self, expert: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Thresholds of the block's masks, or of one expert, and masks that are others. Bundles of older versions have no gate mask."""
-        own = self.block.ffn_activation
-        masks = {
-            site: mask for site in ("gate", "up", "inter") if (mask := getattr(own, f"{site}_mask", None)) is not None
-        }
-        if self.ranks_by_proxy:
-            masks.pop("inter")  # the copies apply it
-        thresholds = {"thresholds": getattr(own, "threshold", None), "gate_thresholds": None}
-        if "gate" in masks and hasattr(masks["gate"], "threshold"):
-            thresholds["gate_thresholds"] = masks.pop("gate").threshold
-        if expert is None:
-            return thresholds, masks
-        return {
-            name: values[expert] if values is not None and values.dim() > 1 else values
-            for name, values in thresholds.items()
-        }, {site: mask.of_expert(expert) for site, mask in masks.items()}
 
     def _constants(self, expert: int | None = None) -> dict[str, Any]:
         """What is added to the outputs of the projections, or to those of one expert."""
@@ -370,12 +377,12 @@ class MlpForward(BlockForward):
         weights = self.weights(0, x)
         # Predictors take the input before its mask.
         seen = x if self._norm_input is None else self._norm_input
-        seen = seen if weights.predictor is not None else None
+        seen = seen if weights.reads_before_masks else None
         self._count_call(x.shape[:-1].numel())
         return self._read(self._masked(x), weights, seen)
 
     def _from_blocks(self, *arguments: torch.Tensor) -> torch.Tensor:
-        return self._products(self._masked(arguments[0]))
+        return self._products(arguments[0], self._masked(arguments[0]))
 
     def _stored(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         block = self.block
@@ -406,7 +413,7 @@ class ExpertsForward(BlockForward):
             token, slot = torch.where(top_k_index == expert)
             weights = self.weights(expert, hidden_states)
             chosen = None
-            if weights.predictor is not None:
+            if weights.reads_before_masks:
                 chosen = seen.reshape(hidden_states.shape)[token]
             expert_output = self._read(hidden_states[token], weights, chosen, expert)
             share = top_k_weights[token, slot, None]
@@ -418,7 +425,7 @@ class ExpertsForward(BlockForward):
         gate, up = self._gate_and_up()
         masks = [own_mask(own_part(self.block, name)) for name in ("gate", "up")]
         gate_x, up_x = (x if mask is None else masked_by_triton(mask, x) for mask in masks)
-        thresholds, _ = self._thresholds()
+        thresholds, _ = thresholds_of(self.block)
         weights = FfnWeights(
             gate,
             up,
@@ -427,7 +434,7 @@ class ExpertsForward(BlockForward):
             **self._constants(),
             predictor=self._stacked(x),
             by_columns=self.by_columns,
-            copies=None,  # no kernel for a GPU reads them
+            copies=None,  # no kernel for a GPU reads them, nor routers
         )
         out, rows = sparse_experts(
             gate_x,
@@ -443,7 +450,7 @@ class ExpertsForward(BlockForward):
 
     def _alike(self) -> bool:
         """Whether there are no masks but thresholds, and all predictors have the same rank, so that the experts can be stacked."""
-        if self._thresholds()[1]:
+        if thresholds_of(self.block)[1]:
             return False
         return len({one.a.shape for one in self.options.predictors or ()}) <= 1
 
@@ -462,13 +469,14 @@ class ExpertsForward(BlockForward):
         return self._stack
 
     def _from_blocks(self, *arguments: torch.Tensor) -> torch.Tensor:
-        hidden_states, top_k_index, top_k_weights = arguments
-        hidden_states = self._masked(hidden_states)
+        seen, top_k_index, top_k_weights = arguments
+        hidden_states = self._masked(seen)
         output = torch.zeros_like(hidden_states)
         for expert in torch.unique(top_k_index).tolist():
             token, slot = torch.where(top_k_index == expert)
             share = top_k_weights[token, slot, None]
-            output.index_add_(0, token, (self._products(hidden_states[token], expert) * share).to(output.dtype))
+            expert_output = self._products(seen[token], hidden_states[token], expert)
+            output.index_add_(0, token, (expert_output * share).to(output.dtype))
         return output
 
     def count(self) -> int:

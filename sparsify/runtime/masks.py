@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsify.models.masking import is_fused, site_rules
+from sparsify.models.masking import is_fused, kept_count, site_rules
+from sparsify.models.quantised import BlockMatrix, KeptBlocks
+from sparsify.runtime.weights import Copies, Router
 
 
 def is_masked_linear(module: nn.Module) -> bool:
@@ -58,6 +60,52 @@ def low_rank_of(module: Any, expert: int = 0) -> tuple[torch.Tensor, torch.Tenso
     if left is None or right is None:
         return None
     return (left[expert], right[expert]) if left.dim() > 2 else (left, right)
+
+
+def router_of(block: Any, expert: int) -> Router | None:
+    """What chooses groups of neurons of a block, or of an expert; None where nothing does. Bundles of older versions have no routers."""
+    own = getattr(block, "group_router", None)
+    if own is None:
+        return None
+    own = own.of_expert(expert) if is_fused(block) else own
+    weight, bias = own.router.detach(), own.bias.detach().float()
+    if own.rule.rule == "router_top_k":
+        return Router(weight, bias, kept_count(float(own.kept_share), len(bias)))
+    return Router(weight, bias - torch.logit(own.threshold.float()))
+
+
+def copies_of(block: Any, index: int, halves: Iterable[tuple[KeptBlocks, torch.Tensor]]) -> Copies:
+    """The int4 copies that rank neurons of a block, or of an expert.
+
+    Args:
+        block: With such a mask.
+        index: Of the expert; 0 in a dense block.
+        halves: Where copies are kept, and of which weights: gate and up, or both in one.
+    """
+    found = list[BlockMatrix]()
+    for kept, weight in halves:
+        (one,) = kept.of(index, [weight], lambda weight=weight: [weight])
+        # A bundle's classes are its own.
+        found += [BlockMatrix(data, "int4", one.columns) for data in one.data.split(block.config.intermediate_size)]
+    gate, up = found
+    return Copies(gate, up, float(block.ffn_activation.inter_mask.threshold))
+
+
+def thresholds_of(block: Any, expert: int | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Thresholds of a block's masks, or of one expert, and masks that are others. Bundles of older versions have no gate mask."""
+    own = block.ffn_activation
+    masks = {site: mask for site in ("gate", "up", "inter") if (mask := getattr(own, f"{site}_mask", None)) is not None}
+    if getattr(block, "by_proxy", False):
+        masks.pop("inter")  # the copies apply it
+    thresholds = {"thresholds": getattr(own, "threshold", None), "gate_thresholds": None}
+    if "gate" in masks and hasattr(masks["gate"], "threshold"):
+        thresholds["gate_thresholds"] = masks.pop("gate").threshold
+    if expert is None:
+        return thresholds, masks
+    return {
+        name: values[expert] if values is not None and values.dim() > 1 else values
+        for name, values in thresholds.items()
+    }, {site: mask.of_expert(expert) for site, mask in masks.items()}
 
 
 def bases_of(*masks: Any) -> list[torch.Tensor]:

@@ -61,9 +61,11 @@ class FfnCall(ctypes.Structure):
     """Arguments and results of a call; mirrors FfnCall in native/ffn.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank")),
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "neurons", "rank", "groups", "kept_groups")),
         *((name, CMatrix) for name in ("x", "up_x", "gate", "up", "down_t")),
         *((name, CMatrix) for name in ("predictor_x", "predictor_a", "predictor_b", "gate_copy", "up_copy")),
+        ("router", CMatrix),
+        ("router_bias", ctypes.c_void_p),
         *((f"{name}_constant", ctypes.c_void_p) for name in ("gate", "up", "down")),
         *((f"{name}_mask", ctypes.POINTER(CMask)) for name in ("gate", "up", "product", "gate_in", "up_in")),
         *((f"{name}_low_rank", CLowRank) for name in ("gate", "up")),
@@ -96,7 +98,7 @@ def native_ffn(
         weights = replace(weights, predictor=None)
     call, held = ffn_call(weights, activation, x.dtype, threads=threads)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    given = {"x": x} | ({} if weights.predictor is None else {"predictor_x": predictor_x})
+    given = {"x": x} | ({"predictor_x": predictor_x} if weights.reads_before_masks else {})
     given |= {} if up_x is None else {"up_x": up_x}
     for name, part in given.items():
         held.append(part := _whole_rows(part))
@@ -131,6 +133,9 @@ def ffn_call(
     copies = weights.copies
     if copies is not None:
         parts |= {"gate_copy": copies.gate, "up_copy": copies.up}
+    router, bias = weights.router, None
+    if router is not None:
+        parts["router"], bias = router.weight.to(dtype), router.bias.detach().float().contiguous()
     rows = {name: _whole_rows(part) for name, part in parts.items()}
     held: list[Any] = list(rows.values())
     thresholds = dict(zip(("product", "gate"), weights.thresholds_for(weights.gate.device), strict=True))
@@ -151,6 +156,9 @@ def ffn_call(
         hidden=weights.hidden,
         neurons=weights.neurons,
         rank=0 if predictor is None else predictor.a.shape[0],
+        groups=0 if router is None else len(router.weight),
+        kept_groups=0 if router is None else router.kept or 0,
+        router_bias=None if bias is None else bias.data_ptr(),
         dtype=NATIVE_DTYPES[dtype],
         gate_kind=_GATE_KINDS[activation.gate],
         up_kind=_UP_KINDS[activation.up],
@@ -166,7 +174,7 @@ def ffn_call(
         **{name: values.data_ptr() for name, values in constants.items()},
         **{name: ctypes.pointer(mask) for name, mask in masks.items()},
     )
-    return call, [*held, *constants.values(), *thresholds.values(), *masks.values()]
+    return call, [*held, bias, *constants.values(), *thresholds.values(), *masks.values()]
 
 
 def c_mask(mask: Any, count: int, dtype: torch.dtype, held: list[Any]) -> CMask:

@@ -7,8 +7,9 @@ from torch.nn.functional import linear
 
 from sparsify.models.activations import Activation
 from sparsify.models.ffn_activation import GATE_FACTORS, UP_FACTORS
+from sparsify.models.masking import largest
 from sparsify.models.quantised import BlockMatrix, product, rounded_states
-from sparsify.runtime.weights import Copies, FfnWeights, Matrix, RowsRead
+from sparsify.runtime.weights import Copies, FfnWeights, Matrix, Router, RowsRead
 
 GATHER_SHARE = 0.2
 """Largest share of rows to gather. Gathering reads, writes and reads them again, so above this the whole matrix is
@@ -29,6 +30,8 @@ def portable_ffn(
     """As `sparse_ffn`, for x [tokens, hidden]. With weights in blocks it computes in fp32 at least."""
     dtype = x.dtype
     wanted = None if weights.copies is None else _ranked(x, weights.copies, activation)
+    if weights.router is not None:
+        wanted = _routed(predictor_x, weights.router, weights.neurons)
     x, own = _read_as(x, weights)
     for_up, own_for_up = (x, own) if up_x is None else _read_as(up_x, weights)
     rows: Rows = ALL_ROWS
@@ -132,6 +135,14 @@ def _ranked(x: torch.Tensor, copies: Copies, activation: Activation) -> torch.Te
     gate, up = (product(x, one, by_columns=False) for one in (copies.gate, copies.up))
     factors = GATE_FACTORS[activation.gate](gate, activation.gate_threshold), UP_FACTORS[activation.up](up)
     return ~((factors[0] * factors[1]).abs() <= copies.threshold)
+
+
+def _routed(x: torch.Tensor, router: Router, neurons: int) -> torch.Tensor:
+    """The same by a router of groups, whose scores are computed in fp32 at least."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    scores = linear(x.to(wide), router.weight.to(wide), router.bias.to(wide))
+    kept = ~(scores <= 0) if router.kept is None else largest(scores, router.kept) | scores.isnan()
+    return kept.repeat_interleave(neurons // len(router.weight), dim=1)
 
 
 def _few(wanted: torch.Tensor, rows: Rows) -> Rows:

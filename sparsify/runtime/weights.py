@@ -30,6 +30,25 @@ class Predictor:
 
 
 @dataclass(frozen=True)
+class Router:
+    """Chooses groups of neighbouring neurons of a block: those with x @ weight.T + bias above 0, or the largest of these.
+
+    Args:
+        weight: [groups, hidden].
+        bias: [groups]; of a router with a threshold the logit of that is taken off.
+        kept: How many groups are kept; None for those with scores above 0. NaN is kept.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    kept: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
+
+@dataclass(frozen=True)
 class Copies:
     """Int4 copies of gate and up that rank neurons: only those are computed whose product, as the copies say, is large enough.
 
@@ -77,6 +96,7 @@ class FfnWeights:
         up_constant: The same for up.
         down_constant: Added to the output of the block, [hidden].
         copies: What ranks neurons instead of a predictor; of one block or expert only.
+        router: What chooses groups of neurons instead of a predictor; of one block or expert only.
         by_columns: Which of `gate` and `up` are held by columns: of these, columns of inputs that are zero are not read.
         masks: `SiteMask`s of the sites `gate`, `up` and `inter` that the thresholds above do not hold.
         other_bytes: What a step reads in addition to the projections in any case: low-rank factors.
@@ -95,6 +115,12 @@ class FfnWeights:
     masks: Mapping[str, Any] = field(default_factory=dict)
     other_bytes: int = 0
     copies: Copies | None = None
+    router: Router | None = None
+
+    @property
+    def reads_before_masks(self) -> bool:
+        """Whether something chooses neurons by the block's input before its mask."""
+        return self.predictor is not None or self.router is not None
 
     @property
     def up_first(self) -> bool:
@@ -139,7 +165,8 @@ class FfnWeights:
         column = line_bytes(held[0]) if held else 0
         rows, columns = (3 - len(held)) * self.row_bytes, len(held) * column * self.hidden
         copies = 0 if self.copies is None else self.copies.nbytes
-        others = (self.predictor_bytes + copies + self.other_bytes) / self.neurons
+        router = 0 if self.router is None else self.router.nbytes
+        others = (self.predictor_bytes + copies + router + self.other_bytes) / self.neurons
         return LineBytes(self.row_bytes, column, others, rows + columns / self.neurons)
 
     @property
@@ -182,6 +209,18 @@ class FfnWeights:
                         f"{name} is {_kind(copy)} {list(copy.shape)} on {copy.device}; it must be int4 blocks "
                         f"{[neurons, hidden]} on {x.device}, without a predictor."
                     )
+        if self.router is not None and (
+            neurons % len(self.router.weight)
+            or self.router.weight.shape[1:] != (hidden,)
+            or self.router.bias.shape != self.router.weight.shape[:1]
+            or self.router.weight.device != x.device
+            or self.predictor is not None
+            or self.copies is not None
+        ):
+            raise ValueError(
+                f"router is {list(self.router.weight.shape)} on {self.router.weight.device}; it must be [groups, {hidden}] of "
+                f"{neurons} neurons in equal groups on {x.device}, without a predictor or copies."
+            )
         for name, part in parts.items():
             if tuple(part.shape) != expected.get(name, tuple(part.shape)):
                 raise ValueError(f"{name} is {list(part.shape)}; it must be {list(expected[name])}.")
@@ -222,7 +261,7 @@ class LineBytes:
     Args:
         row: Of a row of any projection.
         column: Of a column of those that are held by columns.
-        others: Of the predictor, of copies that rank neurons and of low-rank factors, for each neuron.
+        others: Of the predictor, of copies that rank neurons, of a router and of low-rank factors, for each neuron.
         dense: Of all three projections, for each neuron.
     """
 

@@ -27,6 +27,7 @@ _PART_OF = {
     "up_proj": "up",
     "down_proj": "down",
     "router": "router",
+    "group_router": "router",
     "gate": "router",
 }
 

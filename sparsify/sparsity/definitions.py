@@ -11,6 +11,8 @@ KEPT = {
     "channel": "exceeds a threshold of its own in size",
     "top_k": "is among the stored share of the largest of its token",
     "top_p": "is among the largest of its token that make up the stored share of their sum",
+    "router": "has a score of the layer's router whose sigmoid exceeds the stored threshold",
+    "router_top_k": "is among the stored share of those that the layer's router scores highest",
 }
 """Which elements a mask keeps, in words, by what reports call it (`masks`)."""
 INPUTS = {
@@ -22,12 +24,15 @@ INPUTS = {
     "ffn_in": "the input of the gate and up projections",
     "ffn_in.gate": "the input of the gate projection",
     "ffn_in.up": "the input of the up projection",
+    "group": "the groups of a block's neurons that the layer's router drops or keeps",
 }
-"""INPUT_SITES in words."""
+"""COUNTED_SITES in words."""
 
 
 def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
     parts = [ACTIVATIONS[ffn_activation].formula]
+    if "group" in masks:
+        parts.append(f"of the neurons whose group {KEPT[masks['group']]}, else 0")
     if "gate" in masks:
         parts.append(f"with the left factor 0 unless it {KEPT[masks['gate']]}")
     if "up" in masks:
@@ -58,7 +63,7 @@ def definitions(
         "p5, p50, p95": "Percentiles over tokens of a single token's share of zeros in that block.",
         **{
             f"{site} zeros": f"Share of exact zeros in {INPUTS[site]}, after the mask that the model stores: an element is "
-            f"kept where it {KEPT[kept]}. Counted once for a token and layer."
+            f"kept where it {KEPT[kept]}. Counted once for a token and layer{', or expert' if site == 'group' else ''}."
             for site, kept in masks.items()
             if site in INPUTS
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
@@ -18,6 +19,7 @@ from sparsify.sparsity.figures_model import (
     draw_layers,
     draw_masked_inputs,
     draw_positions,
+    draw_routers,
     draw_sources,
     draw_unions,
 )
@@ -61,7 +63,17 @@ def _layers_caption(report: SparsityReport, statistics: ActivationStatistics) ->
 
 def _masked_inputs_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
     found = "; ".join(f"{site}, {INPUTS[site]}: {percent(zeros)}" for site, zeros in report.site_zeros.items())
-    return f"Share of exact zeros at the inputs that the model's stored mask drops elements of, by layer. {found}."
+    return f"Share of exact zeros where the model's stored mask drops elements or groups, by layer. {found}."
+
+
+def _routers_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    active = [row.active for row in report.routers]
+    mean = {name: fmean(getattr(row, name) for row in report.routers) for name in ("undecided", "empty_tokens")}
+    return (
+        f"Scores of the routers of groups: the mean over layers, and each layer as a thin line. {percent(fmean(active))} of the groups "
+        f"are on, {percent(min(active))} to {percent(max(active))} by layer; {percent(mean['undecided'])} are within 0.1 of the "
+        f"threshold. {percent(mean['empty_tokens'])} of the tokens have no group in a layer."
+    )
 
 
 def _experts_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
@@ -198,6 +210,13 @@ FIGURES = (
         _masked_inputs_caption,
         lambda report: bool(report.site_zeros),
         draw_masked_inputs,
+    ),
+    ReportFigure(
+        "routers",
+        "Scores of routers",
+        _routers_caption,
+        lambda report: bool(report.routers),
+        draw_routers,
     ),
     ReportFigure(
         "experts",

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from sparsify.models.masking import INPUT_SITES
+from sparsify.models.masking import COUNTED_SITES
 from sparsify.reporting.numbers import percent
 from sparsify.reporting.plotting import WIDTH_INCHES, Theme
 from sparsify.sparsity.measure import sorted_firing_rates
@@ -57,7 +57,7 @@ def draw_masked_inputs(report: SparsityReport, statistics: ActivationStatistics,
     figure = Figure(figsize=(WIDTH_INCHES, 3.2))
     axes = figure.add_subplot()
     colours = (theme.gate, theme.product, theme.up)
-    for number, site in enumerate(site for site in INPUT_SITES if site in report.site_zeros):
+    for number, site in enumerate(site for site in COUNTED_SITES if site in report.site_zeros):
         zeros = [row.site_zeros[site] for row in report.layer_rows]
         style = ("o-", "s--", "D:", "^-", "v--", "x:", "+-")[number]
         axes.plot(layers, zeros, style, color=colours[number % 3], label=site, markersize=5, clip_on=False)
@@ -65,6 +65,21 @@ def draw_masked_inputs(report: SparsityReport, statistics: ActivationStatistics,
     axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     figure.legend(loc="outside upper left", ncols=4)
+    return figure
+
+
+def draw_routers(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
+    figure = Figure(figsize=(WIDTH_INCHES, 3.4))
+    axes = figure.add_subplot()
+    bins = len(report.routers[0].gates)
+    centres = (np.arange(bins) + 0.5) / bins
+    for row in report.routers:
+        axes.plot(centres, row.gates, color=theme.line, linewidth=1)
+    axes.plot(
+        centres, np.mean([row.gates for row in report.routers], axis=0), "o-", color=theme.product, markersize=4.5
+    )
+    axes.set(xlabel="sigmoid of a group's score", ylabel="share of groups", xlim=(0, 1), ylim=(0, None))
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     return figure
 
 

@@ -24,6 +24,7 @@ from sparsify.sparsity.active_parameters import (
 from sparsify.sparsity.consecutive import CHUNK_TOKENS, ConsecutiveObserver, ConsecutiveStatistics
 from sparsify.sparsity.definitions import definitions
 from sparsify.sparsity.probe import SparsityProbe
+from sparsify.sparsity.routers import RouterReader
 from sparsify.sparsity.schema import (
     Against,
     ChunkRow,
@@ -219,7 +220,7 @@ def measure(
     num_tokens = 0
     model.eval()
     try:
-        with torch.no_grad(), SparsityProbe(model, consecutive) as probe:
+        with torch.no_grad(), SparsityProbe(model, consecutive) as probe, RouterReader(model) as routers:
             before = probe.layer_totals()
             for batch, source in zip(batches, repeat(text) if sources is None else sources):  # noqa: B905
                 counts = by_source.setdefault(source, SourceCounts())
@@ -243,7 +244,9 @@ def measure(
             next_step="Choose a longer text, or raise eval.report_tokens.",
         )
     statistics = probe.statistics()
-    return _report(model, statistics, consecutive.statistics, name, text, by_source), statistics
+    report = _report(model, statistics, consecutive.statistics, name, text, by_source)
+    report.routers = routers.rows()
+    return report, statistics
 
 
 def summed_loss(model: SparseModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:

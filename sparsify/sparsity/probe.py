@@ -13,8 +13,10 @@ from torch import nn
 
 from sparsify.methods.base import TokenMask
 from sparsify.models import FfnActivation, SparseModel
+from sparsify.models.group_router import GroupRouter
 from sparsify.models.masking import (
-    INPUT_SITES,
+    COUNTED_SITES,
+    GROUP,
     has_experts,
     is_fused,
     mask_name,
@@ -106,7 +108,7 @@ class SparsityProbe:
         config = self._model.config
         masks = {site: mask_name(config, site, rule) for site, rule in site_rules(config).items()}
         for index, layer in enumerate(decoder.layers):
-            for site in (site for site in INPUT_SITES if site in masks):
+            for site in (site for site in COUNTED_SITES if site in masks):
                 mask = layer.get_submodule(masks[site].rstrip("."))
                 self._hook(mask.register_forward_hook(partial(self._count_site, index, site)))
             for module in layer.modules():
@@ -243,8 +245,10 @@ class SparsityProbe:
         if not self._in_forward:
             return
         tokens = torch.arange(len(self._positions), device=output.device)
-        if self._calls and site.startswith("ffn_in."):
-            tokens = self._calls[0][1]  # what one expert's projection reads, before that expert's activation
+        if self._calls and (site == GROUP or site.startswith("ffn_in.")):
+            tokens = self._calls[0][1]  # what one expert's projection or router reads, before that expert's activation
+        if isinstance(mask, GroupRouter):
+            output = mask.kept(output)
         counts, values = self._counts_of(layer, output.device), output.flatten(0, -2)
         for piece in _pieces(tokens, self._counted_rows(tokens)):
             counts.add_site(0, site, values[piece])

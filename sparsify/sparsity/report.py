@@ -11,7 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from sparsify.files import atomic_folder, refuse_foreign_folder
-from sparsify.models.masking import INPUT_SITES
+from sparsify.models.masking import COUNTED_SITES
 from sparsify.reporting.html import page_environment
 from sparsify.reporting.numbers import count, percent, share
 from sparsify.reporting.plotting import LIGHT, image, page_figure
@@ -128,6 +128,7 @@ def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
         "",
         headline,
         layers_table(report),
+        *([routers_table(report)] if report.routers else []),
         *([against] if against else []),
         marked("[bold]Report[/bold]  {}", folder / "index.html"),
     )
@@ -151,7 +152,7 @@ def against_table(report: SparsityReport) -> Table | None:
     if other.difference is not None:
         table.add("difference of the loss, 95% interval over sequences", _interval(other.difference))
     table.add("exact zeros", percent(report.product_zeros), percent(other.product_zeros))
-    for site in (site for site in INPUT_SITES if site in report.site_zeros | other.site_zeros):
+    for site in (site for site in COUNTED_SITES if site in report.site_zeros | other.site_zeros):
         table.add(f"zeros at {site}", *(percent(one.site_zeros.get(site, 0.0)) for one in (report, other)))
     table.add("weight density", percent(report.weight_density), percent(other.weight_density))
     label = "active parameters, perfect predictor"
@@ -179,6 +180,13 @@ def _interval(difference: PairedDifference) -> str:
 
 def _rise(loss: float, untouched: float) -> str:
     return f"{_perplexity(loss):.2f} ({_perplexity(loss - untouched) - 1:+.1%})"
+
+
+def routers_table(report: SparsityReport) -> Table:
+    table = Table("Routers of groups by layer", ["layer", "groups on", "undecided", "tokens without a group"])
+    for row in report.routers:
+        table.add(str(row.layer), share(row.active), share(row.undecided), share(row.empty_tokens))
+    return table
 
 
 def layers_table(report: SparsityReport) -> Table:

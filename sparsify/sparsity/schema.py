@@ -43,7 +43,26 @@ class LayerRow(JsonRecord):
     firing_rate_bound: float | None
     """95% bound on a dead neuron's firing rate, and on the share of tokens on which an always-on neuron does not fire."""
     site_zeros: dict[str, float] = Field(default_factory=dict)
-    """Share of exact zeros at each masked input of the layer's projections (INPUT_SITES); empty in the rows of experts."""
+    """Share of exact zeros at each masked input of the layer's projections, and of dropped groups (COUNTED_SITES); empty in the rows of
+    experts."""
+
+
+GATE_BINS = 20
+"""Bins of sigmoid(score), of equal width from 0 to 1."""
+
+
+class RouterRow(JsonRecord):
+    """What one layer's router of groups did on the measured text, all experts together. Shares are of groups over tokens."""
+
+    layer: int
+    active: float
+    """Share of groups that were on."""
+    undecided: float
+    """Share whose sigmoid(score) was within 0.1 of the threshold; 0 where groups are chosen by rank."""
+    empty_tokens: float
+    """Share of tokens (in a mixture: of tokens of an expert) for which no group was on."""
+    gates: list[float]
+    """Share whose sigmoid(score) lies in each of GATE_BINS bins."""
 
 
 class SourceRow(JsonRecord):
@@ -278,7 +297,7 @@ class SparsityReport(JsonRecord):
     up_zeros: float
     product_zeros: float
     site_zeros: dict[str, float] = Field(default_factory=dict)
-    """Share of exact zeros at each input of projections that the model masks (INPUT_SITES), over all layers. The masked
+    """Share of exact zeros at each of COUNTED_SITES that the model masks, over all layers. The masked
     sites `gate` and `inter` are `gate_zeros` and `product_zeros`."""
     weight_density: float | None = None
     """Share of the weights of the linear projections that a token reads (methods/density.py), from the zeros of each layer; None in
@@ -301,6 +320,8 @@ class SparsityReport(JsonRecord):
     stages: list[Stage] = Field(default_factory=list)
     trajectory: Trajectory | None = None
     scaling: ScalingFit | None = None
+    routers: list[RouterRow] = Field(default_factory=list)
+    """Of each layer, in a model that chooses groups of neurons by routers."""
     command: str | None = None
     """The command line that created the report."""
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 import torch.distributed as dist
 
-from sparsify.models.masking import INPUT_SITES
+from sparsify.models.masking import COUNTED_SITES
 
 Factor = Literal["gate", "up", "product"]
 Cause = Literal["gate_only", "up_only", "both", "underflow"]
@@ -42,7 +42,7 @@ class ActivationStatistics:
         underflows: Zero products of two factors that are not zero, [layers, experts].
         position_tokens: Tokens by their position in the document, [layers, experts, buckets] as in POSITION_STARTS.
         position_fired: Products of these tokens that were not zero, [layers, experts, buckets].
-        site_values: Values at each of INPUT_SITES, 0 where the model has no mask there, [layers, sites].
+        site_values: Values at each of COUNTED_SITES, 0 where the model has no mask there, [layers, sites].
         site_zeros: Those of them that were zero after the mask.
     """
 
@@ -82,8 +82,8 @@ class ActivationStatistics:
             underflows=counts(*per_expert),
             position_tokens=counts(*per_expert, len(POSITION_STARTS)),
             position_fired=counts(*per_expert, len(POSITION_STARTS)),
-            site_values=counts(num_layers, len(INPUT_SITES)),
-            site_zeros=counts(num_layers, len(INPUT_SITES)),
+            site_values=counts(num_layers, len(COUNTED_SITES)),
+            site_zeros=counts(num_layers, len(COUNTED_SITES)),
         )
 
     def add(
@@ -115,8 +115,8 @@ class ActivationStatistics:
         self.position_fired[layer, expert].index_add_(0, bucket, fired_of_token)
 
     def add_site(self, layer: int, site: str, values: torch.Tensor) -> None:
-        """Counts the values at one of INPUT_SITES, after its mask, in place; of any shape."""
-        column = INPUT_SITES.index(site)
+        """Counts the values at one of COUNTED_SITES, after its mask, in place; of any shape."""
+        column = COUNTED_SITES.index(site)
         self.site_values[layer, column] += values.numel()
         self.site_zeros[layer, column] += values.numel() - values.count_nonzero()
 
@@ -233,9 +233,9 @@ class ActivationStatistics:
         return [self.select(layer).zero_share(factor) for layer in range(self.num_layers)]
 
     def site_zero_shares(self) -> dict[str, float]:
-        """Share of exact zeros at each of INPUT_SITES that the model masks; empty without such a mask."""
+        """Share of exact zeros at each of COUNTED_SITES that the model masks; empty without such a mask."""
         values, zeros = (count.sum(0).tolist() for count in (self.site_values, self.site_zeros))
-        return {site: zeros[i] / values[i] for i, site in enumerate(INPUT_SITES) if values[i]}
+        return {site: zeros[i] / values[i] for i, site in enumerate(COUNTED_SITES) if values[i]}
 
     def firing_rates(self) -> torch.Tensor:
         """Share of its routed tokens on which each neuron fired, float64 [layers, experts, neurons]; NaN for experts

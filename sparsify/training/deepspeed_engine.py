@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError
 from sparsify.launch.meeting import meet_ranks
-from sparsify.methods.live_model import Engine
+from sparsify.methods.live_model import Engine, is_router
 from sparsify.models import FAMILIES, SparseModel
 from sparsify.models.masking import num_experts
 from sparsify.recipe.recipe import Recipe
@@ -25,8 +25,6 @@ from sparsify.recipe.training import OptimizerSection
 from sparsify.runs.state import prepare_accelerator
 from sparsify.training.kernels.activation import check_fusible, fuse_activation, has_compiler
 from sparsify.training.kernels.liger import check_liger, use_liger
-
-Parameter = TypeVar("Parameter")
 
 
 def check_machine(recipe: Recipe) -> None:
@@ -154,12 +152,16 @@ def build_engine(recipe: Recipe, folder: Path) -> Engine:
 
 def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimizer:
     settings = recipe.optimizer
+    parameters = dict(model.named_parameters())
     # A partitioned parameter is empty here; its full shape is in ds_shape.
-    shapes = {parameter: getattr(parameter, "ds_shape", parameter.shape) for parameter in model.parameters()}
-    matrices, vectors = parameter_groups(shapes)
-    groups = [
-        {"params": matrices, "weight_decay": settings.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+    shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in parameters.items()}
+    kinds = parameter_groups(shapes)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [parameters[name] for name in names],
+            "weight_decay": settings.weight_decay if kind == MATRICES else 0.0,
+        }
+        for kind, names in kinds.items()
     ]
     betas = (settings.beta1, settings.beta2)
     if recipe.engine.offload_optimizer_to_cpu:
@@ -175,10 +177,17 @@ def _build_optimizer(recipe: Recipe, model: SparseModel) -> torch.optim.Optimize
     return torch.optim.AdamW(groups, lr=settings.peak_learning_rate, betas=betas, eps=settings.epsilon)
 
 
-def parameter_groups(shapes: Mapping[Parameter, torch.Size]) -> tuple[list[Parameter], list[Parameter]]:
-    """The optimiser's two groups of parameters, or of their names, in its order: those with weight decay, and those without."""
-    matrices = [parameter for parameter, shape in shapes.items() if len(shape) >= 2]
-    return matrices, [parameter for parameter, shape in shapes.items() if len(shape) < 2]
+MATRICES, VECTORS, ROUTERS = "matrices", "vectors", "routers"
+
+
+def parameter_groups(shapes: Mapping[str, torch.Size]) -> dict[str, list[str]]:
+    """Names of the parameters in each of the optimiser's groups, in its order: matrices, which have weight decay, vectors, and last the
+    routers of groups, where there are any: decay would pull their scores towards 0, and they have a learning rate of their own.
+    """
+    routers = [name for name in shapes if is_router(name)]
+    matrices = [name for name, shape in shapes.items() if len(shape) >= 2 and not is_router(name)]
+    vectors = [name for name, shape in shapes.items() if len(shape) < 2 and not is_router(name)]
+    return {MATRICES: matrices, VECTORS: vectors, **({ROUTERS: routers} if routers else {})}
 
 
 def set_learning_rate(engine: Engine, value: float) -> None:

@@ -137,7 +137,7 @@ def _add_whole(pieces: Pieces, model: dict[str, Any], adam: dict[str, Any]) -> d
             own.setdefault(value.data_ptr(), name)  # tied embeddings have a second name
     weights = {name: model["module"][name] for name in own.values()}
     shapes = {name: value.shape for name, value in weights.items()}
-    for number, name in enumerate(chain(*parameter_groups(shapes))):
+    for number, name in enumerate(chain(*parameter_groups(shapes).values())):
         vectors = {"fp32": weights[name], **adam["state"][number]}
         pieces[name].append({key: vectors[key].flatten() for key in VALUES})
     return shapes

@@ -16,7 +16,8 @@ from sparsify.methods.base import method_of
 from sparsify.methods.density import method_density
 from sparsify.methods.r_sparse import PROJECTIONS, RSparse, RSparseSettings, low_rank_factors
 from sparsify.models import SiteRule
-from sparsify.models.masking import ProjectionMask, projection_shapes
+from sparsify.models.masking import projection_shapes
+from sparsify.models.projection_masks import ProjectionMask
 from sparsify.recipe.sparsification import ConversionSection
 from sparsify.sparsity.probe import SparsityProbe
 from tests.methods.conftest import Calibrate, Calibrated, measured

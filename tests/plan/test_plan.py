@@ -74,7 +74,8 @@ def test_parameters_are_those_of_transformers_own_model(name: str, experts: int 
         fields |= {"model_type": "mixtral", "num_local_experts": experts}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
-    assert make_plan(recipe).parameters.total == model.num_parameters()
+    parameters = make_plan(recipe).parameters
+    assert parameters.total - parameters.group_routers == model.num_parameters()
 
 
 @pytest.mark.parametrize(
@@ -397,3 +398,30 @@ def test_a_plan_fills_in_what_a_llama_config_does_not_say(tmp_path: Path) -> Non
     assert architecture_of(compose_recipe("quickstart", [source])).num_key_value_heads == 4
     with pytest.raises(RecipeError, match=r"sequence_length is 4096.*\n.*2048"):
         architecture_of(compose_recipe("quickstart", [source, "training.sequence_length=4096"]))
+
+
+def test_routers_of_groups_are_trained_parameters_of_the_plan(tmp_path: Path) -> None:
+    """Of a conversion that makes them and of a source that has them, in dense blocks and in each expert; not buffers."""
+    converted = make_plan(composed("quickstart_lte"))
+    without = make_plan(composed("quickstart_topk"))
+    routers = 4 * 40 * (256 + 1)  # layers, groups of 16 among 640 neurons, weights and a bias
+    assert converted.parameters.group_routers == routers
+    assert converted.parameters.total == without.parameters.total + routers
+    assert converted.active_parameters == without.active_parameters + routers
+    sites = {"group": {"rule": "router", "group_size": 8}}
+    fields = {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    config = SparseMixtralConfig(**fields, sparsification={"method": "lte", "sites": sites})
+    config.save_pretrained(tmp_path)
+    source = [f"model.source={tmp_path}", "model.init=pretrained", "training.precision=fp32"]
+    plan = make_plan(composed("quickstart", *source))
+    assert plan.parameters.group_routers == 2 * 4 * 12 * 65
+    assert plan.device.mask_bytes == 4 * 2  # the thresholds
+    with torch.device("meta"):
+        model = FAMILIES["sparse_mixtral"].model(config)
+    assert plan.parameters.total == sum(p.numel() for p in model.parameters())

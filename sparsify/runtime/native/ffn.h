@@ -4,7 +4,7 @@
 // phases, each over the list of neurons that the previous one kept:
 //   predict (optional) -> gate rows -> up rows where the gate factor is not zero -> down rows where the product is kept.
 // With a mask on the up factor, up comes first, and gate rows are read where it is not zero.
-// Neurons are predicted by a predictor of low rank, or ranked by int4 copies of gate and up.
+// Neurons are predicted by a predictor of low rank, chosen in groups of neighbours by a router, or ranked by int4 copies of gate and up.
 // gate and up may be held by columns instead, [hidden, neurons]: then inputs that are zero are skipped, and no neurons.
 // Every row's dot product is summed in one fixed order, and every output column over neurons in ascending order, so that
 // the result is the same bits for any number of threads.
@@ -20,9 +20,12 @@ enum UpKind : int32_t { IDENTITY = 0, UP_RELU = 1 };
 // Mirrors sparsify/runtime/native_ffn.py.
 struct FfnCall {
     int64_t tokens, hidden, neurons, rank;
+    int64_t groups, kept_groups;      // neurons in equal groups, 0 without a router; kept_groups: 0 to keep those with scores above 0
     Matrix x, up_x, gate, up, down_t;  // up_x [tokens, hidden] where up reads another input than gate; otherwise null
     Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
     Matrix gate_copy, up_copy;        // int4 [neurons, hidden]; null where no copies rank neurons
+    Matrix router;                    // [groups, hidden], of the dtype of x; reads predictor_x
+    const float* router_bias;         // [groups], added to scores
     const float *gate_constant, *up_constant, *down_constant;  // [neurons], [neurons], [hidden], added to the outputs; or null
     const SiteMask *gate_mask, *up_mask, *product_mask;  // of the factors and of their product, [neurons]; null without one
     const SiteMask *gate_in_mask, *up_in_mask;           // of the inputs of gate and up, in a step; null without one
@@ -173,6 +176,34 @@ void predict(const FfnCall& call, const FfnTokens& in, FfnScratch& s, Input& ran
     barrier();
 }
 
+// Writes 1 to `product` where a token's router keeps the group of a neuron, otherwise 0. All threads share the work.
+template <class T, int B>
+void choose_groups(const FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int threads) {
+    float *values = s.rank_values.data(), *product = s.product.data();
+    const int64_t groups = call.groups, size = call.neurons / groups;
+    all_dots<T, B>(call.router, nullptr, groups, *in.predictor_x, [&](int64_t g, const float* dots) {
+        // A NaN score compares false, so its group is computed.
+        for (int b = 0; b < B; ++b) {
+            const float score = dots[b] + call.router_bias[g];
+            values[b * groups + g] = call.kept_groups ? score : score <= 0.0f ? 0.0f : 1.0f;
+        }
+    });
+    barrier();
+    for (int b = thread; b < B && call.kept_groups; b += threads) {
+        static thread_local Scores scores;
+        scores.of.assign(values + b * groups, values + (b + 1) * groups);
+        SiteMask largest{};
+        largest.kept = call.kept_groups;
+        std::fill(values + b * groups, values + (b + 1) * groups, 1.0f);
+        keep_largest(largest, groups, values + b * groups, scores);
+    }
+    if (call.kept_groups) barrier();
+    for (int64_t g = thread; g < groups; g += threads)
+        for (int64_t n = g * size; n < (g + 1) * size; ++n)
+            for (int b = 0; b < B; ++b) product[n * B + b] = in.active[b] ? values[b * groups + g] : 0.0f;
+    barrier();
+}
+
 // Writes 1 to `ranked` where the int4 copies of a neuron's rows say that it counts for a token, otherwise 0.
 template <int B>
 void rank(const FfnCall& call, const FfnTokens& in, FfnScratch& s) {
@@ -195,8 +226,10 @@ template <class T, int B>
 void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int threads) {
     static thread_local Lists lists;
     float *factor = s.factor.data(), *product = s.product.data();
-    const bool ranked = call.gate_copy.data != nullptr, predicted = ranked || call.predictor_a.data != nullptr;
+    const bool ranked = call.gate_copy.data != nullptr, routed = call.router.data != nullptr;
+    const bool predicted = ranked || routed || call.predictor_a.data != nullptr;
     if (ranked) rank<B>(call, in, s);
+    else if (routed) with_dtype(call.dtype, [&](auto format) { choose_groups<decltype(format), B>(call, in, s, thread, threads); });
     else if (predicted) with_dtype(call.dtype, [&](auto format) { predict<decltype(format), B>(call, in, s, lists.ranks); });
     const float* chosen = ranked ? s.ranked.data() : product;
     if (predicted)
@@ -284,7 +317,7 @@ void reserve(const FfnCall& call, FfnScratch& s) {
     room(s.sums, B * T::width(call.hidden));
     room(s.factor, B * call.neurons);
     room(s.product, B * call.neurons);
-    room(s.rank_values, B * call.rank);
+    room(s.rank_values, B * std::max(call.rank, call.groups));
     room(s.gate_dropped, B * call.gate_low_rank.rank);
     room(s.up_dropped, B * call.up_low_rank.rank);
     room(s.ranked, call.gate_copy.data ? B * call.neurons : 0);

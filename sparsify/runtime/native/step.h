@@ -322,7 +322,7 @@ void attention_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own
 template <int B>
 void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Clock& clock, int thread, int threads) {
     const int64_t tokens = call.attention.tokens;
-    const bool predicts = layer.experts->predictor_a.data != nullptr, ranks = layer.experts->gate_copy.data != nullptr;
+    const bool predicts = layer.experts->predictor_a.data || layer.experts->router.data, ranks = layer.experts->gate_copy.data;
     with_dtype(call.dtype, [&](auto dtype) {
         using X = decltype(dtype);
         norm<X>(call, s.residual.data(), layer.ffn_norm, tokens, call.hidden, own.normed);

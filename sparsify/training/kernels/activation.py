@@ -177,9 +177,10 @@ class FusedFfnActivation(FfnActivation):
         up: torch.Tensor,
         experts: int | torch.Tensor | None = None,
         proxies: tuple[torch.Tensor, ...] | None = None,
+        groups: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the neuron activations, of the same shape as `gate` and `up`: [..., neurons]."""
-        assert proxies is None, "a masked model is not fused"
+        assert proxies is groups is None, "a masked model is not fused"
         if self.zeros is not None:
             self.num_values += gate.numel()
         return cast(torch.Tensor, _OnePass.apply(gate, up, self.kernel, self.zeros))
