@@ -1,11 +1,12 @@
-"""GGUF files of Llama, Mistral and Mixtral: the configuration and the weights that they hold.
+"""GGUF files: the configuration and the weights that they hold.
 
-Every key of the architecture and every tensor is either read or refused: without one the model would be another. The layout is
-that of llama.cpp's convert_hf_to_gguf.py, which stores query and key rows for interleaved rotary embeddings.
+Every key of the architecture and every tensor is either read or refused: without one the model would be another. What they are called
+and how they are stored is in `gguf_layout.py`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,60 +20,32 @@ import torch
 from tokenizers import decoders, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sparsify.conversion.gguf_layout import (
+    ATTENTION_FACTOR,
+    FIELDS,
+    LAYOUTS,
+    LOCAL_BASE,
+    ORIGINAL,
+    OTHER_KEYS,
+    WHOLE,
+    GgufLayout,
+    layout_of,
+)
 from sparsify.errors import ModelError
 
 MAGIC = b"GGUF"
-ARCHITECTURE = "llama"
-"""llama.cpp's name for all three."""
-FIELDS = {
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attention.key_length": "head_dim",
-    "expert_count": "num_local_experts",
-    "expert_used_count": "num_experts_per_tok",
-}
-OTHER_KEYS = {
-    "vocab_size",  # the embedding has it
-    "attention.value_length",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",  # says how the model came about
-}
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "ffn_gate_inp": "block_sparse_moe.gate",
-}
-EXPERTS = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}
-OLD_EXPERTS = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
 MOST_EXPERTS = 65_536
 ROPE_FACTORS = "rope_freqs.weight"
 ORIGINAL_CONTEXTS = (8192, *(2**power for power in range(4, 21)))
 """Tried for `llama3` scaling, of which a GGUF file stores the result alone: Llama 3's own first."""
-SUPPORTED = "Llama, Mistral and Mixtral as llama.cpp's convert_hf_to_gguf.py writes them, without biases."
+LONGROPE_FACTORS = {"short_factor": "rope_factors_short.weight", "long_factor": "rope_factors_long.weight"}
+SUPPORTED = (
+    f"Files of {', '.join(one.model_type for one in LAYOUTS)} as llama.cpp's convert_hf_to_gguf.py writes them, without biases "
+    "other than Qwen2's."
+)
 MAX_VALUES = 8_000_000
 """Values in a file's metadata; a vocabulary of 256,000 pieces with scores, types and merges has a million."""
-_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)(?:\.(\d+))?\.weight")
+_TENSOR = re.compile(r"(?:blk\.(\d+)\.)?(\w+)(?:\.(\d+))?\.(weight|bias)")
 _FULL_PRECISION = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -96,7 +69,7 @@ class _Reader(gguf.GGUFReader):
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """A tensor of a file, or one expert of it. `read` gives it in fp32."""
+    """A tensor of a file, or one expert or projection of it. `read` gives it in fp32."""
 
     shape: tuple[int, ...]
     read: Callable[[], torch.Tensor]
@@ -109,7 +82,7 @@ class GgufFile:
     Attributes:
         config: Fields of a config.json.
         dtype: The dtype of its matrices; bf16 if they are quantised, fp32 if they are of several dtypes.
-        tensors: By their names in stock Mistral and Mixtral checkpoints.
+        tensors: By their names in stock checkpoints, projections that those store as one apart.
     """
 
     config: dict[str, Any]
@@ -131,18 +104,26 @@ def read_gguf(path: Path) -> GgufFile:
             )
     try:
         reader = _Reader(path)
-        keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        keys = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("tokenizer.") or name.endswith("_token_id")
+        }
     except Exception as error:  # numpy's and struct's, whatever a damaged header makes them raise
         raise _damaged(path, error) from error
-    architecture = keys.get("general.architecture")
-    if architecture != ARCHITECTURE:
+    layout = layout_of(keys)
+    if layout is None:
+        architecture = keys.get("general.architecture")
         raise ModelError(f"{path} has the architecture {architecture!r}, which cannot be held.", allowed=SUPPORTED)
-    own = {name.removeprefix("llama."): value for name, value in keys.items() if name.startswith("llama.")}
+    prefix = f"{layout.name}."
+    own = {name.removeprefix(prefix): value for name, value in keys.items() if name.startswith(prefix)}
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    _refuse_unknown(path, [f"llama.{key}" for key in own if key not in FIELDS and key not in OTHER_KEYS])
-    config = _config(path, own, stored)
-    tensors, used = _tensors(path, stored, config)
-    _refuse_unknown(path, sorted(stored.keys() - used - {ROPE_FACTORS}))
+    known = {*FIELDS, *layout.fields, *OTHER_KEYS, *layout.keys}
+    _refuse_unknown(path, [prefix + key for key in own if key not in known])
+    config = _config(path, layout, own, stored, keys)
+    tensors, used = _tensors(path, layout, stored, config)
+    factors = {*LONGROPE_FACTORS.values()} if layout.model_type == "phi3" else {ROPE_FACTORS}
+    _refuse_unknown(path, sorted(stored.keys() - used - factors))
     return GgufFile(config, _dtype(reader.tensors), tensors)
 
 
@@ -172,37 +153,52 @@ def _dtype(tensors: list[gguf.ReaderTensor]) -> torch.dtype:
     return torch.bfloat16
 
 
-def _config(path: Path, own: dict[str, Any], stored: dict[str, gguf.ReaderTensor]) -> dict[str, Any]:
+def _config(
+    path: Path, layout: GgufLayout, own: dict[str, Any], stored: dict[str, gguf.ReaderTensor], tokens: dict[str, Any]
+) -> dict[str, Any]:
     needed = [key for key in list(FIELDS)[:5] if key not in own]
     if needed or "token_embd.weight" not in stored:
-        missing = f"llama.{needed[0]}" if needed else "token_embd.weight"
+        missing = f"{layout.name}.{needed[0]}" if needed else "token_embd.weight"
         raise ModelError(f"{path} is incomplete: it has no {missing}.", allowed=SUPPORTED)
     embedding = _shape(stored["token_embd.weight"])
     if len(embedding) != 2:
         raise ModelError(f"{path} is damaged: token_embd.weight is {list(embedding)}, not a matrix.", allowed=SUPPORTED)
     for key, value in own.items():
-        own[key] = _plain(path, key, value)
-    config: dict[str, Any] = {FIELDS[key]: own[key] for key in FIELDS if key in own}
+        own[key] = _plain(path, f"{layout.name}.{key}", value)
+    fields = {**FIELDS, **layout.fields}
+    # Those of one architecture say by a zero that there is none.
+    config: dict[str, Any] = {fields[key]: own[key] for key in fields if own.get(key) or (key in FIELDS and key in own)}
     heads = config["num_attention_heads"]
     head_dim = config.setdefault("head_dim", int(config["hidden_size"] // max(1, heads)))
     for key in ("rope.dimension_count", "attention.value_length"):
         if own.get(key, head_dim) != head_dim:
             raise ModelError(
-                f"{path} says llama.{key}={own[key]} for attention heads of {head_dim}: such a model cannot be held.",
+                f"{path} says {layout.name}.{key}={own[key]} for attention heads of {head_dim}: such a model cannot be held.",
                 allowed=SUPPORTED,
             )
-    experts = config.get("num_local_experts", 0)
-    if not experts:
-        config.pop("num_local_experts", None)
-        config.pop("num_experts_per_tok", None)
-    return config | {
-        "model_type": "mixtral" if experts else "mistral",
+    rope = _rope(path, layout, own, stored, head_dim, config["max_position_embeddings"])
+    if layout.model_type == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": float(own.get(LOCAL_BASE, 10_000.0))}
+        rope = {"sliding_attention": local, "full_attention": rope}
+    config |= {
+        "model_type": layout.model_type,
         "num_key_value_heads": config.get("num_key_value_heads", heads),
-        "sliding_window": config.get("sliding_window") or None,
         "vocab_size": embedding[0],
         "tie_word_embeddings": "output.weight" not in stored,
-        "rope_parameters": _rope(path, own, stored, head_dim, config["max_position_embeddings"]),
+        "rope_parameters": rope,
     }
+    try:
+        return config | layout.more_fields(own, config) | _special_tokens(tokens, embedding[0])
+    except ValueError as error:
+        raise ModelError(f"{path} says {error}: such a model cannot be held.", allowed=SUPPORTED) from error
+
+
+def _special_tokens(keys: dict[str, Any], vocabulary: int) -> dict[str, int | None]:
+    """Ids of special tokens, of which the padding is None where the file has none: a family's own may be beyond the embedding."""
+    named = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
+    ids = {field: keys.get(f"tokenizer.ggml.{name}_token_id") for field, name in named.items()}
+    held = {field: number for field, number in ids.items() if isinstance(number, int) and 0 <= number < vocabulary}
+    return {"pad_token_id": None} | held
 
 
 def _plain(path: Path, key: str, value: Any) -> Any:
@@ -214,33 +210,39 @@ def _plain(path: Path, key: str, value: Any) -> Any:
     values = set(value) if isinstance(value, list) else {value}
     if len(values) != 1:
         shown = ", ".join(sorted(map(str, values))[:5]) or "no value"
-        raise ModelError(f"{path} says llama.{key}={shown}, other values by layer.", allowed=SUPPORTED)
+        raise ModelError(f"{path} says {key}={shown}, other values by layer.", allowed=SUPPORTED)
     one = values.pop()
-    wanted = str if key == "rope.scaling.type" else bool if key == "rope.scaling.finetuned" else int | float
-    if not isinstance(one, wanted) or (isinstance(one, bool) and wanted is not bool) or one != one:
-        raise ModelError(f"{path} says llama.{key}={str(one)[:80]!r}, which no model has.", allowed=SUPPORTED)
+    wanted = str if key.endswith("rope.scaling.type") else bool if key.endswith("scaling.finetuned") else int | float
+    if not isinstance(one, wanted) or (isinstance(one, bool) and wanted is not bool) or not _is_finite(one):
+        raise ModelError(f"{path} says {key}={str(one)[:80]!r}, which no model has.", allowed=SUPPORTED)
     return float(str(np.float32(one))) if isinstance(one, float) else one
 
 
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _rope(
-    path: Path, own: dict[str, Any], stored: dict[str, gguf.ReaderTensor], head_dim: int, context: int
+    path: Path,
+    layout: GgufLayout,
+    own: dict[str, Any],
+    stored: dict[str, gguf.ReaderTensor],
+    head_dim: int,
+    context: int,
 ) -> dict[str, Any]:
     theta = float(own.get("rope.freq_base", 10_000.0))
     factor = float(own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0))) or 1.0
     # Without a type, llama.cpp scales linearly.
     kind = own.get("rope.scaling.type", "linear" if factor != 1 else "none")
-    original = own.get("rope.scaling.original_context_length")
-    if ROPE_FACTORS in stored:
+    original = own.get(ORIGINAL)
+    if layout.model_type == "phi3" and stored.keys() & LONGROPE_FACTORS.values():
+        return _longrope(path, own, stored, theta, head_dim)
+    if ROPE_FACTORS in stored and theta > 0:
         if factor != 1:
             raise ModelError(
                 f"{path} scales rotary embeddings twice: {ROPE_FACTORS} and factor {factor:g}.", allowed=SUPPORTED
             )
-        factors = _values(path, stored[ROPE_FACTORS]).double().numpy()
-        if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all() or factors.min() <= 0 or theta <= 0:
-            raise ModelError(
-                f"{path} is damaged: {ROPE_FACTORS} does not hold {head_dim // 2} numbers above 0.", allowed=SUPPORTED
-            )
-        return _llama3(factors, theta, head_dim, context)
+        return _llama3(_factors(path, stored, ROPE_FACTORS, head_dim), theta, head_dim, context)
     if kind == "none" or factor == 1:
         return {"rope_type": "default", "rope_theta": theta}
     if kind == "linear":
@@ -248,7 +250,28 @@ def _rope(
     if kind == "yarn" and original:
         settings = {"factor": factor, "original_max_position_embeddings": int(original)}
         return {"rope_type": "yarn", "rope_theta": theta, **settings}
-    raise ModelError(f"{path} says llama.rope.scaling.type={kind!r}, which cannot be held.", allowed=SUPPORTED)
+    raise ModelError(f"{path} says {layout.name}.rope.scaling.type={kind!r}, which cannot be held.", allowed=SUPPORTED)
+
+
+def _factors(path: Path, stored: dict[str, gguf.ReaderTensor], name: str, head_dim: int) -> np.ndarray:
+    """By what each frequency of the rotary embeddings is divided."""
+    factors = _values(path, stored[name]).double().numpy() if name in stored else np.zeros(0)
+    if factors.shape != (head_dim // 2,) or not np.isfinite(factors).all() or factors.min() <= 0:
+        raise ModelError(f"{path} is damaged: {name} does not hold {head_dim // 2} numbers above 0.", allowed=SUPPORTED)
+    return factors
+
+
+def _longrope(
+    path: Path, own: dict[str, Any], stored: dict[str, gguf.ReaderTensor], theta: float, head_dim: int
+) -> dict[str, Any]:
+    factors = {key: _factors(path, stored, name, head_dim).tolist() for key, name in LONGROPE_FACTORS.items()}
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "attention_factor": float(own.get(ATTENTION_FACTOR, 1.0)),
+        "original_max_position_embeddings": int(own.get(ORIGINAL, own["context_length"])),
+        **factors,
+    }
 
 
 def _llama3(factors: np.ndarray, theta: float, head_dim: int, context: int) -> dict[str, Any]:
@@ -272,41 +295,65 @@ def _llama3(factors: np.ndarray, theta: float, head_dim: int, context: int) -> d
 
 
 def _tensors(
-    path: Path, stored: dict[str, gguf.ReaderTensor], config: dict[str, Any]
+    path: Path, layout: GgufLayout, stored: dict[str, gguf.ReaderTensor], config: dict[str, Any]
 ) -> tuple[dict[str, GgufTensor], set[str]]:
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    head_dim, neurons = config["head_dim"], config["intermediate_size"]
+    queries, keys = (count * head_dim for count in heads.values())
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "gate_proj": neurons, "up_proj": neurons}
+    norms, projections, experts, fused = layout.norms(), layout.projections(), layout.experts(), layout.fused()
     tensors: dict[str, GgufTensor] = {}
     used = set()
     for name, tensor in stored.items():
-        kind, prefix, number = name.removesuffix(".weight"), "", None
-        if match := _BLOCK.fullmatch(name):
-            kind, prefix, number = match[2], f"model.layers.{match[1]}.", match[3]
-        elif kind not in ("token_embd", "output_norm", "output"):
+        match = _TENSOR.fullmatch(name)
+        if match is None:
             continue
-        moe = f"{prefix}block_sparse_moe.experts."
-        shape = _shape(tensor)
-        if number is not None and kind in OLD_EXPERTS:
-            key = f"{moe}{number}.{OLD_EXPERTS[kind]}.weight"
-            tensors[key] = GgufTensor(shape, partial(_values, path, tensor))
-        elif number is None and kind in EXPERTS and len(shape) == 3 and shape[0] <= MOST_EXPERTS:
-            for expert in range(shape[0]):
-                key = f"{moe}{expert}.{EXPERTS[kind]}.weight"
-                tensors[key] = GgufTensor(shape[1:], partial(_values, path, tensor, expert))
-        elif number is None and kind in NAMES:
-            key = f"{prefix}{NAMES[kind]}.weight"
-            tensors[key] = GgufTensor(shape, partial(_unpermuted, path, tensor, heads.get(kind)))
-        else:
-            continue
-        used.add(name)
+        layer, kind, expert, part = match.groups()
+        prefix = "" if layer is None else f"model.layers.{layer}."
+        shape, read = _shape(tensor), partial(_values, path, tensor)
+        found: dict[str, GgufTensor] = {}
+        if layer is None:
+            if expert is None and part == "weight" and kind in WHOLE:
+                found[WHOLE[kind]] = GgufTensor(
+                    shape, partial(_norm, path, tensor, layout) if len(shape) == 1 else read
+                )
+        elif expert is not None:  # as files of 2023 have it
+            if part == "weight" and kind in experts:
+                found[expert.join(experts[kind])] = GgufTensor(shape, read)
+        elif kind in norms and part == "weight":
+            found[norms[kind]] = GgufTensor(shape, partial(_norm, path, tensor, layout))
+        elif kind in projections and (part == "weight" or kind in layout.biases):
+            permuted = heads.get(kind) if layout.interleaved else None
+            found[projections[kind]] = GgufTensor(shape, partial(_unpermuted, path, tensor, permuted))
+        elif kind in fused and part == "weight":
+            found = _apart(path, tensor, {one: rows[one.rpartition(".")[2]] for one in fused[kind]})
+        elif (one := kind.removesuffix("_exps")) in experts and part == "weight" and len(shape) == 3:
+            for number in range(shape[0] if shape[0] <= MOST_EXPERTS else 0):
+                values = partial(_values, path, tensor, number)
+                found[str(number).join(experts[one])] = GgufTensor(shape[1:], values)
+        tensors |= {f"{prefix}{key}.{part}": value for key, value in found.items()}
+        used |= {name} if found else set()
     return tensors, used
+
+
+def _apart(path: Path, tensor: gguf.ReaderTensor, rows: dict[str, int]) -> dict[str, GgufTensor]:
+    """The projections, with the rows of each, that are stored as one."""
+    shape, first, found = _shape(tensor), 0, dict[str, GgufTensor]()
+    if shape[0] != sum(rows.values()):
+        return {}
+    for name, count in rows.items():
+        part = slice(first, first + count)
+        found[name] = GgufTensor((count, *shape[1:]), partial(_values, path, tensor, part))
+        first += count
+    return found
 
 
 def _shape(tensor: gguf.ReaderTensor) -> tuple[int, ...]:
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
-def _values(path: Path, tensor: gguf.ReaderTensor, expert: int | None = None) -> torch.Tensor:
-    data = tensor.data if expert is None else tensor.data[expert]
+def _values(path: Path, tensor: gguf.ReaderTensor, part: int | slice | None = None) -> torch.Tensor:
+    data = tensor.data if part is None else tensor.data[part]
     try:
         values = gguf.dequantize(data, tensor.tensor_type)
     except NotImplementedError as error:
@@ -315,6 +362,10 @@ def _values(path: Path, tensor: gguf.ReaderTensor, expert: int | None = None) ->
             next_step="Give a file of another type, or the safetensors checkpoint that it was made from.",
         ) from error
     return torch.from_numpy(np.array(values, np.float32))
+
+
+def _norm(path: Path, tensor: gguf.ReaderTensor, layout: GgufLayout) -> torch.Tensor:
+    return _values(path, tensor) - layout.norm_offset
 
 
 def _unpermuted(path: Path, tensor: gguf.ReaderTensor, heads: int | None) -> torch.Tensor:
