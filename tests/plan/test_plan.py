@@ -229,7 +229,7 @@ def test_activation_bytes_are_what_autograd_keeps(
 
 def test_the_calibrated_swap_needs_memory_for_a_layer_and_disk_for_its_tokens() -> None:
     name, key = "turbosparse_mixtral_8x7b", "conversion.calibration_tokens"
-    assert make_plan(composed(name)).calibration is None
+    assert make_plan(composed(name, "conversion=bare")).calibration is None
     small, large = (make_plan(composed(name, f"{key}={size}")) for size in (100_000, 1_000_000))
     assert small.calibration
     assert large.calibration
@@ -244,7 +244,7 @@ def test_the_calibrated_swap_needs_memory_for_a_layer_and_disk_for_its_tokens() 
 
 
 def test_refits_need_a_gram_matrix_and_each_process_its_part_of_the_tokens() -> None:
-    milestones = ["blending.budget_share=0.1", "blending.refit_milestones=8"]
+    milestones = ["conversion=bare", "blending.budget_share=0.1", "blending.refit_milestones=8"]
     name = "turbosparse_mixtral_8x7b"
     assert make_plan(composed(name)).refits is None
     small, large = (

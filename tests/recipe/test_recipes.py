@@ -33,6 +33,7 @@ RECIPES = recipe_names()
 VARIANTS = [name for name in RECIPES if name.startswith(("recovery/", "proof/"))]
 SPARSE_RECIPES = [name for name in RECIPES if name not in ("quickstart_base", "smollm2_proof", *VARIANTS)]
 TURBOSPARSE = ["turbosparse_mistral_7b", "turbosparse_mixtral_8x7b"]
+OF_FAMILIES = ["qwen3_4b", "llama3_8b", "gemma3_4b", "olmo2_7b", "qwen3_30b_a3b"]
 
 
 @cache
@@ -73,11 +74,19 @@ def test_every_sparse_recipe_has_its_controls(name: str, activation: str) -> Non
     assert recipe.baseline.ffn_activation == (None if name in TURBOSPARSE else dense)
 
 
-def test_the_quickstart_starts_from_the_calibrated_replacement_and_the_bare_one_is_one_override() -> None:
-    recipe, bare = composed("quickstart"), compose_recipe("quickstart", ["conversion=bare"])
+@pytest.mark.parametrize("name", ["quickstart", *TURBOSPARSE, *OF_FAMILIES])
+def test_a_recipe_starts_from_the_calibrated_replacement_and_the_bare_one_is_one_override(name: str) -> None:
+    recipe, bare = composed(name), compose_recipe(name, ["conversion=bare"])
     assert (recipe.conversion.calibration_tokens, recipe.conversion.target_zeros) == (32_768, 0.9)
     assert bare.conversion == ConversionSection()
-    assert bare.run_dir == "runs/quickstart,conversion=bare"
+    assert bare.run_dir == f"runs/{name},conversion=bare"
+
+
+@pytest.mark.parametrize("name", ["paper/from_scratch_2m", "paper/from_scratch_300m"])
+def test_random_weights_have_nothing_to_calibrate(name: str) -> None:
+    assert composed(name).conversion == ConversionSection()
+    with pytest.raises(RecipeError, match=r"calibration_tokens is set with model\.init=random"):
+        compose_recipe(name, ["conversion=calibrated"])
 
 
 def test_a_gate_threshold_is_the_published_one_unless_given() -> None:
