@@ -69,7 +69,7 @@ class GroupRouter(nn.Module):
     def of_expert(self, expert: int) -> GroupRouter:
         """The router of one expert, on the same tensors."""
         parts = {"router": of_experts(self.router, 2, expert), "bias": of_experts(self.bias, 1, expert)}
-        return GroupRouter.holding(self.rule, parts | dict(self._buffers))  # pyright: ignore[reportArgumentType]
+        return GroupRouter.holding(self.rule, dict(self._buffers) | parts)  # pyright: ignore[reportArgumentType]
 
     @classmethod
     def holding(cls, rule: SiteRule, parts: Mapping[str, torch.Tensor]) -> GroupRouter:

@@ -76,6 +76,17 @@ def test_scores_are_fp32_in_a_bf16_model_and_a_score_that_is_nan_keeps_its_group
     assert router.kept(torch.tensor([[torch.nan, -torch.inf]])).tolist() == [[True, False]]
 
 
+def test_a_router_of_one_expert_is_that_one_s_also_of_routers_that_are_held() -> None:
+    torch.manual_seed(0)
+    parts = {"router": torch.randn(3, 4, 8), "bias": torch.randn(3, 4), "threshold": torch.tensor([0.5])}
+    held = GroupRouter.holding(SiteRule(rule="router", group_size=2), parts)
+    x = torch.randn(5, 8)
+    for expert in range(3):
+        own = held.of_expert(expert)
+        assert torch.equal(own(x), held(x, expert))
+        torch.testing.assert_close(own(x), x @ parts["router"][expert].T + parts["bias"][expert])
+
+
 def test_neurons_of_dropped_groups_are_zero_whatever_they_are_and_soft_ones_are_multiplied() -> None:
     product = torch.tensor([[1.0, torch.nan, torch.inf, 4.0]], requires_grad=True)
     hard = apply_groups(product, torch.tensor([[True, False]]))
