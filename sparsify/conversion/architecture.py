@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from sparsify.errors import ModelError, nearest
+from sparsify.errors import ModelError
 from sparsify.models import FAMILIES, Family, SparseConfig
 from sparsify.models.activations import ACTIVATIONS, STOCK_ACTIVATION
 
@@ -182,12 +183,13 @@ def held_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     model_type = str(config.get("model_type"))
     family = family_held(config)
     if family is None:
-        known = [name for one in FAMILIES.values() for name in (*one.stock, one.model_type)]
-        name = re.sub(r"\W", "_", model_type)[:40]
+        name, near = re.sub(r"\W", "_", model_type)[:40], _nearest_family(config)
         raise ModelError(
-            f"{where} has model_type {model_type!r}, an architecture that cannot be held.",
-            allowed=f"{nearest(model_type, known)}Held: {', '.join(stock_types())}.",
-            next_step=f"To hold it, add sparsify/models/sparse_{name}.py: a family is one file, see docs/conversion.md.",
+            f"{where} has model_type {model_type!r}, an architecture that cannot be held. The nearest that can is "
+            f"{next(iter(near.stock))!r}.",
+            allowed=f"Held: {', '.join(stock_types())}.",
+            next_step=f"To hold it, add sparsify/models/sparse_{name}.py: a family is one file, like {near.model_type}.py. "
+            "See docs/conversion.md.",
         )
     config = complete_fields(config, where) | {"model_type": model_type}
     reasons = _obstacles(config, family)
@@ -198,6 +200,18 @@ def held_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
             f"{family.base_activation}, without biases other than the family's own.",
         )
     return config
+
+
+def _nearest_family(config: Mapping[str, Any]) -> Family:
+    """By its name, or else by what its blocks are."""
+    named = {name: one for one in FAMILIES.values() for name in (*one.stock, one.model_type)}
+    close = difflib.get_close_matches(str(config.get("model_type")), named, n=1, cutoff=0.6)
+    if close:
+        return named[close[0]]
+    has_experts = any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    activation = str(config.get("hidden_act", config.get("hidden_activation")))
+    is_gelu = HIDDEN_ACTS.get(activation, activation).startswith("gelu")
+    return named["qwen3_moe" if has_experts else "gemma3_text" if is_gelu else "llama"]
 
 
 def stock_types() -> list[str]:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from sparsify.conversion.convert import UPCYCLED, convert
+from sparsify.conversion.gguf_layout import LAYOUTS
 from sparsify.conversion.layout import tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import load_sparse, write_config
@@ -40,6 +41,7 @@ from sparsify.recipe.sparsification import ActivationSection
 from sparsify.runtime import accelerate
 from sparsify.runtime.ffn import native_can
 from sparsify.sparsity.probe import SparsityProbe
+from sparsify.training.kernels.liger import fused_class
 from tests.conftest import FAMILY_STOCK, SHAPE, TOKENIZER
 
 IDS = torch.randint(3, 2000, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -47,8 +49,6 @@ MASK = {
     "method": "thresholds",
     "sites": {"attn_in": {"rule": "threshold", "per": "layer"}, "inter": {"rule": "threshold", "per": "channel"}},
 }
-NATIVE = tuple(FAMILY_STOCK)
-"""Families whose decoding steps are one call of C++; those of others would have sparse feed-forward blocks alone."""
 WINDOWED = tuple(kind for kind, fields in FAMILY_STOCK.items() if "sliding_window" in fields)
 KINDS = pytest.mark.parametrize("kind", FAMILY_STOCK)
 
@@ -178,9 +178,9 @@ def test_accelerated_greedy_text_is_that_of_the_dense_path(kind: str, drelu: dic
     assert handle.reads[0].touched_share < 1
     refused = [str(one.message) for one in said if "C++ does not compute" in str(one.message)]
     if native_can(model.model.embed_tokens.weight):
-        assert len(refused) == (kind not in NATIVE)
+        assert not refused
         forward: Any = model.forward
-        assert bool(forward.steps) == (kind in NATIVE)
+        assert forward.steps == 11
 
 
 OFFLINE = """
@@ -226,9 +226,8 @@ def test_the_language_model_of_a_checkpoint_with_images_is_read_alone(tmp_path: 
 
 def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Granite is not one of ours: multipliers of embeddings, residuals, scores and logits, which stay transformers' own."""
-    monkeypatch.setattr("sparsify.models.family.FAMILIES", FAMILIES)
-    family = register(Family(SparseGraniteForCausalLM, {"granite": GraniteConfig}))
-    monkeypatch.setitem(FAMILIES, family.model_type, family)
+    monkeypatch.setitem(FAMILIES, SparseGraniteConfig.model_type, FAMILIES["sparse_llama"])  # taken out again after the test
+    register(Family(SparseGraniteForCausalLM, {"granite": GraniteConfig}))
     torch.manual_seed(0)
     stock = GraniteForCausalLM(GraniteConfig(**SHAPE, residual_multiplier=0.5, logits_scaling=2.0)).eval()  # type: ignore[arg-type]
     stock.save_pretrained(tmp_path / "stock")
@@ -256,13 +255,26 @@ class SparseGraniteForCausalLM(SparseModel, GraniteForCausalLM):
     decoder_class = SparseGraniteModel
 
 
-def test_an_unknown_architecture_is_told_the_nearest_one_and_the_file_to_add(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_next"}))
+@pytest.mark.parametrize(
+    ("fields", "near"),
+    [
+        ({"model_type": "qwen3_next"}, "qwen3_moe"),
+        ({"model_type": "mistral3"}, "mistral"),
+        ({"model_type": "cohere2", "hidden_act": "silu"}, "llama"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "qwen3_moe"),
+        ({"model_type": "glm-x", "hidden_act": "gelu"}, "gemma3_text"),
+    ],
+)
+def test_an_unknown_architecture_is_told_the_nearest_one_and_the_file_to_add(
+    fields: dict[str, Any], near: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(fields))
     save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(
-        ModelError, match=r"Did you mean 'qwen3[a-z_]*'\?(.|\n)*add sparsify/models/sparse_qwen3_next\.py"
-    ):
+    added = f"sparse_{fields['model_type'].replace('-', '_')}.py"
+    with pytest.raises(ModelError) as refusal:
         load_sparse(tmp_path)
+    assert f"The nearest that can is '{near}'." in str(refusal.value)
+    assert f"add sparsify/models/{added}: a family is one file, like sparse_{near}.py." in str(refusal.value)
 
 
 def test_layers_without_experts_are_refused_by_name(family_stock: dict[str, Path], tmp_path: Path) -> None:
@@ -276,16 +288,21 @@ def test_layers_without_experts_are_refused_by_name(family_stock: dict[str, Path
 def test_the_documentation_says_what_holds_for_which_family(drelu: dict[str, Path]) -> None:
     """Columns that differ between families; what this file's other tests run holds for all of them."""
     lines = [
-        "| `model_type` | C++ decoding step | upcycling | llama.cpp | PowerInfer |",
-        "|---|---|---|---|---|",
+        "| `model_type` | GGUF source | C++ decoding step | Liger's kernels | upcycling | to llama.cpp | to PowerInfer |",
+        "|---|---|---|---|---|---|---|",
     ]
     for kind in FAMILY_STOCK:
         model = load_sparse(drelu[kind])
         config = model.config
         dense = deepcopy(config)
         dense.ffn_activation = family_of(kind).base_activation
+        accelerate(model)
+        forward: Any = model.forward
+        parts = [type(one) for one in model.modules() if type(one).__name__.endswith(("RMSNorm", "Attention"))]
         holds = [
-            kind in NATIVE,
+            kind in {layout.model_type for layout in LAYOUTS},
+            forward._model_refusal() is None,
+            all(fused_class(one) for one in parts),
             config.model_type in UPCYCLED,
             architecture(dense) is not None,
             config.model_type in BAMBOO and not has_experts(config),
