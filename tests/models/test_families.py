@@ -226,7 +226,8 @@ def test_the_language_model_of_a_checkpoint_with_images_is_read_alone(tmp_path: 
 
 def test_a_family_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Granite is not one of ours: multipliers of embeddings, residuals, scores and logits, which stay transformers' own."""
-    monkeypatch.setitem(FAMILIES, SparseGraniteConfig.model_type, FAMILIES["sparse_llama"])  # taken out again after the test
+    # Set before it is registered, so that it is taken out again after the test.
+    monkeypatch.setitem(FAMILIES, SparseGraniteConfig.model_type, FAMILIES["sparse_llama"])
     register(Family(SparseGraniteForCausalLM, {"granite": GraniteConfig}))
     torch.manual_seed(0)
     stock = GraniteForCausalLM(GraniteConfig(**SHAPE, residual_multiplier=0.5, logits_scaling=2.0)).eval()  # type: ignore[arg-type]

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FunctionType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
+from transformers.models.olmo2 import modeling_olmo2
+from transformers.models.phi3 import modeling_phi3
 
 from sparsify.conversion.sparse_folder import check_activation
 from sparsify.errors import RecipeError
@@ -29,6 +31,7 @@ from sparsify.recipe.recipe import Recipe
 from sparsify.runtime.triton_ffn import interpreting
 from sparsify.training.kernels.liger_ops import (
     PACKAGE,
+    Norm,
     check_kernels,
     installed_version,
     linear_cross_entropy,
@@ -42,16 +45,35 @@ ROTARY = "apply_rotary_pos_emb"
 """Name of the function that transformers' attention calls for its rotary embedding."""
 
 
+class _KindOfNorm(NamedTuple):
+    """A norm of transformers, the name of its epsilon, and how Liger computes it."""
+
+    stock: type[nn.Module]
+    epsilon: str
+    kind: Norm
+    offset: float
+
+
+NORMS = (
+    _KindOfNorm(modeling_llama.LlamaRMSNorm, "variance_epsilon", "llama", 0.0),
+    _KindOfNorm(modeling_olmo2.Olmo2RMSNorm, "variance_epsilon", "gemma", 0.0),
+    _KindOfNorm(modeling_gemma3.Gemma3RMSNorm, "eps", "gemma", 1.0),
+)
+ROTARIES = tuple(getattr(module, ROTARY) for module in (modeling_llama, modeling_olmo2, modeling_phi3))
+"""Rotary embeddings of all of a head. OLMo's rounds at the end; Phi-3's can cover a part of each head, which `use_liger` refuses."""
+
+
 class FusedNorm(nn.Module):
     """An RMS norm that Liger computes in training."""
 
     weight: nn.Parameter
-    variance_epsilon: float
+    kind_of_norm: _KindOfNorm
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(hidden_states)
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        norm = self.kind_of_norm
+        return rms_norm(hidden_states, self.weight, getattr(self, norm.epsilon), norm.kind, norm.offset)
 
 
 class FusedAttention(nn.Module):
@@ -66,12 +88,15 @@ class FusedAttention(nn.Module):
 def fused_class(kind: type[nn.Module]) -> type[nn.Module] | None:
     """The class of a module with Liger's kernel in it; None for classes that no kernel computes."""
     name = kind.__name__
-    if name.endswith("RMSNorm") and _same(kind.forward, modeling_llama.LlamaRMSNorm.forward):
-        return type(f"Fused{name}", (FusedNorm, kind), {})
-    rotary = vars(sys.modules[kind.__module__]).get(ROTARY)
-    if name.endswith("Attention") and rotary is not None and _same(rotary, modeling_llama.apply_rotary_pos_emb):
-        return type(f"Fused{name}", (FusedAttention, kind), {})
-    return None
+    if name.endswith("RMSNorm"):
+        norm = next((one for one in NORMS if _same(kind.forward, one.stock.forward)), None)
+        return norm and type(f"Fused{name}", (FusedNorm, kind), {"kind_of_norm": norm})
+    if not name.endswith("Attention"):
+        return None
+    # The forward pass may be inherited from a class of another file, where its rotary embedding is, too.
+    rotary = vars(sys.modules[kind.forward.__module__]).get(ROTARY)
+    known = rotary is not None and any(_same(rotary, one) for one in ROTARIES)
+    return type(f"Fused{name}", (FusedAttention, kind), {}) if known else None
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -117,24 +142,32 @@ def use_liger(model: SparseModel, recipe: Recipe) -> None:
     if not recipe.training.liger_kernels:
         return
     check_kernels("cuda" if torch.cuda.is_available() else "cpu", model.dtype)
-    replaced: Counter[str] = Counter()
-    for module in model.modules():
-        fused = fused_class(type(module))
-        if fused is not None:
-            module.__class__ = fused
-            replaced[fused.__name__] += 1
-    layers = len(model.model.layers)
-    has_softcap = getattr(model.config, "final_logit_softcapping", None) is not None
-    known = sorted(replaced.values()) == [layers, 2 * layers + 1] and type(model.lm_head) is nn.Linear
-    if not known or has_softcap:
+    kinds = {module: fused_class(type(module)) for module in model.modules()}
+    replaced = {module: fused for module, fused in kinds.items() if fused is not None}
+    unknown = {type(module).__name__ for module in kinds.keys() - replaced.keys() if _should_be(module)}
+    layers, attention = len(model.model.layers), sum(issubclass(one, FusedAttention) for one in replaced.values())
+    if not unknown and (attention != layers or len(replaced) - attention < 2 * layers + 1):
+        unknown = {"the norms or the attention"}
+    if (model.config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0:
+        unknown.add("rotary embeddings of a part of each head")
+    if getattr(model.config, "final_logit_softcapping", None) is not None or type(model.lm_head) is not nn.Linear:
+        unknown.add("its loss")
+    if unknown:
         raise RecipeError(
-            f"training.liger_kernels is set, and its kernels do not compute the norms, rotary embedding or loss of a "
+            f"training.liger_kernels is set, and its kernels do not compute {', '.join(sorted(unknown))} of a "
             f"{model.config.model_type}.",
             next_step="Set training.liger_kernels=false.",
         )
+    for module, fused in replaced.items():
+        module.__class__ = fused
     model.lm_head.__class__ = LossHead
     cast(Any, model.lm_head).labels = None
     check_activation(model, recipe.activation.ffn_activation)
+
+
+def _should_be(module: nn.Module) -> bool:
+    """Whether a module's name says that it is what Liger has a kernel for."""
+    return type(module).__name__.endswith(("RMSNorm", "Attention"))
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from importlib import metadata
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -26,10 +26,16 @@ def installed_version() -> str | None:
         return None
 
 
-def rms_norm(hidden: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Root mean square norm as in Llama: fp32 up to the product with the weight [hidden]. [..., hidden]"""
+Norm = Literal["llama", "gemma"]
+"""Where a norm rounds to the states' dtype: before the product with its weight, as in Llama, or after it, as in Gemma."""
+
+
+def rms_norm(
+    hidden: torch.Tensor, weight: torch.Tensor, epsilon: float, kind: Norm = "llama", offset: float = 0.0
+) -> torch.Tensor:
+    """Root mean square norm times a weight [hidden] plus an offset. [..., hidden]"""
     # Not in place: the output's gradient belongs to autograd.
-    return _liger().LigerRMSNormFunction.apply(hidden, weight, epsilon, 0.0, "llama", False)
+    return _liger().LigerRMSNormFunction.apply(hidden, weight, epsilon, offset, kind, False)
 
 
 def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Tensors:
@@ -116,6 +122,11 @@ def check_kernels(device: str, dtype: torch.dtype) -> None:
         "norm": (
             lambda x, w: (rms_norm(x, w, 1e-5),),
             lambda x, w: (functional.rms_norm(x, (8,), w, 1e-5),),
+            (random(2, 3, 8), random(8)),
+        ),
+        "norm of Gemma": (
+            lambda x, w: (rms_norm(x, w, 1e-5, "gemma", 1.0),),
+            lambda x, w: (functional.rms_norm(x.float(), (8,), 1 + w.float(), 1e-5).to(dtype),),
             (random(2, 3, 8), random(8)),
         ),
         "rotary embedding": (

@@ -23,18 +23,19 @@ from scripts.validate_memory_plan import allocations
 from sparsify.conversion.sparse_folder import check_activation, load_sparse
 from sparsify.errors import RecipeError, RunError
 from sparsify.mixture.sequences.reader import NO_LOSS
-from sparsify.models import SparseMistralConfig, SparseMixtralConfig, family_of
+from sparsify.models import FAMILIES, SparseMistralConfig, SparseMixtralConfig, family_of
 from sparsify.plan.activation_memory import layer_activation_bytes, liger_loss_bytes
 from sparsify.plan.parameters import Architecture
 from sparsify.recipe.compose import compose_recipe
 from sparsify.training.kernels import liger_ops
 from sparsify.training.kernels.liger import use_liger
 from sparsify.training.validation import sequence_losses
+from tests.conftest import FAMILY_STOCK, SHAPE
 from tests.plan.test_plan import TINY, kept_for_backward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RECIPE = compose_recipe("recovery/drelu", ["training.liger_kernels=true"])
-FAMILIES = {
+PATCHES = {
     "mistral": (apply_liger_kernel_to_mistral, modeling_mistral, "MistralMLP"),
     "mixtral": (apply_liger_kernel_to_mixtral, modeling_mixtral, "MixtralExperts"),
 }
@@ -50,15 +51,14 @@ def batch() -> dict[str, torch.Tensor]:
     return {key: value.to(DEVICE) for key, value in tensors.items()}
 
 
-@pytest.mark.parametrize(("kind", "checkpointing"), [("mistral", False), ("mixtral", True), ("llama", False)])
-def test_losses_and_gradients_are_those_of_the_models_own_code(
-    kind: str, checkpointing: bool, stock: dict[str, Path]
-) -> None:
-    given, options = batch(), {"output_router_logits": True} if kind == "mixtral" else {}
+@pytest.mark.parametrize("kind", FAMILY_STOCK)
+def test_losses_and_gradients_are_those_of_the_models_own_code(kind: str, family_stock: dict[str, Path]) -> None:
+    has_experts = kind in ("mixtral", "qwen3_moe")
+    given, options = batch(), {"output_router_logits": True} if has_experts else {}
     results = []
     for fused in (False, True):
-        model = load_sparse(stock[kind], "drelu", torch.float32).to(DEVICE).train()
-        if checkpointing:
+        model = load_sparse(family_stock[kind], "drelu", torch.float32).to(DEVICE).train()
+        if has_experts:
             model.activation_checkpointing_enable({"use_reentrant": False})
 
         def answer(model: nn.Module = model) -> torch.Tensor:
@@ -86,11 +86,11 @@ def test_losses_and_gradients_are_those_of_the_models_own_code(
     assert torch.equal(liger_logits, logits)  # evaluation runs the model's own code
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", PATCHES)
 def test_guard_finds_ligers_own_patch_which_unsparsifies(
     kind: str, stock: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patch_family, module, name = FAMILIES[kind]
+    patch_family, module, name = PATCHES[kind]
     monkeypatch.setattr(module, name, getattr(module, name))  # the class is replaced as well
     model = load_sparse(stock[kind], "drelu", torch.float32).to(DEVICE)
     use_liger(model, RECIPE)
@@ -110,12 +110,28 @@ def test_no_other_model_changes_and_an_unknown_module_is_refused(stock: dict[str
     assert modeling_mistral.apply_rotary_pos_emb is rotary
     assert set(model.state_dict()) == set(other.state_dict())
     other.model.norm = nn.RMSNorm(32)
-    with pytest.raises(RecipeError, match="kernels do not compute the norms"):
+    with pytest.raises(RecipeError, match="kernels do not compute RMSNorm of a sparse_mistral"):
         use_liger(other, RECIPE)
 
 
+@pytest.mark.parametrize(
+    ("kind", "fields", "said"),
+    [
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "its loss of a sparse_gemma3_text"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "rotary embeddings of a part of each head of a sparse_phi3"),
+    ],
+)
+def test_what_a_family_may_do_and_no_kernel_computes_is_refused_by_name(kind: str, fields: Any, said: str) -> None:
+    family = FAMILIES[f"sparse_{kind}"]
+    model = family.model(family.config(**SHAPE | FAMILY_STOCK[kind] | fields)).to(DEVICE)
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(RecipeError, match=said):
+        use_liger(model, RECIPE)
+    assert [type(module) for module in model.modules()] == before
+
+
 def test_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liger_ops, "rms_norm", lambda hidden, weight, _: hidden * weight)
+    monkeypatch.setattr(liger_ops, "rms_norm", lambda hidden, weight, *_: hidden * weight)
     with pytest.raises(RunError, match="kernel of the norm gives other values"):
         liger_ops.check_kernels.__wrapped__(DEVICE, torch.float32)
 
