@@ -473,3 +473,51 @@ def bench_columns(
             on_progress=on_progress,
         )
     print_result(result.model_dump_json(), bench.columns_table(result), as_json)
+
+
+@bench_app.command("offload")
+def bench_offload(
+    to: Annotated[
+        Path, typer.Option("--to", help="Folder of the model and its neuron files: about 4 times --share of a disk.")
+    ],
+    shape: Annotated[str, typer.Option(help="mistral-7b, mixtral-8x7b, llama-3.2-1b or smollm2-135m.")] = "mistral-7b",
+    layers: Annotated[int, typer.Option(callback=COUNT.check, help="Layers.")] = 8,
+    share: Annotated[
+        float, typer.Option(callback=DENSITY.check, help="Memory for neurons as a share of all of them.")
+    ] = 0.25,
+    active: Annotated[float, typer.Option(callback=DENSITY.check, help="Share of the neurons that fire.")] = 0.1,
+    skew: Annotated[
+        float,
+        typer.Option(
+            callback=SHARE.check,
+            help="How unequally: 0 all alike; above, the n-th most likely neuron has the weight n to the power of -skew.",
+        ),
+    ] = 0.0,
+    rank: Annotated[int, typer.Option(callback=WIDTH.check, help="Rank of the predictors.")] = 512,
+    warm_tokens: Annotated[int, typer.Option(callback=COUNT.check, help="Tokens before those that are measured.")] = 3,
+    tokens: Annotated[int, typer.Option(callback=NEW_TOKENS.check, help="Measured tokens of a round.")] = 4,
+    rounds: Annotated[int, typer.Option(callback=REPEATS.check, help="Rounds of all ways.")] = 3,
+    threads: Annotated[int, typer.Option(callback=THREADS.check, help="Threads of the kernels.")] = 2,
+    only: Annotated[str, typer.Option(help="Ways to measure, separated by semicolons.", show_default="all")] = "",
+    plot: Annotated[Path | None, typer.Option(help="Path of a chart (.png or .svg) of tokens per second.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compares ways of decoding a model whose neurons do not fit into memory: dense streaming, mmap, and caches of neurons.
+
+    Example: sparsify bench offload --to /tmp/offload --shape mixtral-8x7b --layers 4
+    """
+    from sparsify.bench import offload as bench
+    from sparsify.bench import offload_report as report
+    from sparsify.bench.offload_model import Firing
+
+    if plot is not None:
+        report.check_plot(plot)
+    names = tuple(one.strip() for one in only.split(";") if one.strip())
+    plan = bench.OffloadPlan(
+        to, shape, layers, Firing(active, skew), share, rank, warm_tokens, tokens, rounds, threads, names
+    )
+    with status_line() as on_progress:
+        result = bench.bench_offload(plan, on_progress)
+    if plot is not None:
+        report.write_plot(result, plot)
+    print_result(result.model_dump_json(), report.offload_table(result), as_json)

@@ -13,10 +13,11 @@ from rich.text import Text
 
 from sparsify.cli.bounds import NEW_TOKENS, SEED, TEMPERATURE, THREADS
 from sparsify.cli.options import AsJson, print_result
+from sparsify.errors import RunError
 from sparsify.reporting.terminal import plain
 
 if TYPE_CHECKING:
-    from sparsify.commands.generate import Generated
+    from sparsify.commands.generate import Generated, Offload
 
 MEGA = 1e6
 
@@ -48,15 +49,43 @@ def generate(
     threads: Annotated[
         int | None, typer.Option(callback=THREADS.check, help="Number of threads.", show_default="torch's own")
     ] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="Decode without the kernels, for comparison.")] = False,
+    dense: Annotated[
+        bool,
+        typer.Option("--dense", help="Decode without the kernels, for comparison; with --memory, read every row."),
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Limit on this process's memory, such as 4GB: neurons stay in a file that is written once, and are read as needed.",
+            show_default="none: the model is loaded whole",
+        ),
+    ] = None,
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="With --memory: which neurons stay in memory: no_cache, static (those that fired most in the prompt), lru or lfu."
+        ),
+    ] = "lru",
+    prefetch: Annotated[
+        str,
+        typer.Option(
+            help="With --memory: which neurons of the next layer are read ahead: none, persistence (those of the last token) or "
+            "frequency (those used most)."
+        ),
+    ] = "none",
     as_json: AsJson = False,
 ) -> None:
     """Continues a prompt, reading only the weights of neurons that fire; then prints the speed and the bytes read.
 
     Example: sparsify generate my-sparse-model "def read_json(path):"
     """
+    from sparsify.commands.generate import MemoryLimit
     from sparsify.commands.generate import generate as run
 
+    if memory is None and (policy, prefetch) != ("lru", "none"):
+        raise RunError(
+            "--policy and --prefetch change nothing without --memory.", next_step="Give --memory, or omit them."
+        )
     result = run(
         bundle,
         prompt,
@@ -68,8 +97,14 @@ def generate(
         threads=threads,
         dense=dense,
         write=(lambda _: None) if as_json else _write,
+        limit=None if memory is None else MemoryLimit(memory, policy, prefetch, _tell),  # pyright: ignore[reportArgumentType]
     )
     print_result(json.dumps(dataclasses.asdict(result)), Text(f"\n\n{_summary(result)}", "dim"), as_json)
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{plain(text)}\n")
+    sys.stderr.flush()
 
 
 def _write(text: str) -> None:
@@ -97,7 +132,21 @@ def _summary(result: Generated) -> str:
         f"weights read per token: {ffn + other:,.1f} MB ({ffn:,.1f} feed-forward, {other:,.1f} other); "
         f"stored and dense: {dense:,.1f} MB"
     )
+    if result.offload is not None:
+        lines += _offload_lines(result.offload)
     return "\n".join(lines)
+
+
+def _offload_lines(one: Offload) -> list[str]:
+    how = "past the page cache" if one.direct else "through the page cache"
+    return [
+        f"memory: {one.peak_bytes / MEGA:,.0f} MB at most, of {one.memory_bytes / MEGA:,.0f} allowed; {one.neuron_bytes / MEGA:,.0f} "
+        f"MB of neurons ({one.slots:,} slots, {one.held_share:.0%} of the rows that every token reads)",
+        f"read from {one.neuron_file} per token, {how}: {one.read_bytes_per_token / MEGA:,.2f} MB, of it "
+        f"{one.stall_bytes_per_token / MEGA:,.2f} MB of neurons that were not read ahead",
+        f"{one.hit_rate:.1%} of the neurons needed were in memory ({one.policy}); {one.over_fetch:.2f} read ahead in vain for each "
+        f"(prefetch: {one.prefetch}); {one.wait_ms_per_token:,.1f} of {one.ms_per_token:,.1f} ms a token were spent waiting",
+    ]
 
 
 _BACKENDS = {

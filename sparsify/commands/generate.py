@@ -11,13 +11,57 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
+from sparsify.conversion.source_checkpoint import locate
+from sparsify.conversion.tokenizer import check_tokenizer, load_tokenizer
 from sparsify.errors import RunError
+from sparsify.metadata import user_path
 from sparsify.predictors import read_predictors
-from sparsify.runs.load import load
+from sparsify.predictors.format import fingerprinted
+from sparsify.runs.load import find_trained, load
 from sparsify.runtime import Acceleration, accelerate
 from sparsify.runtime.accelerate import ModelBytes, block_format, model_bytes
+from sparsify.runtime.neuron_cache import Prefetch
+from sparsify.runtime.offload import parse_memory, peak_rss_bytes
+from sparsify.runtime.stored_weights import StoredModel
 
 Write = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What decoding within a limit on memory took; counts are of decoding alone, without the prompt.
+
+    Attributes:
+        memory_bytes: The limit.
+        peak_bytes: Most memory that the process has had.
+        neuron_file: Where the neurons are.
+        direct: Whether reads went past the page cache.
+        neuron_bytes: Memory of neurons: rows that are held for good, and slots.
+        held_share: Share of the rows that every step reads which are held for good.
+        slots: Units of neurons that memory has room for.
+        hit_rate: Share of the neurons needed that were in memory.
+        over_fetch: Neurons read ahead and not needed, for each one that was needed.
+        read_bytes_per_token: Bytes read from the file.
+        stall_bytes_per_token: Bytes of neurons that were not requested before they were needed.
+        wait_ms_per_token: Milliseconds for which steps waited for reads.
+        ms_per_token: Milliseconds of a step.
+    """
+
+    memory_bytes: int
+    peak_bytes: int
+    neuron_file: str
+    direct: bool
+    policy: str
+    prefetch: str
+    neuron_bytes: int
+    held_share: float
+    slots: int
+    hit_rate: float
+    over_fetch: float
+    read_bytes_per_token: float
+    stall_bytes_per_token: float
+    wait_ms_per_token: float
+    ms_per_token: float
 
 
 @dataclass(frozen=True)
@@ -33,6 +77,7 @@ class Generated:
         other_bytes_per_token: Bytes of the other weights; the cache and the input embedding are not counted.
         dense_ffn_bytes_per_token: Bytes that the stored feed-forward blocks have.
         dense_other_bytes_per_token: Bytes of the other weights as stored.
+        offload: What decoding within a limit on memory took; None without a limit.
     """
 
     model: str
@@ -51,6 +96,24 @@ class Generated:
     other_bytes_per_token: float
     dense_ffn_bytes_per_token: float
     dense_other_bytes_per_token: float
+    offload: Offload | None = None
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """How to decode within a limit on memory.
+
+    Attributes:
+        memory: The limit, such as "4GB".
+        policy: Which neurons stay in memory.
+        prefetch: Which are read before they are needed.
+        tell: Gets a line of text while the file of neurons is written.
+    """
+
+    memory: str
+    policy: str = "lru"
+    prefetch: Prefetch = "none"
+    tell: Write = lambda _: None
 
 
 def generate(
@@ -65,22 +128,30 @@ def generate(
     threads: int | None,
     dense: bool,
     write: Write,
+    limit: MemoryLimit | None = None,
 ) -> Generated:
     """Continues a prompt, and calls `write` with each piece of the text; temperature 0 takes the most likely token.
-    Raises ModelError if the model has nothing to skip, RunError if a number is out of range.
+    Raises ModelError if the model has nothing to skip, RunError if a number is out of range or the memory too small.
     """
     _check(num_tokens, temperature, threads)
-    _check_dense(dense, weights, predictors)
-    loaded = load(model_or_run)
+    _check_dense(dense, "stored" if limit is not None else weights, predictors)  # rows in blocks can be read in full
     if threads is not None:
         torch.set_num_threads(threads)
-    model: Any = loaded.model
-    own = None
-    if predictors is not None:
-        own = read_predictors(predictors).for_decoding(model, str(predictors))
-    acceleration = None if dense else accelerate(model, weights=weights, predictors=own, keep_weights=False)
-    streamer = _Streamer(loaded.tokenizer, acceleration, write)
-    inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if limit is None:
+        loaded = load(model_or_run)
+        model: Any = loaded.model
+        tokenizer = loaded.tokenizer
+        own = None
+        if predictors is not None:
+            own = read_predictors(predictors).for_decoding(model, str(predictors))
+        acceleration = None if dense else accelerate(model, weights=weights, predictors=own, keep_weights=False)
+    else:
+        tokenizer, acceleration = _within(
+            limit, model_or_run, prompt, num_tokens, weights=weights, predictors=predictors, dense=dense
+        )
+        model = acceleration.model
+    streamer = _Streamer(tokenizer, acceleration, write)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     prompt_tokens, context = inputs["input_ids"].shape[1], model.config.max_position_embeddings
     if not prompt_tokens:
         raise RunError("The prompt has no tokens.", next_step="Give some text to continue.")
@@ -97,13 +168,13 @@ def generate(
         max_new_tokens=min(num_tokens, context - prompt_tokens),
         do_sample=temperature > 0,
         **({"temperature": temperature} if temperature > 0 else {}),
-        pad_token_id=loaded.tokenizer.eos_token_id,
+        pad_token_id=tokenizer.eos_token_id,
         streamer=streamer,
     )
     decoded = output.shape[1] - prompt_tokens - 1
     seconds = streamer.last_seconds - streamer.first_seconds
     return Generated(
-        model=loaded.name,
+        model=model_or_run,
         prompt=prompt,
         text=streamer.text,
         prompt_tokens=prompt_tokens,
@@ -114,6 +185,70 @@ def generate(
         backend="dense" if acceleration is None else acceleration.backend,
         kept_bytes=0 if acceleration is None else acceleration.kept_bytes,
         **_reads(acceleration, model_bytes(model)),
+        offload=None if limit is None or acceleration is None else _offload(limit, acceleration, decoded, seconds),
+    )
+
+
+def _within(
+    limit: MemoryLimit, source: str, prompt: str, num_tokens: int, *, weights: str, predictors: Path | None, dense: bool
+) -> tuple[PreTrainedTokenizerFast, Acceleration]:
+    """The tokenizer of a folder, and its model within a limit on memory."""
+    memory = parse_memory(limit.memory)
+    if find_trained(user_path(source)) is not None:
+        raise RunError(
+            f"{source} is a run: its checkpoint is loaded whole, so --memory cannot keep a limit.",
+            next_step=f"Export it first: sparsify export {source}",
+        )
+    folder = locate(source)
+    tokenizer = load_tokenizer(folder)
+
+    def made(model: Any, stored: StoredModel) -> Any:
+        assert predictors is not None
+        layers, block = range(model.config.num_hidden_layers), model.ffn_blocks()[0]
+        chosen = fingerprinted(
+            (block.gate_up_proj if hasattr(block, "gate_up_proj") else block.gate_proj.weight).numel()
+        )
+        values = (stored.gate_values(layer, chosen) for layer in layers)
+        return read_predictors(predictors).for_decoding(model, str(predictors), values)
+
+    tokens = len(tokenizer(prompt)["input_ids"])
+    acceleration = accelerate(
+        folder,
+        weights=weights,
+        predictors=None if predictors is None else made,
+        dense=dense,
+        memory=memory,
+        policy=limit.policy,
+        prefetch=limit.prefetch,
+        context_tokens=tokens + num_tokens,
+        tell=limit.tell,
+    )
+    check_tokenizer(tokenizer, acceleration.model.config, source)
+    return tokenizer, acceleration
+
+
+def _offload(limit: MemoryLimit, acceleration: Acceleration, tokens: int, seconds: float) -> Offload:
+    offloaded, reads = acceleration.offloaded, acceleration.neurons
+    assert offloaded is not None
+    assert reads is not None
+    cache, steps = offloaded.cache, max(tokens, 1)
+    layout, plan = cache.layout, cache.plan
+    return Offload(
+        memory_bytes=offloaded.limits.memory_bytes,
+        peak_bytes=peak_rss_bytes(),
+        neuron_file=str(cache.file.path),
+        direct=cache.file.direct,
+        policy=limit.policy,
+        prefetch=limit.prefetch,
+        neuron_bytes=plan.num_bytes,
+        held_share=plan.held_rows / layout.neurons if layout.layout == "apart" else 0.0,
+        slots=plan.slots,
+        hit_rate=reads.hit_rate,
+        over_fetch=reads.over_fetched / max(reads.needed, 1),
+        read_bytes_per_token=reads.bytes_read / steps,
+        stall_bytes_per_token=reads.stall_bytes / steps,
+        wait_ms_per_token=1e3 * reads.wait_seconds / steps,
+        ms_per_token=1e3 * seconds / steps,
     )
 
 

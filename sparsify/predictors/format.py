@@ -141,11 +141,20 @@ class Predictors(NamedTuple):
         }
         return self._replace(blocks=moved)
 
-    def for_decoding(self, model: SparseModel, where: str) -> LayerPredictors:
-        """Converts to the structure that the decoding kernels take. Raises ModelError if they were trained for another
-        model.
+    def for_decoding(
+        self, model: SparseModel, where: str, gates: Iterable[torch.Tensor] | None = None
+    ) -> LayerPredictors:
+        """Converts to the structure that the decoding kernels take.
+
+        Args:
+            model: The model.
+            where: What messages call the predictors.
+            gates: The values of `fingerprinted` of every layer, if the model's own weights are not in memory.
+
+        Raises:
+            ModelError: If they were trained for another model.
         """
-        self.check_model(model, where)
+        self.check_model(model, where, gates)
         facts = self.facts
         return LayerPredictors(
             facts.input,
@@ -155,8 +164,8 @@ class Predictors(NamedTuple):
             ],
         )
 
-    def check_model(self, model: SparseModel, where: str) -> None:
-        """Raises ModelError if these predictors were not trained for a model: shapes or weights differ."""
+    def check_model(self, model: SparseModel, where: str, gates: Iterable[torch.Tensor] | None = None) -> None:
+        """Raises ModelError if these predictors were not trained for a model: shapes or weights differ. `gates` as above."""
         config, facts = model.config, self.facts
         shape = [len(model.model.layers), num_experts(model.config)]
         shape += [config.hidden_size, num_neurons(config)]
@@ -166,7 +175,7 @@ class Predictors(NamedTuple):
                 f"{where} belongs to another model: it has {own} layers, experts, hidden size and neurons; the model {shape}.",
                 next_step="Train predictors for this model: `sparsify predictors train`.",
             )
-        self.check_fingerprint(fingerprint(model), where)
+        self.check_fingerprint(fingerprint(model) if gates is None else _fingerprint_of_values(gates), where)
 
     def check_fingerprint(self, of_model: str, where: str) -> None:
         """Raises ModelError if these predictors were not trained for the weights."""
@@ -195,11 +204,18 @@ def fingerprint(model: SparseModel) -> str:
 
 def fingerprint_of(gates: Iterable[torch.Tensor]) -> str:
     """Fingerprint from every layer's gate projection, or fused gate and up projection."""
+    return _fingerprint_of_values(gate.detach().flatten()[fingerprinted(gate.numel())] for gate in gates)
+
+
+def fingerprinted(count: int) -> slice:
+    """Which of so many values of a layer's gate projection, or fused gate and up projection, are in the fingerprint."""
+    return slice(None, None, max(1, count // FINGERPRINT_VALUES))
+
+
+def _fingerprint_of_values(values: Iterable[torch.Tensor]) -> str:
     digest = xxhash.xxh3_128()
-    for gate in gates:
-        values = gate.detach().flatten()
-        chosen = values[:: max(1, len(values) // FINGERPRINT_VALUES)].to(torch.bfloat16)
-        digest.update(chosen.cpu().contiguous().view(torch.int16).numpy().tobytes())
+    for chosen in values:
+        digest.update(chosen.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -9,7 +9,10 @@ blocks are copies.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, get_args
 
 from sparsify.errors import ModelError
@@ -20,10 +23,14 @@ from sparsify.models.quantised import BlockFormat
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
 from sparsify.runtime.columns import held_by_columns
 from sparsify.runtime.ffn import backend_of
+from sparsify.runtime.file_reads import NeuronReads
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward
 from sparsify.runtime.masks import is_readable, unknown_to_blocks
 from sparsify.runtime.native_step import Projections, projections
+from sparsify.runtime.neuron_cache import PREFETCHES, RUNTIME_POLICIES, Prefetch
+from sparsify.runtime.offload import CONTEXT_TOKENS, Limits, OffloadedModel, OffloadedStep, parse_memory
 from sparsify.runtime.step import StepForward
+from sparsify.runtime.stored_weights import StoredModel
 from sparsify.runtime.weights import AttentionReads, LayerPredictors, Options, RowsRead
 
 WEIGHT_FORMATS = ("stored", *get_args(BlockFormat))
@@ -57,8 +64,18 @@ class BlockReads:
 class Acceleration:
     """Handle of an accelerated model: counts its reads, and undoes the acceleration."""
 
-    def __init__(self, model: Any) -> None:
-        self._model = model
+    def __init__(self, model: Any, offloaded: OffloadedModel | None = None) -> None:
+        self._model, self.offloaded = model, offloaded
+
+    @property
+    def model(self) -> Any:
+        """The accelerated model."""
+        return self._model
+
+    @property
+    def neurons(self) -> NeuronReads | None:
+        """What was read of a file of neurons since `reset`; None if all of them are in memory."""
+        return None if self.offloaded is None else self.offloaded.cache.counts
 
     @property
     def forwards(self) -> list[BlockForward]:
@@ -103,13 +120,20 @@ class Acceleration:
     def reset(self) -> None:
         for forward in self.forwards:
             forward.reset()
+        if self.offloaded is not None:
+            self.offloaded.cache.reset_counts()
 
     def remove(self) -> None:
         """Restores the model's own forward. The order of projections in memory stays.
 
         Raises:
-            ModelError: If the stored weights were freed.
+            ModelError: If the stored weights were freed, or are in a file.
         """
+        if self.offloaded is not None:
+            raise ModelError(
+                "The model's neurons are in a file, which only this acceleration reads.",
+                next_step="Load the model again, without memory=.",
+            )
         check_not_dropped(self._model)
         for forward in self.forwards:
             forward.remove()
@@ -120,11 +144,17 @@ def accelerate(
     model: Any,
     *,
     weights: str = "stored",
-    predictors: LayerPredictors | None = None,
+    predictors: LayerPredictors | Callable[[Any, StoredModel], LayerPredictors] | None = None,
     max_tokens: int | None = None,
     threads: int | None = None,
     keep_weights: bool = True,
     dense: bool = False,
+    memory: str | int | None = None,
+    policy: str = "lru",
+    prefetch: Prefetch = "none",
+    context_tokens: int = CONTEXT_TOKENS,
+    neuron_memory: str | int | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> Acceleration:
     """Makes the decoding of a sparse model read only the rows it needs.
 
@@ -134,29 +164,50 @@ def accelerate(
     Masks that the model stores are applied on every path. Those on `gate`, `up` and `inter` save rows of what is read after them,
     those on the inputs of projections save columns of these.
 
+    With `memory`, `model` is a folder with a sparse model, which is loaded and decoded in no more memory than that: what is not a
+    feed-forward neuron is in memory, and neurons are read from a file, which is written once.
+
     Args:
         model: A sparse model of any family: an exported bundle as transformers loads it, or one of this package.
         weights: One of WEIGHT_FORMATS. `stored` reads the model's own weights; `int8` and `int4` round them into blocks of
             32 for decoding, 8.5 or 4.5 bits a weight; the output layer is int8 in both. After a change, move or cast of the
             weights the next step makes new blocks; writes through `.data` are not noticed.
-        predictors: Predictors of this model: `read_predictors(folder).for_decoding(model, where)`. Exact decoding without.
+        predictors: Predictors of this model: `read_predictors(folder).for_decoding(model, where)`. Exact decoding without. With
+            `memory`, a function that makes them, given the model without weights and where its weights are.
         max_tokens: Largest number of tokens of a step, over the whole batch, for which the kernels are used. Default: 8, or 4
             on a CPU with stored bf16 weights, where torch's dense product is faster from about six tokens on.
         threads: Threads of the C++ kernels; default: torch's number.
         keep_weights: Whether the stored weights stay in addition to int8 or int4 blocks. Without them prompts are multiplied with the
             blocks, too, and the model can be neither saved, moved nor trained. It changes nothing for `stored`.
         dense: Read every row: the baseline of speed-ups. A dense model is accepted, too.
+        memory: Most memory of this process, everything included, such as "4GB"; None for a model that is in memory.
+        policy: Which neurons stay in memory: one of RUNTIME_POLICIES. Of `memory` alone, as all that follow.
+        prefetch: Which neurons of the next layer are read while this one is computed: `none`, `persistence` or `frequency`.
+        context_tokens: Positions, over all sequences, whose keys and values have room in the memory.
+        neuron_memory: Most memory for neurons alone; None for what is left of `memory`.
+        tell: Gets a line of text while the file of neurons is written.
 
     Returns:
-        A handle that counts the reads. The model itself is changed in place.
+        A handle that counts the reads. The model itself is changed in place; one that was loaded is the handle's `model`.
 
     Raises:
+        RunError: If the memory is too small, with the smallest that works.
+        StorageError: If the file of neurons cannot be written or read.
         ModelError: If the model is not a sparse one, or makes no zeros, or int8 or int4 blocks are requested for a
             model that is not on a CPU, or its stored weights were freed before.
     """
+    blocks = block_format(weights)
+    offloaded = None
+    if memory is not None:
+        most = None if neuron_memory is None else parse_memory(neuron_memory)
+        limits = Limits(parse_memory(memory), policy, prefetch, context_tokens, most)
+        offloaded = _offloaded(model, limits, weights, predictors, dense, tell)
+        model, predictors = offloaded.model, offloaded.predictors
+    elif isinstance(model, str | Path):
+        raise ModelError(f"{model} is a folder.", next_step="Load the model, or give memory= to decode it from there.")
+    assert not callable(predictors)
     check_acceleratable(model, dense=dense)
     check_not_dropped(model)
-    blocks = block_format(weights)
     if blocks is not None:
         _check_device(model, weights)
     if ranks_by_proxy(site_rules(model.config)):
@@ -164,28 +215,63 @@ def accelerate(
     if GROUP in site_rules(model.config):
         _check_routers(model, predictors)
     held = frozenset() if dense else held_by_columns(model, in_blocks=blocks is not None)
+    if offloaded is not None:
+        held -= {"gate", "up"}  # the file has their rows
     for layer, block in enumerate(model.ffn_blocks()):
         if "forward" in vars(block):
             vars(block)["forward"].remove()
         own = None if predictors is None else predictors.layers[layer]
         # Of predicted neurons alone, rows are fewer bytes than columns.
         options = Options(max_tokens, threads, own, blocks, dense, held if own is None else frozenset())
-        kind = ExpertsForward if is_fused(block) else MlpForward
-        block.forward = kind(block, options)
+        if offloaded is not None:
+            block.forward = offloaded.forward(layer, block, options)
+            if blocks is not None:
+                drop_block(block.forward)
+        else:
+            block.forward = (ExpertsForward if is_fused(block) else MlpForward)(block, options)
         block.forward.prepare()
-        if blocks is not None and not keep_weights:
+        if offloaded is None and blocks is not None and not keep_weights:
             drop_block(block.forward)
         if predictors is not None and predictors.input == "residual":
             name = FAMILIES[model.config.model_type].ffn_norm
             if name is not None:  # otherwise the block reads the residual itself
                 block.forward.watch(getattr(model.model.layers[layer], name))
     forwards = [vars(block)["forward"] for block in model.ffn_blocks()]
-    model.forward = StepForward(model, forwards, Projections(blocks, held), threads)
+    given = Projections(blocks, held)
+    if offloaded is not None:
+        model.forward = OffloadedStep(offloaded, forwards, given, threads)
+        offloaded.finish(given)
+        return Acceleration(model, offloaded)
+    model.forward = StepForward(model, forwards, given, threads)
     if blocks is not None and keep_weights:
         model.forward.prepare()
     elif blocks is not None:
         drop_projections(model, model.forward.projections)
     return Acceleration(model)
+
+
+def _offloaded(
+    folder: Any, limits: Limits, weights: str, predictors: Any, dense: bool, tell: Callable[[str], None]
+) -> OffloadedModel:
+    """Loads a model whose neurons stay in a file."""
+    if not isinstance(folder, str | Path):
+        raise ModelError(
+            f"A {type(folder).__name__} is in memory already, so memory= cannot keep a limit.",
+            allowed="The folder of a sparse model.",
+        )
+    if limits.policy not in RUNTIME_POLICIES:
+        raise ModelError(f"There is no policy {limits.policy!r}.", allowed=f"{', '.join(RUNTIME_POLICIES)}.")
+    if limits.prefetch not in PREFETCHES:
+        raise ModelError(f"There is no prefetch {limits.prefetch!r}.", allowed=f"{', '.join(PREFETCHES)}.")
+    if predictors is not None and not callable(predictors):
+        raise ModelError(
+            "Predictors of a model that is not loaded yet must be made while it is.",
+            next_step="Give a function of the model and of where its weights are.",
+        )
+    check = partial(check_acceleratable, dense=dense)
+    return OffloadedModel(
+        Path(folder), limits, weights=weights, predictors=predictors, dense=dense, check=check, tell=tell
+    )
 
 
 def block_format(weights: str) -> BlockFormat | None:

@@ -27,7 +27,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-fPIC", "-w")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-w")
 UNITS = {
     "kernels": ("kernels.cpp",),
     "f32": ("format.cpp", "-DSPARSIFY_FORMAT=F32"),
@@ -141,6 +141,10 @@ def kernels() -> ctypes.CDLL | None:
             warnings.warn(INSTEAD.format(reason=not_compiled), stacklevel=2)
     library.sparsify_start()
     for name in ("sparsify_call_bytes", "sparsify_step_bytes"):
+        getattr(library, name).restype = ctypes.c_int64
+    for name in ("sparsify_reader_open", "sparsify_stream_open"):
+        getattr(library, name).restype = ctypes.c_void_p
+    for name in ("sparsify_reader_submit", "sparsify_stream_bytes"):
         getattr(library, name).restype = ctypes.c_int64
     library.sparsify_read.restype = ctypes.c_double
     library.sparsify_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)

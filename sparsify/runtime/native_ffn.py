@@ -35,7 +35,7 @@ THRESHOLD, TOP_K, TOP_P = range(3)
 
 
 class CMatrix(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64))
+    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("slots", ctypes.c_void_p))
 
 
 class CMask(ctypes.Structure):
@@ -69,6 +69,7 @@ class FfnCall(ctypes.Structure):
         *((f"{name}_constant", ctypes.c_void_p) for name in ("gate", "up", "down")),
         *((f"{name}_mask", ctypes.POINTER(CMask)) for name in ("gate", "up", "product", "gate_in", "up_in")),
         *((f"{name}_low_rank", CLowRank) for name in ("gate", "up")),
+        ("store", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")),
         *((name, ctypes.c_int32) for name in ("gate_by_columns", "up_by_columns", "up_first")),
@@ -174,6 +175,8 @@ def ffn_call(
         **{name: values.data_ptr() for name, values in constants.items()},
         **{name: ctypes.pointer(mask) for name, mask in masks.items()},
     )
+    if weights.store is not None:
+        weights.store.attach(call)
     return call, [*held, bias, *constants.values(), *thresholds.values(), *masks.values()]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import add
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -80,6 +80,14 @@ class LayerPredictors:
     layers: list[list[Predictor]]
 
 
+class Store(Protocol):
+    """Where the rows of a block are that memory does not hold."""
+
+    def attach(self, call: Any) -> None:
+        """Tells the kernels' arguments, an `FfnCall`."""
+        ...
+
+
 @dataclass(frozen=True)
 class FfnWeights:
     """Weights of one block, or of one expert. For all experts of a layer, experts are the first dimension
@@ -99,6 +107,7 @@ class FfnWeights:
         router: What chooses groups of neurons instead of a predictor; of one block or expert only.
         by_columns: Which of `gate` and `up` are held by columns: of these, columns of inputs that are zero are not read.
         masks: `SiteMask`s of the sites `gate`, `up` and `inter` that the thresholds above do not hold.
+        store: Where the rows are, if not all of them are in memory: then the matrices are its slots.
         other_bytes: What a step reads in addition to the projections in any case: low-rank factors.
     """
 
@@ -116,6 +125,7 @@ class FfnWeights:
     other_bytes: int = 0
     copies: Copies | None = None
     router: Router | None = None
+    store: Store | None = None
 
     @property
     def reads_before_masks(self) -> bool:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sparsify.cli import main
-from sparsify.commands.generate import generate
+from sparsify.commands.generate import MemoryLimit, generate
 from sparsify.conversion.convert import convert
 from sparsify.errors import ModelError, RunError
 from sparsify.recipe.model import ModelSection
@@ -123,3 +123,42 @@ def test_a_prompt_that_is_no_text_is_one_message(
         main.main()
     assert ended.value.code == 2
     assert "is not UTF-8 text" in capsys.readouterr().err
+
+
+def test_a_limit_on_memory_changes_how_it_is_read_and_not_what_is_said(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSIFY_NEURON_CACHE", str(tmp_path))
+    told: list[str] = []
+    limited = run(bundle, limit=MemoryLimit("8GB", "lfu", "persistence", told.append))
+    assert limited.text == run(bundle).text
+    assert told[0].startswith(f"Writing {tmp_path}")
+    offload = limited.offload
+    assert offload is not None
+    assert 0 < offload.peak_bytes < offload.memory_bytes == 8 * 10**9
+    assert 0 < offload.hit_rate <= 1
+    assert offload.neuron_file == str(next(tmp_path.glob("*.neurons")))
+    assert 0 <= offload.wait_ms_per_token < offload.ms_per_token
+    dense = run(bundle, dense=True, limit=MemoryLimit("8GB"))
+    assert dense.text == limited.text
+    assert dense.touched_share == 1.0
+
+
+def test_the_command_says_what_a_limit_cost(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPARSIFY_NEURON_CACHE", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["sparsify", "generate", str(bundle), PROMPT, "--tokens", "3", "--memory", "8GB"])
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+    assert not ended.value.code
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "of 8,000 allowed" in printed
+    assert "of the neurons needed were in memory (lru)" in printed
+
+
+def test_a_run_has_no_limit_on_memory(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="cannot be decoded in 90 MB"):
+        run(bundle, limit=MemoryLimit("90MB"))
+    with pytest.raises(ModelError, match="There is no policy 'mru'"):
+        run(bundle, limit=MemoryLimit("8GB", "mru"))

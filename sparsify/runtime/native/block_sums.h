@@ -262,7 +262,7 @@ void sum_blocks(const Matrix& m, const std::vector<int32_t>& list, const float* 
     constexpr int64_t TILES = SUMMED_BLOCKS / TILE, STRIDE = TILES * TILE_COLUMNS, TILE_BYTES = TILE_COLUMNS * BITS / 8;
     alignas(64) float totals[B * STRIDE] = {};
     Coefficients<BITS, B> coefficients;
-    const auto row_of = [&](int64_t n) { return static_cast<const uint8_t*>(m.data) + n * m.row_stride + begin * BITS / 8; };
+    const auto row_of = [&](int64_t n) { return static_cast<const uint8_t*>(m.data) + m.place(n) * m.row_stride + begin * BITS / 8; };
     const int64_t to_scales = (width - begin) * BITS / 8 + begin / BLOCK * 2, count = static_cast<int64_t>(list.size());
     for (int64_t first = 0; first < count; first += SUMMED_ROWS) {
         const int64_t group = std::min(SUMMED_ROWS, count - first), following = std::min(SUMMED_ROWS, count - first - group);

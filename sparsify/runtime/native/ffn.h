@@ -11,6 +11,7 @@
 #pragma once
 
 #include "low_rank.h"
+#include "neuron_store.h"
 
 namespace sparsify {
 
@@ -30,6 +31,7 @@ struct FfnCall {
     const SiteMask *gate_mask, *up_mask, *product_mask;  // of the factors and of their product, [neurons]; null without one
     const SiteMask *gate_in_mask, *up_in_mask;           // of the inputs of gate and up, in a step; null without one
     LowRank gate_low_rank, up_low_rank;                  // in a step
+    NeuronStore* store;               // where not all neurons are in memory; otherwise null
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
     int32_t dtype, gate_kind, up_kind, dense, threads, weight_format, gate_by_columns, up_by_columns, up_first;
     float gate_threshold, predictor_threshold;
@@ -273,9 +275,11 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
             return;
         }
         const int64_t count = list ? static_cast<int64_t>(list->size()) : call.neurons;
-        all_dots<T, B>(which.weight, list ? list->data() : nullptr, count, *which.x, take);
+        if (call.store && !call.store->whole && half == &first) stored_dots<T, B>(*call.store, which.weight.row_stride, *which.x, thread, take);
+        else all_dots<T, B>(which.weight, list ? list->data() : nullptr, count, *which.x, take);
         if (thread == 0) which.rows += count;
     };
+    if (call.store && call.store->whole) fetch(*call.store, candidates, call.neurons, thread);
     compute(first, candidates, false);
     barrier();  // also where a thread's parts of both are the same neurons: another may still add rows of the previous expert
     if (compares(first.mask)) {
@@ -288,6 +292,7 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
         compact(candidates, call.neurons, lists.second, [&](int64_t n) { return call.dense || any_token<B>(factor + n * B); });
         computed = &lists.second;
     }
+    if (call.store && !call.store->whole) fetch(*call.store, computed, call.neurons, thread);
     compute(second, computed, second.factors && second.factors == first.factors);
     barrier();
     if (apart || compares(call.product_mask)) {

@@ -75,6 +75,25 @@ int sparsify_step(sparsify::StepCall* call) {
     return with_batch(call->attention.tokens, [&](auto batch) { step::run<decltype(batch)::value>(*call); }) ? 0 : 1;
 }
 
+void* sparsify_reader_open(int file, int threads) { return new sparsify::Reader(file, threads); }
+void sparsify_reader_close(void* reader) { delete static_cast<sparsify::Reader*>(reader); }
+int64_t sparsify_reader_submit(void* reader, const int64_t* offsets, const uintptr_t* addresses, int64_t count, int64_t bytes, int ahead) {
+    return static_cast<sparsify::Reader*>(reader)->submit(offsets, addresses, count, bytes, ahead != 0);
+}
+int sparsify_reader_wait(void* reader, int64_t ticket) { return static_cast<sparsify::Reader*>(reader)->wait(ticket); }
+
+void* sparsify_stream_open(void* reader, uint8_t* ring, int64_t chunks, int64_t chunk_bytes, int64_t chunk_rows, int64_t row_bytes,
+                           int64_t alignment) {
+    return new sparsify::RowStream(static_cast<sparsify::Reader*>(reader), ring, chunks, chunk_bytes, chunk_rows, row_bytes, alignment);
+}
+void sparsify_stream_discard(void* stream) { static_cast<sparsify::RowStream*>(stream)->discard(); }
+void sparsify_stream_close(void* stream) { delete static_cast<sparsify::RowStream*>(stream); }
+// Bytes that were streamed, and seconds that steps waited for them.
+int64_t sparsify_stream_bytes(void* stream, double* waited_seconds) {
+    *waited_seconds = static_cast<sparsify::RowStream*>(stream)->waited_seconds_;
+    return static_cast<sparsify::RowStream*>(stream)->bytes_;
+}
+
 int64_t sparsify_call_bytes() { return sizeof(sparsify::FfnCall); }
 int64_t sparsify_step_bytes() { return sizeof(sparsify::StepCall) + sizeof(sparsify::StepLayer); }
 

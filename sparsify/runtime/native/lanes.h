@@ -167,6 +167,8 @@ inline void prefetch(const void* data, int64_t bytes) {
 struct Matrix {
     const void* data;
     int64_t row_stride;  // in elements, or in bytes of blocks
+    const int32_t* slots;  // row n is at place slots[n]; null where it is at place n
+    int64_t place(int64_t n) const { return slots ? slots[n] : n; }
 };
 
 // Interface of a format: VECTORS are read together, aligned to as many vectors; a row of `hidden` elements is stored as

@@ -50,7 +50,7 @@ void with_dtype(int32_t dtype, const F& f) {
 
 template <class T>
 const typename T::Stored* row(const Matrix& m, int64_t n) {
-    return static_cast<const typename T::Stored*>(m.data) + n * m.row_stride;
+    return static_cast<const typename T::Stored*>(m.data) + m.place(n) * m.row_stride;
 }
 
 template <class T>

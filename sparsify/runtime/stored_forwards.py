@@ -1,0 +1,158 @@
+"""Forwards of feed-forward blocks whose neurons are in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparsify.errors import ModelError
+from sparsify.runtime.forwards import ExpertsForward, MlpForward
+from sparsify.runtime.neuron_cache import NeuronCache
+from sparsify.runtime.weights import FfnWeights, Matrix, Options
+
+CHUNK_TOKENS = 512
+"""Tokens of a prompt whose activations are in memory at once."""
+
+
+class StoredForward:
+    """What the forwards of blocks in a file have in common. Comes before BlockForward."""
+
+    block: Any
+    options: Options
+    _cache: NeuronCache
+    first: int
+
+    def _open(self, cache: NeuronCache, first: int) -> None:
+        self._cache, self.first = cache, first
+        self.in_blocks_alone = self.options.blocks is not None
+        if self.options.blocks is None:
+            self._show_whole_block()
+
+    def _show_whole_block(self) -> None:
+        """Makes the block's parameters views of where its weights are read to."""
+        raise NotImplementedError
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.block.parameters()).dtype
+
+    def prepare(self) -> None:
+        pass
+
+    def _stored(self, index: int) -> tuple[Matrix, Matrix, Matrix]:
+        return self._cache.matrices(self.first + index, self._dtype)
+
+    def _matrices(self, index: int) -> tuple[Matrix, Matrix, Matrix]:
+        return self._stored(index)
+
+    def _blocks(self, index: int) -> tuple[Matrix, Matrix, Matrix]:
+        return self._cache.whole_block(self.first + index, self._dtype)
+
+    def weights(self, index: int, like: torch.Tensor) -> FfnWeights:
+        made = super().weights(index, like)  # pyright: ignore[reportAttributeAccessIssue]
+        return replace(made, store=self._cache.store(self.first + index))
+
+    @contextmanager
+    def _counting(self, index: int = 0) -> Iterator[None]:
+        """Tells the cache which neurons fire in the block inside, if its policy needs them."""
+        if not self._cache.wants_uses:
+            yield
+            return
+
+        def note(_module: Any, _given: Any, output: torch.Tensor) -> None:
+            fired = (output != 0).flatten(0, -2).sum(0)
+            self._cache.note_uses(self.first + index, fired.numpy())
+
+        hook = self.block.ffn_activation.register_forward_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _read_whole(self, index: int = 0) -> None:
+        self._cache.whole_block(self.first + index, self._dtype)
+
+    def remove(self) -> None:
+        raise ModelError(
+            "The model's neurons are in a file, which only this forward reads.",
+            next_step="Load the model again, without a limit on memory.",
+        )
+
+
+class StoredMlpForward(StoredForward, MlpForward):
+    """Forward of a dense block whose neurons are in a file."""
+
+    def __init__(self, block: Any, options: Options, cache: NeuronCache, first: int) -> None:
+        MlpForward.__init__(self, block, options)
+        self._open(cache, first)
+
+    def _show_whole_block(self) -> None:
+        gate, up, down_t = (_view(self._cache, part, self.block, self._dtype) for part in range(3))
+        for name, view in (("gate", gate), ("up", up), ("down", down_t.mT)):
+            linear = getattr(self.block, f"{name}_proj")
+            linear._parameters["weight"] = nn.Parameter(view, requires_grad=False)
+
+    def _dense(self, *arguments: torch.Tensor) -> torch.Tensor:
+        (x,) = arguments
+        flat = x.reshape(-1, x.shape[-1])
+        with self._counting():
+            if self.in_blocks_alone:
+                return self._in_chunks(flat, self._from_blocks).view(x.shape)
+            self._read_whole()
+            if len(flat) <= CHUNK_TOKENS:
+                return type(self.block).forward(self.block, x)
+            return self._in_chunks(flat, lambda part: type(self.block).forward(self.block, part)).view(x.shape)
+
+    def _in_chunks(self, flat: torch.Tensor, compute: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        out = torch.empty_like(flat)
+        for start in range(0, len(flat), CHUNK_TOKENS):
+            chunk = slice(start, start + CHUNK_TOKENS)
+            out[chunk] = compute(flat[chunk])
+        return out
+
+
+class StoredExpertsForward(StoredForward, ExpertsForward):
+    """Forward of fused experts whose neurons are in a file."""
+
+    def __init__(self, block: Any, options: Options, cache: NeuronCache, first: int) -> None:
+        ExpertsForward.__init__(self, block, options)
+        self._open(cache, first)
+
+    def _show_whole_block(self) -> None:
+        block, cache = self.block, self._cache
+        experts, double, hidden = block.gate_up_proj.shape
+        values = cache.memory[: 3 * cache.layout.neurons * cache.layout.row_bytes].view(self._dtype)
+        gate_up = values.as_strided((experts, double, hidden), (0, hidden, 1))
+        down = values.as_strided((experts, hidden, double // 2), (0, 1, hidden), double * hidden)
+        for name, view in (("gate_up_proj", gate_up), ("down_proj", down)):
+            block._parameters[name] = nn.Parameter(view, requires_grad=False)
+        block._compute = self._compute
+
+    def _compute(self, expert: int, x: torch.Tensor, *given: Any) -> torch.Tensor:
+        """In place of the class's: reads the expert first."""
+        self._read_whole(expert)
+        with self._counting(expert):
+            return type(self.block)._compute(self.block, expert, x, *given)
+
+    def _products(self, seen: torch.Tensor, x: torch.Tensor, index: int = 0) -> torch.Tensor:
+        with self._counting(index):
+            return super()._products(seen, x, index)
+
+    def _dense(self, *arguments: torch.Tensor) -> torch.Tensor:
+        hidden_states, index, shares = arguments
+        if self.in_blocks_alone:
+            return self._from_blocks(hidden_states, index, shares)
+        masked = self._masked(hidden_states)
+        return type(self.block)._loop_over_experts(self.block, masked, index, shares, hidden_states)
+
+
+def _view(cache: NeuronCache, part: int, block: Any, dtype: torch.dtype) -> torch.Tensor:
+    """gate, up or transposed down where `whole_block` puts it."""
+    layout = cache.layout
+    size = layout.neurons * layout.row_bytes
+    return cache.memory[part * size : (part + 1) * size].view(dtype).view(layout.neurons, layout.hidden)
