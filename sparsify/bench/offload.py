@@ -30,7 +30,7 @@ from sparsify.runtime.neuron_cache import Prefetch
 from sparsify.runtime.neuron_file import NeuronLayout
 from sparsify.runtime.offload import peak_rss_bytes
 from sparsify.runtime.stored_forwards import StoredForward
-from sparsify.runtime.weights import FfnWeights
+from sparsify.runtime.weights import FfnWeights, LayerPredictors
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 """Where version 1 of memory cgroups is usually mounted."""
@@ -184,12 +184,14 @@ def _opened(
     plan: OffloadPlan, folder: Path, way: Way, for_neurons: int, limit: int, on_progress: Callable[[str], object]
 ) -> Acceleration:
     """The model decoded in a way. Predictors are in the memory for neurons."""
-    predictors = None
+
+    def tell(text: str) -> None:
+        on_progress(text)
+
+    def predicted(model: Any, _: Any) -> LayerPredictors:
+        return perfect_predictors(model.config, plan.firing, plan.rank)
+
     if way.predicted:
-
-        def predictors(model: Any, _: Any) -> Any:
-            return perfect_predictors(model.config, plan.firing, plan.rank)
-
         shape = SHAPES[plan.shape]
         blocks = plan.layers * (shape.experts or (1, 1))[0]
         for_neurons -= blocks * plan.rank * (shape.hidden + shape.neurons) * 2
@@ -202,9 +204,9 @@ def _opened(
         policy=way.policy,
         prefetch=way.prefetch,
         dense=way.dense,
-        predictors=predictors,
+        predictors=predicted if way.predicted else None,
         context_tokens=256,
-        tell=on_progress,
+        tell=tell,
         threads=plan.threads,
     )
 

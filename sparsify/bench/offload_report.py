@@ -36,6 +36,7 @@ def offload_table(bench: OffloadBench) -> Table:
             "times dense",
             "times mmap",
         ],
+        notes=[bench.left_out] if bench.left_out else [],
     )
     for one in bench.ways:
         table.add(
@@ -50,8 +51,6 @@ def offload_table(bench: OffloadBench) -> Table:
             _ratio(one.to_dense),
             _ratio(one.to_mmap),
         )
-    if bench.left_out:
-        table.notes.append(bench.left_out)
     return table
 
 

@@ -251,7 +251,12 @@ def accelerate(
 
 
 def _offloaded(
-    folder: Any, limits: Limits, weights: str, predictors: Any, dense: bool, tell: Callable[[str], None]
+    folder: Any,
+    limits: Limits,
+    weights: str,
+    predictors: LayerPredictors | Callable[[Any, StoredModel], LayerPredictors] | None,
+    dense: bool,
+    tell: Callable[[str], None],
 ) -> OffloadedModel:
     """Loads a model whose neurons stay in a file."""
     if not isinstance(folder, str | Path):
@@ -263,7 +268,7 @@ def _offloaded(
         raise ModelError(f"There is no policy {limits.policy!r}.", allowed=f"{', '.join(RUNTIME_POLICIES)}.")
     if limits.prefetch not in PREFETCHES:
         raise ModelError(f"There is no prefetch {limits.prefetch!r}.", allowed=f"{', '.join(PREFETCHES)}.")
-    if predictors is not None and not callable(predictors):
+    if isinstance(predictors, LayerPredictors):
         raise ModelError(
             "Predictors of a model that is not loaded yet must be made while it is.",
             next_step="Give a function of the model and of where its weights are.",

@@ -274,7 +274,7 @@ def _forget(file: object) -> None:
 
 
 def _write_block(stored: tuple[StoredTensor, StoredTensor, StoredTensor], layout: NeuronLayout, file: object) -> None:
-    matrices = dict(zip(("gate", "up", "down"), stored, strict=True))
+    matrices: dict[str, StoredTensor] = dict(zip(("gate", "up", "down"), stored, strict=True))
     down = matrices["down"].read()
     write = file.write  # pyright: ignore[reportAttributeAccessIssue]
 

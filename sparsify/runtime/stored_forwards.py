@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparsify.errors import ModelError
+from sparsify.models.quantised import BlockMatrix
 from sparsify.runtime.forwards import ExpertsForward, MlpForward
 from sparsify.runtime.neuron_cache import NeuronCache
 from sparsify.runtime.weights import FfnWeights, Matrix, Options
@@ -44,14 +45,12 @@ class StoredForward:
     def prepare(self) -> None:
         pass
 
-    def _stored(self, index: int) -> tuple[Matrix, Matrix, Matrix]:
+    def _matrices(self, index: int) -> Sequence[Matrix]:
         return self._cache.matrices(self.first + index, self._dtype)
 
-    def _matrices(self, index: int) -> tuple[Matrix, Matrix, Matrix]:
-        return self._stored(index)
-
-    def _blocks(self, index: int) -> tuple[Matrix, Matrix, Matrix]:
-        return self._cache.whole_block(self.first + index, self._dtype)
+    def _blocks(self, index: int) -> Sequence[BlockMatrix]:
+        found = self._cache.whole_block(self.first + index, self._dtype)
+        return [one for one in found if isinstance(one, BlockMatrix)]
 
     def weights(self, index: int, like: torch.Tensor) -> FfnWeights:
         made = super().weights(index, like)  # pyright: ignore[reportAttributeAccessIssue]

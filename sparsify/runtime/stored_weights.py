@@ -67,7 +67,8 @@ class StoredTensor:
         assert to.is_contiguous()
         assert to.dtype == self.dtype
         assert to.numel() == torch.Size(self.shape).numel()
-        view = memoryview(to.view(torch.uint8).view(-1).numpy()) if to.numel() else memoryview(b"")
+        content: Any = to.view(torch.uint8).view(-1).numpy()
+        view = memoryview(content) if to.numel() else memoryview(b"")
         with storage_errors(self.file, "read"), self.file.open("rb", buffering=0) as file:
             done = 0
             while done < len(view):
