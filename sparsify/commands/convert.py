@@ -18,7 +18,7 @@ from sparsify.conversion.source_tensors import check_base_loss
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RecipeError
-from sparsify.methods.base import Mask, method_of
+from sparsify.methods.base import Mask, Upcycling, method_of
 from sparsify.methods.calibrate import Calibration, CalibrationStage
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.methods.calibrated_replacement import BARE
@@ -207,7 +207,7 @@ def conversion_settings(
     name, threshold = options.activation, options.gate_threshold
     if name is None:
         name = "drelu"
-        if isinstance(method_of(settings), Mask):
+        if isinstance(method_of(settings), Mask | Upcycling):
             name, own_threshold = own_activation(source)
             threshold = own_threshold if threshold is None else threshold
     return ActivationSection(name, threshold), settings, options.calibrate_on or CALIBRATE_ON
@@ -259,7 +259,8 @@ def replacement_table(conversion: Conversion) -> RenderableType:
     )
     for stage in conversion.stages:
         table.add(stage.name, f"{stage.loss:.3f}", share(stage.zeros))
-    layers = [_calibrated_layers(conversion.calibration)] if conversion.calibration else []
+    calibration = conversion.calibration
+    layers = [_calibrated_layers(calibration)] if calibration and calibration.layers else []
     folder = conversion.converted.folder
     following = marked("Next: [cyan]sparsify train RECIPE model.source={}[/cyan]", folder)
     inputs = [site for site in site_rules(config) if site in COUNTED_SITES]

@@ -30,7 +30,7 @@ from sparsify.files import clear_partial_files, clear_remains, refuse_foreign_fo
 from sparsify.launch.feeder import Feeder, can_start, is_ready
 from sparsify.launch.launcher import launch
 from sparsify.launch.nodes import Nodes
-from sparsify.methods.base import stored_by
+from sparsify.methods.base import check_layers, stored_by, upcycling_of
 from sparsify.methods.calibrated_checkpoint import convert_calibrated
 from sparsify.methods.distillation import has_own_teacher
 from sparsify.methods.lte_training import check_routers
@@ -172,7 +172,7 @@ def check_start(recipe: Recipe, run: RunFolder) -> None:
     config = local_config(recipe.model) or recipe.model.architecture
     if isinstance(context := config.get("max_position_embeddings"), int):
         check_context(recipe, context)
-    if "model_type" in config and recipe.model.upcycle_experts is None:
+    if "model_type" in config and recipe.model.upcycle_experts is None and upcycling_of(recipe.conversion) is None:
         check_router(recipe, SimpleNamespace(**config))
         if recipe.conversion.makes_mask:
             config = config | {"sparsification": stored_by(recipe.conversion)}
@@ -403,6 +403,7 @@ def _check_context(recipe: Recipe, run: RunFolder) -> None:
     config = read_checkpoint(run.initial).config
     check_router(recipe, SimpleNamespace(**config))
     check_routers(recipe, SimpleNamespace(**config))
+    check_layers(recipe, config["model_type"])
     check_blend(recipe, config["base_ffn_activation"])
     check_teacher(recipe, _base_activation(config), differs=has_own_teacher(run))
     context = config["max_position_embeddings"]

@@ -27,7 +27,7 @@ from sparsify.launch.hosts import placement
 from sparsify.launch.launcher import serve
 from sparsify.launch.nodes import rendezvous_of
 from sparsify.metadata import read_json
-from sparsify.methods.base import check_method
+from sparsify.methods.base import check_method, upcycling_of
 from sparsify.plan import auto_sentence, resolve_engine, this_machine
 from sparsify.recipe.compose import compose_recipe
 from sparsify.recipe.engine import AUTO_STAGE
@@ -47,7 +47,7 @@ from sparsify.runs.history import has_trained
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.run_lock import RunLock
 from sparsify.sparsity.active_parameters import ffn_byte_shares
-from sparsify.sparsity.report import SparsityReport, layers_table, read_report
+from sparsify.sparsity.report import SparsityReport, layers_table, read_report, routing_table
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def check_sweep(name_or_path: str, points: Sequence[Sequence[str]]) -> None:
 
 
 def baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe | None:
-    """The recipe of a run's baseline: its activation, and no mask.
+    """The recipe of a run's baseline: its activation, no mask, and the architecture of the source.
 
     Args:
         recipe: The run's recipe.
@@ -165,7 +165,8 @@ def baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe | None:
         None if no baseline is wanted, or if it would repeat the run itself.
     """
     name = recipe.baseline.ffn_activation
-    if name is None or (name == recipe.activation.ffn_activation and not run.is_masked):
+    is_dense = not run.is_masked and upcycling_of(recipe.conversion) is None
+    if name is None or (name == recipe.activation.ffn_activation and is_dense):
         return None
     baseline = deepcopy(recipe)
     baseline.activation = ActivationSection(name)
@@ -243,9 +244,14 @@ def run_summary(result: RunResult, decoding: RenderableType | None = None) -> Re
         ["model", "validation loss", "perplexity", "exact zeros", "FFN weights read per token"],
     )
     for stage in result.report.stages:
-        read = ffn_byte_shares(stage.gate_zeros or 0.0, stage.zeros)[0] if stage.zeros is not None else None
+        routed = result.report.hidden_routing is not None  # then zeros of neurons are not all that is skipped
+        read = (
+            ffn_byte_shares(stage.gate_zeros or 0.0, stage.zeros)[0] if stage.zeros is not None and not routed else None
+        )
         losses.add(stage.name, f"{stage.loss:.3f}", f"{math.exp(stage.loss):,.1f}", share(stage.zeros), share(read))
     parts: list[RenderableType] = ["", losses, *([decoding] if decoding else []), layers_table(result.report)]
+    if result.report.hidden_routing is not None:
+        parts.append(routing_table(result.report))
     if result.samples:
         parts += [Text("The exported checkpoint, in a fresh process, continues", "bold")]
         for prompt, continuation in result.samples:

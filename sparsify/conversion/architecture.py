@@ -59,6 +59,9 @@ class _Sizes(BaseModel):
     num_local_experts: Annotated[int, Field(ge=0, le=65_536, strict=True)] | None = None
     num_experts: Annotated[int, Field(ge=0, le=65_536, strict=True)] | None = None
     num_experts_per_tok: Annotated[int, Field(ge=0, le=65_536, strict=True)] | None = None
+    sub_dimensions: _Size | None = None
+    shared_sub_dimensions: Annotated[int, Field(ge=0, le=10_000_000, strict=True)] | None = None
+    active_sub_dimensions: _Size | None = None
     max_position_embeddings: Annotated[int, Field(ge=1, le=1 << 40, strict=True)] | None = None
     sliding_window: Annotated[int, Field(ge=1, le=1 << 40, strict=True)] | None = None
     pad_token_id: Annotated[int, Field(strict=True)] | None = None

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparsify.evaluation.results import ActiveCount, PredictorMasks, Provenance
 from sparsify.models import SparseModel
-from sparsify.models.masking import experts_per_token, num_experts
+from sparsify.models.masking import experts_per_token, hidden_share, num_experts
 from sparsify.predictors import Predictors
 from sparsify.predictors.inputs import BlockInputs
 from sparsify.predictors.predictor_mask import PredictorMask
@@ -186,7 +186,8 @@ def _active_count(subject: Subject, counts: Counts) -> ActiveCount:
     config = model.config
     share = experts_per_token(config) / num_experts(config)
     parts = parameters_by_part(model)
-    account = active_parameters(parts, expert_share=share, gate_zeros=gate or 0.0, product_zeros=product or 0.0)
+    zeros = {"gate_zeros": gate or 0.0, "product_zeros": product or 0.0}
+    account = active_parameters(parts, expert_share=share, hidden_share=hidden_share(config), **zeros)
     total = sum(parts.values())
     predicted = None
     if subject.predictors is not None and counts.predicted_on is not None:

@@ -7,7 +7,7 @@ settings are the fields of a pydantic model: `sparsify convert --method NAME --s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sparsify.errors import RecipeError, nearest
 from sparsify.methods import import_all
 from sparsify.methods.layerwise import Expert, Layer
-from sparsify.models import SiteRule
+from sparsify.models import FAMILIES, SiteRule, SparseConfig, SparseModel
+from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection
 
 UNSOLVED_ZEROS = 0.5
@@ -168,6 +169,36 @@ class WeightMethod(LayerRewrite, Protocol):
     def __init__(self, settings: Any) -> None: ...
 
 
+@runtime_checkable
+class Upcycling(Protocol):
+    """A method that makes a model of another architecture out of a dense one. It is followed by no reconstruction.
+
+    Attributes:
+        name: What users call it.
+        paper: Where it is published.
+        Settings: Its settings.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    Settings: ClassVar[type[MethodSettings]]
+
+    def __init__(self, settings: Any) -> None: ...
+
+    def held_as(self, dense: SparseConfig) -> SparseConfig:
+        """The configuration of the upcycled model. Raises ModelError if a model of that configuration cannot be upcycled."""
+        ...
+
+    def upcycle(self, dense: SparseModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> SparseModel:
+        """The upcycled model, in the dtype of the dense one.
+
+        Args:
+            dense: In memory as a whole.
+            batches: Calibration sequences, `input_ids` and `position_ids` [sequences, tokens] each; may be iterated repeatedly.
+        """
+        ...
+
+
 class TokenMask(Protocol):
     """Which neurons count for a token, where that is decided while the model runs and nothing is stored: what
     a SparsityProbe applies.
@@ -212,7 +243,7 @@ def methods() -> dict[str, Method]:
     return dict(sorted(_METHODS.items()))
 
 
-def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
+def method_of(conversion: ConversionSection) -> Mask | WeightMethod | Upcycling:
     """The method that a conversion names, with its settings.
 
     Raises:
@@ -227,8 +258,9 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod:
         )
     method = known[name](_settings(known[name], conversion))
     if conversion.refit is not None and not isinstance(method, Mask):
+        how = "reconstructs nothing" if isinstance(method, Upcycling) else "reconstructs in its own way"
         raise RecipeError(
-            f"conversion.refit={str(conversion.refit).lower()} would be ignored: {name} reconstructs in its own way.",
+            f"conversion.refit={str(conversion.refit).lower()} would be ignored: {name} {how}.",
             next_step="Leave it out, or choose a mask as conversion.method.",
         )
     if conversion.target_density is not None and not isinstance(method, Mask):
@@ -260,9 +292,40 @@ def check_method(conversion: ConversionSection) -> None:
         method_of(conversion)
 
 
+def check_layers(recipe: Recipe, model_type: str) -> None:
+    """Refuses settings that need layers of norms, attention and feed-forward block alone, for a family that has others.
+
+    Args:
+        recipe: What to train.
+        model_type: Of the checkpoint that training starts from.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    difference = FAMILIES[model_type].layer_difference
+    if not difference:
+        return
+    for key, given in {
+        "blending.refit_milestones": recipe.blending.refit_milestones > 0,
+        "distillation.ffn_weight": recipe.distillation.ffn_weight > 0 and upcycling_of(recipe.conversion) is not None,
+        "training.compile": recipe.training.compile,
+    }.items():
+        if given:
+            raise RecipeError(
+                f"{key} is set, and a {model_type} has {difference}, which it does not know.",
+                next_step=f"Omit {key}.",
+            )
+
+
 def makes_masks(conversion: ConversionSection) -> bool:
     method = method_of(conversion)
-    return isinstance(method, Mask) or method.mask is not None
+    return isinstance(method, Mask) or (not isinstance(method, Upcycling) and method.mask is not None)
+
+
+def upcycling_of(conversion: ConversionSection) -> Upcycling | None:
+    """The method of a conversion, if it makes another architecture; None without calibration, as of any other method."""
+    method = method_of(conversion) if conversion.calibration_tokens else None
+    return method if isinstance(method, Upcycling) else None
 
 
 def sparsification(mask: Mask) -> dict[str, Any]:
@@ -275,6 +338,8 @@ def sparsification(mask: Mask) -> dict[str, Any]:
 def stored_by(conversion: ConversionSection) -> dict[str, Any] | None:
     """`config.sparsification` of the model that a conversion makes; None without a mask."""
     method = method_of(conversion)
+    if isinstance(method, Upcycling):
+        return None
     mask = method if isinstance(method, Mask) else method.mask
     return None if mask is None else sparsification(mask)
 

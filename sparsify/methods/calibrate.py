@@ -33,6 +33,7 @@ from sparsify.methods.base import (
     Mask,
     Rewritten,
     SiteValues,
+    Upcycling,
     method_of,
     sparsification,
 )
@@ -99,6 +100,7 @@ def rewrite_of(conversion: ConversionSection) -> LayerRewrite:
     """
     assert conversion.target_density is None, "not solved for target_zeros"
     method = method_of(conversion)
+    assert not isinstance(method, Upcycling), f"{method.name} does not go through layers"
     if not isinstance(method, Mask):
         return method
     mask: Any = ConstantRemainder(method) if conversion.remainder == "constant" else method

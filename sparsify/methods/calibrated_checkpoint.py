@@ -28,10 +28,11 @@ from sparsify.errors import ModelError, RecipeError, StorageError
 from sparsify.files import atomic_folder, replace_folder, write_json
 from sparsify.metadata import holds_json, read_json, read_record
 from sparsify.methods.allocation import allocate, damage_by_layer, probe_shares
-from sparsify.methods.base import Mask, makes_masks, sparsification, stored_by
+from sparsify.methods.base import Mask, makes_masks, sparsification, stored_by, upcycling_of
 from sparsify.methods.calibrate import Calibration, Calibrator
 from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY
 from sparsify.methods.density import with_target_zeros
+from sparsify.methods.upcycling import write_upcycled
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig, site_rules
@@ -129,6 +130,7 @@ def convert_calibrated(
     if to.exists():
         raise ModelError(f"{to} exists already.", next_step="Choose another folder or remove this one.")
     check_fits(settings, model, activation)  # before anything is written
+    upcycling = upcycling_of(settings)
     state = to.absolute().with_name(f".{to.name}.calibration")
     bare, asked = state / "bare", state / "asked.json"
     if settings.target_density is not None:
@@ -162,6 +164,11 @@ def convert_calibrated(
         )
     else:
         sequences, watched = sequences_for(load_tokenizer(bare), converted.config)
+        if upcycling is not None:
+            watched = watched if measure else {}
+            calibration = write_upcycled(upcycling, bare, to, sequences, watched, RECORD)
+            shutil.rmtree(state, ignore_errors=True)
+            return Converted(to, _config(to), converted.origin), calibration
         shares = None
         if settings.allocation == "sensitivity":
             shares = _zeros_by_layer(bare, state, sequences, dict(watched), settings)
@@ -180,12 +187,15 @@ def convert_calibrated(
 
 
 def check_fits(settings: ConversionSection, model: ModelSection, activation: ActivationSection) -> None:
-    """Refuses a method whose mask a model of that shape cannot have; no weights are read.
+    """Refuses a method whose mask a model of that shape cannot have, or that makes no other architecture of it; no weights are read.
 
     Raises:
         ModelError: If the source is missing, damaged, or cannot be held.
         RecipeError: If there is no such method, or a setting of it is invalid, for any model or for this one.
     """
+    upcycling = upcycling_of(settings)
+    if upcycling is not None:
+        upcycling.held_as(config_of(model, activation))
     stored = stored_by(settings)
     if stored is None:
         return
@@ -254,4 +264,4 @@ def _config(folder: Path) -> SparseConfig:
 def _has_nothing_to_do(config: SparseConfig, settings: ConversionSection) -> bool:
     base = (config.base_ffn_activation, config.base_ffn_gate_threshold)
     same = (config.ffn_activation, config.ffn_gate_threshold) == base
-    return same and not makes_masks(settings)
+    return same and not makes_masks(settings) and upcycling_of(settings) is None

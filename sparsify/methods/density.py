@@ -28,6 +28,7 @@ from sparsify.models.masking import (
     INPUTS,
     READERS,
     experts_per_token,
+    hidden_share,
     projection_shapes,
     ranks_by_proxy,
 )
@@ -69,6 +70,7 @@ def weight_density(config: Any, kept: Mapping[str, float], rules: Mapping[str, S
     rows = {name: rows.get(name, 1.0) * kept.get(GROUP, 1.0) for name in READERS["ffn_in"]}
     sizes = {name: times[name] * outputs * inputs for name, (outputs, inputs) in shapes.items()}
     read = sum(size * columns.get(name, 1.0) * rows.get(name, 1.0) for name, size in sizes.items())
+    read *= hidden_share(config)  # one side of every projection is the hidden size
     if by_proxy:
         read += bits_per_weight("int4") / STORED_BITS * sum(sizes[name] for name in READERS["ffn_in"])
     for site, rule in (rules or {}).items():

@@ -27,6 +27,7 @@ from sparsify.conversion.architecture import sparse_config, stored_activation
 from sparsify.conversion.layout import LAYER, name_on_disk, projection_names, tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.source_tensors import read_shapes
+from sparsify.errors import ModelError
 from sparsify.models import FfnActivation, SparseConfig, family_of
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.group_router import GroupRouter
@@ -474,6 +475,11 @@ class LayerReader:
         checkpoint = read_checkpoint(folder)
         name = stored_activation(checkpoint.config)
         self.config = sparse_config(checkpoint.config, name, str(folder))
+        if difference := family_of(self.config).layer_difference:
+            raise ModelError(
+                f"The model is a {self.config.model_type}, which has {difference}: a method that goes through layers does not know it.",
+                next_step="Use the method on the dense model, or train this one as it is, without a calibration.",
+            )
         self.device = device
         self._shards = {key: shard for shard in checkpoint.shards for key in read_shapes(shard)}
         self._mask = mask

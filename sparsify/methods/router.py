@@ -13,6 +13,7 @@ import torch.distributed as dist
 from sparsify.errors import RecipeError
 from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.models.masking import has_experts, num_experts
+from sparsify.models.sparse_mohd import SparseMohdConfig
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.training import StabilitySection
 
@@ -88,7 +89,7 @@ class RouterBalance(Objective):
 
     @classmethod
     def of(cls, run: TrainingRun) -> Self | None:
-        return cls(run) if is_routed(run.engine.module.config) else None
+        return cls(run) if has_experts(run.engine.module.config) else None
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -128,7 +129,14 @@ class RouterBalance(Objective):
 
 
 def is_routed(config: Any) -> bool:
-    return has_experts(config)
+    """Whether a model of some configuration, or of the fields of one, has routers whose load is balanced."""
+    if has_experts(config):
+        return True
+    if getattr(config, "model_type", None) != SparseMohdConfig.model_type:
+        return False
+    names = ("shared_sub_dimensions", "active_sub_dimensions", "sub_dimensions")
+    shared, active, parts = (getattr(config, name, getattr(SparseMohdConfig, name)) for name in names)
+    return shared < active < parts
 
 
 def aux_loss_coefficient(recipe: Recipe, config: Any) -> float:

@@ -156,6 +156,8 @@ class Family:
         holders: Model types of stock checkpoints that hold this model next to others, such as one of images: its config.json is
             there under `text_config`, and names of its tensors begin with `language_model`.
         embedding_scale: Number by which a model of some configuration multiplies its embeddings; None for 1.
+        layer_difference: What its layers compute besides norms, attention and feed-forward block, in words; empty for nothing. What
+            computes a layer from its parts refuses such a family.
         obstacles: Fields of config.json for which a checkpoint is refused, each with the value that can be held and the reason.
     """
 
@@ -176,6 +178,7 @@ class Family:
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     holders: tuple[str, ...] = ()
     embedding_scale: Callable[[Any], float] | None = None
+    layer_difference: str = ""
     obstacles: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
     @property

@@ -203,6 +203,12 @@ def num_neurons(config: Any) -> int:
     return getattr(config, "moe_intermediate_size", None) or config.intermediate_size
 
 
+def hidden_share(config: Any) -> float:
+    """Share of the hidden size that a token uses in blocks; below 1 in a mixture of hidden dimensions."""
+    parts = getattr(config, "sub_dimensions", None)
+    return config.active_sub_dimensions / parts if parts else 1.0
+
+
 def head_size(config: Any) -> int:
     """Width of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

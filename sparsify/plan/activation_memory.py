@@ -130,7 +130,9 @@ def layer_activation_bytes(
     if fused:
         routed_copies = 2 * value_bytes * a.hidden_size
         ffn = a.num_experts_per_tok * (ffn + routed_copies)
-    return norms + attention + ffn
+    # Around both blocks: what the router made of its input, what the block wrote, and that after the first factor of the fusion.
+    routed = 2 * 3 * value_bytes * a.hidden_size if a.sub_dimensions else 0
+    return norms + attention + ffn + routed
 
 
 def extra_neuron_values(recipe: Recipe) -> int:

@@ -62,10 +62,18 @@ def training_flops_per_token(architecture: Architecture, parameters: Parameters,
     of H heads of Q dimensions attend over T tokens; as in the paper, causal masks and document boundaries are not subtracted.
     Recomputation by activation checkpointing is not counted, so that MFU stays comparable with and without it.
     """
+    return _flops(architecture, parameters, parameters.multiplied(architecture), sequence_length)
+
+
+def active_flops_per_token(architecture: Architecture, parameters: Parameters, sequence_length: int) -> int:
+    """The same with the parameters that a token needs: without products with sub-dimensions that are not active."""
+    return _flops(architecture, parameters, parameters.active(architecture), sequence_length)
+
+
+def _flops(architecture: Architecture, parameters: Parameters, used: int, sequence_length: int) -> int:
     looked_up = 0 if architecture.tie_word_embeddings else parameters.embeddings
-    multiplied = parameters.active(architecture) - looked_up
     attention = architecture.num_hidden_layers * architecture.query_size * sequence_length
-    return 6 * multiplied + 12 * attention
+    return 6 * (used - looked_up) + 12 * attention
 
 
 def step_seconds(recipe: Recipe, architecture: Architecture, parameters: Parameters, hardware: Hardware) -> float:

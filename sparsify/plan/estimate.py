@@ -16,11 +16,11 @@ from sparsify.conversion.architecture import held_fields, sparse_config, text_pa
 from sparsify.conversion.source_checkpoint import PACKAGE_PREFIX, locate
 from sparsify.errors import ModelError, RecipeError
 from sparsify.metadata import read_json, user_path
-from sparsify.methods.base import stored_by
+from sparsify.methods.base import stored_by, upcycling_of
 from sparsify.mixture.sequences.shares import Shares, share_phases
 from sparsify.models.masking import GROUP, mask_tensors
 from sparsify.plan.activation_memory import value_bytes
-from sparsify.plan.cost import Cost, cost
+from sparsify.plan.cost import Cost, active_flops_per_token, cost, training_flops_per_token
 from sparsify.plan.extras import CalibrationPlan, RefitPlan, plan_calibration, plan_refits
 from sparsify.plan.fit import EngineChoice, Verdict, cheapest, gb, verdict_of
 from sparsify.plan.hardware import Hardware, this_machine
@@ -65,7 +65,9 @@ class Plan(BaseModel):
     """An estimate; `plan_table` formats it, `model_dump()` is its JSON.
 
     Attributes:
-        active_parameters: Parameters used for one token; fewer than all in a mixture of experts.
+        active_parameters: Parameters used for one token; fewer than all in a mixture of experts or of hidden dimensions.
+        flops_per_token: Floating-point operations of training for one token, forward and backward, as they are computed.
+        active_flops_per_token: The same without products with zeros of sub-dimensions that are not active.
         device: Bytes of each process's tensors at the fullest moment of a step, on its GPU (on a CPU machine: in its memory).
         host: Bytes in one node's memory for what ZeRO-Offload moves there, all its processes together.
         activations_with_checkpointing_bytes: Activations at that moment with `training.gradient_checkpointing`.
@@ -91,6 +93,8 @@ class Plan(BaseModel):
     processes: int
     parameters: Parameters
     active_parameters: int
+    flops_per_token: int
+    active_flops_per_token: int
     micro_batch_size: int
     gradient_checkpointing: bool
     hardware: Hardware
@@ -160,6 +164,8 @@ def make_plan(
         processes=recipe.launch.total_processes,
         parameters=parameters,
         active_parameters=parameters.active(architecture),
+        flops_per_token=training_flops_per_token(architecture, parameters, recipe.training.sequence_length),
+        active_flops_per_token=active_flops_per_token(architecture, parameters, recipe.training.sequence_length),
         micro_batch_size=recipe.training.micro_batch_size,
         gradient_checkpointing=recipe.training.gradient_checkpointing,
         hardware=hardware,
@@ -257,6 +263,9 @@ def architecture_of(recipe: Recipe) -> Architecture:
         )
     elif recipe.conversion.makes_mask:
         fields = fields | {"sparsification": stored_by(recipe.conversion)}
+    upcycling = upcycling_of(recipe.conversion)
+    if upcycling is not None:
+        fields = upcycling.held_as(sparse_config(fields, recipe.activation.ffn_activation, where)).to_dict()
     sizes = fields | {"mask_values": mask_values}
     return Architecture.of(sizes, model.upcycle_experts, model.upcycle_experts_per_token)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
+from sparsify.methods.base import upcycling_of
 from sparsify.methods.layerwise import CHUNK_TOKENS
 from sparsify.mixture.sequences.shares import token_shares
 from sparsify.models.masking import num_experts
@@ -28,9 +29,11 @@ class CalibrationPlan(BaseModel):
     """Memory and disk of one calibration.
 
     Attributes:
-        memory_bytes: One layer's weights, the Gram matrix and a chunk of tokens; on the GPU where there is one.
+        memory_bytes: One layer's weights, the Gram matrix and a chunk of tokens; on the GPU where there is one. Of a method that makes
+            another architecture: the dense model and the new one, in memory.
         disk_bytes: Residual streams, and the bare replacement's checkpoint.
         num_tokens: Tokens that run through every layer, including validation tokens.
+        by_layer: Whether one layer is in memory at a time, or all are.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -38,6 +41,7 @@ class CalibrationPlan(BaseModel):
     memory_bytes: int
     disk_bytes: int
     num_tokens: int
+    by_layer: bool = True
 
 
 REFIT_RESIDUALS = 3
@@ -91,6 +95,12 @@ def plan_calibration(recipe: Recipe, architecture: Architecture, model_bytes: in
     weights = FP32_BYTES * (2 * ffn + attention)
     watched = recipe.eval.validation_sequences_per_source * len(token_shares(recipe.mixture))
     num_tokens = recipe.conversion.calibration_tokens + watched * sequence_length
+    if upcycling_of(recipe.conversion) is not None:
+        copies = 2 * FP32_BYTES * (model_bytes // value_bytes(recipe))
+        logits = 2 * FP32_BYTES * sequence_length * a.vocab_size
+        return CalibrationPlan(
+            memory_bytes=copies + logits, disk_bytes=model_bytes, num_tokens=num_tokens, by_layer=False
+        )
     streams = STORED_RESIDUALS * FP32_BYTES * num_tokens * a.hidden_size
     return CalibrationPlan(
         memory_bytes=weights + _fitting_bytes(a, max(CHUNK_TOKENS, sequence_length)),

@@ -12,7 +12,7 @@ from sparsify.conversion.architecture import sparse_config
 from sparsify.conversion.layout import LAYER, tensor_shapes
 from sparsify.errors import ModelError, RecipeError
 from sparsify.models.activations import STOCK_ACTIVATION
-from sparsify.models.masking import num_experts
+from sparsify.models.masking import hidden_share, num_experts
 
 TRAINED = (".router", ".bias")
 """The tensors of a router of groups that are parameters."""
@@ -35,6 +35,9 @@ class Architecture(BaseModel):
     num_local_experts: int = 0
     """0 for a dense model."""
     num_experts_per_tok: int = 1
+    sub_dimensions: int = 0
+    """Parts of the hidden size that tokens are routed to; 0 where every token uses all of it."""
+    active_sub_dimensions: int = 0
     attention_extras: int = 0
     """Parameters of one layer's attention in addition to its four projections: biases, norms of queries and keys."""
     layer_norms: int = 2
@@ -109,6 +112,8 @@ class Parameters(BaseModel):
     router: int
     norms: int
     head: int
+    fusion: int = 0
+    """Matrices that spread what a block wrote over all sub-dimensions."""
 
     @computed_field
     @property
@@ -117,13 +122,22 @@ class Parameters(BaseModel):
 
     @property
     def shared(self) -> int:
-        return self.embeddings + self.attention + self.router + self.norms + self.head
+        return self.embeddings + self.attention + self.router + self.norms + self.head + self.fusion
 
     def active(self, architecture: Architecture) -> int:
-        """Parameters used for one token: `num_experts_per_tok` of the experts and all other parts."""
+        """Parameters used for one token: `num_experts_per_tok` of the experts and all other parts; of matrices that read or write
+        sub-dimensions, the rows or columns of those that are active.
+        """
+        routed = self.attention + self.fusion + self._experts_of_token(architecture)
+        return self.multiplied(architecture) - routed + round(hidden_share(architecture) * routed)
+
+    def multiplied(self, architecture: Architecture) -> int:
+        """Parameters that training multiplies a token with, or looks up: sub-dimensions that are not active are zeros in whole products."""
+        return self.shared + self._experts_of_token(architecture)
+
+    def _experts_of_token(self, architecture: Architecture) -> int:
         experts = num_experts(architecture)
-        ffn = (self.gate + self.up + self.down + self.group_routers) // experts
-        return self.shared + ffn * architecture.num_experts_per_tok
+        return (self.gate + self.up + self.down + self.group_routers) // experts * architecture.num_experts_per_tok
 
 
 def count_parameters(architecture: Architecture) -> Parameters:
@@ -137,7 +151,15 @@ def count_parameters(architecture: Architecture) -> Parameters:
         up=matrix,
         down=matrix,
         group_routers=a.num_hidden_layers * a.group_routers,
-        router=a.num_hidden_layers * a.num_local_experts * a.hidden_size,
+        router=a.num_hidden_layers * (a.num_local_experts + 2 * a.sub_dimensions) * a.hidden_size,
         norms=(a.layer_norms * a.num_hidden_layers + 1) * a.hidden_size,
         head=0 if a.tie_word_embeddings else a.vocab_size * a.hidden_size,
+        fusion=_fusion(a),
     )
+
+
+def _fusion(a: Architecture) -> int:
+    if not a.sub_dimensions:
+        return 0
+    width = a.hidden_size // a.sub_dimensions
+    return 2 * a.num_hidden_layers * a.hidden_size * (width + a.sub_dimensions)

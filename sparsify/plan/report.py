@@ -24,6 +24,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     yield "", "", ""
     yield "parameters", f"{plan.parameters.total:,}", f"{plan.active_parameters:,} for each token"
     yield from ((f"  {part}", f"{count:,}", "") for part, count in parts.items() if count)
+    active, computed = plan.active_flops_per_token, plan.flops_per_token
+    remark = "" if active == computed else f"; {computed:,} computed, with zeros of inactive sub-dimensions"
+    yield "FLOPs per token", f"{active:,}", f"of training, forward and backward{remark}"
     yield "", "", ""
     yield from _memory(plan)
     yield (
@@ -78,9 +81,9 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield from _sizes(plan.host)
     if plan.calibration is not None:
         yield (
-            "calibrated replacement",
+            "calibrated replacement" if plan.calibration.by_layer else "upcycling",
             _size(plan.calibration.memory_bytes),
-            f"before training, one layer at a time; {plan.calibration.num_tokens:,} tokens, "
+            f"before training, {'one layer at a time' if plan.calibration.by_layer else 'the whole model'}; {plan.calibration.num_tokens:,} tokens, "
             f"{_size(plan.calibration.disk_bytes)} on disk in the meantime",
         )
     if plan.refits is not None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from sparsify.errors import ModelError
 from sparsify.models import SparseModel, family_of
 from sparsify.models.masking import is_fused
 from sparsify.predictors.format import PredictorInput
@@ -21,9 +22,18 @@ class BlockInputs:
     Args:
         model: A sparse model.
         kind: `normed` for the input of the block, `residual` for the input of its RMS norm.
+
+    Raises:
+        ModelError: If something else is between that norm and the block.
     """
 
     def __init__(self, model: SparseModel, kind: PredictorInput) -> None:
+        if difference := family_of(model.config).layer_difference:
+            raise ModelError(
+                f"The model is a {model.config.model_type}, which has {difference}: its blocks do not read what predictors read.",
+                allowed="Predictors are of models whose blocks read the output of a norm, or the residual stream.",
+                next_step="Decode it without predictors.",
+            )
         self._model, self._kind = model, kind
         self._rows = torch.empty(0)
         self._routing: torch.Tensor | None = None

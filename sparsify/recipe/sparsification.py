@@ -22,6 +22,8 @@ from sparsify.recipe.fields import (
 
 CALIBRATED_REPLACEMENT = "calibrated_replacement"
 """The method that a conversion has unless it names another."""
+UPCYCLINGS = ("mohd",)
+"""Methods that make another architecture, and no mask. What a recipe says about masks must be known without importing methods."""
 REFIT_TARGETS = {"own": 0.0, "mix": 0.5, "residual": 1.0}
 """Part of the accumulated residual-stream error that a refit corrects, in addition to reproducing the block's output."""
 
@@ -95,7 +97,8 @@ class ConversionSection(Section):
     from the model's shapes. null takes `target_zeros` as it is."""
     method: str = CALIBRATED_REPLACEMENT
     """Method that runs on the calibration tokens: a name of `docs/methods.md`. `calibrated_replacement` replaces the
-    activation and sets thresholds if `target_zeros` is given; the others are masks on the unchanged activation."""
+    activation and sets thresholds if `target_zeros` is given; `mohd` makes another architecture; the others are masks on the
+    unchanged activation."""
     method_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the method other than `target_zeros`."""
     refit: bool | None = None
@@ -113,7 +116,7 @@ class ConversionSection(Section):
     @property
     def makes_mask(self) -> bool:
         """Whether the model that is trained stores a mask."""
-        own = self.target_zeros is not None or self.method != CALIBRATED_REPLACEMENT
+        own = self.target_zeros is not None or self.method not in (CALIBRATED_REPLACEMENT, *UPCYCLINGS)
         return own and self.calibration_tokens > 0
 
 

@@ -40,7 +40,7 @@ class TrainingSection(Section):
     router_aux_loss_coefficient: (
         Annotated[float, Field(ge=0, le=1000, description="0 to 1000; null takes the checkpoint's own.")] | None
     ) = None
-    """Weight of a Mixtral's load-balancing loss; null takes the checkpoint's own."""
+    """Weight of the load-balancing loss of a Mixtral or a MoHD; null takes the checkpoint's own."""
     seed: Seed = SEED
     fused_activation: Literal["auto", "triton", "inductor", "off"] = "auto"
     """Kernel of the activation's forward and backward pass: `triton` (needs a GPU), `inductor` (compiled in up to a minute at
@@ -89,7 +89,8 @@ class StabilitySection(Section):
     """Bad steps allowed among the recent ones. With more the run stops with a report, unless they were spikes and the held-out
     loss shows that the text became harder, not the model worse."""
     underused_expert_load: PositiveFloat = 0.1
-    """A Mixtral's expert is under-utilised below this fraction of an even share of its layer's tokens."""
+    """A Mixtral's expert is under-utilised below this fraction of an even share of its layer's tokens; a MoHD's sub-dimension
+    below this fraction of an even share of its router's choices."""
     underused_expert_steps: PositiveInt = 100
     """Consecutive steps of under-utilisation after which a warning names the expert, once."""
 

@@ -11,6 +11,7 @@ from sparsify.errors import RunError
 from sparsify.files import JsonRecord
 from sparsify.metadata import parse_json, text_lines
 from sparsify.models.activations import activation_words
+from sparsify.recipe.sparsification import UPCYCLINGS
 from sparsify.runs.run_folder import RunFolder
 from sparsify.runs.state import checkpoint_names
 
@@ -196,6 +197,8 @@ def _stage_names(run: RunFolder) -> dict[str, str]:
         "base": f"{base} base",
         "after_replacement": "what the bare replacement would be"
         if is_blended(run)
+        else "right after upcycling"
+        if run.recipe.is_file() and run.load_recipe().conversion.method in UPCYCLINGS
         else "right after the activation replacement",
         "blending": "while blending",
         "soft routing": "while groups are soft",

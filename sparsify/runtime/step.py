@@ -17,6 +17,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, MoeCausalLMOutputWithPast
 
+from sparsify.models import FAMILIES
 from sparsify.models.masking import is_fused
 from sparsify.runtime.block_weights import BlockProduct
 from sparsify.runtime.cache_store import Place, advance, place, positions, refusal
@@ -322,6 +323,8 @@ def _rope_type(model: Any, kind: str | None = None) -> str:
 def _unknown_structure(model: Any) -> str | None:
     """What a model of a family may do that the kernels do not compute, in words."""
     config = model.config
+    if difference := FAMILIES[config.model_type].layer_difference:
+        return difference
     if others := {one.kind for one in reaches(config)} - {"full_attention", "sliding_attention"}:
         return f"layers of {', '.join(sorted(others))}"
     if getattr(config, "final_logit_softcapping", None) or getattr(config, "attn_logit_softcapping", None):

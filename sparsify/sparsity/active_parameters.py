@@ -18,7 +18,7 @@ from sparsify.models import SparseConfig, SparseMistralConfig, SparseMixtralConf
 from sparsify.sparsity.schema import ActiveParameters, ActivePart, PublishedActive
 
 FFN_PARTS = ("gate", "up", "down")
-PARTS = ("attention", *FFN_PARTS, "router", "norms", "head", "embeddings", "predictor")
+PARTS = ("attention", *FFN_PARTS, "router", "fusion", "norms", "head", "embeddings", "predictor")
 _PART_OF = {
     "embed_tokens": "embeddings",
     "lm_head": "head",
@@ -29,6 +29,10 @@ _PART_OF = {
     "router": "router",
     "group_router": "router",
     "gate": "router",
+    "attention_router": "router",
+    "ffn_router": "router",
+    "attention_fusion": "fusion",
+    "ffn_fusion": "fusion",
 }
 
 
@@ -47,17 +51,25 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 
 
 def active_parameters(
-    parts: dict[str, int], *, expert_share: float, gate_zeros: float, product_zeros: float
+    parts: dict[str, int], *, expert_share: float, gate_zeros: float, product_zeros: float, hidden_share: float = 1.0
 ) -> ActiveParameters:
-    """The active parameters of one token: `expert_share` of the experts compute it, and zeros are shares in these."""
+    """The active parameters of one token: `expert_share` of the experts compute it, zeros are shares in these, and blocks read and
+    write `hidden_share` of the hidden size.
+    """
     firing = 1 - product_zeros
-    gate_first = {"gate": 1.0, "up": 1 - gate_zeros, "down": firing}
+    perfect: dict[str, float] = dict.fromkeys(FFN_PARTS, expert_share * firing)
+    gate_first: dict[str, float] = {
+        "gate": expert_share,
+        "up": expert_share * (1 - gate_zeros),
+        "down": expert_share * firing,
+    }
+    width = {part: hidden_share if part in ("attention", *FFN_PARTS, "fusion") else 1.0 for part in PARTS}
     lines = [
         ActivePart(
             part=part,
             total=parts[part],
-            perfect_predictor=round(parts[part] * (expert_share * firing if part in FFN_PARTS else 1)),
-            gate_first=round(parts[part] * (expert_share * gate_first[part] if part in FFN_PARTS else 1)),
+            perfect_predictor=round(parts[part] * width[part] * perfect.get(part, 1)),
+            gate_first=round(parts[part] * width[part] * gate_first.get(part, 1)),
         )
         for part in PARTS
     ]

@@ -29,6 +29,16 @@ INPUTS = {
 """COUNTED_SITES in words."""
 
 
+ROUTING_DEFINITIONS = {
+    "Sub-dimension": "One of equal parts of the hidden size. The shared ones are used by every token; of the others, a router in front "
+    "of every attention and feed-forward block chooses the same number for each token. What is not chosen is an exact zero in what the "
+    "block reads, and is not written by it. It does not count among the zeros above, which are of neurons, but it does in the weight "
+    "density and the active parameters.",
+    "Load": "Share of a router's choices that fell on a sub-dimension, over all tokens; the specialised ones sum to 1.",
+}
+"""Terms of models that route tokens to parts of the hidden size."""
+
+
 def formula(ffn_activation: str, masks: Mapping[str, str]) -> str:
     parts = [ACTIVATIONS[ffn_activation].formula]
     if "group" in masks:

@@ -16,6 +16,7 @@ from sparsify.sparsity.figures_model import (
     draw_causes,
     draw_experts,
     draw_firing_rates,
+    draw_hidden_routing,
     draw_layers,
     draw_masked_inputs,
     draw_positions,
@@ -73,6 +74,19 @@ def _routers_caption(report: SparsityReport, statistics: ActivationStatistics) -
         f"Scores of the routers of groups: the mean over layers, and each layer as a thin line. {percent(fmean(active))} of the groups "
         f"are on, {percent(min(active))} to {percent(max(active))} by layer; {percent(mean['undecided'])} are within 0.1 of the "
         f"threshold. {percent(mean['empty_tokens'])} of the tokens have no group in a layer."
+    )
+
+
+def _hidden_routing_caption(report: SparsityReport, statistics: ActivationStatistics) -> str:
+    routing = report.hidden_routing
+    assert routing is not None
+    worst = max(routing.rows, key=lambda row: row.unevenness)
+    specialised = routing.sub_dimensions - routing.shared
+    return (
+        f"Numbers are percentages. Every token uses the first {routing.shared} of {routing.sub_dimensions} sub-dimensions; each router "
+        f"chooses {routing.active - routing.shared} of the other {specialised}. With even loads each of these would have "
+        f"{percent(1 / specialised)} of the choices; the largest load is {worst.unevenness:.2f} times that ({worst.block} of layer "
+        f"{worst.layer})."
     )
 
 
@@ -224,6 +238,13 @@ FIGURES = (
         _experts_caption,
         lambda report: report.num_experts > 1,
         draw_experts,
+    ),
+    ReportFigure(
+        "hidden_routing",
+        "Hidden dimensions: load by sub-dimension and layer",
+        _hidden_routing_caption,
+        lambda report: report.hidden_routing is not None,
+        draw_hidden_routing,
     ),
     ReportFigure("causes", "Zeros by cause", _causes_caption, _has_zeros, draw_causes),
     ReportFigure(

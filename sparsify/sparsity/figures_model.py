@@ -97,6 +97,19 @@ def draw_experts(report: SparsityReport, statistics: ActivationStatistics, theme
     return figure
 
 
+def draw_hidden_routing(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
+    routing = report.hidden_routing
+    assert routing is not None
+    figure = Figure(figsize=(WIDTH_INCHES, 1.5 + 0.4 * (routing.sub_dimensions - routing.shared)))
+    both = figure.subplots(2, 1, sharex=True)
+    for axes, block, words in zip(both, ("attention", "ffn"), ("attention", "feed-forward block"), strict=True):
+        loads = np.array([row.load for row in routing.rows if row.block == block]).T
+        heat_map(figure, axes, loads, theme, f"{words}: share of the router's choices", "sub-dimension")
+        axes.set_yticks(range(len(loads)), [str(routing.shared + number) for number in range(len(loads))])
+    both[-1].set_xlabel("layer")
+    return figure
+
+
 def draw_firing_rates(report: SparsityReport, statistics: ActivationStatistics, theme: Theme) -> Figure:
     figure = Figure(figsize=(WIDTH_INCHES, 3.9))
     axes = figure.add_subplot()
@@ -127,14 +140,14 @@ def shares(rows: list[LayerRow], name: str) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in values], dtype=float)
 
 
-def heat_map(figure: Figure, axes: Axes, values: np.ndarray, theme: Theme, title: str) -> None:
-    """Draws shares [experts, layers]; experts without tokens are blank."""
+def heat_map(figure: Figure, axes: Axes, values: np.ndarray, theme: Theme, title: str, rows: str = "expert") -> None:
+    """Draws shares [experts, layers]; experts without tokens are blank. `rows` says what rows are, if not experts."""
     low, high = heat_range(values)
     image = axes.imshow(values, cmap=theme.heat, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     bar = figure.colorbar(image, ax=axes, format=PercentFormatter(1, decimals=0), pad=0.015, fraction=0.05)
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     axes.set_title(title)
-    axes.set_ylabel("expert")
+    axes.set_ylabel(rows)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import pairwise, repeat
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,21 +16,24 @@ from torch import nn
 
 from sparsify.errors import RunError
 from sparsify.methods.density import weight_density
+from sparsify.methods.mohd import BLOCKS, HiddenRecord, HiddenRouterMeter, is_hidden_routed
 from sparsify.models import SparseConfig, SparseModel, site_rules
-from sparsify.models.masking import experts_per_token, num_experts, num_neurons
+from sparsify.models.masking import experts_per_token, hidden_share, num_experts, num_neurons
 from sparsify.sparsity.active_parameters import (
     active_parameters,
     ffn_byte_shares,
     parameters_by_part,
 )
 from sparsify.sparsity.consecutive import CHUNK_TOKENS, ConsecutiveObserver, ConsecutiveStatistics
-from sparsify.sparsity.definitions import definitions
+from sparsify.sparsity.definitions import ROUTING_DEFINITIONS, definitions
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.routers import RouterReader
 from sparsify.sparsity.schema import (
     Against,
     ChunkRow,
     EngineStatistics,
+    HiddenRouting,
+    HiddenRoutingRow,
     LayerRow,
     PositionRow,
     SourceRow,
@@ -156,8 +161,12 @@ def realised_density(statistics: ActivationStatistics, config: SparseConfig) -> 
     return fmean(weight_density(config, {site: 1 - share for site, share in one.items()}, rules) for one in zeros)
 
 
-def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveStatistics) -> EngineStatistics:
-    """What an inference engine can exploit: unions over tokens, reuse, co-activation, weights read."""
+def engine_section(
+    statistics: ActivationStatistics, consecutive: ConsecutiveStatistics, width: float
+) -> EngineStatistics:
+    """What an inference engine can exploit: unions over tokens, reuse, co-activation, weights read. Blocks read and write the share
+    `width` of the hidden size.
+    """
     unions = consecutive.chunk_unions(statistics.num_experts * statistics.num_neurons)
     gap, independent = consecutive.coactivation_gap()
     gate_first, perfect = ffn_byte_shares(statistics.zero_share("gate"), statistics.zero_share("product"))
@@ -175,8 +184,8 @@ def engine_section(statistics: ActivationStatistics, consecutive: ConsecutiveSta
         coactivation_gap=known(gap),
         independent_coactivation_gap=known(independent),
         sampled_neurons=consecutive.together.shape[-1],
-        gate_first_ffn_bytes=gate_first,
-        perfect_predictor_ffn_bytes=perfect,
+        gate_first_ffn_bytes=width * gate_first,
+        perfect_predictor_ffn_bytes=width * perfect,
     )
 
 
@@ -218,9 +227,15 @@ def measure(
     consecutive = ConsecutiveObserver(len(model.model.layers), experts, width)
     by_source: dict[str, SourceCounts] = {}
     num_tokens = 0
+    hidden = HiddenRouterMeter(model, model.device) if is_hidden_routed(model.config) else None
     model.eval()
     try:
-        with torch.no_grad(), SparsityProbe(model, consecutive) as probe, RouterReader(model) as routers:
+        with (
+            torch.no_grad(),
+            SparsityProbe(model, consecutive) as probe,
+            RouterReader(model) as routers,
+            hidden or nullcontext(),
+        ):
             before = probe.layer_totals()
             for batch, source in zip(batches, repeat(text) if sources is None else sources):  # noqa: B905
                 counts = by_source.setdefault(source, SourceCounts())
@@ -246,7 +261,24 @@ def measure(
     statistics = probe.statistics()
     report = _report(model, statistics, consecutive.statistics, name, text, by_source)
     report.routers = routers.rows()
+    if hidden is not None:
+        report.hidden_routing = hidden_routing(model.config, hidden.record())
+        report.definitions |= ROUTING_DEFINITIONS
     return report, statistics
+
+
+def hidden_routing(config: Any, record: HiddenRecord) -> HiddenRouting:
+    rows = [
+        HiddenRoutingRow(layer=layer, block=block, load=load, entropy=entropy)
+        for layer, pair in enumerate(zip(record.load, record.entropy, strict=True))
+        for block, load, entropy in zip(BLOCKS, *pair, strict=True)
+    ]
+    return HiddenRouting(
+        sub_dimensions=config.sub_dimensions,
+        shared=config.shared_sub_dimensions,
+        active=config.active_sub_dimensions,
+        rows=rows,
+    )
 
 
 def summed_loss(model: SparseModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -299,12 +331,13 @@ def _report(
         sources=source_rows(by_source),
         positions=position_rows(statistics, model),
         firing_curves=firing_curves(statistics),
-        engine=engine_section(statistics, consecutive),
+        engine=engine_section(statistics, consecutive, hidden_share(model.config)),
         active_parameters=active_parameters(
             parameters_by_part(model),
             expert_share=facts["experts_per_token"] / statistics.num_experts,
             gate_zeros=statistics.zero_share("gate"),
             product_zeros=statistics.zero_share("product"),
+            hidden_share=hidden_share(model.config),
         ),
         definitions=definitions(**facts, dead_rate_bound=statistics.firing_rate_bound()),
         **facts,

@@ -129,6 +129,7 @@ def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
         headline,
         layers_table(report),
         *([routers_table(report)] if report.routers else []),
+        *([routing_table(report)] if report.hidden_routing else []),
         *([against] if against else []),
         marked("[bold]Report[/bold]  {}", folder / "index.html"),
     )
@@ -205,6 +206,23 @@ def layers_table(report: SparsityReport) -> Table:
             f"{row.dead_neurons:,} of {row.num_neurons:,}",
             _bar(row),
         )
+    return table
+
+
+def routing_table(report: SparsityReport) -> Table:
+    """Loads of the routers of a mixture of hidden dimensions."""
+    routing = report.hidden_routing
+    assert routing is not None
+    specialised = routing.sub_dimensions - routing.shared
+    table = Table(
+        f"Load of {specialised} specialised sub-dimensions, of which {routing.active - routing.shared} are chosen; "
+        f"{routing.shared} are shared (even: {1 / specialised:.1%})",
+        ["layer", "block", "lowest", "highest", "highest / mean", "entropy, nats"],
+        left=(0, 1),
+    )
+    for row in routing.rows:
+        lowest, highest = (f"{bound(row.load):.1%}" for bound in (min, max))
+        table.add(str(row.layer), row.block, lowest, highest, f"{row.unevenness:.2f}", f"{row.entropy:.2f}")
     return table
 
 

@@ -148,6 +148,31 @@ class ActiveParameters(JsonRecord):
         return sum(part.total for part in self.parts if part.part == "embeddings")
 
 
+class HiddenRoutingRow(JsonRecord):
+    """Where the tokens of one router of a mixture of hidden dimensions went."""
+
+    layer: int
+    block: Literal["attention", "ffn"]
+    load: list[float]
+    """Share of the router's choices that fell on each specialised sub-dimension; sums to 1."""
+    entropy: float
+    """Mean entropy over them, in nats."""
+
+    @property
+    def unevenness(self) -> float:
+        """Largest load divided by the mean; 1 when all are equal."""
+        return max(self.load) * len(self.load)
+
+
+class HiddenRouting(JsonRecord):
+    """Sub-dimensions of a model that routes tokens to them."""
+
+    sub_dimensions: int
+    shared: int
+    active: int
+    rows: list[HiddenRoutingRow]
+
+
 class PublishedActive(JsonRecord):
     name: str
     claimed: int
@@ -313,6 +338,8 @@ class SparsityReport(JsonRecord):
     """Firing rates of each layer's neurons (of all experts) in descending order, at evenly spaced neurons."""
     engine: EngineStatistics
     active_parameters: ActiveParameters
+    hidden_routing: HiddenRouting | None = None
+    """None in models whose tokens all use the same part of the hidden size."""
     definitions: dict[str, str]
     """Term to definition."""
     curves: Curves | None = None
