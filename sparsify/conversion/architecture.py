@@ -207,7 +207,7 @@ def held_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _nearest_family(config: Mapping[str, Any]) -> Family:
     """By its name, or else by what its blocks are."""
-    named = {name: one for one in FAMILIES.values() for name in (*one.stock, one.model_type)}
+    named = {name: one for one in FAMILIES.values() if one.stock for name in (*one.stock, one.model_type)}
     close = difflib.get_close_matches(str(config.get("model_type")), named, n=1, cutoff=0.6)
     if close:
         return named[close[0]]

@@ -143,6 +143,11 @@ class OffloadedModel:
                 next_step="Install a C++ compiler, or a wheel of sparsify that was built where there is one.",
             )
         self.stored, self.limits, self.weights = StoredModel(folder), limits, weights
+        if difference := self.stored.family.layer_difference:
+            raise ModelError(
+                f"{folder} is a {self.stored.config.model_type}, which has {difference}: its neurons cannot be read from a file.",
+                next_step="Decode it in memory.",
+            )
         self.blocks: BlockFormat | None = None if weights == "stored" else ("int8" if weights == "int8" else "int4")
         self.model = self._skeleton()
         check(self.model)
