@@ -32,7 +32,7 @@ from sparsify.runtime.triton_ffn import triton_can
 MOVING_ROPE = ("dynamic", "longrope")
 """Kinds of rotary embedding whose frequencies depend on the length of the sequence."""
 ROPE_POSITIONS = 1024
-INERT = ("output_capturing", "masking", "modeling_sparse_mixtral", "fused_experts", "forwards")
+INERT = ("output_capturing", "masking", "projection_masks", "modeling_sparse_mixtral", "fused_experts", "forwards")
 """Files whose hooks see nothing that a step does not give: transformers leaves its recorders of inner states in place once one was
 requested, masks are applied in C++, and the others are checks and inputs of predictors of this package."""
 PLAIN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
