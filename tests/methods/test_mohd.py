@@ -348,7 +348,7 @@ def test_what_cannot_hold_it_refuses_it_by_name(folder: Path, recipe_file: Path)
     check_router(recipe, model.config)
 
 
-def test_zeros_of_its_neurons_are_skipped_in_decoding(folder: Path) -> None:
+def test_zeros_of_its_neurons_are_skipped_in_decoding(folder: Path, compiled: None) -> None:
     model = load_sparse(folder, "drelu")
     with torch.no_grad():
         expected = model.generate(IDS[:1], max_new_tokens=6, do_sample=False)
