@@ -20,6 +20,7 @@ from sparsify.cli.bounds import (
     MEMORY_GB,
     PRICE,
     SHARE_BELOW_ONE,
+    SHARE_INSIDE,
     THROUGHPUT,
     TOKENS,
     TOKENS_OR_NONE,
@@ -239,7 +240,7 @@ def convert(
         str | None,
         typer.Option(
             help=f"Activation to convert to: {alternatives(activation_names())}.",
-            show_default="drelu; with a mask, the model's own",
+            show_default="drelu; with a mask or sparse weights, the model's own",
         ),
     ] = None,
     gate_threshold: Annotated[
@@ -308,6 +309,13 @@ def convert(
             help="Share of the weights of all linear projections that a token may read; the mask's zeros follow from it.",
         ),
     ] = None,
+    weight_sparsity: Annotated[
+        float | None,
+        typer.Option(
+            callback=SHARE_INSIDE.check,
+            help="Share of the weights of every linear projection to set to zero, such as 0.5: of magnitude, wanda, sparsegpt.",
+        ),
+    ] = None,
     on: Annotated[
         str | None,
         typer.Option(
@@ -339,6 +347,7 @@ def convert(
         calibration_tokens,
         target_zeros,
         target_density,
+        weight_sparsity,
         on,
     )
     chosen, settings, calibrate_on = verb.conversion_settings(model, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from sparsify.conversion.source_checkpoint import locate, read_checkpoint
 from sparsify.conversion.source_tensors import check_base_loss
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.conversion.weight_zeros import PROJECTIONS
 from sparsify.errors import RecipeError
 from sparsify.methods.base import Mask, Upcycling, method_of
 from sparsify.methods.calibrate import Calibration, CalibrationStage
@@ -142,7 +144,7 @@ class ConvertOptions:
     """The options of `sparsify convert` that decide how the model is converted.
 
     Attributes:
-        activation: `--activation`; None for the model's own if a mask is fitted, and drelu otherwise.
+        activation: `--activation`; None for drelu with a method that replaces it, and for the model's own with every other.
         method: `--method`; None for the calibrated replacement, or for the bare one without `calibrate_on`.
         method_settings: `--set`, each KEY=VALUE.
     """
@@ -158,6 +160,7 @@ class ConvertOptions:
     calibration_tokens: int | None = None
     target_zeros: float | None = None
     target_density: float | None = None
+    weight_sparsity: float | None = None
     on: str | None = None
 
 
@@ -175,6 +178,7 @@ def conversion_settings(
             ("calibration-tokens", options.calibration_tokens),
             ("target-zeros", options.target_zeros),
             ("target-density", options.target_density),
+            ("weight-sparsity", options.weight_sparsity),
             ("set", " ".join(options.method_settings) or None),
             ("refit", options.refit),
             ("remainder", options.remainder),
@@ -197,6 +201,7 @@ def conversion_settings(
         calibration_tokens=CALIBRATION_TOKENS if tokens is None else tokens,
         target_zeros=options.target_zeros,
         target_density=options.target_density,
+        weight_sparsity=options.weight_sparsity,
         method=options.method or ConversionSection().method,
         method_settings=dict(_setting(pair) for pair in options.method_settings),
         refit=options.refit,
@@ -207,7 +212,8 @@ def conversion_settings(
     name, threshold = options.activation, options.gate_threshold
     if name is None:
         name = "drelu"
-        if isinstance(method_of(settings), Mask | Upcycling):
+        method = method_of(settings)
+        if isinstance(method, Mask | Upcycling) or not method.needs_new_activation:
             name, own_threshold = own_activation(source)
             threshold = own_threshold if threshold is None else threshold
     return ActivationSection(name, threshold), settings, options.calibrate_on or CALIBRATE_ON
@@ -242,6 +248,7 @@ def replacement_record(conversion: Conversion) -> dict[str, Any]:
         "folder": str(conversion.converted.folder),
         "ffn_activation": conversion.converted.config.ffn_activation,
         "sparsification": conversion.converted.config.sparsification,
+        "weight_sparsity": conversion.converted.config.weight_sparsity,
         "text": conversion.text,
         "num_tokens": conversion.num_tokens,
         "stages": [asdict(stage) for stage in conversion.stages],
@@ -260,12 +267,40 @@ def replacement_table(conversion: Conversion) -> RenderableType:
     for stage in conversion.stages:
         table.add(stage.name, f"{stage.loss:.3f}", share(stage.zeros))
     calibration = conversion.calibration
-    layers = [_calibrated_layers(calibration)] if calibration and calibration.layers else []
+    layers = [_layers(calibration)] if calibration and calibration.layers else []
     folder = conversion.converted.folder
     following = marked("Next: [cyan]sparsify train RECIPE model.source={}[/cyan]", folder)
     inputs = [site for site in site_rules(config) if site in COUNTED_SITES]
     where = marked("Zeros at {}: [cyan]sparsify report {}[/cyan]", ", ".join(inputs), folder)
     return Group("", table, *layers, *([where] if inputs else []), following)
+
+
+def _layers(calibration: Calibration) -> RenderableType:
+    sparse = any("weights" in one for layer in calibration.layers for one in layer["experts"])
+    return _sparse_layers(calibration) if sparse else _calibrated_layers(calibration)
+
+
+def _sparse_layers(calibration: Calibration) -> RenderableType:
+    table = Table(
+        f"Weights that are exactly zero, and relative error of the feed-forward outputs on held-out calibration tokens "
+        f"({calibration.num_tokens:,} in total)",
+        ["layer", *PROJECTIONS, "error", ""],
+    )
+    for layer in calibration.layers:
+        matrices = {name: [found] for name, found in layer["attention"]["weights"].items()}
+        for expert in layer["experts"]:
+            for name, found in expert["weights"].items():
+                matrices.setdefault(name, []).append(found)
+        errors = [expert["error_pruned"] for expert in layer["experts"] if expert.get("error_pruned") is not None]
+        other = [f"{name} by {one['by']}" for name, found in matrices.items() for one in found if one["because"]]
+        counted = [f"{times} × {name}" if times > 1 else name for name, times in Counter(other).items()]
+        table.add(
+            str(layer["layer"]),
+            *(share(sum(one["zeros"] for one in matrices[name]) / len(matrices[name])) for name in PROJECTIONS),
+            f"{sum(errors) / len(errors):.3f}" if errors else "–",
+            ", ".join(counted),
+        )
+    return table
 
 
 def _calibrated_layers(calibration: Calibration) -> RenderableType:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,7 @@ from sparsify.conversion.convert import Converted, convert
 from sparsify.conversion.manifest import damage, known_files, recorded_files
 from sparsify.conversion.source_checkpoint import is_hub_id, locate, read_checkpoint
 from sparsify.conversion.tokenizer import load_tokenizer
+from sparsify.conversion.weight_zeros import weight_sparsity
 from sparsify.errors import RecipeError, RunError, UserError
 from sparsify.evaluation.request import check_suite_code
 from sparsify.export.check import RECORDED_FILE
@@ -166,10 +168,11 @@ def check_start(recipe: Recipe, run: RunFolder) -> None:
         return
     for name, source in recipe.mixture.sources.items():
         source_files(name, source)
-    source = recipe.model.source
-    if source and not is_hub_id(source):
-        locate(source)
+    for source in (recipe.model.source, recipe.model.dense_source):
+        if source and not is_hub_id(source):
+            locate(source)
     config = local_config(recipe.model) or recipe.model.architecture
+    check_dense_source(recipe, config)
     if isinstance(context := config.get("max_position_embeddings"), int):
         check_context(recipe, context)
     if "model_type" in config and recipe.model.upcycle_experts is None and upcycling_of(recipe.conversion) is None:
@@ -373,11 +376,49 @@ def _keep_teacher(recipe: Recipe, run: RunFolder) -> None:
     if not (recipe.distillation.is_on and has_own_teacher(run)):
         return
     base = ActivationSection(*_base_activation(run.initial_config()))
-    seed, dtype, drop_mask = recipe.training.seed, torch.float32, source_stores_mask(recipe, run)
-    write = partial(convert, recipe.model, base, seed=seed, dtype=dtype, drop_mask=drop_mask)
+    seed, dtype, drop_mask, model = recipe.training.seed, torch.float32, source_stores_mask(recipe, run), recipe.model
+    if model.dense_source is not None:
+        model, drop_mask = replace(model, source=model.dense_source, dense_source=None), False
+    write = partial(convert, model, base, seed=seed, dtype=dtype, drop_mask=drop_mask)
     _repair(run, run.teacher, write)
     if not run.teacher.is_dir():
         write(run.teacher)
+    _check_teacher_shape(recipe, run)
+
+
+def check_dense_source(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Refuses a dense baseline and a teacher that would have a source's sparse weights.
+
+    Args:
+        config: config.json of the source, as far as it is known.
+
+    Raises:
+        RecipeError: Naming the setting.
+    """
+    model = recipe.model
+    if model.dense_source is not None:
+        other = weight_sparsity(local_config(replace(model, source=model.dense_source)) or {})
+        if other is not None:
+            raise RecipeError(f"model.dense_source={model.dense_source} is not dense: {other.words}.")
+    sparse = weight_sparsity(config)
+    wanted = "baseline.ffn_activation" if recipe.baseline.ffn_activation else "distillation"
+    if sparse is None or model.dense_source or not (recipe.baseline.ffn_activation or recipe.distillation.is_on):
+        return
+    raise RecipeError(
+        f"{wanted} is set, and {model.source} is not dense: {sparse.words}.",
+        next_step="Say with model.dense_source which dense model it was made from, or set baseline.ffn_activation=null and no "
+        "distillation.",
+    )
+
+
+def _check_teacher_shape(recipe: Recipe, run: RunFolder) -> None:
+    own, teacher = run.initial_config(), read_checkpoint(run.teacher).config
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        if own[key] != teacher[key]:
+            raise RecipeError(
+                f"model.dense_source={recipe.model.dense_source} has {key}={teacher[key]}, the model that is trained {own[key]}.",
+                allowed="The dense model that model.source was made from.",
+            )
 
 
 def source_stores_mask(recipe: Recipe, run: RunFolder) -> bool:
@@ -404,6 +445,8 @@ def _check_context(recipe: Recipe, run: RunFolder) -> None:
     check_router(recipe, SimpleNamespace(**config))
     check_routers(recipe, SimpleNamespace(**config))
     check_layers(recipe, config["model_type"])
+    if recipe.conversion.weight_sparsity is None:  # they are the source's own
+        check_dense_source(recipe, config)
     check_blend(recipe, config["base_ffn_activation"])
     check_teacher(recipe, _base_activation(config), differs=has_own_teacher(run))
     context = config["max_position_embeddings"]

@@ -155,7 +155,7 @@ def check_sweep(name_or_path: str, points: Sequence[Sequence[str]]) -> None:
 
 
 def baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe | None:
-    """The recipe of a run's baseline: its activation, no mask, and the architecture of the source.
+    """The recipe of a run's baseline: its activation, no mask, dense weights, and the architecture of the source.
 
     Args:
         recipe: The run's recipe.
@@ -165,12 +165,15 @@ def baseline_recipe(recipe: Recipe, run: RunFolder) -> Recipe | None:
         None if no baseline is wanted, or if it would repeat the run itself.
     """
     name = recipe.baseline.ffn_activation
-    is_dense = not run.is_masked and upcycling_of(recipe.conversion) is None
+    is_dense = not (run.is_masked or run.has_sparse_weights) and upcycling_of(recipe.conversion) is None
     if name is None or (name == recipe.activation.ffn_activation and is_dense):
         return None
     baseline = deepcopy(recipe)
     baseline.activation = ActivationSection(name)
     baseline.conversion = ConversionSection(drop_source_mask=source_stores_mask(recipe, run))
+    if recipe.model.dense_source is not None:
+        baseline.model.source, baseline.model.dense_source = recipe.model.dense_source, None
+        baseline.conversion = ConversionSection()
     baseline.baseline.ffn_activation = None
     baseline.blending, baseline.penalty = BlendingSection(), PenaltySection()
     baseline.distillation, baseline.group_routing = DistillationSection(), GroupRoutingSection()

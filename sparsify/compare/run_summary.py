@@ -49,7 +49,7 @@ class RunSummary:
 
     @property
     def is_dense(self) -> bool:
-        return self.recipe.is_dense and not self.run.is_masked
+        return self.run.is_dense
 
     def sequences(self) -> dict[str, Sequences]:
         lock, wanted = self.lock, self.recipe.eval.validation_sequences_per_source

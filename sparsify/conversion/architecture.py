@@ -43,6 +43,14 @@ ROPE_NUMBERS = ("short_factor", "long_factor")
 """Settings of the rotary embedding that are lists of numbers, one for each frequency; the others are single ones."""
 
 
+class _WeightSparsity(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    method: str
+    pattern: str
+    sparsity: Annotated[float, Field(gt=0, lt=1)]
+
+
 class _Sizes(BaseModel):
     """The fields of a config.json that memory and time follow from, and others that transformers does not check."""
 
@@ -72,6 +80,7 @@ class _Sizes(BaseModel):
     rope_parameters: dict[str, Any] | None = None
     quantization_config: dict[str, Any] | None = None
     sparsification: dict[str, Any] | None = None
+    weight_sparsity: _WeightSparsity | None = None
     layer_types: list[str] | None = None
     ffn_activation: str | None = None
     ffn_gate_threshold: Annotated[float, Field(ge=0, le=1e6)] | None = None

@@ -234,6 +234,8 @@ def _write_replaced(
     turned = _turned_by(config) if drop_mask else {}
     if drop_mask:
         config.sparsification = None
+    if turned:  # no zero survives a rotation
+        config.weight_sparsity = None
     expected = tensor_shapes(config)
     needless = stored.keys() - expected.keys()
     if config.tie_word_embeddings:

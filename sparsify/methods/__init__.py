@@ -8,5 +8,5 @@ from importlib import import_module
 
 def import_all() -> None:
     """Imports every module of this package, so that each method registers itself: no list names them."""
-    for module in pkgutil.iter_modules(__path__):
-        import_module(f"{__name__}.{module.name}")
+    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
+        import_module(module.name)

@@ -22,40 +22,48 @@ class Sequences:
     """Some calibration sequences before a layer.
 
     Attributes:
-        dense: The dense model's residual stream, [sequences, tokens, hidden].
+        dense: The dense model's residual stream, [sequences, tokens, hidden]; None where it is not computed.
         converted: The converted model's, of the same shape.
         position_ids: [sequences, tokens].
         fit: Tokens that a method may look at, bool [sequences * tokens].
         held_out: Held-out tokens, bool [sequences * tokens].
     """
 
-    dense: torch.Tensor
+    dense: torch.Tensor | None
     converted: torch.Tensor
     position_ids: torch.Tensor
     fit: torch.Tensor
     held_out: torch.Tensor
 
 
-def refit_output(
-    attention: Attention,
-    sequences: Callable[[], Iterator[Sequences]],
-    *,
-    ridge: float,
-    repaired: float,
-    dtype: torch.dtype,
-) -> dict[str, float | str | None]:
+@dataclass(frozen=True)
+class AttentionLayer:
+    """The attention of a layer as a method rewrites it: its masks are fitted.
+
+    Attributes:
+        number: Of the layer.
+        attention: Is changed.
+        dtype: Dtype on disk: new weights are rounded to it.
+        sequences: Gives all calibration sequences, again on each call.
+    """
+
+    number: int
+    attention: Attention
+    dtype: torch.dtype
+    sequences: Callable[[], Iterator[Sequences]]
+
+
+def refit_output(layer: AttentionLayer, *, ridge: float, repaired: float) -> dict[str, float | str | None]:
     """Gives an attention whose masks are fitted another output projection, where that is better on held-out tokens.
 
     Args:
-        attention: Is changed.
-        sequences: Gives all calibration sequences, again on each call.
         ridge: As in `Gram.solve`.
         repaired: Part of the accumulated error of the stream that is corrected.
-        dtype: On disk: the new weight is rounded to it before it is evaluated.
 
     Returns:
         `error_before` and `error_refitted`, relative, on held-out tokens; and `kept_because` if the old one is kept.
     """
+    attention, sequences, dtype = layer.attention, layer.sequences, layer.dtype
     old = attention.weight(OUTPUT).clone()
     gram = Gram(old.shape[1], old.shape[0], old.device)
     for part in sequences():
@@ -86,7 +94,8 @@ def _rows(
     own = attention.attention_output(part.converted, part.position_ids)
     wanted = own
     if repaired:
+        assert part.dense is not None
         dense = attention(part.dense, part.position_ids)
         wanted = own + repaired * attention.attention_gap(dense, part.converted, own)
-    x = attention.read_by(OUTPUT, part.converted, part.position_ids)
+    x = attention.reads([OUTPUT], part.converted, part.position_ids)[OUTPUT]
     return x.flatten(0, -2)[rows], wanted.flatten(0, -2)[rows] - attention.constant(OUTPUT)

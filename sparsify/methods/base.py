@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sparsify.errors import RecipeError, nearest
 from sparsify.methods import import_all
+from sparsify.methods.attention_refit import AttentionLayer
 from sparsify.methods.layerwise import Expert, Layer
 from sparsify.models import FAMILIES, SiteRule, SparseConfig, SparseModel
 from sparsify.recipe.recipe import Recipe
@@ -25,9 +26,13 @@ UNSOLVED_ZEROS = 0.5
 """Used as `target_zeros` where a target density is given and the model's shapes are not known yet, so that all else is checked."""
 
 
+OWN_KEYS = ("target_zeros", "weight_sparsity")
+"""Settings of methods that are set as `conversion.NAME` and by options of their own."""
+
+
 class MethodSettings(BaseModel):
     """Base of a method's settings. A field `target_zeros` is set by `conversion.target_zeros` and `--target-zeros`, or solved for
-    `conversion.target_density` (`methods/density.py`).
+    `conversion.target_density` (`methods/density.py`); `weight_sparsity` by `conversion.weight_sparsity` and `--weight-sparsity`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -135,22 +140,37 @@ class Mask(Protocol):
 
 
 class LayerRewrite(Protocol):
-    """A rewrite of layers in order, each on what the rewritten layers before it feed it."""
+    """A rewrite of layers in order, each on what the rewritten layers before it feed it.
+
+    Attributes:
+        mask: The mask that is fitted along with the weights; None for none.
+        last_stage: Name of the stage that is its result.
+        revives_zeros: Whether it may give a weight that is zero another value.
+        config_fields: What config.json says of it.
+    """
+
+    mask: Mask | None
+    last_stage: str
+    revives_zeros: bool
 
     @property
-    def mask(self) -> Mask | None:
-        """The mask that is fitted along with the weights; None for none."""
+    def config_fields(self) -> dict[str, Any]:
+        return {} if self.mask is None else {"sparsification": sparsification(self.mask)}
+
+    def check_model(self, config: SparseConfig) -> None:
+        """Refuses a model that it cannot rewrite, before anything is computed. Raises UserError."""
+
+    def rewrite_attention(self, attention: AttentionLayer, conversion: ConversionSection) -> tuple[dict[str, Any], str]:
+        """Changes projections of the attention, whose masks are fitted: `Attention.refit` takes their new weights.
+
+        Returns:
+            What is added to the layer's record, and what is said of it; nothing of both where nothing was done.
+        """
+        return {}, ""
+
+    def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten:
+        """The feed-forward block behind that attention."""
         ...
-
-    @property
-    def last_stage(self) -> str: ...
-
-    @property
-    def refits_attention(self) -> bool:
-        """Whether the attention's output projection is reconstructed under the mask."""
-        ...
-
-    def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten: ...
 
 
 class WeightMethod(LayerRewrite, Protocol):
@@ -160,11 +180,13 @@ class WeightMethod(LayerRewrite, Protocol):
         name: What users call it.
         paper: Where it is published.
         Settings: Its settings.
+        needs_new_activation: Whether, without a mask, it does nothing to a model that keeps its activation.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
     Settings: ClassVar[type[MethodSettings]]
+    needs_new_activation: ClassVar[bool]
 
     def __init__(self, settings: Any) -> None: ...
 
@@ -265,8 +287,8 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod | Upcycling:
         )
     if conversion.target_density is not None and not isinstance(method, Mask):
         raise RecipeError(
-            f"conversion.target_density={conversion.target_density:g} is set with {name}, whose activation makes zeros of its own.",
-            next_step="Set conversion.target_zeros, or choose a mask as conversion.method (--method).",
+            f"conversion.target_density={conversion.target_density:g} is set with {name}, which is not a mask.",
+            next_step="Leave it out, or choose a mask as conversion.method (--method).",
         )
     if conversion.remainder != "none" and not isinstance(method, Mask):
         raise RecipeError(
@@ -328,6 +350,12 @@ def upcycling_of(conversion: ConversionSection) -> Upcycling | None:
     return method if isinstance(method, Upcycling) else None
 
 
+def needs_new_activation(conversion: ConversionSection) -> bool:
+    """Whether the method does nothing to a model that keeps its activation."""
+    method = method_of(conversion)
+    return not isinstance(method, Mask | Upcycling) and method.needs_new_activation and method.mask is None
+
+
 def sparsification(mask: Mask) -> dict[str, Any]:
     return {
         "method": mask.name,
@@ -356,6 +384,9 @@ def _settings(method: Method, conversion: ConversionSection) -> MethodSettings:
     if conversion.target_zeros is not None:
         given = {**given, "target_zeros": conversion.target_zeros}
         keys["target_zeros"] = "conversion.target_zeros"
+    if conversion.weight_sparsity is not None:
+        given = {**given, "weight_sparsity": conversion.weight_sparsity}
+        keys["weight_sparsity"] = "conversion.weight_sparsity"
     fields = method.Settings.model_fields
     if conversion.target_density is not None:
         if conversion.target_zeros is not None:
@@ -383,11 +414,12 @@ def _settings(method: Method, conversion: ConversionSection) -> MethodSettings:
         first = error.errors()[0]
         name = str(first["loc"][0])
         what = fields[name].description or ""
+        message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
-            key = "conversion.target_zeros" if name == "target_zeros" else f"conversion.method_settings.{name}"
+            key = f"conversion.{name}" if name in OWN_KEYS else f"conversion.method_settings.{name}"
             raise RecipeError(f"{method.name} needs {key}.", allowed=what) from error
         raise RecipeError(
             f"{keys.get(name, f'conversion.method_settings.{name}')} is {given.get(name, fields[name].default)}: "
-            f"{first['msg'][:1].lower()}{first['msg'][1:]}.",
+            f"{message[:1].lower()}{message[1:]}.",
             allowed=what,
         ) from error

@@ -27,7 +27,7 @@ from sparsify.conversion.source_tensors import check_base_loss
 from sparsify.errors import MixtureError, StorageError
 from sparsify.files import atomic_folder, storage_errors, write_json
 from sparsify.metadata import holds_json, read_json
-from sparsify.methods.attention_refit import Sequences, refit_output
+from sparsify.methods.attention_refit import AttentionLayer, Sequences
 from sparsify.methods.base import (
     LayerRewrite,
     Mask,
@@ -54,7 +54,7 @@ from sparsify.methods.layerwise import (
 from sparsify.methods.remainder import ConstantRemainder
 from sparsify.methods.sites import ATTENTION_SITES, BlockValues, MaskParts, Parts, with_masks
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
-from sparsify.models import FfnActivation
+from sparsify.models import FfnActivation, site_rules
 from sparsify.models.masking import READERS
 from sparsify.recipe.sparsification import REFIT_TARGETS, ConversionSection
 
@@ -66,7 +66,7 @@ class CalibrationStage:
     """One stage of the activation replacement, measured on the watched sequences.
 
     Attributes:
-        name: `dense`, `bare replacement`, then what the method's steps are called.
+        name: `dense`, or `source` where that is sparse already; `bare replacement`; then what the method's steps are called.
         losses: Nats per token of each source.
     """
 
@@ -139,8 +139,9 @@ class Calibrator:
         self._state, self._settings = state, settings
         self.method = rewrite_of(settings)
         self._result, self._mask = self.method.last_stage, self.method.mask
-        stored_mask = None if self._mask is None else sparsification(self._mask)
-        self._reader = LayerReader(folder, stored_mask, self.device)
+        fitted_mask = None if self._mask is None else sparsification(self._mask)
+        self._reader = LayerReader(folder, fitted_mask, self.device)
+        self.method.check_model(self._reader.config)
         self._watched = watched = watched if measure else {}
         self._num_fit = len(sequences)
         if self._num_fit < HELD_OUT_EVERY:
@@ -153,8 +154,10 @@ class Calibrator:
         config = self._reader.config
         self._dense = FfnActivation(config.base_ffn_activation, config.base_ffn_gate_threshold)
         self._replaced = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
+        self._stored_rules = {} if fitted_mask else site_rules(config)
+        self._source_words = "source" if config.sparsification or config.weight_sparsity else "dense"
         self._masked_config = deepcopy(config)
-        self._masked_config.sparsification = stored_mask
+        self._masked_config.sparsification = fitted_mask
         self._dtype = self._reader.stored_dtype()
         self._needs_dense = measure or self._result == RECONSTRUCTED
         self._needs_streams = self._needs_dense or getattr(self._mask, "reads_values", True)
@@ -228,19 +231,22 @@ class Calibrator:
         work = Streams(self._state / "work")
         work.remove()
         dense = self._reader.experts(layer, self._dense)
-        replaced = [replace(expert, activation=self._replaced) for expert in dense]
+        dense = with_masks(dense, self._stored_rules, self._reader.stored_masks(layer), is_turned=True)
+        replaced = [expert.with_activation(self._replaced) for expert in dense]
         with atomic_folder(self._streams(layer + 1).folder) as partial_folder:
             new = Streams(partial_folder)
             if self._needs_dense:
                 self._advance(attention, dense, old, "dense", new)
             masks, mask_record = self._fit_attention(attention, replaced, old)
-            if self.method.refits_attention:
-                mask_record["attention"] = self._refit_attention(attention, old)
+            rewritten, said = self._rewrite_attention(layer, attention, old)
+            mask_record |= rewritten
             attention.use(masks=True, refits=True)
             if self._needs_streams:
                 self._prepare(attention, dense, old, new, work)
             inputs = partial(self._inputs, attention, work)
-            found = self.method.rewrite(Layer(dense, replaced, self._dtype, inputs, self._measure), self._settings)
+            found = self.method.rewrite(
+                Layer(dense, replaced, layer, self._dtype, inputs, self._measure), self._settings
+            )
             zeros, masked = {"dense": [0, 1]}, False
             for name, experts in found.stages.items():
                 if name != "dense" and (self._measure or (self._needs_streams and name == self._result)):
@@ -251,8 +257,7 @@ class Calibrator:
         self._save(layer, found, zeros, attention, masks, mask_record)
         work.remove()
         old.remove()
-        kept = mask_record.get("attention", {}).get("kept_because")
-        line = f"{found.line}; the attention keeps its output projection: {kept}" if kept else found.line
+        line = f"{found.line}; {said}" if said else found.line
         logger.info(f"Layer {layer + 1} of {num_layers}: {line}")
 
     def _fit_attention(self, attention: Attention, experts: list[Expert], old: Streams) -> tuple[Parts, dict[str, Any]]:
@@ -267,21 +272,19 @@ class Calibrator:
             attention.fit(site, masks[site], self._dtype)
         return masks, record
 
-    def _refit_attention(self, attention: Attention, old: Streams) -> dict[str, float | str | None]:
-        dense, converted = (self._before(old, name)[0][: self._num_fit] for name in ("dense", self._result))
-
+    def _rewrite_attention(self, layer: int, attention: Attention, old: Streams) -> tuple[dict[str, Any], str]:
         def sequences() -> Iterator[Sequences]:
+            converted = self._before(old, self._result)[0][: self._num_fit]
+            dense = self._before(old, "dense")[0] if self._needs_dense else None
             for part in chunks(*converted.shape[:2]):
                 yield Sequences(
-                    tensor(dense[part], self.device),
+                    None if dense is None else tensor(dense[part], self.device),
                     tensor(converted[part], self.device),
                     self._batch["position_ids"][part].to(self.device),
                     *self._parts(part),
                 )
 
-        settings = self._settings
-        repaired = REFIT_TARGETS[settings.refit_target]
-        return refit_output(attention, sequences, ridge=settings.ridge, repaired=repaired, dtype=self._dtype)
+        return self.method.rewrite_attention(AttentionLayer(layer, attention, self._dtype, sequences), self._settings)
 
     def attention_values(self, site: str, attention: Attention, old: Streams) -> Iterator[SiteValues]:
         """The values of a site in the attention, on the tokens that methods may look at."""
@@ -438,8 +441,9 @@ class Calibrator:
             loss_sum, labels = (sum(column) for column in zip(*totals.values(), strict=True))
             loss = loss_sum / max(labels, 1)
             if not stages:
-                check_base_loss(loss, "the dense model")
-            stages.append(CalibrationStage(name, losses, loss, zero / values))
+                check_base_loss(loss, "the source model")
+            said = self._source_words if name == "dense" else name
+            stages.append(CalibrationStage(said, losses, loss, zero / values))
         return stages
 
     def _losses(

@@ -28,8 +28,8 @@ from sparsify.errors import ModelError, RecipeError, StorageError
 from sparsify.files import atomic_folder, replace_folder, write_json
 from sparsify.metadata import holds_json, read_json, read_record
 from sparsify.methods.allocation import allocate, damage_by_layer, probe_shares
-from sparsify.methods.base import Mask, makes_masks, sparsification, stored_by, upcycling_of
-from sparsify.methods.calibrate import Calibration, Calibrator
+from sparsify.methods.base import makes_masks, needs_new_activation, stored_by, upcycling_of
+from sparsify.methods.calibrate import Calibration, Calibrator, rewrite_of
 from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY
 from sparsify.methods.density import with_target_zeros
 from sparsify.methods.upcycling import write_upcycled
@@ -47,17 +47,18 @@ def write_calibrated(
     tensors_of: Callable[[int], Path],
     to: Path,
     *,
-    mask: Mask | None,
+    config_fields: Mapping[str, Any],
     record: tuple[str, dict[str, Any]],
 ) -> None:
     """Writes a checkpoint folder, a shard at a time: that of the bare replacement with the new tensors of each layer,
-    and a JSON file of that name and content. Thresholds of the mask are among the tensors.
+    the fields of config.json that the method changes, and a JSON file of that name and content. A mask's numbers are among
+    the tensors.
     """
     checkpoint = read_checkpoint(folder)
     name = checkpoint.config["ffn_activation"]
     config = sparse_config(checkpoint.config, name, str(folder))
-    if mask is not None:
-        config.sparsification = sparsification(mask)
+    for field, value in config_fields.items():
+        setattr(config, field, value)
     homes = _homes(checkpoint, tensors_of, config.num_hidden_layers)
     with atomic_folder(to) as partial:
         for file in folder.iterdir():
@@ -154,13 +155,20 @@ def convert_calibrated(
     if _has_nothing_to_do(converted.config, settings):
         logger.info(f"Nothing to calibrate: the model has {converted.config.ffn_activation} already")
         replace_folder(bare, to)
-    elif converted.config.sparsification:
+    elif converted.config.sparsification and (makes_masks(settings) or needs_new_activation(settings)):
         shutil.rmtree(state, ignore_errors=True)
         raise ModelError(
             f"{converted.origin} stores a mask already, of {converted.config.sparsification['method']}.",
-            allowed="Methods start from a model without a mask.",
+            allowed="Masks are fitted to a model without one, and activations replaced in it.",
             next_step="Convert the dense model, or train this one as it is, without a calibration. A recipe can also leave "
             "that mask out: conversion.drop_source_mask=true.",
+        )
+    elif converted.config.weight_sparsity and (upcycling is not None or rewrite_of(settings).revives_zeros):
+        shutil.rmtree(state, ignore_errors=True)
+        raise ModelError(
+            f"{converted.origin} has sparse weights, which {settings.method} would make dense: it reconstructs or rotates matrices.",
+            allowed="Masks that change no weights (--no-refit, conversion.refit=false).",
+            next_step="Convert the dense model first, then make its weights sparse: that keeps the mask.",
         )
     else:
         sequences, watched = sequences_for(load_tokenizer(bare), converted.config)
@@ -178,7 +186,7 @@ def convert_calibrated(
             bare,
             calibrator.tensors_of,
             to,
-            mask=calibrator.method.mask,
+            config_fields=calibrator.method.config_fields,
             record=(RECORD, asdict(calibration)),
         )
         converted = Converted(to, _config(to), converted.origin)
@@ -237,7 +245,7 @@ def _zeros_by_layer(
             bare,
             calibrator.tensors_of,
             folder / "model",
-            mask=calibrator.method.mask,
+            config_fields=calibrator.method.config_fields,
             record=(RECORD, {"method": plain.method}),
         )
         damages.append(
@@ -264,4 +272,4 @@ def _config(folder: Path) -> SparseConfig:
 def _has_nothing_to_do(config: SparseConfig, settings: ConversionSection) -> bool:
     base = (config.base_ffn_activation, config.base_ffn_gate_threshold)
     same = (config.ffn_activation, config.ffn_gate_threshold) == base
-    return same and not makes_masks(settings) and upcycling_of(settings) is None
+    return same and needs_new_activation(settings)

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from sparsify.methods.base import Mask, MethodSettings, Rewritten, register
+from sparsify.methods.attention_refit import AttentionLayer, refit_output
+from sparsify.methods.base import LayerRewrite, Mask, MethodSettings, Rewritten, WeightMethod, register
 from sparsify.methods.layerwise import LEAST_ROWS, Expert, Inputs, InputsOf, Layer
 from sparsify.methods.reconstruction import Errors, Gram, Reduce, nothing_to_reduce
 from sparsify.methods.sites import ATTENTION_SITES, Parts, fit_block, rows_of
 from sparsify.methods.thresholds import OutputNormThresholds, ThresholdSettings
 from sparsify.models import ACTIVATIONS, FfnActivation
-from sparsify.recipe.sparsification import ConversionSection
+from sparsify.recipe.sparsification import REFIT_TARGETS, ConversionSection
 
 
 class SignEnergies:
@@ -221,13 +222,14 @@ class CalibratedSettings(MethodSettings):
 
 
 @register
-class CalibratedReplacement:
+class CalibratedReplacement(WeightMethod):
     """Replaces the activation: sign alignment, output-norm thresholds where zeros are wanted, and reconstruction."""
 
     name = "calibrated_replacement"
     paper = "none: ours"
     Settings = CalibratedSettings
-    refits_attention = False
+    needs_new_activation = True
+    revives_zeros = True
 
     def __init__(self, settings: CalibratedSettings) -> None:
         self.mask: Mask | None = None
@@ -251,14 +253,24 @@ class CalibratedReplacement:
         )
 
 
-class MaskedWeights:
+class MaskedWeights(LayerRewrite):
     """A mask as a rewrite of weights: the activation as it is, the mask, and the reconstruction where it is wanted."""
 
     def __init__(self, mask: Mask, refit: bool | None) -> None:
-        self.mask = mask
+        self.mask: Mask | None = mask
+        self._fitted = mask
         self._reconstruct = mask.reconstructs if refit is None else refit
         self.last_stage = RECONSTRUCTED if self._reconstruct else mask.name
-        self.refits_attention = self._reconstruct and any(site in ATTENTION_SITES for site in mask.sites)
+        self.revives_zeros = self._reconstruct or any(rule.rotated for rule in mask.sites.values())
+
+    def rewrite_attention(self, attention: AttentionLayer, conversion: ConversionSection) -> tuple[dict[str, Any], str]:
+        """Reconstructs the output projection, where its inputs are masked."""
+        if not (self._reconstruct and any(site in ATTENTION_SITES for site in self._fitted.sites)):
+            return {}, ""
+        repaired = REFIT_TARGETS[conversion.refit_target]
+        found = refit_output(attention, ridge=conversion.ridge, repaired=repaired)
+        kept = found["kept_because"]
+        return {"attention": found}, f"the attention keeps its output projection: {kept}" if kept else ""
 
     def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten:
         found = LayerCalibration(
@@ -275,7 +287,7 @@ class MaskedWeights:
         if repr(layer.dense[0].activation) == repr(layer.replaced[0].activation):
             del found.stages[BARE]
         # Masks of the attention are applied before the block is measured, with and without what is done to it.
-        in_block = any(site not in ATTENTION_SITES for site in self.mask.sites)
+        in_block = any(site not in ATTENTION_SITES for site in self._fitted.sites)
         return _rewritten(found, in_block=in_block)
 
 

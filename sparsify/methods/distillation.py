@@ -1,8 +1,9 @@
 """Distillation: what a step learns from the dense source in addition to the text, and how far from it the model is.
 
-Two terms (Hinton et al., arXiv 1503.02531, at temperature 1; hidden states as in arXiv 1908.09355): the divergence of the next
-token's distribution, and the error of every feed-forward block's output. Both count the positions that have a label, as the
-cross-entropy does, so that empty positions of a sequence and prompts count in none of the three.
+Three terms (Hinton et al., arXiv 1503.02531, at temperature 1; hidden states as in arXiv 1908.09355; SquareHead, arXiv 2310.06927):
+the divergence of the next token's distribution, the error of every feed-forward block's output, and that of the residual stream
+after every layer. All count the positions that have a label, as the cross-entropy does, so that empty positions of a sequence and
+prompts count in none of them.
 
 The dense source of a run as its teacher: frozen, whole on every rank, run on the micro-batches that the run trains on.
 """
@@ -38,21 +39,26 @@ class TeacherOutputs:
     Attributes:
         logits: [sequences, tokens, vocabulary]
         ffn_outputs: Of each layer's feed-forward block. [sequences, tokens, hidden] each
+        states: The residual stream after each layer. [sequences, tokens, hidden] each
     """
 
     logits: torch.Tensor | None = None
     ffn_outputs: list[torch.Tensor] = field(default_factory=list)
+    states: list[torch.Tensor] = field(default_factory=list)
 
 
 class Teacher:
     """The dense source in the precision and on the device that it is to work in; its weights are frozen here."""
 
-    def __init__(self, model: SparseModel, *, logits: bool, ffn_outputs: bool) -> None:
-        self._model, self._logits = model.eval().requires_grad_(False), logits
+    def __init__(self, model: SparseModel, settings: DistillationSection) -> None:
+        self._model, self._logits = model.eval().requires_grad_(False), settings.logits_weight > 0
         self._outputs = TeacherOutputs()
-        if ffn_outputs:
+        if settings.ffn_weight:
             for block in output_blocks(model):
                 block.register_forward_hook(self._keep)
+        if settings.squarehead_weight:
+            for layer in model.model.layers:
+                layer.register_forward_hook(self._keep_state)
 
     @torch.no_grad()
     def outputs(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> TeacherOutputs:
@@ -69,6 +75,9 @@ class Teacher:
     def _keep(self, block: nn.Module, _: object, output: torch.Tensor) -> None:
         self._outputs.ffn_outputs.append(output)
 
+    def _keep_state(self, layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        self._outputs.states.append(output)
+
 
 def output_blocks(model: SparseModel) -> list[nn.Module]:
     """The module of every layer whose output is what the feed-forward block adds to the residual stream.
@@ -79,8 +88,9 @@ def output_blocks(model: SparseModel) -> list[nn.Module]:
 
 
 def has_own_teacher(run: RunFolder) -> bool:
-    """Whether the dense source is not what training starts from: a calibration changed its weights, or it stores a mask."""
-    return read_calibration(run.initial) is not None or run.has_source_mask
+    """Whether the dense source is not what training starts from: a calibration changed its weights, it stores a mask, or it is another."""
+    is_other = run.recipe.is_file() and run.load_recipe().model.dense_source is not None
+    return is_other or read_calibration(run.initial) is not None or run.has_source_mask
 
 
 def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teacher | None:
@@ -102,7 +112,7 @@ def load_teacher(recipe: Recipe, run: RunFolder, device: torch.device) -> Teache
     )
     model.set_attn_implementation(recipe.engine.attention)
     model.to(device=device)  # pyright: ignore[reportCallIssue]
-    return Teacher(model, logits=settings.logits_weight > 0, ffn_outputs=settings.ffn_weight > 0)
+    return Teacher(model, settings)
 
 
 class Distiller:
@@ -124,9 +134,10 @@ class Distiller:
         self._outputs = TeacherOutputs()
         self._counted = torch.zeros(0)
         self._errors: list[torch.Tensor] = []
+        self._distances: list[torch.Tensor] = []
         self._in_forward = False
-        # Summed divergence and error, and labels.
-        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
+        # Summed divergence, error of blocks and of the stream, and labels.
+        self._totals = torch.zeros(4, dtype=torch.float64, device=device)
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
@@ -134,32 +145,33 @@ class Distiller:
             for layer, block in enumerate(output_blocks(self._model)):
                 hook = partial(self._take_layer, layer)
                 self._handles.append(block.register_forward_hook(hook))
+        if self._settings.squarehead_weight:
+            for number, layer in enumerate(self._model.model.layers):
+                self._handles.append(layer.register_forward_hook(partial(self._take_state, number)))
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._handles:
             self._handles.pop().remove()
-        self._outputs, self._errors = TeacherOutputs(), []
+        self._outputs, self._errors, self._distances = TeacherOutputs(), [], []
 
     def run_teacher(self, tensors: dict[str, torch.Tensor]) -> None:
         """Runs the teacher on the micro-batch that the model is about to see: `input_ids`, `position_ids` and `labels`,
         [sequences, tokens].
         """
-        self._outputs, self._errors = (
-            TeacherOutputs(),
-            [],
-        )  # frees the last ones before there are others
+        # Frees the last ones before there are others.
+        self._outputs, self._errors, self._distances = TeacherOutputs(), [], []
         self._outputs = self._teacher.outputs(tensors["input_ids"], tensors["position_ids"])
         self._counted = tensors["labels"] != NO_LOSS
         self._in_forward = True
 
     def loss(self, logits: torch.Tensor) -> torch.Tensor:
-        """Both terms of the forward pass that has just ended, weighted, and summed over its labels, from the model's
+        """All terms of the forward pass that has just ended, weighted, and summed over its labels, from the model's
         logits [sequences, tokens, vocabulary]. []
         """
         self._in_forward = False
         total = torch.zeros((), device=self._totals.device)
-        self._totals[2] += self._counted.sum()
+        self._totals[3] += self._counted.sum()
         if self._outputs.logits is not None:
             by_token = divergence(logits.flatten(0, 1), self._outputs.logits.flatten(0, 1))
             self._outputs.logits = None  # autograd keeps it as long as it needs it
@@ -171,18 +183,28 @@ class Distiller:
             self._errors = []
             self._totals[1] += error.detach()
             total = total + self._settings.ffn_weight * error
+        if self._distances:
+            distance = torch.stack(self._distances).sum()
+            self._distances = []
+            self._totals[2] += distance.detach()
+            total = total + self._settings.squarehead_weight * distance
         return total
 
     def reduce(self) -> dict[str, float]:
         """What a step's line says, over all ranks; every rank calls it.
 
-        `logits` in nats a label, `ffn` as a part of the teacher's output, each before its weight and only where it has one;
-        `added` in nats, as it was added to the loss.
+        `logits` in nats a label, `ffn` as a part of the teacher's output, `squarehead` as a part of the teacher's stream, summed over
+        layers; each before its weight and only where it has one. `added` in nats, as it was added to the loss.
         """
         dist.all_reduce(self._totals)
-        nats, error, labels = self._totals.tolist()
-        means = {"logits": nats / max(labels, 1), "ffn": error / max(labels, 1)}
-        weights = {"logits": self._settings.logits_weight, "ffn": self._settings.ffn_weight}
+        *sums, labels = self._totals.tolist()
+        settings = self._settings
+        weights = {
+            "logits": settings.logits_weight,
+            "ffn": settings.ffn_weight,
+            "squarehead": settings.squarehead_weight,
+        }
+        means = {key: total / max(labels, 1) for key, total in zip(weights, sums, strict=True)}
         line = {key: mean for key, mean in means.items() if weights[key]}
         line["added"] = sum(weights[key] * mean for key, mean in line.items())
         return line
@@ -192,6 +214,11 @@ class Distiller:
         error = (relative_error(output, wanted) * self._counted).sum()
         if self._in_forward:
             self._errors.append(error)
+
+    def _take_state(self, number: int, layer: nn.Module, _: object, output: torch.Tensor) -> None:
+        distance = squarehead(output, self._outputs.states[number], self._counted)
+        if self._in_forward:
+            self._distances.append(distance)
 
 
 @objective
@@ -240,6 +267,29 @@ def relative_error(output: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     wanted = wanted.to(wide)
     size = wanted.square().sum(-1).clamp_min(torch.finfo(wide).tiny)
     return (output.to(wide) - wanted).square().sum(-1) / size
+
+
+SMALLEST_MEAN_SQUARE = torch.finfo(torch.bfloat16).eps
+"""What SquareHead adds to the teacher's mean square."""
+
+
+def squarehead(state: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """Squared distance of a residual stream from the teacher's, relative to the mean square of that, summed over tokens. []
+
+    The mean square is of a sequence's counted tokens. In the paper it is of a batch: then a loss would depend on what is computed
+    together, on the micro-batch and on the ranks.
+
+    Args:
+        state: [sequences, tokens, hidden]
+        wanted: Of the same shape, without a gradient.
+        counted: Bool [sequences, tokens].
+    """
+    wide = torch.promote_types(state.dtype, torch.float32)
+    wanted = wanted.to(wide)
+    counts = counted.sum(1).clamp_min(1)
+    size = (wanted.square().mean(-1) * counted).sum(1) / counts + SMALLEST_MEAN_SQUARE
+    distance = ((state.to(wide) - wanted).square().mean(-1) * counted).sum(1)
+    return (distance / size).sum()
 
 
 def divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, chunk_values: int = 1 << 22) -> torch.Tensor:

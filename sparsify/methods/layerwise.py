@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,23 @@ from safetensors import safe_open
 from torch import nn
 
 from sparsify.conversion.architecture import sparse_config, stored_activation
-from sparsify.conversion.layout import LAYER, name_on_disk, projection_names, tensor_shapes
+from sparsify.conversion.layout import LAYER, mask_names, name_on_disk, projection_names, tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.source_tensors import read_shapes
 from sparsify.errors import ModelError
 from sparsify.models import FfnActivation, SparseConfig, family_of
 from sparsify.models.activations import STOCK_ACTIVATION
 from sparsify.models.group_router import GroupRouter
-from sparsify.models.masking import GROUP, INPUTS, READERS, SiteMask, SiteRule, is_in_activation, num_experts
+from sparsify.models.masking import (
+    GROUP,
+    INPUTS,
+    READERS,
+    SiteMask,
+    SiteRule,
+    is_in_activation,
+    mask_tensors,
+    num_experts,
+)
 from sparsify.models.projection_masks import ProjectionMask
 from sparsify.models.quantised import KeptBlocks, product
 
@@ -115,6 +125,17 @@ class Expert:
     def weight(self, projection: str) -> torch.Tensor:
         return {"gate_proj": self.gate, "up_proj": self.up, "down_proj": self.down}[projection]
 
+    def reads(self, projections: Sequence[str], x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What projections read with all masks, [rows, channels], for inputs [rows, hidden]: down, or gate and up."""
+        read = self.neurons(x) if "down_proj" in projections else x if self.input_mask is None else self.input_mask(x)
+        masks = {name: self.projections[name].input_mask if name in self.projections else None for name in projections}
+        return {name: read if mask is None else mask(read) for name, mask in masks.items()}
+
+    def with_activation(self, activation: FfnActivation) -> Expert:
+        """The expert with another activation, and the masks of its own."""
+        new = FfnActivation(activation.name, activation.gate_threshold).with_masks_of(self.activation)
+        return replace(self, activation=new)
+
     def _by_proxy(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         exact = [self.gate, self.up]
         copies = self.proxies.of(0, exact, lambda: exact)
@@ -123,17 +144,19 @@ class Expert:
     def _multiply(self, projection: str, x: torch.Tensor) -> torch.Tensor:
         return self.project(projection, x if self.input_mask is None else self.input_mask(x))
 
-    def with_mask(self, site: str, rule: SiteRule, parts: Mapping[str, torch.Tensor]) -> Expert:
+    def with_mask(
+        self, site: str, rule: SiteRule, parts: Mapping[str, torch.Tensor], *, is_turned: bool = False
+    ) -> Expert:
         """The expert with a mask on one of its sites; `parts` are this expert's own, by the names of `site_parts`.
 
-        Of a rotated site the projections that read it get the inverse rotation.
+        Of a rotated site the projections that read it get the inverse rotation, unless they have it already (`is_turned`).
         """
         own = {part: values for part, values in parts.items() if "." not in part}
         if site == GROUP:
             return replace(self, group_router=GroupRouter.holding(rule, own))
         mask = _site_mask(rule, own)
         new = self
-        if "basis" in own:
+        if "basis" in own and not is_turned:
             weights = {name.removesuffix("_proj"): turned(self.weight(name), own["basis"]) for name in READERS[site]}
             new = replace(new, **weights)
         activation = FfnActivation(self.activation.name, self.activation.gate_threshold).with_masks_of(self.activation)
@@ -212,9 +235,10 @@ InputsOf = Callable[[], Iterator[Inputs]]
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer as a method rewrites it.
+    """A feed-forward block as a method rewrites it.
 
     Attributes:
+        number: Of the layer.
         dtype: Dtype on disk: what is fitted is rounded to it before it is evaluated.
         inputs: Gives all calibration tokens, again on each call.
         measure: Whether errors are wanted that no decision needs.
@@ -222,6 +246,7 @@ class Layer:
 
     dense: list[Expert]
     replaced: list[Expert]
+    number: int
     dtype: torch.dtype
     inputs: InputsOf
     measure: bool = True
@@ -240,17 +265,19 @@ class Attention:
     Args:
         config: Of the model.
         layer: Its number: layers may differ in what they attend to.
-        mask: `config.sparsification` of the masks to fit; None for none.
+        mask: `config.sparsification` of the masks to fit; None to compute those that the model stores, if any.
         device: Where to compute.
 
     Attributes:
-        masked: Whether masks are computed.
+        masked: Whether masks that are fitted are computed.
         changed: Weights of projections that differ from the checkpoint's, by the projection's name.
     """
 
     def __init__(self, config: SparseConfig, layer: int, mask: dict[str, Any] | None, device: torch.device) -> None:
         self._family = family_of(config)
-        self._decoder, self._router = _without_block(config, layer, None, device)
+        self._stored = mask_tensors(config) if mask is None else {}
+        own = config.sparsification if self._stored else None
+        self._decoder, self._router = _without_block(config, layer, own, device)
         self._router_name = name_on_disk(config, f"{LAYER.format(0)}mlp.gate.weight").removeprefix(LAYER.format(0))
         self._masked = self._decoder if mask is None else _without_block(config, layer, mask, device)[0]
         self.masked = False
@@ -258,10 +285,16 @@ class Attention:
         self._before_refit: dict[str, torch.Tensor] = {}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Loads the weights of a layer, by their names inside it; those of feed-forward blocks are ignored. Masks keep all."""
+        """Loads the weights of a layer, by their names inside it; those of feed-forward blocks are ignored. Masks that are to be
+        fitted keep all.
+        """
         for decoder in {self._decoder, self._masked}:
             for name, parameter in decoder.layers[0].named_parameters():
                 parameter.data.copy_(tensors[name])
+            if self._stored:
+                for name, stored in decoder.layers[0].state_dict().items():
+                    stored.copy_(tensors[name])
+                continue
             for module in decoder.modules():
                 if isinstance(module, SiteMask):
                     module.keep_all()
@@ -325,19 +358,26 @@ class Attention:
         constant = getattr(self._projection(projection), "remainder_constant", None)
         return 0.0 if constant is None else constant
 
-    def read_by(self, projection: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """What a projection reads with all masks, its own included, [sequences, tokens, channels]; arguments as of a call."""
-        seen: list[torch.Tensor] = []
-        linear = self._projection(projection)
-        hook = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    def reads(
+        self, projections: Sequence[str], hidden: torch.Tensor, position_ids: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What projections read with all masks, their own included, [sequences, tokens, channels] each; arguments as of a call."""
+        seen: dict[str, torch.Tensor] = {}
+
+        def see(name: str, _: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            seen[name] = args[0]
+
+        linears = {name: self._projection(name) for name in projections}
+        hooks = [linear.register_forward_pre_hook(partial(see, name)) for name, linear in linears.items()]
         masked, self.masked = self.masked, True
         try:
             self(hidden, position_ids)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             self.masked = masked
-        mask = getattr(linear, "input_mask", None)
-        return seen[0] if mask is None else mask(seen[0])
+        masks = {name: getattr(linear, "input_mask", None) for name, linear in linears.items()}
+        return {name: seen[name] if mask is None else mask(seen[name]) for name, mask in masks.items()}
 
     def values(self, site: str, hidden: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """The values of a site before its mask, [sequences, tokens, channels]; arguments as of a call."""
@@ -467,7 +507,7 @@ class LayerReader:
 
     Args:
         folder: The checkpoint.
-        mask: `config.sparsification` of the masks to fit; None for none.
+        mask: `config.sparsification` of the masks to fit; None where the masks that the checkpoint stores, if any, apply.
         device: Where to compute.
     """
 
@@ -483,6 +523,11 @@ class LayerReader:
         self.device = device
         self._shards = {key: shard for shard in checkpoint.shards for key in read_shapes(shard)}
         self._mask = mask
+
+    def stored_masks(self, layer: int) -> dict[str, dict[str, torch.Tensor]]:
+        """Parts, by site, of the masks that the checkpoint stores; nothing where others are fitted."""
+        names = mask_names(self.config, layer) if self._mask is None else {}
+        return {site: {part: self._read(name) for part, name in parts.items()} for site, parts in names.items()}
 
     @property
     def num_experts(self) -> int:

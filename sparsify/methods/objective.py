@@ -107,6 +107,9 @@ class Objective(Protocol):
         """
         return {}
 
+    def before_save(self) -> None:
+        """Before a checkpoint is saved: the place to refuse what must not be kept. Raises UserError."""
+
     def as_saved(self) -> AbstractContextManager[object]:
         """Makes the model compute what a checkpoint saved now computes after loading."""
         return nullcontext()

@@ -77,13 +77,14 @@ class BlockValues:
         return torch.cat(outputs)
 
 
-def with_masks(experts: list[Expert], rules: Mapping[str, SiteRule], masks: MaskParts) -> list[Expert]:
-    """Experts with masks on sites of their block: parts by site, those of all experts together."""
+def with_masks(
+    experts: list[Expert], rules: Mapping[str, SiteRule], masks: MaskParts, *, is_turned: bool = False
+) -> list[Expert]:
+    """Experts with masks on sites of their block: parts by site, those of all experts together. `is_turned` as of `Expert.with_mask`."""
     for site in (site for site in ALL_SITES if site in masks and site not in ATTENTION_SITES):
-        experts = [
-            expert.with_mask(site, rules[site], {part: _own(part, values, n) for part, values in masks[site].items()})
-            for n, expert in enumerate(experts)
-        ]
+        owns = [{part: _own(part, values, n) for part, values in masks[site].items()} for n in range(len(experts))]
+        pairs = zip(experts, owns, strict=True)
+        experts = [expert.with_mask(site, rules[site], own, is_turned=is_turned) for expert, own in pairs]
     return experts
 
 

@@ -35,6 +35,8 @@ class SparseConfig(PreTrainedConfig):
     """What `shifted_relu` subtracts from the gate, and what `fatrelu` keeps it above; 0 for every other activation."""
     sparsification: dict[str, Any] | None = None
     """The mask that the model stores (`masking.py`): the method that fitted it, and the rule of each site; None for none."""
+    weight_sparsity: dict[str, Any] | None = None
+    """Of weights that were set to zero: the method, the pattern and the share; None for dense weights. It changes nothing here."""
     base_ffn_activation: str = STOCK_ACTIVATION
     """Activation of the checkpoint that this one was converted from."""
     base_ffn_gate_threshold: float = 0.0

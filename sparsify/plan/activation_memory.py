@@ -51,8 +51,9 @@ def forward_and_backward(recipe: Recipe, architecture: Architecture, *, checkpoi
         liger=training.liger_kernels,
     )
     layer += value * extra_neuron_values(recipe) * a.intermediate_size * a.num_experts_per_tok
-    if recipe.distillation.ffn_weight:  # difference between the block's and the teacher's output
-        layer += FP32_BYTES * a.hidden_size
+    # Differences between the outputs of a block, and of a layer, and the teacher's.
+    differences = (recipe.distillation.ffn_weight > 0) + (recipe.distillation.squarehead_weight > 0)
+    layer += FP32_BYTES * a.hidden_size * differences
     kept = value * a.hidden_size if checkpointing else layer
     top = a.num_hidden_layers * kept + norm_bytes(a, value, liger=training.liger_kernels)
     working = layer_gradient_bytes(a, value) + (layer if checkpointing else 0)

@@ -116,12 +116,12 @@ class TeacherBytes:
     Attributes:
         weights: Unpartitioned under every ZeRO stage, without gradients or moments.
         logits: Logits of one micro-batch, until the loss has its gradient.
-        ffn_outputs: Block outputs of one micro-batch and all layers, until the next micro-batch.
+        layer_outputs: Outputs of blocks, and of layers, of one micro-batch and all layers, until the next micro-batch.
     """
 
     weights: int = 0
     logits: int = 0
-    ffn_outputs: int = 0
+    layer_outputs: int = 0
 
 
 def teacher_bytes(recipe: Recipe, architecture: Architecture, parameters: Parameters) -> TeacherBytes:
@@ -131,8 +131,9 @@ def teacher_bytes(recipe: Recipe, architecture: Architecture, parameters: Parame
         return TeacherBytes()
     value = value_bytes(recipe)
     each = value * training.micro_batch_size * training.sequence_length
+    outputs = (settings.ffn_weight > 0) + (settings.squarehead_weight > 0)
     return TeacherBytes(
         weights=value * parameters.total,
         logits=each * architecture.vocab_size if settings.logits_weight else 0,
-        ffn_outputs=each * architecture.hidden_size * architecture.num_hidden_layers if settings.ffn_weight else 0,
+        layer_outputs=each * architecture.hidden_size * architecture.num_hidden_layers * outputs,
     )

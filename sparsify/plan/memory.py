@@ -70,7 +70,7 @@ class DeviceMemory(HostMemory):
     teacher_weights_bytes: int = 0
     """Distillation only: the dense source."""
     teacher_outputs_bytes: int = 0
-    """Distillation only: the teacher's logits and block outputs for a micro-batch."""
+    """Distillation only: the teacher's logits and outputs of blocks and layers for a micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ def _moments(sizes: _Sizes, micro_batch: Pass, teacher: TeacherBytes) -> Iterato
         gathered_weights_bytes=sizes.gathered(),
         activations_bytes=micro_batch.of_moment[0],
         logits_bytes=micro_batch.loss_logits_bytes,
-        teacher_outputs_bytes=teacher.logits + teacher.ffn_outputs,
+        teacher_outputs_bytes=teacher.logits + teacher.layer_outputs,
     )
     for place, whole in ((1, begun), (2, True)):
         yield DeviceMemory(
@@ -246,7 +246,7 @@ def _moments(sizes: _Sizes, micro_batch: Pass, teacher: TeacherBytes) -> Iterato
             gathered_weights_bytes=sizes.gathered(),
             activations_bytes=micro_batch.of_moment[place],
             logits_bytes=micro_batch.kept_logits_bytes,
-            teacher_outputs_bytes=teacher.ffn_outputs,
+            teacher_outputs_bytes=teacher.layer_outputs,
         )
     bucket = sizes.engine.reduce_bucket_elements * sizes.value_bytes
     buffers = bucket if sizes.stage == 3 else 0  # only ZeRO-3 keeps it
@@ -257,7 +257,7 @@ def _moments(sizes: _Sizes, micro_batch: Pass, teacher: TeacherBytes) -> Iterato
         gradients_bytes=sizes.step_gradients(),
         communication_buffers_bytes=buffers,
         activations_bytes=micro_batch.of_moment[3],
-        teacher_outputs_bytes=teacher.ffn_outputs,
+        teacher_outputs_bytes=teacher.layer_outputs,
     )
 
 

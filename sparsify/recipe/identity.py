@@ -86,10 +86,13 @@ def first_difference(before: Recipe, now: Recipe) -> tuple[str, Any, Any] | None
 
 
 def shared_settings(recipe: Recipe) -> tuple[dict[str, Any], ...]:
-    """Settings that a run shares with its dense baseline, for each of SHARED_SECTIONS."""
+    """Settings that a run shares with its dense baseline, for each of SHARED_SECTIONS; of a source with sparse weights, the dense one."""
+    sections = {name: asdict(getattr(recipe, name)) for name in SHARED_SECTIONS}
+    dense = sections["model"].pop("dense_source")
+    sections["model"]["source"] = dense or sections["model"]["source"]
     return tuple(
-        {key: value for key, value in asdict(getattr(recipe, name)).items() if decides(f"{name}.{key}")}
-        for name in SHARED_SECTIONS
+        {key: value for key, value in settings.items() if decides(f"{name}.{key}")}
+        for name, settings in sections.items()
     )
 
 

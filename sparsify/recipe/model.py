@@ -26,6 +26,9 @@ class ModelSection(Section):
     it is what the checkpoint must be (checked on load) and what `plan` uses before the checkpoint is downloaded."""
     tokenizer: str | None = None
     """Where the tokenizer comes from; null takes `source`."""
+    dense_source: str | None = None
+    """The dense model that a source with sparse weights was made from: the dense baseline and the teacher of a distillation are made
+    from it. null takes `source`."""
     upcycle_experts: Annotated[int, Field(ge=1, le=4096)] | None = None
     """Turn a dense Mistral or Llama into a Mixtral with this many experts, each a copy of the FFN."""
     upcycle_experts_per_token: Annotated[int, Field(ge=1, le=4096)] = 2
@@ -47,6 +50,11 @@ def check_model(model: ModelSection) -> None:
         raise RecipeError(
             f"model.init is random, so model.source={model.source} would be ignored.",
             next_step="Set model.source=null, or model.init=pretrained.",
+        )
+    if model.init == "random" and model.dense_source is not None:
+        raise RecipeError(
+            f"model.init is random, so model.dense_source={model.dense_source} would be ignored.",
+            next_step="Set model.dense_source=null, or model.init=pretrained.",
         )
     if model.init == "random" and not (model.architecture and model.tokenizer):
         raise RecipeError(

@@ -368,7 +368,8 @@ def check_teacher(recipe: Recipe, base: tuple[str, float], *, differs: bool) -> 
 
 
 def _distillation_key(recipe: Recipe) -> str:
-    key = "logits_weight" if recipe.distillation.logits_weight else "ffn_weight"
+    settings = recipe.distillation
+    key = "logits_weight" if settings.logits_weight else "ffn_weight" if settings.ffn_weight else "squarehead_weight"
     return f"distillation.{key}={getattr(recipe.distillation, key):g}"
 
 
@@ -429,6 +430,7 @@ def _check_compile(recipe: Recipe) -> None:
         "penalty.stages": bool(recipe.penalty.stages),
         "penalty.target_zeros": recipe.penalty.target_zeros is not None,
         "distillation.ffn_weight": recipe.distillation.ffn_weight > 0,
+        "distillation.squarehead_weight": recipe.distillation.squarehead_weight > 0,
     }.items():
         if changing:
             raise RecipeError(

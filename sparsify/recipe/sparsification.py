@@ -95,10 +95,19 @@ class ConversionSection(Section):
     ) = None
     """Share of the weights of all linear projections that a token may read under the method's mask: `target_zeros` is solved for it
     from the model's shapes. null takes `target_zeros` as it is."""
+    weight_sparsity: (
+        Annotated[
+            float,
+            Field(gt=0, lt=1, description="Above 0 and below 1, such as 0.5; null leaves the weights dense."),
+        ]
+        | None
+    ) = None
+    """Share of the weights of every linear projection that a method of weight sparsity sets to zero (`magnitude`, `wanda`,
+    `sparsegpt`); training keeps these zeros. null for none."""
     method: str = CALIBRATED_REPLACEMENT
     """Method that runs on the calibration tokens: a name of `docs/methods.md`. `calibrated_replacement` replaces the
-    activation and sets thresholds if `target_zeros` is given; `mohd` makes another architecture; the others are masks on the
-    unchanged activation."""
+    activation and sets thresholds if `target_zeros` is given; `mohd` makes another architecture; `magnitude`, `wanda` and
+    `sparsegpt` make weights sparse; the others are masks on the unchanged activation."""
     method_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the method other than `target_zeros`."""
     refit: bool | None = None
@@ -117,7 +126,7 @@ class ConversionSection(Section):
     def makes_mask(self) -> bool:
         """Whether the model that is trained stores a mask."""
         own = self.target_zeros is not None or self.method not in (CALIBRATED_REPLACEMENT, *UPCYCLINGS)
-        return own and self.calibration_tokens > 0
+        return own and self.weight_sparsity is None and self.calibration_tokens > 0
 
 
 def check_conversion(conversion: ConversionSection) -> None:
@@ -205,9 +214,13 @@ class DistillationSection(Section):
     """Weight of the feed-forward blocks' error: squared distance of a block's output from the source's, relative to the
     square of the source's output, mean over labelled tokens and layers. An output of zero has error 1. 0: no such term."""
 
+    squarehead_weight: NonNegativeFloat = 0.0
+    """Weight of SquareHead (arXiv 2310.06927): squared distance of the residual stream after each layer from the source's, relative
+    to the mean square of the source's over the sequence, mean over labelled tokens, summed over layers. 0: no such term."""
+
     @property
     def is_on(self) -> bool:
-        return self.logits_weight > 0 or self.ffn_weight > 0
+        return self.logits_weight > 0 or self.ffn_weight > 0 or self.squarehead_weight > 0
 
 
 def check_group_routing(routing: GroupRoutingSection, budget_tokens: int) -> None:

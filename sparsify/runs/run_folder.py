@@ -95,17 +95,22 @@ class RunFolder:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the model that is trained makes no exact zeros.
+        """Whether the model that is trained makes no exact zeros and has no sparse weights.
 
         Raises:
             RunError: If this is not a run folder.
         """
-        return self.load_recipe().is_dense and not self.is_masked
+        return self.load_recipe().is_dense and not self.is_masked and not self.has_sparse_weights
 
     @property
     def is_masked(self) -> bool:
         """Whether the checkpoint that training starts from stores a mask; False before there is one."""
         return bool(self.initial_config().get("sparsification"))
+
+    @property
+    def has_sparse_weights(self) -> bool:
+        """Whether the checkpoint that training starts from has weights that were set to zero; False before there is one."""
+        return bool(self.initial_config().get("weight_sparsity"))
 
     @property
     def has_source_mask(self) -> bool:

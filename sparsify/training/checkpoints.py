@@ -185,6 +185,8 @@ def save_session(session: Session) -> None:
         return
     started = time.monotonic()
     recipe = session.recipe
+    for objective in session.objectives:
+        objective.before_save()
     reference = _reference(session)
     # Counted only here: for shares without a short period it takes a moment, which no step should wait for.
     drawn = session.reader.schedule.counts(session.state.step * recipe.training.global_batch_size)

@@ -27,7 +27,7 @@ from sparsify.runs.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-WEIGHTS = DistillationSection(logits_weight=0.7, ffn_weight=0.3)
+WEIGHTS = DistillationSection(logits_weight=0.7, ffn_weight=0.3, squarehead_weight=0.2)
 BOTH = ["distillation.logits_weight=1", "distillation.ffn_weight=1"]
 
 
@@ -43,11 +43,7 @@ def batch() -> dict[str, torch.Tensor]:
 
 
 def teacher_of(folder: Path, settings: DistillationSection = WEIGHTS) -> Teacher:
-    return Teacher(
-        load_sparse(folder, "swiglu"),
-        logits=settings.logits_weight > 0,
-        ffn_outputs=settings.ffn_weight > 0,
-    )
+    return Teacher(load_sparse(folder, "swiglu"), settings)
 
 
 def student_of(folder: Path) -> SparseModel:
@@ -82,14 +78,19 @@ def answer(model: SparseModel, tensors: dict[str, torch.Tensor]) -> Any:
     return model(**asked, use_cache=False)
 
 
-def outputs_of(model: SparseModel, tensors: dict[str, torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits, and what every feed-forward block adds to the residual stream."""
+def outputs_of(
+    model: SparseModel, tensors: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+    """Logits; what every feed-forward block adds to the residual stream; and the stream after every layer."""
     outputs: list[torch.Tensor] = []
-    handles = [layer.mlp.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in model.model.layers]
+    states: list[torch.Tensor] = []
+    layers = model.model.layers
+    handles = [layer.mlp.register_forward_hook(lambda *call: outputs.append(call[-1])) for layer in layers]
+    handles += [layer.register_forward_hook(lambda *call: states.append(call[-1])) for layer in layers]
     logits = answer(model, tensors).logits
     for handle in handles:
         handle.remove()
-    return logits, outputs
+    return logits, outputs, states
 
 
 @pytest.mark.parametrize("experts", [None, "eager", "grouped_mm"])
@@ -104,10 +105,10 @@ def test_it_is_what_the_formula_says(experts: str | None, blended: bool, stock: 
     total, record, gradients = distilled(student, teacher_of(folder))
 
     student.zero_grad()
-    logits, outputs = outputs_of(student, tensors)
+    logits, outputs, states = outputs_of(student, tensors)
     with torch.no_grad():
-        wanted_logits, wanted = outputs_of(dense, tensors)
-    nats = errors = torch.zeros(())
+        wanted_logits, wanted, wanted_states = outputs_of(dense, tensors)
+    nats = errors = distances = torch.zeros(())
     for sequence, token in (tensors["labels"] != NO_LOSS).nonzero().tolist():
         nats = nats + functional.kl_div(
             logits[sequence, token].log_softmax(0),
@@ -118,13 +119,18 @@ def test_it_is_what_the_formula_says(experts: str | None, blended: bool, stock: 
         for own, other in zip(outputs, wanted, strict=True):
             missing = (own[sequence, token] - other[sequence, token]).norm() ** 2
             errors = errors + missing / other[sequence, token].norm() ** 2 / len(outputs)
-    expected = 0.7 * nats + 0.3 * errors
+    for sequence, counted in enumerate(tensors["labels"] != NO_LOSS):
+        for own, other in zip(states, wanted_states, strict=True):
+            one, two = own[sequence, counted], other[sequence, counted]
+            distances = distances + len(one) * functional.mse_loss(one, two) / (two.square().mean() + 2**-7)
+    expected = 0.7 * nats + 0.3 * errors + 0.2 * distances
     expected.backward()
-    nats, errors, expected = nats.detach(), errors.detach(), expected.detach()
+    nats, errors, distances, expected = nats.detach(), errors.detach(), distances.detach(), expected.detach()
     labels = int((tensors["labels"] != NO_LOSS).sum())
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=0)
     assert record["logits"] == pytest.approx(float(nats) / labels, rel=1e-4)
     assert record["ffn"] == pytest.approx(float(errors) / labels, rel=1e-4)
+    assert record["squarehead"] == pytest.approx(float(distances) / labels, rel=1e-4)
     assert record["added"] == pytest.approx(float(expected) / labels, rel=1e-4)
     own = [p.grad for p in student.parameters() if p.grad is not None]
     for gradient, other in zip(gradients, own, strict=True):
@@ -166,13 +172,14 @@ def test_every_label_weighs_the_same_in_any_micro_batch(kind: str, stock: dict[s
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("key", ["logits_weight", "ffn_weight"])
+@pytest.mark.parametrize("key", ["logits_weight", "ffn_weight", "squarehead_weight"])
 def test_a_term_without_a_weight_is_not_computed(key: str, stock: dict[str, Path]) -> None:
     settings = DistillationSection(**{key: 2.0})
     student, teacher = student_of(stock["mistral"]), teacher_of(stock["mistral"], settings)
     outputs = teacher.outputs(batch()["input_ids"], batch()["position_ids"])
-    assert (outputs.logits is None) == (key == "ffn_weight")
-    assert len(outputs.ffn_outputs) == (0 if key == "logits_weight" else 2)
+    assert (outputs.logits is not None) == (key == "logits_weight")
+    assert len(outputs.ffn_outputs) == (2 if key == "ffn_weight" else 0)
+    assert len(outputs.states) == (2 if key == "squarehead_weight" else 0)
     _, record, _ = distilled(student, teacher, settings)
     name = key.removesuffix("_weight")
     assert record == {name: record[name], "added": pytest.approx(2 * record[name])}
@@ -184,7 +191,7 @@ def test_the_dense_model_is_no_distance_from_itself_and_never_changes(
     model, teacher = load_sparse(stock["mistral"], "swiglu").train(), teacher_of(stock["mistral"])
     _, record, gradients = distilled(model, teacher)
     assert record["logits"] == pytest.approx(0, abs=1e-6)
-    assert record["ffn"] == 0
+    assert record["ffn"] == record["squarehead"] == 0
     assert max(gradient.abs().max() for gradient in gradients) < 1e-4
     assert not any(p.requires_grad or p.grad is not None for p in teacher._model.parameters())
     assert not teacher._model.training
@@ -199,6 +206,7 @@ def test_the_dense_model_is_no_distance_from_itself_and_never_changes(
         (["distillation.ffn_weight=1", "model=quickstart_random"], "no dense model of this shape"),
         (["distillation.logits_weight=1", "+model.upcycle_experts=4"], "model.upcycle_experts=4"),
         (["distillation.ffn_weight=1", "training.compile=true"], "torch.compile bypasses them"),
+        (["distillation.squarehead_weight=1", "training.compile=true"], "torch.compile bypasses them"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(overrides: list[str], message: str) -> None:
@@ -246,3 +254,5 @@ def test_the_plan_states_what_the_teacher_takes(stage: int) -> None:
     without_logits = deepcopy(recipe)
     without_logits.distillation.logits_weight = 0
     assert make_plan(without_logits).device.teacher_outputs_bytes == outputs
+    without_logits.distillation.squarehead_weight = 1
+    assert make_plan(without_logits).device.teacher_outputs_bytes == 2 * outputs
