@@ -390,6 +390,7 @@ def check_dense_source(recipe: Recipe, config: Mapping[str, Any]) -> None:
     """Refuses a dense baseline and a teacher that would have a source's sparse weights.
 
     Args:
+        recipe: What to train.
         config: config.json of the source, as far as it is known.
 
     Raises:

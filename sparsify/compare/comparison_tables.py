@@ -48,6 +48,7 @@ def _settings_table(comparison: Comparison) -> list[Table]:
 def _runs_table(comparison: Comparison) -> Table:
     keys = comparison.settings if len(comparison.settings) <= MAX_SETTING_COLUMNS else []
     with_mean = shows_mean(comparison)
+    with_weights = any(run.weight_sparsity for run in comparison.runs)
     header = [
         "run",
         *(short_settings(keys)[key] for key in keys),
@@ -57,6 +58,7 @@ def _runs_table(comparison: Comparison) -> Table:
         "to dense baseline",
         *(["unweighted mean"] if with_mean else []),
         "exact zeros",
+        *(["zero weights"] if with_weights else []),
         "tokens/s",
     ]
     rows = [
@@ -69,6 +71,7 @@ def _runs_table(comparison: Comparison) -> Table:
             _gap(run),
             *([_loss(run.mean_loss)] if with_mean else []),
             percent(run.zeros) + (MARK if run.zeros and not run.zeros_comparable else ""),
+            *([percent(run.weight_sparsity or 0.0)] if with_weights else []),
             "–" if run.tokens_per_second is None else f"{run.tokens_per_second:,.0f}",
         ]
         for run in comparison.runs

@@ -135,7 +135,7 @@ def _models(comparison: EvaluationComparison) -> Table:
     rows = [
         [
             model.name,
-            model.ffn_activation + (", predictors" if model.predictors else ""),
+            model.ffn_activation + _weights(model) + (", predictors" if model.predictors else ""),
             "–" if model.training_tokens is None else f"{model.training_tokens:,}",
             "–" if model.average is None else score_text(model.average),
             percent(model.zeros),
@@ -146,6 +146,10 @@ def _models(comparison: EvaluationComparison) -> Table:
         for model in comparison.models
     ]
     return Table("Models", header, rows)
+
+
+def _weights(model: EvaluatedModel) -> str:
+    return f", {model.weight_sparsity:.0%} of the weights zero" if model.weight_sparsity else ""
 
 
 def _against(model: EvaluatedModel) -> str:

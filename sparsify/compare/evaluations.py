@@ -51,8 +51,10 @@ class EvaluatedModel(JsonRecord):
     predictors: PredictorMasks | None
     """The predictors that masked the model; None if every neuron was computed."""
     ffn_activation: str
+    weight_sparsity: float | None = None
+    """Share of the weights of its projections that was set to zero; None for dense weights."""
     is_dense: bool
-    """Whether neither its activation nor thresholds make exact zeros."""
+    """Whether neither its activation nor thresholds make exact zeros, and its weights are dense."""
     training_tokens: int | None
     """Training tokens of the run that trained it; None if unknown."""
     average: MetricValue | None
@@ -171,6 +173,7 @@ def _model(
         model_hash=own.model_hash,
         predictors=own.predictors,
         ffn_activation=own.ffn_activation,
+        weight_sparsity=own.weight_sparsity,
         is_dense=own.is_dense,
         training_tokens=own.provenance.tokens if own.provenance else None,
         average=own.average,

@@ -9,6 +9,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from sparsify.compare.schema import ValidationPoint
+from sparsify.conversion.weight_zeros import weight_sparsity
 from sparsify.errors import RunError, nearest
 from sparsify.mixture.lock import MixtureLock, read_lock
 from sparsify.mixture.sequences.shares import rounded_share
@@ -50,6 +51,11 @@ class RunSummary:
     @property
     def is_dense(self) -> bool:
         return self.run.is_dense
+
+    @property
+    def weight_sparsity(self) -> float | None:
+        found = weight_sparsity(self.run.initial_config())
+        return None if found is None else found.sparsity
 
     def sequences(self) -> dict[str, Sequences]:
         lock, wanted = self.lock, self.recipe.eval.validation_sequences_per_source

@@ -151,6 +151,7 @@ def _compared_run(
         mean_loss=_mean_loss(sources),
         zeros=newest.zeros,
         zeros_comparable=name in agreement.zeros,
+        weight_sparsity=summary.weight_sparsity,
         tokens_per_second=summary.tokens_per_second,
         sources=sources,
         baseline=baseline[0],

@@ -62,7 +62,7 @@ class ComparedRun(JsonRecord):
     """The settings in which the compared runs differ."""
     ffn_activation: str
     is_dense: bool
-    """Whether neither its activation nor thresholds make exact zeros."""
+    """Whether neither its activation nor thresholds make exact zeros, and its weights are dense."""
     budget_tokens: int
     seen_tokens: int
     """Tokens trained on so far."""
@@ -76,6 +76,8 @@ class ComparedRun(JsonRecord):
     """Unweighted mean of the sources' losses; None unless the losses of all sources of the comparison are comparable."""
     zeros: float | None
     zeros_comparable: bool
+    weight_sparsity: float | None = None
+    """Share of the weights of all projections that was set to zero before training; None for dense weights."""
     """Whether the zeros were counted on the same sequences as those of the other runs."""
     tokens_per_second: float | None
     """Mean speed since the last launch, including validation and saving."""

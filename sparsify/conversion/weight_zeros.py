@@ -6,6 +6,7 @@ how the model is computed: the zeros are in the tensors, and whatever reads the 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from sparsify.conversion.layout import projection_names
+from sparsify.conversion.layout import LiveTensor, live_tensors, projection_names
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.source_tensors import read_shapes
-from sparsify.models import SparseConfig
-from sparsify.models.masking import projection_shapes
+from sparsify.models import SparseConfig, SparseModel
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The matrices of a layer whose weights are set to zero; embedding, output layer, routers and norms stay dense."""
@@ -50,11 +50,21 @@ def weight_sparsity(config: Any) -> WeightSparsity | None:
     return WeightSparsity(**fields) if fields else None
 
 
-def num_sparse_weights(config: SparseConfig) -> int:
-    """Weights of all projections, zero or not."""
-    sizes = {name: rows * columns for name, (rows, columns) in projection_shapes(config).items()}
-    times = {name: len(projection_names(config, 0, name)) for name in PROJECTIONS}
-    return config.num_hidden_layers * sum(sizes[name] * times[name] for name in PROJECTIONS)
+def sparse_tensors(config: SparseConfig) -> dict[str, list[tuple[str, LiveTensor]]]:
+    """For each parameter that holds sparse weights, by its name in memory, the tensors on disk that are its parts."""
+    live = live_tensors(config)
+    parts: dict[str, list[tuple[str, LiveTensor]]] = defaultdict(list)
+    for layer in range(config.num_hidden_layers):
+        for projection in PROJECTIONS:
+            for name in projection_names(config, layer, projection):
+                parts[live[name].name].append((name, live[name]))
+    return dict(parts)
+
+
+def part_of(value: torch.Tensor, place: LiveTensor) -> torch.Tensor:
+    """The part of a whole parameter that a tensor on disk is."""
+    value = value if place.expert is None else value[place.expert]
+    return value if place.rows is None else value[place.rows]
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,7 @@ def count_zeros(config: SparseConfig, read: Callable[[str], torch.Tensor]) -> It
     """Counts zeros, a matrix in memory at a time.
 
     Args:
+        config: Of the model.
         read: Gives a tensor by its name on disk.
     """
     for layer in range(config.num_hidden_layers):
@@ -90,6 +101,24 @@ def count_zeros(config: SparseConfig, read: Callable[[str], torch.Tensor]) -> It
                 zeros += tensor.numel() - int(torch.count_nonzero(tensor))
                 weights += tensor.numel()
             yield MatrixZeros(layer, projection, zeros, weights)
+
+
+def lost_zeros(
+    config: SparseConfig, before: Callable[[str], torch.Tensor], after: Callable[[str], torch.Tensor]
+) -> dict[str, int]:
+    """How many weights of each matrix were zero and are not any more, by its name on disk; only matrices with some."""
+    lost = {}
+    for parts in sparse_tensors(config).values():
+        for name, _ in parts:
+            if count := int(torch.count_nonzero(after(name)[before(name) == 0])):
+                lost[name] = count
+    return lost
+
+
+def live_reader(model: SparseModel) -> Callable[[str], torch.Tensor]:
+    """Reads matrices of a model in memory by their names on disk."""
+    parameters, places = dict(model.named_parameters()), live_tensors(model.config)
+    return lambda name: part_of(parameters[places[name].name].detach(), places[name])
 
 
 class TensorReader:

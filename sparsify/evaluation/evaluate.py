@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
+from sparsify.conversion.weight_zeros import weight_sparsity
 from sparsify.errors import EvaluationError
 from sparsify.evaluation.held_out_perplexity import PREFIX, HeldOut, fingerprint, measure_source
 from sparsify.evaluation.lm_adapter import JournaledLM, Progress
@@ -80,12 +81,14 @@ def evaluate(
             done += _held_out(workers, subject, held_out, finished) if held_out is not None else []
     finally:
         model.train(was_training)
+    sparse = weight_sparsity(model.config)
     results = EvaluationResults(
         model=subject.name,
         model_hash=identity,
         model_type=model.config.model_type,
         ffn_activation=model.config.ffn_activation,
         is_masked=bool(model.config.sparsification),
+        weight_sparsity=None if sparse is None else sparse.sparsity,
         predictors=masks,
         dtype=str(model.dtype).removeprefix("torch."),
         context_tokens=model.config.max_position_embeddings,

@@ -107,6 +107,8 @@ class EvaluationResults(JsonRecord):
     ffn_activation: str
     is_masked: bool = False
     """Whether it stores a mask."""
+    weight_sparsity: float | None = None
+    """Share of the weights of its projections that was set to zero; None for dense weights."""
     predictors: PredictorMasks | None = None
     """None if every neuron was computed."""
     dtype: str
@@ -128,8 +130,8 @@ class EvaluationResults(JsonRecord):
 
     @property
     def is_dense(self) -> bool:
-        """Whether neither its activation nor thresholds make exact zeros."""
-        return is_dense(self.ffn_activation, is_masked=self.is_masked)
+        """Whether neither its activation nor thresholds make exact zeros, and its weights are dense."""
+        return self.weight_sparsity is None and is_dense(self.ffn_activation, is_masked=self.is_masked)
 
 
 def write_items(folder: Path, task: str, items: Mapping[str, Mapping[str, Score]]) -> None:

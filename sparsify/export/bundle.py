@@ -17,6 +17,7 @@ from sparsify.conversion.architecture import sparse_config
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.sparse_folder import write_config
 from sparsify.conversion.tokenizer import copy_tokenizer, set_chat_template
+from sparsify.conversion.weight_zeros import TensorReader, count_zeros, lost_zeros, weight_sparsity
 from sparsify.errors import ExportError, ModelError, RunError, check_choice
 from sparsify.export.card import card_evaluations, model_card, read_evaluations
 from sparsify.export.check import RECORDED_FILE, REFERENCE_FILE, Acceptance, Recorded, accept
@@ -180,6 +181,7 @@ def _write_model(
     config, initial = trained_config(trained), trained.run.initial
     write_shards(weights, config, folder, DTYPES[dtype], int(settings.shard_gb * GB))
     write_config(config, folder, DTYPES[dtype])
+    _check_zeros(trained, config, folder)
     if (initial / GENERATION_FILE).is_file():
         shutil.copyfile(initial / GENERATION_FILE, folder / GENERATION_FILE)
     else:
@@ -188,6 +190,26 @@ def _write_model(
     template = read_lock(trained.run.mixture_lock).chat_template
     if template is not None:
         set_chat_template(folder, template)
+
+
+def _check_zeros(trained: Trained, config: SparseConfig, folder: Path) -> None:
+    """Raises ExportError if sparse weights have not all the zeros that training started from."""
+    if weight_sparsity(config) is None:
+        return
+    lost = lost_zeros(config, TensorReader(trained.run.initial), TensorReader(folder))
+    if lost:
+        name, count = next(iter(lost.items()))
+        raise ExportError(
+            f"{sum(lost.values()):,} weights that were zero where training began are not zero in {trained.checkpoint}; of them "
+            f"{count:,} in {name}.",
+            next_step="Export an earlier checkpoint of the run, and find out what wrote to these weights.",
+        )
+
+
+def _num_zeros(folder: Path, config: SparseConfig) -> int | None:
+    if weight_sparsity(config) is None:
+        return None
+    return sum(one.zeros for one in count_zeros(config, TensorReader(folder)))
 
 
 def _write_history(trained: Trained, folder: Path) -> None:
@@ -220,6 +242,7 @@ def _record(trained: Trained, acceptance: Acceptance | None, dtype: str, folder:
         logits_difference=acceptance.logits_difference if acceptance else None,
         zeros=acceptance.zeros if acceptance else None,
         reference_tokens=acceptance.reference_tokens if acceptance else 0,
+        zero_weights=_num_zeros(folder, trained_config(trained)),
     )
     write_json(folder / "training" / RECORDED_FILE, recorded.model_dump())
 

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from sparsify.conversion.source_checkpoint import locate
+from sparsify.conversion.weight_zeros import weight_sparsity
 from sparsify.errors import ExportError, ModelError
 from sparsify.evaluation.report import model_index, results_table
 from sparsify.evaluation.results import EvaluationResults, read_results
@@ -115,6 +116,7 @@ def model_card(
         predictors=predictors,
         license=license or base_license(recipe.model.source),
         config=run.initial_config(),
+        weights=weight_sparsity(run.initial_config()),
         origin=recipe.model.source or "random weights",
         report=report,
         inputs=INPUTS,

@@ -24,6 +24,7 @@ from sparsify.conversion.layout import tensor_shapes
 from sparsify.conversion.source_checkpoint import read_checkpoint
 from sparsify.conversion.source_tensors import check_tensors
 from sparsify.conversion.sparse_folder import auto_map, load_sparse
+from sparsify.conversion.weight_zeros import TensorReader, count_zeros, weight_sparsity
 from sparsify.errors import ExportError, UserError
 from sparsify.export import fresh_process
 from sparsify.export.weight_shards import SUMS, read_sums, sha256
@@ -147,6 +148,7 @@ class Recorded(BaseModel):
         precision: Training dtype, bf16 or fp32.
         logits_difference: Largest difference from the live model's logits, as a share of the largest logit.
         zeros: Share of exact zeros of the activations on the reference tokens.
+        zero_weights: Weights of the projections that are zero; None for dense weights.
     """
 
     checkpoint: str
@@ -156,6 +158,7 @@ class Recorded(BaseModel):
     logits_difference: float | None
     zeros: float | None
     reference_tokens: int
+    zero_weights: int | None = None
 
 
 def read_recorded(bundle: Path) -> Recorded:
@@ -206,6 +209,7 @@ def verify(bundle: Path, on_progress: Callable[[str], object] = lambda _: None) 
         return [*checks, Check("logits", False, str(error))]
     if not tensors.holds:
         return [*checks, Check("logits", False, "not computed, since the tensors do not match")]
+    checks += _zero_weights(bundle, recorded)
     if not code.holds:
         return [*checks, Check("logits", False, "not computed, since that would run this code")]
     on_progress("Loading it in a fresh process")
@@ -308,6 +312,24 @@ def _tensors(bundle: Path) -> Check:
     except UserError as error:
         return Check("tensors", False, error.given)
     return Check("tensors", True, f"{len(checkpoint.shapes)} with the names and shapes of the config")
+
+
+def _zero_weights(bundle: Path, recorded: Recorded) -> list[Check]:
+    checkpoint = read_checkpoint(bundle)
+    stored = weight_sparsity(checkpoint.config)
+    if stored is None and recorded.zero_weights is None:
+        return []
+    config = sparse_config(checkpoint.config, stored_activation(checkpoint.config), str(bundle))
+    matrices = list(count_zeros(config, TensorReader(bundle)))
+    zeros, weights = sum(one.zeros for one in matrices), sum(one.weights for one in matrices)
+    found = f"{zeros:,} of {weights:,} weights of the projections are zero ({zeros / weights:.1%})"
+    if stored is None:
+        return [Check("weight zeros", False, f"{found}; config.json no longer says that they are sparse")]
+    if recorded.zero_weights is None:
+        return [Check("weight zeros", False, f"{found}; config.json says {stored.words}, the export recorded none")]
+    same = zeros == recorded.zero_weights
+    said = f"{found}, as at export" if same else f"{found}, {recorded.zero_weights:,} at export"
+    return [Check("weight zeros", same, said)]
 
 
 def _loaded(bundle: Path, recorded: Recorded) -> list[Check]:

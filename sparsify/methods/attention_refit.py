@@ -57,6 +57,7 @@ def refit_output(layer: AttentionLayer, *, ridge: float, repaired: float) -> dic
     """Gives an attention whose masks are fitted another output projection, where that is better on held-out tokens.
 
     Args:
+        layer: Its attention is changed.
         ridge: As in `Gram.solve`.
         repaired: Part of the accumulated error of the stream that is corrected.
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, computed_field
 
 from sparsify.conversion.architecture import held_fields, sparse_config, text_part
 from sparsify.conversion.source_checkpoint import PACKAGE_PREFIX, locate
+from sparsify.conversion.weight_zeros import weight_sparsity
 from sparsify.errors import ModelError, RecipeError
 from sparsify.metadata import read_json, user_path
 from sparsify.methods.base import stored_by, upcycling_of
@@ -21,7 +22,7 @@ from sparsify.mixture.sequences.shares import Shares, share_phases
 from sparsify.models.masking import GROUP, mask_tensors
 from sparsify.plan.activation_memory import value_bytes
 from sparsify.plan.cost import Cost, active_flops_per_token, cost, training_flops_per_token
-from sparsify.plan.extras import CalibrationPlan, RefitPlan, plan_calibration, plan_refits
+from sparsify.plan.extras import CalibrationPlan, RefitPlan, num_zero_weights, plan_calibration, plan_refits
 from sparsify.plan.fit import EngineChoice, Verdict, cheapest, gb, verdict_of
 from sparsify.plan.hardware import Hardware, this_machine
 from sparsify.plan.memory import DeviceMemory, HostMemory, checkpoint_bytes, memory
@@ -73,6 +74,7 @@ class Plan(BaseModel):
         activations_with_checkpointing_bytes: Activations at that moment with `training.gradient_checkpointing`.
         activations_without_checkpointing_bytes: Activations at that moment without it.
         allowance_bytes: Added to `device` for the framework and fragmentation, an assumption.
+        zero_weights: Weights of the projections that are zero while the model trains.
         calibration: Memory and disk of the calibrated replacement; None without one.
         refits: Memory of refits at milestones of a blending schedule; None without any.
         cost: Time and price, from a throughput that was given or from `hardware`.
@@ -104,6 +106,7 @@ class Plan(BaseModel):
     activations_without_checkpointing_bytes: int
     allowance_bytes: int
     verdict: Verdict
+    zero_weights: int
     calibration: CalibrationPlan | None
     refits: RefitPlan | None
     cost: Cost
@@ -175,6 +178,7 @@ def make_plan(
         activations_without_checkpointing_bytes=needed.without_checkpointing_bytes,
         allowance_bytes=hardware.allowance_bytes(needed.device.total),
         verdict=verdict,
+        zero_weights=num_zero_weights(recipe, architecture),
         calibration=plan_calibration(recipe, architecture, value_bytes(recipe) * parameters.total),
         refits=plan_refits(recipe, architecture),
         cost=cost(recipe, architecture, parameters, hardware, tokens_per_second),
@@ -266,7 +270,8 @@ def architecture_of(recipe: Recipe) -> Architecture:
     upcycling = upcycling_of(recipe.conversion)
     if upcycling is not None:
         fields = upcycling.held_as(sparse_config(fields, recipe.activation.ffn_activation, where)).to_dict()
-    sizes = fields | {"mask_values": mask_values}
+    stored = weight_sparsity(fields)
+    sizes = fields | {"mask_values": mask_values, "weight_sparsity": stored.sparsity if stored else 0.0}
     return Architecture.of(sizes, model.upcycle_experts, model.upcycle_experts_per_token)
 
 

@@ -25,10 +25,15 @@ NEURON_COPIES = 6
 """Gate, up, both factors, the product and a working copy."""
 
 
+SPARSEGPT_COPIES = 4
+"""The sums, the factor of the Hessian, its inverse and the factor of that."""
+
+
 class CalibrationPlan(BaseModel):
     """Memory and disk of one calibration.
 
     Attributes:
+        method: What runs on the calibration tokens.
         memory_bytes: One layer's weights, the Gram matrix and a chunk of tokens; on the GPU where there is one. Of a method that makes
             another architecture: the dense model and the new one, in memory.
         disk_bytes: Residual streams, and the bare replacement's checkpoint.
@@ -38,6 +43,7 @@ class CalibrationPlan(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    method: str
     memory_bytes: int
     disk_bytes: int
     num_tokens: int
@@ -85,6 +91,24 @@ def _fitting_bytes(a: Architecture, chunk_tokens: int) -> int:
     return gram + FP32_BYTES * chunk_tokens * (NEURON_COPIES * a.intermediate_size + 8 * a.hidden_size)
 
 
+def _pruning_bytes(a: Architecture, chunk_tokens: int) -> int:
+    """What SparseGPT needs for the widest matrix: sums over its inputs and their factors, the matrix itself four times, and a chunk
+    of tokens, widened to float64 as it is summed.
+    """
+    widest = max(a.intermediate_size, a.query_size, a.hidden_size)
+    sums = SPARSEGPT_COPIES * FP64_BYTES * widest**2
+    matrix = 4 * FP32_BYTES * a.hidden_size * widest
+    return sums + matrix + FP32_BYTES * chunk_tokens * ((NEURON_COPIES + 4) * widest + 8 * a.hidden_size)
+
+
+def num_zero_weights(recipe: Recipe, a: Architecture) -> int:
+    """Weights of the projections that are zero while the model trains: those that the conversion makes, or the source has."""
+    share = max(a.weight_sparsity, recipe.conversion.weight_sparsity or 0.0)
+    ffn = num_experts(a) * 3 * a.hidden_size * a.intermediate_size
+    attention = 2 * a.hidden_size * (a.query_size + a.key_value_size)
+    return round(share * a.num_hidden_layers * (ffn + attention))
+
+
 def plan_calibration(recipe: Recipe, architecture: Architecture, model_bytes: int) -> CalibrationPlan | None:
     if not recipe.conversion.calibration_tokens:
         return None
@@ -99,11 +123,17 @@ def plan_calibration(recipe: Recipe, architecture: Architecture, model_bytes: in
         copies = 2 * FP32_BYTES * (model_bytes // value_bytes(recipe))
         logits = 2 * FP32_BYTES * sequence_length * a.vocab_size
         return CalibrationPlan(
-            memory_bytes=copies + logits, disk_bytes=model_bytes, num_tokens=num_tokens, by_layer=False
+            method=recipe.conversion.method,
+            memory_bytes=copies + logits,
+            disk_bytes=model_bytes,
+            num_tokens=num_tokens,
+            by_layer=False,
         )
     streams = STORED_RESIDUALS * FP32_BYTES * num_tokens * a.hidden_size
+    fitting = _pruning_bytes if recipe.conversion.weight_sparsity is not None else _fitting_bytes
     return CalibrationPlan(
-        memory_bytes=weights + _fitting_bytes(a, max(CHUNK_TOKENS, sequence_length)),
+        method=recipe.conversion.method,
+        memory_bytes=weights + fitting(a, max(CHUNK_TOKENS, sequence_length)),
         disk_bytes=streams + 2 * model_bytes,
         num_tokens=num_tokens,
     )

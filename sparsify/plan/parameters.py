@@ -47,6 +47,9 @@ class Architecture(BaseModel):
     mask_values: int = 0
     """Thresholds of the mask that the source stores: buffers, of which every process has its own."""
 
+    weight_sparsity: float = 0.0
+    """Share of the weights of all projections that is zero in the source."""
+
     @classmethod
     def of(cls, fields: Mapping[str, Any], upcycle_experts: int | None, per_token: int) -> Architecture:
         """Reads transformers' config fields of a model that can be held, upcycled into copies of its FFN if that is

@@ -27,6 +27,9 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str, str]]:
     active, computed = plan.active_flops_per_token, plan.flops_per_token
     remark = "" if active == computed else f"; {computed:,} computed, with zeros of inactive sub-dimensions"
     yield "FLOPs per token", f"{active:,}", f"of training, forward and backward{remark}"
+    if plan.zero_weights:
+        frozen = "stay zero: their gradients are; gradients and optimiser take the memory of a dense model"
+        yield "zero weights", f"{plan.zero_weights:,}", frozen
     yield "", "", ""
     yield from _memory(plan)
     yield (
@@ -81,7 +84,7 @@ def _memory(plan: Plan) -> Iterator[tuple[str, str, str]]:
         yield from _sizes(plan.host)
     if plan.calibration is not None:
         yield (
-            "calibrated replacement" if plan.calibration.by_layer else "upcycling",
+            plan.calibration.method.replace("_", " ") if plan.calibration.by_layer else "upcycling",
             _size(plan.calibration.memory_bytes),
             f"before training, {'one layer at a time' if plan.calibration.by_layer else 'the whole model'}; {plan.calibration.num_tokens:,} tokens, "
             f"{_size(plan.calibration.disk_bytes)} on disk in the meantime",

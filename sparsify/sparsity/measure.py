@@ -39,6 +39,7 @@ from sparsify.sparsity.schema import (
     SourceRow,
     SparsityReport,
 )
+from sparsify.sparsity.sparse_weights import measure_weight_zeros
 from sparsify.sparsity.statistics import POSITION_STARTS, ActivationStatistics, Factor
 
 CURVE_POINTS = 101
@@ -305,6 +306,7 @@ def _report(
     by_source: dict[str, SourceCounts],
 ) -> SparsityReport:
     num_labels = sum(counts.num_labels for counts in by_source.values())
+    density = realised_density(statistics, model.config)
     facts = {
         "ffn_activation": model.config.ffn_activation,
         "masks": {site: rule.words for site, rule in site_rules(model.config).items()},
@@ -322,7 +324,8 @@ def _report(
         up_zeros=statistics.zero_share("up"),
         product_zeros=statistics.zero_share("product"),
         site_zeros=statistics.site_zero_shares(),
-        weight_density=realised_density(statistics, model.config),
+        weight_density=density,
+        weight_zeros=measure_weight_zeros(model, density),
         num_neurons=statistics.product_fired.numel(),
         dead_neurons=int(statistics.dead_neurons().sum()),
         always_on_neurons=int(statistics.always_on_neurons().sum()),
@@ -355,5 +358,6 @@ def as_against(report: SparsityReport) -> Against:
         site_zeros=report.site_zeros,
         weight_density=report.weight_density,
         active_parameters=report.active_parameters,
+        weight_zeros=report.weight_zeros,
         curves=report.curves,
     )

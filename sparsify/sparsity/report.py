@@ -28,6 +28,7 @@ from sparsify.sparsity.schema import (
     SparsityReport,
     read_report,
 )
+from sparsify.sparsity.sparse_weights import bytes_table, weight_zeros_table
 from sparsify.sparsity.statistics import ActivationStatistics
 
 TEMPLATE_FILE = "page.html.j2"
@@ -44,6 +45,7 @@ def render_page(report: SparsityReport, statistics: ActivationStatistics) -> str
             inputs=INPUTS,
             perplexity=_perplexity(report.loss),
             against=against_table(report),
+            weight_tables=weight_tables(report),
             published=published(),
             figures=[
                 page_figure(
@@ -120,7 +122,7 @@ BAR_CELLS = 24
 def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
     headline = Text(f"{report.product_zeros:.1%}", "bold") + Text(
         f" exact zeros ({report.ffn_activation}: gate {report.gate_zeros:.1%}, up {report.up_zeros:.1%})"
-        f"{_masked_inputs(report)}, weight density {percent(report.weight_density)}, loss {report.loss:.3f} nats per token on {report.text}",
+        f"{_masked_inputs(report)}{_zero_weights(report)}, weight density {percent(report.weight_density)}, loss {report.loss:.3f} nats per token on {report.text}",
         "default",
     )
     against = against_table(report)
@@ -130,13 +132,24 @@ def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
         layers_table(report),
         *([routers_table(report)] if report.routers else []),
         *([routing_table(report)] if report.hidden_routing else []),
+        *weight_tables(report),
         *([against] if against else []),
         marked("[bold]Report[/bold]  {}", folder / "index.html"),
     )
 
 
+def weight_tables(report: SparsityReport) -> list[Table]:
+    """Zeros of weights by matrix, and what they save next to those of activations; nothing for dense weights."""
+    zeros = report.weight_zeros
+    return [] if zeros is None else [weight_zeros_table(zeros), bytes_table(zeros)]
+
+
 def _masked_inputs(report: SparsityReport) -> str:
     return "".join(f", {zeros:.1%} at {site}" for site, zeros in report.site_zeros.items())
+
+
+def _zero_weights(report: SparsityReport) -> str:
+    return "" if report.weight_zeros is None else f", {report.weight_zeros.zeros:.1%} of the weights zero"
 
 
 def against_table(report: SparsityReport) -> Table | None:
@@ -155,6 +168,9 @@ def against_table(report: SparsityReport) -> Table | None:
     table.add("exact zeros", percent(report.product_zeros), percent(other.product_zeros))
     for site in (site for site in COUNTED_SITES if site in report.site_zeros | other.site_zeros):
         table.add(f"zeros at {site}", *(percent(one.site_zeros.get(site, 0.0)) for one in (report, other)))
+    if report.weight_zeros or other.weight_zeros:
+        weights = (one.weight_zeros for one in (report, other))
+        table.add("weights that are zero", *(percent(one.zeros if one else 0.0) for one in weights))
     table.add("weight density", percent(report.weight_density), percent(other.weight_density))
     label = "active parameters, perfect predictor"
     table.add(label, count(ours.perfect_predictor), count(theirs.perfect_predictor))

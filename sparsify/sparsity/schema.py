@@ -173,6 +173,32 @@ class HiddenRouting(JsonRecord):
     rows: list[HiddenRoutingRow]
 
 
+class MatrixRow(JsonRecord):
+    layer: int
+    projection: str
+    """Such as `gate_proj`; of all experts of the layer."""
+    zeros: float
+
+
+class WeightZeros(JsonRecord):
+    """Weights that are exactly zero, of a model that was made so. Bytes are what a token reads of the linear projections in bf16."""
+
+    method: str
+    pattern: str
+    sparsity: float
+    """Share that the method was to set to zero."""
+    zeros: float
+    """Share that is zero."""
+    matrices: list[MatrixRow]
+    dense_bytes: int
+    activation_bytes: int
+    """Without the weights that zeros of activations spare."""
+    weight_bytes: int
+    """With one bit for each weight and two bytes for each that is not zero."""
+    both_bytes: int
+    """That, of the weights that zeros of activations leave."""
+
+
 class PublishedActive(JsonRecord):
     name: str
     claimed: int
@@ -257,6 +283,7 @@ class Against(JsonRecord):
     site_zeros: dict[str, float] = Field(default_factory=dict)
     weight_density: float | None = None
     active_parameters: ActiveParameters
+    weight_zeros: WeightZeros | None = None
     curves: Curves | None = None
     difference: PairedDifference | None = None
 
@@ -340,6 +367,8 @@ class SparsityReport(JsonRecord):
     active_parameters: ActiveParameters
     hidden_routing: HiddenRouting | None = None
     """None in models whose tokens all use the same part of the hidden size."""
+    weight_zeros: WeightZeros | None = None
+    """None for dense weights."""
     definitions: dict[str, str]
     """Term to definition."""
     curves: Curves | None = None

@@ -8,38 +8,18 @@ every save, in the optimiser's fp32 weights.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
 
-from sparsify.conversion.layout import LiveTensor, live_tensors, projection_names
-from sparsify.conversion.weight_zeros import PROJECTIONS, TensorReader, weight_sparsity
+from sparsify.conversion.weight_zeros import TensorReader, part_of, sparse_tensors, weight_sparsity
 from sparsify.errors import RecipeError, RunError
 from sparsify.methods.live_model import full_weight
 from sparsify.methods.objective import Objective, TrainingRun, objective
-from sparsify.models import SparseConfig
 
 CHECK_EVERY_STEPS = 100
-
-
-def sparse_tensors(config: SparseConfig) -> dict[str, list[tuple[str, LiveTensor]]]:
-    """For each parameter that holds sparse weights, by its name in memory, the tensors on disk that are its parts."""
-    live = live_tensors(config)
-    parts: dict[str, list[tuple[str, LiveTensor]]] = defaultdict(list)
-    for layer in range(config.num_hidden_layers):
-        for projection in PROJECTIONS:
-            for name in projection_names(config, layer, projection):
-                parts[live[name].name].append((name, live[name]))
-    return dict(parts)
-
-
-def part_of(value: torch.Tensor, place: LiveTensor) -> torch.Tensor:
-    """The part of a whole parameter that a tensor on disk is."""
-    value = value if place.expert is None else value[place.expert]
-    return value if place.rows is None else value[place.rows]
 
 
 @objective

@@ -88,6 +88,7 @@ def prune_columns(
         weight: [outputs, inputs]. What is zero stays zero and counts as one of the zeros.
         upper: Of `inverse_factor`, [inputs, inputs].
         dead: Inputs that were always zero, bool [inputs]: their weights become zero, and count.
+        zeros: How many weights become zero, and among which.
         block_columns: Columns whose scores are compared; rounded to whole groups of an N:M pattern.
     """
     upper = upper.to(weight.dtype)

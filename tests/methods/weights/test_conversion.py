@@ -53,19 +53,15 @@ def test_half_of_every_matrix_is_zero_and_the_model_computes_what_was_measured(
         assert torch.equal(read(name), old(name)) == (name not in projections)
 
 
-def test_experts_with_too_few_tokens_are_left_to_wanda(
-    pruned: dict[str, Calibrated], calibrate: Calibrate, tmp_path: Path
-) -> None:
-    enough = pruned["mixtral"].calibration.layers
-    assert {one["by"] for layer in enough for e in layer["experts"] for one in e["weights"].values()} == {"sparsegpt"}
-    few = calibrate("mixtral", "swiglu", tmp_path / "few", tokens=512, **GPT).calibration.layers
-    matrices = [(name, one) for layer in few for e in layer["experts"] for name, one in e["weights"].items()]
-    assert {one["by"] for _, one in matrices} >= {"wanda", "sparsegpt"}
-    for name, one in matrices:
+def test_experts_with_too_few_tokens_are_left_to_wanda_and_said(pruned: dict[str, Calibrated]) -> None:
+    layers = pruned["mixtral"].calibration.layers
+    matrices = [one for layer in layers for expert in layer["experts"] for one in expert["weights"].values()]
+    assert {one["by"] for one in matrices} == {"sparsegpt", "wanda"}
+    for one in matrices:
         assert one["zeros"] == 0.5
-        assert (one["by"] == "wanda") == ("of at least" in str(one["because"])), name
+        assert (one["by"] == "wanda") == ("calibration tokens reached it" in str(one["because"]))
     # The attention sees all tokens.
-    assert {one["by"] for layer in few for one in layer["attention"]["weights"].values()} == {"sparsegpt"}
+    assert {one["by"] for layer in layers for one in layer["attention"]["weights"].values()} == {"sparsegpt"}
 
 
 @pytest.mark.parametrize(
@@ -154,13 +150,13 @@ def test_what_would_lose_zeros_or_cannot_be_is_refused(
         {"method": "la_rosa", "target_zeros": 0.5},
         {"method": "calibrated_replacement", "target_zeros": 0.5},
     ):
-        with pytest.raises(ModelError, match="has sparse weights, which .* would make dense"):
+        with pytest.raises(ModelError, match=r"has sparse weights, which .* would make dense"):
             calibrate(source, "swiglu", tmp_path / "out", **settings)
     with pytest.raises(RecipeError, match="has 50% of the weights zero, by sparsegpt already"):
         calibrate(source, "swiglu", tmp_path / "out", method="wanda", weight_sparsity=0.4)
+    one = {**GPT, "method_settings": {"layer_shares": [0.5]}}
     with pytest.raises(RecipeError, match="has 1 shares, and the model 2 layers"):
-        one = {"method_settings": {"layer_shares": [0.5]}}
-        calibrate("mistral", "swiglu", tmp_path / "out", **GPT, **one)
+        calibrate("mistral", "swiglu", tmp_path / "out", **one)
     with pytest.raises(RecipeError, match="and q_proj has 32 inputs"):
         calibrate(
             "mistral",
