@@ -155,7 +155,7 @@ class Calibrator:
         self._dense = FfnActivation(config.base_ffn_activation, config.base_ffn_gate_threshold)
         self._replaced = FfnActivation(config.ffn_activation, config.ffn_gate_threshold)
         self._stored_rules = {} if fitted_mask else site_rules(config)
-        self._source_words = "source" if config.sparsification or config.weight_sparsity else "dense"
+        self._source_is_sparse = bool(config.sparsification or config.weight_sparsity)
         self._masked_config = deepcopy(config)
         self._masked_config.sparsification = fitted_mask
         self._dtype = self._reader.stored_dtype()
@@ -235,8 +235,7 @@ class Calibrator:
         replaced = [expert.with_activation(self._replaced) for expert in dense]
         with atomic_folder(self._streams(layer + 1).folder) as partial_folder:
             new = Streams(partial_folder)
-            if self._needs_dense:
-                self._advance(attention, dense, old, "dense", new)
+            counts = self._advance(attention, dense, old, "dense", new) if self._needs_dense else [0, 0]
             masks, mask_record = self._fit_attention(attention, replaced, old)
             rewritten, said = self._rewrite_attention(layer, attention, old)
             mask_record |= rewritten
@@ -247,7 +246,7 @@ class Calibrator:
             found = self.method.rewrite(
                 Layer(dense, replaced, layer, self._dtype, inputs, self._measure), self._settings
             )
-            zeros, masked = {"dense": [0, 1]}, False
+            zeros, masked = {"dense": counts if self._source_is_sparse else [0, 1]}, False
             for name, experts in found.stages.items():
                 if name != "dense" and (self._measure or (self._needs_streams and name == self._result)):
                     masked = masked or (self._mask is not None and name == self._mask.name)
@@ -352,7 +351,7 @@ class Calibrator:
             routes = attention.routes(x)
             output = ffn_output(x, routes, experts)
             after[part] = attention.behind_block(residual, output.view_as(residual)).cpu().numpy()
-            if part.stop + start > self._num_fit and name != "dense":
+            if part.stop + start > self._num_fit and (name != "dense" or self._source_is_sparse):
                 first = max(0, self._num_fit - start - part.start) * before.shape[1]
                 _count_zeros(x, routes, experts, first, counts)
         return counts
@@ -442,7 +441,7 @@ class Calibrator:
             loss = loss_sum / max(labels, 1)
             if not stages:
                 check_base_loss(loss, "the source model")
-            said = self._source_words if name == "dense" else name
+            said = "source" if name == "dense" and self._source_is_sparse else name
             stages.append(CalibrationStage(said, losses, loss, zero / values))
         return stages
 

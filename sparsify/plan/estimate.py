@@ -271,7 +271,7 @@ def architecture_of(recipe: Recipe) -> Architecture:
     if upcycling is not None:
         fields = upcycling.held_as(sparse_config(fields, recipe.activation.ffn_activation, where)).to_dict()
     stored = weight_sparsity(fields)
-    sizes = fields | {"mask_values": mask_values, "weight_sparsity": stored.sparsity if stored else 0.0}
+    sizes = fields | {"mask_values": mask_values, "zero_share": stored.sparsity if stored else 0.0}
     return Architecture.of(sizes, model.upcycle_experts, model.upcycle_experts_per_token)
 
 

@@ -103,7 +103,7 @@ def _pruning_bytes(a: Architecture, chunk_tokens: int) -> int:
 
 def num_zero_weights(recipe: Recipe, a: Architecture) -> int:
     """Weights of the projections that are zero while the model trains: those that the conversion makes, or the source has."""
-    share = max(a.weight_sparsity, recipe.conversion.weight_sparsity or 0.0)
+    share = max(a.zero_share, recipe.conversion.weight_sparsity or 0.0)
     ffn = num_experts(a) * 3 * a.hidden_size * a.intermediate_size
     attention = 2 * a.hidden_size * (a.query_size + a.key_value_size)
     return round(share * a.num_hidden_layers * (ffn + attention))

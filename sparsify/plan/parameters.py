@@ -47,7 +47,7 @@ class Architecture(BaseModel):
     mask_values: int = 0
     """Thresholds of the mask that the source stores: buffers, of which every process has its own."""
 
-    weight_sparsity: float = 0.0
+    zero_share: float = 0.0
     """Share of the weights of all projections that is zero in the source."""
 
     @classmethod

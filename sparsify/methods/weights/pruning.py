@@ -80,7 +80,7 @@ class Pruned:
 
     Attributes:
         by: The method that chose the zeros.
-        because: Why it is another one than was asked for; None if it is not.
+        because: Why it is not the one that was wanted; None if it is.
     """
 
     weight: torch.Tensor
@@ -224,7 +224,7 @@ class WeightPruning(WeightMethod):
 
 
 def fallbacks(records: list[dict[str, Any]]) -> list[str]:
-    """Which matrices of a block another method pruned than was asked for, and why."""
+    """Which matrices of a block were pruned by another method than the wanted one, and why."""
     notes = []
     for number, record in enumerate(records):
         for name, one in record["weights"].items():

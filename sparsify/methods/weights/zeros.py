@@ -52,7 +52,7 @@ def parse_pattern(text: str, share: float) -> ZeroPattern:
     """A pattern from its name: `unstructured`, or N:M.
 
     Raises:
-        ValueError: If it is no pattern, or has another share of zeros.
+        ValueError: If it is not a pattern, or has another share of zeros.
     """
     if text == "unstructured":
         return ZeroPattern(share)

@@ -10,19 +10,19 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 import torch.distributed as dist
 
 from sparsify.errors import RunError
 from sparsify.methods.live_model import full_weight, set_full_weight
-from sparsify.methods.objective import Objective
+from sparsify.methods.objective import Objective, TrainingRun
 from sparsify.methods.weights import frozen
 from sparsify.methods.weights.frozen import FrozenZeros
 from sparsify.runs.run_folder import RunFolder
 from sparsify.training.deepspeed_engine import init_distributed
 from sparsify.training.loop import train
-from sparsify.training.session import Session
 from sparsify.training.worker import build_session
 from tests.ranks import tokenise
 
@@ -30,10 +30,14 @@ from tests.ranks import tokenise
 class Planted(Objective):
     """Writes to the optimiser's weights, as nothing that trains under a mask may do."""
 
-    name = "planted"
+    name: ClassVar[str] = "planted"
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: TrainingRun) -> None:
         self._session, self._steps = session, 0
+
+    @classmethod
+    def of(cls, run: TrainingRun) -> Self | None:
+        return cls(run)
 
     def between_steps(self) -> bool:
         self._steps += 1
