@@ -14,7 +14,7 @@ import torch
 from sparsify.bench.decode_blocks import make_blocks, measure_point
 from sparsify.bench.decode_models import measure_model
 from sparsify.bench.decode_result import DecodeBench, FfnPoint, ModelPoint, SpeculationPoint
-from sparsify.bench.decode_shapes import SHAPES, random_model
+from sparsify.bench.decode_shapes import SHAPES, drop_weights, random_model
 from sparsify.bench.decode_speculation import measure_speculation
 from sparsify.errors import RunError
 from sparsify.files import write_text
@@ -46,6 +46,7 @@ class DecodeSettings:
         rank: Rank of predictors; None for a quarter of the hidden size.
         shape: A key of SHAPES: the model with random weights; None for the first.
         layers: Its layers; 0 for no such model, None for the shape's own number.
+        weight_sparsity: Share of the weights of its projections that are zero; None for none.
         gates: Share of its gates that are positive; None if the gate alone decides which neurons fire.
         together: Numbers of tokens whose verification in one step of that model is measured, instead of the model; empty for none.
         overlaps: Shares of the firing neurons that these tokens have in common.
@@ -68,6 +69,7 @@ class DecodeSettings:
     repeats: int
     shape: str | None
     layers: int | None
+    weight_sparsity: float | None
     gates: float | None
     together: tuple[int, ...]
     overlaps: tuple[float, ...]
@@ -82,6 +84,7 @@ class DecodeSettings:
         tokens = max(self.batches, default=1)
         rank = self.rank or rank_of(self.hidden)
         random = {"--shape": self.shape, "--layers": self.layers or None, "--gates": self.gates}
+        random |= {"--weight-sparsity": self.weight_sparsity}
         random |= {"--together": self.together or None}
         unused = ", ".join(name for name, given in random.items() if given is not None)
         numbers = (*self.batches, *self.threads, self.repeats, self.neurons)
@@ -102,6 +105,15 @@ class DecodeSettings:
             f"--together {max(self.together, default=1)}, more than {MAX_TOKENS} or on a GPU": bool(self.together)
             and (max(self.together) > MAX_TOKENS or self.device != "cpu"),
             "--together without layers": bool(self.together) and self.layers == 0,
+            "--weight-sparsity without layers, with --together, on a GPU, or of stored weights that are not bf16": bool(
+                self.weight_sparsity
+            )
+            and (
+                self.layers == 0
+                or bool(self.together)
+                or self.device != "cpu"
+                or (self.weights == "stored" and self.dtype != "bf16")
+            ),
             f"{unused} of a model with random weights, with --bundle": self.bundle is not None and bool(unused),
             "--predictors without --bundle": self.predictors is not None and self.bundle is None,
         }
@@ -209,6 +221,9 @@ def _models(settings: DecodeSettings, on_progress: Callable[[str], object]) -> I
         on_progress("making a model of random weights")
         rank = settings.rank or rank_of(shape.hidden)
         model, predictors = random_model(shape, layers, USUAL_ACTIVE, gates, rank, DTYPES[settings.dtype])
+        if settings.weight_sparsity is not None:
+            name += f", {settings.weight_sparsity:.0%} of the weights zero"
+            drop_weights(model, settings.weight_sparsity)
         model.to(settings.device)
         ids = torch.arange(100, 164 + settings.decode_tokens, device=settings.device)[None]
     else:
@@ -233,10 +248,12 @@ def time_export(run: RunFolder, on_progress: Callable[[str], object]) -> ModelPo
     """Decodes a finished run's export densely and sparsely on this machine's CPU. What was measured once is read from `run.decoding`.
 
     Returns:
-        None if the recipe does not ask for it, or the model makes no zeros.
+        None if the recipe does not ask for it, or the model makes no zeros and has no sparse weights that can be packed.
     """
     settings = run.load_recipe().eval
-    if not settings.time_decoding or run.is_dense:
+    recipe = run.load_recipe()
+    packed = run.has_sparse_weights and recipe.training.precision == "bf16"
+    if not settings.time_decoding or (recipe.is_dense and not run.is_masked and not packed):
         return None
     if not run.decoding.is_file():
         on_progress(

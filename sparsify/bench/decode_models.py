@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from sparsify.bench.decode_result import VARIANTS, LayerRead, ModelPoint, Timing
+from sparsify.bench.decode_result import MODEL_VARIANTS, LayerRead, ModelPoint, Timing
 from sparsify.bench.llamacpp import LlamaCpp, missing
 from sparsify.bench.timing import OUT_OF_CACHE_BYTES, Clock, read_data
 from sparsify.runtime import Acceleration, accelerate
-from sparsify.runtime.accelerate import model_bytes
+from sparsify.runtime.accelerate import block_format, is_packed, model_bytes
 from sparsify.runtime.native_step import Projections
 from sparsify.runtime.step import StepForward
 from sparsify.runtime.weights import LayerPredictors
@@ -89,8 +89,9 @@ def measure_model(
 ) -> ModelPoint:
     """Decodes the last `decode_tokens` of `ids` [1, tokens] one by one with a model in several ways; the others are the prompt.
 
-    The ways are torch, llama.cpp on request, our kernels reading every row, exactly, and with predictors; `weights` is the format of
-    our kernels and llama.cpp's. The model stays accelerated.
+    The ways are torch, llama.cpp on request, our kernels reading every row, exactly, and with predictors; of sparse weights that can
+    be packed, every row and exactly without the zeros in the weights, too. `weights` is the format of our kernels and llama.cpp's.
+    The model stays accelerated.
     """
     variants = {"torch": Variant(dense_twin(model))}
     if ids.is_cuda:
@@ -101,15 +102,17 @@ def measure_model(
             on_progress(f"{name}: writing a file for llama.cpp")
             engine = LlamaCpp(variants["torch"].model, weights, torch.get_num_threads(), ids.shape[1], Path(folder))
             variants["llama.cpp"] = Variant(llamacpp=engine)
-        exact = accelerate(model, weights=weights)
+        exact = accelerate(model, weights=weights, packed=False)
         others: dict[str, dict[str, Any]] = {"dense": {"dense": True}}
+        if is_packed(model, block_format(weights), dense=False):
+            others |= {"packed": {"dense": True, "packed": True}, "both": {"packed": True}}
         if predictors is not None:
             others["predictor"] = {"predictors": predictors}
         made = {"exact": Variant(model, exact)}
         for key, options in others.items():
             twin = sharing(model)
             made[key] = Variant(twin, accelerate(twin, weights=weights, **options))
-        variants |= {key: made[key] for key in VARIANTS if key in made}
+        variants |= {key: made[key] for key in MODEL_VARIANTS if key in made}
         reading: list[float] = []
         data = torch.ones(OUT_OF_CACHE_BYTES // 4, device=ids.device)
         clock = Clock(ids.device.type)

@@ -11,6 +11,10 @@ VARIANTS = ("torch", "dense", "exact", "predictor")
 """torch's dense block, our dense kernel (C++, or Triton on a GPU), the exact sparse kernel, the sparse kernel with a predictor."""
 
 
+MODEL_VARIANTS = (*VARIANTS, "packed", "both")
+"""Of a model whose weights are sparse also: every row, without the zeros among the weights; and so the rows that are needed."""
+
+
 class Timing(BaseModel):
     """Seconds of interleaved repeats, in the order of measurement."""
 

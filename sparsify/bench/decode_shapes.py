@@ -98,6 +98,20 @@ def random_model(
     return model, LayerPredictors("normed", predictors)
 
 
+def drop_weights(model: Any, share: float) -> None:
+    """Sets a share of the weights of all projections to zero, wherever they are, but for the columns that decide which neurons fire."""
+    generator = torch.Generator().manual_seed(1)
+    is_zero = torch.rand(PERIOD, generator=generator) < share
+    for layer in model.model.layers:
+        for name, matrix in layer.named_parameters():
+            if "_proj" in name:
+                kept = matrix.data[..., :1].clone()
+                for piece in matrix.data.view(-1).split(PERIOD):
+                    piece.masked_fill_(is_zero[: len(piece)], 0.0)
+                matrix.data[..., :1] = kept
+    model.config.weight_sparsity = {"method": "random", "pattern": "unstructured", "sparsity": share}
+
+
 def _model(shape: Shape, layers: int) -> Any:
     heads, kv_heads = shape.heads
     common: dict[str, Any] = {

@@ -18,6 +18,7 @@ from sparsify.cli.bounds import (
     SEED,
     SEQUENCE_LENGTH,
     SHARE,
+    SHARE_INSIDE,
     THREADS,
     TOKENS,
     TOKENS_OR_NONE,
@@ -253,6 +254,13 @@ def bench_decode(
             show_default="4 and 1 of the 7B shapes, all of the others",
         ),
     ] = None,
+    weight_sparsity: Annotated[
+        float | None,
+        typer.Option(
+            callback=SHARE_INSIDE.check,
+            help="Share of the weights of that model's projections that are zero: decoded with and without them.",
+        ),
+    ] = None,
     gates: Annotated[
         float | None,
         typer.Option(
@@ -301,6 +309,7 @@ def bench_decode(
         repeats=repeats,
         shape=shape,
         layers=layers,
+        weight_sparsity=weight_sparsity,
         gates=gates,
         together=tuple(BATCH.parse_list("--together", together)),
         overlaps=tuple(SHARE.parse_list("--overlap", overlap)),

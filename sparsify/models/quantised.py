@@ -176,8 +176,11 @@ class KeptBlocks:
         now = [_state(one) for one in parameters]
         if index not in self._cached or self._cached[index][0] != now:
             self._cached.pop(index, None)  # frees the old blocks before new ones are made
-            self._cached[index] = now, [quantise(one, self.format) for one in matrices()]
+            self._cached[index] = now, self._make(matrices())
         return self._cached[index][1]
+
+    def _make(self, matrices: Sequence[torch.Tensor]) -> list[BlockMatrix]:
+        return [quantise(one, self.format) for one in matrices]
 
     @property
     def num_bytes(self) -> int:

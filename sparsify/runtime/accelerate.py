@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+
 from sparsify.errors import ModelError
 from sparsify.models import FAMILIES
 from sparsify.models.activations import ACTIVATIONS, activation_names
@@ -22,11 +24,11 @@ from sparsify.models.masking import GROUP, experts_per_token, is_fused, num_expe
 from sparsify.models.quantised import BlockFormat
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
 from sparsify.runtime.columns import held_by_columns
-from sparsify.runtime.ffn import backend_of
+from sparsify.runtime.ffn import backend_of, native_can
 from sparsify.runtime.file_reads import NeuronReads
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward
 from sparsify.runtime.masks import is_readable, unknown_to_blocks
-from sparsify.runtime.native_step import Projections, projections
+from sparsify.runtime.native_step import Projections
 from sparsify.runtime.neuron_cache import PREFETCHES, RUNTIME_POLICIES, Prefetch
 from sparsify.runtime.offload import CONTEXT_TOKENS, Limits, OffloadedModel, OffloadedStep, parse_memory
 from sparsify.runtime.step import StepForward
@@ -106,8 +108,7 @@ class Acceleration:
         inputs of the attention's projections are masked.
         """
         everything, blocks = model_bytes(self._model).other, self._model.forward.projections.num_bytes
-        if blocks:
-            everything += blocks - sum(one.weight.nbytes for one in projections(self._model).values())
+        everything += blocks - self._model.forward.projections.replaced_bytes(self._model)
         reads = [one.attention for one in self.forwards]
         skipped = sum((one.bytes_offered - one.bytes_read) / max(one.steps, 1) for one in reads)
         return round(everything - skipped)
@@ -149,6 +150,7 @@ def accelerate(
     threads: int | None = None,
     keep_weights: bool = True,
     dense: bool = False,
+    packed: bool | None = None,
     memory: str | int | None = None,
     policy: str = "lru",
     prefetch: Prefetch = "none",
@@ -180,6 +182,9 @@ def accelerate(
         keep_weights: Whether the stored weights stay in addition to int8 or int4 blocks. Without them prompts are multiplied with the
             blocks, too, and the model can be neither saved, moved nor trained. It changes nothing for `stored`.
         dense: Read every row: the baseline of speed-ups. A dense model is accepted, too.
+        packed: Whether zeros among the weights are left out of what is read, at one bit for each weight: a copy of the weights of all
+            projections. By default where `config.weight_sparsity` says that they are sparse, this is a CPU with the compiled kernels,
+            weights are bf16, int8 or int4, and not `dense`. The output layer stays dense.
         memory: Most memory of this process, everything included, such as "4GB"; None for a model that is in memory.
         policy: Which neurons stay in memory: one of RUNTIME_POLICIES. Of `memory` alone, as all that follow.
         prefetch: Which neurons of the next layer are read while this one is computed: `none`, `persistence` or `frequency`.
@@ -210,11 +215,17 @@ def accelerate(
     check_not_dropped(model)
     if blocks is not None:
         _check_device(model, weights)
+    if packed is None:
+        packed = offloaded is None and is_packed(model, blocks, dense=dense)
+    elif packed and offloaded is not None:
+        raise ModelError("Neurons in a file are not packed.", next_step="Omit packed= or memory=.")
+    if packed:
+        _check_packable(model, blocks)
     if ranks_by_proxy(site_rules(model.config)):
         _check_proxies(model, weights, predictors)
     if GROUP in site_rules(model.config):
         _check_routers(model, predictors)
-    held = frozenset() if dense else held_by_columns(model, in_blocks=blocks is not None)
+    held = frozenset() if dense or packed else held_by_columns(model, in_blocks=blocks is not None)
     if offloaded is not None:
         held -= {"gate", "up"}  # the file has their rows
     for layer, block in enumerate(model.ffn_blocks()):
@@ -222,7 +233,7 @@ def accelerate(
             vars(block)["forward"].remove()
         own = None if predictors is None else predictors.layers[layer]
         # Of predicted neurons alone, rows are fewer bytes than columns.
-        options = Options(max_tokens, threads, own, blocks, dense, held if own is None else frozenset())
+        options = Options(max_tokens, threads, own, blocks, dense, held if own is None else frozenset(), packed)
         if offloaded is not None:
             block.forward = offloaded.forward(layer, block, options)
             if blocks is not None:
@@ -237,15 +248,15 @@ def accelerate(
             if name is not None:  # otherwise the block reads the residual itself
                 block.forward.watch(getattr(model.model.layers[layer], name))
     forwards = [vars(block)["forward"] for block in model.ffn_blocks()]
-    given = Projections(blocks, held)
+    given = Projections(blocks, held, packed=packed)
     if offloaded is not None:
         model.forward = OffloadedStep(offloaded, forwards, given, threads)
         offloaded.finish(given)
         return Acceleration(model, offloaded)
     model.forward = StepForward(model, forwards, given, threads)
-    if blocks is not None and keep_weights:
+    if packed or (blocks is not None and keep_weights):
         model.forward.prepare()
-    elif blocks is not None:
+    if blocks is not None and not keep_weights:
         drop_projections(model, model.forward.projections)
     return Acceleration(model)
 
@@ -284,6 +295,27 @@ def block_format(weights: str) -> BlockFormat | None:
     if weights not in WEIGHT_FORMATS:
         raise ModelError(f"Weights cannot be read as {weights!r}.", allowed=f"{', '.join(WEIGHT_FORMATS)}.")
     return next((one for one in get_args(BlockFormat) if one == weights), None)
+
+
+def is_packed(model: Any, blocks: BlockFormat | None, *, dense: bool) -> bool:
+    """Whether a model's weights are read packed unless somebody says."""
+    like = next(model.parameters())
+    can = native_can(like) and (blocks is not None or like.dtype == torch.bfloat16)
+    return bool(getattr(model.config, "weight_sparsity", None)) and can and not dense
+
+
+def _check_packable(model: Any, blocks: BlockFormat | None) -> None:
+    like = next(model.parameters())
+    if not native_can(like):
+        raise ModelError(
+            f"Packed weights are read by the compiled kernels alone, and these cannot be used for {like.dtype} on {like.device}.",
+            next_step="Omit packed=, or move the model to a CPU with a C++ compiler.",
+        )
+    if blocks is None and like.dtype != torch.bfloat16:
+        raise ModelError(
+            f"Stored weights are packed as bf16, and the model's are {like.dtype}.",
+            next_step="Load it in bf16, choose weights= int8 or int4, or omit packed=.",
+        )
 
 
 def _check_device(model: Any, weights: str) -> None:
@@ -347,7 +379,8 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
         # Bundles from older versions have only `threshold`.
         masks = [getattr(activation, name, None) for name in ("threshold", "gate_mask")]
         row = ACTIVATIONS[activation.name]
-        if not dense and not row.makes_zeros and masks == [None, None] and not site_rules(model.config):
+        has_zeros = row.makes_zeros or masks != [None, None] or site_rules(model.config)
+        if not dense and not has_zeros and not getattr(model.config, "weight_sparsity", None):
             sparse = activation_names(lambda row: row.makes_zeros)
             raise ModelError(
                 f"The model is dense: {row.name} makes no zeros, so there is nothing to skip.",

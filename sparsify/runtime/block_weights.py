@@ -17,12 +17,13 @@ from sparsify.models.quantised import BlockMatrix, product
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.masks import is_masked_linear
 from sparsify.runtime.native_step import Projections, projections
+from sparsify.runtime.packed import PackedMatrix
 
 
 class BlockProduct:
     """Forward of a linear layer whose weight is only in blocks; its mask and remainder, if it has any, stay."""
 
-    def __init__(self, matrix: BlockMatrix, module: nn.Module, *, by_columns: bool) -> None:
+    def __init__(self, matrix: BlockMatrix | PackedMatrix, module: nn.Module, *, by_columns: bool) -> None:
         self.matrix, self.by_columns = matrix, by_columns
         self._module, self._masked = module, module if is_masked_linear(module) else None
 
@@ -51,7 +52,7 @@ def drop_projections(model: Any, given: Projections) -> None:
     """Frees the weights of the attention's projections and of the output layer, one after the other."""
     for name, module in projections(model).items():
         matrix = given.matrix(name, module)
-        assert isinstance(matrix, BlockMatrix)
+        assert not isinstance(matrix, torch.Tensor)
         module.forward = BlockProduct(matrix, module, by_columns=given.by_columns(name))
         _empty(module, "weight")
         given.freeze(name)

@@ -35,6 +35,9 @@ UNITS = {
     "f16": ("format.cpp", "-DSPARSIFY_FORMAT=F16"),
     "int8": ("format.cpp", "-DSPARSIFY_FORMAT=Int8Blocks"),
     "int4": ("format.cpp", "-DSPARSIFY_FORMAT=Int4Blocks"),
+    "packed_bf16": ("format.cpp", "-DSPARSIFY_FORMAT=PackedBf16"),
+    "packed_int8": ("format.cpp", "-DSPARSIFY_FORMAT=PackedInt8"),
+    "packed_int4": ("format.cpp", "-DSPARSIFY_FORMAT=PackedInt4"),
 }
 """What is compiled, each on a core of its own: the source file and its flags."""
 OPENMP = ("-fopenmp",)

@@ -13,7 +13,7 @@ from torch import nn
 from sparsify.errors import ModelError
 from sparsify.models.activations import ACTIVATIONS, Activation
 from sparsify.models.projection_masks import masked_product
-from sparsify.models.quantised import BlockMatrix, KeptBlocks, product
+from sparsify.models.quantised import BlockFormat, BlockMatrix, KeptBlocks, product
 from sparsify.runtime.columns import columns_first, rows_first
 from sparsify.runtime.ffn import Routing, backend_of, sparse_experts, sparse_ffn
 from sparsify.runtime.masks import (
@@ -27,6 +27,7 @@ from sparsify.runtime.masks import (
     router_of,
     thresholds_of,
 )
+from sparsify.runtime.packed import PACKED, KeptPacked
 from sparsify.runtime.triton_columns import masked_by_triton
 from sparsify.runtime.triton_ffn import triton_can
 from sparsify.runtime.weights import (
@@ -45,6 +46,13 @@ WORTHWHILE_TOKENS = {("cpu", torch.bfloat16): 4}
 which multiplies in bf16, is faster."""
 
 
+def kept_weights(blocks: BlockFormat | None, *, packed: bool) -> KeptBlocks | None:
+    """Where copies of weights for decoding are kept: in blocks, packed, or both; None for none."""
+    if packed:
+        return KeptPacked(PACKED[blocks])
+    return None if blocks is None else KeptBlocks(blocks)
+
+
 class BlockForward:
     """A block's forward that reads only the rows it needs, and counts them.
 
@@ -56,7 +64,7 @@ class BlockForward:
 
     def __init__(self, block: Any, options: Options) -> None:
         self.block, self.options = block, options
-        self.kept = KeptBlocks(options.blocks) if options.blocks is not None else None
+        self.kept = kept_weights(options.blocks, packed=options.packed)
         self._norm_input: torch.Tensor | None = None
         self._watching: Any = None
         self._stack: Predictor | None = None

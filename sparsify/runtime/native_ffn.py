@@ -12,6 +12,7 @@ from sparsify.models.activations import Activation, GateKind, UpKind
 from sparsify.models.masking import kept_count
 from sparsify.models.quantised import BlockMatrix
 from sparsify.runtime.build import kernels
+from sparsify.runtime.packed import PackedMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
 MAX_TOKENS = 8
@@ -27,7 +28,7 @@ _GATE_KINDS: dict[GateKind, int] = {
     "gelu_tanh": 4,
 }
 _UP_KINDS: dict[UpKind, int] = {"identity": 0, "relu": 1}
-_BLOCK_FORMATS = {"int8": 1, "int4": 2}
+_FORMATS = {"int8": 1, "int4": 2, "packed_bf16": 3, "packed_int8": 4, "packed_int4": 5}
 
 COUNTS = ("offered", "gate_rows", "up_rows", "down_rows", "gate_columns", "up_columns")
 
@@ -137,8 +138,8 @@ def ffn_call(
     router, bias = weights.router, None
     if router is not None:
         parts["router"], bias = router.weight.to(dtype), router.bias.detach().float().contiguous()
-    rows = {name: _whole_rows(part) for name, part in parts.items()}
-    held: list[Any] = list(rows.values())
+    read = {name: c_matrix(part) for name, part in parts.items()}
+    held: list[Any] = [rows for _, rows in read.values()]
     thresholds = dict(zip(("product", "gate"), weights.thresholds_for(weights.gate.device), strict=True))
     masks = {
         f"{name}_mask": CMask(thresholds=values.data_ptr(), rule=THRESHOLD)
@@ -171,7 +172,7 @@ def ffn_call(
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
         copy_threshold=0.0 if copies is None else copies.threshold,
-        **{name: CMatrix(part.data_ptr(), part.stride(0)) for name, part in rows.items()},
+        **{name: matrix for name, (matrix, _) in read.items()},
         **{name: values.data_ptr() for name, values in constants.items()},
         **{name: ctypes.pointer(mask) for name, mask in masks.items()},
     )
@@ -212,15 +213,17 @@ def c_mask(mask: Any, count: int, dtype: torch.dtype, held: list[Any]) -> CMask:
 
 def c_matrix(matrix: Matrix) -> tuple[CMatrix, torch.Tensor]:
     """A matrix as C++ reads it, and the tensor that must live as long."""
+    if isinstance(matrix, PackedMatrix):
+        return CMatrix(matrix.data.data_ptr(), matrix.row_bytes), matrix.data
     rows = _whole_rows(matrix)
     return CMatrix(rows.data_ptr(), rows.stride(0)), rows
 
 
 def weight_format(matrix: Matrix) -> int:
     """Number of a matrix's format in C++: 0 as stored."""
-    return _BLOCK_FORMATS[matrix.format] if isinstance(matrix, BlockMatrix) else 0
+    return 0 if isinstance(matrix, torch.Tensor) else _FORMATS[matrix.format]
 
 
-def _whole_rows(matrix: Matrix) -> torch.Tensor:
+def _whole_rows(matrix: torch.Tensor | BlockMatrix) -> torch.Tensor:
     matrix = matrix.data if isinstance(matrix, BlockMatrix) else matrix
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -16,7 +16,7 @@ from sparsify.models.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.build import kernels
 from sparsify.runtime.cache_store import Place
 from sparsify.runtime.columns import columns_first, rows_first
-from sparsify.runtime.forwards import BlockForward
+from sparsify.runtime.forwards import BlockForward, kept_weights
 from sparsify.runtime.masks import bases_of, constant_of, low_rank_of, num_bytes, own_mask, own_part
 from sparsify.runtime.native_ffn import (
     NATIVE_DTYPES,
@@ -160,10 +160,12 @@ class Projections:
     Args:
         blocks: Format of the blocks; None as stored.
         held: Projections that are held by columns, of `held_by_columns`.
+        packed: Whether zeros among the attention's weights are left out.
     """
 
-    def __init__(self, blocks: BlockFormat | None, held: frozenset[str] = frozenset()) -> None:
+    def __init__(self, blocks: BlockFormat | None, held: frozenset[str] = frozenset(), *, packed: bool = False) -> None:
         self._blocks: BlockFormat | None = blocks
+        self._packed = packed
         self._held = held
         self._kept: dict[str, KeptBlocks] = {}
 
@@ -174,10 +176,13 @@ class Projections:
     def matrix(self, name: str, linear: nn.Linear) -> Matrix:
         """The weight of one of `projections`, [outputs, inputs], or its transpose if it is held by columns."""
         weight, by_columns = linear.weight, self.by_columns(name)
-        if self._blocks is None:
-            return columns_first(weight) if by_columns else rows_first(weight)
-        format = head_format(self._blocks) if name == HEAD else self._blocks
-        kept = self._kept.setdefault(name, KeptBlocks(format))
+        if name not in self._kept:
+            format = head_format(self._blocks) if name == HEAD and self._blocks is not None else self._blocks
+            kept = kept_weights(format, packed=self._packed and name != HEAD)
+            if kept is None:
+                return columns_first(weight) if by_columns else rows_first(weight)
+            self._kept[name] = kept
+        kept = self._kept[name]
         return kept.of(0, (weight,), lambda: (weight.mT if by_columns else weight,))[0]
 
     def freeze(self, name: str) -> None:
@@ -186,8 +191,12 @@ class Projections:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of blocks."""
+        """Memory of blocks and packed weights."""
         return sum(one.num_bytes for one in self._kept.values())
+
+    def replaced_bytes(self, model: Any) -> int:
+        """Bytes of the stored weights that steps do not read, since they read these."""
+        return sum(one.weight.nbytes for name, one in projections(model).items() if name in self._kept)
 
 
 def norms_all_heads(attention: Any) -> bool:

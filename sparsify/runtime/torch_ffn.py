@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from sparsify.models.activations import Activation
 from sparsify.models.ffn_activation import GATE_FACTORS, UP_FACTORS
 from sparsify.models.masking import largest
-from sparsify.models.quantised import BlockMatrix, product, rounded_states
+from sparsify.models.quantised import product, rounded_states
 from sparsify.runtime.weights import Copies, FfnWeights, Matrix, Router, RowsRead
 
 GATHER_SHARE = 0.2
@@ -101,7 +101,7 @@ def portable_ffn(
 
 def _read_as(x: torch.Tensor, weights: FfnWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """An input as products with rows read it, and as sums of columns do."""
-    if not weights.in_blocks:
+    if not weights.rounds_states:
         return x, x
     own = x.to(torch.promote_types(x.dtype, torch.float32))
     return rounded_states(x).to(own.dtype), own
@@ -113,7 +113,7 @@ def _with_constant(outputs: torch.Tensor, constant: torch.Tensor | None, rows: R
 
 def _rows(matrix: Matrix, rows: Rows, x: torch.Tensor) -> torch.Tensor:
     """The selected rows, in x's dtype."""
-    return matrix.dequantised(rows, x.dtype) if isinstance(matrix, BlockMatrix) else matrix[rows]
+    return matrix[rows] if isinstance(matrix, torch.Tensor) else matrix.dequantised(rows, x.dtype)
 
 
 def _column_sums(x: torch.Tensor, matrix: Matrix, dense: bool) -> tuple[torch.Tensor, int]:

@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol
 import torch
 
 from sparsify.models.quantised import BlockFormat, BlockMatrix
+from sparsify.runtime.packed import PackedMatrix
 
-Matrix = torch.Tensor | BlockMatrix
+Matrix = torch.Tensor | BlockMatrix | PackedMatrix
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,13 @@ class FfnWeights:
 
     @property
     def in_blocks(self) -> bool:
-        return isinstance(self.gate, BlockMatrix)
+        """Whether they are in blocks, or packed."""
+        return not isinstance(self.gate, torch.Tensor)
+
+    @property
+    def rounds_states(self) -> bool:
+        """Whether products with rows round what they read, as blocks do."""
+        return not isinstance(self.gate, torch.Tensor) and self.gate.format != "packed_bf16"
 
     @property
     def row_bytes(self) -> int:
@@ -253,13 +260,15 @@ class FfnWeights:
 
     def _fits(self, part: Matrix, dtype: torch.dtype) -> bool:
         """Whether a part has x's dtype or, among the three matrices, the same block format as the others."""
-        if isinstance(part, BlockMatrix):
+        if not isinstance(part, torch.Tensor):
             return _kind(part) == _kind(self.gate)
         return part.dtype == dtype and not (self.in_blocks and (part is self.up or part is self.down_t))
 
 
 def line_bytes(matrix: Matrix) -> int:
-    """Bytes of a row in memory."""
+    """Bytes of a row in memory; of packed rows, in the mean."""
+    if isinstance(matrix, PackedMatrix):
+        return matrix.row_bytes
     lines = matrix.data if isinstance(matrix, BlockMatrix) else matrix
     return lines.shape[-1] * lines.element_size()
 
@@ -286,6 +295,8 @@ class LineBytes:
 
 
 def _kind(part: Matrix) -> str:
+    if isinstance(part, PackedMatrix):
+        return part.format
     return f"{part.format} blocks" if isinstance(part, BlockMatrix) else str(part.dtype)
 
 
@@ -314,6 +325,7 @@ class Options:
         blocks: Format of the weights; None as stored.
         dense: Read every row.
         by_columns: Projections that are held by columns, of `held_by_columns`.
+        packed: Whether zeros among the weights are left out.
     """
 
     max_tokens: int | None
@@ -322,6 +334,7 @@ class Options:
     blocks: BlockFormat | None = None
     dense: bool = False
     by_columns: frozenset[str] = frozenset()
+    packed: bool = False
 
 
 class RowsRead:

@@ -62,7 +62,7 @@ extern "C" {
 int sparsify_ffn(sparsify::FfnCall* call) {
     using namespace sparsify;
     if (call->dtype < FP32 || call->dtype > FP16) return 2;
-    if (call->weight_format < STORED || call->weight_format > INT4) return 3;
+    if (call->weight_format < STORED || call->weight_format > PACKED_INT4) return 3;
     const bool fits = with_batch(call->tokens, [&](auto batch) {
         step::with_format(call->weight_format, call->dtype, [&](auto format) { run<decltype(format), decltype(batch)::value>(*call); });
     });

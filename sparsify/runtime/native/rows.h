@@ -3,7 +3,7 @@
 // Every dot product is summed in one fixed order, so that the result is the same bits for any number of threads.
 #pragma once
 
-#include "block_sums.h"
+#include "packed.h"
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +16,8 @@
 namespace sparsify {
 
 enum Dtype : int32_t { FP32 = 0, BF16 = 1, FP16 = 2 };
-enum WeightFormat : int32_t { STORED = 0, INT8 = 1, INT4 = 2 };  // STORED: of the dtype of the hidden states
+// STORED: of the dtype of the hidden states. Packed: of sparse weights.
+enum WeightFormat : int32_t { STORED = 0, INT8 = 1, INT4 = 2, PACKED_BF16 = 3, PACKED_INT8 = 4, PACKED_INT4 = 5 };
 
 constexpr int MAX_TOKENS = 8;
 constexpr int ROWS = 4;             // rows of one pass: so many concurrent streams saturate the memory bandwidth
@@ -50,11 +51,12 @@ void with_dtype(int32_t dtype, const F& f) {
 
 template <class T>
 const typename T::Stored* row(const Matrix& m, int64_t n) {
+    if constexpr (IsPacked<T>::value) return T::row(m.data, m.place(n));
     return static_cast<const typename T::Stored*>(m.data) + m.place(n) * m.row_stride;
 }
 
 template <class T>
-int64_t bytes_of(const Matrix& m) {  // of a row
+int64_t bytes_of(const Matrix& m) {  // of a row; in the mean, of packed ones
     return m.row_stride * static_cast<int64_t>(sizeof(typename T::Stored));
 }
 
@@ -74,6 +76,9 @@ struct Input {
     template <class T, int B>
     void finish() {
         if constexpr (T::BITS != 0) levels.round(values.data(), B, width, T::BITS);
+#if defined(SPARSIFY_EXPAND)
+        if constexpr (std::is_same_v<T, PackedBf16>) prepare_places(values.data(), B * width);
+#endif
     }
 };
 
@@ -117,10 +122,25 @@ void dot(const typename T::Stored* const* rows, const typename T::Stored* const*
 template <class T, int R, int B>
 SPARSIFY_OUT_OF_LINE void dot_input(const typename T::Stored* const* rows, const typename T::Stored* const* next, const Input& x,
                float (*out)[MAX_TOKENS]) {
+    if constexpr (IsPacked<T>::value) {
+        using D = typename T::Dense;
+#if defined(SPARSIFY_EXPAND)
+        if constexpr (std::is_same_v<T, PackedBf16>) return dot_expanded<R, B>(rows, next, x.values.data(), x.width, out);
+#endif
+        const int64_t elements = dense_elements<D>(x.width);
+        typename D::Stored* room = unpacked_rows<D>(R * elements);
+        const typename D::Stored* unpacked[R];
+        for (int r = 0; r < R; ++r) {
+            T::unpack(rows[r], next[r], x.width, 0, x.width, room + r * elements);
+            unpacked[r] = room + r * elements;
+        }
+        return dot_input<D, R, B>(unpacked, unpacked, x, out);
+    } else {
 #if defined(SPARSIFY_LEVELS)
     if constexpr (T::BITS != 0) return dot_levels<T::BITS, R, B>(rows, next, x.levels, x.width, out);
 #endif
     dot<T, R, B>(rows, next, x.values.data(), x.width, out);
+    }
 }
 
 // Dot products of `count` listed rows (or of rows first, first + 1, ... without a list); calls take(n, values over tokens).
@@ -194,9 +214,52 @@ void add_rows(const Matrix& m, const int32_t* list, int64_t left, const float* f
 }
 
 // sums[b][columns] = the sum of factors[row][b] * m[row][columns] over all listed rows in their order, for one thread's columns.
+// The same for packed rows, so many at a time as are added together.
+template <class T, int B>
+void add_packed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
+                int64_t end) {
+    using D = typename T::Dense;
+    static constexpr int32_t ORDER[ROWS] = {0, 1, 2, 3};
+    const int64_t elements = dense_elements<D>(width), count = static_cast<int64_t>(list.size());
+    typename D::Stored* room = unpacked_rows<D>(ROWS * elements);
+    const Matrix unpacked{room, elements};
+    for (int b = 0; b < B; ++b) std::fill(sums + b * width + begin, sums + b * width + end, 0.0f);
+#if defined(SPARSIFY_EXPAND)
+    if constexpr (std::is_same_v<T, PackedBf16>) {
+        const uint8_t *rows[ROWS], *next[ROWS];
+        float own[ROWS][B];
+        for (int64_t i = 0; i < count; i += ROWS) {
+            const int64_t some = std::min<int64_t>(ROWS, count - i);
+            for (int64_t r = 0; r < some; ++r) {
+                rows[r] = row<T>(m, list[i + r]);
+                next[r] = row<T>(m, list[std::min(i + ROWS + r, count - 1)]);
+                std::copy_n(factors + static_cast<int64_t>(list[i + r]) * B, B, own[r]);
+            }
+            if (some == ROWS) add_expanded<ROWS, B>(rows, next, own, sums, width, begin, end);
+            else for (int64_t r = 0; r < some; ++r) add_expanded<1, B>(rows + r, next + r, own + r, sums, width, begin, end);
+        }
+        for (int b = 0; b < B; ++b) unsort_places(sums + b * width + begin, end - begin);
+        return;
+    }
+#endif
+    float own[ROWS * B];
+    for (int64_t i = 0; i < count; i += ROWS) {
+        const int64_t some = std::min<int64_t>(ROWS, count - i);
+        for (int64_t r = 0; r < some; ++r) {
+            const auto* next = row<T>(m, list[std::min(i + ROWS + r, count - 1)]);
+            T::unpack(row<T>(m, list[i + r]), next, width, begin, end, room + r * elements);
+            std::copy_n(factors + static_cast<int64_t>(list[i + r]) * B, B, own + r * B);
+        }
+        if (some == ROWS) add_rows<D, ROWS, B>(unpacked, ORDER, ROWS, own, sums, width, begin, end);
+        else for (int64_t r = 0; r < some; ++r) add_rows<D, 1, B>(unpacked, ORDER + r, some - r, own, sums, width, begin, end);
+    }
+}
+
 template <class T, int B>
 SPARSIFY_OUT_OF_LINE void add_listed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
                 int64_t end) {
+    if constexpr (IsPacked<T>::value) return add_packed<T, B>(m, list, factors, sums, width, begin, end);
+    else {
 #if defined(SPARSIFY_WORDS)
     if constexpr (T::BITS != 0) {
         for (int64_t i = begin; i < end; i += SUMMED_BLOCKS * BLOCK)
@@ -209,6 +272,7 @@ SPARSIFY_OUT_OF_LINE void add_listed(const Matrix& m, const std::vector<int32_t>
     int64_t i = 0;
     for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(m, list.data() + i, count - i, factors, sums, width, begin, end);
     for (; i < count; ++i) add_rows<T, 1, B>(m, list.data() + i, count - i, factors, sums, width, begin, end);
+    }
 }
 
 // Runs f(thread, threads) on so many threads, which all see the same barriers.

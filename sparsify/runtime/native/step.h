@@ -270,6 +270,9 @@ template <class F>
 void with_format(int32_t format, int32_t dtype, const F& f) {
     if (format == INT8) f(Int8Blocks());
     else if (format == INT4) f(Int4Blocks());
+    else if (format == PACKED_BF16) f(PackedBf16());
+    else if (format == PACKED_INT8) f(PackedInt8());
+    else if (format == PACKED_INT4) f(PackedInt4());
     else with_dtype(dtype, f);
 }
 
