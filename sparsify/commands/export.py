@@ -28,6 +28,11 @@ from sparsify.runs.load import load
 logger = logging.getLogger(__name__)
 
 FORMATS = ("hf", "llamacpp", "powerinfer", "powerinfer_hf")
+WITHOUT_READERS = {
+    "compressed_tensors": "compressed-tensors dropped its formats of sparse weights (its pull request 610), and so did vLLM, the engine that "
+    "read them (vllm-project/vllm pull request 36799)",
+}
+"""Formats that somebody may look for, each with the reason why it would be of no use."""
 LLAMACPP_OPTIONS = ("--dtype", "--context-tokens")
 STATISTICS_TOKENS = 16_384
 """Default number of tokens on which firing neurons are counted."""
@@ -46,6 +51,11 @@ class PowerInferOptions:
 
 def check_options(layout: str, options: PowerInferOptions, bundle_options: Sequence[str]) -> None:
     """Refuses an unknown format (RecipeError), and options that it would ignore (ExportError)."""
+    if layout in WITHOUT_READERS:
+        raise ExportError(
+            f"--format {layout} is not written: {WITHOUT_READERS[layout]}.",
+            allowed=f"Formats: {', '.join(FORMATS)}. hf stores sparse weights with their zeros, which every engine reads.",
+        )
     check_choice("--format", layout, FORMATS)
     given = list(bundle_options)
     if layout == "hf":

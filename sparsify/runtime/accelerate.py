@@ -182,7 +182,7 @@ def accelerate(
         keep_weights: Whether the stored weights stay in addition to int8 or int4 blocks. Without them prompts are multiplied with the
             blocks, too, and the model can be neither saved, moved nor trained. It changes nothing for `stored`.
         dense: Read every row: the baseline of speed-ups. A dense model is accepted, too.
-        packed: Whether zeros among the weights are left out of what is read, at one bit for each weight: a copy of the weights of all
+        packed: Whether zeros among the weights are skipped, at one bit for each weight: a copy of the weights of all
             projections. By default where `config.weight_sparsity` says that they are sparse, this is a CPU with the compiled kernels,
             weights are bf16, int8 or int4, and not `dense`. The output layer stays dense.
         memory: Most memory of this process, everything included, such as "4GB"; None for a model that is in memory.

@@ -160,7 +160,7 @@ class Projections:
     Args:
         blocks: Format of the blocks; None as stored.
         held: Projections that are held by columns, of `held_by_columns`.
-        packed: Whether zeros among the attention's weights are left out.
+        packed: Whether zeros among the attention's weights are skipped.
     """
 
     def __init__(self, blocks: BlockFormat | None, held: frozenset[str] = frozenset(), *, packed: bool = False) -> None:

@@ -325,7 +325,7 @@ class Options:
         blocks: Format of the weights; None as stored.
         dense: Read every row.
         by_columns: Projections that are held by columns, of `held_by_columns`.
-        packed: Whether zeros among the weights are left out.
+        packed: Whether zeros among the weights are skipped.
     """
 
     max_tokens: int | None
