@@ -53,7 +53,9 @@ class SparseGpt(WeightPruning):
         if seen.num_rows < needed:
             because = f"{seen.num_rows:,} of at least {needed:,} calibration tokens reached it"
             return wanda_or_magnitude(weight, seen, zeros, because)
-        upper = inverse_factor(seen.products, settings.damping)
+        if not seen.is_factored:  # once for all matrices that read the same
+            seen.factor, seen.is_factored = inverse_factor(seen.products, settings.damping), True
+        upper = seen.factor
         if upper is None:
             return wanda_or_magnitude(weight, seen, zeros, "its Hessian is singular")
         dead = seen.products.diagonal() == 0

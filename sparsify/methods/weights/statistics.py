@@ -11,12 +11,17 @@ class InputStatistics:
     Args:
         num_channels: Elements of a row.
         products: Whether the sum of x xᵀ is kept, not only its diagonal: 8 bytes for each pair of channels.
+
+    Attributes:
+        factor: What a method makes of the products once it `is_factored`.
     """
 
     def __init__(self, num_channels: int, device: torch.device, *, products: bool) -> None:
         self.num_rows = 0
         self.energies = torch.zeros(num_channels, dtype=torch.float64, device=device)
         self.products: torch.Tensor | None = None
+        self.factor: torch.Tensor | None = None
+        self.is_factored = False
         if products:
             self.products = torch.zeros(num_channels, num_channels, dtype=torch.float64, device=device)
 

@@ -292,7 +292,7 @@ void add_expanded(const uint8_t* const* rows, const uint8_t* const* next, const 
             if ((at & 32) == 0)
                 for (int r = 0; r < R; ++r) prefetch(next[r] + (stored[r] - rows[r]), 64);
             __m512i weights[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 uint32_t own;
                 std::memcpy(&own, bits[r] + (at - first) / 8, sizeof own);
@@ -302,7 +302,7 @@ void add_expanded(const uint8_t* const* rows, const uint8_t* const* next, const 
             for (int b = 0; b < B; ++b) {
                 float* place = sums + b * width + at;
                 __m512 low = _mm512_loadu_ps(place), high = _mm512_loadu_ps(place + 16);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
                 for (int r = 0; r < R; ++r) {
                     const __m512 factor = _mm512_set1_ps(factors[r][b]);
                     low = _mm512_fmadd_ps(even(weights[r]), factor, low);

@@ -226,16 +226,17 @@ void add_packed(const Matrix& m, const std::vector<int32_t>& list, const float* 
     for (int b = 0; b < B; ++b) std::fill(sums + b * width + begin, sums + b * width + end, 0.0f);
 #if defined(SPARSIFY_EXPAND)
     if constexpr (std::is_same_v<T, PackedBf16>) {
-        const uint8_t *rows[ROWS], *next[ROWS];
-        float own[ROWS][B];
-        for (int64_t i = 0; i < count; i += ROWS) {
-            const int64_t some = std::min<int64_t>(ROWS, count - i);
+        constexpr int AT_ONCE = B <= 2 ? 2 * ROWS : ROWS;
+        const uint8_t *rows[AT_ONCE], *next[AT_ONCE];
+        float own[AT_ONCE][B];
+        for (int64_t i = 0; i < count; i += AT_ONCE) {
+            const int64_t some = std::min<int64_t>(AT_ONCE, count - i);
             for (int64_t r = 0; r < some; ++r) {
                 rows[r] = row<T>(m, list[i + r]);
-                next[r] = row<T>(m, list[std::min(i + ROWS + r, count - 1)]);
+                next[r] = row<T>(m, list[std::min(i + AT_ONCE + r, count - 1)]);
                 std::copy_n(factors + static_cast<int64_t>(list[i + r]) * B, B, own[r]);
             }
-            if (some == ROWS) add_expanded<ROWS, B>(rows, next, own, sums, width, begin, end);
+            if (some == AT_ONCE) add_expanded<AT_ONCE, B>(rows, next, own, sums, width, begin, end);
             else for (int64_t r = 0; r < some; ++r) add_expanded<1, B>(rows + r, next + r, own + r, sums, width, begin, end);
         }
         for (int b = 0; b < B; ++b) unsort_places(sums + b * width + begin, end - begin);

@@ -24,6 +24,7 @@ from sparsify.plan import make_plan
 from sparsify.recipe.compose import compose_recipe
 from sparsify.runs.run_folder import RunFolder
 from tests.conftest import Command, Setup
+from tests.ranks import records
 from tests.runtime.blocks import IDS
 
 SPARSE = [
@@ -137,6 +138,20 @@ def test_a_second_run_adds_zeros_to_the_result_of_the_first(
     for other in (folder / "baseline" / "initial", folder / "teacher"):
         assert torch.equal(load_sparse(other)(IDS).logits, dense)
     assert compare([folder, folder / "baseline"]).runs[0].baseline is not None
+
+
+@pytest.mark.slow
+def test_zeros_hold_when_a_run_continues_with_other_processes_and_another_stage(
+    command: Command, tmp_path: Path
+) -> None:
+    plain = [one for one in SPARSE if not one.startswith(("baseline", "distillation"))]
+    run_command(*command(Setup("mixtral", 2, 2, "fp32"), tmp_path / "run"), *plain)
+    longer = [*plain, "training.budget_tokens=2048"]
+    run_command(*command(Setup("mixtral", 3, 1, "fp32"), tmp_path / "run"), *longer)
+    folders = tmp_path / "run" / "initial", tmp_path / "run" / "export"
+    config = load_sparse(folders[1]).config
+    assert lost_zeros(config, *map(TensorReader, folders)) == {}
+    assert sum(line["kind"] == "train" for line in records(tmp_path / "run")) == 4
 
 
 def test_a_sparse_source_has_no_dense_baseline_unless_it_is_named(run: Path, recipe_file: Path) -> None:
