@@ -193,13 +193,16 @@ def _stage_names(run: RunFolder) -> dict[str, str]:
     if not config:
         return {}
     base = activation_words(config["base_ffn_activation"], is_masked=run.has_source_mask)
+    replaced = "right after the activation replacement"
+    if run.has_sparse_weights:
+        replaced = "right after the conversion"
+    elif is_blended(run):
+        replaced = "what the bare replacement would be"
+    elif run.recipe.is_file() and run.load_recipe().conversion.method in UPCYCLINGS:
+        replaced = "right after upcycling"
     return {
         "base": f"{base} base",
-        "after_replacement": "what the bare replacement would be"
-        if is_blended(run)
-        else "right after upcycling"
-        if run.recipe.is_file() and run.load_recipe().conversion.method in UPCYCLINGS
-        else "right after the activation replacement",
+        "after_replacement": replaced,
         "blending": "while blending",
         "soft routing": "while groups are soft",
         "training": "after training",
