@@ -77,7 +77,7 @@ class PackedMatrix:
         if self.format != "packed_bf16":
             scales = torch.from_numpy(data[_span(at, columns // BLOCK * 2)]).view(torch.bfloat16).float()
             at = at + columns // BLOCK * 2
-        counts = is_stored.reshape(len(at), -1, GROUP).sum(2)
+        counts = is_stored.reshape(len(at), columns // GROUP, GROUP).sum(2)
         behind = at[:, None] + _value_bytes(counts, self.format).cumsum(1)
         begin = behind - _value_bytes(counts, self.format)
         row, column = is_stored.nonzero()
@@ -188,7 +188,7 @@ def _value_bytes(counts: NDArray[np.int64], format: PackedFormat) -> NDArray[np.
 
 def _number_in_group(is_stored: NDArray[np.bool_]) -> NDArray[np.int64]:
     """Of each stored value [rows, columns], how many of its group are in front of it."""
-    groups = is_stored.reshape(len(is_stored), -1, GROUP)
+    groups = is_stored.reshape(len(is_stored), is_stored.shape[1] // GROUP, GROUP)
     return (groups.cumsum(2) - 1).reshape(is_stored.shape)
 
 

@@ -96,13 +96,11 @@ def test_blocks_are_those_in_float64(
     own = ALL[activation]
     thresholds = thresholds_between(products_of(states, plain, own)) if mask else None
     weights = replace(dense, gate=packed[0], up=packed[1], down_t=packed[2], thresholds=thresholds)
-    found, rows = sparse_ffn(x, weights, own, backend="native", threads=threads)
+    found, _ = sparse_ffn(x, weights, own, backend="native", threads=threads)
     error = difference(found, x, replace(plain, thresholds=thresholds), own, states)
     assert error <= 2e-2 + WORDS
-    other, other_rows = sparse_ffn(x, weights, own, backend="torch")
+    other, _ = sparse_ffn(x, weights, own, backend="torch")
     assert difference(other, x, replace(plain, thresholds=thresholds), own, states) <= 2e-2
-    # Neurons of small factors may be rounded to zero by either.
-    assert abs(rows.down - other_rows.down) <= max(2, 0.05 * neurons)
 
 
 @formats
