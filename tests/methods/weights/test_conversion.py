@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -112,8 +113,9 @@ def test_it_follows_an_activation_replacement_in_one_conversion(calibrate: Calib
 
 
 def test_an_interrupted_conversion_resumes_with_the_same_bits(
-    pruned: dict[str, Calibrated], calibrate: Calibrate, tmp_path: Path
+    pruned: dict[str, Calibrated], calibrate: Calibrate, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "sparsify")
     with killed_after("Layer 1 of 2"):
         calibrate("mixtral", "swiglu", tmp_path / "again", **GPT)
     again = calibrate("mixtral", "swiglu", tmp_path / "again", **GPT)
