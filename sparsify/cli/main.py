@@ -40,6 +40,7 @@ from sparsify.cli.options import (
     status_line,
 )
 from sparsify.cli.predictors import predictors_app
+from sparsify.cli.simulate import simulate
 from sparsify.errors import UserError
 from sparsify.launch.child import INTERRUPTED, Interrupted
 from sparsify.metadata import user_path
@@ -62,6 +63,7 @@ app.add_typer(export_app, name="export")
 app.add_typer(bench_app, name="bench")
 app.command()(evaluate)
 app.command()(generate)
+app.command()(simulate)
 
 UNUSABLE_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO)
 """Errors of a path that was named; what is wrong with the disk is said where it is read or written."""

@@ -90,6 +90,7 @@ REQUIRED = {
     ("mixture", "tune"): ["--over", "token_shares", "--trials", "4", "--trial-tokens", "4096"],
     ("convert",): ["--to", "out"],
     ("export", "write"): ["--to", "out"],
+    ("simulate",): ["--device", "phone"],
 }
 
 

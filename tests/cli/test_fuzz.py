@@ -443,6 +443,7 @@ def check_text_option(place: Place, ends: Ask, draw: Callable[[Any], Any]) -> No
         ("mixture", "tune"): ["--over", "token_shares", "--trials", "4", "--trial-tokens", "4096"],
         ("convert",): ["--to", OUT],
         ("export", "write"): ["--to", OUT],
+        ("simulate",): ["--device", "phone"],
     }
     positional = {
         ("recipes", "copy"): ["quickstart", "none/x.yaml"],

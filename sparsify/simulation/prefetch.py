@@ -1,0 +1,200 @@
+"""Guesses of what a layer will need, so that it can be read while the layer before it computes.
+
+| prefetcher    | guesses for a layer                                                                                           |
+|---------------|---------------------------------------------------------------------------------------------------------------|
+| `none`        | nothing                                                                                                       |
+| `persistence` | what it needed for the token before                                                                           |
+| `hot`         | what it needs most often                                                                                      |
+| `cluster`     | what it needs where the layer before it needs what it needs now: patterns of other text in clusters           |
+| `low_rank`    | what a linear predictor of low rank says that reads the input of the layer before it                          |
+
+The last three are fitted to other sequences and guess as many slots as the layer needs there on average. For the first layer, before the
+token is known, `cluster` and `low_rank` are `hot`. Clusters of patterns are those of arXiv 2507.14179; that patterns are predictable
+enough to prefetch by them is the claim of arXiv 2412.12178, which does not say how it predicts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsify.simulation.trace import Masks
+
+PREFETCHERS = ("none", "persistence", "hot", "cluster", "low_rank")
+FITTED = PREFETCHERS[2:]
+"""Those that are fitted to other sequences."""
+CLUSTERS = 32
+RANK = 32
+RIDGE = 0.03
+"""Of the low-rank predictor, as a share of the mean of its Gram matrix's diagonal."""
+ROUNDS = 8
+"""Of k-means."""
+
+Slots = NDArray[np.bool_]
+Rows = NDArray[np.float16]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known when a layer's slots are guessed.
+
+    Attributes:
+        needed: What the layer before it needs for this token, bool [slots]; None for the first layer.
+        inputs: What that layer's block reads, [hidden]; None for the first layer, or where it was not recorded.
+        before: What the layer itself needed for the token before; None at the first token.
+    """
+
+    needed: Slots | None
+    inputs: Rows | None
+    before: Slots | None
+
+
+class Prefetcher(Protocol):
+    """Guesses the slots of one unit of one layer."""
+
+    def guess(self, seen: Seen) -> Slots:
+        """What to read, bool [slots]."""
+        ...
+
+
+class Persistence:
+    def __init__(self, slots: int) -> None:
+        self._nothing = np.zeros(slots, np.bool_)
+
+    def guess(self, seen: Seen) -> Slots:
+        return self._nothing if seen.before is None else seen.before
+
+
+class Hot:
+    """The most frequent slots.
+
+    Args:
+        masks: Of other text, [tokens, slots].
+    """
+
+    def __init__(self, masks: Masks) -> None:
+        self._hot = likeliest(masks.mean(0), mean_needed(masks))
+
+    def guess(self, seen: Seen) -> Slots:
+        return self._hot
+
+
+class Clusters:
+    """Centres of the patterns of the layer before, by k-means, and the slots that are likely in each cluster.
+
+    Args:
+        previous: Masks of the layer before, [tokens, slots].
+        masks: Of the layer itself, for the same tokens.
+        seed: Of the first centres.
+    """
+
+    def __init__(self, previous: Masks, masks: Masks, seed: int) -> None:
+        self._centres, members = _k_means(previous.astype(np.float32), CLUSTERS, seed)
+        count = mean_needed(masks)
+        frequencies = [masks[members == one].mean(0) for one in range(len(self._centres))]
+        self._likely = np.stack([likeliest(frequency, count) for frequency in frequencies])
+
+    def guess(self, seen: Seen) -> Slots:
+        assert seen.needed is not None, "the first layer has none before it"
+        return self._likely[_distances(seen.needed[None].astype(np.float32), self._centres).argmin()]
+
+
+class LowRank:
+    """Scores of the slots, mean + (x - mean x) @ left @ right, x being what the block of the layer before reads.
+
+    Args:
+        inputs: x for other text, [tokens, hidden].
+        masks: Of the layer itself, for the same tokens.
+    """
+
+    def __init__(self, inputs: Rows, masks: Masks) -> None:
+        x, y = inputs.astype(np.float32), masks.astype(np.float32)
+        self._x_mean, self._y_mean = x.mean(0), y.mean(0)
+        x, y = x - self._x_mean, y - self._y_mean
+        gram = x.T @ x
+        ridge = RIDGE * float(gram.trace()) / len(gram) * np.eye(len(gram), dtype=np.float32)
+        weights = np.linalg.solve(gram + ridge, x.T @ y)
+        # The best map of that rank: the full one, projected on the main directions of what it computes for the fitted tokens.
+        _, sizes, directions = np.linalg.svd(x @ weights, full_matrices=False)
+        main = directions[: min(RANK, int((sizes > 0).sum()))]
+        self._left, self._right = weights @ main.T, main
+        self._count = mean_needed(masks)
+
+    def guess(self, seen: Seen) -> Slots:
+        assert seen.inputs is not None, "the first layer has none before it"
+        return likeliest(self._y_mean + (seen.inputs - self._x_mean) @ self._left @ self._right, self._count)
+
+
+@dataclass(frozen=True)
+class OtherText:
+    """What a prefetcher of a layer is fitted to.
+
+    Attributes:
+        masks: Of the layer, [tokens, slots].
+        previous: Of the layer before it; None for the first layer.
+        inputs: What the block of the layer before it reads, [tokens, hidden]; None for the first layer, or if not recorded.
+    """
+
+    masks: Masks
+    previous: Masks | None = None
+    inputs: Rows | None = None
+
+
+def prefetcher(name: str, slots: int, other: OtherText | None, seed: int = 0) -> Prefetcher | None:
+    """The prefetcher of that name for one unit of one layer; None for `none`.
+
+    Args:
+        name: One of PREFETCHERS.
+        slots: Of the unit.
+        other: What it is fitted to; `none` and `persistence` need nothing.
+        seed: Of the first cluster centres.
+
+    Raises:
+        ValueError: If the name is unknown, or what it is fitted to is missing.
+    """
+    if name == "none":
+        return None
+    if name == "persistence":
+        return Persistence(slots)
+    if name not in PREFETCHERS:
+        raise ValueError(f"No prefetcher {name!r}; there are {', '.join(PREFETCHERS)}")
+    if other is None:
+        raise ValueError(f"{name} needs masks of other text")
+    if name == "hot" or other.previous is None:
+        return Hot(other.masks)
+    if name == "cluster":
+        return Clusters(other.previous, other.masks, seed)
+    if other.inputs is None:
+        raise ValueError("low_rank needs the inputs of the blocks, which were not recorded")
+    return LowRank(other.inputs, other.masks)
+
+
+def mean_needed(masks: Masks) -> int:
+    return round(float(masks.sum(1).mean()))
+
+
+def likeliest(scores: NDArray[np.floating], count: int) -> Slots:
+    """The so many slots of the highest score, of equals the first."""
+    chosen = np.zeros(len(scores), np.bool_)
+    chosen[np.argsort(-scores, kind="stable")[:count]] = True
+    return chosen
+
+
+def _k_means(x: NDArray[np.float32], clusters: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Centres of the non-empty clusters, and each row's."""
+    random = np.random.default_rng(seed)
+    centres = x[np.sort(random.permutation(len(x))[: min(clusters, len(x))])]
+    members = _distances(x, centres).argmin(1)
+    for _ in range(ROUNDS):
+        centres = np.stack([x[members == one].mean(0) for one in np.unique(members)])
+        members = _distances(x, centres).argmin(1)
+    used, members = np.unique(members, return_inverse=True)
+    return centres[used], members
+
+
+def _distances(x: NDArray[np.float32], centres: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Squared distances of rows and centres, but for a term that is the same for all centres of a row."""
+    return (centres**2).sum(1) - 2 * x @ centres.T
