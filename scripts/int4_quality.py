@@ -1,9 +1,12 @@
 """What int4 blocks cost in nats per token, next to llama.cpp's Q4_0 rounding of the same weights.
 
-    python scripts/int4_quality.py MODEL --on TEXT [--sequences 64] [--tokens 512]
+    python scripts/int4_quality.py MODEL --on TEXT [--sequences 64] [--tokens 512] [--undo-grid]
 
 MODEL is a folder that `sparsify convert` wrote, or a bundle; TEXT a file. Every projection of the layers is rounded in the order in which
-decoding reads it, the output layer to int8 blocks for both; hidden states are not rounded. Differences are paired by sequence.
+decoding reads it, the output layer to int8 blocks for both; hidden states are not rounded. Printed are the rise of the loss and the
+divergence of the predicted distributions from those of the stored weights, which varies less between texts. Differences are paired by
+sequence. --undo-grid is for weights that come from a file in 4 bits: they lie on a grid of its blocks of rows, which favours roundings
+by rows. Each is moved by a random part of its block's step first, up to a half.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ def q4_0(weight: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(dequantize(stored, GGMLQuantizationType.Q4_0))
 
 
-def int4(weight: torch.Tensor) -> torch.Tensor:
+def int4(weight: torch.Tensor, *, by_columns: bool) -> torch.Tensor:
+    if by_columns:
+        return quantise(weight.T, "int4", by_columns=True).dequantised().T
     return quantise(weight, "int4").dequantised()
 
 
@@ -50,12 +55,22 @@ def rounded(model: SparseModel, kind: str) -> tuple[SparseModel, float]:
             weight.copy_(quantise(weight, "int8").dequantised())
             continue
         # Our kernels hold the down projection by columns.
-        by_columns = kind == "int4 blocks" and name.endswith("down_proj")
-        new = int4(weight.T.contiguous()).T if by_columns else (int4 if kind == "int4 blocks" else q4_0)(weight)
+        new = q4_0(weight) if kind == "Q4_0" else int4(weight, by_columns=name.endswith("down_proj"))
         error += float((new - weight).square().sum())
         size += float(weight.square().sum())
         weight.copy_(new)
     return copy, error / size
+
+
+@torch.no_grad()
+def undo_grid(model: SparseModel) -> None:
+    """Moves every weight of the layers by up to half of the step of its block of 32 in a row, if that has 16 levels."""
+    generator = torch.Generator().manual_seed(0)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            blocks = module.weight.view(len(module.weight), -1, 32)
+            step = (blocks.amax(2, keepdim=True) - blocks.amin(2, keepdim=True)) / 15
+            blocks += (torch.rand(blocks.shape, generator=generator) - 0.5) * step
 
 
 @torch.no_grad()
@@ -65,6 +80,7 @@ def main() -> None:
     parser.add_argument("--on", type=Path, required=True, help="text, or text compressed with gzip")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--undo-grid", action="store_true")
     options = parser.parse_args()
     model = load_sparse(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=False)
@@ -73,16 +89,30 @@ def main() -> None:
         ids = tokenizer(file.read(), return_tensors="pt")["input_ids"][0]
     sequences = ids[: options.sequences * options.tokens]
     sequences = sequences[: len(sequences) // options.tokens * options.tokens].view(-1, options.tokens)
-    losses = {}
-    for kind in ("stored", "int4 blocks", "Q4_0"):
-        variant, error = (model, 0.0) if kind == "stored" else rounded(model, kind)
-        losses[kind] = torch.tensor([variant(one[None], labels=one[None], use_cache=False).loss for one in sequences])
-        print(f"{kind}: {losses[kind].mean():.4f} nats, relative squared error of the weights {error:.6f}", flush=True)
-        del variant
+    if options.undo_grid:
+        undo_grid(model)
+    variants, errors = {"stored": model}, {"stored": 0.0}
+    for kind in ("int4 blocks", "Q4_0"):
+        variants[kind], errors[kind] = rounded(model, kind)
+    measured = {kind: [] for kind in variants}
+    for one in sequences:
+        expected = None
+        for kind, variant in variants.items():
+            shares = variant(one[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+            expected = shares if expected is None else expected
+            loss = -shares.gather(1, one[1:, None]).mean()
+            measured[kind].append(torch.stack([loss, (expected.exp() * (expected - shares)).sum(1).mean()]))
+    table = {kind: torch.stack(values) for kind, values in measured.items()}
+    for kind, values in table.items():
+        print(f"{kind}: {values[:, 0].mean():.4f} nats, relative squared error of the weights {errors[kind]:.6f}")
     for first, second in (("int4 blocks", "stored"), ("Q4_0", "stored"), ("int4 blocks", "Q4_0")):
-        difference = losses[first] - losses[second]
-        interval = 1.96 * float(difference.std()) / math.sqrt(len(difference))
-        print(f"{first} - {second}: {difference.mean():+.4f} ± {interval:.4f} over {len(difference)} sequences")
+        difference = table[first] - table[second]
+        loss, divergence = difference.mean(0).tolist()
+        own, other = (1.96 * difference.std(0) / math.sqrt(len(difference))).tolist()
+        print(
+            f"{first} - {second}: loss {loss:+.4f} ± {own:.4f}, divergence {divergence:+.4f} ± {other:.4f} "
+            f"over {len(difference)} sequences"
+        )
 
 
 if __name__ == "__main__":

@@ -66,10 +66,12 @@ def bench_columns(
     # Below all products if none is dropped.
     threshold = products.float().abs().quantile(1 - kept_share).reshape(1) if kept_share < 1 else torch.full((1,), -1.0)
 
-    def held(matrix: torch.Tensor) -> Matrix:
-        return quantise(matrix, FORMATS[weights]) if weights in FORMATS else matrix.contiguous()
+    def held(matrix: torch.Tensor, *, by_columns: bool = True) -> Matrix:
+        if weights in FORMATS:
+            return quantise(matrix, FORMATS[weights], by_columns=by_columns)
+        return matrix.contiguous()
 
-    by_rows = FfnWeights(held(gate), held(up), held(down_t))
+    by_rows = FfnWeights(held(gate, by_columns=False), held(up, by_columns=False), held(down_t))
     by_columns = replace(
         by_rows,
         gate=held(gate.T),

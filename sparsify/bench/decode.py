@@ -39,8 +39,8 @@ class DecodeSettings:
 
     Args:
         device: `cpu` or `cuda`.
-        dtype: A key of DTYPES, for hidden states, predictors and torch's dense block.
-        weights: Format of the feed-forward weights for the C++ kernels: stored, int8 or int4.
+        dtype: A key of DTYPES, for hidden states and torch's dense block.
+        weights: Format of the weights for the C++ kernels: stored, int8 or int4; predictors are then int8.
         sparsities: Shares of neurons that do not fire.
         batches: Batch sizes in tokens.
         rank: Rank of predictors; None for a quarter of the hidden size.

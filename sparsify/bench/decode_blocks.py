@@ -59,7 +59,8 @@ class Block:
         gate, up = self.gate, self.up
         if isinstance(self.down_t, BlockMatrix):
             gate, up = (quantise(one, self.down_t.format) for one in (gate, up))
-        return FfnWeights(gate, up, self.down_t, predictor=self.predictor)
+        predictor = self.predictor.like(self.x, in_blocks=isinstance(self.down_t, BlockMatrix))
+        return FfnWeights(gate, up, self.down_t, predictor=predictor)
 
 
 def make_blocks(
@@ -104,7 +105,7 @@ def _make_block(
     x, a, b = x.to(device), a.to(device), uniform(neurons, rank).to(device)
     predictor = Predictor(a, b, threshold=0.0)
     gate, up, down_t = (uniform(neurons, hidden).to(device) for _ in range(3))
-    read = down_t if format is None else quantise(down_t, format)
+    read = down_t if format is None else quantise(down_t, format, by_columns=True)
     return Block(x, gate, up, read, down_t.T.contiguous(), predictor)
 
 

@@ -4,13 +4,17 @@ In memory a row is the values of all its blocks, then their scales in bf16. bf16
 or too large for its scale. Its coarseness costs nothing, since values are rounded against the stored scale. A weight is a value
 times its scale, exact in fp32.
 
+A projection that is held by columns, [inputs, outputs], has 32 outputs in a block. Weights of different outputs have different sizes,
+and the largest of a block decides how coarse the others become. So the weights of each output are divided by their root mean square
+first; sums are multiplied by it once.
+
 `KeptBlocks` makes new blocks when a module's weights change. It notices changes that torch counts (an optimiser's step,
 load_state_dict, any in-place operator) and other memory (a cast, a move, another parameter), but not writes through `.data`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -35,11 +39,13 @@ class BlockMatrix:
         data: uint8 [rows, bytes of a row]. In int4, byte i of a block has its element i in the low four bits and element
             16 + i in the high ones, 8 added to both.
         columns: Elements of a row; the last block is padded with zeros.
+        factors: What each column is multiplied by after that, fp32 [columns, padded to whole blocks]; None for 1.
     """
 
     data: torch.Tensor
     format: BlockFormat
     columns: int
+    factors: torch.Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -47,14 +53,19 @@ class BlockMatrix:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes
+        return self.data.nbytes + self.factor_bytes
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes that are read in any case, whichever rows are."""
+        return 0 if self.factors is None else self.factors.nbytes
 
     @property
     def device(self) -> torch.device:
         return self.data.device
 
     def dequantised(self, rows: torch.Tensor | slice = slice(None), dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Dequantises some of the rows, [rows, columns]; exact in fp32 and fp64."""
+        """Dequantises some of the rows, [rows, columns]; without factors exact in fp32 and fp64."""
         data = self.data[rows]
         blocks = -(-self.columns // BLOCK)
         values = data[:, : blocks * BLOCK * _BITS[self.format] // 8]
@@ -64,8 +75,10 @@ class BlockMatrix:
         else:
             pairs = values.view(len(data), blocks, BLOCK // 2).to(torch.int8)
             values = torch.cat([pairs & 15, pairs >> 4 & 15], 2) - 8
-        weights = values.view(len(data), blocks, BLOCK).to(dtype) * scales[..., None]
-        return weights.view(len(data), blocks * BLOCK)[:, : self.columns]
+        weights = (values.view(len(data), blocks, BLOCK).to(dtype) * scales[..., None]).view(len(data), blocks * BLOCK)
+        if self.factors is not None:
+            weights = weights * self.factors.to(dtype)
+        return weights[:, : self.columns]
 
 
 def bits_per_weight(format: BlockFormat) -> float:
@@ -73,20 +86,40 @@ def bits_per_weight(format: BlockFormat) -> float:
     return _BITS[format] + 16 / BLOCK
 
 
-def quantise(weight: torch.Tensor, format: BlockFormat) -> BlockMatrix:
+def quantise(weight: torch.Tensor, format: BlockFormat, *, by_columns: bool = False) -> BlockMatrix:
     """Rounds a matrix [rows, columns] into blocks.
 
     int8: the largest weight of a block becomes 127 or -127. int4: it becomes -8 or 7, whichever scale has the least squared error
     (see LARGEST_AS); the scale has a sign. A block with a weight that is not finite becomes NaN, so that the error is visible.
+
+    Args:
+        weight: A projection [outputs, inputs], or its transpose.
+        format: Of the blocks.
+        by_columns: Whether it is the transpose, whose columns get factors.
     """
     rows, columns = weight.shape
+    factors = _root_mean_squares(weight) if by_columns else None
     row_bytes = -(-columns // BLOCK) * (BLOCK * _BITS[format] // 8 + 2)
     data = torch.empty(rows, row_bytes, dtype=torch.uint8, device=weight.device)
     whole = weight.detach().contiguous()  # once: slices of a transposed matrix are slow to read
     for start in range(0, rows, _CHUNK_ROWS):
         chunk = slice(start, start + _CHUNK_ROWS)
-        data[chunk] = _quantise(whole[chunk], format)
-    return BlockMatrix(data, format, columns)
+        part = whole[chunk] if factors is None else whole[chunk].float() / factors
+        data[chunk] = _quantise(part, format)
+    if factors is not None:
+        factors = pad(factors, (0, -columns % BLOCK), value=1.0)
+    return BlockMatrix(data, format, columns, factors)
+
+
+def _root_mean_squares(weight: torch.Tensor) -> torch.Tensor:
+    """Of each column, fp32; 1 where it is 0 or not finite."""
+    weight = weight.detach().float()
+    if not len(weight):
+        return weight.new_ones(weight.shape[1])
+    largest = weight.abs().amax(0)
+    means = (weight / largest).square().mean(0)  # squares of small weights would be 0, and of large ones infinite
+    values = means.sqrt() * largest
+    return torch.where(values.isfinite() & (values > 0), values, 1.0)
 
 
 def _quantise(weight: torch.Tensor, format: BlockFormat) -> torch.Tensor:
@@ -167,20 +200,26 @@ class KeptBlocks:
         """Keeps the blocks whatever happens to the weights, which may be freed."""
         self._frozen = True
 
-    def of(self, index: int, parameters: Sequence[torch.Tensor], matrices: Matrices) -> list[BlockMatrix]:
+    def of(
+        self,
+        index: int,
+        parameters: Sequence[torch.Tensor],
+        matrices: Matrices,
+        by_columns: Collection[int] = (),
+    ) -> list[BlockMatrix]:
         """The blocks of expert `index` (0 where there are none), made from `matrices` unless those of its parameters
-        are current.
+        are current. `by_columns` are the places of those among them that are held by columns.
         """
         if self._frozen:
             return self._cached[index][1]
         now = [_state(one) for one in parameters]
         if index not in self._cached or self._cached[index][0] != now:
             self._cached.pop(index, None)  # frees the old blocks before new ones are made
-            self._cached[index] = now, self._make(matrices())
+            self._cached[index] = now, self._make(matrices(), by_columns)
         return self._cached[index][1]
 
-    def _make(self, matrices: Sequence[torch.Tensor]) -> list[BlockMatrix]:
-        return [quantise(one, self.format) for one in matrices]
+    def _make(self, matrices: Sequence[torch.Tensor], by_columns: Collection[int]) -> list[BlockMatrix]:
+        return [quantise(one, self.format, by_columns=place in by_columns) for place, one in enumerate(matrices)]
 
     @property
     def num_bytes(self) -> int:

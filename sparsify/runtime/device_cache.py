@@ -59,7 +59,7 @@ class Room:
         for to, tensor in zip(buffer, tensors, strict=True):
             to[:, :, :length] = tensor
         buffer[:, :, :, length:] = 0  # what is masked is multiplied by 0, so it must be a number
-        self.store, self._holds = Store(buffer, 0, length, []), weakref.ref(cache)
+        self.store, self._holds = Store(buffer, 0, length), weakref.ref(cache)
         show(self.store, layers)
         return self.store
 
@@ -77,10 +77,10 @@ class Room:
     def _release(self, cache: Cache) -> None:
         """Gives a cache copies of what it has in the buffer."""
         assert self.store is not None
-        own = {id(view) for view in self.store.views}
         layers: list[Any] = cache.layers
         for layer in layers:
-            layer.keys, layer.values = (one.clone() if id(one) in own else one for one in (layer.keys, layer.values))
+            if vars(layer).get("store") is self.store:
+                layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
 
 
 class StepCache(Cache):

@@ -197,7 +197,8 @@ class BlockForward:
 
     def _blocks(self, index: int) -> Sequence[BlockMatrix]:
         assert self.kept is not None
-        return self.kept.of(index, tuple(self.block.parameters()), lambda: self._stored(index))
+        by_columns = {place for place, name in enumerate(("gate", "up", "down")) if self._is_by_columns(name)}
+        return self.kept.of(index, tuple(self.block.parameters()), lambda: self._stored(index), by_columns)
 
     def _can(self, x: torch.Tensor) -> bool:
         """Whether this call can use the kernels: few tokens, no gradients, no hooks on the activation."""
@@ -299,10 +300,13 @@ class BlockForward:
 
     def _held(self, name: str, weight: nn.Parameter) -> torch.Tensor:
         """A projection's weight, or its transpose: its memory is reordered only if the kernels read it directly."""
-        by_columns = name == "down" or name in self.by_columns
+        by_columns = self._is_by_columns(name)
         if self.kept is None:
             return columns_first(weight) if by_columns else rows_first(weight)
         return weight.detach().mT if by_columns else weight.detach()
+
+    def _is_by_columns(self, name: str) -> bool:
+        return name == "down" or name in self.by_columns
 
     def activation(self) -> Activation:
         own = self.block.ffn_activation
@@ -333,16 +337,16 @@ class BlockForward:
         return gate_x, up_x
 
     def _predictor(self, index: int, x: torch.Tensor) -> Predictor | None:
-        """The predictor in x's dtype and on its device: it follows a model that was moved or cast."""
+        """The predictor in x's dtype and on its device, as it follows a model that was moved or cast, or in blocks."""
         if self.options.predictors is None:
             return None
         one = self.options.predictors[index]
-        if one.a.dtype != x.dtype or one.a.device != x.device:
-            one = replace(one, a=one.a.to(x), b=one.b.to(x))
+        like = one.like(x, in_blocks=self.options.blocks is not None)
+        if like is not one:
             self.options.predictors = [
-                one if place == index else other for place, other in enumerate(self.options.predictors)
+                like if place == index else other for place, other in enumerate(self.options.predictors)
             ]
-        return one
+        return like
 
     def _read(
         self, x: torch.Tensor, weights: FfnWeights, predictor_input: torch.Tensor | None, expert: int = 0
@@ -468,10 +472,7 @@ class ExpertsForward(BlockForward):
             return None
         if self._stack is None or self._stack.a.dtype != x.dtype or self._stack.a.device != x.device:
             single = self.options.predictors
-            a, b = (
-                torch.stack([p.a.to(x) for p in single]),
-                torch.stack([p.b.to(x) for p in single]),
-            )
+            a, b = (torch.stack([getattr(one, part).to(x) for one in single]) for part in "ab")
             self._stack = Predictor(a, b, single[0].threshold)
             self.options.predictors = [replace(one, a=a[index], b=b[index]) for index, one in enumerate(single)]
         return self._stack

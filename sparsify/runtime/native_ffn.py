@@ -36,7 +36,14 @@ THRESHOLD, TOP_K, TOP_P = range(3)
 
 
 class CMatrix(ctypes.Structure):
-    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("slots", ctypes.c_void_p))
+    """Mirrors Matrix in native/lanes.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("slots", ctypes.c_void_p),
+        ("factors", ctypes.c_void_p),
+    )
 
 
 class CMask(ctypes.Structure):
@@ -90,10 +97,7 @@ def native_ffn(
     threads: int,
     up_x: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, RowsRead]:
-    """As `sparse_ffn`, for x [tokens, hidden] of at most MAX_TOKENS tokens, already checked.
-
-    Rows need not be adjacent (a slice of a larger matrix). Elements of a row must be; otherwise the matrix is copied first.
-    """
+    """As `sparse_ffn`, for x [tokens, hidden] of at most MAX_TOKENS tokens, already checked."""
     library = kernels()
     assert library is not None, "there is no compiler; sparse_ffn chooses torch then"
     if dense:
@@ -103,8 +107,7 @@ def native_ffn(
     given = {"x": x} | ({"predictor_x": predictor_x} if weights.reads_before_masks else {})
     given |= {} if up_x is None else {"up_x": up_x}
     for name, part in given.items():
-        held.append(part := _whole_rows(part))
-        setattr(call, name, CMatrix(part.data_ptr(), part.stride(0)))
+        setattr(call, name, c_matrix(part, held))
     call.tokens, call.out, call.dense = x.shape[0], out.data_ptr(), dense
     assert library.sparsify_call_bytes() == ctypes.sizeof(FfnCall)
     error = library.sparsify_ffn(ctypes.byref(call))
@@ -124,10 +127,7 @@ def take_rows(call: FfnCall) -> RowsRead:
 def ffn_call(
     weights: FfnWeights, activation: Activation, dtype: torch.dtype, *, threads: int = 1
 ) -> tuple[FfnCall, list[Any]]:
-    """A block's weights as C++ reads them, without tokens, and what must live as long as the call is used.
-
-    Rows need not be adjacent (a slice of a larger matrix). Elements of a row must be; otherwise the matrix is copied first.
-    """
+    """A block's weights as C++ reads them, without tokens, and what must live as long as the call is used."""
     parts: dict[str, Matrix] = {"gate": weights.gate, "up": weights.up, "down_t": weights.down_t}
     predictor = weights.predictor
     if predictor is not None:
@@ -138,8 +138,8 @@ def ffn_call(
     router, bias = weights.router, None
     if router is not None:
         parts["router"], bias = router.weight.to(dtype), router.bias.detach().float().contiguous()
-    read = {name: c_matrix(part) for name, part in parts.items()}
-    held: list[Any] = [rows for _, rows in read.values()]
+    held: list[Any] = []
+    read = {name: c_matrix(part, held) for name, part in parts.items()}
     thresholds = dict(zip(("product", "gate"), weights.thresholds_for(weights.gate.device), strict=True))
     masks = {
         f"{name}_mask": CMask(thresholds=values.data_ptr(), rule=THRESHOLD)
@@ -172,7 +172,7 @@ def ffn_call(
         gate_threshold=activation.gate_threshold,
         predictor_threshold=0.0 if predictor is None else predictor.threshold,
         copy_threshold=0.0 if copies is None else copies.threshold,
-        **{name: matrix for name, (matrix, _) in read.items()},
+        **read,
         **{name: values.data_ptr() for name, values in constants.items()},
         **{name: ctypes.pointer(mask) for name, mask in masks.items()},
     )
@@ -206,24 +206,24 @@ def c_mask(mask: Any, count: int, dtype: torch.dtype, held: list[Any]) -> CMask:
             made.mass, made.rule = 1 - float(mask.dropped_mass), TOP_P
     basis = getattr(mask, "basis", None)
     if basis is not None:
-        made.basis, rows = c_matrix(basis.detach().to(dtype))
-        held.append(rows)
+        made.basis = c_matrix(basis.detach().to(dtype), held)
     return made
 
 
-def c_matrix(matrix: Matrix) -> tuple[CMatrix, torch.Tensor]:
-    """A matrix as C++ reads it, and the tensor that must live as long."""
+def c_matrix(matrix: Matrix, held: list[Any]) -> CMatrix:
+    """A matrix as C++ reads it; `held` gets the tensors that must live as long.
+
+    Rows need not be adjacent (a slice of a larger matrix). Elements of a row must be; otherwise the matrix is copied first.
+    """
     if isinstance(matrix, PackedMatrix):
-        return CMatrix(matrix.data.data_ptr(), matrix.row_bytes), matrix.data
-    rows = _whole_rows(matrix)
-    return CMatrix(rows.data_ptr(), rows.stride(0)), rows
+        held.append(matrix.data)
+        return CMatrix(matrix.data.data_ptr(), matrix.row_bytes)
+    rows, factors = (matrix.data, matrix.factors) if isinstance(matrix, BlockMatrix) else (matrix, None)
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    held += [rows, factors]
+    return CMatrix(rows.data_ptr(), rows.stride(0), factors=None if factors is None else factors.data_ptr())
 
 
 def weight_format(matrix: Matrix) -> int:
     """Number of a matrix's format in C++: 0 as stored."""
     return 0 if isinstance(matrix, torch.Tensor) else _FORMATS[matrix.format]
-
-
-def _whole_rows(matrix: torch.Tensor | BlockMatrix) -> torch.Tensor:
-    matrix = matrix.data if isinstance(matrix, BlockMatrix) else matrix
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()

@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsify.models import FAMILIES
 from sparsify.models.masking import experts_per_token, is_fused, num_experts
-from sparsify.models.quantised import BlockFormat, KeptBlocks
+from sparsify.models.quantised import BlockFormat, BlockMatrix, KeptBlocks
 from sparsify.runtime.build import kernels
 from sparsify.runtime.cache_store import Place
 from sparsify.runtime.columns import columns_first, rows_first
@@ -182,8 +182,8 @@ class Projections:
             if kept is None:
                 return columns_first(weight) if by_columns else rows_first(weight)
             self._kept[name] = kept
-        kept = self._kept[name]
-        return kept.of(0, (weight,), lambda: (weight.mT if by_columns else weight,))[0]
+        lines = {0} if by_columns else set[int]()
+        return self._kept[name].of(0, (weight,), lambda: (weight.mT if by_columns else weight,), lines)[0]
 
     def freeze(self, name: str) -> None:
         """Keeps the blocks of one of them, whatever happens to its weight."""
@@ -222,7 +222,7 @@ class StepPlan:
         self._held: list[Any] = []
         self._projections = given
         self._masks: dict[tuple[int, int | None], CMask] = {}
-        self._lines: dict[str, tuple[int, int]] = {}
+        self._lines: dict[str, tuple[int, int, int]] = {}
         self._others: list[int] = []
         config, layers, norm = model.config, model.model.layers, model.model.norm
         self._family = FAMILIES[config.model_type]
@@ -298,9 +298,9 @@ class StepPlan:
 
     def _linear(self, name: str, linear: nn.Linear, mask: Any = None) -> _Linear:
         matrix = self._projections.matrix(name, linear)
-        read, held = c_matrix(matrix)
-        self._held.append(held)
-        self._lines[name] = matrix.shape[0], line_bytes(matrix)
+        read = c_matrix(matrix, self._held)
+        factor_bytes = matrix.factor_bytes if isinstance(matrix, BlockMatrix) else 0
+        self._lines[name] = matrix.shape[0], line_bytes(matrix), factor_bytes
         constant = constant_of(linear)
         return _Linear(
             weight=read,
@@ -329,9 +329,8 @@ class StepPlan:
         factors = low_rank_of(module, expert)
         if factors is None:
             return CLowRank()
-        left, right = (c_matrix(one.detach().to(self.dtype)) for one in factors)
-        self._held += [left[1], right[1]]
-        return CLowRank(left[0], right[0], factors[0].shape[1])
+        left, right = (c_matrix(one.detach().to(self.dtype), self._held) for one in factors)
+        return CLowRank(left, right, factors[0].shape[1])
 
     def _factors(self, norm: nn.Module) -> int:
         """Address of what a norm multiplies by, fp32."""
@@ -355,9 +354,9 @@ class StepPlan:
         """Bytes that so many steps read for a layer's attention projections, all since the last call, and that dense steps read."""
         read, offered = steps * self._others[index], 0
         for name in ATTENTION:
-            linear, (lines, line) = getattr(self.layers[index], name), self._lines[f"layers.{index}.{name}"]
-            offered += steps * lines * line
-            read += (linear.columns_read if linear.by_columns else steps * lines) * line
+            linear, (lines, line, factors) = getattr(self.layers[index], name), self._lines[f"layers.{index}.{name}"]
+            offered += steps * (lines * line + factors)
+            read += (linear.columns_read if linear.by_columns else steps * lines) * line + steps * factors
             linear.columns_read = 0
         return read, offered
 

@@ -7,7 +7,7 @@ weights zero takes 1/8 + (1 - s) · b bytes for each weight of b bytes, scales o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -206,7 +206,7 @@ class KeptPacked(KeptBlocks):
     def __init__(self, format: PackedFormat) -> None:
         super().__init__(format)  # pyright: ignore[reportArgumentType]
 
-    def _make(self, matrices: Sequence[torch.Tensor]) -> list[BlockMatrix]:
+    def _make(self, matrices: Sequence[torch.Tensor], by_columns: Collection[int]) -> list[BlockMatrix]:
         others = {str(one.dtype) for one in matrices if one.dtype != torch.bfloat16}
         if self.format == "packed_bf16" and others:
             raise ModelError(

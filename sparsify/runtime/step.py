@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +41,14 @@ requested, masks are applied in C++, and the others are checks and inputs of pre
 PLAIN = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache"})
 """Arguments that a step takes. `logits_to_keep` changes nothing for one token; all others must be absent or false."""
 IGNORED = frozenset({"return_dict", "logits_to_keep", "cache_position"})
+
+
+RECORDED = ("output_attentions", "output_hidden_states", "output_router_logits")
+"""Fields of a configuration that request more than a step gives."""
+PARTS_IN_TURN = 8
+"""In the middle of a sequence a step looks at one of so many parts of a model's modules and tensors."""
+PAUSE_SECONDS = 0.005
+"""Longest time between two steps in a loop. After a longer one everything is looked at, since somebody may have been at work."""
 
 
 class _Request(NamedTuple):
@@ -78,6 +89,9 @@ class StepForward:
         self._made_from: Any = None
         self._rope: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._parts: _Parts | None = None
+        self._last: tuple[weakref.ref[Any], int, float] | None = None
+        self._most_tokens: dict[tuple[str, torch.dtype], int] = {}
+        self._output_class = MoeCausalLMOutputWithPast if is_fused(model.ffn_blocks()[0]) else CausalLMOutputWithPast
         for forward in self.forwards:
             forward.step = self
 
@@ -94,7 +108,7 @@ class StepForward:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and other processes make their own plan, since they have their own weights."""
         self.hand_over_counts()
-        dropped = {"_plan": None, "_made_from": None, "_rope": {}, "_parts": None}
+        dropped = {"_plan": None, "_made_from": None, "_rope": {}, "_parts": None, "_last": None}
         return vars(self) | dropped
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,20 +137,24 @@ class StepForward:
         if ids is None or ids.dim() != 2 or ids.shape[1] != 1:
             return False
         embedding, config = model.model.embed_tokens.weight, model.config
-        most_tokens = min((one.most_tokens(embedding) for one in self.forwards), default=MAX_TOKENS)
         return (
-            0 < len(ids) <= min(most_tokens, MAX_TOKENS)
+            0 < len(ids) <= self._limit(embedding)
             and not model.training
             and kwargs.get("use_cache") is not False
             and kwargs.get("return_dict") is not False
             and not any(kwargs[name] for name in kwargs.keys() - PLAIN - IGNORED)
             and (kwargs.get("use_cache") is not None or config.use_cache)
-            and not config.output_attentions
-            and not config.output_hidden_states
-            and not getattr(config, "output_router_logits", False)
+            and not any(map(partial(_attribute, config), RECORDED))
             and not (torch.is_grad_enabled() and embedding.requires_grad)
-            and self._unwatched()
+            and self._unwatched(self._turn(kwargs.get("past_key_values")))
         )
+
+    def _limit(self, like: torch.Tensor) -> int:
+        """Largest number of tokens of a step of a model whose tensors are of this kind."""
+        kind = like.device.type, like.dtype
+        if kind not in self._most_tokens:
+            self._most_tokens[kind] = min([MAX_TOKENS, *(one.most_tokens(like) for one in self.forwards)])
+        return self._most_tokens[kind]
 
     def _request(self, kwargs: dict[str, Any]) -> _Request | None:
         """What C++ computes of such a call; None if that is nothing."""
@@ -176,7 +194,7 @@ class StepForward:
         if reason is None and (kind := _rope_type(self.model)) in MOVING_ROPE:
             reason = f"{kind} rotary embeddings"
         if reason is None:
-            plan = self._current_plan()
+            plan = self._current_plan(None)
             assert isinstance(plan, DeviceStep)
             cache = DynamicCache(config=self.model.config) if cache is None else cache
             try:
@@ -230,15 +248,24 @@ class StepForward:
             return "layers whose forward was replaced"
         return None
 
-    def _unwatched(self) -> bool:
+    def _unwatched(self, turn: int | None) -> bool:
         """Whether no module has hooks but those of this package: a hook must see what passes."""
-        if self._parts is None or not self._parts.are_current():
+        if self._parts is None or not self._parts.are_current(turn):
             self.hand_over_counts()
             self._plan, self._parts = None, _Parts(self.model)
         return self._parts.are_unwatched()
 
+    def _turn(self, cache: Any) -> int | None:
+        """Which part of the model a step looks at for changes: all (None), unless it follows at once on the last one of its sequence."""
+        if self._last is None or cache is None or self._last[0]() is not cache:
+            return None
+        _, end, time = self._last
+        if perf_counter() - time > PAUSE_SECONDS or positions(cache) != end:
+            return None
+        return self.steps % PARTS_IN_TURN
+
     def _step(self, request: _Request) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
-        plan, model, batch = self._current_plan(), self.model, len(request.ids)
+        plan, model, batch = self._current_plan(self._turn(request.cache)), self.model, len(request.ids)
         assert isinstance(plan, StepPlan)
         cache = DynamicCache(config=model.config) if request.cache is None else request.cache
         sights = []
@@ -250,27 +277,32 @@ class StepForward:
         logits = plan.run(request.ids, sights)
         advance(cache, self._groups)
         self.steps += 1
+        self._last = weakref.ref(cache), request.cached + 1, perf_counter()
         return self._output(logits, cache)
 
     def _output(self, logits: torch.Tensor, cache: Any) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
-        fused = is_fused(self.model.ffn_blocks()[0])
-        return (MoeCausalLMOutputWithPast if fused else CausalLMOutputWithPast)(
-            logits=logits[:, None],  # pyright: ignore[reportArgumentType]
-            past_key_values=cache,
-        )
+        # Without the checks of its fields, which take longer than all else that makes it.
+        output = self._output_class.__new__(self._output_class)
+        output["logits"], output["past_key_values"] = logits[:, None], cache
+        return output
 
-    def _current_plan(self) -> StepPlan | DeviceStep:
+    def _current_plan(self, turn: int | None) -> StepPlan | DeviceStep:
         assert self._parts is not None
-        now = [self.threads or torch.get_num_threads(), *self._parts.state()]
-        if self._plan is None or now != self._made_from:
+        threads = self.threads or torch.get_num_threads()
+        if self._plan is None or (threads, self._parts.state(turn)) != (self._made_from[0], self._state_then(turn)):
             self.hand_over_counts()
             if self._on_device():
                 self._plan = DeviceStep(self.model, self.forwards, self.projections)
             else:
                 self._plan, self._rope = StepPlan(self.model, self.forwards, self.projections, self.threads), {}
             # Making it may reorder the memory of projections.
-            self._made_from = [now[0], *self._parts.state()]
+            self._made_from = threads, [self._parts.state(one) for one in range(PARTS_IN_TURN)]
         return self._plan
+
+    def _state_then(self, turn: int | None) -> list[int | None]:
+        """What `_Parts.state` was when the plan was made."""
+        _, states = self._made_from
+        return [one for state in states for one in state] if turn is None else states[turn]
 
     def _rotations(self, kind: str, positions: list[int], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of each sequence's position for a kind of layers, fp32 [batch, head_dim], as the model computes them in its dtype."""
@@ -346,7 +378,7 @@ class _Parts:
         modules = [model.model, *model.model.modules(), model.lm_head]
         children = [(one._modules, name) for one in (model, *modules) for name, child in one._modules.items() if child]
         self._children = _places(children)
-        self._found = list(map(dict.get, *self._children))
+        self._found = [list(map(dict.get, *places)) for places in self._children]
         kinds = [kind for one in modules for kind in (one._parameters, one._buffers)]
         # Those on `meta` were freed: blocks that nothing changes stand for them.
         tensors = [(table, name) for table in kinds for name, tensor in table.items() if _is_held(tensor)]
@@ -354,8 +386,9 @@ class _Parts:
         self._hooks = [kind for one in modules for kind in (one._forward_hooks, one._forward_pre_hooks)]
         self._inert = [0] * len(self._hooks)
 
-    def are_current(self) -> bool:
-        return list(map(dict.get, *self._children)) == self._found
+    def are_current(self, turn: int | None) -> bool:
+        """Whether the modules of one part, or of all, are those that were found."""
+        return all(list(map(dict.get, *self._children[one])) == self._found[one] for one in _turns(turn))
 
     def are_unwatched(self) -> bool:
         if not any(self._hooks):
@@ -368,9 +401,12 @@ class _Parts:
             self._inert = counts
         return True
 
-    def state(self) -> list[int | None]:
-        """Addresses and versions of all tensors: they differ after every change that torch counts."""
-        tensors = list(map(dict.__getitem__, *self._tensors))
+    def state(self, turn: int | None) -> list[int | None]:
+        """Addresses and versions of the tensors of one part, or of all: they differ after every change that torch counts."""
+        return [number for one in _turns(turn) for number in self._state(one)]
+
+    def _state(self, turn: int) -> list[int | None]:
+        tensors = list(map(dict.__getitem__, *self._tensors[turn]))
         try:
             versions = list(map(attrgetter("_version"), tensors))
         except RuntimeError:  # tensors made in inference mode have none
@@ -382,10 +418,23 @@ def _is_held(tensor: torch.Tensor | None) -> bool:
     return tensor is not None and not tensor.is_meta
 
 
-def _places(pairs: Sequence[tuple[dict[str, Any], str]]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Tables and names of (table, name) pairs, each once."""
-    once = {(id(table), name): (table, name) for table, name in pairs}.values()
-    return [table for table, _ in once], [name for _, name in once]
+def _places(pairs: Sequence[tuple[dict[str, Any], str]]) -> list[tuple[list[dict[str, Any]], list[str]]]:
+    """Tables and names of (table, name) pairs, each once, in PARTS_IN_TURN parts."""
+    once = list({(id(table), name): (table, name) for table, name in pairs}.values())
+    parts = [once[turn::PARTS_IN_TURN] for turn in range(PARTS_IN_TURN)]
+    return [([table for table, _ in part], [name for _, name in part]) for part in parts]
+
+
+def _turns(turn: int | None) -> Sequence[int]:
+    return range(PARTS_IN_TURN) if turn is None else (turn,)
+
+
+def _attribute(config: Any, name: str) -> Any:
+    """A field without what transformers does around each look at one."""
+    try:
+        return object.__getattribute__(config, name)
+    except AttributeError:
+        return None
 
 
 def _shown(mask: torch.Tensor | None, cached: int) -> torch.Tensor | None:

@@ -126,8 +126,13 @@ def _column_sums(x: torch.Tensor, matrix: Matrix, dense: bool) -> tuple[torch.Te
 def _predicted(x: torch.Tensor, weights: FfnWeights) -> torch.Tensor:
     """Neurons predicted for each token, bool [tokens, neurons]; a NaN score counts as predicted."""
     assert weights.predictor is not None
-    scores = linear(linear(x, weights.predictor.a).relu(), weights.predictor.b)
-    return ~(scores <= weights.predictor.threshold)
+    values = x
+    for part, last in ((weights.predictor.a, False), (weights.predictor.b, True)):
+        values = (
+            product(values.float(), part, by_columns=False) if isinstance(part, BlockMatrix) else linear(values, part)
+        )
+        values = values if last else values.relu()
+    return ~(values <= weights.predictor.threshold)
 
 
 def _ranked(x: torch.Tensor, copies: Copies, activation: Activation) -> torch.Tensor:

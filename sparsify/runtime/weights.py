@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import add
 from typing import Any, Literal, Protocol
 
 import torch
 
-from sparsify.models.quantised import BlockFormat, BlockMatrix
+from sparsify.models.quantised import BlockFormat, BlockMatrix, quantise
 from sparsify.runtime.packed import PackedMatrix
 
 Matrix = torch.Tensor | BlockMatrix | PackedMatrix
+PREDICTOR_BLOCKS: BlockFormat = "int8"
+"""Format of predictors next to int8 and to int4 weights: rounding a score near the threshold switches neurons on or off."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +23,23 @@ class Predictor:
 
     Args:
         a: [rank, hidden].
-        b: [neurons, rank].
+        b: [neurons, rank]. Both are in int8 blocks where the block's weights are in blocks, of either format.
         threshold: A neuron is on where its score is larger, or NaN.
     """
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: torch.Tensor | BlockMatrix
+    b: torch.Tensor | BlockMatrix
     threshold: float = 0.5
+
+    def like(self, x: torch.Tensor, *, in_blocks: bool) -> Predictor:
+        """The predictor for a block that reads x: itself, if it has x's dtype and device, or is in blocks as it must be."""
+        parts: list[torch.Tensor | BlockMatrix] = []
+        for part in (self.a, self.b):
+            if not isinstance(part, BlockMatrix):
+                part = quantise(part, PREDICTOR_BLOCKS) if in_blocks else part.to(x)
+            parts.append(part)
+        a, b = parts
+        return self if a is self.a and b is self.b else replace(self, a=a, b=b)
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,11 @@ class FfnWeights:
         return read(self.thresholds), read(self.gate_thresholds)
 
     @property
+    def predicts_in_blocks(self) -> bool:
+        """Whether a predictor is in blocks: next to int8 and int4 weights."""
+        return not isinstance(self.gate, torch.Tensor) and self.gate.format != "packed_bf16"
+
+    @property
     def in_blocks(self) -> bool:
         """Whether they are in blocks, or packed."""
         return not isinstance(self.gate, torch.Tensor)
@@ -183,14 +200,16 @@ class FfnWeights:
         rows, columns = (3 - len(held)) * self.row_bytes, len(held) * column * self.hidden
         copies = 0 if self.copies is None else self.copies.nbytes
         router = 0 if self.router is None else self.router.nbytes
-        others = (self.predictor_bytes + copies + router + self.other_bytes) / self.neurons
+        matrices = (self.gate, self.up, self.down_t)
+        factors = sum(one.factor_bytes for one in matrices if isinstance(one, BlockMatrix))
+        others = (self.predictor_bytes + copies + router + factors + self.other_bytes) / self.neurons
         return LineBytes(self.row_bytes, column, others, rows + columns / self.neurons)
 
     @property
     def predictor_bytes(self) -> int:
         if self.predictor is None:
             return 0
-        return sum(part.shape[-2:].numel() * part.element_size() for part in (self.predictor.a, self.predictor.b))
+        return sum(part.shape[-2] * line_bytes(part) for part in (self.predictor.a, self.predictor.b))
 
     def check(self, x: torch.Tensor) -> None:
         """Checks shapes, dtypes and devices: the kernels read memory by these shapes.
@@ -241,7 +260,7 @@ class FfnWeights:
         for name, part in parts.items():
             if tuple(part.shape) != expected.get(name, tuple(part.shape)):
                 raise ValueError(f"{name} is {list(part.shape)}; it must be {list(expected[name])}.")
-            if part.device != x.device or not self._fits(part, x.dtype):
+            if part.device != x.device or not self._fits(name, part, x.dtype):
                 raise ValueError(
                     f"{name} is {_kind(part)} on {part.device}, x is {x.dtype} on {x.device}; they must be alike."
                 )
@@ -258,11 +277,13 @@ class FfnWeights:
                     f"{name} is {list(values.shape)}; it must be {[*experts, neurons]}, or [1] for one of all."
                 )
 
-    def _fits(self, part: Matrix, dtype: torch.dtype) -> bool:
-        """Whether a part has x's dtype or, among the three matrices, the same block format as the others."""
-        if not isinstance(part, torch.Tensor):
-            return _kind(part) == _kind(self.gate)
-        return part.dtype == dtype and not (self.in_blocks and (part is self.up or part is self.down_t))
+    def _fits(self, name: str, part: Matrix, dtype: torch.dtype) -> bool:
+        """Whether a part has x's dtype or, where the matrices are in blocks or packed, their format, or that of a predictor next to them."""
+        if name.startswith("predictor") and self.predicts_in_blocks:
+            return isinstance(part, BlockMatrix) and part.format == PREDICTOR_BLOCKS
+        if name == "x" or name.startswith("predictor") or isinstance(self.gate, torch.Tensor):
+            return isinstance(part, torch.Tensor) and part.dtype == dtype
+        return not isinstance(part, torch.Tensor) and _kind(part) == _kind(self.gate)
 
 
 def line_bytes(matrix: Matrix) -> int:

@@ -13,7 +13,7 @@ from sparsify.models import ACTIVATIONS, Activation, FfnActivation
 from sparsify.models.masking import INPUTS, NUMBERS, READERS, SITES, SiteMask, SiteRule
 from sparsify.models.quantised import BlockFormat, rounded_states
 from sparsify.runtime import BlockMatrix, FfnWeights, Predictor, quantise
-from sparsify.runtime.weights import Copies
+from sparsify.runtime.weights import Copies, Matrix
 
 DRELU = ACTIVATIONS["drelu"]
 IDS = torch.arange(3, 15)[None]
@@ -96,10 +96,12 @@ def in_format(weights: FfnWeights, format: BlockFormat | None) -> tuple[FfnWeigh
     """The weights in blocks, and, in fp32, what these stand for; twice the weights themselves without a format."""
     if format is None:
         return weights, weights
-    blocks = [quantise(one, format) for one in (weights.gate, weights.up, weights.down_t)]
+    blocks = [quantise(one, format) for one in (weights.gate, weights.up)]
+    blocks.append(quantise(weights.down_t, format, by_columns=True))
     plain = [one.dequantised() for one in blocks]
-    given = replace(weights, gate=blocks[0], up=blocks[1], down_t=blocks[2])
-    return given, replace(weights, gate=plain[0], up=plain[1], down_t=plain[2])
+    chosen = None if weights.predictor is None else weights.predictor.like(weights.gate, in_blocks=True)
+    given = replace(weights, gate=blocks[0], up=blocks[1], down_t=blocks[2], predictor=chosen)
+    return given, replace(weights, gate=plain[0], up=plain[1], down_t=plain[2], predictor=chosen)
 
 
 def spoil(matrix: torch.Tensor | BlockMatrix, rows: torch.Tensor) -> None:
@@ -156,7 +158,13 @@ def masked_clear_of_ties(mask: SiteMask | None, values: torch.Tensor) -> torch.T
 
 def scores_of(x: torch.Tensor, chosen: Predictor) -> torch.Tensor:
     """Scores of every neuron. [tokens, neurons]"""
-    return (x @ chosen.a.to(x.dtype).T).relu() @ chosen.b.to(x.dtype).T
+
+    def multiply(states: torch.Tensor, part: Matrix) -> torch.Tensor:
+        if isinstance(part, BlockMatrix):
+            return rounded_states(states).to(x.dtype) @ part.dequantised(dtype=x.dtype).T
+        return states @ part.to(x.dtype).T
+
+    return multiply(multiply(x, chosen.a).relu(), chosen.b)
 
 
 def difference(

@@ -70,6 +70,23 @@ def test_what_is_not_finite_shows_in_its_block_alone(format: BlockFormat) -> Non
 
 
 @formats
+@pytest.mark.parametrize("size", [2.0**-100, 1.0, 2.0**100])
+def test_by_columns_outputs_of_other_sizes_change_no_rounding(format: BlockFormat, size: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 70, generator=generator)
+    weight[:, 3] = 0.0
+    scales = 2.0 ** torch.randint(-8, 8, (70,), generator=generator) * size
+    plain = quantise(weight, format, by_columns=True).dequantised()
+    assert torch.equal(quantise(weight * scales, format, by_columns=True).dequantised(), plain * scales)
+    assert (plain[:, 3] == 0.0).all()
+    weight[7, 40] = torch.inf
+    shown = quantise(weight, format, by_columns=True).dequantised()
+    assert shown[7, 32:64].isnan().all()
+    assert shown.isnan().sum() == 32
+    assert torch.equal(shown[:, :32], plain[:, :32])
+
+
+@formats
 def test_a_block_of_zeros_stays_zero(format: BlockFormat) -> None:
     assert torch.equal(quantise(torch.zeros(2, 40), format).dequantised(), torch.zeros(2, 40))
 
@@ -88,19 +105,19 @@ def rounded(model: Any, format: BlockFormat) -> Any:
     """The model with weights that are what their blocks stand for, and with the states that these are multiplied with."""
     model = copy.deepcopy(model)
 
-    def of(weight: torch.Tensor, format: BlockFormat = format) -> torch.Tensor:
-        return quantise(weight, format).dequantised(dtype=weight.dtype)
+    def of(weight: torch.Tensor, format: BlockFormat = format, by_columns: bool = False) -> torch.Tensor:
+        return quantise(weight, format, by_columns=by_columns).dequantised(dtype=weight.dtype)
 
     linears = [getattr(layer.self_attn, f"{one}_proj") for layer in model.model.layers for one in "qkvo"]
     for block in model.ffn_blocks():
         if hasattr(block, "gate_up_proj"):
             for gate_up, down in zip(block.gate_up_proj, block.down_proj, strict=True):
                 gate_up.copy_(of(gate_up))
-                down.copy_(of(down.T).T)
+                down.copy_(of(down.T, by_columns=True).T)
             block.register_forward_pre_hook(round_input)
         else:
             linears += [block.gate_proj, block.up_proj]
-            block.down_proj.weight.copy_(of(block.down_proj.weight.T).T)
+            block.down_proj.weight.copy_(of(block.down_proj.weight.T, by_columns=True).T)
     for linear in linears:
         linear.weight.copy_(of(linear.weight))
     model.lm_head.weight.copy_(of(model.lm_head.weight, "int8"))
@@ -136,12 +153,15 @@ def test_decoding_is_that_of_the_rounded_weights(kind: str, format: BlockFormat,
     same_logits(model, reference)
     for reads in acceleration.reads:
         assert reads.rows.down < reads.rows.up < reads.rows.gate == reads.offered
-        assert reads.bytes_read == reads.rows.total * model.config.hidden_size * BITS[format] / 8
+        blocks = reads.offered / model.config.intermediate_size
+        factors = 4 * model.config.hidden_size  # of down_proj's outputs
+        assert reads.bytes_read == reads.rows.total * model.config.hidden_size * BITS[format] / 8 + blocks * factors
     head = model.lm_head.weight.numel()
     small = model.model.embed_tokens.weight.numel() + sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
     small += sum(p.numel() for n, p in model.named_parameters() if n.endswith("mlp.gate.weight"))
     rest = sum(p.numel() for p in model.parameters()) - head - small
-    assert acceleration.kept_bytes == (rest * BITS[format] + head * BITS["int8"]) / 8
+    blocks = len(model.model.layers) * (1 if kind == "mistral" else model.config.num_local_experts)
+    assert acceleration.kept_bytes == (rest * BITS[format] + head * BITS["int8"]) / 8 + blocks * factors
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 

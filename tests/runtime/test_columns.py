@@ -57,7 +57,7 @@ def by_columns(
     for name in ("gate", "up", "down_t"):
         part = getattr(weights, name)
         part = part.T.contiguous() if name in held else part
-        read[name] = part if format is None else quantise(part, format)
+        read[name] = part if format is None else quantise(part, format, by_columns=name == "down_t" or name in held)
         plain[name] = part if format is None else read[name].dequantised()
         plain[name] = plain[name].T if name in held else plain[name]
     return dataclasses.replace(weights, by_columns=held, **read), dataclasses.replace(weights, **plain)
@@ -199,7 +199,7 @@ def rounded(model: Any, format: BlockFormat) -> Any:
 
     def of(weight: torch.Tensor, by_columns: bool, format: BlockFormat = format) -> torch.Tensor:
         lines = weight.T if by_columns else weight
-        read = quantise(lines, format).dequantised(dtype=weight.dtype)
+        read = quantise(lines, format, by_columns=by_columns).dequantised(dtype=weight.dtype)
         return read.T if by_columns else read
 
     def round_states(_module: Any, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -247,11 +247,14 @@ def test_a_step_skips_columns_of_all_projections(experts: int, format: BlockForm
     for reads in acceleration.reads:
         assert reads.rows.gate == reads.rows.up == 0
         assert 0 < reads.rows.gate_columns == reads.rows.up_columns
-        assert reads.bytes_read == (reads.rows.columns * 96 + reads.rows.down * 64) * bits / 8
-        assert reads.touched_share == reads.bytes_read / (3 * 64 * reads.offered * bits / 8)
+        read = (reads.rows.columns * 96 + reads.rows.down * 64) * bits / 8
+        factors = 0 if format is None else 4 * (96 + 96 + 64)  # of the outputs
+        assert reads.bytes_read == read + reads.offered / 96 * factors
+        assert reads.touched_share == read / (3 * 64 * reads.offered * bits / 8)
         assert reads.touched_share < (0.8 if batch == 1 else 1.0)
         assert reads.attention.steps == 6
-        assert reads.attention.bytes_offered == 6 * (2 * 64 * 64 + 2 * 64 * 32) * bits / 8
+        factors = 0 if format is None else 4 * (64 + 64 + 32 + 32)
+        assert reads.attention.bytes_offered == 6 * ((2 * 64 * 64 + 2 * 64 * 32) * bits / 8 + factors)
         assert 0 < reads.attention.bytes_read < reads.attention.bytes_offered
     skipped = sum(one.attention.bytes_offered - one.attention.bytes_read for one in acceleration.reads) / 6
     decoding = acceleration.other_bytes

@@ -65,13 +65,14 @@ def test_every_block_equals_float64(
 ) -> None:
     # torch rounds gates to half precision before they are compared with a threshold, where fatrelu jumps.
     assume(backend == "native" or name != "fatrelu" or dtype == torch.float32)
+    assume(backend == "native" or name != "geglu" or on > 0.0)  # torch's GELU is exactly 0 far below 0
     x, weights = block(*shape, dtype, on=on, seed=seed)
     if rank == "copies":
         assume(backend == "native" or dtype == torch.float32)  # torch computes copies' products in half precision
         weights = with_copies(x, weights, ALL[name])
     elif rank is not None and not dense:
-        chosen = clear_of_ties(x, predictor(weights, rank))
-        weights = dataclasses.replace(weights, predictor=chosen)
+        chosen = predictor(weights, rank).like(x, in_blocks=format is not None)
+        weights = dataclasses.replace(weights, predictor=clear_of_ties(x, chosen))
     read, weights = in_format(weights, format)
     states = x if format is None else rounded_states(x)
     read, weights = with_thresholds(read, weights, site, thresholded, states, name)
@@ -107,7 +108,8 @@ def test_masks_by_every_rule_equal_float64(
     assume(backend == "native" or dtype == torch.float32)  # torch rounds what a mask compares
     x, weights = block(*shape, dtype, on=0.6, seed=seed)
     if rank is not None and not dense:
-        weights = dataclasses.replace(weights, predictor=clear_of_ties(x, predictor(weights, rank)))
+        chosen = predictor(weights, rank).like(x, in_blocks=format is not None)
+        weights = dataclasses.replace(weights, predictor=clear_of_ties(x, chosen))
     read, plain = in_format(weights, format)
     masks = {
         site: random_mask(rule, shape[2], weighted, seed)
@@ -203,8 +205,8 @@ def test_of_neurons_that_copies_drop_nothing_exact_is_read(backend: str, format:
     assert out.isfinite().all()
     assert rows.gate == rows.up == rows.down == 30
     row, copied = weights.row_bytes, 300 * 2 * (2 * 32 * 4.5 / 8)  # two blocks a row
-    read = weights.read_bytes
-    assert read.weights(rows) + rows.offered * read.others == 90 * row + copied
+    read, factors = weights.read_bytes, 0 if format is None else 64 * 4
+    assert read.weights(rows) + rows.offered * read.others == pytest.approx(90 * row + copied + factors)
 
 
 @backends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from sparsify.models import (
     SparseMistralConfig,
@@ -22,6 +24,7 @@ from sparsify.models import (
 from sparsify.models.masking import SITES
 from sparsify.predictors import read_predictors, write_predictors
 from sparsify.runtime import accelerate
+from sparsify.runtime.step import PARTS_IN_TURN
 from tests.predictors.untrained import random_predictors
 from tests.runtime.blocks import EXTRAS, may_have
 
@@ -376,6 +379,65 @@ def test_weights_that_change_are_seen_by_the_next_step() -> None:
     fresh = copy.deepcopy(model)
     accelerate(fresh).remove()
     close(model, decoded(fresh, 1, 2), decoded(model, 1, 2), 4)
+
+
+@torch.no_grad()
+def test_in_the_middle_of_a_sequence_changes_are_seen_after_a_pause_or_a_few_steps(monkeypatch: Any) -> None:
+    model = made()
+    accelerate(model)
+    ids = torch.randint(3, 90, (1, 40))
+    weight = model.model.layers[1].mlp.up_proj.weight
+    before = weight.clone()
+
+    def run_through(change_at: int | None = None) -> list[torch.Tensor]:
+        weight.copy_(before)
+        cache, logits = None, []
+        for place in range(40):
+            if place == change_at:
+                weight.mul_(1.5)
+            output = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits)
+        return logits
+
+    def seen_at(change_at: int | None = None) -> int:
+        pairs = enumerate(zip(run_through(change_at), unchanged, strict=True))
+        return next(place for place, (one, other) in pairs if not torch.equal(one, other))
+
+    unchanged = run_through()
+    monkeypatch.setattr("sparsify.runtime.step.PAUSE_SECONDS", 0.0)
+    assert seen_at(20) == 20
+    monkeypatch.setattr("sparsify.runtime.step.PAUSE_SECONDS", 60.0)
+    assert 20 <= seen_at(20) < 20 + PARTS_IN_TURN
+    model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert seen_at() == 0  # another sequence looks at everything
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_layers_of_a_cache_show_what_was_computed(window: int | None) -> None:
+    model = made(sliding_window=window)
+    plain, ids = copy.deepcopy(model), torch.randint(3, 90, (2, 12))
+    accelerate(model)
+    with torch.no_grad():
+        expected = plain(ids, use_cache=True).past_key_values
+        cache = DynamicCache(config=model.config)
+        for place in range(12):
+            cache = model(ids[:, place : place + 1], past_key_values=cache, use_cache=True).past_key_values
+    twin = copy.deepcopy(cache)
+    unpickled = pickle.loads(pickle.dumps(cache))
+    shown = cache.layers[0].keys
+    assert shown is cache.layers[0].keys
+    cache.crop(-3) if window is None else cache.reset()
+    if window is None:
+        assert type(cache.layers[0]) is DynamicLayer
+        torch.testing.assert_close(cache.layers[1].values, expected.layers[1].values[:, :, :9])
+    assert cache.get_seq_length() == (9 if window is None else 0)
+    for other in (twin, unpickled):
+        assert other.get_seq_length() == expected.get_seq_length() == 12
+        for one, same in zip(other.layers, expected.layers, strict=True):
+            assert isinstance(one, type(same))
+            torch.testing.assert_close(one.keys, same.keys)
+            torch.testing.assert_close(one.values, same.values)
 
 
 def test_weights_of_several_dtypes_go_through_torch() -> None:

@@ -264,8 +264,14 @@ void sum_blocks(const Matrix& m, const std::vector<int32_t>& list, const float* 
     Coefficients<BITS, B> coefficients;
     const auto row_of = [&](int64_t n) { return static_cast<const uint8_t*>(m.data) + m.place(n) * m.row_stride + begin * BITS / 8; };
     const int64_t to_scales = (width - begin) * BITS / 8 + begin / BLOCK * 2, count = static_cast<int64_t>(list.size());
+    const int64_t span = blocks * BLOCK * BITS / 8, ahead = std::max<int64_t>(1, AHEAD_BYTES / (SUMMED_ROWS * span)) * SUMMED_ROWS;
+    for (int64_t i = SUMMED_ROWS; i < std::min(ahead, count); ++i) {
+        prefetch(row_of(list[i]), span);
+        prefetch(row_of(list[i]) + to_scales, blocks * 2);
+    }
     for (int64_t first = 0; first < count; first += SUMMED_ROWS) {
-        const int64_t group = std::min(SUMMED_ROWS, count - first), following = std::min(SUMMED_ROWS, count - first - group);
+        const int64_t group = std::min(SUMMED_ROWS, count - first);
+        const int64_t following = std::min(SUMMED_ROWS, std::max<int64_t>(0, count - first - ahead));
         const uint8_t *rows[SUMMED_ROWS], *scales[SUMMED_ROWS], *next[SUMMED_ROWS];
         const float* own[SUMMED_ROWS];
         for (int64_t r = 0; r < group; ++r) {
@@ -275,7 +281,7 @@ void sum_blocks(const Matrix& m, const std::vector<int32_t>& list, const float* 
         }
         if (group % 2 == 1) rows[group] = rows[group - 1];  // its coefficients are 0
         for (int64_t r = 0; r < following; ++r) {
-            next[r] = row_of(list[first + group + r]);
+            next[r] = row_of(list[first + ahead + r]);
             prefetch(next[r] + to_scales, blocks * 2);
         }
         coefficients.fill(own, scales, group, blocks);

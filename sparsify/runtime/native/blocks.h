@@ -71,7 +71,8 @@ struct Blocks {
     static constexpr int BITS = NUM_BITS;
     static constexpr int VECTORS = 2;
     static int64_t width(int64_t hidden) { return (hidden + BLOCK - 1) / BLOCK * BLOCK; }
-    static const Stored* value(const Stored* row, int64_t i) { return row + (i * BITS >> 3); }
+    static int64_t value_bytes(int64_t count) { return count * BITS >> 3; }
+    static const Stored* value(const Stored* row, int64_t i) { return row + value_bytes(i); }
     static const Stored* scale(const Stored* row, int64_t i, int64_t width) { return value(row, width) + (i >> 5 << 1); }
     static Lanes lanes(const Stored* row, int64_t i, int k, int64_t width) {
         const Lanes factor = broadcast_bf16(scale(row, i, width));

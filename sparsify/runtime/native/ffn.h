@@ -13,6 +13,8 @@
 #include "low_rank.h"
 #include "neuron_store.h"
 
+#include <type_traits>
+
 namespace sparsify {
 
 enum GateKind : int32_t { RELU = 0, RELU_SQUARED = 1, SHIFTED_RELU = 2, SILU = 3, GELU_TANH = 4 };
@@ -23,7 +25,7 @@ struct FfnCall {
     int64_t tokens, hidden, neurons, rank;
     int64_t groups, kept_groups;      // neurons in equal groups, 0 without a router; kept_groups: 0 to keep those with scores above 0
     Matrix x, up_x, gate, up, down_t;  // up_x [tokens, hidden] where up reads another input than gate; otherwise null
-    Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one
+    Matrix predictor_x, predictor_a, predictor_b;  // [tokens, hidden], [rank, hidden], [neurons, rank]; null without one. See PredictorFormat
     Matrix gate_copy, up_copy;        // int4 [neurons, hidden]; null where no copies rank neurons
     Matrix router;                    // [groups, hidden], of the dtype of x; reads predictor_x
     const float* router_bias;         // [groups], added to scores
@@ -40,6 +42,16 @@ struct FfnCall {
     int64_t gate_columns, up_columns;                // and columns read, where a matrix is held by them
 };
 
+// The format of a predictor's matrices next to weights of a format: int8 blocks next to blocks, otherwise the same.
+template <class T, bool PACKED = IsPacked<T>::value>
+struct PredictorOf {
+    using Format = std::conditional_t<T::BITS != 0, Int8Blocks, T>;
+};
+template <class T>
+struct PredictorOf<T, true> : PredictorOf<typename T::Dense> {};
+template <class T>
+using PredictorFormat = typename PredictorOf<T>::Format;
+
 struct FfnScratch {
     std::vector<float> rank_values, ranked, factor, product, sums, gate_dropped, up_dropped;
 };
@@ -49,7 +61,7 @@ struct FfnTokens {
     const Input *gate_x, *up_x;                   // for rows; null for a matrix that is held by columns
     const Factors *gate_factors, *up_factors;     // for columns; otherwise null
     const float* x;            // [tokens, hidden]: the input before its masks, where projections have low-rank factors
-    const Input* predictor_x;  // not rounded; null without a predictor
+    const Input* predictor_x;  // for rows of PredictorFormat; null without a predictor
     const Input* copy_x;       // for int4 rows; null without copies
     const bool* active;        // [MAX_TOKENS]: tokens that the block computes
     float* residual;           // [tokens, hidden]: the output times `shares` is added to it; null to write FfnCall::out
@@ -94,6 +106,9 @@ struct Half {
     const LowRank& low_rank;
     const float* dropped;  // [B, rank]
     int64_t &rows, &columns;
+
+    // Whether its factors follow from its products alone.
+    bool is_bare() const { return !constant && !mask && !low_rank.rank; }
 };
 
 inline float gate_factor(float g, const FfnCall& call) {
@@ -169,7 +184,9 @@ void predict(const FfnCall& call, const FfnTokens& in, FfnScratch& s, Input& ran
         for (int b = 0; b < B; ++b) values[b * call.rank + r] = dots[b] <= 0.0f ? 0.0f : dots[b];
     });
     barrier();
-    std::copy(values, values + B * call.rank, ranks.prepare<T, B>(call.rank));
+    float* own = ranks.prepare<T, B>(call.rank);
+    for (int b = 0; b < B; ++b) std::copy_n(values + b * call.rank, call.rank, own + b * ranks.width);
+    ranks.finish<T, B>();
     all_dots<T, B>(call.predictor_b, nullptr, call.neurons, ranks, [&](int64_t n, const float* scores) {
         // A NaN score compares false, so its neuron is computed.
         for (int b = 0; b < B; ++b)
@@ -232,7 +249,7 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
     const bool predicted = ranked || routed || call.predictor_a.data != nullptr;
     if (ranked) rank<B>(call, in, s);
     else if (routed) with_dtype(call.dtype, [&](auto format) { choose_groups<decltype(format), B>(call, in, s, thread, threads); });
-    else if (predicted) with_dtype(call.dtype, [&](auto format) { predict<decltype(format), B>(call, in, s, lists.ranks); });
+    else if (predicted) predict<PredictorFormat<T>, B>(call, in, s, lists.ranks);
     const float* chosen = ranked ? s.ranked.data() : product;
     if (predicted)
         compact(nullptr, call.neurons, lists.predicted, [&](int64_t n) { return call.dense || any_token<B>(chosen + n * B); });
@@ -265,7 +282,25 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
             else product[n * B + b] = on ? masked(call.product_mask, n, times(n, b, own[b])) : 0.0f;
         }
     };
-    const auto compute = [&](const Half& which, const std::vector<int32_t>* list, bool columns_listed) {
+    // The usual case without the others' branches, which cost as much as a sixth of a short row's product: a ReLU of gates, without masks
+    // of the factors and what is added to outputs, and all that is computed counts.
+    bool counts = !predicted || (B == 1 && !call.dense);
+    for (int b = 0; b < B; ++b) counts &= in.active[b];
+    const bool usual_gate = counts && first.is_gate && call.gate_kind == RELU && first.is_bare();
+    const bool usual_up = counts && !second.is_gate && second.is_bare();
+    const auto take_gate = [factor, limit = call.gate_threshold](int64_t n, const float* dots) {
+        for (int b = 0; b < B; ++b) factor[n * B + b] = dots[b] <= limit ? 0.0f : dots[b];
+    };
+    const bool rectified = call.up_kind == UP_RELU, dense = call.dense != 0;
+    const float* limits = call.product_mask && call.product_mask->rule == THRESHOLD ? call.product_mask->thresholds : nullptr;
+    const auto take_up = [factor, product, rectified, dense, limits](int64_t n, const float* dots) {
+        for (int b = 0; b < B; ++b) {
+            const float gate_value = factor[n * B + b], up_value = rectified && dots[b] <= 0.0f ? 0.0f : dots[b];
+            const float value = gate_value == 0.0f && !dense ? 0.0f : gate_value * up_value;
+            product[n * B + b] = limits && std::fabs(value) <= limits[n] ? 0.0f : value;
+        }
+    };
+    const auto compute = [&](const Half& which, const std::vector<int32_t>* list, bool columns_listed, const auto& take) {
         half = &which;
         if (which.factors) {
             if (!columns_listed) which.factors->list<B>(in.active, call.dense != 0, lists.columns);
@@ -280,7 +315,8 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
         if (thread == 0) which.rows += count;
     };
     if (call.store && call.store->whole) fetch(*call.store, candidates, call.neurons, thread);
-    compute(first, candidates, false);
+    if (usual_gate) compute(first, candidates, false, take_gate);
+    else compute(first, candidates, false, take);
     barrier();  // also where a thread's parts of both are the same neurons: another may still add rows of the previous expert
     if (compares(first.mask)) {
         for_tokens<B>(in, candidates, call.neurons, lists.vector, factor, thread, threads,
@@ -293,7 +329,9 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
         computed = &lists.second;
     }
     if (call.store && !call.store->whole) fetch(*call.store, computed, call.neurons, thread);
-    compute(second, computed, second.factors && second.factors == first.factors);
+    const bool listed = second.factors && second.factors == first.factors;
+    if (usual_up) compute(second, computed, listed, take_up);
+    else compute(second, computed, listed, take);
     barrier();
     if (apart || compares(call.product_mask)) {
         for_tokens<B>(in, computed, call.neurons, lists.vector, product, thread, threads, [&](float* values, int b) {

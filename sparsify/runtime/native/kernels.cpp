@@ -28,8 +28,11 @@ void run(FfnCall& call) {
     static thread_local std::vector<float> values, up_values;
     FfnScratch& scratch = kept;  // inside the region the thread_local name would mean each thread's own object
     reserve<T, B>(call, scratch);
-    if (call.predictor_a.data || call.router.data)
-        fill_rows<F32, B>(nullptr, widen(call, call.predictor_x, values), call.tokens, call.hidden, predictor_x);
+    const auto before_masks = [&](auto format) {
+        fill_rows<decltype(format), B>(nullptr, widen(call, call.predictor_x, values), call.tokens, call.hidden, predictor_x);
+    };
+    if (call.predictor_a.data) before_masks(PredictorFormat<T>());
+    else if (call.router.data) before_masks(F32());
     const float* seen = widen(call, call.x, values);
     if (call.gate_copy.data) fill_rows<Int4Blocks, B>(nullptr, seen, call.tokens, call.hidden, copy_x);
     const float* seen_by_up = call.up_x.data ? widen(call, call.up_x, up_values) : seen;

@@ -162,21 +162,27 @@ inline void prefetch(const void* data, int64_t bytes) {
 #endif
 }
 
+constexpr int64_t AHEAD_BYTES = 16384;  // read between a row's prefetch and its use: less takes less time than memory's latency
+
 // ---- formats of weights and of hidden states ----
 
+// Mirrors sparsify/runtime/native_ffn.py.
 struct Matrix {
     const void* data;
-    int64_t row_stride;  // in elements, or in bytes of blocks
+    int64_t row_stride;    // in elements, or in bytes of blocks
     const int32_t* slots;  // row n is at place slots[n]; null where it is at place n
+    const float* factors;  // of its columns: sums of rows are multiplied by them; null for 1
     int64_t place(int64_t n) const { return slots ? slots[n] : n; }
 };
 
 // Interface of a format: VECTORS are read together, aligned to as many vectors; a row of `hidden` elements is stored as
 // width(hidden) elements; lanes(row, i, k, width) is vector k after element i; ask() prefetches `count` elements; at() and from()
-// convert one element. BITS is that of a weight in blocks, 0 for stored weights.
+// convert one element; value_bytes() is the size of so many elements without scales. BITS is that of a weight in blocks, 0 for stored
+// weights.
 template <class T>
 struct Plain {
     static constexpr int VECTORS = 1, BITS = 0;
+    static int64_t value_bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(T)); }
     static int64_t width(int64_t hidden) { return hidden; }
     static void ask(const T* row, int64_t i, int64_t count, int64_t) { prefetch(row + i, count * sizeof(T)); }
 };

@@ -22,7 +22,6 @@ enum WeightFormat : int32_t { STORED = 0, INT8 = 1, INT4 = 2, PACKED_BF16 = 3, P
 constexpr int MAX_TOKENS = 8;
 constexpr int ROWS = 4;             // rows of one pass: so many concurrent streams saturate the memory bandwidth
 constexpr int rows_at_once(int tokens) { return tokens <= 4 ? ROWS : 2; }
-constexpr int64_t AHEAD_BYTES = 16384;   // read between a row's prefetch and its use: shorter rows take less time than memory's latency
 constexpr int64_t BLOCK_BYTES = 131072;  // rows that a thread takes at once, at least; their first ones are not prefetched
 constexpr int64_t MIN_BLOCK_ROWS = 64, BLOCKS_PER_THREAD = 8;
 
@@ -180,15 +179,16 @@ void all_dots(const Matrix& m, const int32_t* list, int64_t count, const Input& 
     }
 }
 
-// sums[b][columns] += factors[row][b] * m[row][columns], over R listed rows in their order, for one thread's columns.
+// sums[b][columns] += factors[row][b] * m[row][columns], over R listed rows in their order, for one thread's columns. Prefetches the
+// rows `ahead` of them.
 template <class T, int R, int B>
-void add_rows(const Matrix& m, const int32_t* list, int64_t left, const float* factors, float* sums, int64_t width, int64_t begin,
-              int64_t end) {
+void add_rows(const Matrix& m, const int32_t* list, int64_t left, int64_t ahead, const float* factors, float* sums, int64_t width,
+              int64_t begin, int64_t end) {
     constexpr int STEP = T::VECTORS * LANES;
     const typename T::Stored *rows[R], *next[R];
     float own[R][B];
     for (int r = 0; r < R; ++r) {
-        next[r] = row<T>(m, list[std::min<int64_t>(R + r, left - 1)]);
+        next[r] = row<T>(m, list[std::min<int64_t>(ahead + r, left - 1)]);
         rows[r] = row<T>(m, list[r]);
         for (int b = 0; b < B; ++b) own[r][b] = factors[static_cast<int64_t>(list[r]) * B + b];
     }
@@ -213,8 +213,7 @@ void add_rows(const Matrix& m, const int32_t* list, int64_t left, const float* f
                 sums[b * width + i] = std::fma(T::at(rows[r], i), own[r][b], sums[b * width + i]);
 }
 
-// sums[b][columns] = the sum of factors[row][b] * m[row][columns] over all listed rows in their order, for one thread's columns.
-// The same for packed rows, so many at a time as are added together.
+// As `add_listed`, for packed rows, so many at a time as are added together.
 template <class T, int B>
 void add_packed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
                 int64_t end) {
@@ -251,11 +250,20 @@ void add_packed(const Matrix& m, const std::vector<int32_t>& list, const float* 
             T::unpack(row<T>(m, list[i + r]), next, width, begin, end, room + r * elements);
             std::copy_n(factors + static_cast<int64_t>(list[i + r]) * B, B, own + r * B);
         }
-        if (some == ROWS) add_rows<D, ROWS, B>(unpacked, ORDER, ROWS, own, sums, width, begin, end);
-        else for (int64_t r = 0; r < some; ++r) add_rows<D, 1, B>(unpacked, ORDER + r, some - r, own, sums, width, begin, end);
+        if (some == ROWS) add_rows<D, ROWS, B>(unpacked, ORDER, ROWS, ROWS, own, sums, width, begin, end);
+        else for (int64_t r = 0; r < some; ++r) add_rows<D, 1, B>(unpacked, ORDER + r, some - r, 1, own, sums, width, begin, end);
     }
 }
 
+template <int B>
+void multiply_columns(const Matrix& m, float* sums, int64_t width, int64_t begin, int64_t end) {
+    if (!m.factors) return;
+    for (int b = 0; b < B; ++b)
+        for (int64_t i = begin; i < end; ++i) sums[b * width + i] *= m.factors[i];
+}
+
+// sums[b][columns] = the sum of factors[row][b] * m[row][columns] over all listed rows in their order, for one thread's columns; then
+// times the columns' own factors.
 template <class T, int B>
 SPARSIFY_OUT_OF_LINE void add_listed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
                 int64_t end) {
@@ -265,14 +273,18 @@ SPARSIFY_OUT_OF_LINE void add_listed(const Matrix& m, const std::vector<int32_t>
     if constexpr (T::BITS != 0) {
         for (int64_t i = begin; i < end; i += SUMMED_BLOCKS * BLOCK)
             sum_blocks<T::BITS, B>(m, list, factors, sums, width, i, std::min(SUMMED_BLOCKS, (end - i) / BLOCK));
-        return;
+        return multiply_columns<B>(m, sums, width, begin, end);
     }
 #endif
     for (int b = 0; b < B; ++b) std::fill(sums + b * width + begin, sums + b * width + end, 0.0f);
-    const int64_t count = static_cast<int64_t>(list.size());
+    const int64_t count = static_cast<int64_t>(list.size()), span = T::value_bytes(end - begin);
+    const int64_t ahead = std::max<int64_t>(1, AHEAD_BYTES / (ROWS * span)) * ROWS;
+    for (int64_t i = ROWS; i < std::min(ahead, count); ++i)
+        prefetch(reinterpret_cast<const char*>(row<T>(m, list[i])) + T::value_bytes(begin), span);
     int64_t i = 0;
-    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(m, list.data() + i, count - i, factors, sums, width, begin, end);
-    for (; i < count; ++i) add_rows<T, 1, B>(m, list.data() + i, count - i, factors, sums, width, begin, end);
+    for (; i + ROWS <= count; i += ROWS) add_rows<T, ROWS, B>(m, list.data() + i, count - i, ahead, factors, sums, width, begin, end);
+    for (; i < count; ++i) add_rows<T, 1, B>(m, list.data() + i, count - i, ahead, factors, sums, width, begin, end);
+    multiply_columns<B>(m, sums, width, begin, end);
     }
 }
 

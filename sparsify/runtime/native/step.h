@@ -331,9 +331,6 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
         norm<X>(call, s.residual.data(), layer.ffn_norm, tokens, call.hidden, own.normed);
         if (layer.router) route<X>(call, layer, own.normed, own.probabilities);
         if (ranks) fill_rows<Int4Blocks, B>(nullptr, own.normed.data(), tokens, call.hidden, own.copy_x);
-        if (!predicts) return;
-        const bool residual = call.predictor_reads_residual != 0;
-        fill_rows<X, B>(nullptr, residual ? s.residual.data() : own.normed.data(), tokens, call.hidden, own.predictor_x);
     });
     const FfnCall& any_expert = *layer.experts;  // the basis of a layer's inputs is that of all experts
     const float* x = own.normed.data();
@@ -347,6 +344,14 @@ void ffn_block(const StepCall& call, StepLayer& layer, Shared& s, Own& own, Cloc
     const int64_t experts = layer.router ? call.num_experts : 1;
     with_format(layer.experts->weight_format, call.dtype, [&](auto format) {
         using T = decltype(format);
+        if (predicts) {
+            const float* seen = call.predictor_reads_residual ? s.residual.data() : own.normed.data();
+            const auto fill = [&](auto own_format) {
+                fill_rows<decltype(own_format), B>(nullptr, seen, tokens, call.hidden, own.predictor_x);
+            };
+            if (layer.experts->router.data) with_dtype(call.dtype, fill);
+            else fill(PredictorFormat<T>());
+        }
         FfnTokens in{};
         in.x = x;
         const FfnCall* filled = nullptr;  // experts whose masks are the same read the same input
