@@ -45,7 +45,8 @@ class Block:
 
     def fire(self, active: float, gates: float, generator: torch.Generator) -> None:
         """Sets the share of neurons that fire for each token, and the share whose gate is positive."""
-        neurons = self.gate.shape[0]
+        neurons, b = self.gate.shape[0], self.predictor.b
+        assert isinstance(b, torch.Tensor)
         for token in range(len(self.x)):
             order = torch.randperm(neurons, generator=generator)
             gate_on, both_on = torch.full((neurons,), -SIGN), torch.full((neurons,), -SIGN)
@@ -53,7 +54,7 @@ class Block:
             both_on[order[: round(active * neurons)]] = SIGN
             self.gate[:, token] = gate_on
             self.up[:, token] = both_on
-            self.predictor.b[:, token] = both_on
+            b[:, token] = both_on
 
     def weights(self) -> FfnWeights:
         gate, up = self.gate, self.up

@@ -470,7 +470,7 @@ class ExpertsForward(BlockForward):
         """All predictors stacked, experts first, in x's dtype and on its device. The single ones become views of the stack."""
         if self.options.predictors is None:
             return None
-        if self._stack is None or self._stack.a.dtype != x.dtype or self._stack.a.device != x.device:
+        if self._stack is None or self._stack.like(x, in_blocks=False) is not self._stack:
             single = self.options.predictors
             a, b = (torch.stack([getattr(one, part).to(x) for one in single]) for part in "ab")
             self._stack = Predictor(a, b, single[0].threshold)

@@ -282,7 +282,8 @@ class StepForward:
 
     def _output(self, logits: torch.Tensor, cache: Any) -> CausalLMOutputWithPast | MoeCausalLMOutputWithPast:
         # Without the checks of its fields, which take longer than all else that makes it.
-        output = self._output_class.__new__(self._output_class)
+        kind: Any = self._output_class
+        output = kind.__new__(kind)
         output["logits"], output["past_key_values"] = logits[:, None], cache
         return output
 

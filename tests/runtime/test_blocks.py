@@ -151,10 +151,10 @@ def test_decoding_is_that_of_the_rounded_weights(kind: str, format: BlockFormat,
     generate(model, do_sample=False)
     acceleration.reset()
     same_logits(model, reference)
+    factors = 4 * model.config.hidden_size  # of down_proj's outputs
     for reads in acceleration.reads:
         assert reads.rows.down < reads.rows.up < reads.rows.gate == reads.offered
         blocks = reads.offered / model.config.intermediate_size
-        factors = 4 * model.config.hidden_size  # of down_proj's outputs
         assert reads.bytes_read == reads.rows.total * model.config.hidden_size * BITS[format] / 8 + blocks * factors
     head = model.lm_head.weight.numel()
     small = model.model.embed_tokens.weight.numel() + sum(p.numel() for n, p in model.named_parameters() if "norm" in n)
