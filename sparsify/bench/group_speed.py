@@ -85,8 +85,8 @@ def bench_groups(
     ways = {
         DENSE: dense,
         ROUTED: replace(dense, router=Router(router, -edge.expand(groups))),
-        GROUPED: replace(dense, predictor=_known(on, x)),
-        SCATTERED: replace(dense, predictor=_known(shuffled, x)),
+        GROUPED: replace(dense, predictor=_known(on, x).like(x, in_blocks=dense.in_blocks)),
+        SCATTERED: replace(dense, predictor=_known(shuffled, x).like(x, in_blocks=dense.in_blocks)),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     read: dict[str, int] = {}

@@ -98,7 +98,7 @@ def quantise(weight: torch.Tensor, format: BlockFormat, *, by_columns: bool = Fa
         by_columns: Whether it is the transpose, whose columns get factors.
     """
     rows, columns = weight.shape
-    factors = _root_mean_squares(weight) if by_columns else None
+    factors = column_factors(weight) if by_columns else None
     row_bytes = -(-columns // BLOCK) * (BLOCK * _BITS[format] // 8 + 2)
     data = torch.empty(rows, row_bytes, dtype=torch.uint8, device=weight.device)
     whole = weight.detach().contiguous()  # once: slices of a transposed matrix are slow to read
@@ -106,20 +106,24 @@ def quantise(weight: torch.Tensor, format: BlockFormat, *, by_columns: bool = Fa
         chunk = slice(start, start + _CHUNK_ROWS)
         part = whole[chunk] if factors is None else whole[chunk].float() / factors
         data[chunk] = _quantise(part, format)
-    if factors is not None:
-        factors = pad(factors, (0, -columns % BLOCK), value=1.0)
-    return BlockMatrix(data, format, columns, factors)
+    return BlockMatrix(data, format, columns, None if factors is None else padded_factors(factors))
 
 
-def _root_mean_squares(weight: torch.Tensor) -> torch.Tensor:
-    """Of each column, fp32; 1 where it is 0 or not finite."""
-    weight = weight.detach().float()
-    if not len(weight):
-        return weight.new_ones(weight.shape[1])
-    largest = weight.abs().amax(0)
-    means = (weight / largest).square().mean(0)  # squares of small weights would be 0, and of large ones infinite
-    values = means.sqrt() * largest
+def column_factors(weight: torch.Tensor) -> torch.Tensor:
+    """What the weights of each column of [rows, columns] are divided by: their root mean square, fp32; 1 where it is 0 or not finite."""
+    largest, squares = torch.zeros(2, weight.shape[1], device=weight.device)
+    chunks = weight.detach().split(_CHUNK_ROWS)
+    for chunk in chunks:
+        largest = torch.maximum(largest, chunk.float().abs().amax(0)) if len(chunk) else largest
+    for chunk in chunks:  # squares of small weights would be 0, and of large ones infinite
+        squares = squares + (chunk.float() / largest).square().sum(0)
+    values = (squares / max(len(weight), 1)).sqrt() * largest
     return torch.where(values.isfinite() & (values > 0), values, 1.0)
+
+
+def padded_factors(factors: torch.Tensor) -> torch.Tensor:
+    """As a BlockMatrix holds them."""
+    return pad(factors, (0, -factors.shape[-1] % BLOCK), value=1.0)
 
 
 def _quantise(weight: torch.Tensor, format: BlockFormat) -> torch.Tensor:

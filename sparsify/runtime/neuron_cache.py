@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -70,6 +71,7 @@ class NeuronCache:
         self, file: NeuronFile, num_bytes: int, *, experts: int = 1, policy: str = "lru", prefetch: Prefetch = "none"
     ) -> None:
         layout = self.layout = file.layout
+        self._factors = file.factors
         self.file = file
         self.plan = plan_memory(layout, num_bytes, layout.neurons // FIRST_SHARE)
         self.reads = FileReads(file)
@@ -168,7 +170,11 @@ class NeuronCache:
 
     def matrices(self, block: int, dtype: torch.dtype) -> tuple[Matrix, Matrix, Matrix]:
         """gate, up and transposed down as the slots hold them: row n is that of the neuron in slot n, once `attach` said so."""
-        return tuple(self._slots_of(name, dtype) for name in ("gate", "up", "down"))  # pyright: ignore[reportReturnType]
+        gate, up, down = (self._slots_of(name, dtype) for name in ("gate", "up", "down"))
+        return gate, up, self._with_factors(down, block)
+
+    def _with_factors(self, down: Matrix, block: int) -> Matrix:
+        return replace(down, factors=self._factors[block]) if isinstance(down, BlockMatrix) else down
 
     def _slots_of(self, name: str, dtype: torch.dtype) -> Matrix:
         layout = self.layout
@@ -197,6 +203,7 @@ class NeuronCache:
         layout = self.layout
         size = layout.neurons * layout.row_bytes
         gate, up, down = (self._matrix(self.memory, i * size, layout.row_bytes, dtype) for i in range(3))
+        down = self._with_factors(down, block)
         if self._whole == block:
             return gate, up, down
         self.forget()

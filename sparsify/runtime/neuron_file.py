@@ -8,7 +8,7 @@ transposed down. There are two layouts:
 - `whole`: one unit for each neuron with all three rows, for predictors, which choose neurons before any projection.
 
 A unit is read by one call, so it begins at a multiple of ALIGNMENT bytes, as reads past the page cache need it. Rows are as decoding
-reads them: stored, or in int8 or int4 blocks.
+reads them: stored, or in int8 or int4 blocks. At the end are the factors of blocks' outputs of the down projections.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from sparsify.errors import StorageError
 from sparsify.files import storage_errors
 from sparsify.models.masking import has_experts, num_experts, num_neurons
-from sparsify.models.quantised import BLOCK, BlockFormat, bits_per_weight, quantise
+from sparsify.models.quantised import BLOCK, BlockFormat, bits_per_weight, column_factors, padded_factors, quantise
 from sparsify.runtime.stored_weights import StoredModel, StoredTensor
 
 Layout = Literal["apart", "whole"]
@@ -79,8 +80,17 @@ class NeuronLayout:
         return self.rows_bytes + self.neurons * self.unit_bytes
 
     @property
-    def file_bytes(self) -> int:
+    def factor_bytes(self) -> int:
+        """Of the factors of one block's down projection."""
+        return 0 if self.weights == "stored" else 4 * _aligned(self.hidden, BLOCK)
+
+    @property
+    def factors_offset(self) -> int:
         return HEADER_BYTES + self.blocks * self.block_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        return self.factors_offset + self.blocks * self.factor_bytes
 
     @property
     def in_unit(self) -> tuple[str, ...]:
@@ -145,6 +155,7 @@ class NeuronFile:
     Attributes:
         layout: Its layout.
         descriptor: Past the page cache if `direct`.
+        factors: Of each block's down projection, as a BlockMatrix holds them; empty for stored weights.
     """
 
     def __init__(self, path: Path, layout: NeuronLayout) -> None:
@@ -152,6 +163,9 @@ class NeuronFile:
         with storage_errors(path, "read"):
             self.direct, self.descriptor = _opened(path)
             self._state = self._now()
+            shape = layout.blocks, layout.factor_bytes // 4
+            found = np.fromfile(path, np.float32, shape[0] * shape[1], offset=layout.factors_offset)
+            self.factors = torch.from_numpy(found).view(shape)
 
     def _now(self) -> tuple[int, int]:
         found = os.fstat(self.descriptor)
@@ -250,6 +264,7 @@ def write_neurons(model: StoredModel, layout: NeuronLayout, path: Path, tell: Te
     try:
         with storage_errors(path), partial.open("wb", buffering=0) as file:
             file.write(layout.header())
+            factors: list[torch.Tensor] = []
             for block in range(layout.blocks):
                 if block % experts == 0:
                     tell(
@@ -257,8 +272,10 @@ def write_neurons(model: StoredModel, layout: NeuronLayout, path: Path, tell: Te
                         f"{layout.blocks // experts}"
                     )
                 expert = block % experts if has_experts(model.config) else None
-                _write_block(model.block(block // experts, expert), layout, file)
+                factors.append(_write_block(model.block(block // experts, expert), layout, file))
                 _forget(file)
+            if layout.factor_bytes:
+                _all(file.write, torch.stack(factors).numpy())
             os.fsync(file.fileno())
             partial.replace(path)
     finally:
@@ -273,9 +290,13 @@ def _forget(file: object) -> None:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _write_block(stored: tuple[StoredTensor, StoredTensor, StoredTensor], layout: NeuronLayout, file: object) -> None:
+def _write_block(
+    stored: tuple[StoredTensor, StoredTensor, StoredTensor], layout: NeuronLayout, file: object
+) -> torch.Tensor:
+    """Writes a block; returns the factors of its down projection, which are used for blocks alone."""
     matrices: dict[str, StoredTensor] = dict(zip(("gate", "up", "down"), stored, strict=True))
     down = matrices["down"].read()
+    factors = column_factors(down.mT) if layout.factor_bytes else torch.ones(0)
     write = file.write  # pyright: ignore[reportAttributeAccessIssue]
 
     def rows(name: str, begin: int, end: int) -> torch.Tensor:
@@ -283,6 +304,7 @@ def _write_block(stored: tuple[StoredTensor, StoredTensor, StoredTensor], layout
         part = down[:, begin:end].mT if name == "down" else matrices[name].rows(begin, end).read()
         if layout.weights == "stored":
             return part.contiguous().view(torch.uint8)
+        part = part.float() / factors if name == "down" else part
         return quantise(part, "int8" if layout.weights == "int8" else "int4").data
 
     chunks = [(begin, min(begin + CHUNK_ROWS, layout.neurons)) for begin in range(0, layout.neurons, CHUNK_ROWS)]
@@ -297,6 +319,7 @@ def _write_block(stored: tuple[StoredTensor, StoredTensor, StoredTensor], layout
             start = place * layout.part_bytes
             units[:, start : start + layout.row_bytes] = rows(name, begin, end)
         _all(write, units.numpy())
+    return padded_factors(factors)
 
 
 def _all(write: Callable[[memoryview], int], content: object) -> None:
