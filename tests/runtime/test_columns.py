@@ -78,7 +78,8 @@ def by_columns(
     seed=st.integers(0, 10**6),
 )
 def test_every_block_equals_float64(backend, shape, name, dtype, format, held, kept, on, threads, dense, seed) -> None:
-    assume(backend == "native" or name != "geglu" or on == 1.0)  # torch's GELU is exactly 0 far below 0
+    # Far below 0 torch's GELU is exactly 0, and what it gives underflows fp16.
+    assume(name != "geglu" or on == 1.0 or (backend == "native" and dtype != torch.float16))
     x, weights = masked_block(shape, dtype, kept, seed, on)
     read, plain = by_columns(weights, held, format)
     out, rows = sparse_ffn(x, read, ALL[name], backend=backend, threads=threads, dense=dense)

@@ -65,7 +65,8 @@ def test_every_block_equals_float64(
 ) -> None:
     # torch rounds gates to half precision before they are compared with a threshold, where fatrelu jumps.
     assume(backend == "native" or name != "fatrelu" or dtype == torch.float32)
-    assume(backend == "native" or name != "geglu" or on == 1.0)  # torch's GELU is exactly 0 far below 0
+    # Far below 0 torch's GELU is exactly 0, and what it gives underflows fp16.
+    assume(name != "geglu" or on == 1.0 or (backend == "native" and dtype != torch.float16))
     x, weights = block(*shape, dtype, on=on, seed=seed)
     if rank == "copies":
         assume(backend == "native" or dtype == torch.float32)  # torch computes copies' products in half precision
