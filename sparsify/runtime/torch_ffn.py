@@ -128,9 +128,8 @@ def _predicted(x: torch.Tensor, weights: FfnWeights) -> torch.Tensor:
     assert weights.predictor is not None
     values = x
     for part, last in ((weights.predictor.a, False), (weights.predictor.b, True)):
-        values = (
-            product(values.float(), part, by_columns=False) if isinstance(part, BlockMatrix) else linear(values, part)
-        )
+        in_blocks = not isinstance(part, torch.Tensor)
+        values = product(values.float(), part, by_columns=False) if in_blocks else linear(values, part)
         values = values if last else values.relu()
     return ~(values <= weights.predictor.threshold)
 
