@@ -25,7 +25,7 @@ REFUSED = {
     "--method percentile --target-density 0": ["--target-density is '0.0'", "above 0 to 1"],
     "--method percentile --target-density 0.5 --target-zeros 0.5": ["both say how much is dropped"],
     "--method percentile --target-density 0.01": ["conversion.target_density is 0.01", "Above 0."],
-    "--calibrate-on quickstart --target-density 0.5": ["makes zeros of its own", "--method"],
+    "--calibrate-on quickstart --target-density 0.5": ["is not a mask", "--method"],
     "--target-density 0.5": ["--target-density 0.5 would be ignored"],
     "--set site=gate": ["--set site=gate would be ignored", "--method"],
     "--calibrate-on quikstart": ["Did you mean 'quickstart'?"],

@@ -172,7 +172,7 @@ def test_a_density_that_a_mask_cannot_reach_names_the_smallest() -> None:
     ("settings", "message"),
     [
         ({"method": "percentile", "target_zeros": 0.5}, "both say how much"),
-        ({"method": "calibrated_replacement"}, "makes zeros of its own"),
+        ({"method": "calibrated_replacement"}, "is not a mask"),
         ({"method": "percentile", "method_settings": {"site": "up"}}, "'inter' or 'gate'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -123,7 +124,10 @@ def products_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) ->
 def gates_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> torch.Tensor:
     """Left factors of every neuron in float64, before any threshold. [tokens, neurons]"""
     own = FfnActivation(activation.name, activation.gate_threshold)
-    return own.gate_factor(x.double() @ weights.gate.double().T)
+    gates = x.double() @ weights.gate.double().T
+    if activation.gate == "gelu_tanh":  # 1 + tanh, as torch has it, cancels far below 0: at -7 it is off by a hundredth
+        return gates * (2 * math.sqrt(2 / math.pi) * (gates + 0.044715 * gates**3)).sigmoid()
+    return own.gate_factor(gates)
 
 
 def ups_of(x: torch.Tensor, weights: FfnWeights, activation: Activation) -> torch.Tensor:
