@@ -75,7 +75,8 @@ class PackedMatrix:
         is_stored = np.unpackbits(data[_span(at, columns // 8)], axis=1, bitorder="little").astype(bool)
         at, scales = at + columns // 8, None
         if self.format != "packed_bf16":
-            scales = torch.from_numpy(data[_span(at, columns // BLOCK * 2)]).view(torch.bfloat16).float()
+            bits = np.ascontiguousarray(data[_span(at, columns // BLOCK * 2)]).view(np.int16)
+            scales = torch.from_numpy(bits).view(torch.bfloat16).float()
             at = at + columns // BLOCK * 2
         counts = is_stored.reshape(len(at), columns // GROUP, GROUP).sum(2)
         behind = at[:, None] + _value_bytes(counts, self.format).cumsum(1)
