@@ -24,7 +24,8 @@ class BlockProduct:
     """Forward of a linear layer whose weight is only in blocks; its mask and remainder, if it has any, stay."""
 
     def __init__(self, matrix: BlockMatrix | PackedMatrix, module: nn.Module, *, by_columns: bool) -> None:
-        self.matrix, self.by_columns = matrix, by_columns
+        self.matrix: Any = matrix  # whichever it is, what is needed of it is `dequantised`
+        self.by_columns = by_columns
         self._module, self._masked = module, module if is_masked_linear(module) else None
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:

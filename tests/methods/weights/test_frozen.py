@@ -20,8 +20,10 @@ from tests.methods.conftest import Calibrate
 from tests.ranks import prepare_run, records, replace_model, run_ranks
 
 PROGRAM = Path(__file__).with_name("frozen_program.py")
-CASES = ["mistral-0", "mistral-3", "mistral-3-cut", "mixtral-2", "mixtral-3", "mistral-1-planted"]
+CASES = ["mistral-3", "mistral-3-cut", "mixtral-2", "mistral-1-planted"]
 OTHERS = [
+    "mistral-0",
+    "mixtral-3",
     "mistral-1",
     "mistral-2",
     "mixtral-1",

@@ -55,6 +55,7 @@ def run(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_its_baseline_and_its_teacher_are_dense(run: Path, stock: dict[str, Path]) -> None:
     dense = load_sparse(stock["mistral"])(IDS).logits
     for folder in (run / "baseline" / "initial", run / "teacher"):
@@ -66,6 +67,7 @@ def test_its_baseline_and_its_teacher_are_dense(run: Path, stock: dict[str, Path
     assert first["distillation"]["squarehead"] > 0.01
 
 
+@pytest.mark.slow
 def test_its_report_says_which_weights_are_zero_and_what_that_saves(run: Path) -> None:
     found = json.loads((run / "report" / "report.json").read_text())["weight_zeros"]
     assert (found["method"], found["sparsity"], len(found["matrices"])) == ("sparsegpt", 0.5, 14)
@@ -79,6 +81,7 @@ def test_its_report_says_which_weights_are_zero_and_what_that_saves(run: Path) -
     assert "q_proj" in page
 
 
+@pytest.mark.slow
 def test_its_export_keeps_every_zero_and_verify_counts_them(run: Path, tmp_path: Path) -> None:
     config = load_sparse(run / "export").config
     assert lost_zeros(config, TensorReader(run / "initial"), TensorReader(run / "export")) == {}
@@ -100,6 +103,7 @@ def test_its_export_keeps_every_zero_and_verify_counts_them(run: Path, tmp_path:
     assert not broken["weight zeros"].holds
 
 
+@pytest.mark.slow
 def test_an_export_of_lost_zeros_is_refused(run: Path, tmp_path: Path) -> None:
     """What training would have stopped for is looked for once more when the result is given away."""
     copy = shutil.copytree(run, tmp_path / "run")
@@ -113,6 +117,7 @@ def test_an_export_of_lost_zeros_is_refused(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_comparison_shows_its_zero_weights_and_its_baseline(run: Path) -> None:
     comparison = compare([run, run / "baseline"])
     sparse = comparison.runs[0]
@@ -120,7 +125,7 @@ def test_a_comparison_shows_its_zero_weights_and_its_baseline(run: Path) -> None
     assert sparse.baseline is not None
     table = next(table for table in tables(comparison) if table.title == "Runs")
     column = table.header.index("zero weights")  # type: ignore[union-attr]
-    assert [str(row[column]) for row in table.rows] == ["50.0%", "0.0%"]
+    assert [str(row[column]) for row in table.rows] == ["50.0%", "0%"]
 
 
 @pytest.mark.slow
@@ -154,13 +159,14 @@ def test_zeros_hold_when_a_run_continues_with_other_processes_and_another_stage(
     assert sum(line["kind"] == "train" for line in records(tmp_path / "run")) == 4
 
 
-def test_a_sparse_source_has_no_dense_baseline_unless_it_is_named(run: Path, recipe_file: Path) -> None:
+def test_a_sparse_source_has_no_dense_baseline_unless_it_is_named(recipe_file: Path, tmp_path: Path) -> None:
     sparse = {"weight_sparsity": {"method": "sparsegpt", "pattern": "2:4", "sparsity": 0.5}}
     recipe = compose_recipe(str(recipe_file), ["baseline.ffn_activation=swiglu"])
     with pytest.raises(RecipeError, match=r"is not dense: 50% of the weights zero \(2:4\), by sparsegpt"):
         check_dense_source(recipe, sparse)
     check_dense_source(compose_recipe(str(recipe_file), []), sparse)
-    recipe.model.dense_source = str(run / "export")
+    (tmp_path / "config.json").write_text(json.dumps(sparse))
+    recipe.model.dense_source = str(tmp_path)
     with pytest.raises(RecipeError, match=r"model\.dense_source=.* is not dense"):
         check_dense_source(recipe, sparse)
 
@@ -176,4 +182,4 @@ def test_the_plan_knows_the_zeros_and_what_making_them_takes(name: str) -> None:
     assert plan.calibration is not None
     assert plan.calibration.method == "sparsegpt"
     if "llama" in name:  # four float64 matrices of 11,008 inputs
-        assert 3.8e9 < plan.calibration.memory_bytes < 10e9
+        assert 3.8e9 < plan.calibration.memory_bytes < 12e9
