@@ -10,7 +10,6 @@ import torch
 
 from sparsify.models.activations import Activation, GateKind, UpKind
 from sparsify.models.masking import kept_count
-from sparsify.models.quantised import BlockMatrix
 from sparsify.runtime.build import kernels
 from sparsify.runtime.packed import PackedMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
@@ -215,13 +214,13 @@ def c_matrix(matrix: Matrix, held: list[Any]) -> CMatrix:
 
     Rows need not be adjacent (a slice of a larger matrix). Elements of a row must be; otherwise the matrix is copied first.
     """
-    if isinstance(matrix, PackedMatrix):
-        held.append(matrix.data)
-        return CMatrix(matrix.data.data_ptr(), matrix.row_bytes)
-    rows, factors = (matrix.data, matrix.factors) if isinstance(matrix, BlockMatrix) else (matrix, None)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    factors = None if isinstance(matrix, torch.Tensor) else matrix.factors
+    rows = matrix if isinstance(matrix, torch.Tensor) else matrix.data
+    if not isinstance(matrix, PackedMatrix) and rows.stride(1) != 1:
+        rows = rows.contiguous()
     held += [rows, factors]
-    return CMatrix(rows.data_ptr(), rows.stride(0), factors=None if factors is None else factors.data_ptr())
+    stride = matrix.row_bytes if isinstance(matrix, PackedMatrix) else rows.stride(0)
+    return CMatrix(rows.data_ptr(), stride, factors=None if factors is None else factors.data_ptr())
 
 
 def weight_format(matrix: Matrix) -> int:

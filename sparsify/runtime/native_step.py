@@ -12,7 +12,7 @@ from torch import nn
 
 from sparsify.models import FAMILIES
 from sparsify.models.masking import experts_per_token, is_fused, num_experts
-from sparsify.models.quantised import BlockFormat, BlockMatrix, KeptBlocks
+from sparsify.models.quantised import BlockFormat, KeptBlocks
 from sparsify.runtime.build import kernels
 from sparsify.runtime.cache_store import Place
 from sparsify.runtime.columns import columns_first, rows_first
@@ -299,7 +299,7 @@ class StepPlan:
     def _linear(self, name: str, linear: nn.Linear, mask: Any = None) -> _Linear:
         matrix = self._projections.matrix(name, linear)
         read = c_matrix(matrix, self._held)
-        factor_bytes = matrix.factor_bytes if isinstance(matrix, BlockMatrix) else 0
+        factor_bytes = 0 if isinstance(matrix, torch.Tensor) else matrix.factor_bytes
         self._lines[name] = matrix.shape[0], line_bytes(matrix), factor_bytes
         constant = constant_of(linear)
         return _Linear(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import pad
 
 from sparsify.errors import ModelError
-from sparsify.models.quantised import BLOCK, BlockFormat, BlockMatrix, KeptBlocks, quantise
+from sparsify.models.quantised import BLOCK, BlockFormat, BlockMatrix, KeptBlocks, column_factors, quantise
 
 PackedFormat = Literal["packed_bf16", "packed_int8", "packed_int4"]
 CHUNK, GROUP = 512, 64
@@ -36,11 +36,13 @@ class PackedMatrix:
         data: uint8 [bytes], as native/packed.h describes it.
         format: What the stored values are.
         shape: Rows and columns.
+        factors: What each column is multiplied by after that, fp32 [columns, padded to whole groups]; None for 1.
     """
 
     data: torch.Tensor
     format: PackedFormat
     shape: tuple[int, int]
+    factors: torch.Tensor | None = None
 
     @property
     def columns(self) -> int:
@@ -52,12 +54,17 @@ class PackedMatrix:
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes - BEYOND
+        return self.data.nbytes - BEYOND + self.factor_bytes
+
+    @property
+    def factor_bytes(self) -> int:
+        """Bytes that are read in any case, whichever rows are."""
+        return 0 if self.factors is None else self.factors.nbytes
 
     @property
     def row_bytes(self) -> int:
         """Of a row, in the mean; rounded up."""
-        return -(-self.nbytes // self.shape[0])
+        return -(-(self.nbytes - self.factor_bytes) // self.shape[0])
 
     def dequantised(self, rows: torch.Tensor | slice = slice(None), dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Unpacks some of the rows, [rows, columns]; exact in fp32 and fp64, and packed bf16 also in bf16."""
@@ -66,7 +73,10 @@ class PackedMatrix:
         starts = data[: 8 * self.shape[0]].view(np.int64)[chosen]
         width = -(-self.columns // GROUP) * GROUP
         parts = [self._chunk(data, starts, first, min(CHUNK, width - first)) for first in range(0, width, CHUNK)]
-        return torch.cat(parts, dim=1)[:, : self.columns].to(dtype)
+        weights = torch.cat(parts, dim=1)
+        if self.factors is not None:
+            weights = weights * self.factors
+        return weights[:, : self.columns].to(dtype)
 
     def _chunk(self, data: NDArray[np.uint8], starts: NDArray[np.int64], first: int, columns: int) -> torch.Tensor:
         """A chunk of rows that begin at these places, fp32 [rows, columns]."""
@@ -89,20 +99,29 @@ class PackedMatrix:
         return values if scales is None else values * scales.repeat_interleave(BLOCK, dim=1)
 
 
-def pack(weight: torch.Tensor, format: PackedFormat) -> PackedMatrix:
-    """Packs a matrix [rows, columns] on a CPU; values of bf16 are rounded to it, those of blocks as `quantise` rounds them."""
+def pack(weight: torch.Tensor, format: PackedFormat, *, by_columns: bool = False) -> PackedMatrix:
+    """Packs a matrix [rows, columns] on a CPU; values of bf16 are rounded to it, those of blocks as `quantise` rounds them.
+
+    Args:
+        weight: A projection [outputs, inputs], or its transpose.
+        format: Of the stored values.
+        by_columns: Whether it is the transpose, whose columns get factors in front of blocks.
+    """
     rows, columns = weight.shape
+    factors = column_factors(weight) if by_columns and format != "packed_bf16" else None
     places = np.zeros(rows, np.int64)
     parts: list[NDArray[np.uint8]] = []
     end = places.nbytes
     for start in range(0, rows, ROWS_AT_ONCE):
         part = weight.detach()[start : start + ROWS_AT_ONCE]
+        part = part if factors is None else part.float() / factors
         packed, lengths = _pack_rows(part, format)
         places[start : start + len(part)] = end + np.concatenate([[0], lengths.cumsum()[:-1]])
         end += len(packed)
         parts.append(packed)
     data = np.concatenate([places.view(np.uint8), *parts, np.zeros(BEYOND, np.uint8)])
-    return PackedMatrix(torch.from_numpy(data), format, (rows, columns))
+    padded = None if factors is None else pad(factors, (0, -columns % GROUP), value=1.0)
+    return PackedMatrix(torch.from_numpy(data), format, (rows, columns), padded)
 
 
 def _pack_rows(weight: torch.Tensor, format: PackedFormat) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
@@ -214,4 +233,7 @@ class KeptPacked(KeptBlocks):
                 f"The model is {others.pop()} now, and its sparse weights were packed as bf16.",
                 next_step="Cast it back to bf16, or accelerate it again with packed=False.",
             )
-        return [pack(one, self.format) for one in matrices]  # pyright: ignore[reportArgumentType, reportReturnType]
+        return [
+            pack(one, self.format, by_columns=place in by_columns)  # pyright: ignore[reportArgumentType, reportReturnType]
+            for place, one in enumerate(matrices)
+        ]

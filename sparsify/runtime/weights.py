@@ -201,7 +201,7 @@ class FfnWeights:
         copies = 0 if self.copies is None else self.copies.nbytes
         router = 0 if self.router is None else self.router.nbytes
         matrices = (self.gate, self.up, self.down_t)
-        factors = sum(one.factor_bytes for one in matrices if isinstance(one, BlockMatrix))
+        factors = sum(one.factor_bytes for one in matrices if not isinstance(one, torch.Tensor))
         others = (self.predictor_bytes + copies + router + factors + self.other_bytes) / self.neurons
         return LineBytes(self.row_bytes, column, others, rows + columns / self.neurons)
 

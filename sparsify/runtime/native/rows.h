@@ -267,8 +267,10 @@ void multiply_columns(const Matrix& m, float* sums, int64_t width, int64_t begin
 template <class T, int B>
 SPARSIFY_OUT_OF_LINE void add_listed(const Matrix& m, const std::vector<int32_t>& list, const float* factors, float* sums, int64_t width, int64_t begin,
                 int64_t end) {
-    if constexpr (IsPacked<T>::value) return add_packed<T, B>(m, list, factors, sums, width, begin, end);
-    else {
+    if constexpr (IsPacked<T>::value) {
+        add_packed<T, B>(m, list, factors, sums, width, begin, end);
+        multiply_columns<B>(m, sums, width, begin, end);
+    } else {
 #if defined(SPARSIFY_WORDS)
     if constexpr (T::BITS != 0) {
         for (int64_t i = begin; i < end; i += SUMMED_BLOCKS * BLOCK)
