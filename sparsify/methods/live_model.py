@@ -1,13 +1,17 @@
-"""The model that trains, inside DeepSpeed's engine: what is called of the engine, evaluation mode, and whole weights."""
+"""The model that trains, inside DeepSpeed's engine: what is called of the engine, its forward passes watched, evaluation mode, and
+whole weights.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.models import SparseModel
 
@@ -49,6 +53,50 @@ class Engine(Protocol):
     def zero_optimization_partition_weights(self) -> bool: ...
     def save_checkpoint(self, save_dir: str, *, tag: str, save_latest: bool) -> Any: ...
     def load_checkpoint(self, load_dir: str, *, tag: str, load_lr_scheduler_states: bool) -> tuple[str | None, Any]: ...
+
+
+class ForwardMeter:
+    """Context manager that watches a model's forward passes with hooks while it is on.
+
+    It watches outputs, never weights, so partitioned weights (ZeRO-3) do not matter to it. What activation checkpointing computes
+    again during the backward pass, with `_in_forward` False, must not be counted again; there hooks only repeat what they keep for it.
+    """
+
+    def __init__(self, model: SparseModel) -> None:
+        self._model = model
+        self._in_forward = False
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        decoder = self._model.model
+        self._handles = [
+            decoder.register_forward_pre_hook(self._enter_forward),
+            decoder.register_forward_hook(self._leave_forward, always_call=True),
+        ]
+        self._handles += self._watch()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _watch(self) -> Iterable[RemovableHandle]:
+        """Hooks of the modules that are watched."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """Before each forward pass of the whole model."""
+
+    def _end(self) -> None:
+        """After it."""
+
+    def _enter_forward(self, decoder: nn.Module, _: object) -> None:
+        self._begin()
+        self._in_forward = True
+
+    def _leave_forward(self, decoder: nn.Module, _: object, output: object) -> None:
+        self._in_forward = False
+        self._end()
 
 
 @contextmanager

@@ -29,8 +29,10 @@ from typing import Any, ClassVar, Self
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import RecipeError
+from sparsify.methods.live_model import ForwardMeter
 from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.models import SparseModel, site_rules
 from sparsify.models.group_router import GroupRouter
@@ -97,10 +99,8 @@ class GroupRecord:
     separability: float
 
 
-class GroupMeter:
-    """Context manager that takes both terms of a model's forward passes while it is on.
-
-    Like `PenaltyMeter` it watches outputs, never weights, and what activation checkpointing computes again is not counted again.
+class GroupMeter(ForwardMeter):
+    """Takes both terms of a model's forward passes while it is on.
 
     Args:
         model: With routers of groups in every layer.
@@ -108,8 +108,8 @@ class GroupMeter:
     """
 
     def __init__(self, model: SparseModel, device: torch.device, *, soft: bool) -> None:
-        self._model, self._soft, self._device = model, soft, device
-        self._in_forward = False
+        super().__init__(model)
+        self._soft, self._device = soft, device
         self._layers = len(model.ffn_blocks())
         # For each layer: weighted sums of both terms, and the weights. With gradients.
         self._sums: list[list[torch.Tensor]] = [[] for _ in range(self._layers)]
@@ -118,23 +118,12 @@ class GroupMeter:
         # Groups, those on, those undecided; rows, those without any; sum of sigmoid(score).
         self._counts = torch.zeros(self._layers, 6, dtype=torch.float64, device=device)
         self._totals = torch.zeros(3, dtype=torch.float64, device=device)
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> Self:
-        decoder = self._model.model
-        self._handles = [
-            decoder.register_forward_pre_hook(self._begin),
-            decoder.register_forward_hook(self._end, always_call=True),
-        ]
+    def _watch(self) -> Iterator[RemovableHandle]:
         for layer, block in enumerate(self._model.ffn_blocks()):
             if is_fused(block):
-                self._handles.append(block.register_forward_pre_hook(self._read_routing, with_kwargs=True))
-            self._handles.append(block.group_router.register_forward_hook(partial(self._take_layer, layer)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+                yield block.register_forward_pre_hook(self._read_routing, with_kwargs=True)
+            yield block.group_router.register_forward_hook(partial(self._take_layer, layer))
 
     def terms(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Efficiency and separability of the forward pass that has just ended, with their gradients. [] each"""
@@ -162,12 +151,10 @@ class GroupMeter:
             separability=float(separable / passes.clamp_min(1)),
         )
 
-    def _begin(self, decoder: nn.Module, _: object) -> None:
+    def _begin(self) -> None:
         self._sums, self._nothing = [[] for _ in range(self._layers)], []
-        self._in_forward = True
 
-    def _end(self, decoder: nn.Module, _: object, output: object) -> None:
-        self._in_forward = False
+    def _end(self) -> None:
         self._calls.clear()
 
     def _read_routing(self, experts: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:

@@ -22,12 +22,14 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.conversion.convert import DENSE_ONLY_FIELDS, UPCYCLED
 from sparsify.errors import ModelError
 from sparsify.methods.base import MethodSettings, register
-from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
-from sparsify.methods.router import LOAD_DECIMALS, aux_loss_coefficient, underused_steps
+from sparsify.methods.live_model import ForwardMeter
+from sparsify.methods.objective import MicroBatch, TrainingRun, objective
+from sparsify.methods.router import LOAD_DECIMALS, LoadBalance
 from sparsify.models import SparseConfig, SparseModel
 from sparsify.models.masking import has_experts
 from sparsify.models.sparse_mohd import HiddenRouter, SparseMohdConfig, SparseMohdForCausalLM
@@ -207,15 +209,12 @@ class HiddenRecord:
     aux_loss: float
 
 
-class HiddenRouterMeter:
-    """Context manager that counts what the routers choose in the forward passes while it is on, and takes their balancing loss.
-
-    What activation checkpointing computes again during the backward pass is not counted again; there the hooks only repeat what they
-    keep for it.
-    """
+class HiddenRouterMeter(ForwardMeter):
+    """Counts what the routers choose in the forward passes while it is on, and takes their balancing loss."""
 
     def __init__(self, model: SparseModel, device: torch.device) -> None:
-        config, self._model = model.config, model
+        super().__init__(model)
+        config = model.config
         assert isinstance(config, SparseMohdConfig), "it has no routers of hidden dimensions"
         self._shared, self._chosen = (
             config.shared_sub_dimensions,
@@ -226,22 +225,10 @@ class HiddenRouterMeter:
         self._entropy = torch.zeros(2 * self._layers, dtype=torch.float64, device=device)
         self._totals = torch.zeros(3, dtype=torch.float64, device=device)
         self._losses: list[torch.Tensor] = []
-        self._in_forward = False
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> Self:
-        decoder = self._model.model
-        self._handles = [
-            decoder.register_forward_pre_hook(self._begin),
-            decoder.register_forward_hook(self._end, always_call=True),
-        ]
+    def _watch(self) -> Iterator[RemovableHandle]:
         for number, router in enumerate(routers_of(self._model)):
-            self._handles.append(router.register_forward_hook(partial(self._take, number)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+            yield router.register_forward_hook(partial(self._take, number))
 
     def loss(self) -> torch.Tensor:
         """The balancing loss of the forward pass that has just ended, with its gradient. []"""
@@ -266,11 +253,8 @@ class HiddenRouterMeter:
             dist.all_reduce(numbers)
         return self.record()
 
-    def _begin(self, decoder: nn.Module, _: object) -> None:
-        self._losses, self._in_forward = [], True
-
-    def _end(self, decoder: nn.Module, _: object, output: object) -> None:
-        self._in_forward = False
+    def _begin(self) -> None:
+        self._losses = []
 
     def _take(
         self, number: int, router: HiddenRouter, _: object, output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -304,17 +288,13 @@ def _rounded(values: torch.Tensor) -> list[float]:
 
 
 @objective
-class HiddenBalance(Objective):
-    """The balancing loss of a MoHD, and the alarm for sub-dimensions that get too few tokens.
-
-    Its state is for how many steps in a row each specialised sub-dimension has had too few. [routers][specialised]
-    """
+class HiddenBalance(LoadBalance):
+    """The balancing loss of a MoHD, and the alarm for sub-dimensions that get too few tokens: loads are [routers][specialised]."""
 
     name: ClassVar[str] = "hidden_router"
 
     def __init__(self, run: TrainingRun) -> None:
-        self._run, self._underused_steps = run, list[list[int]]()
-        self._coefficient = aux_loss_coefficient(run.recipe, run.engine.module.config)
+        super().__init__(run)
         self._meter = self._new_meter()
 
     @classmethod
@@ -333,8 +313,7 @@ class HiddenBalance(Objective):
     def after_step(self, loss: float) -> dict[str, Any]:
         record, settings = self._meter.reduce(), self._run.recipe.stability
         loads = [router for layer in record.load for router in layer]
-        self._underused_steps, alarms = underused_steps(settings, self._underused_steps, loads)
-        for number, place in alarms:
+        for number, place in self._underused(loads):
             layer, block = divmod(number, len(BLOCKS))
             self._run.record(
                 "underused_sub_dimension",
@@ -352,9 +331,3 @@ class HiddenBalance(Objective):
 
     def _new_meter(self) -> HiddenRouterMeter:
         return HiddenRouterMeter(self._run.engine.module, self._run.engine.device)
-
-    def state(self) -> dict[str, Any]:
-        return {"underused_steps": self._underused_steps} if self._underused_steps else {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._underused_steps = state.get("underused_steps", [])

@@ -26,9 +26,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from sparsify.methods.blending import is_blended
+from sparsify.methods.live_model import ForwardMeter
 from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.models import FfnActivation, SparseModel
 from sparsify.recipe.sparsification import PenaltyStageSection
@@ -64,37 +65,21 @@ def stage_weight(stages: Sequence[PenaltyStageSection], budget_share: float) -> 
     return before
 
 
-class PenaltyMeter:
-    """Context manager that takes the penalty of a model's forward passes while it is on.
-
-    It watches activations, never weights, so partitioned weights (ZeRO-3) do not matter to it. What activation checkpointing
-    computes again during the backward pass is not counted again; there the hooks only repeat what they keep for it.
-    """
+class PenaltyMeter(ForwardMeter):
+    """Takes the penalty of a model's forward passes while it is on."""
 
     def __init__(self, model: SparseModel, gate_share: float, device: torch.device) -> None:
-        self._model, self._gate_share = model, gate_share
-        self._in_forward = False
+        super().__init__(model)
+        self._gate_share = gate_share
         blocks = len(model.ffn_blocks())
         self._sums: list[list[torch.Tensor]] = [[] for _ in range(blocks)]
         self._values = [0] * blocks
         # Penalty and passes; values, zero products and zero gate factors.
         self._totals = torch.zeros(5, dtype=torch.float64, device=device)
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self) -> Self:
-        decoder = self._model.model
-        self._handles = [
-            decoder.register_forward_pre_hook(self._begin),
-            decoder.register_forward_hook(self._end, always_call=True),
-        ]
+    def _watch(self) -> Iterator[RemovableHandle]:
         for index, block in enumerate(self._model.ffn_blocks()):
-            hook = partial(self._take_layer, index)
-            self._handles.append(block.ffn_activation.register_forward_hook(hook))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        while self._handles:
-            self._handles.pop().remove()
+            yield block.ffn_activation.register_forward_hook(partial(self._take_layer, index))
 
     def penalty(self) -> torch.Tensor:
         """The penalty of the forward pass that has just ended, with its gradient. []"""
@@ -115,12 +100,8 @@ class PenaltyMeter:
         values = max(values, 1)
         return PenaltyRecord(penalty / max(passes, 1), zeros / values, gate_zeros / values)
 
-    def _begin(self, decoder: nn.Module, _: object) -> None:
+    def _begin(self) -> None:
         self._sums, self._values = [[] for _ in self._sums], [0] * len(self._values)
-        self._in_forward = True
-
-    def _end(self, decoder: nn.Module, _: object, output: object) -> None:
-        self._in_forward = False
 
     def _take_layer(
         self,

@@ -72,19 +72,38 @@ class RouterMeter:
         )
 
 
-@objective
-class RouterBalance(Objective):
-    """The routers' load-balancing loss, and the alarm for experts that get too few tokens.
+class LoadBalance(Objective):
+    """A balancing loss with its coefficient, and the alarm for whatever routers choose that gets too few tokens.
 
-    Its state is for how many steps in a row each expert has had too few. [layers][experts]
+    Its state is for how many steps in a row each has had too few.
     """
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run, self._underused_steps = run, list[list[int]]()
+        self._coefficient = aux_loss_coefficient(run.recipe, run.engine.module.config)
+
+    def _underused(self, loads: list[list[float]]) -> list[tuple[int, int]]:
+        """Takes in the loads of a step, [routers][choices], and returns for which the alarm sounds: router and choice."""
+        settings = self._run.recipe.stability
+        self._underused_steps, alarms = underused_steps(settings, self._underused_steps, loads)
+        return alarms
+
+    def state(self) -> dict[str, Any]:
+        return {"underused_steps": self._underused_steps} if self._underused_steps else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._underused_steps = state.get("underused_steps", [])
+
+
+@objective
+class RouterBalance(LoadBalance):
+    """The routers' load-balancing loss, and the alarm for experts that get too few tokens: loads are [layers][experts]."""
 
     name: ClassVar[str] = "router"
     forward_options: ClassVar[Mapping[str, Any]] = {"output_router_logits": True}
 
     def __init__(self, run: TrainingRun) -> None:
-        self._run, self._underused_steps = run, list[list[int]]()
-        self._coefficient = aux_loss_coefficient(run.recipe, run.engine.module.config)
+        super().__init__(run)
         self._meter = self._new_meter()
 
     @classmethod
@@ -101,10 +120,8 @@ class RouterBalance(Objective):
         return self._coefficient * output.aux_loss / batch.per_step
 
     def after_step(self, loss: float) -> dict[str, Any]:
-        record, settings = self._meter.reduce(), self._run.recipe.stability
-        steps = settings.underused_expert_steps
-        self._underused_steps, alarms = underused_steps(settings, self._underused_steps, record.load)
-        for layer, expert in alarms:
+        record, steps = self._meter.reduce(), self._run.recipe.stability.underused_expert_steps
+        for layer, expert in self._underused(record.load):
             load = record.load[layer][expert]
             self._run.record(
                 "underused_expert",
@@ -117,12 +134,6 @@ class RouterBalance(Objective):
                 load=load,
             )
         return {self.name: asdict(record)}
-
-    def state(self) -> dict[str, Any]:
-        return {"underused_steps": self._underused_steps} if self._underused_steps else {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self._underused_steps = state.get("underused_steps", [])
 
     def _new_meter(self) -> RouterMeter:
         return RouterMeter(self._run.engine.module.config, self._run.engine.device)
