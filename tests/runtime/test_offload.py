@@ -409,6 +409,15 @@ def test_of_two_processes_one_writes_and_the_other_waits(
     assert len(list(tmp_path.glob("*.neurons"))) == 1
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises, also where the shell that started the tests has switched it off, as for a command in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_a_step_and_the_next_is_right(folders: dict[str, Path]) -> None:
     made = offloaded(folders["dense"])
     wanted = decoded(made.model)
