@@ -6,7 +6,6 @@ A threshold against top-k on the product is not among them: on this model both c
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +63,7 @@ class Damage:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._calibrate = Calibrate("quickstart", {}, folder / "cache", sequence_tokens=256, watched_sequences=6)
-        self.stages = cache(self._stages)
+        self._found: dict[Path, Calibrated] = {}
 
     def of(self, method: str, zeros: float = ZEROS, **settings: Any) -> float:
         """Loss above the dense model's, in nats per token of held-out text."""
@@ -73,9 +72,13 @@ class Damage:
 
     def converted(self, method: str, **conversion: Any) -> Calibrated:
         to = self._folder / re.sub(r"[^\w.]+", "-", f"{method} {conversion}")
-        return self._calibrate(str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, **conversion)
+        if to not in self._found:
+            self._found[to] = self._calibrate(
+                str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, **conversion
+            )
+        return self._found[to]
 
-    def _stages(self, method: str, zeros: float = ZEROS, **settings: Any) -> list[CalibrationStage]:
+    def stages(self, method: str, zeros: float = ZEROS, **settings: Any) -> list[CalibrationStage]:
         return self.converted(method, target_zeros=zeros, method_settings=settings).calibration.stages
 
 
