@@ -73,9 +73,7 @@ class Damage:
     def converted(self, method: str, **conversion: Any) -> Calibrated:
         to = self._folder / re.sub(r"[^\w.]+", "-", f"{method} {conversion}")
         if to not in self._found:
-            self._found[to] = self._calibrate(
-                str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, **conversion
-            )
+            self._found[to] = self._calibrate(str(TOKENIZER), "swiglu", to, tokens=TOKENS, method=method, **conversion)
         return self._found[to]
 
     def stages(self, method: str, zeros: float = ZEROS, **settings: Any) -> list[CalibrationStage]:
