@@ -10,19 +10,17 @@ become hard. It has a pole there, which CLAMP cuts off. Stage 2, hard: a group i
 routers are frozen and neither term is added.
 
 Ours: lambda is 0 for the first RAMP_SHARE of stage 1, and rises in a straight line to its weight at the end of it, since a barrier at the
-threshold from the first step on would hold every score on the side on which it began. And eta may follow from the wanted share of active groups: the logarithm of eta is moved by the distance
-of ln(level) from a path that leads from where the run began to the target and ends at RAMP_SHARE of stage 1. The level of a step is the
-mean of the share of active groups and of G: the share alone does not move until scores reach the threshold, and is G's mean once they
-are separated.
+threshold from the first step on would hold every score on the side on which it began. And eta may follow from the wanted share of active
+groups (`controller.py`, with stage 1 as its way). What counts as on in a step is the mean of the share of active groups and of G: the
+share alone does not move until scores reach the threshold, and is G's mean once they are separated.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -32,6 +30,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.errors import RecipeError
+from sparsify.methods.controller import RAMP_SHARE, Controller
 from sparsify.methods.live_model import ForwardMeter
 from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.models import SparseModel, site_rules
@@ -43,14 +42,10 @@ CLAMP = 1e-4
 """Least squared distance from the threshold that the separability term counts."""
 UNDECIDED = 0.1
 """Distance from the threshold within which a score counts as undecided."""
-RAMP_SHARE = 0.7
-"""Of stage 1: where the wanted share of active groups is the target; the rest is for scores to settle."""
-GAIN = 8.0
-INTEGRAL_RATE = 3.0
 FIRST_LOSS_SHARE = 0.03
 """The efficiency term begins at this share of the loss."""
-MAX_EXPONENT = math.log(100)
-"""Of the efficiency weight, above and below the first one: the term stays below three times the loss."""
+LIMIT = 100.0
+"""Of the efficiency weight, as a factor of the first one: the term stays below three times the loss."""
 
 
 def efficiency(gates: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -199,45 +194,6 @@ class GroupMeter(ForwardMeter):
         return ((scores.sigmoid() - router.threshold.to(scores.dtype)).abs() < UNDECIDED).sum()
 
 
-@dataclass(frozen=True)
-class Controller:
-    """State of the loop between two steps of stage 1; plain numbers, saved with the counters.
-
-    Attributes:
-        first_weight: The efficiency weight that it began with.
-        first_level: Mean of the share of active groups and of sigmoid(score) in the first step.
-        level: That of the newest step.
-        integral: Integral of the error over the progress of stage 1.
-    """
-
-    first_weight: float
-    first_level: float
-    level: float
-    integral: float = 0.0
-
-    def weight(self, target: float, progress: float) -> float:
-        """The efficiency weight for the step that begins at this part of stage 1."""
-        return self.first_weight * math.exp(self._exponent(target, progress))
-
-    def after_step(self, target: float, level: float, progress: float, step: float) -> Controller:
-        """Takes in one step, which ended at `progress` and was so much of stage 1 itself."""
-        now = replace(self, level=level)
-        error, exponent = now._error(target, progress), now._exponent(target, progress)
-        if abs(exponent) >= MAX_EXPONENT and error * exponent > 0:
-            return now  # winding the integral up further would only delay the way back
-        return replace(now, integral=self.integral + error * step)
-
-    def _error(self, target: float, progress: float) -> float:
-        first, last = math.log(max(self.first_level, 1e-6)), math.log(target)
-        x = min(1.0, progress / RAMP_SHARE)
-        wanted = first + (last - first) * (math.sin(math.pi * (x - 0.5)) + 1) / 2
-        return math.log(max(self.level, 1e-6)) - wanted
-
-    def _exponent(self, target: float, progress: float) -> float:
-        exponent = GAIN * (self._error(target, progress) + INTEGRAL_RATE * self.integral)
-        return max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
-
-
 @objective
 class GroupRouting(Objective):
     """Both stages of a run whose model has routers of groups. Without a first stage routers are frozen from the start."""
@@ -315,7 +271,7 @@ class GroupRouting(Objective):
                 block.group_router.soft = soft
 
     def state(self) -> dict[str, Any]:
-        return {} if self._controller is None else asdict(self._controller)
+        return {} if self._controller is None else self._controller.saved()
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._controller = Controller(**state) if state else None
@@ -334,7 +290,7 @@ class GroupRouting(Objective):
         target = self._settings.active_share
         assert target is not None
         if self._controller is None:
-            return Controller(FIRST_LOSS_SHARE * loss / max(term, 1e-12), level, level)
+            return Controller(FIRST_LOSS_SHARE * loss / max(term, 1e-12), LIMIT, level, level)
         step = self._run.recipe.step_tokens / self._settings.soft_tokens
         return self._controller.after_step(target, level, self._progress, step)
 

@@ -3,16 +3,8 @@
 The penalty is the mean of |activation| over tokens and neurons, summed over layers (arXiv 2402.13516, section 3.2), with a part of
 it on the gate's factor alone where the recipe says so. In a mixture of experts the mean is over the tokens that were routed.
 
-A target for the share of zeros: the penalty's weight follows what is measured, so that the run ends at the target.
-
-What is controlled is y = -ln(1 - zeros), in which halving the neurons that fire is the same step everywhere. It follows a path
-from where it was found to the target, half a sine wave that ends at RAMP_SHARE of the way, and stays there. The weight is
-
-    weight = first weight * exp(GAIN * (e + INTEGRAL_RATE * integral of e)),    e = path - y,
-
-with progress through the run as time: a proportional-integral law for the logarithm of the weight. Zeros respond to the weight with
-a delay, dy/dt = a (g ln weight - y) near any point; then the loop's two poles are real, so that it cannot oscillate, for every
-g as long as a is at least INTEGRAL_RATE: a (1 + g GAIN)^2 >= 4 a g GAIN >= 4 INTEGRAL_RATE g GAIN.
+With a target for the share of zeros the weight follows what is measured, so that the run ends at the target (`controller.py`; what is
+on are the neurons that fire).
 """
 
 from __future__ import annotations
@@ -20,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -29,6 +21,7 @@ import torch.distributed as dist
 from torch.utils.hooks import RemovableHandle
 
 from sparsify.methods.blending import is_blended
+from sparsify.methods.controller import Controller
 from sparsify.methods.live_model import ForwardMeter
 from sparsify.methods.objective import MicroBatch, Objective, TrainingRun, objective
 from sparsify.models import FfnActivation, SparseModel
@@ -132,91 +125,8 @@ class PenaltyMeter(ForwardMeter):
         return getattr(self._model.ffn_blocks()[layer], "_row_experts", None)
 
 
-RAMP_SHARE = 0.7
-"""Of the way from where the controller begins to the end of the run: the rest is for the weights to settle at the target."""
-GAIN = 8.0
-INTEGRAL_RATE = 3.0
 FIRST_LOSS_SHARE = 0.003
-"""The penalty begins at this share of the loss."""
-MAX_EXPONENT = -math.log(FIRST_LOSS_SHARE)
-"""The weight stays below the one with which the first penalty would equal the loss, and above the first as far below."""
-ALMOST_ALL = 1 - 1e-6
-
-
-@dataclass(frozen=True)
-class Controller:
-    """State of the loop between two steps; plain numbers, saved with the counters.
-
-    Attributes:
-        begun_at: Share of the budget at which it began.
-        first_zeros: Share of zeros that was found there.
-        first_weight: Weight that it began with.
-        zeros: Share of zeros of the newest step.
-        integral: Integral of the error over progress.
-    """
-
-    begun_at: float
-    first_zeros: float
-    first_weight: float
-    zeros: float
-    integral: float = 0.0
-
-    @classmethod
-    def of(cls, saved: dict[str, float]) -> Controller | None:
-        """The state that `saved` returned; None for an empty one: it has not begun."""
-        return cls(**saved) if saved else None
-
-    def saved(self) -> dict[str, float]:
-        return asdict(self)
-
-
-def begin(budget_share: float, zeros: float, loss: float, penalty: float) -> Controller:
-    """Starts the controller after the first step with the plain activation; `loss` in nats, `penalty` before any weight."""
-    first_weight = FIRST_LOSS_SHARE * loss / max(penalty, 1e-12)
-    return Controller(budget_share, zeros, first_weight, zeros)
-
-
-def weight(controller: Controller, target: float, budget_share: float) -> float:
-    """The penalty's weight for the step that begins at this share of the budget."""
-    return controller.first_weight * math.exp(_exponent(controller, target, budget_share))
-
-
-def after_step(
-    controller: Controller, target: float, zeros: float, budget_share: float, step_share: float
-) -> Controller:
-    """Takes in one step. `zeros` is the step's share; `budget_share` that of the tokens seen at its end, `step_share`
-    of its own tokens.
-    """
-    now = replace(controller, zeros=zeros)
-    error = _error(now, target, budget_share)
-    exponent = _exponent(now, target, budget_share)
-    if abs(exponent) >= MAX_EXPONENT and error * exponent > 0:
-        return now  # winding the integral up further would only delay the way back
-    left = max(1 - controller.begun_at, step_share)
-    return replace(now, integral=controller.integral + error * step_share / left)
-
-
-def _exponent(controller: Controller, target: float, budget_share: float) -> float:
-    error = _error(controller, target, budget_share)
-    exponent = GAIN * (error + INTEGRAL_RATE * controller.integral)
-    return max(-MAX_EXPONENT, min(MAX_EXPONENT, exponent))
-
-
-def _error(controller: Controller, target: float, budget_share: float) -> float:
-    return _wanted(controller, target, budget_share) - _sparsity(controller.zeros)
-
-
-def _wanted(controller: Controller, target: float, budget_share: float) -> float:
-    first, last = _sparsity(controller.first_zeros), _sparsity(target)
-    left = max(1 - controller.begun_at, 1e-9)
-    x = min(1.0, max(0.0, (budget_share - controller.begun_at) / (RAMP_SHARE * left)))
-    # From above the target there is no way to go: a penalty only ever makes more zeros.
-    first = min(first, last)
-    return first + (last - first) * (math.sin(math.pi * (x - 0.5)) + 1) / 2
-
-
-def _sparsity(zeros: float) -> float:
-    return -math.log1p(-min(zeros, ALMOST_ALL))
+"""Under a target the penalty begins at this share of the loss, and stays below the loss as it was then."""
 
 
 @objective
@@ -261,7 +171,7 @@ class Penalty(Objective):
         return {} if self._controller is None else self._controller.saved()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._controller = Controller.of(state)
+        self._controller = Controller(**state) if state else None
 
     def _new_meter(self) -> PenaltyMeter:
         engine = self._run.engine
@@ -276,12 +186,13 @@ class Penalty(Objective):
         target = self._settings.target_zeros
         if target is None or self._controller is None:
             return 0.0
-        return weight(self._controller, target, self._budget_share())
+        return self._controller.weight(1 - target, self._budget_share())
 
     def _next_controller(self, record: PenaltyRecord, loss: float) -> Controller:
-        target, share = self._settings.target_zeros, self._budget_share()
+        target, share, fires = self._settings.target_zeros, self._budget_share(), 1 - record.zeros
         assert target is not None
         if self._controller is None:
-            return begin(share, record.zeros, loss, record.penalty)
+            first_weight = FIRST_LOSS_SHARE * loss / max(record.penalty, 1e-12)
+            return Controller(first_weight, 1 / FIRST_LOSS_SHARE, fires, fires, begun_at=share)
         step_share = self._run.recipe.step_tokens / self._budget_tokens
-        return after_step(self._controller, target, record.zeros, share, step_share)
+        return self._controller.after_step(1 - target, fires, share, step_share)

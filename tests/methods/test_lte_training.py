@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from sparsify.errors import RecipeError
 from sparsify.methods.lte_training import (
     CLAMP,
-    MAX_EXPONENT,
-    Controller,
     GroupMeter,
     GroupRecord,
     check_routers,
@@ -134,30 +132,6 @@ def test_groups_that_are_all_off_are_counted_and_a_block_then_adds_nothing() -> 
     assert record.empty_tokens == 1.0
     block = model.ffn_blocks()[0]
     assert not block(torch.randn(1, 3, 32)).any()
-
-
-STEPS = 300
-
-
-@given(st.floats(0.4, 1.5), st.floats(4.0, 30.0), st.floats(0.3, 0.8))
-def test_the_controller_ends_at_the_wanted_share(gain: float, rate: float, target: float) -> None:
-    """On a plant that answers with a delay: dy/dt = rate (gain ln(weight / first weight) - y), share = exp(-y)."""
-    controller, y = Controller(1.0, 1.0, 1.0), 0.0
-    for step in range(STEPS):
-        pushed = math.log(controller.weight(target, step / STEPS))
-        y = max(0.0, y + rate / STEPS * (gain * pushed - y))
-        controller = controller.after_step(target, math.exp(-y), (step + 1) / STEPS, 1 / STEPS)
-        if step == 77:
-            controller = Controller(**vars(controller))
-    assert math.exp(-y) == pytest.approx(target, abs=0.06)
-
-
-def test_a_share_that_cannot_be_reached_does_not_run_away() -> None:
-    controller = Controller(1.0, 1.0, 1.0)
-    for step in range(STEPS):
-        controller = controller.after_step(0.01, 1.0, (step + 1) / STEPS, 1 / STEPS)
-    assert controller.weight(0.01, 1.0) == pytest.approx(math.exp(MAX_EXPONENT))
-    assert controller.after_step(0.01, 0.005, 1.0, 1 / STEPS).weight(0.01, 1.0) < controller.weight(0.01, 1.0)
 
 
 @pytest.mark.parametrize(

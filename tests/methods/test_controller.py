@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from sparsify.methods.penalty import MAX_EXPONENT, RAMP_SHARE, Controller, after_step, begin, weight
+from sparsify.methods.controller import RAMP_SHARE, Controller
 
 STEPS = 400
+LIMIT = 300.0
+
+
+def begin(zeros: float, begun_at: float = 0.0) -> Controller:
+    return Controller(0.02, LIMIT, 1 - zeros, 1 - zeros, begun_at)
 
 
 def run(target: float, gain: float, rate: float, first: float, start: float = 0.0, stop: int = STEPS) -> list[float]:
@@ -25,17 +31,16 @@ def run(target: float, gain: float, rate: float, first: float, start: float = 0.
         stop: Step after which the state goes through JSON's types once.
     """
     y = rest = -math.log1p(-first)
-    controller = begin(start, first, loss=3.0, penalty=0.5)
+    controller = begin(first, start)
     zeros, step_share = [], (1 - start) / STEPS
     for step in range(STEPS):
         share = start + step * step_share
-        pushed = math.log(weight(controller, target, share) / controller.first_weight)
+        pushed = math.log(controller.weight(1 - target, share) / controller.first_weight)
         y += rate / STEPS * (gain * pushed + rest - y)
         zeros.append(1 - math.exp(-max(y, 0.0)))
-        controller = after_step(controller, target, zeros[-1], share + step_share, step_share)
+        controller = controller.after_step(1 - target, 1 - zeros[-1], share + step_share, step_share)
         if step == stop:
-            controller = Controller.of(dict(controller.saved()))
-            assert controller is not None
+            controller = Controller(**json.loads(json.dumps(controller.saved())))
     return zeros
 
 
@@ -47,7 +52,7 @@ def run(target: float, gain: float, rate: float, first: float, start: float = 0.
 )
 def test_it_ends_at_the_target_without_swinging(gain: float, rate: float, first: float, start: float) -> None:
     away = math.log((1 - first) / (1 - 0.9))
-    assume(away < 0.8 * gain * MAX_EXPONENT)  # else the weight's limit is in the way
+    assume(away < 0.8 * gain * math.log(LIMIT))  # else the weight's limit is in the way
     zeros = run(0.9, gain, rate, first, start)
     assert zeros[-1] == pytest.approx(0.9, abs=0.012)
     # Swinging would be a rise after a fall, or the other way round, again and again.
@@ -74,21 +79,20 @@ def test_it_follows_its_path() -> None:
 
 
 def test_zeros_beyond_the_target_lower_the_penalty() -> None:
-    controller = begin(0.0, 0.95, loss=3.0, penalty=0.5)
-    assert weight(controller, 0.9, 0.1) < 0.01 * controller.first_weight
+    controller = begin(0.95)
+    assert controller.weight(0.1, 0.1) < 0.01 * controller.first_weight
     assert run(0.9, 0.3, 10.0, 0.95)[-1] < 0.95
 
 
 def test_what_cannot_be_reached_does_not_run_away() -> None:
-    controller = begin(0.0, 0.5, loss=3.0, penalty=0.5)
+    controller = begin(0.5)
     for step in range(STEPS):
-        controller = after_step(controller, 0.99, 0.5, (step + 1) / STEPS, 1 / STEPS)
-    # The penalty never outweighs the loss, and the integral is not wound up behind the limit.
-    assert weight(controller, 0.99, 1.0) * 0.5 <= 3.0 * 1.001
-    let_go = after_step(controller, 0.99, 0.995, 1.0, 1 / STEPS)
-    assert weight(let_go, 0.99, 1.0) < 0.1 * weight(controller, 0.99, 1.0)
+        controller = controller.after_step(0.01, 0.5, (step + 1) / STEPS, 1 / STEPS)
+    # The weight stays within its limit, and the integral is not wound up behind it.
+    assert controller.weight(0.01, 1.0) == pytest.approx(LIMIT * controller.first_weight)
+    let_go = controller.after_step(0.01, 0.005, 1.0, 1 / STEPS)
+    assert let_go.weight(0.01, 1.0) < 0.1 * controller.weight(0.01, 1.0)
 
 
 def test_an_interruption_changes_nothing() -> None:
     assert run(0.9, 0.4, 8.0, 0.6) == run(0.9, 0.4, 8.0, 0.6, stop=137)
-    assert Controller.of({}) is None
