@@ -172,6 +172,48 @@ def test_the_cheapest_threshold_within_the_limit_is_chosen(mistral: SparseModel,
     assert (dense.ffn_bytes, dense.model_speedup) == (1.0, 1.0)
 
 
+def test_routers_of_groups_stand_beside_the_predictors(tmp_path: Path) -> None:
+    """What a predictor has to beat there is a model that chooses its groups itself: it misses nothing and reads too much."""
+    size = 8
+    stored = {"method": "lte", "sites": {"group": {"rule": "router", "group_size": size}}}
+    model = sparse_model("mistral", sparsification=stored)
+    generator = torch.Generator().manual_seed(7)
+    for block in model.ffn_blocks():
+        block.group_router.threshold.fill_(0.5)
+        for parameter in block.group_router.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    kept = fired = fired_off = values = 0
+
+    @torch.no_grad()
+    def count(block: nn.Module, args: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+        nonlocal kept, fired, fired_off, values
+        x = args[0].flatten(0, -2)
+        on = block.group_router.kept(block.group_router(x)).repeat_interleave(size, -1)
+        fires = block.ffn_activation(block.gate_proj(x), block.up_proj(x)) != 0
+        kept, fired = kept + int(on.sum()), fired + int((fires & on).sum())
+        fired_off, values = fired_off + int((fires & ~on).sum()), values + on.numel()
+
+    hooks = [block.register_forward_hook(count) for block in model.ffn_blocks()]
+    with torch.no_grad():
+        for batch in BATCHES:
+            model(batch["input_ids"])
+    for hook in hooks:
+        hook.remove()
+    assert fired
+    assert fired_off, "the routers switch nothing off that would fire, so nothing was tested"
+    predictors = trained(model, "normed", tmp_path / "state")
+    evaluation = evaluate_at(model, predictors, 10.0, 0.0, -1e9)
+    routers, everything = evaluation.references[1], evaluation.points[0]
+    assert "routers" in routers.name
+    assert routers.loss == evaluation.references[0].loss
+    assert (routers.recall, routers.precision) == (1.0, pytest.approx(fired / kept, rel=1e-4))
+    assert routers.on_share == pytest.approx(kept / values, rel=1e-4)
+    # Gate rows of kept groups, up rows and down columns of what fires; of every group a row of 32 weights, and a bias.
+    assert routers.ffn_bytes == pytest.approx((kept + 2 * fired) / values / 3 + 33 / 32 / (3 * size), rel=1e-4)
+    assert everything.recall == 1.0
+    assert "what its own routers keep reads" in everything.refusal
+
+
 def test_predictors_that_switch_everything_on_are_caught(mistral: SparseModel, predictors: Predictors) -> None:
     evaluation = evaluate_at(mistral, predictors, 1.0, -1e9)
     (point,) = evaluation.points
