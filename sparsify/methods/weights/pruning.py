@@ -2,7 +2,8 @@
 before it, pruned already, feed it.
 
 Masks that the source stores apply: a projection's inputs are what is left of them. The embedding, the output layer, routers and
-norms stay dense. In a mixture of experts a matrix sees the tokens that are routed to its expert.
+norms stay dense. In a mixture of experts a matrix sees the tokens that are routed to its expert, or, with `calibrate_all_experts`, all of
+them; what the layer gives on is routed either way.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from sparsify.methods.sites import rows_of
 from sparsify.methods.weights.statistics import InputStatistics
 from sparsify.methods.weights.zeros import ZeroPattern, parse_pattern, share_of_zeros
 from sparsify.models import SparseConfig
-from sparsify.models.masking import projection_shapes
+from sparsify.models.masking import num_experts, projection_shapes
 from sparsify.recipe.sparsification import ConversionSection
 
 ATTENTION_STEPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
@@ -45,6 +46,11 @@ class PruningSettings(MethodSettings):
     layer_shares: list[float] | None = Field(
         default=None,
         description="Instead of the same share in all layers, one for each, from 0 to below 1, whose mean is weight_sparsity.",
+    )
+
+    calibrate_all_experts: bool = Field(
+        default=False,
+        description="In a mixture of experts, whether every expert is pruned on all tokens, and not only on those routed to it.",
     )
 
     @field_validator("pattern", mode="before")
@@ -128,6 +134,13 @@ class WeightPruning(WeightMethod):
                 f"{key}.layer_shares has {len(settings.layer_shares)} shares, and the model {layers} layers.",
                 allowed="One share for each layer.",
             )
+        if settings.calibrate_all_experts and (self.reads == "nothing" or num_experts(config) == 1):
+            because = f"{self.name} reads no tokens" if self.reads == "nothing" else "the model has no experts"
+            raise RecipeError(
+                f"{key}.calibrate_all_experts is true, and {because}.",
+                allowed="wanda and sparsegpt on a mixture of experts.",
+                next_step="Omit it.",
+            )
         group = self.zeros.group
         for name, (_, inputs) in projection_shapes(config).items():
             if inputs % group:
@@ -162,7 +175,7 @@ class WeightPruning(WeightMethod):
                     number: int = number, names: tuple[str, ...] = names, expert: Expert = expert
                 ) -> Iterator[dict[str, torch.Tensor]]:
                     for chunk in layer.inputs():
-                        token, _ = rows_of(chunk, number)
+                        token = chunk.fit if self.settings.calibrate_all_experts else rows_of(chunk, number)[0]
                         yield expert.reads(names, chunk.x[token])
 
                 for name, new, found in self._prune({name: expert.weight(name) for name in names}, reads, zeros):

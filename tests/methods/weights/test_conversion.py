@@ -65,6 +65,22 @@ def test_experts_with_too_few_tokens_are_left_to_wanda_and_said(pruned: dict[str
     assert {one["by"] for layer in layers for one in layer["attention"]["weights"].values()} == {"sparsegpt"}
 
 
+def test_experts_may_be_calibrated_on_all_tokens_and_compute_on_their_own(
+    pruned: dict[str, Calibrated], calibrate: Calibrate, tmp_path: Path
+) -> None:
+    found = calibrate("mixtral", "swiglu", tmp_path / "out", **GPT, method_settings={"calibrate_all_experts": True})
+    layers = found.calibration.layers
+    matrices = [one for layer in layers for expert in layer["experts"] for one in expert["weights"].values()]
+    assert {one["by"] for one in matrices} == {"sparsegpt"}, "some were left to Wanda without it"
+    assert found.calibration.stages[-1].loss == pytest.approx(measured(load_sparse(found.folder), found)[0], abs=2e-4)
+    # In the first layer the attention is pruned alike, and every expert on other tokens.
+    own, routed = TensorReader(found.folder), TensorReader(pruned["mixtral"].folder)
+    names = projection_names(load_sparse(found.folder).config, 0, "gate_proj")
+    assert not any(torch.equal(own(name), routed(name)) for name in names)
+    (query,) = projection_names(load_sparse(found.folder).config, 0, "q_proj")
+    assert torch.equal(own(query), routed(query))
+
+
 @pytest.mark.parametrize(
     ("kind", "arrangement", "method"),
     [
@@ -168,6 +184,11 @@ def test_what_would_lose_zeros_or_cannot_be_is_refused(
             weight_sparsity=0.4,
             method_settings={"pattern": "3:5"},
         )
+    every = {"weight_sparsity": 0.5, "method_settings": {"calibrate_all_experts": True}}
+    with pytest.raises(RecipeError, match="calibrate_all_experts is true, and the model has no experts"):
+        calibrate("mistral", "swiglu", tmp_path / "out", method="sparsegpt", **every)
+    with pytest.raises(RecipeError, match="calibrate_all_experts is true, and magnitude reads no tokens"):
+        calibrate("mixtral", "swiglu", tmp_path / "out", method="magnitude", **every)
     assert not (tmp_path / "out").exists()
     masked = calibrate(source, "swiglu", tmp_path / "out", method="cats", target_zeros=0.5)
     assert shares(masked.folder, load_sparse(masked.folder)) == pytest.approx([0.5] * 14, abs=0.005)
