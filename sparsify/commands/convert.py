@@ -249,6 +249,7 @@ def replacement_record(conversion: Conversion) -> dict[str, Any]:
         "ffn_activation": conversion.converted.config.ffn_activation,
         "sparsification": conversion.converted.config.sparsification,
         "weight_sparsity": conversion.converted.config.weight_sparsity,
+        "quantisation": conversion.converted.config.quantisation,
         "text": conversion.text,
         "num_tokens": conversion.num_tokens,
         "stages": [asdict(stage) for stage in conversion.stages],
@@ -270,20 +271,29 @@ def replacement_table(conversion: Conversion) -> RenderableType:
     layers = [_layers(calibration)] if calibration and calibration.layers else []
     folder = conversion.converted.folder
     following = marked("Next: [cyan]sparsify train RECIPE model.source={}[/cyan]", folder)
+    if config.quantisation:
+        following = marked("Next: [cyan]sparsify report {}[/cyan]", folder)
     inputs = [site for site in site_rules(config) if site in COUNTED_SITES]
     where = marked("Zeros at {}: [cyan]sparsify report {}[/cyan]", ", ".join(inputs), folder)
     return Group("", table, *layers, *([where] if inputs else []), following)
 
 
 def _layers(calibration: Calibration) -> RenderableType:
-    sparse = any("weights" in one for layer in calibration.layers for one in layer["experts"])
-    return _sparse_layers(calibration) if sparse else _calibrated_layers(calibration)
+    found = [one for layer in calibration.layers for one in layer["experts"]]
+    if any("error_quantised" in one for one in found):
+        return _matrices(
+            calibration, "Distance of the integer weights from the old ones, as a share of their norm", "quantised"
+        )
+    if any("weights" in one for one in found):
+        return _matrices(calibration, "Weights that are exactly zero", "pruned")
+    return _calibrated_layers(calibration)
 
 
-def _sparse_layers(calibration: Calibration) -> RenderableType:
+def _matrices(calibration: Calibration, title: str, outcome: str) -> RenderableType:
+    """A line for each layer: what became of each of its matrices, and the error of its block."""
+    of_matrix = "zeros" if outcome == "pruned" else "error"
     table = Table(
-        f"Weights that are exactly zero, and relative error of the feed-forward outputs on held-out calibration tokens "
-        f"({calibration.num_tokens:,} in total)",
+        f"{title}, and relative error of the feed-forward outputs on held-out calibration tokens ({calibration.num_tokens:,} in total)",
         ["layer", *PROJECTIONS, "error", ""],
     )
     for layer in calibration.layers:
@@ -291,12 +301,12 @@ def _sparse_layers(calibration: Calibration) -> RenderableType:
         for expert in layer["experts"]:
             for name, found in expert["weights"].items():
                 matrices.setdefault(name, []).append(found)
-        errors = [expert["error_pruned"] for expert in layer["experts"] if expert.get("error_pruned") is not None]
+        errors = [one for expert in layer["experts"] if (one := expert.get(f"error_{outcome}")) is not None]
         other = [f"{name} by {one['by']}" for name, found in matrices.items() for one in found if one["because"]]
         counted = [f"{times} × {name}" if times > 1 else name for name, times in Counter(other).items()]
         table.add(
             str(layer["layer"]),
-            *(share(sum(one["zeros"] for one in matrices[name]) / len(matrices[name])) for name in PROJECTIONS),
+            *(share(sum(one[of_matrix] for one in matrices[name]) / len(matrices[name])) for name in PROJECTIONS),
             f"{sum(errors) / len(errors):.3f}" if errors else "–",
             ", ".join(counted),
         )

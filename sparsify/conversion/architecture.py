@@ -81,6 +81,7 @@ class _Sizes(BaseModel):
     quantization_config: dict[str, Any] | None = None
     sparsification: dict[str, Any] | None = None
     weight_sparsity: _WeightSparsity | None = None
+    quantisation: dict[str, Any] | None = None
     layer_types: list[str] | None = None
     ffn_activation: str | None = None
     ffn_gate_threshold: Annotated[float, Field(ge=0, le=1e6)] | None = None

@@ -213,6 +213,12 @@ def _write(
 
 
 def _held_as(model: ModelSection, config: dict[str, Any], activation: ActivationSection, where: str) -> SparseConfig:
+    if stored := config.get("quantisation"):
+        raise ModelError(
+            f"{where} holds integers instead of weights (config.quantisation, by {stored.get('method')}), which are neither converted "
+            "nor trained.",
+            next_step="Give the model that it was made from; sparsify convert --method quantises after training.",
+        )
     name, gate_threshold = activation.ffn_activation, activation.model_gate_threshold
     held = sparse_config(config, name, where, gate_threshold)
     held.base_ffn_activation = stored_activation(config)

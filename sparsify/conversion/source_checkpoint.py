@@ -132,7 +132,7 @@ def read_checkpoint(folder: Path) -> SourceCheckpoint:
     for shard in shards:
         tensors |= stock_tensors(read_header(shard), family, rows)
     if not config.get("quantization_config"):  # that is refused with its own reason
-        check_dtypes(folder, tensors)
+        check_dtypes(folder, tensors, has_codes=bool(config.get("quantisation")))
     head, embedding = tensors.get(HEAD), tensors.get(EMBEDDING)
     if config.get("tie_word_embeddings") and head is not None:
         if embedding is None:

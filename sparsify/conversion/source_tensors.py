@@ -14,12 +14,15 @@ from safetensors import SafetensorError, safe_open
 
 from sparsify.errors import ModelError
 from sparsify.models import Family
+from sparsify.models.integer_linear import CODES
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 """Not needed when the embeddings are tied, though some checkpoints store it."""
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 """Those whose numbers are the values. Integers and float8 need scales, which no checkpoint in full precision has."""
+INTEGERS = {"I8": torch.int8, "U8": torch.uint8}
+"""Those of the codes of projections that `config.quantisation` says are integers."""
 CHUNK_ROWS = 4096
 _DERIVED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 """Stored by old Llama checkpoints, computed here."""
@@ -159,13 +162,17 @@ def _apart(prefix: str, name: str, fused: SourceTensor, rows: Mapping[str, int])
     return parts
 
 
-def check_dtypes(folder: Path, tensors: Mapping[str, SourceTensor]) -> None:
-    """Refuses numbers that are not the values of weights, whatever config.json says of them.
+def check_dtypes(folder: Path, tensors: Mapping[str, SourceTensor], *, has_codes: bool = False) -> None:
+    """Refuses numbers that are not the values of weights, whatever config.json says of them; codes of integers where it `has_codes`.
 
     Raises:
         ModelError: Naming the first such tensor.
     """
-    other = [tensor for _, tensor in sorted(tensors.items()) if tensor.dtype not in DTYPES]
+    other = [
+        tensor
+        for name, tensor in sorted(tensors.items())
+        if tensor.dtype not in (INTEGERS if has_codes and name.endswith(CODES) else DTYPES)
+    ]
     if other:
         first, more = other[0], f", like {len(other) - 1:,} more tensors" if other[1:] else ""
         raise ModelError(

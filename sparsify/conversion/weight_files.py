@@ -11,8 +11,9 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from sparsify.conversion.source_checkpoint import INDEX, SINGLE
-from sparsify.conversion.source_tensors import DTYPES, SourceTensor, check_finite, read_header
+from sparsify.conversion.source_tensors import DTYPES, INTEGERS, SourceTensor, check_finite, read_header
 from sparsify.files import write_json
+from sparsify.models.integer_linear import SCALES
 
 SHARD_BYTES = 5 * 10**9
 THRESHOLD = ".threshold"
@@ -68,6 +69,11 @@ def copy_shards(shards: Iterable[Path], tensors: Mapping[str, SourceTensor], fol
     write_index(folder, written)
 
 
+def in_dtype(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor as a checkpoint of that dtype stores it: integers stay, and so do their scales."""
+    return tensor if name.endswith(SCALES) or not tensor.is_floating_point() else tensor.to(dtype)
+
+
 def _check(name: str, stored: str, values: Iterable[torch.Tensor]) -> None:
     if not name.endswith(THRESHOLD):
         check_finite(stored, values)
@@ -79,8 +85,9 @@ def write_index(folder: Path, files: Iterable[str]) -> None:
     if names == [SINGLE]:
         return
     headers = {name: read_header(folder / name) for name in names}
+    dtypes = DTYPES | INTEGERS
     total_size = sum(
-        torch.Size(tensor.shape).numel() * DTYPES[tensor.dtype].itemsize
+        torch.Size(tensor.shape).numel() * dtypes[tensor.dtype].itemsize
         for header in headers.values()
         for tensor in header.values()
     )

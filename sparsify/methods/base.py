@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
@@ -147,11 +148,15 @@ class LayerRewrite(Protocol):
         last_stage: Name of the stage that is its result.
         revives_zeros: Whether it may give a weight that is zero another value.
         config_fields: What config.json says of it.
+        in_fp32: Whether what is fitted is handed on in fp32, not rounded to the dtype on disk.
+        trains: Whether its result can be trained.
     """
 
     mask: Mask | None
     last_stage: str
     revives_zeros: bool
+    in_fp32: bool = False
+    trains: bool = True
 
     @property
     def config_fields(self) -> dict[str, Any]:
@@ -159,6 +164,18 @@ class LayerRewrite(Protocol):
 
     def check_model(self, config: SparseConfig) -> None:
         """Refuses a model that it cannot rewrite, before anything is computed. Raises UserError."""
+
+    def prepared(self, folder: Path, to: Path) -> Path:
+        """The checkpoint whose layers are rewritten: the one in `folder`, or one that computes the same, written to `to` unless it is
+        there. Raises UserError.
+        """
+        return folder
+
+    def stored(self, config: SparseConfig, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is stored of a layer in place of its new tensors, which are given in fp32 by their names on disk. Numbers are stored in
+        the dtype on disk unless they are integers or their scales.
+        """
+        return tensors
 
     def rewrite_attention(self, attention: AttentionLayer, conversion: ConversionSection) -> tuple[dict[str, Any], str]:
         """Changes projections of the attention, whose masks are fitted: `Attention.refit` takes their new weights.
@@ -305,13 +322,18 @@ def method_of(conversion: ConversionSection) -> Mask | WeightMethod | Upcycling:
 
 
 def check_method(conversion: ConversionSection) -> None:
-    """Refuses an unknown method or invalid settings of it; without calibration there is nothing to check.
+    """Refuses an unknown method or invalid settings of it, and one whose result is not trained; without calibration there is nothing to
+    check.
 
     Raises:
         RecipeError: Naming the setting.
     """
-    if conversion.calibration_tokens:
-        method_of(conversion)
+    if conversion.calibration_tokens and not getattr(method_of(conversion), "trains", True):
+        raise RecipeError(
+            f"conversion.method is {conversion.method}, which makes integers of the weights: they are not trained.",
+            allowed="Methods whose result is trained.",
+            next_step=f"Train first; then sparsify convert MODEL --method {conversion.method} quantises the result.",
+        )
 
 
 def check_layers(recipe: Recipe, model_type: str) -> None:

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from sparsify.conversion.layout import mask_names
 from sparsify.conversion.source_tensors import check_base_loss
+from sparsify.conversion.weight_files import in_dtype
 from sparsify.errors import MixtureError, StorageError
 from sparsify.files import atomic_folder, storage_errors, write_json
 from sparsify.metadata import holds_json, read_json
@@ -158,7 +159,7 @@ class Calibrator:
         self._source_is_sparse = bool(config.sparsification or config.weight_sparsity)
         self._masked_config = deepcopy(config)
         self._masked_config.sparsification = fitted_mask
-        self._dtype = self._reader.stored_dtype()
+        self._dtype = torch.float32 if self.method.in_fp32 else self._reader.stored_dtype()
         self._needs_dense = measure or self._result == RECONSTRUCTED
         self._needs_streams = self._needs_dense or getattr(self._mask, "reads_values", True)
 
@@ -424,7 +425,8 @@ class Calibrator:
         names = mask_names(config, layer)
         for site, parts in (attention_masks | found.masks).items():
             tensors |= {names[site][part]: values for part, values in parts.items()}
-        stored = {k: v.to(self._dtype).cpu().contiguous() for k, v in tensors.items()}
+        stored = self.method.stored(config, layer, tensors).items()
+        stored = {k: in_dtype(k, v, self._dtype).cpu().contiguous() for k, v in stored}
         save_file(stored, self.tensors_of(layer))
         record = {"layer": layer, "zeros": zeros, **mask_record, **found.record}
         write_json(self._record(layer), record)

@@ -20,22 +20,23 @@ from sparsify.conversion.architecture import sparse_config
 from sparsify.conversion.convert import Converted, config_of, convert
 from sparsify.conversion.manifest import record_folder
 from sparsify.conversion.source_checkpoint import SourceCheckpoint, read_checkpoint
-from sparsify.conversion.source_tensors import read_shapes
+from sparsify.conversion.source_tensors import DTYPES, read_shapes
 from sparsify.conversion.sparse_folder import load_sparse, write_config
 from sparsify.conversion.tokenizer import load_tokenizer
-from sparsify.conversion.weight_files import write_index
+from sparsify.conversion.weight_files import in_dtype, write_index
 from sparsify.errors import ModelError, RecipeError, StorageError
 from sparsify.files import atomic_folder, replace_folder, write_json
 from sparsify.metadata import holds_json, read_json, read_record
 from sparsify.methods.allocation import allocate, damage_by_layer, probe_shares
-from sparsify.methods.base import makes_masks, needs_new_activation, stored_by, upcycling_of
+from sparsify.methods.base import Mask, Upcycling, makes_masks, method_of, needs_new_activation, stored_by, upcycling_of
 from sparsify.methods.calibrate import Calibration, Calibrator, rewrite_of
 from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY
 from sparsify.methods.density import with_target_zeros
-from sparsify.methods.upcycling import write_upcycled
+from sparsify.methods.upcycling import measured, write_upcycled
 from sparsify.mixture.sequences.reader import PackedSequence
 from sparsify.mixture.tokens.encoder import Tokenizer
 from sparsify.models import SparseConfig, site_rules
+from sparsify.models.integer_linear import CODES, SCALES
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
 
@@ -49,10 +50,11 @@ def write_calibrated(
     *,
     config_fields: Mapping[str, Any],
     record: tuple[str, dict[str, Any]],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Writes a checkpoint folder, a shard at a time: that of the bare replacement with the new tensors of each layer,
     the fields of config.json that the method changes, and a JSON file of that name and content. A mask's numbers are among
-    the tensors.
+    the tensors. Integers take the place of the weight that they are. `dtype` is that of all other numbers; None leaves theirs.
     """
     checkpoint = read_checkpoint(folder)
     name = checkpoint.config["ffn_activation"]
@@ -64,7 +66,7 @@ def write_calibrated(
         for file in folder.iterdir():
             if file.suffix != ".safetensors":
                 shutil.copyfile(file, partial / file.name)
-        dtypes = [_rewrite(shard, homes[shard], partial) for shard in checkpoint.shards]
+        dtypes = [_rewrite(shard, homes[shard], partial, dtype) for shard in checkpoint.shards]
         write_index(partial, [shard.name for shard in checkpoint.shards])
         write_config(config, partial, dtypes[0])
         write_json(partial / record[0], record[1])
@@ -82,20 +84,33 @@ def _homes(
     for layer in range(num_layers):
         file = tensors_of(layer)
         names = sorted(read_shapes(file))
-        default = next(shard_of[name] for name in names if name in shard_of)
+        default = next(shard_of[_weight(name)] for name in names if _weight(name) in shard_of)
         for name in names:
-            homes[shard_of.get(name, default)][name] = file
+            homes[shard_of.get(_weight(name), default)][name] = file
     return homes
 
 
-def _rewrite(shard: Path, changed: dict[str, Path], folder: Path) -> torch.dtype:
-    tensors = load_file(shard)
-    dtype = next(iter(tensors.values())).dtype
+def _weight(name: str) -> str:
+    """The tensor whose place one of integers takes; itself if it is not one."""
+    return name.removesuffix(CODES).removesuffix(SCALES) + "weight" if name.endswith((CODES, SCALES)) else name
+
+
+def _rewrite(shard: Path, changed: dict[str, Path], folder: Path, dtype: torch.dtype | None) -> torch.dtype:
+    tensors, converts = load_file(shard), dtype is not None
+    dtype = dtype or next(iter(tensors.values())).dtype
     for file in set(changed.values()):
         new = load_file(file)
         tensors |= {name: new[name] for name, home in changed.items() if home == file}
+    integers = {_weight(name): name for name in tensors if name.endswith(CODES)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in integers}
+    if integers or converts:
+        tensors = {name: in_dtype(name, tensor, dtype) for name, tensor in tensors.items()}
     save_file(tensors, folder / shard.name, metadata={"format": "pt"})
     return dtype
+
+
+def _stored_dtype(folder: Path) -> torch.dtype:
+    return DTYPES[next(iter(read_checkpoint(folder).tensors.values())).dtype]
 
 
 RECORD = "calibration.json"
@@ -180,16 +195,23 @@ def convert_calibrated(
         shares = None
         if settings.allocation == "sensitivity":
             shares = _zeros_by_layer(bare, state, sequences, dict(watched), settings)
-        calibrator = Calibrator(bare, state, sequences, dict(watched), settings, shares, measure=measure)
+        source = rewrite_of(settings).prepared(bare, state / "prepared")
+        calibrator = Calibrator(source, state, sequences, dict(watched), settings, shares, measure=measure)
         calibration = calibrator.run()
         write_calibrated(
-            bare,
+            source,
             calibrator.tensors_of,
             to,
             config_fields=calibrator.method.config_fields,
             record=(RECORD, asdict(calibration)),
+            dtype=None if source == bare else _stored_dtype(bare),
         )
         converted = Converted(to, _config(to), converted.origin)
+        if converted.config.quantisation and measure:  # the layers' pass rounds no activations
+            last = measured(settings.method, load_sparse(to, dtype=torch.float32), watched)
+            calibration = replace(calibration, stages=[*(calibration.stages or []), last])
+            write_json(to / RECORD, asdict(calibration))
+            record_folder(to)
     shutil.rmtree(state, ignore_errors=True)
     return converted, calibration
 
@@ -204,6 +226,12 @@ def check_fits(settings: ConversionSection, model: ModelSection, activation: Act
     upcycling = upcycling_of(settings)
     if upcycling is not None:
         upcycling.held_as(config_of(model, activation))
+    method = method_of(settings)
+    if not isinstance(method, Mask | Upcycling):
+        config = config_of(model, activation)
+        if settings.drop_source_mask:
+            config.sparsification = None
+        method.check_model(config)
     stored = stored_by(settings)
     if stored is None:
         return

@@ -432,6 +432,11 @@ class Attention:
             hook.remove()
         return seen[0]
 
+    def norms(self) -> dict[str, torch.Tensor]:
+        """Weights of the norms in front of the attention and of the block, by their names, fp32 [hidden] each; those that there are."""
+        names = [name for name in (self._family.attention_norm, self._family.ffn_norm) if name is not None]
+        return {name: self._norm(name).weight.detach().clone() for name in names}
+
     def _norm(self, name: str | None) -> Any:
         return None if name is None else getattr(self._decoder.layers[0], name)
 

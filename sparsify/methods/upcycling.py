@@ -54,7 +54,7 @@ def write_upcycled(
             next_step="Give more calibration tokens, or a longer text.",
         )
     model = load_sparse(dense, dtype=torch.float32)
-    stages = [_measured("dense", model, watched)] if watched else []
+    stages = [measured("dense", model, watched)] if watched else []
     if stages:
         check_base_loss(stages[0].loss, "the dense model")
     dtype = DTYPES[next(iter(read_checkpoint(dense).tensors.values())).dtype]
@@ -67,7 +67,7 @@ def write_upcycled(
                 shutil.copyfile(file, partial / file.name)
         write_config(made.config, partial, dtype)
         if watched:
-            stages.append(_measured(method.name, load_sparse(partial, dtype=torch.float32), watched))
+            stages.append(measured(method.name, load_sparse(partial, dtype=torch.float32), watched))
         num_tokens = sum(len(sequence.input_ids) for sequence in sequences)
         calibration = Calibration(stages, [], num_tokens, method.name)
         write_json(partial / record, asdict(calibration))
@@ -77,7 +77,7 @@ def write_upcycled(
 
 
 @torch.no_grad()
-def _measured(name: str, model: SparseModel, watched: Mapping[str, list[PackedSequence]]) -> CalibrationStage:
+def measured(name: str, model: SparseModel, watched: Mapping[str, list[PackedSequence]]) -> CalibrationStage:
     """Losses and exact zeros of a whole model."""
     losses: dict[str, float | None] = {}
     counts = torch.zeros(2, dtype=torch.int64)

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from .activations import STOCK_ACTIVATION
 from .ffn_activation import FfnActivation
 from .group_router import GroupRouter
+from .integer_linear import check_quantisation, install_integers
 from .masking import SiteMask, read_mask
 from .projection_masks import install_masks
 
@@ -37,6 +38,8 @@ class SparseConfig(PreTrainedConfig):
     """The mask that the model stores (`masking.py`): the method that fitted it, and the rule of each site; None for none."""
     weight_sparsity: dict[str, Any] | None = None
     """Of weights that were set to zero: the method, the pattern and the share; None for dense weights. It changes nothing here."""
+    quantisation: dict[str, Any] | None = None
+    """Of weights that are stored as integers (`integer_linear.py`): the method, bits, and what is done to inputs; None for numbers."""
     base_ffn_activation: str = STOCK_ACTIVATION
     """Activation of the checkpoint that this one was converted from."""
     base_ffn_gate_threshold: float = 0.0
@@ -58,6 +61,7 @@ class SparseConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         read_mask(self, kwargs)
         super().__post_init__(**kwargs)
+        check_quantisation(self)
 
 
 class SparseMLP(nn.Module):
@@ -109,6 +113,7 @@ class SparseDecoder(PreTrainedModel):
                 if hasattr(block, stock):
                     delattr(block, stock)
             install_masks(layer, block, model.config)
+        install_integers(model)
 
 
 class SparseCausalLM(PreTrainedModel, GenerationMixin):

@@ -37,14 +37,19 @@ def hadamard(size: int) -> torch.Tensor:
     return multiply(torch.eye(size, dtype=torch.float64))
 
 
-def multiply(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+def multiply(x: torch.Tensor, dim: int = -1, *, inverse: bool = False) -> torch.Tensor:
     """x with its rows along one dimension multiplied by the Hadamard matrix of their length: `x @ hadamard(n)` for the last one.
+
+    Args:
+        x: Of any shape.
+        dim: Along which.
+        inverse: Whether to multiply by the inverse, which is the transpose.
 
     Raises:
         ValueError: If there is none of that size here.
     """
     if dim not in (-1, x.dim() - 1):
-        return multiply(x.transpose(dim, -1)).transpose(dim, -1)
+        return multiply(x.transpose(dim, -1), inverse=inverse).transpose(dim, -1)
     size = x.shape[-1]
     core = core_order(size)
     if core is None:
@@ -57,7 +62,8 @@ def multiply(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         values = torch.stack([first + second, first - second], -2).flatten(-3)
         half *= 2
     if core > 1:
-        values = torch.einsum("...kn,kj->...jn", values, paley(core).to(x))
+        matrix = paley(core).to(x)
+        values = torch.einsum("...kn,kj->...jn", values, matrix.T if inverse else matrix)
     return (values * size**-0.5).reshape(x.shape)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from sparsify.models import SparseConfig, SparseMistralConfig, SparseMixtralConfig, family_of
+from sparsify.models.integer_linear import IntegerLinear
 from sparsify.sparsity.schema import ActiveParameters, ActivePart, PublishedActive
 
 FFN_PARTS = ("gate", "up", "down")
@@ -47,6 +48,10 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
             continue
         part = next((_PART_OF[word] for word in words if word in _PART_OF), "norms")
         counts[part] += parameter.numel()
+    for name, module in model.named_modules():
+        if isinstance(module, IntegerLinear):  # their codes are buffers
+            part = next(_PART_OF[word] for word in name.split(".") if word in _PART_OF)
+            counts[part] += module.in_features * module.out_features
     return dict(counts)
 
 

@@ -1,37 +1,23 @@
-"""What all methods of weight sparsity share: a layer's projections in the order in which it computes them, each on what those
-before it, pruned already, feed it.
-
-Masks that the source stores apply: a projection's inputs are what is left of them. The embedding, the output layer, routers and
-norms stay dense. In a mixture of experts a matrix sees the tokens that are routed to its expert, or, with `calibrate_all_experts`, all of
-them; what the layer gives on is routed either way.
-"""
+"""What all methods of weight sparsity share: settings, what the model says of its zeros, and how many each matrix gets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, ValidationInfo, field_validator
 
 from sparsify.conversion.weight_zeros import WeightSparsity, weight_sparsity
 from sparsify.errors import RecipeError
-from sparsify.methods.attention_refit import AttentionLayer
-from sparsify.methods.base import MethodSettings, Rewritten, WeightMethod
-from sparsify.methods.calibrated_replacement import BARE
-from sparsify.methods.layerwise import Expert, Layer
-from sparsify.methods.reconstruction import Errors
-from sparsify.methods.sites import rows_of
+from sparsify.methods.base import MethodSettings
+from sparsify.methods.weights.matrices import MatrixRewrite
 from sparsify.methods.weights.statistics import InputStatistics
 from sparsify.methods.weights.zeros import ZeroPattern, parse_pattern, share_of_zeros
 from sparsify.models import SparseConfig
 from sparsify.models.masking import num_experts, projection_shapes
-from sparsify.recipe.sparsification import ConversionSection
 
-ATTENTION_STEPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",))
-BLOCK_STEPS = (("gate_proj", "up_proj"), ("down_proj",))
-"""The projections of a layer, those together that read at the same time."""
 SECONDS_OF_HOUR = 60
 
 
@@ -94,16 +80,11 @@ class Pruned:
     because: str | None = None
 
 
-class WeightPruning(WeightMethod):
-    """A method of weight sparsity; its subclasses say what becomes of one matrix.
-
-    Attributes:
-        reads: What `prune` looks at of the inputs.
-    """
+class WeightPruning(MatrixRewrite):
+    """A method of weight sparsity; its subclasses say what becomes of one matrix."""
 
     Settings: ClassVar[type[MethodSettings]] = PruningSettings
-    reads: ClassVar[Literal["nothing", "norms", "products"]]
-    needs_new_activation = False
+    outcome = "pruned"
 
     def __init__(self, settings: PruningSettings) -> None:
         self.settings, self.mask = settings, None
@@ -113,6 +94,10 @@ class WeightPruning(WeightMethod):
     def prune(self, weight: torch.Tensor, seen: InputStatistics, zeros: ZeroPattern) -> Pruned:
         """One matrix [outputs, inputs] in fp32, from what it reads. Weights that are zero stay zero."""
         raise NotImplementedError
+
+    @property
+    def reads_all_tokens(self) -> bool:
+        return self.settings.calibrate_all_experts
 
     @property
     def config_fields(self) -> dict[str, Any]:
@@ -149,122 +134,17 @@ class WeightPruning(WeightMethod):
                     allowed=f"A pattern whose group divides the inputs of every projection; {group} does not divide {inputs}.",
                 )
 
-    def rewrite_attention(self, attention: AttentionLayer, conversion: ConversionSection) -> tuple[dict[str, Any], str]:
-        record: dict[str, Any] = {}
-        of, dtype = attention.attention, attention.dtype
-        for names in ATTENTION_STEPS:
-
-            def reads(names: tuple[str, ...] = names) -> Iterator[dict[str, torch.Tensor]]:
-                for part in attention.sequences():
-                    yield _rows(of.reads(names, part.converted, part.position_ids), part.fit)
-
-            weights = {name: of.weight(name).clone() for name in names}
-            for name, new, found in self._prune(weights, reads, self._zeros(attention.number)):
-                of.refit(name, new.to(dtype).float(), dtype)
-                record[name] = found
-        return {"attention": {"weights": record}}, "; ".join(fallbacks([{"weights": record}]))
-
-    def rewrite(self, layer: Layer, conversion: ConversionSection) -> Rewritten:
-        zeros = self._zeros(layer.number)
-        experts: list[Expert] = []
-        records: list[dict[str, Any]] = [{"weights": {}} for _ in layer.replaced]
-        for number, expert in enumerate(layer.replaced):
-            for names in BLOCK_STEPS:
-
-                def reads(
-                    number: int = number, names: tuple[str, ...] = names, expert: Expert = expert
-                ) -> Iterator[dict[str, torch.Tensor]]:
-                    for chunk in layer.inputs():
-                        token = chunk.fit if self.settings.calibrate_all_experts else rows_of(chunk, number)[0]
-                        yield expert.reads(names, chunk.x[token])
-
-                for name, new, found in self._prune({name: expert.weight(name) for name in names}, reads, zeros):
-                    expert = replace(expert, **{name.removesuffix("_proj"): new.to(layer.dtype).float()})
-                    records[number]["weights"][name] = found
-            experts.append(expert)
-        stages = {"dense": layer.dense, BARE: layer.replaced, self.name: experts}
-        if repr(layer.dense[0].activation) == repr(layer.replaced[0].activation):
-            del stages[BARE]
-        if layer.measure:
-            for number, record in enumerate(records):
-                record |= _errors(layer, number, experts[number])
-        return Rewritten(stages, {"experts": records}, self._line(records, layer.measure))
-
-    def _zeros(self, layer: int) -> ZeroPattern:
-        shares = self.settings.layer_shares
-        return self.zeros if shares is None else ZeroPattern(shares[layer])
-
-    def _prune(
-        self,
-        weights: Mapping[str, torch.Tensor],
-        reads: Callable[[], Iterator[dict[str, torch.Tensor]]],
-        zeros: ZeroPattern,
+    def rewritten(
+        self, layer: int, weights: Mapping[str, torch.Tensor], seen: Mapping[str, InputStatistics]
     ) -> Iterator[tuple[str, torch.Tensor, dict[str, Any]]]:
-        """Prunes matrices that read at the same time: name, new weight and record of each."""
-        for name, seen in self._statistics(weights, reads).items():
-            pruned = self.prune(weights[name], seen, zeros)
+        shares = self.settings.layer_shares
+        zeros = self.zeros if shares is None else ZeroPattern(shares[layer])
+        for name, own in seen.items():
+            pruned = self.prune(weights[name], own, zeros)
             record = {"zeros": share_of_zeros(pruned.weight), "by": pruned.by, "because": pruned.because}
             yield name, pruned.weight, record
 
-    def _statistics(
-        self, weights: Mapping[str, torch.Tensor], reads: Callable[[], Iterator[dict[str, torch.Tensor]]]
-    ) -> dict[str, InputStatistics]:
-        """What each matrix reads; those that read the very same share one."""
-        found: dict[str, InputStatistics] = {}
-        for read in reads() if self.reads != "nothing" else ():
-            added: dict[int, str] = {}
-            for name, x in read.items():
-                first = added.setdefault(id(x), name)
-                if first == name:
-                    if name not in found:
-                        found[name] = InputStatistics(x.shape[1], x.device, products=self.reads == "products")
-                    found[name].add(x)
-                else:
-                    found[name] = found[first]
-        for name, weight in weights.items():
-            if name not in found:
-                found[name] = InputStatistics(weight.shape[1], weight.device, products=False)
-        return found
-
-    def _line(self, records: list[dict[str, Any]], measured: bool) -> str:
+    def line(self, records: list[dict[str, Any]]) -> str:
         matrices = [one for record in records for one in record["weights"].values()]
         share = sum(one["zeros"] for one in matrices) / len(matrices)
-        line = f"{share:.1%} of the feed-forward weights are zero"
-        errors = [record["error_pruned"] for record in records if measured and record["error_pruned"] is not None]
-        if errors:
-            line += f", relative error {sum(errors) / len(errors):.3f}"
-        return line + "".join(f"; {note}" for note in fallbacks(records))
-
-
-def fallbacks(records: list[dict[str, Any]]) -> list[str]:
-    """Which matrices of a block were pruned by another method than the wanted one, and why."""
-    notes = []
-    for number, record in enumerate(records):
-        for name, one in record["weights"].items():
-            if one["because"]:
-                where = f"expert {number}, {name}" if len(records) > 1 else name
-                notes.append(f"{where} by {one['by']}: {one['because']}")
-    return notes
-
-
-def _rows(read: Mapping[str, torch.Tensor], fit: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The rows of some tokens; what is the same for several names stays the same."""
-    rows: dict[int, torch.Tensor] = {}
-    for x in read.values():
-        if id(x) not in rows:
-            rows[id(x)] = x.flatten(0, -2)[fit]
-    return {name: rows[id(x)] for name, x in read.items()}
-
-
-def _errors(layer: Layer, number: int, pruned: Expert) -> dict[str, Any]:
-    """Relative errors of an expert's output on held-out tokens: with the new activation alone, and pruned."""
-    errors = Errors(("bare", "pruned"), pruned.down.device)
-    for chunk in layer.inputs():
-        token, weight = rows_of(chunk, number, "held_out")
-        x, weight = chunk.x[token], weight[:, None]
-        errors.add(
-            (layer.dense[number].output(x) + chunk.gap[token]) * weight,
-            bare=layer.replaced[number].output(x) * weight,
-            pruned=pruned.output(x) * weight,
-        )
-    return {"error_bare": errors.relative("bare"), "error_pruned": errors.relative("pruned")}
+        return f"{share:.1%} of the feed-forward weights are zero"

@@ -13,12 +13,14 @@ class InputStatistics:
         products: Whether the sum of x xᵀ is kept, not only its diagonal: 8 bytes for each pair of channels.
 
     Attributes:
+        peaks: Largest magnitude of each channel, in fp32. [channels]
         factor: What a method makes of the products once it `is_factored`.
     """
 
     def __init__(self, num_channels: int, device: torch.device, *, products: bool) -> None:
         self.num_rows = 0
         self.energies = torch.zeros(num_channels, dtype=torch.float64, device=device)
+        self.peaks = torch.zeros(num_channels, device=device)
         self.products: torch.Tensor | None = None
         self.factor: torch.Tensor | None = None
         self.is_factored = False
@@ -29,6 +31,8 @@ class InputStatistics:
         """Adds rows, [rows, channels]."""
         self.num_rows += len(x)
         self.energies += x.double().square().sum(0)
+        if len(x):
+            self.peaks = torch.maximum(self.peaks, x.abs().amax(0))
         if self.products is not None:
             self.products += x.T @ x
 
