@@ -530,3 +530,41 @@ def bench_offload(
     if plot is not None:
         report.write_plot(result, plot)
     print_result(result.model_dump_json(), report.offload_table(result), as_json)
+
+
+@bench_app.command("quantisation")
+def bench_quantisation(
+    models: Annotated[
+        list[str], typer.Argument(help="Folders or Hub ids of models; the others are compared with the first.")
+    ],
+    on: Annotated[str, typer.Option("--on", help="Text or mixture to measure on.")] = "quickstart",
+    tokens: Annotated[int, typer.Option(callback=TOKENS.check, help="Tokens that are computed at once.")] = 16_384,
+    sequence_length: Annotated[int, typer.Option(callback=SEQUENCE_LENGTH.check, help="Tokens of a sequence.")] = 512,
+    decode_sequences: Annotated[
+        int, typer.Option(callback=COUNT.check, help="Sequences that are decoded token by token.")
+    ] = 16,
+    decode_length: Annotated[
+        int, typer.Option(callback=SEQUENCE_LENGTH.check, help="Tokens of each that are decoded: its first ones.")
+    ] = 128,
+    as_json: AsJson = False,
+) -> None:
+    """Compares quantised models with the one that they were made from: losses of whole sequences and of decoding, zeros, bytes.
+
+    Example: sparsify bench quantisation my_dense my_rtn my_rrs
+    """
+    from sparsify.bench.quantisation import bench_quantisation as run
+    from sparsify.bench.quantisation import quantisation_table
+    from sparsify.recipe.recipe import CACHE_DIR
+
+    with status_line() as on_progress:
+        result = run(
+            models,
+            on=on,
+            num_tokens=tokens,
+            sequence_length=sequence_length,
+            decode_sequences=decode_sequences,
+            decode_length=decode_length,
+            cache_dir=Path(CACHE_DIR).expanduser(),
+            on_progress=on_progress,
+        )
+    print_result(result.model_dump_json(), quantisation_table(result), as_json)

@@ -21,6 +21,7 @@ from sparsify.conversion.weight_zeros import TensorReader, count_zeros, lost_zer
 from sparsify.errors import ExportError, ModelError, RunError, check_choice
 from sparsify.export.card import card_evaluations, model_card, read_evaluations
 from sparsify.export.check import RECORDED_FILE, REFERENCE_FILE, Acceptance, Recorded, accept
+from sparsify.export.quantised_bundle import is_quantised_folder, write_quantised
 from sparsify.export.weight_shards import DTYPES, write_shards, write_sums
 from sparsify.files import atomic_folder, write_json
 from sparsify.methods.calibrated_checkpoint import RECORD
@@ -74,11 +75,13 @@ def export(
     sample_tokens: int = 48,
     settings: BundleSettings | None = None,
 ) -> Bundle:
-    """Writes the bundle of a run's newest checkpoint, or of one checkpoint, and checks it before moving it into place.
+    """Writes the bundle of a run's newest checkpoint, of one checkpoint, or of a quantised model, and checks it before moving it into place.
     Raises ExportError if `to` exists, an evaluation is of other weights, or the bundle's logits differ from the trained
     model's; ModelError if the predictors belong to another checkpoint; RunError if there is no such run.
     """
     settings = settings or BundleSettings()
+    if is_quantised_folder(run_or_checkpoint):
+        return _export_quantised(run_or_checkpoint, to, prompts, sample_tokens, settings)
     trained = _checked(run_or_checkpoint, to, settings)
     recipe = trained.run.load_recipe()
     precision = recipe.training.precision
@@ -111,12 +114,38 @@ def export(
     return Bundle(to, len(files), size_bytes, acceptance, facts)
 
 
-def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Trained:
+def _export_quantised(
+    folder: Path, to: Path, prompts: Sequence[str], sample_tokens: int, settings: BundleSettings
+) -> Bundle:
+    _refuse_existing(to)
+    plain = BundleSettings(license=settings.license, checked=settings.checked)
+    other = [name for name, value in vars(settings).items() if value and value != getattr(plain, name)]
+    if other:
+        raise ExportError(
+            f"{', '.join(other)} would be ignored: {folder} is a quantised model, whose integers are exported as they are.",
+            next_step="Omit it.",
+        )
+    acceptance, num_files, size_bytes = write_quantised(
+        str(folder),
+        to,
+        prompts=prompts,
+        sample_tokens=sample_tokens,
+        license=settings.license,
+        checked=settings.checked,
+    )
+    return Bundle(to, num_files, size_bytes, acceptance, None)
+
+
+def _refuse_existing(to: Path) -> None:
     if to.exists():
         raise ExportError(
             f"{to} already exists; an export never overwrites.",
             next_step="Choose another folder with --to, or remove this one.",
         )
+
+
+def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Trained:
+    _refuse_existing(to)
     if settings.dtype is not None:
         check_choice("--dtype", settings.dtype, tuple(DTYPES))
     if not settings.shard_gb > 0:
@@ -125,7 +154,7 @@ def _checked(run_or_checkpoint: Path, to: Path, settings: BundleSettings) -> Tra
     if trained is None:
         raise RunError(
             f"{run_or_checkpoint} is neither a run folder nor a checkpoint of a run.",
-            allowed="A folder that `sparsify train` wrote, e.g. runs/quickstart, or a step-… folder in its checkpoints/.",
+            allowed="A folder that `sparsify train` wrote, e.g. runs/quickstart, a step-… folder in its checkpoints/, or a quantised model.",
         )
     check_links(trained)
     return trained

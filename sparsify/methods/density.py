@@ -63,6 +63,8 @@ def weight_density(config: Any, kept: Mapping[str, float], rules: Mapping[str, S
     columns = {name: kept[site] for site, names in INPUTS.items() for name in names if site in kept}
     gate, up = kept.get("gate", 1.0), kept.get("up", 1.0)
     columns["down_proj"] = min(gate, up, kept.get("inter", 1.0), kept.get(GROUP, 1.0))
+    if (getattr(config, "quantisation", None) or {}).get("rotated_down"):
+        columns["down_proj"] = 1.0  # a rotation leaves no zeros
     by_proxy = ranks_by_proxy(rules or {})
     rows = {"up_proj": gate} if gate <= up else {"gate_proj": up}
     if by_proxy:

@@ -303,6 +303,12 @@ class IntegerLinear(nn.Module):
             self._weight = self.codes().float() * self.weight_scales[:, None]
         return self._weight
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """What multiplies its input as that comes, if nothing were rounded: fp32 [outputs, inputs], made on each call."""
+        own = self.dequantised()
+        return own if self.turned == 1 else multiply(own.unflatten(-1, (self.turned, -1)), -2, inverse=True).flatten(-2)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         scales, self._weight = self.weight_scales, None
         super()._apply(fn, recurse)

@@ -363,6 +363,11 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
             allowed="A bundle that `sparsify export` wrote, or a folder that `sparsify convert` wrote.",
             next_step="Convert the checkpoint first: sparsify convert MODEL --activation drelu --to DIR",
         )
+    if stored := getattr(model.config, "quantisation", None):
+        raise ModelError(
+            f"The model holds integers instead of weights (config.quantisation, by {stored['method']}), which the kernels do not read.",
+            next_step="Decode it as it is: sparsify generate --dense, or model.generate() alone.",
+        )
     for layer, block in enumerate(model.ffn_blocks()):
         activation = block.ffn_activation
         if activation.name not in ACTIVATIONS:

@@ -26,6 +26,7 @@ from sparsify.sparsity.active_parameters import (
 )
 from sparsify.sparsity.consecutive import CHUNK_TOKENS, ConsecutiveObserver, ConsecutiveStatistics
 from sparsify.sparsity.definitions import ROUTING_DEFINITIONS, definitions
+from sparsify.sparsity.integer_weights import measure_integers
 from sparsify.sparsity.probe import SparsityProbe
 from sparsify.sparsity.routers import RouterReader
 from sparsify.sparsity.schema import (
@@ -326,6 +327,7 @@ def _report(
         site_zeros=statistics.site_zero_shares(),
         weight_density=density,
         weight_zeros=measure_weight_zeros(model, density),
+        integers=measure_integers(model, density),
         num_neurons=statistics.product_fired.numel(),
         dead_neurons=int(statistics.dead_neurons().sum()),
         always_on_neurons=int(statistics.always_on_neurons().sum()),
@@ -359,5 +361,6 @@ def as_against(report: SparsityReport) -> Against:
         weight_density=report.weight_density,
         active_parameters=report.active_parameters,
         weight_zeros=report.weight_zeros,
+        integers=report.integers,
         curves=report.curves,
     )

@@ -20,6 +20,7 @@ from sparsify.reporting.terminal import marked
 from sparsify.sparsity.active_parameters import published
 from sparsify.sparsity.definitions import INPUTS, formula
 from sparsify.sparsity.figures import FIGURES
+from sparsify.sparsity.integer_weights import integers_table
 from sparsify.sparsity.measure import measure
 from sparsify.sparsity.schema import (
     REPORT_FILE,
@@ -139,9 +140,10 @@ def report_summary(report: SparsityReport, folder: Path) -> RenderableType:
 
 
 def weight_tables(report: SparsityReport) -> list[Table]:
-    """Zeros of weights by matrix, and what they save next to those of activations; nothing for dense weights."""
-    zeros = report.weight_zeros
-    return [] if zeros is None else [weight_zeros_table(zeros), bytes_table(zeros)]
+    """Zeros of weights by matrix, and what they or integers save next to zeros of activations; nothing for dense weights."""
+    zeros, integers = report.weight_zeros, report.integers
+    tables = [] if zeros is None else [weight_zeros_table(zeros), bytes_table(zeros)]
+    return tables if integers is None else [*tables, integers_table(integers)]
 
 
 def _masked_inputs(report: SparsityReport) -> str:
@@ -149,7 +151,8 @@ def _masked_inputs(report: SparsityReport) -> str:
 
 
 def _zero_weights(report: SparsityReport) -> str:
-    return "" if report.weight_zeros is None else f", {report.weight_zeros.zeros:.1%} of the weights zero"
+    said = "" if report.weight_zeros is None else f", {report.weight_zeros.zeros:.1%} of the weights zero"
+    return said if report.integers is None else f"{said}, {report.integers.words}"
 
 
 def against_table(report: SparsityReport) -> Table | None:
@@ -171,6 +174,9 @@ def against_table(report: SparsityReport) -> Table | None:
     if report.weight_zeros or other.weight_zeros:
         weights = (one.weight_zeros for one in (report, other))
         table.add("weights that are zero", *(percent(one.zeros if one else 0.0) for one in weights))
+    if report.integers or other.integers:
+        bits = (one.integers.words if one.integers else "numbers" for one in (report, other))
+        table.add("weights and activations", *bits)
     table.add("weight density", percent(report.weight_density), percent(other.weight_density))
     label = "active parameters, perfect predictor"
     table.add(label, count(ours.perfect_predictor), count(theirs.perfect_predictor))

@@ -199,6 +199,22 @@ class WeightZeros(JsonRecord):
     """That, of the weights that zeros of activations leave."""
 
 
+class IntegerWeights(JsonRecord):
+    """Of a model whose projections are integers (`config.quantisation`). Bytes are what a token reads of the linear projections."""
+
+    words: str
+    weight_bits: int
+    activation_bits: int
+    dense_bytes: int
+    """If they were in bf16."""
+    activation_bytes: int
+    """That, without the weights that zeros of activations spare."""
+    integer_bytes: int
+    """Codes and scales."""
+    both_bytes: int
+    """That, of the weights that zeros of activations leave."""
+
+
 class PublishedActive(JsonRecord):
     name: str
     claimed: int
@@ -284,6 +300,7 @@ class Against(JsonRecord):
     weight_density: float | None = None
     active_parameters: ActiveParameters
     weight_zeros: WeightZeros | None = None
+    integers: IntegerWeights | None = None
     curves: Curves | None = None
     difference: PairedDifference | None = None
 
@@ -369,6 +386,8 @@ class SparsityReport(JsonRecord):
     """None in models whose tokens all use the same part of the hidden size."""
     weight_zeros: WeightZeros | None = None
     """None for dense weights."""
+    integers: IntegerWeights | None = None
+    """None for weights that are numbers."""
     definitions: dict[str, str]
     """Term to definition."""
     curves: Curves | None = None

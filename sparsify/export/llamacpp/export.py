@@ -82,7 +82,7 @@ def find_source(model_or_run: str) -> Source:
     check_tensors(folder, {name: tensor.shape for name, tensor in tensors.items()}, tensor_shapes(config))
     tokenizer = load_tokenizer(folder)
     check_tokenizer(tokenizer, config, model_or_run)
-    stored = {DTYPES[tensor.dtype] for tensor in tensors.values() if len(tensor.shape) > 1}
+    stored = {DTYPES.get(tensor.dtype) for tensor in tensors.values() if len(tensor.shape) > 1}
     dtype = next((name for name, own in OWN_DTYPES.items() if stored == {own}), "fp32")
     template = _default_template(tokenizer)
     return Source(model_or_run, folder, config, tokenizer, dtype, template, lambda: lambda name: tensors[name].read())

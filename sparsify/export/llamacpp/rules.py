@@ -84,6 +84,11 @@ def _activation(config: SparseConfig) -> list[str]:
         reasons.append(
             f"its activation is {activation.name}, {activation.formula}, which none of llama.cpp's architectures computes"
         )
+    if config.quantisation:
+        reasons.append(
+            f"it holds integers with a scale for each output, by {config.quantisation['method']}, whose inputs are rounded; llama.cpp "
+            "has others"
+        )
     if config.sparsification:
         sites = ", ".join(site_rules(config))
         reasons.append(

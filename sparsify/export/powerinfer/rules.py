@@ -103,6 +103,8 @@ def _activation(config: SparseConfig) -> list[str]:
             f"its activation is {activation.name}, {activation.formula}, which the bamboo architecture would compute as "
             "dReLU"
         )
+    if config.quantisation:
+        reasons.append(f"it holds integers instead of weights, by {config.quantisation['method']}")
     other = [site for site in site_rules(config) if site not in NEURON_SITES]
     if other:
         method = (config.sparsification or {})["method"]

@@ -15,7 +15,8 @@ import torch
 from sparsify.conversion.convert import config_of, convert
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.weight_zeros import TensorReader
-from sparsify.errors import ModelError, RecipeError
+from sparsify.errors import ExportError, ModelError, RecipeError
+from sparsify.export.llamacpp.export import export_llamacpp
 from sparsify.methods.base import check_method, method_of
 from sparsify.methods.weights.gptq import gptq
 from sparsify.methods.weights.integers import best_scales, nearest, round_to_nearest
@@ -25,6 +26,8 @@ from sparsify.models import SparseModel
 from sparsify.models.integer_linear import IntegerLinear, quantisation
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
+from sparsify.runtime import accelerate
+from sparsify.sparsity.active_parameters import parameters_by_part
 from tests.methods.conftest import Calibrate, Calibrated, killed_after, measured
 from tests.methods.weights.test_one_matrix import OUTPUTS, matrix_and_inputs
 from tests.methods.weights.test_rotation import add_mask
@@ -257,6 +260,19 @@ def test_integers_are_neither_converted_nor_trained(quantised: dict[str, Calibra
         config_of(ModelSection(source=str(quantised["rrs"].folder)), ActivationSection("swiglu"))
     with pytest.raises(RecipeError, match="Train first"):
         check_method(ConversionSection(calibration_tokens=1024, method="rrs"))
+
+
+def test_what_reads_weights_refuses_integers_or_sees_numbers(quantised: dict[str, Calibrated], tmp_path: Path) -> None:
+    folder = quantised["rrs"].folder
+    model = load_sparse(folder, dtype=torch.float32)
+    with pytest.raises(ModelError, match="integers instead of weights"):
+        accelerate(model)
+    with pytest.raises(ExportError, match="integers with a scale for each output"):
+        export_llamacpp(str(folder), tmp_path / "file")
+    x, down = torch.randn(5, model.config.intermediate_size), model.model.layers[0].mlp.down_proj
+    down.activation_bits = 16
+    assert torch.allclose(x @ down.weight.T, down(x), atol=1e-4)
+    assert parameters_by_part(model)["down"] == sum(layer.mlp.down_proj.weight.numel() for layer in model.model.layers)
 
 
 def test_an_interrupted_quantisation_resumes(
