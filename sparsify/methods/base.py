@@ -148,7 +148,7 @@ class LayerRewrite(Protocol):
         last_stage: Name of the stage that is its result.
         revives_zeros: Whether it may give a weight that is zero another value.
         config_fields: What config.json says of it.
-        in_fp32: Whether what is fitted is handed on in fp32, not rounded to the dtype on disk.
+        in_fp32: Whether what is fitted is passed along in fp32, not rounded to the dtype on disk.
         trains: Whether its result can be trained.
     """
 
