@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from sparsify.models.quantised import bits_per_weight
 from sparsify.recipe.recipe import CACHE_DIR
 from sparsify.runs.load import load
 from sparsify.runtime.cache_policies import POLICIES
+from sparsify.runtime.offload import parse_memory
 from sparsify.simulation.cache_aware_decode import check_cache_aware, decode_cache_aware
 from sparsify.simulation.device import Device, read_device
 from sparsify.simulation.footprint import Bits, Footprint, ModelShape, footprint
@@ -36,8 +36,6 @@ THIS_MACHINE = "this_machine"
 WEIGHTS = ("stored", "int8", "int4")
 SEED = 1
 CACHE_AWARE_POLICIES = ("lru", "lfu", "no_cache")
-_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?b)\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -87,23 +85,10 @@ def simulate(request: Request) -> Simulation:
     subject = _Profiled(request) if request.model.startswith(PREFIX) else _Recorded(request)
     device = _device(request, max(unit.slot_bytes for unit in subject.fetch.units))
     simulation = _Simulation(request, device, subject)
-    memories = [parse_bytes(text) for text in request.memories] or [simulation.half()]
+    memories = [parse_memory(text) for text in request.memories] or [simulation.half()]
     simulation.check_memories(memories)
     rows = [row for memory in memories for row in simulation.rows(memory)]
     return simulation.result(rows)
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as 4GB or 3.5GiB.
-
-    Raises:
-        RunError: If it is none.
-    """
-    match = _SIZE.fullmatch(text)
-    size = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
-    if not 0 < size < 2**60:
-        raise RunError(f"--memory has {text[:30]!r}.", allowed="Sizes with their unit, such as 4GB or 900MB,1.5GiB.")
-    return int(size)
 
 
 def _check(request: Request) -> None:

@@ -8,6 +8,8 @@ they take. A slot is anything of equal size that is read as a whole: a neuron's 
 2. min(|R \ M|, |M| + |R \ M| - C) of the residents outside M are evicted (none if that is negative): which ones is the policy;
 3. M is inserted; if it is larger than the capacity, a random part of its misses.
 
+A capacity may be lowered between two steps: hits stay for their token even where they are more than it, and nothing is inserted then.
+
 | policy           | evicts first                                                                                     |
 |------------------|--------------------------------------------------------------------------------------------------|
 | `no_cache`       | holds nothing                                                                                    |
@@ -119,7 +121,7 @@ class EvictingCache:
         self.use(mask)
         excess = min(len(others), len(hits) + len(misses) + len(others) - self.capacity)
         evicted = others[_first(self.keeping(others), excess)] if excess > 0 else _NONE
-        room = self.capacity - len(hits) - len(others) + len(evicted)
+        room = max(0, self.capacity - len(hits) - len(others) + len(evicted))
         inserted = misses if len(misses) <= room else np.sort(self._random.permutation(misses)[:room])
         self.resident[evicted] = False
         self.resident[inserted] = True

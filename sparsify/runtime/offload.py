@@ -79,7 +79,7 @@ def parse_memory(text: str | int) -> int:
     match = _SIZE.fullmatch(text)
     size = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
     if not 0 < size < 2**60:
-        raise RunError(f"The memory is {text[:30]!r}.", allowed="A size with its unit, such as 4GB, 900MB or 3.5GiB.")
+        raise RunError(f"The memory is {text[:30]!r}.", allowed="A size with its unit (KB, MB, GB, TB, KiB, MiB, GiB, TiB), such as 4GB, 900MB or 3.5GiB.")
     return int(size)
 
 

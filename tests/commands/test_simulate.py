@@ -61,7 +61,7 @@ def test_prefetch_and_memories_make_rows_of_a_profile() -> None:
 
 
 REFUSED: Sequence[tuple[tuple[str, ...], str]] = [
-    (("--memory", "much"), "--memory has 'much'"),
+    (("--memory", "much"), "The memory is 'much'"),
     (("--memory", "1MB"), "too small for what always stays in it"),
     (("--policy", "fifo"), "--policy is 'fifo'"),
     (("--prefetch", "oracle"), "--prefetch is 'oracle'"),

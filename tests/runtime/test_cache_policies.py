@@ -90,6 +90,24 @@ def test_only_a_random_part_of_a_mask_larger_than_the_cache_is_inserted() -> Non
     assert len(seen) > 3
 
 
+@given(st.sampled_from([LeastRecentlyUsed, LeastFrequentlyUsed]), st.lists(st.integers(0, 9), min_size=2), st.integers(0, 2**31))
+def test_a_lowered_capacity_is_kept_as_soon_as_masks_allow(
+    kind: type[EvictingCache], capacities: list[int], seed: int
+) -> None:
+    """Only the neurons of the token itself may exceed it: their rows are being read."""
+    random = np.random.default_rng(seed)
+    cache = kind(9, max(capacities))
+    for capacity in sorted(capacities, reverse=True):
+        cache.capacity = capacity
+        mask = random.random(9) < 0.4
+        before = cache.resident.copy()
+        step = cache.step(mask)
+        assert cache.resident.sum() <= max(capacity, len(step.hits))
+        assert not cache.resident[~mask & ~before].any()
+        assert len(step.inserted) <= max(0, capacity - len(step.hits))
+        assert set(step.inserted) <= set(step.misses)
+
+
 def test_a_policy_that_lacks_what_it_needs_is_refused() -> None:
     for name, words in (("fifo", "No cache policy"), ("static", "hot set"), ("belady", "masks of all tokens")):
         with pytest.raises(ValueError, match=words):

@@ -254,7 +254,7 @@ def test_memory_is_divided_by_what_saves_most(folders: dict[str, Path]) -> None:
     assert everything.num_bytes < layout.file_bytes + 10**5
 
 
-@pytest.mark.parametrize("text", ["4GB", "4000 mb", "3.72529GiB"])
+@pytest.mark.parametrize("text", ["4GB", "4000 mb", "3.72529GiB", "0.004TB", "0.003637979TiB"])
 def test_sizes_have_units(text: str) -> None:
     assert parse_memory(text) == pytest.approx(4e9, rel=1e-5)
 
