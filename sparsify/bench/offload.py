@@ -26,9 +26,10 @@ from sparsify.bench.offload_model import KINDS, Firing, perfect_predictors, writ
 from sparsify.bench.timing import paired_ratios, quartiles
 from sparsify.errors import RecipeError, check_choice
 from sparsify.runtime import Acceleration, accelerate
-from sparsify.runtime.neuron_cache import Prefetch
+from sparsify.runtime.memory_plan import smallest_memory
 from sparsify.runtime.neuron_file import NeuronLayout
-from sparsify.runtime.offload import peak_rss_bytes
+from sparsify.runtime.offload import peak_rss_bytes, rss_bytes
+from sparsify.runtime.prefetch import Prefetch
 from sparsify.runtime.stored_forwards import StoredForward
 from sparsify.runtime.weights import FfnWeights, LayerPredictors
 
@@ -102,6 +103,8 @@ class OffloadBench(BaseModel):
     """Memory for neurons."""
     limit_gb: float
     """Of the cgroup: everything that stays in memory, neurons, and OTHER_BYTES. Python and torch were there before."""
+    base_gb: float = 0.0
+    """Of Python and torch, which the cgroup does not count."""
     rank: int
     tokens: int
     rounds: int
@@ -120,6 +123,7 @@ class OffloadPlan:
     Attributes:
         folder: Where the model and its neuron files are kept.
         memory_share: Memory for neurons as a share of all neurons.
+        limit_share: Memory for everything, Python and torch included, as a share of the model; None for what `memory_share` needs.
         rank: Of predictors.
         warm_tokens: Decoded before those that are measured.
     """
@@ -135,6 +139,7 @@ class OffloadPlan:
     rounds: int
     threads: int
     only: tuple[str, ...] = ()
+    limit_share: float | None = None
 
 
 def bench_offload(plan: OffloadPlan, on_progress: Callable[[str], object]) -> OffloadBench:
@@ -148,15 +153,19 @@ def bench_offload(plan: OffloadPlan, on_progress: Callable[[str], object]) -> Of
     write_model(model, plan.shape, plan.layers, plan.firing, on_progress)
     shape = SHAPES[plan.shape]
     ffn = plan.layers * (shape.experts or (1, 1))[0] * 3 * shape.neurons * shape.hidden * 2
-    for_neurons = round(plan.memory_share * ffn)
-    for dense in (True, False):  # writes the files
-        _opened(plan, model, Way("", dense=dense, predicted=not dense), for_neurons, 10**15, on_progress)
     ways = [one for one in WAYS if not plan.only or one.name in plan.only]
+    base, for_neurons = rss_bytes(), round(plan.memory_share * ffn)
+    for predicted in sorted({one.predicted for one in ways}):  # writes the files
+        _opened(plan, model, Way("", predicted=predicted), ffn, 10**15, on_progress)
     results = {one.name: _Result() for one in ways}
     left_out = ""
     made = _opened(plan, model, WAYS[0], for_neurons, 10**15, on_progress)
     assert made.offloaded is not None
     resident = made.offloaded.resident_bytes()
+    if plan.limit_share is not None:
+        for_neurons = _neurons_within(
+            plan, resident + ffn, resident + base, smallest_memory(made.offloaded.cache.layout)
+        )
     speed = _disk_speed(made.offloaded.cache.file.path)
     limit = resident + for_neurons + OTHER_BYTES
     del made
@@ -169,7 +178,7 @@ def bench_offload(plan: OffloadPlan, on_progress: Callable[[str], object]) -> Of
                     left_out = "No memory cgroup can be made here (it needs root), so the page cache of mappings would not be limited."
                     continue
                 _measure(plan, model, way, for_neurons, results[way.name], on_progress, group)
-    return _collected(plan, ways, results, left_out, ffn, resident, for_neurons, limit, speed)
+    return _collected(plan, ways, results, left_out, ffn, resident, for_neurons, limit, speed, base)
 
 
 class _Result:
@@ -178,6 +187,21 @@ class _Result:
         self.read = self.disk = self.wait = 0.0
         self.tokens = self.needed = self.hits = self.over = 0
         self.peak = 0
+
+
+def _neurons_within(plan: OffloadPlan, model: int, others: int, least: int) -> int:
+    """Memory for neurons within `limit_share` of a model of so many bytes."""
+    assert plan.limit_share is not None
+    found = round(plan.limit_share * model) - others - OTHER_BYTES
+    if found < least:
+        share = (others + OTHER_BYTES + least) / model
+        raise RecipeError(
+            f"A limit of {plan.limit_share:g} of {model / 1e9:.1f} GB leaves {max(0, found) / 1e9:.2f} GB for neurons, and one "
+            f"block needs {least / 1e9:.2f} GB.",
+            allowed=f"--limit {share + 0.005:.2f} or more, with --shape {plan.shape} --layers {plan.layers}.",
+            next_step="Give more layers, or a shape with experts: less of such a model is always in memory.",
+        )
+    return found
 
 
 def _opened(
@@ -357,6 +381,7 @@ def _collected(
     for_neurons: int,
     limit: int,
     speed: float,
+    base: int,
 ) -> OffloadBench:
     measured = []
     baselines = {name: results[name].ms for name in (DENSE, MAPPED) if name in results}
@@ -391,6 +416,7 @@ def _collected(
         ffn_gb=ffn / 1e9,
         neuron_gb=for_neurons / 1e9,
         limit_gb=limit / 1e9,
+        base_gb=base / 1e9,
         rank=plan.rank,
         tokens=plan.tokens,
         rounds=plan.rounds,

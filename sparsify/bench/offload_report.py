@@ -21,7 +21,8 @@ from sparsify.reporting.tables import Table
 def offload_table(bench: OffloadBench) -> Table:
     table = Table(
         f"{bench.layers} layers of {bench.shape} in bf16, {bench.model_gb:.1f} GB, {bench.ffn_gb:.1f} GB of them feed-forward; "
-        f"{bench.neuron_gb:.2f} GB of memory for neurons, {bench.limit_gb:.2f} GB in all; {bench.active:.0%} of the neurons fire "
+        f"{bench.neuron_gb:.2f} GB of memory for neurons, {bench.limit_gb:.2f} GB in all, {bench.limit_gb + bench.base_gb:.2f} GB "
+        f"with Python and torch; {bench.active:.0%} of the neurons fire "
         f"(skew {bench.skew:g}); {bench.threads} threads; {bench.rounds} rounds of {bench.tokens} tokens; the disk reads "
         f"{bench.disk_mb_per_second:,.0f} MB/s",
         [

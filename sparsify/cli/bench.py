@@ -494,6 +494,13 @@ def bench_offload(
     share: Annotated[
         float, typer.Option(callback=DENSITY.check, help="Memory for neurons as a share of all of them.")
     ] = 0.25,
+    limit: Annotated[
+        float | None,
+        typer.Option(
+            callback=DENSITY.check,
+            help="In place of --share: memory for everything, Python and torch included, as a share of the model.",
+        ),
+    ] = None,
     active: Annotated[float, typer.Option(callback=DENSITY.check, help="Share of the neurons that fire.")] = 0.1,
     skew: Annotated[
         float,
@@ -523,7 +530,7 @@ def bench_offload(
         report.check_plot(plot)
     names = tuple(one.strip() for one in only.split(";") if one.strip())
     plan = bench.OffloadPlan(
-        to, shape, layers, Firing(active, skew), share, rank, warm_tokens, tokens, rounds, threads, names
+        to, shape, layers, Firing(active, skew), share, rank, warm_tokens, tokens, rounds, threads, names, limit
     )
     with status_line() as on_progress:
         result = bench.bench_offload(plan, on_progress)

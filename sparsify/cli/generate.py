@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from sparsify.cli.bounds import NEW_TOKENS, SEED, TEMPERATURE, THREADS
+from sparsify.cli.bounds import NEW_TOKENS, SEED, SHARE, TEMPERATURE, THREADS
 from sparsify.cli.options import AsJson, print_result
 from sparsify.errors import RunError
 from sparsify.reporting.terminal import plain
@@ -73,6 +73,14 @@ def generate(
             "frequency (those used most)."
         ),
     ] = "none",
+    gamma: Annotated[
+        float,
+        typer.Option(
+            callback=SHARE.check,
+            help="With --memory and masks that choose inputs (DIP): below 1 they prefer what is in memory, by this factor of the "
+            "sizes of what is not.",
+        ),
+    ] = 1.0,
     as_json: AsJson = False,
 ) -> None:
     """Continues a prompt, reading only the weights of neurons that fire; then prints the speed and the bytes read.
@@ -82,9 +90,10 @@ def generate(
     from sparsify.commands.generate import MemoryLimit
     from sparsify.commands.generate import generate as run
 
-    if memory is None and (policy, prefetch) != ("lru", "none"):
+    if memory is None and (policy, prefetch, gamma) != ("lru", "none", 1.0):
         raise RunError(
-            "--policy and --prefetch change nothing without --memory.", next_step="Give --memory, or omit them."
+            "--policy, --prefetch and --gamma change nothing without --memory.",
+            next_step="Give --memory, or omit them.",
         )
     result = run(
         bundle,
@@ -97,7 +106,7 @@ def generate(
         threads=threads,
         dense=dense,
         write=(lambda _: None) if as_json else _write,
-        limit=None if memory is None else MemoryLimit(memory, policy, prefetch, _tell),  # pyright: ignore[reportArgumentType]
+        limit=None if memory is None else MemoryLimit(memory, policy, prefetch, _tell, gamma),  # pyright: ignore[reportArgumentType]
     )
     print_result(json.dumps(dataclasses.asdict(result)), Text(f"\n\n{_summary(result)}", "dim"), as_json)
 

@@ -20,8 +20,8 @@ from sparsify.predictors.format import fingerprinted
 from sparsify.runs.load import find_trained, load
 from sparsify.runtime import Acceleration, accelerate
 from sparsify.runtime.accelerate import ModelBytes, block_format, model_bytes
-from sparsify.runtime.neuron_cache import Prefetch
 from sparsify.runtime.offload import parse_memory, peak_rss_bytes
+from sparsify.runtime.prefetch import Prefetch
 from sparsify.runtime.stored_weights import StoredModel
 
 Write = Callable[[str], None]
@@ -108,12 +108,14 @@ class MemoryLimit:
         policy: Which neurons stay in memory.
         prefetch: Which are read before they are needed.
         tell: Gets a line of text while the file of neurons is written.
+        gamma: Of masks that choose inputs; see `accelerate`.
     """
 
     memory: str
     policy: str = "lru"
     prefetch: Prefetch = "none"
     tell: Write = lambda _: None
+    gamma: float = 1.0
 
 
 def generate(
@@ -220,6 +222,7 @@ def _within(
         memory=memory,
         policy=limit.policy,
         prefetch=limit.prefetch,
+        gamma=limit.gamma,
         context_tokens=tokens + num_tokens,
         tell=limit.tell,
     )
@@ -232,7 +235,6 @@ def _offload(limit: MemoryLimit, acceleration: Acceleration, tokens: int, second
     assert offloaded is not None
     assert reads is not None
     cache, steps = offloaded.cache, max(tokens, 1)
-    layout, plan = cache.layout, cache.plan
     return Offload(
         memory_bytes=offloaded.limits.memory_bytes,
         peak_bytes=peak_rss_bytes(),
@@ -240,9 +242,9 @@ def _offload(limit: MemoryLimit, acceleration: Acceleration, tokens: int, second
         direct=cache.file.direct,
         policy=limit.policy,
         prefetch=limit.prefetch,
-        neuron_bytes=plan.num_bytes,
-        held_share=plan.held_rows / layout.neurons if layout.layout == "apart" else 0.0,
-        slots=plan.slots,
+        neuron_bytes=cache.neuron_bytes,
+        held_share=cache.held_share,
+        slots=cache.slots,
         hit_rate=reads.hit_rate,
         over_fetch=reads.over_fetched / max(reads.needed, 1),
         read_bytes_per_token=reads.bytes_read / steps,

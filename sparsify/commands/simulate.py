@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -18,17 +19,17 @@ from sparsify.recipe.recipe import CACHE_DIR
 from sparsify.runs.load import load
 from sparsify.runtime.cache_policies import POLICIES
 from sparsify.runtime.offload import parse_memory
+from sparsify.runtime.prefetch import FITTED, PREFETCHERS
 from sparsify.simulation.cache_aware_decode import check_cache_aware, decode_cache_aware
 from sparsify.simulation.device import Device, read_device
 from sparsify.simulation.footprint import Bits, Footprint, ModelShape, footprint
 from sparsify.simulation.machine import measure_machine
-from sparsify.simulation.prefetch import FITTED, PREFETCHERS
 from sparsify.simulation.profile import PREFIX, Profile, ProfileTrace, read_profile
 from sparsify.simulation.record import check_fetch, natural_fetch, record
 from sparsify.simulation.replay import Caching, Moves, replay
 from sparsify.simulation.result import Parts, Simulated, Simulation
 from sparsify.simulation.timeline import Decode, time_decode
-from sparsify.simulation.trace import FETCHES, Fetch, Trace, capacities, units_of
+from sparsify.simulation.trace import FETCHES, Division, Fetch, Trace, divide, units_of
 
 logger = logging.getLogger(__name__)
 
@@ -235,15 +236,16 @@ class _Simulation:
         """Bytes without which nothing is decoded."""
         return self._full.static + self._subject.predictors
 
-    def _held(self, memory: int) -> float:
-        """Of the feed-forward weights that every token reads, the share that memory holds: the rest is streamed. The slots of a
-        quarter of a layer's neurons come first, as in `runtime.neuron_cache`.
-        """
-        fetch = self._subject.fetch
-        if not fetch.static_bytes:
-            return 1.0
-        first = sum(unit.slots * unit.slot_bytes for unit in fetch.units) / 4
-        return min(1.0, max(0.0, memory - self._least - first) / fetch.static_bytes)
+    def _division(self, memory: int) -> Division:
+        return divide(self._subject.fetch, self._subject.shape, memory - self._least, self._most_needed)
+
+    @cached_property
+    def _most_needed(self) -> int | None:
+        """Slots that a token needs of a layer at most, where that decides how memory is divided."""
+        if not self._device.gathers or len(self._subject.fetch.units) > 1:
+            return None
+        layers = (layer for trace in self._subject.traces for layer in trace.layers())
+        return max(int(layer.masks[0].sum(1).max()) for layer in layers)
 
     def half(self) -> int:
         """Memory for what always stays in it, and half of the other feed-forward weights."""
@@ -262,8 +264,7 @@ class _Simulation:
 
     def rows(self, memory: int) -> list[Simulated]:
         request, subject = self._request, self._subject
-        for_neurons = memory - self._least - self._held(memory) * subject.fetch.static_bytes
-        slots = capacities(subject.fetch, subject.shape.layers, for_neurons)
+        slots = self._division(memory).capacities
         if request.gammas:
             return [
                 self._cache_aware(memory, slots, policy, gamma)
@@ -295,7 +296,7 @@ class _Simulation:
 
     def _time(self, memory: int, moves: Moves) -> Decode:
         subject = self._subject
-        read, held = subject.fetch.static_read_bytes, self._held(memory)
+        read, held = subject.fetch.static_read_bytes, self._division(memory).held_share
         static = self._mean.static + subject.predictors_read + read * held
         return time_decode(self._device, subject.fetch, moves, static, read * (1 - held))
 

@@ -29,8 +29,9 @@ from sparsify.runtime.file_reads import NeuronReads
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward
 from sparsify.runtime.masks import is_readable, unknown_to_blocks
 from sparsify.runtime.native_step import Projections
-from sparsify.runtime.neuron_cache import PREFETCHES, RUNTIME_POLICIES, Prefetch
+from sparsify.runtime.neuron_cache import RUNTIME_POLICIES
 from sparsify.runtime.offload import CONTEXT_TOKENS, Limits, OffloadedModel, OffloadedStep, parse_memory
+from sparsify.runtime.prefetch import PREFETCHES, Prefetch
 from sparsify.runtime.step import StepForward
 from sparsify.runtime.stored_weights import StoredModel
 from sparsify.runtime.weights import AttentionReads, LayerPredictors, Options, RowsRead
@@ -154,6 +155,7 @@ def accelerate(
     memory: str | int | None = None,
     policy: str = "lru",
     prefetch: Prefetch = "none",
+    gamma: float = 1.0,
     context_tokens: int = CONTEXT_TOKENS,
     neuron_memory: str | int | None = None,
     tell: Callable[[str], None] = lambda _: None,
@@ -188,6 +190,7 @@ def accelerate(
         memory: Most memory of this process, everything included, such as "4GB"; None for a model that is in memory.
         policy: Which neurons stay in memory: one of RUNTIME_POLICIES. Of `memory` alone, as all that follow.
         prefetch: Which neurons of the next layer are read while this one is computed: `none`, `persistence` or `frequency`.
+        gamma: Where masks choose inputs (DIP): below 1 they prefer what is in memory, by this factor of the sizes of what is not.
         context_tokens: Positions, over all sequences, whose keys and values have room in the memory.
         neuron_memory: Most memory for neurons alone; None for what is left of `memory`.
         tell: Gets a line of text while the file of neurons is written.
@@ -205,7 +208,7 @@ def accelerate(
     offloaded = None
     if memory is not None:
         most = None if neuron_memory is None else parse_memory(neuron_memory)
-        limits = Limits(parse_memory(memory), policy, prefetch, context_tokens, most)
+        limits = Limits(parse_memory(memory), policy, prefetch, context_tokens, most, gamma)
         offloaded = _offloaded(model, limits, weights, predictors, dense, tell)
         model, predictors = offloaded.model, offloaded.predictors
     elif isinstance(model, str | Path):
@@ -226,7 +229,7 @@ def accelerate(
     if GROUP in site_rules(model.config):
         _check_routers(model, predictors)
     held = frozenset() if dense or packed else held_by_columns(model, in_blocks=blocks is not None)
-    if offloaded is not None:
+    if offloaded is not None and not offloaded.by_columns:
         held -= {"gate", "up"}  # the file has their rows
     for layer, block in enumerate(model.ffn_blocks()):
         if "forward" in vars(block):

@@ -6,13 +6,14 @@ import ctypes
 import errno
 import os
 from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.errors import StorageError
 from sparsify.runtime.build import kernels
-from sparsify.runtime.neuron_file import NeuronFile
 
 READING_THREADS = 16
 """As many reads of one neuron each (16 KB) were under way at once where more gained nothing."""
@@ -53,19 +54,29 @@ class NeuronReads:
     def bytes_read(self) -> int:
         return self.unit_bytes + self.streamed_bytes
 
+    def __add__(self, other: NeuronReads) -> NeuronReads:
+        return NeuronReads(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
+
     def __sub__(self, other: NeuronReads) -> NeuronReads:
         return NeuronReads(*(getattr(self, one.name) - getattr(other, one.name) for one in fields(self)))
 
 
+class OpenFile(Protocol):
+    """A file that is open for reading."""
+
+    path: Path
+    descriptor: int
+
+
 class FileReads:
-    """Reads of a neuron file.
+    """Reads of a file, of neurons as a rule.
 
     Args:
         file: It, open as long as this.
         threads: How many reads are under way at once.
     """
 
-    def __init__(self, file: NeuronFile, threads: int = READING_THREADS) -> None:
+    def __init__(self, file: OpenFile, threads: int = READING_THREADS) -> None:
         library = kernels()
         assert library is not None, "the caller checks native_can"
         self.file, self._library = file, library

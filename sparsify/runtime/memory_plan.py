@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from sparsify.runtime.neuron_file import ALIGNMENT, NeuronLayout
 
-FIRST_SHARE = 4
-"""Slots begin with those of a quarter of a block's neurons, more than a token of a sparse model needs."""
+FIRST_SHARE = 8
+"""Slots begin with those of an eighth of a block's neurons: more than a token needs where 90% are zeros. One that needs more gets more."""
 CHUNK_BYTES, CHUNKS = 1 << 21, 16
 """Of the ring that streamed rows pass through: while the single neurons of one layer are read, so much of the next layer's rows is."""
 
@@ -43,7 +43,7 @@ def chunk_bytes(layout: NeuronLayout) -> int:
 
 def smallest_memory(layout: NeuronLayout) -> int:
     """Bytes: a whole block must fit, since a prompt needs all of it, and a token may."""
-    return _pages(layout.neurons * max(3 * layout.row_bytes, layout.unit_bytes))
+    return _pages(layout.whole_bytes)
 
 
 def plan_memory(layout: NeuronLayout, num_bytes: int, units: int) -> MemoryPlan:

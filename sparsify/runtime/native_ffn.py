@@ -77,6 +77,7 @@ class FfnCall(ctypes.Structure):
         *((f"{name}_mask", ctypes.POINTER(CMask)) for name in ("gate", "up", "product", "gate_in", "up_in")),
         *((f"{name}_low_rank", CLowRank) for name in ("gate", "up")),
         ("store", ctypes.c_void_p),
+        ("input_store", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
         *((name, ctypes.c_int32) for name in ("dtype", "gate_kind", "up_kind", "dense", "threads", "weight_format")),
         *((name, ctypes.c_int32) for name in ("gate_by_columns", "up_by_columns", "up_first")),

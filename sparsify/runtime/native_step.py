@@ -292,6 +292,8 @@ class StepPlan:
                 mask = own_mask(part) or own_mask(forward.block)
                 setattr(experts[expert], f"{name}_in_mask", self._mask(mask, weights.hidden, expert))
                 setattr(experts[expert], f"{name}_low_rank", self._low_rank(part, expert))
+            if weights.store is not None:
+                weights.store.steer(experts[expert])
             self._held += [*held, weights]
         self._held.append(experts)
         to.experts = ctypes.cast(experts, ctypes.POINTER(FfnCall))

@@ -10,49 +10,26 @@ import mmap
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sparsify.models.quantised import BlockMatrix
+from sparsify.runtime.block_store import ALL_ROWS, FETCH, FETCH_FAILED, SECOND_ROWS, BlockStore, CStore
 from sparsify.runtime.cache_policies import CachePolicy, EvictingCache, cache_policy
 from sparsify.runtime.file_reads import FileReads, NeuronReads, RowStream
 from sparsify.runtime.memory_plan import CHUNKS, FIRST_SHARE, chunk_bytes, chunk_rows, plan_memory, ring_bytes
-from sparsify.runtime.native_ffn import FfnCall
 from sparsify.runtime.neuron_file import ALIGNMENT, NeuronFile
+from sparsify.runtime.prefetch import Guesses, Prefetch, Seen
 from sparsify.runtime.weights import Matrix
 
-Prefetch = Literal["none", "persistence", "frequency"]
-PREFETCHES = get_args(Prefetch)
 RUNTIME_POLICIES = ("no_cache", "static", "lru", "lfu")
 SPARE_SHARE = 8
 """One slot of so many is for what is read ahead, if anything is."""
-FETCH_FAILED = -2
-"""As in native/neuron_store.h."""
-_FETCH = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64)
 Slots = NDArray[np.int32]
 Units = NDArray[np.intp]
 Bytes = NDArray[np.uint8]
-
-
-class CStore(ctypes.Structure):
-    """Where a block's rows are; mirrors NeuronStore in native/neuron_store.h."""
-
-    _fields_ = (
-        ("block", ctypes.c_int64),
-        ("stream", ctypes.c_void_p),
-        ("held", ctypes.c_void_p),
-        ("num_held", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64),
-        ("offset", ctypes.c_int64),
-        ("next", ctypes.c_void_p),
-        ("slots", ctypes.c_void_p),
-        ("fetch", _FETCH),
-        ("failed", ctypes.c_void_p),
-        ("whole", ctypes.c_int32),
-    )
 
 
 class NeuronCache:
@@ -64,7 +41,8 @@ class NeuronCache:
         experts: Blocks of a layer: they share the layer's slots.
         policy: One of RUNTIME_POLICIES, for each layer; `static` keeps those that fired most often in the prompts so far.
         prefetch: Which neurons of the next layer are read while this one is computed: `persistence` those of the last token,
-            `frequency` those used most often so far.
+            `frequency` those used most often so far, `cluster` and `low_rank` those that prefetchers say which are fitted to the
+            prompts so far (`prefetch.py`; of dense models).
     """
 
     def __init__(
@@ -103,13 +81,12 @@ class NeuronCache:
         self._transient: tuple[Slots, Units] | None = None
         self._needed_now: int | None = None
         self._whole: int | None = None
-        self._last: list[Units | None] = [None] * layers
-        self._uses = [np.zeros(units, np.int64) for _ in range(layers if prefetch == "frequency" else 0)]
+        self._guesses = Guesses(prefetch, layers, units)
         self._ahead: dict[int, tuple[int, Units, Slots]] = {}
         self._counts = NeuronReads()
         self._since = NeuronReads()
         self._failed = ctypes.c_int32()
-        self._callback = _FETCH(self._fetch)
+        self._callback = FETCH(self._fetch)
         self._stores = [self._store(block) for block in range(layout.blocks)]
         if experts == 1:  # otherwise the router says which block is next
             for block, store in enumerate(self._stores):
@@ -136,7 +113,7 @@ class NeuronCache:
             slots=table.ctypes.data + own * table.itemsize,
             fetch=self._callback,
             failed=ctypes.addressof(self._failed),
-            whole=layout.layout == "whole",
+            holds=self._holding,
         )
 
     def hold(self) -> None:
@@ -191,10 +168,33 @@ class NeuronCache:
         rows = memory.as_strided((layout.neurons, layout.row_bytes), (stride, 1), start)
         return BlockMatrix(rows, "int8" if layout.weights == "int8" else "int4", layout.hidden)
 
+    @property
+    def neuron_bytes(self) -> int:
+        return self.plan.num_bytes
+
+    @property
+    def slots(self) -> int:
+        return self.plan.slots
+
+    @property
+    def held_share(self) -> float:
+        """Share of the rows that every step reads which are held for good."""
+        return self.plan.held_rows / self.layout.neurons if self.layout.layout == "apart" else 0.0
+
+    @property
+    def _holding(self) -> int:
+        return ALL_ROWS if self.layout.layout == "whole" else SECOND_ROWS
+
     def store(self, block: int) -> BlockStore:
-        return BlockStore(self, self._stores[block])
+        return BlockStore(self._stores[block], self.layout)
 
     # ---- prompts ----
+
+    def whole_views(self, dtype: torch.dtype) -> tuple[Matrix, Matrix, Matrix]:
+        """gate, up and transposed down where `whole_block` puts them."""
+        size = self.layout.neurons * self.layout.row_bytes
+        gate, up, down = (self._matrix(self.memory, i * size, self.layout.row_bytes, dtype) for i in range(3))
+        return gate, up, down
 
     def whole_block(self, block: int, dtype: torch.dtype) -> tuple[Matrix, Matrix, Matrix]:
         """Reads a whole block, contiguous: gate, up and transposed down. They are valid until anything else is read, and what was in
@@ -202,7 +202,7 @@ class NeuronCache:
         """
         layout = self.layout
         size = layout.neurons * layout.row_bytes
-        gate, up, down = (self._matrix(self.memory, i * size, layout.row_bytes, dtype) for i in range(3))
+        gate, up, down = self.whole_views(dtype)
         down = self._with_factors(down, block)
         if self._whole == block:
             return gate, up, down
@@ -287,15 +287,18 @@ class NeuronCache:
 
     @property
     def wants_uses(self) -> bool:
-        """Whether prompts are to tell which neurons fired: the hot set of the policy `static`."""
-        return bool(self._hot)
+        """Whether prompts are to tell which neurons fired: the policy `static`, or what prefetchers are fitted to."""
+        return bool(self._hot) or self._guesses.examples is not None
 
-    def note_uses(self, block: int, uses: NDArray[np.int64]) -> None:
-        """Adds how often each neuron of a block fired in a prompt, [neurons]."""
+    def note_uses(self, block: int, fired: NDArray[np.bool_], inputs: NDArray[np.float16] | None) -> None:
+        """Adds which neurons of a block fired in a prompt, [tokens, neurons], and what the block read, [tokens, hidden]."""
         layer, expert = divmod(block, self._experts)
-        own = expert * self.layout.neurons
-        self._hot[layer][own : own + self.layout.neurons] += uses
-        self._new_hot = True
+        if self._hot:
+            own = expert * self.layout.neurons
+            self._hot[layer][own : own + self.layout.neurons] += fired.sum(0)
+            self._new_hot = True
+        if inputs is not None:
+            self._guesses.learn(layer, fired, inputs)
 
     def _choose_hot(self) -> None:
         """Makes the neurons that fired most often the ones that stay."""
@@ -349,11 +352,9 @@ class NeuronCache:
         counts.wait_seconds += time.perf_counter() - start
         counts.unit_bytes += len(absent) * self.layout.unit_bytes
         counts.stall_bytes += len(absent) * self.layout.unit_bytes
-        self._last[layer] = needed
         if self._prefetch != "none":
-            if self._uses:
-                self._uses[layer][needed] += 1
-            self._read_ahead((layer + 1) % len(self._tables))
+            self._guesses.use(layer, needed)
+            self._read_ahead((layer + 1) % len(self._tables), Seen(mask, self._inputs(layer), None))
 
     def _take(self, count: int) -> Slots:
         self._num_free -= count
@@ -400,13 +401,15 @@ class NeuronCache:
 
     # ---- ahead of use ----
 
-    def _read_ahead(self, layer: int) -> None:
+    def _inputs(self, layer: int) -> NDArray[np.float32] | None:
+        """What a layer's block, or its first expert, reads in this step, of the first token: [hidden]."""
+        at = self._stores[layer * self._experts].x
+        return None if not at else np.ctypeslib.as_array((ctypes.c_float * self.layout.hidden).from_address(at))
+
+    def _read_ahead(self, layer: int, seen: Seen) -> None:
         """Begins to read what a layer will probably need, into slots that are free."""
-        likely = self._last[layer]
-        if self._uses and likely is not None:
-            uses = self._uses[layer]
-            likely = np.argpartition(-uses, min(len(likely), len(uses) - 1))[: len(likely)]
-        if likely is None or layer in self._ahead:
+        likely = None if layer in self._ahead else self._guesses.of(layer, seen)
+        if likely is None:
             return
         units = np.sort(likely[self._tables[layer][likely] < 0])[: self._num_free]
         if len(units):
@@ -468,18 +471,6 @@ class NeuronCache:
             self.stream.close()
         self.reads.close()
         self.file.close()
-
-
-class BlockStore:
-    """Tells the kernels where a block's rows are."""
-
-    def __init__(self, cache: NeuronCache, store: CStore) -> None:
-        self._cache, self._store = cache, store
-
-    def attach(self, call: FfnCall) -> None:
-        call.store = ctypes.addressof(self._store)
-        for name in self._cache.layout.in_unit:
-            getattr(call, "down_t" if name == "down" else name).slots = self._store.slots
 
 
 def _address(memory: mmap.mmap) -> int:

@@ -1,11 +1,13 @@
 """A file of a model's feed-forward neurons, laid out for reading single ones from a disk.
 
 It holds, block after block (a layer's, or an expert's), the rows of the projections: neuron n is row n of gate, of up, and of the
-transposed down. There are two layouts:
+transposed down. There are three layouts:
 
 - `apart`: the rows of the projection that is computed in full (gate; up where a mask on it comes first), one after the other, then
   one unit for each neuron: the rows of the other two.
-- `whole`: one unit for each neuron with all three rows, for predictors, which choose neurons before any projection.
+- `whole`: one unit for each neuron with all three rows, for predictors, which choose neurons before any projection;
+- `columns`: for masks that choose inputs, one unit for each input: its columns of gate and of up; then one for each neuron: its row
+  of the transposed down.
 
 A unit is read by one call, so it begins at a multiple of ALIGNMENT bytes, as reads past the page cache need it. Rows are as decoding
 reads them: stored, or in int8 or int4 blocks. At the end are the factors of blocks' outputs of the down projections.
@@ -35,7 +37,7 @@ from sparsify.models.masking import has_experts, num_experts, num_neurons
 from sparsify.models.quantised import BLOCK, BlockFormat, bits_per_weight, column_factors, padded_factors, quantise
 from sparsify.runtime.stored_weights import StoredModel, StoredTensor
 
-Layout = Literal["apart", "whole"]
+Layout = Literal["apart", "whole", "columns"]
 ALIGNMENT = 512
 """Of reads past the page cache on most disks; where it is not enough, reads go through the page cache."""
 ROW_ALIGNMENT = 64
@@ -77,7 +79,29 @@ class NeuronLayout:
 
     @property
     def block_bytes(self) -> int:
-        return self.rows_bytes + self.neurons * self.unit_bytes
+        units = self.neurons * self.unit_bytes if self.layout != "columns" else self.inputs_bytes + self.downs_bytes
+        return self.rows_bytes + units
+
+    @property
+    def inputs_bytes(self) -> int:
+        """Of the units of a block's inputs, in `columns`."""
+        return self.hidden * self.unit_bytes
+
+    @property
+    def down_bytes(self) -> int:
+        """Of the unit of a neuron's row of transposed down, in `columns`."""
+        return _aligned(self.row_bytes, ALIGNMENT)
+
+    @property
+    def downs_bytes(self) -> int:
+        return self.neurons * self.down_bytes
+
+    @property
+    def whole_bytes(self) -> int:
+        """Memory of one block: contiguous rows for a prompt, and units for a token that needs all."""
+        if self.layout == "columns":  # each in memory of its own
+            return sum(_aligned(one, mmap.PAGESIZE) for one in (self.inputs_bytes, self.downs_bytes))
+        return self.neurons * max(3 * self.row_bytes, self.unit_bytes)
 
     @property
     def factor_bytes(self) -> int:
@@ -130,6 +154,8 @@ def neuron_layout(model: StoredModel, weights: str, layout: Layout, first: Liter
     row = row_bytes(hidden, weights, model.dtype)
     parts = 2 if layout == "apart" else 3
     unit = _aligned(parts * _aligned(row, ROW_ALIGNMENT), ALIGNMENT)
+    if layout == "columns":
+        unit = _aligned(2 * num_neurons(model.config) * model.dtype.itemsize, ALIGNMENT)
     dtype = str(model.dtype).removeprefix("torch.")
     return NeuronLayout(
         model.identity(), layout, first, weights, dtype, blocks, num_neurons(model.config), hidden, row, unit
@@ -294,6 +320,8 @@ def _write_block(
     stored: tuple[StoredTensor, StoredTensor, StoredTensor], layout: NeuronLayout, file: object
 ) -> torch.Tensor:
     """Writes a block; returns the factors of its down projection, which are used for blocks alone."""
+    if layout.layout == "columns":
+        return _write_columns(stored, layout, file)
     matrices: dict[str, StoredTensor] = dict(zip(("gate", "up", "down"), stored, strict=True))
     down = matrices["down"].read()
     factors = column_factors(down.mT) if layout.factor_bytes else torch.ones(0)
@@ -320,6 +348,20 @@ def _write_block(
             units[:, start : start + layout.row_bytes] = rows(name, begin, end)
         _all(write, units.numpy())
     return padded_factors(factors)
+
+
+def _write_columns(
+    stored: tuple[StoredTensor, StoredTensor, StoredTensor], layout: NeuronLayout, file: object
+) -> torch.Tensor:
+    gate, up, down = (one.read() for one in stored)
+    write = file.write  # pyright: ignore[reportAttributeAccessIssue]
+    for parts, unit_bytes in (((gate.mT, up.mT), layout.unit_bytes), ((down.mT,), layout.down_bytes)):
+        for begin in range(0, len(parts[0]), CHUNK_ROWS):
+            values = torch.cat([one[begin : begin + CHUNK_ROWS] for one in parts], 1).contiguous().view(torch.uint8)
+            units = torch.zeros(len(values), unit_bytes, dtype=torch.uint8)
+            units[:, : values.shape[1]] = values
+            _all(write, units.numpy())
+    return torch.ones(0)
 
 
 def _all(write: Callable[[memoryview], int], content: object) -> None:

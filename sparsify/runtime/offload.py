@@ -29,12 +29,14 @@ from sparsify.models.masking import GROUP, has_experts, is_fused, num_experts, n
 from sparsify.models.quantised import BlockFormat, BlockMatrix
 from sparsify.runtime.block_weights import BlockProduct
 from sparsify.runtime.build import kernels
+from sparsify.runtime.column_cache import ColumnCache, column_ring_bytes
 from sparsify.runtime.forwards import BlockForward
 from sparsify.runtime.memory_plan import ring_bytes, smallest_memory
 from sparsify.runtime.native_ffn import MAX_TOKENS
 from sparsify.runtime.native_step import HEAD, Projections, head_format, projections
-from sparsify.runtime.neuron_cache import NeuronCache, Prefetch
+from sparsify.runtime.neuron_cache import NeuronCache
 from sparsify.runtime.neuron_file import Layout, NeuronLayout, neuron_layout, open_neurons, row_bytes
+from sparsify.runtime.prefetch import FITTED, Prefetch, PromptExamples
 from sparsify.runtime.step import StepForward
 from sparsify.runtime.stored_forwards import CHUNK_TOKENS, StoredExpertsForward, StoredMlpForward
 from sparsify.runtime.stored_weights import StoredModel
@@ -59,6 +61,7 @@ class Limits:
         prefetch: Which neurons of the next layer are read while this one is computed.
         context_tokens: Positions of keys and values, over all sequences, for which there is room.
         neuron_bytes: Most memory for neurons; None for what is left.
+        gamma: Of masks that choose inputs: factor of the sizes of what is not in memory.
     """
 
     memory_bytes: int
@@ -66,6 +69,7 @@ class Limits:
     prefetch: Prefetch = "none"
     context_tokens: int = CONTEXT_TOKENS
     neuron_bytes: int | None = None
+    gamma: float = 1.0
 
 
 def parse_memory(text: str | int) -> int:
@@ -79,7 +83,10 @@ def parse_memory(text: str | int) -> int:
     match = _SIZE.fullmatch(text)
     size = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
     if not 0 < size < 2**60:
-        raise RunError(f"The memory is {text[:30]!r}.", allowed="A size with its unit (KB, MB, GB, TB, KiB, MiB, GiB, TiB), such as 4GB, 900MB or 3.5GiB.")
+        raise RunError(
+            f"The memory is {text[:30]!r}.",
+            allowed="A size with its unit (KB, MB, GB, TB, KiB, MiB, GiB, TiB), such as 4GB, 900MB or 3.5GiB.",
+        )
     return int(size)
 
 
@@ -158,14 +165,20 @@ class OffloadedModel:
             file = open_neurons(self.stored, layout, tell)
             _trim()
             self._load_resident()
-            for_neurons = limits.memory_bytes - rss_bytes() - self._working_bytes() - ring_bytes(layout)
+            for_neurons = limits.memory_bytes - rss_bytes() - self._working_bytes() - _ring_bytes(layout)
             experts = num_experts(self.stored.config)
             if for_neurons < smallest_memory(layout):
                 file.close()
                 raise self._too_small(limits.memory_bytes + smallest_memory(layout) - for_neurons)
             if limits.neuron_bytes is not None:
                 for_neurons = max(min(for_neurons, limits.neuron_bytes), smallest_memory(layout))
-            self.cache = NeuronCache(file, for_neurons, experts=experts, policy=limits.policy, prefetch=limits.prefetch)
+            self.by_columns = layout.layout == "columns"
+            if self.by_columns:
+                self.cache = ColumnCache(file, for_neurons, policy=limits.policy, gamma=limits.gamma)
+            else:
+                self.cache = NeuronCache(
+                    file, for_neurons, experts=experts, policy=limits.policy, prefetch=limits.prefetch
+                )
 
     # ---- what is needed ----
 
@@ -175,16 +188,52 @@ class OffloadedModel:
         up_first = "up" in rules and "gate" not in rules
         gate = ACTIVATIONS[config.ffn_activation].gate
         routed = ranks_by_proxy(rules) or GROUP in rules
-        if not dense and gate in GATES_WITHOUT_ZEROS and not ({"gate", "up"} & rules.keys()) and not routed:
+        rows_suffice = gate not in GATES_WITHOUT_ZEROS or bool({"gate", "up"} & rules.keys()) or routed
+        by_columns = not dense and not rows_suffice and self._has_columns(rules)
+        if not dense and not rows_suffice and not by_columns:
             raise ModelError(
                 f"Every row of gate and up of {self.stored.folder} is needed for every token: its gates are never zero, and its "
-                "mask chooses inputs, or neurons only when both are known. The neuron file holds rows.",
-                allowed="A gate that makes zeros (relu and its kin), a mask on gate or up, or one by proxy.",
+                "mask chooses neurons only when both are known.",
+                allowed="A gate that makes zeros (relu and its kin), a mask on gate or up, one by proxy, or, in a dense model whose "
+                "weights are read as stored, one on ffn_in.",
                 next_step="Decode it in memory, or convert it to such an activation.",
+            )
+        if by_columns:
+            self._check_columns()
+            return neuron_layout(self.stored, self.weights, "columns", "gate")
+        if self.limits.gamma != 1:
+            raise ModelError(
+                f"gamma is {self.limits.gamma:g}, and the neurons of {self.stored.folder} do not depend on what is in memory.",
+                allowed="1, or a model whose masks choose inputs, such as those of DIP.",
+            )
+        if self.limits.prefetch in FITTED and has_experts(config):
+            raise ModelError(
+                f"prefetch {self.limits.prefetch} guesses from the layer before, and which experts come next is not known then.",
+                allowed="none, persistence or frequency with experts.",
             )
         chosen_before = self.predictors is not None or routed
         layout: Layout = "whole" if chosen_before and not dense else "apart"
         return neuron_layout(self.stored, self.weights, layout, "up" if up_first else "gate")
+
+    def _has_columns(self, rules: Any) -> bool:
+        """Whether the masks choose inputs whose columns can be read from a file."""
+        own = rules.get("ffn_in")
+        plain = own is not None and not own.rotated and own.remainder != "low_rank"
+        return plain and self.weights == "stored" and not has_experts(self.stored.config) and self.predictors is None
+
+    def _check_columns(self) -> None:
+        limits = self.limits
+        if limits.prefetch != "none":
+            raise ModelError(
+                f"prefetch {limits.prefetch} reads neurons, and the masks of {self.stored.folder} choose inputs.",
+                allowed="none.",
+            )
+        if limits.policy == "static":
+            raise ModelError(
+                "The policy static holds neurons, and masks that choose inputs hold columns.", allowed="lru or lfu."
+            )
+        if not 0 <= limits.gamma <= 1:
+            raise ModelError(f"gamma is {limits.gamma:g}.", allowed="0 to 1.")
 
     def _resident(self) -> dict[str, int]:
         """Bytes of every tensor that stays in memory, by name."""
@@ -225,12 +274,14 @@ class OffloadedModel:
         copies = neurons * hidden * item * (1 if self.blocks is None else 4)
         if self.blocks is not None and not config.tie_word_embeddings:  # while blocks of it are made
             copies = max(copies, config.vocab_size * hidden * item)
+        if self.limits.prefetch in FITTED:
+            states += PromptExamples.num_bytes(config.num_hidden_layers, hidden, neurons)
         return round(CACHE_ROOM * cache) + states + copies + 16 * config.vocab_size + OTHER_BYTES
 
     def _check_memory(self, layout: NeuronLayout, folder: Path) -> None:
         """Refuses a limit before anything is read or written."""
         needed = (
-            rss_bytes() + self.resident_bytes() + self._working_bytes() + ring_bytes(layout) + smallest_memory(layout)
+            rss_bytes() + self.resident_bytes() + self._working_bytes() + _ring_bytes(layout) + smallest_memory(layout)
         )
         if needed > self.limits.memory_bytes:
             raise self._too_small(needed)
@@ -327,6 +378,10 @@ class OffloadedModel:
                 kept.of(expert, [weight], lambda weight=weight: [weight])
         for kept, _ in forward._copied(0):
             kept.freeze()
+
+
+def _ring_bytes(layout: NeuronLayout) -> int:
+    return column_ring_bytes(layout) if layout.layout == "columns" else ring_bytes(layout)
 
 
 def _neuron_weights(model: Any) -> set[int]:

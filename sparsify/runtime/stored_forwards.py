@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsify.errors import ModelError
 from sparsify.models.quantised import BlockMatrix
+from sparsify.runtime.column_cache import ColumnCache
 from sparsify.runtime.forwards import ExpertsForward, MlpForward
 from sparsify.runtime.neuron_cache import NeuronCache
 from sparsify.runtime.weights import FfnWeights, Matrix, Options
@@ -25,10 +26,10 @@ class StoredForward:
 
     block: Any
     options: Options
-    _cache: NeuronCache
+    _cache: NeuronCache | ColumnCache
     first: int
 
-    def _open(self, cache: NeuronCache, first: int) -> None:
+    def _open(self, cache: NeuronCache | ColumnCache, first: int) -> None:
         self._cache, self.first = cache, first
         self.in_blocks_alone = self.options.blocks is not None
         if self.options.blocks is None:
@@ -57,15 +58,19 @@ class StoredForward:
         return replace(made, store=self._cache.store(self.first + index))
 
     @contextmanager
-    def _counting(self, index: int = 0) -> Iterator[None]:
-        """Tells the cache which neurons fire in the block inside, if its policy needs them."""
+    def _counting(self, index: int = 0, x: torch.Tensor | None = None) -> Iterator[None]:
+        """Tells the cache which neurons fire in the block inside, which reads x [tokens, hidden], if it needs to know."""
         if not self._cache.wants_uses:
             yield
             return
+        seen = 0
 
         def note(_module: Any, _given: Any, output: torch.Tensor) -> None:
-            fired = (output != 0).flatten(0, -2).sum(0)
-            self._cache.note_uses(self.first + index, fired.numpy())
+            nonlocal seen
+            fired = (output != 0).flatten(0, -2)
+            read = None if x is None else x[seen : seen + len(fired)].to(torch.float16).numpy()
+            seen += len(fired)
+            self._cache.note_uses(self.first + index, fired.numpy(), read)
 
         hook = self.block.ffn_activation.register_forward_hook(note)
         try:
@@ -86,20 +91,22 @@ class StoredForward:
 class StoredMlpForward(StoredForward, MlpForward):
     """Forward of a dense block whose neurons are in a file."""
 
-    def __init__(self, block: Any, options: Options, cache: NeuronCache, first: int) -> None:
+    def __init__(self, block: Any, options: Options, cache: NeuronCache | ColumnCache, first: int) -> None:
         MlpForward.__init__(self, block, options)
         self._open(cache, first)
 
     def _show_whole_block(self) -> None:
-        gate, up, down_t = (_view(self._cache, part, self.block, self._dtype) for part in range(3))
+        gate, up, down_t = self._cache.whole_views(self._dtype)
+        assert isinstance(down_t, torch.Tensor)
         for name, view in (("gate", gate), ("up", up), ("down", down_t.mT)):
+            assert isinstance(view, torch.Tensor)
             linear = getattr(self.block, f"{name}_proj")
             linear._parameters["weight"] = nn.Parameter(view, requires_grad=False)
 
     def _dense(self, *arguments: torch.Tensor) -> torch.Tensor:
         (x,) = arguments
         flat = x.reshape(-1, x.shape[-1])
-        with self._counting():
+        with self._counting(0, flat):
             if self.in_blocks_alone:
                 return self._in_chunks(flat, self._from_blocks).view(x.shape)
             self._read_whole()
@@ -148,10 +155,3 @@ class StoredExpertsForward(StoredForward, ExpertsForward):
             return self._from_blocks(hidden_states, index, shares)
         masked = self._masked(hidden_states)
         return type(self.block)._loop_over_experts(self.block, masked, index, shares, hidden_states)
-
-
-def _view(cache: NeuronCache, part: int, block: Any, dtype: torch.dtype) -> torch.Tensor:
-    """gate, up or transposed down where `whole_block` puts it."""
-    layout = cache.layout
-    size = layout.neurons * layout.row_bytes
-    return cache.memory[part * size : (part + 1) * size].view(dtype).view(layout.neurons, layout.hidden)

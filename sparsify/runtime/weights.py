@@ -100,6 +100,10 @@ class Store(Protocol):
         """Tells the kernels' arguments, an `FfnCall`."""
         ...
 
+    def steer(self, call: Any) -> None:
+        """Changes the masks of an `FfnCall` that depend on what is in memory."""
+        ...
+
 
 @dataclass(frozen=True)
 class FfnWeights:

@@ -52,6 +52,10 @@ class Device(BaseModel):
         page_bytes: Unit of reads from flash. None for single bytes.
         token_seconds: What a token takes in addition to its bytes. None for 0.
         concurrent: Whether a layer reads flash and computes on what is in memory at the same time.
+        gathers: Whether a layer computes on nothing before all its slots are in memory, and then reads all of them from there, those
+            that were late as well, as this package's runtime does. Only what is streamed is read during other work then.
+        slot_bytes_per_second: Rate at which a device that gathers reads slots from memory; None for that of other weights. It is less,
+            since their rows are apart, and those of down are added up instead of multiplied.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -64,6 +68,8 @@ class Device(BaseModel):
     page_bytes: Positive | None = None
     token_seconds: Figure | None = None
     concurrent: bool = False
+    gathers: bool = False
+    slot_bytes_per_second: Positive | None = None
 
     def dram_seconds(self, num_bytes: float) -> float:
         return num_bytes / self.dram_bytes_per_second.value
@@ -80,6 +86,11 @@ class Device(BaseModel):
         """What one read of so many bytes transfers: whole pages."""
         page = self.page_bytes.value if self.page_bytes else 0.0
         return math.ceil(num_bytes / page) * page if page else num_bytes
+
+    def slots_seconds(self, num_bytes: float) -> float:
+        """Of computing on slots that are in memory."""
+        rate = self.slot_bytes_per_second
+        return self.dram_seconds(num_bytes) if rate is None else num_bytes / rate.value
 
     @property
     def fixed_seconds(self) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsify.runtime.cache_policies import CachePolicy, cache_policy, hot_set
-from sparsify.simulation.prefetch import OtherText, Prefetcher, Seen, prefetcher
+from sparsify.runtime.prefetch import OtherText, Prefetcher, Seen, prefetcher
 from sparsify.simulation.trace import LayerTrace, Trace
 
 

@@ -3,8 +3,8 @@
 Each layer of each token, in order: the attention (and what else is always in memory) is read from memory; then, for each unit, the
 layer waits for slots that are read late, or that were prefetched and have not arrived, and computes on all that it needs. When a layer
 computes on a unit, flash begins to read what is prefetched for the same unit of the next layer, after what it has to read already. On a
-device without concurrency a layer waits, then computes; with it, both take as long as the longer one. Without prefetch, latencies, pages
-and a rate of reads a token takes what DIP's simulator (arXiv 2412.01380) says, per sequence
+device without concurrency a layer waits, then computes; with it, both take as long as the longer one. A device that gathers waits, then
+computes on late slots as well. Without prefetch, latencies, pages and a rate of reads, on a device that does not gather, a token takes what DIP's simulator (arXiv 2412.01380) says, per sequence
 
     static bytes / DRAM bandwidth + Σ (missed bytes / flash bandwidth + hit bytes / DRAM bandwidth),
 
@@ -156,9 +156,12 @@ class _Timeline:
         if late:
             finished = max(finished, self._read(late * self._page[unit], late))
         self._prefetch(token, layer, unit)
-        # What was prefetched is read from memory, as what was resident; what the layer waited for has just come from flash.
-        compute = self._device.dram_seconds((hits + ahead) * self._slot[unit])
-        self._wait(finished, compute)
+        if self._device.gathers:
+            compute = self._device.slots_seconds((hits + ahead + late) * self._slot[unit])
+            self._wait(finished, 0.0)
+        else:  # what was prefetched is read from memory, as what was resident; what is late is computed on as it comes from flash
+            compute = self._device.dram_seconds((hits + ahead) * self._slot[unit])
+            self._wait(finished, compute)
         self._slots_seconds += compute
         self._now += compute
 

@@ -23,6 +23,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sparsify.runtime.memory_plan import FIRST_SHARE
 from sparsify.simulation.footprint import Bits, ModelShape
 
 Masks = NDArray[np.bool_]
@@ -125,6 +126,40 @@ def units_of(fetch: str, shape: ModelShape, bits: Bits) -> Fetch:
         raise ValueError(f"No fetch {fetch!r}; there are {', '.join(FETCHES)}")
     fetched = 3 - static_projections
     return Fetch(fetch, (Unit("neurons", shape.slots, fetched * row, fetched),), *static)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the memory for feed-forward weights is divided.
+
+    Attributes:
+        held_share: Share of `Fetch.static_bytes` that memory holds; the rest is streamed.
+        capacities: Slots of each unit that a layer's caches hold.
+    """
+
+    held_share: float
+    capacities: list[int]
+
+
+def divide(fetch: Fetch, shape: ModelShape, num_bytes: float, most_needed: int | None = None) -> Division:
+    """What every token reads comes first, but for the slots of some of a block's neurons, as in `runtime.memory_plan`.
+
+    Args:
+        fetch: What is fetched.
+        shape: Of the model.
+        num_bytes: Memory for feed-forward weights.
+        most_needed: Where a layer computes on nothing before all its slots are in memory (`Device.gathers`), the most that a token
+            needs of a layer: caches that are smaller give up slots for it, as in `runtime.neuron_cache`.
+    """
+    held = 1.0
+    if fetch.static_bytes:
+        first = sum(unit.slots * unit.slot_bytes for unit in fetch.units) / (FIRST_SHARE * shape.experts)
+        held = min(1.0, max(0.0, num_bytes - first) / fetch.static_bytes)
+    slots = capacities(fetch, shape.layers, num_bytes - held * fetch.static_bytes)
+    if most_needed is not None and len(slots) == 1 and slots[0] < most_needed:
+        slots = [max(0, slots[0] - round(1.25 * (most_needed - slots[0])) // shape.layers)]
+        slots = [0] if slots[0] * shape.layers < most_needed else slots
+    return Division(held, slots)
 
 
 def capacities(fetch: Fetch, layers: int, num_bytes: float) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from sparsify.bench.offload import DENSE, MAPPED, WAYS, OffloadPlan, bench_offload
 from sparsify.bench.offload_model import KINDS, Firing, perfect_predictors, write_model
 from sparsify.bench.offload_report import offload_table, write_plot
+from sparsify.errors import RecipeError
 from sparsify.runtime.stored_weights import StoredModel
 
 
@@ -71,3 +72,13 @@ def test_predictors_know_what_fires(native: str, tmp_path: Path) -> None:
         assert torch.equal(fires, drawn[kind])
         scores = torch.relu(x @ predictor.a.float().T) @ predictor.b.float().T
         assert torch.equal(scores > predictor.threshold, drawn[kind])
+
+
+def test_a_limit_on_everything_is_refused_if_what_stays_in_memory_exceeds_it(
+    native: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSIFY_NEURON_CACHE", "overwritten, and restored after the test")
+    plan = OffloadPlan(tmp_path, "smollm2-135m", 2, Firing(0.1, 0.0), 0.25, 32, 1, 1, 1, 1, (DENSE,), limit_share=0.25)
+    with pytest.raises(RecipeError, match=r"leaves 0\.00 GB for neurons") as refused:
+        bench_offload(plan, lambda _: None)
+    assert "--limit" in str(refused.value.allowed)

@@ -90,7 +90,11 @@ def test_only_a_random_part_of_a_mask_larger_than_the_cache_is_inserted() -> Non
     assert len(seen) > 3
 
 
-@given(st.sampled_from([LeastRecentlyUsed, LeastFrequentlyUsed]), st.lists(st.integers(0, 9), min_size=2), st.integers(0, 2**31))
+@given(
+    st.sampled_from([LeastRecentlyUsed, LeastFrequentlyUsed]),
+    st.lists(st.integers(0, 9), min_size=2),
+    st.integers(0, 2**31),
+)
 def test_a_lowered_capacity_is_kept_as_soon_as_masks_allow(
     kind: type[EvictingCache], capacities: list[int], seed: int
 ) -> None:

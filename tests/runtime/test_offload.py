@@ -173,6 +173,41 @@ def test_it_decodes_as_in_memory_to_the_bit(
     assert torch.equal(decoded(made.model), wanted)
 
 
+@pytest.mark.parametrize(("prefetch", "kind"), [("cluster", "dense"), ("low_rank", "dense"), ("low_rank", "tied")])
+def test_guesses_fitted_to_the_prompt_change_no_bit(folders: dict[str, Path], prefetch: Any, kind: str) -> None:
+    """And they are better than chance: layers whose neurons repeat are guessed from the layer before."""
+    made = offloaded(folders[kind], prefetch=prefetch, policy="lru")
+    plain = offloaded(folders[kind], policy="lru")
+    prompt = torch.arange(3, 83).repeat(2)[None]
+    logits = []
+    for one in (made, plain):
+        with torch.no_grad():
+            output = one.model(prompt, use_cache=True)
+            one.reset()
+            own = []
+            for token in (5, 11, 40):
+                output = one.model(torch.tensor([[token]]), past_key_values=output.past_key_values)
+                own.append(output.logits)
+        logits.append(torch.cat(own))
+    assert torch.equal(*logits)
+    reads, without = made.neurons, plain.neurons
+    assert reads is not None
+    assert without is not None
+    assert reads.ahead > 0
+    assert reads.stall_bytes < without.stall_bytes
+    layout = made.offloaded.cache.layout  # pyright: ignore[reportOptionalMemberAccess]
+    chance = without.needed / (3 * layout.blocks * layout.neurons)
+    assert reads.ahead / (reads.ahead + reads.over_fetched) > chance
+
+
+def test_guesses_need_a_prompt_and_layers_in_order(folders: dict[str, Path]) -> None:
+    made = offloaded(folders["dense"], prefetch="low_rank")
+    decoded(made.model, 3)  # after twelve tokens nothing is fitted
+    assert made.neurons.ahead == 0  # pyright: ignore[reportOptionalMemberAccess]
+    with pytest.raises(ModelError, match="which experts come next"):
+        offloaded(folders["experts"], prefetch="cluster")
+
+
 def test_threads_wait_for_each_other(folders: dict[str, Path]) -> None:
     """What one thread had read, all compute with."""
     wanted = decoded(offloaded(folders["dense"]).model, 4)
@@ -282,9 +317,9 @@ def test_longer_texts_than_there_is_room_for_are_refused(folders: dict[str, Path
 
 
 def test_a_model_whose_rows_are_all_needed_is_refused(tmp_path: Path) -> None:
-    inputs = {"method": "chosen", "sites": {"ffn_in": {"rule": "top_k"}, "inter": {"rule": "top_k"}}}
-    folder = saved(tmp_path / "dip", sparsification=inputs, ffn_activation="swiglu")
-    with pytest.raises(ModelError, match="chooses inputs, or neurons only when both are known"):
+    late = {"method": "chosen", "sites": {"inter": {"rule": "top_k"}}}
+    folder = saved(tmp_path / "late", sparsification=late, ffn_activation="swiglu")
+    with pytest.raises(ModelError, match="chooses neurons only when both are known"):
         offloaded(folder)
 
 

@@ -13,7 +13,7 @@ from sparsify.simulation.device import Device, read_device
 from sparsify.simulation.footprint import Bits, Footprint, ModelShape, footprint
 from sparsify.simulation.replay import Caching, Moves, replay
 from sparsify.simulation.timeline import Decode, time_decode
-from sparsify.simulation.trace import Fetch, LayerTrace, RecordedTrace, capacities, units_of
+from sparsify.simulation.trace import Fetch, LayerTrace, RecordedTrace, capacities, divide, units_of
 
 PHI3_MEDIUM = ModelShape(40, 5120, 17920, 40, 10, 128, 32064)
 LLAMA3_8B = ModelShape(32, 4096, 14336, 32, 8, 128, 128256)
@@ -93,6 +93,34 @@ def test_at_once_takes_the_longer_of_flash_and_memory() -> None:
     flash, dram = 100 * slot / 1e9, 5000 * slot / 60e9
     assert summed.seconds == pytest.approx(12 * (flash + dram))
     assert longer.seconds == pytest.approx(12 * max(flash, dram))
+
+
+def test_a_device_that_gathers_computes_on_late_slots_as_well_and_after_them() -> None:
+    found = moves(np.full((3, 4), 5000), np.full((3, 4), 100))
+    slot = units_of("neurons", MISTRAL_7B, INT4).units[0].slot_bytes
+    flash, dram = 100 * slot / 1e9, 5100 * slot / 60e9
+    for concurrent in (False, True):
+        gathering = decode(found, device(gathers=True, concurrent=concurrent))
+        assert gathering.seconds == pytest.approx(12 * (flash + dram))
+    slower = decode(found, device(gathers=True, slot_bytes_per_second=30e9))
+    assert slower.seconds == pytest.approx(12 * (flash + 2 * dram))
+
+
+def test_memory_goes_to_what_every_token_reads_once_some_slots_have_theirs() -> None:
+    fetch = units_of("gate_first", MISTRAL_7B, INT4)
+    some = MISTRAL_7B.neurons * fetch.units[0].slot_bytes / 8
+    nothing, half, more = (divide(fetch, MISTRAL_7B, some + share * fetch.static_bytes) for share in (0.0, 0.5, 1.5))
+    assert nothing.held_share == 0.0
+    assert half.held_share == pytest.approx(0.5)
+    assert half.capacities == nothing.capacities
+    assert more.held_share == 1.0
+    spare = some + 0.5 * fetch.static_bytes
+    assert more.capacities == [int(spare / MISTRAL_7B.layers / fetch.units[0].slot_bytes)]
+    # Slots that are fewer than a token needs are no cache where all must be in memory at once.
+    assert divide(fetch, MISTRAL_7B, some, most_needed=1434).capacities == [0]
+    assert divide(fetch, MISTRAL_7B, 10 * some + fetch.static_bytes, most_needed=100) == divide(
+        fetch, MISTRAL_7B, 10 * some + fetch.static_bytes
+    )
 
 
 def test_pages_latencies_and_rates_of_reads_add_what_they_say() -> None:

@@ -34,6 +34,7 @@ struct FfnCall {
     const SiteMask *gate_in_mask, *up_in_mask;           // of the inputs of gate and up, in a step; null without one
     LowRank gate_low_rank, up_low_rank;                  // in a step
     NeuronStore* store;               // where not all neurons are in memory; otherwise null
+    NeuronStore* input_store;         // where not all columns of gate and up are: then `store` has rows of down alone; otherwise null
     void* out;                        // [tokens, hidden], contiguous, of the dtype of x
     int32_t dtype, gate_kind, up_kind, dense, threads, weight_format, gate_by_columns, up_by_columns, up_first;
     float gate_threshold, predictor_threshold;
@@ -245,6 +246,7 @@ template <class T, int B>
 void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int threads) {
     static thread_local Lists lists;
     float *factor = s.factor.data(), *product = s.product.data();
+    if (call.store && thread == 0) call.store->x = in.x;
     const bool ranked = call.gate_copy.data != nullptr, routed = call.router.data != nullptr;
     const bool predicted = ranked || routed || call.predictor_a.data != nullptr;
     if (ranked) rank<B>(call, in, s);
@@ -304,17 +306,21 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
         half = &which;
         if (which.factors) {
             if (!columns_listed) which.factors->list<B>(in.active, call.dense != 0, lists.columns);
+            if (!columns_listed && call.input_store) {
+                barrier();  // reading columns may change the weights of the mask that every thread has applied
+                fetch(*call.input_store, &lists.columns, call.hidden, thread);
+            }
             const Span neurons = part_of<T>(T::width(call.neurons), thread, threads);
             column_sums<T, B>(which.weight, call.neurons, *which.factors, lists.columns, neurons, lists.sums, take);
             if (thread == 0) which.columns += static_cast<int64_t>(lists.columns.size());
             return;
         }
         const int64_t count = list ? static_cast<int64_t>(list->size()) : call.neurons;
-        if (call.store && !call.store->whole && half == &first) stored_dots<T, B>(*call.store, which.weight.row_stride, *which.x, thread, take);
+        if (call.store && call.store->holds == SECOND_ROWS && half == &first) stored_dots<T, B>(*call.store, which.weight.row_stride, *which.x, thread, take);
         else all_dots<T, B>(which.weight, list ? list->data() : nullptr, count, *which.x, take);
         if (thread == 0) which.rows += count;
     };
-    if (call.store && call.store->whole) fetch(*call.store, candidates, call.neurons, thread);
+    if (call.store && call.store->holds == ALL_ROWS) fetch(*call.store, candidates, call.neurons, thread);
     if (usual_gate) compute(first, candidates, false, take_gate);
     else compute(first, candidates, false, take);
     barrier();  // also where a thread's parts of both are the same neurons: another may still add rows of the previous expert
@@ -328,7 +334,7 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
         compact(candidates, call.neurons, lists.second, [&](int64_t n) { return call.dense || any_token<B>(factor + n * B); });
         computed = &lists.second;
     }
-    if (call.store && !call.store->whole) fetch(*call.store, computed, call.neurons, thread);
+    if (call.store && call.store->holds == SECOND_ROWS) fetch(*call.store, computed, call.neurons, thread);
     const bool listed = second.factors && second.factors == first.factors;
     if (usual_up) compute(second, computed, listed, take_up);
     else compute(second, computed, listed, take);
@@ -348,6 +354,7 @@ void phases(FfnCall& call, const FfnTokens& in, FfnScratch& s, int thread, int t
         call.offered += call.neurons;
         call.down_rows += static_cast<int64_t>(lists.down.size());
     }
+    if (call.store && call.store->holds == DOWN_ROWS) fetch(*call.store, &lists.down, call.neurons, thread);
     down<T, B>(call, in, s, lists.down, thread, threads);
 }
 

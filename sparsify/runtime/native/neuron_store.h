@@ -3,7 +3,7 @@
 // Rows of the projection that is read in full (the first one) are held from the first neuron on; the others pass through a ring of
 // chunks in every step, which are read ahead of their use, also those of the next block. Rows of the others lie in slots: before they
 // are read, `fetch` makes those of the listed neurons resident. Where neurons are chosen before any projection, rows of all three
-// lie in slots (`whole`).
+// lie in slots; where masks choose inputs, their columns of gate and up in slots of one store, and rows of down in those of another.
 #pragma once
 
 #include "reads.h"
@@ -13,6 +13,9 @@ namespace sparsify {
 
 class RowStream;
 
+// What lies in slots: rows of all but the first projection, those of all three, rows of down alone, or columns of gate and up.
+enum Slots : int32_t { SECOND_ROWS = 0, ALL_ROWS = 1, DOWN_ROWS = 2, COLUMNS = 3 };
+
 // Mirrors CStore in sparsify/runtime/neuron_cache.py.
 struct NeuronStore {
     int64_t block;
@@ -21,10 +24,11 @@ struct NeuronStore {
     int64_t num_held, num_rows;
     int64_t offset;      // of the first projection's rows in the file
     NeuronStore* next;   // the block that certainly comes next; null if that is not known
-    int32_t* slots;      // [neurons]
+    int32_t* slots;      // [neurons], or [inputs]
     int32_t (*fetch)(int64_t block, const int32_t* neurons, int64_t count);  // 1, or it failed
     int32_t* failed;     // of all blocks: after a failure a step computes nonsense, but touches no memory that is not there
-    int32_t whole;
+    const float* x;      // [tokens, hidden]: what a step's block reads while it fetches; null outside steps
+    int32_t holds;       // Slots
 };
 
 constexpr int32_t FETCH_FAILED = -2;

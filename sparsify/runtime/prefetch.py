@@ -16,16 +16,16 @@ enough to prefetch by them is the claim of arXiv 2412.12178, which does not say 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sparsify.simulation.trace import Masks
-
 PREFETCHERS = ("none", "persistence", "hot", "cluster", "low_rank")
 FITTED = PREFETCHERS[2:]
 """Those that are fitted to other sequences."""
+PROMPT_TOKENS, LEAST_TOKENS = 512, 32
+"""Of a prompt, those that are kept to fit prefetchers; and without so many nothing is guessed."""
 CLUSTERS = 32
 RANK = 32
 RIDGE = 0.03
@@ -33,7 +33,12 @@ RIDGE = 0.03
 ROUNDS = 8
 """Of k-means."""
 
+Prefetch = Literal["none", "persistence", "frequency", "cluster", "low_rank"]
+"""In a runtime, which has no other text: `frequency` takes what was needed most so far, and the last two are fitted to prompts."""
+PREFETCHES = get_args(Prefetch)
+
 Slots = NDArray[np.bool_]
+Masks = NDArray[np.bool_]
 Rows = NDArray[np.float16]
 
 
@@ -43,12 +48,12 @@ class Seen:
 
     Attributes:
         needed: What the layer before it needs for this token, bool [slots]; None for the first layer.
-        inputs: What that layer's block reads, [hidden]; None for the first layer, or where it was not recorded.
+        inputs: What that layer's block reads, [hidden], of any float dtype; None for the first layer, or where it was not recorded.
         before: What the layer itself needed for the token before; None at the first token.
     """
 
     needed: Slots | None
-    inputs: Rows | None
+    inputs: NDArray[np.floating] | None
     before: Slots | None
 
 
@@ -114,13 +119,17 @@ class LowRank:
         x, y = inputs.astype(np.float32), masks.astype(np.float32)
         self._x_mean, self._y_mean = x.mean(0), y.mean(0)
         x, y = x - self._x_mean, y - self._y_mean
-        gram = x.T @ x
-        ridge = RIDGE * float(gram.trace()) / len(gram) * np.eye(len(gram), dtype=np.float32)
-        weights = np.linalg.solve(gram + ridge, x.T @ y)
+        # By the tokens' products with each other: a runtime has seen fewer tokens than a state has numbers.
+        products = x @ x.T
+        ridge = RIDGE * float(products.trace()) / x.shape[1]
+        dual = np.linalg.solve(products + ridge * np.eye(len(x), dtype=np.float32), y)
+        computed = products @ dual
         # The best map of that rank: the full one, projected on the main directions of what it computes for the fitted tokens.
-        _, sizes, directions = np.linalg.svd(x @ weights, full_matrices=False)
-        main = directions[: min(RANK, int((sizes > 0).sum()))]
-        self._left, self._right = weights @ main.T, main
+        squares, tokens = np.linalg.eigh(computed @ computed.T)
+        some = tokens[:, squares > 1e-9 * max(squares[-1], 1e-30)][:, -RANK:]
+        main = some.T @ computed
+        main /= np.maximum(np.linalg.norm(main, axis=1, keepdims=True), 1e-30)
+        self._left, self._right = x.T @ (dual @ main.T), main
         self._count = mean_needed(masks)
 
     def guess(self, seen: Seen) -> Slots:
@@ -141,6 +150,89 @@ class OtherText:
     masks: Masks
     previous: Masks | None = None
     inputs: Rows | None = None
+
+
+class PromptExamples:
+    """What the first tokens of prompts needed, to which prefetchers of a runtime are fitted.
+
+    Args:
+        layers: Of the model.
+    """
+
+    def __init__(self, layers: int) -> None:
+        self._fired: list[list[NDArray[np.uint8]]] = [[] for _ in range(layers)]
+        self._inputs: list[list[Rows]] = [[] for _ in range(layers)]
+        self._tokens = [0] * layers
+        self._slots = 0
+
+    @staticmethod
+    def num_bytes(layers: int, hidden: int, neurons: int) -> int:
+        """Memory that they, and prefetchers fitted to them, take at most."""
+        kept = PROMPT_TOKENS * (neurons // 8 + 2 * hidden) + 4 * max(RANK, CLUSTERS) * (hidden + 2 * neurons)
+        return layers * kept + 6 * 4 * PROMPT_TOKENS * (hidden + neurons + PROMPT_TOKENS)
+
+    def add(self, layer: int, fired: Masks, inputs: Rows) -> None:
+        """Adds tokens of a layer, [tokens, slots] and [tokens, hidden], until there are PROMPT_TOKENS."""
+        room = PROMPT_TOKENS - self._tokens[layer]
+        if room > 0:
+            self._slots = fired.shape[1]
+            self._fired[layer].append(np.packbits(fired[:room], axis=1))
+            self._inputs[layer].append(inputs[:room].astype(np.float16))
+            self._tokens[layer] += min(room, len(fired))
+
+    def fitted(self, name: str) -> list[Prefetcher | None]:
+        """One prefetcher of that name for each layer; None for all without a prompt that is long enough."""
+        if min(self._tokens) < LEAST_TOKENS:
+            return [None] * len(self._tokens)
+        return [prefetcher(name, self._slots, self._other(layer)) for layer in range(len(self._tokens))]
+
+    def _other(self, layer: int) -> OtherText:
+        previous = self._masks(layer - 1) if layer else None
+        return OtherText(self._masks(layer), previous, np.concatenate(self._inputs[layer - 1]) if layer else None)
+
+    def _masks(self, layer: int) -> Masks:
+        return np.unpackbits(np.concatenate(self._fired[layer]), axis=1, count=self._slots).astype(np.bool_)
+
+
+class Guesses:
+    """What a runtime guesses of its layers, from what they needed so far.
+
+    Args:
+        prefetch: How.
+        layers: Of the model.
+        slots: Of a layer.
+    """
+
+    def __init__(self, prefetch: Prefetch, layers: int, slots: int) -> None:
+        self._prefetch: Prefetch = prefetch
+        self._last: list[NDArray[np.intp] | None] = [None] * layers
+        self._uses = [np.zeros(slots, np.int64) for _ in range(layers if prefetch == "frequency" else 0)]
+        self.examples = PromptExamples(layers) if prefetch in FITTED else None
+        self._fitted: list[Prefetcher | None] = []
+
+    def learn(self, layer: int, fired: Masks, inputs: Rows) -> None:
+        """Adds what a prompt needed."""
+        if self.examples is not None:
+            self.examples.add(layer, fired, inputs)
+            self._fitted = []
+
+    def use(self, layer: int, needed: NDArray[np.intp]) -> None:
+        """Adds what a step needs."""
+        self._last[layer] = needed
+        if self._uses:
+            self._uses[layer][needed] += 1
+
+    def of(self, layer: int, seen: Seen) -> NDArray[np.intp] | None:
+        """What a layer will probably need, given what is known of the one before it; None if nothing is known."""
+        likely = self._last[layer]
+        if self.examples is not None:
+            self._fitted = self._fitted or self.examples.fitted(self._prefetch)
+            guesser = self._fitted[layer]
+            return None if guesser is None else np.flatnonzero(guesser.guess(seen))
+        if self._uses and likely is not None:
+            uses = self._uses[layer]
+            return np.argpartition(-uses, min(len(likely), len(uses) - 1))[: len(likely)]
+        return likely
 
 
 def prefetcher(name: str, slots: int, other: OtherText | None, seed: int = 0) -> Prefetcher | None:
