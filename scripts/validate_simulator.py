@@ -77,7 +77,14 @@ def main() -> None:
     for number in range(given.rounds):
         # A disk that others use as well changes within minutes: each round is predicted from what it gave then.
         device = {
-            way: measure_machine(given.to, lambda _: None, parts * 2 * shape.hidden, threads=given.threads)
+            way: measure_machine(
+                given.to,
+                lambda _: None,
+                parts * 2 * shape.hidden,
+                hidden=shape.hidden,
+                slots=shape.neurons,
+                threads=given.threads,
+            )
             for way, parts in (("predictor", 3), ("exact", 2))
         }
         for one in device.values():

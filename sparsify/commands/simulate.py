@@ -84,7 +84,7 @@ def simulate(request: Request) -> Simulation:
     """
     _check(request)
     subject = _Profiled(request) if request.model.startswith(PREFIX) else _Recorded(request)
-    device = _device(request, max(unit.slot_bytes for unit in subject.fetch.units))
+    device = _device(request, subject)
     simulation = _Simulation(request, device, subject)
     memories = [parse_memory(text) for text in request.memories] or [simulation.half()]
     simulation.check_memories(memories)
@@ -121,10 +121,12 @@ def _check(request: Request) -> None:
         )
 
 
-def _device(request: Request, slot_bytes: float) -> Device:
-    if request.device == THIS_MACHINE:
-        return measure_machine(request.disk, logger.info, int(slot_bytes))
-    return read_device(request.device)
+def _device(request: Request, subject: _Subject) -> Device:
+    if request.device != THIS_MACHINE:
+        return read_device(request.device)
+    largest = int(max(unit.slot_bytes for unit in subject.fetch.units))
+    shape = subject.shape
+    return measure_machine(request.disk, logger.info, largest, hidden=shape.hidden, slots=shape.slots)
 
 
 class _Subject:

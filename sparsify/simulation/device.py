@@ -56,6 +56,7 @@ class Device(BaseModel):
             that were late as well, as this package's runtime does. Only what is streamed is read during other work then.
         slot_bytes_per_second: Rate at which a device that gathers reads slots from memory; None for that of other weights. It is less,
             since their rows are apart, and those of down are added up instead of multiplied.
+        places_seconds: What finding places for the slots of a layer takes, each time. None for 0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -70,6 +71,7 @@ class Device(BaseModel):
     concurrent: bool = False
     gathers: bool = False
     slot_bytes_per_second: Positive | None = None
+    places_seconds: Figure | None = None
 
     def dram_seconds(self, num_bytes: float) -> float:
         return num_bytes / self.dram_bytes_per_second.value

@@ -23,6 +23,7 @@ from sparsify.errors import StorageError
 from sparsify.files import storage_errors
 from sparsify.models.activations import ACTIVATIONS
 from sparsify.runtime.build import kernels
+from sparsify.runtime.cache_policies import cache_policy
 from sparsify.runtime.ffn import sparse_ffn
 from sparsify.runtime.file_reads import READING_THREADS, FileReads
 from sparsify.runtime.weights import FfnWeights
@@ -52,6 +53,8 @@ def measure_machine(
     read_bytes: int = SMALL_READ,
     *,
     dtype: torch.dtype = torch.bfloat16,
+    hidden: int = 4096,
+    slots: int = 14336,
     threads: int | None = None,
 ) -> Device:
     """A device file of this machine, whose disk is that of a folder. Writes a file of 256 MB there, and removes it.
@@ -61,6 +64,8 @@ def measure_machine(
         tell: Gets lines of progress.
         read_bytes: Of the reads whose rate is measured: those of slots.
         dtype: Of the weights with which the rate of the memory is measured.
+        hidden: Of these weights: elements of a row.
+        slots: Of a layer, for which places are found.
         threads: Of the kernels; None for torch's number.
 
     Raises:
@@ -93,8 +98,8 @@ def measure_machine(
     tell("Reading memory")
     threads = threads or torch.get_num_threads()
     has_kernels = kernels() is not None
-    memory = _product_bandwidth(dtype, threads, dense=False) if has_kernels else _memory_bandwidth()
-    slots = _product_bandwidth(dtype, threads, dense=True) if has_kernels else None
+    memory = _product_bandwidth(dtype, hidden, threads, dense=False) if has_kernels else _memory_bandwidth()
+    of_slots = _product_bandwidth(dtype, hidden, threads, dense=True) if has_kernels else None
     of_memory = f"{threads} threads, product with {dtype} weights" if has_kernels else "one thread, sum of 512 MB"
     how = f"measured on this machine, {READING_THREADS} threads, reads past the page cache of"
     return Device(
@@ -107,7 +112,7 @@ def measure_machine(
         concurrent=True,
         gathers=has_kernels,
         slot_bytes_per_second=slots
-        and Positive(value=slots, source=f"measured on this machine, {threads} threads, whole blocks"),
+        and Positive(value=of_slots, source=f"measured on this machine, {threads} threads, whole blocks"),
     )
 
 
@@ -168,9 +173,8 @@ def _by_threads(file: _Opened, places: list[int], size: int) -> float:
     return time.perf_counter() - start
 
 
-def _product_bandwidth(dtype: torch.dtype, threads: int, *, dense: bool) -> float:
+def _product_bandwidth(dtype: torch.dtype, hidden: int, threads: int, *, dense: bool) -> float:
     """Bytes per second of a block of `MEMORY_BYTES`, for one token: of all its rows, or of those of gate where nothing fires."""
-    hidden = 4096
     parts = 3 if dense else 1
     rows = MEMORY_BYTES // (parts * hidden * dtype.itemsize)
     own = [torch.full((rows, hidden), 1 / 64 if dense else -1 / 64, dtype=dtype) for _ in range(parts)]
@@ -182,6 +186,17 @@ def _product_bandwidth(dtype: torch.dtype, threads: int, *, dense: bool) -> floa
         sparse_ffn(x, weights, ACTIVATIONS["drelu"], dense=dense, threads=threads)
         seconds.append(time.perf_counter() - start)
     return parts * own[0].nbytes / statistics.median(seconds[1:])
+
+
+def _places_seconds(slots: int) -> float:
+    random = np.random.default_rng(0)
+    cache = cache_policy("lfu", slots, slots // 2)
+    seconds = []
+    for mask in random.random((40, slots)) < 0.1:
+        start = time.perf_counter()
+        cache.step(mask)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def _memory_bandwidth() -> float:

@@ -150,6 +150,9 @@ class _Timeline:
     def _use(self, token: int, layer: int, unit: int) -> None:
         moves = self._moves
         hits, ahead, late = (int(one[token, layer, unit]) for one in (moves.hits, moves.ahead, moves.late))
+        if self._device.places_seconds and hits + ahead + late:
+            self._slots_seconds += self._device.places_seconds.value
+            self._now += self._device.places_seconds.value
         finished = self._now
         if ahead:
             finished = max(finished, self._arrival.pop((token, layer, unit), finished))

@@ -104,6 +104,8 @@ def test_a_device_that_gathers_computes_on_late_slots_as_well_and_after_them() -
         assert gathering.seconds == pytest.approx(12 * (flash + dram))
     slower = decode(found, device(gathers=True, slot_bytes_per_second=30e9))
     assert slower.seconds == pytest.approx(12 * (flash + 2 * dram))
+    placing = decode(found, device(gathers=True, places_seconds=1e-3))
+    assert placing.seconds == pytest.approx(12 * (flash + dram + 1e-3))
 
 
 def test_memory_goes_to_what_every_token_reads_once_some_slots_have_theirs() -> None:
