@@ -16,7 +16,7 @@ from sparsify.runtime import accelerate
 from sparsify.runtime.column_cache import ColumnCache
 from sparsify.runtime.file_reads import NeuronReads
 from sparsify.simulation.cache_aware_decode import decode_cache_aware
-from tests.runtime.test_offload import HIDDEN, MEMORY, NEURONS, PROMPT, SMALLEST, decoded, load, saved
+from tests.runtime.test_offload import MEMORY, NEURONS, PROMPT, SMALLEST, decoded, load, saved
 
 WIDE = 128
 """Hidden size of rows without padding."""
