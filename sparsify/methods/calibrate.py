@@ -161,7 +161,7 @@ class Calibrator:
         self._masked_config.sparsification = fitted_mask
         self._dtype = torch.float32 if self.method.in_fp32 else self._reader.stored_dtype()
         self._needs_dense = measure or self._result == RECONSTRUCTED
-        self._needs_streams = self._needs_dense or getattr(self._mask, "reads_values", True)
+        self._needs_streams = self._needs_dense or getattr(self._mask or self.method, "reads_values", True)
 
     @torch.no_grad()
     def run(self) -> Calibration:

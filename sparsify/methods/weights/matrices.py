@@ -56,6 +56,10 @@ class MatrixRewrite(WeightMethod):
         return x
 
     @property
+    def reads_values(self) -> bool:
+        return self.reads != "nothing"
+
+    @property
     def reads_all_tokens(self) -> bool:
         """Whether the matrices of every expert see all tokens."""
         return False
