@@ -149,7 +149,8 @@ def _models(comparison: EvaluationComparison) -> Table:
 
 
 def _weights(model: EvaluatedModel) -> str:
-    return f", {model.weight_sparsity:.0%} of the weights zero" if model.weight_sparsity else ""
+    said = f", {model.weight_sparsity:.0%} of the weights zero" if model.weight_sparsity else ""
+    return f"{said}, {model.quantisation}" if model.quantisation else said
 
 
 def _against(model: EvaluatedModel) -> str:

@@ -53,6 +53,8 @@ class EvaluatedModel(JsonRecord):
     ffn_activation: str
     weight_sparsity: float | None = None
     """Share of the weights of its projections that was set to zero; None for dense weights."""
+    quantisation: str | None = None
+    """What its integers are; None for numbers."""
     is_dense: bool
     """Whether neither its activation nor thresholds make exact zeros, and its weights are dense."""
     training_tokens: int | None
@@ -174,6 +176,7 @@ def _model(
         predictors=own.predictors,
         ffn_activation=own.ffn_activation,
         weight_sparsity=own.weight_sparsity,
+        quantisation=own.quantisation,
         is_dense=own.is_dense,
         training_tokens=own.provenance.tokens if own.provenance else None,
         average=own.average,

@@ -32,6 +32,7 @@ from sparsify.evaluation.worker_pool import ProcessPool, WorkerPool
 from sparsify.files import write_json, write_text
 from sparsify.metadata import read_record
 from sparsify.mixture.cleaning.eval_items import strings
+from sparsify.models.integer_linear import quantisation
 
 PACKAGES = ("sparsify-lm", "lm-eval", "transformers", "torch", "datasets")
 JOURNAL_FOLDER = "journal"
@@ -81,7 +82,7 @@ def evaluate(
             done += _held_out(workers, subject, held_out, finished) if held_out is not None else []
     finally:
         model.train(was_training)
-    sparse = weight_sparsity(model.config)
+    sparse, integers = weight_sparsity(model.config), quantisation(model.config)
     results = EvaluationResults(
         model=subject.name,
         model_hash=identity,
@@ -89,6 +90,7 @@ def evaluate(
         ffn_activation=model.config.ffn_activation,
         is_masked=bool(model.config.sparsification),
         weight_sparsity=None if sparse is None else sparse.sparsity,
+        quantisation=None if integers is None else integers.words,
         predictors=masks,
         dtype=str(model.dtype).removeprefix("torch."),
         context_tokens=model.config.max_position_embeddings,

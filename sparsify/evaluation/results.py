@@ -109,6 +109,8 @@ class EvaluationResults(JsonRecord):
     """Whether it stores a mask."""
     weight_sparsity: float | None = None
     """Share of the weights of its projections that was set to zero; None for dense weights."""
+    quantisation: str | None = None
+    """What its integers are, such as W4A4 by rrs; None for numbers."""
     predictors: PredictorMasks | None = None
     """None if every neuron was computed."""
     dtype: str
@@ -130,8 +132,9 @@ class EvaluationResults(JsonRecord):
 
     @property
     def is_dense(self) -> bool:
-        """Whether neither its activation nor thresholds make exact zeros, and its weights are dense."""
-        return self.weight_sparsity is None and is_dense(self.ffn_activation, is_masked=self.is_masked)
+        """Whether neither its activation nor thresholds make exact zeros, and its weights are dense numbers."""
+        plain = self.weight_sparsity is None and self.quantisation is None
+        return plain and is_dense(self.ffn_activation, is_masked=self.is_masked)
 
 
 def write_items(folder: Path, task: str, items: Mapping[str, Mapping[str, Score]]) -> None:

@@ -144,6 +144,8 @@ def model_hash(model: SparseModel) -> str:
     digest = xxhash.xxh3_128(model.config.ffn_activation.encode())
     if model.config.ffn_gate_threshold:
         digest.update(repr(model.config.ffn_gate_threshold).encode())
+    if model.config.quantisation:
+        digest.update(repr(sorted(model.config.quantisation.items())).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))

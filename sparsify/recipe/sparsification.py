@@ -107,7 +107,8 @@ class ConversionSection(Section):
     method: str = CALIBRATED_REPLACEMENT
     """Method that runs on the calibration tokens: a name of `docs/methods.md`. `calibrated_replacement` replaces the
     activation and sets thresholds if `target_zeros` is given; `mohd` makes another architecture; `magnitude`, `wanda` and
-    `sparsegpt` make weights sparse; the others are masks on the unchanged activation."""
+    `sparsegpt` make weights sparse; `rtn`, `gptq`, `smoothquant` and `rrs` make integers, which are not trained; the others are masks
+    on the unchanged activation."""
     method_settings: dict[str, Any] = field(default_factory=dict)
     """Settings of the method other than `target_zeros`."""
     refit: bool | None = None
