@@ -38,8 +38,7 @@ def generate(
     weights: Annotated[
         str,
         typer.Option(
-            help="Format of the feed-forward weights for decoding: stored, or rounded into blocks of int8 or int4 (kept in "
-            "addition)."
+            help="Format of the projections' weights for decoding: stored, or rounded into blocks of int8 or int4."
         ),
     ] = "stored",
     predictors: Annotated[
