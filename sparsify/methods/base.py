@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sparsify.errors import RecipeError, nearest
 from sparsify.methods import import_all
 from sparsify.methods.attention_refit import AttentionLayer
-from sparsify.methods.layerwise import Expert, Layer
+from sparsify.methods.layer_expert import Expert
+from sparsify.methods.layerwise import Layer
 from sparsify.models import FAMILIES, SiteRule, SparseConfig, SparseModel
 from sparsify.recipe.recipe import Recipe
 from sparsify.recipe.sparsification import ConversionSection

@@ -39,9 +39,9 @@ from sparsify.methods.base import (
     sparsification,
 )
 from sparsify.methods.calibrated_replacement import HELD_OUT_EVERY, RECONSTRUCTED, MaskedWeights
+from sparsify.methods.layer_expert import Expert, ffn_output
 from sparsify.methods.layerwise import (
     Attention,
-    Expert,
     Inputs,
     Layer,
     LayerReader,
@@ -49,7 +49,6 @@ from sparsify.methods.layerwise import (
     as_stored,
     chunks,
     ffn_names,
-    ffn_output,
     tensor,
 )
 from sparsify.methods.remainder import ConstantRemainder

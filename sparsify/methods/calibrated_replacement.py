@@ -16,7 +16,8 @@ from pydantic import Field
 
 from sparsify.methods.attention_refit import AttentionLayer, refit_output
 from sparsify.methods.base import LayerRewrite, Mask, MethodSettings, Rewritten, WeightMethod, register
-from sparsify.methods.layerwise import LEAST_ROWS, Expert, Inputs, InputsOf, Layer
+from sparsify.methods.layer_expert import Expert
+from sparsify.methods.layerwise import LEAST_ROWS, Inputs, InputsOf, Layer
 from sparsify.methods.reconstruction import Errors, Gram, Reduce, nothing_to_reduce
 from sparsify.methods.sites import ATTENTION_SITES, Parts, fit_block, rows_of
 from sparsify.methods.thresholds import OutputNormThresholds, ThresholdSettings

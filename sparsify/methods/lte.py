@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from sparsify.methods.balanced_kmeans import balanced_kmeans, random_groups, within
 from sparsify.methods.base import Fitted, LayerValues, MethodSettings, register
-from sparsify.methods.layerwise import Expert
+from sparsify.methods.layer_expert import Expert
 from sparsify.methods.pooled import ZerosSettings
 from sparsify.models import SiteRule
 from sparsify.models.masking import GROUP

@@ -34,7 +34,8 @@ from sparsify.methods.calibrated_replacement import (
     ExpertResult,
     LayerCalibration,
 )
-from sparsify.methods.layerwise import CHUNK_TOKENS, Expert, Inputs, Routes
+from sparsify.methods.layer_expert import Expert, Routes
+from sparsify.methods.layerwise import CHUNK_TOKENS, Inputs
 from sparsify.methods.live_model import Engine, evaluating, full_weight, set_full_weight
 from sparsify.methods.objective import TrainingRun, objective
 from sparsify.mixture.sequences.reader import NO_LOSS, SequenceReader

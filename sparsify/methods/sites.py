@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from sparsify.methods.base import Fitted, Mask, SiteValues
-from sparsify.methods.layerwise import ATTENTION_SITES, Expert, Inputs, InputsOf, Routes, as_stored, ffn_output
+from sparsify.methods.layer_expert import Expert, Routes, ffn_output
+from sparsify.methods.layerwise import ATTENTION_SITES, Inputs, InputsOf, as_stored
 from sparsify.models import SiteRule
 from sparsify.models.masking import ALL_SITES, READERS
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from sparsify.methods.base import Fitted, Mask
-from sparsify.methods.layerwise import Expert, Inputs, Routes
+from sparsify.methods.layer_expert import Expert, Routes
+from sparsify.methods.layerwise import Inputs
 from sparsify.methods.sites import BlockValues, with_masks
 from sparsify.models import FfnActivation
 

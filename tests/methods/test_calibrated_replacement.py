@@ -10,7 +10,8 @@ import torch
 
 from sparsify.methods.calibrated_replacement import LayerCalibration, SignEnergies, flip
 from sparsify.methods.histogram import THRESHOLD_BINS, Histogram
-from sparsify.methods.layerwise import Expert, Inputs, Routes
+from sparsify.methods.layer_expert import Expert, Routes
+from sparsify.methods.layerwise import Inputs
 from sparsify.methods.reconstruction import Gram
 from sparsify.methods.sites import fit_block
 from sparsify.methods.thresholds import OutputNormThresholds, ThresholdSettings

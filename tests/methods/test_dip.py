@@ -15,7 +15,7 @@ from sparsify.errors import RecipeError
 from sparsify.methods.base import method_of
 from sparsify.methods.density import method_density
 from sparsify.methods.dip import Dip, DipSettings, fitted_split
-from sparsify.methods.layerwise import ffn_output
+from sparsify.methods.layer_expert import ffn_output
 from sparsify.models import SparseModel
 from sparsify.recipe.sparsification import ConversionSection
 from tests.methods.blocks import HIDDEN, NEURONS, random_block

@@ -14,7 +14,7 @@ from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods.base import method_of
 from sparsify.methods.la_rosa import LaRosa, LaRosaSettings
-from sparsify.methods.layerwise import turned
+from sparsify.methods.layer_expert import turned
 from sparsify.models import SparseModel
 from sparsify.recipe.catalogue import PACKAGE
 from sparsify.recipe.sparsification import ConversionSection

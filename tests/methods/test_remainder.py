@@ -11,7 +11,8 @@ import torch
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods.base import Fitted, LayerValues, MethodSettings, method_of
-from sparsify.methods.layerwise import Expert, Inputs, Routes
+from sparsify.methods.layer_expert import Expert, Routes
+from sparsify.methods.layerwise import Inputs
 from sparsify.methods.remainder import ConstantRemainder
 from sparsify.methods.sites import fit_block
 from sparsify.models import FfnActivation, SiteRule

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.errors import RecipeError
 from sparsify.methods.base import method_of
-from sparsify.methods.layerwise import Expert
+from sparsify.methods.layer_expert import Expert
 from sparsify.methods.sites import BlockValues
 from sparsify.methods.wina import Wina, WinaSettings
 from sparsify.models import FfnActivation, SiteMask, SparseModel

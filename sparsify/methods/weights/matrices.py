@@ -17,7 +17,8 @@ import torch
 from sparsify.methods.attention_refit import AttentionLayer
 from sparsify.methods.base import Rewritten, WeightMethod
 from sparsify.methods.calibrated_replacement import BARE
-from sparsify.methods.layerwise import Expert, Layer
+from sparsify.methods.layer_expert import Expert
+from sparsify.methods.layerwise import Layer
 from sparsify.methods.reconstruction import Errors
 from sparsify.methods.sites import rows_of
 from sparsify.methods.weights.statistics import InputStatistics
