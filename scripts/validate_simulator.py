@@ -33,7 +33,7 @@ from sparsify.simulation.trace import LayerTrace, RecordedTrace, divide, units_o
 
 FIRING = Firing(active=0.1, skew=0.9)
 SHARES = (0.15, 0.3, 0.6)
-WAYS = (("predictor", "lru"), ("predictor", "lfu"), ("exact", "lru"), ("exact", "lfu"))
+WAYS = (("predictor", "lru"), ("predictor", "lfu"), ("exact", "lfu"))
 CONTEXT = 256
 
 

@@ -64,8 +64,11 @@ class NeuronReads:
 class OpenFile(Protocol):
     """A file that is open for reading."""
 
-    path: Path
-    descriptor: int
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def descriptor(self) -> int: ...
 
 
 class FileReads:

@@ -361,8 +361,11 @@ class OffloadedModel:
     def forward(self, layer: int, block: Any, options: Options) -> BlockForward:
         """The forward of a layer's block."""
         experts = num_experts(self.stored.config)
-        kind = StoredExpertsForward if has_experts(self.stored.config) else StoredMlpForward
-        made = kind(block, options, self.cache, layer * experts)
+        if has_experts(self.stored.config):
+            assert isinstance(self.cache, NeuronCache)
+            made = StoredExpertsForward(block, options, self.cache, layer * experts)
+        else:
+            made = StoredMlpForward(block, options, self.cache, layer)
         if made.ranks_by_proxy:
             self._make_proxies(layer, made)
         return made

@@ -131,6 +131,7 @@ class StoredExpertsForward(StoredForward, ExpertsForward):
 
     def _show_whole_block(self) -> None:
         block, cache = self.block, self._cache
+        assert isinstance(cache, NeuronCache)
         experts, double, hidden = block.gate_up_proj.shape
         values = cache.memory[: 3 * cache.layout.neurons * cache.layout.row_bytes].view(self._dtype)
         gate_up = values.as_strided((experts, double, hidden), (0, hidden, 1))

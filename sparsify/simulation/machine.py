@@ -101,6 +101,7 @@ def measure_machine(
     memory = _product_bandwidth(dtype, hidden, threads, dense=False) if has_kernels else _memory_bandwidth()
     of_slots = _product_bandwidth(dtype, hidden, threads, dense=True) if has_kernels else None
     of_memory = f"{threads} threads, product with {dtype} weights" if has_kernels else "one thread, sum of 512 MB"
+    of_kernels = f"measured on this machine, {threads} threads"
     how = f"measured on this machine, {READING_THREADS} threads, reads past the page cache of"
     return Device(
         name="this machine",
@@ -111,8 +112,12 @@ def measure_machine(
         page_bytes=Positive(value=ALIGNMENT, source="alignment of reads past the page cache"),
         concurrent=True,
         gathers=has_kernels,
-        slot_bytes_per_second=slots
-        and Positive(value=of_slots, source=f"measured on this machine, {threads} threads, whole blocks"),
+        slot_bytes_per_second=None
+        if of_slots is None
+        else Positive(value=of_slots, source=f"{of_kernels}, whole blocks"),
+        places_seconds=Figure(value=_places_seconds(slots), source=f"{of_kernels}, LFU, a tenth of a layer's slots")
+        if has_kernels
+        else None,
     )
 
 

@@ -241,7 +241,7 @@ def test_every_byte_is_counted(folders: dict[str, Path]) -> None:
     counts = made.neurons
     assert counts is not None
     assert wanted is not None
-    cache = made.offloaded.cache  # pyright: ignore[reportOptionalMemberAccess]
+    cache: Any = made.offloaded.cache  # pyright: ignore[reportOptionalMemberAccess]
     layout = cache.layout
     tokens = 6
     assert counts.hits == 0
@@ -365,7 +365,7 @@ def test_a_file_that_is_changed_under_a_run_is_named(
 @pytest.mark.parametrize("part", ["prompt", "step"])
 def test_a_read_error_is_one_message(fresh: tuple[Acceleration, Path], tmp_path: Path, part: str) -> None:
     made, path = fresh
-    cache = made.offloaded.cache  # pyright: ignore[reportOptionalMemberAccess]
+    cache: Any = made.offloaded.cache  # pyright: ignore[reportOptionalMemberAccess]
     descriptor, kept = cache.file.descriptor, os.dup(cache.file.descriptor)
     given: dict[str, Any] = {"input_ids": PROMPT}
     with torch.no_grad():
@@ -456,7 +456,8 @@ def interruptible() -> Iterator[None]:
 def test_an_interrupt_ends_a_step_and_the_next_is_right(folders: dict[str, Path]) -> None:
     made = offloaded(folders["dense"])
     wanted = decoded(made.model)
-    policy = made.offloaded.cache._policies[1]  # pyright: ignore[reportOptionalMemberAccess]
+    cache: Any = made.offloaded.cache  # pyright: ignore[reportOptionalMemberAccess]
+    policy = cache._policies[1]
     step = policy.step
 
     def interrupted(mask: Any) -> Any:
