@@ -11,6 +11,7 @@ import ctypes
 import mmap
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class PartLayout(NeuronLayout):
 
 def part_layouts(layout: NeuronLayout) -> tuple[PartLayout, PartLayout]:
     """The units of inputs and those of neurons of a file of columns."""
-    same = {one.name: getattr(layout, one.name) for one in fields(NeuronLayout)} | {"layout": "whole"}
+    same: dict[str, Any] = {one.name: getattr(layout, one.name) for one in fields(NeuronLayout)} | {"layout": "whole"}
     columns = {"neurons": layout.hidden, "row_bytes": 2 * layout.neurons * layout.row_bytes // layout.hidden}
     stride = layout.block_bytes
     return (

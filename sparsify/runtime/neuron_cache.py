@@ -117,7 +117,8 @@ class NeuronCache:
         )
 
     def hold(self) -> None:
-        """Reads the rows that stay in memory, unless they are there: before a step, after a prompt took their place."""
+        """Reads the rows that stay in memory, unless they are there, and fits what guesses: before a step, after a prompt."""
+        self._guesses.fit()
         size = self.plan.held_rows * self.layout.row_bytes
         if self._holds or not size:
             return

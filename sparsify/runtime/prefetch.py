@@ -98,13 +98,15 @@ class Clusters:
 
     def __init__(self, previous: Masks, masks: Masks, seed: int) -> None:
         self._centres, members = _k_means(previous.astype(np.float32), CLUSTERS, seed)
+        self._squares = (self._centres**2).sum(1)
         count = mean_needed(masks)
         frequencies = [masks[members == one].mean(0) for one in range(len(self._centres))]
         self._likely = np.stack([likeliest(frequency, count) for frequency in frequencies])
 
     def guess(self, seen: Seen) -> Slots:
         assert seen.needed is not None, "the first layer has none before it"
-        return self._likely[_distances(seen.needed[None].astype(np.float32), self._centres).argmin()]
+        near = self._squares - 2 * _without_blas(seen.needed.astype(np.float32), self._centres.T)
+        return self._likely[near.argmin()]
 
 
 class LowRank:
@@ -134,7 +136,8 @@ class LowRank:
 
     def guess(self, seen: Seen) -> Slots:
         assert seen.inputs is not None, "the first layer has none before it"
-        return likeliest(self._y_mean + (seen.inputs - self._x_mean) @ self._left @ self._right, self._count)
+        directions = _without_blas(seen.inputs - self._x_mean, self._left)
+        return likeliest(self._y_mean + _without_blas(directions, self._right), self._count)
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,11 @@ class Guesses:
             self.examples.add(layer, fired, inputs)
             self._fitted = []
 
+    def fit(self) -> None:
+        """Fits to what was learned, unless that is done; outside of steps."""
+        if self.examples is not None and not self._fitted:
+            self._fitted = self.examples.fitted(self._prefetch)
+
     def use(self, layer: int, needed: NDArray[np.intp]) -> None:
         """Adds what a step needs."""
         self._last[layer] = needed
@@ -226,8 +234,7 @@ class Guesses:
         """What a layer will probably need, given what is known of the one before it; None if nothing is known."""
         likely = self._last[layer]
         if self.examples is not None:
-            self._fitted = self._fitted or self.examples.fitted(self._prefetch)
-            guesser = self._fitted[layer]
+            guesser = self._fitted[layer] if self._fitted else None
             return None if guesser is None else np.flatnonzero(guesser.guess(seen))
         if self._uses and likely is not None:
             uses = self._uses[layer]
@@ -273,6 +280,11 @@ def likeliest(scores: NDArray[np.floating], count: int) -> Slots:
     chosen = np.zeros(len(scores), np.bool_)
     chosen[np.argsort(-scores, kind="stable")[:count]] = True
     return chosen
+
+
+def _without_blas(x: NDArray[np.floating], matrix: NDArray[np.floating]) -> NDArray[np.floating]:
+    """x @ matrix. A runtime guesses on a thread of OpenMP, where threads of BLAS may wait for each other forever."""
+    return np.einsum("i,ij->j", x, matrix)
 
 
 def _k_means(x: NDArray[np.float32], clusters: int, seed: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
