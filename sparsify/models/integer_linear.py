@@ -180,12 +180,12 @@ def channel_peaks(x: torch.Tensor, sequences: Sequences | None = None) -> torch.
         Of the shape of x, or with one token where all have the same.
     """
     sizes = x.abs()
-    known = sequences is not None and x.dim() == 3
-    if known and sequences.padding is not None and sequences.padding.shape == x.shape[:2]:
-        sizes = sizes.masked_fill(sequences.padding[..., None], 0.0)
-    if known and sequences.numbers is not None and sequences.numbers.shape == x.shape[:2]:
-        places = sequences.numbers[..., None].expand_as(x)
-        count = int(sequences.numbers.max()) + 1
+    padding, numbers = (None, None) if sequences is None else (sequences.padding, sequences.numbers)
+    if padding is not None and padding.shape == x.shape[:-1]:
+        sizes = sizes.masked_fill(padding[..., None], 0.0)
+    if numbers is not None and numbers.shape == x.shape[:-1]:
+        places = numbers[..., None].expand_as(x)
+        count = int(numbers.max()) + 1
         peaks = sizes.new_zeros(x.shape[0], count, x.shape[2]).scatter_reduce(1, places, sizes, "amax")
         return peaks.gather(1, places).clamp(min=LEAST_PEAK)
     return sizes.amax(-2, keepdim=True).clamp(min=LEAST_PEAK)

@@ -63,7 +63,9 @@ class GptqSettings(QuantisationSettings):
 
 class SmoothQuantSettings(QuantisationSettings):
     weight_bits: Literal[4, 8] = Field(default=8, description="Bits of a weight: 4 or 8.")
-    activation_bits: Literal[4, 8] = Field(default=8, description="Bits of what a projection reads: 4 or 8.")
+    activation_bits: Literal[4, 8] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=8, description="Bits of what a projection reads: 4 or 8."
+    )
     strength: float = Field(
         default=0.5,
         ge=0,
