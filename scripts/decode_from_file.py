@@ -55,7 +55,7 @@ def main() -> None:
         folder, *settings = case.split(":")
         key = f"{Path(folder).name} {' '.join(settings)} ({given.prompt} + {given.tokens} tokens, round {given.round})"
         if key not in results:
-            fields: dict[str, str] = dict(one.partition("=")[::2] for one in settings)
+            fields = {name: value for name, _, value in (one.partition("=") for one in settings)}
             results[key] = decode(given, Path(folder), fields)
             given.to.write_text(json.dumps(results, indent=1))
             print(key, results[key], flush=True)
@@ -65,9 +65,9 @@ def main() -> None:
 
 @torch.no_grad()
 def decode(given: argparse.Namespace, folder: Path, fields: dict[str, str]) -> dict[str, float]:
-    opened = gzip.open if given.text.suffix == ".gz" else open
-    with opened(given.text, "rt", encoding="utf-8") as file:
-        text = file.read(20 * (given.prompt + given.tokens))
+    content = given.text.read_bytes()
+    text = (gzip.decompress(content) if given.text.suffix == ".gz" else content).decode()
+    text = text[: 20 * (given.prompt + given.tokens)]
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(text)["input_ids"][: given.prompt + given.tokens + 1])
     config = json.loads((folder / "config.json").read_text())
     ffn = config["num_hidden_layers"] * 3 * config["hidden_size"] * config["intermediate_size"] * 2

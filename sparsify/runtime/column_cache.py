@@ -54,11 +54,15 @@ class PartLayout(NeuronLayout):
 def part_layouts(layout: NeuronLayout) -> tuple[PartLayout, PartLayout]:
     """The units of inputs and those of neurons of a file of columns."""
     same: dict[str, Any] = {one.name: getattr(layout, one.name) for one in fields(NeuronLayout)} | {"layout": "whole"}
-    columns = {"neurons": layout.hidden, "row_bytes": 2 * layout.neurons * layout.row_bytes // layout.hidden}
+    columns: dict[str, Any] = {
+        "neurons": layout.hidden,
+        "row_bytes": 2 * layout.neurons * layout.row_bytes // layout.hidden,
+    }
+    rows: dict[str, Any] = {"unit_bytes": layout.down_bytes}
     stride = layout.block_bytes
     return (
         PartLayout(**same | columns, stride=stride, start=0),
-        PartLayout(**same | {"unit_bytes": layout.down_bytes}, stride=stride, start=layout.inputs_bytes),
+        PartLayout(**same | rows, stride=stride, start=layout.inputs_bytes),
     )
 
 
