@@ -7,9 +7,11 @@ would keep using them after the sources have changed.
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,22 +34,24 @@ class KernelsHook(BuildHookInterface):
         self._scratch = tempfile.TemporaryDirectory()
         folder = Path(self._scratch.name)
 
-        def make(variant: str, choices: Any) -> Path | None:
-            library = folder / compiler.library_name(variant)
+        def make(variant: str, choices: Any, library: str) -> Path | None:
+            file = folder / compiler.library_name(variant, library)
             try:
-                compiler.compile_kernels(path, library, choices)
+                compiler.compile_kernels(path, file, choices, library)
             except (OSError, subprocess.CalledProcessError) as error:
                 said = getattr(error, "stderr", None) or str(error)
-                self.app.display_warning(f"No kernels for {variant}: {said.strip()[-500:]}")
+                self.app.display_warning(f"No {library} for {variant}: {said.strip()[-500:]}")
                 return None
-            return library
+            return file
 
         wanted = compiler.variants(platform.machine())
-        made = list(filter(None, map(make, wanted, wanted.values())))
+        pairs = [(*one, library) for library in compiler.LIBRARIES for one in wanted.items()]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = [file for file in pool.map(lambda one: make(*one), pairs) if file is not None]
         if not made:
             return
-        for library in made:
-            build_data["force_include"][str(library)] = f"sparsify/runtime/prebuilt/{library.name}"
+        for file in made:
+            build_data["force_include"][str(file)] = f"sparsify/runtime/prebuilt/{file.name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{_platform_tag()}"
 

@@ -145,10 +145,10 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 
 @pytest.fixture(scope="session")
-def compiled(shared: Shared) -> None:
+def compiled() -> None:
     """The kernels, if there is a compiler: once for all workers, and for the next session, whose cache is the same."""
     if compiler := find_compiler():
-        shared("kernels", lambda _: print(build(compiler)))
+        build(compiler)
 
 
 @pytest.fixture(scope="session")

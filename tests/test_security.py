@@ -245,7 +245,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A kernel cache with a compiler that writes what it is compiling."""
     folder = tmp_path / "kernels"
     monkeypatch.setenv("SPARSIFY_KERNEL_CACHE", str(folder))
-    monkeypatch.setattr(kernel_cache, "compile_kernels", lambda _, to: to.write_bytes(b"ours"))
+    monkeypatch.setattr(kernel_cache, "compile_kernels", lambda _, to, library: to.write_bytes(b"ours"))
     return folder
 
 

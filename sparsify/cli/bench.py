@@ -484,6 +484,27 @@ def bench_columns(
     print_result(result.model_dump_json(), bench.columns_table(result), as_json)
 
 
+@bench_app.command("integers")
+def bench_integers(
+    hidden: Annotated[int, typer.Option(callback=WIDTH.check, help="Width of the block.")] = 4096,
+    neurons: Annotated[str, typer.Option(help="Neurons of the block, one or more numbers.")] = "14336,4096",
+    tokens: Annotated[str, typer.Option(help="Tokens of a call: few of decoding, many of a prompt.")] = "1,8,256",
+    threads: Annotated[int, typer.Option(callback=THREADS.check, help="Threads of the kernels.")] = 2,
+    repeats: Annotated[int, typer.Option(callback=REPEATS.check, help="Measured rounds.")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """Compares the products of a feed-forward block in integers of 4 and 8 bits with int4 blocks, torch's bf16, and reading the weights alone.
+
+    Example: sparsify bench integers --neurons 4096 --tokens 1,8
+    """
+    from sparsify.bench import integer_speed as bench
+
+    widths, counts = WIDTH.parse_list("--neurons", neurons), TOKENS.parse_list("--tokens", tokens)
+    with status_line() as on_progress:
+        result = bench.bench_integers(hidden, widths, counts, threads, repeats, on_progress)
+    print_result(result.model_dump_json(), bench.integers_table(result), as_json)
+
+
 @bench_app.command("offload")
 def bench_offload(
     to: Annotated[

@@ -130,7 +130,10 @@ def _summary(result: Generated) -> str:
         + f" after a prompt of {result.prompt_tokens} tokens ({result.prompt_seconds:.2f} s); {_BACKENDS[result.backend]}"
     ]
     if result.kept_bytes:
-        lines.append(f"weights held in blocks of {result.weights}: {result.kept_bytes / MEGA:,.1f} MB")
+        held = (
+            "a copy of the integers" if result.backend == "integers" else f"weights held in blocks of {result.weights}"
+        )
+        lines.append(f"{held}: {result.kept_bytes / MEGA:,.1f} MB")
     if result.touched_share is not None and result.fired_share is not None:
         lines.append(
             f"{result.fired_share:.1%} of the neurons fired; {result.touched_share:.1%} of the feed-forward weights "
@@ -160,5 +163,6 @@ def _offload_lines(one: Offload) -> list[str]:
 _BACKENDS = {
     "native": "C++ kernels",
     "torch": "torch's operators, as there is no compiler",
+    "integers": "C++ kernels for integers, one projection after the other",
     "dense": "dense",
 }

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,17 +19,22 @@ import torch
 from sparsify.errors import ModelError
 from sparsify.models import FAMILIES
 from sparsify.models.activations import ACTIVATIONS, activation_names
+from sparsify.models.integer_linear import CODES, quantisation
 from sparsify.models.masking import GROUP, experts_per_token, is_fused, num_experts, ranks_by_proxy, site_rules
 from sparsify.models.quantised import BlockFormat
 from sparsify.runtime.block_weights import check_not_dropped, drop_block, drop_projections
+from sparsify.runtime.build import load_formats
 from sparsify.runtime.columns import held_by_columns
 from sparsify.runtime.ffn import backend_of, native_can
 from sparsify.runtime.file_reads import NeuronReads
 from sparsify.runtime.forwards import BlockForward, ExpertsForward, MlpForward
+from sparsify.runtime.integer_projections import IntegerProjections
 from sparsify.runtime.masks import is_readable, unknown_to_blocks
-from sparsify.runtime.native_step import Projections
+from sparsify.runtime.native_ffn import STORED_FORMATS
+from sparsify.runtime.native_step import Projections, head_format
 from sparsify.runtime.neuron_cache import RUNTIME_POLICIES
 from sparsify.runtime.offload import CONTEXT_TOKENS, Limits, OffloadedModel, OffloadedStep, parse_memory
+from sparsify.runtime.packed import PACKED
 from sparsify.runtime.prefetch import PREFETCHES, Prefetch
 from sparsify.runtime.step import StepForward
 from sparsify.runtime.stored_weights import StoredModel
@@ -67,8 +71,10 @@ class BlockReads:
 class Acceleration:
     """Handle of an accelerated model: counts its reads, and undoes the acceleration."""
 
-    def __init__(self, model: Any, offloaded: OffloadedModel | None = None) -> None:
-        self._model, self.offloaded = model, offloaded
+    def __init__(
+        self, model: Any, offloaded: OffloadedModel | None = None, integers: IntegerProjections | None = None
+    ) -> None:
+        self._model, self.offloaded, self.integers = model, offloaded, integers
 
     @property
     def model(self) -> Any:
@@ -82,7 +88,9 @@ class Acceleration:
 
     @property
     def forwards(self) -> list[BlockForward]:
-        """The forward of every layer's block, in order."""
+        """The forward of every layer's block, in order; none of a model of integers, whose projections have forwards."""
+        if self.integers is not None:
+            return []
         return [vars(block)["forward"] for block in self._model.ffn_blocks()]
 
     @property
@@ -94,12 +102,18 @@ class Acceleration:
 
     @property
     def backend(self) -> str:
+        if self.integers is not None:
+            return "integers"
         in_blocks = any(one.kept is not None for one in self.forwards)
         return backend_of(next(self._model.parameters()), in_blocks=in_blocks)
 
     @property
     def kept_bytes(self) -> int:
-        """Memory of int8 or int4 blocks, in addition to the stored weights if these were kept, and of int4 copies that rank neurons."""
+        """Memory of int8 or int4 blocks, in addition to the stored weights if these were kept, of int4 copies that rank neurons, and
+        of integers as the kernels read them.
+        """
+        if self.integers is not None:
+            return self.integers.num_bytes
         ffn = sum(one.kept.num_bytes for one in self.forwards if one.kept is not None)
         return ffn + sum(one.copied_bytes for one in self.forwards) + self._model.forward.projections.num_bytes
 
@@ -108,7 +122,10 @@ class Acceleration:
         """Bytes of weights that a decoding step reads outside the feed-forward blocks: the mean of native steps since `reset`, where
         inputs of the attention's projections are masked.
         """
-        everything, blocks = model_bytes(self._model).other, self._model.forward.projections.num_bytes
+        everything = model_bytes(self._model).other
+        if self.integers is not None:
+            return everything
+        blocks = self._model.forward.projections.num_bytes
         everything += blocks - self._model.forward.projections.replaced_bytes(self._model)
         reads = [one.attention for one in self.forwards]
         skipped = sum((one.bytes_offered - one.bytes_read) / max(one.steps, 1) for one in reads)
@@ -117,7 +134,7 @@ class Acceleration:
     @property
     def seconds(self) -> dict[str, float] | None:
         """Seconds of all native steps since the weights last changed, by part of the model; None before the first."""
-        return self._model.forward.seconds()
+        return None if self.integers is not None else self._model.forward.seconds()
 
     def reset(self) -> None:
         for forward in self.forwards:
@@ -136,6 +153,8 @@ class Acceleration:
                 "The model's neurons are in a file, which only this acceleration reads.",
                 next_step="Load the model again, without memory=.",
             )
+        if self.integers is not None:
+            return self.integers.remove()
         check_not_dropped(self._model)
         for forward in self.forwards:
             forward.remove()
@@ -215,6 +234,9 @@ def accelerate(
         raise ModelError(f"{model} is a folder.", next_step="Load the model, or give memory= to decode it from there.")
     assert not callable(predictors)
     check_acceleratable(model, dense=dense)
+    if quantisation(model.config) is not None:
+        _check_integers(weights, predictors, dense=dense, packed=bool(packed))
+        return Acceleration(model, integers=IntegerProjections(model, threads))
     check_not_dropped(model)
     if blocks is not None:
         _check_device(model, weights)
@@ -224,6 +246,7 @@ def accelerate(
         raise ModelError("Neurons in a file are not packed.", next_step="Omit packed= or memory=.")
     if packed:
         _check_packable(model, blocks)
+    load_formats(_formats_read(model, blocks, packed=packed))
     if ranks_by_proxy(site_rules(model.config)):
         _check_proxies(model, weights, predictors)
     if GROUP in site_rules(model.config):
@@ -287,10 +310,27 @@ def _offloaded(
             "Predictors of a model that is not loaded yet must be made while it is.",
             next_step="Give a function of the model and of where its weights are.",
         )
-    check = partial(check_acceleratable, dense=dense)
+
+    def check(model: Any) -> None:
+        check_acceleratable(model, dense=dense)
+        if quantisation(model.config) is not None:
+            raise ModelError(
+                "The model holds integers instead of weights, and a file of neurons holds weights.",
+                next_step="Omit memory= (--memory).",
+            )
+
     return OffloadedModel(
         Path(folder), limits, weights=weights, predictors=predictors, dense=dense, check=check, tell=tell
     )
+
+
+def _formats_read(model: Any, blocks: BlockFormat | None, *, packed: bool) -> set[str]:
+    """Formats whose kernels a step reads most of the weights with; compiled together, they take less time."""
+    like = next(model.parameters())
+    if like.device.type != "cpu" or like.dtype not in STORED_FORMATS:
+        return set()
+    head = STORED_FORMATS[like.dtype] if blocks is None else head_format(blocks)
+    return {head, PACKED[blocks] if packed else blocks or head}
 
 
 def block_format(weights: str) -> BlockFormat | None:
@@ -303,8 +343,8 @@ def block_format(weights: str) -> BlockFormat | None:
 def is_packed(model: Any, blocks: BlockFormat | None, *, dense: bool) -> bool:
     """Whether a model's weights are read packed unless somebody says."""
     like = next(model.parameters())
-    can = native_can(like) and (blocks is not None or like.dtype == torch.bfloat16)
-    return bool(getattr(model.config, "weight_sparsity", None)) and can and not dense
+    fits = blocks is not None or like.dtype == torch.bfloat16
+    return bool(getattr(model.config, "weight_sparsity", None)) and not dense and fits and native_can(like)
 
 
 def _check_packable(model: Any, blocks: BlockFormat | None) -> None:
@@ -356,6 +396,16 @@ def _check_routers(model: Any, predictors: LayerPredictors | None) -> None:
         )
 
 
+def _check_integers(weights: str, predictors: LayerPredictors | None, *, dense: bool, packed: bool) -> None:
+    given = {"weights": weights != "stored", "predictors": predictors is not None, "dense": dense, "packed": packed}
+    if any(given.values()):
+        names = " and ".join(name for name, one in given.items() if one)
+        raise ModelError(
+            f"The model holds integers instead of weights, which are read as they are and all of them; given: {names}.",
+            next_step="Omit that, or accelerate the model that it was made from.",
+        )
+
+
 def check_acceleratable(model: Any, *, dense: bool = False) -> None:
     """Raises ModelError if a model is not sparse (allowed if `dense`), not of a known type, or has layers that the kernels
     cannot read.
@@ -365,11 +415,6 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
             f"{type(model).__name__} has no blocks with a named activation.",
             allowed="A bundle that `sparsify export` wrote, or a folder that `sparsify convert` wrote.",
             next_step="Convert the checkpoint first: sparsify convert MODEL --activation drelu --to DIR",
-        )
-    if stored := getattr(model.config, "quantisation", None):
-        raise ModelError(
-            f"The model holds integers instead of weights (config.quantisation, by {stored['method']}), which the kernels do not read.",
-            next_step="Decode it as it is: sparsify generate --dense, or model.generate() alone.",
         )
     for layer, block in enumerate(model.ffn_blocks()):
         activation = block.ffn_activation
@@ -384,6 +429,8 @@ def check_acceleratable(model: Any, *, dense: bool = False) -> None:
                 allowed="By proxy thresholds, otherwise every rule.",
                 next_step="Decode it as it is, under its mask: sparsify generate --dense, or model.generate() alone.",
             )
+        if quantisation(model.config) is not None:
+            continue  # nothing is skipped, and what its projections are the model says itself
         # Bundles from older versions have only `threshold`.
         masks = [getattr(activation, name, None) for name in ("threshold", "gate_mask")]
         row = ACTIVATIONS[activation.name]
@@ -444,4 +491,5 @@ def model_bytes(model: Any) -> ModelBytes:
 
 
 def _bytes(module: Any) -> int:
-    return sum(one.numel() * one.element_size() for one in module.parameters())
+    codes = (part for one in module.modules() if hasattr(one, CODES) for part in one.buffers(recurse=False))
+    return sum(one.nbytes for one in (*module.parameters(), *codes))

@@ -1,4 +1,4 @@
-"""Compiles and loads the C++ kernels: for this processor at their first use, otherwise from the wheel.
+"""Compiles and loads the C++ kernels, library by library: for this processor at their first use, otherwise from the wheel.
 
 No headers of torch or Python are needed: the library takes addresses. Compiled libraries are in ~/.cache/sparsify/kernels or
 SPARSIFY_KERNEL_CACHE, a folder that only its owner can use. Their name is a hash of sources, compiler, flags and processor, so that
@@ -11,6 +11,7 @@ hatch_build.py loads this file alone, so it imports nothing but the standard lib
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -21,25 +22,35 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-pthread", "-w")
-UNITS = {
-    "kernels": ("kernels.cpp",),
-    "f32": ("format.cpp", "-DSPARSIFY_FORMAT=F32"),
-    "bf16": ("format.cpp", "-DSPARSIFY_FORMAT=Bf16"),
-    "f16": ("format.cpp", "-DSPARSIFY_FORMAT=F16"),
-    "int8": ("format.cpp", "-DSPARSIFY_FORMAT=Int8Blocks"),
-    "int4": ("format.cpp", "-DSPARSIFY_FORMAT=Int4Blocks"),
-    "packed_bf16": ("format.cpp", "-DSPARSIFY_FORMAT=PackedBf16"),
-    "packed_int8": ("format.cpp", "-DSPARSIFY_FORMAT=PackedInt8"),
-    "packed_int4": ("format.cpp", "-DSPARSIFY_FORMAT=PackedInt4"),
+FORMATS = {
+    "f32": "F32",
+    "bf16": "Bf16",
+    "f16": "F16",
+    "int8": "Int8Blocks",
+    "int4": "Int4Blocks",
+    "packed_bf16": "PackedBf16",
+    "packed_int8": "PackedInt8",
+    "packed_int4": "PackedInt4",
 }
-"""What is compiled, each on a core of its own: the source file and its flags."""
+"""Formats of weights, in the order of their numbers, and their names in native/formats.h."""
+READS = {"packed_bf16": "bf16", "packed_int8": "int8", "packed_int4": "int8"}
+"""What packed rows are unpacked into: those formats call functions of these."""
+LIBRARIES = {
+    "kernels": ("kernels.cpp",),
+    "integers": ("integer.cpp",),
+    **{
+        name: ("format.cpp", f"-DSPARSIFY_FORMAT={own}", f"-DSPARSIFY_NUMBER={number}")
+        for number, (name, own) in enumerate(FORMATS.items())
+    },
+}
+"""What is compiled, each when it is needed first: the source file and its flags."""
 OPENMP = ("-fopenmp",)
 THIS_PROCESSOR = (("-march=native", *OPENMP), ("-mcpu=native", *OPENMP), OPENMP, ())
 """Extra flags, best first: not every compiler knows the processor's name or has OpenMP."""
@@ -65,33 +76,23 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, [requested] if requested else COMPILERS)), None)
 
 
-def compile_kernels(compiler: str, to: Path, choices: Sequence[Sequence[str]] = THIS_PROCESSOR) -> None:
-    """Compiles the library with the first of `choices` that the compiler accepts, on all cores. Writes only next to `to`.
+def compile_kernels(
+    compiler: str, to: Path, choices: Sequence[Sequence[str]] = THIS_PROCESSOR, library: str = "kernels"
+) -> None:
+    """Compiles one of LIBRARIES with the first of `choices` that the compiler accepts. Writes only `to`.
 
     Raises:
         subprocess.CalledProcessError: If it accepts none of them.
     """
+    source, *flags = LIBRARIES[library]
     for last, choice in enumerate(choices, start=1 - len(choices)):
+        command = [compiler, *FLAGS, *choice, *flags, "-shared", str(SOURCES / source), "-o", str(to)]
         try:
-            return _compile(compiler, to, choice)
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            return
         except subprocess.CalledProcessError:
             if last == 0:
                 raise
-
-
-def _compile(compiler: str, to: Path, choice: Sequence[str]) -> None:
-    def run(*arguments: str) -> None:
-        subprocess.run([compiler, *FLAGS, *choice, *arguments], capture_output=True, text=True, check=True)
-
-    def compile_unit(name: str) -> str:
-        source, *flags = UNITS[name]
-        part = f"{to}.{name}.o"
-        run(*flags, "-c", str(SOURCES / source), "-o", part)
-        return part
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        parts = list(pool.map(compile_unit, UNITS))
-    run("-shared", *parts, "-o", str(to))
 
 
 def variants(machine: str) -> dict[str, Sequence[Sequence[str]]]:
@@ -109,8 +110,9 @@ def runnable_variants(machine: str, flags: Set[str]) -> list[str]:
     return [name for i, name in enumerate(names) if frozenset().union(*needs[i:]) <= flags]
 
 
-def library_name(variant: str) -> str:
-    return f"kernels-{variant}.so"
+def library_name(variant: str, library: str = "kernels") -> str:
+    """File of one of LIBRARIES in a wheel."""
+    return f"{library}-{variant}.so"
 
 
 PREBUILT = Path(__file__).parent / "prebuilt"
@@ -130,22 +132,13 @@ class _Unavailable(Exception):
 
 @functools.cache
 def kernels() -> ctypes.CDLL | None:
-    """The kernels; None, with one warning, if they can neither be compiled nor loaded from the wheel."""
-    try:
-        library = _compiled()
-    except _Unavailable as not_compiled:
-        try:
-            library = _prebuilt()
-        except _Unavailable as not_shipped:
-            reason = f"{not_compiled} {not_shipped}"
-            warnings.warn(WITHOUT.format(reason=reason), stacklevel=2)
-            return None
-        if find_compiler():
-            warnings.warn(INSTEAD.format(reason=not_compiled), stacklevel=2)
-    library.sparsify_start()
-    for name in ("sparsify_call_bytes", "sparsify_step_bytes"):
+    """The decoding kernels; None, with one warning, if they can neither be compiled nor loaded from the wheel."""
+    library = load("kernels")
+    if library is None:
+        return None
+    for name in ("sparsify_call_bytes", "sparsify_step_bytes", "sparsify_layout"):
         getattr(library, name).restype = ctypes.c_int64
-    for name in ("sparsify_reader_open", "sparsify_stream_open"):
+    for name in ("sparsify_formats", "sparsify_reader_open", "sparsify_stream_open"):
         getattr(library, name).restype = ctypes.c_void_p
     for name in ("sparsify_reader_submit", "sparsify_stream_bytes"):
         getattr(library, name).restype = ctypes.c_int64
@@ -154,52 +147,114 @@ def kernels() -> ctypes.CDLL | None:
     return library
 
 
-def _compiled() -> ctypes.CDLL:
+_joined: set[str] = set()
+
+
+def load_formats(names: Collection[str]) -> bool:
+    """Makes the kernels read weights of these FORMATS. What is not compiled yet is compiled together, on all cores.
+
+    Returns:
+        Whether they do; False after a warning of the reason.
+    """
+    wanted = {part for name in names for part in (name, READS.get(name, name))}
+    if wanted <= _joined:
+        return True
+    new = sorted(wanted - _joined)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        libraries = dict(zip(["kernels", *new], pool.map(load, ["kernels", *new]), strict=True))
+    main = kernels()
+    for name in new:
+        library = libraries[name]
+        if main is not None and library is not None:
+            table, layout = ctypes.c_void_p(main.sparsify_formats()), ctypes.c_int64(main.sparsify_layout())
+            if library.sparsify_join(table, layout):
+                _joined.add(name)
+    return wanted <= _joined
+
+
+@functools.cache
+def load(library: str) -> ctypes.CDLL | None:
+    """One of LIBRARIES; None, with one warning, if it can neither be compiled nor loaded from the wheel."""
+    try:
+        loaded = _compiled(library)
+    except _Unavailable as not_compiled:
+        try:
+            loaded = _prebuilt(library)
+        except _Unavailable as not_shipped:
+            reason = f"{not_compiled} {not_shipped}"
+            _warn_once(WITHOUT.format(reason=reason))
+            return None
+        if find_compiler():
+            _warn_once(INSTEAD.format(reason=not_compiled))
+    loaded.sparsify_start()
+    return loaded
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    warnings.warn(text, stacklevel=3)
+
+
+def _compiled(library: str) -> ctypes.CDLL:
     compiler = find_compiler()
     if compiler is None:
         raise _Unavailable("There is no C++ compiler here.")
     try:
-        return ctypes.CDLL(str(build(compiler)))
+        return ctypes.CDLL(str(build(compiler, library)))
     except (OSError, subprocess.CalledProcessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         raise _Unavailable(f"The kernels cannot be compiled with {compiler}: {said.strip()[-500:]}.") from None
 
 
-def _prebuilt() -> ctypes.CDLL:
-    names = map(library_name, runnable_variants(platform.machine(), processor_flags()))
-    library = next(filter(Path.is_file, (PREBUILT / name for name in names)), None)
-    if library is None:
+def _prebuilt(library: str) -> ctypes.CDLL:
+    variants = runnable_variants(platform.machine(), processor_flags())
+    path = next(filter(Path.is_file, (PREBUILT / library_name(one, library) for one in variants)), None)
+    if path is None:
         raise _Unavailable("This installation has no kernels for this processor.")
     try:
         # It uses torch's OpenMP, which is already loaded: a machine without a compiler often has no other.
-        return ctypes.CDLL(str(library))
+        return ctypes.CDLL(str(path))
     except OSError as error:
         raise _Unavailable(f"The kernels that came with the wheel cannot be loaded: {error}.") from None
 
 
-def build(compiler: str) -> Path:
-    """Returns the path of the library, compiling it unless it is in the cache.
+def build(compiler: str, library: str = "kernels") -> Path:
+    """Returns the path of one of LIBRARIES, compiling it unless it is in the cache. Of two processes, one compiles and one waits.
 
     Raises:
         subprocess.CalledProcessError: If the compiler fails with every choice of flags.
         OSError: If the cache cannot be written, or somebody else can write to it.
     """
     folder = _own_folder(cache_folder())
-    name = f"kernels-{_fingerprint(compiler)}"
-    for library in folder.glob(f"{name}-*.so"):
-        if _is_whole(library):
-            return library
-    print(
-        f"sparsify: compiling the decoding kernels for this processor with {compiler}; up to half a minute, once.",
-        file=sys.stderr,
-    )
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # two processes may compile at once
-        compiled = Path(scratch) / f"{name}.so"
-        compile_kernels(compiler, compiled)
-        library = folder / f"{name}-{hashlib.sha256(compiled.read_bytes()).hexdigest()}.so"
-        compiled.chmod(0o700)
-        compiled.replace(library)
-    return library
+    name = f"{library}-{_fingerprint(compiler)}"
+    return _cached(folder, name) or _build(compiler, library, folder, name)
+
+
+def _words(library: str) -> str:
+    """What is compiled, and about how long it takes on one core."""
+    return {
+        "kernels": "the decoding kernels (a quarter of a minute)",
+        "integers": "the kernels of quantised layers (a few seconds)",
+    }.get(library, f"the kernels that read {library} weights (half a minute)")
+
+
+def _cached(folder: Path, name: str) -> Path | None:
+    return next(filter(_is_whole, folder.glob(f"{name}-*.so")), None)
+
+
+def _build(compiler: str, library: str, folder: Path, name: str) -> Path:
+    with os.fdopen(os.open(folder / f"{name}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (path := _cached(folder, name)) is not None:
+            return path
+        print(f"sparsify: compiling {_words(library)} for this processor with {compiler}, once.", file=sys.stderr)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            compiled = Path(scratch) / f"{name}.so"
+            compile_kernels(compiler, compiled, library=library)
+            path = folder / f"{name}-{hashlib.sha256(compiled.read_bytes()).hexdigest()}.so"
+            compiled.chmod(0o700)
+            compiled.replace(path)
+    return path
 
 
 def _own_folder(folder: Path) -> Path:
@@ -245,7 +300,7 @@ def _fingerprint(compiler: str) -> str:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.read_bytes())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
-    digest.update(repr((version.stdout, FLAGS, UNITS, THIS_PROCESSOR, _processor())).encode())
+    digest.update(repr((version.stdout, FLAGS, LIBRARIES, THIS_PROCESSOR, _processor())).encode())
     return digest.hexdigest()[:16]
 
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from sparsify.errors import ModelError
 from sparsify.models.activations import Activation, GateKind, UpKind
 from sparsify.models.masking import kept_count
-from sparsify.runtime.build import kernels
+from sparsify.runtime.build import kernels, load_formats
 from sparsify.runtime.packed import PackedMatrix
 from sparsify.runtime.weights import FfnWeights, Matrix, RowsRead
 
@@ -27,6 +28,8 @@ _GATE_KINDS: dict[GateKind, int] = {
     "gelu_tanh": 4,
 }
 _UP_KINDS: dict[UpKind, int] = {"identity": 0, "relu": 1}
+STORED_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+"""Names of formats of weights that are stored in a dtype, of `build.FORMATS`."""
 _FORMATS = {"int8": 1, "int4": 2, "packed_bf16": 3, "packed_int8": 4, "packed_int4": 5}
 
 COUNTS = ("offered", "gate_rows", "up_rows", "down_rows", "gate_columns", "up_columns")
@@ -107,7 +110,7 @@ def native_ffn(
     given = {"x": x} | ({"predictor_x": predictor_x} if weights.reads_before_masks else {})
     given |= {} if up_x is None else {"up_x": up_x}
     for name, part in given.items():
-        setattr(call, name, c_matrix(part, held))
+        setattr(call, name, _c_rows(part, held))
     call.tokens, call.out, call.dense = x.shape[0], out.data_ptr(), dense
     assert library.sparsify_call_bytes() == ctypes.sizeof(FfnCall)
     error = library.sparsify_ffn(ctypes.byref(call))
@@ -211,10 +214,20 @@ def c_mask(mask: Any, count: int, dtype: torch.dtype, held: list[Any]) -> CMask:
 
 
 def c_matrix(matrix: Matrix, held: list[Any]) -> CMatrix:
-    """A matrix as C++ reads it; `held` gets the tensors that must live as long.
+    """A matrix of weights as C++ reads it, whose kernels are loaded; `held` gets the tensors that must live as long.
 
     Rows need not be adjacent (a slice of a larger matrix). Elements of a row must be; otherwise the matrix is copied first.
     """
+    name = STORED_FORMATS[matrix.dtype] if isinstance(matrix, torch.Tensor) else matrix.format
+    if not load_formats((name,)):
+        raise ModelError(
+            f"The kernels that read {name} weights could be neither compiled nor loaded, though others were.",
+            next_step="See the warning about the compiler.",
+        )
+    return _c_rows(matrix, held)
+
+
+def _c_rows(matrix: Matrix, held: list[Any]) -> CMatrix:
     factors = None if isinstance(matrix, torch.Tensor) else matrix.factors
     rows = matrix if isinstance(matrix, torch.Tensor) else matrix.data
     if not isinstance(matrix, PackedMatrix) and rows.stride(1) != 1:

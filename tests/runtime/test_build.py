@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 
 from sparsify.models import ACTIVATIONS
 from sparsify.runtime import sparse_ffn
-from sparsify.runtime.build import build, find_compiler
+from sparsify.runtime.build import build, find_compiler, kernels, load
 from tests.runtime.blocks import block
 
 DRELU = ACTIVATIONS["drelu"]
@@ -51,6 +53,92 @@ def test_without_a_working_compiler_torch_takes_over_and_that_is_said_once(compi
     assert result.returncode == 0, result.stderr
     assert "continues with torch's operators" in result.stdout
     assert ("There is no C++ compiler" if not compiler else "cannot be compiled") in result.stdout
+
+
+LOADED = """
+from pathlib import Path
+import torch
+from sparsify.models import ACTIVATIONS
+from sparsify.runtime import sparse_ffn
+from sparsify.runtime.build import LIBRARIES
+from tests.runtime.blocks import block, in_format
+def loaded():
+    names = {Path(line.split()[-1]).name.partition("-")[0] for line in Path("/proc/self/maps").read_text().splitlines() if ".so" in line}
+    return ",".join(sorted(names & set(LIBRARIES)))
+x, weights = block(2, 64, 96)
+print(loaded())
+sparse_ffn(x, weights, ACTIVATIONS["drelu"], backend="native")
+print(loaded())
+sparse_ffn(x, in_format(weights, "int4")[0], ACTIVATIONS["drelu"], backend="native")
+print(loaded())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.usefixtures("native")
+def test_only_the_formats_that_are_read_are_compiled_and_loaded() -> None:
+    result = run(LOADED)
+    assert result.stdout.splitlines() == ["", "f32,kernels", "f32,int4,kernels"], result.stderr
+
+
+COMPILER = """#!/bin/sh
+[ "$1" = --version ] && exec {real} --version
+echo "$@" >> {log}
+sleep 1
+while [ "$1" != -o ]; do shift; done
+echo compiled > "$2"
+"""
+
+
+def test_of_two_processes_one_compiles(tmp_path: Path) -> None:
+    """The other waits for it, and takes what it compiled."""
+    compiler, log = tmp_path / "c++", tmp_path / "log"
+    compiler.write_text(COMPILER.format(real="true", log=log))
+    compiler.chmod(0o755)
+    environment = os.environ | {"SPARSIFY_KERNEL_CACHE": str(tmp_path / "cache")}
+    code = f"from sparsify.runtime.build import build; print(build({str(compiler)!r}, 'bf16'))"
+    children = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) for _ in "ab"
+    ]
+    paths = {child.communicate(timeout=60)[0] for child in children}
+    assert len(paths) == 1
+    assert "bf16" in paths.pop()
+    assert len(log.read_text().splitlines()) == 1
+
+
+ONE_FAILS = """
+from sparsify.errors import ModelError
+from sparsify.models import ACTIVATIONS
+from sparsify.runtime import sparse_ffn
+from tests.runtime.blocks import block
+x, weights = block(2, 64, 96)
+try:
+    sparse_ffn(x, weights, ACTIVATIONS["drelu"], backend="native")
+except ModelError as error:
+    print(error)
+"""
+
+
+@pytest.mark.usefixtures("native")
+def test_a_format_that_cannot_be_compiled_is_named(tmp_path: Path) -> None:
+    real = find_compiler()
+    (tmp_path / "cache").mkdir(mode=0o700)
+    shutil.copy(build(real), tmp_path / "cache")
+    compiler = tmp_path / "c++"
+    compiler.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {real} --version\nexit 1\n')
+    compiler.chmod(0o755)
+    result = run(ONE_FAILS, CXX=str(compiler), SPARSIFY_KERNEL_CACHE=str(tmp_path / "cache"))
+    assert "The kernels that read f32 weights could be neither compiled nor loaded" in result.stdout, result.stderr
+
+
+@pytest.mark.usefixtures("native")
+def test_libraries_for_different_processors_do_not_join() -> None:
+    main, format = kernels(), load("f32")
+    assert main is not None
+    assert format is not None
+    table, layout = ctypes.c_void_p(main.sparsify_formats()), main.sparsify_layout()
+    assert not format.sparsify_join(table, ctypes.c_int64(layout + 1))
+    assert format.sparsify_join(table, ctypes.c_int64(layout))
 
 
 @pytest.mark.usefixtures("native")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparsify.runtime.build import (
+    LIBRARIES,
     find_compiler,
     library_name,
     processor_flags,
@@ -137,12 +138,14 @@ def test_every_library_of_a_wheel_computes_without_a_compiler(
     runnable = runnable_variants(platform.machine(), processor_flags())
     assert "Root-Is-Purelib: false" in said_by(wheel_with_kernels)
     assert "py3-none-any" not in said_by(wheel_with_kernels)
-    assert (wheel_with_kernels / "sparsify/runtime/prebuilt" / library_name(variant)).is_file()
+    for library in LIBRARIES:
+        assert (wheel_with_kernels / "sparsify/runtime/prebuilt" / library_name(variant, library)).is_file()
     if variant not in runnable:
         pytest.skip(f"this processor does not run {variant}")
     wheel = shutil.copytree(wheel_with_kernels, tmp_path / "wheel")
     for better in runnable[: runnable.index(variant)]:
-        (wheel / "sparsify/runtime/prebuilt" / library_name(better)).unlink()
+        for library in LIBRARIES:
+            (wheel / "sparsify/runtime/prebuilt" / library_name(better, library)).unlink()
     library = library_name(variant) if sys.platform == "linux" else ""
     assert compute(wheel, tmp_path, "native", library, **NO_COMPILER) == ""
 

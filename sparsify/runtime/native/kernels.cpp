@@ -1,13 +1,12 @@
 // What Python calls: one feed-forward block for a few tokens, and one decoding step of a whole model.
 
+#define SPARSIFY_NUMBER -1  // of none of the formats
 #include "formats.h"
-
-#if defined(__unix__) || defined(__APPLE__)
-#include <pthread.h>
-#endif
 
 namespace sparsify {
 namespace {
+
+Formats table;
 
 // [tokens, hidden] in fp32.
 const float* widen(const FfnCall& call, const Matrix& from, std::vector<float>& to) {
@@ -109,10 +108,13 @@ int sparsify_is_parallel() {
 }
 
 void sparsify_start() {
-#if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { sparsify::forked = true; });
-#endif
+    sparsify::watch_forks();
+    sparsify::formats = &sparsify::table;
 }
+
+// What the library of a format joins.
+void* sparsify_formats() { return &sparsify::table; }
+int64_t sparsify_layout() { return sparsify::Formats::layout(); }
 
 // Reads memory as the kernels do, so that a benchmark knows this machine's bandwidth.
 double sparsify_read(const float* data, int64_t count, int threads) {

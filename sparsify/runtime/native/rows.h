@@ -4,14 +4,11 @@
 #pragma once
 
 #include "packed.h"
+#include "threads.h"
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 
 namespace sparsify {
 
@@ -24,21 +21,6 @@ constexpr int ROWS = 4;             // rows of one pass: so many concurrent stre
 constexpr int rows_at_once(int tokens) { return tokens <= 4 ? ROWS : 2; }
 constexpr int64_t BLOCK_BYTES = 131072;  // rows that a thread takes at once, at least; their first ones are not prefetched
 constexpr int64_t MIN_BLOCK_ROWS = 64, BLOCKS_PER_THREAD = 8;
-
-inline bool forked = false;  // the threads of OpenMP do not survive a fork, and waiting for them would never end
-
-// Waits for all threads of the enclosing parallel region; outside of one it does nothing.
-inline void barrier() {
-#pragma omp barrier
-}
-
-inline int64_t num_threads() {  // of the enclosing parallel region
-#if defined(_OPENMP)
-    return omp_get_num_threads();
-#else
-    return 1;
-#endif
-}
 
 // Calls f with the format of hidden states and predictors.
 template <class F>
@@ -288,20 +270,6 @@ SPARSIFY_OUT_OF_LINE void add_listed(const Matrix& m, const std::vector<int32_t>
     for (; i < count; ++i) add_rows<T, 1, B>(m, list.data() + i, count - i, ahead, factors, sums, width, begin, end);
     multiply_columns<B>(m, sums, width, begin, end);
     }
-}
-
-// Runs f(thread, threads) on so many threads, which all see the same barriers.
-template <class F>
-void in_parallel(int wanted, const F& f) {
-#if defined(_OPENMP)
-    const int threads = forked ? 1 : std::max(1, wanted);
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        f(omp_get_thread_num(), omp_get_num_threads());
-        return;
-    }
-#endif
-    f(0, 1);
 }
 
 }  // namespace sparsify

@@ -26,7 +26,6 @@ from sparsify.models import SparseModel
 from sparsify.models.integer_linear import IntegerLinear, quantisation
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
-from sparsify.runtime import accelerate
 from sparsify.sparsity.active_parameters import parameters_by_part
 from tests.methods.conftest import Calibrate, Calibrated, killed_after, measured
 from tests.methods.weights.test_one_matrix import OUTPUTS, matrix_and_inputs
@@ -265,8 +264,6 @@ def test_integers_are_neither_converted_nor_trained(quantised: dict[str, Calibra
 def test_what_reads_weights_refuses_integers_or_sees_numbers(quantised: dict[str, Calibrated], tmp_path: Path) -> None:
     folder = quantised["rrs"].folder
     model = load_sparse(folder, dtype=torch.float32)
-    with pytest.raises(ModelError, match="integers instead of weights"):
-        accelerate(model)
     with pytest.raises(ExportError, match="integers with a scale for each output"):
         export_llamacpp(str(folder), tmp_path / "file")
     x, down = torch.randn(5, model.config.intermediate_size), model.model.layers[0].mlp.down_proj
