@@ -26,9 +26,6 @@ BlockFormat = Literal["int8", "int4"]
 BLOCK = 32
 _BITS: dict[BlockFormat, int] = {"int8": 8, "int4": 4}
 _CHUNK_ROWS = 512
-LARGEST_AS = (-8.0, -8.5, 7.0)
-"""What an int4 block's weight of largest magnitude may become, before it is rounded and clamped to -8 .. 7. With the three, the squared
-error of normally distributed weights is 7% less than with -8 alone; more candidates gain 1% more."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,9 @@ def bits_per_weight(format: BlockFormat) -> float:
 def quantise(weight: torch.Tensor, format: BlockFormat, *, by_columns: bool = False) -> BlockMatrix:
     """Rounds a matrix [rows, columns] into blocks.
 
-    int8: the largest weight of a block becomes 127 or -127. int4: it becomes -8 or 7, whichever scale has the least squared error
-    (see LARGEST_AS); the scale has a sign. A block with a weight that is not finite becomes NaN, so that the error is visible.
+    int8: the largest weight of a block becomes 127 or -127. int4: it becomes -8, and the scale has a sign. Scales that round it, too,
+    for the least squared error of a block cost more: SmolLM2-135M lost 0.41 nats with them instead of 0.30. A block with a weight that
+    is not finite becomes NaN, so that the error is visible.
 
     Args:
         weight: A projection [outputs, inputs], or its transpose.
@@ -137,24 +135,10 @@ def _quantise(weight: torch.Tensor, format: BlockFormat) -> torch.Tensor:
         scales = (largest.abs() / 127).bfloat16()
         stored = _rounded(blocks, scales, -127, 127).to(torch.int8).view(torch.uint8)
     else:
-        scales = _best_scales(blocks, largest)
+        scales = (largest / -8).bfloat16()
         levels = _rounded(blocks, scales, -8, 7).add_(8).to(torch.uint8)
         stored = levels[..., :16] | levels[..., 16:] << 4
     return torch.cat([stored.flatten(1), scales.contiguous().view(torch.uint8)], 1)
-
-
-def _best_scales(blocks: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """Scale of each block, bf16 [rows, blocks]: of those that make its largest weight one of LARGEST_AS, the one with the least error."""
-    best, least = (largest / LARGEST_AS[0]).bfloat16(), None
-    for level in LARGEST_AS:
-        scales = (largest / level).bfloat16()
-        rounded = _rounded(blocks, scales, -8, 7)
-        error = rounded.mul_(scales.float()[..., None]).sub_(blocks).square_().sum(2)
-        # NaN is never less: blocks of zeros and those that are not finite keep the first scale.
-        if least is not None:
-            best = torch.where(error < least, scales, best)
-        least = error if least is None else torch.minimum(error, least)
-    return best
 
 
 def _rounded(blocks: torch.Tensor, scales: torch.Tensor, low: int, high: int) -> torch.Tensor:
