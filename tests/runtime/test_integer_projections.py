@@ -46,6 +46,7 @@ def projection(bits: int, **settings: object) -> IntegerLinear:
     codes = torch.randint(-top, top, (41, 24), generator=torch.Generator().manual_seed(1)).to(torch.int8)
     layer.weight_codes.copy_(packed(codes) if bits == 4 else codes)
     layer.weight_scales.copy_(seeded(41).abs() / top)
+    assert layer.bias is not None
     layer.bias.data.copy_(seeded(41))
     return layer.eval()
 
