@@ -38,7 +38,7 @@ COLUMNS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("cases", nargs="+")
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--to", type=Path, required=True, help="JSON file of the results")

@@ -48,7 +48,7 @@ class Subject:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--to", type=Path, required=True, help="folder of the model and its neuron files")
     parser.add_argument("--shape", default="llama-3.2-1b")
     parser.add_argument("--layers", type=int, default=8)
