@@ -186,6 +186,16 @@ def family_held(config: Mapping[str, Any]) -> Family | None:
     return next((one for one in FAMILIES.values() if model_type == one.model_type or model_type in one.stock), None)
 
 
+def refuse_integers(config: Mapping[str, Any], where: str) -> None:
+    """Raises ModelError if a config.json is of a quantised model, whose weights are not numbers."""
+    if stored := config.get("quantisation"):
+        raise ModelError(
+            f"{where} holds integers instead of weights (config.quantisation, by {stored.get('method')}), which are neither converted "
+            "nor trained.",
+            next_step="Give the model that it was made from; sparsify convert --method quantises after training.",
+        )
+
+
 def held_fields(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A config.json that can be held here, with its own class's defaults for what it does not have.
 

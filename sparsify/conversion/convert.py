@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparsify.conversion.architecture import sparse_config, stored_activation
+from sparsify.conversion.architecture import refuse_integers, sparse_config, stored_activation
 from sparsify.conversion.gguf_file import gguf_tokenizer, read_gguf
 from sparsify.conversion.layout import mask_names, projection_names, tensor_shapes
 from sparsify.conversion.manifest import record_folder
@@ -213,12 +213,7 @@ def _write(
 
 
 def _held_as(model: ModelSection, config: dict[str, Any], activation: ActivationSection, where: str) -> SparseConfig:
-    if stored := config.get("quantisation"):
-        raise ModelError(
-            f"{where} holds integers instead of weights (config.quantisation, by {stored.get('method')}), which are neither converted "
-            "nor trained.",
-            next_step="Give the model that it was made from; sparsify convert --method quantises after training.",
-        )
+    refuse_integers(config, where)
     name, gate_threshold = activation.ffn_activation, activation.model_gate_threshold
     held = sparse_config(config, name, where, gate_threshold)
     held.base_ffn_activation = stored_activation(config)

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from sparsify.conversion.architecture import held_fields, sparse_config, text_part
+from sparsify.conversion.architecture import held_fields, refuse_integers, sparse_config, text_part
 from sparsify.conversion.source_checkpoint import PACKAGE_PREFIX, locate
 from sparsify.conversion.weight_zeros import weight_sparsity
 from sparsify.errors import ModelError, RecipeError
@@ -241,6 +241,7 @@ def architecture_of(recipe: Recipe) -> Architecture:
 
     Raises:
         RecipeError: If it is not known, or its context is shorter than a training sequence.
+        ModelError: If it cannot be held, or is quantised.
     """
     model = recipe.model
     fields = local_config(model) or model.architecture
@@ -251,6 +252,7 @@ def architecture_of(recipe: Recipe) -> Architecture:
             next_step="Download the checkpoint and set model.source to its folder, or set model.architecture.",
         )
     where = model.source or "model.architecture"
+    refuse_integers(fields, where)
     fields = held_fields(fields, where)
     if (context := fields.get("max_position_embeddings")) is not None:
         check_context(recipe, context)

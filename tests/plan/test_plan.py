@@ -400,6 +400,13 @@ def test_a_plan_fills_in_what_a_llama_config_does_not_say(tmp_path: Path) -> Non
         architecture_of(compose_recipe("quickstart", [source, "training.sequence_length=4096"]))
 
 
+def test_a_quantised_source_is_refused_by_the_plan_as_by_the_run(tmp_path: Path) -> None:
+    fields = {**composed("quickstart_base").model.architecture, "quantisation": {"method": "rrs", "weight_bits": 4}}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelError, match=r"holds integers instead of weights.*by rrs"):
+        make_plan(compose_recipe("quickstart", [f"model.source={tmp_path}"]))
+
+
 def test_routers_of_groups_are_trained_parameters_of_the_plan(tmp_path: Path) -> None:
     """Of a conversion that makes them and of a source that has them, in dense blocks and in each expert; not buffers."""
     converted = make_plan(composed("quickstart_lte"))
