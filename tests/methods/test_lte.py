@@ -37,7 +37,8 @@ def test_a_block_computes_the_same_in_any_order_of_its_neurons(order: list[int])
     (expert,) = block.experts
     wide = reordered(expert, torch.tensor(order))
     x = block.x
-    assert torch.equal(wide.neurons(x), expert.neurons(x)[:, order])
+    # Not bit by bit: BLAS may sum the last columns of a matrix in another order than the others.
+    torch.testing.assert_close(wide.neurons(x), expert.neurons(x)[:, order], rtol=1e-5, atol=1e-5)
     assert torch.allclose(wide.output(x), expert.output(x), atol=1e-4)
 
 
