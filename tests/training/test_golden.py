@@ -9,6 +9,9 @@ import pytest
 
 from scripts.update_golden import GOLDEN, measure
 
+TOLERANCE = 5e-4
+"""In nats, and of shares: processors with other vectors round otherwise (AVX2 against AVX-512: up to 1.5e-4 within 50 steps)."""
+
 
 @pytest.mark.slow
 def test_the_quickstart_has_its_golden_losses(tmp_path: Path) -> None:
@@ -18,9 +21,9 @@ def test_the_quickstart_has_its_golden_losses(tmp_path: Path) -> None:
 
     if found["text"] != golden["text"]:
         pytest.skip("The quickstart trains on Python's own library, and this Python has another text.")
-    assert found["losses"] == pytest.approx(golden["losses"], abs=1e-4)
+    assert found["losses"] == pytest.approx(golden["losses"], abs=TOLERANCE)
     assert len(found["validation"]) == len(golden["validation"])
     for now, then in zip(found["validation"], golden["validation"], strict=True):
         assert (now["label"], now["tokens"]) == (then["label"], then["tokens"])
-        assert now["loss"] == pytest.approx(then["loss"], abs=1e-4)
-        assert now["zeros"] == pytest.approx(then["zeros"], abs=1e-4)
+        assert now["loss"] == pytest.approx(then["loss"], abs=TOLERANCE)
+        assert now["zeros"] == pytest.approx(then["zeros"], abs=TOLERANCE)
