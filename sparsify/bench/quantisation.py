@@ -16,11 +16,12 @@ from pydantic import BaseModel
 from rich.console import RenderableType
 from torch import nn
 
+from sparsify.commands.report import paired_difference
 from sparsify.conversion.source_checkpoint import locate
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import RunError
-from sparsify.evaluation.metrics import Score, difference
+from sparsify.evaluation.metrics import Score
 from sparsify.mixture.sequences.held_out import sequences_from
 from sparsify.mixture.sequences.reader import NO_LOSS, PackedSequence, collate
 from sparsify.models import SparseModel
@@ -135,9 +136,9 @@ def bench_quantisation(
                 bytes_read=round(density * whole),
                 bytes_share=density * whole / dense_bytes,
                 prefill_loss=_mean(scores),
-                prefill=_difference(scores, first[0]) if points else None,
+                prefill=paired_difference(scores, first[0]) if points else None,
                 decode_loss=_mean(decoded),
-                decode=_difference(decoded, first[1]) if points else None,
+                decode=paired_difference(decoded, first[1]) if points else None,
             )
         )
         logger.info(_said(points[-1]))
@@ -195,14 +196,6 @@ def _score(logits: torch.Tensor, labels: torch.Tensor) -> Score:
 
 def _mean(scores: Sequence[Score]) -> float:
     return sum(score.value for score in scores) / max(sum(score.weight for score in scores), 1)
-
-
-def _difference(ours: Sequence[Score], theirs: Sequence[Score]) -> PairedDifference | None:
-    numbered = [{str(number): score for number, score in enumerate(scores)} for scores in (ours, theirs)]
-    paired = difference("perplexity", *numbered)
-    if paired is None:
-        return None
-    return PairedDifference(value=paired.value, low=paired.low, high=paired.high, num_sequences=paired.items)
 
 
 def _interval(found: PairedDifference | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def make_report(
         logger.info(f"Measuring {other.name} on the same tokens")
         theirs, _, their_scores = _measure(other, sequences, text, curve_tokens)
         report.against = as_against(theirs)
-        report.against.difference = _difference(scores, their_scores)
+        report.against.difference = paired_difference(scores, their_scores)
     report.command = " ".join(["sparsify", *sys.argv[1:]])
     if loaded.trained is not None:
         report.stages = stages(loaded.trained.run)
@@ -97,7 +98,8 @@ def _measure(
     return report, statistics, scores
 
 
-def _difference(ours: list[Score], theirs: list[Score]) -> PairedDifference | None:
+def paired_difference(ours: Sequence[Score], theirs: Sequence[Score]) -> PairedDifference | None:
+    """Of two models on the same sequences, those without labels aside; None if there are no others."""
     first, second = (
         {str(number): score for number, score in enumerate(scores) if score.weight} for scores in (ours, theirs)
     )

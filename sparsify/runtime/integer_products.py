@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from sparsify.models.hadamard import core_order, paley
+from sparsify.models.integer_linear import WEIGHT_BITS
 from sparsify.runtime.build import load
 
-WEIGHT_BITS = (4, 8)
 THREAD_BYTES = 1 << 19
 """A product has one thread for each THREAD_BYTES of weights, at most torch's number: synchronising costs time."""
 

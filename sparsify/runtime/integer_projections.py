@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparsify.errors import ModelError
+from sparsify.models.integer_linear import CODES
 from sparsify.runtime.integer_products import integer_kernels, integer_product, tiled, turned
 
 
@@ -73,7 +74,7 @@ class IntegerProjections:
                 f"The model holds integers instead of weights, whose kernels are for a CPU, and {where}.",
                 next_step="Decode it as it is, simulated: sparsify generate --dense, or model.generate() alone.",
             )
-        self.modules = [one for one in model.modules() if hasattr(one, "weight_codes")]
+        self.modules = [one for one in model.modules() if hasattr(one, CODES)]
         for module in self.modules:
             module.forward = IntegerForward(module, threads)
 

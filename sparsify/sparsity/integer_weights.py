@@ -8,9 +8,7 @@ from sparsify.models.masking import experts_per_token, projection_shapes
 from sparsify.reporting.numbers import percent
 from sparsify.reporting.tables import Table
 from sparsify.sparsity.schema import IntegerWeights
-
-WEIGHT_BYTES = 2
-"""Of a weight in bf16."""
+from sparsify.sparsity.sparse_weights import FFN, WEIGHT_BYTES
 
 
 def projection_bytes(model: SparseModel) -> tuple[int, int]:
@@ -19,7 +17,7 @@ def projection_bytes(model: SparseModel) -> tuple[int, int]:
     """
     config = model.config
     experts = experts_per_token(config)
-    times = {name: experts if name in ("gate_proj", "up_proj", "down_proj") else 1 for name in PROJECTIONS}
+    times = {name: experts if name in FFN else 1 for name in PROJECTIONS}
     shapes = projection_shapes(config)
     dense = (
         config.num_hidden_layers
