@@ -28,12 +28,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from sparsify.bench.decode_models import WARM_UP_TOKENS
 from sparsify.bench.timing import Clock, paired_ratios
 from sparsify.commands.convert import own_activation
+from sparsify.commands.report import paired_difference
 from sparsify.conversion.convert import convert
 from sparsify.conversion.manifest import recorded_files
 from sparsify.conversion.sparse_folder import load_sparse
 from sparsify.conversion.tokenizer import load_tokenizer
 from sparsify.errors import ModelError, RecipeError, RunError, nearest
-from sparsify.evaluation.metrics import Score, difference
+from sparsify.evaluation.metrics import Score
 from sparsify.files import refuse_foreign_folder, write_text
 from sparsify.metadata import read_record
 from sparsify.methods.base import Mask, method_of, methods
@@ -371,16 +372,14 @@ class _Bench:
             return point(impossible=" ".join(part for part in (error.given, error.allowed) if part))
         model = self._load(folder)
         scores, found = self._measure(model)
-        paired = difference("perplexity", *(_numbered(one) for one in (scores, self._scores)))
+        paired = paired_difference(scores, self._scores)
         assert paired is not None
         decoding, reason = (None, "as without reconstruction") if refit else self._decode(model)
         self._remove(folder)
         return point(
             target_zeros=settings.target_zeros,
             loss=sum(score.value for score in scores) / sum(score.weight for score in scores),
-            difference=PairedDifference(
-                value=paired.value, low=paired.low, high=paired.high, num_sequences=paired.items
-            ),
+            difference=paired,
             decoding=decoding,
             not_decoded=reason,
             seconds=time.monotonic() - start,
@@ -478,10 +477,6 @@ def _seconds_per_token(model: Any, ids: torch.Tensor) -> float:
         start = clock.mark() if number == warm else start
         cache = model(token.view(1, 1), past_key_values=cache, use_cache=True).past_key_values
     return clock.seconds(start, clock.mark()) / (len(rest) - warm)
-
-
-def _numbered(scores: Sequence[Score]) -> dict[str, Score]:
-    return {str(number): score for number, score in enumerate(scores)}
 
 
 def _short_hash(text: str) -> str:

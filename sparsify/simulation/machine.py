@@ -26,12 +26,11 @@ from sparsify.runtime.build import kernels
 from sparsify.runtime.cache_policies import cache_policy
 from sparsify.runtime.ffn import sparse_ffn
 from sparsify.runtime.file_reads import READING_THREADS, FileReads
+from sparsify.runtime.neuron_file import ALIGNMENT
 from sparsify.runtime.weights import FfnWeights
 from sparsify.simulation.device import Device, Figure, Positive
 
 FILE_BYTES = 256 << 20
-ALIGNMENT = 512
-"""Of reads past the page cache."""
 LARGE_READ = 1 << 20
 SMALL_READ = 4096
 """Unless the size of reads is given."""

@@ -4,7 +4,8 @@ Each layer of each token, in order: the attention (and what else is always in me
 layer waits for slots that are read late, or that were prefetched and have not arrived, and computes on all that it needs. When a layer
 computes on a unit, flash begins to read what is prefetched for the same unit of the next layer, after what it has to read already. On a
 device without concurrency a layer waits, then computes; with it, both take as long as the longer one. A device that gathers waits, then
-computes on late slots as well. Without prefetch, latencies, pages and a rate of reads, on a device that does not gather, a token takes what DIP's simulator (arXiv 2412.01380) says, per sequence
+computes on late slots as well. Without prefetch, latencies, pages and a rate of reads, on a device that does not gather, a token takes
+what DIP's simulator (arXiv 2412.01380) says, per sequence
 
     static bytes / DRAM bandwidth + Σ (missed bytes / flash bandwidth + hit bytes / DRAM bandwidth),
 
