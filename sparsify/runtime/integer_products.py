@@ -7,6 +7,7 @@ exact. What is rounded to 16 bits, and a token that is smoothed by itself, are m
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +30,12 @@ class _Call(ctypes.Structure):
     )
 
 
+@functools.cache
 def integer_kernels() -> ctypes.CDLL | None:
     """The compiled kernels; None, with one warning, where there are none."""
     library = load("integers")
     if library is not None:
+        assert library.sparsify_integer_call_bytes() == ctypes.sizeof(_Call)
         library.sparsify_integer_tile_bytes.restype = ctypes.c_int64
         library.sparsify_integer_tile_bytes.argtypes = (ctypes.c_int64, ctypes.c_int)
         library.sparsify_integer_pack.argtypes = (
@@ -132,7 +135,6 @@ def integer_product(
         threads=threads or max(1, min(torch.get_num_threads(), matrix.nbytes // THREAD_BYTES)),
         apart=apart,
     )
-    assert library.sparsify_integer_call_bytes() == ctypes.sizeof(_Call)
     error = library.sparsify_integer_product(ctypes.byref(call))
     assert error == 0, f"sparsify_integer_product refused its arguments: {error}"
     return out
