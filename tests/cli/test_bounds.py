@@ -38,8 +38,9 @@ def commands(group: typer.Typer, path: tuple[str, ...] = ()) -> Iterator[tuple[t
         yield (*path, name), command.callback
     for inner in group.registered_groups:
         assert inner.typer_instance is not None
-        assert inner.name is not None
-        yield from commands(inner.typer_instance, (*path, inner.name))
+        # A group without a name adds its commands to the one that holds it.
+        name = (inner.name,) if isinstance(inner.name, str) else ()
+        yield from commands(inner.typer_instance, (*path, *name))
 
 
 def numbers_of(callback: Any) -> Iterator[tuple[str, type, Any]]:
