@@ -28,7 +28,14 @@ from sparsify.conversion.weight_zeros import weight_sparsity
 from sparsify.errors import RecipeError, RunError, UserError
 from sparsify.evaluation.request import check_suite_code
 from sparsify.export.check import RECORDED_FILE
-from sparsify.files import clear_partial_files, clear_remains, refuse_foreign_folder, replace_folder, write_json
+from sparsify.files import (
+    atomic_folder,
+    clear_partial_files,
+    clear_remains,
+    refuse_foreign_folder,
+    replace_folder,
+    write_json,
+)
 from sparsify.launch.feeder import Feeder, can_start, is_ready
 from sparsify.launch.launcher import launch
 from sparsify.launch.nodes import Nodes
@@ -72,8 +79,14 @@ BUNDLE_MARK = f"training/{RECORDED_FILE}"
 PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "numpy", "sparsify-lm")
 
 
-def train_run(recipe: Recipe, run: RunFolder, nodes: Nodes | None = None) -> bool:
+def train_run(recipe: Recipe, run: RunFolder, nodes: Nodes | None = None, converted: RunFolder | None = None) -> bool:
     """Trains one variant. Returns whether there was anything left to train.
+
+    Args:
+        recipe: The variant's.
+        run: Its folder; what is there is continued.
+        nodes: The machines; None for this one alone.
+        converted: A run that begins with the same conversion, whose converted checkpoint is taken over where this one has none.
 
     Raises:
         RunError: If another process is training it now, or it was begun with other settings.
@@ -86,17 +99,21 @@ def train_run(recipe: Recipe, run: RunFolder, nodes: Nodes | None = None) -> boo
             next_step="Omit these settings.",
         )
     with RunLock(run.path) as lock:
-        return _train_alone(recipe, run, nodes, lock)
+        return _train_alone(recipe, run, nodes, lock, converted)
 
 
-def _train_alone(recipe: Recipe, run: RunFolder, nodes: Nodes | None, lock: RunLock) -> bool:
+def _train_alone(
+    recipe: Recipe, run: RunFolder, nodes: Nodes | None, lock: RunLock, converted: RunFolder | None
+) -> bool:
     check_start(recipe, run)
     _open_run(recipe, run)
+    if converted is not None and converted.initial.is_dir() and not run.initial.is_dir():
+        with atomic_folder(run.initial) as partial_folder:
+            shutil.copytree(converted.initial, partial_folder, dirs_exist_ok=True)
     is_calibrated = recipe.conversion.calibration_tokens > 0
     _repair(run, run.initial, None if is_calibrated else partial(_convert, recipe))
     if not run.initial.is_dir():
-        converted = _convert(recipe, run.initial)
-        logger.info(f"Model: {_describe(converted)}")
+        logger.info(f"Model: {_describe(_convert(recipe, run.initial))}")
     if recipe.training.liger_kernels:
         logger.info(liger_sentence())
     _check_context(recipe, run)

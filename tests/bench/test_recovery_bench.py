@@ -158,3 +158,31 @@ def test_a_small_complete_benchmark(
     again = bench_recovery(plan)
     assert again == result
     assert sum("Trained already" in line for line in caplog.messages) == 6
+
+
+@pytest.mark.slow
+def test_the_rates_of_a_search_share_one_calibration(
+    stock: dict[str, Path], mixture_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = [
+        f"model.source={stock['mistral']}",
+        f"mixture={mixture_file}",
+        f"cache_dir={tmp_path / 'cache'}",
+        "training.sequence_length=64",
+        "training.budget_tokens=1024",
+        "optimizer.warmup_tokens=512",
+        "checkpoint.every_tokens=1024",
+        "eval.every_tokens=1024",
+        "eval.validation_sequences_per_source=2",
+        "conversion.calibration_tokens=1024",
+        "launch.processes=1",
+    ]
+    plan = RecoveryPlan(tmp_path / "r", ["thresholded90_reglu"], [1e-4, 1e-3], [1], overrides, search_tokens=512)
+    caplog.set_level(logging.INFO, "sparsify")
+    result = bench_recovery(plan)
+    assert sum(line.startswith("Calibrated on") for line in caplog.messages) == 1
+    runs = list((tmp_path / "r/runs/thresholded90_reglu").iterdir())
+    assert len(runs) == 3
+    assert len({(run / "initial/model.safetensors").read_bytes() for run in runs}) == 1
+    starts = {one.points[0].loss for one in (read_run(RunFolder(run), "thresholded90_reglu") for run in runs)}
+    assert starts == {result.variants[1].runs[0].points[0].loss}
