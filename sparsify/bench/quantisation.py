@@ -8,6 +8,7 @@ whole sequences says nothing of decoding, and the other way round.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -215,7 +216,17 @@ def quantisation_table(bench: QuantisationBench) -> RenderableType:
         f"{bench.text}: loss over {first.model} ({first.prefill_loss:.3f} nats), 95% interval over {bench.num_sequences} sequences, "
         f"{bench.num_tokens:,} tokens; decoded over {bench.decode_sequences}, {bench.decode_tokens:,} tokens ({first.decode_loss:.3f} "
         "nats)",
-        ["model", "", "sequences at once", "token by token", "zeros", "zeros at down", "MB a token", "of bf16"],
+        [
+            "model",
+            "",
+            "sequences at once",
+            "token by token",
+            "perplexity",
+            "zeros",
+            "zeros at down",
+            "MB a token",
+            "of bf16",
+        ],
         left=(0, 1),
     )
     for point in bench.points:
@@ -224,6 +235,7 @@ def quantisation_table(bench: QuantisationBench) -> RenderableType:
             point.words,
             _interval(point.prefill),
             _interval(point.decode),
+            f"{math.exp(min(point.prefill_loss, 700)):,.2f} / {math.exp(min(point.decode_loss, 700)):,.2f}",
             percent(point.zeros),
             percent(point.down_zeros),
             f"{point.bytes_read / 1e6:,.2f}",

@@ -102,7 +102,7 @@ class CettObserver:
 
     def add(self, layer: int, expert: int, tokens: torch.Tensor, block: Any, product: torch.Tensor) -> None:
         """Adds the errors of one block's tokens; experts by their own outputs."""
-        weight = down_weight(block, expert)
+        weight = down_weight(block, expert).to(product.dtype)  # of integers it is fp32
         self._rows[layer] += len(product)
         for rows in product.split(PIECE_ROWS):
             self._add_rows(layer, rows, weight, self._norms[layer][expert])

@@ -11,6 +11,8 @@ from sparsify.models.integer_linear import packed
 SMALLEST_SHARE = 0.2
 STEPS = 80
 """How many scales are tried, from that of the largest weight of a row down to SMALLEST_SHARE of it, as GPTQ's code does."""
+CHUNK_WEIGHTS = 65_536
+"""Weights that are tried at once, so that all passes but the first read them from the cache; the result does not depend on it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ def best_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
 
     A row of zeros has the scale 1.
     """
+    chunks = weight.split(max(CHUNK_WEIGHTS // max(weight.shape[1], 1), 1))
+    return torch.cat([_best_scales(chunk, bits) for chunk in chunks])
+
+
+def _best_scales(weight: torch.Tensor, bits: int) -> torch.Tensor:
     whole = weight.abs().amax(1) / largest_code(bits)
     whole = torch.where(whole > 0, whole, 1.0)
     best, least = whole, torch.full_like(whole, torch.inf)
