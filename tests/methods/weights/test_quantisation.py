@@ -19,7 +19,7 @@ from sparsify.errors import ExportError, ModelError, RecipeError
 from sparsify.export.llamacpp.export import export_llamacpp
 from sparsify.methods.base import check_method, method_of
 from sparsify.methods.weights.gptq import gptq
-from sparsify.methods.weights.integers import best_scales, nearest, round_to_nearest
+from sparsify.methods.weights.integers import CHUNK_WEIGHTS, best_scales, nearest, round_to_nearest
 from sparsify.methods.weights.sparsegpt import inverse_factor
 from sparsify.methods.weights.statistics import InputStatistics
 from sparsify.models import SparseModel
@@ -27,6 +27,8 @@ from sparsify.models.integer_linear import IntegerLinear, quantisation
 from sparsify.recipe.model import ModelSection
 from sparsify.recipe.sparsification import ActivationSection, ConversionSection
 from sparsify.sparsity.active_parameters import parameters_by_part
+from sparsify.sparsity.curves import measure_curves
+from sparsify.sparsity.measure import summed_loss
 from tests.methods.conftest import Calibrate, Calibrated, killed_after, measured
 from tests.methods.weights.test_one_matrix import OUTPUTS, matrix_and_inputs
 from tests.methods.weights.test_rotation import add_mask
@@ -90,6 +92,11 @@ def test_a_clip_search_is_never_worse_than_the_scale_of_the_largest_weight() -> 
     assert float(scales[3]) == 1.0
 
 
+def test_a_clip_search_in_chunks_finds_each_row_s_scale() -> None:
+    weight = torch.randn(5, CHUNK_WEIGHTS // 2, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(best_scales(weight, 4), torch.cat([best_scales(row[None], 4) for row in weight]))
+
+
 @pytest.fixture(scope="module")
 def quantised(calibrate: Calibrate, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Calibrated]:
     root = tmp_path_factory.mktemp("quantised")
@@ -97,6 +104,15 @@ def quantised(calibrate: Calibrate, tmp_path_factory: pytest.TempPathFactory) ->
         mode: calibrate("mistral", "swiglu", root / mode, method=method, method_settings=settings)
         for mode, (method, settings) in MODES.items()
     }
+
+
+def test_curves_are_measured_where_other_numbers_are_bf16(quantised: dict[str, Calibrated]) -> None:
+    model = load_sparse(quantised["rrs"].folder, "swiglu", torch.bfloat16)
+    tokens = torch.randint(model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": tokens, "position_ids": torch.arange(24).expand(2, -1), "labels": tokens}
+    curves = measure_curves(model, [batch], summed_loss)
+    assert curves.cett
+    assert all(0 <= point.sparsity <= 1 for point in curves.cett)
 
 
 @pytest.mark.parametrize("mode", MODES)
