@@ -245,7 +245,7 @@ def bench_recovery(plan: RecoveryPlan, on_result: Callable[[Recovery], object] =
     for seed in plan.seeds[1:]:
         for name in (DENSE, *sparse[: plan.best]):
             rate = variants[name].runs[0].peak_learning_rate
-            variants[name].runs.append(_run(_recipe(plan, name, rate, seed), name, []))
+            variants[name].runs.append(_run(_recipe(plan, name, rate, seed), name))
             on_result(_recovery(plan, variants))
     return _recovery(plan, variants)
 
@@ -254,14 +254,13 @@ def _searched(plan: RecoveryPlan, name: str) -> _Found:
     """A variant's run with the first seed and the best rate, and the losses that chose it."""
     seed = plan.seeds[0]
     short = plan.search_tokens if len(plan.rates) > 1 else None
-    tried: list[RecoveryRun] = []
-    for rate in plan.rates:
-        tried.append(_run(_recipe(plan, name, rate, seed, short), name, tried[:1]))
+    first, *others = (_recipe(plan, name, rate, seed, short) for rate in plan.rates)
+    converted = RunFolder(Path(first.run_dir))
+    tried = [_run(first, name), *(_run(recipe, name, converted) for recipe in others)]
     best = min(tried, key=lambda run: run.last.loss)
     searched = {run.peak_learning_rate: run.last.loss for run in tried}
-    return _Found(
-        searched, [_run(_recipe(plan, name, best.peak_learning_rate, seed), name, tried[:1]) if short else best]
-    )
+    whole = _recipe(plan, name, best.peak_learning_rate, seed)
+    return _Found(searched, [_run(whole, name, converted) if short else best])
 
 
 def _recovery(plan: RecoveryPlan, variants: Mapping[str, _Found]) -> Recovery:
@@ -330,9 +329,9 @@ def _recipe(plan: RecoveryPlan, name: str, rate: float, seed: int, search_tokens
     return recipe
 
 
-def _run(recipe: Recipe, name: str, converted: Sequence[RecoveryRun]) -> RecoveryRun:
-    """Trains a run that is not finished; with the conversion of another one with the same seed, where there is one."""
+def _run(recipe: Recipe, name: str, converted: RunFolder | None = None) -> RecoveryRun:
+    """Trains a run that is not finished, from the conversion of another one with the same seed where that is given."""
     logger.info(f"{name}: rate {recipe.optimizer.peak_learning_rate:g}, seed {recipe.training.seed}")
     run = RunFolder(Path(recipe.run_dir))
-    train_run(recipe, run, converted=RunFolder(Path(converted[0].path)) if converted else None)
+    train_run(recipe, run, converted=converted)
     return read_run(run, name)

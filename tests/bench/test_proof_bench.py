@@ -43,7 +43,7 @@ def test_rates_are_searched_shortly_and_the_best_get_additions_and_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[Recipe] = []
-    monkeypatch.setattr(recovery_module, "_run", lambda recipe, name, _: fake_run(trained, recipe, name))
+    monkeypatch.setattr(recovery_module, "_run", lambda recipe, name, _=None: fake_run(trained, recipe, name))
     known: list[int] = []
     plan = proof_plan(RecoveryPlan(tmp_path, rates=[3e-5, 1e-4], seeds=[1, 2], search_tokens=102_400))
     result = bench_recovery(plan, lambda found: known.append(len(found.variants)))

@@ -129,20 +129,26 @@ def test_invalid_plans_are_refused_before_training(
         LEARNING_RATE.parse_list("--rates", "1e-3;1e-4")
 
 
-@pytest.mark.slow
-def test_a_small_complete_benchmark(
-    stock: dict[str, Path], mixture_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    overrides = [
+@pytest.fixture
+def small(stock: dict[str, Path], mixture_file: Path, tmp_path: Path) -> list[str]:
+    """Overrides for a tiny model and short sequences."""
+    return [
         f"model.source={stock['mistral']}",
         f"mixture={mixture_file}",
         f"cache_dir={tmp_path / 'cache'}",
         "training.sequence_length=64",
-        "training.budget_tokens=4096",
         "optimizer.warmup_tokens=512",
-        "eval.every_tokens=2048",
         "eval.validation_sequences_per_source=2",
         "launch.processes=1",
+    ]
+
+
+@pytest.mark.slow
+def test_a_small_complete_benchmark(small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overrides = [
+        *small,
+        "training.budget_tokens=4096",
+        "eval.every_tokens=2048",
     ]
     plan = RecoveryPlan(tmp_path / "r", ["blended_drelu"], [1e-3, 3e-3], [1, 2], overrides)
     caplog.set_level(logging.INFO, "sparsify")
@@ -162,20 +168,14 @@ def test_a_small_complete_benchmark(
 
 @pytest.mark.slow
 def test_the_rates_of_a_search_share_one_calibration(
-    stock: dict[str, Path], mixture_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     overrides = [
-        f"model.source={stock['mistral']}",
-        f"mixture={mixture_file}",
-        f"cache_dir={tmp_path / 'cache'}",
-        "training.sequence_length=64",
+        *small,
         "training.budget_tokens=1024",
-        "optimizer.warmup_tokens=512",
         "checkpoint.every_tokens=1024",
         "eval.every_tokens=1024",
-        "eval.validation_sequences_per_source=2",
         "conversion.calibration_tokens=1024",
-        "launch.processes=1",
     ]
     plan = RecoveryPlan(tmp_path / "r", ["thresholded90_reglu"], [1e-4, 1e-3], [1], overrides, search_tokens=512)
     caplog.set_level(logging.INFO, "sparsify")
